@@ -1,0 +1,366 @@
+"""Typed, validated configuration: everything a run depends on, checked before any array exists.
+
+Field names follow the released `config.json` where it has the field. A config is a frozen dataclass; a bad
+value raises `ValueError` with one sentence that names the field, the value and what is legal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+DType = Literal["float32", "bfloat16"]
+
+
+def _require(ok: bool, field: str, value: object, legal: str) -> None:
+    if not ok:
+        raise ValueError(f"{field} = {value!r} is not valid: {legal}.")
+
+
+def _require_positive(config: Any, prefix: str, *fields: str) -> None:
+    for field in fields:
+        value = getattr(config, field)
+        _require(value > 0, f"{prefix}{field}", value, "it must be positive")
+
+
+def _choices(values: Iterable[object]) -> str:
+    return ", ".join(str(v) for v in values)
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The architecture (paper section 2.3, released `config.json`); equal configs mean interchangeable checkpoints."""
+
+    hidden_size: int
+    """Width D of the residual stream."""
+    intermediate_size: int
+    """Width F of the SwiGLU feed-forward layer."""
+    num_hidden_layers: int
+    """Number of decoder layers L."""
+    num_attention_heads: int
+    """Number of attention heads N; the head size is hidden_size / num_attention_heads."""
+    position_embedding: Literal["rope", "alibi"]
+    """RoPE (7B) or ALiBi (13B). The released config.json does not name it; ours always does."""
+    vocab_size: int = 125_696
+    """Number of token ids V."""
+    model_max_length: int = 4096
+    """Longest context in tokens the model was trained for."""
+    rms_norm_eps: float = 1e-6
+    """Added to the variance in RMSNorm."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial linear and embedding weights."""
+    rope_theta: float = 10_000.0
+    """Base of the RoPE frequencies."""
+    normalize_head: bool = True
+    """NormHead: unit-norm rows of the output embedding (paper section 2.4). False for Baichuan 1."""
+    z_loss_weight: float = 2e-4
+    """Weight of the max-z loss (paper section 2.4); the released files ship 0."""
+    pad_token_id: int = 0
+    """Padding; its embedding row starts at zero."""
+    bos_token_id: int = 1
+    """Beginning of text; Baichuan 2 never adds it by itself."""
+    eos_token_id: int = 2
+    """End of text; closes every document."""
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            self, "model.", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "vocab_size", "model_max_length", "rms_norm_eps", "initializer_range", "rope_theta",
+        )  # fmt: skip
+        _require(
+            self.position_embedding in ("rope", "alibi"),
+            "model.position_embedding", self.position_embedding, "legal values are rope, alibi",
+        )  # fmt: skip
+        _require(
+            self.hidden_size % self.num_attention_heads == 0,
+            "model.num_attention_heads", self.num_attention_heads,
+            f"it must divide hidden_size = {self.hidden_size}; legal values are {_choices(divisors(self.hidden_size))}",
+        )  # fmt: skip
+        if self.position_embedding == "rope":
+            _require(self.head_dim % 2 == 0, "model.num_attention_heads", self.num_attention_heads,
+                     f"RoPE needs an even head size, and {self.hidden_size} / {self.num_attention_heads} is odd")  # fmt: skip
+        _require(self.z_loss_weight >= 0, "model.z_loss_weight", self.z_loss_weight, "it must be at least 0")
+        for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, field)
+            _require(0 <= value < self.vocab_size, f"model.{field}", value, f"it must be in 0..{self.vocab_size - 1}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    def num_parameters(self) -> int:
+        """Exact number of parameters: 7,505,973,248 for 7B, 13,896,668,160 for 13B."""
+        layer = 4 * self.hidden_size**2 + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        return 2 * self.vocab_size * self.hidden_size + self.num_hidden_layers * layer + self.hidden_size
+
+    def flops_per_sequence(self, length: int) -> int:
+        """Model FLOPs to train on one sequence of `length` tokens, forward and backward, without recomputation.
+
+        6 * matmul parameters * length + 6 * L * D * length * (length + 1) for causal attention. The embedding lookup is
+        no matmul; the head is.
+        """
+        norms = (2 * self.num_hidden_layers + 1) * self.hidden_size
+        matmul = self.num_parameters() - self.vocab_size * self.hidden_size - norms
+        return 6 * matmul * length + 6 * self.num_hidden_layers * self.hidden_size * length * (length + 1)
+
+
+BAICHUAN2_7B = ModelConfig(
+    hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, position_embedding="rope"
+)
+BAICHUAN2_13B = ModelConfig(
+    hidden_size=5120, intermediate_size=13696, num_hidden_layers=40, num_attention_heads=40, position_embedding="alibi"
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """How the model is computed; changes speed and memory, not what is learnt."""
+
+    dtype: DType = "bfloat16"
+    """Matmul and activation dtype. Master weights, norms, softmax, logits and losses are always float32."""
+    attention: Literal["reference", "chunked"] = "chunked"
+    """reference: one einsum, holds [heads, T, S]. chunked: online softmax over blocks, memory linear in length."""
+    attention_block: int = 512
+    """Queries and keys per block of the chunked attention."""
+    remat: Literal["none", "full", "save_dots", "save_attention", "offload"] = "full"
+    """What each layer keeps for the backward pass: everything, nothing but its input, the matmul results, the
+    attention result, or the matmul results in host memory."""
+    scan_layers: bool = True
+    """Compile one layer and loop over it, or unroll all of them."""
+    loss_chunk: int = 1024
+    """Tokens per device whose logits exist at one time in the loss."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "compute.", "attention_block", "loss_chunk")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each mesh axis; the product is the number of devices."""
+
+    data: int = 1
+    """Replicas of the parameters (across slices)."""
+    fsdp: int = -1
+    """Devices that share parameters, gradients and optimizer state; -1 takes all that remain."""
+    tensor: int = 1
+    """Devices that share heads, feed-forward columns and vocabulary."""
+    num_cpu_devices: int = 0
+    """Simulate this many devices on the CPU; 0 uses the accelerators that are there."""
+
+    def __post_init__(self) -> None:
+        for field in ("data", "tensor"):
+            _require(getattr(self, field) >= 1, f"mesh.{field}", getattr(self, field), "it must be at least 1")
+        _require(self.fsdp >= 1 or self.fsdp == -1, "mesh.fsdp", self.fsdp, "it must be at least 1, or -1 for the rest")
+        _require(self.num_cpu_devices >= 0, "mesh.num_cpu_devices", self.num_cpu_devices, "it must be at least 0")
+        if self.num_cpu_devices:
+            self.resolve(self.num_cpu_devices)
+
+    def resolve(self, num_devices: int) -> MeshConfig:
+        """Fills in fsdp = -1 and checks the product against the number of devices."""
+        other = self.data * self.tensor
+        _require(num_devices % other == 0, "mesh.data * mesh.tensor", other,
+                 f"it must divide the {num_devices} devices; legal values are {_choices(divisors(num_devices))}")  # fmt: skip
+        fsdp = num_devices // other
+        _require(self.fsdp in (-1, fsdp), "mesh.fsdp", self.fsdp,
+                 f"with data = {self.data} and tensor = {self.tensor}, {num_devices} devices leave fsdp = {fsdp}")  # fmt: skip
+        return dataclasses.replace(self, fsdp=fsdp)
+
+
+def check_divisible(model: ModelConfig, mesh: MeshConfig) -> None:
+    """Raises ValueError, naming the field and the legal values, if the parameters cannot be cut along the mesh."""
+    tensor_dims = {
+        "num_attention_heads": model.num_attention_heads,
+        "intermediate_size": model.intermediate_size,
+        "vocab_size": model.vocab_size,
+    }
+    for axis, dims in (("tensor", tensor_dims), ("fsdp", {"hidden_size": model.hidden_size})):
+        size = getattr(mesh, axis)
+        legal = _choices(divisors(math.gcd(*dims.values())))
+        for name, dim in dims.items():
+            _require(size == -1 or dim % size == 0, f"mesh.{axis}", size,
+                     f"it must divide model.{name} = {dim}; legal values are {legal}")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay (paper section 2.4)."""
+
+    peak_learning_rate: float = 2e-4
+    """Learning rate at the end of warm-up (2e-4 for 7B, 1.5e-4 for 13B)."""
+    min_learning_rate: float = 2e-5
+    """Learning rate after decay_steps. The paper does not print it; a tenth of the peak is usual."""
+    warmup_steps: int = 2000
+    """Steps of linear warm-up from 0."""
+    decay_steps: int = 620_000
+    """Step at which the cosine reaches min_learning_rate; independent of num_steps, so a run can stop and go on."""
+    b1: float = 0.9
+    """Decay of the first moment."""
+    b2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay; not applied to norm weights."""
+    clip_norm: float = 0.5
+    """Largest global gradient norm."""
+    moment_dtype: DType = "float32"
+    """Storage dtype of both moments; bfloat16 halves their memory."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "optimizer.", "peak_learning_rate", "decay_steps", "eps", "clip_norm")
+        for field in ("min_learning_rate", "warmup_steps", "weight_decay"):
+            _require(getattr(self, field) >= 0, f"optimizer.{field}", getattr(self, field), "it must be at least 0")
+        for field in ("b1", "b2"):
+            _require(0 <= getattr(self, field) < 1, f"optimizer.{field}", getattr(self, field), "it must be in [0, 1)")
+        _require(self.min_learning_rate <= self.peak_learning_rate, "optimizer.min_learning_rate",
+                 self.min_learning_rate, f"it must be at most peak_learning_rate = {self.peak_learning_rate}")  # fmt: skip
+        _require(self.warmup_steps < self.decay_steps, "optimizer.warmup_steps", self.warmup_steps,
+                 f"it must be less than decay_steps = {self.decay_steps}")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One set of packed rows."""
+
+    path: str
+    """Folder written by tools/tokenize_corpus.py."""
+    weight: float = 1.0
+    """Share of training rows drawn from this source, relative to the other weights."""
+
+    def __post_init__(self) -> None:
+        _require(self.weight > 0, "data.sources.weight", self.weight, "it must be positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Packed token rows and how they are drawn."""
+
+    sources: tuple[SourceConfig, ...]
+    """What is mixed; each source is a folder of packed rows of sequence_length + 1 tokens."""
+    tokenizer: str
+    """SentencePiece model the rows were made with."""
+    sequence_length: int = 4096
+    """Tokens a row, T; positions restart at each document."""
+    global_batch_size: int = 1024
+    """Rows per optimizer step over all devices and accumulation steps."""
+    accumulation_steps: int = 1
+    """Forward and backward passes per optimizer step; each token of the step has the same weight."""
+    seed: int = 0
+    """Seed of the row order and of the mixture."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "data.", "sequence_length", "global_batch_size", "accumulation_steps")
+        _require(len(self.sources) > 0, "data.sources", self.sources, "at least one source is needed")
+        _require(self.global_batch_size % self.accumulation_steps == 0, "data.accumulation_steps",
+                 self.accumulation_steps, f"it must divide data.global_batch_size = {self.global_batch_size}; "
+                 f"legal values are {_choices(divisors(self.global_batch_size))}")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is written to WORKDIR/checkpoints; the last step is always saved."""
+
+    save_every: int = 1000
+    """Steps between checkpoints (the paper saves every 1000)."""
+    keep_last: int = 3
+    """How many of the newest checkpoints to keep."""
+    keep_every: int = 0
+    """Keep for ever the checkpoints at multiples of this many steps; 0 keeps none for ever."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "checkpoint.", "save_every", "keep_last")
+        _require(self.keep_every >= 0 and self.keep_every % self.save_every == 0, "checkpoint.keep_every",
+                 self.keep_every, f"it must be a multiple of checkpoint.save_every = {self.save_every}")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Text written by the trained model when the run ends."""
+
+    prompts: tuple[str, ...] = ()
+    """Beginnings to continue."""
+    max_new_tokens: int = 64
+    """Longest continuation in tokens."""
+    temperature: float = 0.3
+    """Softmax temperature; 0 takes the most likely token."""
+    top_k: int = 5
+    """Sample among this many most likely tokens; 0 for all."""
+    top_p: float = 0.85
+    """Sample among the most likely tokens with this total probability."""
+    repetition_penalty: float = 1.05
+    """Factor against tokens that were already used."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole run."""
+
+    name: str
+    """Name of the run."""
+    model: ModelConfig
+    data: DataConfig
+    compute: ComputeConfig = ComputeConfig()
+    mesh: MeshConfig = MeshConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    sample: SampleConfig = SampleConfig()
+    num_steps: int
+    """Step at which the run ends."""
+    workdir: str | None = None
+    """Where checkpoints, metrics and pictures go; by default runs/NAME, or runs/NAME-2, ... if that holds a run."""
+    resume: Literal["never", "auto"] = "never"
+    """auto: go on from the newest complete checkpoint of the workdir, or start if there is none."""
+    seed: int = 0
+    """Seed of the initial parameters."""
+    log_every: int = 10
+    """Steps between log lines; metrics.jsonl has every step."""
+    eval_every: int = 1000
+    """Steps between evaluations on the held-out rows; the last step is always evaluated."""
+    eval_batches: int = 0
+    """Batches of held-out rows per evaluation; 0 for all."""
+    verify_resume_steps: int = 0
+    """At the end, resume from this many steps before it, repeat them and compare the parameters bit for bit; 0: don't."""
+    export_hf: bool = False
+    """At the end, also write the parameters in the released PyTorch layout to WORKDIR/hf."""
+    profile_start: int = 0
+    """Step at which a profiler trace starts; 0 for never."""
+    profile_steps: int = 3
+    """Steps in the profiler trace."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "", "num_steps", "log_every", "eval_every", "profile_steps")
+        for field in ("eval_batches", "verify_resume_steps", "profile_start", "seed"):
+            _require(getattr(self, field) >= 0, field, getattr(self, field), "it must be at least 0")
+        _require(self.verify_resume_steps < self.num_steps, "verify_resume_steps", self.verify_resume_steps,
+                 f"it must be less than num_steps = {self.num_steps}")  # fmt: skip
+        _require(self.data.sequence_length <= self.model.model_max_length, "data.sequence_length",
+                 self.data.sequence_length, f"it must be at most model.model_max_length = {self.model.model_max_length}")  # fmt: skip
+        mesh = self.mesh.resolve(self.mesh.num_cpu_devices) if self.mesh.num_cpu_devices else self.mesh
+        check_divisible(self.model, mesh)
+        shards = mesh.data * max(mesh.fsdp, 1)
+        rows = self.data.global_batch_size // self.data.accumulation_steps
+        _require(rows % shards == 0, "data.global_batch_size", self.data.global_batch_size,
+                 f"it must be a multiple of mesh.data * mesh.fsdp * data.accumulation_steps = "
+                 f"{shards * self.data.accumulation_steps}")  # fmt: skip
+
+    def resolve(self, num_devices: int) -> TrainConfig:
+        """The same run with its mesh filled in for `num_devices`, everything that must divide checked."""
+        return dataclasses.replace(self, mesh=self.mesh.resolve(num_devices))
+
+
+def differing_fields(a: object, b: object, prefix: str = "") -> list[str]:
+    """Lines "field: A is x, B is y" for every field in which two configs of one class differ."""
+    lines = []
+    for field in dataclasses.fields(a):  # type: ignore[arg-type]
+        x, y = getattr(a, field.name), getattr(b, field.name)
+        if dataclasses.is_dataclass(x):
+            lines += differing_fields(x, y, f"{prefix}{field.name}.")
+        elif x != y:
+            lines.append(f"{prefix}{field.name}: {x!r} against {y!r}")
+    return lines
