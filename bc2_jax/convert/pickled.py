@@ -1,0 +1,250 @@
+"""Reading `pytorch_model*.bin` without torch, and without running the pickle that is inside.
+
+The file is a zip of a pickled state dict (data.pkl) and one uncompressed entry a storage (data/0, data/1, ...). A pickle is
+a program; unpickling runs it. `_StateDict` does not: it walks the opcodes and keeps names of globals as plain text, knows
+the few that a state dict of tensors needs and what they mean, and has no way to call anything. That is stricter than
+restricting `pickle.Unpickler`, which still lets a file change the attributes of what it is allowed to name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pickletools
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any, NoReturn
+
+import ml_dtypes
+import numpy as np
+
+from bc2_jax.convert.mapped import MappedTensor, contiguous_strides
+
+_STORAGES: dict[str, np.dtype] = {
+    "torch.DoubleStorage": np.dtype(np.float64),
+    "torch.FloatStorage": np.dtype(np.float32),
+    "torch.HalfStorage": np.dtype(np.float16),
+    "torch.BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "torch.LongStorage": np.dtype(np.int64),
+    "torch.IntStorage": np.dtype(np.int32),
+    "torch.ShortStorage": np.dtype(np.int16),
+    "torch.CharStorage": np.dtype(np.int8),
+    "torch.ByteStorage": np.dtype(np.uint8),
+    "torch.BoolStorage": np.dtype(np.bool_),
+}
+_ORDERED_DICT = "collections.OrderedDict"
+_TENSOR = "torch._utils._rebuild_tensor_v2"
+_PARAMETER = "torch._utils._rebuild_parameter"
+_GLOBALS = {*_STORAGES, _ORDERED_DICT, _TENSOR, _PARAMETER}
+_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a pickled number that opens torch's pre-1.6 format
+
+
+def read_pickled(path: Path) -> dict[str, MappedTensor]:
+    """Name -> tensor of a `torch.save`d state dict in the zip format; only the pickle is read.
+
+    Shared storages and strided views are fine. Raises ValueError with the file's name if the file is truncated, of the
+    legacy format, big-endian or compressed, if the pickle holds anything but a flat dict of tensors, or if a tensor
+    reaches outside its storage.
+    """
+    with path.open("rb") as file:
+        if file.read(len(_LEGACY_MAGIC)) == _LEGACY_MAGIC:
+            raise ValueError(
+                f"{path} has the legacy format of torch before 1.6; load it with torch.load(weights_only=True) and save "
+                "it again."
+            )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _read_archive(path, archive)
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{path} is truncated or not a torch.save file ({error}).") from error
+
+
+def _read_archive(path: Path, archive: zipfile.ZipFile) -> dict[str, MappedTensor]:
+    entries: dict[str, zipfile.ZipInfo] = {}
+    for info in archive.infolist():
+        # Every entry lies in one folder, named after the file it was first saved as.
+        name = info.filename.partition("/")[2]
+        if name in entries:
+            raise ValueError(f"{path} has two zip entries named {name}.")
+        # 1: encrypted. What is not stored as it is cannot be mapped, and could unpack to any size.
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.file_size != info.compress_size:
+            raise ValueError(f"{path}: the zip entry {info.filename} is compressed or encrypted.")
+        entries[name] = info
+    if "data.pkl" not in entries:
+        raise ValueError(f"{path} is a zip file without data.pkl, not a torch.save file.")
+    if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
+        raise ValueError(f"{path} was written on a big-endian machine.")
+    storages = {
+        name.removeprefix("data/"): (_data_offset(path, info), info.file_size)
+        for name, info in entries.items()
+        if name.startswith("data/")
+    }
+    return _StateDict(path, storages).parse(archive.read(entries["data.pkl"]))
+
+
+def _data_offset(path: Path, info: zipfile.ZipInfo) -> int:
+    """Where an entry's bytes start: after its local header, whose length only it knows."""
+    with path.open("rb") as file:
+        file.seek(info.header_offset)
+        header = file.read(30)
+    if len(header) < 30 or header[:4] != b"PK\x03\x04":
+        raise ValueError(f"{path} is damaged: the zip entry {info.filename} is not where the directory says.")
+    name_length, extra_length = struct.unpack("<HH", header[26:30])
+    offset = info.header_offset + 30 + name_length + extra_length
+    if offset + info.file_size > path.stat().st_size:
+        raise ValueError(f"{path} is truncated: the zip entry {info.filename} goes past the end of the file.")
+    return offset
+
+
+@dataclasses.dataclass(frozen=True)
+class _Global:
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Storage:
+    dtype: np.dtype
+    offset: int
+    count: int
+
+
+class _Mark:
+    """Where a variable-length group starts on the stack."""
+
+
+class _StateDict:
+    """The opcodes of a pickle, read as a description of a state dict."""
+
+    def __init__(self, path: Path, storages: dict[str, tuple[int, int]]) -> None:
+        self.path = path
+        self.storages = storages
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+
+    def refuse(self, why: str) -> NoReturn:
+        raise ValueError(f"{self.path}: refusing its pickle, {why}.")
+
+    def parse(self, pickled: bytes) -> dict[str, MappedTensor]:
+        try:
+            for opcode, argument, _ in pickletools.genops(pickled):
+                self.step(opcode.name, argument)
+            (result,) = self.stack
+        except (IndexError, KeyError, TypeError, UnicodeDecodeError) as error:
+            self.refuse(f"it is malformed ({type(error).__name__}: {error})")
+        except ValueError as error:  # what pickletools raises names no file
+            if str(error).startswith(str(self.path)):
+                raise
+            self.refuse(f"it is malformed ({error})")
+        if not isinstance(result, dict):
+            self.refuse("it is not a dict of tensors")
+        for name, value in result.items():
+            if not isinstance(name, str) or not isinstance(value, MappedTensor):
+                self.refuse(f"its entry {name!r} is not a tensor")
+        return result
+
+    def step(self, opcode: str, argument: Any) -> None:
+        stack = self.stack
+        match opcode:
+            case "PROTO" | "FRAME" | "STOP":
+                pass
+            case "MARK":
+                stack.append(_Mark())
+            case "NONE":
+                stack.append(None)
+            case "NEWTRUE" | "NEWFALSE":
+                stack.append(opcode == "NEWTRUE")
+            case "BININT" | "BININT1" | "BININT2" | "LONG1":
+                stack.append(argument)
+            case "BINUNICODE" | "SHORT_BINUNICODE":
+                stack.append(argument)
+            case "EMPTY_DICT":
+                stack.append({})
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "TUPLE":
+                stack.append(tuple(self.pop_to_mark()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                stack.append(tuple(reversed([stack.pop() for _ in range(int(opcode[-1]))])))
+            case "BINPUT" | "LONG_BINPUT":
+                self.memo[argument] = stack[-1]
+            case "MEMOIZE":
+                self.memo[len(self.memo)] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(self.memo[argument])
+            case "GLOBAL":
+                stack.append(self.find_global(argument.replace(" ", ".")))
+            case "STACK_GLOBAL":
+                name, module = stack.pop(), stack.pop()
+                stack.append(self.find_global(f"{module}.{name}"))
+            case "BINPERSID":
+                stack.append(self.find_storage(stack.pop()))
+            case "REDUCE":
+                arguments, function = stack.pop(), stack.pop()
+                stack.append(self.rebuild(function, arguments))
+            case "SETITEM":
+                value, key = stack.pop(), stack.pop()
+                self.set_items([key, value])
+            case "SETITEMS":
+                self.set_items(self.pop_to_mark())
+            case "BUILD":
+                stack.pop()  # the attributes of a state dict: version numbers of its modules
+                if not isinstance(stack[-1], dict):
+                    self.refuse("it sets the attributes of an object")
+            case _:
+                self.refuse(f"it uses the opcode {opcode}, which no state dict of tensors needs")
+
+    def pop_to_mark(self) -> list[Any]:
+        values = []
+        while not isinstance(value := self.stack.pop(), _Mark):
+            values.append(value)
+        return values[::-1]
+
+    def set_items(self, values: list[Any]) -> None:
+        target = self.stack[-1]
+        if not isinstance(target, dict):
+            self.refuse("it sets items of something that is not a dict")
+        for key, value in zip(values[::2], values[1::2], strict=True):
+            if key in target:
+                self.refuse(f"it has two entries {key!r}")
+            target[key] = value
+
+    def find_global(self, name: str) -> _Global:
+        if name not in _GLOBALS:
+            self.refuse(f"it asks for {name}, which no state dict of tensors needs and which might run code")
+        return _Global(name)
+
+    def find_storage(self, persistent_id: Any) -> _Storage:
+        kind, storage_type, key, _, count = persistent_id
+        dtype = _STORAGES.get(storage_type.name) if isinstance(storage_type, _Global) else None
+        if kind != "storage" or dtype is None or type(count) is not int:
+            self.refuse(f"it has the unknown storage {persistent_id!r}")
+        if key not in self.storages:
+            self.refuse(f"its storage {key!r} is not in the file")
+        offset, size = self.storages[key]
+        if size != count * dtype.itemsize:
+            self.refuse(f"its storage {key!r} has {size} bytes, expected {count} x {dtype}")
+        return _Storage(dtype, offset, count)
+
+    def rebuild(self, function: Any, arguments: Any) -> Any:
+        match function, arguments:
+            case _Global(name=name), () if name == _ORDERED_DICT:
+                return {}
+            case _Global(name=name), (MappedTensor() as tensor, *_) if name == _PARAMETER:
+                return tensor
+            case _Global(name=name), (_Storage() as storage, int(offset), tuple(shape), tuple(strides), *_) if (
+                name == _TENSOR
+            ):
+                return self.make_tensor(storage, offset, shape, strides)
+        self.refuse(f"it calls {getattr(function, 'name', function)!s} with unexpected arguments")
+
+    def make_tensor(self, storage: _Storage, offset: int, shape: tuple, strides: tuple) -> MappedTensor:
+        sizes = (offset, *shape, *strides)
+        if len(shape) != len(strides) or not all(type(n) is int and n >= 0 for n in sizes):
+            self.refuse(f"it has a tensor of shape {shape} with strides {strides} at {offset}")
+        last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+        if math.prod(shape) and last >= storage.count:
+            self.refuse(f"it has a tensor of shape {shape} with strides {strides} that reaches outside its storage")
+        itemsize = storage.dtype.itemsize
+        kept = None if strides == contiguous_strides(shape) else strides
+        return MappedTensor(self.path, storage.offset + offset * itemsize, storage.dtype, shape, kept)

@@ -1,0 +1,125 @@
+"""Reading and writing `*.safetensors`: 8 bytes of header length, a JSON header, raw little-endian tensors.
+
+Ours rather than the `safetensors` package: its numpy side cannot read bfloat16 (0.8.0: "data type 'bfloat16' not
+understood"), copies what it reads, and writes a file only from tensors that are all in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from bc2_jax.convert.mapped import MappedTensor
+from bc2_jax.convert.table import Shape
+
+_DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_MAX_HEADER = 100_000_000  # the format's own limit
+
+
+def read_safetensors(path: Path) -> dict[str, MappedTensor]:
+    """Name -> tensor, nothing read but the header.
+
+    Raises ValueError with the file's name if the header is malformed, a dtype is unknown, a tensor's bytes do not match
+    its shape, or the tensors do not cover the file exactly: no overlap, no hole, no missing or surplus bytes.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
+            raise ValueError(f"{path} is truncated or not a safetensors file: its header does not fit in it.")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: the safetensors header is not valid JSON ({error}).") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: the safetensors header is not a JSON object.")
+    header.pop("__metadata__", None)
+    spans, tensors = [], {}
+    for name, entry in header.items():
+        dtype, shape, begin, end = _parse_entry(path, name, entry)
+        spans.append((begin, end, name))
+        tensors[name] = MappedTensor(path, 8 + length + begin, dtype, shape)
+    position = 0
+    for begin, end, name in sorted(spans):
+        if begin != position:
+            raise ValueError(f"{path}: {name} starts at byte {begin} of the data, expected {position}.")
+        position = end
+    if position != size - 8 - length:
+        raise ValueError(f"{path} is truncated or damaged: {size - 8 - length} bytes of data, expected {position}.")
+    return tensors
+
+
+def _parse_entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, Shape, int, int]:
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise ValueError(f"{path}: {name} has no dtype, shape or data_offsets.")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ValueError(f"{path}: {name} has dtype {dtype!r}; known are {', '.join(_DTYPES)}.")
+    if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
+        raise ValueError(f"{path}: {name} has shape {shape!r} and data_offsets {offsets!r}, expected sizes in bytes.")
+    begin, end = offsets
+    if end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
+        raise ValueError(f"{path}: {name} is {dtype} {shape} in {end - begin} bytes, which do not match.")
+    return _DTYPES[dtype], tuple(shape), begin, end
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, refusing a repeated key (of which json would silently keep the last)."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} appears twice")
+    return result
+
+
+def write_safetensors(
+    path: Path, dtype: np.dtype | type, shapes: Mapping[str, Shape], tensors: Iterable[tuple[str, np.ndarray]]
+) -> None:
+    """Writes a file of tensors of one dtype, taking them one at a time in the order of `shapes`, and syncs it to disk.
+
+    Raises ValueError if `tensors` is not exactly what `shapes` and `dtype` announce.
+    """
+    dtype = np.dtype(dtype)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
+    position = 0
+    for name, shape in shapes.items():
+        end = position + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # so the tensors are aligned in a memory map
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        announced = iter(shapes.items())
+        for name, array in tensors:
+            if (name, array.shape) != next(announced, None) or array.dtype != dtype:
+                raise ValueError(f"{path}: {name} {array.dtype} {array.shape} is not the tensor announced here.")
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        if (left := next(announced, None)) is not None:
+            raise ValueError(f"{path}: {left[0]} was announced and did not come.")
+        file.flush()
+        os.fsync(file.fileno())

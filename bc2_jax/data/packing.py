@@ -1,0 +1,309 @@
+"""Documents -> rows of tokens on disk, made once before training.
+
+The documents of a split are joined into one stream, `tokens(document) eos tokens(document) eos ...`, and the stream is
+cut into rows of T + 1 tokens. Row r holds tokens r * T .. r * T + T: neighbours share one token, which is the last
+target of one row and the first input of the next, so every token but the stream's first is a target exactly once.
+The last row is filled with pad. Nothing of a document is dropped.
+
+    OUT/manifest.json                             what is here: counts, settings, tokenizer, SHA-256 of each file
+    OUT/{train,validation}-00000-of-0000N.array_record
+                                                  a record is one row, T + 1 little-endian uint32, uncompressed
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from bc2_jax.tokenizer import Tokenizer, file_sha256
+
+logger = logging.getLogger(__name__)
+
+Split = Literal["train", "validation"]
+MANIFEST = "manifest.json"
+_FORMAT = 1
+# One record a group, so that a row is read without its neighbours; uncompressed, since token ids hardly compress.
+_WRITER_OPTIONS = "group_size:1,uncompressed"
+_BATCH_CHARACTERS = 1 << 20
+_BATCH_DOCUMENTS = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class FileInfo:
+    """One ArrayRecord file."""
+
+    name: str
+    rows: int
+    size: int
+    """Bytes of the file."""
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitInfo:
+    """Either the training or the held-out part."""
+
+    documents: int
+    characters: int
+    bytes: int
+    """UTF-8 bytes of the text."""
+    tokens: int
+    """Tokens of the stream, one eos a document included."""
+    rows: int
+    padding: int
+    """Pad tokens that fill the last row."""
+    files: tuple[FileInfo, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a folder of packed rows holds."""
+
+    sequence_length: int
+    """T; a row has T + 1 tokens."""
+    vocab_size: int
+    eos_id: int
+    pad_id: int
+    tokenizer_sha256: str
+    validation_fraction: float
+    documents: int
+    """Documents read: those of both splits, the empty and the invalid ones."""
+    empty_documents: int
+    invalid_documents: int
+    """Documents that are no string, or no UTF-8 text; each was logged."""
+    train: SplitInfo
+    validation: SplitInfo
+    format: int = _FORMAT
+
+    def split(self, split: Split) -> SplitInfo:
+        return self.train if split == "train" else self.validation
+
+
+def load_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """Reads PATH/manifest.json. Raises FileNotFoundError without one and ValueError if this code can't read it."""
+    file = Path(path, MANIFEST)
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"data.sources.path = {str(path)!r} has no {MANIFEST}: it must be a folder written by tools/tokenize_corpus.py."
+        )
+    try:
+        fields: dict[str, Any] = json.loads(file.read_bytes())
+        for split in ("train", "validation"):
+            files = tuple(FileInfo(**info) for info in fields[split].pop("files"))
+            fields[split] = SplitInfo(**fields[split], files=files)
+        manifest = Manifest(**fields)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{str(file)!r} is not a manifest of packed rows, format {_FORMAT}: {error!r}.") from error
+    if manifest.format != _FORMAT:
+        raise ValueError(f"format = {manifest.format} in {str(file)!r} is not valid: this version reads {_FORMAT}.")
+    return manifest
+
+
+def read_rows(path: str | os.PathLike[str], split: Split) -> np.ndarray:
+    """All rows of one split in the order of the text: uint32 [rows, T + 1]. Holds them in memory."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    manifest = load_manifest(path)
+    records: list[bytes] = []
+    for file in manifest.split(split).files:
+        reader = ArrayRecordReader(str(Path(path, file.name)))
+        records += reader.read_all()
+        reader.close()
+    return np.frombuffer(b"".join(records), "<u4").reshape(-1, manifest.sequence_length + 1)
+
+
+def why_invalid(document: object) -> str | None:
+    """Why `document` can't be packed, or None if it can."""
+    if not isinstance(document, str):
+        return f"it is no string but {type(document).__name__}"
+    try:
+        document.encode()
+    except UnicodeEncodeError as error:
+        return f"it has a lone surrogate at character {error.start}"
+    return None
+
+
+def is_held_out(document: str, validation_fraction: float) -> bool:
+    """Whether a document is for validation: a property of its text alone, so copies are always on the same side."""
+    digest = hashlib.blake2b(document.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < validation_fraction * 2**64
+
+
+def pack_documents(
+    documents: Iterable[str],
+    tokenizer: Tokenizer,
+    out_dir: str | os.PathLike[str],
+    sequence_length: int,
+    *,
+    validation_fraction: float = 0.01,
+    rows_per_file: int = 65_536,
+    overwrite: bool = False,
+) -> Manifest:
+    """Tokenizes `documents` into rows of `sequence_length` + 1 tokens in `out_dir`; memory does not grow with them.
+
+    About `validation_fraction` of the documents, chosen by a hash of their text, are held out whole. Empty and invalid
+    documents are counted and logged. The folder appears complete or not at all; one that is there raises
+    FileExistsError unless `overwrite`, which only ever replaces packed rows. ValueError for a bad argument, or if no
+    document can be packed.
+    """
+    if sequence_length < 1:
+        raise ValueError(f"sequence_length = {sequence_length} is not valid: it must be positive.")
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(f"validation_fraction = {validation_fraction} is not valid: it must be in [0, 1).")
+    if rows_per_file < 1:
+        raise ValueError(f"rows_per_file = {rows_per_file} is not valid: it must be positive.")
+    out = Path(out_dir)
+    if out.exists() and not (overwrite and out.is_dir() and (not any(out.iterdir()) or (out / MANIFEST).is_file())):
+        legal = "only a folder of packed rows can be overwritten" if overwrite else "choose another or pass overwrite"
+        raise FileExistsError(f"out_dir = {str(out)!r} is not valid: it exists; {legal}.")
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}.incomplete")
+    temporary.mkdir()
+    try:
+        manifest = _pack(documents, tokenizer, temporary, sequence_length, validation_fraction, rows_per_file)
+        (temporary / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
+        if out.exists():
+            replaced = temporary.with_suffix(".replaced")
+            out.rename(replaced)
+            temporary.rename(out)
+            shutil.rmtree(replaced)
+        else:
+            temporary.rename(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return manifest
+
+
+def _pack(
+    documents: Iterable[str],
+    tokenizer: Tokenizer,
+    folder: Path,
+    sequence_length: int,
+    validation_fraction: float,
+    rows_per_file: int,
+) -> Manifest:
+    counts = {"documents": 0, "empty_documents": 0, "invalid_documents": 0}
+    streams = {split: _Stream(folder, split, sequence_length, rows_per_file) for split in ("train", "validation")}
+    for batch in _batches(_checked(documents, counts)):
+        for document, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
+            if tokenizer.pad_id in ids:
+                raise ValueError(
+                    f"tokenizer = {str(tokenizer.path)!r} can't spell all of the text: packing needs byte fallback, "
+                    f"because id {tokenizer.pad_id} marks padding."
+                )
+            split = "validation" if is_held_out(document, validation_fraction) else "train"
+            streams[split].add(document, [*ids, tokenizer.eos_id])
+    if not any(stream.documents for stream in streams.values()):
+        raise ValueError(f"documents are not valid: none of the {counts['documents']} has any text.")
+    return Manifest(
+        sequence_length=sequence_length,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        tokenizer_sha256=tokenizer.fingerprint,
+        validation_fraction=validation_fraction,
+        **counts,
+        train=streams["train"].close(tokenizer.pad_id),
+        validation=streams["validation"].close(tokenizer.pad_id),
+    )
+
+
+def _checked(documents: Iterable[str], counts: dict[str, int]) -> Iterator[str]:
+    """The documents that can be packed; counts all of them."""
+    for index, document in enumerate(documents):
+        counts["documents"] += 1
+        if reason := why_invalid(document):
+            counts["invalid_documents"] += 1
+            logger.warning("document %d is left out: %s", index, reason)
+        elif not document:
+            counts["empty_documents"] += 1
+        else:
+            yield document
+
+
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Groups documents to about a million characters, so that tokenizing can use all cores in little memory."""
+    batch: list[str] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document)
+        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+class _Stream:
+    """The tokens of one split, written as rows while they come."""
+
+    def __init__(self, folder: Path, split: str, sequence_length: int, rows_per_file: int) -> None:
+        self.documents = self._characters = self._bytes = self._tokens = 0
+        self._folder, self._split = folder, split
+        self._sequence_length, self._rows_per_file = sequence_length, rows_per_file
+        self._pending = np.empty(0, "<u4")
+        self._rows: list[int] = []
+        """Rows in each file so far."""
+        self._writer: Any = None
+
+    def add(self, document: str, ids: list[int]) -> None:
+        self.documents += 1
+        self._characters += len(document)
+        self._bytes += len(document.encode())
+        self._tokens += len(ids)
+        self._pending = np.concatenate([self._pending, np.array(ids, "<u4")])
+        start = 0
+        while len(self._pending) - start > self._sequence_length:
+            self._write(self._pending[start : start + self._sequence_length + 1])
+            start += self._sequence_length
+        self._pending = self._pending[start:]
+
+    def close(self, pad_id: int) -> SplitInfo:
+        # A single pending token was the last target of the row before; as an input it would have no target.
+        padding = 0
+        if len(self._pending) > 1:
+            padding = self._sequence_length + 1 - len(self._pending)
+            self._write(np.pad(self._pending, (0, padding), constant_values=pad_id))
+        if self._writer is not None:
+            self._writer.close()
+        files = []
+        for index, rows in enumerate(self._rows):
+            name = f"{self._split}-{index:05d}-of-{len(self._rows):05d}.array_record"
+            file = self._file(index).rename(self._folder / name)
+            files.append(FileInfo(name, rows, file.stat().st_size, file_sha256(file)))
+        return SplitInfo(
+            documents=self.documents,
+            characters=self._characters,
+            bytes=self._bytes,
+            tokens=self._tokens,
+            rows=sum(self._rows),
+            padding=padding,
+            files=tuple(files),
+        )
+
+    def _file(self, index: int) -> Path:
+        return self._folder / f"{self._split}-{index:05d}"
+
+    def _write(self, row: np.ndarray) -> None:
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        if not self._rows or self._rows[-1] == self._rows_per_file:
+            if self._writer is not None:
+                self._writer.close()
+            self._writer = ArrayRecordWriter(str(self._file(len(self._rows))), _WRITER_OPTIONS)
+            self._rows.append(0)
+        self._writer.write(row.tobytes())
+        self._rows[-1] += 1

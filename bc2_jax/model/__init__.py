@@ -1,0 +1,1 @@
+"""The Baichuan 2 decoder: token ids -> hidden states -> logits."""

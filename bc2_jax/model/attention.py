@@ -1,0 +1,97 @@
+"""Multi-head self-attention of one decoder layer: projections, positions, the kernel on the mesh, the KV cache."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from bc2_jax.config import ComputeConfig, ModelConfig
+from bc2_jax.kernels.attention import Tokens, chunked_attention, reference_attention
+from bc2_jax.model.layers import Weight, linear, normal
+from bc2_jax.model.position import alibi_slopes, apply_rope
+from bc2_jax.sharding import ShardingRules
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the tokens seen so far, in slots that all sequences of the batch share."""
+
+    k: Array
+    """[L, B, S, N, H] in the compute dtype."""
+    v: Array
+    tokens: Tokens
+    """Position and segment of each slot, int32 [B, S]; segment 0 is an empty slot or padding."""
+    length: Array
+    """Slots in use, int32 scalar."""
+
+
+class SelfAttention(nnx.Module):
+    """Weights of all L layers are stacked; a call uses one layer's slice."""
+
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, rules: ShardingRules, *, rngs: nnx.Rngs):
+        L, D, N, H = config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.head_dim
+        std = config.initializer_range
+        # Apart rather than fused as the released W_pack: a fused layout costs large relayout copies on TPU.
+        into = ("layers", "embed", "heads", "head_dim")
+        self.q_proj = Weight(normal(rngs, (L, D, N, H), std), into)
+        self.k_proj = Weight(normal(rngs, (L, D, N, H), std), into)
+        self.v_proj = Weight(normal(rngs, (L, D, N, H), std), into)
+        self.o_proj = Weight(normal(rngs, (L, N, H, D), std), ("layers", "heads", "head_dim", "embed"))
+        self.config, self.compute, self.rules = config, compute, rules
+
+    def __call__(
+        self, x_BTD: Array, tokens: Tokens, rope: tuple[Array, Array] | None, cache: KVCache | None, layer: Array | int
+    ) -> tuple[Array, KVCache | None]:
+        """[B, T, D] -> [B, T, D]. With a cache, writes the new keys and values at its end and returns it."""
+        out_axes = ("batch", "sequence", "heads", "head_dim")
+        q, k, v = (
+            linear("BTD,DNH->BTNH", x_BTD, proj.weight[...], ("embed", "heads", "head_dim"), out_axes, self.rules)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if rope is not None:
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
+        q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
+        if cache is not None:
+            start = (layer, 0, cache.length, 0, 0)
+            cache = cache._replace(
+                k=jax.lax.dynamic_update_slice(cache.k, k[None], start),
+                v=jax.lax.dynamic_update_slice(cache.v, v[None], start),
+            )
+        if cache is not None and q.shape[1] == 1:
+            out = self._attend(q, cache.k[layer], cache.v[layer], tokens, cache.tokens, cache.length)
+        else:
+            # A prefill fills an empty cache, so its tokens see only each other.
+            out = self._attend(q, k, v, tokens, tokens, 0)
+        y_BTD = linear(
+            "BTNH,NHD->BTD", out, self.o_proj.weight[...], ("heads", "head_dim", "embed"),
+            ("batch", "sequence", "hidden"), self.rules,
+        )  # fmt: skip
+        return checkpoint_name(y_BTD, "o"), cache
+
+    def _attend(self, q: Array, k: Array, v: Array, q_tokens: Tokens, k_tokens: Tokens, offset: Array | int) -> Array:
+        """The kernel, on each device's own rows and heads; slopes are cut with their heads."""
+        alibi = self.config.position_embedding == "alibi"
+        slopes = jnp.asarray(alibi_slopes(self.config.num_attention_heads)) if alibi else None
+        if self.compute.attention == "chunked" and q.shape[1] == k.shape[1]:
+            block = self.compute.attention_block
+
+            def kernel(q, k, v, q_tokens, k_tokens, slopes, offset):
+                return chunked_attention(q, k, v, q_tokens, slopes, block=block)
+        else:
+            kernel = reference_attention
+        with jax.named_scope("attention"):
+            arguments = (q, k, v, q_tokens, k_tokens, slopes, jnp.asarray(offset, jnp.int32))
+            if self.rules.sharding() is None:
+                return kernel(*arguments)
+            spec = functools.partial(self.rules.spec)
+            heads, rows = spec("batch", "sequence", "heads", "head_dim"), Tokens(*[spec("batch", "sequence")] * 2)
+            slopes_spec = None if slopes is None else spec("heads")
+            if slopes is not None:
+                arguments = (*arguments[:5], self.rules.reshard(slopes, "heads"), arguments[6])
+            in_specs = (heads, heads, heads, rows, rows, slopes_spec, spec())
+            return jax.shard_map(kernel, in_specs=in_specs, out_specs=heads)(*arguments)

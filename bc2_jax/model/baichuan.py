@@ -1,0 +1,178 @@
+"""Baichuan 2 (paper section 2): embedding, L decoder layers, final norm, head; one code path for 7B and 13B."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+
+from bc2_jax.config import ComputeConfig, ModelConfig
+from bc2_jax.kernels.attention import Tokens
+from bc2_jax.model.attention import KVCache, SelfAttention
+from bc2_jax.model.head import Head
+from bc2_jax.model.layers import MLP, Embedding, RMSNorm, remat
+from bc2_jax.model.position import make_rope
+from bc2_jax.sharding import DEFAULT_RULES, ShardingRules, use_mesh_of
+
+Params = dict[str, Any]
+
+
+class DecoderLayer(nnx.Module):
+    """h += attention(norm(h)); h += mlp(norm(h)). Holds the stacked weights of all layers; a call uses one layer's."""
+
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, rules: ShardingRules, *, rngs: nnx.Rngs):
+        stack = (config.num_hidden_layers,)
+        self.input_layernorm = RMSNorm(config, stack)
+        self.self_attn = SelfAttention(config, compute, rules, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(config, stack)
+        self.mlp = MLP(config, rules, rngs=rngs)
+
+    def __call__(
+        self, h_BTD: Array, tokens: Tokens, rope: tuple[Array, Array] | None, cache: KVCache | None, layer: Array | int
+    ) -> tuple[Array, KVCache | None]:
+        with jax.named_scope("self_attn"):
+            y_BTD, cache = self.self_attn(self.input_layernorm(h_BTD), tokens, rope, cache, layer)
+            h_BTD += y_BTD
+        with jax.named_scope("mlp"):
+            return h_BTD + self.mlp(self.post_attention_layernorm(h_BTD)), cache
+
+
+class Baichuan2(nnx.Module):
+    """The whole model. Parameters are named as in PyTorch, without the leading `model.`, with stacked layers."""
+
+    def __init__(
+        self, config: ModelConfig, compute: ComputeConfig = ComputeConfig(), rules: ShardingRules = DEFAULT_RULES,
+        *, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        self.embed_tokens = Embedding(config, rules, rngs=rngs)
+        self.layers = DecoderLayer(config, compute, rules, rngs=rngs)
+        self.norm = RMSNorm(config)
+        self.lm_head = Head(config, rules, rngs=rngs)
+        self.config, self.compute = config, compute
+
+    def __call__(self, input_ids: Array, positions: Array | None = None, segment_ids: Array | None = None) -> Array:
+        """Logits [B, T, V] in fp32 of token ids [B, T].
+
+        `segment_ids` int32 [B, T]: a token sees earlier tokens with the same non-zero segment; 0 is padding, left or
+        right (the released 13B code reads its attention mask so). `positions` int32 [B, T] default to the index within
+        the segment. Raises ValueError for shapes that do not agree.
+        """
+        with use_mesh_of(self.norm.weight[...]):
+            h_BTD, _ = self.hidden_states(input_ids, positions, segment_ids)
+            return self.lm_head(h_BTD)
+
+    def hidden_states(
+        self, input_ids: Array, positions: Array | None = None, segment_ids: Array | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Array, KVCache | None]:  # fmt: skip
+        """What the head is applied to, [B, T, D] in the compute dtype, and the cache with these tokens appended.
+
+        With a cache, T is the whole prompt of an empty cache, or 1.
+        """
+        h_BTD, cache, _ = self._run_layers(input_ids, positions, segment_ids, cache)
+        return self.norm(h_BTD), cache
+
+    def every_hidden_state(
+        self, input_ids: Array, positions: Array | None = None, segment_ids: Array | None = None
+    ) -> Array:
+        """[L + 1, B, T, D]: after the embedding, after each layer but the last, after the final norm."""
+        with use_mesh_of(self.norm.weight[...]):
+            h_BTD, _, before = self._run_layers(input_ids, positions, segment_ids, None, keep=True)
+            return jnp.concatenate([before, self.norm(h_BTD)[None]])
+
+    def _run_layers(self, input_ids, positions, segment_ids, cache, keep: bool = False):
+        tokens = place_tokens(input_ids, positions, segment_ids)
+        if cache is not None:
+            slots = (jax.lax.dynamic_update_slice(c, t, (0, cache.length)) for c, t in zip(cache.tokens, tokens))
+            cache = cache._replace(tokens=Tokens(*slots))
+        rope = None
+        if self.config.position_embedding == "rope":
+            rope = make_rope(tokens.positions, self.config.head_dim, self.config.rope_theta)
+        graphdef, stacked = nnx.split(self.layers)
+
+        def run_layer(carry, layer):
+            h_BTD, cache = carry
+            index, params = layer
+            out = nnx.merge(graphdef, params)(h_BTD, tokens, rope, cache, index)
+            return out, h_BTD if keep else None
+
+        run_layer = remat(run_layer, self.compute)
+        carry = self.embed_tokens(input_ids, jnp.dtype(self.compute.dtype)), cache
+        indices = jnp.arange(self.config.num_hidden_layers)
+        if self.compute.scan_layers:
+            (h_BTD, cache), before = jax.lax.scan(run_layer, carry, (indices, stacked))
+        else:
+            kept = []
+            for layer in enumerate(unstack_layers(stacked)):
+                carry, h_BTD = run_layer(carry, layer)
+                kept.append(h_BTD)
+            (h_BTD, cache), before = carry, stack_layers(kept)
+        if cache is not None:
+            cache = cache._replace(length=cache.length + input_ids.shape[1])
+        return h_BTD, cache, before
+
+
+def place_tokens(input_ids: Array, positions: Array | None, segment_ids: Array | None) -> Tokens:
+    """Positions and segments of [B, T] token ids, defaults filled in: one segment, positions from its start."""
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids has shape {input_ids.shape}; it must be [batch, length].")
+    for name, value in (("positions", positions), ("segment_ids", segment_ids)):
+        if value is not None and value.shape != input_ids.shape:
+            raise ValueError(f"{name} has shape {value.shape}; it must be that of input_ids, {input_ids.shape}.")
+    segment_ids = jnp.ones_like(input_ids, jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
+    if positions is None:
+        index = jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
+        previous = jnp.pad(segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+        positions = index - jax.lax.cummax(jnp.where(segment_ids != previous, index, 0), axis=1)
+    return Tokens(positions.astype(jnp.int32), segment_ids)
+
+
+def unstack_layers(stacked: Any) -> list[Any]:
+    """A tree of arrays [L, ...] -> L trees of arrays [...]."""
+    leaves, treedef = jax.tree.flatten(stacked)
+    return [treedef.unflatten(layer) for layer in zip(*(jnp.unstack(x) for x in leaves), strict=True)]
+
+
+def stack_layers(layers: list[Any]) -> Any:
+    """The inverse of `unstack_layers`."""
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *layers)
+
+
+def split_model(
+    config: ModelConfig, compute: ComputeConfig = ComputeConfig(), rules: ShardingRules = DEFAULT_RULES
+) -> tuple[Any, Params, Params]:
+    """(graphdef, abstract parameters, logical axes), without allocating anything.
+
+    `nnx.merge(graphdef, params)` gives the model for a nested dict `params` of arrays shaped as the abstract ones.
+    """
+
+    model = nnx.eval_shape(lambda: Baichuan2(config, compute, rules, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(model)
+    axes = jax.tree.map(lambda p: p.axes, state, is_leaf=lambda p: isinstance(p, nnx.Variable))
+    return graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
+
+
+def param_shardings(config: ModelConfig, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Params:
+    """NamedSharding of every parameter on `mesh`."""
+    axes = split_model(config, rules=rules)[2]
+    is_leaf = lambda a: isinstance(a, tuple)  # noqa: E731
+    return jax.tree.map(lambda a: NamedSharding(mesh, rules.spec(*a)), axes, is_leaf=is_leaf)
+
+
+def init_params(config: ModelConfig, seed: int, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Params:
+    """Initial fp32 parameters, each born on its devices: the whole model never exists in one place.
+
+    N(0, initializer_range) for linear and embedding weights, the padding row 0, norms 1, the head U(+-1 / sqrt(D)).
+    The values do not depend on the mesh.
+    """
+
+    def init(seed: Array) -> Params:
+        # No rules: inside, arrays are whole; out_shardings cut them.
+        model = Baichuan2(config, rngs=nnx.Rngs(seed))
+        return nnx.to_pure_dict(nnx.split(model)[1])
+
+    return jax.jit(init, out_shardings=param_shardings(config, mesh, rules))(seed)

@@ -1,0 +1,46 @@
+"""The output embedding and NormHead (paper section 2.4)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from bc2_jax.config import ModelConfig
+from bc2_jax.model.layers import Weight
+from bc2_jax.sharding import ShardingRules
+
+# As in the PyTorch code (torch.nn.functional.normalize): shorter rows count as zero.
+MIN_NORM = 1e-12
+
+
+def normalize_rows(w_VD: Array) -> Array:
+    """Rows of unit length, computed in (at least) fp32 from the stored weight, which stays as it is.
+
+    A zero row, as when a vocabulary grows, gives a zero row and a zero gradient instead of 0 / 0.
+    """
+    w_VD = w_VD.astype(jnp.promote_types(w_VD.dtype, jnp.float32))
+    squares = jnp.sum(w_VD * w_VD, axis=-1, keepdims=True)
+    is_zero = squares < MIN_NORM**2
+    return w_VD * jnp.where(is_zero, 0.0, jax.lax.rsqrt(jnp.where(is_zero, 1.0, squares)))
+
+
+class Head(Weight):
+    """Output embedding `weight` [V, D], not normalised, as in the released files."""
+
+    def __init__(self, config: ModelConfig, rules: ShardingRules, *, rngs: nnx.Rngs):
+        bound = config.hidden_size**-0.5
+        shape = (config.vocab_size, config.hidden_size)
+        super().__init__(jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound), ("vocab", "embed"))
+        self.normalize, self.rules = config.normalize_head, rules
+
+    def rows(self) -> Array:
+        """[V, D] what the hidden states are multiplied with: the weight's normalised rows, or the weight itself."""
+        return normalize_rows(self.weight[...]) if self.normalize else self.weight[...]
+
+    def __call__(self, h_BTD: Array) -> Array:
+        """Logits [B, T, V] in fp32."""
+        rows = self.rules.reshard(self.rows().astype(h_BTD.dtype), "vocab", None)
+        sharding = self.rules.sharding("batch", "sequence", "vocab")
+        return jnp.einsum("BTD,VD->BTV", h_BTD, rows, preferred_element_type=jnp.float32, out_sharding=sharding)

@@ -1,0 +1,145 @@
+"""Weights, matmuls against sharded weights, RMSNorm, embedding and the SwiGLU feed-forward layer."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from bc2_jax.config import ComputeConfig, ModelConfig
+from bc2_jax.sharding import ShardingRules
+
+
+class Weight(nnx.Module):
+    """One parameter named `weight`, fp32 at birth, with the logical axis of each dimension."""
+
+    def __init__(self, value: Array, axes: tuple[str | None, ...]):
+        self.weight = nnx.Param(value, axes=axes)
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float) -> Array:
+    return stddev * jax.random.normal(rngs.params(), shape)
+
+
+def gather(w: Array, axes: tuple[str | None, ...], rules: ShardingRules, dtype: jnp.dtype) -> Array:
+    """A stored weight as it is used: cast first, so that half the bytes travel, then whole along the model dimension."""
+    return rules.reshard(w.astype(dtype), *(None if axis == "embed" else axis for axis in axes))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4, 5))
+def linear(
+    equation: str, x: Array, w: Array, axes: tuple[str | None, ...], out_axes: tuple[str | None, ...],
+    rules: ShardingRules,
+) -> Array:  # fmt: skip
+    """einsum(equation, x, w) in the dtype of x, for a stored weight `w` with logical `axes`.
+
+    The weight is gathered in the compute dtype; its gradient is computed and reduced over the batch in fp32, straight
+    into the layout in which the weight is stored.
+    """
+    return _linear_forward(equation, x, w, axes, out_axes, rules)[0]
+
+
+def _linear_forward(equation, x, w, axes, out_axes, rules):
+    y = jnp.einsum(equation, x, gather(w, axes, rules, x.dtype), out_sharding=rules.sharding(*out_axes))
+    return y, (x, w)
+
+
+def _linear_backward(equation, axes, out_axes, rules, residuals, dy):
+    x, w = residuals
+    (x_dims, w_dims), y_dims = equation.split("->")[0].split(","), equation.split("->")[1]
+    x_sharding = None if rules.sharding(*axes) is None else jax.typeof(x).sharding
+    dx = jnp.einsum(f"{y_dims},{w_dims}->{x_dims}", dy, gather(w, axes, rules, x.dtype), out_sharding=x_sharding)
+    dw = jnp.einsum(
+        f"{x_dims},{y_dims}->{w_dims}", x, dy, preferred_element_type=jnp.float32, out_sharding=rules.sharding(*axes)
+    )
+    return dx, dw.astype(w.dtype)
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """x / rms(x) * weight over the last dimension, statistics and scaling in fp32; returns the dtype of x."""
+    x32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (x32 * scale * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+class RMSNorm(Weight):
+    """RMSNorm over the model dimension; `stack` holds the layer dimension where the weights of all layers are stacked."""
+
+    def __init__(self, config: ModelConfig, stack: tuple[int, ...] = ()):
+        axes = ("layers", None) if stack else (None,)
+        super().__init__(jnp.ones((*stack, config.hidden_size)), axes)
+        self.eps = config.rms_norm_eps
+
+    def __call__(self, x_BTD: Array) -> Array:
+        return rms_norm(x_BTD, self.weight[...], self.eps)
+
+
+class Embedding(Weight):
+    """Token embedding; the row of the padding token starts at zero."""
+
+    def __init__(self, config: ModelConfig, rules: ShardingRules, *, rngs: nnx.Rngs):
+        value = normal(rngs, (config.vocab_size, config.hidden_size), config.initializer_range)
+        value = jnp.where(jnp.arange(config.vocab_size)[:, None] == config.pad_token_id, 0, value)
+        super().__init__(value, ("vocab", "embed"))
+        self.rules = rules
+
+    def __call__(self, input_ids_BT: Array, dtype: jnp.dtype) -> Array:
+        # Whole along the model dimension, still cut along the vocabulary: one all-gather and one all-reduce. Left to
+        # itself the compiler replicates the table.
+        table_VD = self.rules.reshard(self.weight[...], "vocab", None)
+        sharding = self.rules.sharding("batch", "sequence", "hidden")
+        return table_VD.at[input_ids_BT].get(out_sharding=sharding).astype(dtype)
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down_proj(silu(gate_proj(x)) * up_proj(x)). Weights of all L layers are stacked; a call uses one layer's."""
+
+    def __init__(self, config: ModelConfig, rules: ShardingRules, *, rngs: nnx.Rngs):
+        L, D, F = config.num_hidden_layers, config.hidden_size, config.intermediate_size
+        std = config.initializer_range
+        self.gate_proj = Weight(normal(rngs, (L, D, F), std), ("layers", "embed", "ffn"))
+        self.up_proj = Weight(normal(rngs, (L, D, F), std), ("layers", "embed", "ffn"))
+        self.down_proj = Weight(normal(rngs, (L, F, D), std), ("layers", "ffn", "embed"))
+        self.rules = rules
+
+    def __call__(self, x_BTD: Array) -> Array:
+        into, inner = ("embed", "ffn"), ("batch", "sequence", "ffn")
+        gate_BTF = linear("BTD,DF->BTF", x_BTD, self.gate_proj.weight[...], into, inner, self.rules)
+        up_BTF = linear("BTD,DF->BTF", x_BTD, self.up_proj.weight[...], into, inner, self.rules)
+        gate_BTF, up_BTF = checkpoint_name(gate_BTF, "gate"), checkpoint_name(up_BTF, "up")
+        y_BTD = linear(
+            "BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, self.down_proj.weight[...], ("ffn", "embed"),
+            ("batch", "sequence", "hidden"), self.rules,
+        )  # fmt: skip
+        return checkpoint_name(y_BTD, "down")
+
+
+# What each remat policy keeps of a layer, by the names given above and in attention.py.
+MATMULS = ("q", "k", "v", "attention", "attention_lse", "o", "gate", "up", "down")
+
+
+def remat(function, compute: ComputeConfig):
+    """`function` with its intermediate values kept or recomputed as `compute.remat` says."""
+    policies = jax.checkpoint_policies
+    match compute.remat:
+        case "none":
+            return function
+        case "full":
+            policy = policies.nothing_saveable
+        case "save_dots":
+            policy = policies.save_only_these_names(*MATMULS)
+        case "save_attention":
+            policy = policies.save_only_these_names("attention", "attention_lse")
+        case "offload":
+            policy = policies.save_and_offload_only_these_names(
+                names_which_can_be_saved=[], names_which_can_be_offloaded=list(MATMULS),
+                offload_src="device", offload_dst="pinned_host",
+            )  # fmt: skip
+    return jax.checkpoint(function, policy=policy, prevent_cse=not compute.scan_layers)

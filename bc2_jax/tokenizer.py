@@ -1,0 +1,207 @@
+"""Text to token ids and back: the released Baichuan 2 tokenizer, or one trained with its settings.
+
+The layout is the released one whatever the size of the vocabulary: 0 pad and unknown, 1 beginning of text, 2 end of
+text, 195 and 196 the user and assistant roles. Data and checkpoints therefore agree on the ids that have a meaning.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import os
+import re
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
+USER_ID, ASSISTANT_ID = 195, 196
+
+_LAYOUT = {
+    PAD_ID: "<unk>",
+    BOS_ID: "<s>",
+    EOS_ID: "</s>",
+    USER_ID: "<reserved_106>",
+    ASSISTANT_ID: "<reserved_107>",
+}
+_RESERVED = re.compile(r"<reserved_\d+>")
+_SPECIAL = re.compile(r"<unk>|<s>|</s>|<reserved_\d+>")
+
+# Frequent in code and never learned: training items are lines, and SentencePiece keeps tabs for itself.
+_USER_DEFINED = ["\n", "\t"]
+# SentencePiece skips items longer than max_sentence_length bytes; a character has at most 4 bytes.
+_MAX_ITEM_BYTES = 16_384
+_MAX_ITEM_CHARACTERS = _MAX_ITEM_BYTES // 4
+# SentencePiece's own marker for unknown pieces: a training item that contains it is skipped.
+_MARKER = "\u2585"
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Tokenizer:
+    """A SentencePiece model with Baichuan 2's layout of ids.
+
+    Raises FileNotFoundError if there is no such file, ValueError if it is no SentencePiece model or if one of the five
+    ids with a meaning is another piece.
+    """
+
+    pad_id = PAD_ID
+    bos_id = BOS_ID
+    eos_id = EOS_ID
+    user_id = USER_ID
+    assistant_id = ASSISTANT_ID
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        import sentencepiece
+
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"tokenizer = {str(path)!r} is not a file: a SentencePiece model is needed.")
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=self.path.read_bytes())
+        except RuntimeError as error:
+            raise ValueError(f"tokenizer = {str(path)!r} is not a SentencePiece model.") from error
+        self.vocab_size: int = self._model.vocab_size()
+        for token_id, piece in _LAYOUT.items():
+            found = self._model.id_to_piece(token_id) if token_id < self.vocab_size else "nothing"
+            if found != piece:
+                raise ValueError(
+                    f"tokenizer = {str(path)!r} has {found} at id {token_id}: Baichuan 2's layout needs {piece} there."
+                )
+        reserved = {i: self.piece(i) for i in range(self.vocab_size) if _RESERVED.fullmatch(self.piece(i))}
+        # The released model holds reserved pieces as user-defined symbols, which SentencePiece finds in any text.
+        self._forgeable = {piece for i, piece in reserved.items() if not self._model.is_control(i)}
+        self._special_ids = {PAD_ID, BOS_ID, EOS_ID, *reserved}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the model file, in hex: packed rows and checkpoints name their tokenizer by it."""
+        return file_sha256(self.path)
+
+    def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
+        """The ids of `text`; nothing is added at either end.
+
+        By default text can't produce a special id: a literal `<reserved_106>` becomes the ordinary pieces of its
+        characters, so that a user's message can't forge a role. `parse_special=True` turns literal `<unk>`, `<s>`,
+        `</s>` and `<reserved_N>` into their ids, as the released tokenizer class does; only for trusted text.
+        """
+        if not parse_special:
+            return self.encode_batch([text])[0]
+        ids: list[int] = []
+        start = 0
+        for match in _SPECIAL.finditer(text):
+            token_id = self._model.piece_to_id(match.group())
+            if token_id in self._special_ids and self.piece(token_id) == match.group():
+                ids += self._model.encode(text[start : match.start()])
+                ids.append(token_id)
+                start = match.end()
+        return ids + self._model.encode(text[start:])
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, on all cores."""
+        cut = [self._cut_forged(text) for text in texts]
+        try:
+            encoded = iter(self._model.encode([part for parts in cut for part in parts]))
+        except TypeError as error:
+            raise ValueError("text is not valid: it has a lone surrogate, which is no character in UTF-8.") from error
+        return [
+            next(encoded) if len(parts) == 1 else [token_id for _ in parts for token_id in next(encoded)]
+            for parts in cut
+        ]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`. Special ids (pad, bos, eos, reserved, roles) have none and are left out.
+
+        Bytes that are no UTF-8 become U+FFFD. Raises ValueError for an id outside 0..vocab_size - 1.
+        """
+        kept = [int(i) for i in ids if int(i) not in self._special_ids]
+        for token_id in kept:
+            if not 0 <= token_id < self.vocab_size:
+                raise ValueError(f"token id = {token_id} is not valid: it must be in 0..{self.vocab_size - 1}.")
+        return self._model.decode(kept) if kept else ""
+
+    def piece(self, token_id: int) -> str:
+        """How the vocabulary spells `token_id`; a space is written as U+2581."""
+        return self._model.id_to_piece(token_id)
+
+    def _cut_forged(self, text: str) -> list[str]:
+        """Cuts `text` inside each literal that SentencePiece would read as a reserved piece; joined it is `text`."""
+        parts: list[str] = []
+        start = 0
+        if self._forgeable and "<reserved_" in text:
+            for match in _RESERVED.finditer(text):
+                if match.group() in self._forgeable:
+                    parts.append(text[start : match.start() + 1])
+                    start = match.start() + 1
+        return [*parts, text[start:]]
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    path: str | os.PathLike[str],
+    vocab_size: int,
+    *,
+    character_coverage: float = 0.9999,
+) -> Tokenizer:
+    """Trains byte-pair encoding with Baichuan 2's settings (paper section 2.2) and writes the model to `path`.
+
+    Ids 3..196 are control symbols, which text never produces; then come newline, tab, 256 bytes and the learned
+    pieces. The same texts and size give the same file. Texts are cut into lines, and lines above 4096 characters into
+    stretches of that, because SentencePiece would skip them without a word; no text is lost but merges across a cut.
+    Memory is 20 to 25 times the size of `texts`: give it a sample.
+
+    Raises ValueError if `texts` can't fill or can't fit `vocab_size`.
+    """
+    import sentencepiece
+
+    fixed = ASSISTANT_ID + 1 + len(_USER_DEFINED) + 256
+    if vocab_size <= fixed:
+        raise ValueError(f"vocab_size = {vocab_size} is not valid: it must be more than the {fixed} fixed pieces.")
+    # The released names where there is one for the id: <reserved_0> is 89.
+    control = [f"<reserved_{i - 89}>" if i >= 89 else f"<control_{i}>" for i in range(EOS_ID + 1, ASSISTANT_ID + 1)]
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_training_items(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            character_coverage=character_coverage,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            split_digits=True,
+            split_by_unicode_script=True,
+            byte_fallback=True,
+            allow_whitespace_only_pieces=True,
+            max_sentencepiece_length=32,
+            max_sentence_length=_MAX_ITEM_BYTES,
+            unk_id=PAD_ID,
+            bos_id=BOS_ID,
+            eos_id=EOS_ID,
+            pad_id=-1,
+            control_symbols=control,
+            user_defined_symbols=_USER_DEFINED,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).rpartition("] ")[2] or str(error)
+        raise ValueError(f"vocab_size = {vocab_size} is not valid for this text: {reason}") from error
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary.write_bytes(model.getvalue())
+    temporary.replace(path)
+    return Tokenizer(path)
+
+
+def _training_items(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for line in text.replace(_MARKER, "").split("\n"):
+            for start in range(0, len(line), _MAX_ITEM_CHARACTERS):
+                yield line[start : start + _MAX_ITEM_CHARACTERS]
