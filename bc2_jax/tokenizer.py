@@ -28,7 +28,7 @@ _LAYOUT = {
 _RESERVED = re.compile(r"<reserved_\d+>")
 _SPECIAL = re.compile(r"<unk>|<s>|</s>|<reserved_\d+>")
 
-# Frequent in code and never learned: training items are lines, and SentencePiece keeps tabs for itself.
+# Frequent in code, and never learned from lines.
 _USER_DEFINED = ["\n", "\t"]
 # SentencePiece skips items longer than max_sentence_length bytes; a character has at most 4 bytes.
 _MAX_ITEM_BYTES = 16_384
@@ -73,7 +73,8 @@ class Tokenizer:
                 raise ValueError(
                     f"tokenizer = {str(path)!r} has {found} at id {token_id}: Baichuan 2's layout needs {piece} there."
                 )
-        reserved = {i: self.piece(i) for i in range(self.vocab_size) if _RESERVED.fullmatch(self.piece(i))}
+        pieces = ((i, self.piece(i)) for i in range(self.vocab_size))
+        reserved = {i: piece for i, piece in pieces if _RESERVED.fullmatch(piece)}
         # The released model holds reserved pieces as user-defined symbols, which SentencePiece finds in any text.
         self._forgeable = {piece for i, piece in reserved.items() if not self._model.is_control(i)}
         self._special_ids = {PAD_ID, BOS_ID, EOS_ID, *reserved}

@@ -36,6 +36,7 @@ class MappedTensor:
         raw: np.ndarray = np.memmap(self.file, np.uint8, "r", self.offset, (count * self.dtype.itemsize,))
         if self.offset % self.dtype.itemsize:  # both formats allow it; a copy is safer than unaligned access
             raw = raw.copy()
+            raw.flags.writeable = False
         flat = raw.view(np.ndarray).view(self.dtype)
         if strides == contiguous_strides(self.shape):
             return flat.reshape(self.shape)

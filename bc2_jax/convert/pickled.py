@@ -1,9 +1,9 @@
 """Reading `pytorch_model*.bin` without torch, and without running the pickle that is inside.
 
-The file is a zip of a pickled state dict (data.pkl) and one uncompressed entry a storage (data/0, data/1, ...). A pickle is
-a program; unpickling runs it. `_StateDict` does not: it walks the opcodes and keeps names of globals as plain text, knows
-the few that a state dict of tensors needs and what they mean, and has no way to call anything. That is stricter than
-restricting `pickle.Unpickler`, which still lets a file change the attributes of what it is allowed to name.
+The file is a zip of a pickled state dict (data.pkl) and one uncompressed entry a storage (data/0, ...). A pickle
+is a program; unpickling runs it. `_StateDict` does not: it walks the opcodes and keeps names of globals as plain text,
+knows the few that a state dict of tensors needs and what they mean, and has no way to call anything. That is stricter
+than restricting `pickle.Unpickler`, which still lets a file change the attributes of what it is allowed to name.
 """
 
 from __future__ import annotations
@@ -40,24 +40,30 @@ _GLOBALS = {*_STORAGES, _ORDERED_DICT, _TENSOR, _PARAMETER}
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a pickled number that opens torch's pre-1.6 format
 
 
+class RefusedFile(ValueError):
+    """The file is damaged, or asks for more than a state dict of tensors."""
+
+
 def read_pickled(path: Path) -> dict[str, MappedTensor]:
     """Name -> tensor of a `torch.save`d state dict in the zip format; only the pickle is read.
 
-    Shared storages and strided views are fine. Raises ValueError with the file's name if the file is truncated, of the
+    Shared storages and strided views are fine. Raises RefusedFile with the file's name if the file is truncated, of the
     legacy format, big-endian or compressed, if the pickle holds anything but a flat dict of tensors, or if a tensor
     reaches outside its storage.
     """
     with path.open("rb") as file:
         if file.read(len(_LEGACY_MAGIC)) == _LEGACY_MAGIC:
-            raise ValueError(
-                f"{path} has the legacy format of torch before 1.6; load it with torch.load(weights_only=True) and save "
-                "it again."
+            raise RefusedFile(
+                f"{path} has the legacy format of torch before 1.6; load it with torch.load(weights_only=True) and "
+                "save it again."
             )
     try:
         with zipfile.ZipFile(path) as archive:
             return _read_archive(path, archive)
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"{path} is truncated or not a torch.save file ({error}).") from error
+    except RefusedFile:
+        raise
+    except (zipfile.BadZipFile, EOFError, OSError, OverflowError, RuntimeError, ValueError, struct.error) as error:
+        raise RefusedFile(f"{path} is truncated or not a torch.save file ({error}).") from error
 
 
 def _read_archive(path: Path, archive: zipfile.ZipFile) -> dict[str, MappedTensor]:
@@ -66,15 +72,15 @@ def _read_archive(path: Path, archive: zipfile.ZipFile) -> dict[str, MappedTenso
         # Every entry lies in one folder, named after the file it was first saved as.
         name = info.filename.partition("/")[2]
         if name in entries:
-            raise ValueError(f"{path} has two zip entries named {name}.")
+            raise RefusedFile(f"{path} has two zip entries named {name}.")
         # 1: encrypted. What is not stored as it is cannot be mapped, and could unpack to any size.
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.file_size != info.compress_size:
-            raise ValueError(f"{path}: the zip entry {info.filename} is compressed or encrypted.")
+            raise RefusedFile(f"{path}: the zip entry {info.filename} is compressed or encrypted.")
         entries[name] = info
     if "data.pkl" not in entries:
-        raise ValueError(f"{path} is a zip file without data.pkl, not a torch.save file.")
+        raise RefusedFile(f"{path} is a zip file without data.pkl, not a torch.save file.")
     if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
-        raise ValueError(f"{path} was written on a big-endian machine.")
+        raise RefusedFile(f"{path} was written on a big-endian machine.")
     storages = {
         name.removeprefix("data/"): (_data_offset(path, info), info.file_size)
         for name, info in entries.items()
@@ -89,11 +95,11 @@ def _data_offset(path: Path, info: zipfile.ZipInfo) -> int:
         file.seek(info.header_offset)
         header = file.read(30)
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
-        raise ValueError(f"{path} is damaged: the zip entry {info.filename} is not where the directory says.")
+        raise RefusedFile(f"{path} is damaged: the zip entry {info.filename} is not where the directory says.")
     name_length, extra_length = struct.unpack("<HH", header[26:30])
     offset = info.header_offset + 30 + name_length + extra_length
     if offset + info.file_size > path.stat().st_size:
-        raise ValueError(f"{path} is truncated: the zip entry {info.filename} goes past the end of the file.")
+        raise RefusedFile(f"{path} is truncated: the zip entry {info.filename} goes past the end of the file.")
     return offset
 
 
@@ -123,19 +129,17 @@ class _StateDict:
         self.memo: dict[int, Any] = {}
 
     def refuse(self, why: str) -> NoReturn:
-        raise ValueError(f"{self.path}: refusing its pickle, {why}.")
+        raise RefusedFile(f"{self.path}: refusing its pickle, {why}.")
 
     def parse(self, pickled: bytes) -> dict[str, MappedTensor]:
         try:
             for opcode, argument, _ in pickletools.genops(pickled):
                 self.step(opcode.name, argument)
             (result,) = self.stack
-        except (IndexError, KeyError, TypeError, UnicodeDecodeError) as error:
+        except RefusedFile:
+            raise
+        except (IndexError, KeyError, TypeError, ValueError, RecursionError) as error:
             self.refuse(f"it is malformed ({type(error).__name__}: {error})")
-        except ValueError as error:  # what pickletools raises names no file
-            if str(error).startswith(str(self.path)):
-                raise
-            self.refuse(f"it is malformed ({error})")
         if not isinstance(result, dict):
             self.refuse("it is not a dict of tensors")
         for name, value in result.items():
@@ -205,6 +209,8 @@ class _StateDict:
         if not isinstance(target, dict):
             self.refuse("it sets items of something that is not a dict")
         for key, value in zip(values[::2], values[1::2], strict=True):
+            if not isinstance(key, str):
+                self.refuse("it has a key that is not a string")
             if key in target:
                 self.refuse(f"it has two entries {key!r}")
             target[key] = value
@@ -217,7 +223,7 @@ class _StateDict:
     def find_storage(self, persistent_id: Any) -> _Storage:
         kind, storage_type, key, _, count = persistent_id
         dtype = _STORAGES.get(storage_type.name) if isinstance(storage_type, _Global) else None
-        if kind != "storage" or dtype is None or type(count) is not int:
+        if kind != "storage" or dtype is None or not isinstance(key, str) or type(count) is not int:
             self.refuse(f"it has the unknown storage {persistent_id!r}")
         if key not in self.storages:
             self.refuse(f"its storage {key!r} is not in the file")

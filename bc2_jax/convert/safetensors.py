@@ -118,7 +118,7 @@ def write_safetensors(
         for name, array in tensors:
             if (name, array.shape) != next(announced, None) or array.dtype != dtype:
                 raise ValueError(f"{path}: {name} {array.dtype} {array.shape} is not the tensor announced here.")
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         if (left := next(announced, None)) is not None:
             raise ValueError(f"{path}: {left[0]} was announced and did not come.")
         file.flush()

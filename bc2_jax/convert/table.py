@@ -1,11 +1,11 @@
 """The one table between our parameters and the PyTorch names, used in both directions.
 
 Each rule says how the axes of a PyTorch tensor become ours, in the shape letters of docs/design.md: D hidden, N heads,
-H head size, F ffn, V vocabulary. `Rule.view` shows a PyTorch array in our axes without copying it; reading copies out of
-that view and writing copies into it, so the two directions cannot disagree.
+H head size, F ffn, V vocabulary. `Rule.view` shows a PyTorch array in our axes without copying it; reading copies out
+of that view and writing copies into it, so the two directions cannot disagree.
 
-Ours is a nested dict of arrays; a path such as "layers.self_attn.q_proj.weight" names one of them. Paths that start with
-"layers." are stacked on a leading axis L; each layer is a PyTorch tensor (or a part of one) of its own.
+Ours is a nested dict of arrays; a path such as "layers.self_attn.q_proj.weight" names one of them. Paths that start
+with "layers." are stacked on a leading axis L; each layer is a PyTorch tensor (or a part of one) of its own.
 """
 
 from __future__ import annotations

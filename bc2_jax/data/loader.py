@@ -72,8 +72,7 @@ def make_train_loader(data: DataConfig, *, process_index: int, process_count: in
     # Grain scales the weights to a minimum of 100 and truncates; rounding first keeps float error out of the shares.
     smallest = min(source.weight for source in data.sources)
     mixed = grain.MapDataset.mix(sources, [round(100 * source.weight / smallest) for source in data.sources])
-    # Batching before slicing makes a process's rows contiguous; rows of other processes are never read.
-    return mixed.batch(local, batch_fn=_stack_rows)[process_index::process_count].map(row_to_example)
+    return _make_batches(mixed, local, process_index, process_count)
 
 
 def make_validation_batches(
@@ -97,8 +96,7 @@ def make_validation_batches(
     if missing:
         padding = np.full(data.sequence_length + 1, PAD_ID, "<u4").tobytes()
         sources.append(grain.MapDataset.source([padding] * missing))
-    rows = grain.MapDataset.concatenate(sources)
-    return rows.batch(local, batch_fn=_stack_rows)[process_index::process_count].map(row_to_example)
+    return _make_batches(grain.MapDataset.concatenate(sources), local, process_index, process_count)
 
 
 def make_train_iterator(loader: grain.MapDataset[Batch], *, read_ahead: int = 2) -> grain.DatasetIterator[Batch]:
@@ -113,6 +111,15 @@ def make_train_iterator(loader: grain.MapDataset[Batch], *, read_ahead: int = 2)
     return iter(loader.to_iter_dataset(options))
 
 
+def _make_batches(
+    rows: grain.MapDataset[bytes], local_batch_size: int, process_index: int, process_count: int
+) -> grain.MapDataset[Batch]:
+    # Batching before slicing makes a process's rows contiguous, and rows of other processes are never read. Without
+    # drop_remainder Grain computes the length in floating point, which overflows for endless rows.
+    batches = rows.batch(local_batch_size, drop_remainder=True, batch_fn=_stack_rows)
+    return batches[process_index::process_count].map(row_to_example)
+
+
 def _stack_rows(records: list[bytes]) -> np.ndarray:
     return np.frombuffer(b"".join(records), "<u4").reshape(len(records), -1)
 
@@ -121,7 +128,9 @@ def _local_batch_size(field: str, batch_size: int, process_index: int, process_c
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index = {process_index} is not valid: it must be in 0..{process_count - 1}.")
     if batch_size < 1 or batch_size % process_count:
-        raise ValueError(f"{field} = {batch_size} is not valid: it must be a multiple of the {process_count} processes.")
+        raise ValueError(
+            f"{field} = {batch_size} is not valid: it must be a multiple of the {process_count} processes."
+        )
     return batch_size // process_count
 
 

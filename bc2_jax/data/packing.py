@@ -94,7 +94,7 @@ def load_manifest(path: str | os.PathLike[str]) -> Manifest:
     file = Path(path, MANIFEST)
     if not file.is_file():
         raise FileNotFoundError(
-            f"data.sources.path = {str(path)!r} has no {MANIFEST}: it must be a folder written by tools/tokenize_corpus.py."
+            f"data.sources.path = {str(path)!r} has no {MANIFEST}: it must be written by tools/tokenize_corpus.py."
         )
     try:
         fields: dict[str, Any] = json.loads(file.read_bytes())
@@ -122,8 +122,17 @@ def read_rows(path: str | os.PathLike[str], split: Split) -> np.ndarray:
     return np.frombuffer(b"".join(records), "<u4").reshape(-1, manifest.sequence_length + 1)
 
 
+@dataclasses.dataclass(frozen=True)
+class InvalidDocument:
+    """Takes the place of a document that could not be read, so that it is counted and logged."""
+
+    reason: str
+
+
 def why_invalid(document: object) -> str | None:
     """Why `document` can't be packed, or None if it can."""
+    if isinstance(document, InvalidDocument):
+        return document.reason
     if not isinstance(document, str):
         return f"it is no string but {type(document).__name__}"
     try:
@@ -140,7 +149,7 @@ def is_held_out(document: str, validation_fraction: float) -> bool:
 
 
 def pack_documents(
-    documents: Iterable[str],
+    documents: Iterable[str | InvalidDocument],
     tokenizer: Tokenizer,
     out_dir: str | os.PathLike[str],
     sequence_length: int,
@@ -151,10 +160,10 @@ def pack_documents(
 ) -> Manifest:
     """Tokenizes `documents` into rows of `sequence_length` + 1 tokens in `out_dir`; memory does not grow with them.
 
-    About `validation_fraction` of the documents, chosen by a hash of their text, are held out whole. Empty and invalid
-    documents are counted and logged. The folder appears complete or not at all; one that is there raises
-    FileExistsError unless `overwrite`, which only ever replaces packed rows. ValueError for a bad argument, or if no
-    document can be packed.
+    About `validation_fraction` of the documents, chosen by a hash of their text, are held out whole. Empty documents
+    are counted; invalid ones are counted and logged with the reason. The folder appears complete or not at all. Raises
+    FileExistsError if it is there, unless `overwrite`, which only ever replaces packed rows; ValueError for a bad
+    argument, or if no document can be packed.
     """
     if sequence_length < 1:
         raise ValueError(f"sequence_length = {sequence_length} is not valid: it must be positive.")
@@ -187,7 +196,7 @@ def pack_documents(
 
 
 def _pack(
-    documents: Iterable[str],
+    documents: Iterable[str | InvalidDocument],
     tokenizer: Tokenizer,
     folder: Path,
     sequence_length: int,
@@ -220,17 +229,17 @@ def _pack(
     )
 
 
-def _checked(documents: Iterable[str], counts: dict[str, int]) -> Iterator[str]:
+def _checked(documents: Iterable[str | InvalidDocument], counts: dict[str, int]) -> Iterator[str]:
     """The documents that can be packed; counts all of them."""
     for index, document in enumerate(documents):
         counts["documents"] += 1
-        if reason := why_invalid(document):
+        if not isinstance(document, str) or why_invalid(document):
             counts["invalid_documents"] += 1
-            logger.warning("document %d is left out: %s", index, reason)
-        elif not document:
-            counts["empty_documents"] += 1
-        else:
+            logger.warning("document %d is left out: %s", index, why_invalid(document))
+        elif document:
             yield document
+        else:
+            counts["empty_documents"] += 1
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:

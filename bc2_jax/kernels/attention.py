@@ -56,8 +56,8 @@ def reference_attention(
     causal_TS = jnp.arange(S) <= jnp.arange(T)[:, None] + q_offset
     s_BNTS, mask = _scores(jnp.swapaxes(q_BTNH, 1, 2), jnp.swapaxes(k_BSNH, 1, 2), q, k, slopes_N, causal_TS)
     p_BNTS = jnp.where(mask, jnp.exp(s_BNTS - jax.lax.stop_gradient(s_BNTS.max(-1, keepdims=True))), 0.0)
-    # A row that sees nothing sums to exactly 0; any other holds its maximum and sums to at least 1.
-    p_BNTS /= jnp.maximum(p_BNTS.sum(-1, keepdims=True), 1.0)
+    total = p_BNTS.sum(-1, keepdims=True)
+    p_BNTS /= jnp.where(total == 0, 1.0, total)
     return jnp.einsum("BNTS,BSNH->BTNH", p_BNTS.astype(v_BSNH.dtype), v_BSNH)
 
 

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from bc2_jax.config import ComputeConfig, ModelConfig
 from bc2_jax.kernels.attention import Tokens, chunked_attention, reference_attention
-from bc2_jax.model.layers import Weight, linear, normal
+from bc2_jax.model.layers import Weight, linear
 from bc2_jax.model.position import alibi_slopes, apply_rope
 from bc2_jax.sharding import ShardingRules
 
@@ -37,11 +37,11 @@ class SelfAttention(nnx.Module):
         L, D, N, H = config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.head_dim
         std = config.initializer_range
         # Apart rather than fused as the released W_pack: a fused layout costs large relayout copies on TPU.
-        into = ("layers", "embed", "heads", "head_dim")
-        self.q_proj = Weight(normal(rngs, (L, D, N, H), std), into)
-        self.k_proj = Weight(normal(rngs, (L, D, N, H), std), into)
-        self.v_proj = Weight(normal(rngs, (L, D, N, H), std), into)
-        self.o_proj = Weight(normal(rngs, (L, N, H, D), std), ("layers", "heads", "head_dim", "embed"))
+        into, out = ("layers", "embed", "heads", "head_dim"), ("layers", "heads", "head_dim", "embed")
+        self.q_proj = Weight.normal(rngs, (L, D, N, H), into, std, rules)
+        self.k_proj = Weight.normal(rngs, (L, D, N, H), into, std, rules)
+        self.v_proj = Weight.normal(rngs, (L, D, N, H), into, std, rules)
+        self.o_proj = Weight.normal(rngs, (L, N, H, D), out, std, rules)
         self.config, self.compute, self.rules = config, compute, rules
 
     def __call__(

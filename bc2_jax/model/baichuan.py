@@ -171,8 +171,8 @@ def init_params(config: ModelConfig, seed: int, mesh: Mesh, rules: ShardingRules
     """
 
     def init(seed: Array) -> Params:
-        # No rules: inside, arrays are whole; out_shardings cut them.
-        model = Baichuan2(config, rngs=nnx.Rngs(seed))
+        model = Baichuan2(config, rules=rules, rngs=nnx.Rngs(jax.random.key(seed)))
         return nnx.to_pure_dict(nnx.split(model)[1])
 
-    return jax.jit(init, out_shardings=param_shardings(config, mesh, rules))(seed)
+    with jax.set_mesh(mesh):
+        return jax.jit(init)(seed)

@@ -31,8 +31,10 @@ class Head(Weight):
 
     def __init__(self, config: ModelConfig, rules: ShardingRules, *, rngs: nnx.Rngs):
         bound = config.hidden_size**-0.5
-        shape = (config.vocab_size, config.hidden_size)
-        super().__init__(jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound), ("vocab", "embed"))
+        shape, axes = (config.vocab_size, config.hidden_size), ("vocab", "embed")
+        out_sharding = rules.sharding(*axes)
+        value = jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound, out_sharding=out_sharding)
+        super().__init__(value, axes)
         self.normalize, self.rules = config.normalize_head, rules
 
     def rows(self) -> Array:

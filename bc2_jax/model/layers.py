@@ -20,9 +20,12 @@ class Weight(nnx.Module):
     def __init__(self, value: Array, axes: tuple[str | None, ...]):
         self.weight = nnx.Param(value, axes=axes)
 
-
-def normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float) -> Array:
-    return stddev * jax.random.normal(rngs.params(), shape)
+    @classmethod
+    def normal(
+        cls, rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], stddev: float, rules: ShardingRules
+    ) -> Weight:
+        """N(0, stddev), each device making its own part; the values do not depend on the mesh."""
+        return Weight(stddev * jax.random.normal(rngs.params(), shape, out_sharding=rules.sharding(*axes)), axes)
 
 
 def gather(w: Array, axes: tuple[str | None, ...], rules: ShardingRules, dtype: jnp.dtype) -> Array:
@@ -85,9 +88,10 @@ class Embedding(Weight):
     """Token embedding; the row of the padding token starts at zero."""
 
     def __init__(self, config: ModelConfig, rules: ShardingRules, *, rngs: nnx.Rngs):
-        value = normal(rngs, (config.vocab_size, config.hidden_size), config.initializer_range)
-        value = jnp.where(jnp.arange(config.vocab_size)[:, None] == config.pad_token_id, 0, value)
-        super().__init__(value, ("vocab", "embed"))
+        shape, axes = (config.vocab_size, config.hidden_size), ("vocab", "embed")
+        table = Weight.normal(rngs, shape, axes, config.initializer_range, rules).weight[...]
+        is_padding = rules.reshard(jnp.arange(config.vocab_size)[:, None] == config.pad_token_id, "vocab", None)
+        super().__init__(jnp.where(is_padding, 0, table), axes)
         self.rules = rules
 
     def __call__(self, input_ids_BT: Array, dtype: jnp.dtype) -> Array:
@@ -103,10 +107,10 @@ class MLP(nnx.Module):
 
     def __init__(self, config: ModelConfig, rules: ShardingRules, *, rngs: nnx.Rngs):
         L, D, F = config.num_hidden_layers, config.hidden_size, config.intermediate_size
-        std = config.initializer_range
-        self.gate_proj = Weight(normal(rngs, (L, D, F), std), ("layers", "embed", "ffn"))
-        self.up_proj = Weight(normal(rngs, (L, D, F), std), ("layers", "embed", "ffn"))
-        self.down_proj = Weight(normal(rngs, (L, F, D), std), ("layers", "ffn", "embed"))
+        into, out, std = ("layers", "embed", "ffn"), ("layers", "ffn", "embed"), config.initializer_range
+        self.gate_proj = Weight.normal(rngs, (L, D, F), into, std, rules)
+        self.up_proj = Weight.normal(rngs, (L, D, F), into, std, rules)
+        self.down_proj = Weight.normal(rngs, (L, F, D), out, std, rules)
         self.rules = rules
 
     def __call__(self, x_BTD: Array) -> Array:

@@ -1,0 +1,1 @@
+"""Text -> tokens -> packed rows -> resumable batches."""

@@ -1,0 +1,152 @@
+"""Cross entropy and max-z loss (paper section 2.4) straight from hidden states, in one pass over the vocabulary.
+
+The paper splits this calculation to cut its peak memory; so does this one: tokens go in chunks that stay on their
+device, the head is gathered once, and each chunk yields its loss and its gradients together. There is never a
+[B, T, V] tensor and no logit is computed twice. All statistics are fp32.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from bc2_jax.sharding import ShardingRules
+
+IGNORED = -100
+"""Label of a position that is no target, as in PyTorch."""
+
+
+class LossSums(NamedTuple):
+    """Sums over the valid targets of a batch, fp32 scalars; divide by `tokens` for means."""
+
+    cross_entropy: Array
+    """-log p(label), nats."""
+    max_z: Array
+    """Square of the largest logit."""
+    max_logit: Array
+    correct: Array
+    """1 where the label has the largest logit."""
+    tokens: Array
+    """1 for each valid target."""
+
+
+def count_targets(labels: Array) -> Array:
+    """Number of labels that are not IGNORED, fp32 scalar."""
+    return jnp.sum(labels != IGNORED, dtype=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def head_loss(
+    h_BTD: Array, rows_VD: Array, labels_BT: Array, z_loss_weight: float, chunk: int, rules: ShardingRules
+) -> tuple[Array, LossSums]:
+    """(sum of cross entropy + z_loss_weight * max_z over the valid targets, its parts).
+
+    `rows_VD` are the head's rows as they meet the hidden states (`Head.rows()`, normalised in fp32), cut along the
+    vocabulary and the model dimension as the weight is; they are cast to the dtype of `h_BTD` and gathered here.
+    labels [B, T] are the next tokens, IGNORED where there is none. `chunk` is in tokens per device. Only the first result
+    has a gradient. At equal largest logits, the max-z gradient is shared among them.
+    """
+    return _run(h_BTD, rows_VD, labels_BT, z_loss_weight, chunk, rules, with_gradients=False)[0]
+
+
+def _run(h_BTD, rows_VD, labels_BT, z_loss_weight, chunk, rules, with_gradients):
+    local = functools.partial(_local_loss, z_loss_weight=z_loss_weight, chunk=chunk, with_gradients=with_gradients)
+    with jax.named_scope("head_loss"):
+        rows_VD = rows_VD.astype(h_BTD.dtype)
+        if rules.sharding() is None:
+            return local(h_BTD, rows_VD, labels_BT)
+        rows_VD = rules.reshard(rows_VD, "vocab", None)
+        spec, scalar = rules.spec, rules.spec()
+        hidden, stored = spec("batch", "sequence", "hidden"), spec("vocab", "embed")
+        sums = (scalar, LossSums(*[scalar] * len(LossSums._fields)))
+        return jax.shard_map(
+            functools.partial(local, rules=rules),
+            in_specs=(hidden, spec("vocab", None), spec("batch", "sequence")),
+            out_specs=(sums, (hidden, stored) if with_gradients else None),
+        )(h_BTD, rows_VD, labels_BT)
+
+
+def _local_loss(h_BTD, rows_VD, labels_BT, *, z_loss_weight, chunk, with_gradients, rules=None):
+    """One device's rows of the batch against its part of the vocabulary: (sums, gradients or None)."""
+    batch_axes = () if rules is None else _mesh_axes(rules.batch)
+    vocab_axes = () if rules is None else _mesh_axes(rules.vocab)
+    exact = jnp.promote_types(h_BTD.dtype, jnp.float32)
+    h_TD, labels_T = h_BTD.reshape(-1, h_BTD.shape[-1]), labels_BT.reshape(-1)
+    num_tokens, (V, D) = h_TD.shape[0], rows_VD.shape
+    chunk = min(chunk, num_tokens)
+    pad = -num_tokens % chunk
+    h_CTD = jnp.pad(h_TD, ((0, pad), (0, 0))).reshape(-1, chunk, D)
+    labels_CT = jnp.pad(labels_T, (0, pad), constant_values=IGNORED).reshape(-1, chunk)
+    ids_V = jnp.arange(V) + (jax.lax.axis_index(vocab_axes) * V if vocab_axes else 0)
+
+    def run_chunk(carry, inputs):
+        h_TD, labels_T = inputs
+        logits_TV = jnp.einsum("TD,VD->TV", h_TD, rows_VD, preferred_element_type=exact)
+        max_T = _over(jax.lax.pmax, logits_TV.max(-1), vocab_axes)
+        exp_TV = jnp.exp(logits_TV - max_T[:, None])
+        # A comparison, not an index: indexing into a dimension that is cut would gather it.
+        is_label_TV = ids_V == labels_T[:, None]
+        is_max_TV = logits_TV == max_T[:, None]
+        parts = jnp.stack([exp_TV.sum(-1), jnp.where(is_label_TV, logits_TV, 0).sum(-1), is_max_TV.sum(-1).astype(exact)])
+        total_T, label_logit_T, ties_T = _over(jax.lax.psum, parts, vocab_axes)
+        valid_T = (labels_T != IGNORED).astype(exact)
+        cross_entropy_T = max_T + jnp.log(total_T) - label_logit_T
+        columns = (cross_entropy_T, max_T**2, max_T, (label_logit_T == max_T).astype(exact), jnp.ones_like(max_T))
+        sums, d_rows_VD = carry
+        sums = LossSums(*(s + jnp.sum(c * valid_T) for s, c in zip(sums, columns, strict=True)))
+        if not with_gradients:
+            return (sums, None), None
+        d_logits_TV = exp_TV * (valid_T / total_T)[:, None] - jnp.where(is_label_TV, valid_T[:, None], 0)
+        if z_loss_weight:
+            d_logits_TV += jnp.where(is_max_TV, (2 * z_loss_weight * valid_T * max_T / ties_T)[:, None], 0)
+        d_logits_TV = d_logits_TV.astype(h_TD.dtype)
+        d_h_TD = jnp.einsum("TV,VD->TD", d_logits_TV, rows_VD, preferred_element_type=exact)
+        d_rows_VD += jnp.einsum("TV,TD->VD", d_logits_TV, h_TD, preferred_element_type=exact)
+        return (sums, d_rows_VD), d_h_TD
+
+    zero = _varying(jnp.zeros((), exact), batch_axes)
+    start = LossSums(*[zero] * len(LossSums._fields)), _varying(jnp.zeros_like(rows_VD, exact), batch_axes)
+    if not with_gradients:
+        start = start[0], None
+    (sums, d_rows_VD), d_h_CTD = jax.lax.scan(run_chunk, start, (h_CTD, labels_CT))
+    sums = _over(jax.lax.psum, sums, batch_axes)
+    loss = sums.cross_entropy + z_loss_weight * sums.max_z
+    if not with_gradients:
+        return (loss, sums), None
+    d_h_BTD = _over(jax.lax.psum, d_h_CTD.reshape(-1, D)[:num_tokens].reshape(h_BTD.shape), vocab_axes)
+    # Reduced once, in fp32, straight into the layout in which the weight is stored.
+    stored_axes = () if rules is None else _mesh_axes(rules.embed)
+    if stored_axes:
+        d_rows_VD = jax.lax.psum_scatter(d_rows_VD, stored_axes, scatter_dimension=1, tiled=True)
+    d_rows_VD = _over(jax.lax.psum, d_rows_VD, tuple(a for a in batch_axes if a not in stored_axes))
+    return (loss, sums), (d_h_BTD.astype(h_BTD.dtype), d_rows_VD)
+
+
+def _mesh_axes(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else axes
+
+
+def _over(collective, x, axes):
+    return collective(x, axes) if axes else x
+
+
+def _varying(x: Array, axes: tuple[str, ...]) -> Array:
+    """`x` typed as differing along `axes`, as what is added to it in a loop differs."""
+    return jax.lax.pcast(x, axes, to="varying") if axes else x
+
+
+def _forward(h_BTD, rows_VD, labels_BT, z_loss_weight, chunk, rules):
+    return _run(h_BTD, rows_VD, labels_BT, z_loss_weight, chunk, rules, with_gradients=True)
+
+
+def _backward(z_loss_weight, chunk, rules, gradients, cotangents):
+    d_loss = cotangents[0]
+    d_h_BTD, d_rows_VD = gradients
+    return (d_h_BTD * d_loss.astype(d_h_BTD.dtype)), d_rows_VD * d_loss, None
+
+
+head_loss.defvjp(_forward, _backward)

@@ -1,0 +1,172 @@
+import collections
+import dataclasses
+import hashlib
+import json
+import logging
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bc2_jax.data.packing import InvalidDocument, is_held_out, load_manifest, pack_documents, read_rows
+from bc2_jax.tokenizer import Tokenizer
+
+DOCUMENTS = st.lists(st.text(st.sampled_from("ab \n汉"), max_size=30), max_size=25)
+
+
+def expected_stream(documents: list[str], tokenizer: Tokenizer) -> list[int]:
+    return [i for document in documents for i in [*tokenizer.encode(document), 2]]
+
+
+@given(DOCUMENTS, st.integers(1, 20), st.integers(1, 5))
+@settings(max_examples=40, deadline=None)
+def test_rows_are_the_stream_and_every_token_but_the_first_is_a_target_once(
+    tokenizer: Tokenizer, documents: list[str], length: int, rows_per_file: int
+) -> None:
+    documents = ["first", *documents]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "rows")
+        manifest = pack_documents(
+            documents, tokenizer, out, length, validation_fraction=0.3, rows_per_file=rows_per_file
+        )
+        assert load_manifest(out) == manifest
+        texts = [document for document in documents if document]
+        assert manifest.documents == len(documents) and manifest.empty_documents == len(documents) - len(texts)
+        for name in ("train", "validation"):
+            info = manifest.split(name)
+            here = [text for text in texts if is_held_out(text, 0.3) == (name == "validation")]
+            stream = expected_stream(here, tokenizer)
+            rows = read_rows(out, name)
+            assert rows.dtype == np.uint32 and rows.shape == (info.rows, length + 1)
+            targets = [int(token) for row in rows for token in row[1:] if token != 0]
+            assert targets == stream[1:]
+            for row, following in zip(rows[:-1], rows[1:], strict=True):
+                assert row[-1] == following[0]
+            assert not len(rows) or rows[0, 0] == stream[0]
+            assert info.tokens == len(stream) and info.documents == len(here)
+            assert info.characters == sum(map(len, here)) and info.bytes == len("".join(here).encode())
+            assert info.padding == (rows == 0).sum() < length + 1
+            assert [file.rows for file in info.files[:-1]] == [rows_per_file] * (len(info.files) - 1)
+
+
+def test_files_are_named_hashed_and_counted(tokenizer: Tokenizer, modules: list[str], tmp_path: Path) -> None:
+    manifest = pack_documents(modules, tokenizer, tmp_path / "rows", 64, validation_fraction=0.3, rows_per_file=500)
+    names = [file.name for split in (manifest.train, manifest.validation) for file in split.files]
+    assert names[0] == f"train-00000-of-{len(manifest.train.files):05d}.array_record" and len(names) > 2
+    assert sorted([*names, "manifest.json"]) == sorted(path.name for path in (tmp_path / "rows").iterdir())
+    for file in (*manifest.train.files, *manifest.validation.files):
+        content = (tmp_path / "rows" / file.name).read_bytes()
+        assert (file.size, file.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+    assert (manifest.tokenizer_sha256, manifest.vocab_size) == (tokenizer.fingerprint, 640)
+    assert (manifest.eos_id, manifest.pad_id, manifest.sequence_length) == (2, 0, 64)
+
+
+def test_same_input_gives_same_bytes(tokenizer: Tokenizer, modules: list[str], tmp_path: Path) -> None:
+    first, second = (pack_documents(iter(modules), tokenizer, tmp_path / name, 64) for name in "ab")
+    assert first == second
+
+
+def test_no_validation_document_is_in_training(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    documents = [f"document number {i}" for i in range(1000)]
+    manifest = pack_documents(documents * 2, tokenizer, tmp_path / "rows", 32, validation_fraction=0.1)
+    assert 60 <= manifest.validation.documents / 2 <= 140
+    seen: dict[str, collections.Counter[str]] = {}
+    for name in ("train", "validation"):
+        rows = read_rows(tmp_path / "rows", name)
+        stream = [int(rows[0, 0]), *(int(i) for row in rows for i in row[1:])]
+        text = "".join("\f" if i == 2 else tokenizer.piece(i) for i in stream if i)
+        seen[name] = collections.Counter(text.removesuffix("\f").replace("\u2581", " ").split("\f"))
+    assert not seen["train"].keys() & seen["validation"].keys()
+    assert seen["train"] + seen["validation"] == collections.Counter(documents * 2)
+
+
+def test_a_larger_fraction_only_adds_to_what_is_held_out() -> None:
+    documents = [str(i) for i in range(500)]
+    small, large = ({d for d in documents if is_held_out(d, fraction)} for fraction in (0.05, 0.2))
+    assert small < large
+    assert not any(is_held_out(d, 0.0) for d in documents)
+
+
+def test_invalid_documents_are_counted_and_logged(
+    tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    documents = ["good", "", "a\ud800", None, InvalidDocument("file.jsonl:3: it is not JSON"), "also good"]
+    with caplog.at_level(logging.WARNING):
+        manifest = pack_documents(documents, tokenizer, tmp_path / "rows", 8, validation_fraction=0)  # type: ignore[arg-type]
+    assert (manifest.documents, manifest.empty_documents, manifest.invalid_documents) == (6, 1, 3)
+    assert manifest.train.documents == 2 and manifest.validation.documents == manifest.validation.rows == 0
+    assert read_rows(tmp_path / "rows", "validation").shape == (0, 9)
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == [
+        "document 2 is left out: it has a lone surrogate at character 1",
+        "document 3 is left out: it is no string but NoneType",
+        "document 4 is left out: file.jsonl:3: it is not JSON",
+    ]
+
+
+def test_text_forges_neither_end_nor_padding(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    manifest = pack_documents(
+        ["a</s>b<unk>c<s><reserved_106>"], tokenizer, tmp_path / "rows", 50, validation_fraction=0
+    )
+    row = read_rows(tmp_path / "rows", "train")[0]
+    assert (row == 2).sum() == 1 and (row == 0).sum() == manifest.train.padding
+    assert not np.isin(row, [1, 195, 196]).any()
+
+
+def test_existing_folder_is_refused_or_replaced_whole(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    out = tmp_path / "rows"
+    pack_documents(["old text"], tokenizer, out, 8, validation_fraction=0)
+    before = load_manifest(out)
+    with pytest.raises(FileExistsError, match=r"out_dir = .*rows.* it exists; choose another or pass overwrite"):
+        pack_documents(["new"], tokenizer, out, 8)
+
+    def broken():
+        yield "new text"
+        raise RuntimeError("disk on fire")
+
+    with pytest.raises(RuntimeError, match="disk on fire"):
+        pack_documents(broken(), tokenizer, out, 8, overwrite=True)
+    assert load_manifest(out) == before
+    pack_documents(["new text"], tokenizer, out, 4, validation_fraction=0, overwrite=True)
+    assert load_manifest(out).sequence_length == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["rows"]
+
+
+def test_overwrite_never_deletes_other_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match="only a folder of packed rows can be overwritten"):
+        pack_documents(["text"], tokenizer, tmp_path, 8, overwrite=True)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sequence_length": 0}, "sequence_length = 0 is not valid: it must be positive"),
+        ({"validation_fraction": 1.0}, r"validation_fraction = 1.0 is not valid: it must be in \[0, 1\)"),
+        ({"rows_per_file": 0}, "rows_per_file = 0 is not valid"),
+        ({"documents": []}, "none of the 0 has any text"),
+        ({"documents": ["", ""]}, "none of the 2 has any text"),
+    ],
+)
+def test_bad_arguments(tokenizer: Tokenizer, tmp_path: Path, arguments: dict, message: str) -> None:
+    good = {"documents": ["text"], "tokenizer": tokenizer, "out_dir": tmp_path / "rows", "sequence_length": 8}
+    with pytest.raises(ValueError, match=message):
+        pack_documents(**(good | arguments))
+    assert not list(tmp_path.iterdir())
+
+
+def test_unreadable_manifests(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"data.sources.path = .* has no manifest.json"):
+        load_manifest(tmp_path)
+    manifest = pack_documents(["text"], tokenizer, tmp_path / "rows", 8)
+    file = tmp_path / "rows" / "manifest.json"
+    file.write_text(json.dumps(dataclasses.asdict(manifest) | {"format": 99}))
+    with pytest.raises(ValueError, match="format = 99 in .* this version reads 1"):
+        load_manifest(tmp_path / "rows")
+    file.write_text("{}")
+    with pytest.raises(ValueError, match="is not a manifest of packed rows"):
+        load_manifest(tmp_path / "rows")
