@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 DType = Literal["float32", "bfloat16"]
 
@@ -23,6 +23,14 @@ def _require_positive(config: Any, prefix: str, *fields: str) -> None:
     for field in fields:
         value = getattr(config, field)
         _require(value > 0, f"{prefix}{field}", value, "it must be positive")
+
+
+def _require_literals(config: Any, prefix: str) -> None:
+    """Python does not check that the value of a Literal field is one of those it lists."""
+    for field, kind in get_type_hints(type(config)).items():
+        if get_origin(kind) is Literal:
+            value = getattr(config, field)
+            _require(value in get_args(kind), f"{prefix}{field}", value, f"legal values are {_choices(get_args(kind))}")
 
 
 def _choices(values: Iterable[object]) -> str:
@@ -73,10 +81,7 @@ class ModelConfig:
             self, "model.", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "vocab_size", "model_max_length", "rms_norm_eps", "initializer_range", "rope_theta",
         )  # fmt: skip
-        _require(
-            self.position_embedding in ("rope", "alibi"),
-            "model.position_embedding", self.position_embedding, "legal values are rope, alibi",
-        )  # fmt: skip
+        _require_literals(self, "model.")
         _require(
             self.hidden_size % self.num_attention_heads == 0,
             "model.num_attention_heads", self.num_attention_heads,
@@ -137,6 +142,7 @@ class ComputeConfig:
     """Tokens per device whose logits exist at one time in the loss."""
 
     def __post_init__(self) -> None:
+        _require_literals(self, "compute.")
         _require_positive(self, "compute.", "attention_block", "loss_chunk")
 
 
@@ -159,17 +165,20 @@ class MeshConfig:
         _require(self.fsdp >= 1 or self.fsdp == -1, "mesh.fsdp", self.fsdp, "it must be at least 1, or -1 for the rest")
         _require(self.num_cpu_devices >= 0, "mesh.num_cpu_devices", self.num_cpu_devices, "it must be at least 0")
         if self.num_cpu_devices:
-            self.resolve(self.num_cpu_devices)
+            self._fsdp_devices(self.num_cpu_devices)
 
     def resolve(self, num_devices: int) -> MeshConfig:
         """Fills in fsdp = -1 and checks the product against the number of devices."""
+        return dataclasses.replace(self, fsdp=self._fsdp_devices(num_devices))
+
+    def _fsdp_devices(self, num_devices: int) -> int:
         other = self.data * self.tensor
         _require(num_devices % other == 0, "mesh.data * mesh.tensor", other,
                  f"it must divide the {num_devices} devices; legal values are {_choices(divisors(num_devices))}")  # fmt: skip
         fsdp = num_devices // other
         _require(self.fsdp in (-1, fsdp), "mesh.fsdp", self.fsdp,
                  f"with data = {self.data} and tensor = {self.tensor}, {num_devices} devices leave fsdp = {fsdp}")  # fmt: skip
-        return dataclasses.replace(self, fsdp=fsdp)
+        return fsdp
 
 
 def check_divisible(model: ModelConfig, mesh: MeshConfig) -> None:
@@ -213,6 +222,7 @@ class OptimizerConfig:
     """Storage dtype of both moments; bfloat16 halves their memory."""
 
     def __post_init__(self) -> None:
+        _require_literals(self, "optimizer.")
         _require_positive(self, "optimizer.", "peak_learning_rate", "decay_steps", "eps", "clip_norm")
         for field in ("min_learning_rate", "warmup_steps", "weight_decay"):
             _require(getattr(self, field) >= 0, f"optimizer.{field}", getattr(self, field), "it must be at least 0")
@@ -324,6 +334,8 @@ class TrainConfig:
     """Steps between evaluations on the held-out rows; the last step is always evaluated."""
     eval_batches: int = 0
     """Batches of held-out rows per evaluation; 0 for all."""
+    ngram_baselines: bool = False
+    """Also print the validation cross entropy of unigram and bigram models of the training rows (holds V^2 counts)."""
     verify_resume_steps: int = 0
     """At the end, resume from this many steps before it, repeat them and compare the parameters bit for bit; 0: don't."""
     export_hf: bool = False
@@ -334,6 +346,7 @@ class TrainConfig:
     """Steps in the profiler trace."""
 
     def __post_init__(self) -> None:
+        _require_literals(self, "")
         _require_positive(self, "", "num_steps", "log_every", "eval_every", "profile_steps")
         for field in ("eval_batches", "verify_resume_steps", "profile_start", "seed"):
             _require(getattr(self, field) >= 0, field, getattr(self, field), "it must be at least 0")

@@ -85,7 +85,10 @@ class Baichuan2(nnx.Module):
             return jnp.concatenate([before, self.norm(h_BTD)[None]])
 
     def _run_layers(self, input_ids, positions, segment_ids, cache, keep: bool = False):
-        tokens = place_tokens(input_ids, positions, segment_ids)
+        # A caller's arrays may be laid out in any way, for instance not at all.
+        placed = (input_ids, *place_tokens(input_ids, positions, segment_ids))
+        input_ids, *placed = (self.lm_head.rules.reshard(x, "batch", "sequence") for x in placed)
+        tokens = Tokens(*placed)
         if cache is not None:
             slots = (jax.lax.dynamic_update_slice(c, t, (0, cache.length)) for c, t in zip(cache.tokens, tokens))
             cache = cache._replace(tokens=Tokens(*slots))

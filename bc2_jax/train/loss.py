@@ -14,11 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from bc2_jax.data.loader import IGNORED
 from bc2_jax.sharding import ShardingRules
-
-IGNORED = -100
-"""Label of a position that is no target, as in PyTorch."""
-
 
 class LossSums(NamedTuple):
     """Sums over the valid targets of a batch, fp32 scalars; divide by `tokens` for means."""

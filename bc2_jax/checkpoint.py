@@ -1,0 +1,137 @@
+"""Checkpoints with Orbax: asynchronous, atomic, restorable on any mesh.
+
+A checkpoint is a folder with the items `params` (fp32 nested dict named as the model) and `opt_state`, and as its
+metadata the resolved config and the data iterator's state: all that a bit-exact resume needs. A params-only checkpoint
+has just `params` and the model config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from orbax.checkpoint import v1 as ocp
+
+from bc2_jax.config import CheckpointConfig, ModelConfig
+from bc2_jax.model.baichuan import Params, param_shardings, split_model
+from bc2_jax.sharding import single_device_mesh
+
+TOKENIZER_NAME = "tokenizer.model"
+
+# Orbax logs every save at INFO and warns of what is normal on one host.
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+class Checkpointer:
+    """The checkpoints of one run, in DIRECTORY/STEP."""
+
+    def __init__(self, directory: Path, config: CheckpointConfig):
+        policies = ocp.training.preservation_policies
+        keep = [policies.LatestN(config.keep_last)]
+        if config.keep_every:
+            keep.append(policies.EveryNSteps(config.keep_every))
+        self.directory = directory.absolute()
+        self._checkpointer = ocp.training.Checkpointer(
+            self.directory,
+            preservation_policy=policies.AnyPreservationPolicy(keep),
+            # What a killed run left half-written never counts as a checkpoint, and is removed.
+            cleanup_tmp_directories=True,
+        )
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first."""
+        return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+
+    def save(self, step: int, params: Params, opt_state: Any, metadata: dict[str, Any]) -> None:
+        """Starts writing and returns as soon as the arrays may change; waits for the save before it, if any."""
+        self._checkpointer.wait()
+        self._checkpointer.save_checkpointables_async(
+            step, {"params": params, "opt_state": opt_state}, force=True, custom_metadata=metadata
+        )
+
+    def metadata(self, step: int) -> dict[str, Any]:
+        return read_metadata(self.directory / str(step))
+
+    def restore(self, step: int, params: Params, opt_state: Any) -> tuple[Params, Any]:
+        """The arrays of a step, laid out as the abstract trees (ShapeDtypeStructs with shardings) given."""
+        items = self._checkpointer.load_checkpointables(step, {"params": params, "opt_state": opt_state})
+        return items["params"], items["opt_state"]
+
+    def wait(self) -> None:
+        """Returns when every save is complete on disk."""
+        self._checkpointer.wait()
+
+    def close(self) -> None:
+        self._checkpointer.close()
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint folder that `path` means: itself, or the newest one of a run's or a checkpoints folder."""
+    path = Path(path).absolute()
+    if path.is_dir() and ocp.is_orbax_checkpoint(path):
+        return path
+    for folder in (path / "checkpoints", path):
+        if folder.is_dir():
+            steps = [p for p in folder.iterdir() if p.name.isdigit() and ocp.is_orbax_checkpoint(p)]
+            if steps:
+                return max(steps, key=lambda p: int(p.name))
+    raise FileNotFoundError(f"{path} is no checkpoint and holds none: give a run's folder or a checkpoint's.")
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata saved with a checkpoint: `config`, and `data` if it is a training checkpoint."""
+    metadata = ocp.checkpointables_metadata(path).custom_metadata
+    if not isinstance(metadata, dict) or "model" not in metadata.get("config", {}):
+        raise ValueError(f"{path} is a checkpoint of another program: it has no bc2_jax config.")
+    return metadata
+
+
+def read_model_config(path: Path) -> ModelConfig:
+    """The architecture saved with a checkpoint. Raises ValueError for fields this version does not know or misses."""
+    fields = read_metadata(path)["config"]["model"]
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    if unknown := sorted(set(fields) - known):
+        raise ValueError(f"The model config of {path} has fields this version does not know: {', '.join(unknown)}.")
+    return ModelConfig(**fields)
+
+
+def abstract_params(config: ModelConfig, mesh: Mesh, dtype: str = "float32") -> Params:
+    """Shapes and shardings of the parameters on `mesh`; what they are restored onto."""
+    _, shapes, _ = split_model(config)
+    return jax.tree.map(
+        lambda p, sharding: jax.ShapeDtypeStruct(p.shape, dtype, sharding=sharding),
+        shapes, param_shardings(config, mesh),
+    )  # fmt: skip
+
+
+def load_params(path: str | Path, mesh: Mesh | None = None, dtype: str = "float32") -> tuple[Params, ModelConfig]:
+    """Parameters and architecture of a checkpoint (see `find_checkpoint`), on `mesh` or on one device."""
+    path = find_checkpoint(path)
+    config = read_model_config(path)
+    abstract = abstract_params(config, mesh or single_device_mesh(), dtype)
+    return ocp.load_checkpointables(path, {"params": abstract})["params"], config
+
+
+def save_params(params: Params, config: ModelConfig, path: str | Path, tokenizer: Path | None = None) -> None:
+    """Writes a params-only checkpoint; an existing `path` is refused with FileExistsError."""
+    path = Path(path).absolute()
+    if path.exists():
+        raise FileExistsError(f"{path} exists.")
+    metadata = {"config": {"model": dataclasses.asdict(config)}}
+    ocp.save_checkpointables(path, {"params": params}, custom_metadata=metadata)
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer, path / TOKENIZER_NAME)
+
+
+def find_tokenizer(path: str | Path) -> Path | None:
+    """`tokenizer.model` beside a checkpoint: in its folder or in its run's."""
+    path = Path(path).absolute()
+    for folder in (path, path.parent, path.parent.parent):
+        if (folder / TOKENIZER_NAME).is_file():
+            return folder / TOKENIZER_NAME
+    return None

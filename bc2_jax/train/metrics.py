@@ -1,0 +1,204 @@
+"""What a run tells: tables, progress, metrics files, the loss curve, the parameters' fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from bc2_jax.config import TrainConfig
+from bc2_jax.model.baichuan import Params
+
+# bf16 FLOP/s of one JAX device, from Google's Cloud TPU documentation.
+PEAK_FLOPS = {
+    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12,
+}  # fmt: skip
+
+
+def print_tables(console: Console, config: TrainConfig, mesh: Mesh) -> None:
+    """What is trained and on what."""
+    model, data = config.model, config.data
+    rows = {
+        "parameters": f"{model.num_parameters():,}",
+        "layers x hidden x ffn": f"{model.num_hidden_layers} x {model.hidden_size} x {model.intermediate_size}",
+        "heads x head size": f"{model.num_attention_heads} x {model.head_dim}",
+        "positions": model.position_embedding,
+        "vocabulary": f"{model.vocab_size:,}",
+        "compute": f"{config.compute.dtype}, {config.compute.attention} attention, remat {config.compute.remat}",
+        "batch": f"{data.global_batch_size} x {data.sequence_length} tokens"
+        + (f" in {data.accumulation_steps} parts" if data.accumulation_steps > 1 else ""),
+    }
+    _print_table(console, f"Model {config.name}", rows)
+    device = mesh.devices.flat[0]
+    rows = {axis: str(size) for axis, size in mesh.shape.items()}
+    rows["devices"] = f"{mesh.devices.size} x {device.device_kind}, {jax.process_count()} process(es)"
+    _print_table(console, "Mesh", rows)
+
+
+def _print_table(console: Console, title: str, rows: dict[str, str]) -> None:
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+
+
+def flops_per_step(config: TrainConfig) -> int:
+    """Model FLOPs of one update over the whole batch."""
+    return config.data.global_batch_size * config.model.flops_per_sequence(config.data.sequence_length)
+
+
+class Throughput:
+    """tokens/s, model TFLOP/s and MFU from the times at which steps were known to be complete."""
+
+    def __init__(self, config: TrainConfig, mesh: Mesh):
+        self.tokens, self.flops = config.data.global_batch_size * config.data.sequence_length, flops_per_step(config)
+        peak = PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)
+        self.peak = None if peak is None else peak * mesh.devices.size
+        self.last = time.perf_counter()
+
+    def formula(self) -> str:
+        text = (
+            f"Model FLOPs per step: 6 x matmul parameters x tokens + causal attention = {self.flops:.3e} "
+            "(recomputation not counted)"
+        )
+        if self.peak is None:
+            return f"{text}; MFU is not shown, the peak of this device is not known."
+        return f"{text}; MFU = FLOPs / step time / {self.peak:.3e} peak FLOP/s."
+
+    def restart(self) -> None:
+        """Leaves out what happened since the last step: compilation, evaluation."""
+        self.last = time.perf_counter()
+
+    def step(self) -> dict[str, float]:
+        """Metrics of the step that has just completed."""
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        metrics = {"step_seconds": seconds, "tokens_per_second": self.tokens / seconds}
+        metrics["tflops_per_second"] = self.flops / seconds / 1e12
+        if self.peak is not None:
+            metrics["mfu"] = self.flops / seconds / self.peak
+        return metrics
+
+
+def memory_metrics() -> dict[str, float]:
+    """GiB of device memory in use now and at the peak, where the backend reports them."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    names = {"bytes_in_use": "hbm_gib", "peak_bytes_in_use": "hbm_peak_gib"}
+    return {new: stats[old] / 2**30 for old, new in names.items() if old in stats}
+
+
+class MetricsWriter:
+    """Appends to WORKDIR/metrics.jsonl and to TensorBoard events in WORKDIR/tensorboard; only process 0 writes."""
+
+    def __init__(self, workdir: Path, start_step: int):
+        """Lines of steps after `start_step`, of a run that is taken up again there, are removed: they will come anew."""
+        self.path = workdir / "metrics.jsonl"
+        self._file = self._tensorboard = None
+        if jax.process_index() != 0:
+            return
+        kept = [m for m in read_metrics(self.path) if m["step"] <= start_step] if self.path.exists() else []
+        self.path.write_text("".join(json.dumps(m) + "\n" for m in kept), encoding="utf-8")
+        from tensorboardX import SummaryWriter
+
+        self._file = self.path.open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        if self._file is None:
+            return
+        # JSON has no nan; a value that is none is written as null rather than as a line no parser reads.
+        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._tensorboard.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line cut off by a killed run is left out."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+class ProgressDisplay:
+    """A progress bar on a terminal, a log line every `log_every` steps elsewhere."""
+
+    def __init__(self, console: Console, config: TrainConfig, start_step: int):
+        self.console, self.config = console, config
+        self.start_step, self.start_time = start_step, time.perf_counter()
+        self._bar = None
+        if console.is_terminal and jax.process_index() == 0:
+            columns = (TextColumn("{task.fields[text]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=console)
+            self._task = self._bar.add_task("train", total=config.num_steps, completed=start_step, text="compiled")
+            self._bar.start()
+
+    def show(self, step: int, metrics: dict[str, float]) -> None:
+        text = f"loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:,.0f} tokens/s"
+        if "mfu" in metrics:
+            text += f"  MFU {metrics['mfu']:.1%}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, text=text)
+        elif step % self.config.log_every == 0 or step in (self.start_step + 1, self.config.num_steps):
+            elapsed = time.perf_counter() - self.start_time
+            left = elapsed / (step - self.start_step) * (self.config.num_steps - step)
+            gradient = f"grad norm {metrics['grad_norm']:.3f}"
+            self.say(f"step {step}/{self.config.num_steps}  {text}  {gradient}  {left // 60:.0f}:{left % 60:02.0f} left")
+
+    def say(self, text: str) -> None:
+        if jax.process_index() == 0:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def plot_loss_curve(metrics: list[dict[str, Any]], baselines: dict[str, float], path: Path) -> None:
+    """A picture of training and validation cross entropy by step, with the baselines as lines."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    for name, label in (("cross_entropy", "training"), ("validation_cross_entropy", "validation")):
+        points = [(m["step"], m[name]) for m in metrics if m.get(name) is not None]
+        if points:
+            marker = "o" if len(points) < 50 else None
+            axes.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=4)
+    for label, value in baselines.items():
+        axes.axhline(value, label=label, linestyle="--", color="gray" if "uni" in label else "black", linewidth=1)
+    axes.set(xlabel="step", ylabel="cross entropy (nats a token)")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def fingerprint(params: Params) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every parameter; does not depend on the mesh."""
+    digest = hashlib.sha256()
+    for path, array in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda leaf: str(leaf[0])):
+        whole = array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True)
+        value = np.ascontiguousarray(whole)
+        digest.update(f"{jax.tree_util.keystr(path)} {value.dtype} {value.shape}".encode())
+        digest.update(value.tobytes())
+    return digest.hexdigest()

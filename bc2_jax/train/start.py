@@ -1,0 +1,76 @@
+"""What a run checks and prepares before its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from bc2_jax.checkpoint import Checkpointer, abstract_params
+from bc2_jax.config import ModelConfig, TrainConfig, differing_fields
+from bc2_jax.sharding import DEFAULT_RULES
+from bc2_jax.tokenizer import Tokenizer
+from bc2_jax.train.optimizer import make_optimizer
+from bc2_jax.train.step import Batch, TrainState
+
+
+def choose_workdir(config: TrainConfig) -> Path:
+    """The workdir named in the config; else runs/NAME, runs/NAME-2, ...: the first free one, or to resume the last used."""
+    if config.workdir is not None:
+        return Path(config.workdir)
+    candidates = [Path("runs", config.name)]
+    while (candidates[-1] / "checkpoints").exists():
+        candidates.append(Path("runs", f"{config.name}-{len(candidates) + 1}"))
+    return candidates[-2] if config.resume == "auto" and len(candidates) > 1 else candidates[-1]
+
+
+def check_same_model(config: TrainConfig, metadata: dict[str, Any], workdir: Path) -> None:
+    """Raises ValueError, naming the fields that differ, if a checkpoint is of another architecture."""
+    if lines := differing_fields(config.model, ModelConfig(**metadata["config"]["model"])):
+        raise ValueError(
+            f"model is not that of the checkpoints in '{workdir}'; these fields differ (now against then): "
+            + "; ".join(lines) + "."
+        )  # fmt: skip
+
+
+def check_tokenizer(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    """Raises ValueError if the tokenizer can produce ids the model does not have, or ends documents with another id."""
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size = {config.model.vocab_size} is not valid: the tokenizer {config.data.tokenizer} has "
+            f"{tokenizer.vocab_size} pieces."
+        )
+    if tokenizer.eos_id != config.model.eos_token_id:
+        raise ValueError(
+            f"model.eos_token_id = {config.model.eos_token_id} is not valid: that of the tokenizer is {tokenizer.eos_id}."
+        )
+
+
+def make_put(config: TrainConfig, mesh: Mesh) -> Callable[[dict[str, np.ndarray]], Batch]:
+    """Places this process's rows [B / processes, T] of a batch on the mesh as [A, B / A, T], A accumulation steps."""
+    parts = config.data.accumulation_steps
+    sharding = NamedSharding(mesh, DEFAULT_RULES.spec(None, "batch", "sequence"))
+
+    def put(batch: dict[str, np.ndarray]) -> Batch:
+        rows = {name: x.reshape(parts, -1, x.shape[-1]) for name, x in batch.items()}
+        return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in rows.items()}
+
+    return put
+
+
+def restore_state(checkpointer: Checkpointer, step: int, config: TrainConfig, mesh: Mesh) -> TrainState:
+    """The state saved at a step, on this mesh whatever the mesh it was saved from."""
+    def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # Under an explicit mesh eval_shape gives each moment the spec of its parameter; counters have none.
+        spec = DEFAULT_RULES.spec() if x.sharding is None else x.sharding.spec
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    params = abstract_params(config.model, mesh)
+    opt_state = jax.tree.map(place, jax.eval_shape(make_optimizer(config.optimizer).init, params))
+    params, opt_state = checkpointer.restore(step, params, opt_state)
+    return TrainState(params, opt_state, jax.device_put(jnp.int32(step), NamedSharding(mesh, DEFAULT_RULES.spec())))

@@ -1,0 +1,57 @@
+"""Eight simulated CPU devices, the hypothesis profile, and the golden data of tests/golden (its README says what it is)."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import settings
+
+from bc2_jax.config import MeshConfig, ModelConfig
+from bc2_jax.convert import table
+from bc2_jax.convert.hf import load_params, read_config
+from bc2_jax.model.baichuan import Params
+from bc2_jax.sharding import Mesh, make_mesh, use_cpu_devices
+
+use_cpu_devices(8)  # before any test can start the backend
+
+settings.register_profile("bc2_jax", deadline=None, derandomize=True, database=None, max_examples=25)
+settings.load_profile("bc2_jax")
+
+
+class Golden(NamedTuple):
+    """What the PyTorch code computed on a tiny model, and that model's weights as ours."""
+
+    folder: Path
+    config: ModelConfig
+    params: Params
+    arrays: Mapping[str, np.ndarray]
+    gradients: Params
+    """Of arrays["train_loss"], in our layout."""
+
+
+@pytest.fixture(scope="session", params=["rope-tiny", "alibi-tiny"])
+def golden(request: pytest.FixtureRequest) -> Golden:
+    folder = Path(__file__).parent / "golden" / request.param
+    config = read_config(folder)
+    arrays = dict(np.load(folder / "golden.npz"))
+    gradients = table.from_torch(config, lambda name: arrays[f"grad/{name}"])
+    return Golden(folder, config, load_params(folder, config), arrays, gradients)
+
+
+@pytest.fixture(scope="session")
+def mesh_of() -> Callable[[int, int, int], Mesh]:
+    """(data, fsdp, tensor) -> a mesh on the first devices."""
+
+    @functools.cache
+    def make(data: int, fsdp: int, tensor: int) -> Mesh:
+        devices = jax.devices()[: math.prod((data, fsdp, tensor))]
+        return make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), devices)
+
+    return make

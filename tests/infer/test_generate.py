@@ -1,0 +1,238 @@
+"""Generation: PyTorch's greedy tokens, the cache against the full forward pass, padding, meshes, stopping."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from bc2_jax.config import BAICHUAN2_7B, ComputeConfig, ModelConfig
+from bc2_jax.infer import generate as module
+from bc2_jax.infer.cache import init_cache
+from bc2_jax.infer.generate import bucket, generate
+from bc2_jax.model.baichuan import Baichuan2, param_shardings, split_model
+
+GREEDY = dict(temperature=0.0, repetition_penalty=1.0)
+PROMPTS = [[5, 6, 7], [11, 300, 42, 9, 9, 17, 250], [3]]
+
+
+def build(golden, mesh=None, **compute) -> Baichuan2:
+    graphdef = split_model(golden.config, ComputeConfig(**{"dtype": "float32", **compute}))[0]
+    shardings = None if mesh is None else param_shardings(golden.config, mesh)
+    return nnx.merge(graphdef, jax.device_put(golden.params, shardings))
+
+
+@pytest.fixture(scope="module")
+def model(golden) -> Baichuan2:
+    return build(golden)
+
+
+@pytest.fixture(scope="module")
+def small() -> Baichuan2:
+    """For what does not depend on the architecture."""
+    config = ModelConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, position_embedding="rope",
+        vocab_size=64, model_max_length=512,
+    )  # fmt: skip
+    return Baichuan2(config, ComputeConfig(dtype="float32"), rngs=nnx.Rngs(0))
+
+
+# -------------------------------------------------------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize(("attention", "scan_layers"), [("reference", False), ("chunked", False), ("chunked", True)])
+def test_greedy_tokens_are_those_of_pytorch(golden, attention, scan_layers):
+    model = build(golden, attention=attention, scan_layers=scan_layers, attention_block=16)
+    tokens = generate(model, golden.arrays["prompt_ids"].tolist(), max_new_tokens=24, **GREEDY)
+    np.testing.assert_array_equal(tokens, golden.arrays["greedy_ids"])
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_cached_logits_are_those_of_the_full_forward_pass(golden, scan_layers):
+    model = build(golden, scan_layers=scan_layers, attention_block=4)
+    ids = jnp.asarray(golden.arrays["input_ids"][:, :20], jnp.int32)
+    padding = jnp.array([[0], [5]])  # the second row starts later, as a shorter prompt does
+    segments = (jnp.arange(20) >= padding).astype(jnp.int32)
+    positions = jnp.maximum(jnp.arange(20) - padding, 0)
+    full = jax.jit(lambda: model(ids, positions, segments))()
+    cache = init_cache(model.config, model.compute, batch=2, length=32)
+    h, cache = jax.jit(model.hidden_states)(ids[:, :9], None, segments[:, :9], cache)
+    logits, step = [model.lm_head(h)], jax.jit(model.hidden_states)
+    for t in range(9, 20):
+        h, cache = step(ids[:, t : t + 1], positions[:, t : t + 1], segments[:, t : t + 1], cache)
+        logits.append(model.lm_head(h))
+    real = np.asarray(segments, bool)
+    np.testing.assert_allclose(np.concatenate(logits, 1)[real], full[real], atol=3e-5)
+    assert int(cache.length) == 20
+    np.testing.assert_array_equal(cache.tokens.segments[:, :20], segments)
+
+
+def test_batch_equals_each_prompt_alone(model):
+    together = generate(model, PROMPTS, max_new_tokens=20, **GREEDY)
+    assert together == [generate(model, [prompt], max_new_tokens=20, **GREEDY)[0] for prompt in PROMPTS]
+    assert [len(tokens) for tokens in together] == [20] * 3
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 2), (2, 1, 2)])
+def test_mesh_changes_nothing(golden, model, mesh_of, shape):
+    # Three prompts do not divide by data * fsdp = 2.
+    expected = generate(model, PROMPTS, max_new_tokens=20, **GREEDY)
+    assert generate(build(golden, mesh_of(*shape)), PROMPTS, max_new_tokens=20, **GREEDY) == expected
+
+
+def test_mesh_does_not_change_the_draws(small, mesh_of):
+    options = dict(max_new_tokens=20, temperature=1.5, top_k=40, seed=3)
+    prompts = [[5, 6, 7], [11, 42, 9, 9, 17], [3]]
+    mesh = mesh_of(1, 2, 2)
+    graphdef, state = nnx.split(small)
+    params = jax.device_put(nnx.to_pure_dict(state), param_shardings(small.config, mesh))
+    with jax.set_mesh(mesh):
+        sharded = generate(nnx.merge(graphdef, params), prompts, **options)
+    assert sharded == generate(small, prompts, **options)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_prepared_parameters_give_the_same_logits(golden, dtype):
+    model = build(golden, dtype=dtype)
+    graphdef, state = nnx.split(model)
+    prepared = module._prepare_params(graphdef, nnx.to_pure_dict(state))
+    assert {x.dtype for x in (prepared["embed_tokens"]["weight"], prepared["lm_head"]["weight"])} == {jnp.dtype(dtype)}
+    assert prepared["norm"]["weight"].dtype == jnp.float32
+    ids = jnp.asarray(golden.arrays["input_ids"], jnp.int32)
+    np.testing.assert_array_equal(module._merge_prepared(graphdef, prepared)(ids), model(ids))
+    assert model.lm_head.normalize
+
+
+def test_repetition_penalty(small):
+    options = dict(temperature=0.0, repetition_penalty=1.5)
+    got = generate(small, [[5], [5, 6, 7, 8]], max_new_tokens=8, **options)
+    assert got != generate(small, [[5], [5, 6, 7, 8]], max_new_tokens=8, **GREEDY)
+    forward = jax.jit(lambda ids, segments: small(ids, None, segments))
+    for prompt, tokens in zip([[5], [5, 6, 7, 8]], got, strict=True):
+        for i, token in enumerate(tokens):
+            seen = prompt + tokens[:i]
+            ids = jnp.array([seen + [0] * (12 - len(seen))])
+            logits = np.array(forward(ids, (jnp.arange(12) < len(seen))[None].astype(jnp.int32))[0, len(seen) - 1])
+            marked = list(set(seen))
+            logits[marked] = np.where(logits[marked] > 0, logits[marked] / 1.5, logits[marked] * 1.5)
+            assert token == logits.argmax()
+
+
+def test_padding_is_not_seen(small, monkeypatch):
+    seen, prefill = [], module._prefill
+
+    def spy(*args, **kwargs):
+        state = prefill(*args, **kwargs)
+        seen.extend(set(np.flatnonzero(row).tolist()) for row in state.seen_BV)
+        return state
+
+    monkeypatch.setattr(module, "_prefill", spy)
+    tokens = generate(small, [[5], [6, 0, 7, 6]], max_new_tokens=1, eos_token_id=63, **GREEDY)
+    assert seen == [{5, *(tokens[0] or [63])}, {0, 6, 7, *(tokens[1] or [63])}]
+
+
+# ------------------------------------------------------------------------------------------------ stopping, streaming
+
+
+def test_stops_at_eos(model):
+    full = generate(model, PROMPTS, max_new_tokens=20, **GREEDY)
+    eos = full[0][4]
+    cut = [tokens[: tokens.index(eos)] if eos in tokens else tokens for tokens in full]
+    assert generate(model, PROMPTS, max_new_tokens=20, eos_token_id=eos, **GREEDY) == cut
+    first = full[0][0]
+    assert generate(model, PROMPTS[:1], max_new_tokens=20, eos_token_id=first, **GREEDY) == [[]]
+
+
+def test_loop_ends_when_all_have_stopped(model, monkeypatch):
+    eos = generate(model, PROMPTS[:1], max_new_tokens=20, **GREEDY)[0][4]
+    states, decode = [], module._decode
+    monkeypatch.setattr(module, "_decode", lambda *a, **k: states.append(decode(*a, **k)) or states[-1])
+    generate(model, PROMPTS[:1], max_new_tokens=20, eos_token_id=eos, **GREEDY)
+    assert int(states[-1].step) <= 5
+
+
+@pytest.mark.parametrize("options", [GREEDY, dict(temperature=1.0, top_k=0, top_p=0.9)], ids=["greedy", "sampled"])
+def test_on_token_gives_the_same_tokens(small, options):
+    prompts = [[5, 6, 7], [11, 42, 9, 9, 17], [3]]
+    eos = generate(small, prompts, max_new_tokens=20, **options)[0][4]
+    steps: list[list[int | None]] = []
+
+    def on_token(step: int, tokens: list[int | None]) -> None:
+        assert step == len(steps)
+        steps.append(tokens)
+
+    options = {**options, "max_new_tokens": 20, "eos_token_id": eos}
+    tokens = generate(small, prompts, on_token=on_token, **options)
+    assert tokens == generate(small, prompts, **options)
+    assert tokens == [[t for t in column if t is not None] for column in zip(*steps, strict=True)]
+    assert len(steps) == max(map(len, tokens))
+
+
+# ----------------------------------------------------------------------------------------------------------- sampling
+
+
+def test_seeds(small):
+    draw = lambda seed, prompts: generate(small, prompts, max_new_tokens=30, temperature=1.0, top_k=0, seed=seed)  # noqa: E731
+    prompts = [[5, 6], [7, 8, 9], [5, 6]]
+    first = draw(0, prompts)
+    assert draw(0, prompts) == first
+    assert draw(1, prompts) != first
+    assert first[0] != first[2]  # equal prompts do not share their draws
+    assert draw(0, prompts[:2]) == first[:2]
+
+
+def test_no_recompilation(small):
+    def count() -> list[int]:
+        return [f._cache_size() for f in (module._prepare_params, module._prefill, module._decode)]
+
+    generate(small, [[5] * 10, [6]], max_new_tokens=20)
+    before = count()
+    again = nnx.merge(*nnx.split(small))
+    generate(again, [[5] * 64, [6] * 3], max_new_tokens=55, temperature=0.9, top_p=0.5, repetition_penalty=1.2, seed=7)
+    generate(small, [[5], [6]], max_new_tokens=3, eos_token_id=9, on_token=lambda step, tokens: None)
+    assert count() == before
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "prompts is empty"),
+        ([[1], []], {}, r"prompts\[1\] is empty"),
+        ([[64]], {}, r"prompts\[0\] has token id 64: it must be in 0\.\.63"),
+        ([[-1]], {}, "token id -1"),
+        ([[1] * 500], {"max_new_tokens": 13}, "500 tokens, which with max_new_tokens = 13 is more than .* = 512"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens = 0"),
+        ([[1]], {"temperature": -0.1}, "temperature = -0.1"),
+        ([[1]], {"temperature": float("nan")}, "temperature = nan"),
+        ([[1]], {"top_k": -1}, "top_k = -1"),
+        ([[1]], {"top_p": 0.0}, "top_p = 0.0"),
+        ([[1]], {"top_p": 1.1}, "top_p = 1.1"),
+        ([[1]], {"repetition_penalty": 0.0}, "repetition_penalty = 0.0"),
+        ([[1]], {"eos_token_id": 64}, "eos_token_id = 64"),
+    ],
+)
+def test_errors(small, prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(small, prompts, **{"max_new_tokens": 8, **options})
+
+
+def test_longest_prompt_fits(small):
+    (tokens,) = generate(small, [[5] * 509], max_new_tokens=3, eos_token_id=0, **GREEDY)
+    assert len(tokens) <= 3
+
+
+def test_bucket():
+    assert [bucket(n) for n in (1, 64, 65, 128, 129, 256, 257, 512, 513, 4096)] == [
+        64, 64, 128, 128, 256, 256, 512, 512, 768, 4096,
+    ]  # fmt: skip
+
+
+def test_full_size_cache():
+    cache = jax.eval_shape(lambda: init_cache(BAICHUAN2_7B, ComputeConfig(), 1, 4096))
+    assert cache.k.shape == (32, 1, 4096, 32, 128) and cache.k.dtype == jnp.bfloat16
+    assert (cache.k.size + cache.v.size) * 2 == 2 * 2**30

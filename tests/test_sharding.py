@@ -1,0 +1,205 @@
+"""The rules and the mesh, and what we rely on JAX for (docs/design.md, decision 3)."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from bc2_jax.config import BAICHUAN2_13B, MeshConfig, ModelConfig, OptimizerConfig
+from bc2_jax.model.baichuan import Baichuan2, init_params, param_shardings, split_model
+from bc2_jax.model.layers import Embedding
+from bc2_jax.sharding import (
+    DEFAULT_RULES, MESH_AXES, ShardingRules, make_mesh, named_shardings, single_device_mesh, use_cpu_devices,
+    use_mesh_of,
+)  # fmt: skip
+from bc2_jax.train.optimizer import make_optimizer
+
+TINY = ModelConfig(
+    hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, vocab_size=64,
+    position_embedding="alibi",
+)  # fmt: skip
+
+
+def test_specs():
+    spec = DEFAULT_RULES.spec
+    assert spec() == P()
+    assert spec("layers", "embed", "heads", "head_dim") == P(None, "fsdp", "tensor", None)
+    assert spec(None, "batch", "sequence") == P(None, ("data", "fsdp"), None)
+
+
+def test_unknown_axis_lists_the_legal_ones():
+    with pytest.raises(ValueError, match="'head' is not known; legal names are batch, .*heads.*embed"):
+        DEFAULT_RULES.spec("head")
+
+
+@pytest.mark.parametrize("axes", [("batch", "embed"), ("heads", "ffn"), ("vocab", "vocab")])
+def test_two_dimensions_on_one_mesh_axis(axes: tuple[str, str]):
+    with pytest.raises(ValueError, match="the same mesh axis"):
+        DEFAULT_RULES.spec(*axes)
+
+
+def test_other_rules_are_other_values():
+    rules = dataclasses.replace(DEFAULT_RULES, embed=("data", "fsdp"), vocab=None)
+    assert rules.spec("vocab", "embed") == P(None, ("data", "fsdp"))
+    with pytest.raises(TypeError):
+        ShardingRules(hiden="tensor")
+
+
+def test_mesh_order():
+    """tensor varies fastest, data slowest."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    assert mesh.axis_names == MESH_AXES == ("data", "fsdp", "tensor")
+    assert [d.id for d in mesh.devices.ravel()] == list(range(8))
+    assert mesh.devices.shape == (2, 2, 2)
+    assert set(mesh.axis_types) == {AxisType.Explicit}
+    assert make_mesh(MeshConfig(tensor=2)).devices.shape == (1, 4, 2)
+    assert single_device_mesh().devices.shape == (1, 1, 1)
+    assert single_device_mesh(jax.devices()[3]).devices.item().id == 3
+
+
+def test_mesh_must_be_explicit():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="not Explicit.*make_mesh"):
+        DEFAULT_RULES.sharding("batch")
+
+
+def test_without_a_mesh_nothing_is_sharded():
+    x = jnp.ones(4)
+    assert DEFAULT_RULES.sharding("batch") is None
+    assert DEFAULT_RULES.reshard(x, "batch") is x
+
+
+def test_too_late_for_more_devices():
+    jax.devices()
+    with pytest.raises(ValueError, match="num_cpu_devices = 5 is not possible.*runs on 8 devices"):
+        use_cpu_devices(5)
+    use_cpu_devices(8)  # what is already so is no error
+
+
+def test_use_mesh_of(mesh_of):
+    mesh = mesh_of(2, 2, 2)
+    x = jax.device_put(jnp.ones((4, 8)), NamedSharding(mesh, P("data", "fsdp")))
+    with use_mesh_of(x):
+        assert jax.sharding.get_abstract_mesh() == mesh.abstract_mesh
+    with use_mesh_of(jnp.ones(3)):
+        assert jax.sharding.get_abstract_mesh().empty
+    with jax.set_mesh(mesh_of(8, 1, 1)), use_mesh_of(jnp.ones(3)):
+        assert jax.sharding.get_abstract_mesh() == mesh_of(8, 1, 1).abstract_mesh
+
+
+def test_named_shardings(mesh_of):
+    mesh = mesh_of(2, 2, 2)
+    assert named_shardings(mesh, {"a": P("data"), "b": (P(),)}) == {
+        "a": NamedSharding(mesh, P("data")), "b": (NamedSharding(mesh, P()),),
+    }  # fmt: skip
+
+
+def test_param_shardings_fit_the_parameters(mesh_of):
+    """One entry for each dimension of each parameter, and every cut is even: 13B on 2 x 2 x 2."""
+    mesh = mesh_of(2, 2, 2)
+    shardings, shapes = param_shardings(BAICHUAN2_13B, mesh), split_model(BAICHUAN2_13B)[1]
+
+    def check(shape, sharding):
+        assert len(sharding.spec) == len(shape.shape)
+        return sharding.shard_shape(shape.shape)
+
+    shards = jax.tree.map(check, shapes, shardings)
+    assert shards["embed_tokens"]["weight"] == shards["lm_head"]["weight"] == (125696 // 2, 5120 // 2)
+    assert shards["layers"]["self_attn"]["q_proj"]["weight"] == (40, 2560, 20, 128)
+    assert shards["layers"]["self_attn"]["o_proj"]["weight"] == (40, 20, 128, 2560)
+    assert shards["layers"]["mlp"]["up_proj"]["weight"] == (40, 2560, 13696 // 2)
+    assert shards["layers"]["mlp"]["down_proj"]["weight"] == (40, 13696 // 2, 2560)
+    assert shards["norm"]["weight"] == (5120,)
+
+
+def test_parameters_are_born_with_their_shardings_and_moments_inherit_them(mesh_of):
+    mesh = mesh_of(2, 2, 2)
+    wanted = jax.tree.map(lambda s: s.spec, param_shardings(TINY, mesh))
+    make = lambda: nnx.to_pure_dict(nnx.split(Baichuan2(TINY, rngs=nnx.Rngs(0)))[1])  # noqa: E731
+    params = init_params(TINY, 0, mesh)
+    optimizer = make_optimizer(OptimizerConfig())
+    with jax.set_mesh(mesh):
+        moments = jax.jit(optimizer.init)(params)
+        abstract = jax.eval_shape(make)
+        abstract_moments = jax.eval_shape(optimizer.init, abstract)
+    assert jax.tree.map(lambda x: x.sharding.spec, params) == wanted
+    assert jax.tree.map(lambda x: x.sharding.spec, abstract) == wanted  # a restore target without any array
+    for state in (moments, abstract_moments):
+        for moment in (optax.tree.get(state, "mu"), optax.tree.get(state, "nu")):
+            assert jax.tree.map(lambda x: x.sharding.spec, moment) == wanted
+
+
+# ------------------------------------------------------------------------------------------------- facts about JAX
+
+
+def compiled_text(function, *arguments) -> str:
+    return jax.jit(function).lower(*arguments).compile().as_text()
+
+
+def count_instructions(hlo: str, name: str) -> int:
+    return len(re.findall(rf"= \S+ {name}(?:-start)?\(", hlo))
+
+
+def test_embedding_lookup_is_one_all_gather_and_one_all_reduce(mesh_of):
+    mesh = mesh_of(2, 2, 2)
+    V, D = TINY.vocab_size, TINY.hidden_size
+    ids = jax.ShapeDtypeStruct((8, 3), jnp.int32, sharding=NamedSharding(mesh, P(("data", "fsdp"))))
+    table = jax.ShapeDtypeStruct((V, D), jnp.float32, sharding=NamedSharding(mesh, P("tensor", "fsdp")))
+    embedding = nnx.eval_shape(lambda: Embedding(TINY, DEFAULT_RULES, rngs=nnx.Rngs(0)))
+    graphdef, _ = nnx.split(embedding)
+
+    def look_up(table, ids):
+        return nnx.merge(graphdef, {"weight": table})(ids, jnp.dtype("float32"))
+
+    with jax.set_mesh(mesh):
+        hlo = compiled_text(look_up, table, ids)
+    assert count_instructions(hlo, "all-gather") == 1
+    assert count_instructions(hlo, "all-reduce") == 1
+    assert not re.search(r"= \S+ (all-to-all|collective-permute)", hlo)
+    assert f"f32[{V // 2},{D}]" in hlo and f"f32[{V},{D}]" not in hlo, "no device holds the whole table"
+
+
+@pytest.mark.parametrize("mesh_kind", ["none", "auto"])
+def test_a_spec_needs_an_explicit_mesh(mesh_kind: str):
+    def product(x):
+        return jnp.einsum("ij,jk->ik", x, x, out_sharding=P(None, None))
+
+    if mesh_kind == "none":
+        with pytest.raises(Exception, match="(?i)mesh|sharding"):
+            jax.jit(product)(jnp.ones((8, 8)))
+    else:
+        auto = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+        with jax.set_mesh(auto), pytest.raises(Exception, match="(?i)mesh|sharding|auto"):
+            jax.jit(lambda x: jnp.einsum("ij,jk->ik", x, x, out_sharding=P("data", None)))(jnp.ones((8, 8)))
+
+
+def test_indexing_fails_on_a_cut_vocabulary(mesh_of):
+    """Why the loss selects by iota == label."""
+    mesh = mesh_of(2, 2, 2)
+    logits = jax.device_put(np.ones((4, 8), np.float32), NamedSharding(mesh, P("data", "tensor")))
+    labels = jax.device_put(np.zeros(4, np.int32), NamedSharding(mesh, P("data")))
+    with jax.set_mesh(mesh):
+        with pytest.raises(Exception, match="(?i)shard"):
+            jax.jit(optax.softmax_cross_entropy_with_integer_labels)(logits, labels)
+        with pytest.raises(Exception, match="(?i)shard"):
+            jax.jit(lambda x, i: jnp.take_along_axis(x, i[:, None], axis=-1))(logits, labels)
+
+
+def test_a_constraint_only_asserts_and_reshard_moves(mesh_of):
+    mesh = mesh_of(2, 2, 2)
+    x = jax.device_put(np.ones((4, 8), np.float32), NamedSharding(mesh, P("data", "tensor")))
+    with jax.set_mesh(mesh):
+        jax.jit(lambda x: jax.lax.with_sharding_constraint(x, P("data", "tensor")))(x)
+        with pytest.raises(AssertionError):
+            jax.jit(lambda x: jax.lax.with_sharding_constraint(x, P()))(x)
+        moved = jax.jit(lambda x: jax.reshard(x, P(None, ("fsdp", "tensor"))))(x)
+    assert moved.sharding.spec == P(None, ("fsdp", "tensor"))
