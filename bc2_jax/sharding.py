@@ -108,9 +108,14 @@ def use_mesh_of(x: jax.Array) -> Iterator[None]:
     mesh = jax.typeof(x).sharding.mesh
     if mesh.empty or not jax.sharding.get_abstract_mesh().empty:
         yield
-    else:
-        with jax.sharding.use_abstract_mesh(mesh):
-            yield
+        return
+    context = jax.sharding.use_abstract_mesh(mesh)
+    if not isinstance(x, jax.core.Tracer):
+        # Operations outside of jit need the devices too.
+        with contextlib.suppress(ValueError):  # inside: the array is closed over
+            context = jax.set_mesh(x.sharding.mesh)
+    with context:
+        yield
 
 
 def named_shardings(mesh: Mesh, specs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Eight simulated CPU devices, the hypothesis profile, and the golden data of tests/golden (its README says what it is)."""
+"""Eight simulated CPU devices, the hypothesis profile, and the golden data of tests/golden."""
 
 from __future__ import annotations
 

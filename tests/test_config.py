@@ -7,9 +7,20 @@ import jax
 import pytest
 
 from bc2_jax.config import (
-    BAICHUAN2_7B, BAICHUAN2_13B, CheckpointConfig, ComputeConfig, DataConfig, MeshConfig, ModelConfig,
-    OptimizerConfig, SourceConfig, TrainConfig, check_divisible, differing_fields, divisors,
-)  # fmt: skip
+    BAICHUAN2_7B,
+    BAICHUAN2_13B,
+    CheckpointConfig,
+    ComputeConfig,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SourceConfig,
+    TrainConfig,
+    check_divisible,
+    differing_fields,
+    divisors,
+)
 from bc2_jax.model.baichuan import split_model
 
 # Paper section 2.5: hidden, ffn, layers, heads, and parameters without the two embeddings, in millions.

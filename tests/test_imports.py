@@ -52,7 +52,9 @@ def test_imports_only_from_above(path: Path):
 
 def test_the_import_reader_sees_every_form(monkeypatch):
     path = PACKAGE / "model" / "imaginary.py"
-    source = "import bc2_jax.curate\nfrom bc2_jax import train\nfrom ..align import dpo\ndef f():\n  from .head import H\n"
+    source = (
+        "import bc2_jax.curate\nfrom bc2_jax import train\nfrom ..align import dpo\ndef f():\n  from .head import H\n"
+    )
     monkeypatch.setattr(Path, "read_text", lambda self: source)
     assert set(imported(path)) == {"bc2_jax.curate", "bc2_jax.train", "bc2_jax.align", "bc2_jax.model.head"}
 

@@ -18,9 +18,15 @@ from bc2_jax.config import BAICHUAN2_13B, MeshConfig, ModelConfig, OptimizerConf
 from bc2_jax.model.baichuan import Baichuan2, init_params, param_shardings, split_model
 from bc2_jax.model.layers import Embedding
 from bc2_jax.sharding import (
-    DEFAULT_RULES, MESH_AXES, ShardingRules, make_mesh, named_shardings, single_device_mesh, use_cpu_devices,
+    DEFAULT_RULES,
+    MESH_AXES,
+    ShardingRules,
+    make_mesh,
+    named_shardings,
+    single_device_mesh,
+    use_cpu_devices,
     use_mesh_of,
-)  # fmt: skip
+)
 from bc2_jax.train.optimizer import make_optimizer
 
 TINY = ModelConfig(

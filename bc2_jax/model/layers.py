@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding
 
 from bc2_jax.config import ComputeConfig, ModelConfig
 from bc2_jax.sharding import ShardingRules
@@ -46,20 +47,34 @@ def linear(
     return _linear_forward(equation, x, w, axes, out_axes, rules)[0]
 
 
+def _matmul(equation: str, x: Array, y: Array, out_sharding: NamedSharding | None) -> Array:
+    # An fp32 result is what the hardware accumulates in; asked for bf16, XLA:CPU computes in upcast fp32, at half speed.
+    return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32, out_sharding=out_sharding)
+
+
 def _linear_forward(equation, x, w, axes, out_axes, rules):
-    y = jnp.einsum(equation, x, gather(w, axes, rules, x.dtype), out_sharding=rules.sharding(*out_axes))
-    return y, (x, w)
+    y = _matmul(equation, x, gather(w, axes, rules, x.dtype), rules.sharding(*out_axes))
+    return y.astype(x.dtype), (x, w)
 
 
 def _linear_backward(equation, axes, out_axes, rules, residuals, dy):
     x, w = residuals
     (x_dims, w_dims), y_dims = equation.split("->")[0].split(","), equation.split("->")[1]
     x_sharding = None if rules.sharding(*axes) is None else jax.typeof(x).sharding
-    dx = jnp.einsum(f"{y_dims},{w_dims}->{x_dims}", dy, gather(w, axes, rules, x.dtype), out_sharding=x_sharding)
-    dw = jnp.einsum(
-        f"{x_dims},{y_dims}->{w_dims}", x, dy, preferred_element_type=jnp.float32, out_sharding=rules.sharding(*axes)
-    )
-    return dx, dw.astype(w.dtype)
+    dx = _matmul(f"{y_dims},{w_dims}->{x_dims}", dy, gather(w, axes, rules, x.dtype), x_sharding)
+    weight_gradient = functools.partial(_matmul, f"{x_dims},{y_dims}->{w_dims}", out_sharding=rules.sharding(*axes))
+
+    def weight_gradient_on_cpu(x: Array, dy: Array) -> Array:
+        # XLA:CPU has a fast bf16 kernel for rows times columns, not for the transposed left side of x.T @ dy. The
+        # barrier keeps it from folding the transposition back; the batch dimension of 1 gives the copy a plain layout.
+        count = len(set(x_dims) - set(w_dims))
+        x_t = jax.lax.optimization_barrier(jnp.moveaxis(x, range(count), range(-count, 0)))[None]
+        moved = x_dims[count:] + x_dims[:count]
+        out_sharding = rules.sharding(None, *axes)
+        return _matmul(f"Z{moved},Z{y_dims}->Z{w_dims}", x_t, dy[None], out_sharding)[0]
+
+    dw = jax.lax.platform_dependent(x, dy, cpu=weight_gradient_on_cpu, default=weight_gradient)
+    return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
 linear.defvjp(_linear_forward, _linear_backward)

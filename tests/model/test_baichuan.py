@@ -19,8 +19,13 @@ from jax.sharding import PartitionSpec as P
 
 from bc2_jax.config import ComputeConfig, ModelConfig
 from bc2_jax.model.baichuan import (
-    init_params, param_shardings, place_tokens, split_model, stack_layers, unstack_layers,
-)  # fmt: skip
+    init_params,
+    param_shardings,
+    place_tokens,
+    split_model,
+    stack_layers,
+    unstack_layers,
+)
 from bc2_jax.sharding import single_device_mesh
 
 FP32 = ComputeConfig(dtype="float32", attention_block=8)
@@ -70,15 +75,18 @@ def test_logits_on_a_mesh_equal_pytorch(golden, shape: tuple[int, int, int], mes
     np.testing.assert_allclose(logits, np.concatenate([golden.arrays["train_logits"]] * 4), atol=2e-5)
 
 
-@pytest.mark.parametrize("jit", [True, False])
-def test_inputs_need_not_be_laid_out(golden, jit: bool, mesh_of):
+@pytest.mark.parametrize("call", ["jit", "eager"])
+def test_inputs_need_not_be_laid_out(golden, call: str, mesh_of):
     """Plain arrays meet sharded parameters, as when a user calls a loaded model."""
     params = jax.device_put(golden.params, param_shardings(golden.config, mesh_of(2, 1, 2)))
     ids = golden.arrays["input_ids"]
-    if jit:
-        logits = forward(golden.config)(params, ids)
-    else:
-        logits = nnx.merge(split_model(golden.config, FP32)[0], params)(jnp.asarray(ids))
+    model = nnx.merge(split_model(golden.config, FP32)[0], params)
+    match call:
+        case "jit":
+            logits = forward(golden.config)(params, ids)
+        case "eager":
+            logits = model(jnp.asarray(ids))
+    assert jax.sharding.get_abstract_mesh().empty, "left as it was"
     np.testing.assert_allclose(logits, golden.arrays["train_logits"], atol=2e-5)
 
 
@@ -205,11 +213,14 @@ def test_initial_values():
     for norm in (params["norm"], params["layers"]["input_layernorm"], params["layers"]["post_attention_layernorm"]):
         assert np.all(norm["weight"] == 1)
     q, k = params["layers"]["self_attn"]["q_proj"]["weight"], params["layers"]["self_attn"]["k_proj"]["weight"]
-    assert abs(np.corrcoef(q.ravel(), k.ravel())[0, 1]) < 0.02 and abs(np.corrcoef(q[0].ravel(), q[1].ravel())[0, 1]) < 0.02
+    assert (
+        abs(np.corrcoef(q.ravel(), k.ravel())[0, 1]) < 0.02
+        and abs(np.corrcoef(q[0].ravel(), q[1].ravel())[0, 1]) < 0.02
+    )
 
 
 def expected_max_squared(V: int) -> float:
-    """Of V standard normals, by integration; about 19 for V = 125,696."""
+    """Of V standard normals, by integration; about 19.7 for V = 125,696."""
     x = np.linspace(-10, 10, 40_001)
     below = np.array([0.5 * math.erfc(-t / math.sqrt(2)) for t in x]) ** V
     return float(np.sum((x[1:] ** 2 + x[:-1] ** 2) / 2 * np.diff(below)))
@@ -225,7 +236,7 @@ def test_initial_logits_are_standard_normal():
     loss = -np.take_along_axis(log_p, labels[..., None], -1).mean()
     assert loss == pytest.approx(math.log(INIT.vocab_size) + 0.5, abs=0.1)
     assert (logits.max(-1) ** 2).mean() == pytest.approx(expected_max_squared(INIT.vocab_size), rel=0.05)
-    assert expected_max_squared(125_696) == pytest.approx(19, abs=0.5)
+    assert expected_max_squared(125_696) == pytest.approx(19.7, abs=0.1)
 
 
 SMALL = ModelConfig(

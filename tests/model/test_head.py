@@ -58,7 +58,9 @@ def test_normalizing_twice_changes_nothing():
 
 
 def test_without_norm_head():
-    np.testing.assert_allclose(make_head(uneven_rows(), normalize_head=False)(H), H @ uneven_rows().T, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(
+        make_head(uneven_rows(), normalize_head=False)(H), H @ uneven_rows().T, rtol=1e-5, atol=1e-4
+    )
 
 
 def test_logits_of_bf16_are_fp32():

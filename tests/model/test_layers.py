@@ -29,7 +29,10 @@ INPUT_AXES = {
 def random_operands(equation: str, dtype=np.float32, **sizes: int) -> list[np.ndarray]:
     """x, w and a cotangent."""
     rng = np.random.default_rng(0)
-    return [rng.standard_normal([(SIZES | sizes)[c] for c in t]).astype(dtype) for t in equation.replace("->", ",").split(",")]
+    return [
+        rng.standard_normal([(SIZES | sizes)[c] for c in t]).astype(dtype)
+        for t in equation.replace("->", ",").split(",")
+    ]
 
 
 @pytest.mark.parametrize("shape", [None, (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)], ids=str)

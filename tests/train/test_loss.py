@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import NamedSharding
 
 from bc2_jax.config import ComputeConfig
@@ -87,7 +88,9 @@ def test_ignored_labels_equal_pytorch(golden):
     batch = golden_batch(golden, labels=shifted(golden.arrays["masked_labels"]))
     _, sums = jax.jit(make_loss_fn(golden.config, ComputeConfig(dtype="float32")))(golden.params, batch)
     assert float(sums.tokens) == (golden.arrays["masked_labels"][:, 1:] != IGNORED).sum()
-    assert float(sums.cross_entropy / sums.tokens) == pytest.approx(golden.arrays["masked_cross_entropy"].item(), abs=1e-5)
+    assert float(sums.cross_entropy / sums.tokens) == pytest.approx(
+        golden.arrays["masked_cross_entropy"].item(), abs=1e-5
+    )
 
 
 # ------------------------------------------------------------------------------------- head_loss against numpy
@@ -123,7 +126,9 @@ def random_case(B: int, T: int, D: int, V: int, seed: int = 0, ignored: float = 
 
 def assert_close(result, expected, tolerance: float = 2e-5):
     for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=tolerance, atol=tolerance * max(1, np.abs(b).max()))
+        np.testing.assert_allclose(
+            np.asarray(a, np.float64), b, rtol=tolerance, atol=tolerance * max(1, np.abs(b).max())
+        )
 
 
 @given(
@@ -172,7 +177,9 @@ def test_max_z_gradient_against_finite_differences_in_fp64():
         assert max_z(h, rows).dtype == jnp.float64
         for argument, gradient in enumerate(jax.grad(max_z, (0, 1))(h, rows)):
             for index in np.ndindex(gradient.shape):
-                moved = [[x.at[index].add(e) if i == argument else x for i, x in enumerate((h, rows))] for e in (1e-6, -1e-6)]
+                moved = [
+                    [x.at[index].add(e) if i == argument else x for i, x in enumerate((h, rows))] for e in (1e-6, -1e-6)
+                ]
                 numeric = (max_z(*moved[0]) - max_z(*moved[1])) / 2e-6
                 assert float(gradient[index]) == pytest.approx(float(numeric), rel=1e-6, abs=1e-7)
 
@@ -238,7 +245,7 @@ def matmul_flops(jaxpr, width: int) -> int:
             if width in (*lhs, *eqn.invars[1].aval.shape, *out):
                 total += 2 * math.prod(out) * math.prod(lhs[i] for i in contracted)
         repeats = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
-        total += repeats * sum(matmul_flops(sub, width) for sub in jax.core.jaxprs_in_params(eqn.params))
+        total += repeats * sum(matmul_flops(sub, width) for sub in jaxprs_in_params(eqn.params))
     return total
 
 
