@@ -78,18 +78,32 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require_positive(
-            self, "model.", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "vocab_size", "model_max_length", "rms_norm_eps", "initializer_range", "rope_theta",
-        )  # fmt: skip
+            self,
+            "model.",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "vocab_size",
+            "model_max_length",
+            "rms_norm_eps",
+            "initializer_range",
+            "rope_theta",
+        )
         _require_literals(self, "model.")
         _require(
             self.hidden_size % self.num_attention_heads == 0,
-            "model.num_attention_heads", self.num_attention_heads,
+            "model.num_attention_heads",
+            self.num_attention_heads,
             f"it must divide hidden_size = {self.hidden_size}; legal values are {_choices(divisors(self.hidden_size))}",
-        )  # fmt: skip
+        )
         if self.position_embedding == "rope":
-            _require(self.head_dim % 2 == 0, "model.num_attention_heads", self.num_attention_heads,
-                     f"RoPE needs an even head size, and {self.hidden_size} / {self.num_attention_heads} is odd")  # fmt: skip
+            _require(
+                self.head_dim % 2 == 0,
+                "model.num_attention_heads",
+                self.num_attention_heads,
+                f"RoPE needs an even head size, and {self.hidden_size} / {self.num_attention_heads} is odd",
+            )
         _require(self.z_loss_weight >= 0, "model.z_loss_weight", self.z_loss_weight, "it must be at least 0")
         for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(self, field)
@@ -173,11 +187,19 @@ class MeshConfig:
 
     def _fsdp_devices(self, num_devices: int) -> int:
         other = self.data * self.tensor
-        _require(num_devices % other == 0, "mesh.data * mesh.tensor", other,
-                 f"it must divide the {num_devices} devices; legal values are {_choices(divisors(num_devices))}")  # fmt: skip
+        _require(
+            num_devices % other == 0,
+            "mesh.data * mesh.tensor",
+            other,
+            f"it must divide the {num_devices} devices; legal values are {_choices(divisors(num_devices))}",
+        )
         fsdp = num_devices // other
-        _require(self.fsdp in (-1, fsdp), "mesh.fsdp", self.fsdp,
-                 f"with data = {self.data} and tensor = {self.tensor}, {num_devices} devices leave fsdp = {fsdp}")  # fmt: skip
+        _require(
+            self.fsdp in (-1, fsdp),
+            "mesh.fsdp",
+            self.fsdp,
+            f"with data = {self.data} and tensor = {self.tensor}, {num_devices} devices leave fsdp = {fsdp}",
+        )
         return fsdp
 
 
@@ -192,8 +214,12 @@ def check_divisible(model: ModelConfig, mesh: MeshConfig) -> None:
         size = getattr(mesh, axis)
         legal = _choices(divisors(math.gcd(*dims.values())))
         for name, dim in dims.items():
-            _require(size == -1 or dim % size == 0, f"mesh.{axis}", size,
-                     f"it must divide model.{name} = {dim}; legal values are {legal}")  # fmt: skip
+            _require(
+                size == -1 or dim % size == 0,
+                f"mesh.{axis}",
+                size,
+                f"it must divide model.{name} = {dim}; legal values are {legal}",
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -228,10 +254,18 @@ class OptimizerConfig:
             _require(getattr(self, field) >= 0, f"optimizer.{field}", getattr(self, field), "it must be at least 0")
         for field in ("b1", "b2"):
             _require(0 <= getattr(self, field) < 1, f"optimizer.{field}", getattr(self, field), "it must be in [0, 1)")
-        _require(self.min_learning_rate <= self.peak_learning_rate, "optimizer.min_learning_rate",
-                 self.min_learning_rate, f"it must be at most peak_learning_rate = {self.peak_learning_rate}")  # fmt: skip
-        _require(self.warmup_steps < self.decay_steps, "optimizer.warmup_steps", self.warmup_steps,
-                 f"it must be less than decay_steps = {self.decay_steps}")  # fmt: skip
+        _require(
+            self.min_learning_rate <= self.peak_learning_rate,
+            "optimizer.min_learning_rate",
+            self.min_learning_rate,
+            f"it must be at most peak_learning_rate = {self.peak_learning_rate}",
+        )
+        _require(
+            self.warmup_steps < self.decay_steps,
+            "optimizer.warmup_steps",
+            self.warmup_steps,
+            f"it must be less than decay_steps = {self.decay_steps}",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -267,9 +301,13 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require_positive(self, "data.", "sequence_length", "global_batch_size", "accumulation_steps")
         _require(len(self.sources) > 0, "data.sources", self.sources, "at least one source is needed")
-        _require(self.global_batch_size % self.accumulation_steps == 0, "data.accumulation_steps",
-                 self.accumulation_steps, f"it must divide data.global_batch_size = {self.global_batch_size}; "
-                 f"legal values are {_choices(divisors(self.global_batch_size))}")  # fmt: skip
+        _require(
+            self.global_batch_size % self.accumulation_steps == 0,
+            "data.accumulation_steps",
+            self.accumulation_steps,
+            f"it must divide data.global_batch_size = {self.global_batch_size}; "
+            f"legal values are {_choices(divisors(self.global_batch_size))}",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -285,8 +323,12 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "checkpoint.", "save_every", "keep_last")
-        _require(self.keep_every >= 0 and self.keep_every % self.save_every == 0, "checkpoint.keep_every",
-                 self.keep_every, f"it must be a multiple of checkpoint.save_every = {self.save_every}")  # fmt: skip
+        _require(
+            self.keep_every >= 0 and self.keep_every % self.save_every == 0,
+            "checkpoint.keep_every",
+            self.keep_every,
+            f"it must be a multiple of checkpoint.save_every = {self.save_every}",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -337,7 +379,7 @@ class TrainConfig:
     ngram_baselines: bool = False
     """Also print the validation cross entropy of unigram and bigram models of the training rows (holds V^2 counts)."""
     verify_resume_steps: int = 0
-    """At the end, resume from this many steps before it, repeat them and compare the parameters bit for bit; 0: don't."""
+    """At the end, resume from this many steps before it, repeat them and compare the parameters bit for bit. 0: no."""
     export_hf: bool = False
     """At the end, also write the parameters in the released PyTorch layout to WORKDIR/hf."""
     profile_start: int = 0
@@ -350,17 +392,29 @@ class TrainConfig:
         _require_positive(self, "", "num_steps", "log_every", "eval_every", "profile_steps")
         for field in ("eval_batches", "verify_resume_steps", "profile_start", "seed"):
             _require(getattr(self, field) >= 0, field, getattr(self, field), "it must be at least 0")
-        _require(self.verify_resume_steps < self.num_steps, "verify_resume_steps", self.verify_resume_steps,
-                 f"it must be less than num_steps = {self.num_steps}")  # fmt: skip
-        _require(self.data.sequence_length <= self.model.model_max_length, "data.sequence_length",
-                 self.data.sequence_length, f"it must be at most model.model_max_length = {self.model.model_max_length}")  # fmt: skip
+        _require(
+            self.verify_resume_steps < self.num_steps,
+            "verify_resume_steps",
+            self.verify_resume_steps,
+            f"it must be less than num_steps = {self.num_steps}",
+        )
+        _require(
+            self.data.sequence_length <= self.model.model_max_length,
+            "data.sequence_length",
+            self.data.sequence_length,
+            f"it must be at most model.model_max_length = {self.model.model_max_length}",
+        )
         mesh = self.mesh.resolve(self.mesh.num_cpu_devices) if self.mesh.num_cpu_devices else self.mesh
         check_divisible(self.model, mesh)
         shards = mesh.data * max(mesh.fsdp, 1)
         rows = self.data.global_batch_size // self.data.accumulation_steps
-        _require(rows % shards == 0, "data.global_batch_size", self.data.global_batch_size,
-                 f"it must be a multiple of mesh.data * mesh.fsdp * data.accumulation_steps = "
-                 f"{shards * self.data.accumulation_steps}")  # fmt: skip
+        _require(
+            rows % shards == 0,
+            "data.global_batch_size",
+            self.data.global_batch_size,
+            f"it must be a multiple of mesh.data * mesh.fsdp * data.accumulation_steps = "
+            f"{shards * self.data.accumulation_steps}",
+        )
 
     def resolve(self, num_devices: int) -> TrainConfig:
         """The same run with its mesh filled in for `num_devices`, everything that must divide checked."""

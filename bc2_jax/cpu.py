@@ -9,7 +9,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 
 
 def keep_heap() -> bool:
-    """Keeps freed memory in the process, for good, so that large buffers are not mapped and page-faulted anew each step.
+    """Keeps freed memory in the process for good, so that large buffers are not page-faulted anew each step.
 
     XLA:CPU allocates every temporary and output with malloc; glibc maps those above 32 MB afresh each time. Measured by
     benchmarks/cpu_step.py (--no-keep-heap for the comparison). Returns whether the C library is one that can.

@@ -90,7 +90,7 @@ def single_device_mesh(device: Any | None = None) -> Mesh:
 
 
 def use_cpu_devices(count: int) -> None:
-    """Simulates `count` devices on the CPU; must come before the first JAX computation. Raises ValueError if too late."""
+    """Simulates `count` devices on the CPU; raises ValueError after the first JAX computation, when it is too late."""
     jax.config.update("jax_platforms", "cpu")
     try:
         jax.config.update("jax_num_cpu_devices", count)
@@ -105,19 +105,14 @@ def use_cpu_devices(count: int) -> None:
 @contextlib.contextmanager
 def use_mesh_of(x: jax.Array) -> Iterator[None]:
     """Inside, the mesh of `x` is in use, unless one already is: callers of a sharded model need not say it twice."""
-    mesh = jax.typeof(x).sharding.mesh
+    mesh = jax.typeof(x).sharding.mesh  # type: ignore[attr-defined]  # jax declares the base class
     if mesh.empty or not jax.sharding.get_abstract_mesh().empty:
         yield
         return
-    context = jax.sharding.use_abstract_mesh(mesh)
-    if not isinstance(x, jax.core.Tracer):
+    context: contextlib.AbstractContextManager = jax.sharding.use_abstract_mesh(mesh)
+    if not isinstance(x, jax.core.Tracer) and isinstance(x.sharding, NamedSharding):
         # Operations outside of jit need the devices too.
         with contextlib.suppress(ValueError):  # inside: the array is closed over
             context = jax.set_mesh(x.sharding.mesh)
     with context:
         yield
-
-
-def named_shardings(mesh: Mesh, specs: Any) -> Any:
-    """A tree of PartitionSpecs -> the same tree of NamedShardings on `mesh`."""
-    return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, PartitionSpec))

@@ -47,13 +47,15 @@ def run(args: argparse.Namespace) -> None:
     if args.command == "to-hf":
         if args.folder.exists() and not args.overwrite:  # before the checkpoint is read, which may take minutes
             raise FileExistsError(f"{args.folder} exists; pass --overwrite to replace it.")
-        params, config, tokenizer = checkpoint.load_params_for_export(args.checkpoint)
+        params, config = checkpoint.load_params(args.checkpoint)
+        tokenizer = checkpoint.find_tokenizer(args.checkpoint)
         hf.save_folder(params, config, args.folder, args.dtype, args.max_shard_size, tokenizer, args.overwrite)
     else:
         if args.checkpoint.exists():
             raise FileExistsError(f"{args.checkpoint} exists.")
         config = hf.read_config(args.folder)
-        checkpoint.save_params(hf.load_params(args.folder, config), config, args.checkpoint)
+        tokenizer = checkpoint.find_tokenizer(args.folder)
+        checkpoint.save_params(hf.load_params(args.folder, config), config, args.checkpoint, tokenizer)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

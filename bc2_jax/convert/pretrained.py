@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -44,8 +45,8 @@ def _load_hf_params(folder: Path, config: ModelConfig, dtype: DType, mesh: Mesh 
     shardings = {} if mesh is None else flatten(param_shardings(config, mesh))
 
     def load(name: str, shape: tuple[int, ...]) -> jax.Array:
-        def read(index: tuple[slice, ...]) -> jax.Array:
-            return read_slice(config, lambda n: tensors[n].read(), name, index).astype(jnp.dtype(dtype))
+        def read(index: tuple[slice, ...] | None) -> np.ndarray:
+            return read_slice(config, lambda n: tensors[n].read(), name, index or ()).astype(jnp.dtype(dtype))
 
         return jax.make_array_from_callback(shape, shardings[name], read) if mesh else jnp.asarray(read(()))
 

@@ -90,7 +90,7 @@ def _from_blocks(x: Array) -> Array:
 
 
 def _causal_pairs(num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
-    """(query block, key block) of every block on or below the diagonal; a static list, so no block is skipped at run time."""
+    """(query block, key block) of every pair on or below the diagonal, as static lists."""
     i, j = np.tril_indices(num_blocks)
     return i.astype(np.int32), j.astype(np.int32)
 

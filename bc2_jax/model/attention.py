@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -75,23 +75,21 @@ class SelfAttention(nnx.Module):
 
     def _attend(self, q: Array, k: Array, v: Array, q_tokens: Tokens, k_tokens: Tokens, offset: Array | int) -> Array:
         """The kernel, on each device's own rows and heads; slopes are cut with their heads."""
-        alibi = self.config.position_embedding == "alibi"
-        slopes = jnp.asarray(alibi_slopes(self.config.num_attention_heads)) if alibi else None
-        if self.compute.attention == "chunked" and q.shape[1] == k.shape[1]:
-            block = self.compute.attention_block
+        slopes = None
+        if self.config.position_embedding == "alibi":
+            slopes = self.rules.reshard(jnp.asarray(alibi_slopes(self.config.num_attention_heads)), "heads")
 
-            def kernel(q, k, v, q_tokens, k_tokens, slopes, offset):
-                return chunked_attention(q, k, v, q_tokens, slopes, block=block)
-        else:
-            kernel = reference_attention
+        def self_attention(q, k, v, q_tokens, k_tokens, slopes, offset):
+            return chunked_attention(q, k, v, q_tokens, slopes, block=self.compute.attention_block)
+
+        chunked = self.compute.attention == "chunked" and q.shape[1] == k.shape[1]
+        kernel: Callable[..., Array] = self_attention if chunked else reference_attention
         with jax.named_scope("attention"):
             arguments = (q, k, v, q_tokens, k_tokens, slopes, jnp.asarray(offset, jnp.int32))
             if self.rules.sharding() is None:
                 return kernel(*arguments)
-            spec = functools.partial(self.rules.spec)
-            heads, rows = spec("batch", "sequence", "heads", "head_dim"), Tokens(*[spec("batch", "sequence")] * 2)
+            spec = self.rules.spec
+            heads, rows = spec("batch", "sequence", "heads", "head_dim"), (spec("batch", "sequence"),) * 2
             slopes_spec = None if slopes is None else spec("heads")
-            if slopes is not None:
-                arguments = (*arguments[:5], self.rules.reshard(slopes, "heads"), arguments[6])
-            in_specs = (heads, heads, heads, rows, rows, slopes_spec, spec())
+            in_specs = (heads, heads, heads, Tokens._make(rows), Tokens._make(rows), slopes_spec, spec())
             return jax.shard_map(kernel, in_specs=in_specs, out_specs=heads)(*arguments)

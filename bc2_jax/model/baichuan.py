@@ -19,6 +19,7 @@ from bc2_jax.model.position import make_rope
 from bc2_jax.sharding import DEFAULT_RULES, ShardingRules, use_mesh_of
 
 Params = dict[str, Any]
+DEFAULT_COMPUTE = ComputeConfig()
 
 
 class DecoderLayer(nnx.Module):
@@ -45,14 +46,14 @@ class Baichuan2(nnx.Module):
     """The whole model. Parameters are named as in PyTorch, without the leading `model.`, with stacked layers."""
 
     def __init__(
-        self, config: ModelConfig, compute: ComputeConfig = ComputeConfig(), rules: ShardingRules = DEFAULT_RULES,
+        self, config: ModelConfig, compute: ComputeConfig = DEFAULT_COMPUTE, rules: ShardingRules = DEFAULT_RULES,
         *, rngs: nnx.Rngs,
     ):  # fmt: skip
         self.embed_tokens = Embedding(config, rules, rngs=rngs)
         self.layers = DecoderLayer(config, compute, rules, rngs=rngs)
         self.norm = RMSNorm(config)
         self.lm_head = Head(config, rules, rngs=rngs)
-        self.config, self.compute = config, compute
+        self.config, self.compute, self.rules = config, compute, rules
 
     def __call__(self, input_ids: Array, positions: Array | None = None, segment_ids: Array | None = None) -> Array:
         """Logits [B, T, V] in fp32 of token ids [B, T].
@@ -86,12 +87,14 @@ class Baichuan2(nnx.Module):
 
     def _run_layers(self, input_ids, positions, segment_ids, cache, keep: bool = False):
         # A caller's arrays may be laid out in any way, for instance not at all.
-        placed = (input_ids, *place_tokens(input_ids, positions, segment_ids))
-        input_ids, *placed = (self.lm_head.rules.reshard(x, "batch", "sequence") for x in placed)
-        tokens = Tokens(*placed)
+        given = (input_ids, *place_tokens(input_ids, positions, segment_ids))
+        input_ids, positions, segment_ids = (self.rules.reshard(x, "batch", "sequence") for x in given)
+        tokens = Tokens(positions, segment_ids)
         if cache is not None:
-            slots = (jax.lax.dynamic_update_slice(c, t, (0, cache.length)) for c, t in zip(cache.tokens, tokens))
-            cache = cache._replace(tokens=Tokens(*slots))
+            slots = [
+                jax.lax.dynamic_update_slice(c, t, (0, cache.length)) for c, t in zip(cache.tokens, tokens, strict=True)
+            ]
+            cache = cache._replace(tokens=Tokens._make(slots))
         rope = None
         if self.config.position_embedding == "rope":
             rope = make_rope(tokens.positions, self.config.head_dim, self.config.rope_theta)
@@ -137,7 +140,7 @@ def place_tokens(input_ids: Array, positions: Array | None, segment_ids: Array |
 def unstack_layers(stacked: Any) -> list[Any]:
     """A tree of arrays [L, ...] -> L trees of arrays [...]."""
     leaves, treedef = jax.tree.flatten(stacked)
-    return [treedef.unflatten(layer) for layer in zip(*(jnp.unstack(x) for x in leaves), strict=True)]
+    return [jax.tree.unflatten(treedef, layer) for layer in zip(*(jnp.unstack(x) for x in leaves), strict=True)]
 
 
 def stack_layers(layers: list[Any]) -> Any:
@@ -146,7 +149,7 @@ def stack_layers(layers: list[Any]) -> Any:
 
 
 def split_model(
-    config: ModelConfig, compute: ComputeConfig = ComputeConfig(), rules: ShardingRules = DEFAULT_RULES
+    config: ModelConfig, compute: ComputeConfig = DEFAULT_COMPUTE, rules: ShardingRules = DEFAULT_RULES
 ) -> tuple[Any, Params, Params]:
     """(graphdef, abstract parameters, logical axes), without allocating anything.
 

@@ -30,7 +30,7 @@ class Weight(nnx.Module):
 
 
 def gather(w: Array, axes: tuple[str | None, ...], rules: ShardingRules, dtype: jnp.dtype) -> Array:
-    """A stored weight as it is used: cast first, so that half the bytes travel, then whole along the model dimension."""
+    """A stored weight as it is used: cast first, so that half the bytes travel, then gathered along `embed`."""
     return rules.reshard(w.astype(dtype), *(None if axis == "embed" else axis for axis in axes))
 
 
@@ -48,7 +48,7 @@ def linear(
 
 
 def _matmul(equation: str, x: Array, y: Array, out_sharding: NamedSharding | None) -> Array:
-    # An fp32 result is what the hardware accumulates in; asked for bf16, XLA:CPU computes in upcast fp32, at half speed.
+    # fp32 is what the hardware accumulates in; asked for bf16, XLA:CPU computes in upcast fp32, at half the speed.
     return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32, out_sharding=out_sharding)
 
 
@@ -88,7 +88,7 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
 
 
 class RMSNorm(Weight):
-    """RMSNorm over the model dimension; `stack` holds the layer dimension where the weights of all layers are stacked."""
+    """RMSNorm over the model dimension; `stack` is (L,) where the weights of all layers are stacked."""
 
     def __init__(self, config: ModelConfig, stack: tuple[int, ...] = ()):
         axes = ("layers", None) if stack else (None,)
@@ -118,7 +118,7 @@ class Embedding(Weight):
 
 
 class MLP(nnx.Module):
-    """SwiGLU: down_proj(silu(gate_proj(x)) * up_proj(x)). Weights of all L layers are stacked; a call uses one layer's."""
+    """SwiGLU: down_proj(silu(gate_proj(x)) * up_proj(x)). Holds all L layers' weights; a call uses one layer's."""
 
     def __init__(self, config: ModelConfig, rules: ShardingRules, *, rngs: nnx.Rngs):
         L, D, F = config.num_hidden_layers, config.hidden_size, config.intermediate_size

@@ -19,7 +19,6 @@ from bc2_jax.model.baichuan import init_params
 from bc2_jax.sharding import make_mesh, use_cpu_devices
 from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.train import metrics as report
-from bc2_jax.train.loss import LossSums
 from bc2_jax.train.results import check_resumed, make_baselines, show_results
 from bc2_jax.train.start import check_same_model, check_tokenizer, choose_workdir, make_put, restore_state
 from bc2_jax.train.step import init_state, make_eval_step, make_train_step, mean_metrics
@@ -106,7 +105,7 @@ def train(config: TrainConfig, command: str = "python train.py") -> TrainResult:
         def evaluate() -> dict[str, float]:
             count = min(config.eval_batches or len(validation), len(validation))
             sums = [eval_step(state.params, put(validation[i])) for i in range(count)]
-            total = LossSums(*(sum(float(x) for x in column) for column in zip(*sums, strict=True)))
+            total = jax.tree.map(lambda *xs: sum(float(x) for x in xs), *sums)
             means = mean_metrics(total, config.model.z_loss_weight)
             return {f"validation_{name}": float(value) for name, value in means.items()}
 

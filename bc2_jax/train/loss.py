@@ -17,6 +17,7 @@ from jax import Array
 from bc2_jax.data.loader import IGNORED
 from bc2_jax.sharding import ShardingRules
 
+
 class LossSums(NamedTuple):
     """Sums over the valid targets of a batch, fp32 scalars; divide by `tokens` for means."""
 
@@ -44,8 +45,8 @@ def head_loss(
 
     `rows_VD` are the head's rows as they meet the hidden states (`Head.rows()`, normalised in fp32), cut along the
     vocabulary and the model dimension as the weight is; they are cast to the dtype of `h_BTD` and gathered here.
-    labels [B, T] are the next tokens, IGNORED where there is none. `chunk` is in tokens per device. Only the first result
-    has a gradient. At equal largest logits, the max-z gradient is shared among them.
+    labels [B, T] are the next tokens, IGNORED where there is none. `chunk` is in tokens per device. Only the first
+    result has a gradient. At equal largest logits, the max-z gradient is shared among them.
     """
     return _run(h_BTD, rows_VD, labels_BT, z_loss_weight, chunk, rules, with_gradients=False)[0]
 
@@ -88,7 +89,9 @@ def _local_loss(h_BTD, rows_VD, labels_BT, *, z_loss_weight, chunk, with_gradien
         # A comparison, not an index: indexing into a dimension that is cut would gather it.
         is_label_TV = ids_V == labels_T[:, None]
         is_max_TV = logits_TV == max_T[:, None]
-        parts = jnp.stack([exp_TV.sum(-1), jnp.where(is_label_TV, logits_TV, 0).sum(-1), is_max_TV.sum(-1).astype(exact)])
+        parts = jnp.stack(
+            [exp_TV.sum(-1), jnp.where(is_label_TV, logits_TV, 0).sum(-1), is_max_TV.sum(-1).astype(exact)]
+        )
         total_T, label_logit_T, ties_T = _over(jax.lax.psum, parts, vocab_axes)
         valid_T = (labels_T != IGNORED).astype(exact)
         cross_entropy_T = max_T + jnp.log(total_T) - label_logit_T

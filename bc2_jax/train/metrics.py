@@ -102,7 +102,7 @@ class MetricsWriter:
     """Appends to WORKDIR/metrics.jsonl and to TensorBoard events in WORKDIR/tensorboard; only process 0 writes."""
 
     def __init__(self, workdir: Path, start_step: int):
-        """Lines of steps after `start_step`, of a run that is taken up again there, are removed: they will come anew."""
+        """Lines of steps after `start_step`, where the run is taken up again, are removed: they will come anew."""
         self.path = workdir / "metrics.jsonl"
         self._file = self._tensorboard = None
         if jax.process_index() != 0:
@@ -115,7 +115,7 @@ class MetricsWriter:
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        if self._file is None:
+        if self._file is None or self._tensorboard is None:
             return
         # JSON has no nan; a value that is none is written as null rather than as a line no parser reads.
         finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
@@ -125,7 +125,7 @@ class MetricsWriter:
             self._tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
-        if self._file is not None:
+        if self._file is not None and self._tensorboard is not None:
             self._file.close()
             self._tensorboard.close()
 
@@ -159,7 +159,9 @@ class ProgressDisplay:
             elapsed = time.perf_counter() - self.start_time
             left = elapsed / (step - self.start_step) * (self.config.num_steps - step)
             gradient = f"grad norm {metrics['grad_norm']:.3f}"
-            self.say(f"step {step}/{self.config.num_steps}  {text}  {gradient}  {left // 60:.0f}:{left % 60:02.0f} left")
+            self.say(
+                f"step {step}/{self.config.num_steps}  {text}  {gradient}  {left // 60:.0f}:{left % 60:02.0f} left"
+            )
 
     def say(self, text: str) -> None:
         if jax.process_index() == 0:

@@ -35,19 +35,19 @@ def make_baselines(config: TrainConfig, console: Console) -> dict[str, float]:
         "unigram model": ngram.unigram_cross_entropy(train, validation, vocab_size),
         "bigram model": ngram.bigram_cross_entropy(train, validation, vocab_size),
     }
-    console.print(
-        f"Held-out text: unigram entropy {entropy:.4f}; cross entropy of a unigram model {baselines['unigram model']:.4f}, "
-        f"of a smoothed bigram model {baselines['bigram model']:.4f}; of a model that knows nothing "
-        f"{np.log(vocab_size):.4f} (nats a token).",
-        soft_wrap=True,
-    )
+    parts = [f"unigram entropy {entropy:.4f}"]
+    parts += [f"cross entropy of a {name} {value:.4f}" for name, value in baselines.items()]
+    parts.append(f"of a model that knows nothing {np.log(vocab_size):.4f}")
+    console.print(f"Held-out text, nats a token: {', '.join(parts)}.", soft_wrap=True)
     return baselines
 
 
 def check_resumed(step: int, resumed: str, uninterrupted: str, say: Say) -> None:
     """Raises RuntimeError unless the run repeated from a checkpoint ended in the same parameters, bit for bit."""
     if resumed != uninterrupted:
-        raise RuntimeError(f"Resumed at step {step}, the run ended in {resumed}, not in {uninterrupted}: it is not exact.")
+        raise RuntimeError(
+            f"Resumed at step {step}, the run ended in {resumed}, not in {uninterrupted}: it is not exact."
+        )
     say(f"Resumed at step {step} and repeated: the parameters are the same bit for bit.")
 
 
@@ -89,6 +89,7 @@ def show_results(
 def show_samples(model, config: TrainConfig, tokenizer: Tokenizer, say: Say) -> None:
     """Prints each prompt of the config with the model's continuation."""
     from bc2_jax.infer.generate import generate
+
     sample = config.sample
     continuations = generate(
         model, tokenizer.encode_batch(list(sample.prompts)), max_new_tokens=sample.max_new_tokens,

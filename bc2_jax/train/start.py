@@ -20,7 +20,7 @@ from bc2_jax.train.step import Batch, TrainState
 
 
 def choose_workdir(config: TrainConfig) -> Path:
-    """The workdir named in the config; else runs/NAME, runs/NAME-2, ...: the first free one, or to resume the last used."""
+    """The workdir of the config; else of runs/NAME, runs/NAME-2, ... the first free one; to resume, the last used."""
     if config.workdir is not None:
         return Path(config.workdir)
     candidates = [Path("runs", config.name)]
@@ -47,7 +47,7 @@ def check_tokenizer(config: TrainConfig, tokenizer: Tokenizer) -> None:
         )
     if tokenizer.eos_id != config.model.eos_token_id:
         raise ValueError(
-            f"model.eos_token_id = {config.model.eos_token_id} is not valid: that of the tokenizer is {tokenizer.eos_id}."
+            f"model.eos_token_id = {config.model.eos_token_id} is not valid: the tokenizer has {tokenizer.eos_id}."
         )
 
 
@@ -65,6 +65,7 @@ def make_put(config: TrainConfig, mesh: Mesh) -> Callable[[dict[str, np.ndarray]
 
 def restore_state(checkpointer: Checkpointer, step: int, config: TrainConfig, mesh: Mesh) -> TrainState:
     """The state saved at a step, on this mesh whatever the mesh it was saved from."""
+
     def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         # Under an explicit mesh eval_shape gives each moment the spec of its parameter; counters have none.
         spec = DEFAULT_RULES.spec() if x.sharding is None else x.sharding.spec

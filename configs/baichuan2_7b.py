@@ -1,0 +1,21 @@
+"""Baichuan 2 7B from scratch (paper sections 2.3 and 2.4).
+
+python train.py configs/baichuan2_7b.py --data.sources.0.path ROWS --data.tokenizer tokenizer.model
+
+Hardware: any TPU slice on which 7.5 B fp32 parameters with two moments (84 GiB) fit; fsdp takes all devices.
+The global batch is ours: the paper does not print it. Expected loss: 12.24 at the first step (ln V + 0.5). Not yet
+run on hardware.
+"""
+
+from bc2_jax.config import BAICHUAN2_7B, DataConfig, OptimizerConfig, SourceConfig, TrainConfig
+
+
+def config() -> TrainConfig:
+    return TrainConfig(
+        name="baichuan2_7b",
+        model=BAICHUAN2_7B,
+        data=DataConfig(sources=(SourceConfig(path="rows"),), tokenizer="tokenizer.model"),
+        optimizer=OptimizerConfig(peak_learning_rate=2e-4),
+        # 2.6 T tokens at 1024 x 4096 a step.
+        num_steps=620_000,
+    )
