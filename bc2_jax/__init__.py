@@ -1,0 +1,45 @@
+"""Baichuan 2 in JAX/Flax for TPU pods: pre-train, convert, run.
+
+model = bc2_jax.load_pretrained("Baichuan2-7B-Base", dtype="bfloat16")
+logits = model(input_ids)                      # fp32 [B, T, V]
+tokens = bc2_jax.generate(model, [[195, 92067, 196]])
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bc2_jax.config import ComputeConfig, ModelConfig, TrainConfig
+    from bc2_jax.convert.pretrained import find_tokenizer, load_pretrained
+    from bc2_jax.infer.generate import generate
+    from bc2_jax.model.baichuan import Baichuan2
+    from bc2_jax.tokenizer import Tokenizer
+
+__all__ = [
+    "Baichuan2", "ComputeConfig", "ModelConfig", "Tokenizer", "TrainConfig", "find_tokenizer", "generate",
+    "load_pretrained",
+]  # fmt: skip
+
+# Imported at first use, so that `import bc2_jax` takes no time and a program that only tokenizes loads no JAX.
+_MODULES = {
+    "Baichuan2": "bc2_jax.model.baichuan",
+    "ComputeConfig": "bc2_jax.config",
+    "ModelConfig": "bc2_jax.config",
+    "Tokenizer": "bc2_jax.tokenizer",
+    "TrainConfig": "bc2_jax.config",
+    "find_tokenizer": "bc2_jax.convert.pretrained",
+    "generate": "bc2_jax.infer.generate",
+    "load_pretrained": "bc2_jax.convert.pretrained",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'bc2_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

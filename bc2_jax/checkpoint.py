@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from bc2_jax.config import CheckpointConfig, ModelConfig
 from bc2_jax.model.baichuan import Params, param_shardings, split_model
-from bc2_jax.sharding import single_device_mesh
 
 TOKENIZER_NAME = "tokenizer.model"
 
@@ -73,13 +72,13 @@ class Checkpointer:
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint folder that `path` means: itself, or the newest one of a run's or a checkpoints folder."""
     path = Path(path).absolute()
-    if path.is_dir() and ocp.is_orbax_checkpoint(path):
-        return path
     for folder in (path / "checkpoints", path):
         if folder.is_dir():
             steps = [p for p in folder.iterdir() if p.name.isdigit() and ocp.is_orbax_checkpoint(p)]
             if steps:
                 return max(steps, key=lambda p: int(p.name))
+    if path.is_dir() and ocp.is_orbax_checkpoint(path):
+        return path
     raise FileNotFoundError(f"{path} is no checkpoint and holds none: give a run's folder or a checkpoint's.")
 
 
@@ -100,20 +99,19 @@ def read_model_config(path: Path) -> ModelConfig:
     return ModelConfig(**fields)
 
 
-def abstract_params(config: ModelConfig, mesh: Mesh, dtype: str = "float32") -> Params:
-    """Shapes and shardings of the parameters on `mesh`; what they are restored onto."""
+def abstract_params(config: ModelConfig, mesh: Mesh | None, dtype: str = "float32") -> Params:
+    """Shapes and shardings of the parameters, on `mesh` or on one device; what they are restored onto."""
     _, shapes, _ = split_model(config)
-    return jax.tree.map(
-        lambda p, sharding: jax.ShapeDtypeStruct(p.shape, dtype, sharding=sharding),
-        shapes, param_shardings(config, mesh),
-    )  # fmt: skip
+    one_device = SingleDeviceSharding(jax.local_devices()[0])
+    shardings = jax.tree.map(lambda _: one_device, shapes) if mesh is None else param_shardings(config, mesh)
+    return jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, dtype, sharding=s), shapes, shardings)
 
 
 def load_params(path: str | Path, mesh: Mesh | None = None, dtype: str = "float32") -> tuple[Params, ModelConfig]:
     """Parameters and architecture of a checkpoint (see `find_checkpoint`), on `mesh` or on one device."""
     path = find_checkpoint(path)
     config = read_model_config(path)
-    abstract = abstract_params(config, mesh or single_device_mesh(), dtype)
+    abstract = abstract_params(config, mesh, dtype)
     return ocp.load_checkpointables(path, {"params": abstract})["params"], config
 
 

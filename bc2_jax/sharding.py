@@ -110,9 +110,9 @@ def use_mesh_of(x: jax.Array) -> Iterator[None]:
         yield
         return
     context: contextlib.AbstractContextManager = jax.sharding.use_abstract_mesh(mesh)
-    if not isinstance(x, jax.core.Tracer) and isinstance(x.sharding, NamedSharding):
+    if not isinstance(x, jax.core.Tracer):
         # Operations outside of jit need the devices too.
         with contextlib.suppress(ValueError):  # inside: the array is closed over
-            context = jax.set_mesh(x.sharding.mesh)
+            context = jax.set_mesh(x.sharding.mesh)  # type: ignore[union-attr,attr-defined,arg-type]
     with context:
         yield

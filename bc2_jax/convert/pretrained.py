@@ -33,8 +33,6 @@ def load_pretrained(
         params = _load_hf_params(path, config, dtype, mesh)
     else:
         params, config = checkpoint.load_params(path, mesh, dtype)
-        if mesh is None:  # restored onto a mesh of one device; a model without a mesh is simpler to use
-            params = jax.device_put(params, jax.local_devices()[0])
     compute = dataclasses.replace(compute or ComputeConfig(remat="none"), dtype=dtype)
     return nnx.merge(split_model(config, compute)[0], params)
 

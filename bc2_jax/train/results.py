@@ -16,6 +16,7 @@ from bc2_jax.config import TrainConfig
 from bc2_jax.convert import hf
 from bc2_jax.data import ngram
 from bc2_jax.data.packing import read_rows
+from bc2_jax.infer.generate import generate
 from bc2_jax.model.baichuan import Params, split_model
 from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.train.metrics import plot_loss_curve, read_metrics
@@ -88,8 +89,6 @@ def show_results(
 
 def show_samples(model, config: TrainConfig, tokenizer: Tokenizer, say: Say) -> None:
     """Prints each prompt of the config with the model's continuation."""
-    from bc2_jax.infer.generate import generate
-
     sample = config.sample
     continuations = generate(
         model, tokenizer.encode_batch(list(sample.prompts)), max_new_tokens=sample.max_new_tokens,
