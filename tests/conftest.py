@@ -1,9 +1,10 @@
-"""Eight simulated CPU devices, the hypothesis profile, and the golden data of tests/golden."""
+"""Eight simulated CPU devices, the hypothesis profile, the golden data of tests/golden, a tokenizer made here."""
 
 from __future__ import annotations
 
 import functools
 import math
+import sysconfig
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from bc2_jax.convert import table
 from bc2_jax.convert.hf import load_params, read_config
 from bc2_jax.model.baichuan import Params
 from bc2_jax.sharding import Mesh, make_mesh, use_cpu_devices
+from bc2_jax.tokenizer import Tokenizer, train_tokenizer
 
 use_cpu_devices(8)  # before any test can start the backend
 
@@ -55,3 +57,18 @@ def mesh_of() -> Callable[[int, int, int], Mesh]:
         return make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), devices)
 
     return make
+
+
+_MODULES = ("argparse", "ast", "functools", "heapq", "json/decoder", "pathlib", "random", "textwrap")
+
+
+@pytest.fixture(scope="session")
+def modules() -> list[str]:
+    """Source of some modules: ASCII text with code in it."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    return [(folder / f"{name}.py").read_text(encoding="utf-8") for name in _MODULES]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(modules: list[str], tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return train_tokenizer(modules, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", 640)

@@ -22,7 +22,6 @@ from bc2_jax.sharding import (
     MESH_AXES,
     ShardingRules,
     make_mesh,
-    named_shardings,
     single_device_mesh,
     use_cpu_devices,
     use_mesh_of,
@@ -100,13 +99,6 @@ def test_use_mesh_of(mesh_of):
         assert jax.sharding.get_abstract_mesh().empty
     with jax.set_mesh(mesh_of(8, 1, 1)), use_mesh_of(jnp.ones(3)):
         assert jax.sharding.get_abstract_mesh() == mesh_of(8, 1, 1).abstract_mesh
-
-
-def test_named_shardings(mesh_of):
-    mesh = mesh_of(2, 2, 2)
-    assert named_shardings(mesh, {"a": P("data"), "b": (P(),)}) == {
-        "a": NamedSharding(mesh, P("data")), "b": (NamedSharding(mesh, P()),),
-    }  # fmt: skip
 
 
 def test_param_shardings_fit_the_parameters(mesh_of):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -176,9 +177,12 @@ def init_params(config: ModelConfig, seed: int, mesh: Mesh, rules: ShardingRules
     The values do not depend on the mesh.
     """
 
-    def init(seed: Array) -> Params:
-        model = Baichuan2(config, rules=rules, rngs=nnx.Rngs(jax.random.key(seed)))
-        return nnx.to_pure_dict(nnx.split(model)[1])
-
     with jax.set_mesh(mesh):
-        return jax.jit(init)(seed)
+        return _init(config, rules, seed)
+
+
+# At module level, so that a second model of the same shape is not compiled again.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _init(config: ModelConfig, rules: ShardingRules, seed: Array | int) -> Params:
+    model = Baichuan2(config, rules=rules, rngs=nnx.Rngs(jax.random.key(seed)))
+    return nnx.to_pure_dict(nnx.split(model)[1])

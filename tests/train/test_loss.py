@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import NamedSharding
@@ -71,7 +71,7 @@ def test_loss_and_every_gradient_equal_pytorch(golden, variant: dict):
     assert_golden(golden, golden_loss(golden, compute, golden.params, golden_batch(golden)))
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 2), (1, 4, 2), (2, 2, 2), (8, 1, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 4, 2), (2, 2, 2)], ids=str)
 def test_loss_and_every_gradient_on_a_mesh_equal_pytorch(golden, shape: tuple[int, int, int], mesh_of):
     mesh, compute = mesh_of(*shape), ComputeConfig(dtype="float32", attention_block=8, loss_chunk=13)
     params = jax.device_put(golden.params, param_shardings(golden.config, mesh))
@@ -131,6 +131,7 @@ def assert_close(result, expected, tolerance: float = 2e-5):
         )
 
 
+@settings(max_examples=15)
 @given(
     B=st.integers(1, 3), T=st.integers(1, 17), V=st.integers(1, 40), chunk=st.integers(1, 60),
     ignored=st.sampled_from([0.0, 0.3, 1.0]), z=st.sampled_from([0.0, 2e-4, 0.5]), seed=st.integers(0, 99),

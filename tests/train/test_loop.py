@@ -1,0 +1,182 @@
+"""Whole runs: bit-exact resume, refusals before anything is written, stopping at a loss that is not finite."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bc2_jax.config import (
+    CheckpointConfig,
+    ComputeConfig,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SampleConfig,
+    SourceConfig,
+    TrainConfig,
+)
+from bc2_jax.data.loader import make_train_loader
+from bc2_jax.data.packing import pack_documents
+from bc2_jax.train import loop
+from bc2_jax.train.metrics import fingerprint, read_metrics
+from bc2_jax.train.start import choose_workdir
+
+
+@pytest.fixture(scope="module")
+def config(modules, tokenizer, tmp_path_factory) -> TrainConfig:
+    folder = tmp_path_factory.mktemp("corpus")
+    documents = [part for module in modules for part in module.split("\n\n") if part]
+    pack_documents(documents, tokenizer, folder / "rows", 32, validation_fraction=0.02)
+    return TrainConfig(
+        name="test",
+        model=ModelConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            position_embedding="alibi", vocab_size=640,
+        ),
+        data=DataConfig(
+            sources=(SourceConfig(path=str(folder / "rows")),), tokenizer=str(tokenizer.path), sequence_length=32,
+            global_batch_size=8, accumulation_steps=2,
+        ),
+        compute=ComputeConfig(attention_block=16, loss_chunk=32),
+        mesh=MeshConfig(data=2, fsdp=2, tensor=2),
+        optimizer=OptimizerConfig(peak_learning_rate=1e-2, warmup_steps=2, decay_steps=20),
+        checkpoint=CheckpointConfig(save_every=4, keep_last=9),
+        num_steps=8, eval_every=8, log_every=4,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory) -> loop.TrainResult:
+    return loop.train(dataclasses.replace(config, workdir=str(tmp_path_factory.mktemp("run") / "whole")))
+
+
+def test_learns_and_writes_everything(config, finished):
+    metrics = read_metrics(finished.workdir / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == list(range(1, 9))
+    assert metrics[-1]["cross_entropy"] < metrics[0]["cross_entropy"] - 0.3
+    assert metrics[-1]["validation_cross_entropy"] == finished.metrics["validation_cross_entropy"]
+    # All targets of the batches the loader gave: none lost, none twice.
+    loader = make_train_loader(config.data, process_index=0, process_count=1)
+    assert [m["tokens"] for m in metrics] == [(loader[i]["labels"] != -100).sum() for i in range(8)]
+    assert (finished.workdir / "loss.png").stat().st_size > 1000
+    assert list((finished.workdir / "tensorboard").iterdir())
+    assert json.loads((finished.workdir / "config.json").read_text())["model"]["hidden_size"] == 32
+
+
+@pytest.mark.parametrize("stop", [3, 4])
+def test_stopped_and_resumed_is_bit_identical(config, finished, stop, tmp_path):
+    part = dataclasses.replace(config, workdir=str(tmp_path / "run"), num_steps=stop)
+    loop.train(part)
+    result = loop.train(dataclasses.replace(part, num_steps=8, resume="auto"))
+    assert result.fingerprint == finished.fingerprint
+    names = ("step", "loss", "grad_norm", "tokens")
+    a, b = ([[m[n] for n in names] for m in read_metrics(r.workdir / "metrics.jsonl")] for r in (result, finished))
+    assert a == b
+
+
+def test_resumes_on_another_mesh(config, finished, tmp_path):
+    part = dataclasses.replace(config, workdir=str(tmp_path / "run"), num_steps=4)
+    loop.train(part)
+    other = dataclasses.replace(part, num_steps=8, resume="auto", mesh=MeshConfig(fsdp=8))
+    result = loop.train(other)
+    metrics, whole = (read_metrics(r.workdir / "metrics.jsonl") for r in (result, finished))
+    assert [m["tokens"] for m in metrics] == [m["tokens"] for m in whole]
+    np.testing.assert_allclose([m["loss"] for m in metrics], [m["loss"] for m in whole], rtol=2e-3)
+
+
+def test_verifies_its_own_resume_exports_and_writes_text(config, finished, tmp_path, capsys):
+    sample = SampleConfig(prompts=("def ",), max_new_tokens=4)
+    full = dataclasses.replace(
+        config,
+        workdir=str(tmp_path / "run"),
+        verify_resume_steps=2,
+        export_hf=True,
+        sample=sample,
+        ngram_baselines=True,
+    )  # fmt: skip
+    result = loop.train(full)
+    text = capsys.readouterr().out
+    assert result.fingerprint == finished.fingerprint
+    assert "Resumed at step 6 and repeated: the parameters are the same bit for bit." in text
+    assert "'def ' goes on:" in text and "bigram model" in text
+    assert text.rstrip().endswith(f"step 8\nparameters sha256 {result.fingerprint}")
+    from bc2_jax.convert.pretrained import load_pretrained
+
+    ids = jnp.arange(8)[None]
+    ours, exported = load_pretrained(result.workdir), load_pretrained(result.workdir / "hf")
+    np.testing.assert_array_equal(ours(ids), exported(ids))
+
+
+def test_a_finished_run_is_not_overwritten(config, finished):
+    before = sorted(finished.workdir.rglob("*"))
+    with pytest.raises(ValueError, match="already holds checkpoints up to step 8; pass --resume auto"):
+        loop.train(dataclasses.replace(config, workdir=str(finished.workdir)))
+    with pytest.raises(ValueError, match="model.*rms_norm_eps: 0.001 against 1e-06"):
+        model = dataclasses.replace(config.model, rms_norm_eps=1e-3)
+        loop.train(dataclasses.replace(config, model=model, workdir=str(finished.workdir), resume="auto"))
+    with pytest.raises(ValueError, match="num_steps = 5 is not valid"):
+        loop.train(dataclasses.replace(config, num_steps=5, workdir=str(finished.workdir), resume="auto"))
+    assert sorted(finished.workdir.rglob("*")) == before
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(config, tmp_path):
+    model = dataclasses.replace(config.model, vocab_size=512)
+    with pytest.raises(ValueError, match="model.vocab_size = 512 is not valid"):
+        loop.train(dataclasses.replace(config, model=model, workdir=str(tmp_path / "run")))
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_stops_at_a_loss_that_is_not_finite(config, tmp_path):
+    # A learning rate that overflows fp32 in a few steps; the checkpoint before stays.
+    optimizer = dataclasses.replace(config.optimizer, peak_learning_rate=1e30, weight_decay=1e8)
+    bad = dataclasses.replace(
+        config, workdir=str(tmp_path), optimizer=optimizer, checkpoint=CheckpointConfig(save_every=1, keep_last=9)
+    )
+    with pytest.raises(FloatingPointError, match=r"is (nan|inf) at step \d: the run stops"):
+        loop.train(bad)
+    for step in loop.Checkpointer(tmp_path / "checkpoints", bad.checkpoint).steps():
+        assert all(np.isfinite(m["loss"]) for m in read_metrics(tmp_path / "metrics.jsonl") if m["step"] <= step)
+
+
+def test_nothing_is_compiled_after_the_second_step(config, tmp_path, monkeypatch):
+    compiled: list[str] = []
+    listening = []
+
+    def listen(name: str, seconds: float, **_) -> None:
+        if listening and "backend_compile" in name:
+            compiled.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    show = loop.report.ProgressDisplay.show
+
+    def start_listening(self, step, metrics):
+        if step == 2:
+            listening.append(True)
+        if step == 7:
+            listening.clear()
+        show(self, step, metrics)
+
+    monkeypatch.setattr(loop.report.ProgressDisplay, "show", start_listening)
+    loop.train(dataclasses.replace(config, workdir=str(tmp_path), checkpoint=CheckpointConfig(save_every=100)))
+    assert not compiled
+
+
+def test_default_workdirs_never_collide(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert str(choose_workdir(config)) == "runs/test"
+    (tmp_path / "runs/test/checkpoints").mkdir(parents=True)
+    assert str(choose_workdir(config)) == "runs/test-2"
+    assert str(choose_workdir(dataclasses.replace(config, resume="auto"))) == "runs/test"
+
+
+def test_fingerprint_sees_every_bit_and_no_mesh(mesh_of, config):
+    from bc2_jax.model.baichuan import init_params
+
+    a, b = (init_params(config.model, 0, mesh_of(*shape)) for shape in ((2, 2, 2), (1, 1, 1)))
+    assert fingerprint(a) == fingerprint(b)
+    b["norm"]["weight"] = b["norm"]["weight"].at[3].multiply(1 + 2**-23)
+    assert fingerprint(a) != fingerprint(b)
