@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -177,12 +176,15 @@ def init_params(config: ModelConfig, seed: int, mesh: Mesh, rules: ShardingRules
     The values do not depend on the mesh.
     """
 
+    # LLVM takes seconds to optimise the random bits of each weight, which are drawn only once.
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    init = jax.jit(
+        _init, static_argnums=(0, 1), compiler_options={"xla_backend_optimization_level": 0} if on_cpu else None
+    )
     with jax.set_mesh(mesh):
-        return _init(config, rules, seed)
+        return init(config, rules, seed)
 
 
-# At module level, so that a second model of the same shape is not compiled again.
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def _init(config: ModelConfig, rules: ShardingRules, seed: Array | int) -> Params:
     model = Baichuan2(config, rules=rules, rngs=nnx.Rngs(jax.random.key(seed)))
     return nnx.to_pure_dict(nnx.split(model)[1])

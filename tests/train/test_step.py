@@ -48,8 +48,9 @@ def make_config(model: ModelConfig, accumulation: int = 1, **compute) -> TrainCo
         ),
         compute=ComputeConfig(**({"dtype": "float32", "attention_block": 5, "loss_chunk": 7} | compute)),
         mesh=MeshConfig(fsdp=-1),
-        # eps well above rounding: where a gradient is 0 but for rounding, Adam's first step would be its sign.
-        optimizer=OptimizerConfig(peak_learning_rate=1e-2, warmup_steps=1, decay_steps=10, eps=1e-3),
+        # eps well above rounding: where a gradient is 0 but for rounding, Adam's first step would be its sign. Not
+        # clipped: that would hide a wrong scale of the gradients.
+        optimizer=OptimizerConfig(peak_learning_rate=1e-2, warmup_steps=1, decay_steps=10, eps=1e-3, clip_norm=1e3),
     )  # fmt: skip
 
 
@@ -85,7 +86,7 @@ def place_state(config: TrainConfig, mesh) -> TrainState:
 class Update(NamedTuple):
     params: dict
     mu: dict
-    """First moment: a tenth of the clipped gradient."""
+    """First moment: a tenth of the gradient."""
     metrics: dict
 
 
