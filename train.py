@@ -18,6 +18,17 @@ from bc2_jax.config import TrainConfig
 DEMO = Path(__file__).parent / "configs" / "demo.py"
 
 
+def without_where_and_how_long(args: list[str]) -> list[str]:
+    """The arguments that say what is trained: the hints at the end add their own workdir and number of steps."""
+    kept, skip = [], False
+    for arg in args:
+        flag = arg.split("=")[0].replace("_", "-") in ("--workdir", "--resume", "--num-steps")
+        if not (skip or flag):
+            kept.append(arg)
+        skip = flag and "=" not in arg
+    return kept
+
+
 def main() -> None:
     args = sys.argv[1:]
     path = args.pop(0) if args and args[0].endswith(".py") else DEMO
@@ -30,7 +41,7 @@ def main() -> None:
             config = file["prepare"](config)
         from bc2_jax.train.loop import train  # after the command line is known to be right: --help answers at once
 
-        train(config, command=shlex.join(["train.py", *sys.argv[1:]]))
+        train(config, command=shlex.join(["train.py", *without_where_and_how_long(sys.argv[1:])]))
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
 

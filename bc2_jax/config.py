@@ -8,37 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Literal
+
+from bc2_jax.validation import choices, divisors, require, require_literals, require_positive
 
 DType = Literal["float32", "bfloat16"]
-
-
-def _require(ok: bool, field: str, value: object, legal: str) -> None:
-    if not ok:
-        raise ValueError(f"{field} = {value!r} is not valid: {legal}.")
-
-
-def _require_positive(config: Any, prefix: str, *fields: str) -> None:
-    for field in fields:
-        value = getattr(config, field)
-        _require(value > 0, f"{prefix}{field}", value, "it must be positive")
-
-
-def _require_literals(config: Any, prefix: str) -> None:
-    """Python does not check that the value of a Literal field is one of those it lists."""
-    for field, kind in get_type_hints(type(config)).items():
-        if get_origin(kind) is Literal:
-            value = getattr(config, field)
-            _require(value in get_args(kind), f"{prefix}{field}", value, f"legal values are {_choices(get_args(kind))}")
-
-
-def _choices(values: Iterable[object]) -> str:
-    return ", ".join(str(v) for v in values)
-
-
-def divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +51,7 @@ class ModelConfig:
     """End of text; closes every document."""
 
     def __post_init__(self) -> None:
-        _require_positive(
+        require_positive(
             self,
             "model.",
             "hidden_size",
@@ -90,24 +64,24 @@ class ModelConfig:
             "initializer_range",
             "rope_theta",
         )
-        _require_literals(self, "model.")
-        _require(
+        require_literals(self, "model.")
+        require(
             self.hidden_size % self.num_attention_heads == 0,
             "model.num_attention_heads",
             self.num_attention_heads,
-            f"it must divide hidden_size = {self.hidden_size}; legal values are {_choices(divisors(self.hidden_size))}",
+            f"it must divide hidden_size = {self.hidden_size}; legal values are {choices(divisors(self.hidden_size))}",
         )
         if self.position_embedding == "rope":
-            _require(
+            require(
                 self.head_dim % 2 == 0,
                 "model.num_attention_heads",
                 self.num_attention_heads,
                 f"RoPE needs an even head size, and {self.hidden_size} / {self.num_attention_heads} is odd",
             )
-        _require(self.z_loss_weight >= 0, "model.z_loss_weight", self.z_loss_weight, "it must be at least 0")
+        require(self.z_loss_weight >= 0, "model.z_loss_weight", self.z_loss_weight, "it must be at least 0")
         for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(self, field)
-            _require(0 <= value < self.vocab_size, f"model.{field}", value, f"it must be in 0..{self.vocab_size - 1}")
+            require(0 <= value < self.vocab_size, f"model.{field}", value, f"it must be in 0..{self.vocab_size - 1}")
 
     @property
     def head_dim(self) -> int:
@@ -156,8 +130,8 @@ class ComputeConfig:
     """Tokens per device whose logits exist at one time in the loss."""
 
     def __post_init__(self) -> None:
-        _require_literals(self, "compute.")
-        _require_positive(self, "compute.", "attention_block", "loss_chunk")
+        require_literals(self, "compute.")
+        require_positive(self, "compute.", "attention_block", "loss_chunk")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,9 +149,9 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         for field in ("data", "tensor"):
-            _require(getattr(self, field) >= 1, f"mesh.{field}", getattr(self, field), "it must be at least 1")
-        _require(self.fsdp >= 1 or self.fsdp == -1, "mesh.fsdp", self.fsdp, "it must be at least 1, or -1 for the rest")
-        _require(self.num_cpu_devices >= 0, "mesh.num_cpu_devices", self.num_cpu_devices, "it must be at least 0")
+            require(getattr(self, field) >= 1, f"mesh.{field}", getattr(self, field), "it must be at least 1")
+        require(self.fsdp >= 1 or self.fsdp == -1, "mesh.fsdp", self.fsdp, "it must be at least 1, or -1 for the rest")
+        require(self.num_cpu_devices >= 0, "mesh.num_cpu_devices", self.num_cpu_devices, "it must be at least 0")
         if self.num_cpu_devices:
             self._fsdp_devices(self.num_cpu_devices)
 
@@ -187,14 +161,14 @@ class MeshConfig:
 
     def _fsdp_devices(self, num_devices: int) -> int:
         other = self.data * self.tensor
-        _require(
+        require(
             num_devices % other == 0,
             "mesh.data * mesh.tensor",
             other,
-            f"it must divide the {num_devices} devices; legal values are {_choices(divisors(num_devices))}",
+            f"it must divide the {num_devices} devices; legal values are {choices(divisors(num_devices))}",
         )
         fsdp = num_devices // other
-        _require(
+        require(
             self.fsdp in (-1, fsdp),
             "mesh.fsdp",
             self.fsdp,
@@ -212,9 +186,9 @@ def check_divisible(model: ModelConfig, mesh: MeshConfig) -> None:
     }
     for axis, dims in (("tensor", tensor_dims), ("fsdp", {"hidden_size": model.hidden_size})):
         size = getattr(mesh, axis)
-        legal = _choices(divisors(math.gcd(*dims.values())))
+        legal = choices(divisors(math.gcd(*dims.values())))
         for name, dim in dims.items():
-            _require(
+            require(
                 size == -1 or dim % size == 0,
                 f"mesh.{axis}",
                 size,
@@ -248,19 +222,19 @@ class OptimizerConfig:
     """Storage dtype of both moments; bfloat16 halves their memory."""
 
     def __post_init__(self) -> None:
-        _require_literals(self, "optimizer.")
-        _require_positive(self, "optimizer.", "peak_learning_rate", "decay_steps", "eps", "clip_norm")
+        require_literals(self, "optimizer.")
+        require_positive(self, "optimizer.", "peak_learning_rate", "decay_steps", "eps", "clip_norm")
         for field in ("min_learning_rate", "warmup_steps", "weight_decay"):
-            _require(getattr(self, field) >= 0, f"optimizer.{field}", getattr(self, field), "it must be at least 0")
+            require(getattr(self, field) >= 0, f"optimizer.{field}", getattr(self, field), "it must be at least 0")
         for field in ("b1", "b2"):
-            _require(0 <= getattr(self, field) < 1, f"optimizer.{field}", getattr(self, field), "it must be in [0, 1)")
-        _require(
+            require(0 <= getattr(self, field) < 1, f"optimizer.{field}", getattr(self, field), "it must be in [0, 1)")
+        require(
             self.min_learning_rate <= self.peak_learning_rate,
             "optimizer.min_learning_rate",
             self.min_learning_rate,
             f"it must be at most peak_learning_rate = {self.peak_learning_rate}",
         )
-        _require(
+        require(
             self.warmup_steps < self.decay_steps,
             "optimizer.warmup_steps",
             self.warmup_steps,
@@ -278,7 +252,7 @@ class SourceConfig:
     """Share of training rows drawn from this source, relative to the other weights."""
 
     def __post_init__(self) -> None:
-        _require(self.weight > 0, "data.sources.weight", self.weight, "it must be positive")
+        require(self.weight > 0, "data.sources.weight", self.weight, "it must be positive")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -299,14 +273,14 @@ class DataConfig:
     """Seed of the row order and of the mixture."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "data.", "sequence_length", "global_batch_size", "accumulation_steps")
-        _require(len(self.sources) > 0, "data.sources", self.sources, "at least one source is needed")
-        _require(
+        require_positive(self, "data.", "sequence_length", "global_batch_size", "accumulation_steps")
+        require(len(self.sources) > 0, "data.sources", self.sources, "at least one source is needed")
+        require(
             self.global_batch_size % self.accumulation_steps == 0,
             "data.accumulation_steps",
             self.accumulation_steps,
             f"it must divide data.global_batch_size = {self.global_batch_size}; "
-            f"legal values are {_choices(divisors(self.global_batch_size))}",
+            f"legal values are {choices(divisors(self.global_batch_size))}",
         )
 
 
@@ -322,8 +296,8 @@ class CheckpointConfig:
     """Keep for ever the checkpoints at multiples of this many steps; 0 keeps none for ever."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "checkpoint.", "save_every", "keep_last")
-        _require(
+        require_positive(self, "checkpoint.", "save_every", "keep_last")
+        require(
             self.keep_every >= 0 and self.keep_every % self.save_every == 0,
             "checkpoint.keep_every",
             self.keep_every,
@@ -388,17 +362,17 @@ class TrainConfig:
     """Steps in the profiler trace."""
 
     def __post_init__(self) -> None:
-        _require_literals(self, "")
-        _require_positive(self, "", "num_steps", "log_every", "eval_every", "profile_steps")
+        require_literals(self, "")
+        require_positive(self, "", "num_steps", "log_every", "eval_every", "profile_steps")
         for field in ("eval_batches", "verify_resume_steps", "profile_start", "seed"):
-            _require(getattr(self, field) >= 0, field, getattr(self, field), "it must be at least 0")
-        _require(
+            require(getattr(self, field) >= 0, field, getattr(self, field), "it must be at least 0")
+        require(
             self.verify_resume_steps < self.num_steps,
             "verify_resume_steps",
             self.verify_resume_steps,
             f"it must be less than num_steps = {self.num_steps}",
         )
-        _require(
+        require(
             self.data.sequence_length <= self.model.model_max_length,
             "data.sequence_length",
             self.data.sequence_length,
@@ -408,7 +382,7 @@ class TrainConfig:
         check_divisible(self.model, mesh)
         shards = mesh.data * max(mesh.fsdp, 1)
         rows = self.data.global_batch_size // self.data.accumulation_steps
-        _require(
+        require(
             rows % shards == 0,
             "data.global_batch_size",
             self.data.global_batch_size,

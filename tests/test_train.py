@@ -1,0 +1,52 @@
+"""The command line of train.py."""
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*args: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "train.py", *args], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_typo_is_an_error_with_a_suggestion():
+    done = run("--optimizer.peak-learning-rat", "1e-3")
+    assert done.returncode != 0
+    assert "--optimizer.peak-learning-rate" in done.stdout + done.stderr
+
+
+def test_help_documents_fields():
+    done = run("configs/baichuan2_7b.py", "--help")
+    assert done.returncode == 0
+    for text in ("--optimizer.peak-learning-rate", "Largest global gradient norm", "--checkpoint.save-every"):
+        assert text in done.stdout
+
+
+def test_a_bad_value_is_one_sentence():
+    done = run("configs/baichuan2_13b.py", "--mesh.tensor", "16")
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    output = " ".join((done.stdout + done.stderr).replace("│", " ").split())
+    assert "mesh.tensor = 16 is not valid" in output and "legal values are 1, 2, 4, 8" in output
+
+
+def test_missing_rows_are_one_sentence(tmp_path):
+    done = run("configs/baichuan2_7b.py", "--mesh.num-cpu-devices", "4", "--workdir", str(tmp_path / "run"))
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "tokenizer.model" in done.stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
+def test_every_config_is_valid(path):
+    config = runpy.run_path(str(path))["config"]()
+    assert config.name == path.stem
+
+
+def test_hints_repeat_only_what_is_trained():
+    without = runpy.run_path(str(ROOT / "train.py"))["without_where_and_how_long"]
+    args = ["c.py", "--workdir", "a", "--resume=auto", "--seed", "3", "--num_steps", "5", "--log-every", "2"]
+    assert without(args) == ["c.py", "--seed", "3", "--log-every", "2"]
