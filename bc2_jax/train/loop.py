@@ -36,8 +36,8 @@ class TrainResult(NamedTuple):
     workdir: Path
 
 
-def train(config: TrainConfig, command: str = "python train.py") -> TrainResult:
-    """Trains as `config` says; `command` is what the printed hints tell the user to type.
+def train(config: TrainConfig, command: str = "train.py") -> TrainResult:
+    """Trains as `config` says; `command` is what the printed hints tell the user to run with Python.
 
     Raises ValueError or FileNotFoundError for a run that cannot start, before anything is written, and
     FloatingPointError at a loss or gradient that is not finite; the checkpoints before it stay.
@@ -104,12 +104,17 @@ def train(config: TrainConfig, command: str = "python train.py") -> TrainResult:
         display = report.ProgressDisplay(console, config, start_step)
         verified_step = config.num_steps - config.verify_resume_steps if config.verify_resume_steps else 0
 
-        def evaluate() -> dict[str, float]:
+        def evaluate(step: int) -> dict[str, float]:
             count = min(config.eval_batches or len(validation), len(validation))
             sums = [eval_step(state.params, put(validation[i])) for i in range(count)]
             total = jax.tree.map(lambda *xs: sum(float(x) for x in xs), *sums)
             means = mean_metrics(total, config.model.z_loss_weight)
-            return {f"validation_{name}": float(value) for name, value in means.items()}
+            values = {f"validation_{name}": float(value) for name, value in means.items()}
+            display.say(
+                f"step {step}  validation cross entropy {values['validation_cross_entropy']:.4f}, "
+                f"accuracy {values['validation_accuracy']:.1%}"
+            )
+            return values
 
         def finish_step(step: int, step_metrics: dict[str, jax.Array]) -> dict[str, float]:
             """Waits for a step's metrics, checks and shows them."""
@@ -129,8 +134,10 @@ def train(config: TrainConfig, command: str = "python train.py") -> TrainResult:
         # ------------------------------------------------------------ loop
         pending: tuple[int, dict[str, jax.Array]] | None = None
         last: dict[str, float] = {}
-        throughput.restart()
         try:
+            if start_step == 0:
+                writer.write(0, evaluate(0))
+            throughput.restart()
             for step in range(start_step + 1, config.num_steps + 1):
                 if step == config.profile_start:
                     jax.profiler.start_trace(str(workdir / "profile"))
@@ -154,11 +161,7 @@ def train(config: TrainConfig, command: str = "python train.py") -> TrainResult:
                     # Nothing is saved before its step is known to be finite.
                     last, pending = finish_step(*pending) | report.memory_metrics(), None
                     if is_eval:
-                        last |= evaluate()
-                        display.say(
-                            f"step {step}  validation cross entropy {last['validation_cross_entropy']:.4f}, "
-                            f"accuracy {last['validation_accuracy']:.1%}"
-                        )
+                        last |= evaluate(step)
                     writer.write(step, last)
                     if is_save:
                         metadata = {"config": dataclasses.asdict(config), "data": data_state}

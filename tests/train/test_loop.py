@@ -22,8 +22,14 @@ from bc2_jax.config import (
 from bc2_jax.data.loader import make_train_loader
 from bc2_jax.data.packing import pack_documents
 from bc2_jax.train import loop
-from bc2_jax.train.metrics import fingerprint, read_metrics
+from bc2_jax.train.metrics import fingerprint
+from bc2_jax.train.metrics import read_metrics as read_every_line
 from bc2_jax.train.start import choose_workdir
+
+
+def read_metrics(path):
+    """Lines of training steps, without the evaluation before the first."""
+    return [line for line in read_every_line(path) if line["step"] > 0]
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +64,10 @@ def test_learns_and_writes_everything(config, finished):
     metrics = read_metrics(finished.workdir / "metrics.jsonl")
     assert [m["step"] for m in metrics] == list(range(1, 9))
     assert metrics[-1]["cross_entropy"] < metrics[0]["cross_entropy"] - 0.3
+    before = read_every_line(finished.workdir / "metrics.jsonl")[0]
+    assert before["step"] == 0
+    # Unit rows against a normed input give logits of variance 1: ln V and a half.
+    assert before["validation_cross_entropy"] == pytest.approx(np.log(640) + 0.5, abs=0.2)
     assert metrics[-1]["validation_cross_entropy"] == finished.metrics["validation_cross_entropy"]
     # All targets of the batches the loader gave: none lost, none twice.
     loader = make_train_loader(config.data, process_index=0, process_count=1)
@@ -81,7 +91,7 @@ def test_stopped_and_resumed_is_bit_identical(config, finished, stop, tmp_path):
 def test_resumes_on_another_mesh(config, finished, tmp_path):
     part = dataclasses.replace(config, workdir=str(tmp_path / "run"), num_steps=4)
     loop.train(part)
-    other = dataclasses.replace(part, num_steps=8, resume="auto", mesh=MeshConfig(fsdp=8))
+    other = dataclasses.replace(part, num_steps=8, resume="auto", mesh=MeshConfig(fsdp=4, tensor=2))
     result = loop.train(other)
     metrics, whole = (read_metrics(r.workdir / "metrics.jsonl") for r in (result, finished))
     assert [m["tokens"] for m in metrics] == [m["tokens"] for m in whole]
