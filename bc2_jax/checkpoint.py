@@ -44,7 +44,8 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
-        return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+        steps = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+        return [step for step in steps if is_complete(self.directory / str(step))]
 
     def save(self, step: int, params: Params, opt_state: Any, metadata: dict[str, Any]) -> None:
         """Starts writing and returns as soon as the arrays may change; waits for the save before it, if any."""
@@ -69,15 +70,20 @@ class Checkpointer:
         self._checkpointer.close()
 
 
+def is_complete(path: Path) -> bool:
+    """Whether `path` is a checkpoint that was written to its end: Orbax writes its metadata last."""
+    return (path / "_CHECKPOINT_METADATA").is_file() and (path / "params").is_dir()
+
+
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint folder that `path` means: itself, or the newest one of a run's or a checkpoints folder."""
     path = Path(path).absolute()
     for folder in (path / "checkpoints", path):
         if folder.is_dir():
-            steps = [p for p in folder.iterdir() if p.name.isdigit() and ocp.is_orbax_checkpoint(p)]
+            steps = [p for p in folder.iterdir() if p.name.isdigit() and is_complete(p)]
             if steps:
                 return max(steps, key=lambda p: int(p.name))
-    if path.is_dir() and ocp.is_orbax_checkpoint(path):
+    if is_complete(path):
         return path
     raise FileNotFoundError(f"{path} is no checkpoint and holds none: give a run's folder or a checkpoint's.")
 
