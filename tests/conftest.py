@@ -59,7 +59,7 @@ def mesh_of() -> Callable[[int, int, int], Mesh]:
     return make
 
 
-_MODULES = ("argparse", "ast", "functools", "heapq", "json/decoder", "pathlib", "random", "textwrap")
+_MODULES = ("argparse", "ast", "functools", "heapq", "json/decoder", "shutil", "random", "textwrap")
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ def stdlib_text(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    texts = [stdlib_text("argparse"), stdlib_text("pathlib"), "三国演义\t第一回\n" * 20]
+    texts = [stdlib_text("argparse"), stdlib_text("shutil"), "三国演义\t第一回\n" * 20]
     return train_tokenizer(texts, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", 700)
 
 
