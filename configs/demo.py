@@ -1,6 +1,6 @@
 """A small Baichuan 2 on real Chinese, English and Python text, on a laptop.
 
-python train.py                     # about 4 minutes on 2 cores; no accelerator, 8 GB of memory
+python train.py                     # about 4 minutes on 2 cores; no accelerator
 """
 
 import dataclasses

@@ -165,8 +165,7 @@ def split_model(
 def param_shardings(config: ModelConfig, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Params:
     """NamedSharding of every parameter on `mesh`."""
     axes = split_model(config, rules=rules)[2]
-    is_leaf = lambda a: isinstance(a, tuple)  # noqa: E731
-    return jax.tree.map(lambda a: NamedSharding(mesh, rules.spec(*a)), axes, is_leaf=is_leaf)
+    return jax.tree.map(lambda a: NamedSharding(mesh, rules.spec(*a)), axes, is_leaf=lambda a: isinstance(a, tuple))
 
 
 def init_params(config: ModelConfig, seed: int, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Params:

@@ -24,7 +24,7 @@ def choose_workdir(config: TrainConfig) -> Path:
     if config.workdir is not None:
         return Path(config.workdir)
     candidates = [Path("runs", config.name)]
-    while (candidates[-1] / "checkpoints").exists():
+    while any((candidates[-1] / "checkpoints").glob("[0-9]*")):  # a run that failed at its start leaves none
         candidates.append(Path("runs", f"{config.name}-{len(candidates) + 1}"))
     return candidates[-2] if config.resume == "auto" and len(candidates) > 1 else candidates[-1]
 

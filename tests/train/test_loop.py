@@ -179,6 +179,8 @@ def test_default_workdirs_never_collide(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert str(choose_workdir(config)) == "runs/test"
     (tmp_path / "runs/test/checkpoints").mkdir(parents=True)
+    assert str(choose_workdir(config)) == "runs/test"
+    (tmp_path / "runs/test/checkpoints/4").mkdir()
     assert str(choose_workdir(config)) == "runs/test-2"
     assert str(choose_workdir(dataclasses.replace(config, resume="auto"))) == "runs/test"
 
