@@ -42,7 +42,7 @@ def main() -> None:
         from bc2_jax.train.loop import train  # after the command line is known to be right: --help answers at once
 
         train(config, command=shlex.join(["train.py", *without_where_and_how_long(sys.argv[1:])]))
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, ArithmeticError) as error:
         sys.exit(f"error: {error}")
 
 

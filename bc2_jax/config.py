@@ -344,6 +344,8 @@ class TrainConfig:
     """auto: go on from the newest complete checkpoint of the workdir, or start if there is none."""
     seed: int = 0
     """Seed of the initial parameters."""
+    compilation_cache: str = "~/.cache/bc2_jax"
+    """Folder of compiled programs, so that a restart or the same run again does not compile; empty for none."""
     log_every: int = 10
     """Steps between log lines; metrics.jsonl has every step."""
     eval_every: int = 1000

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import sysconfig
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +24,12 @@ from bc2_jax.sharding import Mesh, make_mesh, use_cpu_devices
 from bc2_jax.tokenizer import Tokenizer, train_tokenizer
 
 use_cpu_devices(8)  # before any test can start the backend
+
+# Programs that several tests or their subprocesses compile are compiled once; the user's own cache is left alone.
+compiled = tempfile.TemporaryDirectory()
+os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+jax.config.update("jax_compilation_cache_dir", compiled.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 settings.register_profile("bc2_jax", deadline=None, derandomize=True, database=None, max_examples=25)
 settings.load_profile("bc2_jax")

@@ -178,7 +178,7 @@ def init_params(config: ModelConfig, seed: int, mesh: Mesh, rules: ShardingRules
     # LLVM takes seconds to optimise the random bits of each weight, which are drawn only once.
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     init = jax.jit(
-        _init, static_argnums=(0, 1), compiler_options={"xla_backend_optimization_level": 0} if on_cpu else None
+        _init, static_argnums=(0, 1), compiler_options={"xla_backend_optimization_level": 1} if on_cpu else None
     )
     with jax.set_mesh(mesh):
         return init(config, rules, seed)

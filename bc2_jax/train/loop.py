@@ -14,14 +14,20 @@ from rich.console import Console
 
 from bc2_jax.checkpoint import TOKENIZER_NAME, Checkpointer
 from bc2_jax.config import TrainConfig
-from bc2_jax.cpu import keep_heap
 from bc2_jax.data.loader import make_train_iterator, make_train_loader, make_validation_batches
 from bc2_jax.model.baichuan import init_params
 from bc2_jax.sharding import make_mesh, use_cpu_devices
 from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.train import metrics as report
 from bc2_jax.train.results import check_resumed, make_baselines, show_results
-from bc2_jax.train.start import check_same_model, check_tokenizer, choose_workdir, make_put, restore_state
+from bc2_jax.train.start import (
+    check_same_model,
+    check_tokenizer,
+    choose_workdir,
+    make_put,
+    restore_state,
+    use_compilation_cache,
+)
 from bc2_jax.train.step import init_state, make_eval_step, make_train_step, mean_metrics
 
 
@@ -45,7 +51,7 @@ def train(config: TrainConfig, command: str = "train.py") -> TrainResult:
     # ---------------------------------------------------------------- devices
     if config.mesh.num_cpu_devices:
         use_cpu_devices(config.mesh.num_cpu_devices)
-        keep_heap()
+    use_compilation_cache(config.compilation_cache)
     config = config.resolve(jax.device_count())
     mesh = make_mesh(config.mesh)
     console = Console(quiet=jax.process_index() != 0, highlight=False)

@@ -44,9 +44,9 @@ def make_baselines(config: TrainConfig, console: Console) -> dict[str, float]:
 
 
 def check_resumed(step: int, resumed: str, uninterrupted: str, say: Say) -> None:
-    """Raises RuntimeError unless the run repeated from a checkpoint ended in the same parameters, bit for bit."""
+    """Raises ArithmeticError unless the run repeated from a checkpoint ended in the same parameters, bit for bit."""
     if resumed != uninterrupted:
-        raise RuntimeError(
+        raise ArithmeticError(
             f"Resumed at step {step}, the run ended in {resumed}, not in {uninterrupted}: it is not exact."
         )
     say(f"Resumed at step {step} and repeated: the parameters are the same bit for bit.")

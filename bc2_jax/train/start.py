@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,13 @@ from bc2_jax.sharding import DEFAULT_RULES
 from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.train.optimizer import make_optimizer
 from bc2_jax.train.step import Batch, TrainState
+
+
+def use_compilation_cache(folder: str) -> None:
+    """Keeps compiled programs in `folder`, unless it is empty or JAX_COMPILATION_CACHE_DIR names another."""
+    if folder and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def choose_workdir(config: TrainConfig) -> Path:

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -157,7 +160,7 @@ def test_nothing_is_compiled_after_the_second_step(config, tmp_path, monkeypatch
     listening = []
 
     def listen(name: str, seconds: float, **_) -> None:
-        if listening and "backend_compile" in name:
+        if listening and ("backend_compile" in name or "cache_retrieval" in name):
             compiled.append(name)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
@@ -173,6 +176,20 @@ def test_nothing_is_compiled_after_the_second_step(config, tmp_path, monkeypatch
     monkeypatch.setattr(loop.report.ProgressDisplay, "show", start_listening)
     loop.train(dataclasses.replace(config, workdir=str(tmp_path), checkpoint=CheckpointConfig(save_every=100)))
     assert not compiled
+
+
+def test_compiled_programs_are_kept_where_the_config_or_the_environment_says(tmp_path):
+    program = "import jax, sys; from bc2_jax.train.start import use_compilation_cache as use; use(sys.argv[1]);"
+    program += "print(jax.config.values['jax_compilation_cache_dir'])"
+
+    def folder(argument: str, **environment: str) -> str:
+        inherited = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+        command = [sys.executable, "-c", program, argument]
+        return subprocess.check_output(command, env=inherited | environment, text=True).strip()
+
+    assert folder("~/programs", HOME=str(tmp_path)) == str(tmp_path / "programs")
+    assert folder("") == "None"
+    assert folder("~/programs", JAX_COMPILATION_CACHE_DIR="/elsewhere") == "/elsewhere"
 
 
 def test_default_workdirs_never_collide(config, tmp_path, monkeypatch):
