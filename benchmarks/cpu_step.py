@@ -25,6 +25,10 @@ ROWS, LENGTH = 4, 512
 
 
 def run_ours(dtype: Any, steps: int, args: argparse.Namespace) -> dict[str, float]:
+    from bc2_jax.cpu import keep_heap
+
+    if not args.no_keep_heap:
+        keep_heap()
     import jax
     import numpy as np
 
@@ -84,6 +88,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=2, help="times each program is run")
     parser.add_argument("--torch-python", default=sys.executable)
     parser.add_argument("--no-torch", action="store_true")
+    parser.add_argument("--no-keep-heap", action="store_true")
     parser.add_argument("--scan-layers", action="store_true")
     parser.add_argument("--position-embedding", choices=("rope", "alibi"), default="rope")
     parser.add_argument("--attention", choices=("reference", "chunked"), default="chunked")

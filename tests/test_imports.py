@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "bc2_jax"
 # A module imports only from its own package and from those before it (docs/design.md).
 ORDER = (
-    "validation", "config", "sharding", "tokenizer", "kernels", "model", "data", "checkpoint", "convert",
+    "validation", "config", "cpu", "sharding", "tokenizer", "kernels", "model", "data", "checkpoint", "convert",
     "infer", "train", "align", "evaluate", "curate",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from bc2_jax.checkpoint import TOKENIZER_NAME, Checkpointer
 from bc2_jax.config import TrainConfig
+from bc2_jax.cpu import keep_heap
 from bc2_jax.data.loader import make_train_iterator, make_train_loader, make_validation_batches
 from bc2_jax.model.baichuan import init_params
 from bc2_jax.sharding import make_mesh, use_cpu_devices
@@ -51,6 +52,7 @@ def train(config: TrainConfig, command: str = "train.py") -> TrainResult:
     # ---------------------------------------------------------------- devices
     if config.mesh.num_cpu_devices:
         use_cpu_devices(config.mesh.num_cpu_devices)
+        keep_heap()
     use_compilation_cache(config.compilation_cache)
     config = config.resolve(jax.device_count())
     mesh = make_mesh(config.mesh)
