@@ -48,7 +48,7 @@ def run_ours(dtype: Any, steps: int, args: argparse.Namespace) -> dict[str, floa
             sources=(SourceConfig(path="synthetic"),), tokenizer="none", sequence_length=LENGTH, global_batch_size=ROWS
         ),
         compute=ComputeConfig(
-            dtype=dtype, remat="none", scan_layers=args.scan_layers, attention=args.attention,
+            dtype=dtype, remat="none", scan_layers=not args.unroll_layers, attention=args.attention,
             attention_block=args.attention_block, loss_chunk=args.loss_chunk,
         ),
         mesh=MeshConfig(num_cpu_devices=1),
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--torch-python", default=sys.executable)
     parser.add_argument("--no-torch", action="store_true")
     parser.add_argument("--no-keep-heap", action="store_true")
-    parser.add_argument("--scan-layers", action="store_true")
+    parser.add_argument("--unroll-layers", action="store_true", help="a faster bf16 step for a slower start")
     parser.add_argument("--position-embedding", choices=("rope", "alibi"), default="rope")
     parser.add_argument("--attention", choices=("reference", "chunked"), default="chunked")
     parser.add_argument("--attention-block", type=int, default=128)

@@ -157,10 +157,10 @@ class ProgressDisplay:
             self._bar.update(self._task, completed=step, text=text)
         elif step % self.config.log_every == 0 or step in (self.start_step + 1, self.config.num_steps):
             elapsed = time.perf_counter() - self.start_time
-            left = elapsed / (step - self.start_step) * (self.config.num_steps - step)
+            left = round(elapsed / (step - self.start_step) * (self.config.num_steps - step))
             gradient = f"grad norm {metrics['grad_norm']:.3f}"
             self.say(
-                f"step {step}/{self.config.num_steps}  {text}  {gradient}  {left // 60:.0f}:{left % 60:02.0f} left"
+                f"step {step}/{self.config.num_steps}  {text}  {gradient}  {left // 60}:{left % 60:02} left"
             )
 
     def say(self, text: str) -> None:
