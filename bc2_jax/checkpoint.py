@@ -21,6 +21,11 @@ from bc2_jax.config import CheckpointConfig, ModelConfig
 from bc2_jax.model.baichuan import Params, param_shardings, split_model
 
 TOKENIZER_NAME = "tokenizer.model"
+CHECKPOINT_MARK = "_CHECKPOINT_METADATA"
+"""Orbax writes this file last, so a folder with it is a whole checkpoint."""
+
+# Small enough that a device of a pod reads little more than its part, large enough for a disk or an object store.
+CHUNK_BYTES = 64 << 20
 
 # Orbax logs every save at INFO and warns of what is normal on one host.
 logging.getLogger("absl").setLevel(logging.ERROR)
@@ -37,6 +42,7 @@ class Checkpointer:
         self.directory = directory.absolute()
         self._checkpointer = ocp.training.Checkpointer(
             self.directory,
+            context=_save_context(),
             preservation_policy=policies.AnyPreservationPolicy(keep),
             # What a killed run left half-written never counts as a checkpoint, and is removed.
             cleanup_tmp_directories=True,
@@ -70,9 +76,22 @@ class Checkpointer:
         self._checkpointer.close()
 
 
+def _save_context() -> ocp.Context:
+    """Each layer of a stacked array is stored in chunks of its own, so that a conversion can read layer by layer."""
+    options = ocp.options.ArrayOptions.Saving.StorageOptions
+
+    def storage(path: tuple, value: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions:
+        stacked = any(getattr(key, "key", None) == "layers" for key in path)
+        return options(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if stacked else None)
+
+    context = ocp.Context()
+    context.array.saving.scoped_storage_options_creator = storage
+    return context
+
+
 def is_complete(path: Path) -> bool:
-    """Whether `path` is a checkpoint that was written to its end: Orbax writes its metadata last."""
-    return (path / "_CHECKPOINT_METADATA").is_file() and (path / "params").is_dir()
+    """Whether `path` is a checkpoint that was written to its end."""
+    return (path / CHECKPOINT_MARK).is_file() and (path / "params").is_dir()
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -118,16 +137,25 @@ def load_params(path: str | Path, mesh: Mesh | None = None, dtype: str = "float3
     path = find_checkpoint(path)
     config = read_model_config(path)
     abstract = abstract_params(config, mesh, dtype)
-    return ocp.load_checkpointables(path, {"params": abstract})["params"], config
+    try:
+        return ocp.load_checkpointables(path, {"params": abstract})["params"], config
+    except (ValueError, KeyError) as error:
+        # What is wrong with an array is the cause of what Orbax raises.
+        cause = error.__cause__ or error.__context__ or error
+        raise ValueError(f"The parameters in {path} cannot be read, it is damaged or incomplete ({cause}).") from error
 
 
 def save_params(params: Params, config: ModelConfig, path: str | Path, tokenizer: Path | None = None) -> None:
-    """Writes a params-only checkpoint; an existing `path` is refused with FileExistsError."""
+    """Writes a params-only checkpoint of arrays in memory; an existing `path` is refused with FileExistsError.
+
+    From files, `convert.conversion.to_orbax` does so one layer at a time.
+    """
     path = Path(path).absolute()
     if path.exists():
         raise FileExistsError(f"{path} exists.")
     metadata = {"config": {"model": dataclasses.asdict(config)}}
-    ocp.save_checkpointables(path, {"params": params}, custom_metadata=metadata)
+    with _save_context():
+        ocp.save_checkpointables(path, {"params": params}, custom_metadata=metadata)
     if tokenizer is not None:
         shutil.copyfile(tokenizer, path / TOKENIZER_NAME)
 

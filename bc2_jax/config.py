@@ -340,6 +340,9 @@ class TrainConfig:
     """Step at which the run ends."""
     workdir: str | None = None
     """Where checkpoints, metrics and pictures go; by default runs/NAME, or runs/NAME-2, ... if that holds a run."""
+    init_from: str | None = None
+    """Start from the parameters of this model, a PyTorch folder or a checkpoint, instead of random ones; the optimizer
+    and the data start anew. Its architecture must be that of `model`."""
     resume: Literal["never", "auto"] = "never"
     """auto: go on from the newest complete checkpoint of the workdir, or start if there is none."""
     seed: int = 0

@@ -18,7 +18,8 @@ from hypothesis import settings
 
 from bc2_jax.config import MeshConfig, ModelConfig
 from bc2_jax.convert import table
-from bc2_jax.convert.hf import load_params, read_config
+from bc2_jax.convert.hf import load_params
+from bc2_jax.convert.hf_config import read_config
 from bc2_jax.model.baichuan import Params
 from bc2_jax.sharding import Mesh, make_mesh, use_cpu_devices
 from bc2_jax.tokenizer import Tokenizer, train_tokenizer

@@ -1,19 +1,35 @@
-"""Converts checkpoints between ours (Orbax) and the released PyTorch layout.
+"""Converts checkpoints between ours (Orbax), the released PyTorch layout and its relatives, and GGUF.
 
 python tools/convert.py to-orbax HF_DIR CKPT
-python tools/convert.py to-hf CKPT HF_DIR [--dtype bfloat16|float16|float32] [--max-shard-size 5GB] [--overwrite]
+python tools/convert.py to-hf CKPT HF_DIR [--layout baichuan2|baichuan1|llama] [--format safetensors|bin]
+python tools/convert.py to-gguf CKPT OUT.gguf [--type f16|bf16|q8_0]
+python tools/convert.py inspect PATH
+python tools/convert.py diff A B
+
+A path may be a PyTorch folder, a checkpoint or a run; docs/conversion.md has the details.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from bc2_jax.convert.conversion import Options, Summary
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_DTYPES = ("bfloat16", "float16", "float32")
+out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def parse_size(text: str) -> int:
@@ -27,35 +43,131 @@ def parse_size(text: str) -> int:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    to_hf = commands.add_parser("to-hf", help="write a checkpoint of ours as a PyTorch folder")
-    to_hf.add_argument("checkpoint", metavar="CKPT", type=Path)
-    to_hf.add_argument("folder", metavar="HF_DIR", type=Path)
-    to_hf.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    to_hf.add_argument("--max-shard-size", type=parse_size, default="5GB", help="bytes a file, for example 5GB")
-    to_hf.add_argument("--overwrite", action="store_true", help="replace HF_DIR if it exists")
-    to_orbax = commands.add_parser("to-orbax", help="read a PyTorch folder into a checkpoint of ours")
-    to_orbax.add_argument("folder", metavar="HF_DIR", type=Path)
-    to_orbax.add_argument("checkpoint", metavar="CKPT", type=Path)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--overwrite", action="store_true", help="replace the target if it is a model")
+    common.add_argument("--strict", action="store_true", help="refuse NaN and infinite values instead of naming them")
+    common.add_argument("--resize-vocab", type=int, metavar="N", help="grow the vocabulary to N token ids")
+    common.add_argument(
+        "--allow-unused-rows", action="store_true", help="accept a vocabulary larger than the tokenizer"
+    )
+    common.add_argument("--no-hashes", action="store_true", help="do not check the source's files against known hashes")
+    verify = argparse.ArgumentParser(add_help=False)
+    verify.add_argument("--verify", action="store_true", help="read the result again and compare every tensor")
+
+    command = commands.add_parser("to-orbax", parents=[common, verify], help="write a model as a checkpoint of ours")
+    command.add_argument("source", metavar="HF_DIR", type=Path)
+    command.add_argument("target", metavar="CKPT", type=Path)
+    command.add_argument("--dtype", choices=_DTYPES, help="default: as in the files")
+
+    command = commands.add_parser("to-hf", parents=[common, verify], help="write a model as a PyTorch folder")
+    command.add_argument("source", metavar="CKPT", type=Path)
+    command.add_argument("target", metavar="HF_DIR", type=Path)
+    command.add_argument("--dtype", choices=_DTYPES, default="bfloat16")
+    command.add_argument(
+        "--layout", choices=("baichuan2", "baichuan1", "llama"), default="baichuan2",
+        help="baichuan2: as released; baichuan1: head rows normalised; llama: LlamaForCausalLM (RoPE models)",
+    )  # fmt: skip
+    command.add_argument("--format", choices=("safetensors", "bin"), default="safetensors")
+    command.add_argument("--max-shard-size", type=parse_size, default="5GB", help="bytes a file, for example 5GB")
+
+    command = commands.add_parser("to-gguf", parents=[common], help="write a model as a GGUF file for llama.cpp")
+    command.add_argument("source", metavar="CKPT", type=Path)
+    command.add_argument("target", metavar="OUT.gguf", type=Path)
+    command.add_argument("--type", choices=("f16", "bf16", "q8_0"), default="f16")
+
+    command = commands.add_parser("inspect", help="tell what is in a model")
+    command.add_argument("source", metavar="PATH", type=Path)
+
+    command = commands.add_parser("diff", help="compare two models tensor by tensor")
+    command.add_argument("source", metavar="A", type=Path)
+    command.add_argument("target", metavar="B", type=Path)
     return parser
 
 
-def run(args: argparse.Namespace) -> None:
-    # Imported here so that --help and a typo answer at once.
-    from bc2_jax import checkpoint
-    from bc2_jax.convert import hf
+@contextlib.contextmanager
+def progress_bar() -> Iterator[tuple]:
+    """(announce the total bytes, advance by some bytes) of a bar with speed and time left; no bar off a terminal."""
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, console=err, disable=not err.is_terminal) as bar:
+        task = bar.add_task("convert", total=None)
+        yield (lambda total: bar.update(task, total=total)), (lambda done: bar.advance(task, done))
 
+
+def convert(args: argparse.Namespace, options: Options) -> Summary:
+    from bc2_jax.convert import conversion
+
+    if args.command == "to-orbax":
+        return conversion.to_orbax(args.source, args.target, options, args.dtype)
     if args.command == "to-hf":
-        if args.folder.exists() and not args.overwrite:  # before the checkpoint is read, which may take minutes
-            raise FileExistsError(f"{args.folder} exists; pass --overwrite to replace it.")
-        params, config = checkpoint.load_params(args.checkpoint)
-        tokenizer = checkpoint.find_tokenizer(args.checkpoint)
-        hf.save_folder(params, config, args.folder, args.dtype, args.max_shard_size, tokenizer, args.overwrite)
-    else:
-        if args.checkpoint.exists():
-            raise FileExistsError(f"{args.checkpoint} exists.")
-        config = hf.read_config(args.folder)
-        tokenizer = checkpoint.find_tokenizer(args.folder)
-        checkpoint.save_params(hf.load_params(args.folder, config), config, args.checkpoint, tokenizer)
+        return conversion.to_hf(
+            args.source, args.target, options, args.dtype, args.layout, args.format, args.max_shard_size
+        )
+    return conversion.to_gguf(args.source, args.target, options, args.type)
+
+
+def run_conversion(args: argparse.Namespace) -> int:
+    from bc2_jax.convert.conversion import Options
+
+    with progress_bar() as progress:
+        summary = convert(args, Options(
+            strict=args.strict, overwrite=args.overwrite, verify=getattr(args, "verify", False),
+            resize_vocab=args.resize_vocab, allow_unused_rows=args.allow_unused_rows,
+            check_hashes=not args.no_hashes, progress=progress,
+        ))  # fmt: skip
+    if summary.not_finite:
+        err.print(f"warning: not finite: {', '.join(summary.not_finite)}", markup=False)
+    gigabytes = summary.bytes_read / 1e9
+    out.print(
+        f"{summary.config.num_parameters():,} parameters in {summary.tensors} arrays, {gigabytes:.2f} GB read and "
+        f"{summary.bytes_written / 1e9:.2f} GB written in {summary.seconds:.1f} s "
+        f"({1000 * gigabytes / summary.seconds:.0f} MB/s)"
+    )
+    if summary.hashed_files is not None:
+        out.print(f"source files with a known hash, all right: {summary.hashed_files}")
+    if getattr(args, "verify", False):
+        out.print("read back and compared: every tensor is as it was meant to be")
+    out.print(f"parameters sha256 {summary.fingerprint}")
+    out.print(f"Wrote {args.target}.", markup=False)
+    return 0
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    from bc2_jax.convert.report import inspect
+
+    found = inspect(args.source)
+    table = Table(title=str(found.path), title_justify="left")
+    for title in ("tensor", "count", "shape", "dtype"):
+        table.add_column(title)
+    for group in found.groups:
+        table.add_row(group.name, str(group.count), " x ".join(map(str, group.shape)), group.dtype)
+    out.print(table)
+    lines = {
+        "format": found.format, "model": found.model, "parameters": f"{found.parameters:,}",
+        "size": f"{found.bytes / 1e9:.3f} GB", "head": found.head,
+        **{f"told {i}": why for i, why in enumerate(found.why, 1)},
+    }  # fmt: skip
+    for kind in ("missing", "unexpected", "misshapen"):
+        lines[kind] = "; ".join(getattr(found, kind)) or "none"
+    for name, text in lines.items():
+        out.print(f"{name:12}{text}", markup=False)
+    return 0 if found.is_consistent else 1
+
+
+def run_diff(args: argparse.Namespace) -> int:
+    from bc2_jax.convert.report import diff
+
+    with progress_bar() as (_, advance):
+        found = diff(args.source, args.target, advance)
+    for field in found.fields:
+        out.print(f"config {field}", markup=False)
+    if found.arrays:
+        table = Table("array", "layers", "dtypes", "largest difference", "relative to the largest value")
+        for array in found.arrays:
+            layers = "" if array.layers == (None,) else ", ".join(map(str, array.layers))
+            table.add_row(array.path, layers, " / ".join(array.dtypes), f"{array.max_abs:.3e}", f"{array.max_rel:.3e}")
+        out.print(table)
+    out.print(f"{found.total - len(found.arrays)} of {found.total} arrays are equal bit for bit")
+    return 0 if found.is_same else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,12 +175,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("bc2_jax").setLevel(logging.INFO)  # tells how the position scheme was inferred
     try:
-        run(args)
+        return {"inspect": run_inspect, "diff": run_diff}.get(args.command, run_conversion)(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"Wrote {args.folder if args.command == 'to-hf' else args.checkpoint}.")
-    return 0
 
 
 if __name__ == "__main__":

@@ -11,17 +11,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import pickletools
+import reprlib
 import struct
 import zipfile
+import zlib
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import ml_dtypes
 import numpy as np
 
 from bc2_jax.convert.mapped import MappedTensor, contiguous_strides
 
-_STORAGES: dict[str, np.dtype] = {
+STORAGES: dict[str, np.dtype] = {
     "torch.DoubleStorage": np.dtype(np.float64),
     "torch.FloatStorage": np.dtype(np.float32),
     "torch.HalfStorage": np.dtype(np.float16),
@@ -33,15 +35,30 @@ _STORAGES: dict[str, np.dtype] = {
     "torch.ByteStorage": np.dtype(np.uint8),
     "torch.BoolStorage": np.dtype(np.bool_),
 }
-_ORDERED_DICT = "collections.OrderedDict"
-_TENSOR = "torch._utils._rebuild_tensor_v2"
+ORDERED_DICT = "collections.OrderedDict"
+TENSOR = "torch._utils._rebuild_tensor_v2"
 _PARAMETER = "torch._utils._rebuild_parameter"
-_GLOBALS = {*_STORAGES, _ORDERED_DICT, _TENSOR, _PARAMETER}
+_GLOBALS = {*STORAGES, ORDERED_DICT, TENSOR, _PARAMETER}
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a pickled number that opens torch's pre-1.6 format
+# A pickle can ask for 64 bytes of memory with each of its own. This is room for some 20,000 tensors a file.
+_MAX_PICKLE = 4 << 20
+# No array of ours has more dimensions or elements; numpy's own limits are not far above.
+_MAX_RANK, _MAX_SIZE = 32, 1 << 48
 
 
 class RefusedFile(ValueError):
     """The file is damaged, or asks for more than a state dict of tensors."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A zip entry whose bytes lie in the file as they are."""
+
+    name: str
+    offset: int
+    size: int
+    crc: int | None
+    """CRC-32 of the bytes; None in a file that was written without checksums."""
 
 
 def read_pickled(path: Path) -> dict[str, MappedTensor]:
@@ -51,56 +68,93 @@ def read_pickled(path: Path) -> dict[str, MappedTensor]:
     legacy format, big-endian or compressed, if the pickle holds anything but a flat dict of tensors, or if a tensor
     reaches outside its storage.
     """
+    entries = read_entries(path)
+    if "data.pkl" not in entries:
+        raise RefusedFile(f"{path} is a zip file without data.pkl, not a torch.save file.")
+    if "byteorder" in entries and _read_entry(path, entries["byteorder"]) != b"little":
+        raise RefusedFile(f"{path} was written on a big-endian machine.")
+    storages = {
+        name.removeprefix("data/"): (entry.offset, entry.size)
+        for name, entry in entries.items()
+        if name.startswith("data/")
+    }
+    return _StateDict(path, storages).parse(_read_entry(path, entries["data.pkl"]))
+
+
+def read_entries(path: Path) -> dict[str, Entry]:
+    """Name in the archive's folder (data.pkl, data/0, ...) -> entry, of a `torch.save` file.
+
+    Raises RefusedFile if it is not one that can be mapped: see `read_pickled`.
+    """
     with path.open("rb") as file:
         if file.read(len(_LEGACY_MAGIC)) == _LEGACY_MAGIC:
             raise RefusedFile(
                 f"{path} has the legacy format of torch before 1.6; load it with torch.load(weights_only=True) and "
                 "save it again."
             )
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return _read_archive(path, archive)
-    except RefusedFile:
-        raise
-    except (zipfile.BadZipFile, EOFError, OSError, OverflowError, RuntimeError, ValueError, struct.error) as error:
-        raise RefusedFile(f"{path} is truncated or not a torch.save file ({error}).") from error
+        try:
+            with zipfile.ZipFile(file) as archive:
+                return _find_entries(path, file, archive.infolist())
+        except RefusedFile:
+            raise
+        except (zipfile.BadZipFile, EOFError, OSError, OverflowError, RuntimeError, ValueError, struct.error) as error:
+            raise RefusedFile(f"{path} is truncated or not a torch.save file ({error}).") from error
 
 
-def _read_archive(path: Path, archive: zipfile.ZipFile) -> dict[str, MappedTensor]:
-    entries: dict[str, zipfile.ZipInfo] = {}
-    for info in archive.infolist():
+def _find_entries(path: Path, file: BinaryIO, infos: list[zipfile.ZipInfo]) -> dict[str, Entry]:
+    end = path.stat().st_size
+    # torch.serialization.set_crc32_options(False) leaves every checksum 0.
+    checked = any(info.CRC for info in infos if info.file_size)
+    entries: dict[str, Entry] = {}
+    for info in infos:
         # Every entry lies in one folder, named after the file it was first saved as.
         name = info.filename.partition("/")[2]
         if name in entries:
-            raise RefusedFile(f"{path} has two zip entries named {name}.")
+            raise RefusedFile(f"{path} has two zip entries named {_show(name)}.")
         # 1: encrypted. What is not stored as it is cannot be mapped, and could unpack to any size.
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.file_size != info.compress_size:
-            raise RefusedFile(f"{path}: the zip entry {info.filename} is compressed or encrypted.")
-        entries[name] = info
-    if "data.pkl" not in entries:
-        raise RefusedFile(f"{path} is a zip file without data.pkl, not a torch.save file.")
-    if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
-        raise RefusedFile(f"{path} was written on a big-endian machine.")
-    storages = {
-        name.removeprefix("data/"): (_data_offset(path, info), info.file_size)
-        for name, info in entries.items()
-        if name.startswith("data/")
-    }
-    return _StateDict(path, storages).parse(archive.read(entries["data.pkl"]))
+            raise RefusedFile(f"{path}: the zip entry {_show(info.filename)} is compressed or encrypted.")
+        offset = _data_offset(path, file, info)
+        if offset + info.file_size > end:
+            raise RefusedFile(
+                f"{path} is truncated: the zip entry {_show(info.filename)} goes past the end of the file."
+            )
+        entries[name] = Entry(info.filename, offset, info.file_size, info.CRC if checked else None)
+    return entries
 
 
-def _data_offset(path: Path, info: zipfile.ZipInfo) -> int:
+def _data_offset(path: Path, file: BinaryIO, info: zipfile.ZipInfo) -> int:
     """Where an entry's bytes start: after its local header, whose length only it knows."""
+    file.seek(info.header_offset)
+    header = file.read(30)
+    if len(header) == 30 and header[:4] == b"PK\x03\x04":
+        name_length, extra_length = struct.unpack("<HH", header[26:30])
+        name = file.read(name_length).decode("utf-8" if info.flag_bits & 0x800 else "cp437")
+        if name == info.orig_filename:
+            return info.header_offset + 30 + name_length + extra_length
+    raise RefusedFile(f"{path} is damaged: the zip entry {_show(info.filename)} is not where the directory says.")
+
+
+def _read_entry(path: Path, entry: Entry) -> bytes:
+    if entry.size > _MAX_PICKLE:
+        raise RefusedFile(f"{path}: the zip entry {_show(entry.name)} has {entry.size} bytes, more than {_MAX_PICKLE}.")
     with path.open("rb") as file:
-        file.seek(info.header_offset)
-        header = file.read(30)
-    if len(header) < 30 or header[:4] != b"PK\x03\x04":
-        raise RefusedFile(f"{path} is damaged: the zip entry {info.filename} is not where the directory says.")
-    name_length, extra_length = struct.unpack("<HH", header[26:30])
-    offset = info.header_offset + 30 + name_length + extra_length
-    if offset + info.file_size > path.stat().st_size:
-        raise RefusedFile(f"{path} is truncated: the zip entry {info.filename} goes past the end of the file.")
-    return offset
+        file.seek(entry.offset)
+        data = file.read(entry.size)
+    if entry.crc is not None and zlib.crc32(data) != entry.crc:
+        raise RefusedFile(
+            f"{path} is damaged: the zip entry {_show(entry.name)} does not have the CRC-32 it should have."
+        )
+    return data
+
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 2, 80, 80
+
+
+def _show(value: Any) -> str:
+    """repr(value), but short and printable whatever the file holds: tuples of tuples can print for ever."""
+    return _REPR.repr(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +198,7 @@ class _StateDict:
             self.refuse("it is not a dict of tensors")
         for name, value in result.items():
             if not isinstance(name, str) or not isinstance(value, MappedTensor):
-                self.refuse(f"its entry {name!r} is not a tensor")
+                self.refuse(f"its entry {_show(name)} is not a tensor")
         return result
 
     def step(self, opcode: str, argument: Any) -> None:
@@ -180,6 +234,8 @@ class _StateDict:
                 stack.append(self.find_global(argument.replace(" ", ".")))
             case "STACK_GLOBAL":
                 name, module = stack.pop(), stack.pop()
+                if not isinstance(module, str) or not isinstance(name, str):
+                    self.refuse("it asks for something whose name is not a string")
                 stack.append(self.find_global(f"{module}.{name}"))
             case "BINPERSID":
                 stack.append(self.find_storage(stack.pop()))
@@ -212,45 +268,54 @@ class _StateDict:
             if not isinstance(key, str):
                 self.refuse("it has a key that is not a string")
             if key in target:
-                self.refuse(f"it has two entries {key!r}")
+                self.refuse(f"it has two entries {_show(key)}")
             target[key] = value
 
     def find_global(self, name: str) -> _Global:
         if name not in _GLOBALS:
-            self.refuse(f"it asks for {name}, which no state dict of tensors needs and which might run code")
+            self.refuse(
+                f"it asks for {_show(name)[1:-1]}, which no state dict of tensors needs and which might run code"
+            )
         return _Global(name)
 
     def find_storage(self, persistent_id: Any) -> _Storage:
         kind, storage_type, key, _, count = persistent_id
-        dtype = _STORAGES.get(storage_type.name) if isinstance(storage_type, _Global) else None
+        dtype = STORAGES.get(storage_type.name) if isinstance(storage_type, _Global) else None
         if kind != "storage" or dtype is None or not isinstance(key, str) or type(count) is not int:
-            self.refuse(f"it has the unknown storage {persistent_id!r}")
+            self.refuse(f"it has the unknown storage {_show(persistent_id)}")
         if key not in self.storages:
-            self.refuse(f"its storage {key!r} is not in the file")
+            self.refuse(f"its storage {_show(key)} is not in the file")
         offset, size = self.storages[key]
         if size != count * dtype.itemsize:
-            self.refuse(f"its storage {key!r} has {size} bytes, expected {count} x {dtype}")
+            self.refuse(f"its storage {_show(key)} has {size} bytes, expected {count} x {dtype}")
         return _Storage(dtype, offset, count)
 
     def rebuild(self, function: Any, arguments: Any) -> Any:
         match function, arguments:
-            case _Global(name=name), () if name == _ORDERED_DICT:
+            case _Global(name=name), () if name == ORDERED_DICT:
                 return {}
             case _Global(name=name), (MappedTensor() as tensor, *_) if name == _PARAMETER:
                 return tensor
-            case _Global(name=name), (_Storage() as storage, int(offset), tuple(shape), tuple(strides), *_) if (
-                name == _TENSOR
+            case _Global(name=name), (_Storage() as storage, int(offset), tuple(shape), tuple(strides), *rest) if (
+                name == TENSOR
             ):
+                # After requires_grad and hooks torch 2 may add attributes, such as that the values are to be negated.
+                if any(rest[2:]):
+                    self.refuse("it has a tensor with attributes")
                 return self.make_tensor(storage, offset, shape, strides)
-        self.refuse(f"it calls {getattr(function, 'name', function)!s} with unexpected arguments")
+        called = function.name if isinstance(function, _Global) else _show(function)
+        self.refuse(f"it calls {called} with unexpected arguments")
 
     def make_tensor(self, storage: _Storage, offset: int, shape: tuple, strides: tuple) -> MappedTensor:
+        where = f"a tensor of shape {_show(shape)} with strides {_show(strides)}"
         sizes = (offset, *shape, *strides)
-        if len(shape) != len(strides) or not all(type(n) is int and n >= 0 for n in sizes):
-            self.refuse(f"it has a tensor of shape {shape} with strides {strides} at {offset}")
+        if len(shape) != len(strides) or not all(type(n) is int and 0 <= n < _MAX_SIZE for n in sizes):
+            self.refuse(f"it has {where} at {_show(offset)}")
+        if len(shape) > _MAX_RANK or math.prod(max(n, 1) for n in shape) >= _MAX_SIZE:
+            self.refuse(f"it has {where}, which is too large")
         last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
         if math.prod(shape) and last >= storage.count:
-            self.refuse(f"it has a tensor of shape {shape} with strides {strides} that reaches outside its storage")
+            self.refuse(f"it has {where} that reaches outside its storage")
         itemsize = storage.dtype.itemsize
         kept = None if strides == contiguous_strides(shape) else strides
         return MappedTensor(self.path, storage.offset + offset * itemsize, storage.dtype, shape, kept)

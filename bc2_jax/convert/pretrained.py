@@ -14,6 +14,8 @@ from jax.sharding import Mesh
 from bc2_jax import checkpoint
 from bc2_jax.config import ComputeConfig, DType, ModelConfig
 from bc2_jax.convert import hf
+from bc2_jax.convert.hf_config import read_config
+from bc2_jax.convert.source import find_checkpoint, is_hf_folder
 from bc2_jax.convert.table import flatten, param_shapes, read_slice, unflatten
 from bc2_jax.model.baichuan import Baichuan2, Params, param_shardings, split_model
 
@@ -27,18 +29,24 @@ def load_pretrained(
     part of every parameter. `compute` sets the rest of how it runs. `model(input_ids)` gives fp32 logits [B, T, V].
     Raises FileNotFoundError or ValueError with one sentence if the folder is not a whole, consistent model.
     """
-    path = Path(path)
-    if (path / "config.json").is_file() and not (path / "checkpoints").is_dir():
-        config = hf.read_config(path)
-        params = _load_hf_params(path, config, dtype, mesh)
-    else:
-        params, config = checkpoint.load_params(path, mesh, dtype)
+    params, config = load_params(path, dtype, mesh)
     compute = dataclasses.replace(compute or ComputeConfig(remat="none"), dtype=dtype)
     return nnx.merge(split_model(config, compute)[0], params)
 
 
-def _load_hf_params(folder: Path, config: ModelConfig, dtype: DType, mesh: Mesh | None) -> Params:
-    tensors = hf.open_folder(folder)
+def read_model_config(path: str | Path) -> ModelConfig:
+    """The architecture of the model in `path`. Raises as `load_pretrained`."""
+    path = Path(path)
+    return read_config(path) if is_hf_folder(path) else checkpoint.read_model_config(find_checkpoint(path))
+
+
+def load_params(path: str | Path, dtype: DType, mesh: Mesh | None) -> tuple[Params, ModelConfig]:
+    """Parameters and architecture of the model in `path`, straight onto the mesh. Raises as `load_pretrained`."""
+    path = Path(path)
+    if not is_hf_folder(path):
+        return checkpoint.load_params(find_checkpoint(path), mesh, dtype)
+    config = read_config(path)
+    tensors = hf.open_folder(path)
     hf.check_tensors(config, tensors)
     shardings = {} if mesh is None else flatten(param_shardings(config, mesh))
 
@@ -48,7 +56,7 @@ def _load_hf_params(folder: Path, config: ModelConfig, dtype: DType, mesh: Mesh 
 
         return jax.make_array_from_callback(shape, shardings[name], read) if mesh else jnp.asarray(read(()))
 
-    return unflatten({name: load(name, shape) for name, shape in param_shapes(config).items()})
+    return unflatten({name: load(name, shape) for name, shape in param_shapes(config).items()}), config
 
 
 def find_tokenizer(path: str | Path) -> Path:

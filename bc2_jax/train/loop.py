@@ -16,15 +16,17 @@ from bc2_jax.checkpoint import TOKENIZER_NAME, Checkpointer
 from bc2_jax.config import TrainConfig
 from bc2_jax.cpu import keep_heap
 from bc2_jax.data.loader import make_train_iterator, make_train_loader, make_validation_batches
-from bc2_jax.model.baichuan import init_params
 from bc2_jax.sharding import make_mesh, use_cpu_devices
 from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.train import metrics as report
 from bc2_jax.train.results import check_resumed, make_baselines, show_results
 from bc2_jax.train.start import (
+    check_initial_model,
     check_same_model,
     check_tokenizer,
     choose_workdir,
+    holds_checkpoints,
+    initial_params,
     make_put,
     restore_state,
     use_compilation_cache,
@@ -60,6 +62,8 @@ def train(config: TrainConfig, command: str = "train.py") -> TrainResult:
 
     # ---------------------------------------------------------------- what is there already
     workdir = choose_workdir(config)
+    if not holds_checkpoints(workdir):
+        check_initial_model(config)
     checkpointer = Checkpointer(workdir / "checkpoints", config.checkpoint)
     saved = checkpointer.steps()
     if saved and config.resume == "never":
@@ -85,7 +89,7 @@ def train(config: TrainConfig, command: str = "train.py") -> TrainResult:
     with jax.set_mesh(mesh):
         # ------------------------------------------------------------ state
         if metadata is None:
-            state = init_state(init_params(config.model, config.seed, mesh), config)
+            state = init_state(initial_params(config, mesh), config)
         else:
             state = restore_state(checkpointer, start_step, config, mesh)
             iterator.set_state(metadata["data"])
@@ -101,6 +105,8 @@ def train(config: TrainConfig, command: str = "train.py") -> TrainResult:
         throughput = report.Throughput(config, mesh)
         console.print(throughput.formula(), soft_wrap=True)
         baselines = make_baselines(config, console) if config.ngram_baselines else {}
+        if metadata is None and config.init_from is not None:
+            console.print(f"Parameters from {config.init_from}.", soft_wrap=True)
         if metadata is not None:
             console.print(f"Resumed at step {start_step} from {checkpointer.directory}.", soft_wrap=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -18,6 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from bc2_jax.config import TrainConfig
+from bc2_jax.convert import stream
+from bc2_jax.convert.table import flatten
 from bc2_jax.model.baichuan import Params
 
 # bf16 FLOP/s of one JAX device, from Google's Cloud TPU documentation.
@@ -159,9 +160,7 @@ class ProgressDisplay:
             elapsed = time.perf_counter() - self.start_time
             left = round(elapsed / (step - self.start_step) * (self.config.num_steps - step))
             gradient = f"grad norm {metrics['grad_norm']:.3f}"
-            self.say(
-                f"step {step}/{self.config.num_steps}  {text}  {gradient}  {left // 60}:{left % 60:02} left"
-            )
+            self.say(f"step {step}/{self.config.num_steps}  {text}  {gradient}  {left // 60}:{left % 60:02} left")
 
     def say(self, text: str) -> None:
         if jax.process_index() == 0:
@@ -196,11 +195,14 @@ def plot_loss_curve(metrics: list[dict[str, Any]], baselines: dict[str, float], 
 
 
 def fingerprint(params: Params) -> str:
-    """SHA-256 over name, dtype, shape and bytes of every parameter; does not depend on the mesh."""
-    digest = hashlib.sha256()
-    for path, array in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda leaf: str(leaf[0])):
+    """SHA-256 over name, dtype, shape and bytes of every parameter; does not depend on the mesh.
+
+    It is what tools/convert.py prints of the same parameters in any format.
+    """
+    digests = []
+    for path, array in flatten(params).items():
         whole = array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True)
-        value = np.ascontiguousarray(whole)
-        digest.update(f"{jax.tree_util.keystr(path)} {value.dtype} {value.shape}".encode())
-        digest.update(value.tobytes())
-    return digest.hexdigest()
+        value = np.asarray(whole)
+        layers = range(len(value)) if path.startswith("layers.") else (None,)
+        digests += [stream.digest_part((path, i), value if i is None else value[i]) for i in layers]
+    return stream.fingerprint(digests)

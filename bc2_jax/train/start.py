@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from bc2_jax.checkpoint import Checkpointer, abstract_params
 from bc2_jax.config import ModelConfig, TrainConfig, differing_fields
+from bc2_jax.convert.pretrained import load_params, read_model_config
+from bc2_jax.model.baichuan import Params, init_params
 from bc2_jax.sharding import DEFAULT_RULES
 from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.train.optimizer import make_optimizer
@@ -27,12 +30,17 @@ def use_compilation_cache(folder: str) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
+def holds_checkpoints(workdir: Path) -> bool:
+    """Whether a run was here."""
+    return any((workdir / "checkpoints").glob("[0-9]*"))
+
+
 def choose_workdir(config: TrainConfig) -> Path:
     """The workdir of the config; else of runs/NAME, runs/NAME-2, ... the first free one; to resume, the last used."""
     if config.workdir is not None:
         return Path(config.workdir)
     candidates = [Path("runs", config.name)]
-    while any((candidates[-1] / "checkpoints").glob("[0-9]*")):  # a run that failed at its start leaves none
+    while holds_checkpoints(candidates[-1]):  # a run that failed at its start leaves none
         candidates.append(Path("runs", f"{config.name}-{len(candidates) + 1}"))
     return candidates[-2] if config.resume == "auto" and len(candidates) > 1 else candidates[-1]
 
@@ -44,6 +52,27 @@ def check_same_model(config: TrainConfig, metadata: dict[str, Any], workdir: Pat
             f"model is not that of the checkpoints in '{workdir}'; these fields differ (now against then): "
             + "; ".join(lines) + "."
         )  # fmt: skip
+
+
+def check_initial_model(config: TrainConfig) -> None:
+    """Raises ValueError, naming the fields that differ, if `init_from` is of another architecture."""
+    if config.init_from is None:
+        return
+    found = read_model_config(config.init_from)
+    # What says how to train or how far to go is the run's to choose.
+    chosen = {name: getattr(config.model, name) for name in ("z_loss_weight", "initializer_range", "model_max_length")}
+    if lines := differing_fields(config.model, dataclasses.replace(found, **chosen), "model."):
+        raise ValueError(
+            f"init_from = '{config.init_from}' is of another architecture; these differ (the run's against its): "
+            + "; ".join(lines) + "."
+        )  # fmt: skip
+
+
+def initial_params(config: TrainConfig, mesh: Mesh) -> Params:
+    """Those of `init_from` in fp32, each device reading its own part, or random ones."""
+    if config.init_from is None:
+        return init_params(config.model, config.seed, mesh)
+    return load_params(config.init_from, "float32", mesh)[0]
 
 
 def check_tokenizer(config: TrainConfig, tokenizer: Tokenizer) -> None:

@@ -175,6 +175,14 @@ def test_malicious_pickle_is_refused(tmp_path, protocol, place):
         (b"h\x05.", "malformed"),
         (b"\xff", "malformed"),
         (b")" + b"\x85" * 200_000 + b"Q.", "malformed"),
+        (b"(cos\nsystem\nX\x02\x00\x00\x00lso.", r"os\.system"),
+        (b"ctorch\nFloatStorage\n)\x81.", "opcode NEWOBJ"),
+        (b"]K\x01a.", "opcode EMPTY_LIST"),
+        (b"\x8b\xff\xff\xff\x7f\xff.", "malformed"),
+        (b"L" + b"9" * 100_000 + b"L\n.", "malformed"),
+        (b"\x8d" + b"\x80" * 8 + b"x.", "malformed"),
+        (b"}q\x00X\x01\x00\x00\x00ah\x00s.", "'a' is not a tensor"),
+        (b"c\x1b[2Jos\nsystem\n.", r"asks for \\x1b\[2Jos\.system"),
     ],
 )
 def test_hostile_pickles(tmp_path, pickled, message):
@@ -183,13 +191,107 @@ def test_hostile_pickles(tmp_path, pickled, message):
         read_pickled(path)
 
 
+# Each level is a tuple of the level before, twice: a few bytes of pickle that would print as 2**60 pairs of brackets.
+BOMB = b")q\x00" + b"h\x00h\x00\x86q\x00" * 60
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        BOMB + b")R.",
+        BOMB + b"(h\x00h\x00h\x00h\x00h\x00tQ.",
+        BOMB + b"h\x00\x93.",
+        BOMB + b"ctorch._utils\n_rebuild_tensor_v2\nh\x00R.",
+        b"}X\x40\x42\x0f\x00" + b"k" * 1_000_000 + b"K\x01s.",
+    ],
+)
+def test_refusing_is_quick_and_short(tmp_path, pickled):
+    with pytest.raises(ValueError, match="refusing its pickle") as error:
+        read_pickled(write_pickle(tmp_path / "x.bin", pickled))
+    assert len(str(error.value)) < 500
+
+
+def test_a_pickle_that_would_fill_memory(tmp_path):
+    with pytest.raises(ValueError, match=r"x\.bin: the zip entry 'archive/data\.pkl' has 20000001 bytes, more than"):
+        read_pickled(write_pickle(tmp_path / "x.bin", b"}" * 20_000_000 + b"."))
+
+
 @pytest.mark.parametrize(
     ("offset", "shape", "strides"),
-    [(0, (5,), (1,)), (1, (4,), (1,)), (0, (2, 2), (3, 1)), (-1, (1,), (1,)), (0, (2,), (-1,)), (0, (2,), (1, 1))],
+    [
+        (0, (5,), (1,)),
+        (1, (4,), (1,)),
+        (0, (2, 2), (3, 1)),
+        (-1, (1,), (1,)),
+        (0, (2,), (-1,)),
+        (0, (2,), (1, 1)),
+        (True, (1,), (1,)),
+        (0, (1,), (2**61,)),
+        (0, (1,), (2**200,)),
+        (0, (0, 2**63), (1, 1)),
+        (0, (2**62,), (0,)),
+        (0, (2**40, 2**40), (0, 0)),
+        (0, (1,) * 100, (1,) * 100),
+        (0, (2,) * 100_000, (0,) * 100_000),
+        (0, ((1, 2), (3,)), (1, 1)),
+    ],
 )
 def test_tensor_outside_its_storage(save, offset, shape, strides):
     path = save({"a": Tensor(Storage("0", np.zeros(4, np.float32)), offset, shape, strides)})
     with pytest.raises(ValueError, match="refusing its pickle, it has a tensor of shape"):
+        read_pickled(path)
+
+
+def test_tensor_with_attributes(save):
+    whole = tensor("0", np.zeros(4, np.float32))
+    whole.arguments += ({},)
+    assert read_pickled(save({"a": whole}))["a"].shape == (4,)
+    whole.arguments = (*whole.arguments[:-1], {"neg": True})
+    with pytest.raises(ValueError, match="refusing its pickle, it has a tensor with attributes"):
+        read_pickled(save({"a": whole}))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["archive/data/0", "other/data/0"], "two zip entries named 'data/0'"),
+        (["archive/data/0", "archive/data/0\0.txt"], "two zip entries named 'data/0'"),
+        (["../../data/0"], "storage '0' is not in the file"),
+    ],
+)
+def test_names_of_zip_entries(save, names, message):
+    path = save({"a": tensor("0", np.zeros(4, np.float32))})
+    with zipfile.ZipFile(path) as archive:
+        pickled = archive.read("archive/data.pkl")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        for name in names:
+            info = zipfile.ZipInfo("archive/data/0")
+            info.filename = info.orig_filename = name  # the constructor would tidy it up
+            archive.writestr(info, bytes(16))
+    with pytest.raises(ValueError, match=message):
+        read_pickled(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "value", "message"),
+    [
+        ("data.pkl", 16, b"\1\2\3\4", "entry 'archive/data.pkl' does not have the CRC-32 it should have"),
+        ("data/0", 10, b"\x63\0", "is compressed or encrypted"),
+        ("data/0", 8, b"\1", "is compressed or encrypted"),
+        ("data/0", 20, b"\0\0\0\x70\0\0\0\x70", "is truncated: the zip entry 'archive/data/0' goes past the end"),
+        ("data/0", 20, b"\xff" * 8, "is truncated"),
+        ("data/0", 42, b"\xf0\xff\xff\xff", "entry 'archive/data/0' is not where the directory says"),
+        ("data/0", 42, b"\0\0\0\0", "entry 'archive/data/0' is not where the directory says"),
+    ],
+)
+def test_lies_of_the_zip_directory(save, name, at, value, message):
+    path = save({"a": tensor("0", np.zeros(4, np.float32))})
+    content = bytearray(path.read_bytes())
+    entry = content.rindex(f"archive/{name}".encode()) - 46
+    content[entry + at : entry + at + len(value)] = value
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
         read_pickled(path)
 
 

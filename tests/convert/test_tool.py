@@ -11,6 +11,7 @@ import pytest
 
 from bc2_jax.checkpoint import read_model_config
 from bc2_jax.convert import hf
+from bc2_jax.convert.hf_config import read_config
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -38,7 +39,7 @@ def test_parse_size_refuses(text):
 def test_there_and_back(tmp_path, capsys, name):
     checkpoint, out = tmp_path / "ckpt", tmp_path / "out"
     assert tool.main(["to-orbax", str(GOLDEN / name), str(checkpoint)]) == 0
-    assert read_model_config(checkpoint) == hf.read_config(GOLDEN / name)
+    assert read_model_config(checkpoint) == read_config(GOLDEN / name)
     to_hf = ["to-hf", str(checkpoint), str(out), "--dtype", "float32", "--max-shard-size", "100KB"]
     assert tool.main(to_hf) == 0
     expected, got = hf.open_folder(GOLDEN / name), hf.open_folder(out)
@@ -53,6 +54,6 @@ def test_there_and_back(tmp_path, capsys, name):
 
 def test_errors_are_one_line(tmp_path, capsys):
     assert tool.main(["to-orbax", str(tmp_path), str(tmp_path / "ckpt")]) == 1
-    assert capsys.readouterr().err == f"error: {tmp_path / 'config.json'} does not exist.\n"
+    assert capsys.readouterr().err == f"error: {tmp_path} has no config.json, and is no run or checkpoint of ours.\n"
     assert tool.main(["to-orbax", str(GOLDEN / "rope-tiny"), str(tmp_path)]) == 1
-    assert capsys.readouterr().err == f"error: {tmp_path} exists.\n"
+    assert capsys.readouterr().err == f"error: {tmp_path} exists; pass --overwrite to replace it.\n"

@@ -259,7 +259,8 @@ def test_without_nnx_graph_mode(golden, graph_mode: str):
 import jax, numpy as np
 from flax import nnx
 from bc2_jax.config import ComputeConfig
-from bc2_jax.convert.hf import load_params, read_config
+from bc2_jax.convert.hf import load_params
+from bc2_jax.convert.hf_config import read_config
 from bc2_jax.model.baichuan import split_model
 from bc2_jax.train.step import make_loss_fn
 config, z = read_config({str(golden.folder)!r}), np.load({str(golden.folder / "golden.npz")!r})

@@ -22,6 +22,7 @@ from bc2_jax.config import (
     SourceConfig,
     TrainConfig,
 )
+from bc2_jax.convert.conversion import to_hf
 from bc2_jax.data.loader import make_train_loader
 from bc2_jax.data.packing import pack_documents
 from bc2_jax.train import loop
@@ -99,6 +100,41 @@ def test_resumes_on_another_mesh(config, finished, tmp_path):
     metrics, whole = (read_metrics(r.workdir / "metrics.jsonl") for r in (result, finished))
     assert [m["tokens"] for m in metrics] == [m["tokens"] for m in whole]
     np.testing.assert_allclose([m["loss"] for m in metrics], [m["loss"] for m in whole], rtol=2e-3)
+
+
+@pytest.mark.parametrize("form", ["run", "hf", "baichuan1"])
+def test_starts_from_a_model(config, finished, form, tmp_path, capsys):
+    path, model = finished.workdir, config.model
+    if form != "run":
+        path = tmp_path / "exported"
+        layout = "baichuan2" if form == "hf" else form
+        done = to_hf(finished.workdir, path, dtype="float32", layout=layout)
+        assert (done.fingerprint == finished.fingerprint) == (form == "hf")
+        model = dataclasses.replace(model, normalize_head=form == "hf")
+    run = dataclasses.replace(
+        config, model=model, init_from=str(path), workdir=str(tmp_path / "run"), num_steps=1,
+        mesh=MeshConfig(fsdp=4, tensor=2),
+    )  # fmt: skip
+    result = loop.train(run)
+    assert f"Parameters from {path}." in capsys.readouterr().out.replace("\n", "")
+    before = read_every_line(result.workdir / "metrics.jsonl")[0]["validation_cross_entropy"]
+    # Rows of unit length need no NormHead: the loss at the start is the same.
+    assert before == pytest.approx(finished.metrics["validation_cross_entropy"], rel=2e-3)
+    resumed = loop.train(dataclasses.replace(run, num_steps=2, resume="auto"))  # the saved state, not the model again
+    assert resumed.step == 2
+
+
+def test_init_from_another_architecture_is_refused(config, finished, tmp_path):
+    model = dataclasses.replace(config.model, num_attention_heads=2, normalize_head=False, z_loss_weight=0.0)
+    run = dataclasses.replace(config, model=model, init_from=str(finished.workdir), workdir=str(tmp_path / "run"))
+    message = (
+        r"another architecture; .*: model.num_attention_heads: 2 against 4; model.normalize_head: False against True"
+    )
+    with pytest.raises(ValueError, match=message):
+        loop.train(run)
+    with pytest.raises(FileNotFoundError, match="no config.json, and is no run"):
+        loop.train(dataclasses.replace(run, init_from=str(tmp_path / "nothing")))
+    assert not (tmp_path / "run").exists()
 
 
 def test_verifies_its_own_resume_exports_and_writes_text(config, finished, tmp_path, capsys):

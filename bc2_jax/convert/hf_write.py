@@ -1,0 +1,115 @@
+"""Writing a PyTorch folder in one of the layouts, with one or two tensors in memory at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from bc2_jax.checkpoint import TOKENIZER_NAME
+from bc2_jax.config import ModelConfig
+from bc2_jax.convert.checksums import sha256_file, write_sha256sums
+from bc2_jax.convert.folder import written_whole
+from bc2_jax.convert.hf import DTYPES
+from bc2_jax.convert.hf_config import HFDType, write_config, write_generation_config, write_json
+from bc2_jax.convert.pickled_write import write_pickled
+from bc2_jax.convert.safetensors import write_safetensors
+from bc2_jax.convert.source import source_of_params
+from bc2_jax.convert.stream import Stream, in_order
+from bc2_jax.convert.table import Layout, Shape, build_tensor, torch_shapes, torch_tensors
+
+FileFormat = Literal["safetensors", "bin"]
+FILE_FORMATS: tuple[FileFormat, ...] = get_args(FileFormat)
+
+# By these files a folder is known to be a model's, which --overwrite may replace.
+MARKS = ("config.json",)
+
+
+def check_layout(config: ModelConfig, layout: Layout) -> None:
+    """Raises ValueError if engines that read `layout` cannot run the model."""
+    if layout == "llama" and config.position_embedding != "rope":
+        raise ValueError(
+            f"layout = 'llama' is not valid for position_embedding = {config.position_embedding!r}: LlamaForCausalLM "
+            "has no ALiBi; legal layouts are baichuan2, baichuan1, and to-gguf for llama.cpp."
+        )
+
+
+def write_folder(
+    stream: Stream, folder: Path, dtype: HFDType, layout: Layout = "baichuan2", file_format: FileFormat = "safetensors",
+    max_shard_bytes: float = 5e9,
+) -> None:  # fmt: skip
+    """Makes `folder`: weights, their index, config, generation config, tokenizer and SHA256SUMS of all these.
+
+    The stream must have `dtype`, and its head normalised in the layouts of engines without NormHead. A tensor larger
+    than `max_shard_bytes` gets a file of its own. Raises ValueError as `Stream.read`.
+    """
+    config = stream.source.config
+    folder.mkdir()
+    shards = _plan_shards(torch_shapes(config, layout), DTYPES[dtype].itemsize, max_shard_bytes)
+    tensors = in_order(lambda t: build_tensor(config, stream.read, t), torch_tensors(config, layout))
+    stem, write = ("model", write_safetensors) if file_format == "safetensors" else ("pytorch_model", write_pickled)
+    weight_map: dict[str, str] = {}
+    digests: dict[str, Future[str]] = {}
+    with ThreadPoolExecutor(1) as pool:  # a file is hashed while the next one is written
+        for i, shard in enumerate(shards, 1):
+            name = f"{stem}-{i:05}-of-{len(shards):05}.{file_format}"
+            write(folder / name, DTYPES[dtype], shard, _take(tensors, len(shard)))
+            weight_map |= dict.fromkeys(shard, name)
+            digests[name] = pool.submit(sha256_file, folder / name)
+    total = config.num_parameters() * DTYPES[dtype].itemsize
+    write_json(
+        folder / f"{stem}.{file_format}.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+    )
+    if layout != "baichuan2":
+        config = dataclasses.replace(config, normalize_head=False)
+    write_config(config, folder, dtype, layout)
+    write_generation_config(config, folder, stream.source.generation)
+    if stream.source.tokenizer is not None:
+        shutil.copyfile(stream.source.tokenizer, folder / TOKENIZER_NAME)
+    others = {file.name: sha256_file(file) for file in folder.iterdir() if file.name not in digests}
+    write_sha256sums(folder, others | {name: digest.result() for name, digest in digests.items()})
+
+
+def _take(stream: Iterator[tuple[str, np.ndarray]], count: int) -> Iterator[tuple[str, np.ndarray]]:
+    # zip asks the range first, so nothing is taken from the stream and lost.
+    return (item for _, item in zip(range(count), stream, strict=False))
+
+
+def _plan_shards(shapes: Mapping[str, Shape], itemsize: int, max_bytes: float) -> list[dict[str, Shape]]:
+    shards: list[dict[str, Shape]] = [{}]
+    filled = 0
+    for name, shape in shapes.items():
+        size = math.prod(shape) * itemsize
+        if shards[-1] and filled + size > max_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = shape
+        filled += size
+    return shards
+
+
+def save_folder(
+    params: Mapping[str, Any],
+    config: ModelConfig,
+    folder: str | Path,
+    dtype: HFDType = "bfloat16",
+    max_shard_bytes: float = 5e9,
+    tokenizer_path: str | Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes `params` in memory in the released layout, as safetensors.
+
+    `params` holds numpy or jax arrays, the latter sharded in any way over devices of this process; one layer at a time
+    is copied to the host. Until it is complete the folder is called .NAME.partial; one left by an interrupted run is
+    replaced. Raises FileExistsError if the folder exists and `overwrite` is false, or is no checkpoint; ValueError if
+    params do not fit the config or a finite value overflows in `dtype`.
+    """
+    source = source_of_params(params, config, None if tokenizer_path is None else Path(tokenizer_path))
+    with written_whole(Path(folder), overwrite, MARKS) as partial:
+        write_folder(Stream(source, DTYPES[dtype]), partial, dtype, max_shard_bytes=max_shard_bytes)

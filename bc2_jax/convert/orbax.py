@@ -1,0 +1,110 @@
+"""The arrays of a params-only or training checkpoint, one layer in memory at a time, through TensorStore.
+
+Orbax reads and writes whole arrays, and an array of ours holds all layers of one weight: 11 GB for the 13B model. So
+this module reads and writes parts of the arrays; everything else of a checkpoint's format is left to Orbax.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+from orbax.checkpoint import v1 as ocp
+
+from bc2_jax.checkpoint import CHUNK_BYTES
+from bc2_jax.convert.table import Shape, unflatten
+
+
+def open_arrays(checkpoint: Path) -> dict[str, ts.TensorStore]:
+    """Our path -> array on disk, for the parameters of a checkpoint; nothing read but metadata."""
+    folder = checkpoint / "params"
+    metadata = json.loads((folder / "_METADATA").read_text(encoding="utf-8"))
+    base = f"file://{folder}/"
+    driver = "zarr3" if metadata["use_zarr3"] else "zarr"
+    arrays = {}
+    for entry in metadata["tree_metadata"].values():
+        name = ".".join(key["key"] for key in entry["key_metadata"])
+        store: Any = (
+            {"driver": "ocdbt", "base": base, "path": f"{name}/"} if metadata["use_ocdbt"] else f"{base}{name}/"
+        )
+        spec = {"driver": driver, "kvstore": store, "fill_missing_data_reads": False}  # a missing chunk is an error
+        arrays[name] = ts.open(spec, read=True, open=True).result()
+    return arrays
+
+
+def read_part(array: ts.TensorStore, layer: int | None) -> np.ndarray:
+    """One layer of an array on disk; all of it where layer is None. Raises ValueError if its bytes are damaged."""
+    return (array if layer is None else array[layer]).read().result()
+
+
+class ParamsWriter:
+    """A params-only checkpoint that is filled part by part; threads may write different parts at the same time.
+
+    `shapes` and `dtypes` are by our path. Every chunk carries a CRC32C that TensorStore, and so Orbax, checks whenever
+    it reads it. The folder must not exist. It is complete when every part was written.
+    """
+
+    def __init__(
+        self, checkpoint: Path, shapes: Mapping[str, Shape], dtypes: Mapping[str, np.dtype], metadata: dict[str, Any]
+    ) -> None:
+        # Orbax writes the checkpoint with arrays of no size; then each array is replaced by one of its true shape.
+        empty = {path: np.zeros((1,) * len(shape), dtypes[path]) for path, shape in shapes.items()}
+        context = ocp.Context()
+        context.array.saving.use_ocdbt = False  # one file a chunk: written once, never rewritten or merged
+        context.array.saving.enable_write_sharding_file = False
+        with context:
+            ocp.save_checkpointables(checkpoint, {"params": unflatten(empty)}, custom_metadata=metadata)
+        folder = checkpoint / "params"
+        chunks = {path: _chunk_shape(path, shape, dtypes[path].itemsize) for path, shape in shapes.items()}
+        self._arrays = {}
+        for path, shape in shapes.items():
+            shutil.rmtree(folder / path)
+            spec = {
+                "driver": "zarr3",
+                "kvstore": f"file://{folder}/{path}/",
+                "metadata": {
+                    "shape": shape,
+                    "data_type": dtypes[path].name,
+                    "fill_value": 0,
+                    "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunks[path]}},
+                    "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+                },
+                # A chunk of zeros is written too: a missing file always means a damaged checkpoint.
+                "store_data_equal_to_fill_value": True,
+            }
+            self._arrays[path] = ts.open(spec, create=True, delete_existing=True).result()
+        _correct_shapes(folder, shapes, chunks)
+
+    def write(self, path: str, layer: int | None, array: np.ndarray) -> None:
+        """Writes one layer of an array (all of it where layer is None) and returns when it is on disk."""
+        target = self._arrays[path] if layer is None else self._arrays[path][layer]
+        target.write(array, can_reference_source_data_indefinitely=True).result()
+
+
+def _chunk_shape(path: str, shape: Shape, itemsize: int) -> Shape:
+    """One layer, its first dimension cut until a chunk has at most CHUNK_BYTES."""
+    leading: Shape = (1,) if path.startswith("layers.") else ()
+    rows, *rest = shape[len(leading) :]
+    return (*leading, min(rows, max(1, CHUNK_BYTES // (math.prod(rest) * itemsize))), *rest)
+
+
+def _correct_shapes(folder: Path, shapes: Mapping[str, Shape], chunks: Mapping[str, Shape]) -> None:
+    """Orbax notes the shapes it wrote, those of the empty arrays; puts the true ones in their place."""
+    file = folder / "_METADATA"
+    tree = json.loads(file.read_text(encoding="utf-8"))
+    for entry in tree["tree_metadata"].values():
+        path = ".".join(key["key"] for key in entry["key_metadata"])
+        entry["value_metadata"]["write_shape"] = chunks[path]
+    file.write_text(json.dumps(tree), encoding="utf-8")
+    for file in (folder / "array_metadatas").glob("*"):
+        notes = json.loads(file.read_text(encoding="utf-8"))
+        for entry in notes["array_metadatas"]:
+            note = entry["array_metadata"]
+            note["write_shape"] = note["chunk_shape"] = chunks[note["param_name"]]
+        file.write_text(json.dumps(notes), encoding="utf-8")

@@ -1,0 +1,105 @@
+"""A model on disk, read one layer at a time, whichever format it has."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bc2_jax import checkpoint
+from bc2_jax.config import ModelConfig
+from bc2_jax.convert import hf, orbax
+from bc2_jax.convert.hf_config import read_config, read_generation_config
+from bc2_jax.convert.table import Reader, flatten, layers_of, param_shapes, read_layer, torch_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A model in `path`, a PyTorch folder in the released layout or a checkpoint of ours."""
+
+    path: Path
+    config: ModelConfig
+    dtypes: Mapping[str, np.dtype]
+    """Our path -> dtype on disk."""
+    read: Reader
+    """(our path, layer) -> array, in the dtype on disk; a view of a file that is mapped while it lives, or a copy."""
+    tokenizer: Path | None
+    """tokenizer.model beside it."""
+    generation: Mapping[str, Any] | None = None
+    """generation_config.json, as it came with a release."""
+    files: tuple[Path, ...] = ()
+    """The weight files of a PyTorch folder."""
+
+    def parts(self) -> Iterator[tuple[str, int | None]]:
+        """Every (our path, layer) there is, sorted by path."""
+        for path in sorted(param_shapes(self.config)):
+            yield from ((path, layer) for layer in layers_of(self.config, path))
+
+
+def is_hf_folder(path: Path) -> bool:
+    """Whether `path` is a folder in a PyTorch layout rather than a checkpoint or run of ours."""
+    return (path / "config.json").is_file() and not (path / "checkpoints").is_dir()
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that `path` means, where it is no PyTorch folder."""
+    try:
+        return checkpoint.find_checkpoint(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} has no config.json, and is no run or checkpoint of ours.") from None
+
+
+def open_source(path: str | Path) -> Source:
+    """The model in `path`; nothing read but metadata.
+
+    Raises FileNotFoundError or ValueError, in one sentence, if it is not whole and consistent.
+    """
+    path = Path(path)
+    if is_hf_folder(path):
+        return _open_hf(path)
+    found = find_checkpoint(path)
+    config = checkpoint.read_model_config(found)
+    arrays = orbax.open_arrays(found)
+    hf.check_shapes(f"arrays of {found}", param_shapes(config), {name: array.shape for name, array in arrays.items()})
+
+    def read(name: str, layer: int | None) -> np.ndarray:
+        try:
+            return orbax.read_part(arrays[name], layer)
+        except ValueError as error:
+            raise ValueError(f"{found} is damaged: {name} cannot be read ({error}).") from error
+
+    dtypes = {name: array.dtype.numpy_dtype for name, array in arrays.items()}
+    generation = checkpoint.read_metadata(found).get("generation")
+    return Source(found, config, dtypes, read, checkpoint.find_tokenizer(found), generation)
+
+
+def _open_hf(folder: Path) -> Source:
+    config = read_config(folder)
+    tensors = hf.open_folder(folder)
+    hf.check_tensors(config, tensors)
+
+    def read(name: str, layer: int | None) -> np.ndarray:
+        return read_layer(config, lambda n: tensors[n].read(), name, layer)
+
+    dtypes = {name: tensors[torch_name(name)].dtype for name in param_shapes(config)}
+    tokenizer = folder / checkpoint.TOKENIZER_NAME
+    generation = read_generation_config(folder)
+    files = tuple(sorted({tensor.file for tensor in tensors.values()}))
+    return Source(folder, config, dtypes, read, tokenizer if tokenizer.is_file() else None, generation, files)
+
+
+def source_of_params(params: Mapping[str, Any], config: ModelConfig, tokenizer: Path | None = None) -> Source:
+    """Parameters in memory as a source, in any sharding over devices of this process; a layer is copied when read.
+
+    Raises ValueError if they do not fit the config.
+    """
+    flat = flatten(params)
+    hf.check_shapes("parameters", param_shapes(config), {name: array.shape for name, array in flat.items()})
+
+    def read(name: str, layer: int | None) -> np.ndarray:
+        return np.asarray(flat[name] if layer is None else flat[name][layer])
+
+    return Source(Path("memory"), config, {name: np.dtype(a.dtype) for name, a in flat.items()}, read, tokenizer)

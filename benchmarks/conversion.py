@@ -1,0 +1,106 @@
+"""Time and memory of converting a full-size model there and back, against `cp` of the same files in the same run.
+
+python benchmarks/conversion.py --size 7b --workdir DIR     # 45 GB of free space in DIR; 13b: 84 GB
+
+Makes a folder of random bf16 weights in the released layout (pickled shards of up to 10 GB, as released), then copies
+it, converts it to a checkpoint of ours and that back to safetensors, and compares both results with the source. Each
+step is a process of its own; its peak memory is what the operating system counted (ru_maxrss, which includes the pages
+of mapped files that happen to be resident). What was made is removed at the end, unless --keep.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from bc2_jax.config import BAICHUAN2_7B, BAICHUAN2_13B, ModelConfig
+from bc2_jax.convert import hf
+from bc2_jax.convert.hf_write import write_folder
+from bc2_jax.convert.source import Source
+from bc2_jax.convert.stream import Stream
+from bc2_jax.convert.table import param_shapes
+
+SIZES = {
+    "7b": BAICHUAN2_7B,
+    "13b": BAICHUAN2_13B,
+    "tiny": ModelConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, position_embedding="alibi",
+        vocab_size=320,
+    ),
+}  # fmt: skip
+CONVERT = [sys.executable, str(Path(__file__).parents[1] / "tools" / "convert.py")]
+
+
+def random_source(config: ModelConfig) -> Source:
+    """N(0, 0.02) weights in bf16, made layer by layer as they are read."""
+    shapes, bfloat16 = param_shapes(config), hf.DTYPES["bfloat16"]
+
+    def read(path: str, layer: int | None) -> np.ndarray:
+        shape = shapes[path] if layer is None else shapes[path][1:]
+        generator = np.random.default_rng([sorted(shapes).index(path), 0 if layer is None else layer])
+        array = np.empty(shape, bfloat16)
+        for i in range(0, len(array), 4096):
+            part = array[i : i + 4096]
+            part[...] = np.float32(0.02) * generator.standard_normal(part.shape, dtype=np.float32)
+        return array
+
+    return Source(Path("random"), config, dict.fromkeys(shapes, bfloat16), read, None)
+
+
+def measure(name: str, command: list[str], size: int) -> None:
+    """Runs a command, prints its wall time, speed and peak memory."""
+    begin = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - begin
+    if status:
+        sys.exit(f"{' '.join(command)} failed:\n{output}")
+    last = output.strip().splitlines()[-1] if output.strip() else ""
+    print(
+        f"{name:10} {seconds:7.1f} s {size / seconds / 1e6:7.0f} MB/s  peak {usage.ru_maxrss / 2**20:6.2f} GiB  {last}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="7b")
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--keep", action="store_true")
+    args = parser.parse_args()
+    config = SIZES[args.size]
+    root = args.workdir / f"conversion-{args.size}"
+    source, copy, checkpoint, back = (root / name for name in ("released", "copy", "checkpoint", "back"))
+    if not (source / "config.json").exists():
+        shutil.rmtree(root, ignore_errors=True)
+        root.mkdir(parents=True)
+        begin = time.perf_counter()
+        stream = Stream(random_source(config), hf.DTYPES["bfloat16"])
+        write_folder(stream, source, "bfloat16", file_format="bin", max_shard_bytes=10e9)
+        print(f"made {config.num_parameters():,} parameters in {time.perf_counter() - begin:.0f} s", flush=True)
+    size = sum(file.stat().st_size for file in source.iterdir())
+    for old in (copy, checkpoint, back):
+        shutil.rmtree(old, ignore_errors=True)
+    copy_and_sync = ["sh", "-c", 'cp -r "$0" "$1" && sync "$1"/*', str(source), str(copy)]
+    measure("cp, sync", copy_and_sync, size)
+    shutil.rmtree(copy)
+    measure("to-orbax", [*CONVERT, "to-orbax", str(source), str(checkpoint)], size)
+    measure("to-hf", [*CONVERT, "to-hf", str(checkpoint), str(back)], size)
+    measure("diff", [*CONVERT, "diff", str(source), str(checkpoint)], size)
+    shutil.rmtree(checkpoint)
+    measure("diff", [*CONVERT, "diff", str(source), str(back)], size)
+    if not args.keep:
+        shutil.rmtree(root)
+
+
+if __name__ == "__main__":
+    main()
