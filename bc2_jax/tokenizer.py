@@ -25,7 +25,7 @@ _LAYOUT = {
     USER_ID: "<reserved_106>",
     ASSISTANT_ID: "<reserved_107>",
 }
-_RESERVED = re.compile(r"<reserved_\d+>")
+RESERVED = re.compile(r"<reserved_\d+>")
 _SPECIAL = re.compile(r"<unk>|<s>|</s>|<reserved_\d+>")
 
 # Frequent in code, and never learned from lines.
@@ -74,7 +74,7 @@ class Tokenizer:
                     f"tokenizer = {str(path)!r} has {found} at id {token_id}: Baichuan 2's layout needs {piece} there."
                 )
         pieces = ((i, self.piece(i)) for i in range(self.vocab_size))
-        reserved = {i: piece for i, piece in pieces if _RESERVED.fullmatch(piece)}
+        reserved = {i: piece for i, piece in pieces if RESERVED.fullmatch(piece)}
         # The released model holds reserved pieces as user-defined symbols, which SentencePiece finds in any text.
         self._forgeable = {piece for i, piece in reserved.items() if not self._model.is_control(i)}
         self._special_ids = {PAD_ID, BOS_ID, EOS_ID, *reserved}
@@ -135,7 +135,7 @@ class Tokenizer:
         parts: list[str] = []
         start = 0
         if self._forgeable and "<reserved_" in text:
-            for match in _RESERVED.finditer(text):
+            for match in RESERVED.finditer(text):
                 if match.group() in self._forgeable:
                     parts.append(text[start : match.start() + 1])
                     start = match.start() + 1

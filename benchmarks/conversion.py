@@ -18,28 +18,26 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-
-from bc2_jax.config import BAICHUAN2_7B, BAICHUAN2_13B, ModelConfig
-from bc2_jax.convert import hf
-from bc2_jax.convert.hf_write import write_folder
-from bc2_jax.convert.source import Source
-from bc2_jax.convert.stream import Stream
-from bc2_jax.convert.table import param_shapes
-
-SIZES = {
-    "7b": BAICHUAN2_7B,
-    "13b": BAICHUAN2_13B,
-    "tiny": ModelConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, position_embedding="alibi",
-        vocab_size=320,
-    ),
-}  # fmt: skip
 CONVERT = [sys.executable, str(Path(__file__).parents[1] / "tools" / "convert.py")]
 
 
-def random_source(config: ModelConfig) -> Source:
-    """N(0, 0.02) weights in bf16, made layer by layer as they are read."""
+def make(size: str, folder: Path) -> None:
+    """Writes N(0, 0.02) weights in bf16, made layer by layer as they are read."""
+    # Imported here: a child's peak memory counts from that of the process that starts it.
+    import numpy as np
+
+    from bc2_jax.config import BAICHUAN2_7B, BAICHUAN2_13B, ModelConfig
+    from bc2_jax.convert import hf
+    from bc2_jax.convert.hf_write import write_folder
+    from bc2_jax.convert.source import Source
+    from bc2_jax.convert.stream import Stream
+    from bc2_jax.convert.table import param_shapes
+
+    tiny = ModelConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, position_embedding="alibi",
+        vocab_size=320,
+    )  # fmt: skip
+    config = {"7b": BAICHUAN2_7B, "13b": BAICHUAN2_13B, "tiny": tiny}[size]
     shapes, bfloat16 = param_shapes(config), hf.DTYPES["bfloat16"]
 
     def read(path: str, layer: int | None) -> np.ndarray:
@@ -51,7 +49,8 @@ def random_source(config: ModelConfig) -> Source:
             part[...] = np.float32(0.02) * generator.standard_normal(part.shape, dtype=np.float32)
         return array
 
-    return Source(Path("random"), config, dict.fromkeys(shapes, bfloat16), read, None)
+    source = Source(Path("random"), config, dict.fromkeys(shapes, bfloat16), read, None)
+    write_folder(Stream(source, bfloat16), folder, "bfloat16", file_format="bin", max_shard_bytes=10e9)
 
 
 def measure(name: str, command: list[str], size: int) -> None:
@@ -73,20 +72,21 @@ def measure(name: str, command: list[str], size: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="7b")
+    parser.add_argument("--size", choices=("7b", "13b", "tiny"), default="7b")
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--keep", action="store_true")
+    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    config = SIZES[args.size]
+    if args.make:
+        make(args.size, args.make)
+        return
     root = args.workdir / f"conversion-{args.size}"
     source, copy, checkpoint, back = (root / name for name in ("released", "copy", "checkpoint", "back"))
     if not (source / "config.json").exists():
         shutil.rmtree(root, ignore_errors=True)
         root.mkdir(parents=True)
-        begin = time.perf_counter()
-        stream = Stream(random_source(config), hf.DTYPES["bfloat16"])
-        write_folder(stream, source, "bfloat16", file_format="bin", max_shard_bytes=10e9)
-        print(f"made {config.num_parameters():,} parameters in {time.perf_counter() - begin:.0f} s", flush=True)
+        making = [sys.executable, __file__, "--size", args.size, "--workdir", str(args.workdir), "--make", str(source)]
+        subprocess.run(making, check=True)
     size = sum(file.stat().st_size for file in source.iterdir())
     for old in (copy, checkpoint, back):
         shutil.rmtree(old, ignore_errors=True)

@@ -84,8 +84,7 @@ def compare(folder: Path, work: Path, length: int) -> None:
                 tokens.append(int(np.argmax(engine.scores[engine.n_tokens - 1])))
                 engine.eval(tokens[-1:])
             difference = np.abs(theirs - ours)
-            top1 = np.mean(theirs.argmax(1) == ours.argmax(1))
-            same = int(np.sum(np.cumprod(np.equal(tokens, greedy))))
+            top1, same = np.mean(theirs.argmax(1) == ours.argmax(1)), int(np.cumprod(np.equal(tokens, greedy)).sum())
             print(
                 f"  {kind:5}{'flash' if flash else '':7} max |d| {difference.max():.5f}  mean {difference.mean():.6f}"
                 f"  top-1 {top1:.1%}  greedy {same} of {len(greedy)}"

@@ -54,7 +54,7 @@ def compute_with_torch(args: argparse.Namespace, source: Source) -> tuple[np.nda
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
-        raise ValueError("--torch needs PyTorch, which is not installed: pip install 'bc2_jax[torch]'.") from error
+        raise ValueError("--torch needs PyTorch, which is not installed: pip install torch.") from error
     input_ids = np.random.default_rng(args.seed).integers(source.config.vocab_size, size=(args.batch, args.length))
     return input_ids, torch_model.forward(source.config, open_folder(args.model), input_ids)
 

@@ -123,7 +123,7 @@ def run_conversion(args: argparse.Namespace) -> int:
         f"({1000 * gigabytes / summary.seconds:.0f} MB/s)"
     )
     if summary.hashed_files is not None:
-        out.print(f"source files with a known hash, all right: {summary.hashed_files}")
+        out.print(f"{summary.hashed_files} source files have a known checksum, and it is right")
     if getattr(args, "verify", False):
         out.print("read back and compared: every tensor is as it was meant to be")
     out.print(f"parameters sha256 {summary.fingerprint}")
@@ -144,7 +144,7 @@ def run_inspect(args: argparse.Namespace) -> int:
     lines = {
         "format": found.format, "model": found.model, "parameters": f"{found.parameters:,}",
         "size": f"{found.bytes / 1e9:.3f} GB", "head": found.head,
-        **{f"told {i}": why for i, why in enumerate(found.why, 1)},
+        **{f"why {i}": why for i, why in enumerate(found.why, 1)},
     }  # fmt: skip
     for kind in ("missing", "unexpected", "misshapen"):
         lines[kind] = "; ".join(getattr(found, kind)) or "none"

@@ -7,14 +7,14 @@ itself does not look at.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from bc2_jax.convert.pickled import read_entries
+from bc2_jax.tokenizer import file_sha256
 
 SUMS_NAME = "SHA256SUMS"
 _BLOCK_BYTES = 8 << 20
@@ -69,22 +69,25 @@ def _read_sha256sums(sums: Path) -> Iterator[tuple[str, str]]:
         yield match[2], match[1].lower()
 
 
-def verify_file(file: Path, advance: Callable[[int], None] = lambda _: None) -> bool:
+def verify_file(file: Path) -> bool:
     """Whether there was something to check `file` against; then it was read whole and is what it should be.
 
     Compared is its SHA-256 with `expected_sha256`. Where none is known, a `.bin` file is compared with the CRC-32 of
-    its zip entries, unless it was written without (torch.serialization.set_crc32_options). `advance` is told how many
-    bytes were read. Raises ValueError if they differ, or if `expected_sha256` or `pickled.read_entries` does.
+    its zip entries, unless it was written without (torch.serialization.set_crc32_options). Raises ValueError if they
+    differ, or if `expected_sha256` or `pickled.read_entries` does.
     """
     expected, who = _expect(file)
     if expected is None:
-        return file.suffix == ".bin" and _verify_entries(file, advance)
-    if (found := sha256_file(file, advance)) != expected:
-        raise ValueError(f"{file} is damaged or not the expected file: its SHA-256 is {found}, {who} says {expected}.")
+        return file.suffix == ".bin" and _verify_entries(file)
+    if (found := file_sha256(file)) != expected:
+        raise ValueError(
+            f"{file} is damaged or not the expected file: its SHA-256 is {found}, {who} says {expected}; --no-hashes "
+            "takes it as it is."
+        )
     return True
 
 
-def _verify_entries(file: Path, advance: Callable[[int], None]) -> bool:
+def _verify_entries(file: Path) -> bool:
     checked = False
     for entry in read_entries(file).values():
         if entry.crc is None:
@@ -92,22 +95,12 @@ def _verify_entries(file: Path, advance: Callable[[int], None]) -> bool:
         found = 0
         for block in _blocks(file, entry.offset, entry.size):
             found = zlib.crc32(block, found)
-            advance(len(block))
         if found != entry.crc:
             raise ValueError(
                 f"{file} is damaged: the CRC-32 of its storage {entry.name!r} is {found:08x}, expected {entry.crc:08x}."
             )
         checked = True
     return checked
-
-
-def sha256_file(file: Path, advance: Callable[[int], None] = lambda _: None) -> str:
-    """SHA-256 of a file in hexadecimal, read in blocks; `advance` is told how many bytes were read."""
-    digest = hashlib.sha256()
-    for block in _blocks(file, 0, file.stat().st_size):
-        digest.update(block)
-        advance(len(block))
-    return digest.hexdigest()
 
 
 def _blocks(file: Path, offset: int, size: int) -> Iterator[memoryview]:

@@ -129,7 +129,7 @@ def to_gguf(checkpoint: str | Path, file: str | Path, options: Options = Options
     target = Path(file).absolute()
     check_free(target, options.overwrite)
     source = _prepare(checkpoint, options)
-    check_gguf(source.config)
+    check_gguf(source.config, kind)
     stream = _stream(source, options, np.dtype(np.float32), normalize_head=True)
     begin = time.perf_counter()
     with written_whole(target, options.overwrite) as partial, _Hashes(source, options) as hashes:

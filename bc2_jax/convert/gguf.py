@@ -16,9 +16,10 @@ import numpy as np
 from ml_dtypes import bfloat16
 
 from bc2_jax.config import ModelConfig
+from bc2_jax.convert.sentencepiece import read_sentencepiece
 from bc2_jax.convert.stream import Stream, in_order, row_blocks
 from bc2_jax.convert.table import TorchTensor, build_tensor, torch_shapes, torch_tensors
-from bc2_jax.tokenizer import Tokenizer
+from bc2_jax.tokenizer import RESERVED
 from bc2_jax.validation import choices, require
 
 GGUFType = Literal["f16", "bf16", "q8_0"]
@@ -167,31 +168,19 @@ def _read_vocabulary(path: Path | None, config: ModelConfig) -> _Vocabulary:
     Raises ValueError if there is no such model, if llama.cpp's version of SentencePiece would read text otherwise, or
     if there are more pieces than token ids.
     """
-    from sentencepiece import sentencepiece_model_pb2
-
     if path is None:
         raise ValueError("GGUF holds the tokenizer, and there is no tokenizer.model beside the model.")
-    Tokenizer(path)  # refuses what is no SentencePiece model or has other special ids
-    protos: Any = sentencepiece_model_pb2  # made when it is imported, so unknown to type checkers
-    model = protos.ModelProto.FromString(path.read_bytes())
-    trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    for field, found, legal in (
-        ("model_type", trainer.ModelType.Name(trainer.model_type), "BPE"),
-        ("byte_fallback", trainer.byte_fallback, True),
-        ("treat_whitespace_as_suffix", trainer.treat_whitespace_as_suffix, False),
-        ("precompiled_charsmap", bool(normalizer.precompiled_charsmap), False),
-        ("add_dummy_prefix", normalizer.add_dummy_prefix, False),
-        ("remove_extra_whitespaces", normalizer.remove_extra_whitespaces, False),
-        ("escape_whitespaces", normalizer.escape_whitespaces, True),
-    ):
-        require(found == legal, f"{field} of {path}", found, f"llama.cpp gives the same ids only with {legal}")
+    model = read_sentencepiece(path, "llama.cpp")
+    kinds = model.SentencePiece
     pieces, size = model.pieces, config.vocab_size
     require(len(pieces) <= size, "model.vocab_size", size, f"{path} has {len(pieces)} pieces")
     unused = range(len(pieces), size)
     return _Vocabulary(
-        # The types have the same numbers here and there.
+        # The types have the same numbers here and there. Roles and what is reserved for such must not come out of plain
+        # text, which user-defined pieces do: with control pieces llama.cpp forges no role, as our tokenizer does not.
         tokens=[piece.piece for piece in pieces] + [f"[PAD{i}]" for i in unused],
         scores=[piece.score for piece in pieces] + [-10_000.0 for _ in unused],
-        types=[piece.type for piece in pieces] + [model.SentencePiece.UNUSED for _ in unused],
-        unk_id=trainer.unk_id,
+        types=[kinds.CONTROL if RESERVED.fullmatch(piece.piece) else piece.type for piece in pieces]
+        + [kinds.UNUSED for _ in unused],
+        unk_id=model.trainer_spec.unk_id,
     )

@@ -115,7 +115,8 @@ def write_config(
     if layout == "llama":
         raw |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
         raw |= {"num_key_value_heads": config.num_attention_heads, "head_dim": config.head_dim}
-        raw |= {"attention_bias": False, "mlp_bias": False}
+        # Without a version transformers 4.57 takes a large vocabulary's tokenizer for one with a known mistake.
+        raw |= {"attention_bias": False, "mlp_bias": False, "transformers_version": "4.29.2"}
     else:
         # Baichuan 1 with RoPE is the one that engines know by its other spelling.
         baichuan1_7b = not config.normalize_head and config.position_embedding == "rope"

@@ -14,15 +14,17 @@ import numpy as np
 
 from bc2_jax.checkpoint import TOKENIZER_NAME
 from bc2_jax.config import ModelConfig
-from bc2_jax.convert.checksums import sha256_file, write_sha256sums
+from bc2_jax.convert.checksums import write_sha256sums
 from bc2_jax.convert.folder import written_whole
 from bc2_jax.convert.hf import DTYPES
 from bc2_jax.convert.hf_config import HFDType, write_config, write_generation_config, write_json
+from bc2_jax.convert.llama_tokenizer import write_llama_tokenizer
 from bc2_jax.convert.pickled_write import write_pickled
 from bc2_jax.convert.safetensors import write_safetensors
 from bc2_jax.convert.source import source_of_params
 from bc2_jax.convert.stream import Stream, in_order
 from bc2_jax.convert.table import Layout, Shape, build_tensor, torch_shapes, torch_tensors
+from bc2_jax.tokenizer import file_sha256
 
 FileFormat = Literal["safetensors", "bin"]
 FILE_FORMATS: tuple[FileFormat, ...] = get_args(FileFormat)
@@ -61,7 +63,7 @@ def write_folder(
             name = f"{stem}-{i:05}-of-{len(shards):05}.{file_format}"
             write(folder / name, DTYPES[dtype], shard, _take(tensors, len(shard)))
             weight_map |= dict.fromkeys(shard, name)
-            digests[name] = pool.submit(sha256_file, folder / name)
+            digests[name] = pool.submit(file_sha256, folder / name)
     total = config.num_parameters() * DTYPES[dtype].itemsize
     write_json(
         folder / f"{stem}.{file_format}.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -72,7 +74,9 @@ def write_folder(
     write_generation_config(config, folder, stream.source.generation)
     if stream.source.tokenizer is not None:
         shutil.copyfile(stream.source.tokenizer, folder / TOKENIZER_NAME)
-    others = {file.name: sha256_file(file) for file in folder.iterdir() if file.name not in digests}
+        if layout == "llama":
+            write_llama_tokenizer(stream.source.tokenizer, config, folder)
+    others = {file.name: file_sha256(file) for file in folder.iterdir() if file.name not in digests}
     write_sha256sums(folder, others | {name: digest.result() for name, digest in digests.items()})
 
 

@@ -13,8 +13,7 @@ from typing import Any
 
 from bc2_jax.config import ModelConfig
 from bc2_jax.convert.hf_config import write_json
-from bc2_jax.tokenizer import Tokenizer
-from bc2_jax.validation import require
+from bc2_jax.convert.sentencepiece import read_sentencepiece
 
 _SPACE = "\u2581"
 # Roles are single tokens with nothing between, and only an answer that is to come is opened: as the released chat code.
@@ -57,24 +56,8 @@ def llama_tokenizer(tokenizer: Path) -> dict[str, Any]:
     As in the released class, literal control and user-defined pieces in a text become their ids. Raises
     FileNotFoundError, or ValueError if it is no tokenizer of Baichuan 2's kind.
     """
-    from sentencepiece import sentencepiece_model_pb2
-
-    Tokenizer(tokenizer)  # refuses what is no SentencePiece model or has other special ids
-    protos: Any = sentencepiece_model_pb2  # made when it is imported, so unknown to type checkers
-    model = protos.ModelProto.FromString(tokenizer.read_bytes())
-    trainer, normalizer, kinds = model.trainer_spec, model.normalizer_spec, model.SentencePiece
-    for field, found, legal in (
-        ("model_type", trainer.ModelType.Name(trainer.model_type), "BPE"),
-        ("byte_fallback", trainer.byte_fallback, True),
-        ("treat_whitespace_as_suffix", trainer.treat_whitespace_as_suffix, False),
-        ("precompiled_charsmap", bool(normalizer.precompiled_charsmap), False),
-        ("add_dummy_prefix", normalizer.add_dummy_prefix, False),
-        ("remove_extra_whitespaces", normalizer.remove_extra_whitespaces, False),
-        ("escape_whitespaces", normalizer.escape_whitespaces, True),
-    ):
-        require(
-            found == legal, f"{field} of {tokenizer}", found, f"tokenizer.json gives the same ids only with {legal}"
-        )
+    model = read_sentencepiece(tokenizer, "tokenizer.json")
+    kinds = model.SentencePiece
     scores = {piece.piece: piece.score for piece in model.pieces if piece.type == kinds.NORMAL}
     # A pair of pieces is merged if what it makes is a piece, those of the highest score first.
     merges = [

@@ -193,7 +193,7 @@ class _StateDict:
         except RefusedFile:
             raise
         except (IndexError, KeyError, TypeError, ValueError, RecursionError) as error:
-            self.refuse(f"it is malformed ({type(error).__name__}: {error})")
+            self.refuse(f"it is malformed ({type(error).__name__}: {_show(str(error))[1:-1]})")
         if not isinstance(result, dict):
             self.refuse("it is not a dict of tensors")
         for name, value in result.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,9 @@ def _parse_entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, Shape, in
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise ValueError(f"{path}: {name} has dtype {dtype!r}; known are {', '.join(_DTYPES)}.")
     if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
-        raise ValueError(f"{path}: {name} has shape {shape!r} and data_offsets {offsets!r}, expected sizes in bytes.")
+        raise ValueError(
+            f"{path}: {name} has shape {reprlib.repr(shape)} and data_offsets {reprlib.repr(offsets)}, expected sizes."
+        )
     begin, end = offsets
     if end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
         raise ValueError(f"{path}: {name} is {dtype} {shape} in {end - begin} bytes, which do not match.")
@@ -84,7 +87,8 @@ def _parse_entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, Shape, in
 
 
 def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
+    """Whether it is a list of sizes such as an array can have: more, or larger, take for ever to multiply."""
+    return isinstance(value, list) and len(value) <= 32 and all(type(n) is int and 0 <= n < 2**48 for n in value)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -119,6 +123,7 @@ def write_safetensors(
             if (name, array.shape) != next(announced, None) or array.dtype != dtype:
                 raise ValueError(f"{path}: {name} {array.dtype} {array.shape} is not the tensor announced here.")
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            del array  # before the next one is made
         if (left := next(announced, None)) is not None:
             raise ValueError(f"{path}: {left[0]} was announced and did not come.")
         file.flush()

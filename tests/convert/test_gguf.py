@@ -155,6 +155,20 @@ def test_tokens_are_the_pieces(folders, tmp_path, tokenizer):
         assert [kind == name for kind in kinds[:640]] == [is_kind(i) for i in range(640)]
 
 
+def test_plain_text_forges_no_role(folders, tmp_path, tokenizer):
+    """In the released tokenizer the roles are user-defined pieces, which llama.cpp would find in any text."""
+    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.path.read_bytes())
+    for piece in model.pieces[3:197]:
+        piece.type = model.SentencePiece.USER_DEFINED
+    released = tmp_path / "released.model"
+    released.write_bytes(model.SerializeToString())
+    reader = export(folders["rope"], tmp_path / "a.gguf", tokenizer=released)
+    tokens, types = (value(reader, f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
+    assert tokens[195] == "<reserved_106>"
+    assert {gguf.TokenType(types[tokens.index(f"<reserved_{i}>")]).name for i in (106, 107)} == {"CONTROL"}
+    assert {tokens[i] for i in range(640) if gguf.TokenType(types[i]).name == "USER_DEFINED"} >= {"\n", "\t"}
+
+
 def test_only_a_few_tensors_are_in_memory(tmp_path, tokenizer):
     config = dataclasses.replace(CONFIGS["alibi"], hidden_size=128, intermediate_size=384)
     source = source_of_params(random_params(config, np.float32), config, tokenizer.path)

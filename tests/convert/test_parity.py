@@ -220,7 +220,7 @@ def test_tool_refuses(monkeypatch, capsys, tmp_path):
     monkeypatch.delattr(bc2_jax.convert, "torch_model", raising=False)
     for arguments, message in (
         ([folder], "there is no reference: give --reference NPZ or --torch."),
-        ([folder, "--torch"], "--torch needs PyTorch, which is not installed: pip install 'bc2_jax[torch]'."),
+        ([folder, "--torch"], "--torch needs PyTorch, which is not installed: pip install torch."),
         ([folder, "--torch", "--length", "0"], "length = 0 is not valid: it must be positive."),
         ([folder, "--reference", str(tmp_path / "bad.npz")], "has no eval_logits or train_logits, hidden_states"),
         ([str(tmp_path), "--torch"], str(tmp_path)),

@@ -203,6 +203,7 @@ BOMB = b")q\x00" + b"h\x00h\x00\x86q\x00" * 60
         BOMB + b"h\x00\x93.",
         BOMB + b"ctorch._utils\n_rebuild_tensor_v2\nh\x00R.",
         b"}X\x40\x42\x0f\x00" + b"k" * 1_000_000 + b"K\x01s.",
+        b"S" + b"k" * 1_000_000 + b"\n.",
     ],
 )
 def test_refusing_is_quick_and_short(tmp_path, pickled):
