@@ -21,8 +21,6 @@ from bc2_jax.config import CheckpointConfig, ModelConfig
 from bc2_jax.model.baichuan import Params, param_shardings, split_model
 
 TOKENIZER_NAME = "tokenizer.model"
-CHECKPOINT_MARK = "_CHECKPOINT_METADATA"
-"""Orbax writes this file last, so a folder with it is a whole checkpoint."""
 
 # Small enough that a device of a pod reads little more than its part, large enough for a disk or an object store.
 CHUNK_BYTES = 64 << 20
@@ -90,8 +88,13 @@ def _save_context() -> ocp.Context:
 
 
 def is_complete(path: Path) -> bool:
-    """Whether `path` is a checkpoint that was written to its end."""
-    return (path / CHECKPOINT_MARK).is_file() and (path / "params").is_dir()
+    """Whether `path` is a checkpoint that was written to its end: Orbax writes its metadata last."""
+    return (path / "_CHECKPOINT_METADATA").is_file() and (path / "params").is_dir()
+
+
+def is_params_only(path: Path) -> bool:
+    """Whether `path` is a complete checkpoint of parameters alone, which can be made again from a model."""
+    return is_complete(path) and not (path / "opt_state").exists()
 
 
 def find_checkpoint(path: str | Path) -> Path:

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "bc2_jax"
 # A module imports only from its own package and from those before it (docs/design.md).
 ORDER = (
     "validation", "config", "cpu", "sharding", "tokenizer", "kernels", "model", "data", "checkpoint", "convert",
-    "infer", "train", "align", "evaluate", "curate",
+    "infer", "train", "tpu", "align", "evaluate", "curate",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [str(path.relative_to(PACKAGE)) for path in FILES]

@@ -24,12 +24,16 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from bc2_jax.cpu import keep_heap
+
 if TYPE_CHECKING:
     from bc2_jax.convert.conversion import Options, Summary
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _DTYPES = ("bfloat16", "float16", "float32")
-out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
+# In a file or a pipe a table is as wide as it needs to be.
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def parse_size(text: str) -> int:
@@ -108,6 +112,7 @@ def convert(args: argparse.Namespace, options: Options) -> Summary:
 def run_conversion(args: argparse.Namespace) -> int:
     from bc2_jax.convert.conversion import Options
 
+    keep_heap()  # the same few large buffers, over and over
     with progress_bar() as progress:
         summary = convert(args, Options(
             strict=args.strict, overwrite=args.overwrite, verify=getattr(args, "verify", False),
@@ -179,6 +184,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from bc2_jax.checkpoint import CHECKPOINT_MARK, TOKENIZER_NAME
+from bc2_jax.checkpoint import TOKENIZER_NAME, is_params_only
 from bc2_jax.config import ModelConfig
 from bc2_jax.convert import hf, hf_write, orbax
 from bc2_jax.convert.checksums import verify_file
 from bc2_jax.convert.folder import check_free, written_whole
 from bc2_jax.convert.gguf import GGUFType, check_gguf, write_gguf
 from bc2_jax.convert.hf_config import HFDType
-from bc2_jax.convert.source import Source, open_source
+from bc2_jax.convert.source import Source, is_hf_folder, open_source
 from bc2_jax.convert.stream import Stream, digest_part, fingerprint, in_order
 from bc2_jax.convert.table import Layout, layers_of, param_shapes, read_layer
 from bc2_jax.convert.vocabulary import check_vocabulary, resize_vocab
@@ -74,14 +74,14 @@ def to_orbax(
     FileExistsError or ValueError, in one sentence, and then leaves nothing behind.
     """
     target = Path(checkpoint).absolute()
-    check_free(target, options.overwrite, (CHECKPOINT_MARK,))
+    check_free(target, options.overwrite, is_params_only)
     source = _prepare(folder, options)
     stream = _stream(source, options, None if dtype is None else hf.DTYPES[dtype])
     shapes = param_shapes(source.config)
     dtypes = {path: stream.dtype_of(path) for path in shapes}
     metadata = {"config": {"model": dataclasses.asdict(source.config)}, "generation": source.generation}
     begin = time.perf_counter()
-    with written_whole(target, options.overwrite, (CHECKPOINT_MARK,)) as partial, _Hashes(source, options) as hashes:
+    with written_whole(target, options.overwrite, is_params_only) as partial, _Hashes(source, options) as hashes:
         writer = orbax.ParamsWriter(partial, shapes, dtypes, metadata)
         for _ in in_order(lambda part: writer.write(part[0], part[1], stream.read(*part)), source.parts()):
             pass
@@ -109,12 +109,12 @@ def to_hf(
     engines without NormHead; llama, for RoPE models, is LlamaForCausalLM's. Raises as `to_orbax`.
     """
     target = Path(folder).absolute()
-    check_free(target, options.overwrite, hf_write.MARKS)
+    check_free(target, options.overwrite, is_hf_folder)
     source = _prepare(checkpoint, options)
     hf_write.check_layout(source.config, layout)
     stream = _stream(source, options, hf.DTYPES[dtype], normalize_head=layout != "baichuan2")
     begin = time.perf_counter()
-    with written_whole(target, options.overwrite, hf_write.MARKS) as partial, _Hashes(source, options) as hashes:
+    with written_whole(target, options.overwrite, is_hf_folder) as partial, _Hashes(source, options) as hashes:
         hf_write.write_folder(stream, partial, dtype, layout, file_format, max_shard_bytes)
         if options.verify:
             tensors = hf.open_folder(partial)
@@ -127,12 +127,12 @@ def to_hf(
 def to_gguf(checkpoint: str | Path, file: str | Path, options: Options = Options(), kind: GGUFType = "f16") -> Summary:
     """Writes a model as one GGUF file for llama.cpp. Raises as `to_orbax`."""
     target = Path(file).absolute()
-    check_free(target, options.overwrite)
+    check_free(target, options.overwrite, Path.is_file)
     source = _prepare(checkpoint, options)
     check_gguf(source.config, kind)
     stream = _stream(source, options, np.dtype(np.float32), normalize_head=True)
     begin = time.perf_counter()
-    with written_whole(target, options.overwrite) as partial, _Hashes(source, options) as hashes:
+    with written_whole(target, options.overwrite, Path.is_file) as partial, _Hashes(source, options) as hashes:
         write_gguf(stream, partial, kind)
         hashed = hashes.finish()
     return _summary(target, stream, hashed, begin)

@@ -5,35 +5,36 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
-def check_free(target: Path, overwrite: bool, marks: tuple[str, ...] = ()) -> None:
-    """Raises FileExistsError if `target` exists and may not be replaced.
-
-    With `overwrite` a file may be, and a folder that holds one of `marks`, the files by which ours are known.
+def check_free(target: Path, overwrite: bool, is_ours: Callable[[Path], bool]) -> None:
+    """Raises FileExistsError if `target` exists and may not be replaced: not without `overwrite`, and never if it is
+    something else than `is_ours` knows.
     """
     if not (target.exists() or target.is_symlink()):
         return
     if not overwrite:
         raise FileExistsError(f"{target} exists; pass --overwrite to replace it.")
-    if target.is_symlink() or (target.is_dir() and not any((target / mark).is_file() for mark in marks)):
-        raise FileExistsError(f"{target} exists and is not a folder with a {' or '.join(marks)}; not replaced.")
+    if target.is_symlink() or not is_ours(target):
+        raise FileExistsError(f"{target} exists and is not of the kind that is to be written; not replaced.")
 
 
 @contextlib.contextmanager
-def written_whole(target: Path, overwrite: bool, marks: tuple[str, ...] = ()) -> Iterator[Path]:
+def written_whole(target: Path, overwrite: bool, is_ours: Callable[[Path], bool]) -> Iterator[Path]:
     """Gives the path .NAME.partial to write a folder or a file to; when the block ends it gets the name `target`.
 
     What an interrupted run left under that path is removed first. If the block raises, it is removed and `target` is as
     it was; an older `target` is deleted only after the new one has its name. Raises FileExistsError as `check_free`.
     """
     target = target.absolute()
-    check_free(target, overwrite, marks)
+    check_free(target, overwrite, is_ours)
     partial = target.with_name(f".{target.name}.partial")
-    _remove(partial)
     partial.parent.mkdir(parents=True, exist_ok=True)
+    for left in partial.parent.iterdir():
+        if left.name == partial.name or left.name.startswith(f"{partial.name}.orbax-checkpoint-tmp"):
+            _remove(left)
     try:
         yield partial
         _replace(partial, target)

@@ -21,16 +21,13 @@ from bc2_jax.convert.hf_config import HFDType, write_config, write_generation_co
 from bc2_jax.convert.llama_tokenizer import write_llama_tokenizer
 from bc2_jax.convert.pickled_write import write_pickled
 from bc2_jax.convert.safetensors import write_safetensors
-from bc2_jax.convert.source import source_of_params
+from bc2_jax.convert.source import is_hf_folder, source_of_params
 from bc2_jax.convert.stream import Stream, in_order
 from bc2_jax.convert.table import Layout, Shape, build_tensor, torch_shapes, torch_tensors
 from bc2_jax.tokenizer import file_sha256
 
 FileFormat = Literal["safetensors", "bin"]
 FILE_FORMATS: tuple[FileFormat, ...] = get_args(FileFormat)
-
-# By these files a folder is known to be a model's, which --overwrite may replace.
-MARKS = ("config.json",)
 
 
 def check_layout(config: ModelConfig, layout: Layout) -> None:
@@ -115,5 +112,5 @@ def save_folder(
     params do not fit the config or a finite value overflows in `dtype`.
     """
     source = source_of_params(params, config, None if tokenizer_path is None else Path(tokenizer_path))
-    with written_whole(Path(folder), overwrite, MARKS) as partial:
+    with written_whole(Path(folder), overwrite, is_hf_folder) as partial:
         write_folder(Stream(source, DTYPES[dtype]), partial, dtype, max_shard_bytes=max_shard_bytes)

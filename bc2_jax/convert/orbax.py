@@ -88,10 +88,11 @@ class ParamsWriter:
 
 
 def _chunk_shape(path: str, shape: Shape, itemsize: int) -> Shape:
-    """One layer, its first dimension cut until a chunk has at most CHUNK_BYTES."""
+    """One layer, its first dimension cut into equal parts (the last is stored filled up) of at most CHUNK_BYTES."""
     leading: Shape = (1,) if path.startswith("layers.") else ()
     rows, *rest = shape[len(leading) :]
-    return (*leading, min(rows, max(1, CHUNK_BYTES // (math.prod(rest) * itemsize))), *rest)
+    parts = min(rows, math.ceil(rows * math.prod(rest) * itemsize / CHUNK_BYTES))
+    return (*leading, math.ceil(rows / parts), *rest)
 
 
 def _correct_shapes(folder: Path, shapes: Mapping[str, Shape], chunks: Mapping[str, Shape]) -> None:

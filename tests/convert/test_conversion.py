@@ -252,6 +252,15 @@ def test_targets_that_exist(tmp_path):
         with pytest.raises(FileExistsError, match="not replaced"):
             convert(source, tmp_path / "thesis", Options(overwrite=True))
     assert (tmp_path / "thesis" / "chapter1.tex").exists()
+    # A run has a config.json too, and its training checkpoints can't be made again.
+    run = tmp_path / "run"
+    (run / "checkpoints" / "8" / "params").mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    for name in ("opt_state", "_CHECKPOINT_METADATA"):
+        (run / "checkpoints" / "8" / name).touch()
+    for convert, target in ((to_hf, run), (to_orbax, run / "checkpoints" / "8")):
+        with pytest.raises(FileExistsError, match="not replaced"):
+            convert(source, target, Options(overwrite=True))
     to_orbax(source, tmp_path / "b")
     to_orbax(random_folder(tmp_path / "c", seed=1), tmp_path / "b", Options(overwrite=True))
     assert array_bytes(tmp_path / "b") == array_bytes(tmp_path / "c")

@@ -129,7 +129,7 @@ def test_existing_target(tmp_path):
 
 def test_overwrite_never_deletes_what_is_no_checkpoint(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(FileExistsError, match="not a folder with a config"):
+    with pytest.raises(FileExistsError, match="not of the kind that is to be written; not replaced"):
         save_folder(random_params(TINY, np.float32), TINY, tmp_path, overwrite=True)
     assert (tmp_path / "thesis.tex").exists()
 

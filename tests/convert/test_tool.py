@@ -12,6 +12,7 @@ import pytest
 from bc2_jax.checkpoint import read_model_config
 from bc2_jax.convert import hf
 from bc2_jax.convert.hf_config import read_config
+from bc2_jax.convert.safetensors import write_safetensors
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -57,3 +58,56 @@ def test_errors_are_one_line(tmp_path, capsys):
     assert capsys.readouterr().err == f"error: {tmp_path} has no config.json, and is no run or checkpoint of ours.\n"
     assert tool.main(["to-orbax", str(GOLDEN / "rope-tiny"), str(tmp_path)]) == 1
     assert capsys.readouterr().err == f"error: {tmp_path} exists; pass --overwrite to replace it.\n"
+
+
+def run(capsys, *args: object) -> tuple[int, str]:
+    code = tool.main([str(arg) for arg in args])
+    return code, capsys.readouterr().out
+
+
+def test_every_layout_is_verified_and_summed_up(tmp_path, capsys):
+    code, text = run(capsys, "to-orbax", GOLDEN / "rope-tiny", tmp_path / "a", "--verify", "--strict")
+    assert code == 0 and "read back and compared: every tensor is as it was meant to be" in text
+    fingerprint = next(line for line in text.splitlines() if line.startswith("parameters sha256"))
+    for layout, form in (("baichuan2", "bin"), ("baichuan1", "safetensors"), ("llama", "safetensors")):
+        options = ("--dtype", "float32", "--layout", layout, "--format", form, "--verify")
+        code, text = run(capsys, "to-hf", tmp_path / "a", tmp_path / layout, *options)
+        assert code == 0 and (fingerprint in text) == (layout == "baichuan2")
+    code, text = run(capsys, "to-orbax", tmp_path / "baichuan2", tmp_path / "b")
+    assert code == 0 and "1 source files have a known checksum, and it is right" in text and fingerprint in text
+
+
+def test_inspect_and_diff_say_it_by_their_exit_code(tmp_path, capsys):
+    code, text = run(capsys, "inspect", GOLDEN / "alibi-tiny")
+    assert code == 0 and "because max_position_embeddings is absent" in text and "missing     none" in text
+    assert tool.main(["to-hf", str(GOLDEN / "alibi-tiny"), str(tmp_path / "a"), "--dtype", "float16"]) == 0
+    capsys.readouterr()
+    code, text = run(capsys, "diff", GOLDEN / "alibi-tiny", tmp_path / "a")
+    assert code == 1 and "0 of 12 arrays are equal bit for bit" in text and "float32 / float16" in text
+    code, text = run(capsys, "diff", tmp_path / "a", tmp_path / "a")
+    assert code == 0 and "12 of 12 arrays are equal bit for bit" in text
+    tensors = hf.open_folder(tmp_path / "a")
+    missing = {name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"}
+    (tmp_path / "a" / "model-00001-of-00001.safetensors").unlink()
+    shapes = {name: tensor.shape for name, tensor in missing.items()}
+    arrays = ((name, np.ones(shape, np.float16)) for name, shape in shapes.items())
+    write_safetensors(tmp_path / "a" / "model.safetensors", np.float16, shapes, arrays)
+    (tmp_path / "a" / "model.safetensors.index.json").unlink()
+    code, text = run(capsys, "inspect", tmp_path / "a")
+    assert code == 1 and "missing     model.norm.weight" in text
+
+
+def test_gguf_needs_one_of_the_two_models(tmp_path, capsys):
+    assert tool.main(["to-gguf", str(GOLDEN / "rope-tiny"), str(tmp_path / "a.gguf")]) == 1
+    assert "error: model.num_hidden_layers = 2 is not valid: llama.cpp's baichuan is" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupted(tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bc2_jax.convert.stream.Stream.read", interrupt)
+    assert tool.main(["to-orbax", str(GOLDEN / "rope-tiny"), str(tmp_path / "a")]) == 130
+    assert capsys.readouterr().err.endswith("interrupted: nothing was written\n")
+    assert list(tmp_path.iterdir()) == []
