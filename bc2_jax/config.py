@@ -117,8 +117,9 @@ class ComputeConfig:
 
     dtype: DType = "bfloat16"
     """Matmul and activation dtype. Master weights, norms, softmax, logits and losses are always float32."""
-    attention: Literal["reference", "chunked"] = "chunked"
-    """reference: one einsum, holds [heads, T, S]. chunked: online softmax over blocks, memory linear in length."""
+    attention: Literal["reference", "chunked", "flash"] = "chunked"
+    """reference: one einsum, holds [heads, T, S]. chunked: online softmax over blocks, memory linear in length. flash:
+    the same as Pallas kernels, for TPU alone."""
     attention_block: int = 512
     """Queries and keys per block of the chunked attention."""
     remat: Literal["none", "full", "save_dots", "save_attention", "offload"] = "full"

@@ -26,6 +26,8 @@ class ShardingRules:
 
     # Activations.
     batch: MeshAxes = ("data", "fsdp")
+    lookup_batch: MeshAxes = "data"
+    """The batch in the embedding lookup, where `embed` cuts the model dimension."""
     sequence: MeshAxes = None
     hidden: MeshAxes = None
     # Parameters and the activations that line up with them.

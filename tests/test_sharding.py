@@ -147,7 +147,8 @@ def count_instructions(hlo: str, name: str) -> int:
     return len(re.findall(rf"= \S+ {name}(?:-start)?\(", hlo))
 
 
-def test_embedding_lookup_is_one_all_gather_and_one_all_reduce(mesh_of):
+def test_the_embedding_table_stays_where_it_is(mesh_of):
+    """Ids are gathered and the looked-up rows exchanged; no device ever holds more of the table than its part."""
     mesh = mesh_of(2, 2, 2)
     V, D = TINY.vocab_size, TINY.hidden_size
     ids = jax.ShapeDtypeStruct((8, 3), jnp.int32, sharding=NamedSharding(mesh, P(("data", "fsdp"))))
@@ -158,12 +159,18 @@ def test_embedding_lookup_is_one_all_gather_and_one_all_reduce(mesh_of):
     def look_up(table, ids):
         return nnx.merge(graphdef, {"weight": table})(ids, jnp.dtype("float32"))
 
+    def gradient(table, ids):
+        return jax.grad(lambda table: look_up(table, ids).sum())(table)
+
     with jax.set_mesh(mesh):
-        hlo = compiled_text(look_up, table, ids)
-    assert count_instructions(hlo, "all-gather") == 1
-    assert count_instructions(hlo, "all-reduce") == 1
-    assert not re.search(r"= \S+ (all-to-all|collective-permute)", hlo)
-    assert f"f32[{V // 2},{D}]" in hlo and f"f32[{V},{D}]" not in hlo, "no device holds the whole table"
+        texts = [compiled_text(function, table, ids) for function in (look_up, gradient)]
+    for hlo in texts:
+        assert f"f32[{V // 2},{D // 2}]" in hlo
+        assert not re.search(rf"f32\[({V}|{V // 2}),{D}\]|f32\[{V},", hlo)
+    assert count_instructions(texts[0], "all-gather") == 1 and re.search(r"= s32\S+ all-gather", texts[0])
+    assert count_instructions(texts[0], "all-reduce") == 1  # over the parts of the vocabulary
+    for hlo in texts:
+        assert len(re.findall(r"\) all-to-all\(", hlo)) == 1
 
 
 @pytest.mark.parametrize("mesh_kind", ["none", "auto"])

@@ -80,10 +80,14 @@ class SelfAttention(nnx.Module):
             slopes = self.rules.reshard(jnp.asarray(alibi_slopes(self.config.num_attention_heads)), "heads")
 
         def self_attention(q, k, v, q_tokens, k_tokens, slopes, offset):
+            if self.compute.attention == "flash":
+                from bc2_jax.kernels.flash import flash_attention  # Pallas takes most of a second to import
+
+                return flash_attention(q, k, v, q_tokens, slopes)
             return chunked_attention(q, k, v, q_tokens, slopes, block=self.compute.attention_block)
 
-        chunked = self.compute.attention == "chunked" and q.shape[1] == k.shape[1]
-        kernel: Callable[..., Array] = self_attention if chunked else reference_attention
+        in_blocks = self.compute.attention != "reference" and q.shape[1] == k.shape[1]
+        kernel: Callable[..., Array] = self_attention if in_blocks else reference_attention
         with jax.named_scope("attention"):
             arguments = (q, k, v, q_tokens, k_tokens, slopes, jnp.asarray(offset, jnp.int32))
             if self.rules.sharding() is None:

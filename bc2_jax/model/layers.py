@@ -110,11 +110,12 @@ class Embedding(Weight):
         self.rules = rules
 
     def __call__(self, input_ids_BT: Array, dtype: jnp.dtype) -> Array:
-        # Whole along the model dimension, still cut along the vocabulary: one all-gather and one all-reduce. Left to
-        # itself the compiler replicates the table.
-        table_VD = self.rules.reshard(self.weight[...], "vocab", None)
-        sharding = self.rules.sharding("batch", "sequence", "hidden")
-        return table_VD.at[input_ids_BT].get(out_sharding=sharding).astype(dtype)
+        # The ids travel, not the table: each device looks up its columns for the rows of its whole fsdp group, and an
+        # all-to-all gives it its own rows whole. Left to itself the compiler replicates the table.
+        ids_BT = self.rules.reshard(input_ids_BT, "lookup_batch", "sequence")
+        sharding = self.rules.sharding("lookup_batch", "sequence", "embed")
+        x_BTD = self.weight[...].at[ids_BT].get(out_sharding=sharding).astype(dtype)
+        return self.rules.reshard(x_BTD, "batch", "sequence", "hidden")
 
 
 class MLP(nnx.Module):

@@ -21,6 +21,7 @@ from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.train import metrics as report
 from bc2_jax.train.results import check_resumed, make_baselines, show_results
 from bc2_jax.train.start import (
+    check_attention,
     check_initial_model,
     check_same_model,
     check_tokenizer,
@@ -58,6 +59,7 @@ def train(config: TrainConfig, command: str = "train.py") -> TrainResult:
     use_compilation_cache(config.compilation_cache)
     config = config.resolve(jax.device_count())
     mesh = make_mesh(config.mesh)
+    check_attention(config, mesh)
     console = Console(quiet=jax.process_index() != 0, highlight=False)
 
     # ---------------------------------------------------------------- what is there already

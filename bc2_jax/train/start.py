@@ -54,6 +54,16 @@ def check_same_model(config: TrainConfig, metadata: dict[str, Any], workdir: Pat
         )  # fmt: skip
 
 
+def check_attention(config: TrainConfig, mesh: Mesh) -> None:
+    """Raises ValueError if the devices cannot run the attention kernel that the config names."""
+    platform = mesh.devices.flat[0].platform
+    if config.compute.attention == "flash" and platform != "tpu":
+        raise ValueError(
+            f"compute.attention = 'flash' is not valid on {platform}: it is written for TPU; legal values here are "
+            "chunked and reference."
+        )
+
+
 def check_initial_model(config: TrainConfig) -> None:
     """Raises ValueError, naming the fields that differ, if `init_from` is of another architecture."""
     if config.init_from is None:

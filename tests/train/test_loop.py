@@ -124,6 +124,14 @@ def test_starts_from_a_model(config, finished, form, tmp_path, capsys):
     assert resumed.step == 2
 
 
+def test_flash_attention_is_for_tpu(config, tmp_path):
+    compute = dataclasses.replace(config.compute, attention="flash")
+    run = dataclasses.replace(config, compute=compute, workdir=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="compute.attention = 'flash' is not valid on cpu: .* chunked and reference"):
+        loop.train(run)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_init_from_another_architecture_is_refused(config, finished, tmp_path):
     model = dataclasses.replace(config.model, num_attention_heads=2, normalize_head=False, z_loss_weight=0.0)
     run = dataclasses.replace(config, model=model, init_from=str(finished.workdir), workdir=str(tmp_path / "run"))
