@@ -127,6 +127,8 @@ class ComputeConfig:
     attention result, or the matmul results in host memory."""
     scan_layers: bool = True
     """Compile one layer and loop over it, or unroll all of them."""
+    compiler_options: Literal["tuned", "default"] = "tuned"
+    """On TPU, the options of bc2_jax/tpu/options.py for its generation, or the compiler's own choices."""
     loss_chunk: int = 1024
     """Tokens per device whose logits exist at one time in the loss."""
 

@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bc2_jax.config import MeshConfig
+from bc2_jax.validation import require
 
 MESH_AXES = ("data", "fsdp", "tensor")
 MeshAxes = str | tuple[str, ...] | None
@@ -78,12 +80,27 @@ DEFAULT_RULES = ShardingRules()
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     """A mesh with the axes data, fsdp, tensor over `devices` (all by default).
 
-    tensor varies fastest, so that its collectives stay between neighbours; data is outermost, across slices.
+    tensor varies fastest, so that its collectives stay between neighbours; data is outermost, and where there are
+    several slices it alone goes across them. Raises ValueError if data is no multiple of the slices, or an axis does
+    not lie along whole dimensions of the torus.
     """
     devices = jax.devices() if devices is None else devices
     config = config.resolve(len(devices))
-    shape = (config.data, config.fsdp, config.tensor)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    require(config.data % slices == 0, "mesh.data", config.data, f"it must be a multiple of the {slices} slices")
+    shape = (config.data // slices, config.fsdp, config.tensor)
+    types = (AxisType.Explicit,) * len(MESH_AXES)
+    try:
+        if slices == 1:
+            return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+        grid = mesh_utils.create_hybrid_device_mesh(shape, (slices, 1, 1), devices)
+    except NotImplementedError as error:
+        torus = "x".join(str(1 + max(d.coords[i] for d in devices)) for i in range(len(devices[0].coords)))
+        raise ValueError(
+            f"mesh = {shape} (data, fsdp, tensor) does not fit a slice of {torus} chips: each axis must be a product "
+            "of some of its sides."
+        ) from error
+    return Mesh(grid, MESH_AXES, axis_types=types)
 
 
 def single_device_mesh(device: Any | None = None) -> Mesh:

@@ -35,7 +35,11 @@ def test_a_bad_value_is_one_sentence():
 
 
 def test_missing_rows_are_one_sentence(tmp_path):
-    done = run("configs/baichuan2_7b.py", "--mesh.num-cpu-devices", "4", "--workdir", str(tmp_path / "run"))
+    arguments = ("configs/baichuan2_7b.py", "--mesh.num-cpu-devices", "4", "--workdir", str(tmp_path / "run"))
+    done = run(*arguments)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "compute.attention = 'flash' is not valid on cpu" in done.stderr
+    done = run(*arguments, "--compute.attention", "chunked")
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert "tokenizer.model" in done.stderr
 

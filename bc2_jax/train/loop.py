@@ -30,6 +30,7 @@ from bc2_jax.train.start import (
     initial_params,
     make_put,
     restore_state,
+    tuned_options,
     use_compilation_cache,
 )
 from bc2_jax.train.step import init_state, make_eval_step, make_train_step, mean_metrics
@@ -115,7 +116,8 @@ def train(config: TrainConfig, command: str = "train.py") -> TrainResult:
         # ------------------------------------------------------------ compile
         batch = put(next(iterator)) if start_step < config.num_steps else put(validation[0])
         next_state = iterator.get_state()
-        train_step = jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch).compile()
+        lowered = jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch)
+        train_step = lowered.compile(compiler_options=tuned_options(config, mesh))
         eval_step = jax.jit(make_eval_step(config))
         display = report.ProgressDisplay(console, config, start_step)
         verified_step = config.num_steps - config.verify_resume_steps if config.verify_resume_steps else 0

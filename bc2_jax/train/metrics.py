@@ -20,11 +20,7 @@ from bc2_jax.config import TrainConfig
 from bc2_jax.convert import stream
 from bc2_jax.convert.table import flatten
 from bc2_jax.model.baichuan import Params
-
-# bf16 FLOP/s of one JAX device, from Google's Cloud TPU documentation.
-PEAK_FLOPS = {
-    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12,
-}  # fmt: skip
+from bc2_jax.tpu.chips import CHIPS, DEVICE_KINDS
 
 
 def print_tables(console: Console, config: TrainConfig, mesh: Mesh) -> None:
@@ -64,8 +60,8 @@ class Throughput:
 
     def __init__(self, config: TrainConfig, mesh: Mesh):
         self.tokens, self.flops = config.data.global_batch_size * config.data.sequence_length, flops_per_step(config)
-        peak = PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)
-        self.peak = None if peak is None else peak * mesh.devices.size
+        chip = CHIPS.get(DEVICE_KINDS.get(mesh.devices.flat[0].device_kind, ""))
+        self.peak = None if chip is None else chip.peak_flops / chip.devices * mesh.devices.size
         self.last = time.perf_counter()
 
     def formula(self) -> str:

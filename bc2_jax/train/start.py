@@ -19,6 +19,8 @@ from bc2_jax.convert.pretrained import load_params, read_model_config
 from bc2_jax.model.baichuan import Params, init_params
 from bc2_jax.sharding import DEFAULT_RULES
 from bc2_jax.tokenizer import Tokenizer
+from bc2_jax.tpu.chips import DEVICE_KINDS
+from bc2_jax.tpu.options import compiler_options
 from bc2_jax.train.optimizer import make_optimizer
 from bc2_jax.train.step import Batch, TrainState
 
@@ -52,6 +54,14 @@ def check_same_model(config: TrainConfig, metadata: dict[str, Any], workdir: Pat
             f"model is not that of the checkpoints in '{workdir}'; these fields differ (now against then): "
             + "; ".join(lines) + "."
         )  # fmt: skip
+
+
+def tuned_options(config: TrainConfig, mesh: Mesh) -> dict[str, Any] | None:
+    """The compiler options of the training step on the mesh's chips; None leaves the choice to the compiler."""
+    generation = DEVICE_KINDS.get(mesh.devices.flat[0].device_kind)
+    if generation is None or config.compute.compiler_options == "default":
+        return None
+    return dict(compiler_options(generation))
 
 
 def check_attention(config: TrainConfig, mesh: Mesh) -> None:

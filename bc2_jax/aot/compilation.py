@@ -1,0 +1,231 @@
+"""Compiles the training step for a pod that is not there: shapes in, scheduled program and memory out.
+
+The step is the one that trains (`bc2_jax.train.step.make_train_step`), on the mesh that trains
+(`bc2_jax.sharding.make_mesh`), with abstract arrays in the layouts that training gives them. Nothing is allocated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+
+from bc2_jax.config import TrainConfig
+from bc2_jax.model.baichuan import param_shardings, split_model
+from bc2_jax.sharding import DEFAULT_RULES, make_mesh
+from bc2_jax.tpu.chips import Topology
+from bc2_jax.tpu.options import Value
+from bc2_jax.train.optimizer import make_optimizer
+from bc2_jax.train.step import Batch, TrainState, make_train_step
+
+# Without these libtpu asks a metadata server what machine this is, and two processes cannot use it at one time.
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+    "TPU_STDERR_LOG_LEVEL": "2",
+}
+
+
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class DoesNotFit(ValueError):
+    """The program needs more memory than the chip has; the message says how much."""
+
+    def __init__(self, message: str, needed_bytes: int | None):
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
+        """HBM per device, None where the compiler does not say."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """HBM of one device in bytes, as the compiler lays it out."""
+
+    arguments: int
+    """State and batch."""
+    outputs: int
+    aliased: int
+    """Outputs that take the place of arguments: the donated state."""
+    temporaries: int
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.outputs - self.aliased + self.temporaries
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """What the compiler made of one training step."""
+
+    topology: Topology
+    config: TrainConfig
+    """With the mesh filled in."""
+    memory: Memory
+    hlo: str
+    """The scheduled program of one device, as text."""
+    log: str
+    """What the compiler wrote to stderr."""
+    coordinates: tuple[tuple[int, ...], ...]
+    """(slice, x, y, ...) of each device, in the order in which the program numbers them."""
+    replicated: tuple[tuple[str, int], ...]
+    """Arrays of the state that every device holds whole: name and bytes, 1 MiB and larger."""
+    lower_seconds: float
+    compile_seconds: float
+
+
+def use_topologies() -> None:
+    """Prepares this process for compiling without a TPU; call it before anything else of JAX.
+
+    JAX itself runs on the CPU, so that a host with TPUs does not lose them to a compile.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    jax.config.update("jax_platforms", "cpu")
+
+
+def topology_devices(topology: Topology) -> list[Any]:
+    """The devices of a topology, to compile for only. Raises ImportError where libtpu is not installed."""
+    options: dict[str, Any] = {}
+    if topology.chip.chip_config is not None:
+        options["chip_config_name"] = topology.chip.chip_config
+    if topology.num_slices > 1:
+        options["num_slices"] = topology.num_slices
+    if topology.slice_chips == 1:  # part of a host
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        devices = topologies.get_topology_desc(topology.name, "tpu", **options).devices
+    except RuntimeError as error:
+        if "support not installed" in str(error):
+            raise ImportError("libtpu is not installed: pip install -e '.[tpu]'.") from error
+        raise
+    if len(devices) != topology.num_devices:
+        raise AssertionError(f"libtpu makes {len(devices)} devices of {topology}, not {topology.num_devices}")
+    return devices
+
+
+def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
+    """Shapes and shardings of the training state; call it under `jax.set_mesh(mesh)`."""
+    _, shapes, _ = split_model(config.model)
+    params = jax.tree.map(
+        lambda p, s: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=s),
+        shapes, param_shardings(config.model, mesh),
+    )  # fmt: skip
+
+    def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # eval_shape gives each moment the spec of its parameter; counters have none.
+        spec = DEFAULT_RULES.spec() if x.sharding is None else x.sharding.spec
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    opt_state = jax.tree.map(place, jax.eval_shape(make_optimizer(config.optimizer).init, params))
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, DEFAULT_RULES.spec()))
+    return TrainState(params, opt_state, step)  # type: ignore[arg-type]  # shapes stand in for arrays
+
+
+def abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
+    """Shapes and shardings of one global batch, [A, B / A, T] with A accumulation steps."""
+    parts = config.data.accumulation_steps
+    shape = (parts, config.data.global_batch_size // parts, config.data.sequence_length)
+    sharding = NamedSharding(mesh, DEFAULT_RULES.spec(None, "batch", "sequence"))
+    names = ("input_ids", "labels", "segment_ids", "positions")
+    return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name in names}  # type: ignore[misc]
+
+
+def compile_step(config: TrainConfig, topology: Topology, options: dict[str, Value]) -> CompiledStep:
+    """Compiles the training step of `config` for every device of `topology`.
+
+    Raises DoesNotFit where the chip's memory is too small, and ValueError for a mesh that does not suit the model or
+    the number of devices, or an option that the compiler does not know.
+    """
+    devices = topology_devices(topology)
+    config = config.resolve(len(devices))
+    mesh = make_mesh(config.mesh, devices)
+    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder, _captured_stderr() as log:
+        state, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
+        start = time.perf_counter()
+        lowered = jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch)
+        lowered_at = time.perf_counter()
+        dump: dict[str, Any] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        try:
+            compiled = lowered.compile(compiler_options=options | dump)
+        except jax.errors.JaxRuntimeError as error:
+            raise _explained(error) from error
+        compile_seconds = time.perf_counter() - lowered_at
+        found = sorted(Path(folder).glob("*.after_codegen.txt"), key=lambda path: path.stat().st_size)
+        if not found:
+            raise RuntimeError(f"The compiler wrote no scheduled program for {topology}; libtpu 0.0.42 does.")
+        hlo = found[-1].read_text(encoding="utf-8")
+        memory: Any = compiled.memory_analysis()
+    return CompiledStep(
+        topology=topology,
+        config=config,
+        memory=Memory(
+            memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.alias_size_in_bytes,
+            memory.temp_size_in_bytes,
+        ),
+        hlo=hlo,
+        log=log[0],
+        coordinates=tuple((getattr(d, "slice_index", 0) or 0, *d.coords) for d in mesh.devices.flat),
+        replicated=_replicated(state),
+        lower_seconds=lowered_at - start,
+        compile_seconds=compile_seconds,
+    )  # fmt: skip
+
+
+def _replicated(state: TrainState) -> tuple[tuple[str, int], ...]:
+    found = []
+    for path, x in jax.tree_util.tree_leaves_with_path(state):
+        size = x.size * x.dtype.itemsize
+        if x.sharding.is_fully_replicated and size >= 2**20 and x.sharding.num_devices > 1:
+            found.append((jax.tree_util.keystr(path), size))
+    return tuple(found)
+
+
+def _explained(error: jax.errors.JaxRuntimeError) -> Exception:
+    """The compiler's error as one sentence where it is known, else as it is."""
+    text = str(error)
+    if "No such compile option" in text:
+        return ValueError(f"The compiler does not know an option: {text.splitlines()[0]}.")
+    if "RESOURCE_EXHAUSTED" not in text:
+        return error
+    sizes = [float(n) * _UNITS[unit] for n, unit in re.findall(r"\b([0-9]+(?:\.[0-9]+)?)([KMGT])\b", text)]
+    if len(sizes) < 2:
+        return DoesNotFit(f"The step does not fit: {text.splitlines()[0]}", None)
+    needed, available = sizes[:2]
+    return DoesNotFit(
+        f"The step does not fit: it needs {needed / 2**30:.2f} GiB beside its state, of the "
+        f"{available / 2**30:.2f} GiB a device has.",
+        int(needed),
+    )
+
+
+@contextlib.contextmanager
+def _captured_stderr() -> Iterator[list[str]]:
+    """What native code writes to stderr: the compiler says only there that it replicates a tensor to reshard it."""
+    log = [""]
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as file:
+        saved = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield log
+        finally:
+            sys.stderr.flush()
+            os.dup2(saved, 2)
+            os.close(saved)
+            file.seek(0)
+            log[0] = file.read().decode(errors="replace")

@@ -1,0 +1,314 @@
+"""How long a step should take: the scheduled program of one device, played through with the compiler's cycles.
+
+Nothing here is measured. Fusions take the cycles the compiler expects, loops repeat, kernels take their declared FLOPs
+at a stated share of peak, collectives follow a ring model, and what stands between a collective's start and its end
+hides it. docs/tpu.md says what each constant rests on and where the result can be wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Sequence
+
+from bc2_jax.aot.program import BETWEEN_SLICES, Collective, Computation, Instruction, Program
+from bc2_jax.tpu.chips import CHIPS, Topology
+
+HBM_SHARE = 0.85
+"""Share of the HBM bandwidth that memory-bound fusions are taken to reach."""
+CYCLES_HBM_SHARE = 0.41
+"""Share that the compiler's cycles of memory-bound fusions imply at most; the cycles are scaled by no more than this
+over HBM_SHARE."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelCycles:
+    """Static cycles of an attention kernel, per block of queries x keys of one head on one TensorCore.
+
+    From libtpu's static profile of the kernel alone, not from hardware.
+    """
+
+    generation: str
+    backward: bool
+    block: int
+    head_dim: int
+    cycles: int
+
+    @property
+    def matmuls(self) -> int:
+        """Block matmuls: scores and values forward; scores again and four gradients backward."""
+        return 5 if self.backward else 2
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the TensorCore's peak."""
+        flops = self.matmuls * 2 * self.block**2 * self.head_dim
+        return flops / self.cycles / _flops_per_cycle(self.generation)
+
+
+def _flops_per_cycle(generation: str) -> float:
+    chip = CHIPS[generation]
+    return chip.peak_flops / chip.tensor_cores / chip.clock
+
+
+KERNEL_CYCLES = (
+    KernelCycles("v5p", False, 1024, 128, 4_934),
+    KernelCycles("v5p", True, 1024, 128, 11_119),
+)
+"""Other generations take v5p's shares of peak, less where the head size does not fill the MXU."""
+UNKNOWN_KERNEL_EFFICIENCY = 0.5
+"""Of kernels that are not attention but declare FLOPs."""
+
+
+@dataclasses.dataclass
+class Traffic:
+    """All collectives of one kind in a step, of one device."""
+
+    bytes: int = 0
+    """Of the whole tensors: gathered, or before the reduction."""
+    count: int = 0
+    asynchronous_bytes: int = 0
+    """The part that runs beside other work."""
+    gather_bytes: int = 0
+    """Of all-reduces: the part that only gathers."""
+    seconds: float = 0.0
+    """By the ring model, hidden or not."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """Whether everything was counted: a step must gather its parameters and reduce its gradients at least once.
+
+    Bytes of one device in one step; what is needed is in bf16.
+    """
+
+    gathered_bytes: int
+    gathered_needed: int
+    reduced_bytes: int
+    reduced_needed: int
+
+    @property
+    def complete(self) -> bool:
+        """Whether no part of the communication went unnoticed."""
+        return self.gathered_bytes >= self.gathered_needed and self.reduced_bytes >= self.reduced_needed
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Seconds of one step and their parts; matmul + vector + kernels + exposed is the whole."""
+
+    matmul: float
+    vector: float
+    """Everything else on the TensorCores, memory-bound fusions at HBM_SHARE of the bandwidth."""
+    kernels: float
+    exposed: float
+    """Communication that nothing hides."""
+    hidden: float
+    """Communication beside the rest; not part of the sum."""
+    vector_raw: float
+    """`vector` in the compiler's own cycles."""
+    collectives: dict[str, Traffic]
+    warnings: tuple[str, ...]
+
+    @property
+    def seconds(self) -> float:
+        return self.matmul + self.vector + self.kernels + self.exposed
+
+    @property
+    def seconds_high(self) -> float:
+        """The pessimistic end: raw vector cycles, nothing hidden."""
+        return self.matmul + self.vector_raw + self.kernels + self.exposed + self.hidden
+
+
+@dataclasses.dataclass
+class _Parts:
+    matmul: float = 0.0
+    vector: float = 0.0
+    vector_raw: float = 0.0
+    kernels: float = 0.0
+    exposed: float = 0.0
+    communication: float = 0.0
+
+    def add(self, other: _Parts, times: int) -> None:
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, getattr(self, field.name) + times * getattr(other, field.name))
+
+    @property
+    def seconds(self) -> float:
+        return self.matmul + self.vector + self.kernels + self.exposed
+
+
+class Links:
+    """Time of a collective on the links of a topology."""
+
+    def __init__(self, topology: Topology, coordinates: Sequence[tuple[int, ...]]):
+        """`coordinates`: (slice, x, y, ...) of each device in the program's numbering."""
+        self.topology, self.coordinates = topology, coordinates
+
+    def seconds(self, collective: Collective) -> float:
+        """A bidirectional ring along every torus dimension the group spans: bytes * (n - 1) / n over their links.
+
+        A dimension that does not close to a ring counts half. A permute takes one link. Between slices each chip sends
+        its share over the data-centre network, there and back.
+        """
+        if collective.kind == BETWEEN_SLICES:
+            num_slices = self.topology.num_slices
+            return 2 * collective.bytes * (num_slices - 1) / num_slices / self.topology.chip.dcn_bandwidth
+        places = [self.coordinates[device] for device in collective.group if device < len(self.coordinates)]
+        slices = len({place[0] for place in places})
+        chips = {place[1:] for place in places}
+        chip = self.topology.chip
+        if collective.kind == "collective-permute":
+            return collective.bytes / (chip.dcn_bandwidth if slices > 1 else chip.link_bandwidth)
+        seconds, inside = 0.0, len(chips)
+        if inside > 1:
+            seconds = collective.bytes * (inside - 1) / inside / self._bandwidth(chips)
+            if collective.kind.endswith("all-to-all"):
+                # Each byte has one destination: it travels a quarter of each ring instead of passing every chip.
+                sides = [len({place[dim] for place in chips}) for dim in range(chip.torus_dims)]
+                seconds *= sum(side for side in sides if side > 1) / 4 / max(sum(side > 1 for side in sides), 1)
+        if slices > 1:
+            seconds += collective.bytes / inside * (slices - 1) / slices / chip.dcn_bandwidth
+        return 2 * seconds if collective.kind == "all-reduce" else seconds
+
+    def _bandwidth(self, chips: set[tuple[int, ...]]) -> float:
+        """Bytes/s one chip receives over the links along which the group lies."""
+        links = 0
+        for dim in range(self.topology.chip.torus_dims):
+            side = len({place[dim] for place in chips if dim < len(place)})
+            if side > 1:
+                links += 2 if side == self.topology.shape[dim] and self.topology.is_ring(dim) else 1
+        return max(links, 1) * self.topology.chip.link_bandwidth
+
+
+class Simulation:
+    """Plays one step of a program through; `estimate` is the result."""
+
+    def __init__(self, program: Program, topology: Topology, coordinates: Sequence[tuple[int, ...]]):
+        self.program, self.chip = program, topology.chip
+        self.links = Links(topology, coordinates)
+        self.collectives: dict[str, Traffic] = defaultdict(Traffic)
+        self.warnings: list[str] = []
+        parts = self._run(program.computations[program.entry], 1)
+        self.estimate = Estimate(
+            matmul=parts.matmul, vector=parts.vector, kernels=parts.kernels, exposed=parts.exposed,
+            hidden=parts.communication - parts.exposed, vector_raw=parts.vector_raw,
+            collectives=dict(self.collectives), warnings=tuple(self.warnings),
+        )  # fmt: skip
+
+    def _run(self, computation: Computation, times: int) -> _Parts:
+        """One pass of a computation that runs `times` times in a step.
+
+        The links carry one collective at a time. A start queues it, its end waits for it; what the TensorCores do in
+        between hides it.
+        """
+        parts = _Parts()
+        free, finish = {BETWEEN_SLICES: 0.0, "": 0.0}, dict[str, float]()
+        for instruction in computation.instructions:
+            controlled = self.program.controlled(instruction)
+            if controlled:
+                self._run_controlled(instruction, controlled, times, parts)
+                continue
+            collective = self.program.collective(instruction, computation)
+            if collective is not None:
+                seconds = self.links.seconds(collective)
+                asynchronous = self.program.is_asynchronous(instruction)
+                self._count(collective, seconds, asynchronous, times)
+                parts.communication += seconds
+                network = collective.kind if collective.kind in free else ""
+                free[network] = max(free[network], parts.seconds) + seconds
+                if asynchronous:
+                    named = instruction.opcode in ("fusion", "send")
+                    finish[collective.channel if named else instruction.name] = free[network]
+                else:
+                    parts.exposed += free[network] - parts.seconds
+                continue
+            if instruction.opcode.endswith("-done"):
+                # The end of a transfer between slices is that of its receive, which has the send's rendezvous.
+                for name in instruction.operands:
+                    source = computation.by_name.get(name)
+                    key = source.rendezvous if source and source.opcode == "recv" else name
+                    parts.exposed += max(finish.pop(key, 0.0) - parts.seconds, 0.0)
+            elif self.program.fused_part(instruction) == "done":
+                parts.exposed += max(finish.pop(self.program.channel(instruction), 0.0) - parts.seconds, 0.0)
+            else:
+                self._compute(instruction, computation, parts)
+        return parts
+
+    def _run_controlled(
+        self, instruction: Instruction, controlled: list[tuple[str, int]], times: int, parts: _Parts
+    ) -> None:
+        if instruction.opcode == "conditional":
+            branches = [self._run(self.program.computations[name], times) for name, _ in controlled]
+            parts.add(max(branches, key=lambda branch: branch.seconds), 1)
+            return
+        for name, count in controlled:
+            parts.add(self._run(self.program.computations[name], times * count), count)
+
+    def _count(self, collective: Collective, seconds: float, asynchronous: bool, times: int) -> None:
+        traffic = self.collectives[collective.kind]
+        traffic.bytes += collective.bytes * times
+        traffic.count += times
+        traffic.asynchronous_bytes += collective.bytes * times if asynchronous else 0
+        traffic.gather_bytes += collective.bytes * times if collective.gathers else 0
+        traffic.seconds += seconds * times
+
+    def _compute(self, instruction: Instruction, computation: Computation, parts: _Parts) -> None:
+        if instruction.opcode == "custom-call" and "tpu_custom_call" in instruction.attributes:
+            parts.kernels += self._kernel(instruction)
+            return
+        if not instruction.cycles:
+            return
+        raw = instruction.cycles / self.chip.clock
+        if self.program.is_matmul(instruction):
+            parts.matmul += raw
+            return
+        operands = (computation.by_name.get(name) for name in instruction.operands)
+        shapes = [*instruction.shapes, *(s for operand in operands if operand for s in operand.shapes)]
+        moved = sum(shape.bytes for shape in shapes if shape.in_hbm)
+        ideal = moved / (HBM_SHARE * self.chip.hbm_bandwidth / self.chip.devices)
+        parts.vector_raw += raw
+        parts.vector += min(raw, max(ideal, raw * CYCLES_HBM_SHARE / HBM_SHARE))
+
+    def _kernel(self, instruction: Instruction) -> float:
+        cost = instruction.backend_config.get("custom_call_config", {}).get("cost_estimate", {})
+        flops = float(cost.get("flops", 0))
+        moved = float(cost.get("bytes_accessed", 0)) / (HBM_SHARE * self.chip.hbm_bandwidth / self.chip.devices)
+        if not flops and not moved:
+            self._warn(f"Kernel {instruction.name} declares no cost; it counts as nothing.")
+            return 0.0
+        # Attention multiplies over the head size, the last dimension of all it reads and writes.
+        head_dim = instruction.shapes[0].dims[-1] if instruction.shapes and instruction.shapes[0].dims else 1
+        share = kernel_efficiency(instruction) * min(1.0, head_dim / self.chip.mxu)
+        return max(flops * self.chip.devices / self.chip.peak_flops / share, moved)
+
+    def _warn(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
+
+
+def kernel_efficiency(instruction: Instruction) -> float:
+    """The share of peak at which a Pallas kernel's declared FLOPs are counted: attention's from KERNEL_CYCLES."""
+    name = f"{instruction.name} {instruction.op_name}".lower()
+    if not any(word in name for word in ("attention", "flash")):
+        return UNKNOWN_KERNEL_EFFICIENCY
+    backward = "transpose(" in name or "bwd" in name or "backward" in name
+    return next(kernel.efficiency for kernel in KERNEL_CYCLES if kernel.backward == backward)
+
+
+def estimate_step(program: Program, topology: Topology, coordinates: Sequence[tuple[int, ...]]) -> Estimate:
+    """The estimate for one step. Raises ValueError for a loop whose length is not known."""
+    return Simulation(program, topology, coordinates).estimate
+
+
+def audit(collectives: dict[str, Traffic], matmul_parameters: int, is_gathered: bool, is_reduced: bool) -> Audit:
+    """Compares what was counted with what `matmul_parameters` (of one device, gathered) need at least, in bf16."""
+
+    needed = 2 * matmul_parameters
+    gathered = sum(t.bytes for kind, t in collectives.items() if kind == "all-gather")
+    reduced = sum(t.bytes for kind, t in collectives.items() if kind in ("reduce-scatter", "all-reduce"))
+    as_reductions = sum(t.gather_bytes for t in collectives.values())
+    return Audit(
+        gathered + as_reductions, needed if is_gathered else 0,
+        reduced - as_reductions, needed if is_reduced else 0,
+    )  # fmt: skip

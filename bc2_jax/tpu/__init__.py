@@ -1,0 +1,1 @@
+"""TPU generations and the compiler options for each, as data."""

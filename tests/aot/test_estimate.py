@@ -1,0 +1,141 @@
+"""The estimate of the excerpt's step, computed by hand, and the ring model."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from bc2_jax.aot.estimate import (
+    CYCLES_HBM_SHARE,
+    HBM_SHARE,
+    KERNEL_CYCLES,
+    Links,
+    Traffic,
+    audit,
+    estimate_step,
+)
+from bc2_jax.aot.program import Collective, Program
+from bc2_jax.tpu.chips import Topology, parse_topology
+
+TEXT = (Path(__file__).parent / "data" / "scan_v5p_2x2x1.txt").read_text()
+CLOCK = 1.75e9
+
+
+def coordinates(topology: Topology) -> list[tuple[int, ...]]:
+    """Of the devices in row-major order, slice by slice."""
+    sides = (range(topology.num_slices), *map(range, topology.shape))
+    return list(itertools.product(*sides))
+
+
+def estimate(text: str, name: str = "v5p:2x2x1"):
+    topology = parse_topology(name)
+    return estimate_step(Program(text), topology, coordinates(topology))
+
+
+def test_by_hand():
+    e = estimate(TEXT)
+    assert e.matmul == pytest.approx(5 * (5748 + 8824 + 5943) / CLOCK)
+    # Before the loops, in the forward loop, in the backward loop.
+    vector = (2944 + 4675 + 3131) + 5 * (2432 + 3773 + 2944 + 2944) + 5 * (2944 + 2424)
+    assert e.vector_raw == pytest.approx(vector / CLOCK)
+    assert CYCLES_HBM_SHARE / HBM_SHARE * e.vector_raw <= e.vector <= e.vector_raw
+    # 512 x 512 x bf16, three quarters of it over one link in each of two dimensions, which do not close at size 2.
+    exchange = 512 * 512 * 2 * 3 / 4 / (2 * 90e9)
+    # The gather waits; the scatter runs beside a matmul of 5943 cycles, which is longer.
+    assert e.exposed == pytest.approx(5 * exchange)
+    assert e.hidden == pytest.approx(5 * exchange)
+    assert e.kernels == pytest.approx(1e9 / 459e12 / KERNEL_CYCLES[0].efficiency)
+    assert e.seconds == pytest.approx(e.matmul + e.vector + e.kernels + e.exposed)
+    assert e.seconds_high == pytest.approx(e.matmul + e.vector_raw + e.kernels + 10 * exchange)
+    assert e.collectives["all-gather"].asynchronous_bytes == 0
+    assert e.collectives["reduce-scatter"] == Traffic(
+        5 * 2**19, 5, 5 * 2**19, seconds=pytest.approx(5 * exchange)
+    )  # fmt: skip
+
+
+def test_a_collective_longer_than_what_runs_beside_it_is_exposed_in_part():
+    e = estimate(TEXT.replace('"estimated_cycles":"5943"', '"estimated_cycles":"1000"'))
+    exchange = 512 * 512 * 2 * 3 / 4 / (2 * 90e9)
+    assert e.exposed == pytest.approx(5 * exchange + 5 * (exchange - 1000 / CLOCK))
+    assert e.hidden == pytest.approx(5 * 1000 / CLOCK)
+
+
+def test_kernel_efficiency():
+    """The floor of a 1024 x 1024 block at head size 128 is 4,096 cycles forward and 10,240 backward."""
+    shares = [kernel.efficiency for kernel in KERNEL_CYCLES]
+    assert shares == pytest.approx([4096 / 4934, 10240 / 11119], rel=1e-3)
+
+
+def test_a_kernel_without_a_cost_is_reported():
+    silent = TEXT.replace('"flops":"1000000000"', '"flops":"0"').replace('"bytes_accessed":"524288"', '"a":"0"')
+    e = estimate(silent)
+    assert e.kernels == 0
+    assert e.warnings == ("Kernel flash_forward.1 declares no cost; it counts as nothing.",)
+
+
+def seconds(kind: str, group: tuple[int, ...], name: str, slices: int = 1, size: int = 10**9) -> float:
+    topology = parse_topology(name, slices)
+    return Links(topology, coordinates(topology)).seconds(Collective(kind, size, "bf16", group, ""))
+
+
+def test_rings():
+    everyone = tuple(range(64))
+    gather = seconds("all-gather", everyone, "v5p:4x4x4")
+    assert gather == pytest.approx(1e9 * 63 / 64 / (6 * 90e9))
+    assert seconds("reduce-scatter", everyone, "v5p:4x4x4") == gather
+    assert seconds("all-reduce", everyone, "v5p:4x4x4") == 2 * gather
+    # Along one dimension of four: two links.
+    assert seconds("all-gather", (0, 1, 2, 3), "v5p:4x4x4") == pytest.approx(1e9 * 3 / 4 / (2 * 90e9))
+    # Half of a ring does not close.
+    assert seconds("all-gather", (0, 1), "v5p:4x4x4") == pytest.approx(1e9 / 2 / 90e9)
+    assert seconds("all-gather", tuple(range(256)), "v5e:16x16") == pytest.approx(1e9 * 255 / 256 / (4 * 45e9))
+    # 8 x 16: eight chips in a row are no ring.
+    assert seconds("all-gather", tuple(range(128)), "v5e:8x16") == pytest.approx(1e9 * 127 / 128 / (3 * 45e9))
+    assert seconds("collective-permute", (0, 1), "v5e:16x16") == pytest.approx(1e9 / 45e9)
+    assert seconds("all-gather", (5,), "v5p:4x4x4") == 0
+
+
+def test_between_slices_each_chip_sends_its_share():
+    # Slice 0 and slice 1, the same chip: all of it over the network.
+    assert seconds("all-reduce", (0, 64), "v5p:4x4x4", 2) == pytest.approx(2 * 1e9 / 2 / 6.25e9)
+    both = seconds("all-reduce", tuple(range(128)), "v5p:4x4x4", 2)
+    assert both == pytest.approx(2 * (1e9 * 63 / 64 / (6 * 90e9) + 1e9 / 64 / 2 / 6.25e9))
+
+
+def test_audit():
+    traffic = {
+        "all-gather": Traffic(bytes=100),
+        "all-reduce": Traffic(bytes=70, gather_bytes=50),
+        "reduce-scatter": Traffic(bytes=90),
+    }
+    a = audit(traffic, 55, is_gathered=True, is_reduced=True)
+    assert (a.gathered_bytes, a.gathered_needed, a.reduced_bytes, a.reduced_needed) == (150, 110, 110, 110)
+    assert a.complete
+    assert not audit(traffic, 56, is_gathered=True, is_reduced=True).complete
+    assert audit({}, 56, is_gathered=False, is_reduced=False).complete
+
+
+def test_a_transfer_between_slices_ends_with_its_receive():
+    rendezvous = (
+        'frontend_attributes={_xla_host_transfer_rendezvous="r",_xla_host_transfer_handler_name="xla_megascale"}'
+    )
+    text = f"""HloModule m, is_scheduled=true, num_partitions=8
+
+ENTRY %main (p: f32[1000000]) -> f32[1000000] {{
+  %p = f32[1000000]{{0}} parameter(0)
+  %a = token[] after-all()
+  %s = (f32[1000000]{{0}}, u32[], token[]) send(%p, %a), {rendezvous}
+  %r = (f32[1000000]{{0}}, u32[], token[]) recv(%a), {rendezvous}
+  %c = f32[1000000]{{0}} copy(%p), backend_config={{"window_config":{{"estimated_cycles":"175000"}}}}
+  %sd = token[] send-done(%s), {rendezvous}
+  ROOT %rd = (f32[1000000]{{0}}, token[]) recv-done(%r), {rendezvous}
+}}
+"""
+    topology = parse_topology("v5p:2x2x1", 2)
+    e = estimate_step(Program(text), topology, coordinates(topology))
+    # Half of it there and half back, at 50 Gbit/s a chip, beside a copy of 0.1 ms at most.
+    assert e.hidden + e.exposed == pytest.approx(4e6 / 6.25e9)
+    assert e.hidden == pytest.approx(e.vector)
+    assert 0.4e-4 < e.vector <= 1e-4

@@ -1,0 +1,89 @@
+"""Figures, warnings and JSON of a compiled step that is made up from the excerpt."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from bc2_jax.aot.compilation import CompiledStep, Memory
+from bc2_jax.aot.report import make_report, render
+from bc2_jax.config import DataConfig, MeshConfig, ModelConfig, SourceConfig, TrainConfig
+from bc2_jax.tpu.chips import parse_topology
+
+CONFIG = TrainConfig(
+    name="tiny",
+    model=ModelConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, position_embedding="alibi",
+        vocab_size=256, model_max_length=128,
+    ),
+    data=DataConfig(
+        sources=(SourceConfig(path="rows"),), tokenizer="tokenizer.model", sequence_length=128, global_batch_size=8
+    ),
+    mesh=MeshConfig(fsdp=4),
+    num_steps=10,
+)  # fmt: skip
+STEP = CompiledStep(
+    topology=parse_topology("v5p:2x2x1"),
+    config=CONFIG,
+    memory=Memory(arguments=4000, outputs=3900, aliased=3800, temporaries=10_000),
+    hlo=(Path(__file__).parent / "data" / "scan_v5p_2x2x1.txt").read_text(),
+    log="W spmd: Involuntary full rematerialization. The compiler cannot go from ...",
+    coordinates=tuple((0, *place) for place in itertools.product(range(2), range(2), range(1))),
+    replicated=(("params.norm", 2**21),),
+    lower_seconds=0.5,
+    compile_seconds=40.0,
+)
+
+
+def test_figures():
+    report = make_report(STEP)
+    assert (report.chips, report.sequences_per_chip, report.tokens) == (4, 2, 256)
+    assert report.hbm_bytes_used == 4000 + 3900 - 3800 + 10_000
+    assert report.flops == 2 * CONFIG.model.flops_per_sequence(128)
+    assert report.mfu == report.flops / report.estimate.seconds / 459e12
+    assert report.mfu_low < report.mfu
+    assert report.days == pytest.approx(2.6e12 / (4 * 256 / report.estimate.seconds) / 86400)
+
+
+def test_the_formula_gives_the_figure():
+    report = make_report(STEP)
+    formula = report.flops_formula
+    for word in (" matmul parameters", " layers", " sequences", ","):
+        formula = formula.replace(word, "")
+    assert eval(formula.replace("x", "*")) == report.flops
+
+
+def test_json():
+    values = json.loads(json.dumps(make_report(STEP).as_json()))
+    assert {
+        "hbm_bytes_per_chip", "compile_seconds", "model_flops_per_chip", "estimated_step_seconds", "estimated_mfu",
+        "estimated_mfu_low", "tokens_per_second_per_chip", "collectives", "audit", "warnings",
+    } <= set(values)  # fmt: skip
+    assert values["collectives"]["reduce-scatter"]["asynchronous"] is True
+    assert values["collectives"]["all-gather"] | {"seconds": 0} == {
+        "bytes": 5 * 2**19, "count": 5, "asynchronous_bytes": 0, "gather_bytes": 0, "seconds": 0, "asynchronous": False,
+    }  # fmt: skip
+    parts = values["estimated_step_parts"]
+    assert sum(parts[name] for name in ("matmul", "vector", "kernels", "exposed")) == pytest.approx(
+        values["estimated_step_seconds"]
+    )
+
+
+def test_warnings():
+    warnings = " ".join(make_report(STEP).warnings)
+    assert "Every device holds the whole of params.norm, 2 MiB." in warnings
+    assert "1 tensors are gathered whole to change their layout" in warnings
+    # Less gathered than the parameters need: the count is not complete.
+    large = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, hidden_size=4096))
+    assert "The count is not complete" in " ".join(
+        make_report(dataclasses.replace(STEP, config=large)).warnings
+    )  # fmt: skip
+
+
+def test_every_time_is_called_estimated():
+    names = [name for name, _ in render(make_report(STEP))]
+    assert {"estimated step time", "estimated MFU", "estimated tokens/s per chip"} <= set(names)

@@ -1,0 +1,41 @@
+"""What a run settles before its first step, on devices that are not here."""
+
+from __future__ import annotations
+
+import dataclasses
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from bc2_jax.config import MeshConfig
+from bc2_jax.sharding import make_mesh
+from bc2_jax.tpu.options import compiler_options
+from bc2_jax.train.start import check_attention, tuned_options
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def mesh_of_kind(kind: str, platform: str) -> SimpleNamespace:
+    return SimpleNamespace(devices=np.array([SimpleNamespace(device_kind=kind, platform=platform)], object))
+
+
+@pytest.mark.parametrize("name", ["baichuan2_7b", "baichuan2_13b"])
+def test_options_are_those_of_the_chip(name):
+    config = runpy.run_path(str(CONFIGS / f"{name}.py"))["config"]()
+    v5p = mesh_of_kind("TPU v5p", "tpu")
+    assert tuned_options(config, v5p) == compiler_options("v5p")
+    assert tuned_options(config, mesh_of_kind("cpu", "cpu")) is None
+    default = dataclasses.replace(config, compute=dataclasses.replace(config.compute, compiler_options="default"))
+    assert tuned_options(default, v5p) is None
+    check_attention(config, v5p)
+    with pytest.raises(ValueError, match="compute.attention = 'flash' is not valid on cpu"):
+        check_attention(config, mesh_of_kind("cpu", "cpu"))
+
+
+def test_only_data_goes_across_slices():
+    devices = [SimpleNamespace(slice_index=i // 4) for i in range(8)]
+    with pytest.raises(ValueError, match="mesh.data = 1 is not valid: it must be a multiple of the 2 slices"):
+        make_mesh(MeshConfig(data=1, fsdp=8), devices)

@@ -1,0 +1,157 @@
+"""Compiles the training step for a TPU pod, on any machine, and says what the pod would do.
+
+python tools/aot_compile.py configs/baichuan2_13b.py --topology v5p:4x4x8
+python tools/aot_compile.py CONFIG.py --topology v5p:4x4x8 --num-slices 2 --batch-per-chip 2 --compute.remat save_dots
+python tools/aot_compile.py CONFIG.py --topology v5e:16x16 --search
+
+Needs `pip install -e '.[tpu]'` but no TPU. Memory, collectives and their bytes are what the compiler decides; times and
+MFU are compile-time estimates (docs/tpu.md). Any field of the config can be overridden as in train.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import runpy
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from bc2_jax.aot.search import Candidate, Result
+    from bc2_jax.config import TrainConfig
+    from bc2_jax.tpu.chips import Topology
+
+out = Console(highlight=False, soft_wrap=True)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("config", help="a config file, as for train.py")
+    parser.add_argument("--topology", required=True, help="slice to compile for, for instance v5p:4x4x8 or v5e:16x16")
+    parser.add_argument("--num-slices", type=int, default=1, help="slices joined by the data-centre network")
+    parser.add_argument(
+        "--batch-per-chip", type=int,
+        help="sequences per chip and accumulation step; 1 unless --data.global-batch-size is given",
+    )  # fmt: skip
+    parser.add_argument("--hlo", type=Path, help="write the scheduled program's text here")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument(
+        "--xla", action="append", default=[], metavar="NAME=VALUE",
+        help="a compiler option on top of the generation's; NAME= leaves one at its default",
+    )  # fmt: skip
+    parser.add_argument("--search", action="store_true", help="try batches, remat policies and meshes; takes long")
+    return parser
+
+
+def load_config(args: argparse.Namespace, overrides: list[str], topology: Topology) -> TrainConfig:
+    """The config file with the overrides and the batch; raises ValueError for what does not suit each other."""
+    import dataclasses
+
+    import tyro
+
+    from bc2_jax.config import TrainConfig
+
+    file = runpy.run_path(args.config)
+    config = tyro.cli(TrainConfig, default=file["config"](), args=overrides, description=file["__doc__"])
+    given = any(arg.split("=")[0].replace("_", "-") == "--data.global-batch-size" for arg in overrides)
+    if given and args.batch_per_chip is not None:
+        raise ValueError("--batch-per-chip and --data.global-batch-size both give the batch: leave one out.")
+    batch = config.data.global_batch_size
+    if not given:
+        batch = (args.batch_per_chip or 1) * topology.num_chips * config.data.accumulation_steps
+    return dataclasses.replace(
+        config,
+        mesh=dataclasses.replace(config.mesh, num_cpu_devices=0),
+        data=dataclasses.replace(config.data, global_batch_size=batch),
+    )
+
+
+def compile_and_report(args: argparse.Namespace, config: TrainConfig, topology: Topology) -> None:
+    from bc2_jax.aot import compilation, report
+    from bc2_jax.tpu.options import compiler_options
+
+    compilation.use_topologies()
+    step = compilation.compile_step(config, topology, compiler_options(topology.chip.name, tuple(args.xla)))
+    if args.hlo:
+        args.hlo.write_text(step.hlo, encoding="utf-8")
+    result = report.make_report(step)
+    if args.json:
+        args.json.write_text(json.dumps(result.as_json(), indent=1) + "\n", encoding="utf-8")
+    table = Table(title=f"{config.name} on {topology}: compile-time estimate, nothing was run", show_header=False)
+    for name, text in report.render(result):
+        table.add_row(name, text)
+    out.print(table)
+    for line in result.warnings:
+        out.print(f"warning: {line}", markup=False)
+
+
+def search(args: argparse.Namespace, overrides: list[str], config: TrainConfig, topology: Topology) -> None:
+    """Compiles every candidate in its own process, one at a time: a compile holds gigabytes and may die."""
+    from bc2_jax.aot.search import candidates, choose, pareto
+
+    results = []
+    for candidate in candidates(config, topology):
+        results.append(result := try_candidate(args, overrides, candidate))
+        figures = result.error or f"{(result.hbm_bytes or 0) / 2**30:.1f} GiB, estimated MFU {result.mfu:.3f}"
+        out.print(f"{candidate}: {figures}", markup=False)
+    table = Table(title=f"{config.name} on {topology}: no other line has less HBM and a higher estimated MFU")
+    for column in ("sequences/chip", "remat", "data", "tensor", "HBM GiB", "estimated MFU", "at worst"):
+        table.add_column(column, justify="right")
+    for result in pareto(results):
+        c = result.candidate
+        cells = (c.batch_per_chip, c.remat, c.data, c.tensor, f"{(result.hbm_bytes or 0) / 2**30:.1f}")
+        table.add_row(*map(str, cells), f"{result.mfu:.3f}", f"{result.mfu_low:.3f}")
+    out.print(table)
+    chosen = choose(results, topology.chip.hbm_bytes)
+    if chosen is None:
+        raise ValueError(f"nothing that was tried fits {topology}; take more chips or a chip with more memory.")
+    out.print(f"chosen: {chosen.candidate.config_line(config, topology.num_chips)}", markup=False)
+    if args.json:
+        import dataclasses
+
+        lines = [dataclasses.asdict(r) | {"chosen": r is chosen} for r in results]
+        args.json.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
+
+
+def try_candidate(args: argparse.Namespace, overrides: list[str], candidate: Candidate) -> Result:
+    from bc2_jax.aot.search import Result
+
+    with tempfile.TemporaryDirectory() as folder:
+        figures = Path(folder, "figures.json")
+        command = [
+            sys.executable, __file__, args.config, "--topology", args.topology, "--num-slices", str(args.num_slices),
+            "--json", str(figures), *(f"--xla={text}" for text in args.xla), *overrides, *candidate.overrides(),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+        if not figures.exists():
+            last = (done.stderr.strip().splitlines() or [f"the compiler ended with {done.returncode}"])[-1]
+            return Result(candidate, None, None, error=last)
+        values = json.loads(figures.read_text(encoding="utf-8"))
+    return Result(candidate, values["hbm_bytes_per_chip"], values["estimated_mfu"], values["estimated_mfu_low"])
+
+
+def main() -> None:
+    args, overrides = make_parser().parse_known_args()
+    try:
+        from bc2_jax.tpu.chips import parse_topology
+
+        topology = parse_topology(args.topology, args.num_slices)
+        config = load_config(args, overrides, topology)
+        if args.search:
+            search(args, overrides, config, topology)
+        else:
+            compile_and_report(args, config, topology)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
