@@ -52,8 +52,8 @@ def _flops_per_cycle(generation: str) -> float:
 
 
 KERNEL_CYCLES = (
-    KernelCycles("v5p", False, 1024, 128, 4_934),
-    KernelCycles("v5p", True, 1024, 128, 11_119),
+    KernelCycles("v5p", False, 1024, 128, 4_855),
+    KernelCycles("v5p", True, 1024, 128, 10_894),
 )
 """Other generations take v5p's shares of peak, less where the head size does not fill the MXU."""
 UNKNOWN_KERNEL_EFFICIENCY = 0.5

@@ -1,0 +1,115 @@
+"""Block sizes of the flash attention kernels: data by chip, head size and length.
+
+The lines of the table are printed by tools/tune_attention.py, which compiles the candidates and counts their cycles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+
+from bc2_jax.tpu.chips import DEVICE_KINDS
+from bc2_jax.validation import require, require_positive
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSizes:
+    """How the two kernels cut one head. Raises ValueError for sizes that do not fit together."""
+
+    forward: int
+    """Queries, and keys, of one grid step of the forward pass."""
+    forward_chunk: int
+    """Of these queries, how many are computed at once: while one chunk is in the softmax, another multiplies."""
+    backward: int
+    """Queries, and keys, of one grid step of the backward pass."""
+    backward_chunk: int
+    """The same in the backward pass, off the diagonal."""
+    backward_diagonal_chunk: int
+    """The same on the diagonal, where keys later than a chunk are left out: small chunks save work there."""
+    span: int
+    """Queries of a head whose fp32 dq the backward pass keeps on the chip at one time."""
+    vmem_mib: int
+    """What one kernel may use of the chip's vector memory."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "blocks.", *(field.name for field in dataclasses.fields(self)))
+        for name in ("forward_chunk", "backward_chunk", "backward_diagonal_chunk"):
+            block, chunk = name.split("_")[0], getattr(self, name)
+            legal = f"it must divide blocks.{block} = {getattr(self, block)}"
+            require(getattr(self, block) % chunk == 0, f"blocks.{name}", chunk, legal)
+        large, small = max(self.forward, self.backward), min(self.forward, self.backward)
+        require(
+            large % small == 0, "blocks.backward", self.backward,
+            f"it and blocks.forward = {self.forward} must be multiples of one another",
+        )  # fmt: skip
+
+    def fit(self, length: int, granule: int) -> BlockSizes:
+        """The sizes for rows of `length` tokens: as few blocks, but no larger than they need be.
+
+        Blocks are multiples of `granule`. A row of 1100 in blocks of 1024 becomes two blocks of 640, not of 1024.
+        """
+        large = max(self.forward, self.backward)
+        ratio = large // min(self.forward, self.backward)
+        count = -(-length // large)
+        large = _round_up(-(-length // count), granule * ratio)
+        forward = large if self.forward >= self.backward else large // ratio
+        backward = large if self.backward >= self.forward else large // ratio
+        return dataclasses.replace(
+            self,
+            forward=forward,
+            forward_chunk=_chunk(forward, self.forward_chunk, granule),
+            backward=backward,
+            backward_chunk=_chunk(backward, self.backward_chunk, granule),
+            backward_diagonal_chunk=_chunk(backward, self.backward_diagonal_chunk, granule),
+        )
+
+    def padded(self, length: int) -> int:
+        """The length that holds `length` tokens in whole blocks of both kernels."""
+        return _round_up(length, max(self.forward, self.backward))
+
+
+class _Line(NamedTuple):
+    chip: str
+    head_dim: int
+    length: int
+    """The line is for rows up to this length."""
+    sizes: BlockSizes
+
+
+_ANY = 2**31
+TABLE = (
+    _Line("v4", 128, _ANY, BlockSizes(512, 256, 512, 256, 128, 4096, 14)),
+    _Line("v5e", 128, _ANY, BlockSizes(1024, 256, 1024, 512, 256, 32768, 48)),
+    _Line("v5p", 128, _ANY, BlockSizes(1024, 256, 1024, 512, 128, 16384, 32)),
+    _Line("v6e", 128, _ANY, BlockSizes(1024, 1024, 1024, 512, 512, 32768, 48)),
+)
+
+
+def current_chip() -> str | None:
+    """The chip that the current mesh is made of, or else the default device; None if the table has no line for it.
+
+    The mesh comes first: compiling ahead of time for a TPU runs on a machine that has none.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return DEVICE_KINDS.get(device.device_kind)
+
+
+def choose_blocks(chip: str | None, head_dim: int, length: int) -> BlockSizes:
+    """The line of the table. An unknown chip gets the sizes of v4, which has the least memory and runs everywhere."""
+    chip = chip if chip in {line.chip for line in TABLE} else "v4"
+    lines = [line for line in TABLE if line.chip == chip and line.head_dim >= head_dim and line.length >= length]
+    lines = lines or [line for line in TABLE if line.chip == chip and line.length >= length]
+    return min(lines, key=lambda line: (line.head_dim, line.length)).sizes
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _chunk(block: int, wanted: int, granule: int) -> int:
+    """The largest divisor of `block` up to `wanted` that is a multiple of `granule`, as the block is."""
+    return max(
+        size for size in range(granule, block + 1, granule) if block % size == 0 and size <= max(wanted, granule)
+    )

@@ -1,0 +1,50 @@
+"""What the flash attention kernels do with one tile of scores. Runs inside a kernel, but for `output`."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from bc2_jax.kernels.attention import MASKED
+
+# The hardware has 2^x and no e^x: the factor goes into the scale of the scores.
+LOG2_E = math.log2(math.e)
+
+_NO_SEGMENT = -(2**31)
+
+
+def matmul(a: Array, b: Array, contract: tuple[int, int]) -> Array:
+    """fp32 product over one axis of each; fp32 operands are not rounded to bf16 on the way in."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+def broadcast_columns(row_1S: Array, lanes: int) -> Array:
+    """[1, S] -> [S, lanes]: the row down, in each lane."""
+    return jnp.broadcast_to(row_1S, (lanes, row_1S.shape[1])).T
+
+
+def keep_same_segment(s_XY: Array, down_1X: Array, across_1Y: Array) -> Array:
+    """Scores of tokens in one segment; MASKED elsewhere and for padding."""
+    lanes = min(128, s_XY.shape[1])
+    down_XY = jnp.tile(broadcast_columns(down_1X, lanes), (1, s_XY.shape[1] // lanes))
+    # One row is cheaper to change than the mask: padding across takes a segment that nothing down has.
+    across_1Y = jnp.where(across_1Y == 0, _NO_SEGMENT, across_1Y)
+    return jnp.where(down_XY == across_1Y, s_XY, MASKED)
+
+
+def keep_causal(s: Array, first: int, key_axis: int) -> Array:
+    """Masks the square on the diagonal, which starts at key `first`; all queries see the keys before it."""
+    corner = jax.lax.slice_in_dim(s, first, None, axis=key_axis)
+    key, query = (jax.lax.broadcasted_iota(jnp.int32, corner.shape, axis) for axis in (key_axis, 1 - key_axis))
+    corner = jnp.where(key <= query, corner, MASKED)
+    return jnp.concatenate([jax.lax.slice_in_dim(s, 0, first, axis=key_axis), corner], key_axis) if first else corner
+
+
+def output(shape: tuple[int, ...], dtype, like: Array) -> jax.ShapeDtypeStruct:
+    """An output that under shard_map varies over the same mesh axes as `like`."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)

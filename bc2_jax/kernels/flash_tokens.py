@@ -1,0 +1,120 @@
+"""What the flash attention kernels must know about the tokens, found in XLA before they start.
+
+A grid step of a kernel handles one block of queries and one of keys. All that depends on the tokens of whole blocks is
+decided here and read as one scalar a step: scalar code in a kernel delays each of its steps.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from bc2_jax.kernels.attention import Tokens
+
+SKIP = 0
+"""The step has nothing to do: the blocks share no document."""
+_KIND_BITS = 3
+
+_LOWEST, _HIGHEST = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+
+
+class Plan(NamedTuple):
+    query_blocks: np.ndarray
+    """Of each step, int32 [steps]; the same for all rows."""
+    key_blocks: np.ndarray
+    steps: Array
+    """Of each row's steps, int32 [B * steps] (scalar memory pads a second axis): the kind, and the block to fetch."""
+    anchors: Array
+    """Middle of the ALiBi positions in each block, int32 [B * blocks]: distances from it are small."""
+
+
+def kind_of(step):
+    """The kind in an entry of Plan.steps: SKIP or a value of `kind`."""
+    return step & ((1 << _KIND_BITS) - 1)
+
+
+def kind(diagonal, mixed):
+    """What a step has to mask. mixed: not all tokens of the two blocks are in one segment."""
+    return 1 + 2 * diagonal + mixed
+
+
+def fetched(step):
+    """The block in an entry of Plan.steps. A block that a skipped step does not need is not fetched: it names the next
+    that is needed (forward), or the last one that was (backward).
+    """
+    return step >> _KIND_BITS
+
+
+def alibi_positions(tokens: Tokens) -> Array:
+    """int32 [B, T]: positions that differ from the given ones by one constant per segment, which a softmax ignores.
+
+    Where every document is one stretch of consecutive positions, the index in the row. Two documents in one block then
+    have no jump of thousands of positions between them, which fp32 would pay for with digits of the scores.
+    """
+    positions, segments = tokens
+    before, after = segments[:, :-1], segments[:, 1:]
+    real = segments != 0
+    stretches = jnp.sum(real[:, 1:] & ~real[:, :-1], axis=1) + real[:, 0]
+    in_order = jnp.all((before == 0) | (after == 0) | (after >= before), axis=1) & (stretches <= 1)
+    step = positions[:, 1:] - positions[:, :-1]
+    consecutive = jnp.all((before != after) | (after == 0) | (step == 1), axis=1)
+    index = jnp.arange(segments.shape[1], dtype=positions.dtype)
+    return jnp.where((in_order & consecutive)[:, None], index, positions)
+
+
+def plan_forward(segments_BT: Array, positions_BT: Array, block: int) -> Plan:
+    """For each block of queries its blocks of keys, in order. T is a multiple of `block`."""
+    query_blocks, key_blocks = np.tril_indices(segments_BT.shape[1] // block)
+    blocks = _inspect(segments_BT, positions_BT, block)
+    index = np.arange(segments_BT.shape[1] // block)
+    first = jnp.where(blocks.shared, index, index[:, None]).min(2)
+    return _plan(blocks, query_blocks, key_blocks, jnp.maximum(first[:, query_blocks], key_blocks))
+
+
+def plan_backward(segments_BT: Array, positions_BT: Array, block: int, start: int, stop: int) -> Plan:
+    """For each block of keys its blocks of queries from start to stop - 1."""
+    key_blocks, query_blocks = np.triu_indices(stop)
+    key_blocks, query_blocks = (x[query_blocks >= start] for x in (key_blocks, query_blocks))
+    blocks = _inspect(segments_BT, positions_BT, block)
+    index = np.arange(segments_BT.shape[1] // block)
+    last = jnp.where(blocks.shared, index[:, None], index).max(1)
+    return _plan(blocks, query_blocks, key_blocks, jnp.clip(last[:, key_blocks], start, query_blocks))
+
+
+class _Blocks(NamedTuple):
+    shared: Array
+    """Whether the blocks of queries [B, i] and keys [B, i, j] may share a segment; True only for j <= i."""
+    mixed: Array
+    """[B, i, j]: not all tokens of both are in one segment."""
+    anchors: Array
+
+
+def _inspect(segments_BT: Array, positions_BT: Array, block: int) -> _Blocks:
+    B = segments_BT.shape[0]
+    segments, positions = (x.reshape(B, -1, block) for x in (segments_BT, positions_BT))
+    real = segments != 0
+
+    def extent(x: Array) -> tuple[Array, Array]:
+        return jnp.where(real, x, _HIGHEST).min(2), jnp.where(real, x, _LOWEST).max(2)
+
+    low, high = extent(segments)  # [B, blocks]
+    # Ranges that overlap may still have no segment in common: then the mask leaves nothing, which is slow but right.
+    shared = (low[:, :, None] <= high[:, None]) & (low[:, None] <= high[:, :, None]) & np.tri(low.shape[1], dtype=bool)
+    least, most = segments.min(2), segments.max(2)
+    mixed = (least != most)[:, :, None] | (least != most)[:, None] | (least[:, :, None] != least[:, None])
+    nearest, farthest = extent(positions)
+    anchors = jnp.where(nearest <= farthest, nearest + (farthest - nearest) // 2, 0)
+    return _Blocks(shared, mixed, anchors)
+
+
+def _plan(blocks: _Blocks, query_blocks: np.ndarray, key_blocks: np.ndarray, fetch: Array) -> Plan:
+    pairs = (slice(None), query_blocks, key_blocks)
+    kinds = jnp.where(blocks.shared[pairs], kind(query_blocks == key_blocks, blocks.mixed[pairs]), SKIP)
+    steps = (fetch << _KIND_BITS) + kinds
+    return Plan(
+        query_blocks.astype(np.int32), key_blocks.astype(np.int32), steps.astype(jnp.int32).reshape(-1),
+        blocks.anchors.astype(jnp.int32).reshape(-1),
+    )  # fmt: skip
