@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+from jax.sharding import Mesh
 from rich.console import Console
 
 from bc2_jax.checkpoint import TOKENIZER_NAME, Checkpointer
@@ -67,7 +69,14 @@ def train(config: TrainConfig, command: str = "train.py") -> TrainResult:
     workdir = choose_workdir(config)
     if not holds_checkpoints(workdir):
         check_initial_model(config)
-    checkpointer = Checkpointer(workdir / "checkpoints", config.checkpoint)
+    # Closed whatever happens: its threads must not outlive an error that ends the program.
+    with contextlib.closing(Checkpointer(workdir / "checkpoints", config.checkpoint)) as checkpointer:
+        return _run(config, command, mesh, console, workdir, checkpointer)
+
+
+def _run(
+    config: TrainConfig, command: str, mesh: Mesh, console: Console, workdir: Path, checkpointer: Checkpointer
+) -> TrainResult:  # fmt: skip
     saved = checkpointer.steps()
     if saved and config.resume == "never":
         raise ValueError(
@@ -202,6 +211,5 @@ def train(config: TrainConfig, command: str = "train.py") -> TrainResult:
         show_results(config, checkpoint, state.params, baselines, tokenizer, display.say, command)
         display.say(f"step {config.num_steps}")
         display.say(f"parameters sha256 {digest}")
-    checkpointer.close()
     iterator.close()
     return TrainResult(config.num_steps, digest, last, workdir)
