@@ -38,12 +38,15 @@ class Checkpointer:
         if config.keep_every:
             keep.append(policies.EveryNSteps(config.keep_every))
         self.directory = directory.absolute()
+        # What a killed run left half-written never counts as a checkpoint. Removed here: Orbax does it in a thread that
+        # outlives an error at the start and then fails at the end of the program.
+        if jax.process_index() == 0:
+            for half in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(half)
         self._checkpointer = ocp.training.Checkpointer(
             self.directory,
             context=_save_context(),
             preservation_policy=policies.AnyPreservationPolicy(keep),
-            # What a killed run left half-written never counts as a checkpoint, and is removed.
-            cleanup_tmp_directories=True,
         )
 
     def steps(self) -> list[int]:

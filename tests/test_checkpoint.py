@@ -59,7 +59,10 @@ def test_a_half_written_checkpoint_does_not_count(mesh_of, tmp_path):
     # What a kill during the save of step 2 leaves: the folder without the marks of completion.
     for name in ("commit_success.txt", "_CHECKPOINT_METADATA"):
         (tmp_path / "checkpoints" / "2" / name).unlink(missing_ok=True)
+    half = tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp"
+    (half / "params").mkdir(parents=True)
     assert Checkpointer(tmp_path / "checkpoints", CheckpointConfig()).steps() == [1]
+    assert not half.exists()
     assert checkpoint.find_checkpoint(tmp_path).name == "1"
 
 
