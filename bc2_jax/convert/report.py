@@ -70,7 +70,6 @@ def inspect(path: str | Path) -> Inspection:
     """
     path = Path(path)
     found: dict[str, tuple[Shape, str]]
-    read_head: Callable[[], np.ndarray]
     if is_hf_folder(path):
         config, raw = read_config(path), read_json(path / "config.json")
         why = tuple(
@@ -80,7 +79,7 @@ def inspect(path: str | Path) -> Inspection:
         tensors = hf.open_folder(path)
         found = {name: (tensor.shape, tensor.dtype.name) for name, tensor in tensors.items()}
         expected, form = torch_shapes(config), "PyTorch, " + ("safetensors" if _has_safetensors(tensors) else ".bin")
-        read_head = lambda: tensors[HEAD].read()  # noqa: E731
+        rows = tensors[HEAD].read() if _holds_head(found) else None
     else:
         path = find_checkpoint(path)
         config = checkpoint.read_model_config(path)
@@ -89,12 +88,11 @@ def inspect(path: str | Path) -> Inspection:
         found = {name: (tuple(array.shape), array.dtype.name) for name, array in arrays.items()}
         expected, form = param_shapes(config), "Orbax"
         form += ", training" if (path / "opt_state").is_dir() else ", parameters only"
-        read_head = lambda: orbax.read_part(arrays[HEAD], None)  # noqa: E731
+        rows = orbax.read_part(arrays[HEAD], None) if _holds_head(found) else None
     groups: dict[tuple[str, Shape, str], int] = {}
     for name, (shape, dtype) in found.items():
         key = re.sub(r"\.\d+\.", ".{}.", name), shape, dtype
         groups[key] = groups.get(key, 0) + 1
-    head_fits = HEAD in found and len(found[HEAD][0]) == 2
     return Inspection(
         path=path,
         format=form,
@@ -111,8 +109,12 @@ def inspect(path: str | Path) -> Inspection:
             for name, shape in expected.items()
             if name in found and found[name][0] != shape
         ),
-        head_norms=_row_norms(read_head()) if head_fits else None,
+        head_norms=None if rows is None else _row_norms(rows),
     )
+
+
+def _holds_head(found: dict[str, tuple[Shape, str]]) -> bool:
+    return HEAD in found and len(found[HEAD][0]) == 2
 
 
 def _has_safetensors(tensors: dict) -> bool:

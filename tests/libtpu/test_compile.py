@@ -15,7 +15,6 @@ from bc2_jax.config import DataConfig, ModelConfig, SourceConfig, TrainConfig
 from bc2_jax.tpu.chips import CHIPS, parse_topology
 from bc2_jax.tpu.options import compiler_options
 
-pytest.importorskip("libtpu")
 compilation.use_topologies()
 
 ROOT = Path(__file__).parents[2]

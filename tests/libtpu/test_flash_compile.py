@@ -13,7 +13,6 @@ from bc2_jax.kernels.attention import Tokens
 from bc2_jax.kernels.blocks import current_chip
 from bc2_jax.kernels.flash import flash_attention
 
-pytest.importorskip("libtpu", reason="needs the tpu extra")
 # libtpu asks the cloud what machine this is, and allows one process at a time, unless told otherwise.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
