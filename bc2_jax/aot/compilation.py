@@ -142,6 +142,7 @@ def abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
     shape = (parts, config.data.global_batch_size // parts, config.data.sequence_length)
     sharding = NamedSharding(mesh, DEFAULT_RULES.spec(None, "batch", "sequence"))
     names = ("input_ids", "labels", "segment_ids", "positions")
+    # Shapes stand in for arrays here too.
     return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name in names}  # type: ignore[misc]
 
 

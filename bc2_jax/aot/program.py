@@ -164,6 +164,7 @@ class Program:
         name, lines = "", list[str]()
         for line in text.splitlines():
             if line.startswith(("%", "ENTRY ")) and line.rstrip().endswith("{"):
+                # A computation's first line always begins so.
                 name, lines = re.match(r"(?:ENTRY )?%?([\w.\-]+)", line)[1], []  # type: ignore[index]
                 if line.startswith("ENTRY "):
                     self.entry = name
