@@ -122,9 +122,9 @@ class ComputeConfig:
     the same as Pallas kernels, for TPU alone."""
     attention_block: int = 512
     """Queries and keys per block of the chunked attention."""
-    remat: Literal["none", "full", "save_dots", "save_attention", "offload"] = "full"
-    """What each layer keeps for the backward pass: everything, nothing but its input, the matmul results, the
-    attention result, or the matmul results in host memory."""
+    remat: Literal["none", "full", "save_dots", "save_projections", "save_attention", "offload"] = "full"
+    """What each layer keeps for the backward pass: everything, nothing but its input, all matmul results, those of
+    attention, the attention result alone, or all matmul results in host memory."""
     scan_layers: bool = True
     """Compile one layer and loop over it, or unroll all of them."""
     compiler_options: Literal["tuned", "default"] = "tuned"
@@ -145,13 +145,18 @@ class MeshConfig:
     """Replicas of the parameters (across slices)."""
     fsdp: int = -1
     """Devices that share parameters, gradients and optimizer state; -1 takes all that remain."""
+    fsdp_inner: int = 1
+    """Cuts the share of each of these devices again, so that weights are gathered and gradients scattered in two
+    stages, each along its own dimensions of the torus."""
+    context: int = 1
+    """Devices that share the tokens of a sequence, and parameters as fsdp does; for long sequences."""
     tensor: int = 1
     """Devices that share heads, feed-forward columns and vocabulary."""
     num_cpu_devices: int = 0
     """Simulate this many devices on the CPU; 0 uses the accelerators that are there."""
 
     def __post_init__(self) -> None:
-        for field in ("data", "tensor"):
+        for field in ("data", "fsdp_inner", "context", "tensor"):
             require(getattr(self, field) >= 1, f"mesh.{field}", getattr(self, field), "it must be at least 1")
         require(self.fsdp >= 1 or self.fsdp == -1, "mesh.fsdp", self.fsdp, "it must be at least 1, or -1 for the rest")
         require(self.num_cpu_devices >= 0, "mesh.num_cpu_devices", self.num_cpu_devices, "it must be at least 0")
@@ -162,38 +167,45 @@ class MeshConfig:
         """Fills in fsdp = -1 and checks the product against the number of devices."""
         return dataclasses.replace(self, fsdp=self._fsdp_devices(num_devices))
 
+    def product(self, *axes: str) -> tuple[str, int]:
+        """What to call the product of these axes in a message, by those that are not 1, and its value."""
+        named = [axis for axis in axes if getattr(self, axis) != 1] or axes[:1]
+        return " * ".join(f"mesh.{axis}" for axis in named), math.prod(getattr(self, axis) for axis in axes)
+
     def _fsdp_devices(self, num_devices: int) -> int:
-        other = self.data * self.tensor
+        name, others = self.product("data", "fsdp_inner", "context", "tensor")
+        legal = choices(divisors(num_devices))
         require(
-            num_devices % other == 0,
-            "mesh.data * mesh.tensor",
-            other,
-            f"it must divide the {num_devices} devices; legal values are {choices(divisors(num_devices))}",
+            num_devices % others == 0,
+            name,
+            others,
+            f"it must divide the {num_devices} devices; legal values are {legal}",
         )
-        fsdp = num_devices // other
+        fsdp = num_devices // others
         require(
-            self.fsdp in (-1, fsdp),
-            "mesh.fsdp",
-            self.fsdp,
-            f"with data = {self.data} and tensor = {self.tensor}, {num_devices} devices leave fsdp = {fsdp}",
-        )
+            self.fsdp in (-1, fsdp), "mesh.fsdp", self.fsdp,
+            f"with {name} = {others}, {num_devices} devices leave fsdp = {fsdp}",
+        )  # fmt: skip
         return fsdp
 
 
 def check_divisible(model: ModelConfig, mesh: MeshConfig) -> None:
     """Raises ValueError, naming the field and the legal values, if the parameters cannot be cut along the mesh."""
-    tensor_dims = {
-        "num_attention_heads": model.num_attention_heads,
-        "intermediate_size": model.intermediate_size,
-        "vocab_size": model.vocab_size,
-    }
-    for axis, dims in (("tensor", tensor_dims), ("fsdp", {"hidden_size": model.hidden_size})):
-        size = getattr(mesh, axis)
+    heads = {"num_attention_heads": model.num_attention_heads}
+    columns = {"intermediate_size": model.intermediate_size, "vocab_size": model.vocab_size}
+    cuts: list[tuple[tuple[str, ...], dict[str, int]]] = [
+        (("tensor",), heads | columns),
+        # In attention each device has some of the heads of whole sequences.
+        (("context", "tensor"), heads),
+        (("fsdp", "fsdp_inner", "context"), {"hidden_size": model.hidden_size}),
+    ]
+    for axes, dims in cuts:
+        field, size = mesh.product(*axes)
         legal = choices(divisors(math.gcd(*dims.values())))
         for name, dim in dims.items():
             require(
-                size == -1 or dim % size == 0,
-                f"mesh.{axis}",
+                size < 0 or dim % size == 0,
+                field,
                 size,
                 f"it must divide model.{name} = {dim}; legal values are {legal}",
             )
@@ -388,14 +400,21 @@ class TrainConfig:
         )
         mesh = self.mesh.resolve(self.mesh.num_cpu_devices) if self.mesh.num_cpu_devices else self.mesh
         check_divisible(self.model, mesh)
-        shards = mesh.data * max(mesh.fsdp, 1)
+        length = self.data.sequence_length
+        require(
+            length % mesh.context == 0,
+            "mesh.context",
+            mesh.context,
+            f"it must divide data.sequence_length = {length}; legal values are {choices(divisors(length))}",
+        )
+        field, shards = mesh.product("data", "fsdp", "fsdp_inner")
+        shards = abs(shards)  # fsdp = -1 is not known yet
         rows = self.data.global_batch_size // self.data.accumulation_steps
         require(
             rows % shards == 0,
             "data.global_batch_size",
             self.data.global_batch_size,
-            f"it must be a multiple of mesh.data * mesh.fsdp * data.accumulation_steps = "
-            f"{shards * self.data.accumulation_steps}",
+            f"it must be a multiple of {field} * data.accumulation_steps = {shards * self.data.accumulation_steps}",
         )
 
     def resolve(self, num_devices: int) -> TrainConfig:

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bc2_jax.config import MeshConfig
 from bc2_jax.validation import require
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "fsdp_inner", "context", "tensor")
 MeshAxes = str | tuple[str, ...] | None
 
 
@@ -27,11 +28,14 @@ class ShardingRules:
     """Logical axis (field) -> mesh axes (value)."""
 
     # Activations.
-    batch: MeshAxes = ("data", "fsdp")
+    batch: MeshAxes = ("data", "fsdp", "fsdp_inner")
     lookup_batch: MeshAxes = "data"
     """The batch in the embedding lookup, where `embed` cuts the model dimension."""
-    sequence: MeshAxes = None
+    sequence: MeshAxes = "context"
     hidden: MeshAxes = None
+    attention_heads: MeshAxes = ("tensor", "context")
+    """Heads inside attention, where each device has whole sequences (DeepSpeed-Ulysses, arXiv 2309.14509): neither the
+    kernel nor ALiBi needs to know that sequences are cut elsewhere."""
     # Parameters and the activations that line up with them.
     vocab: MeshAxes = "tensor"
     heads: MeshAxes = "tensor"
@@ -39,7 +43,7 @@ class ShardingRules:
     ffn: MeshAxes = "tensor"
     layers: MeshAxes = None
     # The model dimension of a stored weight; it is gathered where the weight is used.
-    embed: MeshAxes = "fsdp"
+    embed: MeshAxes = ("fsdp", "fsdp_inner", "context")
 
     def spec(self, *axes: str | None) -> PartitionSpec:
         """The PartitionSpec of a tensor with these logical axes; None is an axis that is never cut.
@@ -51,7 +55,7 @@ class ShardingRules:
             if axis is not None and axis not in legal:
                 raise ValueError(f"Logical axis {axis!r} is not known; legal names are {', '.join(legal)}.")
         entries = [None if axis is None else getattr(self, axis) for axis in axes]
-        used = [m for e in entries if e is not None for m in ((e,) if isinstance(e, str) else e)]
+        used = self.mesh_axes(*(axis for axis in axes if axis is not None))
         if len(used) != len(set(used)):
             raise ValueError(f"Axes {axes} put two dimensions of one tensor on the same mesh axis: {entries}.")
         return PartitionSpec(*entries)
@@ -59,26 +63,76 @@ class ShardingRules:
     def sharding(self, *axes: str | None) -> NamedSharding | None:
         """The same on the mesh in use (`jax.set_mesh`), for `out_sharding=` arguments; None where there is no mesh.
 
-        Raises ValueError on a mesh with axes that are not Explicit.
+        Raises ValueError on a mesh with other axes than MESH_AXES or with axes that are not Explicit.
         """
-        mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty:
-            return None
-        if not mesh.are_all_axes_explicit:
-            raise ValueError(f"Mesh {mesh} has axes that are not Explicit; make it with bc2_jax.sharding.make_mesh.")
-        return NamedSharding(mesh, self.spec(*axes))
+        mesh = _mesh_in_use()
+        return None if mesh is None else NamedSharding(mesh, self.spec(*axes))
 
     def reshard(self, x: jax.Array, *axes: str | None) -> jax.Array:
         """`x` laid out by its logical axes: a gather, a slice, an all-to-all or nothing."""
         sharding = self.sharding(*axes)
         return x if sharding is None else jax.reshard(x, sharding)
 
+    def gather(self, x: jax.Array, *axes: str | None) -> jax.Array:
+        """A stored weight `x` with these logical axes, its `embed` dimension whole.
+
+        One gather for each mesh axis in use, the innermost first, when there is least to send: each then lies along
+        whole dimensions of the torus, and stays a gather where the compiler makes an all-reduce of a single large one.
+        """
+        sharding = self.sharding(*axes)
+        if sharding is None:
+            return x
+        dim, mesh_axes = axes.index("embed"), self.mesh_axes("embed")
+        for count in reversed(range(len(mesh_axes))):
+            if count == 0 or sharding.mesh.shape[mesh_axes[count]] > 1:
+                spec = (*sharding.spec[:dim], mesh_axes[:count] or None, *sharding.spec[dim + 1 :])
+                x = jax.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
+        return x
+
+    def all_gather(self, x: jax.Array, dim: int) -> jax.Array:
+        """Inside `shard_map`: `x`, whose dimension `dim` is cut as `embed` is, with this dimension whole, in stages."""
+        for axis in reversed(self.mesh_axes("embed")):
+            x = jax.lax.all_gather(x, axis, axis=dim, tiled=True)
+        return x
+
+    def reduce_scatter(self, x: jax.Array, dim: int) -> jax.Array:
+        """Inside `shard_map`: the sum of `x` over all rows and tokens, its dimension `dim` cut as `embed` is.
+
+        One scatter for each mesh axis, the outermost first, then what is left of the batch: the inverse of `gather`.
+        """
+        scattered = self.mesh_axes("embed")
+        for axis in scattered:
+            x = jax.lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
+        rest = tuple(axis for axis in self.mesh_axes("batch", "sequence") if axis not in scattered)
+        return jax.lax.psum(x, rest) if rest else x
+
+    def parts(self, axis: str) -> int:
+        """Into how many parts the mesh in use cuts a logical axis."""
+        mesh = _mesh_in_use()
+        return 1 if mesh is None else math.prod(mesh.shape[m] for m in self.mesh_axes(axis))
+
+    def mesh_axes(self, *axes: str) -> tuple[str, ...]:
+        """The mesh axes along which these logical axes are cut, outermost first."""
+        entries = [getattr(self, axis) for axis in axes]
+        return tuple(m for e in entries if e is not None for m in ((e,) if isinstance(e, str) else e))
+
 
 DEFAULT_RULES = ShardingRules()
 
 
+def _mesh_in_use() -> AbstractMesh | None:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return None
+    if not mesh.are_all_axes_explicit:
+        raise ValueError(f"Mesh {mesh} has axes that are not Explicit; make it with {__name__}.make_mesh.")
+    if mesh.axis_names != MESH_AXES:
+        raise ValueError(f"Mesh {mesh} has not the axes {', '.join(MESH_AXES)}; make it with {__name__}.make_mesh.")
+    return mesh
+
+
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
-    """A mesh with the axes data, fsdp, tensor over `devices` (all by default).
+    """A mesh with the axes MESH_AXES over `devices` (all by default).
 
     tensor varies fastest, so that its collectives stay between neighbours; data is outermost, and where there are
     several slices it alone goes across them. Raises ValueError if data is no multiple of the slices, or an axis does
@@ -88,23 +142,23 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     config = config.resolve(len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     require(config.data % slices == 0, "mesh.data", config.data, f"it must be a multiple of the {slices} slices")
-    shape = (config.data // slices, config.fsdp, config.tensor)
+    shape = (config.data // slices, *(getattr(config, axis) for axis in MESH_AXES[1:]))
     types = (AxisType.Explicit,) * len(MESH_AXES)
     try:
         if slices == 1:
             return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
-        grid = mesh_utils.create_hybrid_device_mesh(shape, (slices, 1, 1), devices)
+        grid = mesh_utils.create_hybrid_device_mesh(shape, (slices, *[1] * len(shape[1:])), devices)
     except NotImplementedError as error:
         torus = "x".join(str(1 + max(d.coords[i] for d in devices)) for i in range(len(devices[0].coords)))
         raise ValueError(
-            f"mesh = {shape} (data, fsdp, tensor) does not fit a slice of {torus} chips: each axis must be a product "
-            "of some of its sides."
+            f"mesh = {shape} ({', '.join(MESH_AXES)}) does not fit a slice of {torus} chips: each axis must be a "
+            "product of some of its sides."
         ) from error
     return Mesh(grid, MESH_AXES, axis_types=types)
 
 
 def single_device_mesh(device: Any | None = None) -> Mesh:
-    """The 1 x 1 x 1 mesh."""
+    """The mesh of one device."""
     return make_mesh(MeshConfig(fsdp=1), [device or jax.local_devices()[0]])
 
 

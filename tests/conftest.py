@@ -57,13 +57,15 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 
 
 @pytest.fixture(scope="session")
-def mesh_of() -> Callable[[int, int, int], Mesh]:
-    """(data, fsdp, tensor) -> a mesh on the first devices."""
+def mesh_of() -> Callable[..., Mesh]:
+    """(data, fsdp, tensor, fsdp_inner = 1, context = 1) -> a mesh on the first devices."""
 
     @functools.cache
-    def make(data: int, fsdp: int, tensor: int) -> Mesh:
-        devices = jax.devices()[: math.prod((data, fsdp, tensor))]
-        return make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), devices)
+    def make(data: int, fsdp: int, tensor: int, fsdp_inner: int = 1, context: int = 1) -> Mesh:
+        devices = jax.devices()[: math.prod((data, fsdp, tensor, fsdp_inner, context))]
+        return make_mesh(
+            MeshConfig(data=data, fsdp=fsdp, fsdp_inner=fsdp_inner, context=context, tensor=tensor), devices
+        )
 
     return make
 

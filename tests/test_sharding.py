@@ -37,8 +37,12 @@ TINY = ModelConfig(
 def test_specs():
     spec = DEFAULT_RULES.spec
     assert spec() == P()
-    assert spec("layers", "embed", "heads", "head_dim") == P(None, "fsdp", "tensor", None)
-    assert spec(None, "batch", "sequence") == P(None, ("data", "fsdp"), None)
+    shards = ("fsdp", "fsdp_inner", "context")
+    assert spec("layers", "embed", "heads", "head_dim") == P(None, shards, "tensor", None)
+    assert spec(None, "batch", "sequence") == P(None, ("data", "fsdp", "fsdp_inner"), "context")
+    assert spec("batch", None, "attention_heads", None) == P(
+        ("data", "fsdp", "fsdp_inner"), None, ("tensor", "context"), None
+    )
 
 
 def test_unknown_axis_lists_the_legal_ones():
@@ -62,12 +66,12 @@ def test_other_rules_are_other_values():
 def test_mesh_order():
     """tensor varies fastest, data slowest."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    assert mesh.axis_names == MESH_AXES == ("data", "fsdp", "tensor")
+    assert mesh.axis_names == MESH_AXES == ("data", "fsdp", "fsdp_inner", "context", "tensor")
     assert [d.id for d in mesh.devices.ravel()] == list(range(8))
-    assert mesh.devices.shape == (2, 2, 2)
+    assert mesh.devices.shape == (2, 2, 1, 1, 2)
     assert set(mesh.axis_types) == {AxisType.Explicit}
-    assert make_mesh(MeshConfig(tensor=2)).devices.shape == (1, 4, 2)
-    assert single_device_mesh().devices.shape == (1, 1, 1)
+    assert make_mesh(MeshConfig(tensor=2, context=2)).devices.shape == (1, 2, 1, 2, 2)
+    assert single_device_mesh().devices.shape == (1, 1, 1, 1, 1)
     assert single_device_mesh(jax.devices()[3]).devices.item().id == 3
 
 

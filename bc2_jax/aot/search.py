@@ -10,7 +10,7 @@ from bc2_jax.tpu.chips import Topology
 
 BATCHES = (1, 2, 4)
 """Sequences per chip."""
-POLICIES = ("full", "save_attention", "save_dots")
+POLICIES = ("full", "save_attention", "save_projections", "save_dots")
 """Values of compute.remat that fit a pod; "none" holds every intermediate value."""
 HBM_LIMIT = 0.95
 """Share of HBM a chosen line may take: programs beside the step (evaluation, checkpoints) need the rest."""

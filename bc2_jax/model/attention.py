@@ -56,6 +56,7 @@ class SelfAttention(nnx.Module):
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
+        q, k, v = (self.rules.reshard(x, "batch", None, "attention_heads", "head_dim") for x in (q, k, v))
         if cache is not None:
             start = (layer, 0, cache.length, 0, 0)
             cache = cache._replace(
@@ -67,6 +68,7 @@ class SelfAttention(nnx.Module):
         else:
             # A prefill fills an empty cache, so its tokens see only each other.
             out = self._attend(q, k, v, tokens, tokens, 0)
+        out = self.rules.reshard(out, *out_axes)
         y_BTD = linear(
             "BTNH,NHD->BTD", out, self.o_proj.weight[...], ("heads", "head_dim", "embed"),
             ("batch", "sequence", "hidden"), self.rules,
@@ -74,10 +76,10 @@ class SelfAttention(nnx.Module):
         return checkpoint_name(y_BTD, "o"), cache
 
     def _attend(self, q: Array, k: Array, v: Array, q_tokens: Tokens, k_tokens: Tokens, offset: Array | int) -> Array:
-        """The kernel, on each device's own rows and heads; slopes are cut with their heads."""
+        """The kernel, on each device's own heads of whole sequences; slopes are cut with their heads."""
         slopes = None
         if self.config.position_embedding == "alibi":
-            slopes = self.rules.reshard(jnp.asarray(alibi_slopes(self.config.num_attention_heads)), "heads")
+            slopes = self.rules.reshard(jnp.asarray(alibi_slopes(self.config.num_attention_heads)), "attention_heads")
 
         def self_attention(q, k, v, q_tokens, k_tokens, slopes, offset):
             if self.compute.attention == "flash":
@@ -89,11 +91,14 @@ class SelfAttention(nnx.Module):
         in_blocks = self.compute.attention != "reference" and q.shape[1] == k.shape[1]
         kernel: Callable[..., Array] = self_attention if in_blocks else reference_attention
         with jax.named_scope("attention"):
+            q_tokens, k_tokens = (
+                Tokens(*(self.rules.reshard(x, "batch", None) for x in tokens)) for tokens in (q_tokens, k_tokens)
+            )
             arguments = (q, k, v, q_tokens, k_tokens, slopes, jnp.asarray(offset, jnp.int32))
             if self.rules.sharding() is None:
                 return kernel(*arguments)
             spec = self.rules.spec
-            heads, rows = spec("batch", "sequence", "heads", "head_dim"), (spec("batch", "sequence"),) * 2
-            slopes_spec = None if slopes is None else spec("heads")
+            heads, rows = spec("batch", None, "attention_heads", "head_dim"), (spec("batch", None),) * 2
+            slopes_spec = None if slopes is None else spec("attention_heads")
             in_specs = (heads, heads, heads, Tokens._make(rows), Tokens._make(rows), slopes_spec, spec())
             return jax.shard_map(kernel, in_specs=in_specs, out_specs=heads)(*arguments)

@@ -86,13 +86,17 @@ class Baichuan2(nnx.Module):
             return jnp.concatenate([before, self.norm(h_BTD)[None]])
 
     def _run_layers(self, input_ids, positions, segment_ids, cache, keep: bool = False):
+        parts = self.rules.parts("sequence")
+        if cache is None and input_ids.shape[1] % parts:
+            raise ValueError(f"input_ids has {input_ids.shape[1]} columns; the mesh needs a multiple of {parts}.")
         # A caller's arrays may be laid out in any way, for instance not at all.
         given = (input_ids, *place_tokens(input_ids, positions, segment_ids))
         input_ids, positions, segment_ids = (self.rules.reshard(x, "batch", "sequence") for x in given)
         tokens = Tokens(positions, segment_ids)
         if cache is not None:
             slots = [
-                jax.lax.dynamic_update_slice(c, t, (0, cache.length)) for c, t in zip(cache.tokens, tokens, strict=True)
+                jax.lax.dynamic_update_slice(c, self.rules.reshard(t, "batch", None), (0, cache.length))
+                for c, t in zip(cache.tokens, tokens, strict=True)
             ]
             cache = cache._replace(tokens=Tokens._make(slots))
         rope = None

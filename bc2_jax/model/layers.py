@@ -31,7 +31,7 @@ class Weight(nnx.Module):
 
 def gather(w: Array, axes: tuple[str | None, ...], rules: ShardingRules, dtype: jnp.dtype) -> Array:
     """A stored weight as it is used: cast first, so that half the bytes travel, then gathered along `embed`."""
-    return rules.reshard(w.astype(dtype), *(None if axis == "embed" else axis for axis in axes))
+    return rules.gather(w.astype(dtype), *axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4, 5))
@@ -47,7 +47,7 @@ def linear(
     return _linear_forward(equation, x, w, axes, out_axes, rules)[0]
 
 
-def _matmul(equation: str, x: Array, y: Array, out_sharding: NamedSharding | None) -> Array:
+def _matmul(equation: str, x: Array, y: Array, out_sharding: NamedSharding | None = None) -> Array:
     # fp32 is what the hardware accumulates in; asked for bf16, XLA:CPU computes in upcast fp32, at half the speed.
     return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32, out_sharding=out_sharding)
 
@@ -60,9 +60,8 @@ def _linear_forward(equation, x, w, axes, out_axes, rules):
 def _linear_backward(equation, axes, out_axes, rules, residuals, dy):
     x, w = residuals
     (x_dims, w_dims), y_dims = equation.split("->")[0].split(","), equation.split("->")[1]
-    x_sharding = None if rules.sharding(*axes) is None else jax.typeof(x).sharding
+    x_sharding = None if rules.sharding() is None else jax.typeof(x).sharding
     dx = _matmul(f"{y_dims},{w_dims}->{x_dims}", dy, gather(w, axes, rules, x.dtype), x_sharding)
-    weight_gradient = functools.partial(_matmul, f"{x_dims},{y_dims}->{w_dims}", out_sharding=rules.sharding(*axes))
 
     def weight_gradient_on_cpu(x: Array, dy: Array) -> Array:
         # XLA:CPU has a fast bf16 kernel for rows times columns, not for the transposed left side of x.T @ dy. The
@@ -70,10 +69,21 @@ def _linear_backward(equation, axes, out_axes, rules, residuals, dy):
         count = len(set(x_dims) - set(w_dims))
         x_t = jax.lax.optimization_barrier(jnp.moveaxis(x, range(count), range(-count, 0)))[None]
         moved = x_dims[count:] + x_dims[:count]
-        out_sharding = rules.sharding(None, *axes)
-        return _matmul(f"Z{moved},Z{y_dims}->Z{w_dims}", x_t, dy[None], out_sharding)[0]
+        return _matmul(f"Z{moved},Z{y_dims}->Z{w_dims}", x_t, dy[None])[0]
 
-    dw = jax.lax.platform_dependent(x, dy, cpu=weight_gradient_on_cpu, default=weight_gradient)
+    def weight_gradient(x: Array, dy: Array) -> Array:
+        """One device's rows of the batch, in fp32."""
+        matmul = functools.partial(_matmul, f"{x_dims},{y_dims}->{w_dims}")
+        return jax.lax.platform_dependent(x, dy, cpu=weight_gradient_on_cpu, default=matmul)
+
+    if rules.sharding() is None:
+        dw = weight_gradient(x, dy)
+    else:
+        dw = jax.shard_map(
+            lambda x, dy: rules.reduce_scatter(weight_gradient(x, dy), axes.index("embed")),
+            in_specs=(x_sharding.spec, rules.spec(*out_axes)),
+            out_specs=rules.spec(*axes),
+        )(x, dy)
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
@@ -110,10 +120,10 @@ class Embedding(Weight):
         self.rules = rules
 
     def __call__(self, input_ids_BT: Array, dtype: jnp.dtype) -> Array:
-        # The ids travel, not the table: each device looks up its columns for the rows of its whole fsdp group, and an
-        # all-to-all gives it its own rows whole. Left to itself the compiler replicates the table.
-        ids_BT = self.rules.reshard(input_ids_BT, "lookup_batch", "sequence")
-        sharding = self.rules.sharding("lookup_batch", "sequence", "embed")
+        # The ids travel, not the table: each device looks up its columns for the rows of its whole fsdp group, and
+        # exchanges give it its own rows whole. Left to itself the compiler replicates the table.
+        ids_BT = self.rules.reshard(input_ids_BT, "lookup_batch", None)
+        sharding = self.rules.sharding("lookup_batch", None, "embed")
         x_BTD = self.weight[...].at[ids_BT].get(out_sharding=sharding).astype(dtype)
         return self.rules.reshard(x_BTD, "batch", "sequence", "hidden")
 
@@ -142,7 +152,9 @@ class MLP(nnx.Module):
 
 
 # What each remat policy keeps of a layer, by the names given above and in attention.py.
-MATMULS = ("q", "k", "v", "attention", "attention_lse", "o", "gate", "up", "down")
+ATTENTION = ("attention", "attention_lse")
+PROJECTIONS = ("q", "k", "v", *ATTENTION, "o")
+MATMULS = (*PROJECTIONS, "gate", "up", "down")
 
 
 def remat(function, compute: ComputeConfig):
@@ -155,8 +167,10 @@ def remat(function, compute: ComputeConfig):
             policy = policies.nothing_saveable
         case "save_dots":
             policy = policies.save_only_these_names(*MATMULS)
+        case "save_projections":
+            policy = policies.save_only_these_names(*PROJECTIONS)
         case "save_attention":
-            policy = policies.save_only_these_names("attention", "attention_lse")
+            policy = policies.save_only_these_names(*ATTENTION)
         case "offload":
             policy = policies.save_and_offload_only_these_names(
                 names_which_can_be_saved=[], names_which_can_be_offloaded=list(MATMULS),

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 
 def make_rope(positions_BT: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
-    """fp32 (cos, sin) [B, T, 1, H / 2] of the rotation angle of each position.
+    """fp32 (cos, sin) [B, T, 1, H] of the rotation angle of each position, as `apply_rope` multiplies with them: the
+    angles of the first half are repeated in the second, and the sines of the first are negated.
 
     Always fp32: in bf16 positions collide from 257 on, and the cos table is wrong by up to 2.0 at 4096.
     """
     frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
     angles = positions_BT[..., None, None].astype(jnp.float32) * frequencies.astype(np.float32)
-    return jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
 
 
 def apply_rope(x_BTNH: Array, rope: tuple[Array, Array]) -> Array:
     """Rotates the pairs (i, i + H / 2), in fp32, and casts back to the dtype of x."""
     cos, sin = rope
-    x1, x2 = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BTNH.dtype)
+    # The halves change places in a matmul, exactly: each sum has one term. TPU has 128 lanes, and halves of 64 would be
+    # cut out and put together in copies: a quarter more time for projection and rotation, three times the memory.
+    swap_HH = jnp.roll(jnp.eye(x_BTNH.shape[-1], dtype=x_BTNH.dtype), x_BTNH.shape[-1] // 2, axis=1)
+    swapped_BTNH = jnp.einsum(
+        "BTNH,HK->BTNK", x_BTNH, swap_HH, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )
+    return (x_BTNH.astype(jnp.float32) * cos + swapped_BTNH * sin).astype(x_BTNH.dtype)
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:

@@ -13,9 +13,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from bc2_jax.data.loader import IGNORED
 from bc2_jax.sharding import ShardingRules
+
+VOCAB_MULTIPLE = 1024
+"""A vocabulary is padded to a multiple of this: libtpu scatters a tensor only if it can cut it into small pieces, and
+125,696 = 2^8 x 491 rows it would reduce whole, at twice the traffic."""
+NO_TOKEN = jnp.iinfo(jnp.int32).max
+"""Id of the padding."""
 
 
 class LossSums(NamedTuple):
@@ -57,33 +64,42 @@ def _run(h_BTD, rows_VD, labels_BT, z_loss_weight, chunk, rules, with_gradients)
         rows_VD = rows_VD.astype(h_BTD.dtype)
         if rules.sharding() is None:
             return local(h_BTD, rows_VD, labels_BT)
-        rows_VD = rules.reshard(rows_VD, "vocab", None)
         spec, scalar = rules.spec, rules.spec()
         hidden, stored = spec("batch", "sequence", "hidden"), spec("vocab", "embed")
         sums = (scalar, LossSums(*[scalar] * len(LossSums._fields)))
-        return jax.shard_map(
+        sums, gradients = jax.shard_map(
             functools.partial(local, rules=rules),
-            in_specs=(hidden, spec("vocab", None), spec("batch", "sequence")),
+            in_specs=(hidden, stored, spec("batch", "sequence")),
             out_specs=(sums, (hidden, stored) if with_gradients else None),
         )(h_BTD, rows_VD, labels_BT)
+        # The gradient of the whole head must be gone before the layers run backward: 2 GiB for 7B.
+        return sums, jax.lax.optimization_barrier(gradients)
 
 
 def _local_loss(h_BTD, rows_VD, labels_BT, *, z_loss_weight, chunk, with_gradients, rules=None):
     """One device's rows of the batch against its part of the vocabulary: (sums, gradients or None)."""
-    batch_axes = () if rules is None else _mesh_axes(rules.batch)
-    vocab_axes = () if rules is None else _mesh_axes(rules.vocab)
+    batch_axes = () if rules is None else rules.mesh_axes("batch", "sequence")
+    vocab_axes = () if rules is None else rules.mesh_axes("vocab")
     exact = jnp.promote_types(h_BTD.dtype, jnp.float32)
     h_TD, labels_T = h_BTD.reshape(-1, h_BTD.shape[-1]), labels_BT.reshape(-1)
-    num_tokens, (V, D) = h_TD.shape[0], rows_VD.shape
+    num_tokens, D, V = h_TD.shape[0], h_TD.shape[1], rows_VD.shape[0]
     chunk = min(chunk, num_tokens)
     pad = -num_tokens % chunk
     h_CTD = jnp.pad(h_TD, ((0, pad), (0, 0))).reshape(-1, chunk, D)
     labels_CT = jnp.pad(labels_T, (0, pad), constant_values=IGNORED).reshape(-1, chunk)
+    # [D, V], so that gather and scatter along D move whole blocks: along the last dimension they are copied first.
+    vocab_pad = -V % VOCAB_MULTIPLE if V > VOCAB_MULTIPLE else 0
+    rows_DV = jnp.pad(rows_VD.T, ((0, 0), (0, vocab_pad)))
+    if rules is not None:
+        rows_DV = rules.all_gather(rows_DV, 0)
     ids_V = jnp.arange(V) + (jax.lax.axis_index(vocab_axes) * V if vocab_axes else 0)
+    ids_V = jnp.pad(ids_V, (0, vocab_pad), constant_values=NO_TOKEN)
 
     def run_chunk(carry, inputs):
         h_TD, labels_T = inputs
-        logits_TV = jnp.einsum("TD,VD->TV", h_TD, rows_VD, preferred_element_type=exact)
+        logits_TV = jnp.einsum("TD,DV->TV", h_TD, rows_DV, preferred_element_type=exact)
+        if vocab_pad:
+            logits_TV = jnp.where(ids_V == NO_TOKEN, -jnp.inf, logits_TV)
         max_T = _over(jax.lax.pmax, logits_TV.max(-1), vocab_axes)
         exp_TV = jnp.exp(logits_TV - max_T[:, None])
         # A comparison, not an index: indexing into a dimension that is cut would gather it.
@@ -96,7 +112,7 @@ def _local_loss(h_BTD, rows_VD, labels_BT, *, z_loss_weight, chunk, with_gradien
         valid_T = (labels_T != IGNORED).astype(exact)
         cross_entropy_T = max_T + jnp.log(total_T) - label_logit_T
         columns = (cross_entropy_T, max_T**2, max_T, (label_logit_T == max_T).astype(exact), jnp.ones_like(max_T))
-        sums, d_rows_VD = carry
+        sums, d_rows_DV = carry
         sums = LossSums(*(s + jnp.sum(c * valid_T) for s, c in zip(sums, columns, strict=True)))
         if not with_gradients:
             return (sums, None), None
@@ -104,30 +120,24 @@ def _local_loss(h_BTD, rows_VD, labels_BT, *, z_loss_weight, chunk, with_gradien
         if z_loss_weight:
             d_logits_TV += jnp.where(is_max_TV, (2 * z_loss_weight * valid_T * max_T / ties_T)[:, None], 0)
         d_logits_TV = d_logits_TV.astype(h_TD.dtype)
-        d_h_TD = jnp.einsum("TV,VD->TD", d_logits_TV, rows_VD, preferred_element_type=exact)
-        d_rows_VD += jnp.einsum("TV,TD->VD", d_logits_TV, h_TD, preferred_element_type=exact)
-        return (sums, d_rows_VD), d_h_TD
+        d_h_TD = jnp.einsum("TV,DV->TD", d_logits_TV, rows_DV, preferred_element_type=exact)
+        d_rows_DV += jnp.einsum("TD,TV->DV", h_TD, d_logits_TV, preferred_element_type=exact)
+        return (sums, d_rows_DV), d_h_TD
 
     zero = _varying(jnp.zeros((), exact), batch_axes)
-    start = LossSums(*[zero] * len(LossSums._fields)), _varying(jnp.zeros_like(rows_VD, exact), batch_axes)
-    if not with_gradients:
-        start = start[0], None
-    (sums, d_rows_VD), d_h_CTD = jax.lax.scan(run_chunk, start, (h_CTD, labels_CT))
+    d_rows_DV = _varying(jnp.zeros(rows_DV.shape, exact), batch_axes + vocab_axes) if with_gradients else None
+    start = LossSums(*[zero] * len(LossSums._fields)), d_rows_DV
+    (sums, d_rows_DV), d_h_CTD = jax.lax.scan(run_chunk, start, (h_CTD, labels_CT))
     sums = _over(jax.lax.psum, sums, batch_axes)
     loss = sums.cross_entropy + z_loss_weight * sums.max_z
     if not with_gradients:
         return (loss, sums), None
     d_h_BTD = _over(jax.lax.psum, d_h_CTD.reshape(-1, D)[:num_tokens].reshape(h_BTD.shape), vocab_axes)
-    # Reduced once, in fp32, straight into the layout in which the weight is stored.
-    stored_axes = () if rules is None else _mesh_axes(rules.embed)
-    if stored_axes:
-        d_rows_VD = jax.lax.psum_scatter(d_rows_VD, stored_axes, scatter_dimension=1, tiled=True)
-    d_rows_VD = _over(jax.lax.psum, d_rows_VD, tuple(a for a in batch_axes if a not in stored_axes))
-    return (loss, sums), (d_h_BTD.astype(h_BTD.dtype), d_rows_VD)
-
-
-def _mesh_axes(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return () if axes is None else (axes,) if isinstance(axes, str) else axes
+    if rules is not None:
+        # Reduced once, in fp32, straight into the layout in which the weight is stored.
+        d_rows_DV = rules.reduce_scatter(d_rows_DV, 0)
+        d_rows_DV = with_layout_constraint(d_rows_DV, Layout(major_to_minor=(0, 1)))
+    return (loss, sums), (d_h_BTD.astype(h_BTD.dtype), d_rows_DV[:, :V].T)
 
 
 def _over(collective, x, axes):

@@ -26,10 +26,10 @@ from bc2_jax.model.baichuan import (
     stack_layers,
     unstack_layers,
 )
-from bc2_jax.sharding import single_device_mesh
+from bc2_jax.sharding import DEFAULT_RULES, single_device_mesh
 
 FP32 = ComputeConfig(dtype="float32", attention_block=8)
-MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2)]
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2), (1, 2, 2, 2, 1), (1, 2, 2, 1, 2), (1, 1, 1, 2, 4)]
 
 
 @functools.cache
@@ -65,14 +65,21 @@ def test_left_padding_equals_pytorch(golden, attention: str):
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
-def test_logits_on_a_mesh_equal_pytorch(golden, shape: tuple[int, int, int], mesh_of):
+def test_logits_on_a_mesh_equal_pytorch(golden, shape: tuple[int, ...], mesh_of):
     """Called as it stands, without jax.set_mesh: the mesh is that of the parameters."""
     mesh = mesh_of(*shape)
     params = jax.device_put(golden.params, param_shardings(golden.config, mesh))
-    ids = np.concatenate([golden.arrays["input_ids"]] * 4)
-    logits = forward(golden.config)(params, jax.device_put(ids, NamedSharding(mesh, P(("data", "fsdp")))))
-    assert logits.sharding.spec == P(("data", "fsdp"), None, "tensor")
-    np.testing.assert_allclose(logits, np.concatenate([golden.arrays["train_logits"]] * 4), atol=2e-5)
+    # 32 columns, which a mesh can cut; later tokens change nothing.
+    ids = np.concatenate([golden.arrays["input_ids"][:, :32]] * 4)
+    logits = forward(golden.config)(params, jax.device_put(ids, NamedSharding(mesh, DEFAULT_RULES.spec("batch"))))
+    assert logits.sharding.spec == DEFAULT_RULES.spec("batch", "sequence", "vocab")
+    np.testing.assert_allclose(logits, np.concatenate([golden.arrays["train_logits"][:, :32]] * 4), atol=2e-5)
+
+
+def test_a_length_that_the_mesh_cannot_cut(golden, mesh_of):
+    params = jax.device_put(golden.params, param_shardings(golden.config, mesh_of(1, 1, 1, 1, 2)))
+    with pytest.raises(ValueError, match="input_ids has 33 columns; the mesh needs a multiple of 2"):
+        forward(golden.config)(params, np.ones((2, 33), np.int32))
 
 
 @pytest.mark.parametrize("call", ["jit", "eager"])
@@ -94,7 +101,7 @@ def test_parameters_on_another_kind_of_mesh_are_refused(golden):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
     params = jax.device_put(golden.params, NamedSharding(mesh, P()))
     ids = jax.device_put(golden.arrays["input_ids"], NamedSharding(mesh, P()))
-    with pytest.raises(Exception, match="fsdp|tensor|data"):
+    with pytest.raises(ValueError, match="has not the axes data, fsdp, .*; make it with bc2_jax.sharding.make_mesh"):
         forward(golden.config)(params, ids)
 
 

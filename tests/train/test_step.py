@@ -36,7 +36,8 @@ MODELS = {
 }
 # The compiler takes far longer than these steps do.
 FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-SHAPES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
+# data, fsdp, tensor, fsdp_inner, context
+SHAPES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (1, 2, 2, 2), (1, 2, 1, 2, 2), (2, 1, 2, 1, 2), (1, 2, 1, 1, 4)]
 
 
 def make_config(model: ModelConfig, accumulation: int = 1, **compute) -> TrainConfig:
