@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from bc2_jax.aot.program import BETWEEN_SLICES, Collective, Computation, Instruction, Program
-from bc2_jax.tpu.chips import CHIPS, Topology
+from bc2_jax.tpu.chips import CHIPS, Chip, Topology
 
 HBM_SHARE = 0.85
 """Share of the HBM bandwidth that memory-bound fusions are taken to reach."""
@@ -54,8 +54,11 @@ def _flops_per_cycle(generation: str) -> float:
 KERNEL_CYCLES = (
     KernelCycles("v5p", False, 1024, 128, 4_855),
     KernelCycles("v5p", True, 1024, 128, 10_894),
+    KernelCycles("v6e", False, 1024, 128, 3_180),
+    KernelCycles("v6e", True, 1024, 128, 5_927),
 )
-"""Other generations take v5p's shares of peak, less where the head size does not fill the MXU."""
+"""Other generations take the shares of the one with the same MXU. The wider MXU, of which a head of 128 fills half,
+needs half the cycles of the narrower, but the softmax beside it as many: neither share follows from the other."""
 UNKNOWN_KERNEL_EFFICIENCY = 0.5
 """Of kernels that are not attention but declare FLOPs."""
 
@@ -200,10 +203,11 @@ class Simulation:
         """One pass of a computation that runs `times` times in a step.
 
         The links carry one collective at a time. A start queues it, its end waits for it; what the TensorCores do in
-        between hides it.
+        between hides it. One that is cut into fusions proceeds only while these compute.
         """
         parts = _Parts()
         free, finish = {BETWEEN_SLICES: 0.0, "": 0.0}, dict[str, float]()
+        left = dict[str, float]()  # seconds that a collective in fusions still needs, by its channel
         for instruction in computation.instructions:
             controlled = self.program.controlled(instruction)
             if controlled:
@@ -215,10 +219,13 @@ class Simulation:
                 asynchronous = self.program.is_asynchronous(instruction)
                 self._count(collective, seconds, asynchronous, times)
                 parts.communication += seconds
+                if self.program.fused_part(instruction) == "start":
+                    left[collective.channel] = seconds
+                    continue
                 network = collective.kind if collective.kind in free else ""
                 free[network] = max(free[network], parts.seconds) + seconds
                 if asynchronous:
-                    named = instruction.opcode in ("fusion", "send")
+                    named = instruction.opcode == "send"
                     finish[collective.channel if named else instruction.name] = free[network]
                 else:
                     parts.exposed += free[network] - parts.seconds
@@ -229,10 +236,15 @@ class Simulation:
                     source = computation.by_name.get(name)
                     key = source.rendezvous if source and source.opcode == "recv" else name
                     parts.exposed += max(finish.pop(key, 0.0) - parts.seconds, 0.0)
-            elif self.program.fused_part(instruction) == "done":
-                parts.exposed += max(finish.pop(self.program.channel(instruction), 0.0) - parts.seconds, 0.0)
-            else:
-                self._compute(instruction, computation, parts)
+                continue
+            part = self.program.fused_part(instruction)
+            if part == "done":
+                parts.exposed += left.pop(self.program.channel(instruction), 0.0)
+                continue
+            start = max(parts.seconds, free[""])
+            self._compute(instruction, computation, parts)
+            if part == "step" and (channel := self.program.channel(instruction)) in left:
+                left[channel] = max(left[channel] - max(parts.seconds - start, 0.0), 0.0)
         return parts
 
     def _run_controlled(
@@ -277,9 +289,7 @@ class Simulation:
         if not flops and not moved:
             self._warn(f"Kernel {instruction.name} declares no cost; it counts as nothing.")
             return 0.0
-        # Attention multiplies over the head size, the last dimension of all it reads and writes.
-        head_dim = instruction.shapes[0].dims[-1] if instruction.shapes and instruction.shapes[0].dims else 1
-        share = kernel_efficiency(instruction) * min(1.0, head_dim / self.chip.mxu)
+        share = kernel_efficiency(instruction, self.chip)
         return max(flops * self.chip.devices / self.chip.peak_flops / share, moved)
 
     def _warn(self, text: str) -> None:
@@ -287,13 +297,19 @@ class Simulation:
             self.warnings.append(text)
 
 
-def kernel_efficiency(instruction: Instruction) -> float:
+def kernel_efficiency(instruction: Instruction, chip: Chip) -> float:
     """The share of peak at which a Pallas kernel's declared FLOPs are counted: attention's from KERNEL_CYCLES."""
+    # Attention multiplies over the head size, the last dimension of all it reads and writes.
+    head_dim = instruction.shapes[0].dims[-1] if instruction.shapes and instruction.shapes[0].dims else 1
     name = f"{instruction.name} {instruction.op_name}".lower()
     if not any(word in name for word in ("attention", "flash")):
-        return UNKNOWN_KERNEL_EFFICIENCY
-    backward = "transpose(" in name or "bwd" in name or "backward" in name
-    return next(kernel.efficiency for kernel in KERNEL_CYCLES if kernel.backward == backward)
+        return UNKNOWN_KERNEL_EFFICIENCY * min(1.0, head_dim / chip.mxu)
+    # A forward kernel that the backward pass runs again stands under transpose( too, but keeps its own name.
+    forward = any(word in instruction.name.lower() for word in ("forward", "fwd"))
+    backward = not forward and any(word in name for word in ("transpose(", "bwd", "backward"))
+    known = next(k for k in KERNEL_CYCLES if k.backward == backward and CHIPS[k.generation].mxu == chip.mxu)
+    # A shorter head leaves more of the MXU idle than the one whose cycles are known.
+    return known.efficiency * min(1.0, head_dim / known.head_dim)
 
 
 def estimate_step(program: Program, topology: Topology, coordinates: Sequence[tuple[int, ...]]) -> Estimate:

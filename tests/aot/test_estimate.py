@@ -11,13 +11,15 @@ from bc2_jax.aot.estimate import (
     CYCLES_HBM_SHARE,
     HBM_SHARE,
     KERNEL_CYCLES,
+    UNKNOWN_KERNEL_EFFICIENCY,
     Links,
     Traffic,
     audit,
     estimate_step,
+    kernel_efficiency,
 )
-from bc2_jax.aot.program import Collective, Program
-from bc2_jax.tpu.chips import Topology, parse_topology
+from bc2_jax.aot.program import Collective, Program, parse_instruction
+from bc2_jax.tpu.chips import CHIPS, Topology, parse_topology
 
 TEXT = (Path(__file__).parent / "data" / "scan_v5p_2x2x1.txt").read_text()
 CLOCK = 1.75e9
@@ -63,9 +65,65 @@ def test_a_collective_longer_than_what_runs_beside_it_is_exposed_in_part():
 
 
 def test_kernel_efficiency():
-    """The floor of a 1024 x 1024 block at head size 128 is 4,096 cycles forward and 10,240 backward."""
+    """The floor of a 1024 x 1024 block at head size 128 is 4,096 cycles forward and 10,240 backward on v5p, where an
+    MXU is 128 wide; a v6e core could do four times as much, but a head of 128 fills half of its MXUs."""
     shares = [kernel.efficiency for kernel in KERNEL_CYCLES]
-    assert shares == pytest.approx([4096 / 4855, 10240 / 10894], rel=1e-3)
+    assert shares == pytest.approx([4096 / 4855, 10240 / 10894, 1024 / 3180, 2560 / 5927], rel=1e-3)
+
+
+def test_kernels_take_the_cycles_of_the_same_mxu():
+    def share(generation: str, name: str = "flash_forward.1", head: int = 128, path: str = "a") -> float:
+        line = f'%{name} = bf16[1,4096,{head}] custom-call(%q), metadata={{op_name="{path}/pallas_call"}}'
+        return kernel_efficiency(parse_instruction(line), CHIPS[generation])
+
+    v5p, v5p_backward, v6e, v6e_backward = (kernel.efficiency for kernel in KERNEL_CYCLES)
+    assert share("v5e") == pytest.approx(v5p) and share("tpu7x") == pytest.approx(v6e)
+    assert share("v6e", head=64) == pytest.approx(v6e / 2) and share("v6e", head=256) == pytest.approx(v6e)
+    assert share("v6e", "flash_backward.2") == pytest.approx(v6e_backward)
+    # Without a name of its own, by its pass; a forward kernel that the backward pass runs again, by its name.
+    assert share("v5p", "call.1", path="transpose(jvp())/attention") == pytest.approx(v5p_backward)
+    assert share("v5p", path="transpose(jvp())/rematted_computation/attention") == pytest.approx(v5p)
+    assert share("v5p", "other.1") == UNKNOWN_KERNEL_EFFICIENCY
+
+
+def test_a_fused_collective_proceeds_only_in_the_fusions_that_carry_it():
+    """As on v5e. A matmul of 0.1 ms carries the gather of 0.2 ms, a copy between it and the end does not."""
+    gather = "all-gather(%a), channel_id=9, replica_groups={{0,1,2,3}}, dimensions={0}"
+    cycles = 'backend_config={"window_config":{"estimated_cycles":"150000"}}'
+    text = f"""HloModule m, is_scheduled=true, num_partitions=4
+
+%begin (a: bf16[3000,1000]) -> bf16[12000,1000] {{
+  %a = bf16[3000,1000]{{1,0}} parameter(0)
+  %g = bf16[12000,1000]{{1,0}} {gather}
+  ROOT %c = bf16[12000,1000]{{1,0}} custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}}
+
+%go_on (a: bf16[3000,1000]) -> bf16[12000,1000] {{
+  %a = bf16[3000,1000]{{1,0}} parameter(0)
+  %g = bf16[12000,1000]{{1,0}} {gather}
+  ROOT %d = bf16[12000,1000]{{1,0}} dot(%g, %a)
+}}
+
+%end (a: bf16[3000,1000]) -> bf16[12000,1000] {{
+  %a = bf16[3000,1000]{{1,0}} parameter(0)
+  %g = bf16[12000,1000]{{1,0}} {gather}
+  ROOT %f = bf16[12000,1000]{{1,0}} custom-call(%g), custom_call_target="AsyncCollectiveDone"
+}}
+
+ENTRY %main (p: bf16[3000,1000]) -> bf16[12000,1000] {{
+  %p = bf16[3000,1000]{{1,0:S(1)}} parameter(0)
+  %s = bf16[12000,1000]{{1,0:S(1)}} fusion(%p), kind=kCustom, calls=%begin
+  %m = bf16[12000,1000]{{1,0:S(1)}} fusion(%p), calls=%go_on, {cycles}
+  %x = f32[10000000]{{0}} copy(%p), {cycles}
+  ROOT %e = bf16[12000,1000]{{1,0:S(1)}} fusion(%p), kind=kCustom, calls=%end
+}}
+"""
+    e = estimate(text, "v5e:2x2")
+    # Two links that do not close to rings, three quarters of the tensor.
+    exchange = 12_000_000 * 2 * 3 / 4 / (2 * 45e9)
+    assert e.matmul == e.hidden == pytest.approx(1e-4)
+    assert e.vector > 0.4e-4
+    assert e.exposed == pytest.approx(exchange - 1e-4)
 
 
 def test_a_kernel_without_a_cost_is_reported():

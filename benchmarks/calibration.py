@@ -1,0 +1,220 @@
+"""The compile-time estimate beside published figures: Llama-shaped models, compiled as Baichuan 2 is, with nothing run.
+
+python benchmarks/calibration.py [--shape llama2-70b | llama31-8b] [--data 1 8] [--remat ours published] [--json OUT]
+
+Compiles this project's training step (`bc2_jax.aot.compilation.compile_step`) for a published model, slice, batch and
+sequence length, once per line, and prints the estimate, the published MFU and their ratio. These models have
+grouped-query attention, which Baichuan 2 has not: its classes are here, and repeat keys and values before the kernel.
+Needs `pip install -e '.[tpu]'`; a line takes some minutes. What the comparison shows is in docs/tpu.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from rich.console import Console
+from rich.table import Table
+
+from bc2_jax.aot import compilation, report
+from bc2_jax.config import ComputeConfig, DataConfig, MeshConfig, ModelConfig, SourceConfig, TrainConfig
+from bc2_jax.kernels.attention import Tokens
+from bc2_jax.model import baichuan, layers
+from bc2_jax.model.attention import SelfAttention
+from bc2_jax.model.layers import Weight
+from bc2_jax.sharding import ShardingRules
+from bc2_jax.tpu.chips import parse_topology
+from bc2_jax.tpu.options import compiler_options
+
+out = Console(highlight=False, soft_wrap=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupedQueryConfig(ModelConfig):
+    """Llama: several query heads share a key and value head, and there is neither NormHead nor max-z loss."""
+
+    num_key_value_heads: int
+    position_embedding: Literal["rope", "alibi"] = "rope"
+    normalize_head: bool = False
+    z_loss_weight: float = 0.0
+
+    def num_parameters(self) -> int:
+        """Exact number of parameters: 68,976,648,192 for Llama 2 70B, 8,030,261,248 for Llama 3.1 8B."""
+        spared = 2 * self.hidden_size * (self.num_attention_heads - self.num_key_value_heads) * self.head_dim
+        return super().num_parameters() - self.num_hidden_layers * spared
+
+    def full_square_flops(self, length: int) -> int:
+        """Model FLOPs of one sequence where attention counts all pairs of tokens instead of the causal half."""
+        later = 6 * self.num_hidden_layers * self.hidden_size * length * (length - 1)
+        return self.flops_per_sequence(length) + later
+
+
+class GroupedQueryAttention(SelfAttention):
+    """Fewer key and value projections; the kernel, which is that of multi-head attention, gets them repeated."""
+
+    def __init__(self, config: GroupedQueryConfig, compute: ComputeConfig, rules: ShardingRules, *, rngs: nnx.Rngs):
+        super().__init__(config, compute, rules, rngs=rngs)
+        shape = (config.num_hidden_layers, config.hidden_size, config.num_key_value_heads, config.head_dim)
+        axes, std = ("layers", "embed", "heads", "head_dim"), config.initializer_range
+        self.k_proj, self.v_proj = (Weight.normal(rngs, shape, axes, std, rules) for _ in range(2))
+
+    def _attend(self, q: Array, k: Array, v: Array, q_tokens: Tokens, k_tokens: Tokens, offset: Array | int) -> Array:
+        B, T, N, H = q.shape
+
+        def repeat(x: Array) -> Array:
+            K = x.shape[2]
+            return jnp.broadcast_to(x[:, :, :, None], (B, T, K, N // K, H)).reshape(q.shape)
+
+        return super()._attend(q, repeat(k), repeat(v), q_tokens, k_tokens, offset)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Published:
+    """A figure measured on hardware and the settings behind it."""
+
+    model: GroupedQueryConfig
+    num_parameters: int
+    """As released."""
+    topology: str
+    length: int
+    """Tokens of a sequence."""
+    sequences: int
+    """Per chip and step."""
+    mfu: float
+    """With attention counted in full (`full_square_flops`), as MaxText did before July 2025."""
+    saved: tuple[str, ...]
+    """What its remat policy keeps of a layer besides the layer's input, by our names."""
+    offloads: bool
+    """Whether it keeps them in host memory."""
+
+
+# https://maxtext.readthedocs.io/en/latest/reference/models/tiering.html has both figures; the settings are those of
+# https://github.com/AI-Hypercomputer/maxtext/blob/92e59fdf/benchmarks/maxtext_v5p_model_configs.py#L156 and
+# https://github.com/AI-Hypercomputer/tpu-recipes/tree/main/training/trillium/Llama3.1-8B-MaxText/v6e-256
+PUBLISHED = {
+    "llama2-70b": Published(
+        model=GroupedQueryConfig(
+            hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+            num_key_value_heads=8, vocab_size=32_000,
+        ),
+        num_parameters=68_976_648_192, topology="v5p:8x8x8", length=4096, sequences=4, mfu=0.654,
+        saved=("q", "k", "v", "o", "down"), offloads=False,
+    ),
+    "llama31-8b": Published(
+        model=GroupedQueryConfig(
+            hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+            num_key_value_heads=8, vocab_size=128_256, model_max_length=8192, rope_theta=500_000.0,
+        ),
+        num_parameters=8_030_261_248, topology="v6e:16x16", length=8192, sequences=4, mfu=0.4547,
+        saved=("q", "k", "v", "o"), offloads=True,
+    ),
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def model_of(published: Published) -> Iterator[None]:
+    """Inside, the model has grouped-query attention, and the policies save_dots and offload keep what was kept."""
+    with (
+        mock.patch.object(baichuan, "SelfAttention", GroupedQueryAttention),
+        mock.patch.object(layers, "MATMULS", published.saved),
+    ):
+        arrays = jax.tree.leaves(baichuan.split_model(published.model)[1])
+        counts = sum(x.size for x in arrays), published.model.num_parameters(), published.num_parameters
+        if len(set(counts)) != 1:
+            raise AssertionError(f"parameters in arrays, by the formula and as released: {counts}")
+        yield
+
+
+def compile_published(shape: str, data: int, remat: str) -> compilation.CompiledStep:
+    """`remat`: ours is save_attention, the nearest of our policies that fits; published is what was published.
+
+    Raises DoesNotFit where the chip's memory is too small.
+    """
+    published = PUBLISHED[shape]
+    topology = parse_topology(published.topology)
+    policy = "save_attention" if remat == "ours" else "offload" if published.offloads else "save_dots"
+    config = TrainConfig(
+        name=shape,
+        model=published.model,
+        data=DataConfig(
+            sources=(SourceConfig(path="none"),), tokenizer="none", sequence_length=published.length,
+            global_batch_size=published.sequences * topology.num_chips,
+        ),
+        compute=ComputeConfig(attention="flash", remat=policy),  # type: ignore[arg-type]  # one of its literals
+        mesh=MeshConfig(data=data),
+        num_steps=1,
+    )  # fmt: skip
+    with model_of(published):
+        return compilation.compile_step(config, topology, compiler_options(topology.chip.name))
+
+
+def compare(published: Published, result: report.Report) -> dict[str, float]:
+    """Published MFU and estimates in both conventions, and their ratio, which is that of the step times."""
+    flops = published.model.flops_per_sequence(published.length)
+    scale = published.model.full_square_flops(published.length) / flops
+    return {
+        "published_mfu_full_square": published.mfu,
+        "published_mfu": published.mfu / scale,
+        "published_step_seconds": published.sequences * flops * scale / published.mfu / result.peak_flops,
+        "estimated_mfu_full_square": result.mfu * scale,
+        "estimated_mfu_low_full_square": result.mfu_low * scale,
+        "ratio": result.mfu * scale / published.mfu,
+        "ratio_low": result.mfu_low * scale / published.mfu,
+    }
+
+
+def show(title: str, result: report.Report, c: dict[str, float]) -> None:
+    table = Table(title=f"{title}: compile-time estimate, nothing was run", show_header=False)
+    for name, text in (
+        *report.render(result),
+        ("published step time", f"{c['published_step_seconds']:.3f} s"),
+        ("MFU", f"estimated {result.mfu:.3f} (at worst {result.mfu_low:.3f}), published {c['published_mfu']:.3f}"),
+        (
+            "MFU, all pairs counted",
+            f"estimated {c['estimated_mfu_full_square']:.3f} (at worst {c['estimated_mfu_low_full_square']:.3f}), "
+            f"published {c['published_mfu_full_square']:.3f}",
+        ),
+        ("estimate / published", f"{c['ratio']:.2f} (at worst {c['ratio_low']:.2f})"),
+    ):
+        table.add_row(name, text)
+    out.print(table)
+    for line in result.warnings:
+        out.print(f"warning: {line}", markup=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=tuple(PUBLISHED), nargs="+", default=tuple(PUBLISHED))
+    parser.add_argument("--data", type=int, nargs="+", default=(1,), help="mesh.data; 1 as published, 8 for the 70B")
+    parser.add_argument("--remat", choices=("ours", "published"), nargs="+", default=("ours", "published"))
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    args = parser.parse_args()
+    compilation.use_topologies()
+    figures = []
+    for shape, data, remat in itertools.product(args.shape, args.data, args.remat):
+        title = f"{shape} on {PUBLISHED[shape].topology}, mesh.data {data}, remat {remat}"
+        try:
+            result = report.make_report(compile_published(shape, data, remat))
+        except compilation.DoesNotFit as error:
+            out.print(f"{title}: {error}", markup=False)
+            continue
+        compared = compare(PUBLISHED[shape], result)
+        show(title, result, compared)
+        figures.append({"shape": shape, "data": data, "remat": remat} | compared | result.as_json())
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
