@@ -19,9 +19,9 @@ from bc2_jax.config import (
     TrainConfig,
     check_divisible,
     differing_fields,
-    divisors,
 )
 from bc2_jax.model.baichuan import split_model
+from bc2_jax.validation import divisors
 
 # Paper section 2.5: hidden, ffn, layers, heads, and parameters without the two embeddings, in millions.
 SCALING_LAW = (

@@ -62,6 +62,9 @@ class Memory:
     aliased: int
     """Outputs that take the place of arguments: the donated state."""
     temporaries: int
+    peak: int
+    """The compiler's own count of what is in use at one time. Less than `total`, which adds up what need not exist
+    together: a program whose `total` is a little above the chip's HBM can still fit."""
 
     @property
     def total(self) -> int:
@@ -176,7 +179,7 @@ def compile_step(config: TrainConfig, topology: Topology, options: dict[str, Val
         config=config,
         memory=Memory(
             memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.alias_size_in_bytes,
-            memory.temp_size_in_bytes,
+            memory.temp_size_in_bytes, memory.peak_memory_in_bytes,
         ),
         hlo=hlo,
         log=log[0],

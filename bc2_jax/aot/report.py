@@ -198,7 +198,7 @@ def render(report: Report) -> list[tuple[str, str]]:
             "HBM per chip",
             f"{_gib(report.hbm_bytes_used)} = {report.hbm_bytes_used / report.hbm_bytes:.0%} of "
             f"{_gib(report.hbm_bytes)}: arguments {_gib(memory.arguments)}, temporaries {_gib(memory.temporaries)}, "
-            f"other outputs {_gib(memory.outputs - memory.aliased)}",
+            f"other outputs {_gib(memory.outputs - memory.aliased)}; in use at one time {_gib(memory.peak)}",
         ),
         ("compilation", f"{report.compile_seconds:.1f} s, tracing {report.lower_seconds:.1f} s"),
         ("model FLOPs per chip", f"{report.flops:.4e} = {report.flops_formula}"),

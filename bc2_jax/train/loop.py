@@ -23,6 +23,7 @@ from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.train import metrics as report
 from bc2_jax.train.results import check_resumed, make_baselines, show_results
 from bc2_jax.train.start import (
+    batch_part,
     check_attention,
     check_initial_model,
     check_same_model,
@@ -93,7 +94,8 @@ def _run(
     # ---------------------------------------------------------------- data
     tokenizer = Tokenizer(config.data.tokenizer)
     check_tokenizer(config, tokenizer)
-    process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    part = batch_part(mesh, jax.process_index())
+    process = {"process_index": part.process_index, "process_count": part.process_count}
     iterator = make_train_iterator(make_train_loader(config.data, **process))
     validation = make_validation_batches(config.data, config.data.global_batch_size, **process)
     put = make_put(config, mesh)

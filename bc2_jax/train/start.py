@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -108,14 +109,56 @@ def check_tokenizer(config: TrainConfig, tokenizer: Tokenizer) -> None:
         )
 
 
+class BatchPart(NamedTuple):
+    """The rows of each batch that one process reads, as the loader counts processes."""
+
+    process_index: int
+    process_count: int
+    """Processes that read different rows."""
+    blocks: tuple[int, ...]
+    """Which blocks of rows of the mesh these are, as the process holds them."""
+
+
+def batch_part(mesh: Mesh, process_index: int) -> BatchPart:
+    """The part of a process. Processes whose devices cut the same sequences (mesh.context) read the same part.
+
+    Raises ValueError if two processes share some of their rows, but not all.
+    """
+    cut = [mesh.axis_names.index(axis) for axis in DEFAULT_RULES.mesh_axes("batch")]
+    whole = [i for i in range(mesh.devices.ndim) if i not in cut]
+    blocks = mesh.devices.transpose(*cut, *whole).reshape(-1, math.prod(mesh.devices.shape[i] for i in whole))
+    held: dict[int, tuple[int, ...]] = {}
+    for block, devices in enumerate(blocks):
+        for process in {device.process_index for device in devices}:
+            held[process] = (*held.get(process, ()), block)
+    parts = sorted(set(held.values()))
+    if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) != len(blocks):
+        raise ValueError(
+            f"mesh.context * mesh.tensor = {blocks.shape[1]} is not valid: it must divide the devices of a process or "
+            "be a multiple of them."
+        )
+    return BatchPart(parts.index(held[process_index]), len(parts), held[process_index])
+
+
 def make_put(config: TrainConfig, mesh: Mesh) -> Callable[[dict[str, np.ndarray]], Batch]:
-    """Places this process's rows [B / processes, T] of a batch on the mesh as [A, B / A, T], A accumulation steps."""
-    parts = config.data.accumulation_steps
+    """Places this process's rows [B / parts, T] of a batch on the mesh as [A, B / A, T], A accumulation steps."""
+    data, blocks = config.data, batch_part(mesh, jax.process_index()).blocks
+    shape = (data.accumulation_steps, data.global_batch_size // data.accumulation_steps, data.sequence_length)
     sharding = NamedSharding(mesh, DEFAULT_RULES.spec(None, "batch", "sequence"))
 
     def put(batch: dict[str, np.ndarray]) -> Batch:
-        rows = {name: x.reshape(parts, -1, x.shape[-1]) for name, x in batch.items()}
-        return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in rows.items()}
+        def put_one(x: np.ndarray) -> jax.Array:
+            rows = x.reshape(shape[0], -1, shape[2])
+
+            def read(index: tuple[slice, ...] | None) -> np.ndarray:
+                assert index is not None
+                start, stop, _ = index[1].indices(shape[1])
+                first = blocks.index(start // (stop - start)) * (stop - start)
+                return rows[:, first : first + stop - start, index[2]]
+
+            return jax.make_array_from_callback(shape, sharding, read)
+
+        return {name: put_one(x) for name, x in batch.items()}
 
     return put
 

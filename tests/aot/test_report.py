@@ -29,7 +29,7 @@ CONFIG = TrainConfig(
 STEP = CompiledStep(
     topology=parse_topology("v5p:2x2x1"),
     config=CONFIG,
-    memory=Memory(arguments=4000, outputs=3900, aliased=3800, temporaries=10_000),
+    memory=Memory(arguments=4000, outputs=3900, aliased=3800, temporaries=10_000, peak=12_000),
     hlo=(Path(__file__).parent / "data" / "scan_v5p_2x2x1.txt").read_text(),
     log="W spmd: Involuntary full rematerialization. The compiler cannot go from ...",
     coordinates=tuple((0, *place) for place in itertools.product(range(2), range(2), range(1))),

@@ -1,114 +1,15 @@
-"""Typed, validated configuration: everything a run depends on, checked before any array exists.
-
-Field names follow the released `config.json` where it has the field. A config is a frozen dataclass; a bad
-value raises `ValueError` with one sentence that names the field, the value and what is legal.
-"""
+"""A run: how the model is computed and trained, on which data, and what is written."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Literal
 
+from bc2_jax.config.mesh import MeshConfig, check_divisible
+from bc2_jax.config.model import ModelConfig
 from bc2_jax.validation import choices, divisors, require, require_literals, require_positive
 
 DType = Literal["float32", "bfloat16"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The architecture (paper section 2.3, released `config.json`); equal configs mean interchangeable checkpoints."""
-
-    hidden_size: int
-    """Width D of the residual stream."""
-    intermediate_size: int
-    """Width F of the SwiGLU feed-forward layer."""
-    num_hidden_layers: int
-    """Number of decoder layers L."""
-    num_attention_heads: int
-    """Number of attention heads N; the head size is hidden_size / num_attention_heads."""
-    position_embedding: Literal["rope", "alibi"]
-    """RoPE (7B) or ALiBi (13B). The released config.json does not name it; ours always does."""
-    vocab_size: int = 125_696
-    """Number of token ids V."""
-    model_max_length: int = 4096
-    """Longest context in tokens the model was trained for."""
-    rms_norm_eps: float = 1e-6
-    """Added to the variance in RMSNorm."""
-    initializer_range: float = 0.02
-    """Standard deviation of the initial linear and embedding weights."""
-    rope_theta: float = 10_000.0
-    """Base of the RoPE frequencies."""
-    normalize_head: bool = True
-    """NormHead: unit-norm rows of the output embedding (paper section 2.4). False for Baichuan 1."""
-    z_loss_weight: float = 2e-4
-    """Weight of the max-z loss (paper section 2.4); the released files ship 0."""
-    pad_token_id: int = 0
-    """Padding; its embedding row starts at zero."""
-    bos_token_id: int = 1
-    """Beginning of text; Baichuan 2 never adds it by itself."""
-    eos_token_id: int = 2
-    """End of text; closes every document."""
-
-    def __post_init__(self) -> None:
-        require_positive(
-            self,
-            "model.",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "vocab_size",
-            "model_max_length",
-            "rms_norm_eps",
-            "initializer_range",
-            "rope_theta",
-        )
-        require_literals(self, "model.")
-        require(
-            self.hidden_size % self.num_attention_heads == 0,
-            "model.num_attention_heads",
-            self.num_attention_heads,
-            f"it must divide hidden_size = {self.hidden_size}; legal values are {choices(divisors(self.hidden_size))}",
-        )
-        if self.position_embedding == "rope":
-            require(
-                self.head_dim % 2 == 0,
-                "model.num_attention_heads",
-                self.num_attention_heads,
-                f"RoPE needs an even head size, and {self.hidden_size} / {self.num_attention_heads} is odd",
-            )
-        require(self.z_loss_weight >= 0, "model.z_loss_weight", self.z_loss_weight, "it must be at least 0")
-        for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            value = getattr(self, field)
-            require(0 <= value < self.vocab_size, f"model.{field}", value, f"it must be in 0..{self.vocab_size - 1}")
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    def num_parameters(self) -> int:
-        """Exact number of parameters: 7,505,973,248 for 7B, 13,896,668,160 for 13B."""
-        layer = 4 * self.hidden_size**2 + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
-        return 2 * self.vocab_size * self.hidden_size + self.num_hidden_layers * layer + self.hidden_size
-
-    def flops_per_sequence(self, length: int) -> int:
-        """Model FLOPs to train on one sequence of `length` tokens, forward and backward, without recomputation.
-
-        6 * matmul parameters * length + 6 * L * D * length * (length + 1) for causal attention. The embedding lookup is
-        no matmul; the head is.
-        """
-        norms = (2 * self.num_hidden_layers + 1) * self.hidden_size
-        matmul = self.num_parameters() - self.vocab_size * self.hidden_size - norms
-        return 6 * matmul * length + 6 * self.num_hidden_layers * self.hidden_size * length * (length + 1)
-
-
-BAICHUAN2_7B = ModelConfig(
-    hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, position_embedding="rope"
-)
-BAICHUAN2_13B = ModelConfig(
-    hidden_size=5120, intermediate_size=13696, num_hidden_layers=40, num_attention_heads=40, position_embedding="alibi"
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,80 +36,6 @@ class ComputeConfig:
     def __post_init__(self) -> None:
         require_literals(self, "compute.")
         require_positive(self, "compute.", "attention_block", "loss_chunk")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-    """Devices along each mesh axis; the product is the number of devices."""
-
-    data: int = 1
-    """Replicas of the parameters (across slices)."""
-    fsdp: int = -1
-    """Devices that share parameters, gradients and optimizer state; -1 takes all that remain."""
-    fsdp_inner: int = 1
-    """Cuts the share of each of these devices again, so that weights are gathered and gradients scattered in two
-    stages, each along its own dimensions of the torus."""
-    context: int = 1
-    """Devices that share the tokens of a sequence, and parameters as fsdp does; for long sequences."""
-    tensor: int = 1
-    """Devices that share heads, feed-forward columns and vocabulary."""
-    num_cpu_devices: int = 0
-    """Simulate this many devices on the CPU; 0 uses the accelerators that are there."""
-
-    def __post_init__(self) -> None:
-        for field in ("data", "fsdp_inner", "context", "tensor"):
-            require(getattr(self, field) >= 1, f"mesh.{field}", getattr(self, field), "it must be at least 1")
-        require(self.fsdp >= 1 or self.fsdp == -1, "mesh.fsdp", self.fsdp, "it must be at least 1, or -1 for the rest")
-        require(self.num_cpu_devices >= 0, "mesh.num_cpu_devices", self.num_cpu_devices, "it must be at least 0")
-        if self.num_cpu_devices:
-            self._fsdp_devices(self.num_cpu_devices)
-
-    def resolve(self, num_devices: int) -> MeshConfig:
-        """Fills in fsdp = -1 and checks the product against the number of devices."""
-        return dataclasses.replace(self, fsdp=self._fsdp_devices(num_devices))
-
-    def product(self, *axes: str) -> tuple[str, int]:
-        """What to call the product of these axes in a message, by those that are not 1, and its value."""
-        named = [axis for axis in axes if getattr(self, axis) != 1] or axes[:1]
-        return " * ".join(f"mesh.{axis}" for axis in named), math.prod(getattr(self, axis) for axis in axes)
-
-    def _fsdp_devices(self, num_devices: int) -> int:
-        name, others = self.product("data", "fsdp_inner", "context", "tensor")
-        legal = choices(divisors(num_devices))
-        require(
-            num_devices % others == 0,
-            name,
-            others,
-            f"it must divide the {num_devices} devices; legal values are {legal}",
-        )
-        fsdp = num_devices // others
-        require(
-            self.fsdp in (-1, fsdp), "mesh.fsdp", self.fsdp,
-            f"with {name} = {others}, {num_devices} devices leave fsdp = {fsdp}",
-        )  # fmt: skip
-        return fsdp
-
-
-def check_divisible(model: ModelConfig, mesh: MeshConfig) -> None:
-    """Raises ValueError, naming the field and the legal values, if the parameters cannot be cut along the mesh."""
-    heads = {"num_attention_heads": model.num_attention_heads}
-    columns = {"intermediate_size": model.intermediate_size, "vocab_size": model.vocab_size}
-    cuts: list[tuple[tuple[str, ...], dict[str, int]]] = [
-        (("tensor",), heads | columns),
-        # In attention each device has some of the heads of whole sequences.
-        (("context", "tensor"), heads),
-        (("fsdp", "fsdp_inner", "context"), {"hidden_size": model.hidden_size}),
-    ]
-    for axes, dims in cuts:
-        field, size = mesh.product(*axes)
-        legal = choices(divisors(math.gcd(*dims.values())))
-        for name, dim in dims.items():
-            require(
-                size < 0 or dim % size == 0,
-                field,
-                size,
-                f"it must divide model.{name} = {dim}; legal values are {legal}",
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -420,15 +247,3 @@ class TrainConfig:
     def resolve(self, num_devices: int) -> TrainConfig:
         """The same run with its mesh filled in for `num_devices`, everything that must divide checked."""
         return dataclasses.replace(self, mesh=self.mesh.resolve(num_devices))
-
-
-def differing_fields(a: object, b: object, prefix: str = "") -> list[str]:
-    """Lines "field: A is x, B is y" for every field in which two configs of one class differ."""
-    lines = []
-    for field in dataclasses.fields(a):  # type: ignore[arg-type]
-        x, y = getattr(a, field.name), getattr(b, field.name)
-        if dataclasses.is_dataclass(x):
-            lines += differing_fields(x, y, f"{prefix}{field.name}.")
-        elif x != y:
-            lines.append(f"{prefix}{field.name}: {x!r} against {y!r}")
-    return lines

@@ -1,0 +1,51 @@
+"""Typed, validated configuration: everything a run depends on, checked before any array exists.
+
+Field names follow the released `config.json` where it has the field. A config is a frozen dataclass; a bad
+value raises `ValueError` with one sentence that names the field, the value and what is legal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from bc2_jax.config.mesh import MeshConfig, check_divisible
+from bc2_jax.config.model import BAICHUAN2_7B, BAICHUAN2_13B, ModelConfig
+from bc2_jax.config.run import (
+    CheckpointConfig,
+    ComputeConfig,
+    DataConfig,
+    DType,
+    OptimizerConfig,
+    SampleConfig,
+    SourceConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "BAICHUAN2_13B",
+    "BAICHUAN2_7B",
+    "CheckpointConfig",
+    "ComputeConfig",
+    "DType",
+    "DataConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "SampleConfig",
+    "SourceConfig",
+    "TrainConfig",
+    "check_divisible",
+    "differing_fields",
+]
+
+
+def differing_fields(a: object, b: object, prefix: str = "") -> list[str]:
+    """Lines "field: A is x, B is y" for every field in which two configs of one class differ."""
+    lines = []
+    for field in dataclasses.fields(a):  # type: ignore[arg-type]
+        x, y = getattr(a, field.name), getattr(b, field.name)
+        if dataclasses.is_dataclass(x):
+            lines += differing_fields(x, y, f"{prefix}{field.name}.")
+        elif x != y:
+            lines.append(f"{prefix}{field.name}: {x!r} against {y!r}")
+    return lines

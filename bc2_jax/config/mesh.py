@@ -1,0 +1,83 @@
+"""Devices along each mesh axis, and what they must divide."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from bc2_jax.config.model import ModelConfig
+from bc2_jax.validation import choices, divisors, require
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each mesh axis; the product is the number of devices."""
+
+    data: int = 1
+    """Replicas of the parameters (across slices)."""
+    fsdp: int = -1
+    """Devices that share parameters, gradients and optimizer state; -1 takes all that remain."""
+    fsdp_inner: int = 1
+    """Cuts the share of each of these devices again, so that weights are gathered and gradients scattered in two
+    stages, each along its own dimensions of the torus."""
+    context: int = 1
+    """Devices that share the tokens of a sequence, and parameters as fsdp does; for long sequences."""
+    tensor: int = 1
+    """Devices that share heads, feed-forward columns and vocabulary."""
+    num_cpu_devices: int = 0
+    """Simulate this many devices on the CPU; 0 uses the accelerators that are there."""
+
+    def __post_init__(self) -> None:
+        for field in ("data", "fsdp_inner", "context", "tensor"):
+            require(getattr(self, field) >= 1, f"mesh.{field}", getattr(self, field), "it must be at least 1")
+        require(self.fsdp >= 1 or self.fsdp == -1, "mesh.fsdp", self.fsdp, "it must be at least 1, or -1 for the rest")
+        require(self.num_cpu_devices >= 0, "mesh.num_cpu_devices", self.num_cpu_devices, "it must be at least 0")
+        if self.num_cpu_devices:
+            self._fsdp_devices(self.num_cpu_devices)
+
+    def resolve(self, num_devices: int) -> MeshConfig:
+        """Fills in fsdp = -1 and checks the product against the number of devices."""
+        return dataclasses.replace(self, fsdp=self._fsdp_devices(num_devices))
+
+    def product(self, *axes: str) -> tuple[str, int]:
+        """What to call the product of these axes in a message, by those that are not 1, and its value."""
+        named = [axis for axis in axes if getattr(self, axis) != 1] or axes[:1]
+        return " * ".join(f"mesh.{axis}" for axis in named), math.prod(getattr(self, axis) for axis in axes)
+
+    def _fsdp_devices(self, num_devices: int) -> int:
+        name, others = self.product("data", "fsdp_inner", "context", "tensor")
+        legal = choices(divisors(num_devices))
+        require(
+            num_devices % others == 0,
+            name,
+            others,
+            f"it must divide the {num_devices} devices; legal values are {legal}",
+        )
+        fsdp = num_devices // others
+        require(
+            self.fsdp in (-1, fsdp), "mesh.fsdp", self.fsdp,
+            f"with {name} = {others}, {num_devices} devices leave fsdp = {fsdp}",
+        )  # fmt: skip
+        return fsdp
+
+
+def check_divisible(model: ModelConfig, mesh: MeshConfig) -> None:
+    """Raises ValueError, naming the field and the legal values, if the parameters cannot be cut along the mesh."""
+    heads = {"num_attention_heads": model.num_attention_heads}
+    columns = {"intermediate_size": model.intermediate_size, "vocab_size": model.vocab_size}
+    cuts: list[tuple[tuple[str, ...], dict[str, int]]] = [
+        (("tensor",), heads | columns),
+        # In attention each device has some of the heads of whole sequences.
+        (("context", "tensor"), heads),
+        (("fsdp", "fsdp_inner", "context"), {"hidden_size": model.hidden_size}),
+    ]
+    for axes, dims in cuts:
+        field, size = mesh.product(*axes)
+        legal = choices(divisors(math.gcd(*dims.values())))
+        for name, dim in dims.items():
+            require(
+                size < 0 or dim % size == 0,
+                field,
+                size,
+                f"it must divide model.{name} = {dim}; legal values are {legal}",
+            )
