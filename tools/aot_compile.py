@@ -1,8 +1,9 @@
-"""Compiles the training step for a TPU pod, on any machine, and says what the pod would do.
+"""Compiles the training step, or inference, for a TPU pod, on any machine, and says what the pod would do.
 
 python tools/aot_compile.py configs/baichuan2_13b.py --topology v5p:4x4x8
 python tools/aot_compile.py CONFIG.py --topology v5p:4x4x8 --num-slices 2 --batch-per-chip 2 --compute.remat save_dots
 python tools/aot_compile.py CONFIG.py --topology v5e:16x16 --search
+python tools/aot_compile.py configs/baichuan2_13b.py --topology v5e:2x4 --inference --batch 8 --prompt-length 1024
 
 Needs `pip install -e '.[tpu]'` but no TPU. Memory, collectives and their bytes are what the compiler decides; times and
 MFU are compile-time estimates (docs/tpu.md). Any field of the config can be overridden as in train.py.
@@ -16,6 +17,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from bc2_jax.tpu.chips import Topology
 
 out = Console(highlight=False, soft_wrap=True)
+INFERENCE_OPTIONS = ("batch", "prompt_length", "cache_length")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -48,7 +51,27 @@ def make_parser() -> argparse.ArgumentParser:
         help="a compiler option on top of the generation's; NAME= leaves one at its default",
     )  # fmt: skip
     parser.add_argument("--search", action="store_true", help="try batches, remat policies and meshes; takes long")
+    parser.add_argument(
+        "--inference", action="store_true",
+        help="compile prefill and decoding instead of the step; every chip holds a part of each layer unless --mesh.* "
+        "says otherwise; --hlo writes one file for each",
+    )  # fmt: skip
+    parser.add_argument("--batch", type=int, help="with --inference: sequences at one time, 8 by default")
+    parser.add_argument("--prompt-length", type=int, help="with --inference: tokens of each prompt, 1024 by default")
+    parser.add_argument("--cache-length", type=int, help="with --inference: slots of the cache, 4096 by default")
     return parser
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raises ValueError for options of training given with --inference, or the other way round."""
+    if args.inference:
+        for name, value in (("--search", args.search), ("--batch-per-chip", args.batch_per_chip)):
+            if value:
+                raise ValueError(f"{name} is an option of training: leave it out with --inference.")
+        return
+    for name in INFERENCE_OPTIONS:
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is an option of inference: give --inference as well.")
 
 
 def load_config(args: argparse.Namespace, overrides: list[str], topology: Topology) -> TrainConfig:
@@ -61,15 +84,21 @@ def load_config(args: argparse.Namespace, overrides: list[str], topology: Topolo
 
     file = runpy.run_path(args.config)
     config = tyro.cli(TrainConfig, default=file["config"](), args=overrides, description=file["__doc__"])
-    given = any(arg.split("=")[0].replace("_", "-") == "--data.global-batch-size" for arg in overrides)
+    names = [arg.split("=")[0].replace("_", "-") for arg in overrides]
+    given = "--data.global-batch-size" in names
     if given and args.batch_per_chip is not None:
         raise ValueError("--batch-per-chip and --data.global-batch-size both give the batch: leave one out.")
     batch = config.data.global_batch_size
     if not given:
         batch = (args.batch_per_chip or 1) * topology.num_chips * config.data.accumulation_steps
+    mesh = dataclasses.replace(config.mesh, num_cpu_devices=0)
+    if args.inference and not any(name.startswith("--mesh.") for name in names):
+        from bc2_jax.aot.inference import whole_slice_mesh
+
+        mesh = whole_slice_mesh(topology)
     return dataclasses.replace(
         config,
-        mesh=dataclasses.replace(config.mesh, num_cpu_devices=0),
+        mesh=mesh,
         data=dataclasses.replace(config.data, global_batch_size=batch),
     )
 
@@ -85,11 +114,34 @@ def compile_and_report(args: argparse.Namespace, config: TrainConfig, topology: 
     result = report.make_report(step)
     if args.json:
         args.json.write_text(json.dumps(result.as_json(), indent=1) + "\n", encoding="utf-8")
-    table = Table(title=f"{config.name} on {topology}: compile-time estimate, nothing was run", show_header=False)
-    for name, text in report.render(result):
+    print_table(f"{config.name} on {topology}", report.render(result), result.warnings)
+
+
+def compile_and_report_inference(args: argparse.Namespace, config: TrainConfig, topology: Topology) -> None:
+    from bc2_jax.aot import compilation, inference
+    from bc2_jax.tpu.options import compiler_options
+
+    compilation.use_topologies()
+    given = {name: getattr(args, name) for name in INFERENCE_OPTIONS if getattr(args, name) is not None}
+    request = inference.Request(**given)
+    options = compiler_options(topology.chip.name, tuple(args.xla), inference=True)
+    compiled = inference.compile_inference(config, topology, request, options)
+    if args.hlo:
+        for name in ("prefill", "decode"):
+            path = args.hlo.with_name(f"{args.hlo.stem}_{name}{args.hlo.suffix}")
+            path.write_text(getattr(compiled, name).hlo, encoding="utf-8")
+    result = inference.make_report(compiled)
+    if args.json:
+        args.json.write_text(json.dumps(result.as_json(), indent=1) + "\n", encoding="utf-8")
+    print_table(f"{config.name}, inference on {topology}", inference.render(result), result.warnings)
+
+
+def print_table(title: str, rows: list[tuple[str, str]], warnings: Sequence[str]) -> None:
+    table = Table(title=f"{title}: compile-time estimate, nothing was run", show_header=False)
+    for name, text in rows:
         table.add_row(name, text)
     out.print(table)
-    for line in result.warnings:
+    for line in warnings:
         out.print(f"warning: {line}", markup=False)
 
 
@@ -144,9 +196,12 @@ def main() -> None:
         from bc2_jax.tpu.chips import parse_topology
 
         topology = parse_topology(args.topology, args.num_slices)
+        check_options(args)
         config = load_config(args, overrides, topology)
         if args.search:
             search(args, overrides, config, topology)
+        elif args.inference:
+            compile_and_report_inference(args, config, topology)
         else:
             compile_and_report(args, config, topology)
     except (ValueError, OSError, ImportError) as error:

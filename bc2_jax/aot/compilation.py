@@ -13,7 +13,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,25 +70,35 @@ class Memory:
     def total(self) -> int:
         return self.arguments + self.outputs - self.aliased + self.temporaries
 
+    def of(self, devices: int) -> Memory:
+        """That of a chip of so many devices."""
+        return Memory(*(devices * value for value in dataclasses.astuple(self)))
 
-@dataclasses.dataclass(frozen=True)
-class CompiledStep:
-    """What the compiler made of one training step."""
 
-    topology: Topology
-    config: TrainConfig
-    """With the mesh filled in."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompiledProgram:
+    """What the compiler made of one program."""
+
     memory: Memory
     hlo: str
     """The scheduled program of one device, as text."""
     log: str
     """What the compiler wrote to stderr."""
+    lower_seconds: float
+    compile_seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompiledStep(CompiledProgram):
+    """What the compiler made of one training step."""
+
+    topology: Topology
+    config: TrainConfig
+    """With the mesh filled in."""
     coordinates: tuple[tuple[int, ...], ...]
     """(slice, x, y, ...) of each device, in the order in which the program numbers them."""
     replicated: tuple[tuple[str, int], ...]
     """Arrays of the state that every device holds whole: name and bytes, 1 MiB and larger."""
-    lower_seconds: float
-    compile_seconds: float
 
 
 def use_topologies() -> None:
@@ -158,36 +168,48 @@ def compile_step(config: TrainConfig, topology: Topology, options: dict[str, Val
     devices = topology_devices(topology)
     config = config.resolve(len(devices))
     mesh = make_mesh(config.mesh, devices)
-    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder, _captured_stderr() as log:
+    with jax.set_mesh(mesh):
         state, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
+        step = jax.jit(make_train_step(config), donate_argnums=0)
+        program = compile_program("step", lambda: step.lower(state, batch), options)
+    return CompiledStep(
+        **vars(program), topology=topology, config=config, coordinates=device_coordinates(mesh),
+        replicated=_replicated(state),
+    )  # fmt: skip
+
+
+def compile_program(name: str, lower: Callable[[], Any], options: dict[str, Value]) -> CompiledProgram:
+    """Compiles what `lower` lowers, with the mesh in use. `name` is what messages call it. Raises as `compile_step`."""
+    with tempfile.TemporaryDirectory() as folder, _captured_stderr() as log:
         start = time.perf_counter()
-        lowered = jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch)
+        lowered = lower()
         lowered_at = time.perf_counter()
         dump: dict[str, Any] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         try:
             compiled = lowered.compile(compiler_options=options | dump)
         except jax.errors.JaxRuntimeError as error:
-            raise _explained(error) from error
+            raise _explained(error, name) from error
         compile_seconds = time.perf_counter() - lowered_at
         found = sorted(Path(folder).glob("*.after_codegen.txt"), key=lambda path: path.stat().st_size)
         if not found:
-            raise RuntimeError(f"The compiler wrote no scheduled program for {topology}; libtpu 0.0.42 does.")
+            raise RuntimeError(f"The compiler wrote no scheduled program of the {name}; libtpu 0.0.42 does.")
         hlo = found[-1].read_text(encoding="utf-8")
         memory: Any = compiled.memory_analysis()
-    return CompiledStep(
-        topology=topology,
-        config=config,
+    return CompiledProgram(
         memory=Memory(
             memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.alias_size_in_bytes,
             memory.temp_size_in_bytes, memory.peak_memory_in_bytes,
         ),
         hlo=hlo,
         log=log[0],
-        coordinates=tuple((getattr(d, "slice_index", 0) or 0, *d.coords) for d in mesh.devices.flat),
-        replicated=_replicated(state),
         lower_seconds=lowered_at - start,
         compile_seconds=compile_seconds,
     )  # fmt: skip
+
+
+def device_coordinates(mesh: Mesh) -> tuple[tuple[int, ...], ...]:
+    """(slice, x, y, ...) of each device, in the order in which a program on this mesh numbers them."""
+    return tuple((getattr(d, "slice_index", 0) or 0, *d.coords) for d in mesh.devices.flat)
 
 
 def _replicated(state: TrainState) -> tuple[tuple[str, int], ...]:
@@ -199,7 +221,7 @@ def _replicated(state: TrainState) -> tuple[tuple[str, int], ...]:
     return tuple(found)
 
 
-def _explained(error: jax.errors.JaxRuntimeError) -> Exception:
+def _explained(error: jax.errors.JaxRuntimeError, name: str) -> Exception:
     """The compiler's error as one sentence where it is known, else as it is."""
     text = str(error)
     if "No such compile option" in text:
@@ -208,10 +230,10 @@ def _explained(error: jax.errors.JaxRuntimeError) -> Exception:
         return error
     sizes = [float(n) * _UNITS[unit] for n, unit in re.findall(r"\b([0-9]+(?:\.[0-9]+)?)([KMGT])\b", text)]
     if len(sizes) < 2:
-        return DoesNotFit(f"The step does not fit: {text.splitlines()[0]}", None)
+        return DoesNotFit(f"The {name} does not fit: {text.splitlines()[0]}", None)
     needed, available = sizes[:2]
     return DoesNotFit(
-        f"The step does not fit: it needs {needed / 2**30:.2f} GiB beside its state, of the "
+        f"The {name} does not fit: it needs {needed / 2**30:.2f} GiB beside its state, of the "
         f"{available / 2**30:.2f} GiB a device has.",
         int(needed),
     )

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from bc2_jax.aot.program import BETWEEN_SLICES, Collective, Computation, Instruction, Program
+from bc2_jax.aot.traffic import matmul_flops, moved_bytes
 from bc2_jax.tpu.chips import CHIPS, Chip, Topology
 
 HBM_SHARE = 0.85
@@ -101,6 +102,7 @@ class Estimate:
     """Seconds of one step and their parts; matmul + vector + kernels + exposed is the whole."""
 
     matmul: float
+    """The compiler's cycles; in inference those that HBM binds take their bytes at HBM_SHARE of the bandwidth."""
     vector: float
     """Everything else on the TensorCores, memory-bound fusions at HBM_SHARE of the bandwidth."""
     kernels: float
@@ -108,6 +110,8 @@ class Estimate:
     """Communication that nothing hides."""
     hidden: float
     """Communication beside the rest; not part of the sum."""
+    matmul_raw: float
+    """`matmul` in the compiler's own cycles."""
     vector_raw: float
     """`vector` in the compiler's own cycles."""
     collectives: dict[str, Traffic]
@@ -119,13 +123,14 @@ class Estimate:
 
     @property
     def seconds_high(self) -> float:
-        """The pessimistic end: raw vector cycles, nothing hidden."""
-        return self.matmul + self.vector_raw + self.kernels + self.exposed + self.hidden
+        """The pessimistic end: the compiler's own cycles, nothing hidden."""
+        return self.matmul_raw + self.vector_raw + self.kernels + self.exposed + self.hidden
 
 
 @dataclasses.dataclass
 class _Parts:
     matmul: float = 0.0
+    matmul_raw: float = 0.0
     vector: float = 0.0
     vector_raw: float = 0.0
     kernels: float = 0.0
@@ -187,15 +192,17 @@ class Links:
 class Simulation:
     """Plays one step of a program through; `estimate` is the result."""
 
-    def __init__(self, program: Program, topology: Topology, coordinates: Sequence[tuple[int, ...]]):
-        self.program, self.chip = program, topology.chip
+    def __init__(
+        self, program: Program, topology: Topology, coordinates: Sequence[tuple[int, ...]], streams_weights: bool
+    ):
+        self.program, self.chip, self.streams_weights = program, topology.chip, streams_weights
         self.links = Links(topology, coordinates)
         self.collectives: dict[str, Traffic] = defaultdict(Traffic)
         self.warnings: list[str] = []
         parts = self._run(program.computations[program.entry], 1)
         self.estimate = Estimate(
             matmul=parts.matmul, vector=parts.vector, kernels=parts.kernels, exposed=parts.exposed,
-            hidden=parts.communication - parts.exposed, vector_raw=parts.vector_raw,
+            hidden=parts.communication - parts.exposed, matmul_raw=parts.matmul_raw, vector_raw=parts.vector_raw,
             collectives=dict(self.collectives), warnings=tuple(self.warnings),
         )  # fmt: skip
 
@@ -273,14 +280,28 @@ class Simulation:
             return
         raw = instruction.cycles / self.chip.clock
         if self.program.is_matmul(instruction):
-            parts.matmul += raw
+            parts.matmul_raw += raw
+            parts.matmul += self._matmul(instruction, computation, raw)
             return
         operands = (computation.by_name.get(name) for name in instruction.operands)
         shapes = [*instruction.shapes, *(s for operand in operands if operand for s in operand.shapes)]
-        moved = sum(shape.bytes for shape in shapes if shape.in_hbm)
-        ideal = moved / (HBM_SHARE * self.chip.hbm_bandwidth / self.chip.devices)
         parts.vector_raw += raw
-        parts.vector += min(raw, max(ideal, raw * CYCLES_HBM_SHARE / HBM_SHARE))
+        parts.vector += self._streamed(sum(shape.bytes for shape in shapes if shape.in_hbm), raw)
+
+    def _streamed(self, moved: float, raw: float) -> float:
+        """Seconds to move these bytes of HBM, by CYCLES_HBM_SHARE no longer or much shorter than the compiler's."""
+        ideal = moved / (HBM_SHARE * self.chip.hbm_bandwidth / self.chip.devices)
+        return min(raw, max(ideal, raw * CYCLES_HBM_SHARE / HBM_SHARE))
+
+    def _matmul(self, instruction: Instruction, computation: Computation, raw: float) -> float:
+        """The compiler's `raw` seconds at face value, but in inference for a matmul that HBM binds: one of few rows."""
+        if not self.streams_weights:
+            return raw
+        computing = matmul_flops(self.program, instruction) * self.chip.devices / self.chip.peak_flops
+        moved = moved_bytes(self.program, instruction, computation)
+        if moved * self.chip.devices / self.chip.hbm_bandwidth <= computing:
+            return raw
+        return max(self._streamed(moved, raw), min(computing, raw))
 
     def _kernel(self, instruction: Instruction) -> float:
         cost = instruction.backend_config.get("custom_call_config", {}).get("cost_estimate", {})
@@ -312,9 +333,14 @@ def kernel_efficiency(instruction: Instruction, chip: Chip) -> float:
     return known.efficiency * min(1.0, head_dim / known.head_dim)
 
 
-def estimate_step(program: Program, topology: Topology, coordinates: Sequence[tuple[int, ...]]) -> Estimate:
-    """The estimate for one step. Raises ValueError for a loop whose length is not known."""
-    return Simulation(program, topology, coordinates).estimate
+def estimate_step(
+    program: Program, topology: Topology, coordinates: Sequence[tuple[int, ...]], streams_weights: bool = False
+) -> Estimate:
+    """The estimate for one step. Raises ValueError for a loop whose length is not known.
+
+    `streams_weights`: matmuls of few rows, as in decoding, are bound by HBM and get the range that vector fusions have.
+    """
+    return Simulation(program, topology, coordinates, streams_weights).estimate
 
 
 def audit(collectives: dict[str, Traffic], matmul_parameters: int, is_gathered: bool, is_reduced: bool) -> Audit:

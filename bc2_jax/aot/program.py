@@ -155,7 +155,9 @@ class Computation:
 class Program:
     """A parsed module. Raises ValueError for text without an entry computation."""
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, open_trips: int | None = None):
+        """`open_trips`: iterations that a loop counts whose length is data; None refuses such loops."""
+        self.open_trips = open_trips
         self.computations: dict[str, Computation] = {}
         self.entry = ""
         partitions = re.search(r"num_partitions=([0-9]+)", text[:100_000])
@@ -187,7 +189,7 @@ class Program:
     def trip_count(self, loop: Instruction) -> int:
         """Iterations of a `while`: what the compiler noted, else the constant its counter is compared with.
 
-        Raises ValueError where neither is there: a loop whose length is data has no static time.
+        Where neither is there its length is data: `open_trips`, or ValueError, for it has no static time.
         """
         noted = loop.backend_config.get("known_trip_count", {}).get("n")
         if noted is not None:
@@ -198,6 +200,8 @@ class Program:
             for inner in (instruction, *self.inside(instruction)):
                 if inner.opcode == "constant" and inner.text.lstrip("-").isdecimal():
                     found.append(int(inner.text))
+        if not found and self.open_trips is not None:
+            return self.open_trips
         if not found:
             raise ValueError(f"Loop {loop.name} has no constant number of iterations in its condition.")
         return max(found)

@@ -71,23 +71,17 @@ class Report:
             "chips": self.chips,
             "sequences_per_chip": self.sequences_per_chip,
             "hbm_bytes_per_chip": self.hbm_bytes_used,
-            "hbm": dataclasses.asdict(self.memory) | {"share": self.hbm_bytes_used / self.hbm_bytes},
+            "hbm": memory_json(self.memory, self.hbm_bytes),
             "lower_seconds": self.lower_seconds,
             "compile_seconds": self.compile_seconds,
             "model_flops_per_chip": self.flops,
             "estimated_step_seconds": estimate.seconds,
-            "estimated_step_parts": {
-                name: getattr(estimate, name)
-                for name in ("matmul", "vector", "vector_raw", "kernels", "exposed", "hidden")
-            },
+            "estimated_step_parts": parts_json(estimate),
             "estimated_mfu": self.mfu,
             "estimated_mfu_low": self.mfu_low,
             "tokens_per_second_per_chip": self.tokens_per_second,
             "days_for_2_6_trillion_tokens": self.days,
-            "collectives": {
-                kind: dataclasses.asdict(t) | {"asynchronous": t.asynchronous_bytes == t.bytes}
-                for kind, t in estimate.collectives.items()
-            },
+            "collectives": collectives_json(estimate),
             "audit": dataclasses.asdict(self.audit) | {"complete": self.audit.complete},
             "warnings": list(self.warnings),
         }
@@ -105,18 +99,16 @@ def make_report(step: CompiledStep) -> Report:
         model.flops_per_sequence(length) // (6 * length)
         - model.num_hidden_layers * model.hidden_size * (length + 1)
     )  # fmt: skip
-    devices = topology.chip.devices
     mesh = config.mesh
     found = audit(
         estimate.collectives, matmul_parameters // mesh.tensor, is_gathered=mesh.fsdp > 1,
         is_reduced=mesh.data * mesh.fsdp > 1,
     )  # fmt: skip
-    memory = Memory(*(devices * getattr(step.memory, f.name) for f in dataclasses.fields(Memory)))
     return Report(
         topology=str(topology),
         chips=topology.num_chips,
         sequences_per_chip=sequences,
-        memory=memory,
+        memory=step.memory.of(topology.chip.devices),
         hbm_bytes=topology.chip.hbm_bytes,
         lower_seconds=step.lower_seconds,
         compile_seconds=step.compile_seconds,
@@ -137,20 +129,30 @@ def _warnings(step: CompiledStep, program: Program, estimate: Estimate, found: A
     lines = list(estimate.warnings)
     if not found.complete:
         lines.append(
-            f"The count is not complete: {_gib(found.gathered_bytes)} gathered of {_gib(found.gathered_needed)} "
-            f"needed, {_gib(found.reduced_bytes)} reduced of {_gib(found.reduced_needed)}."
+            f"The count is not complete: {gib(found.gathered_bytes)} gathered of {gib(found.gathered_needed)} "
+            f"needed, {gib(found.reduced_bytes)} reduced of {gib(found.reduced_needed)}."
         )
     for name, size in step.replicated:
-        lines.append(f"Every device holds the whole of {name}, {_gib(size)}.")
-    lines += _of_program(program)
+        lines.append(f"Every device holds the whole of {name}, {gib(size)}.")
+    return lines + _of_program(program) + synchronous_warnings(estimate) + log_warnings(step.log)
+
+
+def synchronous_warnings(estimate: Estimate) -> list[str]:
+    """Of collectives that nothing hides."""
+    lines = []
     for kind, traffic in estimate.collectives.items():
         synchronous = traffic.bytes - traffic.asynchronous_bytes
         if synchronous >= LARGE:
-            lines.append(f"{kind} waits for {_gib(synchronous)} of {_gib(traffic.bytes)}: nothing runs beside it.")
-    count = len(re.findall("nvoluntary full rematerialization", step.log))
-    if count:
-        lines.append(f"{count} tensors are gathered whole to change their layout (involuntary rematerialisation).")
+            lines.append(f"{kind} waits for {gib(synchronous)} of {gib(traffic.bytes)}: nothing runs beside it.")
     return lines
+
+
+def log_warnings(log: str) -> list[str]:
+    """Of what the compiler wrote."""
+    count = len(re.findall("nvoluntary full rematerialization", log))
+    if not count:
+        return []
+    return [f"{count} tensors are gathered whole to change their layout (involuntary rematerialisation)."]
 
 
 def _of_program(program: Program) -> list[str]:
@@ -182,24 +184,19 @@ def _of_program(program: Program) -> list[str]:
     if recomputed:
         lines.append(f"The compiler recomputes {recomputed} instructions a step to save memory.")
     if padding >= LARGE:
-        lines.append(f"The arguments hold {_gib(padding)} of padding to tiles.")
+        lines.append(f"The arguments hold {gib(padding)} of padding to tiles.")
     for text, (times, size) in sorted(large.items(), key=lambda item: -item[1][1]):
-        lines.append(f"{_gib(size)} in {times} collectives are {text}.")
+        lines.append(f"{gib(size)} in {times} collectives are {text}.")
     return lines
 
 
 def render(report: Report) -> list[tuple[str, str]]:
     """The report as lines (name, text); every time and rate is called estimated."""
-    memory, estimate = report.memory, report.estimate
+    estimate = report.estimate
     low = report.estimate.seconds_high
     rows = [
         ("topology", f"{report.topology}, {report.chips} chips, {report.sequences_per_chip:g} sequences per chip"),
-        (
-            "HBM per chip",
-            f"{_gib(report.hbm_bytes_used)} = {report.hbm_bytes_used / report.hbm_bytes:.0%} of "
-            f"{_gib(report.hbm_bytes)}: arguments {_gib(memory.arguments)}, temporaries {_gib(memory.temporaries)}, "
-            f"other outputs {_gib(memory.outputs - memory.aliased)}; in use at one time {_gib(memory.peak)}",
-        ),
+        ("HBM per chip", memory_text(report.memory, report.hbm_bytes)),
         ("compilation", f"{report.compile_seconds:.1f} s, tracing {report.lower_seconds:.1f} s"),
         ("model FLOPs per chip", f"{report.flops:.4e} = {report.flops_formula}"),
         (
@@ -216,17 +213,54 @@ def render(report: Report) -> list[tuple[str, str]]:
         ("estimated tokens/s per chip", f"{report.tokens_per_second:,.0f}"),
         ("estimated days for 2.6 T tokens", f"{report.days:,.1f} on {report.chips} chips"),
     ]
-    for kind, t in sorted(estimate.collectives.items(), key=lambda item: -item[1].bytes):
-        share = t.asynchronous_bytes / t.bytes if t.bytes else 0
-        rows.append((kind, f"{_gib(t.bytes)} in {t.count}, {share:.0%} asynchronous, {t.seconds:.3f} s on the links"))
+    rows += collective_rows(estimate)
     a = report.audit
     rows.append((
         "audit",
-        f"gathered {_gib(a.gathered_bytes)} of at least {_gib(a.gathered_needed)}, reduced {_gib(a.reduced_bytes)} of "
-        f"at least {_gib(a.reduced_needed)}: {'complete' if a.complete else 'NOT complete'}",
+        f"gathered {gib(a.gathered_bytes)} of at least {gib(a.gathered_needed)}, reduced {gib(a.reduced_bytes)} of "
+        f"at least {gib(a.reduced_needed)}: {'complete' if a.complete else 'NOT complete'}",
     ))  # fmt: skip
     return rows
 
 
-def _gib(size: float) -> str:
+def memory_json(memory: Memory, hbm_bytes: int) -> dict[str, Any]:
+    """Of a chip with `hbm_bytes`."""
+    return dataclasses.asdict(memory) | {"share": memory.total / hbm_bytes}
+
+
+def parts_json(estimate: Estimate) -> dict[str, float]:
+    """Seconds."""
+    names = ("matmul", "matmul_raw", "vector", "vector_raw", "kernels", "exposed", "hidden")
+    return {name: getattr(estimate, name) for name in names}
+
+
+def collectives_json(estimate: Estimate) -> dict[str, Any]:
+    """Bytes and seconds of each kind."""
+    return {
+        kind: dataclasses.asdict(t) | {"asynchronous": t.asynchronous_bytes == t.bytes}
+        for kind, t in estimate.collectives.items()
+    }
+
+
+def memory_text(memory: Memory, hbm_bytes: int) -> str:
+    """Of a chip with `hbm_bytes`."""
+    return (
+        f"{gib(memory.total)} = {memory.total / hbm_bytes:.0%} of {gib(hbm_bytes)}: arguments {gib(memory.arguments)}, "
+        f"temporaries {gib(memory.temporaries)}, other outputs {gib(memory.outputs - memory.aliased)}; "
+        f"in use at one time {gib(memory.peak)}"
+    )
+
+
+def collective_rows(estimate: Estimate) -> list[tuple[str, str]]:
+    """One line for each kind, most bytes first."""
+    rows = []
+    for kind, t in sorted(estimate.collectives.items(), key=lambda item: -item[1].bytes):
+        share = t.asynchronous_bytes / t.bytes if t.bytes else 0
+        seconds = f"{t.seconds:.3f} s" if t.seconds >= 0.01 else f"{1e3 * t.seconds:.3f} ms"
+        rows.append((kind, f"{gib(t.bytes)} in {t.count}, {share:.0%} asynchronous, {seconds} on the links"))
+    return rows
+
+
+def gib(size: float) -> str:
+    """Bytes as GiB, or as MiB where they are few."""
     return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{math.ceil(size / 2**20)} MiB"

@@ -17,8 +17,8 @@ def init_cache(
 
     Keys and values take 4 * L * B * S * D bytes in bf16: 2 GiB a sequence of 4096 tokens for 7B, 3.1 GiB for 13B.
     """
-    shape = (config.num_hidden_layers, batch, length, config.num_attention_heads, config.head_dim)
-    axes = ("layers", "batch", None, "attention_heads", "head_dim")
+    shape = (config.num_hidden_layers, batch, config.num_attention_heads, length, config.head_dim)
+    axes = ("layers", "batch", "attention_heads", None, "head_dim")
     k, v = (rules.reshard(jnp.zeros(shape, compute.dtype), *axes) for _ in "kv")
     slots = (rules.reshard(jnp.zeros((batch, length), jnp.int32), "batch", None) for _ in Tokens._fields)
     return KVCache(k, v, Tokens(*slots), jnp.zeros((), jnp.int32))

@@ -7,6 +7,7 @@ once per (batch, prompt bucket, cache bucket), the decode loop once per (batch, 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -18,12 +19,14 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from bc2_jax.config import ModelConfig
+from bc2_jax.config import ComputeConfig, ModelConfig
 from bc2_jax.infer.cache import init_cache
 from bc2_jax.infer.sampling import penalize_repetition, sample_tokens
+from bc2_jax.kernels.blocks import current_chip
 from bc2_jax.model.attention import KVCache
-from bc2_jax.model.baichuan import Baichuan2, Params
+from bc2_jax.model.baichuan import Baichuan2, Params, split_model
 from bc2_jax.sharding import ShardingRules, use_mesh_of
+from bc2_jax.tpu.options import compiler_options
 
 OnToken = Callable[[int, list[int | None]], None]
 """Called with the step, from 0, and the new token of each prompt: None for those that have stopped."""
@@ -103,11 +106,17 @@ def generate(
         key=jax.random.key(seed),
     )
     with use_mesh_of(model.norm.weight[...]):
-        ids_BT, segments_BT = _pad_prompts(prompts, _num_batch_shards(rules), config.pad_token_id)
+        if rules.parts("sequence") > 1:
+            # One new token cannot be cut: the devices that share a sequence each work on the whole of it, and share
+            # only the heads of attention.
+            rules = dataclasses.replace(rules, sequence=None)
+            graphdef = split_model(config, model.compute, rules)[0]
+        ids_BT, segments_BT = _pad_prompts(prompts, rules.parts("batch"), config.pad_token_id)
         length = bucket(ids_BT.shape[1] + max_new_tokens)
         params = _prepare_params(graphdef, nnx.to_pure_dict(state))
-        decoding = _prefill(graphdef, params, ids_BT, segments_BT, sampling, length=length, top_k=top_k)
-        decode = functools.partial(_decode, graphdef, params, sampling=sampling, top_k=top_k)
+        prefill, loop = _programs(model.compute)
+        decoding = prefill(graphdef, params, ids_BT, segments_BT, sampling, length=length, top_k=top_k)
+        decode = functools.partial(loop, graphdef, params, sampling=sampling, top_k=top_k)
         if on_token is None:
             decoding = decode(decoding, limit=np.int32(max_new_tokens))
         else:
@@ -166,13 +175,6 @@ def _check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_ne
             )
 
 
-def _num_batch_shards(rules: ShardingRules) -> int:
-    """Parts into which the mesh in use cuts the batch."""
-    sharding = rules.sharding("batch")
-    size = 1 if sharding is None else sharding.mesh.size
-    return 1 if sharding is None else size // sharding.shard_shape((size,))[0]
-
-
 def _pad_prompts(
     prompts: Sequence[Sequence[int]], batch_multiple: int, pad_token_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -193,12 +195,18 @@ def _until(tokens: list[int], stop: int) -> list[int]:
 # ----------------------------------------------------------------------------------------------------- on the device
 
 
+_TRANSPOSED = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _prepare_params(graphdef: Any, params: Params) -> Params:
     """What would otherwise be done again for every token: weights in the compute dtype, the head's rows normalised.
 
     The embedding and the head are gathered along the model dimension as well: every step reads all of the head.
-    Norm weights stay as they are, for they scale in fp32. Results equal those of the stored parameters.
+    Weights that multiply the hidden states change places with the model dimension, q, k and v to [L, N, D, H], gate and
+    up to [L, F, D]: in their stored order the TPU compiler copies them before the first step of each call, gate and up
+    where a chip's part of F does not fill its tiles, q, k and v for a single sequence. Norm weights stay as they are,
+    for they scale in fp32. Results equal those of the stored parameters.
     """
     model: Baichuan2 = nnx.merge(graphdef, params)
     rules, dtype = model.lm_head.rules, jnp.dtype(model.compute.dtype)
@@ -210,12 +218,17 @@ def _prepare_params(graphdef: Any, params: Params) -> Params:
     tables = {"embed_tokens": model.embed_tokens.weight[...], "lm_head": model.lm_head.rows()}
     for name, table_VD in tables.items():
         prepared[name] = {"weight": rules.reshard(table_VD.astype(dtype), "vocab", None)}
+    for part, names in _TRANSPOSED.items():
+        for name in names:
+            weights = prepared["layers"][part][name]
+            weights["weight"] = jnp.swapaxes(weights["weight"], 1, 2)
     return prepared
 
 
 def _merge_prepared(graphdef: Any, prepared: Params) -> Baichuan2:
     model = nnx.merge(graphdef, prepared)
     model.lm_head.normalize = False  # its rows are
+    model.layers.self_attn.transposed = model.layers.mlp.transposed = True  # as the weights in _TRANSPOSED are
     return model
 
 
@@ -228,8 +241,7 @@ def _forward(
     return model.lm_head(h_BTD[:, -1:]), appended
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("length", "top_k"))
-def _prefill(
+def _run_prefill(
     graphdef: Any, params: Params, ids_BT: Array, segments_BT: Array, sampling: Sampling, *, length: int, top_k: int
 ) -> Decoding:
     """Runs the left-padded prompts into an empty cache of `length` slots and chooses each one's first token."""
@@ -237,7 +249,7 @@ def _prefill(
     rules, V = model.lm_head.rules, model.config.vocab_size
     (B, _), position_B = ids_BT.shape, segments_BT.sum(axis=1)
     stopped_B = position_B == 0
-    ids_BT, segments_BT = (rules.reshard(x, "batch", "sequence") for x in (ids_BT, segments_BT))
+    ids_BT, segments_BT = (rules.reshard(x, "batch", None) for x in (ids_BT, segments_BT))
     cache = init_cache(model.config, model.compute, B, length, rules)
     logits_BTV, cache = _forward(model, ids_BT, None, segments_BT, cache)
 
@@ -260,25 +272,47 @@ def _prefill(
     return _choose_next(start, logits_BTV, sampling, top_k, rules)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="top_k", donate_argnums=2)
-def _decode(
+def _run_decode(
     graphdef: Any, params: Params, decoding: Decoding, *, sampling: Sampling, top_k: int, limit: Array
 ) -> Decoding:
     """Steps until each sequence has `limit` tokens or all have stopped."""
     model = _merge_prepared(graphdef, params)
-    rules = model.lm_head.rules
 
     def goes_on(decoding: Decoding) -> Array:
         return (decoding.step < limit) & ~jnp.all(decoding.stopped_B)
 
-    def advance(decoding: Decoding) -> Decoding:
-        ids_BT, positions_BT = (
-            rules.reshard(x[:, None], "batch", "sequence") for x in (decoding.token_B, decoding.position_B)
-        )
-        logits_BTV, cache = _forward(model, ids_BT, positions_BT, None, decoding.cache)
-        return _choose_next(decoding._replace(cache=cache), logits_BTV, sampling, top_k, rules)
+    return jax.lax.while_loop(goes_on, lambda decoding: decode_step(model, decoding, sampling, top_k), decoding)
 
-    return jax.lax.while_loop(goes_on, advance, decoding)
+
+def decode_step(model: Baichuan2, decoding: Decoding, sampling: Sampling, top_k: int) -> Decoding:
+    """One token more of every sequence; `model` holds prepared parameters."""
+    rules = model.lm_head.rules
+    ids_BT, positions_BT = (
+        rules.reshard(x[:, None], "batch", "sequence") for x in (decoding.token_B, decoding.position_B)
+    )
+    logits_BTV, cache = _forward(model, ids_BT, positions_BT, None, decoding.cache)
+    return _choose_next(decoding._replace(cache=cache), logits_BTV, sampling, top_k, rules)
+
+
+_PREFILL: dict[str, Any] = {"static_argnums": 0, "static_argnames": ("length", "top_k")}
+_DECODE: dict[str, Any] = {"static_argnums": 0, "static_argnames": "top_k", "donate_argnums": 2}
+_prefill = jax.jit(_run_prefill, **_PREFILL)
+_decode = jax.jit(_run_decode, **_DECODE)
+
+
+def _programs(compute: ComputeConfig) -> tuple[Callable[..., Decoding], Callable[..., Decoding]]:
+    """Prefill and decoding loop, on a TPU with the compiler options that `compute` chooses."""
+    chip = current_chip()
+    return (_prefill, _decode) if chip is None or compute.compiler_options == "default" else _tuned(chip)
+
+
+@functools.cache
+def _tuned(chip: str) -> tuple[Callable[..., Decoding], Callable[..., Decoding]]:
+    options = compiler_options(chip, inference=True)
+    return (
+        jax.jit(_run_prefill, compiler_options=options, **_PREFILL),
+        jax.jit(_run_decode, compiler_options=options, **_DECODE),
+    )
 
 
 def _choose_next(

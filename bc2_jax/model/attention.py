@@ -22,7 +22,7 @@ class KVCache(NamedTuple):
     """Keys and values of the tokens seen so far, in slots that all sequences of the batch share."""
 
     k: Array
-    """[L, B, S, N, H] in the compute dtype."""
+    """[L, B, N, S, H] in the compute dtype: slots and head size last, so that a TPU's tiles hold no padding."""
     v: Array
     tokens: Tokens
     """Position and segment of each slot, int32 [B, S]; segment 0 is an empty slot or padding."""
@@ -42,6 +42,8 @@ class SelfAttention(nnx.Module):
         self.k_proj = Weight.normal(rngs, (L, D, N, H), into, std, rules)
         self.v_proj = Weight.normal(rngs, (L, D, N, H), into, std, rules)
         self.o_proj = Weight.normal(rngs, (L, N, H, D), out, std, rules)
+        self.transposed = False
+        """Whether q_proj, k_proj and v_proj hold [L, N, D, H]."""
         self.config, self.compute, self.rules = config, compute, rules
 
     def __call__(
@@ -49,8 +51,11 @@ class SelfAttention(nnx.Module):
     ) -> tuple[Array, KVCache | None]:
         """[B, T, D] -> [B, T, D]. With a cache, writes the new keys and values at its end and returns it."""
         out_axes = ("batch", "sequence", "heads", "head_dim")
+        into, equation = ("embed", "heads", "head_dim"), "BTD,DNH->BTNH"
+        if self.transposed:
+            into, equation = ("heads", "embed", "head_dim"), "BTD,NDH->BTNH"
         q, k, v = (
-            linear("BTD,DNH->BTNH", x_BTD, proj.weight[...], ("embed", "heads", "head_dim"), out_axes, self.rules)
+            linear(equation, x_BTD, proj.weight[...], into, out_axes, self.rules)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         if rope is not None:
@@ -58,13 +63,13 @@ class SelfAttention(nnx.Module):
         q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
         q, k, v = (self.rules.reshard(x, "batch", None, "attention_heads", "head_dim") for x in (q, k, v))
         if cache is not None:
-            start = (layer, 0, cache.length, 0, 0)
+            start = (layer, 0, 0, cache.length, 0)
             cache = cache._replace(
-                k=jax.lax.dynamic_update_slice(cache.k, k[None], start),
-                v=jax.lax.dynamic_update_slice(cache.v, v[None], start),
+                k=jax.lax.dynamic_update_slice(cache.k, jnp.swapaxes(k, 1, 2)[None], start),
+                v=jax.lax.dynamic_update_slice(cache.v, jnp.swapaxes(v, 1, 2)[None], start),
             )
         if cache is not None and q.shape[1] == 1:
-            out = self._attend(q, cache.k[layer], cache.v[layer], tokens, cache.tokens, cache.length)
+            out = self._attend_to_cache(q, tokens, cache, layer)
         else:
             # A prefill fills an empty cache, so its tokens see only each other.
             out = self._attend(q, k, v, tokens, tokens, 0)
@@ -77,9 +82,7 @@ class SelfAttention(nnx.Module):
 
     def _attend(self, q: Array, k: Array, v: Array, q_tokens: Tokens, k_tokens: Tokens, offset: Array | int) -> Array:
         """The kernel, on each device's own heads of whole sequences; slopes are cut with their heads."""
-        slopes = None
-        if self.config.position_embedding == "alibi":
-            slopes = self.rules.reshard(jnp.asarray(alibi_slopes(self.config.num_attention_heads)), "attention_heads")
+        slopes = self._slopes()
 
         def self_attention(q, k, v, q_tokens, k_tokens, slopes, offset):
             if self.compute.attention == "flash":
@@ -102,3 +105,30 @@ class SelfAttention(nnx.Module):
             slopes_spec = None if slopes is None else spec("attention_heads")
             in_specs = (heads, heads, heads, Tokens._make(rows), Tokens._make(rows), slopes_spec, spec())
             return jax.shard_map(kernel, in_specs=in_specs, out_specs=heads)(*arguments)
+
+    def _attend_to_cache(self, q: Array, tokens: Tokens, cache: KVCache, layer: Array | int) -> Array:
+        """Attention of one token a sequence, [B, 1, N, H], which is already in the cache, to one layer of it."""
+        if self.compute.attention != "flash":
+            k, v = (jnp.swapaxes(x[layer], 1, 2) for x in (cache.k, cache.v))
+            return self._attend(q, k, v, tokens, cache.tokens, cache.length)
+        from bc2_jax.kernels.flash_decode import flash_decode  # Pallas takes most of a second to import
+
+        with jax.named_scope("attention"):
+            # The whole cache and the number of the layer: a slice would be copied.
+            layer, slopes = jnp.asarray(layer, jnp.int32), self._slopes()
+            tokens = Tokens(*(self.rules.reshard(x, "batch", None) for x in tokens))
+            arguments = (q[:, 0], cache.k, cache.v, layer, cache.length, tokens, cache.tokens, slopes)
+            if self.rules.sharding() is None:
+                return flash_decode(*arguments)[:, None]
+            spec = self.rules.spec
+            heads, rows = spec("batch", "attention_heads", "head_dim"), Tokens._make((spec("batch", None),) * 2)
+            slots = spec("layers", "batch", "attention_heads", None, "head_dim")
+            slopes_spec = None if slopes is None else spec("attention_heads")
+            in_specs = (heads, slots, slots, spec(), spec(), rows, rows, slopes_spec)
+            return jax.shard_map(flash_decode, in_specs=in_specs, out_specs=heads)(*arguments)[:, None]
+
+    def _slopes(self) -> Array | None:
+        """ALiBi's slopes, cut as the heads are; None where positions are rotated."""
+        if self.config.position_embedding != "alibi":
+            return None
+        return self.rules.reshard(jnp.asarray(alibi_slopes(self.config.num_attention_heads)), "attention_heads")

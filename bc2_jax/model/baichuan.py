@@ -89,6 +89,9 @@ class Baichuan2(nnx.Module):
         parts = self.rules.parts("sequence")
         if cache is None and input_ids.shape[1] % parts:
             raise ValueError(f"input_ids has {input_ids.shape[1]} columns; the mesh needs a multiple of {parts}.")
+        if positions is None:  # they are counted along whole sequences
+            input_ids = self.rules.reshard(input_ids, "batch", None)
+            segment_ids = None if segment_ids is None else self.rules.reshard(segment_ids, "batch", None)
         # A caller's arrays may be laid out in any way, for instance not at all.
         given = (input_ids, *place_tokens(input_ids, positions, segment_ids))
         input_ids, positions, segment_ids = (self.rules.reshard(x, "batch", "sequence") for x in given)

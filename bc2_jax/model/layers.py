@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -53,8 +54,27 @@ def _matmul(equation: str, x: Array, y: Array, out_sharding: NamedSharding | Non
 
 
 def _linear_forward(equation, x, w, axes, out_axes, rules):
-    y = _matmul(equation, x, gather(w, axes, rules, x.dtype), rules.sharding(*out_axes))
+    used = gather(w, axes, rules, x.dtype)
+    y = jnp.einsum(
+        equation, x, used, preferred_element_type=_sum_dtype(equation, x), out_sharding=rules.sharding(*out_axes)
+    )
     return y.astype(x.dtype), (x, w)
+
+
+def _sum_dtype(equation: str, x: Array) -> jnp.dtype:
+    """That in which products leave the hardware: fp32, but where TPUs add theirs up, that of x: half the bytes travel.
+
+    Each chip's own sum is fp32 in either case.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    device = mesh.abstract_device
+    if device is None or device.platform != "tpu":
+        return jnp.dtype(jnp.float32)
+    x_dims, y_dims = equation.split(",")[0], equation.split("->")[1]
+    spec = jax.typeof(x).sharding.spec  # type: ignore[attr-defined]  # jax declares the base class
+    cut = [axes for dim, axes in zip(x_dims, spec, strict=True) if dim not in y_dims and axes is not None]
+    sizes = [mesh.shape[axis] for axes in cut for axis in ((axes,) if isinstance(axes, str) else axes)]
+    return x.dtype if math.prod(sizes) > 1 else jnp.dtype(jnp.float32)
 
 
 def _linear_backward(equation, axes, out_axes, rules, residuals, dy):
@@ -137,12 +157,17 @@ class MLP(nnx.Module):
         self.gate_proj = Weight.normal(rngs, (L, D, F), into, std, rules)
         self.up_proj = Weight.normal(rngs, (L, D, F), into, std, rules)
         self.down_proj = Weight.normal(rngs, (L, F, D), out, std, rules)
+        self.transposed = False
+        """Whether gate_proj and up_proj hold [L, F, D]."""
         self.rules = rules
 
     def __call__(self, x_BTD: Array) -> Array:
-        into, inner = ("embed", "ffn"), ("batch", "sequence", "ffn")
-        gate_BTF = linear("BTD,DF->BTF", x_BTD, self.gate_proj.weight[...], into, inner, self.rules)
-        up_BTF = linear("BTD,DF->BTF", x_BTD, self.up_proj.weight[...], into, inner, self.rules)
+        into, equation = ("embed", "ffn"), "BTD,DF->BTF"
+        if self.transposed:
+            into, equation = ("ffn", "embed"), "BTD,FD->BTF"
+        inner = ("batch", "sequence", "ffn")
+        gate_BTF = linear(equation, x_BTD, self.gate_proj.weight[...], into, inner, self.rules)
+        up_BTF = linear(equation, x_BTD, self.up_proj.weight[...], into, inner, self.rules)
         gate_BTF, up_BTF = checkpoint_name(gate_BTF, "gate"), checkpoint_name(up_BTF, "up")
         y_BTD = linear(
             "BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, self.down_proj.weight[...], ("ffn", "embed"),

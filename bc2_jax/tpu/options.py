@@ -101,15 +101,26 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
 }
 """Generation -> options. All are a prediction of the compiler's cost model, to be verified on hardware."""
 
+INFERENCE_OPTIONS = (
+    Option(
+        "xla_tpu_enable_dot_strength_reduction", False,
+        "the matmuls of a single sequence stay matmuls; on the vector unit they take three times as long",
+    ),
+)  # fmt: skip
+"""On top of the generation's, for prefill and decoding."""
 
-def compiler_options(generation: str, overrides: tuple[str, ...] = ()) -> dict[str, Value]:
-    """For `lowered.compile(compiler_options=...)`; `overrides` are "name=value", later ones win, "name=" removes.
 
+def compiler_options(generation: str, overrides: tuple[str, ...] = (), *, inference: bool = False) -> dict[str, Value]:
+    """For `lowered.compile(compiler_options=...)`, of training or of inference.
+
+    `overrides` are "name=value", later ones win, "name=" removes.
     Raises ValueError for an unknown generation or an override of another form.
     """
     if generation not in OPTIONS:
         raise ValueError(f"generation = {generation!r} is not valid: it must be one of {', '.join(CHIPS)}.")
-    options: dict[str, Value] = {option.name: option.value for option in OPTIONS[generation]}
+    options: dict[str, Value] = {
+        option.name: option.value for option in OPTIONS[generation] + (INFERENCE_OPTIONS if inference else ())
+    }  # fmt: skip
     for text in overrides:
         name, equals, value = text.partition("=")
         if not (name.replace("_", "").isalnum() and equals):

@@ -75,7 +75,7 @@ def test_batch_equals_each_prompt_alone(model):
     assert [len(tokens) for tokens in together] == [20] * 3
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 2), (2, 1, 2)])
+@pytest.mark.parametrize("shape", [(1, 2, 2), (2, 1, 2), (1, 2, 1, 2, 2)])  # data, fsdp, tensor, fsdp_inner, context
 def test_mesh_changes_nothing(golden, model, mesh_of, shape):
     # Three prompts do not divide by data * fsdp = 2.
     expected = generate(model, PROMPTS, max_new_tokens=20, **GREEDY)
@@ -195,6 +195,18 @@ def test_no_recompilation(small):
     assert count() == before
 
 
+def test_on_a_tpu_its_options_are_used(small, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(module, "current_chip", lambda: "v5e")
+    monkeypatch.setattr(module, "compiler_options", lambda chip, inference: chosen.append((chip, inference)) or {})
+    module._tuned.cache_clear()
+    tuned = generate(small, [[5, 6, 7]], max_new_tokens=8, **GREEDY)
+    assert chosen == [("v5e", True)]
+    monkeypatch.setattr(module, "current_chip", lambda: None)
+    assert generate(small, [[5, 6, 7]], max_new_tokens=8, **GREEDY) == tuned
+    module._tuned.cache_clear()
+
+
 # ------------------------------------------------------------------------------------------------------------- errors
 
 
@@ -234,5 +246,5 @@ def test_bucket():
 
 def test_full_size_cache():
     cache = jax.eval_shape(lambda: init_cache(BAICHUAN2_7B, ComputeConfig(), 1, 4096))
-    assert cache.k.shape == (32, 1, 4096, 32, 128) and cache.k.dtype == jnp.bfloat16
+    assert cache.k.shape == (32, 1, 32, 4096, 128) and cache.k.dtype == jnp.bfloat16
     assert (cache.k.size + cache.v.size) * 2 == 2 * 2**30

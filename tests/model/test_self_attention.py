@@ -18,9 +18,9 @@ from bc2_jax.sharding import DEFAULT_RULES
 
 
 def empty_cache(config, B: int, S: int, sharding=None) -> KVCache:
-    shape = (config.num_hidden_layers, B, S, config.num_attention_heads, config.head_dim)
+    shape = (config.num_hidden_layers, B, config.num_attention_heads, S, config.head_dim)
     make = lambda shape, dtype, axes: jnp.zeros(shape, dtype, device=sharding and sharding(*axes))  # noqa: E731
-    kv = make(shape, jnp.float32, (None, "batch", None, "attention_heads", None))
+    kv = make(shape, jnp.float32, (None, "batch", "attention_heads", None, None))
     slots = make((B, S), jnp.int32, ("batch", None))
     return KVCache(kv, kv, Tokens(slots, slots), jnp.zeros((), jnp.int32))
 
@@ -83,4 +83,4 @@ def test_decoding_on_a_mesh(golden, mesh_of):
             np.testing.assert_array_equal(token, golden.arrays["greedy_ids"][:, step])
             positions = np.full((2, 1), prompt.shape[1] + step)
             logits, cache = run(params, put(token[:, None]), put(positions), None, cache)
-    assert cache.k.sharding.spec == DEFAULT_RULES.spec(None, "batch", None, "attention_heads", None)
+    assert cache.k.sharding.spec == DEFAULT_RULES.spec(None, "batch", "attention_heads", None, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bc2_jax.tpu.chips import CHIPS
-from bc2_jax.tpu.options import OPTIONS, compiler_options
+from bc2_jax.tpu.options import INFERENCE_OPTIONS, OPTIONS, compiler_options
 
 
 def test_every_generation_has_options_with_a_reason():
@@ -27,6 +27,13 @@ def test_values():
     assert v5p["xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter"] is True
     assert compiler_options("v5e")["xla_tpu_scoped_vmem_limit_kib"] == 65536
     assert all("xla_jf_spmd_threshold_for_windowed_einsum_mib" in compiler_options(name) for name in OPTIONS)
+
+
+def test_inference_adds_its_own():
+    for name in OPTIONS:
+        added = compiler_options(name, inference=True).items() - compiler_options(name).items()
+        assert added == {("xla_tpu_enable_dot_strength_reduction", False)}
+    assert all(option.reason for option in INFERENCE_OPTIONS)
 
 
 def test_overrides():
