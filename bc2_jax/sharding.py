@@ -31,6 +31,8 @@ class ShardingRules:
     batch: MeshAxes = ("data", "fsdp", "fsdp_inner")
     lookup_batch: MeshAxes = "data"
     """The batch in the embedding lookup, where `embed` cuts the model dimension."""
+    lookup_embed: MeshAxes = ("fsdp", "fsdp_inner")
+    """The model dimension of what was looked up, once the sequences are cut: `embed` without the axes of `sequence`."""
     sequence: MeshAxes = "context"
     hidden: MeshAxes = None
     attention_heads: MeshAxes = ("tensor", "context")

@@ -145,6 +145,8 @@ class Embedding(Weight):
         ids_BT = self.rules.reshard(input_ids_BT, "lookup_batch", None)
         sharding = self.rules.sharding("lookup_batch", None, "embed")
         x_BTD = self.weight[...].at[ids_BT].get(out_sharding=sharding).astype(dtype)
+        # Sequences first, then rows: exchanged in one step, the compiler makes every device hold the whole batch.
+        x_BTD = self.rules.reshard(x_BTD, "lookup_batch", "sequence", "lookup_embed")
         return self.rules.reshard(x_BTD, "batch", "sequence", "hidden")
 
 

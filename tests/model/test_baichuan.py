@@ -29,7 +29,7 @@ from bc2_jax.model.baichuan import (
 from bc2_jax.sharding import DEFAULT_RULES, single_device_mesh
 
 FP32 = ComputeConfig(dtype="float32", attention_block=8)
-MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2), (1, 2, 2, 2, 1), (1, 2, 2, 1, 2), (1, 1, 1, 2, 4)]
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2), (1, 2, 2, 2, 1), (1, 2, 1, 2, 2), (2, 1, 1, 1, 2)]
 
 
 @functools.cache

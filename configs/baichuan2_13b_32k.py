@@ -1,0 +1,35 @@
+"""Baichuan 2 13B on sequences of 32,768 tokens: the long-context stage after pre-training at 4,096.
+
+python train.py configs/baichuan2_13b_32k.py --init-from CHECKPOINT --data.sources.0.path ROWS
+    --data.tokenizer tokenizer.model
+
+The paper does not train at this length; ALiBi needs no change for it. Rows are packed with
+`tools/tokenize_corpus.py --sequence-length 32768`.
+"""
+
+import dataclasses
+
+from bc2_jax.config import (
+    BAICHUAN2_13B,
+    ComputeConfig,
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    SourceConfig,
+    TrainConfig,
+)
+
+
+def config() -> TrainConfig:
+    return TrainConfig(
+        name="baichuan2_13b_32k",
+        model=dataclasses.replace(BAICHUAN2_13B, model_max_length=32_768),
+        data=DataConfig(
+            sources=(SourceConfig(path="rows"),), tokenizer="tokenizer.model", sequence_length=32_768,
+            global_batch_size=128,
+        ),
+        compute=ComputeConfig(attention="flash", remat="save_projections"),
+        mesh=MeshConfig(context=4, fsdp_inner=4),
+        optimizer=OptimizerConfig(peak_learning_rate=2e-5, min_learning_rate=2e-6, warmup_steps=100, decay_steps=5_000),
+        num_steps=5_000,
+    )  # fmt: skip
