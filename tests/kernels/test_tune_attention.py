@@ -37,14 +37,35 @@ def test_prints_the_line_of_the_best(monkeypatch, capsys):
     assert sum("does not compile: Ran out of memory" in line for line in lines) == 2
 
 
+def test_splash_beside_ours(monkeypatch, capsys):
+    """Per 1024 x 1024 scores, the best of each kernel; blocks of 512 are a quarter of that."""
+
+    def count(args, kernel, block, chunk, diagonal, splash=False):
+        assert args.rope
+        if splash and kernel == 1 and chunk == 256:
+            raise RuntimeError("Ran out of memory")
+        return (1000 + 100 * splash + kernel) * (block // 512) ** 2 + (chunk == 256)
+
+    monkeypatch.setattr(tune_attention, "count_cycles", count)
+    argv = ["--chip", "v5p", "--blocks", "512", "1024", "--chunks", "256", "512", "--splash"]
+    assert tune_attention.main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    ours, theirs = "flash_forward 4,000 (512, 512)", "splash_mha_fwd 4,400 (512, 512)"
+    assert f"{ours}, {theirs}, floor of the matmuls 4,096" in lines
+    ours, theirs = "flash_backward 4,004 (512, 512)", "splash_mha_dkv 4,404 (512, 512)"
+    assert f"{ours}, {theirs}, floor of the matmuls 10,240" in lines
+
+
 def test_errors(monkeypatch, capsys):
-    def count(*_):
+    def count(*_, **__):
         raise RuntimeError("no")
 
     monkeypatch.setattr(tune_attention, "count_cycles", count)
     assert tune_attention.main(["--chip", "v5e", "--blocks", "512"]) == 1
     assert tune_attention.main(["--chip", "v5e", "--run"]) == 2
     assert "--run needs a TPU, and this machine has none." in capsys.readouterr().err
+    assert tune_attention.main(["--chip", "v5e", "--splash"]) == 2
+    assert "libtpu counts none for v5e" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("chip", CHIPS)

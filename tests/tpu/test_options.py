@@ -8,11 +8,22 @@ from bc2_jax.tpu.chips import CHIPS
 from bc2_jax.tpu.options import INFERENCE_OPTIONS, OPTIONS, compiler_options
 
 
-def test_every_generation_has_options_with_a_reason():
+def test_every_option_has_a_reason_and_an_effect():
     assert set(OPTIONS) == set(CHIPS)
     for options in OPTIONS.values():
-        assert all(option.reason and "\n" not in option.reason for option in options)
+        for option in options:
+            for text in (option.reason, option.effect):
+                assert text and "\n" not in text, option
         assert len({option.name for option in options}) == len(options)
+
+
+def test_collectives_run_on_sparse_cores_where_there_are_any():
+    name = "xla_tpu_enable_sparse_core_collective_offload_all_gather"
+    for generation in ("v4", "v5e"):
+        assert name not in compiler_options(generation)
+    for generation in ("v5p", "v6e"):
+        assert compiler_options(generation)[name] is True
+        assert compiler_options(generation)["xla_tpu_enable_async_collective_fusion"] is False
 
 
 def test_fusion_of_collectives_is_for_v5e_alone():
@@ -25,7 +36,7 @@ def test_values():
     v5p = compiler_options("v5p")
     assert v5p["xla_tpu_scoped_vmem_limit_kib"] == 32768
     assert v5p["xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter"] is True
-    assert compiler_options("v5e")["xla_tpu_scoped_vmem_limit_kib"] == 65536
+    assert compiler_options("v5e")["xla_tpu_scoped_vmem_limit_kib"] == 32768
     assert all("xla_jf_spmd_threshold_for_windowed_einsum_mib" in compiler_options(name) for name in OPTIONS)
 
 
