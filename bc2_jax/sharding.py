@@ -144,6 +144,9 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     config = config.resolve(len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     require(config.data % slices == 0, "mesh.data", config.data, f"it must be a multiple of the {slices} slices")
+    if config.fsdp_inner == -1:
+        inner = _second_stage(config, devices)
+        config = dataclasses.replace(config, fsdp=config.fsdp // inner, fsdp_inner=inner)
     shape = (config.data // slices, *(getattr(config, axis) for axis in MESH_AXES[1:]))
     types = (AxisType.Explicit,) * len(MESH_AXES)
     try:
@@ -157,6 +160,19 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
             "product of some of its sides."
         ) from error
     return Mesh(grid, MESH_AXES, axis_types=types)
+
+
+def _second_stage(config: MeshConfig, devices: list[Any]) -> int:
+    """Devices of the second stage of gathers and scatters, 1 for none.
+
+    One axis of parameter shards over all of a 3-D torus has its gathers compiled to all-reduces (docs/tpu.md): then the
+    longest side goes apart.
+    """
+    if not hasattr(devices[0], "coords"):
+        return 1
+    sides = [len({device.coords[i] for device in devices}) for i in range(len(devices[0].coords))]
+    spans_torus = len(sides) == 3 and min(sides) > 1 and config.fsdp == math.prod(sides)
+    return max(sides) if spans_torus else 1
 
 
 def single_device_mesh(device: Any | None = None) -> Mesh:

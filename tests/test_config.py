@@ -102,7 +102,7 @@ OTHER_ERRORS = [
     (MeshConfig, {"num_cpu_devices": 8, "tensor": 3}, ("mesh.tensor = 3", "1, 2, 4, 8")),
     (MeshConfig, {"num_cpu_devices": 8, "data": 4, "context": 4}, ("mesh.data * mesh.context = 16", "1, 2, 4, 8")),
     (MeshConfig, {"context": 0}, ("mesh.context = 0", "at least 1")),
-    (MeshConfig, {"fsdp_inner": 0}, ("mesh.fsdp_inner = 0", "at least 1")),
+    (MeshConfig, {"fsdp_inner": 0}, ("mesh.fsdp_inner = 0", "at least 1, or -1")),
     (MeshConfig, {"num_cpu_devices": 8, "fsdp": 3, "data": 2}, ("mesh.fsdp = 3", "fsdp = 4")),
     (OptimizerConfig, {"peak_learning_rate": 0.0}, ("optimizer.peak_learning_rate = 0.0", "positive")),
     (OptimizerConfig, {"clip_norm": 0.0}, ("optimizer.clip_norm = 0.0", "positive")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from bc2_jax import sharding
 from bc2_jax.config import BAICHUAN2_13B, MeshConfig, ModelConfig, OptimizerConfig
 from bc2_jax.model.baichuan import Baichuan2, init_params, param_shardings, split_model
 from bc2_jax.model.layers import Embedding
@@ -73,6 +75,16 @@ def test_mesh_order():
     assert make_mesh(MeshConfig(tensor=2, context=2)).devices.shape == (1, 2, 1, 2, 2)
     assert single_device_mesh().devices.shape == (1, 1, 1, 1, 1)
     assert single_device_mesh(jax.devices()[3]).devices.item().id == 3
+
+
+@pytest.mark.parametrize(
+    ("sides", "fsdp", "inner"),
+    [((4, 4, 4), 64, 4), ((4, 4, 8), 128, 8), ((4, 4, 8), 64, 1), ((16, 16, 1), 256, 1), ((2, 2, 1), 4, 1)],
+)
+def test_the_longest_side_of_a_torus_is_a_stage_of_its_own(sides: tuple[int, ...], fsdp: int, inner: int):
+    devices = [SimpleNamespace(coords=coords) for coords in np.ndindex(*sides)]
+    assert sharding._second_stage(MeshConfig(fsdp=fsdp), devices) == inner
+    assert sharding._second_stage(MeshConfig(fsdp=8), jax.devices()) == 1, "the CPU has no torus"
 
 
 def test_mesh_must_be_explicit():

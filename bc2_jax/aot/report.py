@@ -101,8 +101,9 @@ def make_report(step: CompiledStep) -> Report:
     )  # fmt: skip
     mesh = config.mesh
     found = audit(
-        estimate.collectives, matmul_parameters // mesh.tensor, is_gathered=mesh.fsdp > 1,
-        is_reduced=mesh.data * mesh.fsdp > 1,
+        estimate.collectives, matmul_parameters // mesh.tensor,
+        is_gathered=mesh.product("fsdp", "fsdp_inner", "context")[1] > 1,
+        is_reduced=mesh.product("data", "fsdp", "fsdp_inner", "context")[1] > 1,
     )  # fmt: skip
     return Report(
         topology=str(topology),

@@ -17,9 +17,9 @@ class MeshConfig:
     """Replicas of the parameters (across slices)."""
     fsdp: int = -1
     """Devices that share parameters, gradients and optimizer state; -1 takes all that remain."""
-    fsdp_inner: int = 1
+    fsdp_inner: int = -1
     """Cuts the share of each of these devices again, so that weights are gathered and gradients scattered in two
-    stages, each along its own dimensions of the torus."""
+    stages, each along its own dimensions of the torus. -1 splits fsdp so where that is known to be faster."""
     context: int = 1
     """Devices that share the tokens of a sequence, and parameters as fsdp does; for long sequences."""
     tensor: int = 1
@@ -28,9 +28,11 @@ class MeshConfig:
     """Simulate this many devices on the CPU; 0 uses the accelerators that are there."""
 
     def __post_init__(self) -> None:
-        for field in ("data", "fsdp_inner", "context", "tensor"):
+        for field in ("data", "context", "tensor"):
             require(getattr(self, field) >= 1, f"mesh.{field}", getattr(self, field), "it must be at least 1")
-        require(self.fsdp >= 1 or self.fsdp == -1, "mesh.fsdp", self.fsdp, "it must be at least 1, or -1 for the rest")
+        for field, rest in (("fsdp", "-1 for the rest"), ("fsdp_inner", "-1 to leave it open")):
+            value = getattr(self, field)
+            require(value >= 1 or value == -1, f"mesh.{field}", value, f"it must be at least 1, or {rest}")
         require(self.num_cpu_devices >= 0, "mesh.num_cpu_devices", self.num_cpu_devices, "it must be at least 0")
         if self.num_cpu_devices:
             self._fsdp_devices(self.num_cpu_devices)
@@ -40,9 +42,15 @@ class MeshConfig:
         return dataclasses.replace(self, fsdp=self._fsdp_devices(num_devices))
 
     def product(self, *axes: str) -> tuple[str, int]:
-        """What to call the product of these axes in a message, by those that are not 1, and its value."""
-        named = [axis for axis in axes if getattr(self, axis) != 1] or axes[:1]
-        return " * ".join(f"mesh.{axis}" for axis in named), math.prod(getattr(self, axis) for axis in axes)
+        """What to call the product of these axes in a message, by those that are not 1, and its value.
+
+        It is negative while fsdp = -1 is not resolved.
+        """
+        sizes = {axis: getattr(self, axis) for axis in axes}
+        if sizes.get("fsdp_inner") == -1:
+            sizes["fsdp_inner"] = 1  # a part of fsdp
+        named = [axis for axis, size in sizes.items() if size != 1] or axes[:1]
+        return " * ".join(f"mesh.{axis}" for axis in named), math.prod(sizes.values())
 
     def _fsdp_devices(self, num_devices: int) -> int:
         name, others = self.product("data", "fsdp_inner", "context", "tensor")
