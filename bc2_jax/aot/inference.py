@@ -53,7 +53,7 @@ class Request:
 
     def check(self, model: ModelConfig, mesh: MeshConfig) -> None:
         """Raises ValueError for sizes that `generate` would not compile for this model on this (resolved) mesh."""
-        field, shards = mesh.product("data", "fsdp", "fsdp_inner")
+        field, shards = mesh.batch_shards
         require(
             self.batch > 0 and self.batch % shards == 0, "batch", self.batch,
             f"it must be a positive multiple of {field} = {shards}",
@@ -242,7 +242,7 @@ class InferenceReport:
     @property
     def largest_batch(self) -> int:
         """Arithmetic, not compiled: sequences whose cache and prefill fit beside all parameters in HBM_LIMIT of HBM."""
-        shards = self.mesh.product("data", "fsdp", "fsdp_inner")[1]
+        shards = self.mesh.batch_shards[1]
         room = HBM_LIMIT * self.prefill.hbm_bytes - self.parameter_bytes - self.held_bytes
         a_sequence = (self.cache_bytes + self.prefill.memory.temporaries) / self.request.batch
         return max(int(room / a_sequence) // shards * shards, 0)

@@ -102,8 +102,7 @@ def make_report(step: CompiledStep) -> Report:
     mesh = config.mesh
     found = audit(
         estimate.collectives, matmul_parameters // mesh.tensor,
-        is_gathered=mesh.product("fsdp", "fsdp_inner", "context")[1] > 1,
-        is_reduced=mesh.product("data", "fsdp", "fsdp_inner", "context")[1] > 1,
+        is_gathered=mesh.parameter_shards[1] > 1, is_reduced=mesh.data * mesh.parameter_shards[1] > 1,
     )  # fmt: skip
     return Report(
         topology=str(topology),

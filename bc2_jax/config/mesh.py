@@ -41,6 +41,16 @@ class MeshConfig:
         """Fills in fsdp = -1 and checks the product against the number of devices."""
         return dataclasses.replace(self, fsdp=self._fsdp_devices(num_devices))
 
+    @property
+    def batch_shards(self) -> tuple[str, int]:
+        """The parts into which the rows of a batch are cut, as `product`."""
+        return self.product("data", "fsdp", "fsdp_inner")
+
+    @property
+    def parameter_shards(self) -> tuple[str, int]:
+        """The parts into which the model dimension of each weight is cut, as `product`."""
+        return self.product("fsdp", "fsdp_inner", "context")
+
     def product(self, *axes: str) -> tuple[str, int]:
         """What to call the product of these axes in a message, by those that are not 1, and its value.
 

@@ -234,7 +234,7 @@ class TrainConfig:
             mesh.context,
             f"it must divide data.sequence_length = {length}; legal values are {choices(divisors(length))}",
         )
-        field, shards = mesh.product("data", "fsdp", "fsdp_inner")
+        field, shards = mesh.batch_shards
         shards = abs(shards)  # fsdp = -1 is not known yet
         rows = self.data.global_batch_size // self.data.accumulation_steps
         require(

@@ -72,7 +72,7 @@ def test_the_whole_slice_shares_each_layer():
     ("request_", "mesh", "message"),
     [
         (Request(batch=0), MESH, "batch = 0 is not valid: it must be a positive multiple of"),
-        (Request(batch=3), MeshConfig(data=2, fsdp=1, tensor=4), r"batch = 3 .* mesh.data \* mesh.fsdp = 2"),
+        (Request(batch=3), MeshConfig(data=2, fsdp=1, tensor=4), r"batch = 3 .* mesh.data = 2"),
         (Request(prompt_length=1000), MESH, "prompt_length = 1000 .* it must be 64, 128 or a multiple of 256"),
         (Request(cache_length=0), MESH, "cache_length = 0 is not valid"),
         (Request(prompt_length=4096), MESH, "cache_length = 4096 .* more than prompt_length = 4096 and at most 4096"),
