@@ -137,6 +137,8 @@ def _local_loss(h_BTD, rows_VD, labels_BT, *, z_loss_weight, chunk, with_gradien
         # Reduced once, in fp32, straight into the layout in which the weight is stored.
         d_rows_DV = rules.reduce_scatter(d_rows_DV, 0)
         d_rows_DV = with_layout_constraint(d_rows_DV, Layout(major_to_minor=(0, 1)))
+        # libtpu fails on shards of less than a tile where it moves the cut below into the scatter.
+        d_rows_DV = jax.lax.optimization_barrier(d_rows_DV)
     return (loss, sums), (d_h_BTD.astype(h_BTD.dtype), d_rows_DV[:, :V].T)
 
 

@@ -61,7 +61,7 @@ def assert_golden(golden, result):
 
 
 VARIANTS = [
-    *({"remat": remat} for remat in ("none", "full", "save_dots", "save_attention", "offload")),
+    *({"remat": remat} for remat in ("none", "full", "save_dots", "save_projections", "save_attention", "offload")),
     {"attention": "reference"},
     {"attention": "reference", "scan_layers": False, "remat": "none"},
     {"scan_layers": False, "loss_chunk": 1024},
@@ -201,10 +201,13 @@ def test_equal_largest_logits_share_the_max_z_gradient():
 
 
 @pytest.mark.parametrize("chunk", [3, 100])
-@pytest.mark.parametrize("shape", [(1, 1, 2), (1, 1, 4), (1, 4, 1), (2, 2, 2), (8, 1, 1)], ids=str)
-def test_any_mesh_equals_numpy(shape: tuple[int, int, int], chunk: int, mesh_of):
+# data, fsdp, tensor, fsdp_inner, context
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 2), (1, 1, 4), (1, 4, 1), (2, 2, 2), (8, 1, 1), (1, 2, 1, 2, 2), (2, 1, 2, 1, 2)], ids=str
+)
+def test_any_mesh_equals_numpy(shape: tuple[int, ...], chunk: int, mesh_of):
     """The vocabulary is cut along tensor, D along fsdp; rows that tie for the largest logit lie on two devices."""
-    h, rows, labels = random_case(8, 5, 8, 24)
+    h, rows, labels = random_case(8, 6, 8, 24)
     rows[20] = rows[3]
     h[0, 0] = 5 * rows[3]
     labels[0, 0] = 3
@@ -216,6 +219,24 @@ def test_any_mesh_equals_numpy(shape: tuple[int, int, int], chunk: int, mesh_of)
     assert_close(result, numpy_loss(h, rows, labels, 0.1))
     assert result[1][1].sharding.spec == RULES.spec("vocab", "embed")
     assert result[1][0].sharding.spec == RULES.spec("batch", "sequence", "hidden")
+
+
+@pytest.mark.parametrize("shape", [None, (1, 2, 1, 2, 2), (1, 2, 2)], ids=str)
+def test_a_padded_vocabulary_equals_numpy(shape: tuple[int, ...] | None, mesh_of):
+    """2600 rows become 3072, or twice 1300 become twice 2048. All logits are negative: the padding's must not count."""
+    h, rows, labels = random_case(4, 6, 8, 2600)
+    h = np.abs(h)
+    rows = -np.abs(rows)
+    labels[0, :2] = 1299, 2599  # the last rows of a device
+    if shape is None:
+        result = loss_and_gradients(h, rows, labels, 0.1, 5)
+    else:
+        mesh = mesh_of(*shape)
+        put = lambda x, *axes: jax.device_put(x, NamedSharding(mesh, RULES.spec(*axes)))  # noqa: E731
+        placed = put(h, "batch", "sequence", "hidden"), put(rows, "vocab", "embed"), put(labels, "batch", "sequence")
+        with jax.set_mesh(mesh):
+            result = jax.jit(loss_and_gradients, static_argnums=(3, 4))(*placed, 0.1, 5)
+    assert_close(result, numpy_loss(h, rows, labels, 0.1))
 
 
 # ------------------------------------------------------------------------------------------- memory and arithmetic
