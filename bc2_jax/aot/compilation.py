@@ -65,6 +65,8 @@ class Memory:
     peak: int
     """The compiler's own count of what is in use at one time. Less than `total`, which adds up what need not exist
     together: a program whose `total` is a little above the chip's HBM can still fit."""
+    host: int = 0
+    """Temporaries in the memory of the chip's host, not in HBM: what remat "offload" keeps."""
 
     @property
     def total(self) -> int:
@@ -198,7 +200,7 @@ def compile_program(name: str, lower: Callable[[], Any], options: dict[str, Valu
     return CompiledProgram(
         memory=Memory(
             memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.alias_size_in_bytes,
-            memory.temp_size_in_bytes, memory.peak_memory_in_bytes,
+            memory.temp_size_in_bytes, memory.peak_memory_in_bytes, memory.host_temp_size_in_bytes,
         ),
         hlo=hlo,
         log=log[0],

@@ -244,10 +244,11 @@ def collectives_json(estimate: Estimate) -> dict[str, Any]:
 
 def memory_text(memory: Memory, hbm_bytes: int) -> str:
     """Of a chip with `hbm_bytes`."""
+    # Where host memory is used the compiler's peak is that of the larger of the two, not of HBM.
+    peak = f"in host memory {gib(memory.host)}" if memory.host else f"in use at one time {gib(memory.peak)}"
     return (
         f"{gib(memory.total)} = {memory.total / hbm_bytes:.0%} of {gib(hbm_bytes)}: arguments {gib(memory.arguments)}, "
-        f"temporaries {gib(memory.temporaries)}, other outputs {gib(memory.outputs - memory.aliased)}; "
-        f"in use at one time {gib(memory.peak)}"
+        f"temporaries {gib(memory.temporaries)}, other outputs {gib(memory.outputs - memory.aliased)}; {peak}"
     )
 
 

@@ -84,6 +84,13 @@ def test_warnings():
     )  # fmt: skip
 
 
+def test_host_memory_is_named_and_no_peak_beside_it():
+    memory = dataclasses.replace(STEP.memory, host=2**31)
+    text = dict(render(make_report(dataclasses.replace(STEP, memory=memory))))["HBM per chip"]
+    assert "in host memory 2.00 GiB" in text and "in use" not in text
+    assert "in use at one time 1 MiB" in dict(render(make_report(STEP)))["HBM per chip"]
+
+
 def test_every_time_is_called_estimated():
     names = [name for name, _ in render(make_report(STEP))]
     assert {"estimated step time", "estimated MFU", "estimated tokens/s per chip"} <= set(names)
