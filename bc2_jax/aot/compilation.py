@@ -63,8 +63,12 @@ class Memory:
     """Outputs that take the place of arguments: the donated state."""
     temporaries: int
     peak: int
-    """The compiler's own count of what is in use at one time. Less than `total`, which adds up what need not exist
-    together: a program whose `total` is a little above the chip's HBM can still fit."""
+    """What is in use at one time."""
+    laid_out: int
+    """Arguments and one block of temporaries with its gaps: what the compiler compares with the chip's HBM. Less than
+    `total`, which adds up what need not exist together."""
+    host: int = 0
+    """Temporaries in the memory of the chip's host, not in HBM: what remat "offload" keeps."""
 
     @property
     def total(self) -> int:
@@ -195,10 +199,14 @@ def compile_program(name: str, lower: Callable[[], Any], options: dict[str, Valu
             raise RuntimeError(f"The compiler wrote no scheduled program of the {name}; libtpu 0.0.42 does.")
         hlo = found[-1].read_text(encoding="utf-8")
         memory: Any = compiled.memory_analysis()
+        usage = Path(str(found[-1]).replace("after_codegen", "after_optimizations-memory-usage-report"))
+        laid_out = re.search(r"color=0\)\s+Total bytes: ([0-9]+)", usage.read_text(encoding="utf-8"))
+        if laid_out is None:
+            raise RuntimeError(f"The compiler wrote no memory of the {name}; libtpu 0.0.42 does.")
     return CompiledProgram(
         memory=Memory(
             memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.alias_size_in_bytes,
-            memory.temp_size_in_bytes, memory.peak_memory_in_bytes,
+            memory.temp_size_in_bytes, memory.peak_memory_in_bytes, int(laid_out[1]), memory.host_temp_size_in_bytes,
         ),
         hlo=hlo,
         log=log[0],

@@ -225,7 +225,7 @@ def render(report: Report) -> list[tuple[str, str]]:
 
 def memory_json(memory: Memory, hbm_bytes: int) -> dict[str, Any]:
     """Of a chip with `hbm_bytes`."""
-    return dataclasses.asdict(memory) | {"share": memory.total / hbm_bytes}
+    return dataclasses.asdict(memory) | {"share": memory.laid_out / hbm_bytes}
 
 
 def parts_json(estimate: Estimate) -> dict[str, float]:
@@ -244,10 +244,12 @@ def collectives_json(estimate: Estimate) -> dict[str, Any]:
 
 def memory_text(memory: Memory, hbm_bytes: int) -> str:
     """Of a chip with `hbm_bytes`."""
+    # Where host memory is used the compiler's peak is that of the larger of the two, not of HBM.
+    peak = f"in host memory {gib(memory.host)}" if memory.host else f"in use at one time {gib(memory.peak)}"
     return (
-        f"{gib(memory.total)} = {memory.total / hbm_bytes:.0%} of {gib(hbm_bytes)}: arguments {gib(memory.arguments)}, "
-        f"temporaries {gib(memory.temporaries)}, other outputs {gib(memory.outputs - memory.aliased)}; "
-        f"in use at one time {gib(memory.peak)}"
+        f"{gib(memory.total)}: arguments {gib(memory.arguments)}, temporaries {gib(memory.temporaries)}, other outputs "
+        f"{gib(memory.outputs - memory.aliased)}; {peak}; laid out in {gib(memory.laid_out)} = "
+        f"{memory.laid_out / hbm_bytes:.0%} of {gib(hbm_bytes)}"
     )
 
 

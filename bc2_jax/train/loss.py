@@ -96,7 +96,9 @@ def _local_loss(h_BTD, rows_VD, labels_BT, *, z_loss_weight, chunk, with_gradien
     ids_V = jnp.pad(ids_V, (0, vocab_pad), constant_values=NO_TOKEN)
 
     def run_chunk(carry, inputs):
-        h_TD, labels_T = inputs
+        sums, d_rows_DV, h_CTD = carry
+        index, labels_T = inputs
+        h_TD = jax.lax.dynamic_index_in_dim(h_CTD, index, keepdims=False)
         logits_TV = jnp.einsum("TD,DV->TV", h_TD, rows_DV, preferred_element_type=exact)
         if vocab_pad:
             logits_TV = jnp.where(ids_V == NO_TOKEN, -jnp.inf, logits_TV)
@@ -105,41 +107,43 @@ def _local_loss(h_BTD, rows_VD, labels_BT, *, z_loss_weight, chunk, with_gradien
         # A comparison, not an index: indexing into a dimension that is cut would gather it.
         is_label_TV = ids_V == labels_T[:, None]
         is_max_TV = logits_TV == max_T[:, None]
+        # Sums of one dtype are one pass over the logits.
         parts = jnp.stack(
-            [exp_TV.sum(-1), jnp.where(is_label_TV, logits_TV, 0).sum(-1), is_max_TV.sum(-1).astype(exact)]
+            [x_TV.sum(-1) for x_TV in (exp_TV, jnp.where(is_label_TV, logits_TV, 0), is_max_TV.astype(exact))]
         )
         total_T, label_logit_T, ties_T = _over(jax.lax.psum, parts, vocab_axes)
         valid_T = (labels_T != IGNORED).astype(exact)
         cross_entropy_T = max_T + jnp.log(total_T) - label_logit_T
         columns = (cross_entropy_T, max_T**2, max_T, (label_logit_T == max_T).astype(exact), jnp.ones_like(max_T))
-        sums, d_rows_DV = carry
         sums = LossSums(*(s + jnp.sum(c * valid_T) for s, c in zip(sums, columns, strict=True)))
         if not with_gradients:
-            return (sums, None), None
+            return (sums, None, h_CTD), None
         d_logits_TV = exp_TV * (valid_T / total_T)[:, None] - jnp.where(is_label_TV, valid_T[:, None], 0)
         if z_loss_weight:
             d_logits_TV += jnp.where(is_max_TV, (2 * z_loss_weight * valid_T * max_T / ties_T)[:, None], 0)
         d_logits_TV = d_logits_TV.astype(h_TD.dtype)
         d_h_TD = jnp.einsum("TV,DV->TD", d_logits_TV, rows_DV, preferred_element_type=exact)
         d_rows_DV += jnp.einsum("TD,TV->DV", h_TD, d_logits_TV, preferred_element_type=exact)
-        return (sums, d_rows_DV), d_h_TD
+        d_h_TD = _over(jax.lax.psum, d_h_TD, vocab_axes).astype(h_TD.dtype)
+        # In the place of h, which nothing else needs: peak memory is in this loop.
+        return (sums, d_rows_DV, jax.lax.dynamic_update_index_in_dim(h_CTD, d_h_TD, index, 0)), None
 
     zero = _varying(jnp.zeros((), exact), batch_axes)
     d_rows_DV = _varying(jnp.zeros(rows_DV.shape, exact), batch_axes + vocab_axes) if with_gradients else None
-    start = LossSums(*[zero] * len(LossSums._fields)), d_rows_DV
-    (sums, d_rows_DV), d_h_CTD = jax.lax.scan(run_chunk, start, (h_CTD, labels_CT))
+    start = LossSums(*[zero] * len(LossSums._fields)), d_rows_DV, h_CTD
+    (sums, d_rows_DV, d_h_CTD), _ = jax.lax.scan(run_chunk, start, (jnp.arange(h_CTD.shape[0]), labels_CT))
     sums = _over(jax.lax.psum, sums, batch_axes)
     loss = sums.cross_entropy + z_loss_weight * sums.max_z
     if not with_gradients:
         return (loss, sums), None
-    d_h_BTD = _over(jax.lax.psum, d_h_CTD.reshape(-1, D)[:num_tokens].reshape(h_BTD.shape), vocab_axes)
+    d_h_BTD = d_h_CTD.reshape(-1, D)[:num_tokens].reshape(h_BTD.shape)
     if rules is not None:
         # Reduced once, in fp32, straight into the layout in which the weight is stored.
         d_rows_DV = rules.reduce_scatter(d_rows_DV, 0)
         d_rows_DV = with_layout_constraint(d_rows_DV, Layout(major_to_minor=(0, 1)))
         # libtpu fails on shards of less than a tile where it moves the cut below into the scatter.
         d_rows_DV = jax.lax.optimization_barrier(d_rows_DV)
-    return (loss, sums), (d_h_BTD.astype(h_BTD.dtype), d_rows_DV[:, :V].T)
+    return (loss, sums), (d_h_BTD, d_rows_DV[:, :V].T)
 
 
 def _over(collective, x, axes):

@@ -24,7 +24,9 @@ def program(seconds: float, temporaries: int) -> ProgramReport:
         matmul_raw=seconds, vector_raw=seconds / 4, collectives={"all-reduce": Traffic(2**20, 80, seconds=1e-4)},
         warnings=(),
     )  # fmt: skip
-    memory = Memory(arguments=4 * GIB, outputs=2 * GIB, aliased=2 * GIB, temporaries=temporaries, peak=7 * GIB)
+    memory = Memory(
+        arguments=4 * GIB, outputs=2 * GIB, aliased=2 * GIB, temporaries=temporaries, peak=7 * GIB, laid_out=8 * GIB
+    )
     return ProgramReport(memory, 16 * GIB, 0.5, 10.0, estimate, ("a line",))
 
 

@@ -29,7 +29,7 @@ CONFIG = TrainConfig(
 STEP = CompiledStep(
     topology=parse_topology("v5p:2x2x1"),
     config=CONFIG,
-    memory=Memory(arguments=4000, outputs=3900, aliased=3800, temporaries=10_000, peak=12_000),
+    memory=Memory(arguments=4000, outputs=3900, aliased=3800, temporaries=10_000, peak=12_000, laid_out=12_500),
     hlo=(Path(__file__).parent / "data" / "scan_v5p_2x2x1.txt").read_text(),
     log="W spmd: Involuntary full rematerialization. The compiler cannot go from ...",
     coordinates=tuple((0, *place) for place in itertools.product(range(2), range(2), range(1))),
@@ -82,6 +82,13 @@ def test_warnings():
     assert "The count is not complete" in " ".join(
         make_report(dataclasses.replace(STEP, config=large)).warnings
     )  # fmt: skip
+
+
+def test_host_memory_is_named_and_no_peak_beside_it():
+    memory = dataclasses.replace(STEP.memory, host=2**31)
+    text = dict(render(make_report(dataclasses.replace(STEP, memory=memory))))["HBM per chip"]
+    assert "in host memory 2.00 GiB" in text and "in use" not in text
+    assert "in use at one time 1 MiB" in dict(render(make_report(STEP)))["HBM per chip"]
 
 
 def test_every_time_is_called_estimated():
