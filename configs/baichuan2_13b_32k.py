@@ -4,9 +4,9 @@ python train.py configs/baichuan2_13b_32k.py --init-from CHECKPOINT --data.sourc
     --data.tokenizer tokenizer.model
 
 The paper does not train at this length; ALiBi needs no change for it. Rows are packed with
-`tools/tokenize_corpus.py --sequence-length 32768`. On v5p-256 (v5p:4x4x8, 128 chips, four to a sequence) the compile-time
-estimate for --data.global-batch-size 32 is 45.5 GiB a chip, MFU 0.77, 2,960 tokens/s a chip (docs/tpu.md). Learning
-rate and number of steps are ours. Not yet run on hardware.
+`tools/tokenize_corpus.py --sequence-length 32768`. Batch, learning rate and number of steps are ours.
+Compile-time estimate (docs/tpu.md) on v5p-256 (v5p:4x4x8, 128 chips, four to a sequence): 45.5 GiB a chip, MFU 0.77,
+2,960 tokens/s a chip. Not yet run on hardware.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ def config() -> TrainConfig:
         model=dataclasses.replace(BAICHUAN2_13B, model_max_length=32_768),
         data=DataConfig(
             sources=(SourceConfig(path="rows"),), tokenizer="tokenizer.model", sequence_length=32_768,
-            global_batch_size=128,
+            global_batch_size=32,
         ),
         compute=ComputeConfig(attention="flash", remat="save_dots"),
         mesh=MeshConfig(context=4, fsdp_inner=4),

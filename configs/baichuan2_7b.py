@@ -2,8 +2,8 @@
 
 python train.py configs/baichuan2_7b.py --data.sources.0.path ROWS --data.tokenizer tokenizer.model
 
-Hardware: any TPU slice on which 7.5 B fp32 parameters with two moments (84 GiB) fit; fsdp takes all devices. Flags for
-some slices, with compile-time estimates of tools/aot_compile.py (docs/tpu.md) and the days for 2.6 T tokens:
+Hardware: any TPU slice on which 7.5 B fp32 parameters with two moments (84 GiB) fit; fsdp takes all devices.
+Flags for some slices, with compile-time estimates of tools/aot_compile.py (docs/tpu.md) and the days for 2.6 T tokens:
     v5p-128 (v5p:4x4x4)      --data.global-batch-size 128
                              31.2 GiB, MFU 0.80, 8,160 tokens/s a chip, 58 days
     v5p-512 (v5p:4x8x8)      --data.global-batch-size 512
@@ -12,7 +12,8 @@ some slices, with compile-time estimates of tools/aot_compile.py (docs/tpu.md) a
                              31.3 GiB, MFU 0.76, 7,740 tokens/s a chip, 30 days
     v5e-256 (v5e:16x16)      --data.global-batch-size 256 --compute.remat save_projections
                              14.0 GiB, MFU 0.66, 2,890 tokens/s a chip, 41 days
-    v6e-256 (v6e:16x16)      --data.global-batch-size 512 --compute.remat save_projections --mesh.fsdp 16 --mesh.fsdp-inner 16
+    v6e-256 (v6e:16x16)      --data.global-batch-size 512 --compute.remat save_projections --mesh.fsdp 16
+                             --mesh.fsdp-inner 16
                              19.9 GiB, MFU 0.47, 9,520 tokens/s a chip, 12 days
 The global batch is ours: the paper does not print it. Expected loss: 12.24 at the first step (ln V + 0.5). Not yet
 run on hardware.
