@@ -92,11 +92,15 @@ def test_stopped_and_resumed_is_bit_identical(config, finished, stop, tmp_path):
     assert a == b
 
 
-def test_resumes_on_another_mesh(config, finished, tmp_path):
+@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=4, tensor=2), MeshConfig(fsdp=2, fsdp_inner=2, context=2)], ids=str)
+def test_resumes_on_another_mesh(config, finished, tmp_path, mesh, capsys):
+    """Also one that cuts sequences, on which it writes its samples too."""
     part = dataclasses.replace(config, workdir=str(tmp_path / "run"), num_steps=4)
     loop.train(part)
-    other = dataclasses.replace(part, num_steps=8, resume="auto", mesh=MeshConfig(fsdp=4, tensor=2))
+    sample = SampleConfig(prompts=("def ",), max_new_tokens=4)
+    other = dataclasses.replace(part, num_steps=8, resume="auto", mesh=mesh, sample=sample)
     result = loop.train(other)
+    assert "--- 'def ' goes on:" in capsys.readouterr().out
     metrics, whole = (read_metrics(r.workdir / "metrics.jsonl") for r in (result, finished))
     assert [m["tokens"] for m in metrics] == [m["tokens"] for m in whole]
     np.testing.assert_allclose([m["loss"] for m in metrics], [m["loss"] for m in whole], rtol=2e-3)
