@@ -324,7 +324,7 @@ def copy_warnings(program: Program) -> list[str]:
 def render(report: InferenceReport) -> list[tuple[str, str]]:
     """The report as lines (name, text); every time and rate is called estimated."""
     request, step = report.request, report.decode.estimate
-    mesh = " x ".join(f"{name} {size}" for name, size in _sizes(report.mesh).items())
+    mesh = " x ".join(f"{name} {size}" for name, size in _sizes(report.mesh).items() if size > 0)
     count = sum(traffic.count for traffic in step.collectives.values())
     return [
         ("topology", f"{report.topology}, {report.chips} chips: {mesh}"),
