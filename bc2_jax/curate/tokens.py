@@ -1,0 +1,153 @@
+"""Text -> hashed tokens, vectorised: what duplicates, features and scores are counted on.
+
+A token is a run of letters, digits and underscores, or one character of a script that is written without spaces (Han,
+kana, Thai ...). Case is kept. Everything else separates tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+SEPARATOR, WORD, CHARACTER = 0, 1, 2
+# Scripts without spaces between words, as ranges of code points.
+_UNSPACED = (
+    (0x0E00, 0x0EFF), (0x0F00, 0x0FFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3005, 0x3007), (0x3040, 0x30FF),
+    (0x31F0, 0x31FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0xFF66, 0xFF9D), (0x20000, 0x3FFFF),
+)  # fmt: skip
+# The working set of a piece stays in the cache.
+_PIECE_CHARACTERS = 1 << 16
+_MULTIPLIER = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
+
+
+class Tokens(NamedTuple):
+    """The tokens of some documents."""
+
+    hashes: np.ndarray
+    """uint64 [N], the tokens of all documents in order; equal tokens have equal hashes."""
+    offsets: np.ndarray
+    """int64 [D + 1]: document d has tokens offsets[d] .. offsets[d + 1] - 1."""
+
+
+class CodePoints(NamedTuple):
+    """The characters of some documents."""
+
+    values: np.ndarray
+    """uint32 [C]."""
+    offsets: np.ndarray
+    """int64 [D + 1]."""
+
+
+def pieces(texts: Sequence[str], characters: int = _PIECE_CHARACTERS) -> Iterator[Sequence[str]]:
+    """Consecutive texts of about so many characters together; a longer text is a piece of its own."""
+    start = size = 0
+    for index, text in enumerate(texts):
+        if size and size + len(text) > characters:
+            yield texts[start:index]
+            start, size = index, 0
+        size += len(text)
+    if start < len(texts):
+        yield texts[start:]
+
+
+def code_points(texts: Sequence[str]) -> CodePoints:
+    """The code points of all texts. Raises UnicodeEncodeError for a lone surrogate."""
+    offsets = np.zeros(len(texts) + 1, np.int64)
+    np.cumsum([len(text) for text in texts], out=offsets[1:])
+    return CodePoints(np.frombuffer("".join(texts).encode("utf-32-le"), np.uint32), offsets)
+
+
+@functools.cache
+def character_classes() -> np.ndarray:
+    """uint8 [0x110000]: SEPARATOR, WORD or CHARACTER for every code point."""
+    classes = np.fromiter((chr(i).isalnum() for i in range(0x110000)), np.uint8, 0x110000)
+    # Combining marks belong to the word they modify.
+    for start, stop in ((0x0300, 0x036F), (0x0483, 0x0487), (0x064B, 0x065F), (0x0900, 0x0DFF)):
+        classes[start : stop + 1] = WORD
+    classes[ord("_")] = WORD
+    for start, stop in _UNSPACED:
+        classes[start : stop + 1] *= CHARACTER
+    return classes
+
+
+def hash_tokens(texts: Sequence[str]) -> Tokens:
+    """The hashed tokens of each text; the hash of a token does not depend on where it stands."""
+    parts = [_hash_piece(piece) for piece in pieces(texts)]
+    if not parts:
+        return Tokens(np.empty(0, np.uint64), np.zeros(1, np.int64))
+    counts = np.concatenate([np.diff(part.offsets) for part in parts])
+    offsets = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=offsets[1:])
+    return Tokens(np.concatenate([part.hashes for part in parts]), offsets)
+
+
+def mix(values: np.ndarray) -> np.ndarray:
+    """A bijection of uint64 whose every output bit depends on every input bit (the finaliser of MurmurHash3)."""
+    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
+    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
+    return values ^ (values >> np.uint64(33))
+
+
+def hash_ngrams(tokens: Tokens, n: int) -> Tokens:
+    """The n-grams of each document, max(0, tokens - n + 1) of them, in order."""
+    count = np.maximum(np.diff(tokens.offsets) - (n - 1), 0)
+    offsets = np.zeros(len(count) + 1, np.int64)
+    np.cumsum(count, out=offsets[1:])
+    size = len(tokens.hashes) - (n - 1)
+    if size <= 0 or not offsets[-1]:
+        return Tokens(np.empty(0, np.uint64), np.zeros_like(offsets))
+    combined = tokens.hashes[:size].copy()
+    for i in range(1, n):
+        combined *= np.uint64(_MULTIPLIER)
+        combined += tokens.hashes[i : i + size]
+    # Those that would reach into the next document go.
+    inside = np.ones(len(tokens.hashes), bool)
+    for i in range(1, n):
+        ends = tokens.offsets[1:] - i
+        inside[ends[ends >= tokens.offsets[:-1]]] = False
+    return Tokens(mix(combined[inside[:size]]), offsets)
+
+
+@functools.cache
+def _powers(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Powers of the multiplier and of its inverse modulo 2^64, uint64 [count] each."""
+    inverse = pow(_MULTIPLIER, -1, 1 << 64)
+    result = []
+    for base in (_MULTIPLIER, inverse):
+        powers = np.ones(count, np.uint64)
+        powers[1:] = np.uint64(base & _MASK)
+        result.append(np.multiply.accumulate(powers))
+    return result[0], result[1]
+
+
+def _hash_piece(texts: Sequence[str]) -> Tokens:
+    points, offsets = code_points(texts)
+    classes = character_classes()[points]
+    word = classes == WORD
+    first = classes == CHARACTER
+    starts_word = word.copy()
+    starts_word[1:] &= ~word[:-1]
+    # Two documents never share a token.
+    inner = offsets[:-1][offsets[:-1] < len(points)]
+    starts_word[inner] = word[inner]
+    first |= starts_word
+    starts = np.flatnonzero(first)
+    if not len(starts):
+        return Tokens(np.empty(0, np.uint64), np.zeros_like(offsets))
+    # sum of value * multiplier^(place in the piece), which times multiplier^-(start) is the same at any place.
+    capacity = 1 << max(16, int(len(points)).bit_length())
+    powers, inverses = _powers(capacity)
+    values = mix(points.astype(np.uint64) + np.uint64(1)) if len(points) < 1 << 12 else _mixed()[points]
+    values = np.where(classes == SEPARATOR, np.uint64(0), values)
+    values *= powers[: len(points)]
+    sums = np.add.reduceat(values, starts) * inverses[starts]
+    return Tokens(mix(sums), np.searchsorted(starts, offsets).astype(np.int64))
+
+
+@functools.cache
+def _mixed() -> np.ndarray:
+    return mix(np.arange(1, 0x110001, dtype=np.uint64))
