@@ -138,14 +138,33 @@ def _hash_piece(texts: Sequence[str]) -> Tokens:
     starts = np.flatnonzero(first)
     if not len(starts):
         return Tokens(np.empty(0, np.uint64), np.zeros_like(offsets))
-    # sum of value * multiplier^(place in the piece), which times multiplier^-(start) is the same at any place.
-    capacity = 1 << max(16, int(len(points)).bit_length())
-    powers, inverses = _powers(capacity)
-    values = mix(points.astype(np.uint64) + np.uint64(1)) if len(points) < 1 << 12 else _mixed()[points]
-    values = np.where(classes == SEPARATOR, np.uint64(0), values)
-    values *= powers[: len(points)]
-    sums = np.add.reduceat(values, starts) * inverses[starts]
-    return Tokens(mix(sums), np.searchsorted(starts, offsets).astype(np.int64))
+    terms = _mixed()[points]
+    terms *= classes != SEPARATOR
+    hashes = _hash_stretches(terms, starts, None)
+    return Tokens(hashes, np.searchsorted(starts, offsets).astype(np.int64))
+
+
+def hash_values(values: np.ndarray, starts: np.ndarray, stops: np.ndarray | None = None) -> np.ndarray:
+    """uint64 [N]: hashes of stretches [starts, stops) of uint32 code points, in order, none empty, none overlapping.
+
+    Without `stops` a stretch goes on to the next. A stretch has the same hash wherever it stands.
+    """
+    return _hash_stretches(_mixed()[values], starts, stops)
+
+
+def _hash_stretches(terms: np.ndarray, starts: np.ndarray, stops: np.ndarray | None) -> np.ndarray:
+    # sum of term * multiplier^(place), which times multiplier^-(start) is the same at any place.
+    powers, inverses = _powers(1 << max(16, len(terms).bit_length()))
+    terms *= powers[: len(terms)]
+    if not len(starts):
+        return np.empty(0, np.uint64)
+    if stops is None:
+        sums = np.add.reduceat(terms, starts)
+    else:
+        # The sums between a stop and the next start are not wanted; a stop may be the end.
+        edges = np.stack([starts, stops], axis=1).reshape(-1)
+        sums = np.add.reduceat(np.append(terms, np.uint64(0)), edges)[::2]
+    return mix(sums * inverses[starts])
 
 
 @functools.cache

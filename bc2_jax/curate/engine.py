@@ -1,0 +1,90 @@
+"""Where curation runs: Daft, embedded in this process or on a Ray cluster, with the same code.
+
+Two kinds of work go through it. What looks at one shard of documents at a time is a task: a function that reads files,
+writes files and returns a few counts. What compares documents is a dataframe of hashes and numbers. Text never moves
+between machines.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from bc2_jax.validation import require
+
+if TYPE_CHECKING:
+    import daft
+
+Task = dict[str, Any]
+"""What a task gets and gives: JSON."""
+
+
+class Engine:
+    """`runner` is "native", "ray" (a cluster on this machine) or ray://HOST:PORT (one that is there).
+
+    A process has one runner for its life: Daft can't change it. Raises ValueError for another name, and ImportError,
+    naming the extra, without Daft or Ray.
+    """
+
+    def __init__(self, runner: str = "native") -> None:
+        legal = runner in ("native", "ray") or runner.startswith("ray://")
+        require(legal, "--runner", runner, "legal values are native, ray and ray://HOST:PORT")
+        os.environ.setdefault("DO_NOT_TRACK", "true")  # Daft and Ray count their users otherwise
+        os.environ.setdefault("DAFT_PROGRESS_BAR", "0")
+        try:
+            import daft
+
+            if runner == "native":
+                daft.set_runner_native()
+            else:
+                import ray
+
+                if not ray.is_initialized():
+                    ray.init(None if runner == "ray" else runner, log_to_driver=False, logging_level="error")
+                daft.set_runner_ray(noop_if_initialized=True)
+        except ImportError as error:
+            extra = "data" if runner == "native" else "data-ray"
+            raise ImportError(f"{error.name} is missing: pip install 'bc2_jax[{extra}]'.") from error
+        daft.set_execution_config(parquet_target_row_group_size=4 << 20)
+        self.runner = runner
+        if self.is_distributed:
+            # Daft's default of 200 makes a connected component of a thousand nodes take a minute.
+            daft.set_execution_config(shuffle_aggregation_default_partitions=2 * self.partitions())
+        # Threads of the engine that are still ending when the interpreter does can crash it, after all is written.
+        atexit.register(time.sleep, 0.2)
+
+    @property
+    def is_distributed(self) -> bool:
+        return self.runner != "native"
+
+    def partitions(self) -> int:
+        """How many parts a shuffle should have."""
+        if not self.is_distributed:
+            return 1
+        import ray
+
+        return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+    def map(self, function: Callable[[Task], Task], tasks: Sequence[Task]) -> Iterator[tuple[int, Task]]:
+        """Runs `function` on every task, in parallel, and yields (index, result) as they end.
+
+        On a cluster the function and its closure are pickled. Raises what the function raises.
+        """
+        import daft
+
+        @daft.func.batch(return_dtype=daft.DataType.string(), batch_size=1, use_process=False)
+        def run(texts: daft.Series) -> list[str]:
+            return [json.dumps(function(json.loads(text))) for text in texts.to_pylist()]
+
+        if not tasks:
+            return
+        frame = daft.from_pydict({"index": list(range(len(tasks))), "task": [json.dumps(task) for task in tasks]})
+        if self.is_distributed:
+            frame = frame.into_partitions(len(tasks))
+        results = frame.select(frame["index"], run(frame["task"]).alias("result"))
+        for row in results.iter_rows():
+            yield row["index"], json.loads(row["result"])

@@ -1,0 +1,143 @@
+"""Paragraphs and sentences: where they are, their hashes, and how copies are cut out (paper section 2.1).
+
+A paragraph ends at a blank line, or at a line end after the end of a sentence, so that lines wrapped in the middle of a
+sentence stay together and a page with one paragraph a line has one a line. A sentence ends after a full stop, a
+question or an exclamation mark, with the quotes and brackets that close after it; a Latin full stop needs a space
+after it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from bc2_jax.curate.tokens import CodePoints, code_points, hash_values, pieces
+
+PARAGRAPH, SENTENCE = 0, 1
+_NEWLINE = 10
+_ENDS = "。！？!?…"
+_STOPS = ".;；:："  # end a paragraph at a line end; a full stop ends a sentence before a space
+_CLOSERS = "\"'”’」』）)】》"
+_OTHER, _END, _STOP, _CLOSER, _SPACE, _LINE = range(6)
+
+
+class Spans(NamedTuple):
+    """Stretches of some documents, in order; arrays of equal length."""
+
+    document: np.ndarray
+    """int32: index of the document."""
+    start: np.ndarray
+    """int32: the first character."""
+    stop: np.ndarray
+    """int32: one after the last."""
+    hash: np.ndarray
+    """int64: of its characters."""
+    kind: np.ndarray
+    """int8: PARAGRAPH or SENTENCE."""
+
+
+def find_spans(texts: Sequence[str], shortest_paragraph: int, shortest_sentence: int) -> Spans:
+    """All paragraphs and sentences of at least so many characters, white space at their ends left out.
+
+    A sentence that is a whole paragraph is listed once, as the paragraph.
+    """
+    parts: list[Spans] = []
+    done = 0
+    for piece in pieces(texts):
+        spans = _find(code_points(piece), shortest_paragraph, shortest_sentence)
+        parts.append(spans._replace(document=spans.document + np.int32(done)))
+        done += len(piece)
+    if not parts:
+        parts = [_find(code_points([]), shortest_paragraph, shortest_sentence)]
+    return Spans(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def cut_spans(text: str, starts: Sequence[int], stops: Sequence[int]) -> str:
+    """`text` without the given stretches, sorted by start; blank lines that would be left in their place go too."""
+    kept: list[str] = []
+    position = 0
+    for start, stop in zip(starts, stops, strict=True):
+        if start > position:
+            kept.append(text[position:start])
+        position = max(position, stop)
+    kept.append(text[position:])
+    result = kept[0]
+    for part in kept[1:]:
+        head, tail = result.rstrip(" \t"), part.lstrip(" \t")
+        if head.endswith("\n") or not head:
+            tail = tail.lstrip("\n")
+        elif tail and not tail.startswith("\n") and (result != head or tail != part):
+            head += " "
+        result = head + tail
+    return result
+
+
+@functools.cache
+def _classes() -> np.ndarray:
+    """uint8 [0x110000]: what a character is to the end of a sentence."""
+    classes = np.zeros(0x110000, np.uint8)
+    for characters, kind in ((_ENDS, _END), (_STOPS, _STOP), (_CLOSERS, _CLOSER), (" \t\u3000\u00a0", _SPACE)):
+        classes[[ord(c) for c in characters]] = kind
+    classes[_NEWLINE] = _LINE
+    return classes
+
+
+def _find(points: CodePoints, shortest_paragraph: int, shortest_sentence: int) -> Spans:
+    values, offsets = points
+    kinds = _classes()[values]
+    size = len(values)
+    first, last = offsets[:-1], offsets[1:]
+    newline = kinds == _LINE
+    before = np.empty(size, np.uint8)
+    before[1:], before[:1] = kinds[:-1], _LINE
+    after = np.empty(size, np.uint8)
+    after[:-1], after[-1:] = kinds[1:], _LINE
+    # Ends of documents end everything.
+    before[first[first < last]] = _LINE
+    after[last[first < last] - 1] = _LINE
+
+    ended = (before == _END) | (before == _STOP) | (before == _CLOSER) | (before == _LINE)
+    ends_paragraph = newline & (ended | (after == _LINE))
+    # Behind the end mark or the last of the closers after it.
+    more = (after == _CLOSER) | (after == _END)
+    closes = (kinds == _END) | ((kinds == _STOP) & ((after == _SPACE) | (after == _LINE) | (after == _CLOSER)))
+    quoted = (kinds == _CLOSER) & ((before == _END) | (before == _STOP))
+    ends_sentence = (closes | quoted) & ~more
+
+    boundary = np.zeros(size + 1, bool)
+    boundary[offsets] = True
+    boundary[1:] |= ends_paragraph
+    paragraphs = _stretches(points, kinds, np.flatnonzero(boundary), shortest_paragraph, PARAGRAPH)
+    boundary[1:] |= ends_sentence
+    sentences = _stretches(points, kinds, np.flatnonzero(boundary), shortest_sentence, SENTENCE)
+    whole = np.isin(sentences.start, paragraphs.start)
+    whole[whole] = sentences.stop[whole] == paragraphs.stop[np.searchsorted(paragraphs.start, sentences.start[whole])]
+    sentences = Spans(*(column[~whole] for column in sentences))
+    both = Spans(*(np.concatenate(columns) for columns in zip(paragraphs, sentences, strict=True)))
+    order = np.argsort(both.start, kind="stable")
+    document = both.document[order]
+    origin = offsets[document].astype(np.int32)
+    return Spans(document, both.start[order] - origin, both.stop[order] - origin, both.hash[order], both.kind[order])
+
+
+def _stretches(points: CodePoints, kinds: np.ndarray, edges: np.ndarray, shortest: int, kind: int) -> Spans:
+    """The stretches between edges, trimmed, those that are long enough, with places in the whole piece."""
+    values, offsets = points
+    blank = (kinds == _SPACE) | (kinds == _LINE)
+    # The next character that is not blank, and the last one before.
+    solid = np.flatnonzero(~blank)
+    low, high = np.searchsorted(solid, edges[:-1]), np.searchsorted(solid, edges[1:])
+    keep = high > low
+    low, high = low[keep], high[keep]
+    start, stop = solid[low], solid[high - 1] + 1
+    keep = stop - start >= shortest
+    start, stop = start[keep], stop[keep]
+    document = np.searchsorted(offsets, start, side="right") - 1
+    hashes = hash_values(values, start, stop).view(np.int64)
+    return Spans(
+        document.astype(np.int32), start.astype(np.int32), stop.astype(np.int32), hashes,
+        np.full(len(start), kind, np.int8),
+    )  # fmt: skip

@@ -1,0 +1,105 @@
+"""Folders on a disk or in an object store, written file by file, each whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
+
+
+class Folder:
+    """A folder by its path or by a URI that pyarrow knows: file://, gs://, s3://."""
+
+    def __init__(self, location: str | os.PathLike[str]) -> None:
+        self.location = os.fspath(location)
+        if "://" in self.location:
+            self._files, self._path = FileSystem.from_uri(self.location)
+        else:
+            self.location = str(Path(self.location).absolute())
+            self._files, self._path = LocalFileSystem(), self.location
+
+    def __truediv__(self, name: str) -> Folder:
+        return Folder(f"{self.location.rstrip('/')}/{name}")
+
+    def uri(self, name: str) -> str:
+        """What the dataframe engine calls a file of this folder."""
+        return f"{self.location.rstrip('/')}/{name}"
+
+    def names(self, suffix: str = "") -> list[str]:
+        """Sorted names of its files that end with `suffix`; none if there is no such folder."""
+        selector = FileSelector(self._path, allow_not_found=True)
+        infos = self._files.get_file_info(selector)
+        names = [info.base_name for info in infos if info.type == FileType.File]
+        return sorted(name for name in names if name.endswith(suffix) and not name.startswith("."))
+
+    def exists(self, name: str) -> bool:
+        return self._files.get_file_info(f"{self._path}/{name}").type == FileType.File
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        return int(self._files.get_file_info(f"{self._path}/{name}").size)
+
+    def remove(self) -> None:
+        """Removes the folder and all that is in it, if it is there."""
+        if self._files.get_file_info(self._path).type == FileType.Directory:
+            self._files.delete_dir(self._path)
+
+    def write(self, name: str, content: bytes) -> None:
+        with self._replacing(name) as path, self._files.open_output_stream(path) as file:
+            file.write(content)
+
+    def read(self, name: str) -> bytes:
+        with self._files.open_input_stream(f"{self._path}/{name}") as file:
+            return file.read()
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write(name, (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())
+
+    def read_json(self, name: str) -> Any:
+        return json.loads(self.read(name))
+
+    def write_table(self, name: str, table: pa.Table, compression: str = "lz4") -> None:
+        with self._replacing(name) as path, self._files.open_output_stream(path) as file:
+            pq.write_table(table, file, compression=compression, row_group_size=1 << 16)
+
+    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        return pq.read_table(f"{self._path}/{name}", filesystem=self._files, columns=columns, pre_buffer=False)
+
+    def select(self, condition: ds.Expression) -> pa.Table:
+        """The rows of all its parquet files that fulfil a condition; row groups that can't have any are not read."""
+        paths = [f"{self._path}/{name}" for name in self.names(".parquet")]
+        return ds.dataset(paths, filesystem=self._files, format="parquet").to_table(filter=condition)
+
+    def _replacing(self, name: str) -> _Replacement:
+        self._files.create_dir(self._path, recursive=True)
+        return _Replacement(self._files, f"{self._path}/{name}")
+
+
+class _Replacement:
+    """Gives the path to write to; on a disk a temporary one that takes the final name when it is complete."""
+
+    def __init__(self, files: FileSystem, path: str) -> None:
+        self._files, self._path = files, path
+        # An object store shows an object when it is complete, and can't rename.
+        self._written = path
+        if isinstance(files, LocalFileSystem):
+            folder, name = os.path.split(path)
+            self._written = f"{folder}/.{name}.{uuid.uuid4().hex}"
+
+    def __enter__(self) -> str:
+        return self._written
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self._written == self._path:
+            return
+        if kind is None:
+            self._files.move(self._written, self._path)
+        elif self._files.get_file_info(self._written).type == FileType.File:
+            self._files.delete_file(self._written)
