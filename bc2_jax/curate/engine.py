@@ -26,9 +26,11 @@ Task = dict[str, Any]
 class Engine:
     """`runner` is "native", "ray" (a cluster on this machine) or ray://HOST:PORT (one that is there).
 
-    A process has one runner for its life: Daft can't change it. Raises ValueError for another name, and ImportError,
-    naming the extra, without Daft or Ray.
+    A process has one runner for its life: Daft can't change it. Raises ValueError for another name or another runner
+    than before, and ImportError, naming the extra, without Daft or Ray.
     """
+
+    _in_use: str | None = None
 
     def __init__(self, runner: str = "native") -> None:
         legal = runner in ("native", "ray") or runner.startswith("ray://")
@@ -38,7 +40,11 @@ class Engine:
         try:
             import daft
 
-            if runner == "native":
+            used = Engine._in_use
+            require(used in (None, runner), "--runner", runner, f"this process has the runner {used}")
+            if used:
+                pass
+            elif runner == "native":
                 daft.set_runner_native()
             else:
                 import ray
@@ -49,8 +55,8 @@ class Engine:
         except ImportError as error:
             extra = "data" if runner == "native" else "data-ray"
             raise ImportError(f"{error.name} is missing: pip install 'bc2_jax[{extra}]'.") from error
+        self.runner = Engine._in_use = runner
         daft.set_execution_config(parquet_target_row_group_size=4 << 20)
-        self.runner = runner
         if self.is_distributed:
             # Daft's default of 200 makes a connected component of a thousand nodes take a minute.
             daft.set_execution_config(shuffle_aggregation_default_partitions=2 * self.partitions())

@@ -1,4 +1,4 @@
-"""The pipeline, top to bottom: raw files -> OUT/documents, OUT/removed, OUT/jsonl, OUT/report.* (paper section 2.1)."""
+"""The pipeline, top to bottom: raw files -> OUT/documents, removed, jsonl, report.* (paper section 2.1)."""
 
 from __future__ import annotations
 
@@ -7,21 +7,34 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from bc2_jax.curate import tasks
-from bc2_jax.curate.copies import later_copies
-from bc2_jax.curate.config import CurationConfig
-from bc2_jax.curate.engine import Engine
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from bc2_jax.curate import filtering, tasks
+from bc2_jax.curate.config import CurationConfig
+from bc2_jax.curate.contamination import load_benchmark_ngrams
+from bc2_jax.curate.copies import later_copies
+from bc2_jax.curate.embedding import DocumentFrequencies
+from bc2_jax.curate.engine import Engine
+from bc2_jax.curate.grouping import group
+from bc2_jax.curate.inputs import find_inputs, plan_units
 from bc2_jax.curate.near import band_edges, resolve
+from bc2_jax.curate.problems import UnitReport, number_lines, problems_table
+from bc2_jax.curate.report import describe, write_report
+from bc2_jax.curate.shards import MOST_DOCUMENTS, first_document
 from bc2_jax.curate.stages import Stages, fingerprint
 from bc2_jax.curate.storage import Folder
 from bc2_jax.curate.tasks import Run
+from bc2_jax.tokenizer import file_sha256
 
 if TYPE_CHECKING:
     from daft import DataFrame
 
 # Raised when a change of the code changes what a stage writes: then nothing older is reused.
 FORMAT = 1
+# Document frequencies are counted in so many shards, evenly spaced.
+_COUNTED_SHARDS = 8
 
 
 def curate(
@@ -32,59 +45,120 @@ def curate(
     `show(stage, done, all)` is called on the way. Raises ValueError for inputs that are no files of a known kind,
     before anything is written.
     """
+    # ---------------------------------------------------------------- what there is to do
     inputs = find_inputs(paths)
+    filtering.check(config)
     units = plan_units(inputs.files, config.read)
-    run = Run(Folder(out) / "work", Folder(out), config)
-    files = [(file.path, file.size, file.modified) for file in inputs.files]
-    stages = Stages(run.work, engine, fingerprint(FORMAT, files), show)
+    out_folder = Folder(out)
+    run = Run(out_folder / "work", out_folder, config)
+    stages = Stages(run.work, engine, fingerprint(FORMAT, [tuple(file) for file in inputs.files]), show)
+    shards = run.work / "filter" / "shards"
 
-    def setting(*names: str) -> dict[str, Any]:
+    def settings(*names: str) -> dict[str, Any]:
         return {name: dataclasses.asdict(getattr(config, name)) for name in names}
 
-    def per_shard(stage: str, function: Callable[[Run, dict], dict], names: Sequence[str]) -> list[dict]:
-        return stages.map(stage, functools.partial(function, run), [{"name": name} for name in names])
+    def per_shard(stage: str, function: Callable[..., dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
+        return stages.map(stage, functools.partial(function, run), _named(names))
 
     # ---------------------------------------------------------------- raw files -> normalised documents
-    def read(folder: Folder) -> dict[str, Any]:
-        found = [{"name": f"{unit.index:06d}", "unit": dataclasses.asdict(unit)} for unit in units]
-        reports = stages.map("read", functools.partial(tasks.read, run), found)
-        return {"units": reports, "shards": [name for report in reports for name in report["shards"]]}
+    def read(folder: Folder) -> list[dict[str, Any]]:
+        function = functools.partial(tasks.read, run, units)
+        return stages.map("read", function, [{"name": f"{unit.index:06d}", "unit": unit.index} for unit in units])
 
-    read_result = stages.run("read", setting("read"), read)
-    names = read_result["shards"]
+    reports = stages.run("read", settings("read"), read)
+    names = [name for report in reports for name in report["shards"]]
+    if not names:
+        raise ValueError(f"RAW = {list(paths)} is not valid: no document could be read; the first reasons are "
+                         f"{sorted({reason for report in reports for reason in report['reasons']})[:3]}.")  # fmt: skip
 
     # ---------------------------------------------------------------- exact copies
-    def exact(folder: Folder) -> dict[str, Any]:
-        rows = _table(run.work / "read" / "shards", ["h1", "h2", "doc"])
-        copies = later_copies(rows, ["h1", "h2"], "doc", engine).select("doc", "first")
-        return _decide(copies, _table(run.work / "read" / "shards", ["doc", "id"]), folder)
+    def exact(folder: Folder) -> int:
+        source = run.work / "read" / "shards"
+        if not config.copies.exact:
+            return _decide(None, None, folder)
+        copies = later_copies(_table(source, ["h1", "h2", "doc"]), ["h1", "h2"], "doc", engine)
+        return _decide(copies, _table(source, ["doc", "id"]), folder)
 
-    stages.run("exact", None, exact)
+    stages.run("exact", config.copies.exact, exact)
 
-    # ---------------------------------------------------------------- what one document tells about itself
+    # ---------------------------------------------------------------- what a document tells about itself
     filtered = stages.run(
-        "filter", config.filter_settings(), lambda folder: per_shard("filter", tasks.filter_documents, names)
+        "filter", filtering.settings(config), lambda _: per_shard("filter", filtering.filter_documents, names)
     )
 
+    # ---------------------------------------------------------------- near copies
+    def near(folder: Folder) -> int:
+        per_shard("near", tasks.sign, names)
+        if not config.copies.near:
+            return _decide(None, None, folder)
+        edges = band_edges(_table(folder / "bands", ["key", "doc"]), engine)
+        signatures = _table(folder / "signatures", ["doc", "signature"])
+        copies = resolve(edges, signatures, config.copies.least_similarity, engine)
+        return _decide(copies, _table(shards, ["doc", "id"]), folder)
+
+    stages.run("near", settings("copies"), near)
+
+    # ---------------------------------------------------------------- overlap with benchmarks
+    def overlap(folder: Folder) -> list[list[Any]]:
+        if not config.contamination.files:
+            _decide(None, None, folder)
+            return []
+        ngrams = load_benchmark_ngrams(config.contamination.files, config.contamination)
+        found = [{"name": f"{name}-counts", "shard": name} for name in names]
+        counted = stages.map("contamination", functools.partial(tasks.count_overlap, run, ngrams), found)
+        totals = [np.sum(counts, axis=0) for counts in zip(*(result["counts"] for result in counted), strict=True)]
+        rare = ngrams.without_frequent(totals, config.contamination.max_documents)
+        results = stages.map("contamination", functools.partial(tasks.find_overlap, run, rare), _named(names))
+        matches = [match for result in results for match in result["matches"]]
+        gone = matches if config.contamination.action == "drop" else []
+        _write_decisions([match[0] for match in gone], [match[2] for match in gone], folder)
+        return matches
+
+    files = [file_sha256(path) for path in config.contamination.files]
+    matches = stages.run("contamination", [settings("contamination"), files], overlap)
+
+    # ---------------------------------------------------------------- dense features: near copies, clusters, weights
+    def dense(folder: Folder) -> list[dict[str, Any]]:
+        frequencies = None
+        if not config.embedding.model:
+            spaced = np.unique(np.linspace(0, len(names) - 1, min(_COUNTED_SHARDS, len(names)), dtype=int))
+            counted = per_shard("dense", tasks.count_words, [names[i] for i in spaced])
+            files = [(folder / "frequencies").read(f"{names[i]}.i8") for i in spaced]
+            counts = np.sum([np.frombuffer(file, "<i8") for file in files], axis=0)
+            frequencies = DocumentFrequencies(counts, sum(result["documents"] for result in counted))
+        function = functools.partial(tasks.embed, run, frequencies)
+        embedded = stages.map("dense", function, [{"name": f"{name}-features", "shard": name} for name in names])
+        result = group(
+            folder / "features", run.work / "near" / "signatures", names, embedded[0]["dim"], config, engine,
+            functools.partial(_texts, shards, names),
+        )  # fmt: skip
+        _decide(result["copies"], _table(shards, ["doc", "id"]), folder)
+        (folder / "placed").write_table("placed.parquet", result["placed"])
+        return result["topics"]
+
+    topics = stages.run("dense", settings("embedding", "clusters", "dense", "weights"), dense)
+
     # ---------------------------------------------------------------- copied paragraphs and sentences
-    def spans(folder: Folder) -> dict[str, Any]:
+    def spans(folder: Folder) -> int:
         results = per_shard("spans", tasks.find_spans, names)
         _copied_spans(folder, config, engine)
-        return {"spans": sum(result["spans"] for result in results)}
+        return sum(result["spans"] for result in results)
 
-    stages.run("spans", setting("copies"), spans)
-    cut = stages.run("cut", None, lambda folder: per_shard("cut", tasks.cut_spans, names))
+    stages.run("spans", settings("copies"), spans)
 
-    # ---------------------------------------------------------------- near copies
-    def near(folder: Folder) -> dict[str, Any]:
-        per_shard("near", tasks.sign, names)
-        signatures = _table(folder / "signatures", ["doc", "signature"])
-        edges = band_edges(_table(folder / "bands", ["key", "doc"]), engine)
-        copies = resolve(edges, signatures, config.copies.least_similarity, engine)
-        return _decide(copies, _table(run.work / "cut" / "shards", ["doc", "id"]), folder)
+    # ---------------------------------------------------------------- the result
+    def write(folder: Folder) -> list[dict[str, Any]]:
+        return per_shard("write", tasks.write, names)
 
-    stages.run("near", None, near)
-    return {"read": read_result, "filter": filtered, "cut": cut}
+    if not stages.is_done("write", config.jsonl):
+        # report.json says that the folder is complete.
+        tasks.clear_result(out_folder)
+    written = stages.run("write", config.jsonl, write)
+    problems = number_lines((UnitReport.from_json(report), report["file"], report["start"]) for report in reports)
+    out_folder.write_table("problems.parquet", problems_table(problems), "zstd")
+    facts = describe(reports, problems, filtered, written, topics, matches, stages.seconds)
+    write_report(out_folder, facts)
+    return facts
 
 
 def _table(folder: Folder, columns: list[str]) -> DataFrame:
@@ -93,24 +167,60 @@ def _table(folder: Folder, columns: list[str]) -> DataFrame:
     return daft.read_parquet(folder.uri("*.parquet")).select(*columns)
 
 
-def _decide(copies: DataFrame, ids: DataFrame, folder: Folder) -> dict[str, Any]:
+def _named(names: Sequence[str]) -> list[dict[str, Any]]:
+    return [{"name": name} for name in names]
+
+
+def _decide(copies: DataFrame | None, ids: DataFrame | None, folder: Folder) -> int:
     """Writes (doc, kept): the documents to drop, with the id of what stays; `copies` has (doc, first)."""
     from daft import col
 
-    named = copies.join(ids.select(col("doc").alias("first"), col("id").alias("kept")), on="first")
-    named = named.select("doc", "kept").sort("doc").collect()
-    named.write_parquet((folder / "decisions").location, write_mode="overwrite")
-    return {"documents": named.count_rows()}
+    rows = 0
+    if copies is not None and ids is not None:
+        named = copies.join(ids.select(col("doc").alias("first"), col("id").alias("kept")), on="first")
+        named = named.select("doc", "kept").sort("doc").collect()
+        rows = named.count_rows()
+    if rows:
+        (folder / "decisions").remove()
+        named.write_parquet((folder / "decisions").location)
+    else:
+        _write_decisions([], [], folder)
+    return rows
+
+
+def _write_decisions(documents: Sequence[int], kept: Sequence[str], folder: Folder) -> None:
+    (folder / "decisions").remove()
+    table = pa.table({"doc": pa.array(documents, pa.int64()), "kept": pa.array(kept, pa.string())})
+    (folder / "decisions").write_table("decisions.parquet", table)
 
 
 def _copied_spans(folder: Folder, config: CurationConfig, engine: Engine) -> None:
     """Writes (span): the paragraphs and sentences to cut, each but the first of its kind."""
     from daft import col
 
+    result = folder / "copies"
+    result.remove()
     hashes = _table(folder / "hashes", ["hash", "size", "span"])
     paragraph = col("size") % 2 == 0
     copies = [
         later_copies(hashes.where(condition), ["hash", "size"], "span", engine, least).select("span")
         for condition, least in ((paragraph, 2), (~paragraph, config.copies.sentence_copies))
     ]
-    copies[0].concat(copies[1]).sort("span").write_parquet((folder / "copies").location, write_mode="overwrite")
+    spans = copies[0].concat(copies[1]).sort("span").collect()
+    if spans.count_rows():
+        spans.write_parquet(result.location)
+    else:
+        result.write_table("none.parquet", pa.table({"span": pa.array([], pa.int64())}))
+
+
+def _texts(shards: Folder, names: Sequence[str], documents: np.ndarray) -> list[str]:
+    """The texts of some documents by their numbers, each shard read once."""
+    found: dict[int, str] = {}
+    for name in names:
+        first = first_document(name)
+        here = documents[(documents >= first) & (documents < first + MOST_DOCUMENTS)]
+        if len(here):
+            table = shards.read_table(f"{name}.parquet", ["doc", "text"])
+            rows = table.filter(pc.is_in(table["doc"], pa.array(here)))
+            found.update(zip(rows["doc"].to_pylist(), rows["text"].to_pylist(), strict=True))
+    return [found[document] for document in documents.tolist()]

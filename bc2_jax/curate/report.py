@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from bc2_jax.curate.problems import UnitReport
 from bc2_jax.curate.storage import Folder
 
 # Names of the reasons why text goes, in the order in which it goes, and the share of all data that the paper names for
@@ -15,10 +16,10 @@ STEPS = {
     "heuristics": ("heuristics", 1.77),
     "quality": ("low quality", 3.06),
     "safety": ("safety", None),
-    "contamination": ("benchmark overlap", None),
-    "spans": ("copied paragraphs and sentences", 14.47),
     "near": ("near copies (MinHash)", 19.13),
+    "contamination": ("benchmark overlap", None),
     "dense": ("near copies (dense features)", None),
+    "spans": ("copied paragraphs and sentences", 14.47),
 }
 _SAMPLES = 5
 _SAMPLE_CHARACTERS = 160
@@ -42,6 +43,81 @@ def waterfall(removed: dict[str, dict[str, int]], start: dict[str, int]) -> list
         counts = removed.get(step, {"documents": 0, "bytes": 0})
         share = counts["bytes"] / max(start["bytes"], 1)
         lines.append({"step": step, "label": label, **counts, "share": round(share, 6), "paper_percent": paper})
+    return lines
+
+
+def describe(
+    reports: Sequence[dict[str, Any]],
+    problems: Sequence[UnitReport],
+    filtered: Sequence[dict[str, Any]],
+    written: Sequence[dict[str, Any]],
+    topics: Sequence[dict[str, Any]],
+    matches: Sequence[Sequence[Any]],
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """All facts of a run as JSON, from the results of its tasks."""
+    read = add_counts([{"all": result["before"]} for result in filtered])["all"]
+    removed = add_counts([result["removed"] for group in (filtered, written) for result in group])
+    after = {
+        "read": read,
+        "filter": add_counts([{"all": result["after"]} for result in filtered])["all"],
+        "write": add_counts([{"all": result["after"]} for result in written])["all"],
+    }
+    names = ("sources", "languages")
+    groups = {name: add_counts([result[name] for result in written]) for name in names}
+    before = {name: add_counts([report[name] for report in reports]) for name in names}
+    masked = add_counts([{"masked": result["masked"]} for result in filtered]).get("masked", {})
+    changes = {f"normalised: {key}": count for key, count in _sum(report["normalized"] for report in reports).items()}
+    changes |= {f"masked: {kind}": count for kind, count in masked.items() if count}
+    changes |= {
+        "boilerplate lines removed": sum(result["boilerplate_lines"] for result in filtered),
+        "documents with low-quality sentences cut out": sum(result["cut_sentences_in"] for result in filtered),
+        "copied paragraphs and sentences cut out": sum(result["cut_spans"] for result in written),
+        "findings of the safety filter (work/filter/audit)": sum(result["findings"] for result in filtered),
+        "documents that overlap with benchmarks": len(matches),
+    }
+    return {
+        "raw_bytes": sum(report["raw_bytes"] for report in reports),
+        "read": read,
+        "written": after["write"],
+        "waterfall": waterfall(removed, read),
+        "stages": _stages(seconds, after, sum(report["raw_bytes"] for report in reports)),
+        **{
+            name: {
+                key: {f"{field}_in": count for field, count in counts.items()} | groups[name].get(key, {})
+                for key, counts in before[name].items()
+            }
+            for name in names
+        },
+        "problems": {
+            "reasons": _sum(report["reasons"] for report in reports),
+            "lost": _sum(report["lost"] for report in reports),
+            "examples": [problem._asdict() for report in problems for problem in report.problems][:20],
+        },
+        "changes": {key: count for key, count in changes.items() if count},
+        "samples": choose_samples([row for result in written for row in result["samples"]]),
+        "clusters": list(topics),
+        "contamination": [list(match) for match in matches[:1000]],
+    }
+
+
+def _sum(parts: Iterable[dict[str, int]]) -> dict[str, int]:
+    return add_counts([{"all": part} for part in parts]).get("all", {})
+
+
+def _stages(seconds: dict[str, float], after: dict[str, dict[str, int]], raw_bytes: int) -> list[dict[str, Any]]:
+    """Time of each stage, with what went in and came out; a stage that only decides changes nothing yet."""
+    current = {"documents": 0, "bytes": raw_bytes}
+    lines = []
+    for name, time in seconds.items():
+        result = after.get(name, current)
+        lines.append(
+            {
+                "name": name, "seconds": time, "documents_in": current["documents"], "bytes_in": current["bytes"],
+                "documents_out": result["documents"], "bytes_out": result["bytes"],
+            }
+        )  # fmt: skip
+        current = result
     return lines
 
 
@@ -159,10 +235,10 @@ def _clusters(clusters: list[dict[str, Any]]) -> str:
         return "None were made.\n"
     rows = [
         [str(c["cluster"]), f"{c['documents']:,}", f"{c['score']:.2f}", _cell(", ".join(c["sources"])),
-         _cell(", ".join(c.get("terms", ()))), _cell(" / ".join(c["examples"]))]
+         _cell(", ".join(c["words"])), _cell(" / ".join(c["examples"]))]
         for c in clusters
     ]  # fmt: skip
-    return _table(["cluster", "documents", "mean score", "sources", "typical tokens", "nearest its centre"], rows)
+    return _table(["cluster", "documents", "mean score", "sources", "distinctive words", "nearest its centre"], rows)
 
 
 def _problems(problems: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,24 +62,39 @@ class Account:
         self._counts: dict[str, dict[str, int]] = {}
         self.before = {"documents": table.num_rows, "bytes": text_bytes(table)}
 
-    def drop(
-        self, table: pa.Table, stage: str, places: np.ndarray, reasons: Sequence[str], kept: pa.Array | None = None
-    ) -> pa.Table:
-        """`table` without the rows at `places`, which are noted with why and, for copies, what stays instead."""
+    def note(
+        self,
+        table: pa.Table,
+        stage: str,
+        places: np.ndarray,
+        reasons: Sequence[str],
+        kept: pa.Array | None = None,
+        size: int | None = None,
+    ) -> None:
+        """Notes that a stage takes out the rows at `places`: why and, for copies, the id of what stays instead.
+
+        `size` is how many bytes of text that is, if it is not all of theirs.
+        """
         if not len(places):
-            return table
+            return
         rows = table.take(pa.array(places))
-        sizes = pc.binary_length(rows["text"])
+        sizes = pc.cast(pc.binary_length(rows["text"]), pa.int64())
         columns: dict[str, Any] = {name: rows[name] for name in ("doc", "id", "source", "language")}
         columns |= {
             "stage": pa.array([stage] * len(places)),
             "reason": pa.array(list(reasons), pa.string()),
             "kept": pa.nulls(len(places), pa.string()) if kept is None else kept,
-            "bytes": pc.cast(sizes, pa.int64()),
+            "bytes": sizes,
             "excerpt": pc.utf8_slice_codeunits(rows["text"], 0, _EXCERPT),
         }
         self._removed.append(pa.table({name: columns[name] for name in REMOVED.names}).cast(REMOVED))
-        self.count(stage, len(places), pc.sum(sizes).as_py())
+        self.count(stage, len(places), pc.sum(sizes).as_py() if size is None else size)
+
+    def drop(
+        self, table: pa.Table, stage: str, places: np.ndarray, reasons: Sequence[str], kept: pa.Array | None = None
+    ) -> pa.Table:
+        """`table` without the rows at `places`, which are noted."""
+        self.note(table, stage, places, reasons, kept)
         keep = np.ones(table.num_rows, bool)
         keep[places] = False
         return table.filter(pa.array(keep))
@@ -105,3 +121,25 @@ class Account:
         """Counts, as JSON; `table` is what is left."""
         after = {"documents": table.num_rows, "bytes": text_bytes(table)}
         return {"before": self.before, "after": after, "removed": self._counts}
+
+
+def count_by(table: pa.Table, column: str) -> dict[str, dict[str, int]]:
+    """Documents and bytes of text for each value of a column."""
+    rows = pa.table({"key": table[column], "bytes": pc.cast(pc.binary_length(table["text"]), pa.int64())})
+    groups = rows.group_by("key").aggregate([("bytes", "count"), ("bytes", "sum")]).sort_by("key").to_pylist()
+    return {row["key"]: {"documents": row["bytes_count"], "bytes": row["bytes_sum"]} for row in groups}
+
+
+def first_of_each(removed: pa.Table, count: int = 3) -> list[dict[str, Any]]:
+    """The first few removed documents of each stage and rule, in order."""
+    rules = [
+        (stage, reason.split(" = ")[0] if stage == "heuristics" else "")
+        for stage, reason in zip(removed["stage"].to_pylist(), removed["reason"].to_pylist(), strict=True)
+    ]
+    seen: collections.Counter[tuple[str, str]] = collections.Counter()
+    chosen = []
+    for place, rule in enumerate(rules):
+        seen[rule] += 1
+        if seen[rule] <= count:
+            chosen.append(place)
+    return removed.take(pa.array(chosen, pa.int64())).to_pylist()

@@ -60,19 +60,27 @@ def cut_spans(text: str, starts: Sequence[int], stops: Sequence[int]) -> str:
     kept: list[str] = []
     position = 0
     for start, stop in zip(starts, stops, strict=True):
-        if start > position:
+        if start > position or not kept:
             kept.append(text[position:start])
         position = max(position, stop)
     kept.append(text[position:])
     result = kept[0]
     for part in kept[1:]:
-        head, tail = result.rstrip(" \t"), part.lstrip(" \t")
-        if head.endswith("\n") or not head:
-            tail = tail.lstrip("\n")
-        elif tail and not tail.startswith("\n") and (result != head or tail != part):
-            head += " "
-        result = head + tail
+        result = _join(result, part)
     return result
+
+
+def _join(before: str, after: str) -> str:
+    """What stood on both sides of a cut, without the blanks and the empty lines that the cut would leave."""
+    head, tail = before.rstrip(" \t"), after.lstrip(" \t")
+    begins_line, ends_line = not head or head.endswith("\n"), not tail or tail.startswith("\n")
+    if begins_line and ends_line:
+        first, last = head.rstrip("\n"), tail.lstrip("\n")
+        breaks = max(len(head) - len(first), len(tail) - len(last))
+        return first + "\n" * breaks + last if first else last
+    if begins_line or ends_line:
+        return head + tail
+    return head + (" " if head != before or tail != after else "") + tail
 
 
 @functools.cache

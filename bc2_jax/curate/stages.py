@@ -35,11 +35,17 @@ class Stages:
     def folder(self, stage: str) -> Folder:
         return self._folder / stage
 
+    def is_done(self, stage: str, settings: Any) -> bool:
+        """Whether the next stage was done by a run with the same key."""
+        folder = self.folder(stage)
+        return folder.exists(_DONE) and folder.read_json(_DONE)["key"] == fingerprint(stage, settings, self._key)
+
     def run(self, stage: str, settings: Any, work: Callable[[Folder], T]) -> T:
         """The result of `work(folder)`, JSON, or that of the run that had the same key."""
-        folder = self.folder(stage)
+        folder, reuse = self.folder(stage), self.is_done(stage, settings)
         self._key = key = fingerprint(stage, settings, self._key)
-        if folder.exists(_DONE) and (done := folder.read_json(_DONE))["key"] == key:
+        if reuse:
+            done = folder.read_json(_DONE)
             self.reused.append(stage)
             self.seconds[stage] = done["seconds"]
             return done["result"]

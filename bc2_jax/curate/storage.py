@@ -51,6 +51,11 @@ class Folder:
         if self._files.get_file_info(self._path).type == FileType.Directory:
             self._files.delete_dir(self._path)
 
+    def delete(self, name: str) -> None:
+        """Removes a file, if it is there."""
+        if self.exists(name):
+            self._files.delete_file(f"{self._path}/{name}")
+
     def write(self, name: str, content: bytes) -> None:
         with self._replacing(name) as path, self._files.open_output_stream(path) as file:
             file.write(content)

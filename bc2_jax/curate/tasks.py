@@ -6,8 +6,8 @@ Each takes the run, which is pickled to where the task runs, and a task: the sha
 from __future__ import annotations
 
 import dataclasses
-import io
-from typing import Any
+import json
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -15,11 +15,33 @@ import pyarrow.compute as pc
 
 from bc2_jax.curate import minhash, spans
 from bc2_jax.curate.config import CurationConfig
+from bc2_jax.curate.contamination import BenchmarkNgrams, Match, count_documents, find_contaminated
+from bc2_jax.curate.embedding import DocumentFrequencies, embedder
 from bc2_jax.curate.engine import Task
-from bc2_jax.curate.shards import Account, decisions_for, first_document
+from bc2_jax.curate.ingestion import read_shards
+from bc2_jax.curate.inputs import Unit
+from bc2_jax.curate.problems import UnitReport
+from bc2_jax.curate.report import add_counts
+from bc2_jax.curate.shards import (
+    MOST_PARTS,
+    Account,
+    count_by,
+    decisions_for,
+    first_document,
+    first_of_each,
+    shard_name,
+)
 from bc2_jax.curate.storage import Folder
 from bc2_jax.curate.tokens import hash_tokens
+from bc2_jax.validation import require
 
+# Stages that decide which documents go, in the order in which they look at what the one before left.
+COPIES = ("near", "contamination", "dense")
+REASONS = {
+    "near": "a similar document by MinHash",
+    "contamination": "it overlaps with a benchmark item",
+    "dense": "a similar document by dense features",
+}
 # A span is numbered shard << SPAN_BITS | place, where a shard is its first document's number >> 20.
 SPAN_BITS = 30
 _DOCUMENT_BITS = 20
@@ -36,10 +58,33 @@ class Run:
     config: CurationConfig
 
 
+def read(run: Run, units: Sequence[Unit], task: Task) -> Task:
+    """Reads one unit of the raw files; its documents get their numbers."""
+    unit, folder = units[task["unit"]], run.work / "read"
+    report = UnitReport(unit.index)
+    names, sources, languages = [], [], []
+    for part, table in enumerate(read_shards(unit, run.config.read, report)):
+        require(part < MOST_PARTS, "RAW", unit.files[0].name, f"it has more than {MOST_PARTS} shards of text; split it")
+        name = shard_name(unit.index, part)
+        numbers = first_document(name) + np.arange(table.num_rows, dtype=np.int64)
+        table = table.set_column(table.column_names.index("doc"), "doc", pa.array(numbers))
+        (folder / "shards").write_table(f"{name}.parquet", table)
+        names.append(name)
+        sources.append(count_by(table, "source"))
+        languages.append(count_by(table, "language"))
+    return report.to_json() | {
+        "shards": names,
+        "file": unit.files[0].name,
+        "start": unit.start,
+        "sources": add_counts(sources),
+        "languages": add_counts(languages),
+    }
+
+
 def find_spans(run: Run, task: Task) -> Task:
     """Lists the paragraphs and sentences that could be copies of others."""
     config, name = run.config.copies, task["name"]
-    table = (run.work / "filter" / "shards").read_table(f"{name}.parquet", ["text", "language"])
+    table = _survivors(run, name, ["doc", "text", "language"], COPIES)
     looked_at = np.flatnonzero(~np.isin(table["language"].to_numpy(), config.whole_languages))
     texts = table["text"].take(pa.array(looked_at)).to_pylist()
     found = spans.find_spans(texts, config.shortest_paragraph, config.shortest_sentence)
@@ -55,18 +100,96 @@ def find_spans(run: Run, task: Task) -> Task:
     return {"spans": len(numbers)}
 
 
-def cut_spans(run: Run, task: Task) -> Task:
-    """Cuts the copies out of the texts, and drops documents of which too little is left."""
-    config, name = run.config.copies, task["name"]
+def sign(run: Run, task: Task) -> Task:
+    """MinHash signatures, and the keys under which similar documents meet."""
+    name, folder = task["name"], run.work / "near"
+    table = (run.work / "filter" / "shards").read_table(f"{name}.parquet", ["doc", "text"])
+    documents = table["doc"].to_numpy()
+    signature = minhash.signatures(hash_tokens(table["text"].to_pylist()))
+    table = pa.table({"doc": documents, "signature": _binary(signature)})
+    (folder / "signatures").write_table(f"{name}.parquet", table)
+    index, keys = minhash.bands(signature)
+    order = np.argsort(keys, kind="stable")
+    bands = pa.table({"key": keys[order], "doc": documents[index[order]]})
+    (folder / "bands").write_table(f"{name}.parquet", bands)
+    return {"bands": len(keys)}
+
+
+def count_overlap(run: Run, ngrams: BenchmarkNgrams, task: Task) -> Task:
+    """In how many documents each n-gram of the benchmarks occurs."""
+    texts = _survivors(run, task["shard"], ["doc", "text"], COPIES[:1])["text"].to_pylist()
+    return {"counts": [counts.tolist() for counts in count_documents(texts, ngrams)]}
+
+
+def find_overlap(run: Run, ngrams: BenchmarkNgrams, task: Task) -> Task:
+    """Which documents share n-grams with which items of the benchmarks: the item with the largest share of each."""
+    table = _survivors(run, task["name"], ["doc", "id", "text"], COPIES[:1])
+    best: dict[int, Match] = {}
+    for match in find_contaminated(table["text"].to_pylist(), ngrams, run.config.contamination.min_share):
+        if match.document not in best or match.share > best[match.document].share:
+            best[match.document] = match
+    docs, ids = table["doc"].to_pylist(), table["id"].to_pylist()
+    return {"matches": [[docs[place], ids[place], match.item, match.share] for place, match in sorted(best.items())]}
+
+
+def count_words(run: Run, task: Task) -> Task:
+    """Document frequencies of hashed tokens, for those shards from which they are estimated."""
+    texts = _survivors(run, task["name"], ["doc", "text"], COPIES[:2])["text"].to_pylist()
+    frequencies = DocumentFrequencies.of(texts)
+    (run.work / "dense" / "frequencies").write(f"{task['name']}.i8", frequencies.counts.astype("<i8").tobytes())
+    return {"documents": frequencies.documents}
+
+
+def embed(run: Run, frequencies: DocumentFrequencies | None, task: Task) -> Task:
+    """Dense features, and what else weights depend on."""
+    name = task["shard"]
+    table = _survivors(run, name, ["doc", "text", "source", "language", "score"], COPIES[:2])
+    features = embedder(run.config.embedding, frequencies)(table["text"].to_pylist())
+    columns = table.drop_columns(["text"])
+    columns = columns.append_column("bytes", pc.cast(pc.binary_length(table["text"]), pa.int64()))
+    columns = columns.append_column("feature", _binary(features))
+    (run.work / "dense" / "features").write_table(f"{name}.parquet", columns)
+    return {"documents": table.num_rows, "dim": features.shape[1]}
+
+
+def write(run: Run, task: Task) -> Task:
+    """The finished documents of a shard, and all that its raw documents lost on the way."""
+    name = task["name"]
     table = (run.work / "filter" / "shards").read_table(f"{name}.parquet")
     account = Account(table)
+    for stage in COPIES:
+        decisions = decisions_for(run.work / stage / "decisions", name)
+        table = account.drop_copies(table, stage, decisions, REASONS[stage])
+    placed = decisions_for(run.work / "dense" / "placed", name)
+    assert placed["doc"].equals(table["doc"]), f"{name}: not every document has a cluster"
+    table = table.append_column("cluster", placed["cluster"]).append_column("weight", placed["weight"])
+    table, cut = _cut_spans(run, name, table, account)
+    documents = table.select(["id", "text", "source", "language", "cluster", "score", "weight"])
+    if documents.num_rows:
+        (run.out / "documents").write_table(f"{name}.parquet", documents, "zstd")
+        if run.config.jsonl:
+            (run.out / "jsonl").write(f"{name}.jsonl.zst", _jsonl(documents))
+    earlier = (run.work / "filter" / "removed").read_table(f"{name}.parquet")
+    removed = pa.concat_tables([earlier, account.removed]).sort_by("doc")
+    if removed.num_rows:
+        (run.out / "removed").write_table(f"{name}.parquet", removed, "zstd")
+    return account.result(table) | {
+        "cut_spans": cut,
+        "sources": count_by(documents, "source"),
+        "languages": count_by(documents, "language"),
+        "samples": first_of_each(removed),
+    }
+
+
+def _cut_spans(run: Run, name: str, table: pa.Table, account: Account) -> tuple[pa.Table, int]:
+    """Cuts copied paragraphs and sentences out of the texts, and drops documents of which too little is left."""
+    config = run.config.copies
     copies = decisions_for(run.work / "spans" / "copies", name, "span", SPAN_BITS - _DOCUMENT_BITS)
     places = (run.work / "spans" / "places").read_table(f"{name}.parquet")
     wanted = copies["span"].to_numpy() & ((1 << SPAN_BITS) - 1)
     row, start, stop = (places[column].to_numpy()[wanted] for column in ("row", "start", "stop"))
     rows, first = np.unique(row, return_index=True)
     bounds = np.append(first, len(row))
-    before = pc.binary_length(table["text"]).to_numpy()
     texts = table["text"].take(pa.array(rows)).to_pylist()
     shorter = [
         spans.cut_spans(text, start[low:high].tolist(), stop[low:high].tolist())
@@ -75,49 +198,45 @@ def cut_spans(run: Run, task: Task) -> Task:
     mask = np.zeros(table.num_rows, bool)
     mask[rows] = True
     text = pc.replace_with_mask(table["text"].combine_chunks(), pa.array(mask), pa.array(shorter, pa.large_string()))
+    before, after = pc.binary_length(table["text"]).to_numpy(), pc.binary_length(text).to_numpy()
     # A document that lost most of itself is not worth the rest.
-    after = pc.binary_length(text).to_numpy()
     lost = mask & (after < np.maximum(before * config.least_left, config.least_left_bytes))
     gone = np.flatnonzero(lost)
-    reasons = [f"{after[i]} of {before[i]} bytes are no copies" for i in gone]
+    account.note(table, "spans", gone, [f"{after[i]} of {before[i]} bytes are no copies" for i in gone])
     account.count("spans", 0, int((before - after)[mask & ~lost].sum()))
-    table = account.drop(table, "spans", gone, reasons)
-    kept_text = text.filter(pa.array(~lost))
-    table = table.set_column(table.column_names.index("text"), "text", kept_text)
-    folder = run.work / "cut"
-    (folder / "shards").write_table(f"{name}.parquet", table)
-    (folder / "removed").write_table(f"{name}.parquet", account.removed)
-    return account.result(table) | {"cut_spans": len(row), "cut_documents": len(rows)}
+    table = table.set_column(table.column_names.index("text"), "text", text)
+    return table.filter(pa.array(~lost)), len(row)
 
 
-def sign(run: Run, task: Task) -> Task:
-    """MinHash signatures, and the keys under which similar documents meet."""
-    name, folder = task["name"], run.work / "sign"
-    table = (run.work / "cut" / "shards").read_table(f"{name}.parquet", ["doc", "text"])
-    documents = table["doc"].to_numpy()
-    signature = minhash.signatures(hash_tokens(table["text"].to_pylist()))
-    binary = pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(minhash.VALUES * 4), len(signature), [None, pa.py_buffer(signature.tobytes())]
-    )
-    (folder / "signatures").write_table(f"{name}.parquet", pa.table({"doc": documents, "signature": binary}))
-    index, keys = minhash.bands(signature)
-    order = np.argsort(keys, kind="stable")
-    bands = pa.table({"key": keys[order], "doc": documents[index[order]]})
-    (folder / "bands").write_table(f"{name}.parquet", bands)
-    return {"bands": len(keys)}
+def clear_result(out: Folder) -> None:
+    """Removes what an earlier run with other settings wrote; its report first, which says that it is complete."""
+    for name in ("report.json", "report.md", "waterfall.png", "problems.parquet"):
+        out.delete(name)
+    for name in ("documents", "removed", "jsonl"):
+        (out / name).remove()
 
 
-def jsonl(table: pa.Table) -> bytes:
-    """One object a line."""
-    import json
-
-    lines = io.StringIO()
-    for row in table.to_pylist():
-        lines.write(json.dumps(row, ensure_ascii=False))
-        lines.write("\n")
-    return lines.getvalue().encode()
+def _survivors(run: Run, name: str, columns: list[str], stages: Sequence[str]) -> pa.Table:
+    """What some stages left of a shard."""
+    table = (run.work / "filter" / "shards").read_table(f"{name}.parquet", columns)
+    gone = [decisions_for(run.work / stage / "decisions", name)["doc"].to_numpy() for stage in stages]
+    return table.filter(pa.array(~np.isin(table["doc"].to_numpy(), np.concatenate(gone))))
 
 
-def result_rows(table: pa.Table, columns: dict[str, Any]) -> pa.Table:
-    """The columns of a finished document."""
-    return table.select(["id", "text", "source", "language"])
+def _binary(rows: np.ndarray) -> pa.Array:
+    """Each row's bytes."""
+    rows = np.ascontiguousarray(rows)
+    width = rows.shape[1] * rows.itemsize
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(rows), [None, pa.py_buffer(rows.tobytes())])
+
+
+def _jsonl(table: pa.Table) -> bytes:
+    """One object a line, compressed."""
+    import zstandard
+
+    compressor = zstandard.ZstdCompressor(level=1).compressobj()
+    parts = []
+    for batch in table.to_batches(max_chunksize=256):
+        lines = [json.dumps(row, ensure_ascii=False) for row in batch.to_pylist()]
+        parts.append(compressor.compress("".join(f"{line}\n" for line in lines).encode()))
+    return b"".join([*parts, compressor.flush()])

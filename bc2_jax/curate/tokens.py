@@ -126,7 +126,9 @@ def _powers(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _hash_piece(texts: Sequence[str]) -> Tokens:
     points, offsets = code_points(texts)
-    classes = character_classes()[points]
+    # `take` with platform integers is twice as fast as indexing with uint32.
+    places = points.astype(np.intp)
+    classes = character_classes().take(places)
     word = classes == WORD
     first = classes == CHARACTER
     starts_word = word.copy()
@@ -138,9 +140,7 @@ def _hash_piece(texts: Sequence[str]) -> Tokens:
     starts = np.flatnonzero(first)
     if not len(starts):
         return Tokens(np.empty(0, np.uint64), np.zeros_like(offsets))
-    terms = _mixed()[points]
-    terms *= classes != SEPARATOR
-    hashes = _hash_stretches(terms, starts, None)
+    hashes = _hash_stretches(_mixed_tokens().take(places), starts, None)
     return Tokens(hashes, np.searchsorted(starts, offsets).astype(np.int64))
 
 
@@ -149,7 +149,7 @@ def hash_values(values: np.ndarray, starts: np.ndarray, stops: np.ndarray | None
 
     Without `stops` a stretch goes on to the next. A stretch has the same hash wherever it stands.
     """
-    return _hash_stretches(_mixed()[values], starts, stops)
+    return _hash_stretches(_mixed().take(values.astype(np.intp)), starts, stops)
 
 
 def _hash_stretches(terms: np.ndarray, starts: np.ndarray, stops: np.ndarray | None) -> np.ndarray:
@@ -169,4 +169,27 @@ def _hash_stretches(terms: np.ndarray, starts: np.ndarray, stops: np.ndarray | N
 
 @functools.cache
 def _mixed() -> np.ndarray:
+    """uint64: a hash of each code point."""
     return mix(np.arange(1, 0x110001, dtype=np.uint64))
+
+
+@functools.cache
+def _mixed_tokens() -> np.ndarray:
+    """The same, 0 for separators."""
+    return np.where(character_classes() == SEPARATOR, np.uint64(0), _mixed())
+
+
+def slice_tokens(tokens: Tokens, start: int, stop: int) -> Tokens:
+    """The tokens of documents start .. stop - 1."""
+    offsets = tokens.offsets[start : stop + 1]
+    return Tokens(tokens.hashes[offsets[0] : offsets[-1]], offsets - offsets[0])
+
+
+def token_pieces(tokens: Tokens, size: int = 1 << 17) -> Iterator[tuple[int, Tokens]]:
+    """(number of the first document, tokens of consecutive documents), of about `size` tokens or one document."""
+    start, documents = 0, len(tokens.offsets) - 1
+    while start < documents:
+        stop = int(np.searchsorted(tokens.offsets, tokens.offsets[start] + size, side="right")) - 1
+        stop = min(max(stop, start + 1), documents)
+        yield start, slice_tokens(tokens, start, stop)
+        start = stop

@@ -1,0 +1,182 @@
+"""Documents that contain test questions: n-grams of 13 tokens shared with benchmark files.
+
+The procedure is GPT-3's (Brown et al. 2020, arXiv 2005.14165, Appendix C): n-grams of 13 words, fewer for a benchmark
+of short items but at least 8, and n-grams found in many documents are no evidence. A token here is a word or one Han
+character. What differs: case counts, and documents are reported or dropped whole instead of being cut.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bc2_jax.curate.lookup import NgramTable, find_ngrams, make_table
+from bc2_jax.curate.tokens import Tokens, hash_ngrams, hash_tokens
+from bc2_jax.validation import require
+
+_SHORTEST = 8
+_PERCENTILE = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ContaminationConfig:
+    """What to look for and when a document counts as contaminated."""
+
+    files: tuple[str, ...] = ()
+    """Benchmarks: .jsonl with one item a line, or .txt with items between blank lines. None switches the test off."""
+    fields: tuple[str, ...] = ("question", "prompt", "text", "input", "choices", "answer")
+    """Fields of a .jsonl item that are read, where it has them; lists and objects with all they contain. Not the
+    passages that questions are about: those are public text, and to know them is no contamination."""
+    n: int = 13
+    """Tokens of an n-gram. A file whose items are short is searched with fewer, the 5th percentile of their lengths but
+    at least 8; an item shorter than that can't be found."""
+    max_items: int = 10
+    """An n-gram in more items of its file is the frame of the questions and no evidence."""
+    max_documents: int = 10
+    """An n-gram in more documents of the corpus is a common phrase and no evidence (GPT-3: 10)."""
+    min_share: float = 0.0
+    """Share of an item's n-grams that a document has to contain more of than this."""
+    action: str = "drop"
+    """drop or report."""
+
+    def __post_init__(self) -> None:
+        require(self.n >= _SHORTEST, "contamination.n", self.n, f"it must be at least {_SHORTEST}")
+        require(0 <= self.min_share < 1, "contamination.min_share", self.min_share, "it must be in [0, 1)")
+        for field in ("max_items", "max_documents"):
+            require(getattr(self, field) > 0, f"contamination.{field}", getattr(self, field), "it must be positive")
+        require(self.action in ("drop", "report"), "contamination.action", self.action, "legal values are drop, report")
+        for file in self.files:
+            require(file.endswith((".jsonl", ".txt")), "contamination.files", file, "it must end with .jsonl or .txt")
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkNgrams:
+    """The n-grams of some benchmarks, and which item each is of."""
+
+    items: tuple[str, ...]
+    """Name of each item: file name and line, or paragraph, from 1."""
+    tables: tuple[NgramTable, ...]
+    """One for each n, with the number of an item beside each of its n-grams, once an item."""
+
+    @functools.cached_property
+    def sizes(self) -> np.ndarray:
+        """int64 [items]: different n-grams of each item."""
+        numbers = [table.numbers for table in self.tables]
+        return np.bincount(np.concatenate([np.empty(0, np.int64), *numbers]), minlength=len(self.items))
+
+    def without_frequent(self, documents: Sequence[np.ndarray], limit: int) -> BenchmarkNgrams:
+        """Without n-grams in more than `limit` documents; `documents` is the sum of `count_documents` over all shards.
+
+        An item that has no n-gram left is never found. Shares are of the n-grams that are left.
+        """
+        tables = []
+        for table, counts in zip(self.tables, documents, strict=True):
+            kept = counts <= limit
+            tables.append(NgramTable(table.n, table.hashes[kept], table.numbers[kept]))
+        return BenchmarkNgrams(self.items, tuple(tables))
+
+
+class Match(NamedTuple):
+    """A document that contains part of a benchmark item."""
+
+    document: int
+    item: str
+    share: float
+    """Of the item's different n-grams, those that the document contains."""
+
+
+def load_benchmark_ngrams(
+    files: Sequence[str | os.PathLike[str]], config: ContaminationConfig | None = None
+) -> BenchmarkNgrams:
+    """The n-grams of all items in `files`. Raises ValueError for a file without items or of another kind."""
+    config = config or ContaminationConfig()
+    items: list[str] = []
+    rows: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for file in map(Path, files):
+        names, parts, owners = _read_items(file, config.fields)
+        require(len(parts) > 0, "contamination.files", str(file), f"it has no text in {', '.join(config.fields)}")
+        tokens = hash_tokens(parts)
+        lengths = np.bincount(owners, np.diff(tokens.offsets), minlength=len(names))
+        n = int(np.clip(np.percentile(lengths, _PERCENTILE), _SHORTEST, config.n))
+        ngrams = hash_ngrams(tokens, n)
+        numbers = np.repeat(np.array(owners, np.int64), np.diff(ngrams.offsets))
+        pairs = np.unique(np.stack([ngrams.hashes, numbers.astype(np.uint64)]), axis=1)
+        _, place, count = np.unique(pairs[0], return_inverse=True, return_counts=True)
+        pairs = pairs[:, count[place] <= config.max_items]
+        rows.setdefault(n, []).append((pairs[0], pairs[1].astype(np.int64) + len(items)))
+        items += names
+    tables = []
+    for n in sorted(rows):
+        hashes, numbers = zip(*rows[n], strict=True)
+        tables.append(make_table(n, np.concatenate(hashes), np.concatenate(numbers)))
+    return BenchmarkNgrams(tuple(items), tuple(tables))
+
+
+def find_contaminated(
+    texts: Sequence[str], ngrams: BenchmarkNgrams, min_share: float = 0.0, tokens: Tokens | None = None
+) -> list[Match]:
+    """Every pair of a document and an item that share more than `min_share` of the item's n-grams, by document.
+
+    `tokens` are those of `hash_tokens(texts)`, if they are there already.
+    """
+    tokens = hash_tokens(texts) if tokens is None else tokens
+    matches = []
+    for table in ngrams.tables:
+        documents, rows = find_ngrams(table, tokens)
+        pairs, counts = np.unique(np.stack([documents, table.numbers[rows]]), axis=1, return_counts=True)
+        shares = counts / ngrams.sizes[pairs[1]]
+        for (document, number), share in zip(pairs.T.tolist(), shares.tolist(), strict=True):
+            if share > min_share:
+                matches.append(Match(document, ngrams.items[number], share))
+    return sorted(matches, key=lambda match: match.document)
+
+
+def count_documents(texts: Sequence[str], ngrams: BenchmarkNgrams, tokens: Tokens | None = None) -> list[np.ndarray]:
+    """For each table int64 [rows]: in how many of the texts an n-gram occurs. Add them up over the shards."""
+    tokens = hash_tokens(texts) if tokens is None else tokens
+    return [np.bincount(find_ngrams(table, tokens)[1], minlength=len(table.hashes)) for table in ngrams.tables]
+
+
+def _read_items(file: Path, fields: tuple[str, ...]) -> tuple[list[str], list[str], list[int]]:
+    """Names of the items; texts; and the number of the item that each text is of."""
+    require(file.suffix in (".jsonl", ".txt"), "contamination.files", str(file), "it must end with .jsonl or .txt")
+    require(file.is_file(), "contamination.files", str(file), "it must be a file")
+    content = file.read_text(encoding="utf-8")
+    names: list[str] = []
+    parts: list[str] = []
+    owners: list[int] = []
+    if file.suffix == ".txt":
+        found = [[paragraph] for paragraph in content.split("\n\n") if paragraph.strip()]
+        labels = [f"{file.name}:{k}" for k in range(1, len(found) + 1)]
+    else:
+        found, labels = [], []
+        for k, line in enumerate(content.split("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"contamination.files = {str(file)!r} is not valid: line {k} is no JSON.") from error
+            require(isinstance(row, dict), "contamination.files", str(file), f"line {k} must be a JSON object")
+            found.append([text for field in fields for text in _strings(row.get(field))])
+            labels.append(f"{file.name}:{k}")
+    for label, texts in zip(labels, found, strict=True):
+        owners += [len(names)] * len(texts)
+        parts += texts
+        names.append(label)
+    return names, parts, owners
+
+
+def _strings(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [text for one in value for text in _strings(one)] if isinstance(value, list) else []

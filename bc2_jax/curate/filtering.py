@@ -1,0 +1,144 @@
+"""What a document tells about itself, applied to a shard: personal data, boilerplate, heuristics, quality, safety."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bc2_jax.curate import safety
+from bc2_jax.curate.boilerplate import remove_boilerplate
+from bc2_jax.curate.config import CurationConfig, QualityConfig
+from bc2_jax.curate.engine import Task
+from bc2_jax.curate.heuristics import examine
+from bc2_jax.curate.normalization import large_strings
+from bc2_jax.curate.privacy import KINDS, mask_personal
+from bc2_jax.curate.quality import QualityModel
+from bc2_jax.curate.sentences import low_quality_spans
+from bc2_jax.curate.shards import Account, decisions_for
+from bc2_jax.curate.spans import cut_spans
+from bc2_jax.curate.stages import fingerprint
+from bc2_jax.curate.tokens import hash_tokens
+from bc2_jax.tokenizer import file_sha256
+
+if TYPE_CHECKING:
+    from bc2_jax.curate.tasks import Run
+
+_PARTS = ("privacy", "boilerplate", "heuristics", "sentences", "quality", "safety")
+
+
+def check(config: CurationConfig) -> None:
+    """Raises ValueError if a file that the filters need is missing or is not what it should be."""
+    _quality_model(config.quality)
+    if config.safety.keywords:
+        safety.KeywordMatcher.read(config.safety)
+    if config.safety.model is not None:
+        QualityModel.load(config.safety.model)
+
+
+def settings(config: CurationConfig) -> dict[str, Any]:
+    """What the result of `filter_documents` depends on: settings and contents of files."""
+    paths = [config.quality.model, config.safety.model, *(file.path for file in config.safety.keywords)]
+    values = {name: dataclasses.asdict(getattr(config, name)) for name in _PARTS}
+    return values | {"files": [file_sha256(path) for path in paths if path is not None]}
+
+
+def filter_documents(run: Run, task: Task) -> Task:
+    """Drops exact copies and what breaks a rule, cuts out lines and sentences, masks personal data, gives scores."""
+    config, name = run.config, task["name"]
+    folder = run.work / "filter"
+    table = (run.work / "read" / "shards").read_table(f"{name}.parquet").drop_columns(["h1", "h2"])
+    account = Account(table)
+    table = account.drop_copies(table, "exact", decisions_for(run.work / "exact" / "decisions", name), "the same text")
+
+    # ---------------------------------------------------------------- lines and personal data
+    languages = table["language"].to_pylist()
+    texts = table["text"].to_pylist()
+    masked = mask_personal(texts, languages, config.privacy) if config.privacy.enabled else None
+    if masked is not None:
+        texts = masked.texts
+    texts, lines = remove_boilerplate(texts, languages, config.boilerplate)
+
+    # ---------------------------------------------------------------- rules
+    tokens = hash_tokens(texts)
+    verdicts = examine(texts, languages, config.heuristics, tokens)
+    broken = np.flatnonzero([reason is not None for reason in verdicts.reasons])
+    drops = [("heuristics", broken, [verdicts.reasons[i] or "" for i in broken])]
+
+    # ---------------------------------------------------------------- quality and safety
+    model = _quality_model(config.quality)
+    scores = verdicts.scores
+    if model is not None:
+        scores = model.score(texts, tokens, _perplexity(config.quality))
+    low = np.flatnonzero(scores < config.quality.min_score)
+    drops.append(("quality", low, [f"score = {scores[i]:.3f}, limit {config.quality.min_score}" for i in low]))
+    harmful, findings = safety.find_harmful(texts, config.safety, tokens=tokens)
+    if config.safety.action == "drop":
+        first = {finding.document: finding for finding in reversed(findings)}
+        gone = np.flatnonzero(harmful)
+        drops.append(("safety", gone, [f"{first[i].category}: {first[i].keyword or first[i].score}" for i in gone]))
+    audit = safety.audit_table(findings, table["doc"].to_numpy())
+    (folder / "audit").write_table(f"{name}.parquet", audit)
+
+    # ---------------------------------------------------------------- sentences of what stays
+    stays = np.ones(table.num_rows, bool)
+    for _, places, _ in drops:
+        stays[places] = False
+    before = pc.binary_length(table["text"]).to_numpy()
+    before_cut = list(texts)
+    for place, out in enumerate(low_quality_spans(texts, languages, config.sentences)):
+        if out and stays[place]:
+            starts, stops = zip(*out, strict=True)
+            texts[place] = cut_spans(texts[place], starts, stops)
+    cut = [place for place in range(len(texts)) if texts[place] is not before_cut[place]]
+    changed = large_strings(texts)
+    after = pc.binary_length(changed).to_numpy()
+    in_sentences = sum(len(before_cut[place].encode()) - int(after[place]) for place in cut)
+    account.count("quality", 0, in_sentences)
+    account.count("heuristics", 0, int((before - after)[stays].sum()) - in_sentences)
+
+    # The account is in bytes of the text that was read: a document that goes takes its lines along.
+    table = table.append_column("score", pa.array(scores.astype(np.float32)))
+    table = table.append_column("changed", changed)
+    seen = np.zeros(table.num_rows, bool)
+    for stage, places, reasons in drops:
+        fresh = [(place, reason) for place, reason in zip(places.tolist(), reasons, strict=True) if not seen[place]]
+        seen[[place for place, _ in fresh]] = True
+        account.note(table, stage, np.array([place for place, _ in fresh], int), [reason for _, reason in fresh])
+    emptied = np.flatnonzero(~seen & (after == 0))
+    account.note(table, "heuristics", emptied, ["nothing is left without its boilerplate lines"] * len(emptied), size=0)
+    seen[emptied] = True
+    table = table.filter(pa.array(~seen)).drop_columns(["text"]).rename_columns({"changed": "text"})
+    (folder / "shards").write_table(f"{name}.parquet", table)
+    (folder / "removed").write_table(f"{name}.parquet", account.removed)
+    counts = masked.counts.sum(axis=0).tolist() if masked is not None else [0] * len(KINDS)
+    return account.result(table) | {
+        "boilerplate_lines": int(lines.sum()),
+        "cut_sentences_in": len(cut),
+        "masked": dict(zip(KINDS, counts, strict=True)),
+        "findings": len(findings),
+    }
+
+
+@functools.lru_cache(maxsize=4)
+def _load_model(path: str, _: str) -> QualityModel:
+    return QualityModel.load(path)
+
+
+def _quality_model(config: QualityConfig) -> QualityModel | None:
+    return None if config.model is None else _load_model(config.model, fingerprint(file_sha256(config.model)))
+
+
+@functools.lru_cache(maxsize=1)
+def _load_perplexity(path: str, max_tokens: int) -> Any:
+    from bc2_jax.curate.perplexity import make_perplexity
+
+    return make_perplexity(path, max_tokens)
+
+
+def _perplexity(config: QualityConfig) -> Any:
+    return None if config.language_model is None else _load_perplexity(config.language_model, config.max_tokens)

@@ -1,0 +1,133 @@
+"""Dense features of all documents -> near copies, clusters and sampling weights, on the mesh of this process."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bc2_jax.curate import clustering, dense
+from bc2_jax.curate.config import CurationConfig
+from bc2_jax.curate.engine import Engine
+from bc2_jax.curate.minhash import VALUES, similarity
+from bc2_jax.curate.near import resolve
+from bc2_jax.curate.storage import Folder
+from bc2_jax.curate.topics import describe_clusters
+from bc2_jax.curate.weights import sampling_weights
+
+_EXAMPLE_CHARACTERS = 80
+
+
+class Documents:
+    """What is known of the documents that are compared: arrays of equal length in the order of their numbers.
+
+    Features and signatures are mapped files in a temporary folder, so that they may be larger than memory.
+    """
+
+    def __init__(self, features: Folder, signatures: Folder, names: Sequence[str], dim: int, folder: Path) -> None:
+        columns = ["doc", "source", "language", "score", "bytes"]
+        tables = [features.read_table(f"{name}.parquet", columns) for name in names]
+        self.table = pa.concat_tables(tables).combine_chunks()
+        rows = self.table.num_rows
+        self.docs = self.table["doc"].to_numpy()
+        self.features = _mapped(folder / "features", (rows, dim), np.float16)
+        self.signatures = _mapped(folder / "signatures", (rows, VALUES), np.uint32)
+        start = 0
+        for name, table in zip(names, tables, strict=True):
+            stop = start + table.num_rows
+            column = features.read_table(f"{name}.parquet", ["feature"])["feature"]
+            self.features[start:stop] = _rows(column, np.float16, dim)
+            signed = signatures.read_table(f"{name}.parquet", ["doc", "signature"])
+            here = pc.is_in(signed["doc"], table["doc"].combine_chunks())
+            self.signatures[start:stop] = _rows(signed.filter(here)["signature"], np.uint32, VALUES)
+            start = stop
+
+
+def group(
+    features: Folder,
+    signatures: Folder,
+    names: Sequence[str],
+    dim: int,
+    config: CurationConfig,
+    engine: Engine,
+    texts: Any,
+) -> dict[str, Any]:
+    """Copies (doc, first), placed (doc, cluster, weight) of all others, and topics for the report.
+
+    `texts` gives the texts of some documents by their numbers.
+    """
+    import daft
+
+    with tempfile.TemporaryDirectory() as temporary:
+        documents = Documents(features, signatures, names, dim, Path(temporary))
+        docs, table = documents.docs, documents.table
+        if not len(docs):
+            return {"copies": None, "placed": pa.table({"doc": docs}), "topics": []}
+        centroids = clustering.fit(documents.features, config.clusters)
+        near_by, cosines = clustering.assign(documents.features, centroids, config.dense.clusters_per_document)
+        copies = None
+        if config.dense.enabled:
+            signed = documents.signatures
+
+            def jaccard(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+                return similarity(signed[first], signed[second])
+
+            pairs = dense.near_duplicates(documents.features, near_by, jaccard, config.dense)
+            edges = daft.from_pydict({"a": docs[pairs.second], "b": docs[pairs.first]})
+            known = np.unique(np.concatenate([pairs.first, pairs.second]))
+            blobs = pa.array([signed[i].tobytes() for i in known], pa.binary())
+            signatures_of = daft.from_pydict({"doc": docs[known], "signature": blobs})
+            copies = resolve(edges, signatures_of, config.dense.jaccard, engine)
+    stays = np.ones(len(docs), bool)
+    if copies is not None:
+        stays = ~np.isin(docs, np.array(copies.select("doc").to_pydict()["doc"], np.int64))
+    clusters = near_by[stays, 0]
+    kept = table.filter(pa.array(stays))
+    scores = kept["score"].to_numpy()
+    weights = sampling_weights(
+        np.bincount(clusters, minlength=len(centroids)), clusters, scores, kept["source"].to_numpy(), config.weights,
+        sizes=kept["bytes"].to_numpy(),
+    )  # fmt: skip
+    placed = pa.table({"doc": docs[stays], "cluster": clusters.astype(np.int64), "weight": weights})
+    seen: dict[int, str] = {}
+
+    def read(rows: Sequence[int]) -> list[str]:
+        found = texts(docs[stays][list(rows)])
+        seen.update(zip(rows, found, strict=True))
+        return found
+
+    topics = describe_clusters(
+        clusters, cosines[stays, 0], scores, kept["source"].to_numpy(), kept["language"].to_numpy(), read
+    )
+    described = [
+        {
+            "cluster": topic.cluster,
+            "documents": topic.documents,
+            "score": round(topic.mean_score, 4),
+            "sources": [name for name, _ in topic.sources],
+            "languages": [name for name, _ in topic.languages],
+            "words": list(topic.words),
+            "examples": [seen[row][:_EXAMPLE_CHARACTERS] for row in topic.examples],
+        }
+        for topic in topics
+    ]
+    return {"copies": copies, "placed": placed, "topics": described}
+
+
+def _mapped(path: Path, shape: tuple[int, int], dtype: type) -> np.ndarray:
+    if not shape[0]:
+        return np.empty(shape, dtype)
+    return np.lib.format.open_memmap(path, "w+", dtype, shape)
+
+
+def _rows(column: pa.ChunkedArray, dtype: type, width: int) -> np.ndarray:
+    """Rows of a fixed-size binary column."""
+    chunks = [
+        np.frombuffer(c.buffers()[1], dtype).reshape(-1, width)[c.offset : c.offset + len(c)] for c in column.chunks
+    ]
+    return np.concatenate(chunks) if chunks else np.empty((0, width), dtype)

@@ -1,0 +1,247 @@
+"""Rules that drop a document by counting: too short, too many symbols, repeated, wrongly decoded ...
+
+The rules are those of Gopher (Rae et al. 2021, arXiv 2112.11446, Appendix A1.1): 50 to 100,000 words of 3 to 10
+letters on average, two stop words, at most 0.1 symbols a word, at most 90 % of the lines with a bullet and 30 % with
+an ellipsis, 80 % of the words with a letter; duplicate lines at most 0.30 of the lines and 0.20 of the characters;
+the most frequent n-gram at most 0.20, 0.18, 0.16 (n = 2, 3, 4), duplicate n-grams at most 0.15 .. 0.10 (n = 5 .. 10).
+Those numbers are for pages of running text: manuals, tables of functions and verse repeat by nature, and of the
+technical text this was tried on they drop a tenth. So our limits on repetition are wider; who wants Gopher's writes
+them into the config.
+
+Chinese  A token is a character, and a word is about two: duplicates are counted over twice the n. The shortest document
+         is a classical quatrain. Instead of stop words, a share of the letters must be Han.
+Code     No rule on words or bullets; indentation is white space and lines repeat by nature, so these limits are wide.
+         Length of lines as for Codex (Chen et al. 2021, arXiv 2107.03374, section 3.1): 100 on average, 1000 at most.
+
+C4's rules (Raffel et al. 2020, section 2.2) on single lines are in `boilerplate`. Its rules that a page with a curly
+bracket goes, or a line without a final full stop, would remove technical text and verse, and are left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from bc2_jax.curate.repetition import bounded, duplicate_share, top_share
+from bc2_jax.curate.statistics import Statistics, count_stop_words, measure
+from bc2_jax.curate.tokens import Tokens, hash_tokens, pieces, slice_tokens
+from bc2_jax.validation import require
+
+NgramLimits = tuple[tuple[int, float], ...]
+_PIECE_CHARACTERS = 1 << 17
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a document of one language must keep to; None, or no n-gram, switches a rule off. Defaults: any language."""
+
+    min_characters: int | None = 20
+    """A classical quatrain has 20 characters and its punctuation."""
+    max_characters: int | None = None
+    """A long document is a book: by default there is no limit."""
+    min_tokens: int | None = None
+    """Tokens of `bc2_jax.curate.tokens`: words, Han characters."""
+    max_tokens: int | None = None
+    """Gopher drops pages above 100,000 words."""
+    min_letter_share: float | None = 0.4
+    """Letters of any script, of the characters that are no space."""
+    max_symbol_share: float | None = 0.25
+    """Neither letter, digit, space nor punctuation of prose, of the characters that are no space."""
+    max_digit_share: float | None = 0.5
+    """Of the characters that are no space."""
+    max_space_share: float | None = 0.6
+    """Spaces, tabs and line ends, of all characters."""
+    max_garbled_share: float | None = 0.01
+    """Lost or wrongly decoded characters, of all characters."""
+    min_han_share: float | None = None
+    """Of the letters."""
+    min_stop_words: int | None = None
+    """Different ones of the, be, to, of, and, that, have, with."""
+    min_word_length: float | None = None
+    """Mean letters and digits a token."""
+    max_word_length: float | None = None
+    """Mean letters and digits a token."""
+    min_line_length: float | None = None
+    """Mean characters a line that is not blank."""
+    max_line_length: float | None = None
+    """Mean characters a line that is not blank."""
+    max_longest_line: int | None = None
+    """Characters."""
+    max_ellipsis_lines: float | None = 0.3
+    """Share of the lines that end with an ellipsis (Gopher)."""
+    max_bullet_lines: float | None = 0.9
+    """Share of the lines that start with a bullet (Gopher)."""
+    max_duplicate_lines: float | None = 0.6
+    """Share of the lines that occurred before in the document. Gopher: 0.3, of pages without their markup."""
+    max_duplicate_line_characters: float | None = 0.5
+    """Share of the characters in such lines. Gopher: 0.2."""
+    top_ngrams: NgramLimits = ((2, 0.35), (4, 0.30))
+    """(n, largest share of the tokens that the most frequent n-gram may cover)."""
+    duplicate_ngrams: NgramLimits = ((10, 0.40), (20, 0.35))
+    """(n, largest share of the tokens in n-grams that occurred before in the document)."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            name = f"heuristics.{field.name}"
+            if field.name in ("top_ngrams", "duplicate_ngrams"):
+                sizes = [n for n, _ in value]
+                require(
+                    sizes == sorted(set(sizes)) and all(n > 1 and share > 0 for n, share in value),
+                    name, value, "it must be pairs (n, share), n above 1 and rising, share above 0",
+                )  # fmt: skip
+            elif value is not None:
+                require(value >= 0, name, value, "it must be at least 0, or None")
+                if field.name.endswith(("_share", "_lines", "_line_characters")):
+                    require(value <= 1, name, value, "it is a share and must be at most 1")
+                low = getattr(self, field.name.replace("max_", "min_"), None)
+                require(low is None or low <= value, name, value, f"it must be at least {low}, the minimum")
+
+
+def _english() -> Limits:
+    return Limits(
+        min_tokens=20,
+        min_stop_words=2,
+        min_word_length=2.5,
+        max_word_length=10,
+        duplicate_ngrams=((5, 0.40), (10, 0.35)),
+    )
+
+
+def _chinese() -> Limits:
+    return Limits(min_han_share=0.1)
+
+
+def _code() -> Limits:
+    return Limits(
+        min_characters=50, min_letter_share=0.2, max_symbol_share=0.5, max_digit_share=0.7, max_space_share=0.8,
+        max_line_length=100, max_longest_line=1000, max_ellipsis_lines=None, max_bullet_lines=None,
+        max_duplicate_lines=0.8, max_duplicate_line_characters=0.7, top_ngrams=(), duplicate_ngrams=((10, 0.70),),
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeuristicsConfig:
+    """Limits by language."""
+
+    zh: Limits = dataclasses.field(default_factory=_chinese)
+    """Chinese."""
+    en: Limits = dataclasses.field(default_factory=_english)
+    """English."""
+    code: Limits = dataclasses.field(default_factory=_code)
+    """Program source."""
+    other: Limits = dataclasses.field(default_factory=Limits)
+    """Every other language."""
+    repetition_tokens: int = 50
+    """Shorter documents are not tested for repeated n-grams: a refrain is no spam. Gopher has no shorter ones."""
+
+    def __post_init__(self) -> None:
+        require(self.repetition_tokens >= 0, "heuristics.repetition_tokens", self.repetition_tokens, "it must be >= 0")
+
+
+class Verdicts(NamedTuple):
+    """What the rules say about each document."""
+
+    reasons: list[str | None]
+    """None for a document to keep; else the first rule it breaks, its value and the limit."""
+    scores: np.ndarray
+    """float32 [D] in 0..1, how far from all limits a document is: see `examine`."""
+
+
+# Field of Limits -> field of Statistics, in the order in which reasons are given; max_ or min_ tells what is legal.
+_RULES = {
+    "min_characters": "characters", "max_characters": "characters", "min_tokens": "tokens", "max_tokens": "tokens",
+    "max_garbled_share": "garbled_share", "min_letter_share": "letter_share", "max_symbol_share": "symbol_share",
+    "max_digit_share": "digit_share", "max_space_share": "space_share", "min_han_share": "han_share",
+    "min_word_length": "word_length", "max_word_length": "word_length", "min_line_length": "line_length",
+    "max_line_length": "line_length", "max_longest_line": "longest_line", "max_ellipsis_lines": "ellipsis_lines",
+    "max_bullet_lines": "bullet_lines", "max_duplicate_lines": "duplicate_lines",
+    "max_duplicate_line_characters": "duplicate_line_characters",
+}  # fmt: skip
+
+
+def score_heuristics(
+    texts: Sequence[str], languages: Sequence[str], config: HeuristicsConfig, tokens: Tokens | None = None
+) -> list[str | None]:
+    """For each document None if it may stay, else "rule = value, limit N" of the first rule it breaks.
+
+    `tokens` are those of `hash_tokens(texts)`, if they are there already.
+    """
+    return examine(texts, languages, config, tokens).reasons
+
+
+def examine(
+    texts: Sequence[str], languages: Sequence[str], config: HeuristicsConfig, tokens: Tokens | None = None
+) -> Verdicts:
+    """Reasons to drop, and a score of quality for when no model of it was trained.
+
+    The score is the geometric mean of the margins of all rules for the document's language: 1 - value / limit where
+    there is a maximum, 1 - limit / value where there is a minimum, at least 0.001. It says how ordinary a document
+    looks, not how good it is; 0 for a document to drop.
+    """
+    reasons: list[str | None] = []
+    scores = [np.empty(0, np.float32)]
+    start = 0
+    for piece in pieces(texts, _PIECE_CHARACTERS):
+        stop = start + len(piece)
+        part = hash_tokens(piece) if tokens is None else slice_tokens(tokens, start, stop)
+        verdicts = _examine_piece(piece, languages[start:stop], config, part)
+        reasons += verdicts.reasons
+        scores.append(verdicts.scores)
+        start = stop
+    return Verdicts(reasons, np.concatenate(scores))
+
+
+def _examine_piece(
+    texts: Sequence[str], languages: Sequence[str], config: HeuristicsConfig, tokens: Tokens
+) -> Verdicts:
+    limits = (config.zh, config.en, config.code, config.other)
+    names = ("zh", "en", "code")
+    group = np.array([names.index(language) if language in names else 3 for language in languages])
+    reasons: list[str | None] = [None] * len(texts)
+    logarithms, rules = np.zeros(len(texts)), np.zeros(len(texts))
+    for name, values, limit, is_maximum in _values(measure(texts, tokens), tokens, group, limits, config):
+        applies = ~np.isnan(limit)
+        small, large = (values, limit) if is_maximum else (limit, values)
+        for i in np.flatnonzero(small > large):
+            if reasons[i] is None:
+                reasons[i] = f"{name} = {values[i]:.4g}, limit {limit[i]:.4g}"
+        margin = 1 - small / np.where(large > 0, large, 1)
+        logarithms += np.log(np.where(applies, np.clip(margin, 1e-3, 1), 1))
+        rules += applies
+    scores = np.exp(logarithms / np.maximum(rules, 1))
+    scores[[reason is not None for reason in reasons]] = 0
+    return Verdicts(reasons, scores.astype(np.float32))
+
+
+def _values(
+    statistics: Statistics, tokens: Tokens, group: np.ndarray, limits: tuple[Limits, ...], config: HeuristicsConfig
+) -> Iterator[tuple[str, np.ndarray, np.ndarray, bool]]:
+    """(rule, value, limit or NaN where the rule is off, whether the limit is a maximum), [D] each, for every rule."""
+
+    def by_document(of_language: list[float | None]) -> np.ndarray:
+        return np.array([np.nan if value is None else value for value in of_language], np.float64)[group]
+
+    for rule, statistic in _RULES.items():
+        limit = by_document([getattr(one, rule) for one in limits])
+        if not np.isnan(limit).all():
+            yield rule, getattr(statistics, statistic), limit, rule.startswith("max")
+    limit = by_document([one.min_stop_words for one in limits])
+    if not np.isnan(limit).all():
+        yield "min_stop_words", count_stop_words(tokens), limit, False
+    long_enough = statistics.tokens >= config.repetition_tokens
+    for rule, share in (("top_ngrams", top_share), ("duplicate_ngrams", duplicate_share)):
+        # A longer n-gram is no more frequent than the shorter one it begins with, and the tokens that longer duplicates
+        # cover are covered by shorter ones: most documents need only the shortest.
+        bound = np.full(len(group), np.inf)
+        tables = [dict(getattr(one, rule)) for one in limits]
+        for n in sorted({n for table in tables for n in table}):
+            limit = by_document([table.get(n) for table in tables])
+            most = bound * n if rule == "top_ngrams" else bound
+            needed = long_enough & (most > limit)
+            share_of = bounded(share, tokens, n, needed)
+            yield f"{rule}({n})", share_of, np.where(needed, limit, np.nan), True
+            bound = np.where(needed, share_of / n if rule == "top_ngrams" else share_of, bound)

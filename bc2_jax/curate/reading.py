@@ -1,0 +1,327 @@
+"""One unit of raw files -> documents. What cannot be read is reported and skipped, never fatal, never silent."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import IO, Any
+
+from bc2_jax.curate.inputs import InputFile, ReadConfig, Unit, default_source, open_input
+from bc2_jax.curate.lines import Block, Broken, decompressed, line_blocks
+from bc2_jax.curate.problems import UnitReport
+
+_BOM = b"\xef\xbb\xbf"
+# A longer id, source or language is no name.
+_NAME_CHARACTERS = 500
+# Text bytes of a batch of parquet rows, about.
+_BATCH_BYTES = 4 << 20
+
+
+@dataclasses.dataclass
+class Rows:
+    """Some documents in their order, as parallel lists."""
+
+    ids: list[str] = dataclasses.field(default_factory=list)
+    texts: list[str] = dataclasses.field(default_factory=list)
+    sources: list[str] = dataclasses.field(default_factory=list)
+    languages: list[str] = dataclasses.field(default_factory=list)
+    """What the row says about its language; "" if nothing."""
+    places: list[tuple[str, int, int]] = dataclasses.field(default_factory=list)
+    """File, line and byte, as in Problem."""
+
+
+def read_unit(unit: Unit, config: ReadConfig, report: UnitReport) -> Iterator[Rows]:
+    """The documents of a unit, in batches of a few MiB; report is filled on the way.
+
+    Every text is valid Unicode (no lone surrogates) of at most config.max_document_bytes in UTF-8.
+    """
+    if unit.files[0].kind == "text":
+        yield from _read_texts(unit, config, report)
+        return
+    file = unit.files[0]
+    try:
+        with open_input(file.path) as stream:
+            if not _check_size(stream, file, report):
+                return
+            reader = _read_parquet if file.kind == "parquet" else _read_lines
+            yield from reader(stream, unit, config, report)
+    except OSError as error:
+        report.add(file.name, "cannot be read", rows=0, content=error)
+
+
+def _check_size(stream: IO[bytes] | Any, file: InputFile, report: UnitReport) -> bool:
+    """Whether there is anything to read."""
+    size = stream.seek(0, 2)
+    stream.seek(0)
+    if size != file.size:
+        content = f"{size} bytes instead of {file.size}"
+        report.add(file.name, "the file has changed since it was planned", rows=0, content=content)
+    elif not size:
+        report.add(file.name, "the file is empty", rows=0)
+    return size > 0
+
+
+class _RowCheck:
+    """Takes the fields of one row after the other; good ones become Rows."""
+
+    def __init__(self, file: InputFile, config: ReadConfig, report: UnitReport) -> None:
+        self.file, self.config, self.report = file, config, report
+        self.source = _name(default_source(file)) or "unnamed"
+        self.rows = Rows()
+
+    def add(self, fields: Any, place: str, line: int, byte: int) -> None:
+        """fields: what should be a dict; place: stands for an id that the row does not have."""
+        config = self.config
+        reason = None
+        if not isinstance(fields, dict):
+            reason = "the row is not an object"
+        elif config.text_field not in fields:
+            reason = f"the row has no field {config.text_field!r}"
+        else:
+            text = fields[config.text_field]
+            if not isinstance(text, str):
+                reason = f"field {config.text_field!r} is {_kind(text)}, not a string"
+        if reason is None:
+            try:
+                size = len(text) if text.isascii() else len(text.encode())
+            except UnicodeEncodeError:
+                reason = "the text has half of a surrogate pair"
+            else:
+                if size > config.max_document_bytes:
+                    reason = "the text is longer than max_document_bytes"
+        if reason is not None:
+            content = fields if not isinstance(fields, dict) else fields.get(config.text_field, list(fields)[:8])
+            self.report.add(self.file.name, reason, line=line, byte=byte, content=_beginning(content))
+            return
+        self.report.text_bytes += size
+        rows = self.rows
+        rows.texts.append(text)
+        rows.ids.append(_name(fields.get(config.id_field)) or f"{self.file.name}{place}")
+        rows.sources.append(_name(fields.get(config.source_field)) or self.source)
+        rows.languages.append(_name(fields.get(config.language_field)))
+        rows.places.append((self.file.name, line, byte))
+
+    def take(self) -> Rows:
+        rows, self.rows = self.rows, Rows()
+        return rows
+
+
+def _name(value: object) -> str:
+    """A string or an integer as a short string that can be written; "" for everything else."""
+    if isinstance(value, str):
+        if len(value) > _NAME_CHARACTERS:
+            return ""
+        return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode()
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 64 else ""
+
+
+def _kind(value: object) -> str:
+    kinds = {dict: "an object", list: "a list", bool: "a truth value", bytes: "bytes", type(None): "null"}
+    return kinds.get(type(value), "a number")
+
+
+def _beginning(value: object) -> object:
+    """So much of a value as an excerpt may need: it may be very long."""
+    return value[:1000] if isinstance(value, (str, bytes, list)) else type(value).__name__ if value else value
+
+
+def _read_lines(stream: IO[bytes] | Any, unit: Unit, config: ReadConfig, report: UnitReport) -> Iterator[Rows]:
+    (file,) = unit.files
+    report.raw_bytes += unit.stop - unit.start
+    stream.seek(max(0, unit.start - 1))
+    read, piece = decompressed(stream, file.compression)
+    stop = None if file.compression else unit.stop
+    check = _RowCheck(file, config, report)
+    decode = json.JSONDecoder().decode
+    for event in line_blocks(read, unit.start, stop, config.max_line_bytes, min(piece, unit.stop - unit.start)):
+        if isinstance(event, Broken):
+            content = f"{event.reason} at byte {event.position}; the line there: {_printed(event.unfinished)}"
+            lost = "the rest of the file is lost: it cannot be " + ("decompressed" if file.compression else "read")
+            cut = int(bool(event.unfinished))
+            report.add(file.name, lost, line=report.lines + 1, byte=event.position, rows=cut, content=content)
+            break
+        if not isinstance(event, Block):
+            report.lines += 1
+            content = f"{event.length} bytes: {_printed(event.beginning)}"
+            report.add(file.name, _LONG, line=report.lines, byte=event.start, content=content)
+            continue
+        start = event.start
+        for line in event.data.split(b"\n"):
+            report.lines += 1
+            raw: bytes = line
+            byte, start = start, start + len(line) + 1
+            if len(raw) > config.max_line_bytes:
+                content = f"{len(raw)} bytes: {_printed(raw[:256])}"
+                report.add(file.name, _LONG, line=report.lines, byte=byte, content=content)
+                continue
+            if byte == 0:
+                raw = raw.removeprefix(_BOM)
+            try:
+                text = raw.decode()
+                fields = decode(text)
+            except UnicodeDecodeError as error:
+                content = raw[max(0, error.start - 16) :][:256]
+                report.add(file.name, "the line is not UTF-8", line=report.lines, byte=byte, content=content)
+            except (ValueError, RecursionError):
+                if text.strip():
+                    report.add(file.name, "the line is not JSON", line=report.lines, byte=byte, content=raw[:256])
+            else:
+                check.add(fields, f"@{byte}", report.lines, byte)
+        if check.rows.texts:
+            yield check.take()
+
+
+_LONG = "the line is longer than 2.5 * max_document_bytes"
+
+
+def _printed(data: bytes) -> str:
+    return data.decode("utf-8", "backslashreplace")
+
+
+def _read_texts(unit: Unit, config: ReadConfig, report: UnitReport) -> Iterator[Rows]:
+    """One document a file."""
+    size = 0
+    rows = Rows()
+    for file in unit.files:
+        report.raw_bytes += file.size
+        try:
+            with open_input(file.path) as stream:
+                if not _check_size(stream, file, report):
+                    continue
+                read, _ = decompressed(stream, file.compression)
+                # One byte more than is legal tells what is too long.
+                data = _read_all(read, config.max_document_bytes + 1)
+        except OSError as error:
+            compressed = "cannot be decompressed" if file.compression else "cannot be read"
+            report.add(file.name, compressed, content=error)
+            continue
+        check = _RowCheck(file, config, report)
+        try:
+            text = data.removeprefix(_BOM).decode()
+        except UnicodeDecodeError as error:
+            if len(data) <= config.max_document_bytes:
+                content = data[max(0, error.start - 16) :][:256]
+                report.add(file.name, "the file is not UTF-8", byte=error.start, content=content)
+                continue
+            # It is too long, and may have been cut inside a character.
+            text = data.decode("utf-8", "replace")
+        check.add({config.text_field: text}, "", 0, 0)
+        for mine, new in zip(vars(rows).values(), vars(check.take()).values(), strict=True):
+            mine.extend(new)
+        size += len(data)
+        if size > _BATCH_BYTES and rows.texts:
+            yield rows
+            rows, size = Rows(), 0
+    if rows.texts:
+        yield rows
+
+
+def _read_all(read: Any, limit: int) -> bytes:
+    parts = []
+    while limit > 0 and (data := read(min(limit, 1 << 20))):
+        parts.append(data)
+        limit -= len(data)
+    return b"".join(parts)
+
+
+def _read_parquet(stream: IO[bytes] | Any, unit: Unit, config: ReadConfig, report: UnitReport) -> Iterator[Rows]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (file,) = unit.files
+    try:
+        parquet = pq.ParquetFile(stream, memory_map=False, pre_buffer=False, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        report.raw_bytes += file.size
+        report.add(file.name, "the file is no whole parquet file", rows=0, content=error)
+        return
+    metadata, schema = parquet.metadata, parquet.schema_arrow
+    groups = range(unit.start, min(unit.stop, metadata.num_row_groups))
+    row = sum(metadata.row_group(i).num_rows for i in range(unit.start))
+    total = sum(metadata.row_group(i).num_rows for i in groups)
+    column = schema.get_field_index(config.text_field)
+    kind = None if column < 0 else schema.field(column).type
+    if kind is None or not _is_text(kind):
+        reason = f"the file has no single column {config.text_field!r}"
+        if kind is not None:
+            reason = f"column {config.text_field!r} is {kind}, not a string"
+        report.raw_bytes += sum(metadata.row_group(i).total_byte_size for i in groups)
+        report.add(file.name, reason, line=row + 1, rows=total, content=", ".join(schema.names))
+        return
+    names = [config.text_field]
+    for field in (config.id_field, config.source_field, config.language_field):
+        place = schema.get_field_index(field)
+        if place >= 0 and field not in names and (_is_text(schema.field(place).type) or _is_integer(schema, place)):
+            names.append(field)
+    check = _RowCheck(file, config, report)
+    for index in groups:
+        group = metadata.row_group(index)
+        stored = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
+        report.raw_bytes += sum(stored[name].total_compressed_size for name in names if name in stored)
+        average = stored[config.text_field].total_uncompressed_size / max(1, group.num_rows)
+        done = 0
+        if average > config.max_document_bytes:
+            # Its cells would have to be in memory whole to be told apart.
+            reason = "the row group's texts are on average longer than max_document_bytes"
+            report.add(file.name, reason, line=row + 1, rows=group.num_rows, content=f"{average:.0f} bytes")
+        else:
+            size = max(1, min(65536, int(_BATCH_BYTES / max(1, average))))
+            try:
+                for batch in parquet.iter_batches(size, row_groups=[index], columns=names, use_threads=False):
+                    _add_batch(batch, row + done, check)
+                    done += batch.num_rows
+                    yield check.take()
+            except (OSError, pa.ArrowException) as error:
+                reason = "the rest of the row group cannot be read"
+                left = group.num_rows - done
+                report.add(file.name, reason, line=row + done + 1, rows=left, content=error)
+        row += group.num_rows
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow as pa
+
+    value = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return any(is_kind(value) for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
+
+
+def _is_integer(schema: Any, place: int) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_integer(schema.field(place).type)
+
+
+def _add_batch(batch: Any, first_row: int, check: _RowCheck) -> None:
+    """Cells are decoded here: pyarrow does not check that they are UTF-8, and one bad cell must not cost the batch."""
+    import pyarrow as pa
+
+    columns = []
+    for name in batch.schema.names:
+        column = batch.column(name)
+        columns.append(column if pa.types.is_integer(column.type) else _as_bytes(column))
+    values = [column.to_pylist() for column in columns]
+    for number, cells in enumerate(zip(*values, strict=True), first_row + 1):
+        fields = dict(zip(batch.schema.names, cells, strict=True))
+        bad = None
+        for name, cell in fields.items():
+            if isinstance(cell, bytes):
+                try:
+                    fields[name] = cell.decode()
+                except UnicodeDecodeError:
+                    bad = name
+        if bad is None:
+            check.add(fields, f"@{number}", number, -1)
+        else:
+            reason = f"field {bad!r} is not UTF-8"
+            check.report.add(check.file.name, reason, line=number, content=fields[bad][:256])
+
+
+def _as_bytes(column: Any) -> Any:
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_string_view(column.type):
+        column = column.cast(pa.large_string(), safe=False)
+    return column.cast(pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary(), safe=False)

@@ -1,0 +1,239 @@
+"""What the heuristics look at: counts of kinds of characters, lines, repetitions and stop words of each document."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import sys
+import unicodedata
+from collections.abc import Sequence
+
+import numpy as np
+
+from bc2_jax.curate.repetition import document_keys, first_occurrences, hash_segments, segment_sums
+from bc2_jax.curate.tokens import Tokens, code_points, hash_tokens
+
+DIGIT, SPACE, SYMBOL, HAN, SUSPECT, LETTER = range(6)
+# One gather counts all six kinds: ten bits each, so stretches have fewer than 1024 characters.
+_BITS = 10
+_STRETCH = 1 << 9
+# Punctuation of prose; every other character that is no letter, mark, digit or space is a symbol.
+_PROSE = ".,;:!?'\"()-–—‘’“”…、。，；：！？「」『』《》〈〉（）【】〔〕·～﹏￥$%&/"
+_HAN = ((0x3005, 0x3007), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF))
+_BULLETS = "-*+•●○■□◆◇▪▫‣⁃·–—※★☆►▶"
+_NEWLINE = ord("\n")
+# Bytes that follow in UTF-8, as Latin-1 and Windows-1252 show them.
+_TRAIL = "[\x80-\xbf" + re.escape(bytes(range(0x80, 0xA0)).decode("cp1252", "ignore")) + "]"
+# One class of first characters, then what each of them needs to follow: a search that starts with a class is fast.
+_GARBLED = re.compile(
+    "[\ufffd锟烫屯锛銆鐨鈥\x80-\x84\x86-\x9f\xc2-\xf4](?:"
+    "(?<=[\ufffd锛銆鐨鈥\x80-\x84\x86-\x9f])"  # lost; UTF-8 for punctuation and 的 read as GBK; no text's controls
+    "|(?<=锟)斤拷?"  # U+FFFD in UTF-8, read as GBK
+    "|(?<=烫)烫{2,}|(?<=屯)屯{2,}"  # a debugger's memory, read as GBK
+    f"|(?<=[\xc2-\xdf]){_TRAIL}|(?<=[\xe0-\xef]){_TRAIL}{{2}}|(?<=[\xf0-\xf4]){_TRAIL}{{3}}"  # UTF-8 as Latin-1
+    ")"
+)
+_GARBLED_CHARACTERS = "\ufffd锟烫屯锛銆鐨鈥"
+# Rae et al. 2021, Appendix A1.1, as they stand and at the start of a sentence.
+_STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """One number a document, [D] each. Shares are of all characters where nothing else is said."""
+
+    characters: np.ndarray
+    tokens: np.ndarray
+    letter_share: np.ndarray
+    """Letters and marks of any script, of the characters that are no space."""
+    symbol_share: np.ndarray
+    """Neither letter, mark, digit, space nor punctuation of prose, of the characters that are no space."""
+    digit_share: np.ndarray
+    """Of the characters that are no space."""
+    space_share: np.ndarray
+    han_share: np.ndarray
+    """Of the letters."""
+    garbled_share: np.ndarray
+    """Lost or wrongly decoded characters."""
+    word_length: np.ndarray
+    """Letters and digits a token."""
+    line_length: np.ndarray
+    """Characters a line that is not blank."""
+    longest_line: np.ndarray
+    """Characters."""
+    ellipsis_lines: np.ndarray
+    """Share of the lines that are not blank."""
+    bullet_lines: np.ndarray
+    """Share of the lines that are not blank."""
+    duplicate_lines: np.ndarray
+    """Share of the lines that are not blank that equal one before them in the document."""
+    duplicate_line_characters: np.ndarray
+    """Share of the characters in such lines."""
+
+
+@functools.cache
+def character_kinds() -> np.ndarray:
+    """uint64 [0x110000]: a one in the field of each kind that a code point is of."""
+    kinds = np.zeros(sys.maxunicode + 1, np.uint64)
+    categories = np.array([unicodedata.category(chr(i)) for i in range(len(kinds))])
+    space = np.char.startswith(categories, "Z")
+    space[[9, 10, 11, 12, 13, 0x85]] = True
+    digit = categories == "Nd"
+    letter = (
+        np.char.startswith(categories, "L") | np.char.startswith(categories, "M") | np.isin(categories, ["Nl", "No"])
+    )
+    symbol = ~(space | digit | letter)
+    symbol[[ord(c) for c in _PROSE]] = False
+    suspect = np.zeros(len(kinds), bool)
+    suspect[[ord(c) for c in _GARBLED_CHARACTERS]] = True
+    suspect[0x80:0x85] = suspect[0x86:0xA0] = suspect[0xC2:0xF5] = True
+    han = np.zeros(len(kinds), bool)
+    for start, stop in _HAN:
+        han[start : stop + 1] = True
+    for kind, chosen in (
+        (DIGIT, digit),
+        (SPACE, space),
+        (SYMBOL, symbol),
+        (HAN, han),
+        (SUSPECT, suspect),
+        (LETTER, letter),
+    ):
+        kinds |= chosen.astype(np.uint64) << np.uint64(_BITS * kind)
+    return kinds
+
+
+def count_kinds(points: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """int64 [6, S]: how many characters of each kind a segment has.
+
+    `points` is uint32 [C]; segment s goes from starts[s] to the next start; starts begin at 0, ascend and are unique.
+    """
+    if not len(starts):
+        return np.zeros((6, 0), np.int64)
+    begins = np.zeros(len(points), bool)
+    begins[::_STRETCH] = True
+    begins[starts] = True
+    cuts = np.flatnonzero(begins)
+    packed = np.add.reduceat(character_kinds().take(points.astype(np.intp)), cuts)
+    counts = np.stack([(packed >> np.uint64(_BITS * kind)) & np.uint64((1 << _BITS) - 1) for kind in range(6)])
+    return np.add.reduceat(counts.astype(np.int64), np.searchsorted(cuts, starts), axis=1)
+
+
+@functools.cache
+def _is_bullet() -> np.ndarray:
+    table = np.zeros(sys.maxunicode + 1, bool)
+    table[[ord(c) for c in _BULLETS]] = True
+    return table
+
+
+def measure(texts: Sequence[str], tokens: Tokens) -> Statistics:
+    """The statistics of some documents, best a piece of `pieces`; `tokens` are those of `hash_tokens`."""
+    points, offsets = code_points(texts)
+    sizes = np.diff(offsets)
+    filled = np.flatnonzero(sizes)
+    counts = np.zeros((6, len(texts)), np.int64)
+    counts[:, filled] = count_kinds(points, offsets[filled])
+    garbled = np.zeros(len(texts), np.int64)
+    for i in np.flatnonzero(counts[SUSPECT]).tolist():
+        garbled[i] = sum(map(len, _GARBLED.findall(texts[i])))
+    number_of_tokens = np.diff(tokens.offsets)
+    lines = _measure_lines(points, offsets)
+    number_of_lines = np.maximum(lines["lines"], 1)
+    visible = np.maximum(sizes - counts[SPACE], 1)
+    return Statistics(
+        characters=sizes,
+        tokens=number_of_tokens,
+        letter_share=counts[LETTER] / visible,
+        symbol_share=counts[SYMBOL] / visible,
+        digit_share=counts[DIGIT] / visible,
+        space_share=counts[SPACE] / np.maximum(sizes, 1),
+        han_share=counts[HAN] / np.maximum(counts[LETTER], 1),
+        garbled_share=garbled / np.maximum(sizes, 1),
+        word_length=(counts[LETTER] + counts[DIGIT]) / np.maximum(number_of_tokens, 1),
+        line_length=lines["characters"] / number_of_lines,
+        longest_line=lines["longest"],
+        ellipsis_lines=lines["ellipsis"] / number_of_lines,
+        bullet_lines=lines["bullet"] / number_of_lines,
+        duplicate_lines=lines["duplicate"] / number_of_lines,
+        duplicate_line_characters=lines["duplicate characters"] / np.maximum(lines["characters"], 1),
+    )
+
+
+def _measure_lines(points: np.ndarray, offsets: np.ndarray) -> dict[str, np.ndarray]:
+    """Counts over the lines of each document that are not blank, [D] each."""
+    begins = np.zeros(len(points) + 1, bool)
+    begins[1:] = points == _NEWLINE
+    begins[offsets[:-1]] = True
+    starts = np.flatnonzero(begins[:-1])
+    if not len(starts):
+        zeros = np.zeros(len(offsets) - 1, np.int64)
+        return dict.fromkeys(
+            ("lines", "characters", "longest", "ellipsis", "bullet", "duplicate", "duplicate characters"), zeros
+        )
+    ends = np.append(starts[1:], len(points))
+    hashes = hash_segments(points, starts)
+    first, last, kept = _strip(points, starts, ends)
+    starts, hashes = starts[kept], hashes[kept]
+    bounds = np.searchsorted(starts, offsets)
+    lengths = last - starts + 1
+    dots = last - first >= 2
+    for back in range(3):
+        dots &= points[np.maximum(last - back, 0)] == ord(".")
+    ellipsis = dots | (points[last] == ord("…"))
+    bullet = _is_bullet()[points[first]] & (last > first)
+    duplicate = first_occurrences(document_keys(Tokens(hashes, bounds))) != np.arange(len(hashes))
+    longest = np.zeros(len(offsets) - 1, np.int64)
+    filled = np.flatnonzero(np.diff(bounds))
+    if len(filled):
+        longest[filled] = np.maximum.reduceat(lengths, bounds[filled])
+    return {
+        "lines": np.diff(bounds),
+        "characters": segment_sums(lengths, bounds),
+        "longest": longest,
+        "ellipsis": segment_sums(ellipsis, bounds),
+        "bullet": segment_sums(bullet, bounds),
+        "duplicate": segment_sums(duplicate, bounds),
+        "duplicate characters": segment_sums(duplicate * lengths, bounds),
+    }
+
+
+def _strip(points: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Places of the first and the last character of each line that is not blank, and the numbers of these lines."""
+    visible = (points > 0x20) & (points != 0xA0) & (points != 0x3000)
+    edges = visible.copy()
+    edges[1:] &= ~visible[:-1]
+    edges[starts] = visible[starts]
+    first = np.flatnonzero(edges)
+    edges = visible.copy()
+    edges[:-1] &= ~visible[1:]
+    edges[ends - 1] = visible[ends - 1]
+    last = np.flatnonzero(edges)
+    # Runs of visible characters end where lines do, so a line has runs[i] .. runs[i + 1] - 1.
+    runs = np.searchsorted(first, np.append(starts, len(points)))
+    kept = np.flatnonzero(np.diff(runs))
+    return first[runs[kept]], last[runs[kept + 1] - 1], kept
+
+
+def count_stop_words(tokens: Tokens) -> np.ndarray:
+    """int64 [D]: how many of the eight English words of Gopher's rule a document has; a capital may begin them."""
+    words, hashes = _stop_table()
+    low = tokens.hashes.astype(np.uint16)
+    hits = np.flatnonzero(words[low])
+    hits = hits[hashes[low[hits]] == tokens.hashes[hits]]
+    found = np.zeros(len(tokens.offsets) - 1, np.uint8)
+    bounds = np.searchsorted(hits, tokens.offsets)
+    filled = np.flatnonzero(np.diff(bounds))
+    if len(filled):
+        found[filled] = np.bitwise_or.reduceat(words[low[hits]], bounds[filled])
+    return np.bitwise_count(found).astype(np.int64)
+
+
+@functools.cache
+def _stop_table() -> tuple[np.ndarray, np.ndarray]:
+    """By the low 16 bits of a hash: uint8 with the bit of its word, or 0; and the whole hash."""
+    words, table = np.zeros(1 << 16, np.uint8), np.zeros(1 << 16, np.uint64)
+    hashes = hash_tokens([form for word in _STOP_WORDS for form in (word, word.capitalize())]).hashes
+    low = hashes.astype(np.uint16)
+    words[low] = np.repeat(1 << np.arange(len(_STOP_WORDS)), 2)
+    table[low] = hashes
+    return words, table

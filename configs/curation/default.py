@@ -1,0 +1,10 @@
+"""The thresholds of bc2_jax/curate, for Chinese, English and code.
+
+python tools/curate.py RAW... --out DIR --config configs/curation/default.py
+"""
+
+from bc2_jax.curate.config import CurationConfig
+
+
+def config() -> CurationConfig:
+    return CurationConfig()

@@ -1,0 +1,83 @@
+"""Restarting: what is done is not done again, and what its settings no longer fit is."""
+
+import pytest
+
+from bc2_jax.curate.engine import Engine
+from bc2_jax.curate.stages import Stages, fingerprint
+from bc2_jax.curate.storage import Folder
+
+ENGINE = Engine("native")
+
+
+def run_two(folder, key, first, second, calls):
+    stages = Stages(Folder(folder), ENGINE, key, lambda *_: None)
+    results = [
+        stages.run(name, settings, lambda _, name=name: calls.append(name) or {"of": name})
+        for name, settings in (("one", first), ("two", second))
+    ]
+    assert results == [{"of": "one"}, {"of": "two"}]
+    return stages
+
+
+@pytest.mark.parametrize(
+    "again, redone",
+    [(("k", 1, 2), []), (("k", 1, 3), ["two"]), (("k", 0, 2), ["one", "two"]), (("other", 1, 2), ["one", "two"])],
+)
+def test_a_stage_is_redone_if_it_or_one_before_it_changed(tmp_path, again, redone):
+    calls: list[str] = []
+    run_two(tmp_path, "k", 1, 2, calls)
+    assert calls == ["one", "two"]
+    calls.clear()
+    stages = run_two(tmp_path, *again, calls)
+    assert calls == redone
+    assert stages.reused == [name for name in ("one", "two") if name not in redone]
+    assert set(stages.seconds) == {"one", "two"}
+
+
+def test_finished_shards_of_an_interrupted_stage_are_kept(tmp_path):
+    counter = Folder(tmp_path / "calls")
+
+    def make(fails):
+        def work(task):
+            if task["name"] == fails:
+                raise RuntimeError("lost host")
+            counter.write(f"{task['name']}-{fails}", b"")
+            return {"square": task["value"] ** 2}
+
+        return work
+
+    tasks = [{"name": f"{i:02d}", "value": i} for i in range(6)]
+
+    def attempt(fails):
+        stages = Stages(Folder(tmp_path / "work"), ENGINE, "k", lambda *_: None)
+        return stages.run("s", 0, lambda _: stages.map("s", make(fails), tasks))
+
+    with pytest.raises(Exception, match="lost host"):
+        attempt("05")
+    finished = [name.split("-")[0] for name in counter.names() if name.endswith("-05")]
+    assert attempt("none") == [{"square": i**2} for i in range(6)]
+    again = [name.split("-")[0] for name in counter.names() if name.endswith("-none")]
+    assert finished and sorted(finished + again) == [f"{i:02d}" for i in range(6)]
+
+
+def test_a_changed_stage_does_not_see_old_files(tmp_path):
+    def attempt(settings):
+        stages = Stages(Folder(tmp_path), ENGINE, "k", lambda *_: None)
+
+        def work(folder):
+            before = folder.names(".txt")
+            folder.write(f"{settings}.txt", b"x")
+            return before
+
+        return stages.run("s", settings, work)
+
+    assert attempt("a") == [] and attempt("b") == []
+
+
+def test_fingerprints():
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 1, "b": 3})
+
+
+def test_runner_names():
+    with pytest.raises(ValueError, match="--runner = 'spark' is not valid: legal values are native, ray"):
+        Engine("spark")

@@ -1,0 +1,121 @@
+"""Sampling weights: normalised, bounded, and monotone in what they depend on."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bc2_jax.curate.weights import WeightsConfig, sampling_weights
+
+NAMES = ["books", "code", "web"]
+
+
+@st.composite
+def corpora(draw: st.DrawFn) -> dict:
+    n = draw(st.integers(1, 40))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    clusters = rng.integers(0, draw(st.integers(1, 8)), n)
+    scores = rng.standard_normal(n) if draw(st.booleans()) else rng.integers(0, 3, n).astype(float)
+    sizes = rng.integers(1, 10_000, n)
+    cluster_sizes = np.bincount(clusters, weights=sizes, minlength=9).astype(np.int64)
+    sources = [NAMES[i] for i in rng.integers(0, 3, n)]
+    return dict(cluster_sizes=cluster_sizes, clusters=clusters, scores=scores, sources=sources, sizes=sizes)
+
+
+@st.composite
+def configs(draw: st.DrawFn, **fixed) -> WeightsConfig:
+    fields = dict(
+        cluster_exponent=draw(st.floats(0, 2)),
+        score_strength=draw(st.floats(0, 3)),
+        least=draw(st.floats(0.01, 1)),
+        most=draw(st.floats(1, 10)),
+    )
+    return WeightsConfig(**(fields | fixed))
+
+
+@given(corpora(), configs())
+def test_normalised_and_bounded(corpus: dict, config: WeightsConfig):
+    weights = sampling_weights(config=config, **corpus)
+    assert weights.dtype == np.float32 and (weights > 0).all()
+    assert weights.min() >= config.least * (1 - 1e-6) and weights.max() <= config.most * (1 + 1e-6)
+    mean = (weights.astype(np.float64) * corpus["sizes"]).sum() / corpus["sizes"].sum()
+    assert mean == pytest.approx(1, abs=1e-5)
+    np.testing.assert_array_equal(weights, sampling_weights(config=config, **corpus))
+
+
+@given(corpora(), configs())
+def test_monotone(corpus: dict, config: WeightsConfig):
+    """Of two documents of one source, the one that is no worse in score and cluster has no smaller weight."""
+    weights = sampling_weights(config=config, **corpus)
+    own = corpus["cluster_sizes"][corpus["clusters"]]
+    for i in range(len(weights)):
+        better = (corpus["scores"] >= corpus["scores"][i]) & (own <= own[i])
+        assert (weights[better] >= weights[i]).all()
+
+
+@given(corpora(), st.floats(1, 3))
+def test_a_source_is_up_sampled(corpus: dict, factor: float):
+    source = corpus["sources"][0]
+    mine = np.array(corpus["sources"]) == source
+
+    def share(factor: float) -> float:
+        weights = sampling_weights(config=WeightsConfig(sources={source: factor}), **corpus) * corpus["sizes"]
+        return weights[mine].sum() / weights.sum()
+
+    assert share(factor) >= share(1) - 1e-6
+
+
+def test_formula():
+    """Nothing is clipped: ratios are those of the docstring."""
+    config = WeightsConfig(cluster_exponent=0.5, score_strength=0.3, sources={"books": 1.5}, least=1e-3, most=1e3)
+    cluster_sizes = np.array([100, 0, 400, 1600])
+    clusters, scores = np.array([0, 2, 3, 0, 0]), np.array([0.1, 0.9, 0.9, -5.0, 7.0])
+    sources = ["web", "web", "web", "books", "web"]
+    weights = sampling_weights(cluster_sizes, clusters, scores, sources, config)
+    ranks = np.array([1, 2.5, 2.5, 0, 4]) / 4
+    expected = np.array([2, 1, 0.5, 2 * 1.5, 2]) * np.exp(0.3 * (2 * ranks - 1))
+    np.testing.assert_allclose(weights, expected / expected.mean(), rtol=1e-6)
+
+
+def test_without_strength_all_weigh_one():
+    config = WeightsConfig(cluster_exponent=0.0, score_strength=0.0)
+    weights = sampling_weights(np.array([3, 9]), np.array([0, 1, 1]), np.arange(3.0), ["a", "b", "b"], config)
+    np.testing.assert_allclose(weights, 1, rtol=1e-6)
+    assert sampling_weights(np.array([3]), np.array([], int), np.array([]), []).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"cluster_exponent": -0.1}, {"score_strength": math.nan}, {"least": 0.0}, {"least": 1.5}, {"most": 0.5},
+        {"sources": {"web": 0.0}},
+    ],
+)  # fmt: skip
+def test_wrong_config(wrong: dict):
+    (field,) = wrong
+    with pytest.raises(ValueError, match=rf"weights.{field}.* = .* is not valid: it must be"):
+        WeightsConfig(**wrong)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"clusters": np.array([0, 2])}, "clusters = 2 is not valid: there are 2 sizes"),
+        ({"clusters": np.array([0, -1])}, "clusters = -1 is not valid"),
+        ({"cluster_sizes": np.array([1, 0])}, "cluster_sizes = 0 is not valid"),
+        ({"scores": np.array([0.5, np.nan])}, "scores = .*nan.* is not valid: they must be finite"),
+        ({"scores": np.array([0.5])}, r"scores = \(1,\) is not valid: there are 2 documents"),
+        ({"sizes": np.array([0, 0])}, "sizes = 0.0 is not valid"),
+        ({"config": WeightsConfig(sources={"bokks": 2.0})}, "'bokks' is not valid: sources .* are books, web"),
+    ],
+)
+def test_wrong_input(change: dict, message: str):
+    good = dict(
+        cluster_sizes=np.array([1, 1]), clusters=np.array([0, 1]), scores=np.array([0.1, 0.2]), sources=["books", "web"]
+    )
+    with pytest.raises(ValueError, match=message):
+        sampling_weights(**(good | change))

@@ -1,0 +1,98 @@
+"""Raw text -> clean, deduplicated, weighted documents.
+
+    python tools/curate.py RAW... --out DIR [--config configs/curation/default.py] [--runner ray] [--FIELD VALUE]
+
+RAW are files or folders of .jsonl (plain, .zst, .gz), .parquet and .txt; a row needs a field `text`. DIR gets
+documents/*.parquet and jsonl/*.jsonl.zst (id, text, source, language, cluster, score, weight), removed/*.parquet (what
+went, and why), problems.parquet (what could not be read), report.md, report.json and waterfall.png. Started again with
+the same arguments it goes on where it stopped; DIR/work may be deleted when it is done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import runpy
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from bc2_jax.curate.config import CurationConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    raw: tyro.conf.Positional[tuple[str, ...]]
+    """Raw files and folders, on a disk or as gs:// and s3:// URIs."""
+    out: str
+    """Folder to make, or to go on with."""
+    config: str | None = None
+    """A Python file with `def config() -> CurationConfig`."""
+    runner: str = "native"
+    """Where it runs: native (this process), ray (a cluster started on this machine) or ray://HOST:PORT."""
+    settings: Annotated[CurationConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=CurationConfig)
+
+
+def parse_arguments(arguments: Sequence[str]) -> Arguments:
+    """Fields of the configuration are changed as in train.py, on top of those of --config."""
+    settings = CurationConfig()
+    for place, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name == "--config":
+            path = value or (arguments[place + 1] if place + 1 < len(arguments) else "")
+            settings = runpy.run_path(path)["config"]()
+    return tyro.cli(Arguments, args=list(arguments), default=Arguments(raw=(), out="", settings=settings))
+
+
+def summarize(report: dict) -> Table:
+    """The waterfall as a table."""
+    table = Table("", "documents", "MB", "share of the text")
+    for column in table.columns[1:]:
+        column.justify = "right"
+
+    def add(label: str, counts: dict) -> None:
+        share = counts["bytes"] / max(report["read"]["bytes"], 1)
+        table.add_row(label, f"{counts['documents']:,}", f"{counts['bytes'] / 1e6:,.2f}", f"{share:.2%}")
+
+    add("read", report["read"])
+    for line in report["waterfall"]:
+        add(f"- {line['label']}", line)
+    add("written", report["written"])
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    console = Console(stderr=True, highlight=False)
+    try:
+        from bc2_jax.curate.engine import Engine
+        from bc2_jax.curate.pipeline import curate
+
+        engine = Engine(options.runner)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console) as progress:
+            bars: dict[str, int] = {}
+
+            def show(stage: str, done: int, total: int) -> None:
+                if stage not in bars:
+                    bars[stage] = progress.add_task(stage, total=total or None)
+                progress.update(bars[stage], completed=done, total=total or None)
+
+            report = curate(options.raw, options.out, options.settings, engine, show)
+    except (ValueError, OSError, ImportError) as error:
+        console.print(f"error: {error}", markup=False, soft_wrap=True)
+        return 1
+    console.print(summarize(report))
+    lost = sum(report["problems"]["reasons"].values())
+    if lost:
+        console.print(f"{lost} places in the raw files gave no document; {options.out}/report.md names them.")
+    console.print(f"{options.out}/report.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
