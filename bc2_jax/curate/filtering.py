@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from bc2_jax.curate.spans import cut_spans
 from bc2_jax.curate.stages import fingerprint
 from bc2_jax.curate.tokens import hash_tokens
 from bc2_jax.tokenizer import file_sha256
+from bc2_jax.validation import require
 
 if TYPE_CHECKING:
     from bc2_jax.curate.tasks import Run
@@ -32,7 +34,16 @@ _PARTS = ("privacy", "boilerplate", "heuristics", "sentences", "quality", "safet
 
 
 def check(config: CurationConfig) -> None:
-    """Raises ValueError if a file that the filters need is missing or is not what it should be."""
+    """Raises ValueError if a file that the run needs is missing or is not what it should be."""
+    named = [("quality.model", config.quality.model), ("safety.model", config.safety.model)]
+    named += [("contamination.files", file) for file in config.contamination.files]
+    for field, path in named:
+        require(path is None or Path(path).is_file(), field, path, "it must be a file")
+    for field, path in (
+        ("quality.language_model", config.quality.language_model),
+        ("embedding.model", config.embedding.model),
+    ):
+        require(not path or Path(path).is_dir(), field, path, "it must be a folder")
     _quality_model(config.quality)
     if config.safety.keywords:
         safety.KeywordMatcher.read(config.safety)

@@ -20,13 +20,13 @@ bracket goes, or a line without a final full stop, would remove technical text a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from bc2_jax.curate.repetition import bounded, duplicate_share, top_share
-from bc2_jax.curate.statistics import Statistics, count_stop_words, measure
+from bc2_jax.curate.statistics import count_stop_words, measure
 from bc2_jax.curate.tokens import Tokens, hash_tokens, pieces, slice_tokens
 from bc2_jax.validation import require
 
@@ -112,7 +112,8 @@ def _english() -> Limits:
 
 
 def _chinese() -> Limits:
-    return Limits(min_han_share=0.1)
+    # Titles of verses in a series repeat.
+    return Limits(min_han_share=0.1, duplicate_ngrams=((10, 0.50), (20, 0.45)))
 
 
 def _code() -> Limits:
@@ -159,7 +160,7 @@ _RULES = {
     "min_word_length": "word_length", "max_word_length": "word_length", "min_line_length": "line_length",
     "max_line_length": "line_length", "max_longest_line": "longest_line", "max_ellipsis_lines": "ellipsis_lines",
     "max_bullet_lines": "bullet_lines", "max_duplicate_lines": "duplicate_lines",
-    "max_duplicate_line_characters": "duplicate_line_characters",
+    "max_duplicate_line_characters": "duplicate_line_characters", "min_stop_words": "stop_words",
 }  # fmt: skip
 
 
@@ -182,66 +183,77 @@ def examine(
     there is a maximum, 1 - limit / value where there is a minimum, at least 0.001. It says how ordinary a document
     looks, not how good it is; 0 for a document to drop.
     """
-    reasons: list[str | None] = []
-    scores = [np.empty(0, np.float32)]
+    limits = (config.zh, config.en, config.code, config.other)
+    names = ("zh", "en", "code")
+    group = np.array([names.index(language) if language in names else 3 for language in languages], np.int64)
+    measured: list[dict[str, np.ndarray]] = []
     start = 0
     for piece in pieces(texts, _PIECE_CHARACTERS):
         stop = start + len(piece)
         part = hash_tokens(piece) if tokens is None else slice_tokens(tokens, start, stop)
-        verdicts = _examine_piece(piece, languages[start:stop], config, part)
-        reasons += verdicts.reasons
-        scores.append(verdicts.scores)
+        statistics = measure(piece, part)
+        values = {field.name: getattr(statistics, field.name) for field in dataclasses.fields(statistics)}
+        if any(one.min_stop_words is not None for one in limits):
+            values["stop_words"] = count_stop_words(part)
+        long_enough = statistics.tokens >= config.repetition_tokens
+        values |= _repetition(part, long_enough, group[start:stop], limits)
+        measured.append(values)
         start = stop
-    return Verdicts(reasons, np.concatenate(scores))
+    columns = {name: np.concatenate([values[name] for values in measured]) for name in (measured or [{}])[0]}
+    return _judge(columns, group, limits)
 
 
-def _examine_piece(
-    texts: Sequence[str], languages: Sequence[str], config: HeuristicsConfig, tokens: Tokens
-) -> Verdicts:
-    limits = (config.zh, config.en, config.code, config.other)
-    names = ("zh", "en", "code")
-    group = np.array([names.index(language) if language in names else 3 for language in languages])
-    reasons: list[str | None] = [None] * len(texts)
-    logarithms, rules = np.zeros(len(texts)), np.zeros(len(texts))
-    for name, values, limit, is_maximum in _values(measure(texts, tokens), tokens, group, limits, config):
-        applies = ~np.isnan(limit)
-        small, large = (values, limit) if is_maximum else (limit, values)
-        for i in np.flatnonzero(small > large):
-            if reasons[i] is None:
-                reasons[i] = f"{name} = {values[i]:.4g}, limit {limit[i]:.4g}"
+def _repetition(
+    tokens: Tokens, long_enough: np.ndarray, group: np.ndarray, limits: tuple[Limits, ...]
+) -> dict[str, np.ndarray]:
+    """Shares of the n-grams that have a limit, [D] each; NaN where a shorter one shows that the limit is kept.
+
+    A longer n-gram is no more frequent than the shorter one it begins with, and the tokens that longer duplicates cover
+    are covered by shorter ones: most documents need only the shortest.
+    """
+    result = {}
+    for rule, share in (("top_ngrams", top_share), ("duplicate_ngrams", duplicate_share)):
+        bound = np.full(len(group), np.inf)
+        for n in _sizes(limits, rule):
+            limit = _ngram_limit(limits, rule, n)[group]
+            scale = n if rule == "top_ngrams" else 1
+            needed = long_enough & (bound * scale > limit)
+            found = bounded(share, tokens, n, needed)
+            result[f"{rule}({n})"] = np.where(needed, found, np.nan)
+            bound[needed] = found[needed] / scale
+    return result
+
+
+def _sizes(limits: tuple[Limits, ...], rule: str) -> list[int]:
+    return sorted({n for one in limits for n, _ in getattr(one, rule)})
+
+
+def _ngram_limit(limits: tuple[Limits, ...], rule: str, n: int) -> np.ndarray:
+    """float64 [languages], NaN without a limit."""
+    return np.array([dict(getattr(one, rule)).get(n, np.nan) for one in limits])
+
+
+def _judge(columns: dict[str, np.ndarray], group: np.ndarray, limits: tuple[Limits, ...]) -> Verdicts:
+    """Verdicts on documents of these values, by the limits of the language `group` of each."""
+    rules = []
+    for name, column in _RULES.items():
+        of_language = [getattr(one, name) for one in limits]
+        if any(value is not None for value in of_language):
+            rules.append((name, column, np.array([np.nan if value is None else value for value in of_language])))
+    for name in ("top_ngrams", "duplicate_ngrams"):
+        rules += [(f"{name}({n})", f"{name}({n})", _ngram_limit(limits, name, n)) for n in _sizes(limits, name)]
+    reasons: list[str | None] = [None] * len(group)
+    logarithms, count = np.zeros(len(group)), np.zeros(len(group))
+    for name, column, by_language in rules if len(group) else ():
+        values, limit = columns[column], by_language[group]
+        small, large = (limit, values) if name.startswith("min") else (values, limit)
+        # Neither a limit that is NaN nor a value that is can be broken.
+        for i in np.flatnonzero(small > large).tolist():
+            reasons[i] = reasons[i] or f"{name} = {values[i]:.4g}, limit {limit[i]:.4g}"
+        applies = ~np.isnan(small + large)
         margin = 1 - small / np.where(large > 0, large, 1)
         logarithms += np.log(np.where(applies, np.clip(margin, 1e-3, 1), 1))
-        rules += applies
-    scores = np.exp(logarithms / np.maximum(rules, 1))
+        count += applies
+    scores = np.exp(logarithms / np.maximum(count, 1))
     scores[[reason is not None for reason in reasons]] = 0
     return Verdicts(reasons, scores.astype(np.float32))
-
-
-def _values(
-    statistics: Statistics, tokens: Tokens, group: np.ndarray, limits: tuple[Limits, ...], config: HeuristicsConfig
-) -> Iterator[tuple[str, np.ndarray, np.ndarray, bool]]:
-    """(rule, value, limit or NaN where the rule is off, whether the limit is a maximum), [D] each, for every rule."""
-
-    def by_document(of_language: list[float | None]) -> np.ndarray:
-        return np.array([np.nan if value is None else value for value in of_language], np.float64)[group]
-
-    for rule, statistic in _RULES.items():
-        limit = by_document([getattr(one, rule) for one in limits])
-        if not np.isnan(limit).all():
-            yield rule, getattr(statistics, statistic), limit, rule.startswith("max")
-    limit = by_document([one.min_stop_words for one in limits])
-    if not np.isnan(limit).all():
-        yield "min_stop_words", count_stop_words(tokens), limit, False
-    long_enough = statistics.tokens >= config.repetition_tokens
-    for rule, share in (("top_ngrams", top_share), ("duplicate_ngrams", duplicate_share)):
-        # A longer n-gram is no more frequent than the shorter one it begins with, and the tokens that longer duplicates
-        # cover are covered by shorter ones: most documents need only the shortest.
-        bound = np.full(len(group), np.inf)
-        tables = [dict(getattr(one, rule)) for one in limits]
-        for n in sorted({n for table in tables for n in table}):
-            limit = by_document([table.get(n) for table in tables])
-            most = bound * n if rule == "top_ngrams" else bound
-            needed = long_enough & (most > limit)
-            share_of = bounded(share, tokens, n, needed)
-            yield f"{rule}({n})", share_of, np.where(needed, limit, np.nan), True
-            bound = np.where(needed, share_of / n if rule == "top_ngrams" else share_of, bound)

@@ -59,7 +59,7 @@ def hash_segments(points: np.ndarray, starts: np.ndarray) -> np.ndarray:
     hashes = (np.add.reduceat(values, starts, dtype=np.uint32) * inverses[starts]).astype(np.uint64)
     ends = np.append(starts[1:], len(points))
     lengths = ends - starts - (points[ends - 1] == ord("\n"))
-    return mix(hashes | lengths.astype(np.uint64) << np.uint64(32))
+    return hashes | lengths.astype(np.uint64) << np.uint64(32)
 
 
 @functools.cache

@@ -12,8 +12,8 @@ from bc2_jax.curate.tokens import code_points, pieces
 from bc2_jax.validation import require
 
 _PIECE_CHARACTERS = 1 << 17
-_ENDS = [ord(c) for c in "。！？!?；"]
-_NEWLINE, _STOP, _COLON, _SLASH, _LOST = ord("\n"), ord("."), ord(":"), ord("/"), 0xFFFD
+_ENDS = [ord(c) for c in "\n。！？!?；"]
+_STOP, _COLON, _SLASH, _LOST = ord("."), ord(":"), ord("/"), 0xFFFD
 _PADDING = (ord("0"), ord("f"), ord("F"))
 # Rulers, leaders of tables of contents and box drawing are layout.
 _LAYOUT = [ord(c) for c in "-=~*_#.+^|─━═…·—"]
@@ -34,7 +34,7 @@ class SentenceConfig:
     max_lost_share: float | None = 0.05
     """U+FFFD, the sign of a character that was lost in decoding."""
     max_repeated_share: float | None = 0.5
-    """Characters that equal the one before them, padded numbers (0, f) excepted."""
+    """Characters that equal both before them, padded numbers (0, f) excepted."""
     max_urls: int | None = 5
     """Occurrences of ://."""
     skip: tuple[str, ...] = ("code",)
@@ -75,23 +75,12 @@ def low_quality_spans(
     return spans
 
 
-def cut_spans(texts: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]]) -> list[str]:
-    """The texts without these (start, end) of each."""
-    result = []
-    for text, out in zip(texts, spans, strict=True):
-        bounds = [0, *(place for span in out for place in span), len(text)]
-        kept = (text[start:end] for start, end in zip(bounds[::2], bounds[1::2], strict=True))
-        result.append("".join(kept) if out else text)
-    return result
-
-
 def _piece_spans(texts: Sequence[str], config: SentenceConfig) -> list[tuple[int, int, int]]:
     points, offsets = code_points(texts)
     if not len(points):
         return []
     begins = np.zeros(len(points) + 1, bool)
     after = begins[1:]
-    after |= points == _NEWLINE
     for end in _ENDS:
         after |= points == end
     after[:-1] |= (points[:-1] == _STOP) & (points[1:] <= 0x20)
@@ -113,11 +102,7 @@ def _piece_spans(texts: Sequence[str], config: SentenceConfig) -> list[tuple[int
         schemes[:-2] = (points[:-2] == _COLON) & (points[1:-1] == _SLASH) & (points[2:] == _SLASH)
         bad |= _count(schemes, bounds) > config.max_urls
     if config.max_repeated_share is not None:
-        repeated = np.zeros(len(points), bool)
-        repeated[1:] = points[1:] == points[:-1]
-        for padding in _PADDING:
-            repeated &= points != padding
-        bad |= _count(repeated & (points > 0x20), bounds) > config.max_repeated_share * visible
+        bad |= _count_repeated(points, bounds) > config.max_repeated_share * visible
     bad &= visible >= config.min_characters
     chosen = np.array([s for s in np.flatnonzero(bad) if not _is_layout(points[bounds[s] : bounds[s + 1]])], np.int64)
     documents = np.searchsorted(offsets, bounds[chosen], side="right") - 1
@@ -129,6 +114,17 @@ def _piece_spans(texts: Sequence[str], config: SentenceConfig) -> list[tuple[int
 
 def _count(chosen: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     return np.diff(np.searchsorted(np.flatnonzero(chosen), bounds))
+
+
+def _count_repeated(points: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """int64 [S]: characters of each sentence that equal both before them, white space and padding excepted."""
+    same = points[1:] == points[:-1]
+    places = np.flatnonzero(same[1:] & same[:-1]) + 2
+    values = points[places]
+    counted = values > 0x20
+    for padding in _PADDING:
+        counted &= values != padding
+    return np.diff(np.searchsorted(places[counted], bounds))
 
 
 def _is_layout(points: np.ndarray) -> bool:

@@ -203,15 +203,17 @@ def _strip(points: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[np
     edges = visible.copy()
     edges[1:] &= ~visible[:-1]
     edges[starts] = visible[starts]
+    # A line has the runs of visible characters that begin at first[runs[i]] .. first[runs[i + 1] - 1].
     first = np.flatnonzero(edges)
-    edges = visible.copy()
-    edges[:-1] &= ~visible[1:]
-    edges[ends - 1] = visible[ends - 1]
-    last = np.flatnonzero(edges)
-    # Runs of visible characters end where lines do, so a line has runs[i] .. runs[i + 1] - 1.
     runs = np.searchsorted(first, np.append(starts, len(points)))
     kept = np.flatnonzero(np.diff(runs))
-    return first[runs[kept]], last[runs[kept + 1] - 1], kept
+    last = ends[kept] - 1
+    # The newline is stepped over here, and the little white space that may stand before it.
+    moving = np.flatnonzero(~visible[last])
+    while len(moving):
+        last[moving] -= 1
+        moving = moving[~visible[last[moving]]]
+    return first[runs[kept]], last, kept
 
 
 def count_stop_words(tokens: Tokens) -> np.ndarray:

@@ -1,0 +1,248 @@
+"""The whole pipeline on a small corpus with known copies and known faults."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from bc2_jax.curate.config import CopiesConfig, CurationConfig, WeightsConfig
+from bc2_jax.curate.contamination import ContaminationConfig
+from bc2_jax.curate.engine import Engine
+from bc2_jax.curate.pipeline import curate
+
+TOOL = Path(__file__).parents[2] / "tools" / "curate.py"
+ENGINE = Engine("native")
+WORDS = """
+the of and to in river mountain harvest season village people water stone bridge market winter summer light shadow travel
+letter garden history language method result measure table window forest evening morning simple ancient
+""".split()
+
+
+def sentence(rng: random.Random) -> str:
+    words = ["The", *(rng.choice(WORDS) for _ in range(rng.randint(8, 16)))]
+    return " ".join(words) + "."
+
+
+def document(seed: int, sentences: int = 12) -> str:
+    rng = random.Random(seed)
+    return "\n\n".join(" ".join(sentence(rng) for _ in range(sentences // 3)) for _ in range(3))
+
+
+def edited(text: str, seed: int, share: float) -> str:
+    rng = random.Random(seed)
+    words = text.split(" ")
+    words = [rng.choice(WORDS) if rng.random() < share else word for word in words]
+    return " ".join(["Indeed", *words])
+
+
+SHARED = " ".join(sentence(random.Random(9000 + i)) for i in range(3))
+QUESTION = " ".join(random.Random(777).choices(WORDS, k=30))
+
+
+def rows() -> list[dict]:
+    result = [{"id": f"d{i}", "text": document(i), "source": "web" if i % 3 else "books"} for i in range(60)]
+    result += [{"id": f"exact{i}", "text": document(i) + "  \r\n", "source": "web"} for i in range(5)]
+    result += [{"id": f"near{i}", "text": edited(document(i), i, 0.015), "source": "web"} for i in range(10, 15)]
+    result += [{"id": f"edits{i}", "text": edited(document(i, 60), i, 0.06), "source": "web"} for i in range(100, 110)]
+    result += [{"id": f"long{i}", "text": document(i, 60), "source": "web"} for i in range(100, 110)]
+    result += [{"id": f"shared{i}", "text": f"{document(200 + i)}\n\n{SHARED}", "source": "web"} for i in range(3)]
+    result += [{"id": "short", "text": "Too short.", "source": "web"}]
+    result += [{"id": "leak", "text": f"{document(300)}\n\nThe question is: {QUESTION}.", "source": "web"}]
+    return result
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("raw")
+    every = rows()
+    third = len(every) // 3
+    lines = [json.dumps(row).encode() + b"\n" for row in every]
+    (folder / "a.jsonl").write_bytes(b"".join(lines[:third]) + b'{"text": 5}\nnot json\n\xff\xfe\n')
+    (folder / "b.jsonl.zst").write_bytes(zstandard.compress(b"".join(lines[third : 2 * third])))
+    (folder / "c.jsonl").write_bytes(b"".join(lines[2 * third :]))
+    (folder / "empty.jsonl").write_bytes(b"")
+    (folder / "bench.txt").write_text(QUESTION)
+    return folder
+
+
+def config(raw: Path) -> CurationConfig:
+    return CurationConfig(contamination=ContaminationConfig(files=(str(raw / "bench.txt"),)))
+
+
+def inputs(raw: Path) -> list[str]:
+    return [str(raw / name) for name in ("a.jsonl", "b.jsonl.zst", "c.jsonl", "empty.jsonl")]
+
+
+def run(raw: Path, out: Path, settings: CurationConfig) -> dict:
+    return curate(inputs(raw), str(out), settings, ENGINE, lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def result(raw, tmp_path_factory):
+    out = tmp_path_factory.mktemp("curated") / "out"
+    return run(raw, out, config(raw)), out
+
+
+def read(folder: Path) -> list[dict]:
+    return [row for file in sorted(folder.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
+
+
+def hashes(out: Path, *names: str) -> dict[str, str]:
+    files = [file for name in names for file in sorted((out / name).glob("*"))]
+    return {str(file.relative_to(out)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def test_every_document_is_written_or_named(raw, result):
+    report, out = result
+    written, removed = read(out / "documents"), read(out / "removed")
+    assert sorted(row["id"] for row in written + removed) == sorted(row["id"] for row in rows())
+    assert report["read"]["documents"] == len(rows())
+    assert report["written"]["documents"] == len(written)
+    by_id = {row["id"]: row for row in removed}
+    assert {name for name in by_id if by_id[name]["stage"] == "exact"} == {f"exact{i}" for i in range(5)}
+    assert all(by_id[f"exact{i}"]["kept"] == f"d{i}" for i in range(5))
+    assert all(
+        by_id[f"near{i}"]["stage"] in ("near", "dense") and by_id[f"near{i}"]["kept"] == f"d{i}" for i in range(10, 15)
+    )
+    found = [i for i in range(100, 110) if by_id.get(f"long{i}", {}).get("kept") == f"edits{i}"]
+    assert len(found) >= 8
+    assert by_id["short"]["stage"] == "heuristics" and "limit" in by_id["short"]["reason"]
+    assert by_id["leak"]["stage"] == "contamination" and by_id["leak"]["kept"] == "bench.txt:1"
+
+
+def test_the_waterfall_adds_up_to_the_byte(result):
+    report, out = result
+    size = sum(len(row["text"].encode()) for row in read(out / "documents"))
+    assert report["written"]["bytes"] == size
+    assert report["read"]["bytes"] - sum(line["bytes"] for line in report["waterfall"]) == size
+    assert report["read"]["documents"] - sum(line["documents"] for line in report["waterfall"]) == len(
+        read(out / "documents")
+    )
+    for group in ("sources", "languages"):
+        assert sum(counts.get("bytes", 0) for counts in report[group].values()) == size
+
+
+def test_a_shared_paragraph_stays_once(result):
+    texts = [row["text"] for row in read(result[1] / "documents") if row["id"].startswith("shared")]
+    assert len(texts) == 3 and sum(SHARED in text for text in texts) == 1
+    assert [text.split("\n\n")[0] for text in texts] == [document(200 + i).split("\n\n")[0] for i in range(3)]
+
+
+def test_columns_and_weights(result):
+    written = read(result[1] / "documents")
+    assert list(written[0]) == ["id", "text", "source", "language", "cluster", "score", "weight"]
+    assert {row["source"] for row in written} == {"web", "books"} and {row["language"] for row in written} == {"en"}
+    assert all(0 <= row["score"] <= 1 and row["weight"] > 0 and row["cluster"] >= 0 for row in written)
+
+
+def test_the_same_documents_as_json_lines(result):
+    lines = []
+    for file in sorted((result[1] / "jsonl").glob("*.jsonl.zst")):
+        lines += zstandard.ZstdDecompressor().stream_reader(file.read_bytes()).read().decode().splitlines()
+    assert [json.loads(line) for line in lines] == read(result[1] / "documents")
+
+
+def test_faults_are_named_by_file_and_line(result):
+    report, out = result
+    problems = pq.read_table(out / "problems.parquet").to_pylist()
+    places = {(p["file"], p["line"]) for p in problems}
+    third = len(rows()) // 3
+    assert places == {("a.jsonl", third + 1), ("a.jsonl", third + 2), ("a.jsonl", third + 3), ("empty.jsonl", 0)}
+    assert sum(report["problems"]["lost"].values()) == 3
+    text = (out / "report.md").read_text()
+    assert "a.jsonl" in text and "the file is empty" in text and "exact copies" in text
+    assert (out / "waterfall.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_input_gives_the_same_bytes(raw, result, tmp_path):
+    run(raw, tmp_path / "again", config(raw))
+    names = ("documents", "removed", "jsonl")
+    assert hashes(tmp_path / "again", *names) == hashes(result[1], *names)
+    assert (tmp_path / "again" / "waterfall.png").read_bytes() == (result[1] / "waterfall.png").read_bytes()
+
+
+def test_only_what_changed_is_done_again(raw, tmp_path):
+    begun: list[str] = []
+
+    def again(settings):
+        begun.clear()
+        return curate(inputs(raw), str(tmp_path), settings, ENGINE, lambda stage, *_: begun.append(stage))
+
+    first = again(CurationConfig())
+    stages = list(dict.fromkeys(begun))
+    assert stages == ["read", "exact", "filter", "near", "contamination", "dense", "spans", "write"]
+    before = hashes(tmp_path, "documents")
+    assert again(CurationConfig())["written"] == first["written"] and begun == []
+    again(CurationConfig(weights=WeightsConfig(score_strength=0.0)))
+    assert list(dict.fromkeys(begun)) == ["dense", "spans", "write"]
+    after = again(CurationConfig(copies=CopiesConfig(near=False, sentence_copies=2), weights=WeightsConfig()))
+    assert list(dict.fromkeys(begun)) == ["near", "contamination", "dense", "spans", "write"]
+    assert after["waterfall"][4]["documents"] == 0
+    again(CurationConfig())
+    assert hashes(tmp_path, "documents") == before
+
+
+def command(raw: Path, out: Path, *more: str) -> list[str]:
+    return [sys.executable, str(TOOL), *inputs(raw), "--out", str(out), *more]
+
+
+def test_killed_and_started_again(raw, result, tmp_path):
+    """Killed as soon as each of some stages has begun; what comes out is what comes out of one run."""
+    out = tmp_path / "out"
+    more = ("--contamination.files", str(raw / "bench.txt"))
+    for stage in ("read", "near", "write"):
+        process = subprocess.Popen(command(raw, out, *more), stderr=subprocess.PIPE)
+        while not (out / "work" / stage / "begun.json").exists() and process.poll() is None:
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert not (out / "report.json").exists()
+    done = subprocess.run(command(raw, out, *more), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "written" in done.stderr and "4 places in the raw files" in done.stderr
+    names = ("documents", "removed", "jsonl")
+    assert hashes(out, *names) == hashes(result[1], *names)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["{raw}/missing"], "paths = '{raw}/missing' is not valid: there is no such file or folder."),
+        (["{raw}/a.jsonl", "--runner", "spark"], "--runner = 'spark' is not valid: legal values are native, ray"),
+        (["{raw}/empty.jsonl"], "is not valid: no document could be read"),
+        (["{raw}/a.jsonl", "--quality.model", "{raw}/no.npz"], "quality.model = '{raw}/no.npz' is not valid"),
+        (["{raw}/a.jsonl", "--contamination.files", "{raw}/x.txt"], "contamination.files = '{raw}/x.txt' is not valid"),
+    ],
+)  # fmt: skip
+def test_one_sentence_for_what_is_not_valid(raw, tmp_path, capsys, arguments, message):
+    sys.path.insert(0, str(TOOL.parents[1]))
+    from tools.curate import main
+
+    given = [argument.format(raw=raw) for argument in arguments]
+    assert main([*given, "--out", str(tmp_path / "out")]) == 1
+    assert message.format(raw=raw) in capsys.readouterr().err
+    assert not (tmp_path / "out" / "documents").exists()
+
+
+def test_settings_come_from_a_file_and_the_command_line(tmp_path):
+    from tools.curate import parse_arguments
+
+    file = tmp_path / "c.py"
+    file.write_text(
+        "from bc2_jax.curate.config import *\n"
+        "def config():\n    return CurationConfig(copies=CopiesConfig(sentence_copies=7), jsonl=False)\n"
+    )
+    options = parse_arguments(["a", "b", "--out", "o", "--config", str(file), "--copies.least-left", "0.5"])
+    assert options.raw == ("a", "b") and options.out == "o"
+    expected = dataclasses.replace(CurationConfig().copies, sentence_copies=7, least_left=0.5)
+    assert options.settings == dataclasses.replace(CurationConfig(), copies=expected, jsonl=False)
