@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from bc2_jax.curate.engine import Engine
 
 if TYPE_CHECKING:
-    from daft import DataFrame
+    from daft import DataFrame, Expression
 
 # Rows whose groups are held at one time on one machine.
 _GROUPED_ROWS = 4_000_000
@@ -21,15 +21,16 @@ def later_copies(frame: DataFrame, keys: list[str], place: str, engine: Engine, 
     and `first`, the place of their group's first row, in no particular order. On one machine the groups are made in
     ranges of the first key, so that memory does not grow with the input.
     """
-    from daft import col
+    from daft import col, lit
 
+    by: list[Expression | str] = list(keys)
     parts = []
     ranges = 1 if engine.is_distributed else -(-frame.count_rows() // _GROUPED_ROWS)
     for index in range(max(ranges, 1)):
         part = frame.where(in_range(col(keys[0]), index, ranges)) if ranges > 1 else frame
-        groups = part.groupby(*keys).agg(col(place).min().alias("first"), col(place).count().alias("copies"))
-        groups = groups.where(col("copies") >= least).select(*keys, "first")
-        copies = part.join(groups, on=keys).where(col(place) != col("first")).select(*keys, place, "first")
+        groups = part.groupby(*by).agg(col(place).min().alias("first"), col(place).count().alias("copies"))
+        groups = groups.where(col("copies") >= lit(least)).select(*keys, "first")
+        copies = part.join(groups, on=by).where(col(place) != col("first")).select(*keys, place, "first")
         parts.append(copies.collect() if ranges > 1 else copies)
     result = parts[0]
     for part in parts[1:]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -50,7 +51,7 @@ class Engine:
                 import ray
 
                 if not ray.is_initialized():
-                    ray.init(None if runner == "ray" else runner, log_to_driver=False, logging_level="error")
+                    ray.init(None if runner == "ray" else runner, log_to_driver=False, logging_level=logging.ERROR)
                 daft.set_runner_ray(noop_if_initialized=True)
         except ImportError as error:
             extra = "data" if runner == "native" else "data-ray"

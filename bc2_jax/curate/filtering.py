@@ -91,7 +91,9 @@ def filter_documents(run: Run, task: Task) -> Task:
     if config.safety.action == "drop":
         first = {finding.document: finding for finding in reversed(findings)}
         gone = np.flatnonzero(harmful)
-        drops.append(("safety", gone, [f"{first[i].category}: {first[i].keyword or first[i].score}" for i in gone]))
+        drops.append(
+            ("safety", gone, [f"{first[i].category}: {first[i].keyword or first[i].score}" for i in gone.tolist()])
+        )
     audit = safety.audit_table(findings, table["doc"].to_numpy())
     (folder / "audit").write_table(f"{name}.parquet", audit)
 

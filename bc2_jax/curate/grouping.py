@@ -127,7 +127,8 @@ def _mapped(path: Path, shape: tuple[int, int], dtype: type) -> np.ndarray:
 
 def _rows(column: pa.ChunkedArray, dtype: type, width: int) -> np.ndarray:
     """Rows of a fixed-size binary column."""
-    chunks = [
-        np.frombuffer(c.buffers()[1], dtype).reshape(-1, width)[c.offset : c.offset + len(c)] for c in column.chunks
-    ]
-    return np.concatenate(chunks) if chunks else np.empty((0, width), dtype)
+    parts = [np.empty((0, width), dtype)]
+    for chunk in column.chunks:
+        rows = np.frombuffer(chunk.buffers()[1], dtype).reshape(-1, width)
+        parts.append(rows[chunk.offset : chunk.offset + len(chunk)])
+    return np.concatenate(parts)

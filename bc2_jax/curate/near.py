@@ -54,7 +54,7 @@ def resolve(edges: DataFrame, signatures: DataFrame, least: float, engine: Engin
 def similar(pairs: DataFrame, one: str, other: str, signatures: DataFrame, least: float) -> DataFrame:
     """The pairs whose documents, int64, have an estimated similarity of at least `least`."""
     import daft
-    from daft import col
+    from daft import col, lit
 
     @daft.func.batch(return_dtype=daft.DataType.float32(), use_process=False)
     def estimate(a: daft.Series, b: daft.Series) -> np.ndarray:
@@ -64,4 +64,4 @@ def similar(pairs: DataFrame, one: str, other: str, signatures: DataFrame, least
     left = signatures.select(col("doc").alias(one), col("signature").alias("left"))
     right = signatures.select(col("doc").alias(other), col("signature").alias("right"))
     both = pairs.join(left, on=one).join(right, on=other)
-    return both.where(estimate(col("left"), col("right")) >= least).select(one, other)
+    return both.where(estimate(col("left"), col("right")) >= lit(least)).select(one, other)

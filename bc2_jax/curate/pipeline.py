@@ -196,12 +196,12 @@ def _write_decisions(documents: Sequence[int], kept: Sequence[str], folder: Fold
 
 def _copied_spans(folder: Folder, config: CurationConfig, engine: Engine) -> None:
     """Writes (span): the paragraphs and sentences to cut, each but the first of its kind."""
-    from daft import col
+    from daft import col, lit
 
     result = folder / "copies"
     result.remove()
     hashes = _table(folder / "hashes", ["hash", "size", "span"])
-    paragraph = col("size") % 2 == 0
+    paragraph = col("size") % lit(2) == lit(0)
     copies = [
         later_copies(hashes.where(condition), ["hash", "size"], "span", engine, least).select("span")
         for condition, least in ((paragraph, 2), (~paragraph, config.copies.sentence_copies))

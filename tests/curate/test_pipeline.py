@@ -22,10 +22,9 @@ from bc2_jax.curate.pipeline import curate
 
 TOOL = Path(__file__).parents[2] / "tools" / "curate.py"
 ENGINE = Engine("native")
-WORDS = """
-the of and to in river mountain harvest season village people water stone bridge market winter summer light shadow travel
-letter garden history language method result measure table window forest evening morning simple ancient
-""".split()
+TEXT = """the of and to in river mountain harvest season village people water stone bridge market winter summer light
+shadow travel letter garden history language method result measure table window forest evening morning simple ancient"""
+WORDS = TEXT.split()
 
 
 def sentence(rng: random.Random) -> str:
