@@ -33,6 +33,10 @@ _USER_DEFINED = ["\n", "\t"]
 # SentencePiece skips items longer than max_sentence_length bytes; a character has at most 4 bytes.
 _MAX_ITEM_BYTES = 16_384
 _MAX_ITEM_CHARACTERS = _MAX_ITEM_BYTES // 4
+# Characters that are looked through for a place where no merge can reach across.
+_LONGEST_MERGED = 65_536
+# How a piece spells a space.
+_SPACE = "\u2581"
 # SentencePiece's own marker for unknown pieces: a training item that contains it is skipped.
 _MARKER = "\u2585"
 
@@ -103,17 +107,40 @@ class Tokenizer:
                 start = match.end()
         return ids + self._model.encode(text[start:])
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, on all cores."""
+    def encode_batch(self, texts: Sequence[str], *, num_threads: int = -1) -> list[list[int]]:
+        """`encode` of each text, on all cores or on `num_threads`."""
         cut = [self._cut_forged(text) for text in texts]
         try:
-            encoded = iter(self._model.encode([part for parts in cut for part in parts]))
+            encoded = iter(self._model.encode([part for parts in cut for part in parts], num_threads=num_threads))
         except TypeError as error:
             raise ValueError("text is not valid: it has a lone surrogate, which is no character in UTF-8.") from error
         return [
             next(encoded) if len(parts) == 1 else [token_id for _ in parts for token_id in next(encoded)]
             for parts in cut
         ]
+
+    def cut(self, text: str, size: int) -> Iterator[str]:
+        """Cuts `text` into parts of `size` characters or a little more whose ids, joined, are those of `text`.
+
+        A cut is made where no piece of the vocabulary has both neighbours, such as after a line: a merge can't reach
+        across. A stretch of 65,536 characters without such a place (one letter over and over) is cut all the same: then
+        the ids next to the cut may be others than those of the whole, but decode to the same text.
+        """
+        start = 0
+        while len(text) - start > size:
+            end, last = start + size, min(start + size + _LONGEST_MERGED, len(text))
+            while end < last and text[end - 1 : end + 1].replace(" ", _SPACE) in self._pairs:
+                end += 1
+            yield text[start:end]
+            start = end
+        if start < len(text):
+            yield text[start:] if start else text
+
+    @functools.cached_property
+    def _pairs(self) -> frozenset[str]:
+        """Every two characters that stand next to each other in a piece."""
+        pieces = (self.piece(i) for i in range(self.vocab_size))
+        return frozenset(piece[i : i + 2] for piece in pieces for i in range(len(piece) - 1))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`. Special ids (pad, bos, eos, reserved, roles) have none and are left out.

@@ -13,6 +13,7 @@ from bc2_jax.config import (
     ComputeConfig,
     DataConfig,
     MeshConfig,
+    MixtureStage,
     ModelConfig,
     OptimizerConfig,
     SourceConfig,
@@ -32,6 +33,7 @@ TINY = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 32,
     "position_embedding": "rope",
 }  # fmt: skip
+UNREAD = SourceConfig(path="rare", weight=0.0)
 DATA = {"sources": (SourceConfig(path="rows"),), "tokenizer": "tokenizer.model"}
 
 
@@ -111,7 +113,18 @@ OTHER_ERRORS = [
     (OptimizerConfig, {"min_learning_rate": 1.0}, ("optimizer.min_learning_rate = 1.0", "peak_learning_rate = 0.0002")),
     (OptimizerConfig, {"warmup_steps": 9, "decay_steps": 9}, ("optimizer.warmup_steps = 9", "decay_steps = 9")),
     (OptimizerConfig, {"moment_dtype": "int8"}, ("optimizer.moment_dtype = 'int8'", "float32, bfloat16")),
-    (SourceConfig, {"path": "rows", "weight": 0.0}, ("data.sources.weight = 0.0", "positive")),
+    (SourceConfig, {"path": "rows", "weight": -1.0}, ("data.sources.weight = -1.0", "finite and at least 0")),
+    (SourceConfig, {"path": "rows", "weight": math.inf}, ("data.sources.weight = inf", "finite and at least 0")),
+    (SourceConfig, {"path": "rows", "quality_weights": (1.0, -1.0)}, ("quality_weights = (1.0, -1.0)", "at least 0")),
+    (SourceConfig, {"path": "rows", "max_epochs": 0.0}, ("data.sources.max_epochs = 0.0", "positive", "None")),
+    (MixtureStage, {"start_tokens": 0, "weights": (1.0,)}, ("data.stages.start_tokens = 0", "positive")),
+    (MixtureStage, {"start_tokens": 1, "weights": (0.0,)}, ("data.stages.weights = (0.0,)", "one positive")),
+    (DataConfig, DATA | {"sources": (UNREAD,)}, ("data.sources.weight = 0.0", "begin with a source")),
+    (DataConfig, DATA | {"sources": (*DATA["sources"], UNREAD)}, ("weight = 0.0", "no stage reads 'rare'")),
+    (DataConfig, DATA | {"stages": (MixtureStage(start_tokens=10**7, weights=(1.0, 1.0)),)},
+     ("data.stages.weights = (1.0, 1.0)", "each of the 1 data.sources")),
+    (DataConfig, DATA | {"stages": (MixtureStage(start_tokens=5 * 2**22, weights=(1.0,)),) * 2},
+     ("data.stages.start_tokens = 20971520", "at least a step, 4194304 tokens, after")),
     (DataConfig, DATA | {"sources": ()}, ("data.sources = ()", "at least one")),
     (DataConfig, DATA | {"sequence_length": 0}, ("data.sequence_length = 0", "positive")),
     (DataConfig, DATA | {"global_batch_size": 10, "accumulation_steps": 4},
@@ -201,3 +214,10 @@ def test_differing_fields():
     b = dataclasses.replace(a, seed=1, model=dataclasses.replace(a.model, vocab_size=64))
     assert differing_fields(a, a) == []
     assert differing_fields(a, b) == ["model.vocab_size: 32 against 64", "seed: 0 against 1"]
+
+
+def test_a_stage_begins_at_a_whole_step():
+    stages = tuple(MixtureStage(start_tokens=tokens, weights=(0.0, 1.0)) for tokens in (1, 129, 384))
+    sources = (SourceConfig(path="rows"), SourceConfig(path="more", weight=0.0))
+    data = DataConfig(sources=sources, tokenizer="t", sequence_length=8, global_batch_size=16, stages=stages)
+    assert data.tokens_per_step == 128 and data.stage_steps == (1, 2, 3)

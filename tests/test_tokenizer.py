@@ -83,6 +83,37 @@ def test_plain_text_is_encoded_as_sentencepiece_does(released_like: Tokenizer) -
         assert released_like.encode(text) == model.encode(text)
 
 
+@given(
+    st.lists(
+        st.one_of(st.sampled_from([*FORGERIES, "if x == 12:\n    ", "    ", "self", "三国演义"]), TEXT), max_size=12
+    ),
+    st.integers(1, 30),
+)
+def test_parts_of_a_text_have_its_ids(
+    tokenizer: Tokenizer, released_like: Tokenizer, parts: list[str], size: int
+) -> None:
+    text = "".join(parts)
+    for model in (tokenizer, released_like):
+        cut = list(model.cut(text, size))
+        assert "".join(cut) == text and all(cut)
+        assert all(len(part) >= size for part in cut[:-1])
+        assert [i for part in cut for i in model.encode(part)] == model.encode(text)
+
+
+def test_long_text_is_cut_often_and_exactly(tokenizer: Tokenizer) -> None:
+    text = stdlib_text("argparse") + "第一回\t" * 1000
+    cut = list(tokenizer.cut(text, 64))
+    assert max(map(len, cut)) < 128
+    assert [i for ids in tokenizer.encode_batch(cut, num_threads=1) for i in ids] == tokenizer.encode(text)
+
+
+def test_a_stretch_that_merges_everywhere_is_cut_all_the_same(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer_module, "_LONGEST_MERGED", 100)
+    assert list(map(len, tokenizer.cut(" " * 1000, 50))) == [150] * 6 + [100]
+
+
 def test_special_literals_on_request(tokenizer: Tokenizer, released_like: Tokenizer) -> None:
     text = "<s>if</s><reserved_106>x<reserved_107><unk><reserved_99999>"
     for model in (tokenizer, released_like):

@@ -1,18 +1,23 @@
-"""Text files -> packed rows for training.
+"""Files of text -> packed rows for training.
 
-    python tools/tokenize_corpus.py corpus/*.jsonl --tokenizer tokenizer.model --sequence-length 4096 --out rows/web
+    python tools/tokenize_corpus.py CURATED --tokenizer tokenizer.model --sequence-length 4096 --out rows
+    python tools/tokenize_corpus.py corpus/*.jsonl --tokenizer tokenizer.model --out rows
 
-Inputs are .jsonl (one object a line, the text in its field `text`), .txt (one document a file), or folders of them. OUT
-becomes a source for `DataConfig`: rows of T + 1 tokens, some documents held out for validation, and manifest.json.
+Inputs are .parquet, .jsonl, .jsonl.zst (one record a row or line), .txt (one document a file), folders of them, or the
+folder that the curation wrote. A record has its text in the field `text`; it may have a `source` (else the name of the
+file's folder), a quality `score` in 0..1 (else 1) and a sampling `weight` (else 1).
+
+OUT becomes a source for `DataConfig`: rows of T + 1 tokens in OUT/SOURCE/qBUCKET, some documents of each held out for
+validation, and corpus.json. OUT appears when it is complete; stopped before, the same command goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
+import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -20,76 +25,31 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from bc2_jax.data.packing import InvalidDocument, Manifest, pack_documents, why_invalid
-from bc2_jax.tokenizer import Tokenizer
-
-_SUFFIXES = (".jsonl", ".txt")
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
-
-def find_files(inputs: Sequence[Path]) -> list[Path]:
-    """The files of `inputs` in their order; a folder stands for the files below it, sorted by path."""
-    files: list[Path] = []
-    for path in inputs:
-        if not path.exists():
-            raise FileNotFoundError(f"INPUT = {str(path)!r} does not exist.")
-        found = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES) if path.is_dir() else [path]
-        if not found or found[0].suffix not in _SUFFIXES:
-            raise ValueError(
-                f"INPUT = {str(path)!r} is not valid: it must be .jsonl, .txt or a folder with such files."
-            )
-        files += found
-    return files
+from bc2_jax.data.corpus import PROBLEMS, Corpus
+from bc2_jax.data.documents import Fields
+from bc2_jax.data.packing import load_manifest
+from bc2_jax.data.tokenization import Settings, tokenize_corpus
 
 
-def read_documents(
-    files: Sequence[Path], text_field: str, advance: Callable[[int], object]
-) -> Iterator[str | InvalidDocument]:
-    """Yields every document; one that can't be read is named by file and line. Calls advance(bytes) on the way."""
-    for file in files:
-        if file.suffix == ".txt":
-            content = file.read_bytes()
-            yield _decode(content, str(file))
-            advance(len(content))
-        else:
-            with file.open("rb") as lines:
-                for number, line in enumerate(lines, 1):
-                    if not line.isspace():
-                        yield _parse(line, text_field, f"{file}:{number}")
-                    advance(len(line))
-
-
-def _decode(content: bytes, where: str) -> str | InvalidDocument:
-    try:
-        return content.removeprefix(_BYTE_ORDER_MARK).decode()
-    except UnicodeDecodeError as error:
-        return InvalidDocument(f"{where}: it is not UTF-8 ({error.reason} at byte {error.start})")
-
-
-def _parse(line: bytes, text_field: str, where: str) -> str | InvalidDocument:
-    text = _decode(line, where)
-    if isinstance(text, InvalidDocument):
-        return text
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        return InvalidDocument(f"{where}: it is not JSON ({error})")
-    if not isinstance(value, dict) or text_field not in value:
-        return InvalidDocument(f"{where}: it is no object with a field {text_field!r}")
-    reason = why_invalid(value[text_field])
-    return InvalidDocument(f"{where}: in field {text_field!r}, {reason}") if reason else value[text_field]
-
-
-def summarize(manifest: Manifest) -> Table:
-    """The counts of a manifest as a table."""
-    table = Table("", "documents", "tokens", "tokens / character", "rows", "padding", "files")
-    for column in table.columns[1:]:
+def summarize(corpus: Corpus, out: Path) -> Table:
+    """The parts of a corpus as a table: counts and shares of what is for training."""
+    table = Table("source", "score", "documents", "tokens", "tokens/char", "rows", "share")
+    for column in table.columns[2:]:
         column.justify = "right"
-    for name, split in (("train", manifest.train), ("validation", manifest.validation)):
-        rate = f"{split.tokens / split.characters:.3f}" if split.characters else "-"
-        counts = (split.documents, split.tokens, rate, split.rows, split.padding, len(split.files))
-        table.add_row(name, *(count if isinstance(count, str) else f"{count:,}" for count in counts))
+    for part in corpus.parts:
+        manifest = load_manifest(out / part.path)
+        characters = manifest.train.characters + manifest.validation.characters
+        tokens = manifest.train.tokens + manifest.validation.tokens
+        table.add_row(
+            part.source, f"{part.min_score:.3g}-{part.max_score:.3g}", f"{part.documents:,}", f"{part.tokens:,}",
+            f"{tokens / characters:.3f}", f"{part.rows:,}", f"{part.share:.2%}",
+        )  # fmt: skip
     return table
+
+
+def num_cores() -> int:
+    """Those that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -98,7 +58,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", required=True, help="SentencePiece model")
     parser.add_argument("--out", required=True, type=Path, help="folder to make")
     parser.add_argument("--sequence-length", type=int, default=4096, help="T, tokens a row (default %(default)s)")
-    parser.add_argument("--text-field", default="text", help="field of a .jsonl object (default %(default)s)")
+    parser.add_argument("--processes", type=int, default=num_cores(), help="default: one a core, %(default)s here")
+    parser.add_argument("--text-field", default="text", help="field or column of the text (default %(default)s)")
+    parser.add_argument("--source-field", default="source", help="that of the source (default %(default)s)")
+    parser.add_argument(
+        "--quality-buckets", type=int, default=4, metavar="N",
+        help="cut each source at the scores 1/N, 2/N, ...; 1: not at all (default %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--validation-fraction", type=float, default=0.01, help="share of documents held out (default %(default)s)"
     )
@@ -112,27 +78,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(stderr=True)
     handler = RichHandler(console=console, show_path=False, show_time=False)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
-    columns = (TextColumn("tokenizing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
     try:
-        files = find_files(options.inputs)
         with Progress(*columns, console=console) as progress:
-            task = progress.add_task("", total=sum(file.stat().st_size for file in files))
-            manifest = pack_documents(
-                read_documents(files, options.text_field, lambda size: progress.advance(task, size)),
-                Tokenizer(options.tokenizer),
+            task = progress.add_task("reading", total=None)
+
+            def advance(stage: str, done: int, total: int) -> None:
+                if stage == "tokenizing":
+                    progress.update(task, description=stage, completed=done, total=total)
+                else:
+                    progress.update(task, description=f"packing {done}/{total}")
+
+            corpus = tokenize_corpus(
+                options.inputs,
+                options.tokenizer,
                 options.out,
-                options.sequence_length,
-                validation_fraction=options.validation_fraction,
-                rows_per_file=options.rows_per_file,
+                Settings(
+                    sequence_length=options.sequence_length,
+                    quality_buckets=options.quality_buckets,
+                    validation_fraction=options.validation_fraction,
+                    rows_per_file=options.rows_per_file,
+                    fields=Fields(text=options.text_field, source=options.source_field),
+                ),
+                processes=options.processes,
                 overwrite=options.overwrite,
+                advance=advance,
             )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False)
         return 1
-    Console().print(summarize(manifest))
+    Console().print(summarize(corpus, options.out))
+    listed = f" (see {options.out / PROBLEMS})" if corpus.invalid_documents else ""
     print(
-        f"{manifest.documents:,} documents read, {manifest.empty_documents:,} empty, {manifest.invalid_documents:,} "
-        f"invalid; written to {options.out}"
+        f"{corpus.documents:,} documents read, {corpus.empty_documents:,} empty, {corpus.invalid_documents:,} "
+        f"invalid{listed}; written to {options.out}"
     )
     return 0
 

@@ -1,20 +1,26 @@
 """Packed rows -> batches, with random access by step.
 
-Only Grain MapDataset operations are used, so the batch of a step is a function of the step and the settings. The whole
-state of an iterator is the next step: resuming is exact, takes no longer than any other step, and may happen on another
-number of processes.
+Only operations of Grain's MapDataset and the arithmetic of `mixture` are used, so the batch of a step is a function of
+the step and the settings. The whole state of an iterator is the next step: resuming is exact, takes no longer than any
+other step, and may happen on another number of processes.
 """
 
 from __future__ import annotations
 
+import bisect
+import itertools
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from bc2_jax.config import DataConfig, SourceConfig
-from bc2_jax.data.packing import Manifest, Split, load_manifest
+from bc2_jax.config import DataConfig
+from bc2_jax.data.corpus import PartFolder, list_parts
+from bc2_jax.data.mixture import Mixture, Stage
+from bc2_jax.data.packing import Manifest, Split, SplitInfo
 from bc2_jax.tokenizer import EOS_ID, PAD_ID, file_sha256
 
 if TYPE_CHECKING:
@@ -34,45 +40,70 @@ def row_to_example(row: np.ndarray, eos_id: int = EOS_ID, pad_id: int = PAD_ID) 
     """
     tokens = row.astype(np.int32)
     input_ids, targets = tokens[..., :-1], tokens[..., 1:]
-    ends = input_ids == eos_id
-    padding = input_ids == pad_id
-    starts = np.zeros_like(ends)
+    ends, padding = input_ids == eos_id, input_ids == pad_id
+    labels = targets.copy()
+    labels[ends | padding | (targets == pad_id)] = IGNORED
+    starts = np.empty_like(ends)
     starts[..., 0] = True
     starts[..., 1:] = ends[..., :-1]
-    index = np.arange(input_ids.shape[-1], dtype=np.int32)
-    positions = index - np.maximum.accumulate(np.where(starts, index, 0), axis=-1)
-    return {
-        "input_ids": input_ids,
-        "labels": np.where(ends | padding | (targets == pad_id), np.int32(IGNORED), targets),
-        "segment_ids": np.where(padding, 0, np.cumsum(starts, axis=-1, dtype=np.int32)).astype(np.int32),
-        "positions": np.where(padding, 0, positions).astype(np.int32),
-    }
+    segment_ids = np.cumsum(starts, axis=-1, dtype=np.int32)
+    # Each row begins a segment, so segments can be counted through all rows at once.
+    first = np.flatnonzero(starts).astype(np.int32)
+    offsets = np.repeat(first, np.diff(first, append=np.int32(starts.size)))
+    positions = (np.arange(starts.size, dtype=np.int32) - offsets).reshape(starts.shape)
+    segment_ids[padding] = positions[padding] = 0
+    return {"input_ids": input_ids, "labels": labels, "segment_ids": segment_ids, "positions": positions}
 
 
-def make_train_loader(data: DataConfig, *, process_index: int, process_count: int) -> grain.MapDataset[Batch]:
+def make_train_loader(
+    data: DataConfig, *, process_index: int, process_count: int, num_steps: int | None = None
+) -> grain.MapDataset[Batch]:
     """The endless training batches of one process: `loader[step]` has what `row_to_example` gives, int32 [B, T].
 
     B = global_batch_size / process_count. A process holds a contiguous slice of the global batch, so the batches of
-    all processes, put together in order, are the same for every process_count. Each source is shuffled anew in every
-    epoch; sources are interleaved by weight, counted in rows and kept to 0.5 % of the smallest weight.
+    all processes, put together in order, are the same for every process_count. Each part of a source is shuffled anew
+    in every epoch; parts are interleaved by their shares of tokens (see `mixture.Interleave` for how exactly).
 
-    Raises FileNotFoundError or ValueError, naming the field, if the rows are not there or were not made for `data`.
+    Raises FileNotFoundError or ValueError, naming the field, if the rows are not there or were not made for `data`, or
+    if a run of `num_steps` would read a source more often than its max_epochs.
     """
     import grain
 
     local = _local_batch_size("data.global_batch_size", data.global_batch_size, process_index, process_count)
-    tokenizer_sha256 = _tokenizer_sha256(data)
-    sources = []
-    for index, source in enumerate(data.sources):
-        rows = _open_rows(source, data, "train", tokenizer_sha256)
-        if len(rows) == 0:
-            raise ValueError(f"data.sources.path = {source.path!r} is not valid: it has no training rows.")
-        seed = int(np.random.SeedSequence([data.seed, index]).generate_state(1)[0])
-        sources.append(rows.shuffle(seed=seed).repeat())
-    # Grain scales the weights to a minimum of 100 and truncates; rounding first keeps float error out of the shares.
-    smallest = min(source.weight for source in data.sources)
-    mixed = grain.MapDataset.mix(sources, [round(100 * source.weight / smallest) for source in data.sources])
-    return _make_batches(mixed, local, process_index, process_count)
+    parts = _open_parts(data)
+    mixture = _make_mixture(data, parts)
+    if num_steps is not None:
+        _check_epochs(data, parts, mixture, num_steps)
+    return _make_batches(grain.MapDataset.source(mixture), local, process_index, process_count)
+
+
+class PartUse(NamedTuple):
+    """What a run reads of a folder of packed rows."""
+
+    path: str
+    rows: int
+    shares: tuple[float, ...]
+    """Of the training tokens of each stage."""
+    rows_read: int
+
+    @property
+    def epochs(self) -> float:
+        return self.rows_read / self.rows
+
+
+def describe_mixture(data: DataConfig, num_steps: int) -> list[PartUse]:
+    """How often a run of `num_steps` reads each part of each source. Raises as `make_train_loader` does."""
+    parts = _open_parts(data)
+    mixture = _make_mixture(data, parts)
+    stages = _stages(data, parts)
+    read = mixture.rows_read(num_steps * data.global_batch_size)
+    return [
+        PartUse(
+            str(part.folder.path), len(part.rows),
+            tuple(stage.shares[index] / sum(stage.shares) for stage in stages), int(read[index]),
+        )
+        for index, part in enumerate(parts)
+    ]  # fmt: skip
 
 
 def make_validation_batches(
@@ -87,8 +118,12 @@ def make_validation_batches(
 
     local = _local_batch_size("batch_size", batch_size, process_index, process_count)
     tokenizer_sha256 = _tokenizer_sha256(data)
-    sources = [_open_rows(source, data, "validation", tokenizer_sha256) for source in data.sources]
-    sources = [rows for rows in sources if len(rows)]
+    sources = [
+        grain.MapDataset.source(rows)
+        for source in data.sources
+        for folder in list_parts(source.path)
+        if len(rows := _open_rows(folder, data, "validation", tokenizer_sha256))
+    ]
     if not sources:
         paths = ", ".join(source.path for source in data.sources)
         raise ValueError(f"data.sources = {paths} are not valid: none has held-out rows; pack with a larger fraction.")
@@ -140,41 +175,140 @@ def _tokenizer_sha256(data: DataConfig) -> str:
     return file_sha256(data.tokenizer)
 
 
-def _open_rows(source: SourceConfig, data: DataConfig, split: Split, tokenizer_sha256: str) -> grain.MapDataset[bytes]:
-    """One split of a source as records, checked against `data`; sizes are compared, contents are not hashed."""
+class _Part(NamedTuple):
+    """Training rows of a part, and which of `data.sources` it belongs to."""
+
+    source: int
+    folder: PartFolder
+    rows: _Rows
+    share: float
+    """Of its source."""
+
+
+def _open_parts(data: DataConfig) -> list[_Part]:
+    """All parts that have training rows, in the order of the sources."""
+    tokenizer_sha256 = _tokenizer_sha256(data)
+    parts: list[_Part] = []
+    for index, source in enumerate(data.sources):
+        folders = list_parts(source.path)
+        opened = [(folder, _open_rows(folder, data, "train", tokenizer_sha256)) for folder in folders]
+        opened = [(folder, rows) for folder, rows in opened if len(rows)]
+        if not opened:
+            raise ValueError(f"data.sources.path = {source.path!r} is not valid: it has no training rows.")
+        needed = 1 + max(folder.bucket for folder, _ in opened)
+        if source.quality_weights and len(source.quality_weights) < needed:
+            raise ValueError(
+                f"data.sources.quality_weights = {source.quality_weights} is not valid: {source.path!r} has "
+                f"{needed} quality buckets, and each needs one."
+            )
+        factors = source.quality_weights or (1.0,) * needed
+        shares = [len(rows) * folder.mean_weight * factors[folder.bucket] for folder, rows in opened]
+        if not sum(shares):
+            raise ValueError(
+                f"data.sources.quality_weights = {source.quality_weights} is not valid: nothing of {source.path!r} "
+                "would be read."
+            )
+        parts += [_Part(index, *part, share / sum(shares)) for part, share in zip(opened, shares, strict=True)]
+    return parts
+
+
+def _stages(data: DataConfig, parts: Sequence[_Part]) -> list[Stage]:
+    weights = [[source.weight for source in data.sources], *(stage.weights for stage in data.stages)]
+    starts = [0, *(step * data.global_batch_size for step in data.stage_steps)]
+    return [
+        Stage(start, tuple(weight[part.source] * part.share for part in parts))
+        for start, weight in zip(starts, weights, strict=True)
+    ]
+
+
+def _make_mixture(data: DataConfig, parts: Sequence[_Part]) -> Mixture:
     import grain
 
-    manifest = load_manifest(source.path)
-    _check_manifest(manifest, source, data, tokenizer_sha256)
-    info = manifest.split(split)
-    if not info.files:
-        return grain.MapDataset.source([])
-    for file in info.files:
-        path = Path(source.path, file.name)
-        if not path.is_file():
-            raise FileNotFoundError(f"data.sources.path = {source.path!r} is incomplete: {file.name} is missing.")
-        if os.path.getsize(path) != file.size:
+    datasets: list[grain.MapDataset[bytes]] = []
+    for part in parts:
+        # Of its own for each part, and the same whatever else is mixed in behind it.
+        number = [data.seed, part.source, sum(other.source == part.source for other in parts[: len(datasets)])]
+        seed = int(np.random.SeedSequence(number).generate_state(1)[0])
+        datasets.append(grain.MapDataset.source(part.rows).shuffle(seed=seed).repeat())
+    return Mixture(datasets, _stages(data, parts))
+
+
+def _check_epochs(data: DataConfig, parts: Sequence[_Part], mixture: Mixture, num_steps: int) -> None:
+    for index, part in enumerate(parts):
+        limit = data.sources[part.source].max_epochs
+        if limit is None:
+            continue
+
+        def epochs(steps: int, index: int = index, part: _Part = part) -> float:
+            return mixture.rows_read(steps * data.global_batch_size)[index] / len(part.rows)
+
+        if epochs(num_steps) > limit:
+            steps = bisect.bisect_right(range(num_steps), limit, key=epochs) - 1
             raise ValueError(
-                f"data.sources.path = {source.path!r} is damaged: {file.name} has {os.path.getsize(path)} bytes where "
-                f"its manifest says {file.size}."
+                f"data.sources.max_epochs = {limit} is not valid: a run of {num_steps} steps reads "
+                f"the {len(part.rows)} rows of {str(part.folder.path)!r} {epochs(num_steps):.3g} times; it must be at "
+                f"least {math.ceil(100 * epochs(num_steps)) / 100}, or num_steps at most {steps}."
             )
-    records = grain.sources.ArrayRecordDataSource([str(Path(source.path, file.name)) for file in info.files])
-    if len(records) != info.rows:
+
+
+class _Rows:
+    """The rows of one split of a part as records; a source of data for Grain."""
+
+    def __init__(self, path: Path, info: SplitInfo, sequence_length: int) -> None:
+        import grain
+
+        self._path, self._files, self._size = path, info.files, 4 * (sequence_length + 1)
+        self._first = list(itertools.accumulate((file.rows for file in info.files), initial=0))
+        files = [str(path / file.name) for file in info.files]
+        self._records = grain.sources.ArrayRecordDataSource(files) if files else []
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> bytes:
+        try:
+            record = self._records[index]
+        except Exception as error:  # of any kind: it comes from C++
+            raise ValueError(f"{self._where(index)} can't be read ({error}): the file is damaged or gone.") from error
+        if len(record) != self._size:
+            raise ValueError(f"{self._where(index)} has {len(record)} bytes, not {self._size}: the file is damaged.")
+        return record
+
+    def _where(self, index: int) -> str:
+        file = bisect.bisect_right(self._first, index) - 1
+        return f"row {index - self._first[file]} of {str(self._path / self._files[file].name)!r}"
+
+
+def _open_rows(folder: PartFolder, data: DataConfig, split: Split, tokenizer_sha256: str) -> _Rows:
+    """One split of a part, checked against `data`; sizes are compared, contents are not hashed."""
+    path, manifest = folder.path, folder.manifest
+    _check_manifest(manifest, path, data, tokenizer_sha256)
+    info = manifest.split(split)
+    for file in info.files:
+        if not (path / file.name).is_file():
+            raise FileNotFoundError(f"data.sources.path = {str(path)!r} is incomplete: {file.name} is missing.")
+        if (size := os.path.getsize(path / file.name)) != file.size:
+            raise ValueError(
+                f"data.sources.path = {str(path)!r} is damaged: {file.name} has {size} bytes where its manifest says "
+                f"{file.size}."
+            )
+    rows = _Rows(path, info, data.sequence_length)
+    if len(rows) != info.rows:
         raise ValueError(
-            f"data.sources.path = {source.path!r} is damaged: {len(records)} {split} rows where its manifest says "
+            f"data.sources.path = {str(path)!r} is damaged: {len(rows)} {split} rows where its manifest says "
             f"{info.rows}."
         )
-    return grain.MapDataset.source(records)
+    return rows
 
 
-def _check_manifest(manifest: Manifest, source: SourceConfig, data: DataConfig, tokenizer_sha256: str) -> None:
+def _check_manifest(manifest: Manifest, path: Path, data: DataConfig, tokenizer_sha256: str) -> None:
     if manifest.tokenizer_sha256 != tokenizer_sha256:
         raise ValueError(
-            f"data.tokenizer = {data.tokenizer!r} is not valid: the rows of {source.path!r} were made with another "
+            f"data.tokenizer = {data.tokenizer!r} is not valid: the rows of {str(path)!r} were made with another "
             f"tokenizer (SHA-256 {manifest.tokenizer_sha256[:12]}, not {tokenizer_sha256[:12]})."
         )
     if manifest.sequence_length != data.sequence_length:
         raise ValueError(
-            f"data.sequence_length = {data.sequence_length} is not valid: the rows of {source.path!r} have "
+            f"data.sequence_length = {data.sequence_length} is not valid: the rows of {str(path)!r} have "
             f"{manifest.sequence_length}."
         )

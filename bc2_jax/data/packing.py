@@ -19,12 +19,13 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from bc2_jax.data.documents import InvalidDocument, why_invalid
 from bc2_jax.tokenizer import Tokenizer, file_sha256
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,13 @@ _FORMAT = 1
 # One record a group, so that a row is read without its neighbours; uncompressed, since token ids hardly compress.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _BATCH_CHARACTERS = 1 << 20
-_BATCH_DOCUMENTS = 4096
+_BATCH_TEXTS = 4096
+# Longer documents are encoded in parts of about this many characters: the ids are the same, SentencePiece is a fifth
+# faster, and it needs some 100 bytes for each character.
+_PART_CHARACTERS = 1 << 10
+_BUFFERED_TOKENS = 1 << 18
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +87,8 @@ class Manifest:
     """Documents read: those of both splits, the empty and the invalid ones."""
     empty_documents: int
     invalid_documents: int
-    """Documents that are no string, or no UTF-8 text; each was logged."""
+    """Documents that are no string, or no UTF-8 text; each was logged. In a corpus of several parts they have no part:
+    there corpus.json counts them."""
     train: SplitInfo
     validation: SplitInfo
     format: int = _FORMAT
@@ -122,30 +130,167 @@ def read_rows(path: str | os.PathLike[str], split: Split) -> np.ndarray:
     return np.frombuffer(b"".join(records), "<u4").reshape(-1, manifest.sequence_length + 1)
 
 
-@dataclasses.dataclass(frozen=True)
-class InvalidDocument:
-    """Takes the place of a document that could not be read, so that it is counted and logged."""
+@dataclasses.dataclass
+class TextCounts:
+    """What went into a stream."""
 
-    reason: str
+    documents: int = 0
+    characters: int = 0
+    bytes: int = 0
+    tokens: int = 0
 
-
-def why_invalid(document: object) -> str | None:
-    """Why `document` can't be packed, or None if it can."""
-    if isinstance(document, InvalidDocument):
-        return document.reason
-    if not isinstance(document, str):
-        return f"it is no string but {type(document).__name__}"
-    try:
-        document.encode()
-    except UnicodeEncodeError as error:
-        return f"it has a lone surrogate at character {error.start}"
-    return None
+    def add_text(self, text: str) -> None:
+        self.documents += 1
+        self.characters += len(text)
+        self.bytes += len(text) if text.isascii() else sum(len(part.encode()) for part in _slices(text))
 
 
-def is_held_out(document: str, validation_fraction: float) -> bool:
-    """Whether a document is for validation: a property of its text alone, so copies are always on the same side."""
-    digest = hashlib.blake2b(document.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < validation_fraction * 2**64
+def split_of(document: str, validation_fraction: float) -> Split:
+    """`validation` for about that fraction of all documents: a property of the text, so copies are on one side."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in _slices(document):
+        digest.update(part.encode())
+    return "validation" if int.from_bytes(digest.digest(), "little") < validation_fraction * 2**64 else "train"
+
+
+def encode_texts(
+    texts: Iterable[tuple[Key, str]], tokenizer: Tokenizer, num_threads: int = -1
+) -> Iterator[tuple[Key, np.ndarray]]:
+    """The ids of each text and an eos, under the text's key: uint32 [n], in order, a long text in several parts.
+
+    Memory does not grow with the number of texts, nor, beyond the text itself, with their length. Raises ValueError if
+    the tokenizer can't spell a text without the id that marks padding.
+    """
+    eos = np.array([tokenizer.eos_id], "<u4")
+    for batch in _batches(texts, tokenizer):
+        encoded = tokenizer.encode_batch([text for _, text, _ in batch], num_threads=num_threads)
+        for (key, _, is_last), ids in zip(batch, encoded, strict=True):
+            array = np.array(ids, "<u4")
+            if not array.all():  # pad is 0
+                raise ValueError(
+                    f"tokenizer = {str(tokenizer.path)!r} can't spell all of the text: packing needs byte fallback, "
+                    f"because id {tokenizer.pad_id} marks padding."
+                )
+            yield key, array
+            if is_last:
+                yield key, eos
+
+
+def _batches(texts: Iterable[tuple[Key, str]], tokenizer: Tokenizer) -> Iterator[list[tuple[Key, str, bool]]]:
+    """(key, part, whether it is the text's last) in groups of about a million characters."""
+    batch: list[tuple[Key, str, bool]] = []
+    characters = 0
+    for key, text in texts:
+        done = 0
+        for part in tokenizer.cut(text, _PART_CHARACTERS):
+            done += len(part)
+            batch.append((key, part, done == len(text)))
+            characters += len(part)
+            if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_TEXTS:
+                yield batch
+                batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _slices(text: str) -> Iterator[str]:
+    if len(text) <= _BATCH_CHARACTERS:
+        yield text
+    else:
+        for start in range(0, len(text), _BATCH_CHARACTERS):
+            yield text[start : start + _BATCH_CHARACTERS]
+
+
+class RowWriter:
+    """Writes a stream of tokens as the rows of one split while they come."""
+
+    def __init__(self, folder: str | os.PathLike[str], split: Split, sequence_length: int, rows_per_file: int) -> None:
+        self._folder, self._split = Path(folder), split
+        self._sequence_length, self._rows_per_file = sequence_length, rows_per_file
+        self._pending: list[np.ndarray] = []
+        self._num_pending = 0
+        self._rows: list[int] = []
+        """Rows in each file so far."""
+        self._writer: Any = None
+
+    def add(self, ids: np.ndarray) -> None:
+        self._pending.append(ids)
+        self._num_pending += len(ids)
+        if self._num_pending >= _BUFFERED_TOKENS:
+            self._write_full_rows()
+
+    def close(self, counts: TextCounts, pad_id: int) -> SplitInfo:
+        """Fills the last row, names the files; `counts` says what the stream was made of."""
+        rest = self._write_full_rows()
+        # A single pending token was the last target of the row before; as an input it would have no target.
+        padding = 0
+        if len(rest) > 1:
+            padding = self._sequence_length + 1 - len(rest)
+            self._write(np.pad(rest, (0, padding), constant_values=pad_id))
+        if self._writer is not None:
+            self._writer.close()
+        files = []
+        for index, rows in enumerate(self._rows):
+            name = f"{self._split}-{index:05d}-of-{len(self._rows):05d}.array_record"
+            file = self._file(index).rename(self._folder / name)
+            files.append(FileInfo(name, rows, file.stat().st_size, file_sha256(file)))
+        return SplitInfo(**dataclasses.asdict(counts), rows=sum(self._rows), padding=padding, files=tuple(files))
+
+    def _write_full_rows(self) -> np.ndarray:
+        """Writes what fills a row and returns the rest."""
+        tokens = np.concatenate(self._pending) if self._pending else np.empty(0, "<u4")
+        start = 0
+        while len(tokens) - start > self._sequence_length:
+            self._write(tokens[start : start + self._sequence_length + 1])
+            start += self._sequence_length
+        self._pending, self._num_pending = [tokens[start:]], len(tokens) - start
+        return tokens[start:]
+
+    def _file(self, index: int) -> Path:
+        return self._folder / f"{self._split}-{index:05d}"
+
+    def _write(self, row: np.ndarray) -> None:
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        if not self._rows or self._rows[-1] == self._rows_per_file:
+            if self._writer is not None:
+                self._writer.close()
+            self._writer = ArrayRecordWriter(str(self._file(len(self._rows))), _WRITER_OPTIONS)
+            self._rows.append(0)
+        self._writer.write(row.tobytes())
+        self._rows[-1] += 1
+
+
+def check_packing(sequence_length: int, validation_fraction: float, rows_per_file: int) -> None:
+    """Raises ValueError for an argument that is not legal."""
+    if sequence_length < 1:
+        raise ValueError(f"sequence_length = {sequence_length} is not valid: it must be positive.")
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(f"validation_fraction = {validation_fraction} is not valid: it must be in [0, 1).")
+    if rows_per_file < 1:
+        raise ValueError(f"rows_per_file = {rows_per_file} is not valid: it must be positive.")
+
+
+def check_out_dir(out: Path, overwrite: bool, marker: str = MANIFEST) -> None:
+    """Raises FileExistsError if `out` is there, unless it may be replaced: it is empty or holds the file `marker`."""
+    if out.exists() and not (overwrite and out.is_dir() and (not any(out.iterdir()) or (out / marker).is_file())):
+        legal = "only a folder of packed rows can be overwritten" if overwrite else "choose another or pass overwrite"
+        raise FileExistsError(f"out_dir = {str(out)!r} is not valid: it exists; {legal}.")
+
+
+def publish(temporary: Path, out: Path) -> None:
+    """Gives a finished folder its final name, replacing what is there."""
+    if out.exists():
+        replaced = out.with_name(f".{out.name}.{uuid.uuid4().hex}.replaced")
+        out.rename(replaced)
+        temporary.rename(out)
+        shutil.rmtree(replaced)
+    else:
+        temporary.rename(out)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    (folder / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
 
 
 def pack_documents(
@@ -165,68 +310,41 @@ def pack_documents(
     FileExistsError if it is there, unless `overwrite`, which only ever replaces packed rows; ValueError for a bad
     argument, or if no document can be packed.
     """
-    if sequence_length < 1:
-        raise ValueError(f"sequence_length = {sequence_length} is not valid: it must be positive.")
-    if not 0 <= validation_fraction < 1:
-        raise ValueError(f"validation_fraction = {validation_fraction} is not valid: it must be in [0, 1).")
-    if rows_per_file < 1:
-        raise ValueError(f"rows_per_file = {rows_per_file} is not valid: it must be positive.")
+    check_packing(sequence_length, validation_fraction, rows_per_file)
     out = Path(out_dir)
-    if out.exists() and not (overwrite and out.is_dir() and (not any(out.iterdir()) or (out / MANIFEST).is_file())):
-        legal = "only a folder of packed rows can be overwritten" if overwrite else "choose another or pass overwrite"
-        raise FileExistsError(f"out_dir = {str(out)!r} is not valid: it exists; {legal}.")
-
+    check_out_dir(out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}.incomplete")
     temporary.mkdir()
+    counts = {"documents": 0, "empty_documents": 0, "invalid_documents": 0}
+    texts: dict[Split, TextCounts] = {"train": TextCounts(), "validation": TextCounts()}
     try:
-        manifest = _pack(documents, tokenizer, temporary, sequence_length, validation_fraction, rows_per_file)
-        (temporary / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
-        if out.exists():
-            replaced = temporary.with_suffix(".replaced")
-            out.rename(replaced)
-            temporary.rename(out)
-            shutil.rmtree(replaced)
-        else:
-            temporary.rename(out)
+        writers: dict[Split, RowWriter] = {
+            split: RowWriter(temporary, split, sequence_length, rows_per_file) for split in texts
+        }
+        routed = _route(_checked(documents, counts), texts, validation_fraction)
+        for split, ids in encode_texts(routed, tokenizer):
+            texts[split].tokens += len(ids)
+            writers[split].add(ids)
+        if not any(split.documents for split in texts.values()):
+            raise ValueError(f"documents are not valid: none of the {counts['documents']} has any text.")
+        manifest = Manifest(
+            sequence_length=sequence_length,
+            vocab_size=tokenizer.vocab_size,
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id,
+            tokenizer_sha256=tokenizer.fingerprint,
+            validation_fraction=validation_fraction,
+            **counts,
+            train=writers["train"].close(texts["train"], tokenizer.pad_id),
+            validation=writers["validation"].close(texts["validation"], tokenizer.pad_id),
+        )
+        write_manifest(temporary, manifest)
+        publish(temporary, out)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return manifest
-
-
-def _pack(
-    documents: Iterable[str | InvalidDocument],
-    tokenizer: Tokenizer,
-    folder: Path,
-    sequence_length: int,
-    validation_fraction: float,
-    rows_per_file: int,
-) -> Manifest:
-    counts = {"documents": 0, "empty_documents": 0, "invalid_documents": 0}
-    streams = {split: _Stream(folder, split, sequence_length, rows_per_file) for split in ("train", "validation")}
-    for batch in _batches(_checked(documents, counts)):
-        for document, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
-            if tokenizer.pad_id in ids:
-                raise ValueError(
-                    f"tokenizer = {str(tokenizer.path)!r} can't spell all of the text: packing needs byte fallback, "
-                    f"because id {tokenizer.pad_id} marks padding."
-                )
-            split = "validation" if is_held_out(document, validation_fraction) else "train"
-            streams[split].add(document, [*ids, tokenizer.eos_id])
-    if not any(stream.documents for stream in streams.values()):
-        raise ValueError(f"documents are not valid: none of the {counts['documents']} has any text.")
-    return Manifest(
-        sequence_length=sequence_length,
-        vocab_size=tokenizer.vocab_size,
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
-        tokenizer_sha256=tokenizer.fingerprint,
-        validation_fraction=validation_fraction,
-        **counts,
-        train=streams["train"].close(tokenizer.pad_id),
-        validation=streams["validation"].close(tokenizer.pad_id),
-    )
 
 
 def _checked(documents: Iterable[str | InvalidDocument], counts: dict[str, int]) -> Iterator[str]:
@@ -242,77 +360,10 @@ def _checked(documents: Iterable[str | InvalidDocument], counts: dict[str, int])
             counts["empty_documents"] += 1
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Groups documents to about a million characters, so that tokenizing can use all cores in little memory."""
-    batch: list[str] = []
-    characters = 0
+def _route(
+    documents: Iterable[str], counts: dict[Split, TextCounts], validation_fraction: float
+) -> Iterator[tuple[Split, str]]:
     for document in documents:
-        batch.append(document)
-        characters += len(document)
-        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-class _Stream:
-    """The tokens of one split, written as rows while they come."""
-
-    def __init__(self, folder: Path, split: str, sequence_length: int, rows_per_file: int) -> None:
-        self.documents = self._characters = self._bytes = self._tokens = 0
-        self._folder, self._split = folder, split
-        self._sequence_length, self._rows_per_file = sequence_length, rows_per_file
-        self._pending = np.empty(0, "<u4")
-        self._rows: list[int] = []
-        """Rows in each file so far."""
-        self._writer: Any = None
-
-    def add(self, document: str, ids: list[int]) -> None:
-        self.documents += 1
-        self._characters += len(document)
-        self._bytes += len(document.encode())
-        self._tokens += len(ids)
-        self._pending = np.concatenate([self._pending, np.array(ids, "<u4")])
-        start = 0
-        while len(self._pending) - start > self._sequence_length:
-            self._write(self._pending[start : start + self._sequence_length + 1])
-            start += self._sequence_length
-        self._pending = self._pending[start:]
-
-    def close(self, pad_id: int) -> SplitInfo:
-        # A single pending token was the last target of the row before; as an input it would have no target.
-        padding = 0
-        if len(self._pending) > 1:
-            padding = self._sequence_length + 1 - len(self._pending)
-            self._write(np.pad(self._pending, (0, padding), constant_values=pad_id))
-        if self._writer is not None:
-            self._writer.close()
-        files = []
-        for index, rows in enumerate(self._rows):
-            name = f"{self._split}-{index:05d}-of-{len(self._rows):05d}.array_record"
-            file = self._file(index).rename(self._folder / name)
-            files.append(FileInfo(name, rows, file.stat().st_size, file_sha256(file)))
-        return SplitInfo(
-            documents=self.documents,
-            characters=self._characters,
-            bytes=self._bytes,
-            tokens=self._tokens,
-            rows=sum(self._rows),
-            padding=padding,
-            files=tuple(files),
-        )
-
-    def _file(self, index: int) -> Path:
-        return self._folder / f"{self._split}-{index:05d}"
-
-    def _write(self, row: np.ndarray) -> None:
-        from array_record.python.array_record_module import ArrayRecordWriter
-
-        if not self._rows or self._rows[-1] == self._rows_per_file:
-            if self._writer is not None:
-                self._writer.close()
-            self._writer = ArrayRecordWriter(str(self._file(len(self._rows))), _WRITER_OPTIONS)
-            self._rows.append(0)
-        self._writer.write(row.tobytes())
-        self._rows[-1] += 1
+        split = split_of(document, validation_fraction)
+        counts[split].add_text(document)
+        yield split, document

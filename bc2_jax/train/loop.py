@@ -96,7 +96,7 @@ def _run(
     check_tokenizer(config, tokenizer)
     part = batch_part(mesh, jax.process_index())
     process = {"process_index": part.process_index, "process_count": part.process_count}
-    iterator = make_train_iterator(make_train_loader(config.data, **process))
+    iterator = make_train_iterator(make_train_loader(config.data, num_steps=config.num_steps, **process))
     validation = make_validation_batches(config.data, config.data.global_batch_size, **process)
     put = make_put(config, mesh)
 
@@ -115,6 +115,7 @@ def _run(
             if not (workdir / TOKENIZER_NAME).exists():
                 shutil.copyfile(config.data.tokenizer, workdir / TOKENIZER_NAME)
         report.print_tables(console, config, mesh)
+        report.print_mixture(console, config)
         writer = report.MetricsWriter(workdir, start_step)
         throughput = report.Throughput(config, mesh)
         console.print(throughput.formula(), soft_wrap=True)

@@ -19,6 +19,7 @@ from rich.table import Table
 from bc2_jax.config import TrainConfig
 from bc2_jax.convert import stream
 from bc2_jax.convert.table import flatten
+from bc2_jax.data.loader import describe_mixture
 from bc2_jax.model.baichuan import Params
 from bc2_jax.tpu.chips import CHIPS, DEVICE_KINDS
 
@@ -41,6 +42,21 @@ def print_tables(console: Console, config: TrainConfig, mesh: Mesh) -> None:
     rows = {axis: str(size) for axis, size in mesh.shape.items()}
     rows["devices"] = f"{mesh.devices.size} x {device.device_kind}, {jax.process_count()} process(es)"
     _print_table(console, "Mesh", rows)
+
+
+def print_mixture(console: Console, config: TrainConfig) -> None:
+    """Which share of the tokens each folder of rows has, and how often the run reads it."""
+    data = config.data
+    table = Table("rows of", "rows", "share", title="Data", title_justify="left")
+    for step in data.stage_steps:
+        table.add_column(f"from step {step:,}, {step * data.tokens_per_step:,} tokens")
+    table.add_column("epochs")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for part in describe_mixture(data, config.num_steps):
+        shares = (f"{share:.2%}" for share in part.shares)
+        table.add_row(part.path, f"{part.rows:,}", *shares, f"{part.epochs:.2f}")
+    console.print(table)
 
 
 def _print_table(console: Console, title: str, rows: dict[str, str]) -> None:

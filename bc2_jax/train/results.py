@@ -15,6 +15,7 @@ from rich.console import Console
 from bc2_jax.config import TrainConfig
 from bc2_jax.convert.hf_write import save_folder
 from bc2_jax.data import ngram
+from bc2_jax.data.corpus import list_parts
 from bc2_jax.data.packing import read_rows
 from bc2_jax.infer.generate import generate
 from bc2_jax.model.baichuan import Params, split_model
@@ -27,7 +28,9 @@ Say = Callable[[str], None]
 def make_baselines(config: TrainConfig, console: Console) -> dict[str, float]:
     """Validation cross entropy, nats a token, of n-gram models counted on the training rows."""
     train, validation = (
-        np.concatenate([read_rows(source.path, split) for source in config.data.sources])
+        np.concatenate(
+            [read_rows(part.path, split) for source in config.data.sources for part in list_parts(source.path)]
+        )
         for split in ("train", "validation")
     )
     vocab_size = config.model.vocab_size

@@ -1,16 +1,26 @@
+import collections
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bc2_jax.config import DataConfig, SourceConfig
-from bc2_jax.data.loader import make_train_iterator, make_train_loader, make_validation_batches, row_to_example
-from bc2_jax.data.packing import pack_documents, read_rows
+from bc2_jax.config import DataConfig, MixtureStage, SourceConfig
+from bc2_jax.data.corpus import list_parts, load_corpus
+from bc2_jax.data.loader import (
+    describe_mixture,
+    make_train_iterator,
+    make_train_loader,
+    make_validation_batches,
+    row_to_example,
+)
+from bc2_jax.data.packing import load_manifest, pack_documents, read_rows
+from bc2_jax.data.tokenization import Settings, tokenize_corpus
 from bc2_jax.tokenizer import Tokenizer, train_tokenizer
 
 T = 32
@@ -199,6 +209,174 @@ def test_validation_is_every_held_out_row_once_in_order(data: DataConfig, count:
     assert (joined["labels"][len(rows) :] == -100).all() and (joined["segment_ids"][len(rows) :] == 0).all()
 
 
+# ------------------------------------------------------------------------------------------------ parts and mixtures
+
+
+@pytest.fixture(scope="module")
+def corpus(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sources a and b in four buckets each, of random numbers, so that no two rows are the same."""
+    random = np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("corpus")
+    with (folder / "a.jsonl").open("w") as file:
+        for index in range(200):
+            text = " ".join(map(str, random.integers(10**9, size=12)))
+            record = {"text": text, "source": "ab"[index % 3 == 0], "score": index % 10 / 10, "weight": 1 + index % 2}
+            file.write(json.dumps(record) + "\n")
+    settings = Settings(sequence_length=T, validation_fraction=0.1, rows_per_file=40)
+    tokenize_corpus([folder / "a.jsonl"], tokenizer.path, folder / "rows", settings)
+    return folder / "rows"
+
+
+def mixed(corpus: Path, tokenizer: Tokenizer, *sources: dict, **changes) -> DataConfig:
+    fields = {"tokenizer": str(tokenizer.path), "sequence_length": T, "global_batch_size": 8, "seed": 3} | changes
+    made = tuple(SourceConfig(**(source | {"path": str(corpus / source["path"])})) for source in sources)
+    return DataConfig(sources=made, **fields)
+
+
+def keys(path: Path, split: str = "train") -> list[bytes]:
+    return [row[:-1].astype(np.int32).tobytes() for row in read_rows(path, split)]
+
+
+def drawn(data: DataConfig, steps: range) -> list[bytes]:
+    loader = train_loader(data)
+    return [row.tobytes() for step in steps for row in loader[step]["input_ids"]]
+
+
+def test_a_corpus_is_read_by_rows_times_weight(corpus: Path, tokenizer: Tokenizer) -> None:
+    data = mixed(corpus, tokenizer, {"path": "."})
+    parts = load_corpus(corpus).parts
+    expected = np.array([part.rows * part.mean_weight for part in parts])
+    uses = describe_mixture(data, 500)
+    assert [use.path for use in uses] == [str(corpus / part.path) for part in parts]
+    np.testing.assert_allclose([use.shares[0] for use in uses], expected / expected.sum())
+    # A row has the weight of the documents of its part.
+    epochs = np.array([use.epochs for use in uses])
+    np.testing.assert_allclose(epochs / [part.mean_weight for part in parts], 4000 / expected.sum(), rtol=0.1)
+    seen = collections.Counter(drawn(data, range(500)))
+    for part, use in zip(parts, uses, strict=True):
+        assert sum(seen[key] for key in keys(corpus / part.path)) == use.rows_read
+    assert sum(seen.values()) == sum(use.rows_read for use in uses) == 4000
+
+
+@pytest.mark.parametrize("window", [range(0, 250), range(731, 981)])
+def test_tokens_of_sources_are_the_weights_times_those_of_quality(
+    corpus: Path, tokenizer: Tokenizer, window: range
+) -> None:
+    quality = (0.0, 1.0, 2.0, 1.0)
+    data = mixed(corpus, tokenizer, {"path": "a", "weight": 0.3, "quality_weights": quality},
+                 {"path": "b", "weight": 0.7})  # fmt: skip
+    seen = collections.Counter(drawn(data, window))
+    total = 8 * len(window)
+    for source, weight, factors in (("a", 0.3, quality), ("b", 0.7, (1, 1, 1, 1))):
+        parts = [part for part in load_corpus(corpus).parts if part.source == source]
+        shares = np.array([part.rows * part.mean_weight * factors[part.bucket] for part in parts])
+        read = [sum(seen[key] for key in keys(corpus / part.path)) for part in parts]
+        assert abs(sum(read) - weight * total) <= 5  # 8 parts: (8 + 1) / 2
+        np.testing.assert_allclose(read, weight * total * shares / shares.sum(), atol=9)
+
+
+def test_each_epoch_of_a_part_has_every_row_once(corpus: Path, tokenizer: Tokenizer) -> None:
+    part = corpus / "a" / "q3"
+    rows = keys(part)
+    data = mixed(corpus, tokenizer, {"path": "a", "weight": 2}, {"path": "b/q0"}, global_batch_size=1)
+    order = [key for key in drawn(data, range(20 * len(rows))) if key in set(rows)]
+    epochs = [order[i : i + len(rows)] for i in range(0, len(order) - len(rows) + 1, len(rows))]
+    assert len(epochs) >= 2 and all(sorted(epoch) == sorted(rows) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_a_stage_changes_shares_and_nothing_else(corpus: Path, tokenizer: Tokenizer) -> None:
+    """a and b swap weights, then c joins; over all stages each source is read in its order, no row lost or twice."""
+    per_step = 8 * T
+    data = mixed(
+        corpus, tokenizer,
+        {"path": "a", "weight": 3.0}, {"path": "b/q3", "weight": 1.0}, {"path": "b/q1", "weight": 0.0},
+        stages=(MixtureStage(start_tokens=5 * per_step - 1, weights=(1.0, 3.0, 0.0)),
+                MixtureStage(start_tokens=9 * per_step, weights=(0.0, 1.0, 1.0))),
+    )  # fmt: skip
+    assert data.stage_steps == (5, 9)
+    for steps, shares in ((range(5), (3, 1, 0)), (range(5, 9), (1, 3, 0)), (range(9, 14), (0, 1, 1))):
+        seen = collections.Counter(drawn(data, steps))
+        for source, share in zip(data.sources, shares, strict=True):
+            read = sum(seen[key] for part in list_parts(source.path) for key in keys(part.path))
+            assert abs(read - 8 * len(steps) * share / sum(shares)) <= 3.5
+    for source in data.sources[1:]:  # of one part each: what is read is the beginning of what it alone would give
+        rows = keys(Path(source.path))
+        alone = [key for key in drawn(data, range(14)) if key in set(rows)]
+        assert collections.Counter(alone) <= collections.Counter(rows * (1 + len(alone) // len(rows)))
+        assert len(set(alone)) == min(len(alone), len(rows))
+
+
+@st.composite
+def mixtures(draw: st.DrawFn) -> tuple[list[dict], tuple[MixtureStage, ...]]:
+    paths = draw(st.lists(st.sampled_from(["a", "b", "a/q1", "b/q3", "."]), min_size=1, max_size=3))
+    weight = st.sampled_from([0.1, 1.0, 2.5])
+    sources = [{"path": path, "weight": draw(weight)} for path in paths]
+    starts = draw(st.lists(st.integers(1, 20), max_size=2, unique=True))
+    weights = st.lists(st.sampled_from([0.0, 1.0, 0.3]), min_size=len(paths), max_size=len(paths)).filter(any)
+    stages = (MixtureStage(start_tokens=start * 12 * T, weights=tuple(draw(weights))) for start in sorted(starts))
+    return sources, tuple(stages)
+
+
+@given(mixtures(), st.sampled_from([1, 2, 3, 4, 6, 12]), st.sampled_from([1, 2, 3, 4, 6, 12]), st.integers(0, 25))
+@settings(max_examples=15)
+def test_any_mixture_goes_on_from_json_on_another_number_of_processes(
+    corpus: Path, tokenizer: Tokenizer, case: tuple[list[dict], tuple[MixtureStage, ...]], before: int, after: int,
+    step: int,
+) -> None:  # fmt: skip
+    sources, stages = case
+    data = mixed(corpus, tokenizer, *sources, stages=stages, global_batch_size=12)
+    whole = train_loader(data)
+    iterator = make_train_iterator(train_loader(data, 0, before))
+    iterator.set_state({"next_index": step})
+    next(iterator)
+    state = json.loads(json.dumps(iterator.get_state()))
+    iterator.close()
+    parts = [make_train_iterator(train_loader(data, index, after), read_ahead=0) for index in range(after)]
+    for part in parts:
+        part.set_state(state)
+    for number in range(step + 1, step + 4):
+        batches = [next(part) for part in parts]
+        assert_same({key: np.concatenate([batch[key] for batch in batches]) for key in KEYS}, whole[number])
+
+
+def test_a_run_that_reads_a_source_too_often_does_not_start(corpus: Path, tokenizer: Tokenizer) -> None:
+    data = mixed(corpus, tokenizer, {"path": "b/q3", "max_epochs": 2.0}, {"path": "a", "weight": 3.0})
+    rows = load_manifest(corpus / "b" / "q3").train.rows
+    with pytest.raises(ValueError) as error:
+        make_train_loader(data, process_index=0, process_count=1, num_steps=1000)
+    message = str(error.value)
+    assert message.startswith(
+        f"data.sources.max_epochs = 2.0 is not valid: a run of 1000 steps reads the {rows} rows of "
+        f"'{corpus / 'b' / 'q3'}' {2000 / rows:.3g} times; it must be at least "
+    )
+    least, most = re.findall(r"at least ([\d.]+), or num_steps at most (\d+)\.", message)[0]
+    assert describe_mixture(data, int(most))[0].epochs <= 2.0 < describe_mixture(data, int(most) + 1)[0].epochs
+    make_train_loader(data, process_index=0, process_count=1, num_steps=int(most))
+    enough = dataclasses.replace(data.sources[0], max_epochs=float(least))
+    enough_data = dataclasses.replace(data, sources=(enough, data.sources[1]))
+    make_train_loader(enough_data, process_index=0, process_count=1, num_steps=1000)
+
+
+def test_quality_weights_that_do_not_fit(corpus: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(
+        ValueError, match=r"data.sources.quality_weights = \(1.0, 2.0\) is not valid: .* 4 quality buckets"
+    ):
+        train_loader(mixed(corpus, tokenizer, {"path": "a", "quality_weights": (1.0, 2.0)}))
+    with pytest.raises(ValueError, match="data.sources.quality_weights = .* nothing of .*q2' would be read"):
+        train_loader(mixed(corpus, tokenizer, {"path": "a/q2", "quality_weights": (1.0, 1.0, 0.0, 1.0)}))
+
+
+def test_validation_is_over_all_parts(corpus: Path, tokenizer: Tokenizer) -> None:
+    data = mixed(corpus, tokenizer, {"path": "b"}, {"path": "a"})
+    expected = [
+        key for source in "ba" for bucket in range(4) for key in keys(corpus / source / f"q{bucket}", "validation")
+    ]
+    batches = make_validation_batches(data, 8)
+    found = [row.tobytes() for index in range(len(batches)) for row in batches[index]["input_ids"]]
+    assert found[: len(expected)] == expected and len(found) - len(expected) < 8
+
+
 def broken_copy(data: DataConfig, tmp_path: Path) -> tuple[DataConfig, Path]:
     path = tmp_path / "copy"
     shutil.copytree(data.sources[0].path, path)
@@ -228,6 +406,32 @@ def test_damaged_sources(data: DataConfig, tmp_path: Path) -> None:
     (path / "manifest.json").unlink()
     with pytest.raises(FileNotFoundError, match="has no manifest.json"):
         train_loader(broken)
+
+
+@pytest.mark.parametrize("damage", ["bit", "end", "gone"])
+def test_rows_that_are_damaged_after_the_start(data: DataConfig, tmp_path: Path, damage: str) -> None:
+    broken, path = broken_copy(data, tmp_path)
+    loader = train_loader(broken)
+    (file, *_) = sorted(path.glob("train-00000-*"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(content if damage == "bit" else content[: len(content) // 2])
+    with pytest.raises(
+        ValueError, match=rf"row \d+ of '.*{file.name}' (can't be read|has 0 bytes).*: the file is damaged"
+    ):
+        for step in range(len(read_rows(data.sources[0].path, "train")) // 12 + 1):
+            loader[step]
+
+
+def test_rows_of_another_length_than_the_manifest_says(data: DataConfig, tmp_path: Path) -> None:
+    broken, path = broken_copy(data, tmp_path)
+    manifest = json.loads((path / "manifest.json").read_text()) | {"sequence_length": 16}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"row \d+ of '.*train-.*' has 132 bytes, not 68: the file is damaged"):
+        train_loader(dataclasses.replace(broken, sequence_length=16))[0]
 
 
 def test_empty_splits(data: DataConfig, tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bc2_jax.data.packing import InvalidDocument, is_held_out, load_manifest, pack_documents, read_rows
+from bc2_jax.data.documents import InvalidDocument
+from bc2_jax.data.packing import load_manifest, pack_documents, read_rows, split_of
 from bc2_jax.tokenizer import Tokenizer
 
 DOCUMENTS = st.lists(st.text(st.sampled_from("ab \n汉"), max_size=30), max_size=25)
@@ -37,7 +38,7 @@ def test_rows_are_the_stream_and_every_token_but_the_first_is_a_target_once(
         assert manifest.documents == len(documents) and manifest.empty_documents == len(documents) - len(texts)
         for name in ("train", "validation"):
             info = manifest.split(name)
-            here = [text for text in texts if is_held_out(text, 0.3) == (name == "validation")]
+            here = [text for text in texts if split_of(text, 0.3) == name]
             stream = expected_stream(here, tokenizer)
             rows = read_rows(out, name)
             assert rows.dtype == np.uint32 and rows.shape == (info.rows, length + 1)
@@ -83,11 +84,11 @@ def test_no_validation_document_is_in_training(tokenizer: Tokenizer, tmp_path: P
     assert seen["train"] + seen["validation"] == collections.Counter(documents * 2)
 
 
-def test_a_larger_fraction_only_adds_to_what_is_held_out() -> None:
+def test_a_larger_fraction_only_adds_to_what_split_of() -> None:
     documents = [str(i) for i in range(500)]
-    small, large = ({d for d in documents if is_held_out(d, fraction)} for fraction in (0.05, 0.2))
+    small, large = ({d for d in documents if split_of(d, fraction) == "validation"} for fraction in (0.05, 0.2))
     assert small < large
-    assert not any(is_held_out(d, 0.0) for d in documents)
+    assert all(split_of(d, 0.0) == "train" for d in documents)
 
 
 def test_invalid_documents_are_counted_and_logged(

@@ -1,0 +1,140 @@
+"""A corpus of packed rows: one folder for each source and quality.
+
+    ROWS/corpus.json              the parts, settings, input files; what could not be read is counted
+    ROWS/problems.txt             one line for each document that could not be read, if there is any
+    ROWS/SOURCE/qBUCKET/          a part: packed rows as `packing` writes them, with their own manifest.json
+
+Quality is a score in 0..1, cut at the fixed edges 0, 1/N, 2/N, ... 1: the bucket of a document does not depend on other
+documents, so corpora that were made apart can be used together.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import hashlib
+import json
+import os
+import urllib.parse
+from pathlib import Path
+from typing import Any
+
+from bc2_jax.data.packing import MANIFEST, Manifest, load_manifest
+
+CORPUS = "corpus.json"
+PROBLEMS = "problems.txt"
+_FORMAT = 1
+_LONGEST_NAME = 120
+
+
+@dataclasses.dataclass(frozen=True)
+class InputFile:
+    """A file that the text was read from."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusPart:
+    """The documents of one source and one range of quality. Counts are those of training, without what is held out."""
+
+    path: str
+    """Its folder, relative to that of the corpus."""
+    source: str
+    bucket: int
+    min_score: float
+    max_score: float
+    """Exclusive, but for 1."""
+    documents: int
+    tokens: int
+    rows: int
+    mean_weight: float
+    """Mean sampling weight of its documents; 1 where there is none."""
+    share: float
+    """Suggested share of training tokens: tokens * mean_weight, over the sum of all parts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """What corpus.json says."""
+
+    sequence_length: int
+    quality_buckets: int
+    validation_fraction: float
+    tokenizer_sha256: str
+    documents: int
+    """Documents read, with empty and invalid ones."""
+    empty_documents: int
+    invalid_documents: int
+    parts: tuple[CorpusPart, ...]
+    files: tuple[InputFile, ...]
+    format: int = _FORMAT
+
+
+def bucket_of(score: float, num_buckets: int) -> int:
+    """The number of the range of quality that has `score`."""
+    return bisect.bisect_right([index / num_buckets for index in range(1, num_buckets)], score)
+
+
+def folder_name(source: str) -> str:
+    """A name for the folder of a source: the source itself where it is plain, else escaped as in a URL.
+
+    Different sources have different names, and none leads out of the folder of the corpus.
+    """
+    name = urllib.parse.quote(source, safe=" +,@=")
+    if name[0] in ". " or name in (CORPUS, PROBLEMS, MANIFEST):
+        name = f"%{ord(name[0]):02X}{name[1:]}"
+    if len(name) > _LONGEST_NAME:
+        # The % of an escape is always followed by two digits: no other source has this name.
+        name = f"{name[: _LONGEST_NAME - 20]}%-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    return name
+
+
+def load_corpus(path: str | os.PathLike[str]) -> Corpus:
+    """Reads PATH/corpus.json. Raises FileNotFoundError without one and ValueError if this code can't read it."""
+    file = Path(path, CORPUS)
+    if not file.is_file():
+        raise FileNotFoundError(f"data.sources.path = {str(path)!r} has no {CORPUS}.")
+    try:
+        fields: dict[str, Any] = json.loads(file.read_bytes())
+        fields["parts"] = tuple(CorpusPart(**part) for part in fields["parts"])
+        fields["files"] = tuple(InputFile(**info) for info in fields["files"])
+        corpus = Corpus(**fields)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{str(file)!r} does not describe a corpus, format {_FORMAT}: {error!r}.") from error
+    if corpus.format != _FORMAT:
+        raise ValueError(f"format = {corpus.format} in {str(file)!r} is not valid: this version reads {_FORMAT}.")
+    return corpus
+
+
+@dataclasses.dataclass(frozen=True)
+class PartFolder:
+    """A folder of packed rows and what is known about the quality of its documents."""
+
+    path: Path
+    manifest: Manifest
+    bucket: int = 0
+    mean_weight: float = 1.0
+
+
+def list_parts(path: str | os.PathLike[str]) -> list[PartFolder]:
+    """The folders of packed rows that a source names: `path` itself, or all parts of a corpus, or those of a source.
+
+    Raises FileNotFoundError or ValueError, naming `path`, if there are none.
+    """
+    folder = Path(path)
+    for root in (folder, folder.parent, folder.parent.parent):
+        if (root / CORPUS).is_file():
+            chosen = [
+                part
+                for part in load_corpus(root).parts
+                if (root / part.path).resolve().is_relative_to(folder.resolve())
+            ]
+            if chosen:
+                return [
+                    PartFolder(root / part.path, load_manifest(root / part.path), part.bucket, part.mean_weight)
+                    for part in chosen
+                ]
+    return [PartFolder(folder, load_manifest(folder))]
