@@ -7,14 +7,13 @@ number of processes.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bc2_jax.config import DataConfig, SourceConfig
-from bc2_jax.data.packing import Manifest, Split, load_manifest
+from bc2_jax.data.packing import Manifest, Split, check_files, load_manifest
 from bc2_jax.tokenizer import EOS_ID, PAD_ID, file_sha256
 
 if TYPE_CHECKING:
@@ -149,15 +148,7 @@ def _open_rows(source: SourceConfig, data: DataConfig, split: Split, tokenizer_s
     info = manifest.split(split)
     if not info.files:
         return grain.MapDataset.source([])
-    for file in info.files:
-        path = Path(source.path, file.name)
-        if not path.is_file():
-            raise FileNotFoundError(f"data.sources.path = {source.path!r} is incomplete: {file.name} is missing.")
-        if os.path.getsize(path) != file.size:
-            raise ValueError(
-                f"data.sources.path = {source.path!r} is damaged: {file.name} has {os.path.getsize(path)} bytes where "
-                f"its manifest says {file.size}."
-            )
+    check_files(source.path, info)
     records = grain.sources.ArrayRecordDataSource([str(Path(source.path, file.name)) for file in info.files])
     if len(records) != info.rows:
         raise ValueError(
