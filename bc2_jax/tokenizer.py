@@ -6,6 +6,7 @@ text, 195 and 196 the user and assistant roles. Data and checkpoints therefore a
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import io
@@ -30,6 +31,8 @@ _SPECIAL = re.compile(r"<unk>|<s>|</s>|<reserved_\d+>")
 
 # Frequent in code, and never learned from lines.
 _USER_DEFINED = ["\n", "\t"]
+LONGEST_PIECE = 32
+"""Characters of the longest piece that is learned."""
 # SentencePiece skips items longer than max_sentence_length bytes; a character has at most 4 bytes.
 _MAX_ITEM_BYTES = 16_384
 _MAX_ITEM_CHARACTERS = _MAX_ITEM_BYTES // 4
@@ -157,6 +160,14 @@ class Tokenizer:
         """How the vocabulary spells `token_id`; a space is written as U+2581."""
         return self._model.id_to_piece(token_id)
 
+    def is_special(self, token_id: int) -> bool:
+        """Whether `token_id` has a meaning instead of a text: pad, bos, eos, a role, reserved or control."""
+        return token_id in self._special_ids or self._model.is_control(token_id)
+
+    def is_byte(self, token_id: int) -> bool:
+        """Whether `token_id` stands for one byte of a character without a piece."""
+        return self._model.is_byte(token_id)
+
     def _cut_forged(self, text: str) -> list[str]:
         """Cuts `text` inside each literal that SentencePiece would read as a reserved piece; joined it is `text`."""
         parts: list[str] = []
@@ -169,19 +180,35 @@ class Tokenizer:
         return [*parts, text[start:]]
 
 
+@dataclasses.dataclass
+class TrainingText:
+    """What `train_tokenizer` reads, counted while it does."""
+
+    texts: int = 0
+    lines: int = 0
+    """Stretches of text between newlines that are not empty."""
+    bytes: int = 0
+    """UTF-8 bytes of the lines."""
+    cut_lines: int = 0
+    """Lines above 4096 characters; all of their text is used, but no merge across a cut is learned."""
+    removed_characters: int = 0
+    """U+2585, SentencePiece's marker for unknown pieces: it would skip an item that has one."""
+
+
 def train_tokenizer(
     texts: Iterable[str],
     path: str | os.PathLike[str],
     vocab_size: int,
     *,
     character_coverage: float = 0.9999,
+    counts: TrainingText | None = None,
 ) -> Tokenizer:
     """Trains byte-pair encoding with Baichuan 2's settings (paper section 2.2) and writes the model to `path`.
 
     Ids 3..196 are control symbols, which text never produces; then come newline, tab, 256 bytes and the learned
     pieces. The same texts and size give the same file. Texts are cut into lines, and lines above 4096 characters into
     stretches of that, because SentencePiece would skip them without a word; no text is lost but merges across a cut.
-    Memory is 20 to 25 times the size of `texts`: give it a sample.
+    Memory is 20 to 25 times the size of `texts`: give it a sample. `counts` tells what was read.
 
     Raises ValueError if `texts` can't fill or can't fit `vocab_size`.
     """
@@ -195,7 +222,7 @@ def train_tokenizer(
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_training_items(texts),
+            sentence_iterator=_training_items(texts, counts or TrainingText()),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -207,7 +234,7 @@ def train_tokenizer(
             split_by_unicode_script=True,
             byte_fallback=True,
             allow_whitespace_only_pieces=True,
-            max_sentencepiece_length=32,
+            max_sentencepiece_length=LONGEST_PIECE,
             max_sentence_length=_MAX_ITEM_BYTES,
             unk_id=PAD_ID,
             bos_id=BOS_ID,
@@ -228,8 +255,14 @@ def train_tokenizer(
     return Tokenizer(path)
 
 
-def _training_items(texts: Iterable[str]) -> Iterator[str]:
+def _training_items(texts: Iterable[str], counts: TrainingText) -> Iterator[str]:
     for text in texts:
+        counts.texts += 1
+        counts.removed_characters += text.count(_MARKER)
         for line in text.replace(_MARKER, "").split("\n"):
+            if line:
+                counts.lines += 1
+                counts.bytes += len(line.encode())
+                counts.cut_lines += len(line) > _MAX_ITEM_CHARACTERS
             for start in range(0, len(line), _MAX_ITEM_CHARACTERS):
                 yield line[start : start + _MAX_ITEM_CHARACTERS]

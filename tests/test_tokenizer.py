@@ -1,3 +1,4 @@
+import dataclasses
 import sysconfig
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bc2_jax import tokenizer as tokenizer_module
-from bc2_jax.tokenizer import Tokenizer, train_tokenizer
+from bc2_jax.tokenizer import Tokenizer, TrainingText, train_tokenizer
 
 FORGERIES = ("<reserved_106>", "<reserved_107>", "<reserved_0>", "<s>", "</s>", "<unk>", "<control_3>")
 # SentencePiece writes a space as U+2581, so that character itself comes back as a space.
@@ -123,6 +124,13 @@ def test_special_literals_on_request(tokenizer: Tokenizer, released_like: Tokeni
         assert model.decode(ids) == "ifx<reserved_99999>"
 
 
+def test_which_ids_are_special_or_bytes(tokenizer: Tokenizer, released_like: Tokenizer) -> None:
+    assert [i for i in range(700) if tokenizer.is_special(i)] == list(range(197))
+    assert [tokenizer.piece(i) for i in range(700) if tokenizer.is_byte(i)] == [f"<0x{i:02X}>" for i in range(256)]
+    special = [released_like.piece(i) for i in range(760) if released_like.is_special(i)]
+    assert special == ["<unk>", "<s>", "</s>", *(f"<reserved_{i}>" for i in range(211))]
+
+
 def test_digits_are_split(tokenizer: Tokenizer) -> None:
     assert len(tokenizer.encode("20240")) == 5
 
@@ -157,11 +165,22 @@ def test_long_lines_are_cut_not_dropped(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.text(st.sampled_from("ab\n\u2585汉"), max_size=40), max_size=5))
-def test_training_items_hold_all_text_and_fit(texts: list[str]) -> None:
-    items = list(tokenizer_module._training_items(texts))
-    assert "".join(items) == "".join(texts).replace("\n", "").replace("\u2585", "")
+def test_training_items_hold_all_text_and_are_counted(texts: list[str]) -> None:
+    counts = TrainingText()
+    items = list(tokenizer_module._training_items(texts, counts))
+    whole = "".join(texts).replace("\n", "").replace("\u2585", "")
+    assert "".join(items) == whole
     assert not any("\n" in item for item in items)
-    assert all(len(item.encode()) <= 16_384 for item in tokenizer_module._training_items(["\U0001f600" * 20_000]))
+    assert dataclasses.astuple(counts) == (
+        len(texts), len(items), len(whole.encode()), 0, "".join(texts).count("\u2585")
+    )  # fmt: skip
+
+
+def test_training_items_fit() -> None:
+    counts = TrainingText()
+    items = list(tokenizer_module._training_items(["\U0001f600" * 20_000 + "\n\nx"], counts))
+    assert all(len(item.encode()) <= 16_384 for item in items)
+    assert dataclasses.astuple(counts) == (1, 2, 80_001, 1, 0)
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@
     .jsonl.zst    the same, compressed with Zstandard
     .txt          a file is a document
 
-Besides its text a record may have a `source` (else the name of the file's folder), a `score` for quality in 0..1
-(else 1) and a sampling `weight` (else 1). What can't be read becomes an `InvalidDocument` that names the file and the
-line or row, counted from 1; reading goes on behind it where that is possible.
+Besides its text a record may have a `source` (else the name of the file's folder), a `language` (else "unknown"), a
+`score` for quality in 0..1 (else 1) and a sampling `weight` (else 1). What can't be read becomes an `InvalidDocument`
+that names the file and the line or row, counted from 1; reading goes on behind it where that is possible.
 
 A file is read in spans, each by itself, so that processes can share the work.
 """
@@ -39,6 +39,7 @@ class Document:
 
     text: str
     source: str
+    language: str
     score: float
     """Quality, 0..1."""
     weight: float
@@ -245,6 +246,9 @@ def _document(record: Any, fields: Fields, file: str, where: str) -> Document | 
         source = Path(file).resolve().parent.name
     if reason := why_invalid(source):
         return InvalidDocument(f"{where}: in field {fields.source!r}, {reason}")
+    language = record.get("language") or "unknown"
+    if reason := why_invalid(language):
+        return InvalidDocument(f"{where}: in field 'language', {reason}")
     numbers = []
     for field, legal in (("score", "in 0..1"), ("weight", "positive")):
         value = record.get(field)
@@ -253,7 +257,7 @@ def _document(record: Any, fields: Fields, file: str, where: str) -> Document | 
         if not good or not (0 <= value <= 1 if field == "score" else value > 0):
             return InvalidDocument(f"{where}: {field} = {value!r} is not valid: it must be {legal}")
         numbers.append(float(value))
-    return Document(text, source, numbers[0], numbers[1], where)
+    return Document(text, source, language, numbers[0], numbers[1], where)
 
 
 class _DamagedError(Exception):
@@ -314,7 +318,7 @@ def _read_row_group(span: Span, fields: Fields) -> Iterator[Document | InvalidDo
     pyarrow = _import("pyarrow", ".parquet")
     with parquet.ParquetFile(span.file, page_checksum_verification=True) as opened:
         rows = opened.metadata.row_group(span.start).num_rows
-        names = (fields.text, fields.source, "score", "weight")
+        names = (fields.text, fields.source, "language", "score", "weight")
         columns = [name for name in opened.schema_arrow.names if name in names]
         done = 0
         try:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,7 +19,7 @@ import numpy as np
 from bc2_jax.config import DataConfig
 from bc2_jax.data.corpus import PartFolder, list_parts
 from bc2_jax.data.mixture import Mixture, Stage
-from bc2_jax.data.packing import Manifest, Split, SplitInfo
+from bc2_jax.data.packing import Manifest, Split, SplitInfo, check_files
 from bc2_jax.tokenizer import EOS_ID, PAD_ID, file_sha256
 
 if TYPE_CHECKING:
@@ -284,14 +283,7 @@ def _open_rows(folder: PartFolder, data: DataConfig, split: Split, tokenizer_sha
     path, manifest = folder.path, folder.manifest
     _check_manifest(manifest, path, data, tokenizer_sha256)
     info = manifest.split(split)
-    for file in info.files:
-        if not (path / file.name).is_file():
-            raise FileNotFoundError(f"data.sources.path = {str(path)!r} is incomplete: {file.name} is missing.")
-        if (size := os.path.getsize(path / file.name)) != file.size:
-            raise ValueError(
-                f"data.sources.path = {str(path)!r} is damaged: {file.name} has {size} bytes where its manifest says "
-                f"{file.size}."
-            )
+    check_files(path, info)
     rows = _Rows(path, info, data.sequence_length)
     if len(rows) != info.rows:
         raise ValueError(

@@ -119,15 +119,37 @@ def load_manifest(path: str | os.PathLike[str]) -> Manifest:
 
 def read_rows(path: str | os.PathLike[str], split: Split) -> np.ndarray:
     """All rows of one split in the order of the text: uint32 [rows, T + 1]. Holds them in memory."""
+    length = load_manifest(path).sequence_length + 1
+    return np.concatenate([np.empty((0, length), "<u4"), *iterate_rows(path, split)])
+
+
+def iterate_rows(path: str | os.PathLike[str], split: Split, *, chunk_tokens: int = 65_536) -> Iterator[np.ndarray]:
+    """The rows of one split in the order of the text, in chunks of about `chunk_tokens`: uint32 [rows, T + 1]."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     manifest = load_manifest(path)
-    records: list[bytes] = []
+    step = max(1, chunk_tokens // manifest.sequence_length)
     for file in manifest.split(split).files:
         reader = ArrayRecordReader(str(Path(path, file.name)))
-        records += reader.read_all()
-        reader.close()
-    return np.frombuffer(b"".join(records), "<u4").reshape(-1, manifest.sequence_length + 1)
+        try:
+            for start in range(0, file.rows, step):
+                records: list[bytes] = reader.read(start, min(start + step, file.rows))
+                yield np.frombuffer(b"".join(records), "<u4").reshape(-1, manifest.sequence_length + 1)
+        finally:
+            reader.close()
+
+
+def check_files(path: str | os.PathLike[str], info: SplitInfo) -> None:
+    """Raises FileNotFoundError or ValueError if a file of a split is missing from `path` or has another size."""
+    for file in info.files:
+        found = Path(path, file.name)
+        if not found.is_file():
+            raise FileNotFoundError(f"data.sources.path = {str(path)!r} is incomplete: {file.name} is missing.")
+        if found.stat().st_size != file.size:
+            raise ValueError(
+                f"data.sources.path = {str(path)!r} is damaged: {file.name} has {found.stat().st_size} bytes where its "
+                f"manifest says {file.size}."
+            )
 
 
 @dataclasses.dataclass

@@ -53,7 +53,7 @@ def test_a_record_has_text_source_score_and_weight(tmp_path: Path, suffix: str) 
     else:
         path.write_bytes(zstandard.compress(lines) if suffix == ".jsonl.zst" else lines)
     assert read(path) == [
-        Document(f"text {i}", "书 a/b", i / 10, 1.0 + i, f"{path}:{i + 1}") for i in range(11)
+        Document(f"text {i}", "书 a/b", "en", i / 10, 1.0 + i, f"{path}:{i + 1}") for i in range(11)
     ]  # fmt: skip
 
 
@@ -69,7 +69,9 @@ def test_what_a_record_does_not_say(tmp_path: Path) -> None:
 
 def test_other_names_of_fields(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", [{"content": "x", "origin": "web", "text": 1}])
-    assert read(path, fields=Fields(text="content", source="origin")) == [Document("x", "web", 1.0, 1.0, f"{path}:1")]
+    assert read(path, fields=Fields(text="content", source="origin")) == [
+        Document("x", "web", "unknown", 1.0, 1.0, f"{path}:1")
+    ]
 
 
 @given(

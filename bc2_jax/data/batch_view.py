@@ -1,0 +1,136 @@
+"""Batches made visible: each row as text, cut into its segments, for a terminal or as a page of HTML."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from rich.text import Text
+
+from bc2_jax.data.loader import IGNORED, Batch
+from bc2_jax.tokenizer import Tokenizer
+
+_COLOURS = ("green", "cyan")
+_FIRST = 12
+"""How many entries of each array are shown as numbers."""
+# Text is data: a control character in it must not reach the terminal.
+_VISIBLE = {i: 0x2400 + i for i in range(32) if i not in (9, 10)} | {i: 0xFFFD for i in range(0x7F, 0xA0)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Neighbouring input tokens that are shown as one: a token, the bytes of characters, or a stretch of padding."""
+
+    text: str
+    start: int
+    stop: int
+    segment: int
+    """segment_ids of the tokens; 0 is padding."""
+    ignored: bool
+    """The tokens have no target."""
+    special: bool
+
+
+def read_runs(row: Batch, tokenizer: Tokenizer) -> Iterator[Run]:
+    """Cuts one row, arrays int32 [T] as `loader.row_to_example` gives them, into what is shown as one."""
+    ids, segments = row["input_ids"].tolist(), row["segment_ids"].tolist()
+    ignored = (row["labels"] == IGNORED).tolist()
+
+    def is_joined(left: int, right: int) -> bool:
+        same = segments[left] == segments[right] and ignored[left] == ignored[right]
+        return same and (segments[left] == 0 or (tokenizer.is_byte(ids[left]) and tokenizer.is_byte(ids[right])))
+
+    start = 0
+    while start < len(ids):
+        stop = start + 1
+        while stop < len(ids) and is_joined(stop - 1, stop):
+            stop += 1
+        special = tokenizer.is_special(ids[start])
+        text = tokenizer.piece(ids[start]) if special else tokenizer.decode(ids[start:stop])
+        if stop - start > 1 and special:
+            text += f" x {stop - start}"
+        yield Run(text, start, stop, segments[start], ignored[start], special)
+        start = stop
+
+
+def row_title(row: Batch) -> str:
+    """What a row is made of, in one line."""
+    targets, tokens = int((row["labels"] != IGNORED).sum()), int((row["segment_ids"] > 0).sum())
+    return (
+        f"{int(row['segment_ids'].max())} segments, {tokens:,} tokens, {targets:,} targets, {tokens - targets:,} "
+        f"tokens without, {len(row['labels']) - tokens:,} padding"
+    )
+
+
+def row_arrays(row: Batch) -> str:
+    """The first entries of each array, a line an array."""
+    lines = (f"{name:<12}" + " ".join(f"{value:>6}" for value in row[name][:_FIRST]) for name in row)
+    return "\n".join(lines)
+
+
+def _segment_title(row: Batch, segment: int) -> str:
+    here = row["segment_ids"] == segment
+    if segment == 0:
+        return f"padding, {int(here.sum()):,} tokens"
+    positions = row["positions"][here]
+    targets = int((row["labels"][here] != IGNORED).sum())
+    return f"segment {segment}, positions {positions[0]}..{positions[-1]}, {targets:,} targets"
+
+
+def render_row(row: Batch, tokenizer: Tokenizer) -> Text:
+    """A row for a terminal: segments in alternating colours under a heading each, special tokens spelt out, tokens
+    without a target dim."""
+    text = Text()
+    segment = -1
+    for run in read_runs(row, tokenizer):
+        if run.segment != segment:
+            segment = run.segment
+            text.append("\n" * bool(text) + f"[{_segment_title(row, segment)}]\n", "bold")
+        colour = "magenta" if run.special else _COLOURS[segment % 2]
+        text.append(run.text.translate(_VISIBLE), f"dim {colour}" if run.ignored else colour)
+    return text
+
+
+_PAGE = """<!doctype html>
+<html><head><meta charset="utf-8"><title>Batches</title><style>
+body {{ font: 15px/1.5 sans-serif; margin: 2em; max-width: 80em }}
+.row, .arrays {{ white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid #ccc; padding: .5em }}
+.arrays {{ font-family: monospace; overflow-x: auto; white-space: pre }}
+.s0 {{ background: #e3f0ff }} .s1 {{ background: #e6f5df }} .pad {{ background: #eee }}
+.special {{ color: #a0118c; font-weight: bold }} .ignored {{ opacity: .55 }}
+.row span:hover {{ outline: 1px solid #333 }}
+</style></head><body>
+<p>Each token shows its id, label, segment and position under the pointer. Segments have alternating colours; tokens
+without a target (label {ignored}) are pale.</p>
+{rows}
+</body></html>
+"""
+
+
+def render_html(rows: Iterable[tuple[str, Batch]], tokenizer: Tokenizer) -> str:
+    """A page that shows each (name, row), complete in itself."""
+    parts = []
+    for name, row in rows:
+        parts.append(f"<h3>{html.escape(name)}: {row_title(row)}</h3>\n<div class=arrays>{row_arrays(row)}</div>")
+        parts.append(f"<div class=row>{''.join(_html_run(run, row) for run in read_runs(row, tokenizer))}</div>")
+    return _PAGE.format(ignored=IGNORED, rows="\n".join(parts))
+
+
+def _html_run(run: Run, row: Batch) -> str:
+    classes = ["pad" if run.segment == 0 else f"s{run.segment % 2}"]
+    classes += ["special"] * run.special + ["ignored"] * run.ignored
+    # Of a long stretch of padding the first token tells all.
+    shown = slice(run.start, run.stop if run.segment else run.start + 1)
+    title = "; ".join(
+        f"{name} {' '.join(map(str, np.asarray(row[key])[shown].tolist()))}"
+        for name, key in (
+            ("id", "input_ids"),
+            ("label", "labels"),
+            ("segment", "segment_ids"),
+            ("position", "positions"),
+        )
+    )
+    text = html.escape(run.text.translate(_VISIBLE))
+    return f'<span class="{" ".join(classes)}" title="{title}">{text}</span>'

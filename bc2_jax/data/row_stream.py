@@ -1,0 +1,139 @@
+"""Packed rows as what they were cut from: streams of tokens, and documents.
+
+A place is a position in the stream of a split: position p is an input of row p // T.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from bc2_jax.data.overlap import hash_positions, mix
+from bc2_jax.data.packing import MANIFEST, Manifest, Split, check_files, iterate_rows, load_manifest
+from bc2_jax.validation import require
+
+
+@dataclasses.dataclass(frozen=True)
+class RowSource:
+    """A folder of packed rows."""
+
+    name: str
+    """Its path below the folder that was searched."""
+    path: Path
+    manifest: Manifest
+
+
+def find_sources(folders: Sequence[str | os.PathLike[str]]) -> list[RowSource]:
+    """The packed rows in `folders` and in the folders below them, sorted by path; hidden folders are left out.
+
+    Raises FileNotFoundError if a folder has none or a file is missing, ValueError if one is damaged or if they were not
+    all made with one tokenizer and one sequence length.
+    """
+    roots = [Path(folder).resolve() for folder in folders]
+    paths: set[Path] = set()
+    for root in roots:
+        # While rows are written, their folder is hidden.
+        visible = (file for file in root.rglob(MANIFEST) if not any(p[0] == "." for p in file.relative_to(root).parts))
+        found = {file.parent for file in visible}
+        if not found:
+            raise FileNotFoundError(f"ROWS = {str(root)!r} is not valid: it must hold a {MANIFEST} of packed rows.")
+        paths |= found
+    shared = Path(os.path.commonpath(roots))
+    shared = shared.parent if shared in paths else shared
+    sources: list[RowSource] = []
+    for path in sorted(paths):
+        source = RowSource(str(path.relative_to(shared)), path, load_manifest(path))
+        for info in (source.manifest.train, source.manifest.validation):
+            check_files(path, info)
+        sources.append(source)
+    for source in sources:
+        for field in ("tokenizer_sha256", "sequence_length"):
+            first, here = getattr(sources[0].manifest, field), getattr(source.manifest, field)
+            require(here == first, f"{field} of {source.name}", here, f"{sources[0].name} has {first}; all must agree")
+    return sources
+
+
+def stream_tokens(source: RowSource, split: Split) -> Iterator[tuple[int, np.ndarray]]:
+    """The stream that the rows were cut from, as (position, tokens uint32 [any]); the pads at its end are left out."""
+    start = seen = 0
+    for rows in iterate_rows(source.path, split):
+        tokens = rows[:, 1:].reshape(-1)
+        if seen == 0:
+            tokens = np.concatenate([rows[0, :1], tokens])
+        seen += len(rows)
+        if seen == source.manifest.split(split).rows:  # only the last row is filled with pads
+            tokens = tokens[: np.flatnonzero(tokens != source.manifest.pad_id)[-1] + 1]
+        yield start, tokens
+        start += len(tokens)
+
+
+def read_document(source: RowSource, split: Split, position: int, max_tokens: int) -> np.ndarray:
+    """Up to `max_tokens` tokens from `position` to the end of their document, uint32 [any]; reads only their rows."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    manifest, wanted = source.manifest, max_tokens
+    row, offset = divmod(position, manifest.sequence_length)
+    parts = [np.empty(0, "<u4")]
+    for file in manifest.split(split).files:
+        reader = ArrayRecordReader(str(source.path / file.name))
+        while row < file.rows and wanted > 0:
+            (record,) = reader.read([row])
+            part = np.frombuffer(record, "<u4")[offset:][:wanted]
+            parts.append(part)
+            wanted -= len(part)
+            row, offset = row + 1, 1
+        reader.close()
+        row -= file.rows
+    tokens = np.concatenate(parts)
+    ends = np.flatnonzero((tokens == manifest.eos_id) | (tokens == manifest.pad_id))
+    return tokens[: ends[0]] if ends.size else tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Documents:
+    """Documents of a stream, in order; arrays [D]."""
+
+    start: np.ndarray
+    """int64: position of the first token."""
+    length: np.ndarray
+    """int64: tokens without the eos."""
+    hash: np.ndarray
+    """uint64: of the tokens without the eos."""
+
+
+def hash_document(tokens: np.ndarray) -> np.uint64:
+    """The hash by which `DocumentScan` knows a document of these tokens, without its eos."""
+    total = hash_positions(tokens, np.arange(len(tokens))).sum(dtype=np.uint64)
+    return mix(np.array([total]))[0]
+
+
+class DocumentScan:
+    """Cuts a stream, given in chunks, into documents."""
+
+    def __init__(self, eos_id: int) -> None:
+        self._eos_id = eos_id
+        self._start = 0
+        """Where the document that is still open began."""
+        self._hash = np.uint64(0)
+        self.unfinished = 0
+        """Tokens after the last eos."""
+
+    def add(self, start: int, tokens: np.ndarray) -> Documents:
+        """The documents that end in `tokens`, which stand at `start`, where the chunk before ended."""
+        ends = np.flatnonzero(tokens == self._eos_id)
+        starts = np.concatenate([[self._start], start + ends + 1])
+        stops = np.concatenate([start + ends, [start + len(tokens)]])
+        lengths = stops - starts
+        here = np.minimum(lengths, stops - start)
+        # Each token's position in its document; its eos stands behind the last and is left out of the hash.
+        positions = np.arange(start, start + len(tokens)) - np.repeat(starts, here + np.append(np.ones_like(ends), 0))
+        # uint64 sums wrap around, so differences of running sums are the sums of the stretches.
+        sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(hash_positions(tokens, positions), dtype=np.uint64)])
+        hashes = sums[stops - start] - sums[np.maximum(starts - start, 0)]
+        hashes[:1] += self._hash
+        self._start, self._hash, self.unfinished = int(starts[-1]), hashes[-1], int(lengths[-1])
+        return Documents(starts[:-1], lengths[:-1], mix(hashes[:-1]))
