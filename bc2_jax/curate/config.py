@@ -28,7 +28,7 @@ class CopiesConfig:
     shortest_paragraph: int = 40
     """Characters of the shortest paragraph that is cut where it occurred before; 0 cuts none."""
     shortest_sentence: int = 40
-    """The same for sentences."""
+    """The same for sentences; 0 cuts none."""
     sentence_copies: int = 4
     """A sentence is cut, but for the first, if it occurs at least so often in all documents."""
     whole_languages: tuple[str, ...] = ("code",)
@@ -43,7 +43,8 @@ class CopiesConfig:
     """What goes has at least this Jaccard similarity of five-token shingles, estimated, to the document that stays."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "copies.", "shortest_paragraph", "shortest_sentence")
+        for field in ("shortest_paragraph", "shortest_sentence", "least_left_bytes"):
+            require(getattr(self, field) >= 0, f"copies.{field}", getattr(self, field), "it must be at least 0")
         require(self.sentence_copies >= 2, "copies.sentence_copies", self.sentence_copies, "it must be at least 2")
         for field in ("least_left", "least_similarity"):
             value = getattr(self, field)

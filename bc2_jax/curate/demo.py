@@ -70,8 +70,8 @@ def prepare_demo(
         raw, curated = temporary / "raw", temporary / "curated"
         raw.mkdir(parents=True)
         for source, texts in documents.items():
-            rows = ({"id": f"{source}-{i}", "text": text, "source": source} for i, text in enumerate(texts))
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+            records = ({"id": f"{source}-{i}", "text": text, "source": source} for i, text in enumerate(texts))
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in records]
             (raw / f"{source}.jsonl").write_text("".join(lines), encoding="utf-8")
         report = curate([str(raw)], str(curated), config, Engine("native"), lambda *_: None)
         shutil.rmtree(curated / "work")

@@ -62,7 +62,7 @@ def filter_documents(run: Run, task: Task) -> Task:
     """Drops exact copies and what breaks a rule, cuts out lines and sentences, masks personal data, gives scores."""
     config, name = run.config, task["name"]
     folder = run.work / "filter"
-    table = (run.work / "read" / "shards").read_table(f"{name}.parquet").drop_columns(["h1", "h2"])
+    table = (run.work / "read" / "shards").read_table(f"{name}.parquet").drop_columns(["h1", "h2", "id_hash"])
     account = Account(table)
     table = account.drop_copies(table, "exact", decisions_for(run.work / "exact" / "decisions", name), "the same text")
 

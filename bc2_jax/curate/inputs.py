@@ -149,9 +149,9 @@ def _walk(given: str) -> Iterator[tuple[str, str, int]]:
     entries = []
     seen = set()
     for folder, folders, names in os.walk(given, followlinks=True):
+        seen.add(os.path.realpath(folder))
         # A link to a folder above would be walked without end.
         folders[:] = [f for f in folders if os.path.realpath(os.path.join(folder, f)) not in seen]
-        seen.add(os.path.realpath(folder))
         for name in names:
             path = os.path.join(folder, name)
             # A broken link has no size; reading it says what is wrong.

@@ -22,14 +22,20 @@ from bc2_jax.curate.tokens import code_points, pieces
 
 CODE, UNKNOWN = "code", "und"
 _WINDOW_CHARACTERS = 700
-# What lid.176 reads, 0.1 us a character: the middle, and if it is unsure of that, all of a sample.
-_LID_CHARACTERS = 240
-# Share of lines that have to look like code; the second if the document's source says that it is code.
-_CODE_SHARE, _CODE_SHARE_HINTED = 0.4, 0.15
+# What lid.176 reads, at 0.1 us a character: three pieces, which a heading, a table or a quotation does not fill, and if
+# it is unsure of those, the beginning.
+_LID_CHARACTERS = 80
+_LID_CHARACTERS_UNSURE = 1000
 _SURE, _LEAST_PROBABILITY = 0.5, 0.35
 _LEAST_LETTERS = 12
+# Share of lines that have to look like code; the second if the document's source says that it is code.
+_CODE_SHARE, _CODE_SHARE_HINTED = 0.35, 0.15
+# Share of symbols among the characters of a text whose lines are worth a look.
+_LEAST_SYMBOLS = 0.03
 
-_OTHER, _LETTER, _HAN, _KANA, _HANGUL = range(5)
+_OTHER, _LETTER, _SYMBOL, _HAN, _KANA, _HANGUL = range(6)
+_CLASSES = 6
+_SYMBOLS = "{}()[]<>=;:_$&|\\#@/*\"'"
 _SCRIPTS = (
     (0x3041, 0x30FF, _KANA), (0x31F0, 0x31FF, _KANA), (0xFF66, 0xFF9D, _KANA), (0x30FB, 0x30FC, _OTHER),
     (0x1100, 0x11FF, _HANGUL), (0x3130, 0x318F, _HANGUL), (0xAC00, 0xD7AF, _HANGUL),
@@ -94,33 +100,30 @@ def identify_languages(
     if not open_places:
         return languages
     samples = [_sample(texts[i]) for i in open_places]
-    scripts = _script_counts(samples)
+    found = np.full(len(samples), UNKNOWN, object)
+    counts = _character_counts(samples)
     # A Han character or a syllable says about as much as four letters.
-    east = 4 * scripts[:, _HAN:].sum(1)
-    eastern = (east > scripts[:, _LETTER]) & (east >= _LEAST_LETTERS)
-    for number in np.flatnonzero(eastern):
-        languages[open_places[number]] = _eastern(*scripts[number, _HAN:])
-    # What is not decided yet, from here on.
-    rest = np.flatnonzero(~eastern)
-    least = np.full(len(rest), _CODE_SHARE)
+    east = 4 * counts[:, _HAN:].sum(1)
+    eastern = (east > counts[:, _LETTER]) & (east >= _LEAST_LETTERS)
+    found[eastern] = [_eastern(*row) for row in counts[eastern, _HAN:]]
+    least = np.full(len(samples), _CODE_SHARE)
     if sources:
         named = {source: bool(_CODE_SOURCE.search(source.lower())) for source in set(sources)}
-        least[[named[sources[open_places[number]]] for number in rest]] = _CODE_SHARE_HINTED
-    column = large_strings([samples[number] for number in rest])
-    code, english = _code_shares(column) >= least, _english(column)
-    for number, is_code, is_english in zip(rest, code, english, strict=True):
-        if is_code:
-            language = CODE
-        elif scripts[number, _LETTER] < _LEAST_LETTERS:
-            language = UNKNOWN
-        else:
-            language = "en" if is_english else _lid(samples[number])
-        languages[open_places[number]] = language
+        least[[named[sources[i]] for i in open_places]] = _CODE_SHARE_HINTED
+    # Lines are looked at only where there are symbols, which most prose has not.
+    symbols = counts[:, _SYMBOL] > _LEAST_SYMBOLS * counts.sum(1)
+    maybe_code = np.flatnonzero(~eastern & (symbols | (least < _CODE_SHARE)))
+    code = maybe_code[_code_shares([samples[i] for i in maybe_code]) >= least[maybe_code]]
+    found[code] = CODE
+    prose = np.setdiff1d(np.flatnonzero(~eastern & (counts[:, _LETTER] >= _LEAST_LETTERS)), code)
+    found[prose] = ["en" if english else "" for english in _english([samples[i] for i in prose])]
+    for number, place in enumerate(open_places):
+        languages[place] = found[number] or _lid(samples[number])
     return languages
 
 
 def _sample(text: str) -> str:
-    """Three windows of whole lines as far as possible: head, middle and end."""
+    """Three windows of a long text, from its beginning, middle and end."""
     size = _WINDOW_CHARACTERS
     if len(text) <= 3 * size:
         return text
@@ -129,28 +132,32 @@ def _sample(text: str) -> str:
 
 
 @functools.cache
-def _script_classes() -> np.ndarray:
+def _character_classes() -> np.ndarray:
     """uint8 [0x110000]."""
     classes = np.fromiter((chr(i).isalpha() for i in range(0x110000)), np.uint8, 0x110000)
     for start, stop, script in _SCRIPTS:
         classes[start : stop + 1] = script
+    classes[[ord(symbol) for symbol in _SYMBOLS]] = _SYMBOL
     return classes
 
 
-def _script_counts(samples: Sequence[str]) -> np.ndarray:
-    """int64 [D, 5]: characters of each class."""
+def _character_counts(samples: Sequence[str]) -> np.ndarray:
+    """int64 [D, 6]: characters of each class."""
     counts = []
     for piece in pieces(samples):
         points, offsets = code_points(piece)
-        documents = np.repeat(np.arange(len(piece)) * 5, np.diff(offsets))
-        counts.append(np.bincount(documents + _script_classes()[points], minlength=5 * len(piece)))
-    return np.concatenate(counts).reshape(-1, 5)
+        documents = np.repeat(np.arange(len(piece)) * _CLASSES, np.diff(offsets))
+        counts.append(
+            np.bincount(documents + _character_classes().take(points.astype(np.intp)), minlength=_CLASSES * len(piece))
+        )
+    return np.concatenate(counts).reshape(-1, _CLASSES)
 
 
-def _code_shares(column: Any) -> np.ndarray:
+def _code_shares(samples: Sequence[str]) -> np.ndarray:
     """float64 [D]: lines that look like code among those that are no comments; 0 for fewer than two lines of code."""
     import pyarrow.compute as pc
 
+    column = large_strings(samples)
     # Normal text has at most two blank lines in a row.
     code, comments, breaks, blank = (
         pc.count_substring_regex(column, pattern=pattern).to_numpy() for pattern in (_CODE, _COMMENTS, "\n", "\n\n\n?")
@@ -158,10 +165,11 @@ def _code_shares(column: Any) -> np.ndarray:
     return np.where(code >= 2, code / np.maximum(np.maximum(code, 1), breaks - blank + 1 - comments), 0.0)
 
 
-def _english(column: Any) -> np.ndarray:
+def _english(samples: Sequence[str]) -> np.ndarray:
     """bool [D]: so full of English words that nothing else has to be asked."""
     import pyarrow.compute as pc
 
+    column = large_strings(samples)
     found, words = (pc.count_substring_regex(column, pattern=pattern).to_numpy() for pattern in (_ENGLISH, "[ \n]"))
     return found >= np.maximum(2, _ENGLISH_SHARE * words)
 
@@ -185,9 +193,12 @@ def _model() -> Any:
 
 
 def _lid(sample: str) -> str:
-    start = max(0, len(sample) - _LID_CHARACTERS) // 2
-    for part in (sample[start : start + _LID_CHARACTERS], sample):
-        labels, probabilities = _model().predict(" ".join(part.split()))
+    size, long = len(sample), _LID_CHARACTERS
+    spread = sample
+    if size > 3 * long:
+        spread = " ".join(sample[part - long // 2 :][:long] for part in (size // 6, size // 2, 5 * size // 6))
+    for text in (spread, sample[:_LID_CHARACTERS_UNSURE]):
+        labels, probabilities = _model().predict(" ".join(text.split()))
         if labels and probabilities[0] >= _SURE:
             break
     if not labels or probabilities[0] < _LEAST_PROBABILITY:

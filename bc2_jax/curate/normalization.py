@@ -2,10 +2,10 @@
 
 Unicode NFC, never NFKC, which would turn Chinese full-width punctuation into ASCII. Every line end becomes a newline,
 because lines are compared and the tokenizer knows no other. What cannot be seen goes: control characters but newline
-and tab, zero-width characters, marks of direction, byte order marks. The joiners U+200C and U+200D stay where they are
-seen: after Arabic and Indic letters and emoji. Spaces at the end of a line, more than two blank lines in a row,
-newlines before and white space after the text go. Indentation stays, so the same rules hold for code, whose styles
-ask for up to two blank lines.
+and tab, zero-width characters, marks of direction, byte order marks. The joiners U+200C and U+200D stay where they
+change what is seen: after Arabic and Indic letters and emoji. Spaces at the end of a line, more than two blank lines in
+a row, newlines before and white space after the text go. Indentation stays, so the same rules hold for code, whose
+style guides ask for up to two blank lines.
 """
 
 from __future__ import annotations

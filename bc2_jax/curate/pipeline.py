@@ -72,14 +72,15 @@ def curate(
                          f"{sorted({reason for report in reports for reason in report['reasons']})[:3]}.")  # fmt: skip
 
     # ---------------------------------------------------------------- exact copies
-    def exact(folder: Folder) -> int:
+    def exact(folder: Folder) -> dict[str, int]:
         source = run.work / "read" / "shards"
-        if not config.copies.exact:
-            return _decide(None, None, folder)
-        copies = later_copies(_table(source, ["h1", "h2", "doc"]), ["h1", "h2"], "doc", engine)
-        return _decide(copies, _table(source, ["doc", "id"]), folder)
+        same_ids = later_copies(_table(source, ["id_hash", "doc"]), ["id_hash"], "doc", engine).count_rows()
+        copies = None
+        if config.copies.exact:
+            copies = later_copies(_table(source, ["h1", "h2", "doc"]), ["h1", "h2"], "doc", engine)
+        return {"copies": _decide(copies, _table(source, ["doc", "id"]), folder), "same_ids": same_ids}
 
-    stages.run("exact", config.copies.exact, exact)
+    same_ids = stages.run("exact", config.copies.exact, exact)["same_ids"]
 
     # ---------------------------------------------------------------- what a document tells about itself
     filtered = stages.run(
@@ -156,7 +157,9 @@ def curate(
     written = stages.run("write", config.jsonl, write)
     problems = number_lines((UnitReport.from_json(report), report["file"], report["start"]) for report in reports)
     out_folder.write_table("problems.parquet", problems_table(problems), "zstd")
-    facts = describe(reports, problems, filtered, written, topics, matches, stages.seconds)
+    notes = {"documents whose id an earlier one has": same_ids, "files that were skipped": len(inputs.skipped)}
+    notes |= {f"skipped: {name}": 1 for name in inputs.skipped[:20]}
+    facts = describe(notes, reports, problems, filtered, written, topics, matches, stages.seconds)
     write_report(out_folder, facts)
     return facts
 

@@ -9,13 +9,16 @@ from typing import IO, Any
 
 from bc2_jax.curate.inputs import InputFile, ReadConfig, Unit, default_source, open_input
 from bc2_jax.curate.lines import Block, Broken, decompressed, line_blocks
+from bc2_jax.curate.parquet_pages import largest_page
 from bc2_jax.curate.problems import UnitReport
 
 _BOM = b"\xef\xbb\xbf"
 # A longer id, source or language is no name.
 _NAME_CHARACTERS = 500
-# Text bytes of a batch of parquet rows, about.
+# Text bytes of a batch, about: what looks at a batch has a cost a batch.
 _BATCH_BYTES = 4 << 20
+# A parquet page is in memory whole, several times; one of more than so many documents of the largest size is refused.
+_PAGE_DOCUMENTS = 8
 
 
 @dataclasses.dataclass
@@ -68,7 +71,7 @@ class _RowCheck:
     def __init__(self, file: InputFile, config: ReadConfig, report: UnitReport) -> None:
         self.file, self.config, self.report = file, config, report
         self.source = _name(default_source(file)) or "unnamed"
-        self.rows = Rows()
+        self.rows, self.size = Rows(), 0
 
     def add(self, fields: Any, place: str, line: int, byte: int) -> None:
         """fields: what should be a dict; place: stands for an id that the row does not have."""
@@ -95,6 +98,7 @@ class _RowCheck:
             self.report.add(self.file.name, reason, line=line, byte=byte, content=_beginning(content))
             return
         self.report.text_bytes += size
+        self.size += size
         rows = self.rows
         rows.texts.append(text)
         rows.ids.append(_name(fields.get(config.id_field)) or f"{self.file.name}{place}")
@@ -103,7 +107,7 @@ class _RowCheck:
         rows.places.append((self.file.name, line, byte))
 
     def take(self) -> Rows:
-        rows, self.rows = self.rows, Rows()
+        rows, self.rows, self.size = self.rows, Rows(), 0
         return rows
 
 
@@ -132,9 +136,11 @@ def _read_lines(stream: IO[bytes] | Any, unit: Unit, config: ReadConfig, report:
     stream.seek(max(0, unit.start - 1))
     read, piece = decompressed(stream, file.compression)
     stop = None if file.compression else unit.stop
+    if stop is not None:
+        piece = min(piece, unit.stop - unit.start)
     check = _RowCheck(file, config, report)
     decode = json.JSONDecoder().decode
-    for event in line_blocks(read, unit.start, stop, config.max_line_bytes, min(piece, unit.stop - unit.start)):
+    for event in line_blocks(read, unit.start, stop, config.max_line_bytes, piece):
         if isinstance(event, Broken):
             content = f"{event.reason} at byte {event.position}; the line there: {_printed(event.unfinished)}"
             lost = "the rest of the file is lost: it cannot be " + ("decompressed" if file.compression else "read")
@@ -147,10 +153,9 @@ def _read_lines(stream: IO[bytes] | Any, unit: Unit, config: ReadConfig, report:
             report.add(file.name, _LONG, line=report.lines, byte=event.start, content=content)
             continue
         start = event.start
-        for line in event.data.split(b"\n"):
+        for raw in event.data.split(b"\n"):
             report.lines += 1
-            raw: bytes = line
-            byte, start = start, start + len(line) + 1
+            byte, start = start, start + len(raw) + 1
             if len(raw) > config.max_line_bytes:
                 content = f"{len(raw)} bytes: {_printed(raw[:256])}"
                 report.add(file.name, _LONG, line=report.lines, byte=byte, content=content)
@@ -161,15 +166,17 @@ def _read_lines(stream: IO[bytes] | Any, unit: Unit, config: ReadConfig, report:
                 text = raw.decode()
                 fields = decode(text)
             except UnicodeDecodeError as error:
-                content = raw[max(0, error.start - 16) :][:256]
-                report.add(file.name, "the line is not UTF-8", line=report.lines, byte=byte, content=content)
+                bad = raw[max(0, error.start - 16) :][:256]
+                report.add(file.name, "the line is not UTF-8", line=report.lines, byte=byte, content=bad)
             except (ValueError, RecursionError):
                 if text.strip():
                     report.add(file.name, "the line is not JSON", line=report.lines, byte=byte, content=raw[:256])
             else:
                 check.add(fields, f"@{byte}", report.lines, byte)
-        if check.rows.texts:
+        if check.size >= _BATCH_BYTES:
             yield check.take()
+    if check.rows.texts:
+        yield check.take()
 
 
 _LONG = "the line is longer than 2.5 * max_document_bytes"
@@ -231,22 +238,26 @@ def _read_parquet(stream: IO[bytes] | Any, unit: Unit, config: ReadConfig, repor
 
     (file,) = unit.files
     try:
-        parquet = pq.ParquetFile(stream, memory_map=False, pre_buffer=False, page_checksum_verification=True)
+        parquet = pq.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
         report.raw_bytes += file.size
         report.add(file.name, "the file is no whole parquet file", rows=0, content=error)
         return
     metadata, schema = parquet.metadata, parquet.schema_arrow
-    groups = range(unit.start, min(unit.stop, metadata.num_row_groups))
-    row = sum(metadata.row_group(i).num_rows for i in range(unit.start))
-    total = sum(metadata.row_group(i).num_rows for i in groups)
-    column = schema.get_field_index(config.text_field)
-    kind = None if column < 0 else schema.field(column).type
-    if kind is None or not _is_text(kind):
-        reason = f"the file has no single column {config.text_field!r}"
-        if kind is not None:
-            reason = f"column {config.text_field!r} is {kind}, not a string"
-        report.raw_bytes += sum(metadata.row_group(i).total_byte_size for i in groups)
+    # A footer that could not be read when the units were planned gave one unit, which has to read what there is now.
+    stop = unit.stop or metadata.num_row_groups
+    if stop > metadata.num_row_groups:
+        content = f"{metadata.num_row_groups} row groups instead of {stop} or more"
+        report.add(file.name, "row groups are missing", rows=0, content=content)
+    # ColumnChunkMetaData is asked only where it must be: pyarrow 25 aborts the process for some that are corrupt.
+    row_groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    groups = row_groups[unit.start : stop]
+    row = sum(group.num_rows for group in row_groups[: unit.start])
+    sizes = [group.total_byte_size for group in row_groups]
+    report.raw_bytes += round(file.size * sum(sizes[unit.start : stop]) / max(1, sum(sizes)))
+    reason = _no_text(schema, config.text_field)
+    if reason:
+        total = sum(group.num_rows for group in groups)
         report.add(file.name, reason, line=row + 1, rows=total, content=", ".join(schema.names))
         return
     names = [config.text_field]
@@ -254,29 +265,41 @@ def _read_parquet(stream: IO[bytes] | Any, unit: Unit, config: ReadConfig, repor
         place = schema.get_field_index(field)
         if place >= 0 and field not in names and (_is_text(schema.field(place).type) or _is_integer(schema, place)):
             names.append(field)
+    places = [i for i in range(len(parquet.schema)) if parquet.schema.column(i).path in names]
     check = _RowCheck(file, config, report)
-    for index in groups:
-        group = metadata.row_group(index)
-        stored = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
-        report.raw_bytes += sum(stored[name].total_compressed_size for name in names if name in stored)
-        average = stored[config.text_field].total_uncompressed_size / max(1, group.num_rows)
-        done = 0
-        if average > config.max_document_bytes:
-            # Its cells would have to be in memory whole to be told apart.
-            reason = "the row group's texts are on average longer than max_document_bytes"
-            report.add(file.name, reason, line=row + 1, rows=group.num_rows, content=f"{average:.0f} bytes")
+    page_limit = _PAGE_DOCUMENTS * config.max_document_bytes
+    for index, group in enumerate(groups, unit.start):
+        page = done = 0
+        if group.total_byte_size > page_limit:
+            page = max(largest_page(stream, group.column(i)) for i in places)
+        if page > page_limit:
+            reason = f"the row group has a page of more than {_PAGE_DOCUMENTS} * max_document_bytes"
+            report.add(file.name, reason, line=row + 1, rows=group.num_rows, content=f"{page} bytes")
         else:
-            size = max(1, min(65536, int(_BATCH_BYTES / max(1, average))))
+            average = group.total_byte_size / max(1, group.num_rows)
+            batch_rows = max(1, min(65536, int(_BATCH_BYTES / max(1, average))))
+            end: Exception | str = "it ends too early"
             try:
-                for batch in parquet.iter_batches(size, row_groups=[index], columns=names, use_threads=False):
+                for batch in parquet.iter_batches(batch_rows, row_groups=[index], columns=names, use_threads=False):
                     _add_batch(batch, row + done, check)
                     done += batch.num_rows
                     yield check.take()
             except (OSError, pa.ArrowException) as error:
+                end = error
+            if done < group.num_rows:
                 reason = "the rest of the row group cannot be read"
                 left = group.num_rows - done
-                report.add(file.name, reason, line=row + done + 1, rows=left, content=error)
+                report.add(file.name, reason, line=row + done + 1, rows=left, content=end)
         row += group.num_rows
+
+
+def _no_text(schema: Any, field: str) -> str:
+    """Why a schema has no texts, or ""."""
+    place = schema.get_field_index(field)
+    if place < 0:
+        return f"the file has no single column {field!r}"
+    kind = schema.field(place).type
+    return "" if _is_text(kind) else f"column {field!r} is {kind}, not a string"
 
 
 def _is_text(kind: Any) -> bool:

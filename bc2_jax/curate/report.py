@@ -47,6 +47,7 @@ def waterfall(removed: dict[str, dict[str, int]], start: dict[str, int]) -> list
 
 
 def describe(
+    notes: dict[str, int],
     reports: Sequence[dict[str, Any]],
     problems: Sequence[UnitReport],
     filtered: Sequence[dict[str, Any]],
@@ -69,7 +70,7 @@ def describe(
     masked = add_counts([{"masked": result["masked"]} for result in filtered]).get("masked", {})
     changes = {f"normalised: {key}": count for key, count in _sum(report["normalized"] for report in reports).items()}
     changes |= {f"masked: {kind}": count for kind, count in masked.items() if count}
-    changes |= {
+    changes |= notes | {
         "boilerplate lines removed": sum(result["boilerplate_lines"] for result in filtered),
         "documents with low-quality sentences cut out": sum(result["cut_sentences_in"] for result in filtered),
         "copied paragraphs and sentences cut out": sum(result["cut_spans"] for result in written),

@@ -1,9 +1,9 @@
 """Paragraphs and sentences: where they are, their hashes, and how copies are cut out (paper section 2.1).
 
-A paragraph ends at a blank line, or at a line end after the end of a sentence, so that lines wrapped in the middle of a
-sentence stay together and a page with one paragraph a line has one a line. A sentence ends after a full stop, a
-question or an exclamation mark, with the quotes and brackets that close after it; a Latin full stop needs a space
-after it.
+A paragraph ends at a blank line, at a line end after the end of a sentence, and after a short line, such as a heading.
+So lines wrapped in the middle of a sentence stay together, and a page with one paragraph a line has one a line. A
+sentence ends after a full stop, a question or an exclamation mark, with the quotes and brackets that close after it; a
+Latin full stop needs a space after it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ _NEWLINE = 10
 _ENDS = "。！？!?…"
 _STOPS = ".;；:："  # end a paragraph at a line end; a full stop ends a sentence before a space
 _CLOSERS = "\"'”’」』）)】》"
+# A line that is less wide was not wrapped; ideographs are two wide.
+_WRAPPED_WIDTH = 45
+_FIRST_WIDE = 0x2E80
 _OTHER, _END, _STOP, _CLOSER, _SPACE, _LINE = range(6)
 
 
@@ -40,7 +43,7 @@ class Spans(NamedTuple):
 
 
 def find_spans(texts: Sequence[str], shortest_paragraph: int, shortest_sentence: int) -> Spans:
-    """All paragraphs and sentences of at least so many characters, white space at their ends left out.
+    """All paragraphs and sentences of at least so many characters, white space at their ends left out; 0 lists none.
 
     A sentence that is a whole paragraph is listed once, as the paragraph.
     """
@@ -109,6 +112,7 @@ def _find(points: CodePoints, shortest_paragraph: int, shortest_sentence: int) -
 
     ended = (before == _END) | (before == _STOP) | (before == _CLOSER) | (before == _LINE)
     ends_paragraph = newline & (ended | (after == _LINE))
+    ends_paragraph[_short_line_ends(points, newline)] = True
     # Behind the end mark or the last of the closers after it.
     more = (after == _CLOSER) | (after == _END)
     closes = (kinds == _END) | ((kinds == _STOP) & ((after == _SPACE) | (after == _LINE) | (after == _CLOSER)))
@@ -131,6 +135,17 @@ def _find(points: CodePoints, shortest_paragraph: int, shortest_sentence: int) -
     return Spans(document, both.start[order] - origin, both.stop[order] - origin, both.hash[order], both.kind[order])
 
 
+def _short_line_ends(points: CodePoints, newline: np.ndarray) -> np.ndarray:
+    """Places of the newlines at the end of lines that were not wrapped."""
+    ends = np.flatnonzero(newline)
+    width = np.zeros(len(newline) + 1, np.int32)
+    np.cumsum(1 + (points.values >= _FIRST_WIDE), dtype=np.int32, out=width[1:])
+    # A line begins after a newline or with a document.
+    begins = np.union1d(ends + 1, points.offsets)
+    begin = begins[np.searchsorted(begins, ends, side="right") - 1]
+    return ends[width[ends] - width[begin] < _WRAPPED_WIDTH]
+
+
 def _stretches(points: CodePoints, kinds: np.ndarray, edges: np.ndarray, shortest: int, kind: int) -> Spans:
     """The stretches between edges, trimmed, those that are long enough, with places in the whole piece."""
     values, offsets = points
@@ -141,7 +156,7 @@ def _stretches(points: CodePoints, kinds: np.ndarray, edges: np.ndarray, shortes
     keep = high > low
     low, high = low[keep], high[keep]
     start, stop = solid[low], solid[high - 1] + 1
-    keep = stop - start >= shortest
+    keep = (stop - start >= shortest) & (shortest > 0)
     start, stop = start[keep], stop[keep]
     document = np.searchsorted(offsets, start, side="right") - 1
     hashes = hash_values(values, start, stop).view(np.int64)

@@ -18,7 +18,7 @@ from bc2_jax.curate.config import CurationConfig
 from bc2_jax.curate.contamination import BenchmarkNgrams, Match, count_documents, find_contaminated
 from bc2_jax.curate.embedding import DocumentFrequencies, embedder
 from bc2_jax.curate.engine import Task
-from bc2_jax.curate.ingestion import read_shards
+from bc2_jax.curate.ingestion import hash_texts, read_shards
 from bc2_jax.curate.inputs import Unit
 from bc2_jax.curate.problems import UnitReport
 from bc2_jax.curate.report import add_counts
@@ -68,6 +68,8 @@ def read(run: Run, units: Sequence[Unit], task: Task) -> Task:
         name = shard_name(unit.index, part)
         numbers = first_document(name) + np.arange(table.num_rows, dtype=np.int64)
         table = table.set_column(table.column_names.index("doc"), "doc", pa.array(numbers))
+        id_hashes = hash_texts([name.encode() for name in table["id"].to_pylist()])
+        table = table.append_column("id_hash", pa.array(id_hashes[:, 0]))
         (folder / "shards").write_table(f"{name}.parquet", table)
         names.append(name)
         sources.append(count_by(table, "source"))

@@ -191,6 +191,18 @@ def test_only_what_changed_is_done_again(raw, tmp_path):
     assert hashes(tmp_path, "documents") == before
 
 
+def test_ids_that_come_twice_and_files_that_are_skipped_are_counted(tmp_path):
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    rows = [{"id": "same", "text": document(i)} for i in range(3)]
+    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "notes.pdf").write_text("x")
+    report = curate([str(folder)], str(tmp_path / "out"), CurationConfig(), ENGINE, lambda *_: None)
+    assert report["changes"]["documents whose id an earlier one has"] == 2
+    assert report["changes"]["files that were skipped"] == 1
+    assert "notes.pdf" in (tmp_path / "out" / "report.md").read_text()
+
+
 def command(raw: Path, out: Path, *more: str) -> list[str]:
     return [sys.executable, str(TOOL), *inputs(raw), "--out", str(out), *more]
 

@@ -17,9 +17,9 @@ def listed(texts, kind, shortest=1):
 
 
 def test_paragraphs():
-    wrapped = "This is wrapped\nin the middle. It\ngoes on."
-    assert listed([f"{wrapped}\nAnother one\n\n"], PARAGRAPH) == [wrapped, "Another one"]
-    chinese = ["第一段。", "第二段”", "第三段\n还是第三段，"]
+    wrapped = "This is a line of text that was wrapped in the middle. It\ngoes on until here."
+    assert listed([f"A heading\n{wrapped}\nAnother one\n\n"], PARAGRAPH) == ["A heading", wrapped, "Another one"]
+    chinese = ["第一段。", "第二段", "第三段很长很长很长很长很长很长很长很长很长很长很长\n还是第三段，"]
     assert listed(["\n".join(chinese) + "\n\n\n第四段"], PARAGRAPH) == [*chinese, "第四段"]
 
 
@@ -50,6 +50,12 @@ def test_spans_cover_all_but_blanks_and_hash_by_content(texts):
     for text, seen in zip(texts, covered, strict=True):
         assert not "".join(c for c, s in zip(text, seen, strict=True) if not s).strip(" \n")
     assert (np.diff(spans.document) >= 0).all()
+
+
+def test_none_are_listed():
+    texts = ["One sentence. Another one. " * 5]
+    assert set(find_spans(texts, 0, 5).kind.tolist()) == {SENTENCE}
+    assert set(find_spans(texts, 5, 0).kind.tolist()) == {PARAGRAPH}
 
 
 @given(TEXTS, st.integers(1, 20))
