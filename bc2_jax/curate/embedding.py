@@ -127,18 +127,19 @@ class HashedNgrams:
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """float16 [n, dim], unit length."""
-        parts = [self._sketch(piece) for piece in pieces(texts)]
-        return np.concatenate(parts) if parts else np.empty((0, self.config.dim), np.float16)
+        parts = [self.sketch(hash_tokens(piece)) for piece in pieces(texts)]
+        return np.concatenate([np.empty((0, self.config.dim), np.float16), *parts])
 
     @functools.cached_property
     def _weights(self) -> np.ndarray | None:
         return None if self.frequencies is None else self.frequencies.weights()
 
-    def _sketch(self, texts: Sequence[str]) -> np.ndarray:
+    def sketch(self, tokens: Tokens) -> np.ndarray:
+        """The same for documents whose tokens are known, best a piece of `pieces`."""
         dim, bigram_weight = self.config.dim, self.config.bigram_weight
-        sums = np.zeros(len(texts) * dim)
+        sums = np.zeros((len(tokens.offsets) - 1) * dim)
         scales = (1.0, bigram_weight)
-        for ngrams, scale in zip(_ngrams(hash_tokens(texts), bigram_weight > 0), scales, strict=False):
+        for ngrams, scale in zip(_ngrams(tokens, bigram_weight > 0), scales, strict=False):
             hashes = ngrams.hashes
             places = (hashes & np.uint64(dim - 1)).astype(np.int64) + _documents(ngrams) * dim
             weights = np.float32(1) if self._weights is None else self._weights[_table_index(hashes)]

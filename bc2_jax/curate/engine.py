@@ -83,7 +83,7 @@ class Engine:
         """
         import daft
 
-        @daft.func.batch(return_dtype=daft.DataType.string(), batch_size=1, use_process=False)
+        @daft.func.batch(return_dtype=daft.DataType.string(), batch_size=1)
         def run(texts: daft.Series) -> list[str]:
             return [json.dumps(function(json.loads(text))) for text in texts.to_pylist()]
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from bc2_jax.curate import clustering, dense
 from bc2_jax.curate.config import CurationConfig
@@ -29,42 +28,46 @@ class Documents:
     Features and signatures are mapped files in a temporary folder, so that they may be larger than memory.
     """
 
-    def __init__(self, features: Folder, signatures: Folder, names: Sequence[str], dim: int, folder: Path) -> None:
+    def __init__(self, folder: Folder, gone: Sequence[Folder], dim: int, temporary: Path) -> None:
+        names = folder.names(".parquet")
         columns = ["doc", "source", "language", "score", "bytes"]
-        tables = [features.read_table(f"{name}.parquet", columns) for name in names]
+        dropped = np.concatenate([decisions.select(None, ["doc"])["doc"].to_numpy() for decisions in gone])
+        keep, tables = [], []
+        for name in names:
+            table = folder.read_table(name, columns)
+            keep.append(pa.array(~np.isin(table["doc"].to_numpy(), dropped)))
+            tables.append(table.filter(keep[-1]))
         self.table = pa.concat_tables(tables).combine_chunks()
         rows = self.table.num_rows
         self.docs = self.table["doc"].to_numpy()
-        self.features = _mapped(folder / "features", (rows, dim), np.float16)
-        self.signatures = _mapped(folder / "signatures", (rows, VALUES), np.uint32)
+        self.features = _mapped(temporary / "features", (rows, dim), np.float16)
+        self.signatures = _mapped(temporary / "signatures", (rows, VALUES), np.uint32)
         start = 0
-        for name, table in zip(names, tables, strict=True):
+        for name, kept in zip(names, keep, strict=True):
+            table = folder.read_table(name, ["feature", "signature"]).filter(kept)
             stop = start + table.num_rows
-            column = features.read_table(f"{name}.parquet", ["feature"])["feature"]
-            self.features[start:stop] = _rows(column, np.float16, dim)
-            signed = signatures.read_table(f"{name}.parquet", ["doc", "signature"])
-            here = pc.is_in(signed["doc"], table["doc"].combine_chunks())
-            self.signatures[start:stop] = _rows(signed.filter(here)["signature"], np.uint32, VALUES)
+            self.features[start:stop] = _rows(table["feature"], np.float16, dim)
+            self.signatures[start:stop] = _rows(table["signature"], np.uint32, VALUES)
             start = stop
 
 
 def group(
-    features: Folder,
-    signatures: Folder,
-    names: Sequence[str],
+    folder: Folder,
+    gone: Sequence[Folder],
     dim: int,
     config: CurationConfig,
     engine: Engine,
     texts: Any,
 ) -> dict[str, Any]:
-    """Copies (doc, first), placed (doc, cluster, weight) of all others, and topics for the report.
+    """`folder` has the features of documents of which those in `gone` (decisions) are left out; see `compute_features`.
 
+    Returns copies (doc, first), placed (doc, cluster, weight) of all others, and topics for the report.
     `texts` gives the texts of some documents by their numbers.
     """
     import daft
 
     with tempfile.TemporaryDirectory() as temporary:
-        documents = Documents(features, signatures, names, dim, Path(temporary))
+        documents = Documents(folder, gone, dim, Path(temporary))
         docs, table = documents.docs, documents.table
         if not len(docs):
             return {"copies": None, "placed": pa.table({"doc": docs}), "topics": []}

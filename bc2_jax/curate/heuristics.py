@@ -31,7 +31,7 @@ from bc2_jax.curate.tokens import Tokens, hash_tokens, pieces, slice_tokens
 from bc2_jax.validation import require
 
 NgramLimits = tuple[tuple[int, float], ...]
-_PIECE_CHARACTERS = 1 << 17
+_PIECE_CHARACTERS = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

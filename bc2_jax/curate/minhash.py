@@ -17,7 +17,7 @@ FUNCTIONS, BINS = 8, 16
 VALUES = FUNCTIONS * BINS
 BANDS, ROWS = 16, 8
 EMPTY = np.uint32(0xFFFFFFFF)
-_PIECE = 1 << 14
+_PIECE = 1 << 16
 # Where an empty bin looks, attempt by attempt; the last attempts go round all bins.
 _BORROW = np.concatenate(
     [

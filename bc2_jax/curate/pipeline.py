@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.dataset as ds
 
 from bc2_jax.curate import filtering, tasks
 from bc2_jax.curate.config import CurationConfig
@@ -22,7 +22,6 @@ from bc2_jax.curate.inputs import find_inputs, plan_units
 from bc2_jax.curate.near import band_edges, resolve
 from bc2_jax.curate.problems import UnitReport, number_lines, problems_table
 from bc2_jax.curate.report import describe, write_report
-from bc2_jax.curate.shards import MOST_DOCUMENTS, first_document
 from bc2_jax.curate.stages import Stages, fingerprint
 from bc2_jax.curate.storage import Folder
 from bc2_jax.curate.tasks import Run
@@ -87,14 +86,30 @@ def curate(
         "filter", filtering.settings(config), lambda _: per_shard("filter", filtering.filter_documents, names)
     )
 
+    # ---------------------------------------------------------------- signatures and dense features
+    def features(folder: Folder) -> int:
+        frequencies = None
+        if not config.embedding.model:
+            spaced = np.unique(np.linspace(0, len(names) - 1, min(_COUNTED_SHARDS, len(names)), dtype=int))
+            some = [names[i] for i in spaced]
+            counting = [{"name": f"{name}-words", "shard": name} for name in some]
+            counted = stages.map("features", functools.partial(tasks.count_words, run), counting)
+            files = [(folder / "frequencies").read(f"{name}.i8") for name in some]
+            counts = np.sum([np.frombuffer(file, "<i8") for file in files], axis=0)
+            frequencies = DocumentFrequencies(counts, sum(result["documents"] for result in counted))
+        function = functools.partial(tasks.compute_features, run, frequencies)
+        return stages.map("features", function, _named(names))[0]["dim"]
+
+    dim = stages.run("features", settings("embedding"), features)
+    documents = run.work / "features" / "documents"
+
     # ---------------------------------------------------------------- near copies
     def near(folder: Folder) -> int:
-        per_shard("near", tasks.sign, names)
-        if not config.copies.near:
-            return _decide(None, None, folder)
-        edges = band_edges(_table(folder / "bands", ["key", "doc"]), engine)
-        signatures = _table(folder / "signatures", ["doc", "signature"])
-        copies = resolve(edges, signatures, config.copies.least_similarity, engine)
+        copies = None
+        if config.copies.near:
+            edges = band_edges(_table(run.work / "features" / "bands", ["key", "doc"]), engine)
+            signatures = _table(documents, ["doc", "signature"])
+            copies = resolve(edges, signatures, config.copies.least_similarity, engine)
         return _decide(copies, _table(shards, ["doc", "id"]), folder)
 
     stages.run("near", settings("copies"), near)
@@ -118,26 +133,15 @@ def curate(
     files = [file_sha256(path) for path in config.contamination.files]
     matches = stages.run("contamination", [settings("contamination"), files], overlap)
 
-    # ---------------------------------------------------------------- dense features: near copies, clusters, weights
+    # ---------------------------------------------------------------- near copies by dense features, clusters, weights
     def dense(folder: Folder) -> list[dict[str, Any]]:
-        frequencies = None
-        if not config.embedding.model:
-            spaced = np.unique(np.linspace(0, len(names) - 1, min(_COUNTED_SHARDS, len(names)), dtype=int))
-            counted = per_shard("dense", tasks.count_words, [names[i] for i in spaced])
-            files = [(folder / "frequencies").read(f"{names[i]}.i8") for i in spaced]
-            counts = np.sum([np.frombuffer(file, "<i8") for file in files], axis=0)
-            frequencies = DocumentFrequencies(counts, sum(result["documents"] for result in counted))
-        function = functools.partial(tasks.embed, run, frequencies)
-        embedded = stages.map("dense", function, [{"name": f"{name}-features", "shard": name} for name in names])
-        result = group(
-            folder / "features", run.work / "near" / "signatures", names, embedded[0]["dim"], config, engine,
-            functools.partial(_texts, shards, names),
-        )  # fmt: skip
+        gone = [run.work / stage / "decisions" for stage in tasks.COPIES[:2]]
+        result = group(documents, gone, dim, config, engine, functools.partial(_texts, shards))
         _decide(result["copies"], _table(shards, ["doc", "id"]), folder)
         (folder / "placed").write_table("placed.parquet", result["placed"])
         return result["topics"]
 
-    topics = stages.run("dense", settings("embedding", "clusters", "dense", "weights"), dense)
+    topics = stages.run("dense", settings("clusters", "dense", "weights"), dense)
 
     # ---------------------------------------------------------------- copied paragraphs and sentences
     def spans(folder: Folder) -> int:
@@ -216,14 +220,8 @@ def _copied_spans(folder: Folder, config: CurationConfig, engine: Engine) -> Non
         result.write_table("none.parquet", pa.table({"span": pa.array([], pa.int64())}))
 
 
-def _texts(shards: Folder, names: Sequence[str], documents: np.ndarray) -> list[str]:
-    """The texts of some documents by their numbers, each shard read once."""
-    found: dict[int, str] = {}
-    for name in names:
-        first = first_document(name)
-        here = documents[(documents >= first) & (documents < first + MOST_DOCUMENTS)]
-        if len(here):
-            table = shards.read_table(f"{name}.parquet", ["doc", "text"])
-            rows = table.filter(pc.is_in(table["doc"], pa.array(here)))
-            found.update(zip(rows["doc"].to_pylist(), rows["text"].to_pylist(), strict=True))
+def _texts(shards: Folder, documents: np.ndarray) -> list[str]:
+    """The texts of some documents by their numbers."""
+    rows = shards.select(ds.field("doc").isin(documents.tolist()), ["doc", "text"])
+    found = dict(zip(rows["doc"].to_pylist(), rows["text"].to_pylist(), strict=True))
     return [found[document] for document in documents.tolist()]

@@ -134,7 +134,8 @@ def draw_waterfall(lines: list[dict[str, Any]], start: dict[str, int], end: dict
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 0.45 * len(lines) + 1.6), layout="constrained")
+    figure = Figure(figsize=(9, 0.45 * len(lines) + 1.6))
+    figure.subplots_adjust(left=0.27, right=0.98, top=0.98, bottom=0.12)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     total = max(start["bytes"], 1)

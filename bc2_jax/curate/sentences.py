@@ -11,7 +11,7 @@ from bc2_jax.curate.statistics import DIGIT, LETTER, SPACE, SYMBOL, count_kinds
 from bc2_jax.curate.tokens import code_points, pieces
 from bc2_jax.validation import require
 
-_PIECE_CHARACTERS = 1 << 17
+_PIECE_CHARACTERS = 1 << 20
 _ENDS = [ord(c) for c in "\n。！？!?；"]
 _STOP, _COLON, _SLASH, _LOST = ord("."), ord(":"), ord("/"), 0xFFFD
 _PADDING = (ord("0"), ord("f"), ord("F"))

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from bc2_jax.curate import minhash, spans
 from bc2_jax.curate.config import CurationConfig
 from bc2_jax.curate.contamination import BenchmarkNgrams, Match, count_documents, find_contaminated
-from bc2_jax.curate.embedding import DocumentFrequencies, embedder
+from bc2_jax.curate.embedding import DocumentFrequencies, HashedNgrams, embedder
 from bc2_jax.curate.engine import Task
 from bc2_jax.curate.ingestion import hash_texts, read_shards
 from bc2_jax.curate.inputs import Unit
@@ -32,7 +32,7 @@ from bc2_jax.curate.shards import (
     shard_name,
 )
 from bc2_jax.curate.storage import Folder
-from bc2_jax.curate.tokens import hash_tokens
+from bc2_jax.curate.tokens import hash_tokens, pieces
 from bc2_jax.validation import require
 
 # Stages that decide which documents go, in the order in which they look at what the one before left.
@@ -45,6 +45,8 @@ REASONS = {
 # A span is numbered shard << SPAN_BITS | place, where a shard is its first document's number >> 20.
 SPAN_BITS = 30
 _DOCUMENT_BITS = 20
+# Document frequencies are counted in so many documents of a shard, evenly spaced: those that matter settle fast.
+_COUNTED_DOCUMENTS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,19 +104,38 @@ def find_spans(run: Run, task: Task) -> Task:
     return {"spans": len(numbers)}
 
 
-def sign(run: Run, task: Task) -> Task:
-    """MinHash signatures, and the keys under which similar documents meet."""
-    name, folder = task["name"], run.work / "near"
-    table = (run.work / "filter" / "shards").read_table(f"{name}.parquet", ["doc", "text"])
-    documents = table["doc"].to_numpy()
-    signature = minhash.signatures(hash_tokens(table["text"].to_pylist()))
-    table = pa.table({"doc": documents, "signature": _binary(signature)})
-    (folder / "signatures").write_table(f"{name}.parquet", table)
+def count_words(run: Run, task: Task) -> Task:
+    """Document frequencies of hashed tokens, in some documents of those shards from which they are estimated."""
+    table = (run.work / "filter" / "shards").read_table(f"{task['shard']}.parquet", ["text"])
+    sample = np.unique(np.linspace(0, table.num_rows - 1, min(_COUNTED_DOCUMENTS, table.num_rows), dtype=np.int64))
+    frequencies = DocumentFrequencies.of(table["text"].take(pa.array(sample)).to_pylist())
+    (run.work / "features" / "frequencies").write(f"{task['shard']}.i8", frequencies.counts.astype("<i8").tobytes())
+    return {"documents": frequencies.documents}
+
+
+def compute_features(run: Run, frequencies: DocumentFrequencies | None, task: Task) -> Task:
+    """MinHash signatures, the keys under which similar documents meet, dense features, and what weights depend on."""
+    name, folder = task["name"], run.work / "features"
+    table = (run.work / "filter" / "shards").read_table(f"{name}.parquet")
+    texts = table["text"].to_pylist()
+    embed = embedder(run.config.embedding, frequencies)
+    signed, embedded = [np.empty((0, minhash.VALUES), np.uint32)], []
+    for piece in pieces(texts):
+        tokens = hash_tokens(piece)
+        signed.append(minhash.signatures(tokens))
+        # Tokens are hashed once for both.
+        embedded.append(embed.sketch(tokens) if isinstance(embed, HashedNgrams) else embed(piece))
+    signature = np.concatenate(signed)
+    features = np.concatenate(embedded) if embedded else embed([])
+    columns = table.select(["doc", "source", "language", "score"])
+    columns = columns.append_column("bytes", pc.cast(pc.binary_length(table["text"]), pa.int64()))
+    columns = columns.append_column("signature", _binary(signature)).append_column("feature", _binary(features))
+    (folder / "documents").write_table(f"{name}.parquet", columns)
     index, keys = minhash.bands(signature)
     order = np.argsort(keys, kind="stable")
-    bands = pa.table({"key": keys[order], "doc": documents[index[order]]})
+    bands = pa.table({"key": keys[order], "doc": table["doc"].to_numpy()[index[order]]})
     (folder / "bands").write_table(f"{name}.parquet", bands)
-    return {"bands": len(keys)}
+    return {"documents": table.num_rows, "dim": features.shape[1]}
 
 
 def count_overlap(run: Run, ngrams: BenchmarkNgrams, task: Task) -> Task:
@@ -132,26 +153,6 @@ def find_overlap(run: Run, ngrams: BenchmarkNgrams, task: Task) -> Task:
             best[match.document] = match
     docs, ids = table["doc"].to_pylist(), table["id"].to_pylist()
     return {"matches": [[docs[place], ids[place], match.item, match.share] for place, match in sorted(best.items())]}
-
-
-def count_words(run: Run, task: Task) -> Task:
-    """Document frequencies of hashed tokens, for those shards from which they are estimated."""
-    texts = _survivors(run, task["name"], ["doc", "text"], COPIES[:2])["text"].to_pylist()
-    frequencies = DocumentFrequencies.of(texts)
-    (run.work / "dense" / "frequencies").write(f"{task['name']}.i8", frequencies.counts.astype("<i8").tobytes())
-    return {"documents": frequencies.documents}
-
-
-def embed(run: Run, frequencies: DocumentFrequencies | None, task: Task) -> Task:
-    """Dense features, and what else weights depend on."""
-    name = task["shard"]
-    table = _survivors(run, name, ["doc", "text", "source", "language", "score"], COPIES[:2])
-    features = embedder(run.config.embedding, frequencies)(table["text"].to_pylist())
-    columns = table.drop_columns(["text"])
-    columns = columns.append_column("bytes", pc.cast(pc.binary_length(table["text"]), pa.int64()))
-    columns = columns.append_column("feature", _binary(features))
-    (run.work / "dense" / "features").write_table(f"{name}.parquet", columns)
-    return {"documents": table.num_rows, "dim": features.shape[1]}
 
 
 def write(run: Run, task: Task) -> Task:
