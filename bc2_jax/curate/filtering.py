@@ -14,7 +14,9 @@ import pyarrow.compute as pc
 from bc2_jax.curate import safety
 from bc2_jax.curate.boilerplate import remove_boilerplate
 from bc2_jax.curate.config import CurationConfig, QualityConfig
+from bc2_jax.curate.embedding import HashedNgrams
 from bc2_jax.curate.engine import Task
+from bc2_jax.curate.features import write_features
 from bc2_jax.curate.heuristics import examine
 from bc2_jax.curate.normalization import large_strings
 from bc2_jax.curate.privacy import KINDS, mask_personal
@@ -23,14 +25,14 @@ from bc2_jax.curate.sentences import low_quality_spans
 from bc2_jax.curate.shards import Account, decisions_for
 from bc2_jax.curate.spans import cut_spans
 from bc2_jax.curate.stages import fingerprint
-from bc2_jax.curate.tokens import hash_tokens
+from bc2_jax.curate.tokens import choose_tokens, hash_tokens
 from bc2_jax.tokenizer import file_sha256
 from bc2_jax.validation import require
 
 if TYPE_CHECKING:
     from bc2_jax.curate.tasks import Run
 
-_PARTS = ("privacy", "boilerplate", "heuristics", "sentences", "quality", "safety")
+_PARTS = ("privacy", "boilerplate", "heuristics", "sentences", "quality", "safety", "embedding")
 
 
 def check(config: CurationConfig) -> None:
@@ -58,8 +60,12 @@ def settings(config: CurationConfig) -> dict[str, Any]:
     return values | {"files": [file_sha256(path) for path in paths if path is not None]}
 
 
-def filter_documents(run: Run, task: Task) -> Task:
-    """Drops exact copies and what breaks a rule, cuts out lines and sentences, masks personal data, gives scores."""
+def filter_documents(run: Run, sketch: HashedNgrams | None, task: Task) -> Task:
+    """Drops exact copies and what breaks a rule, cuts out lines and sentences, masks personal data, gives scores.
+
+    Of what stays, the features by which documents are compared are computed while its tokens are there: those of the
+    text before sentences were cut out.
+    """
     config, name = run.config, task["name"]
     folder = run.work / "filter"
     table = (run.work / "read" / "shards").read_table(f"{name}.parquet").drop_columns(["h1", "h2", "id_hash"])
@@ -128,6 +134,7 @@ def filter_documents(run: Run, task: Task) -> Task:
     table = table.filter(pa.array(~seen)).drop_columns(["text"]).rename_columns({"changed": "text"})
     (folder / "shards").write_table(f"{name}.parquet", table)
     (folder / "removed").write_table(f"{name}.parquet", account.removed)
+    write_features(run, name, table, choose_tokens(tokens, ~seen), sketch)
     counts = masked.counts.sum(axis=0).tolist() if masked is not None else [0] * len(KINDS)
     return account.result(table) | {
         "boilerplate_lines": int(lines.sum()),

@@ -28,7 +28,7 @@ class Documents:
     Features and signatures are mapped files in a temporary folder, so that they may be larger than memory.
     """
 
-    def __init__(self, folder: Folder, gone: Sequence[Folder], dim: int, temporary: Path) -> None:
+    def __init__(self, folder: Folder, vectors: Folder, gone: Sequence[Folder], dim: int, temporary: Path) -> None:
         names = folder.names(".parquet")
         columns = ["doc", "source", "language", "score", "bytes"]
         dropped = np.concatenate([decisions.select(None, ["doc"])["doc"].to_numpy() for decisions in gone])
@@ -44,30 +44,34 @@ class Documents:
         self.signatures = _mapped(temporary / "signatures", (rows, VALUES), np.uint32)
         start = 0
         for name, kept in zip(names, keep, strict=True):
-            table = folder.read_table(name, ["feature", "signature"]).filter(kept)
-            stop = start + table.num_rows
-            self.features[start:stop] = _rows(table["feature"], np.float16, dim)
-            self.signatures[start:stop] = _rows(table["signature"], np.uint32, VALUES)
+            signature = folder.read_table(name, ["signature"]).filter(kept)["signature"]
+            # Those of a model are of the documents that are left alone.
+            feature = vectors.read_table(name, ["feature"])["feature"]
+            feature = feature if len(feature) == len(signature) else feature.filter(kept)
+            stop = start + len(signature)
+            self.features[start:stop] = _rows(feature, np.float16, dim)
+            self.signatures[start:stop] = _rows(signature, np.uint32, VALUES)
             start = stop
 
 
 def group(
     folder: Folder,
+    vectors: Folder,
     gone: Sequence[Folder],
     dim: int,
     config: CurationConfig,
     engine: Engine,
     texts: Any,
 ) -> dict[str, Any]:
-    """`folder` has the features of documents of which those in `gone` (decisions) are left out; see `compute_features`.
+    """Compares what `write_features` wrote to `folder`, without the documents in `gone` (decisions).
 
-    Returns copies (doc, first), placed (doc, cluster, weight) of all others, and topics for the report.
-    `texts` gives the texts of some documents by their numbers.
+    `vectors` has the dense features, `texts` gives the texts of some documents by their numbers. Returns copies (doc,
+    first), or None if none were looked for, placed (doc, cluster, weight) of all others, and topics for the report.
     """
     import daft
 
     with tempfile.TemporaryDirectory() as temporary:
-        documents = Documents(folder, gone, dim, Path(temporary))
+        documents = Documents(folder, vectors, gone, dim, Path(temporary))
         docs, table = documents.docs, documents.table
         if not len(docs):
             return {"copies": None, "placed": pa.table({"doc": docs}), "topics": []}

@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 
-from bc2_jax.curate import filtering, tasks
+from bc2_jax.curate import features, filtering, tasks
 from bc2_jax.curate.config import CurationConfig
 from bc2_jax.curate.contamination import load_benchmark_ngrams
 from bc2_jax.curate.copies import later_copies
-from bc2_jax.curate.embedding import DocumentFrequencies
+from bc2_jax.curate.embedding import DocumentFrequencies, HashedNgrams
 from bc2_jax.curate.engine import Engine
 from bc2_jax.curate.grouping import group
 from bc2_jax.curate.inputs import find_inputs, plan_units
@@ -82,32 +82,27 @@ def curate(
     same_ids = stages.run("exact", config.copies.exact, exact)["same_ids"]
 
     # ---------------------------------------------------------------- what a document tells about itself
-    filtered = stages.run(
-        "filter", filtering.settings(config), lambda _: per_shard("filter", filtering.filter_documents, names)
-    )
+    def filter_(folder: Folder) -> list[dict[str, Any]]:
+        sketch = None if config.embedding.model else HashedNgrams(config.embedding, _frequencies(folder))
+        return stages.map("filter", functools.partial(filtering.filter_documents, run, sketch), _named(names))
 
-    # ---------------------------------------------------------------- signatures and dense features
-    def features(folder: Folder) -> int:
-        frequencies = None
-        if not config.embedding.model:
-            spaced = np.unique(np.linspace(0, len(names) - 1, min(_COUNTED_SHARDS, len(names)), dtype=int))
-            some = [names[i] for i in spaced]
-            counting = [{"name": f"{name}-words", "shard": name} for name in some]
-            counted = stages.map("features", functools.partial(tasks.count_words, run), counting)
-            files = [(folder / "frequencies").read(f"{name}.i8") for name in some]
-            counts = np.sum([np.frombuffer(file, "<i8") for file in files], axis=0)
-            frequencies = DocumentFrequencies(counts, sum(result["documents"] for result in counted))
-        function = functools.partial(tasks.compute_features, run, frequencies)
-        return stages.map("features", function, _named(names))[0]["dim"]
+    def _frequencies(folder: Folder) -> DocumentFrequencies:
+        spaced = np.unique(np.linspace(0, len(names) - 1, min(_COUNTED_SHARDS, len(names)), dtype=int))
+        some = [names[i] for i in spaced]
+        counting = [{"name": f"{name}-words", "shard": name} for name in some]
+        counted = stages.map("filter", functools.partial(features.count_words, run), counting)
+        files = [(folder / "frequencies").read(f"{name}.i8") for name in some]
+        counts = np.sum([np.frombuffer(file, "<i8") for file in files], axis=0)
+        return DocumentFrequencies(counts, sum(result["documents"] for result in counted))
 
-    dim = stages.run("features", settings("embedding"), features)
-    documents = run.work / "features" / "documents"
+    filtered = stages.run("filter", filtering.settings(config), filter_)
+    documents = run.work / "filter" / "features"
 
     # ---------------------------------------------------------------- near copies
     def near(folder: Folder) -> int:
         copies = None
         if config.copies.near:
-            edges = band_edges(_table(run.work / "features" / "bands", ["key", "doc"]), engine)
+            edges = band_edges(_table(run.work / "filter" / "bands", ["key", "doc"]), engine)
             signatures = _table(documents, ["doc", "signature"])
             copies = resolve(edges, signatures, config.copies.least_similarity, engine)
         return _decide(copies, _table(shards, ["doc", "id"]), folder)
@@ -136,12 +131,15 @@ def curate(
     # ---------------------------------------------------------------- near copies by dense features, clusters, weights
     def dense(folder: Folder) -> list[dict[str, Any]]:
         gone = [run.work / stage / "decisions" for stage in tasks.COPIES[:2]]
-        result = group(documents, gone, dim, config, engine, functools.partial(_texts, shards))
+        vectors, dim = documents, config.embedding.dim
+        if config.embedding.model:
+            vectors, dim = folder / "features", per_shard("dense", tasks.embed, names)[0]["dim"]
+        result = group(documents, vectors, gone, dim, config, engine, functools.partial(_texts, shards))
         _decide(result["copies"], _table(shards, ["doc", "id"]), folder)
         (folder / "placed").write_table("placed.parquet", result["placed"])
         return result["topics"]
 
-    topics = stages.run("dense", settings("clusters", "dense", "weights"), dense)
+    topics = stages.run("dense", settings("embedding", "clusters", "dense", "weights"), dense)
 
     # ---------------------------------------------------------------- copied paragraphs and sentences
     def spans(folder: Folder) -> int:

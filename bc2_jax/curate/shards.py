@@ -48,6 +48,12 @@ def text_bytes(table: pa.Table) -> int:
     return pc.sum(pc.binary_length(table["text"])).as_py() or 0
 
 
+def binary_rows(rows: np.ndarray) -> pa.Array:
+    """A column with the bytes of each row."""
+    width = rows.shape[1] * rows.itemsize
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(rows), [None, pa.py_buffer(rows.tobytes())])
+
+
 def decisions_for(folder: Folder, name: str, column: str = "doc", shift: int = 0) -> pa.Table:
     """The rows of a folder of decisions that concern one shard, sorted by `column`: a document's number << shift."""
     low, high = first_document(name) << shift, (first_document(name) + MOST_DOCUMENTS) << shift

@@ -60,30 +60,36 @@ def find_spans(texts: Sequence[str], shortest_paragraph: int, shortest_sentence:
 
 def cut_spans(text: str, starts: Sequence[int], stops: Sequence[int]) -> str:
     """`text` without the given stretches, sorted by start; blank lines that would be left in their place go too."""
-    kept: list[str] = []
+    kept = [""]
     position = 0
     for start, stop in zip(starts, stops, strict=True):
-        if start > position or not kept:
-            kept.append(text[position:start])
+        if start > position or not position:
+            _append(kept, text[position:start], position > 0)
         position = max(position, stop)
-    kept.append(text[position:])
-    result = kept[0]
-    for part in kept[1:]:
-        result = _join(result, part)
-    return result
+    _append(kept, text[position:], position > 0)
+    return "".join(kept)
 
 
-def _join(before: str, after: str) -> str:
-    """What stood on both sides of a cut, without the blanks and the empty lines that the cut would leave."""
+def _append(kept: list[str], after: str, cut: bool) -> None:
+    """Adds what follows; at a cut, without the blanks and the empty lines that the cut would leave."""
+    if not cut:
+        kept.append(after)
+        return
+    while len(kept) > 1 and not kept[-1].rstrip(" \t"):
+        before = kept.pop()
+        kept[-1] += before
+    before = kept[-1]
     head, tail = before.rstrip(" \t"), after.lstrip(" \t")
     begins_line, ends_line = not head or head.endswith("\n"), not tail or tail.startswith("\n")
     if begins_line and ends_line:
         first, last = head.rstrip("\n"), tail.lstrip("\n")
         breaks = max(len(head) - len(first), len(tail) - len(last))
-        return first + "\n" * breaks + last if first else last
-    if begins_line or ends_line:
-        return head + tail
-    return head + (" " if head != before or tail != after else "") + tail
+        first_of_all = not first and len(kept) == 1
+        kept[-1:] = [first, "" if first_of_all else "\n" * breaks, last]
+    elif begins_line or ends_line:
+        kept[-1:] = [head, tail]
+    else:
+        kept[-1:] = [head, " " if head != before or tail != after else "", tail]
 
 
 @functools.cache

@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bc2_jax.curate import minhash, spans
+from bc2_jax.curate import spans
 from bc2_jax.curate.config import CurationConfig
 from bc2_jax.curate.contamination import BenchmarkNgrams, Match, count_documents, find_contaminated
-from bc2_jax.curate.embedding import DocumentFrequencies, HashedNgrams, embedder
+from bc2_jax.curate.embedding import HiddenStates
 from bc2_jax.curate.engine import Task
 from bc2_jax.curate.ingestion import hash_texts, read_shards
 from bc2_jax.curate.inputs import Unit
@@ -25,6 +25,7 @@ from bc2_jax.curate.report import add_counts
 from bc2_jax.curate.shards import (
     MOST_PARTS,
     Account,
+    binary_rows,
     count_by,
     decisions_for,
     first_document,
@@ -32,7 +33,6 @@ from bc2_jax.curate.shards import (
     shard_name,
 )
 from bc2_jax.curate.storage import Folder
-from bc2_jax.curate.tokens import hash_tokens, pieces
 from bc2_jax.validation import require
 
 # Stages that decide which documents go, in the order in which they look at what the one before left.
@@ -45,8 +45,6 @@ REASONS = {
 # A span is numbered shard << SPAN_BITS | place, where a shard is its first document's number >> 20.
 SPAN_BITS = 30
 _DOCUMENT_BITS = 20
-# Document frequencies are counted in so many documents of a shard, evenly spaced: those that matter settle fast.
-_COUNTED_DOCUMENTS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,38 +102,13 @@ def find_spans(run: Run, task: Task) -> Task:
     return {"spans": len(numbers)}
 
 
-def count_words(run: Run, task: Task) -> Task:
-    """Document frequencies of hashed tokens, in some documents of those shards from which they are estimated."""
-    table = (run.work / "filter" / "shards").read_table(f"{task['shard']}.parquet", ["text"])
-    sample = np.unique(np.linspace(0, table.num_rows - 1, min(_COUNTED_DOCUMENTS, table.num_rows), dtype=np.int64))
-    frequencies = DocumentFrequencies.of(table["text"].take(pa.array(sample)).to_pylist())
-    (run.work / "features" / "frequencies").write(f"{task['shard']}.i8", frequencies.counts.astype("<i8").tobytes())
-    return {"documents": frequencies.documents}
-
-
-def compute_features(run: Run, frequencies: DocumentFrequencies | None, task: Task) -> Task:
-    """MinHash signatures, the keys under which similar documents meet, dense features, and what weights depend on."""
-    name, folder = task["name"], run.work / "features"
-    table = (run.work / "filter" / "shards").read_table(f"{name}.parquet")
-    texts = table["text"].to_pylist()
-    embed = embedder(run.config.embedding, frequencies)
-    signed, embedded = [np.empty((0, minhash.VALUES), np.uint32)], []
-    for piece in pieces(texts):
-        tokens = hash_tokens(piece)
-        signed.append(minhash.signatures(tokens))
-        # Tokens are hashed once for both.
-        embedded.append(embed.sketch(tokens) if isinstance(embed, HashedNgrams) else embed(piece))
-    signature = np.concatenate(signed)
-    features = np.concatenate(embedded) if embedded else embed([])
-    columns = table.select(["doc", "source", "language", "score"])
-    columns = columns.append_column("bytes", pc.cast(pc.binary_length(table["text"]), pa.int64()))
-    columns = columns.append_column("signature", _binary(signature)).append_column("feature", _binary(features))
-    (folder / "documents").write_table(f"{name}.parquet", columns)
-    index, keys = minhash.bands(signature)
-    order = np.argsort(keys, kind="stable")
-    bands = pa.table({"key": keys[order], "doc": table["doc"].to_numpy()[index[order]]})
-    (folder / "bands").write_table(f"{name}.parquet", bands)
-    return {"documents": table.num_rows, "dim": features.shape[1]}
+def embed(run: Run, task: Task) -> Task:
+    """Dense features by a model, of what near copies and benchmarks left."""
+    table = _survivors(run, task["name"], ["doc", "text"], COPIES[:2])
+    features = HiddenStates(run.config.embedding)(table["text"].to_pylist())
+    columns = pa.table({"doc": table["doc"], "feature": binary_rows(features)})
+    (run.work / "dense" / "features").write_table(f"{task['name']}.parquet", columns)
+    return {"dim": features.shape[1]}
 
 
 def count_overlap(run: Run, ngrams: BenchmarkNgrams, task: Task) -> Task:
@@ -224,13 +197,6 @@ def _survivors(run: Run, name: str, columns: list[str], stages: Sequence[str]) -
     table = (run.work / "filter" / "shards").read_table(f"{name}.parquet", columns)
     gone = [decisions_for(run.work / stage / "decisions", name)["doc"].to_numpy() for stage in stages]
     return table.filter(pa.array(~np.isin(table["doc"].to_numpy(), np.concatenate(gone))))
-
-
-def _binary(rows: np.ndarray) -> pa.Array:
-    """Each row's bytes."""
-    rows = np.ascontiguousarray(rows)
-    width = rows.shape[1] * rows.itemsize
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(rows), [None, pa.py_buffer(rows.tobytes())])
 
 
 def _jsonl(table: pa.Table) -> bytes:

@@ -185,7 +185,15 @@ def slice_tokens(tokens: Tokens, start: int, stop: int) -> Tokens:
     return Tokens(tokens.hashes[offsets[0] : offsets[-1]], offsets - offsets[0])
 
 
-def token_pieces(tokens: Tokens, size: int = 1 << 17) -> Iterator[tuple[int, Tokens]]:
+def choose_tokens(tokens: Tokens, kept: np.ndarray) -> Tokens:
+    """The tokens of the documents that are kept, bool [D]."""
+    counts = np.diff(tokens.offsets)
+    offsets = np.zeros(np.count_nonzero(kept) + 1, np.int64)
+    np.cumsum(counts[kept], out=offsets[1:])
+    return Tokens(tokens.hashes[np.repeat(kept, counts)], offsets)
+
+
+def token_pieces(tokens: Tokens, size: int = 1 << 18) -> Iterator[tuple[int, Tokens]]:
     """(number of the first document, tokens of consecutive documents), of about `size` tokens or one document."""
     start, documents = 0, len(tokens.offsets) - 1
     while start < documents:
