@@ -156,7 +156,7 @@ def run(command: list[str], log: Path) -> tuple[float, float]:
 
         def sample() -> None:
             nonlocal peak
-            while not done.wait(0.2):
+            while not done.wait(0.5):
                 total = 0
                 try:
                     root = psutil.Process(process.pid)

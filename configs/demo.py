@@ -51,7 +51,10 @@ def config() -> TrainConfig:
 
 def prepare(config: TrainConfig) -> TrainConfig:
     """Fetches the text once, curates it, trains the tokenizer, packs the rows; the second time they are there."""
-    from bc2_jax.curate.demo import prepare_demo
+    try:
+        from bc2_jax.curate.demo import prepare_demo
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is missing: the demo needs pip install 'bc2_jax[data]'.") from error
     from bc2_jax.sharding import use_cpu_devices
 
     use_cpu_devices(config.mesh.num_cpu_devices)  # before curation uses one

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from bc2_jax.curate.config import CurationConfig
+from bc2_jax.validation import require
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from bc2_jax.curate.engine import Engine
         from bc2_jax.curate.pipeline import curate
 
+        require(bool(options.out), "--out", options.out, "it must name a folder")
         engine = Engine(options.runner)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console) as progress:
@@ -83,6 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 progress.update(bars[stage], completed=done, total=total or None)
 
             report = curate(options.raw, options.out, options.settings, engine, show)
+    except ModuleNotFoundError as error:
+        console.print(f"error: {error.name} is missing: pip install 'bc2_jax[data]'", markup=False, soft_wrap=True)
+        return 1
     except (ValueError, OSError, ImportError) as error:
         console.print(f"error: {error}", markup=False, soft_wrap=True)
         return 1

@@ -135,7 +135,7 @@ def draw_waterfall(lines: list[dict[str, Any]], start: dict[str, int], end: dict
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 0.45 * len(lines) + 1.6))
-    figure.subplots_adjust(left=0.27, right=0.98, top=0.98, bottom=0.12)
+    figure.subplots_adjust(left=0.3, right=0.98, top=0.98, bottom=0.12)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     total = max(start["bytes"], 1)
@@ -157,7 +157,8 @@ def draw_waterfall(lines: list[dict[str, Any]], start: dict[str, int], end: dict
     )  # fmt: skip
     axes.set_yticks(range(len(labels) + 1), [*labels, "written"])
     axes.invert_yaxis()
-    axes.set_xlim(0, 135)
+    axes.set_xlim(0, 140)
+    axes.set_xticks(range(0, 101, 20))
     axes.set_xlabel("share of the text read, %")
     axes.spines[["top", "right"]].set_visible(False)
     file = io.BytesIO()

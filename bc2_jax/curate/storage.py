@@ -61,11 +61,11 @@ class Folder:
             self._files.delete_file(f"{self._path}/{name}")
 
     def write(self, name: str, content: bytes) -> None:
-        with self._replacing(name) as path, self._files.open_output_stream(path) as file:
+        with self._replacing(name) as path, self._files.open_output_stream(path, compression=None) as file:
             file.write(content)
 
     def read(self, name: str) -> bytes:
-        with self._files.open_input_stream(f"{self._path}/{name}") as file:
+        with self._files.open_input_stream(f"{self._path}/{name}", compression=None) as file:
             return file.read()
 
     def write_json(self, name: str, value: Any) -> None:
@@ -77,7 +77,7 @@ class Folder:
     def write_table(self, name: str, table: pa.Table, compression: str = "lz4") -> None:
         # Groups of documents are so small that a few can be read alone, pages have checksums.
         rows = 512 if "text" in table.column_names else 1 << 16
-        with self._replacing(name) as path, self._files.open_output_stream(path) as file:
+        with self._replacing(name) as path, self._files.open_output_stream(path, compression=None) as file:
             pq.write_table(
                 table, file, compression=compression, row_group_size=rows, write_page_checksum=True,
                 use_dictionary=[name for name in table.column_names if name in _REPEATED],

@@ -140,13 +140,13 @@ def write(run: Run, task: Task) -> Task:
     assert placed["doc"].equals(table["doc"]), f"{name}: not every document has a cluster"
     table = table.append_column("cluster", placed["cluster"]).append_column("weight", placed["weight"])
     table, cut = _cut_spans(run, name, table, account)
-    documents = table.select(["id", "text", "source", "language", "cluster", "score", "weight"])
+    documents = table.select(["id", "text", "source", "language", "cluster", "score", "weight"]).combine_chunks()
     if documents.num_rows:
         (run.out / "documents").write_table(f"{name}.parquet", documents, "zstd")
         if run.config.jsonl:
             (run.out / "jsonl").write(f"{name}.jsonl.zst", _jsonl(documents))
     earlier = (run.work / "filter" / "removed").read_table(f"{name}.parquet")
-    removed = pa.concat_tables([earlier, account.removed]).sort_by("doc")
+    removed = pa.concat_tables([earlier, account.removed]).sort_by("doc").combine_chunks()
     if removed.num_rows:
         (run.out / "removed").write_table(f"{name}.parquet", removed, "zstd")
     return account.result(table) | {
@@ -205,7 +205,8 @@ def _jsonl(table: pa.Table) -> bytes:
 
     compressor = zstandard.ZstdCompressor(level=1).compressobj()
     parts = []
-    for batch in table.to_batches(max_chunksize=256):
-        lines = [json.dumps(row, ensure_ascii=False) for row in batch.to_pylist()]
+    # Cut by rows alone: how a file is read into chunks must not show in the bytes.
+    for start in range(0, table.num_rows, 256):
+        lines = [json.dumps(row, ensure_ascii=False) for row in table.slice(start, 256).to_pylist()]
         parts.append(compressor.compress("".join(f"{line}\n" for line in lines).encode()))
     return b"".join([*parts, compressor.flush()])

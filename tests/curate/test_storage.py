@@ -49,3 +49,12 @@ def test_the_same_table_gives_the_same_bytes(tmp_path):
     for name in ("a", "b"):
         folder.write_table(name, pa.table({"doc": list(range(1000)), "text": ["好"] * 1000}), "zstd")
     assert folder.read("a") == folder.read("b")
+
+
+@pytest.mark.parametrize("location", ["path", "mock:///bucket"])
+def test_bytes_are_written_as_they_are_whatever_the_name(tmp_path, location):
+    """pyarrow compresses by the suffix if it is not told otherwise."""
+    folder = Folder(tmp_path if location == "path" else location)
+    for name in ("a.zst", "a.gz"):
+        folder.write(name, b"content" * 9)
+        assert folder.size(name) == 63 and folder.read(name) == b"content" * 9
