@@ -127,7 +127,8 @@ def plot_lengths(splits: Sequence[SplitCounts], file: Path) -> None:
     from bc2_jax.data.inspection import BINS_PER_OCTAVE
 
     figure, axes = plt.subplots(figsize=(8, 4.5))
-    for counts in splits:
+    # The largest, for more lines can't be told apart.
+    for counts in sorted(splits, key=lambda counts: -counts.tokens)[:12]:
         if counts.documents:
             edges = [2 ** (index / BINS_PER_OCTAVE) for index in range(len(counts.length_histogram) + 1)]
             shares = [count / counts.documents for count in counts.length_histogram]

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from bc2_jax.curate.lookup import NgramTable, find_ngrams, make_table
 from bc2_jax.curate.tokens import Tokens, hash_ngrams, hash_tokens
+from bc2_jax.data.benchmark_items import read_items
 from bc2_jax.validation import require
 
 _SHORTEST = 8
@@ -30,7 +30,7 @@ class ContaminationConfig:
     """What to look for and when a document counts as contaminated."""
 
     files: tuple[str, ...] = ()
-    """Benchmarks: .jsonl with one item a line, or .txt with items between blank lines. None switches the test off."""
+    """Benchmarks: .jsonl with one item a line, or .txt with one a line. None switches the test off."""
     fields: tuple[str, ...] = ("question", "prompt", "text", "input", "choices", "answer")
     """Fields of a .jsonl item that are read, where it has them; lists and objects with all they contain. Not the
     passages that questions are about: those are public text, and to know them is no contamination."""
@@ -95,12 +95,18 @@ class Match(NamedTuple):
 def load_benchmark_ngrams(
     files: Sequence[str | os.PathLike[str]], config: ContaminationConfig | None = None
 ) -> BenchmarkNgrams:
-    """The n-grams of all items in `files`. Raises ValueError for a file without items or of another kind."""
+    """The n-grams of all items in `files`. Raises ValueError for a file without items or that `read_items` refuses."""
     config = config or ContaminationConfig()
     items: list[str] = []
     rows: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
     for file in map(Path, files):
-        names, parts, owners = _read_items(file, config.fields)
+        names: list[str] = []
+        parts: list[str] = []
+        owners: list[int] = []
+        for line, texts in read_items(file, config.fields):
+            owners += [len(names)] * len(texts)
+            parts += texts
+            names.append(f"{file.name}:{line}")
         require(len(parts) > 0, "contamination.files", str(file), f"it has no text in {', '.join(config.fields)}")
         tokens = hash_tokens(parts)
         lengths = np.bincount(owners, np.diff(tokens.offsets), minlength=len(names))
@@ -142,41 +148,3 @@ def count_documents(texts: Sequence[str], ngrams: BenchmarkNgrams, tokens: Token
     """For each table int64 [rows]: in how many of the texts an n-gram occurs. Add them up over the shards."""
     tokens = hash_tokens(texts) if tokens is None else tokens
     return [np.bincount(find_ngrams(table, tokens)[1], minlength=len(table.hashes)) for table in ngrams.tables]
-
-
-def _read_items(file: Path, fields: tuple[str, ...]) -> tuple[list[str], list[str], list[int]]:
-    """Names of the items; texts; and the number of the item that each text is of."""
-    require(file.suffix in (".jsonl", ".txt"), "contamination.files", str(file), "it must end with .jsonl or .txt")
-    require(file.is_file(), "contamination.files", str(file), "it must be a file")
-    content = file.read_text(encoding="utf-8")
-    names: list[str] = []
-    parts: list[str] = []
-    owners: list[int] = []
-    if file.suffix == ".txt":
-        found = [[paragraph] for paragraph in content.split("\n\n") if paragraph.strip()]
-        labels = [f"{file.name}:{k}" for k in range(1, len(found) + 1)]
-    else:
-        found, labels = [], []
-        for k, line in enumerate(content.split("\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"contamination.files = {str(file)!r} is not valid: line {k} is no JSON.") from error
-            require(isinstance(row, dict), "contamination.files", str(file), f"line {k} must be a JSON object")
-            found.append([text for field in fields for text in _strings(row.get(field))])
-            labels.append(f"{file.name}:{k}")
-    for label, texts in zip(labels, found, strict=True):
-        owners += [len(names)] * len(texts)
-        parts += texts
-        names.append(label)
-    return names, parts, owners
-
-
-def _strings(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [text for one in value for text in _strings(one)] if isinstance(value, list) else []

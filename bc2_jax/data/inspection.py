@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from bc2_jax.data.benchmark_items import read_items
 from bc2_jax.data.overlap import HashSet, ItemHit, ItemOverlap, hash_ngrams
 from bc2_jax.data.packing import Manifest, Split
 from bc2_jax.data.row_stream import Documents, DocumentScan, RowSource, stream_tokens
 from bc2_jax.tokenizer import Tokenizer
-from bc2_jax.validation import choices, require
+from bc2_jax.validation import require
 
 BINS_PER_OCTAVE = 4
 _BINS = 32 * BINS_PER_OCTAVE + 1
@@ -284,41 +284,11 @@ def _share(hit: ItemHit) -> float:
 def read_benchmark(
     path: Path, tokenizer: Tokenizer, n: int, fields: Sequence[str] | None = None
 ) -> Iterator[BenchmarkItem]:
-    """The items of a .txt file, one a line, or of a .jsonl file, one object a line; empty lines are none.
+    """The items of a file, as `read_items` gives them.
 
-    Of an object, every string in it counts, at any depth, or only what is in `fields`. Each string has its own n-grams,
-    so how question and answers are put together does not matter. Raises ValueError naming a line that can't be read.
+    Each string has its own n-grams, so how question and answers are put together does not matter.
     """
-    require(path.suffix in (".txt", ".jsonl"), "benchmarks", str(path), "legal are .txt and .jsonl")
-    with path.open("rb") as lines:
-        for number, content in enumerate(lines, 1):
-            try:
-                line = content.decode().strip()
-            except UnicodeDecodeError as error:
-                raise ValueError(f"benchmarks = {path}:{number} is not valid: it is not UTF-8.") from error
-            if not line:
-                continue
-            texts = list(_strings(line if path.suffix == ".txt" else _parse(line, f"{path}:{number}", fields)))
-            hashes = [hash_ngrams(np.array(ids, np.uint32), n) for ids in tokenizer.encode_batch(texts)]
-            beginning = " ".join(texts)[:_BEGINNING]
-            yield BenchmarkItem(str(path), number, beginning, np.concatenate([np.empty(0, np.uint64), *hashes]))
-
-
-def _parse(line: str, name: str, fields: Sequence[str] | None) -> object:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"benchmarks = {name} is not valid: it is not JSON ({error}).") from error
-    if fields is None:
-        return value
-    found = [value[field] for field in fields if field in value] if isinstance(value, dict) else []
-    require(bool(found), "benchmarks", name, f"it must be an object with one of the fields {choices(fields)}")
-    return found
-
-
-def _strings(value: object) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _strings(part)
+    for number, texts in read_items(path, fields):
+        hashes = [hash_ngrams(np.array(ids, np.uint32), n) for ids in tokenizer.encode_batch(texts)]
+        beginning = " ".join(texts)[:_BEGINNING]
+        yield BenchmarkItem(str(path), number, beginning, np.concatenate([np.empty(0, np.uint64), *hashes]))

@@ -87,10 +87,10 @@ def test_fields_of_an_item_are_read_apart_and_lists_whole(tmp_path):
     assert [m.document for m in find_contaminated([a, b, c, half], ngrams)] == [2]
 
 
-def test_paragraphs_of_a_text_file_are_items(tmp_path):
+def test_lines_of_a_text_file_are_items(tmp_path):
     (tmp_path / "b.txt").write_text(f"{sentence(1, 14)}\n\n{sentence(2, 14)}\n")
     matches = find_contaminated([sentence(2, 14)], load_benchmark_ngrams([tmp_path / "b.txt"]))
-    assert [(m.document, m.item, m.share) for m in matches] == [(0, "b.txt:2", 1.0)]
+    assert [(m.document, m.item, m.share) for m in matches] == [(0, "b.txt:3", 1.0)]
 
 
 def test_files_of_short_items_are_searched_with_shorter_ngrams(tmp_path):
@@ -124,14 +124,15 @@ def test_frames_of_questions_and_common_phrases_are_no_evidence(tmp_path):
 def test_bad_files_and_fields_are_named(tmp_path):
     bad = tmp_path / "b.jsonl"
     for content, said in (
-        ("no json\n", "line 1 is no JSON"),
-        ("[1]\n", "JSON object"),
-        ('{"other": "a"}\n', "no text"),
+        ("no json\n", "benchmarks = .*b.jsonl:1 is not valid: it is not JSON"),
+        ("[1]\n", "benchmarks = .*b.jsonl:1' is not valid: it must be an object with one of the fields question"),
+        ('{"other": "a"}\n', "it must be an object with one of the fields question"),
+        ('{"question": []}\n', "contamination.files = .* it has no text in question"),
     ):
         bad.write_text(content)
-        with pytest.raises(ValueError, match=f"contamination.files = .*{said}"):
+        with pytest.raises(ValueError, match=said):
             load_benchmark_ngrams([bad])
-    with pytest.raises(ValueError, match="contamination.files = .* it must be a file"):
+    with pytest.raises(ValueError, match="benchmarks = .* it must be a file"):
         load_benchmark_ngrams([tmp_path / "missing.txt"])
     for fields in (dict(n=7), dict(min_share=1.0), dict(max_items=0), dict(files=("a.csv",)), dict(action="keep")):
         with pytest.raises(ValueError, match=f"contamination.{next(iter(fields))} = .* is not valid: "):

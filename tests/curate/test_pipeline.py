@@ -52,7 +52,7 @@ def rows() -> list[dict]:
     result = [{"id": f"d{i}", "text": document(i), "source": "web" if i % 3 else "books"} for i in range(60)]
     result += [{"id": f"exact{i}", "text": document(i) + "  \r\n", "source": "web"} for i in range(5)]
     result += [{"id": f"near{i}", "text": edited(document(i), i, 0.015), "source": "web"} for i in range(10, 15)]
-    result += [{"id": f"edits{i}", "text": edited(document(i, 60), i, 0.06), "source": "web"} for i in range(100, 110)]
+    result += [{"id": f"edits{i}", "text": edited(document(i, 60), i, 0.05), "source": "web"} for i in range(100, 110)]
     result += [{"id": f"long{i}", "text": document(i, 60), "source": "web"} for i in range(100, 110)]
     result += [{"id": f"shared{i}", "text": f"{document(200 + i)}\n\n{SHARED}", "source": "web"} for i in range(3)]
     result += [{"id": "short", "text": "Too short.", "source": "web"}]
