@@ -47,10 +47,12 @@ def curate(
     # ---------------------------------------------------------------- what there is to do
     inputs = find_inputs(paths)
     filtering.check(config)
-    units = plan_units(inputs.files, config.read)
     out_folder = Folder(out)
+    tasks.check_out(out_folder, paths)
+    units = plan_units(inputs.files, config.read)
     run = Run(out_folder / "work", out_folder, config)
-    stages = Stages(run.work, engine, fingerprint(FORMAT, [tuple(file) for file in inputs.files]), show)
+    files = [(*file, _modified(file.path)) for file in inputs.files]
+    stages = Stages(run.work, engine, fingerprint(FORMAT, files), show)
     shards = run.work / "filter" / "shards"
 
     def settings(*names: str) -> dict[str, Any]:
@@ -125,8 +127,8 @@ def curate(
         _write_decisions([match[0] for match in gone], [match[2] for match in gone], folder)
         return matches
 
-    files = [file_sha256(path) for path in config.contamination.files]
-    matches = stages.run("contamination", [settings("contamination"), files], overlap)
+    benchmarks = [file_sha256(path) for path in config.contamination.files]
+    matches = stages.run("contamination", [settings("contamination"), benchmarks], overlap)
 
     # ---------------------------------------------------------------- near copies by dense features, clusters, weights
     def dense(folder: Folder) -> list[dict[str, Any]]:
@@ -164,6 +166,11 @@ def curate(
     facts = describe(notes, reports, problems, filtered, written, topics, matches, stages.seconds)
     write_report(out_folder, facts)
     return facts
+
+
+def _modified(path: str) -> int:
+    folder, _, name = path.rpartition("/")
+    return Folder(folder or ".").modified(name)
 
 
 def _table(folder: Folder, columns: list[str]) -> DataFrame:

@@ -43,12 +43,21 @@ class Folder:
         names = [info.base_name for info in infos if info.type == FileType.File]
         return sorted(name for name in names if name.endswith(suffix) and not name.startswith("."))
 
+    def entries(self) -> list[str]:
+        """Sorted names of its files and folders, but for hidden ones."""
+        infos = self._files.get_file_info(FileSelector(self._path, allow_not_found=True))
+        return sorted(info.base_name for info in infos if not info.base_name.startswith("."))
+
     def exists(self, name: str) -> bool:
         return self._files.get_file_info(f"{self._path}/{name}").type == FileType.File
 
     def size(self, name: str) -> int:
         """Bytes of a file."""
         return int(self._files.get_file_info(f"{self._path}/{name}").size)
+
+    def modified(self, name: str) -> int:
+        """When a file was last written, in nanoseconds; 0 if it is not there."""
+        return self._files.get_file_info(f"{self._path}/{name}").mtime_ns or 0
 
     def remove(self) -> None:
         """Removes the folder and all that is in it, if it is there."""

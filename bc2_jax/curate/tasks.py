@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -45,6 +46,12 @@ REASONS = {
 # A span is numbered shard << SPAN_BITS | place, where a shard is its first document's number >> 20.
 SPAN_BITS = 30
 _DOCUMENT_BITS = 20
+
+
+# The report first, which says that the rest is complete.
+_WRITTEN = (
+    "report.json", "report.md", "waterfall.png", "problems.parquet", "documents", "removed", "jsonl", "work",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,11 +191,23 @@ def _cut_spans(run: Run, name: str, table: pa.Table, account: Account) -> tuple[
     return table.filter(pa.array(~lost)), len(row)
 
 
+def check_out(out: Folder, paths: Sequence[str]) -> None:
+    """Raises ValueError if OUT holds what no curation wrote, or lies in one of the raw folders."""
+    found = out.entries()
+    foreign = [name for name in found if name not in _WRITTEN]
+    own = not found or "work" in found or "report.json" in found
+    legal = "it must be an empty folder or one of an earlier run"
+    require(own and not foreign, "--out", out.location, f"{legal}, and has {(foreign or found or [''])[0]}")
+    for path in paths:
+        inside = "://" not in path and Path(out.location).resolve().is_relative_to(Path(path).resolve())
+        require(not inside, "--out", out.location, f"it must not lie in the raw folder {path}")
+
+
 def clear_result(out: Folder) -> None:
     """Removes what an earlier run with other settings wrote; its report first, which says that it is complete."""
-    for name in ("report.json", "report.md", "waterfall.png", "problems.parquet"):
+    for name in _WRITTEN[:4]:
         out.delete(name)
-    for name in ("documents", "removed", "jsonl"):
+    for name in _WRITTEN[4:7]:
         (out / name).remove()
 
 

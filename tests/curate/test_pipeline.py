@@ -203,6 +203,30 @@ def test_ids_that_come_twice_and_files_that_are_skipped_are_counted(tmp_path):
     assert "notes.pdf" in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_a_changed_file_of_the_same_size_is_read_again(tmp_path):
+    raw = tmp_path / "a.jsonl"
+    for text in ("first", "other"):
+        raw.write_text(json.dumps({"text": f"{text} {document(1)}"}) + "\n")
+        curate([str(raw)], str(tmp_path / "out"), CurationConfig(), ENGINE, lambda *_: None)
+        assert read(tmp_path / "out" / "documents")[0]["text"].startswith(text)
+
+
+def test_nothing_of_anyone_else_is_overwritten(raw, tmp_path):
+    def refused(out, message):
+        with pytest.raises(ValueError, match=message):
+            curate([str(raw / "a.jsonl"), str(tmp_path / "raw")], str(out), CurationConfig(), ENGINE, lambda *_: None)
+
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "b.txt").write_text(document(3))
+    refused(tmp_path / "raw" / "out", "--out = .* is not valid: it must not lie in the raw folder")
+    for name in ("documents", "thesis"):
+        home = tmp_path / f"home-{name}"
+        (home / name).mkdir(parents=True)
+        (home / name / "mine.txt").write_text("mine")
+        refused(home, f"it must be an empty folder or one of an earlier run, and has {name}")
+        assert (home / name / "mine.txt").read_text() == "mine"
+
+
 def command(raw: Path, out: Path, *more: str) -> list[str]:
     return [sys.executable, str(TOOL), *inputs(raw), "--out", str(out), *more]
 

@@ -39,7 +39,10 @@ def run(raw: str, out: Path, config: CurationConfig) -> tuple[dict, list[dict], 
 
 def test_keywords_and_personal_data(tmp_path):
     (tmp_path / "words.txt").write_text("forbidden phrase\n")
-    texts = [f"{topics['formatstrings']}\n\nHere is the forbidden phrase again.", f"{topics['debugger']}\n\nWrite to someone@example.org today."]
+    texts = [
+        f"{topics['formatstrings']}\n\nHere is the forbidden phrase again.",
+        f"{topics['debugger']}\n\nWrite to someone@example.org today.",
+    ]
     raw = write(tmp_path / "raw.jsonl", texts)
     words = KeywordFile(category="test", path=str(tmp_path / "words.txt"))
     config = CurationConfig(privacy=PrivacyConfig(enabled=True), safety=SafetyConfig(keywords=(words,)))
