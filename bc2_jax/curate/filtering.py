@@ -129,7 +129,7 @@ def filter_documents(run: Run, sketch: HashedNgrams | None, task: Task) -> Task:
         seen[[place for place, _ in fresh]] = True
         account.note(table, stage, np.array([place for place, _ in fresh], int), [reason for _, reason in fresh])
     emptied = np.flatnonzero(~seen & (after == 0))
-    account.note(table, "heuristics", emptied, ["nothing is left without its boilerplate lines"] * len(emptied), size=0)
+    account.note(table, "heuristics", emptied, ["nothing is left of its lines and sentences"] * len(emptied), size=0)
     seen[emptied] = True
     table = table.filter(pa.array(~seen)).drop_columns(["text"]).rename_columns({"changed": "text"})
     (folder / "shards").write_table(f"{name}.parquet", table)
