@@ -57,7 +57,14 @@ def settings(config: CurationConfig) -> dict[str, Any]:
     """What the result of `filter_documents` depends on: settings and contents of files."""
     paths = [config.quality.model, config.safety.model, *(file.path for file in config.safety.keywords)]
     values = {name: dataclasses.asdict(getattr(config, name)) for name in _PARTS}
-    return values | {"files": [file_sha256(path) for path in paths if path is not None]}
+    hashes = [file_sha256(path) for path in paths if path is not None]
+    return values | {"files": hashes, "language_model": model_state(config.quality.language_model)}
+
+
+def model_state(path: str | None) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of the files of a model: it is too large to hash for each start."""
+    files = sorted(file for file in Path(path).rglob("*") if file.is_file()) if path else []
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def filter_documents(run: Run, sketch: HashedNgrams | None, task: Task) -> Task:

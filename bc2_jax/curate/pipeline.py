@@ -141,7 +141,8 @@ def curate(
         (folder / "placed").write_table("placed.parquet", result["placed"])
         return result["topics"]
 
-    topics = stages.run("dense", settings("embedding", "clusters", "dense", "weights"), dense)
+    model = filtering.model_state(config.embedding.model)
+    topics = stages.run("dense", [settings("embedding", "clusters", "dense", "weights"), model], dense)
 
     # ---------------------------------------------------------------- copied paragraphs and sentences
     def spans(folder: Folder) -> int:
