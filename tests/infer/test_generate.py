@@ -101,7 +101,8 @@ def test_prepared_parameters_give_the_same_logits(golden, dtype):
     assert {x.dtype for x in (prepared["embed_tokens"]["weight"], prepared["lm_head"]["weight"])} == {jnp.dtype(dtype)}
     assert prepared["norm"]["weight"].dtype == jnp.float32
     ids = jnp.asarray(golden.arrays["input_ids"], jnp.int32)
-    np.testing.assert_array_equal(module._merge_prepared(graphdef, prepared)(ids), model(ids))
+    # Bit for bit with jax 0.10; 0.11 fuses the normalisation of the head into its matmul.
+    np.testing.assert_allclose(module._merge_prepared(graphdef, prepared)(ids), model(ids), rtol=0, atol=2e-6)
     assert model.lm_head.normalize
 
 
