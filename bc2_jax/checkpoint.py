@@ -1,4 +1,4 @@
-"""Checkpoints with Orbax: asynchronous, atomic, restorable on any mesh.
+"""Checkpoints with Orbax: asynchronous, atomic, checked by hash, restorable on any mesh.
 
 A checkpoint is a folder with the items `params` (fp32 nested dict named as the model) and `opt_state`, and as its
 metadata the resolved config and the data iterator's state: all that a bit-exact resume needs. A params-only checkpoint
@@ -7,17 +7,24 @@ has just `params` and the model config.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+import re
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
+from bc2_jax import manifest
 from bc2_jax.config import CheckpointConfig, ModelConfig
+from bc2_jax.manifest import DamagedCheckpoint
 from bc2_jax.model.baichuan import Params, param_shardings, split_model
 
 TOKENIZER_NAME = "tokenizer.model"
@@ -25,56 +32,251 @@ TOKENIZER_NAME = "tokenizer.model"
 # Small enough that a device of a pod reads little more than its part, large enough for a disk or an object store.
 CHUNK_BYTES = 64 << 20
 
-# Orbax logs every save at INFO and warns of what is normal on one host.
-logging.getLogger("absl").setLevel(logging.ERROR)
+# Orbax logs every save at INFO, warns of what is normal on one host, and logs as errors, thread by thread, what it also
+# raises: a full disk would be pages of tracebacks before our sentence.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+_log = logging.getLogger(__name__)
+
+# What processes tell each other has a fixed size: the newest checkpoints, and a sentence.
+_MOST_STEPS, _MOST_BYTES = 1024, 2048
+# What the operating system says, in the middle of what TensorStore says.
+_REASONS = re.compile(
+    "No space left on device|Disk quota exceeded|File too large|Read-only file system|Permission denied|"
+    "Input/output error|Not a directory|No such file or directory|Stale file handle"
+)
+
+
+class SaveError(OSError):
+    """A checkpoint could not be written; the message names it, why, and what is still good."""
 
 
 class Checkpointer:
-    """The checkpoints of one run, in DIRECTORY/STEP."""
+    """The checkpoints of one run, in DIRECTORY/STEP.
 
-    def __init__(self, directory: Path, config: CheckpointConfig):
-        policies = ocp.training.preservation_policies
-        keep = [policies.LatestN(config.keep_last)]
-        if config.keep_every:
-            keep.append(policies.EveryNSteps(config.keep_every))
+    A save is written as STEP.saving, sealed with a manifest (see `manifest`) and then renamed to STEP, so that a folder
+    named by a number is always whole. STEP.aside is one that was not used: damaged, or left behind by going back to an
+    earlier step; it is never read again and never deleted by us.
+    """
+
+    def __init__(self, directory: Path, config: CheckpointConfig, tokens_per_step: int = 0):
+        """What a killed run left half-written or half-deleted is removed."""
         self.directory = directory.absolute()
-        # What a killed run left half-written never counts as a checkpoint. Removed here: Orbax does it in a thread that
-        # outlives an error at the start and then fails at the end of the program.
+        self.config, self.tokens_per_step = config, tokens_per_step
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._saving: tuple[int, Future[None]] | None = None
+        self._verified: set[int] = set()
         if jax.process_index() == 0:
-            for half in self.directory.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(half)
-        self._checkpointer = ocp.training.Checkpointer(
-            self.directory,
-            context=_save_context(),
-            preservation_policy=policies.AnyPreservationPolicy(keep),
-        )
+            self._remove("*.saving*", "*.orbax-checkpoint-tmp*", "*.deleting")
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, oldest first."""
-        steps = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
-        return [step for step in steps if is_complete(self.directory / str(step))]
+        """Steps of the complete checkpoints, oldest first; their bytes are not looked at."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdigit() and is_complete(p))
+
+    def latest_good(self) -> int | None:
+        """The newest step whose files are all as they were written; None if nothing was saved yet.
+
+        What is passed over is logged with its reason, and stays where it is (see `set_aside_after`). Raises
+        DamagedCheckpoint if there are checkpoints, but none is good. All processes call it; each reads a part.
+        """
+        self.wait()
+        problems: list[str] = []
+        for step in _from_first(self._numbered()):
+            try:
+                self.verify(step)
+            except DamagedCheckpoint as error:
+                problems.append(str(error))
+                continue
+            for problem in problems:
+                _log.warning("%s It is not used; the newest good checkpoint is that of step %d.", problem, step)
+            return step
+        if problems:
+            raise DamagedCheckpoint(
+                f"{self.directory} has no good checkpoint: {' '.join(problems)} Move them away to start anew, or take "
+                "one as it is with tools/checkpoints.py --seal."
+            )
+        return None
+
+    def verify(self, step: int) -> None:
+        """Raises the same DamagedCheckpoint on all processes if a file of a step is not as it was written."""
+        folder, problem = self.directory / str(step), ""
+        try:
+            if not is_complete(folder):
+                raise DamagedCheckpoint(f"{folder} is not complete.")
+            manifest.verify(folder, jax.process_index(), jax.process_count())
+        except DamagedCheckpoint as error:
+            problem = str(error)
+        except OSError as error:
+            problem = f"{folder} cannot be read ({_reason(error)})."
+        problem = _first_text(problem)
+        if problem:
+            self._verified.discard(step)
+            raise DamagedCheckpoint(problem)
+        self._verified.add(step)
+
+    def set_aside_after(self, step: int) -> None:
+        """Renames every checkpoint after `step`, damaged or not, to STEP.aside: the run goes on from `step`."""
+        self.wait()
+        if jax.process_index() == 0:
+            for later in self._numbered():
+                if later > step:
+                    aside = self._set_aside(later)
+                    _log.warning("%s is kept as %s and not used.", self.directory / str(later), aside.name)
+        self._verified = {verified for verified in self._verified if verified <= step}
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("checkpoints set aside")
+
+    def is_permanent(self, step: int) -> bool:
+        """Whether the config keeps the checkpoint of this step for ever."""
+        return is_permanent(self.config, self.tokens_per_step, step)
 
     def save(self, step: int, params: Params, opt_state: Any, metadata: dict[str, Any]) -> None:
-        """Starts writing and returns as soon as the arrays may change; waits for the save before it, if any."""
-        self._checkpointer.wait()
-        self._checkpointer.save_checkpointables_async(
-            step, {"params": params, "opt_state": opt_state}, force=True, custom_metadata=metadata
-        )
+        """Starts writing and returns as soon as the arrays may change; waits for the save before it, if any.
+
+        Raises SaveError if this save cannot start or the one before it did not succeed. An older checkpoint of the same
+        step is replaced when the new one is complete.
+        """
+        self.wait()
+        self._verified.discard(step)
+        try:
+            if jax.process_index() == 0:
+                self.directory.mkdir(parents=True, exist_ok=True)
+            with _save_context():
+                response = ocp.save_checkpointables_async(
+                    self.directory / f"{step}.saving", {"params": params, "opt_state": opt_state},
+                    custom_metadata=metadata,
+                )  # fmt: skip
+        except Exception as error:
+            raise self._failed(step, error) from error
+        self._saving = step, self._pool.submit(self._finish, step, response)
 
     def metadata(self, step: int) -> dict[str, Any]:
         return read_metadata(self.directory / str(step))
 
     def restore(self, step: int, params: Params, opt_state: Any) -> tuple[Params, Any]:
-        """The arrays of a step, laid out as the abstract trees (ShapeDtypeStructs with shardings) given."""
-        items = self._checkpointer.load_checkpointables(step, {"params": params, "opt_state": opt_state})
+        """The arrays of a step, laid out as the abstract trees (ShapeDtypeStructs with shardings) given.
+
+        Raises DamagedCheckpoint before anything is read if a file is not as it was written.
+        """
+        self.wait()
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("checkpoint sealed")
+        if step not in self._verified:
+            self.verify(step)
+        folder = self.directory / str(step)
+        items = ocp.load_checkpointables(folder, {"params": params, "opt_state": opt_state})
         return items["params"], items["opt_state"]
 
     def wait(self) -> None:
-        """Returns when every save is complete on disk."""
-        self._checkpointer.wait()
+        """Returns when every save is complete on disk; raises SaveError if one is not."""
+        if self._saving is None:
+            return
+        (step, future), self._saving = self._saving, None
+        try:
+            future.result()
+        except Exception as error:
+            raise self._failed(step, error) from error
 
     def close(self) -> None:
-        self._checkpointer.close()
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+
+    def _finish(self, step: int, response: ocp.AsyncResponse) -> None:
+        """In the background: all processes have written, then the first seals, renames and removes what is old."""
+        response.result()
+        if jax.process_index() != 0:
+            return
+        saving, folder = self.directory / f"{step}.saving", self.directory / str(step)
+        manifest.write_manifest(saving)
+        if folder.exists():
+            folder.rename(_free_name(self.directory / f"{step}.deleting"))
+        saving.rename(folder)
+        manifest.sync(self.directory)
+        sealed = [old for old in self.steps() if (self.directory / str(old) / manifest.MANIFEST_NAME).is_file()]
+        for old in sealed[: -self.config.keep_last]:
+            if not self.is_permanent(old):
+                (self.directory / str(old)).rename(_free_name(self.directory / f"{old}.deleting"))
+        self._remove("*.deleting")
+
+    def _failed(self, step: int, error: Exception) -> SaveError:
+        if jax.process_index() == 0:
+            with contextlib.suppress(OSError):
+                self._remove("*.saving*")  # it may be what fills the disk
+        good = "there is no checkpoint before it"
+        with contextlib.suppress(OSError):
+            if steps := self.steps():
+                good = f"the last good checkpoint is {self.directory / str(steps[-1])}"
+        return SaveError(f"{self.directory / str(step)} could not be saved ({_reason(error)}): the run stops; {good}.")
+
+    def _numbered(self) -> list[int]:
+        """Steps of all folders that have the name of a checkpoint, newest first."""
+        if not self.directory.is_dir():
+            return []
+        return sorted((int(p.name) for p in self.directory.iterdir() if p.name.isdigit()), reverse=True)
+
+    def _set_aside(self, step: int) -> Path:
+        aside = _free_name(self.directory / f"{step}.aside")
+        (self.directory / str(step)).rename(aside)
+        return aside
+
+    def _remove(self, *patterns: str) -> None:
+        for pattern in patterns:
+            for path in list(self.directory.glob(pattern)):
+                shutil.rmtree(path)
+
+
+def is_permanent(config: CheckpointConfig, tokens_per_step: int, step: int) -> bool:
+    """Whether `config` keeps the checkpoint of a step for ever: multiples of `keep_every`, and each first step at which
+    another `keep_every_tokens` have been trained on.
+    """
+    if config.keep_every and step % config.keep_every == 0:
+        return True
+    tokens, every = step * tokens_per_step, config.keep_every_tokens
+    return bool(every) and step > 0 and tokens // every > (tokens - tokens_per_step) // every
+
+
+def _from_first(steps: list[int]) -> list[int]:
+    """What the first process sees, on all of them: one file system may show itself differently for a moment."""
+    if jax.process_count() == 1:
+        return steps
+    padded = np.full(_MOST_STEPS, -1, np.int64)
+    padded[: len(steps[:_MOST_STEPS])] = steps[:_MOST_STEPS]
+    return [int(step) for step in multihost_utils.broadcast_one_to_all(padded.astype(np.int32)) if step >= 0]
+
+
+def _first_text(text: str) -> str:
+    """The first text among those of the processes that is not empty, on all of them."""
+    if jax.process_count() == 1:
+        return text
+    padded = np.zeros(_MOST_BYTES, np.uint8)
+    encoded = np.frombuffer(text.encode()[:_MOST_BYTES], np.uint8)
+    padded[: len(encoded)] = encoded
+    texts = (bytes(row).rstrip(b"\0").decode(errors="replace") for row in multihost_utils.process_allgather(padded))
+    return next(filter(None, texts), "")
+
+
+def _free_name(path: Path) -> Path:
+    """`path`, or the first of path-2, path-3, ... that does not exist."""
+    candidate, number = path, 1
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return candidate
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause in one line; what Orbax and TensorStore put around it is of no use to a user."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
+    text = " ".join(str(error).split()) or type(error).__name__
+    if (match := _REASONS.search(text)) is not None:
+        return match[0]
+    return text[:300]
 
 
 def _save_context() -> ocp.Context:
@@ -86,6 +288,8 @@ def _save_context() -> ocp.Context:
         return options(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if stacked else None)
 
     context = ocp.Context()
+    # Where they cannot be made, the threads of a save would wait for them for minutes instead of failing.
+    context.async_options.create_directories_asynchronously = False
     context.array.saving.scoped_storage_options_creator = storage
     return context
 
@@ -113,21 +317,37 @@ def find_checkpoint(path: str | Path) -> Path:
     raise FileNotFoundError(f"{path} is no checkpoint and holds none: give a run's folder or a checkpoint's.")
 
 
+def manifest_files(path: Path) -> tuple[Path, ...]:
+    """The files of the parameters that the manifest of a checkpoint lists; none if it has no manifest."""
+    if not (path / manifest.MANIFEST_NAME).is_file():
+        return ()
+    return tuple(path / name for name in sorted(manifest.read_manifest(path)) if name.startswith("params/"))
+
+
 def read_metadata(path: Path) -> dict[str, Any]:
     """The metadata saved with a checkpoint: `config`, and `data` if it is a training checkpoint."""
     metadata = ocp.checkpointables_metadata(path).custom_metadata
-    if not isinstance(metadata, dict) or "model" not in metadata.get("config", {}):
+    config = metadata.get("config") if isinstance(metadata, dict) else None
+    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
         raise ValueError(f"{path} is a checkpoint of another program: it has no bc2_jax config.")
     return metadata
 
 
 def read_model_config(path: Path) -> ModelConfig:
     """The architecture saved with a checkpoint. Raises ValueError for fields this version does not know or misses."""
-    fields = read_metadata(path)["config"]["model"]
+    return parse_model_config(read_metadata(path), path)
+
+
+def parse_model_config(metadata: dict[str, Any], path: Path) -> ModelConfig:
+    """The architecture in the metadata of a checkpoint in `path`. Raises as `read_model_config`."""
+    fields = metadata["config"]["model"]
     known = {field.name for field in dataclasses.fields(ModelConfig)}
     if unknown := sorted(set(fields) - known):
         raise ValueError(f"The model config of {path} has fields this version does not know: {', '.join(unknown)}.")
-    return ModelConfig(**fields)
+    try:
+        return ModelConfig(**fields)
+    except TypeError as error:
+        raise ValueError(f"The model config of {path} is not valid: {error}.") from error
 
 
 def abstract_params(config: ModelConfig, mesh: Mesh | None, dtype: str = "float32") -> Params:
@@ -142,6 +362,8 @@ def load_params(path: str | Path, mesh: Mesh | None = None, dtype: str = "float3
     """Parameters and architecture of a checkpoint (see `find_checkpoint`), on `mesh` or on one device."""
     path = find_checkpoint(path)
     config = read_model_config(path)
+    if (path / manifest.MANIFEST_NAME).is_file():
+        manifest.verify(path, jax.process_index(), jax.process_count(), below="params/")
     abstract = abstract_params(config, mesh, dtype)
     try:
         return ocp.load_checkpointables(path, {"params": abstract})["params"], config

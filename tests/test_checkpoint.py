@@ -66,6 +66,132 @@ def test_a_half_written_checkpoint_does_not_count(mesh_of, tmp_path):
     assert checkpoint.find_checkpoint(tmp_path).name == "1"
 
 
+def flip(folder):
+    """Changes a bit of the largest file."""
+    file = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 16
+    file.write_bytes(content)
+    return file
+
+
+def saved(directory, mesh, *steps, **config):
+    params = init_params(MODEL, 0, mesh)
+    checkpointer = Checkpointer(directory, CheckpointConfig(keep_last=9, **config))
+    for step in steps:
+        checkpointer.save(step, jax.tree.map(lambda x: x + step, params), {"count": jnp.int32(step)}, METADATA)  # noqa: B023
+    checkpointer.wait()
+    return checkpointer
+
+
+def test_the_newest_good_one_is_found_and_the_others_are_named(mesh_of, tmp_path, caplog):
+    mesh = mesh_of(1, 1, 1)
+    checkpointer = saved(tmp_path, mesh, 1, 2, 3, 4)
+    assert checkpointer.latest_good() == 4
+    flipped, missing = flip(tmp_path / "4"), tmp_path / "3" / "params" / "_METADATA"
+    missing.unlink()
+    before = sorted(tmp_path.rglob("*"))
+    assert checkpointer.latest_good() == 2
+    assert f"{flipped} is damaged: its SHA-256 is" in caplog.text and f"{missing} is missing." in caplog.text
+    assert caplog.text.count("the newest good checkpoint is that of step 2.") == 2
+    assert sorted(tmp_path.rglob("*")) == before  # looking changes nothing
+    checkpointer.set_aside_after(2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2", "3.aside", "4.aside"]
+    # The same steps are saved again, and damaged again.
+    for name in ("3-2.aside", "3-3.aside"):
+        checkpointer.save(3, init_params(MODEL, 3, mesh), {"count": jnp.int32(3)}, METADATA)
+        checkpointer.wait()
+        assert checkpointer.latest_good() == 3
+        flip(tmp_path / "3")
+        checkpointer.set_aside_after(2)
+        assert (tmp_path / name).is_dir()
+    checkpointer.close()
+    assert Checkpointer(tmp_path, CheckpointConfig()).steps() == [1, 2]  # and the next run leaves them alone
+    assert len(list(tmp_path.glob("*.aside"))) == 4
+
+
+def test_without_a_good_one_nothing_is_moved(mesh_of, tmp_path):
+    checkpointer = saved(tmp_path, mesh_of(1, 1, 1), 1, 2)
+    (tmp_path / "2" / "MANIFEST.json").unlink()  # as an older version wrote it
+    flip(tmp_path / "1")
+    with pytest.raises(
+        ValueError, match=r"has no good checkpoint: .*/2 has no MANIFEST.json.*/1/.* is damaged.*--seal"
+    ):
+        checkpointer.latest_good()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
+    assert Checkpointer(tmp_path / "new", CheckpointConfig()).latest_good() is None
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_same_step_is_replaced(mesh_of, tmp_path):
+    mesh = mesh_of(1, 1, 1)
+    checkpointer = saved(tmp_path, mesh, 1)
+    new = init_params(MODEL, 5, mesh)
+    checkpointer.save(1, new, {"count": jnp.int32(0)}, METADATA)
+    checkpointer.close()
+    assert [p.name for p in tmp_path.iterdir()] == ["1"]
+    for a, b in zip(whole(new), whole(checkpoint.load_params(tmp_path)[0]), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_damaged_one_is_refused_wherever_parameters_are_read(mesh_of, tmp_path):
+    from bc2_jax.convert.conversion import to_hf
+
+    saved(tmp_path, mesh_of(1, 1, 1), 1).close()
+    file = flip(tmp_path / "1" / "params")
+    with pytest.raises(ValueError, match=f"{file} is damaged: its SHA-256 is"):
+        checkpoint.load_params(tmp_path)
+    with pytest.raises(ValueError, match=f"{file} is damaged or not the expected file.*MANIFEST.json says"):
+        to_hf(tmp_path, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize(
+    ("every", "tokens_per_step", "expected"),
+    [(100, 100, range(1, 21)), (250, 100, [3, 5, 8, 10, 13, 15, 18, 20]), (300, 100, range(3, 21, 3)), (2000, 96, [])],
+)
+def test_permanent_ones_do_not_drift(every, tokens_per_step, expected):
+    config = CheckpointConfig(save_every=7, keep_every_tokens=every)
+    kept = [step for step in range(21) if checkpoint.is_permanent(config, tokens_per_step, step)]
+    assert kept == list(expected)
+    # The definition: the first step at which k * every tokens have been seen.
+    assert kept == sorted({-(-k * every // tokens_per_step) for k in range(1, 99)} & set(range(21)))
+
+
+def test_permanent_ones_stay(mesh_of, tmp_path):
+    params = init_params(MODEL, 0, mesh_of(1, 1, 1))
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(keep_last=1, keep_every_tokens=250), tokens_per_step=100)
+    for step in range(1, 8):
+        checkpointer.save(step, params, {"count": jnp.int32(0)}, METADATA)
+    checkpointer.close()
+    assert checkpointer.steps() == [3, 5, 7]
+
+
+@pytest.mark.parametrize(
+    "config", [None, 3, [], {}, {"model": None}, {"model": {}}, {"model": {"__class__": "os.system"}}]
+)  # fmt: skip
+def test_metadata_of_something_else_is_one_sentence(mesh_of, tmp_path, config):
+    params = init_params(MODEL, 0, mesh_of(1, 1, 1))
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig())
+    checkpointer.save(1, params, {"count": jnp.int32(0)}, {"config": config})
+    checkpointer.close()
+    with pytest.raises(ValueError, match="is a checkpoint of another program|The model config of .*/1 "):
+        checkpoint.read_model_config(tmp_path / "1")
+
+
+@pytest.mark.parametrize("name", ["../../secret", "a/b", "..", "a\\b"])
+def test_array_names_that_lead_out_are_refused(mesh_of, tmp_path, name):
+    from bc2_jax.convert.orbax import open_arrays
+
+    saved(tmp_path, mesh_of(1, 1, 1), 1).close()
+    file = tmp_path / "1" / "params" / "_METADATA"
+    tree = json.loads(file.read_text())
+    next(iter(tree["tree_metadata"].values()))["key_metadata"][0]["key"] = name
+    file.write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match="is not the name of an array"):
+        open_arrays(tmp_path / "1")
+
+
 def test_params_only_round_trip(mesh_of, tmp_path):
     params = init_params(MODEL, 0, mesh_of(1, 4, 2))
     path = tmp_path / "model"

@@ -130,12 +130,14 @@ OTHER_ERRORS = [
     (DataConfig, DATA | {"global_batch_size": 10, "accumulation_steps": 4},
      ("data.accumulation_steps = 4", "data.global_batch_size = 10", "1, 2, 5, 10")),
     (CheckpointConfig, {"save_every": 0}, ("checkpoint.save_every = 0", "positive")),
+    (CheckpointConfig, {"keep_every_tokens": -1}, ("checkpoint.keep_every_tokens = -1", "at least 0")),
     (CheckpointConfig, {"save_every": 10, "keep_every": 15}, ("checkpoint.keep_every = 15", "save_every = 10")),
 ]  # fmt: skip
 RUN_ERRORS = [
     ({"num_steps": 0}, ("num_steps = 0", "positive")),
     ({"seed": -1}, ("seed = -1", "at least 0")),
     ({"resume": "always"}, ("resume = 'always'", "never, auto")),
+    ({"checkpoint": CheckpointConfig(keep_every_tokens=1)}, ("checkpoint.keep_every_tokens = 1", "at least a step")),
     ({"verify_resume_steps": 10}, ("verify_resume_steps = 10", "num_steps = 10")),
     ({"data": DataConfig(**DATA, global_batch_size=16)}, ("data.sequence_length = 4096", "model_max_length = 64")),
     ({"mesh": MeshConfig(tensor=8)}, ("mesh.tensor = 8", "model.num_attention_heads = 4", "1, 2, 4.")),

@@ -203,9 +203,15 @@ class CheckpointConfig:
     """How many of the newest checkpoints to keep."""
     keep_every: int = 0
     """Keep for ever the checkpoints at multiples of this many steps; 0 keeps none for ever."""
+    keep_every_tokens: int = 0
+    """Save and keep for ever the first step at which another this many tokens have been trained on (the paper's
+    intermediate checkpoints are 220 billion apart), and evaluate it; 0 keeps none."""
 
     def __post_init__(self) -> None:
         require_positive(self, "checkpoint.", "save_every", "keep_last")
+        require(
+            self.keep_every_tokens >= 0, "checkpoint.keep_every_tokens", self.keep_every_tokens, "it must be at least 0"
+        )
         require(
             self.keep_every >= 0 and self.keep_every % self.save_every == 0,
             "checkpoint.keep_every",
@@ -253,7 +259,7 @@ class TrainConfig:
     """Start from the parameters of this model, a PyTorch folder or a checkpoint, instead of random ones; the optimizer
     and the data start anew. Its architecture must be that of `model`."""
     resume: Literal["never", "auto"] = "never"
-    """auto: go on from the newest complete checkpoint of the workdir, or start if there is none."""
+    """auto: go on from the newest complete and undamaged checkpoint of the workdir, or start if there is none."""
     seed: int = 0
     """Seed of the initial parameters."""
     compilation_cache: str = "~/.cache/bc2_jax"
@@ -291,6 +297,12 @@ class TrainConfig:
             "data.sequence_length",
             self.data.sequence_length,
             f"it must be at most model.model_max_length = {self.model.model_max_length}",
+        )
+        require(
+            self.checkpoint.keep_every_tokens == 0 or self.checkpoint.keep_every_tokens >= self.data.tokens_per_step,
+            "checkpoint.keep_every_tokens",
+            self.checkpoint.keep_every_tokens,
+            f"it must be 0 or at least a step, {self.data.tokens_per_step} tokens",
         )
         mesh = self.mesh.resolve(self.mesh.num_cpu_devices) if self.mesh.num_cpu_devices else self.mesh
         check_divisible(self.model, mesh)

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from bc2_jax import manifest
 from bc2_jax.convert.pickled import read_entries
 from bc2_jax.tokenizer import file_sha256
 
@@ -26,9 +27,9 @@ _SUMS_LINE = re.compile(r"\\?([0-9a-fA-F]{64}) [ *](.+)")
 def expected_sha256(file: Path) -> str | None:
     """What the surroundings of a weight file say its SHA-256 is; None if they say nothing.
 
-    Asked are SHA256SUMS in its folder, the name of the blob that it links to in a cache of the Hugging Face hub, and
-    the metadata that `hf download --local-dir` leaves. Raises ValueError if two of them disagree or SHA256SUMS is
-    malformed.
+    Asked are SHA256SUMS in its folder, the name of the blob that it links to in a cache of the Hugging Face hub,
+    the metadata that `hf download --local-dir` leaves, and the manifest of a training checkpoint that it is in. Raises
+    ValueError if two of them disagree or one of the lists is malformed.
     """
     return _expect(file)[0]
 
@@ -54,6 +55,8 @@ def _statements(file: Path) -> Iterator[tuple[str, str]]:
         etag = "".join(metadata.read_text(encoding="utf-8", errors="replace").splitlines()[1:2]).strip()
         if _SHA256.fullmatch(etag):
             yield etag, str(metadata)
+    if (manifested := manifest.expected_sha256(file)) is not None:
+        yield manifested[0], str(manifested[1])
 
 
 def _read_sha256sums(sums: Path) -> Iterator[tuple[str, str]]:

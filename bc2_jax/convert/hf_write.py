@@ -46,25 +46,27 @@ def write_folder(
     """Makes `folder`: weights, their index, config, generation config, tokenizer and SHA256SUMS of all these.
 
     The stream must have `dtype`, and its head normalised in the layouts of engines without NormHead. A tensor larger
-    than `max_shard_bytes` gets a file of its own. Raises ValueError as `Stream.read`.
+    than `max_shard_bytes` gets a file of its own; infinity means one file without an index, as released intermediate
+    checkpoints have. Raises ValueError as `Stream.read`.
     """
     config = stream.source.config
     folder.mkdir()
     shards = _plan_shards(torch_shapes(config, layout), DTYPES[dtype].itemsize, max_shard_bytes)
     tensors = in_order(lambda t: build_tensor(config, stream.read, t), torch_tensors(config, layout))
     stem, write = ("model", write_safetensors) if file_format == "safetensors" else ("pytorch_model", write_pickled)
+    has_index = not math.isinf(max_shard_bytes)
     weight_map: dict[str, str] = {}
     digests: dict[str, Future[str]] = {}
     with ThreadPoolExecutor(1) as pool:  # a file is hashed while the next one is written
         for i, shard in enumerate(shards, 1):
-            name = f"{stem}-{i:05}-of-{len(shards):05}.{file_format}"
+            name = f"{stem}-{i:05}-of-{len(shards):05}.{file_format}" if has_index else f"{stem}.{file_format}"
             write(folder / name, DTYPES[dtype], shard, _take(tensors, len(shard)))
             weight_map |= dict.fromkeys(shard, name)
             digests[name] = pool.submit(file_sha256, folder / name)
     total = config.num_parameters() * DTYPES[dtype].itemsize
-    write_json(
-        folder / f"{stem}.{file_format}.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
-    )
+    if has_index:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / f"{stem}.{file_format}.index.json", index)
     if layout != "baichuan2":
         config = dataclasses.replace(config, normalize_head=False)
     write_config(config, folder, dtype, layout)

@@ -29,7 +29,9 @@ def open_arrays(checkpoint: Path) -> dict[str, ts.TensorStore]:
     driver = "zarr3" if metadata["use_zarr3"] else "zarr"
     arrays = {}
     for entry in metadata["tree_metadata"].values():
-        name = ".".join(key["key"] for key in entry["key_metadata"])
+        name = ".".join(str(key["key"]) for key in entry["key_metadata"])
+        if {"/", "\\"} & set(name) or ".." in name or not name.isprintable():
+            raise ValueError(f"{folder / '_METADATA'} is not valid: {name!r} is not the name of an array.")
         store: Any = (
             {"driver": "ocdbt", "base": base, "path": f"{name}/"} if metadata["use_ocdbt"] else f"{base}{name}/"
         )

@@ -31,7 +31,7 @@ class Source:
     generation: Mapping[str, Any] | None = None
     """generation_config.json, as it came with a release."""
     files: tuple[Path, ...] = ()
-    """The weight files of a PyTorch folder."""
+    """The weight files of a PyTorch folder, or those of a training checkpoint that has a manifest."""
 
     def parts(self) -> Iterator[tuple[str, int | None]]:
         """Every (our path, layer) there is, sorted by path."""
@@ -73,7 +73,8 @@ def open_source(path: str | Path) -> Source:
 
     dtypes = {name: array.dtype.numpy_dtype for name, array in arrays.items()}
     generation = checkpoint.read_metadata(found).get("generation")
-    return Source(found, config, dtypes, read, checkpoint.find_tokenizer(found), generation)
+    files = checkpoint.manifest_files(found)
+    return Source(found, config, dtypes, read, checkpoint.find_tokenizer(found), generation, files)
 
 
 def _open_hf(folder: Path) -> Source:

@@ -71,7 +71,8 @@ def train(config: TrainConfig, command: str = "train.py") -> TrainResult:
     if not holds_checkpoints(workdir):
         check_initial_model(config)
     # Closed whatever happens: its threads must not outlive an error that ends the program.
-    with contextlib.closing(Checkpointer(workdir / "checkpoints", config.checkpoint)) as checkpointer:
+    checkpoints = Checkpointer(workdir / "checkpoints", config.checkpoint, config.data.tokens_per_step)
+    with contextlib.closing(checkpoints) as checkpointer:
         return _run(config, command, mesh, console, workdir, checkpointer)
 
 
@@ -84,10 +85,10 @@ def _run(
             f"workdir = '{workdir}' already holds checkpoints up to step {saved[-1]}; "
             "pass --resume auto to go on from there, or another --workdir."
         )
-    start_step = saved[-1] if saved else 0
+    start_step = checkpointer.latest_good() or 0
     if start_step > config.num_steps:
         raise ValueError(f"num_steps = {config.num_steps} is not valid: the run in '{workdir}' is at {start_step}.")
-    metadata = checkpointer.metadata(start_step) if saved else None
+    metadata = checkpointer.metadata(start_step) if start_step else None
     if metadata is not None:
         check_same_model(config, metadata, workdir)
 
@@ -110,6 +111,7 @@ def _run(
 
         # ------------------------------------------------------------ from here on, the workdir is written
         workdir.mkdir(parents=True, exist_ok=True)
+        checkpointer.set_aside_after(start_step)
         if jax.process_index() == 0:
             (workdir / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1), encoding="utf-8")
             if not (workdir / TOKENIZER_NAME).exists():
@@ -185,8 +187,9 @@ def _run(
                     jax.block_until_ready(step_metrics)
                     jax.profiler.stop_trace()
                 is_last = step == config.num_steps
-                is_eval = is_last or step % config.eval_every == 0
-                is_save = is_last or step % config.checkpoint.save_every == 0 or step == verified_step
+                is_kept = checkpointer.is_permanent(step)
+                is_eval = is_last or step % config.eval_every == 0 or is_kept
+                is_save = is_last or step % config.checkpoint.save_every == 0 or is_kept or step == verified_step
                 if is_eval or is_save:
                     # Nothing is saved before its step is known to be finite.
                     last, pending = finish_step(*pending) | report.memory_metrics(), None

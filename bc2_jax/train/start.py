@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from bc2_jax.checkpoint import Checkpointer, abstract_params
-from bc2_jax.config import ModelConfig, TrainConfig, differing_fields
+from bc2_jax.checkpoint import Checkpointer, abstract_params, parse_model_config
+from bc2_jax.config import TrainConfig, differing_fields
 from bc2_jax.convert.pretrained import load_params, read_model_config
 from bc2_jax.model.baichuan import Params, init_params
 from bc2_jax.sharding import DEFAULT_RULES
@@ -50,7 +50,7 @@ def choose_workdir(config: TrainConfig) -> Path:
 
 def check_same_model(config: TrainConfig, metadata: dict[str, Any], workdir: Path) -> None:
     """Raises ValueError, naming the fields that differ, if a checkpoint is of another architecture."""
-    if lines := differing_fields(config.model, ModelConfig(**metadata["config"]["model"])):
+    if lines := differing_fields(config.model, parse_model_config(metadata, workdir)):
         raise ValueError(
             f"model is not that of the checkpoints in '{workdir}'; these fields differ (now against then): "
             + "; ".join(lines) + "."

@@ -1,6 +1,7 @@
 """Whole runs: bit-exact resume, refusals before anything is written, stopping at a loss that is not finite."""
 
 import dataclasses
+import errno
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bc2_jax import manifest
 from bc2_jax.config import (
     CheckpointConfig,
     ComputeConfig,
@@ -201,6 +203,50 @@ def test_stops_at_a_loss_that_is_not_finite(config, tmp_path):
         loop.train(bad)
     for step in loop.Checkpointer(tmp_path / "checkpoints", bad.checkpoint).steps():
         assert all(np.isfinite(m["loss"]) for m in read_metrics(tmp_path / "metrics.jsonl") if m["step"] <= step)
+
+
+def flip(folder):
+    file = max((p for p in (folder / "params").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_full_disk_and_a_flipped_bit_cost_time_but_no_bit(config, finished, tmp_path, monkeypatch, caplog):
+    run = dataclasses.replace(
+        config, workdir=str(tmp_path / "run"), resume="auto", checkpoint=CheckpointConfig(save_every=2, keep_last=9)
+    )
+    folder, seal = tmp_path / "run" / "checkpoints", manifest.write_manifest
+
+    def full(path):
+        if path.name.startswith("6."):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return seal(path)
+
+    monkeypatch.setattr(manifest, "write_manifest", full)
+    message = f"{folder}/6 could not be saved .No space left on device.: the run stops; the last good .* is {folder}/4."
+    with pytest.raises(OSError, match=message):
+        loop.train(run)
+    monkeypatch.undo()
+    flip(folder / "4")
+    result = loop.train(run)
+    assert result.fingerprint == finished.fingerprint
+    assert "is damaged" in caplog.text and "the newest good checkpoint is that of step 2." in caplog.text
+    assert sorted(p.name for p in folder.iterdir()) == ["2", "4", "4.aside", "6", "8"]
+
+
+def test_the_environment_leaves_no_trace(config, tmp_path, monkeypatch, capfd):
+    """Secrets are what programs and clusters put there; nothing that a run writes or prints has them."""
+    names = ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "MY_PASSWORD", "GOOGLE_APPLICATION_CREDENTIALS")
+    for name in names:
+        monkeypatch.setenv(name, f"secret-{name.lower()}-5e1c")
+    loop.train(dataclasses.replace(config, workdir=str(tmp_path / "run"), num_steps=1, export_hf=True))
+    files = [p for p in (tmp_path / "run").rglob("*") if p.is_file()]
+    assert len(files) > 20
+    texts = [p.read_bytes().lower() for p in files] + ["".join(capfd.readouterr()).lower().encode()]
+    for name in names:
+        assert not any(f"secret-{name.lower()}".encode() in text for text in texts)
+        assert not any(name.lower().encode() in text for text in texts)
 
 
 def test_nothing_is_compiled_after_the_second_step(config, tmp_path, monkeypatch):

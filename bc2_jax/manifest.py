@@ -1,0 +1,189 @@
+"""What is in a checkpoint's folder, file by file: one flipped bit in a moment changes no shape and no loss at once.
+
+`MANIFEST.json` is written last, when all else is on disk, so a folder that has one was complete. It lists the size and
+the SHA-256 of every file. It is read as data alone, and a name in it can't lead out of the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from bc2_jax.tokenizer import file_sha256
+
+MANIFEST_NAME = "MANIFEST.json"
+_FORMAT = 1
+_SHA256 = re.compile("[0-9a-f]{64}")
+# hashlib leaves the interpreter to others while it hashes. At a save half of the cores are left to training.
+_CORES = os.cpu_count() or 1
+_SAVE_THREADS, _VERIFY_THREADS = min(8, max(1, _CORES // 2)), min(32, _CORES)
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint is not what was written; the message is one sentence that names the file."""
+
+
+class FileState(NamedTuple):
+    """What a file should be."""
+
+    size: int
+    """Bytes."""
+    sha256: str
+
+
+def write_manifest(folder: Path) -> dict[str, FileState]:
+    """Syncs every file below `folder` to disk, then writes its manifest; returns what is in it.
+
+    Raises OSError if one cannot be read, and ValueError if there is anything but files and folders.
+    """
+    names = sorted(_walk(folder))
+    with ThreadPoolExecutor(_SAVE_THREADS) as pool:
+        files = dict(zip(names, pool.map(lambda name: _sync_and_describe(folder / name), names), strict=True))
+    for root, _, _ in os.walk(folder):
+        sync(Path(root))
+    partial = folder / f"{MANIFEST_NAME}.partial"
+    with partial.open("w", encoding="utf-8", newline="\n") as out:
+        json.dump({"format": _FORMAT, "files": files}, out, indent=0)
+        out.flush()
+        os.fsync(out.fileno())
+    partial.replace(folder / MANIFEST_NAME)
+    sync(folder)
+    return files
+
+
+def read_manifest(folder: Path) -> dict[str, FileState]:
+    """File name, relative to `folder` -> what it should be.
+
+    Raises DamagedCheckpoint if there is no manifest or it is malformed, which a name that leads out of the folder is.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        value = json.loads(_read_regular(path))
+    except FileNotFoundError:
+        raise DamagedCheckpoint(
+            f"{folder} has no {MANIFEST_NAME}: it was not written to its end, or by an older version."
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{path} is damaged: it is no JSON ({error}).") from None
+    if not isinstance(value, dict) or value.get("format") != _FORMAT or not isinstance(value.get("files"), dict):
+        raise DamagedCheckpoint(f"{path} is damaged: it is no manifest of format {_FORMAT}.")
+    files = {}
+    for name, entry in value["files"].items():
+        if not _is_inside(name):
+            raise DamagedCheckpoint(f"{path} is not valid: {name!r} is not the name of a file in the checkpoint.")
+        if not _is_state(entry):
+            raise DamagedCheckpoint(f"{path} is damaged: {name!r} has no size and SHA-256.")
+        files[name] = FileState(*entry)
+    if not files:
+        raise DamagedCheckpoint(f"{path} is damaged: it lists no files.")
+    return files
+
+
+def verify(folder: Path, part: int = 0, parts: int = 1, below: str = "", hashes: bool = True) -> None:
+    """Raises DamagedCheckpoint if a file of `folder` is missing, of another size or of other bytes than written.
+
+    Sizes are compared first, which costs nothing; `hashes` = False leaves it at that. Of the hashes every `parts`-th is
+    compared, from `part` on: processes share the work. `below` restricts it to names that begin so. Nothing may be a
+    link, which could lead outside.
+    """
+    files = {name: state for name, state in read_manifest(folder).items() if name.startswith(below)}
+    for name, state in files.items():
+        size = _regular_size(folder, name)
+        if size != state.size:
+            raise DamagedCheckpoint(f"{folder / name} is damaged: it has {size} bytes, {state.size} were written.")
+    if not hashes:
+        return
+    # By size, so that each process has its share of the large ones.
+    mine = sorted(files, key=lambda name: (files[name].size, name))[part::parts]
+    with ThreadPoolExecutor(_VERIFY_THREADS) as pool:
+        for name, found in zip(mine, pool.map(lambda name: _digest(folder / name), mine), strict=True):
+            if found != files[name].sha256:
+                raise DamagedCheckpoint(
+                    f"{folder / name} is damaged: its SHA-256 is {found}, {files[name].sha256} was written."
+                )
+
+
+def expected_sha256(file: Path) -> tuple[str, Path] | None:
+    """The SHA-256 that a manifest in one of the folders above says `file` has, and that manifest; None without one."""
+    for folder in file.parents[:8]:
+        if (folder / MANIFEST_NAME).is_file():
+            state = read_manifest(folder).get(file.relative_to(folder).as_posix())
+            return None if state is None else (state.sha256, folder / MANIFEST_NAME)
+    return None
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    for root, folders, names in os.walk(folder):
+        for name in folders:
+            if (Path(root) / name).is_symlink():
+                raise ValueError(f"{Path(root) / name} is a link: a checkpoint holds files and folders only.")
+        for name in names:
+            path = Path(root, name)
+            if not stat.S_ISREG(path.lstat().st_mode):
+                raise ValueError(f"{path} is no file: a checkpoint holds files and folders only.")
+            if path.parent != folder or not name.startswith(MANIFEST_NAME):
+                yield path.relative_to(folder).as_posix()
+
+
+def _sync_and_describe(path: Path) -> FileState:
+    sync(path)
+    return FileState(path.stat().st_size, file_sha256(path))
+
+
+def sync(path: Path) -> None:
+    """Makes a file's bytes or a folder's entries survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_regular(path: Path) -> bytes:
+    if path.is_symlink():
+        raise DamagedCheckpoint(f"{path} is a link: a checkpoint holds files and folders only.")
+    return path.read_bytes()
+
+
+def _is_inside(name: str) -> bool:
+    parts = name.split("/")
+    return (
+        name.isprintable() and "\\" not in name and not PurePosixPath(name).is_absolute()
+        and not {"", ".", ".."} & set(parts) and ":" not in parts[0]
+    )  # fmt: skip
+
+
+def _is_state(entry: object) -> bool:
+    if not isinstance(entry, list) or len(entry) != 2:
+        return False
+    size, digest = entry
+    return type(size) is int and size >= 0 and isinstance(digest, str) and _SHA256.fullmatch(digest) is not None
+
+
+def _regular_size(folder: Path, name: str) -> int:
+    """Bytes of a file of a checkpoint; neither it nor a folder on the way to it may be a link."""
+    path = folder
+    try:
+        for part in name.split("/"):
+            path = path / part
+            status = path.lstat()
+            if stat.S_ISLNK(status.st_mode):
+                raise DamagedCheckpoint(f"{path} is a link: a checkpoint holds files and folders only.")
+    except (FileNotFoundError, NotADirectoryError):
+        raise DamagedCheckpoint(f"{folder / name} is missing.") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise DamagedCheckpoint(f"{path} is no file.")
+    return status.st_size
+
+
+def _digest(path: Path) -> str:
+    try:
+        return file_sha256(path)
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path} cannot be read ({error.strerror}).") from error

@@ -1,0 +1,95 @@
+"""The checkpoints of a run as a table, and as releases, which are named by their tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bc2_jax import manifest
+from bc2_jax.checkpoint import is_complete, is_permanent, read_metadata
+from bc2_jax.config import CheckpointConfig
+from bc2_jax.convert.conversion import Options, Summary, to_hf
+from bc2_jax.train.metrics import read_metrics
+
+
+class Milestone(NamedTuple):
+    """One checkpoint of a run."""
+
+    step: int
+    path: Path
+    tokens: int
+    """Trained on so far: steps times the tokens of a batch."""
+    loss: float | None
+    """Training cross entropy of its step, nats a token; None if metrics.jsonl does not say."""
+    validation_loss: float | None
+    permanent: bool
+    """Whether it is kept for ever."""
+    problem: str | None
+    """What is wrong with its files."""
+
+
+def list_milestones(run: Path, hashes: bool = False) -> list[Milestone]:
+    """The checkpoints of a run's folder, oldest first; with `hashes` every byte of them is read and compared.
+
+    Raises FileNotFoundError if there are none.
+    """
+    folders = sorted((p for p in (run / "checkpoints").glob("[0-9]*") if p.name.isdigit()), key=lambda p: int(p.name))
+    if not folders:
+        raise FileNotFoundError(f"{run} is not the folder of a run: it has no checkpoints/STEP.")
+    file = run / "metrics.jsonl"
+    metrics = {line.get("step"): line for line in read_metrics(file)} if file.is_file() else {}
+    return [_read(folder, metrics.get(int(folder.name), {}), hashes) for folder in folders]
+
+
+def _read(folder: Path, metrics: dict[str, Any], hashes: bool) -> Milestone:
+    step, tokens_per_step, permanent, problem = int(folder.name), 0, False, None
+    try:
+        if not is_complete(folder):
+            raise manifest.DamagedCheckpoint(f"{folder} is not complete.")
+        manifest.verify(folder, hashes=hashes)
+    except (manifest.DamagedCheckpoint, OSError) as error:
+        problem = str(error)
+    try:
+        config = read_metadata(folder)["config"]
+        tokens_per_step = int(config["data"]["global_batch_size"]) * int(config["data"]["sequence_length"])
+        permanent = is_permanent(CheckpointConfig(**config["checkpoint"]), tokens_per_step, step)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = problem or f"{folder} is damaged: its metadata cannot be read ({error})."
+    loss, validation = metrics.get("cross_entropy"), metrics.get("validation_cross_entropy")
+    return Milestone(step, folder, step * tokens_per_step, loss, validation, permanent, problem)
+
+
+def revision_name(tokens: int) -> str:
+    """What the revision of a release after that many tokens is called: train_00220B after 220 billion.
+
+    Runs too short for billions are named in millions (M) or thousands (K).
+    """
+    size, unit = next(
+        (size, unit) for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")) if tokens >= size or size == 1e3
+    )
+    return f"train_{round(tokens / size):05d}{unit}"
+
+
+def export(run: Path, steps: list[int] | None, folder: Path) -> Iterator[Summary]:
+    """Writes the checkpoints of `steps` (None: every permanent one) as FOLDER/train_00220B, ... as they are released:
+    bf16, one pytorch_model.bin with the master rows of the head.
+
+    Raises ValueError for a step that has no checkpoint or a damaged one, before anything is written, and
+    FileExistsError for a revision that is there already.
+    """
+    milestones = list_milestones(run)
+    found = {milestone.step: milestone for milestone in milestones}
+    if steps is None:
+        steps = [milestone.step for milestone in milestones if milestone.permanent]
+        if not steps:
+            raise ValueError(f"{run} has no permanent checkpoint: checkpoint.keep_every_tokens keeps some.")
+    for step in steps:
+        if step not in found:
+            raise ValueError(f"step = {step} is not valid: {run} has checkpoints of {', '.join(map(str, found))}.")
+        if (problem := found[step].problem) is not None:
+            raise ValueError(problem)
+    for step in steps:
+        target = folder / revision_name(found[step].tokens)
+        yield to_hf(found[step].path, target, Options(), "bfloat16", "baichuan2", "bin", math.inf)

@@ -1,0 +1,101 @@
+"""The checkpoints of a run: what they are, whether they are whole, and their export as released revisions.
+
+python tools/checkpoints.py RUN                              # step, tokens, loss, validation loss, state
+python tools/checkpoints.py RUN --verify                     # reads and compares every byte
+python tools/checkpoints.py RUN --export 1000 [--to FOLDER]  # bf16 in the released layout, FOLDER/train_00220B
+python tools/checkpoints.py RUN --export all                 # every permanent one
+python tools/checkpoints.py RUN --seal 1000                  # takes one without a manifest as it is
+
+Exits with 1 if a checkpoint is damaged. docs/checkpoints.md has the details.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+
+
+def parse_steps(text: str) -> list[int] | None:
+    """The steps of "1000" or "1000,2000"; None for "all"."""
+    if text == "all":
+        return None
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid: a step, steps with commas between, or all")
+    return [int(part) for part in text.split(",")]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN", type=Path)
+    actions = parser.add_mutually_exclusive_group()
+    actions.add_argument("--verify", action="store_true", help="read and compare every byte")
+    actions.add_argument(
+        "--export", type=parse_steps, metavar="STEP", default=argparse.SUPPRESS, help="STEP,... or all"
+    )
+    actions.add_argument("--seal", type=int, metavar="STEP", help="write the manifest of a checkpoint that has none")
+    parser.add_argument("--to", type=Path, metavar="FOLDER", help="folder of the exports; default: RUN/released")
+    return parser
+
+
+def show(run: Path, verify: bool) -> int:
+    from bc2_jax.train.milestones import list_milestones
+
+    table = Table("step", "tokens", "loss", "validation loss", "kept", "state")
+    for column in table.columns[:4]:
+        column.justify = "right"
+    milestones = list_milestones(run, hashes=verify)
+    for m in milestones:
+        losses = ("" if loss is None else f"{loss:.4f}" for loss in (m.loss, m.validation_loss))
+        good = "every byte as written" if verify else "complete"
+        table.add_row(
+            f"{m.step:,}", f"{m.tokens:,}", *losses, "for ever" if m.permanent else "", "damaged" if m.problem else good
+        )
+    out.print(table)
+    problems = [m.problem for m in milestones if m.problem]
+    for problem in problems:
+        out.print(problem, markup=False)
+    return 1 if problems else 0
+
+
+def seal(run: Path, step: int) -> int:
+    from bc2_jax import manifest
+    from bc2_jax.checkpoint import is_complete
+
+    folder = run / "checkpoints" / str(step)
+    if not is_complete(folder):
+        raise ValueError(f"--seal = {step} is not valid: {folder} is no complete checkpoint.")
+    if (folder / manifest.MANIFEST_NAME).exists():
+        raise ValueError(
+            f"--seal = {step} is not valid: {folder} has a {manifest.MANIFEST_NAME}; --verify compares it."
+        )
+    files = manifest.write_manifest(folder)
+    out.print(f"{folder}: {len(files)} files, {sum(f.size for f in files.values()):,} bytes, taken as they are.")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    try:
+        if args.seal is not None:
+            return seal(args.run, args.seal)
+        if not hasattr(args, "export"):
+            return show(args.run, args.verify)
+        from bc2_jax.train.milestones import export
+
+        for done in export(args.run, args.export, args.to or args.run / "released"):
+            out.print(f"Wrote {done.target}, parameters sha256 {done.fingerprint}.", markup=False)
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
