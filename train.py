@@ -1,6 +1,8 @@
 """Trains a Baichuan 2: `python train.py [CONFIG.py] [--field value ...]`; without arguments the demo.
 
-`python train.py CONFIG.py --help` documents every field.
+`python train.py CONFIG.py --help` documents every field. Exit codes: 0 at the end, 1 after an error, 75 when stopped by
+SIGTERM with the last step saved, 70 when the run hangs, 76 when another process is gone; after the last three, and after a process was killed, start all
+processes again with `--resume auto`.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import logging
 import runpy
 import shlex
 import sys
+import traceback
 from pathlib import Path
 
 import tyro
@@ -22,7 +25,8 @@ def without_where_and_how_long(args: list[str]) -> list[str]:
     """The arguments that say what is trained: the hints at the end add their own workdir and number of steps."""
     kept, skip = [], False
     for arg in args:
-        flag = arg.split("=")[0].replace("_", "-") in ("--workdir", "--resume", "--num-steps")
+        name = arg.split("=")[0].replace("_", "-")
+        flag = name in ("--workdir", "--resume", "--num-steps") or name.startswith("--distributed.")
         if not (skip or flag):
             kept.append(arg)
         skip = flag and "=" not in arg
@@ -39,11 +43,29 @@ def main() -> None:
         config = tyro.cli(TrainConfig, default=file["config"](), args=args, description=file["__doc__"])
         if "prepare" in file:
             config = file["prepare"](config)
-        from bc2_jax.train.loop import train  # after the command line is known to be right: --help answers at once
+        # After the command line is known to be right: --help answers at once.
+        import jax
 
-        train(config, command=shlex.join(["train.py", *without_where_and_how_long(sys.argv[1:])]))
+        from bc2_jax.train import distributed
+        from bc2_jax.train.loop import train
     except (ValueError, OSError, ArithmeticError) as error:
         sys.exit(f"error: {error}")
+    try:
+        train(config, command=shlex.join(["train.py", *without_where_and_how_long(sys.argv[1:])]))
+    except distributed.Preempted as stop:
+        print(stop, flush=True)
+        sys.exit(distributed.EXIT_PREEMPTED)
+    except TimeoutError as error:  # not all processes came
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(distributed.EXIT_LOST)
+    except (ValueError, OSError, ArithmeticError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        distributed.leave(distributed.EXIT_ERROR)
+    except Exception:
+        # Also when another process is gone: JAX says which.
+        traceback.print_exc()
+        several = jax.distributed.is_initialized()
+        distributed.leave(distributed.EXIT_LOST if several else distributed.EXIT_ERROR)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from jax.experimental import mesh_utils
+import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bc2_jax.config import MeshConfig
@@ -191,6 +192,12 @@ def use_cpu_devices(count: int) -> None:
                 f"mesh.num_cpu_devices = {count} is not possible: JAX already runs on {jax.device_count()} devices; "
                 "set it before the first JAX computation."
             ) from error
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+    """The whole of `x`, however it is laid out; where it spans processes, all of them call this and all get it."""
+    within = x.is_fully_addressable or x.is_fully_replicated
+    return np.asarray(x if within else multihost_utils.process_allgather(x, tiled=True))
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from bc2_jax.config.distributed import DistributedConfig
 from bc2_jax.config.mesh import MeshConfig, check_divisible
 from bc2_jax.config.model import BAICHUAN2_7B, BAICHUAN2_13B, ModelConfig
 from bc2_jax.config.run import (
@@ -29,6 +30,7 @@ __all__ = [
     "ComputeConfig",
     "DType",
     "DataConfig",
+    "DistributedConfig",
     "MeshConfig",
     "MixtureStage",
     "ModelConfig",

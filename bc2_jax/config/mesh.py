@@ -25,7 +25,7 @@ class MeshConfig:
     tensor: int = 1
     """Devices that share heads, feed-forward columns and vocabulary."""
     num_cpu_devices: int = 0
-    """Simulate this many devices on the CPU; 0 uses the accelerators that are there."""
+    """Simulate this many devices on the CPU, in each process; 0 uses the accelerators that are there."""
 
     def __post_init__(self) -> None:
         for field in ("data", "context", "tensor"):
@@ -34,8 +34,6 @@ class MeshConfig:
             value = getattr(self, field)
             require(value >= 1 or value == -1, f"mesh.{field}", value, f"it must be at least 1, or {rest}")
         require(self.num_cpu_devices >= 0, "mesh.num_cpu_devices", self.num_cpu_devices, "it must be at least 0")
-        if self.num_cpu_devices:
-            self._fsdp_devices(self.num_cpu_devices)
 
     def resolve(self, num_devices: int) -> MeshConfig:
         """Fills in fsdp = -1 and checks the product against the number of devices."""

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Literal
 
+from bc2_jax.config.distributed import DistributedConfig
 from bc2_jax.config.mesh import MeshConfig, check_divisible
 from bc2_jax.config.model import ModelConfig
 from bc2_jax.validation import choices, divisors, require, require_literals, require_positive
@@ -248,6 +249,7 @@ class TrainConfig:
     data: DataConfig
     compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     sample: SampleConfig = SampleConfig()
@@ -304,7 +306,8 @@ class TrainConfig:
             self.checkpoint.keep_every_tokens,
             f"it must be 0 or at least a step, {self.data.tokens_per_step} tokens",
         )
-        mesh = self.mesh.resolve(self.mesh.num_cpu_devices) if self.mesh.num_cpu_devices else self.mesh
+        num_devices = self.mesh.num_cpu_devices * (self.distributed.num_processes or 1)
+        mesh = self.mesh.resolve(num_devices) if num_devices else self.mesh
         check_divisible(self.model, mesh)
         length = self.data.sequence_length
         require(

@@ -25,7 +25,7 @@ from bc2_jax.infer.sampling import penalize_repetition, sample_tokens
 from bc2_jax.kernels.blocks import current_chip
 from bc2_jax.model.attention import KVCache
 from bc2_jax.model.baichuan import Baichuan2, Params, split_model
-from bc2_jax.sharding import ShardingRules, use_mesh_of
+from bc2_jax.sharding import ShardingRules, to_host, use_mesh_of
 from bc2_jax.tpu.options import compiler_options
 
 OnToken = Callable[[int, list[int | None]], None]
@@ -123,11 +123,11 @@ def generate(
             for step in range(max_new_tokens):
                 if step:
                     decoding = decode(decoding, limit=np.int32(step + 1))
-                tokens = [None if t == eos_token_id else int(t) for t in np.asarray(decoding.token_B)[: len(prompts)]]
+                tokens = [None if t == eos_token_id else int(t) for t in to_host(decoding.token_B)[: len(prompts)]]
                 if all(token is None for token in tokens):
                     break
                 on_token(step, tokens)
-        output_BS, steps = np.asarray(decoding.output_BS), int(decoding.step)
+        output_BS, steps = to_host(decoding.output_BS), int(decoding.step)
     return [_until(row[:steps].tolist(), eos_token_id) for row in output_BS[: len(prompts)]]
 
 

@@ -16,10 +16,10 @@ from rich.console import Console
 
 from bc2_jax.checkpoint import TOKENIZER_NAME, Checkpointer
 from bc2_jax.config import TrainConfig
-from bc2_jax.cpu import keep_heap
 from bc2_jax.data.loader import make_train_iterator, make_train_loader, make_validation_batches
-from bc2_jax.sharding import make_mesh, use_cpu_devices
+from bc2_jax.sharding import make_mesh
 from bc2_jax.tokenizer import Tokenizer
+from bc2_jax.train import distributed
 from bc2_jax.train import metrics as report
 from bc2_jax.train.results import check_resumed, make_baselines, show_results
 from bc2_jax.train.start import (
@@ -57,9 +57,7 @@ def train(config: TrainConfig, command: str = "train.py") -> TrainResult:
     FloatingPointError at a loss or gradient that is not finite; the checkpoints before it stay.
     """
     # ---------------------------------------------------------------- devices
-    if config.mesh.num_cpu_devices:
-        use_cpu_devices(config.mesh.num_cpu_devices)
-        keep_heap()
+    distributed.start(config)
     use_compilation_cache(config.compilation_cache)
     config = config.resolve(jax.device_count())
     mesh = make_mesh(config.mesh)
@@ -67,19 +65,20 @@ def train(config: TrainConfig, command: str = "train.py") -> TrainResult:
     console = Console(quiet=jax.process_index() != 0, highlight=False)
 
     # ---------------------------------------------------------------- what is there already
-    workdir = choose_workdir(config)
+    workdir = Path(distributed.first_decides(lambda: str(choose_workdir(config))))
     if not holds_checkpoints(workdir):
         check_initial_model(config)
     # Closed whatever happens: its threads must not outlive an error that ends the program.
     checkpoints = Checkpointer(workdir / "checkpoints", config.checkpoint, config.data.tokens_per_step)
-    with contextlib.closing(checkpoints) as checkpointer:
-        return _run(config, command, mesh, console, workdir, checkpointer)
+    with distributed.Preemption() as preemption, contextlib.closing(checkpoints) as checkpointer:
+        return _run(config, command, mesh, console, workdir, checkpointer, preemption)
 
 
 def _run(
-    config: TrainConfig, command: str, mesh: Mesh, console: Console, workdir: Path, checkpointer: Checkpointer
+    config: TrainConfig, command: str, mesh: Mesh, console: Console, workdir: Path, checkpointer: Checkpointer,
+    preemption: distributed.Preemption,
 ) -> TrainResult:  # fmt: skip
-    saved = checkpointer.steps()
+    saved = distributed.first_decides(checkpointer.steps)
     if saved and config.resume == "never":
         raise ValueError(
             f"workdir = '{workdir}' already holds checkpoints up to step {saved[-1]}; "
@@ -101,7 +100,7 @@ def _run(
     validation = make_validation_batches(config.data, config.data.global_batch_size, **process)
     put = make_put(config, mesh)
 
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), distributed.Watchdog(config.distributed.step_timeout) as watchdog:
         # ------------------------------------------------------------ state
         if metadata is None:
             state = init_state(initial_params(config, mesh), config)
@@ -121,7 +120,8 @@ def _run(
         writer = report.MetricsWriter(workdir, start_step)
         throughput = report.Throughput(config, mesh)
         console.print(throughput.formula(), soft_wrap=True)
-        baselines = make_baselines(config, console) if config.ngram_baselines else {}
+        counts = config.ngram_baselines and jax.process_index() == 0
+        baselines = make_baselines(config, console) if counts else {}
         if metadata is None and config.init_from is not None:
             console.print(f"Parameters from {config.init_from}.", soft_wrap=True)
         if metadata is not None:
@@ -138,7 +138,11 @@ def _run(
 
         def evaluate(step: int) -> dict[str, float]:
             count = min(config.eval_batches or len(validation), len(validation))
-            sums = [eval_step(state.params, put(validation[i])) for i in range(count)]
+            sums = []
+            for i in range(count):
+                sums.append(eval_step(state.params, put(validation[i])))
+                jax.block_until_ready(sums[max(i - 1, 0)])  # not the newest: the devices have work meanwhile
+                watchdog.beat(f"validation batch {i + 1} of {count} at step {step}")
             total = jax.tree.map(lambda *xs: sum(float(x) for x in xs), *sums)
             means = mean_metrics(total, config.model.z_loss_weight)
             values = {f"validation_{name}": float(value) for name, value in means.items()}
@@ -151,6 +155,7 @@ def _run(
         def finish_step(step: int, step_metrics: dict[str, jax.Array]) -> dict[str, float]:
             """Waits for a step's metrics, checks and shows them."""
             values = {name: float(value) for name, value in jax.device_get(step_metrics).items()}
+            watchdog.beat(f"step {step}")
             for name in ("loss", "grad_norm"):
                 if not math.isfinite(values[name]):
                     checkpointer.wait()
@@ -163,13 +168,19 @@ def _run(
             display.show(step, values)
             return values
 
+        def save() -> None:
+            metadata = {"config": dataclasses.asdict(config), "data": data_state}
+            checkpointer.save(step, state.params, state.opt_state, metadata)
+
         # ------------------------------------------------------------ loop
         pending: tuple[int, dict[str, jax.Array]] | None = None
         last: dict[str, float] = {}
+        stopping = False
         try:
             if start_step == 0:
                 writer.write(0, evaluate(0))
             throughput.restart()
+            watchdog.beat(f"the start at step {start_step}")
             for step in range(start_step + 1, config.num_steps + 1):
                 if step == config.profile_start:
                     jax.profiler.start_trace(str(workdir / "profile"))
@@ -189,21 +200,33 @@ def _run(
                 is_last = step == config.num_steps
                 is_kept = checkpointer.is_permanent(step)
                 is_eval = is_last or step % config.eval_every == 0 or is_kept
-                is_save = is_last or step % config.checkpoint.save_every == 0 or is_kept or step == verified_step
+                stopping = preemption.reached(step)
+                is_save = is_last or is_kept or stopping or step == verified_step
+                is_save = is_save or step % config.checkpoint.save_every == 0
                 if is_eval or is_save:
                     # Nothing is saved before its step is known to be finite.
                     last, pending = finish_step(*pending) | report.memory_metrics(), None
+                    if stopping:
+                        save()  # before the evaluation: little time is left
                     if is_eval:
                         last |= evaluate(step)
                     writer.write(step, last)
-                    if is_save:
-                        metadata = {"config": dataclasses.asdict(config), "data": data_state}
-                        checkpointer.save(step, state.params, state.opt_state, metadata)
+                    if is_save and not stopping:
+                        save()
                     throughput.restart()
+                    if stopping:
+                        break
         finally:
             display.close()
             writer.close()
             checkpointer.wait()
+            watchdog.pause()
+            preemption.close()
+
+        if stopping:
+            raise distributed.Preempted(
+                f"Stopped by SIGTERM: step {step} is saved in {checkpointer.directory}; go on with --resume auto."
+            )
 
         # ------------------------------------------------------------ results
         digest = report.fingerprint(state.params)

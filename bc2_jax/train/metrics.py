@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,6 +19,7 @@ from bc2_jax.convert import stream
 from bc2_jax.convert.table import flatten
 from bc2_jax.data.loader import describe_mixture
 from bc2_jax.model.baichuan import Params
+from bc2_jax.sharding import to_host
 from bc2_jax.tpu.chips import CHIPS, DEVICE_KINDS
 
 
@@ -213,8 +212,7 @@ def fingerprint(params: Params) -> str:
     """
     digests = []
     for path, array in flatten(params).items():
-        whole = array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True)
-        value = np.asarray(whole)
+        value = to_host(array)
         layers = range(len(value)) if path.startswith("layers.") else (None,)
         digests += [stream.digest_part((path, i), value if i is None else value[i]) for i in layers]
     return stream.fingerprint(digests)

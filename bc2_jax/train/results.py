@@ -13,7 +13,7 @@ from flax import nnx
 from rich.console import Console
 
 from bc2_jax.config import TrainConfig
-from bc2_jax.convert.hf_write import save_folder
+from bc2_jax.convert.conversion import Options, to_hf
 from bc2_jax.data import ngram
 from bc2_jax.data.corpus import list_parts
 from bc2_jax.data.packing import read_rows
@@ -64,7 +64,8 @@ def show_results(
     exported = workdir / "hf"
     if config.export_hf and jax.process_index() == 0:
         # Ours to replace: an earlier end of this same run wrote it.
-        save_folder(params, config.model, exported, "float32", tokenizer_path=tokenizer.path, overwrite=True)
+        # From the files: no process has all parameters.
+        to_hf(checkpoint, exported, Options(overwrite=True, allow_unused_rows=True), dtype="float32")
     if config.sample.prompts:
         model = nnx.merge(split_model(config.model, config.compute)[0], params)
         show_samples(model, config, tokenizer, say)

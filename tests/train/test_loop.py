@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -28,6 +29,7 @@ from bc2_jax.convert.conversion import to_hf
 from bc2_jax.data.loader import make_train_loader
 from bc2_jax.data.packing import pack_documents
 from bc2_jax.train import loop
+from bc2_jax.train.distributed import Preempted
 from bc2_jax.train.metrics import fingerprint
 from bc2_jax.train.metrics import read_metrics as read_every_line
 from bc2_jax.train.start import choose_workdir
@@ -92,6 +94,27 @@ def test_stopped_and_resumed_is_bit_identical(config, finished, stop, tmp_path):
     names = ("step", "loss", "grad_norm", "tokens")
     a, b = ([[m[n] for n in names] for m in read_metrics(r.workdir / "metrics.jsonl")] for r in (result, finished))
     assert a == b
+
+
+def test_stopped_by_sigterm_and_resumed_is_bit_identical(config, finished, tmp_path, monkeypatch):
+    show = loop.report.ProgressDisplay.show
+
+    def send(self, step, metrics):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        show(self, step, metrics)
+
+    before = signal.getsignal(signal.SIGTERM)
+    run = dataclasses.replace(config, workdir=str(tmp_path / "run"), resume="auto")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.report.ProgressDisplay, "show", send)
+        # The step after the one whose metrics were shown had begun.
+        with pytest.raises(Preempted, match="^Stopped by SIGTERM: step 3 is saved in .*; go on with --resume auto.$"):
+            loop.train(run)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [m["step"] for m in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
+    result = loop.train(run)
+    assert result.fingerprint == finished.fingerprint
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(fsdp=4, tensor=2), MeshConfig(fsdp=2, fsdp_inner=2, context=2)], ids=str)
