@@ -1,8 +1,8 @@
 """Trains a Baichuan 2: `python train.py [CONFIG.py] [--field value ...]`; without arguments the demo.
 
 `python train.py CONFIG.py --help` documents every field. Exit codes: 0 at the end, 1 after an error, 75 when stopped by
-SIGTERM with the last step saved, 70 when the run hangs, 76 when another process is gone; after the last three, and after a process was killed, start all
-processes again with `--resume auto`.
+SIGTERM with the last step saved, 70 when the run hangs, 76 when another process is gone; after the last three, and
+after a process was killed, start all processes again with `--resume auto`.
 """
 
 from __future__ import annotations
