@@ -102,6 +102,7 @@ while :; do
   say "$reason; start again in $delay s ($restarts of $max_restarts)"
   sleep "$delay" 9>&- &
   last=$code child=$!
+  [[ -z $stopping ]] || kill -TERM "$child" 2>/dev/null || true # the signal came just before there was a child
   await
   [[ -z $stopping ]] || { say "stopped" && end "$last"; }
 done

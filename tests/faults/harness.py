@@ -53,7 +53,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 120) -> None:
     """Returns when `condition` holds; raises TimeoutError after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
@@ -70,7 +70,7 @@ class Job:
     processes: list[subprocess.Popen]
     logs: list[Path]
 
-    def wait(self, seconds: float = 90) -> list[int]:
+    def wait(self, seconds: float = 180) -> list[int]:
         """Exit codes, negative signals; kills what has not ended after `seconds` and raises TimeoutError."""
         try:
             wait_until(lambda: all(p.poll() is not None for p in self.processes), self.text(), seconds)
@@ -95,7 +95,7 @@ class Job:
         """The ends of all logs, for messages."""
         return "\n".join(f"--- process {i}\n{self.log(i)[-3000:]}" for i in range(len(self.logs)))
 
-    def wait_for_step(self, step: int, seconds: float = 60) -> None:
+    def wait_for_step(self, step: int, seconds: float = 120) -> None:
         """Returns when the metrics of `step` are written; raises TimeoutError, or RuntimeError if a process ends."""
 
         def there() -> bool:

@@ -39,7 +39,7 @@ def test_a_killed_process_ends_the_run_which_goes_on_from_its_checkpoint(tiny, w
     )
     job.wait_for_step(7)
     job.send(signal.SIGKILL, process=1)
-    code, killed = job.wait(30)
+    code, killed = job.wait()
     assert killed == -signal.SIGKILL and code in (EXIT_LOST, -signal.SIGABRT), job.text()
     assert "error" in job.log(0).lower()
     again = harness.launch(tiny, tmp_path / "run", devices=4)
@@ -55,16 +55,16 @@ def test_a_hanging_collective_ends_with_a_diagnosis(tiny, tmp_path):
     )
     job.wait_for_step(2)
     job.send(signal.SIGSTOP, process=1)
-    harness.wait_until(lambda: job.processes[0].poll() is not None, job.text(), 30)
+    harness.wait_until(lambda: job.processes[0].poll() is not None, job.text(), 120)
     job.kill()
     assert job.processes[0].returncode == EXIT_HUNG, job.text()
     last = job.log(0).splitlines()[-1]
     step = harness.steps(job.workdir)[-1]
-    assert re.match(rf"error: process 0 of 2 hangs: no progress for [34] s after step {step} ", last), last
+    assert re.match(rf"error: process 0 of 2 hangs: no progress for \d+ s after step {step} ", last), last
     assert "loop.py" in job.log(0), "where it hangs"
 
 
 def test_an_error_that_all_find_ends_all(tiny, stopped):
     job = harness.launch(tiny, stopped.workdir, "--num-steps=1", processes=2, devices=2)
-    assert job.wait(30) == [EXIT_ERROR] * 2, job.text()
+    assert job.wait() == [EXIT_ERROR] * 2, job.text()
     assert all("error: num_steps = 1 is not valid" in job.log(process) for process in range(2))
