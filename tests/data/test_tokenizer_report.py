@@ -85,7 +85,8 @@ def test_other_tokenizers(tokenizer: Tokenizer, tmp_path: Path) -> None:
 
 
 def test_tokenizer_json(tmp_path: Path) -> None:
-    tokenizers = pytest.importorskip("tokenizers")
+    import tokenizers
+
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "a": 1, "b": 2, "[CLS]": 3}, "[UNK]"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     model.post_processor = tokenizers.processors.TemplateProcessing("[CLS] $A", special_tokens=[("[CLS]", 3)])
@@ -98,7 +99,6 @@ def test_tokenizer_json(tmp_path: Path) -> None:
 
 def test_tiktoken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An encoding of all bytes and "th", "the": what its merges do is known."""
-    pytest.importorskip("tiktoken")
     pieces = [*(bytes([value]) for value in range(256)), b"th", b"the"]
     file = tmp_path / "tiny.tiktoken"
     file.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(piece), rank) for rank, piece in enumerate(pieces)))
