@@ -9,12 +9,14 @@ import logging
 import runpy
 import shlex
 import sys
+import time
 from pathlib import Path
 
 import tyro
 
 from bc2_jax.config import TrainConfig
 
+STARTED = time.monotonic()
 DEMO = Path(__file__).parent / "configs" / "demo.py"
 
 
@@ -41,7 +43,7 @@ def main() -> None:
             config = file["prepare"](config)
         from bc2_jax.train.loop import train  # after the command line is known to be right: --help answers at once
 
-        train(config, command=shlex.join(["train.py", *without_where_and_how_long(sys.argv[1:])]))
+        train(config, command=shlex.join(["train.py", *without_where_and_how_long(sys.argv[1:])]), started=STARTED)
     except (ValueError, OSError, ArithmeticError) as error:
         sys.exit(f"error: {error}")
 

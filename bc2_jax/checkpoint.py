@@ -69,6 +69,15 @@ class Checkpointer:
         items = self._checkpointer.load_checkpointables(step, {"params": params, "opt_state": opt_state})
         return items["params"], items["opt_state"]
 
+    def last_good(self) -> Path | None:
+        """The newest complete checkpoint, saves that are under way included."""
+        self.wait()
+        return max((self.directory / str(step) for step in self.steps()), key=lambda p: int(p.name), default=None)
+
+    def delete(self, step: int) -> None:
+        """Removes a checkpoint that must not be resumed from; returns when it is gone."""
+        self._checkpointer.delete(step)
+
     def wait(self) -> None:
         """Returns when every save is complete on disk."""
         self._checkpointer.wait()
@@ -149,6 +158,12 @@ def load_params(path: str | Path, mesh: Mesh | None = None, dtype: str = "float3
         # What is wrong with an array is the cause of what Orbax raises.
         cause = error.__cause__ or error.__context__ or error
         raise ValueError(f"The parameters in {path} cannot be read, it is damaged or incomplete ({cause}).") from error
+
+
+def load_state(path: Path, params: Params, opt_state: Any) -> tuple[Params, Any]:
+    """The arrays of a training checkpoint, laid out as the abstract trees given; only reads."""
+    items = ocp.load_checkpointables(path, {"params": params, "opt_state": opt_state})
+    return items["params"], items["opt_state"]
 
 
 def save_params(params: Params, config: ModelConfig, path: str | Path, tokenizer: Path | None = None) -> None:

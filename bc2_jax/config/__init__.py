@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from bc2_jax.config.health import HealthConfig
 from bc2_jax.config.mesh import MeshConfig, check_divisible
 from bc2_jax.config.model import BAICHUAN2_7B, BAICHUAN2_13B, ModelConfig
 from bc2_jax.config.run import (
@@ -29,6 +30,7 @@ __all__ = [
     "ComputeConfig",
     "DType",
     "DataConfig",
+    "HealthConfig",
     "MeshConfig",
     "MixtureStage",
     "ModelConfig",

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Literal
 
+from bc2_jax.config.health import HealthConfig
 from bc2_jax.config.mesh import MeshConfig, check_divisible
 from bc2_jax.config.model import ModelConfig
 from bc2_jax.validation import choices, divisors, require, require_literals, require_positive
@@ -244,6 +245,7 @@ class TrainConfig:
     mesh: MeshConfig = MeshConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    health: HealthConfig = HealthConfig()
     sample: SampleConfig = SampleConfig()
     num_steps: int
     """Step at which the run ends."""
@@ -292,6 +294,7 @@ class TrainConfig:
             self.data.sequence_length,
             f"it must be at most model.model_max_length = {self.model.model_max_length}",
         )
+        self.health.check_checkpoints(self.checkpoint.save_every, self.checkpoint.keep_last)
         mesh = self.mesh.resolve(self.mesh.num_cpu_devices) if self.mesh.num_cpu_devices else self.mesh
         check_divisible(self.model, mesh)
         length = self.data.sequence_length

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import shutil
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,8 @@ from bc2_jax.data.loader import make_train_iterator, make_train_loader, make_val
 from bc2_jax.sharding import make_mesh, use_cpu_devices
 from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.train import metrics as report
+from bc2_jax.train.goodput import Goodput, goodput_table, read_sessions
+from bc2_jax.train.health import HealthMonitor, Steps
 from bc2_jax.train.results import check_resumed, make_baselines, show_results
 from bc2_jax.train.start import (
     batch_part,
@@ -50,12 +52,15 @@ class TrainResult(NamedTuple):
     workdir: Path
 
 
-def train(config: TrainConfig, command: str = "train.py") -> TrainResult:
+def train(config: TrainConfig, command: str = "train.py", started: float | None = None) -> TrainResult:
     """Trains as `config` says; `command` is what the printed hints tell the user to run with Python.
+
+    `started` is the time.monotonic() at which the program began: what came before this call is start-up time.
 
     Raises ValueError or FileNotFoundError for a run that cannot start, before anything is written, and
     FloatingPointError at a loss or gradient that is not finite; the checkpoints before it stay.
     """
+    started = time.monotonic() if started is None else started
     # ---------------------------------------------------------------- devices
     if config.mesh.num_cpu_devices:
         use_cpu_devices(config.mesh.num_cpu_devices)
@@ -72,11 +77,12 @@ def train(config: TrainConfig, command: str = "train.py") -> TrainResult:
         check_initial_model(config)
     # Closed whatever happens: its threads must not outlive an error that ends the program.
     with contextlib.closing(Checkpointer(workdir / "checkpoints", config.checkpoint)) as checkpointer:
-        return _run(config, command, mesh, console, workdir, checkpointer)
+        return _run(config, command, mesh, console, workdir, checkpointer, started)
 
 
 def _run(
-    config: TrainConfig, command: str, mesh: Mesh, console: Console, workdir: Path, checkpointer: Checkpointer
+    config: TrainConfig, command: str, mesh: Mesh, console: Console, workdir: Path, checkpointer: Checkpointer,
+    started: float,
 ) -> TrainResult:  # fmt: skip
     saved = checkpointer.steps()
     if saved and config.resume == "never":
@@ -90,6 +96,8 @@ def _run(
     metadata = checkpointer.metadata(start_step) if saved else None
     if metadata is not None:
         check_same_model(config, metadata, workdir)
+
+    goodput = Goodput(workdir / "goodput.jsonl", start_step, started)
 
     # ---------------------------------------------------------------- data
     tokenizer = Tokenizer(config.data.tokenizer)
@@ -105,7 +113,8 @@ def _run(
         if metadata is None:
             state = init_state(initial_params(config, mesh), config)
         else:
-            state = restore_state(checkpointer, start_step, config, mesh)
+            with goodput.phase("restore"):
+                state = restore_state(checkpointer, start_step, config, mesh)
             iterator.set_state(metadata["data"])
 
         # ------------------------------------------------------------ from here on, the workdir is written
@@ -126,18 +135,24 @@ def _run(
             console.print(f"Resumed at step {start_step} from {checkpointer.directory}.", soft_wrap=True)
 
         # ------------------------------------------------------------ compile
-        batch = put(next(iterator)) if start_step < config.num_steps else put(validation[0])
-        next_state = iterator.get_state()
-        lowered = jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch)
-        train_step = lowered.compile(compiler_options=tuned_options(config, mesh))
-        eval_step = jax.jit(make_eval_step(config))
         display = report.ProgressDisplay(console, config, start_step)
+        monitor = HealthMonitor(config, workdir, display.say)
+        monitor.set_state(metadata and metadata.get("health"))
+        resuming = start_step < config.num_steps
+        batch = put(monitor.next_batch(start_step + 1, iterator) if resuming else validation[0])
+        next_state = iterator.get_state()
+        with goodput.phase("compile"):
+            lowered = jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch)
+            train_step = lowered.compile(compiler_options=tuned_options(config, mesh))
+        eval_step = jax.jit(make_eval_step(config))
         verified_step = config.num_steps - config.verify_resume_steps if config.verify_resume_steps else 0
 
         def evaluate(step: int) -> dict[str, float]:
             count = min(config.eval_batches or len(validation), len(validation))
-            sums = [eval_step(state.params, put(validation[i])) for i in range(count)]
+            # One at a time: many in flight can starve each other of threads on a CPU, and wait for ever.
+            sums = [jax.device_get(eval_step(state.params, put(validation[i]))) for i in range(count)]
             total = jax.tree.map(lambda *xs: sum(float(x) for x in xs), *sums)
+            total = total._replace(largest_logit=max(float(x.largest_logit) for x in sums))
             means = mean_metrics(total, config.model.z_loss_weight)
             values = {f"validation_{name}": float(value) for name, value in means.items()}
             display.say(
@@ -149,26 +164,22 @@ def _run(
         def finish_step(step: int, step_metrics: dict[str, jax.Array]) -> dict[str, float]:
             """Waits for a step's metrics, checks and shows them."""
             values = {name: float(value) for name, value in jax.device_get(step_metrics).items()}
-            for name in ("loss", "grad_norm"):
-                if not math.isfinite(values[name]):
-                    checkpointer.wait()
-                    good = max(checkpointer.steps(), default=None)
-                    where = "there is no checkpoint before it"
-                    if good is not None:
-                        where = f"the last good checkpoint is {checkpointer.directory / str(good)}"
-                    raise FloatingPointError(f"{name} is {values[name]} at step {step}: the run stops; {where}.")
-            values |= throughput.step()
+            values |= monitor.observe(step, values, checkpointer.last_good) | throughput.step()
+            goodput.steps_done += 1
             display.show(step, values)
             return values
 
         # ------------------------------------------------------------ loop
         pending: tuple[int, dict[str, jax.Array]] | None = None
         last: dict[str, float] = {}
+        steps = Steps(start_step, config.num_steps)
         try:
             if start_step == 0:
-                writer.write(0, evaluate(0))
+                with goodput.phase("evaluation"):
+                    writer.write(0, evaluate(0))
             throughput.restart()
-            for step in range(start_step + 1, config.num_steps + 1):
+            goodput.enter("step")
+            for step in steps:
                 if step == config.profile_start:
                     jax.profiler.start_trace(str(workdir / "profile"))
                 # Metrics of a step are fetched after the next one was dispatched: the devices never wait for the host.
@@ -176,7 +187,8 @@ def _run(
                     state, step_metrics = train_step(state, batch)
                     data_state = next_state
                     if step < config.num_steps:
-                        batch = put(next(iterator))
+                        with goodput.phase("data_wait"):
+                            batch = put(monitor.next_batch(step + 1, iterator))
                         next_state = iterator.get_state()
                     if pending is not None:
                         writer.write(pending[0], finish_step(*pending))
@@ -190,27 +202,49 @@ def _run(
                 if is_eval or is_save:
                     # Nothing is saved before its step is known to be finite.
                     last, pending = finish_step(*pending) | report.memory_metrics(), None
-                    if is_eval:
-                        last |= evaluate(step)
-                    writer.write(step, last)
-                    if is_save:
+                    if is_eval and monitor.spike is None:
+                        with goodput.phase("evaluation"):
+                            last |= evaluate(step)
+                    if is_save and monitor.spike is None:
                         metadata = {"config": dataclasses.asdict(config), "data": data_state}
-                        checkpointer.save(step, state.params, state.opt_state, metadata)
+                        metadata["health"] = monitor.state()
+                        with goodput.phase("save"):
+                            checkpointer.save(step, state.params, state.opt_state, metadata)
+                        goodput.record(step)
+                    last |= goodput.metrics()
+                    writer.write(step, last)
+                    throughput.restart()
+                if monitor.spike is not None:
+                    with goodput.phase("restore"):
+                        step = monitor.rewind(checkpointer)
+                        del state, step_metrics  # before memory is needed for those restored
+                        state, pending = restore_state(checkpointer, step, config, mesh), None
+                        batch = put(monitor.next_batch(step + 1, iterator))
+                        next_state = iterator.get_state()
+                    writer.close()
+                    writer = report.MetricsWriter(workdir, step)
+                    steps.done = step
                     throughput.restart()
         finally:
             display.close()
             writer.close()
-            checkpointer.wait()
+            with goodput.phase("save"):
+                checkpointer.wait()
+            goodput.record(steps.done)
+            goodput.enter("other")
 
         # ------------------------------------------------------------ results
         digest = report.fingerprint(state.params)
         if start_step < verified_step:
             again = restore_state(checkpointer, verified_step, config, mesh)
             iterator.set_state(checkpointer.metadata(verified_step)["data"])
-            for _ in range(config.verify_resume_steps):
-                again, _ = train_step(again, put(next(iterator)))
+            for step in range(verified_step + 1, config.num_steps + 1):
+                again, _ = train_step(again, put(monitor.next_batch(step, iterator)))
             check_resumed(verified_step, report.fingerprint(again.params), digest, display.say)
         checkpoint = checkpointer.directory / str(config.num_steps)
+        goodput.record(config.num_steps)
+        if jax.process_index() == 0:
+            console.print(goodput_table(read_sessions(goodput.path)))
         show_results(config, checkpoint, state.params, baselines, tokenizer, display.say, command)
         display.say(f"step {config.num_steps}")
         display.say(f"parameters sha256 {digest}")
