@@ -11,6 +11,7 @@ import logging
 import runpy
 import shlex
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import tyro
 
 from bc2_jax.config import TrainConfig
 
+STARTED = time.monotonic()
 DEMO = Path(__file__).parent / "configs" / "demo.py"
 
 
@@ -51,7 +53,7 @@ def main() -> None:
     except (ValueError, OSError, ArithmeticError) as error:
         sys.exit(f"error: {error}")
     try:
-        train(config, command=shlex.join(["train.py", *without_where_and_how_long(sys.argv[1:])]))
+        train(config, command=shlex.join(["train.py", *without_where_and_how_long(sys.argv[1:])]), started=STARTED)
     except distributed.Preempted as stop:
         print(stop, flush=True)
         sys.exit(distributed.EXIT_PREEMPTED)

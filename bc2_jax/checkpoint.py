@@ -74,6 +74,13 @@ class Checkpointer:
             return []
         return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdigit() and is_complete(p))
 
+    def describe_newest(self) -> str:
+        """Which checkpoint is the newest complete one, as the end of a sentence."""
+        with contextlib.suppress(OSError):
+            if steps := self.steps():
+                return f"the last good checkpoint is {self.directory / str(steps[-1])}"
+        return "there is no checkpoint before it"
+
     def latest_good(self) -> int | None:
         """The newest step whose files are all as they were written; None if nothing was saved yet.
 
@@ -165,8 +172,7 @@ class Checkpointer:
         if step not in self._verified:
             self.verify(step)
         folder = self.directory / str(step)
-        items = ocp.load_checkpointables(folder, {"params": params, "opt_state": opt_state})
-        return items["params"], items["opt_state"]
+        return load_state(folder, params, opt_state)
 
     def wait(self) -> None:
         """Returns when every save is complete on disk; raises SaveError if one is not."""
@@ -205,11 +211,10 @@ class Checkpointer:
         if jax.process_index() == 0:
             with contextlib.suppress(OSError):
                 self._remove("*.saving*")  # it may be what fills the disk
-        good = "there is no checkpoint before it"
-        with contextlib.suppress(OSError):
-            if steps := self.steps():
-                good = f"the last good checkpoint is {self.directory / str(steps[-1])}"
-        return SaveError(f"{self.directory / str(step)} could not be saved ({_reason(error)}): the run stops; {good}.")
+        return SaveError(
+            f"{self.directory / str(step)} could not be saved ({_reason(error)}): the run stops; "
+            f"{self.describe_newest()}."
+        )
 
     def _numbered(self) -> list[int]:
         """Steps of all folders that have the name of a checkpoint, newest first."""
@@ -371,6 +376,12 @@ def load_params(path: str | Path, mesh: Mesh | None = None, dtype: str = "float3
         # What is wrong with an array is the cause of what Orbax raises.
         cause = error.__cause__ or error.__context__ or error
         raise ValueError(f"The parameters in {path} cannot be read, it is damaged or incomplete ({cause}).") from error
+
+
+def load_state(path: Path, params: Params, opt_state: Any) -> tuple[Params, Any]:
+    """The arrays of a training checkpoint, laid out as the abstract trees given; only reads."""
+    items = ocp.load_checkpointables(path, {"params": params, "opt_state": opt_state})
+    return items["params"], items["opt_state"]
 
 
 def save_params(params: Params, config: ModelConfig, path: str | Path, tokenizer: Path | None = None) -> None:

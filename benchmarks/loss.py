@@ -69,12 +69,12 @@ def tiled_loss(
 
     @jax.checkpoint
     def tile(sums: LossSums, inputs: tuple[Array, Array]) -> tuple[LossSums, None]:
-        return jax.tree.map(jnp.add, sums, _sums(inputs[0], rows_VD, inputs[1], rules)), None
+        return sums.plus(_sums(inputs[0], rows_VD, inputs[1], rules)), None
 
     with jax.named_scope(SCOPE):
         h_CBTD, labels_CBT = cut(h_BTD, "batch", "sequence", "hidden"), cut(labels_BT, "batch", "sequence")
         exact = jnp.promote_types(h_BTD.dtype, jnp.float32)
-        zeros = LossSums(*[jnp.zeros((), exact)] * len(LossSums._fields))
+        zeros = LossSums.zeros(exact)
         sums, _ = jax.lax.scan(tile, zeros, (h_CBTD, labels_CBT))
         return sums.cross_entropy + z_loss_weight * sums.max_z, sums
 
@@ -92,7 +92,8 @@ def _sums(h_BTD: Array, rows_VD: Array, labels_BT: Array, rules: ShardingRules) 
         jax.nn.logsumexp(logits_BTV, axis=-1) - label_logit_BT, max_BT**2, max_BT,
         (label_logit_BT == max_BT).astype(exact), jnp.ones_like(max_BT),
     )  # fmt: skip
-    return LossSums(*(jnp.sum(c * valid_BT) for c in columns))
+    largest = jnp.max(jnp.where(valid_BT > 0, max_BT, -jnp.inf))
+    return LossSums(*(jnp.sum(c * valid_BT) for c in columns), largest)
 
 
 LOSSES = {"ours": head_loss, "naive": naive_loss, "tiled": tiled_loss}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from bc2_jax.config.distributed import DistributedConfig
+from bc2_jax.config.health import HealthConfig
 from bc2_jax.config.mesh import MeshConfig, check_divisible
 from bc2_jax.config.model import BAICHUAN2_7B, BAICHUAN2_13B, ModelConfig
 from bc2_jax.config.run import (
@@ -31,6 +32,7 @@ __all__ = [
     "DType",
     "DataConfig",
     "DistributedConfig",
+    "HealthConfig",
     "MeshConfig",
     "MixtureStage",
     "ModelConfig",

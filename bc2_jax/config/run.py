@@ -7,6 +7,7 @@ import math
 from typing import Literal
 
 from bc2_jax.config.distributed import DistributedConfig
+from bc2_jax.config.health import HealthConfig
 from bc2_jax.config.mesh import MeshConfig, check_divisible
 from bc2_jax.config.model import ModelConfig
 from bc2_jax.validation import choices, divisors, require, require_literals, require_positive
@@ -252,6 +253,7 @@ class TrainConfig:
     distributed: DistributedConfig = DistributedConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    health: HealthConfig = HealthConfig()
     sample: SampleConfig = SampleConfig()
     num_steps: int
     """Step at which the run ends."""
@@ -306,6 +308,7 @@ class TrainConfig:
             self.checkpoint.keep_every_tokens,
             f"it must be 0 or at least a step, {self.data.tokens_per_step} tokens",
         )
+        self.health.check_checkpoints(self.checkpoint.save_every, self.checkpoint.keep_last)
         num_devices = self.mesh.num_cpu_devices * (self.distributed.num_processes or 1)
         mesh = self.mesh.resolve(num_devices) if num_devices else self.mesh
         check_divisible(self.model, mesh)

@@ -158,11 +158,13 @@ class Preemption:
     """Notices SIGTERM, which Cloud TPU, Kubernetes and batch systems send before they take a machine away.
 
     With several processes JAX's preemption service passes it on, and all of them stop at the same step. A second
-    SIGTERM ends the process at once. Use as a context manager, in the main thread.
+    SIGTERM, of several processes one after they have agreed, ends the process at once. Use as a context manager, in the
+    main thread.
     """
 
     def __init__(self) -> None:
         self._noticed = False
+        self._calls = 0
         self._shared = jax.distributed.is_initialized()  # JAX then handles the signal
         self._in_main_thread = threading.current_thread() is threading.main_thread()
         self._before: Any = signal.SIG_DFL
@@ -184,9 +186,10 @@ class Preemption:
         self._noticed = True
         signal.signal(number, signal.SIG_DFL)
 
-    def reached(self, step: int) -> bool:
-        """Whether to stop after `step`; every process calls it at each step and gets the same answer."""
-        if self._shared and multihost_utils.reached_preemption_sync_point(step):
+    def reached(self) -> bool:
+        """Whether to stop after this step; every process calls it once at each step and gets the same answer."""
+        self._calls += 1  # not the step: a run may go back to an earlier one
+        if self._shared and multihost_utils.reached_preemption_sync_point(self._calls):
             self._noticed = True
             self.close()
         return self._noticed

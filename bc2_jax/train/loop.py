@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import shutil
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,8 @@ from bc2_jax.sharding import make_mesh
 from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.train import distributed
 from bc2_jax.train import metrics as report
+from bc2_jax.train.goodput import Goodput, goodput_table, read_sessions
+from bc2_jax.train.health import HealthMonitor, Steps
 from bc2_jax.train.results import check_resumed, make_baselines, show_results
 from bc2_jax.train.start import (
     batch_part,
@@ -50,12 +52,15 @@ class TrainResult(NamedTuple):
     workdir: Path
 
 
-def train(config: TrainConfig, command: str = "train.py") -> TrainResult:
+def train(config: TrainConfig, command: str = "train.py", started: float | None = None) -> TrainResult:
     """Trains as `config` says; `command` is what the printed hints tell the user to run with Python.
+
+    `started` is the time.monotonic() at which the program began: what came before this call is start-up time.
 
     Raises ValueError or FileNotFoundError for a run that cannot start, before anything is written, and
     FloatingPointError at a loss or gradient that is not finite; the checkpoints before it stay.
     """
+    started = time.monotonic() if started is None else started
     # ---------------------------------------------------------------- devices
     distributed.start(config)
     use_compilation_cache(config.compilation_cache)
@@ -70,21 +75,28 @@ def train(config: TrainConfig, command: str = "train.py") -> TrainResult:
         check_initial_model(config)
     # Closed whatever happens: its threads must not outlive an error that ends the program.
     checkpoints = Checkpointer(workdir / "checkpoints", config.checkpoint, config.data.tokens_per_step)
-    with distributed.Preemption() as preemption, contextlib.closing(checkpoints) as checkpointer:
-        return _run(config, command, mesh, console, workdir, checkpointer, preemption)
+    with (
+        distributed.Preemption() as preemption,
+        distributed.Watchdog(config.distributed.step_timeout) as watchdog,
+        contextlib.closing(checkpoints) as checkpointer,
+    ):
+        return _run(config, command, mesh, console, workdir, checkpointer, preemption, watchdog, started)
 
 
 def _run(
     config: TrainConfig, command: str, mesh: Mesh, console: Console, workdir: Path, checkpointer: Checkpointer,
-    preemption: distributed.Preemption,
+    preemption: distributed.Preemption, watchdog: distributed.Watchdog, started: float,
 ) -> TrainResult:  # fmt: skip
+    watchdog.beat("the start")
     saved = distributed.first_decides(checkpointer.steps)
     if saved and config.resume == "never":
         raise ValueError(
             f"workdir = '{workdir}' already holds checkpoints up to step {saved[-1]}; "
             "pass --resume auto to go on from there, or another --workdir."
         )
-    start_step = checkpointer.latest_good() or 0
+    goodput = Goodput(workdir / "goodput.jsonl", started)
+    with goodput.phase("restore"):
+        start_step = goodput.start_step = checkpointer.latest_good() or 0
     if start_step > config.num_steps:
         raise ValueError(f"num_steps = {config.num_steps} is not valid: the run in '{workdir}' is at {start_step}.")
     metadata = checkpointer.metadata(start_step) if start_step else None
@@ -100,13 +112,15 @@ def _run(
     validation = make_validation_batches(config.data, config.data.global_batch_size, **process)
     put = make_put(config, mesh)
 
-    with jax.set_mesh(mesh), distributed.Watchdog(config.distributed.step_timeout) as watchdog:
+    with jax.set_mesh(mesh):
         # ------------------------------------------------------------ state
         if metadata is None:
             state = init_state(initial_params(config, mesh), config)
         else:
-            state = restore_state(checkpointer, start_step, config, mesh)
+            with goodput.phase("restore"):
+                state = restore_state(checkpointer, start_step, config, mesh)
             iterator.set_state(metadata["data"])
+        watchdog.beat("the parameters were placed")
 
         # ------------------------------------------------------------ from here on, the workdir is written
         workdir.mkdir(parents=True, exist_ok=True)
@@ -128,12 +142,16 @@ def _run(
             console.print(f"Resumed at step {start_step} from {checkpointer.directory}.", soft_wrap=True)
 
         # ------------------------------------------------------------ compile
-        batch = put(next(iterator)) if start_step < config.num_steps else put(validation[0])
-        next_state = iterator.get_state()
-        lowered = jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch)
-        train_step = lowered.compile(compiler_options=tuned_options(config, mesh))
-        eval_step = jax.jit(make_eval_step(config))
         display = report.ProgressDisplay(console, config, start_step)
+        monitor = HealthMonitor(config, workdir, display.say)
+        monitor.set_state(metadata and metadata.get("health"))
+        resuming = start_step < config.num_steps
+        batch = put(monitor.next_batch(start_step + 1, iterator) if resuming else validation[0])
+        next_state = iterator.get_state()
+        with goodput.phase("compile"):
+            lowered = jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch)
+            train_step = lowered.compile(compiler_options=tuned_options(config, mesh))
+        eval_step = jax.jit(make_eval_step(config))
         verified_step = config.num_steps - config.verify_resume_steps if config.verify_resume_steps else 0
 
         def evaluate(step: int) -> dict[str, float]:
@@ -143,7 +161,9 @@ def _run(
                 sums.append(eval_step(state.params, put(validation[i])))
                 jax.block_until_ready(sums[max(i - 1, 0)])  # not the newest: the devices have work meanwhile
                 watchdog.beat(f"validation batch {i + 1} of {count} at step {step}")
+            sums = jax.device_get(sums)
             total = jax.tree.map(lambda *xs: sum(float(x) for x in xs), *sums)
+            total = total._replace(largest_logit=max(float(x.largest_logit) for x in sums))
             means = mean_metrics(total, config.model.z_loss_weight)
             values = {f"validation_{name}": float(value) for name, value in means.items()}
             display.say(
@@ -156,32 +176,29 @@ def _run(
             """Waits for a step's metrics, checks and shows them."""
             values = {name: float(value) for name, value in jax.device_get(step_metrics).items()}
             watchdog.beat(f"step {step}")
-            for name in ("loss", "grad_norm"):
-                if not math.isfinite(values[name]):
-                    checkpointer.wait()
-                    good = max(checkpointer.steps(), default=None)
-                    where = "there is no checkpoint before it"
-                    if good is not None:
-                        where = f"the last good checkpoint is {checkpointer.directory / str(good)}"
-                    raise FloatingPointError(f"{name} is {values[name]} at step {step}: the run stops; {where}.")
-            values |= throughput.step()
+            values |= monitor.observe(step, values, checkpointer.describe_newest) | throughput.step()
+            goodput.steps_done += 1
             display.show(step, values)
             return values
 
         def save() -> None:
-            metadata = {"config": dataclasses.asdict(config), "data": data_state}
-            checkpointer.save(step, state.params, state.opt_state, metadata)
+            metadata = {"config": dataclasses.asdict(config), "data": data_state, "health": monitor.state()}
+            with goodput.phase("save"):
+                checkpointer.save(step, state.params, state.opt_state, metadata)
+            goodput.record(step)
 
         # ------------------------------------------------------------ loop
         pending: tuple[int, dict[str, jax.Array]] | None = None
         last: dict[str, float] = {}
         stopping = False
+        steps = Steps(start_step, config.num_steps)
         try:
             if start_step == 0:
-                writer.write(0, evaluate(0))
+                with goodput.phase("evaluation"):
+                    writer.write(0, evaluate(0))
             throughput.restart()
-            watchdog.beat(f"the start at step {start_step}")
-            for step in range(start_step + 1, config.num_steps + 1):
+            goodput.enter("step")
+            for step in steps:
                 if step == config.profile_start:
                     jax.profiler.start_trace(str(workdir / "profile"))
                 # Metrics of a step are fetched after the next one was dispatched: the devices never wait for the host.
@@ -189,7 +206,8 @@ def _run(
                     state, step_metrics = train_step(state, batch)
                     data_state = next_state
                     if step < config.num_steps:
-                        batch = put(next(iterator))
+                        with goodput.phase("data_wait"):
+                            batch = put(monitor.next_batch(step + 1, iterator))
                         next_state = iterator.get_state()
                     if pending is not None:
                         writer.write(pending[0], finish_step(*pending))
@@ -200,27 +218,44 @@ def _run(
                 is_last = step == config.num_steps
                 is_kept = checkpointer.is_permanent(step)
                 is_eval = is_last or step % config.eval_every == 0 or is_kept
-                stopping = preemption.reached(step)
+                stopping = preemption.reached()
                 is_save = is_last or is_kept or stopping or step == verified_step
                 is_save = is_save or step % config.checkpoint.save_every == 0
                 if is_eval or is_save:
                     # Nothing is saved before its step is known to be finite.
                     last, pending = finish_step(*pending) | report.memory_metrics(), None
-                    if stopping:
+                    is_sound = monitor.spike is None  # else it is gone behind
+                    if stopping and is_sound:
                         save()  # before the evaluation: little time is left
-                    if is_eval:
-                        last |= evaluate(step)
-                    writer.write(step, last)
-                    if is_save and not stopping:
+                    if is_eval and is_sound:
+                        with goodput.phase("evaluation"):
+                            last |= evaluate(step)
+                    writer.write(step, last | goodput.metrics())
+                    if is_save and is_sound and not stopping:
                         save()
                     throughput.restart()
-                    if stopping:
-                        break
+                if monitor.spike is not None:
+                    with goodput.phase("restore"):
+                        step = monitor.rewind(checkpointer)
+                        del state, step_metrics  # before memory is needed for those restored
+                        state, pending = restore_state(checkpointer, step, config, mesh), None
+                        batch = put(monitor.next_batch(step + 1, iterator))
+                        next_state = iterator.get_state()
+                    writer.close()
+                    writer = report.MetricsWriter(workdir, step)
+                    steps.done = step
+                    watchdog.beat(f"going back to step {step}")
+                    throughput.restart()
+                if stopping:
+                    break
         finally:
             display.close()
             writer.close()
-            checkpointer.wait()
-            watchdog.pause()
+            watchdog.beat("the end of the loop")
+            with goodput.phase("save"):
+                checkpointer.wait()
+            goodput.record(steps.done)
+            goodput.enter("other")
             preemption.close()
 
         if stopping:
@@ -233,10 +268,13 @@ def _run(
         if start_step < verified_step:
             again = restore_state(checkpointer, verified_step, config, mesh)
             iterator.set_state(checkpointer.metadata(verified_step)["data"])
-            for _ in range(config.verify_resume_steps):
-                again, _ = train_step(again, put(next(iterator)))
+            for step in range(verified_step + 1, config.num_steps + 1):
+                again, _ = train_step(again, put(monitor.next_batch(step, iterator)))
             check_resumed(verified_step, report.fingerprint(again.params), digest, display.say)
         checkpoint = checkpointer.directory / str(config.num_steps)
+        goodput.record(config.num_steps)
+        if jax.process_index() == 0:
+            console.print(goodput_table(read_sessions(goodput.path)))
         show_results(config, checkpoint, state.params, baselines, tokenizer, display.say, command)
         display.say(f"step {config.num_steps}")
         display.say(f"parameters sha256 {digest}")

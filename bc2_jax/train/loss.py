@@ -26,7 +26,7 @@ NO_TOKEN = jnp.iinfo(jnp.int32).max
 
 
 class LossSums(NamedTuple):
-    """Sums over the valid targets of a batch, fp32 scalars; divide by `tokens` for means."""
+    """Sums over the valid targets of a batch, fp32 scalars; divide by `tokens` for means. One is a maximum."""
 
     cross_entropy: Array
     """-log p(label), nats."""
@@ -37,6 +37,18 @@ class LossSums(NamedTuple):
     """1 where the label has the largest logit."""
     tokens: Array
     """1 for each valid target."""
+    largest_logit: Array
+    """The largest logit of all, no sum; -inf without a valid target."""
+
+    @classmethod
+    def zeros(cls, dtype: jnp.dtype | type = jnp.float32) -> LossSums:
+        """Of no targets."""
+        return cls(*jnp.zeros(len(cls._fields), dtype))._replace(largest_logit=jnp.array(-jnp.inf, dtype))
+
+    def plus(self, other: LossSums) -> LossSums:
+        """Of the targets of both."""
+        largest = jnp.maximum(self.largest_logit, other.largest_logit)
+        return jax.tree.map(jnp.add, self, other)._replace(largest_logit=largest)
 
 
 def count_targets(labels: Array) -> Array:
@@ -115,7 +127,8 @@ def _local_loss(h_BTD, rows_VD, labels_BT, *, z_loss_weight, chunk, with_gradien
         valid_T = (labels_T != IGNORED).astype(exact)
         cross_entropy_T = max_T + jnp.log(total_T) - label_logit_T
         columns = (cross_entropy_T, max_T**2, max_T, (label_logit_T == max_T).astype(exact), jnp.ones_like(max_T))
-        sums = LossSums(*(s + jnp.sum(c * valid_T) for s, c in zip(sums, columns, strict=True)))
+        largest = jnp.max(jnp.where(valid_T > 0, max_T, -jnp.inf))
+        sums = sums.plus(LossSums(*(jnp.sum(c * valid_T) for c in columns), largest))
         if not with_gradients:
             return (sums, None, h_CTD), None
         d_logits_TV = exp_TV * (valid_T / total_T)[:, None] - jnp.where(is_label_TV, valid_T[:, None], 0)
@@ -130,9 +143,10 @@ def _local_loss(h_BTD, rows_VD, labels_BT, *, z_loss_weight, chunk, with_gradien
 
     zero = _varying(jnp.zeros((), exact), batch_axes)
     d_rows_DV = _varying(jnp.zeros(rows_DV.shape, exact), batch_axes + vocab_axes) if with_gradients else None
-    start = LossSums(*[zero] * len(LossSums._fields)), d_rows_DV, h_CTD
+    start = LossSums(*[zero] * len(LossSums._fields))._replace(largest_logit=zero - jnp.inf), d_rows_DV, h_CTD
     (sums, d_rows_DV, d_h_CTD), _ = jax.lax.scan(run_chunk, start, (jnp.arange(h_CTD.shape[0]), labels_CT))
-    sums = _over(jax.lax.psum, sums, batch_axes)
+    largest = _over(jax.lax.pmax, sums.largest_logit, batch_axes)
+    sums = _over(jax.lax.psum, sums._replace(largest_logit=zero), batch_axes)._replace(largest_logit=largest)
     loss = sums.cross_entropy + z_loss_weight * sums.max_z
     if not with_gradients:
         return (loss, sums), None

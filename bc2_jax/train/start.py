@@ -7,14 +7,14 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from bc2_jax.checkpoint import Checkpointer, abstract_params, parse_model_config
+from bc2_jax.checkpoint import abstract_params, parse_model_config
 from bc2_jax.config import TrainConfig, differing_fields
 from bc2_jax.convert.pretrained import load_params, read_model_config
 from bc2_jax.model.baichuan import Params, init_params
@@ -161,7 +161,13 @@ def make_put(config: TrainConfig, mesh: Mesh) -> Callable[[dict[str, np.ndarray]
     return lambda batch: {name: place(x) for name, x in batch.items()}
 
 
-def restore_state(checkpointer: Checkpointer, step: int, config: TrainConfig, mesh: Mesh) -> TrainState:
+class Restorer(Protocol):
+    """A Checkpointer, or another reader of its checkpoints."""
+
+    def restore(self, step: int, params: Params, opt_state: Any) -> tuple[Params, Any]: ...
+
+
+def restore_state(checkpointer: Restorer, step: int, config: TrainConfig, mesh: Mesh) -> TrainState:
     """The state saved at a step, on this mesh whatever the mesh it was saved from."""
 
     def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -172,4 +178,8 @@ def restore_state(checkpointer: Checkpointer, step: int, config: TrainConfig, me
     params = abstract_params(config.model, mesh)
     opt_state = jax.tree.map(place, jax.eval_shape(make_optimizer(config.optimizer).init, params))
     params, opt_state = checkpointer.restore(step, params, opt_state)
-    return TrainState(params, opt_state, jax.device_put(jnp.int32(step), NamedSharding(mesh, DEFAULT_RULES.spec())))
+    # Updates done are fewer than steps where some were skipped. A copy: the step donates both.
+    count = next(
+        leaf for path, leaf in jax.tree.leaves_with_path(opt_state) if jax.tree_util.keystr(path).endswith(".count")
+    )
+    return TrainState(params, opt_state, jax.device_put(jnp.copy(count), NamedSharding(mesh, DEFAULT_RULES.spec())))

@@ -14,6 +14,7 @@ from jax import Array
 from bc2_jax.config import ComputeConfig, ModelConfig, TrainConfig
 from bc2_jax.model.baichuan import Params, split_model
 from bc2_jax.sharding import DEFAULT_RULES, ShardingRules
+from bc2_jax.train.health import batch_checksum, keep_unless, norm_metrics
 from bc2_jax.train.loss import LossSums, count_targets, head_loss
 from bc2_jax.train.optimizer import make_optimizer, make_schedule
 
@@ -26,7 +27,7 @@ class TrainState(NamedTuple):
     """fp32 master weights."""
     opt_state: Any
     step: Array
-    """Updates done, int32 scalar."""
+    """Updates done, int32 scalar; a skipped one is none."""
 
 
 def init_state(params: Params, config: TrainConfig) -> TrainState:
@@ -53,7 +54,10 @@ def make_loss_fn(
 def make_train_step(
     config: TrainConfig, rules: ShardingRules = DEFAULT_RULES
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
-    """(state, batch) -> (state after one update, metrics). Every valid target of the batch has the same weight."""
+    """(state, batch) -> (state after one update, metrics). Every valid target of the batch has the same weight.
+
+    If the loss or the gradients' norm is not finite, the state is returned as it was.
+    """
     loss_fn = make_loss_fn(config.model, config.compute, rules)
     optimizer, schedule = make_optimizer(config.optimizer), make_schedule(config.optimizer)
 
@@ -66,21 +70,26 @@ def make_train_step(
 
         def accumulate(carry, batch: Batch):
             (_, sums), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params, batch)
-            return jax.tree.map(jnp.add, carry, (grads, sums)), None
+            return (jax.tree.map(jnp.add, carry[0], grads), carry[1].plus(sums)), None
 
         if batch["labels"].shape[0] == 1:
             first = jax.tree.map(lambda x: x[0], batch)
             (_, sums), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params, first)
         else:
-            zeros = jax.tree.map(jnp.zeros_like, state.params), LossSums(*jnp.zeros(len(LossSums._fields)))
+            zeros = jax.tree.map(jnp.zeros_like, state.params), LossSums.zeros()
             (grads, sums), _ = jax.lax.scan(accumulate, zeros, batch)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             grad_norm = optax.tree.norm(grads)
-        metrics = mean_metrics(sums, config.model.z_loss_weight)
-        metrics |= {"grad_norm": grad_norm, "learning_rate": schedule(state.step)}
-        return TrainState(params, opt_state, state.step + 1), metrics
+            metrics = mean_metrics(sums, config.model.z_loss_weight)
+            metrics |= {"grad_norm": grad_norm, "learning_rate": schedule(state.step)}
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+            new_state = keep_unless(finite, TrainState(params, opt_state, state.step + 1), state)
+        metrics["batch_checksum"] = batch_checksum(batch)
+        if config.health.norms:
+            metrics |= norm_metrics(new_state.params, updates, finite)
+        return new_state, metrics
 
     return train_step
 
@@ -91,7 +100,7 @@ def make_eval_step(config: TrainConfig, rules: ShardingRules = DEFAULT_RULES) ->
 
     def eval_step(params: Params, batch: Batch) -> LossSums:
         _, sums = jax.lax.scan(lambda _, micro: (None, loss_fn(params, micro)[1]), None, batch)
-        return jax.tree.map(jnp.sum, sums)
+        return jax.tree.map(jnp.sum, sums)._replace(largest_logit=jnp.max(sums.largest_logit))
 
     return eval_step
 
@@ -104,6 +113,7 @@ def mean_metrics(sums: LossSums, z_loss_weight: float) -> dict[str, Any]:
         "cross_entropy": sums.cross_entropy / total,
         "max_z": sums.max_z / total,
         "max_logit": sums.max_logit / total,
+        "largest_logit": sums.largest_logit,
         "accuracy": sums.correct / total,
         "tokens": sums.tokens,
     }

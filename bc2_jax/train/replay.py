@@ -1,0 +1,177 @@
+"""Recorded steps done again from a checkpoint, and compared bit for bit: bad hardware or bad data?
+
+JSON keeps the metrics of metrics.jsonl exactly (Python writes the shortest text that gives the same number), so each
+line is a fingerprint of its step: of the batch as the devices had it, the loss, the gradients, the new parameters.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from bc2_jax.checkpoint import find_checkpoint, is_complete, load_params, load_state, read_metadata
+from bc2_jax.config import TrainConfig
+from bc2_jax.config.record import from_record
+from bc2_jax.data.loader import make_train_loader
+from bc2_jax.manifest import verify
+from bc2_jax.sharding import make_mesh, use_cpu_devices
+from bc2_jax.train.health import FIELDS
+from bc2_jax.train.metrics import fingerprint, read_metrics
+from bc2_jax.train.start import batch_part, check_attention, make_put, restore_state, tuned_options
+from bc2_jax.train.step import make_train_step
+
+
+class Comparison(NamedTuple):
+    """One recorded step against the same step done again."""
+
+    step: int
+    compared: dict[str, tuple[float | str | None, float | str]]
+    """Name -> (recorded, now); a recorded None is a value that was not finite."""
+
+    @property
+    def different(self) -> list[str]:
+        return [name for name, (recorded, now) in self.compared.items() if not _same(recorded, now)]
+
+
+def _same(recorded: float | str | None, now: float | str) -> bool:
+    if isinstance(now, str) or isinstance(recorded, str):
+        return recorded == now
+    if recorded is None or math.isnan(recorded):
+        return not math.isfinite(now) if recorded is None else math.isnan(now)
+    return recorded == now
+
+
+class Folder(NamedTuple):
+    """A checkpoint to read; unlike a Checkpointer it leaves the folders of a run that goes on alone."""
+
+    path: Path
+
+    def restore(self, step: int, params: Any, opt_state: Any) -> tuple[Any, Any]:
+        verify(self.path)
+        return load_state(self.path, params, opt_state)
+
+
+def choose_checkpoint(path: str | Path, step: int) -> Path:
+    """The newest complete checkpoint before `step` of a run, or the one that `path` is."""
+    path = Path(path).absolute()
+    folder = path / "checkpoints"
+    if folder.is_dir():
+        earlier = [p for p in folder.iterdir() if p.name.isdigit() and int(p.name) < step and is_complete(p)]
+        if not earlier:
+            raise ValueError(f"--step = {step} is not valid: {path} has no checkpoint before it.")
+        return max(earlier, key=lambda p: int(p.name))
+    found = find_checkpoint(path)
+    if not found.name.isdigit() or int(found.name) >= step or not (found / "opt_state").is_dir():
+        raise ValueError(f"--step = {step} is not valid: {found} must be a training checkpoint of a step before it.")
+    return found
+
+
+def load_batch(paths: Sequence[str | Path], step: int) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """(rows, metrics) that a run saved of a step; its processes' files in their order. Raises ValueError for others."""
+    parts = []
+    for path in paths:
+        with np.load(path, allow_pickle=False) as file:  # data: nothing in it is executed
+            parts.append(dict(file))
+        missing = sorted({*FIELDS, "step"} - set(parts[-1]))
+        if missing or int(parts[-1]["step"]) != step:
+            reason = f"it has no {missing[0]}" if missing else f"it is of step {int(parts[-1]['step'])}, not {step}"
+            raise ValueError(f"--batch = {str(path)!r} is not valid: {reason}.")
+    metrics = {name.removeprefix("metric_"): float(x) for name, x in parts[0].items() if name.startswith("metric_")}
+    return {name: np.concatenate([part[name] for part in parts]) for name in FIELDS}, metrics
+
+
+def replay(path: str | Path, step: int, batch: Sequence[str | Path] = ()) -> Iterator[Comparison]:
+    """Does the steps from the newest checkpoint before `step` up to it again, yielding each compared with its record.
+
+    Rows come from the loader, those of `step` itself from the files `batch` if given. If a checkpoint of `step` exists
+    its parameters are compared too (SHA-256). Nothing is written. Raises ValueError or FileNotFoundError, before any
+    step, if the checkpoint, the record or as many devices as the run had are not there.
+    """
+    checkpoint = choose_checkpoint(path, step)
+    written = checkpoint.parent.parent / "config.json"
+    if written.is_file():  # simulated devices must be there before Orbax asks JAX for any
+        devices = json.loads(written.read_text(encoding="utf-8"))["mesh"]["num_cpu_devices"]
+        if devices:
+            use_cpu_devices(devices)
+    saved = load_batch(batch, step) if batch else None
+    run, start = checkpoint.parent.parent, int(checkpoint.name)
+    config = from_record(TrainConfig, read_metadata(checkpoint)["config"])
+    records = {line["step"]: line for line in read_metrics(run / "metrics.jsonl")}
+    if saved is not None and step not in records:
+        records[step] = saved[1]
+    for needed in range(start + 1, step + 1):
+        if needed not in records:
+            raise ValueError(f"--step = {step} is not valid: step {needed} is not recorded in {run / 'metrics.jsonl'}.")
+    if config.mesh.num_cpu_devices:
+        use_cpu_devices(config.mesh.num_cpu_devices)
+    config = config.resolve(jax.device_count())
+    mesh = make_mesh(config.mesh)
+    check_attention(config, mesh)
+    part = batch_part(mesh, jax.process_index())
+    loader = make_train_loader(config.data, process_index=part.process_index, process_count=part.process_count)
+    put = make_put(config, mesh)
+
+    with jax.set_mesh(mesh):
+        state = restore_state(Folder(checkpoint), start, config, mesh)
+        train_step = None
+        for now in range(start + 1, step + 1):
+            record = records[now]
+            rows = loader[int(record.get("data_index", now - 1))]
+            if saved is not None and now == step:
+                rows = saved[0]
+            placed = put(rows)
+            if train_step is None:
+                lowered = jax.jit(make_train_step(config), donate_argnums=0).lower(state, placed)
+                train_step = lowered.compile(compiler_options=tuned_options(config, mesh))
+            state, metrics = train_step(state, placed)
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            compared: dict[str, tuple[float | str | None, float | str]] = {
+                name: (record[name], value) for name, value in values.items() if name in record
+            }
+            after = checkpoint.parent / str(now)
+            if now == step and is_complete(after):
+                compared["parameters sha256"] = fingerprint(load_params(after, mesh)[0]), fingerprint(state.params)
+            yield Comparison(now, compared)
+
+
+def describe(comparison: Comparison) -> str:
+    """One line, or one for each difference."""
+    if not comparison.different:
+        bits = "  ".join(f"{n} {_bits(comparison.compared[n][1])}" for n in FINGERPRINT if n in comparison.compared)
+        return f"step {comparison.step}: identical  {bits}"
+    lines = [f"step {comparison.step}: different"]
+    for name in comparison.different:
+        recorded, now = comparison.compared[name]
+        lines.append(f"  {name}: recorded {_bits(recorded)}, now {_bits(now)}")
+    return "\n".join(lines)
+
+
+FINGERPRINT = ("batch_checksum", "loss", "grad_norm", "param_norm", "parameters sha256")
+
+
+def _bits(value: float | str | None) -> str:
+    """An fp32 value with its bits in hex."""
+    if value is None or isinstance(value, str):
+        return "not finite" if value is None else value
+    if value == round(value) >= 2**24 if math.isfinite(value) else False:
+        return f"{int(value):08x}"  # a checksum
+    return f"{value:.9g} ({np.float32(value).view(np.uint32):08x})"
+
+
+def verdict(comparisons: Sequence[Comparison]) -> str:
+    """What the comparisons say, in a sentence."""
+    first = next((c for c in comparisons if c.different), None)
+    if first is None:
+        return "identical"
+    if "batch_checksum" in first.different:
+        return f"different from step {first.step} on: the batch is another one than then; look at the data."
+    return (
+        f"different from step {first.step} on, with the same batch: the hardware erred then or now, or the versions, "
+        "the mesh or the machine are others. Replay on another machine of the kind tells which."
+    )
