@@ -93,7 +93,7 @@ def _sums(h_BTD: Array, rows_VD: Array, labels_BT: Array, rules: ShardingRules) 
         (label_logit_BT == max_BT).astype(exact), jnp.ones_like(max_BT),
     )  # fmt: skip
     largest = jnp.max(jnp.where(valid_BT > 0, max_BT, -jnp.inf))
-    return LossSums(*(jnp.sum(c * valid_BT) for c in columns), largest)
+    return LossSums(*[*(jnp.sum(c * valid_BT) for c in columns), largest])
 
 
 LOSSES = {"ours": head_loss, "naive": naive_loss, "tiled": tiled_loss}

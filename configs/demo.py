@@ -4,6 +4,9 @@ python train.py                     # about 4 minutes on 2 cores; no accelerator
 """
 
 import dataclasses
+import functools
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 
 from bc2_jax.config import (
     CheckpointConfig,
@@ -57,8 +60,15 @@ def prepare(config: TrainConfig) -> TrainConfig:
         raise ValueError(f"{error.name} is missing: the demo needs pip install 'bc2_jax[data]'.") from error
     from bc2_jax.sharding import use_cpu_devices
 
-    use_cpu_devices(config.mesh.num_cpu_devices)  # before curation uses one
-    corpus = prepare_demo(vocab_size=config.model.vocab_size, sequence_length=config.data.sequence_length)
+    make = functools.partial(
+        prepare_demo, vocab_size=config.model.vocab_size, sequence_length=config.data.sequence_length
+    )
+    if config.distributed.num_processes is None:
+        use_cpu_devices(config.mesh.num_cpu_devices)  # before curation uses one
+        corpus = make()
+    else:  # elsewhere: JAX must not compute here before the processes of the run have joined
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            corpus = pool.submit(make).result()
     sources = tuple(SourceConfig(path=str(path), weight=WEIGHTS[name]) for name, path in corpus.sources.items())
     return dataclasses.replace(
         config, data=dataclasses.replace(config.data, sources=sources, tokenizer=str(corpus.tokenizer))

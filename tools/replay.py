@@ -25,16 +25,22 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
+        import jax
+
         from bc2_jax.train.replay import describe, replay, verdict
+
+        def say(text: str) -> None:
+            if jax.process_index() == 0:
+                print(text, flush=True)
 
         comparisons = []
         for comparison in replay(options.path, options.step, options.batch):
-            print(describe(comparison), flush=True)
+            say(describe(comparison))
             comparisons.append(comparison)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(verdict(comparisons))
+    say(verdict(comparisons))
     return 1 if any(comparison.different for comparison in comparisons) else 0
 
 

@@ -290,6 +290,7 @@ class TrainConfig:
         require_positive(self, "", "num_steps", "log_every", "eval_every", "profile_steps")
         for field in ("eval_batches", "verify_resume_steps", "profile_start", "seed"):
             require(getattr(self, field) >= 0, field, getattr(self, field), "it must be at least 0")
+        require("://" not in (self.workdir or ""), "workdir", self.workdir, "it must be a path of a file system")
         require(
             self.verify_resume_steps < self.num_steps,
             "verify_resume_steps",

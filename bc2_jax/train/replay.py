@@ -6,6 +6,7 @@ line is a fingerprint of its step: of the batch as the devices had it, the loss,
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -16,11 +17,12 @@ import jax
 import numpy as np
 
 from bc2_jax.checkpoint import find_checkpoint, is_complete, load_params, load_state, read_metadata
-from bc2_jax.config import TrainConfig
+from bc2_jax.config import DistributedConfig, TrainConfig
 from bc2_jax.config.record import from_record
 from bc2_jax.data.loader import make_train_loader
 from bc2_jax.manifest import verify
-from bc2_jax.sharding import make_mesh, use_cpu_devices
+from bc2_jax.sharding import make_mesh
+from bc2_jax.train import distributed
 from bc2_jax.train.health import FIELDS
 from bc2_jax.train.metrics import fingerprint, read_metrics
 from bc2_jax.train.start import batch_part, check_attention, make_put, restore_state, tuned_options
@@ -72,8 +74,26 @@ def choose_checkpoint(path: str | Path, step: int) -> Path:
     return found
 
 
-def load_batch(paths: Sequence[str | Path], step: int) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """(rows, metrics) that a run saved of a step; its processes' files in their order. Raises ValueError for others."""
+def recorded_config(checkpoint: Path, step: int, last: TrainConfig) -> TrainConfig:
+    """The config with which `step` was done: a run may go on from `checkpoint` with another than it was saved with.
+
+    It is in the next checkpoint; where there is none it is `last`, that of the last start.
+    """
+    later = [p for p in checkpoint.parent.iterdir() if p.name.isdigit() and int(p.name) >= step and is_complete(p)]
+    if not later:
+        return last
+    return from_record(TrainConfig, read_metadata(min(later, key=lambda p: int(p.name)))["config"])
+
+
+def _on_these_devices(config: TrainConfig) -> TrainConfig:
+    """On a pod the processes find each other again; simulated devices of several processes become those of one."""
+    devices = config.mesh.num_cpu_devices * (config.distributed.num_processes or 1)
+    mesh = dataclasses.replace(config.mesh, num_cpu_devices=devices)
+    return dataclasses.replace(config, distributed=DistributedConfig(), mesh=mesh)
+
+
+def load_batch(paths: Sequence[str | Path], step: int) -> tuple[list[dict[str, np.ndarray]], dict[str, float]]:
+    """(rows of each file, metrics) that a run saved of a step. Raises ValueError for files of something else."""
     parts = []
     for path in paths:
         with np.load(path, allow_pickle=False) as file:  # data: nothing in it is executed
@@ -83,7 +103,7 @@ def load_batch(paths: Sequence[str | Path], step: int) -> tuple[dict[str, np.nda
             reason = f"it has no {missing[0]}" if missing else f"it is of step {int(parts[-1]['step'])}, not {step}"
             raise ValueError(f"--batch = {str(path)!r} is not valid: {reason}.")
     metrics = {name.removeprefix("metric_"): float(x) for name, x in parts[0].items() if name.startswith("metric_")}
-    return {name: np.concatenate([part[name] for part in parts]) for name in FIELDS}, metrics
+    return [{name: part[name] for name in FIELDS} for part in parts], metrics
 
 
 def replay(path: str | Path, step: int, batch: Sequence[str | Path] = ()) -> Iterator[Comparison]:
@@ -94,22 +114,17 @@ def replay(path: str | Path, step: int, batch: Sequence[str | Path] = ()) -> Ite
     step, if the checkpoint, the record or as many devices as the run had are not there.
     """
     checkpoint = choose_checkpoint(path, step)
-    written = checkpoint.parent.parent / "config.json"
-    if written.is_file():  # simulated devices must be there before Orbax asks JAX for any
-        devices = json.loads(written.read_text(encoding="utf-8"))["mesh"]["num_cpu_devices"]
-        if devices:
-            use_cpu_devices(devices)
-    saved = load_batch(batch, step) if batch else None
     run, start = checkpoint.parent.parent, int(checkpoint.name)
-    config = from_record(TrainConfig, read_metadata(checkpoint)["config"])
+    saved = load_batch(batch, step) if batch else None
+    last = from_record(TrainConfig, json.loads((run / "config.json").read_text(encoding="utf-8")))
+    distributed.start(_on_these_devices(last))  # before Orbax asks JAX for devices
+    config = _on_these_devices(recorded_config(checkpoint, step, last))
     records = {line["step"]: line for line in read_metrics(run / "metrics.jsonl")}
     if saved is not None and step not in records:
         records[step] = saved[1]
     for needed in range(start + 1, step + 1):
         if needed not in records:
             raise ValueError(f"--step = {step} is not valid: step {needed} is not recorded in {run / 'metrics.jsonl'}.")
-    if config.mesh.num_cpu_devices:
-        use_cpu_devices(config.mesh.num_cpu_devices)
     config = config.resolve(jax.device_count())
     mesh = make_mesh(config.mesh)
     check_attention(config, mesh)
@@ -124,7 +139,7 @@ def replay(path: str | Path, step: int, batch: Sequence[str | Path] = ()) -> Ite
             record = records[now]
             rows = loader[int(record.get("data_index", now - 1))]
             if saved is not None and now == step:
-                rows = saved[0]
+                rows = _own_rows(saved[0], len(rows["labels"]))
             placed = put(rows)
             if train_step is None:
                 lowered = jax.jit(make_train_step(config), donate_argnums=0).lower(state, placed)
@@ -138,6 +153,17 @@ def replay(path: str | Path, step: int, batch: Sequence[str | Path] = ()) -> Ite
             if now == step and is_complete(after):
                 compared["parameters sha256"] = fingerprint(load_params(after, mesh)[0]), fingerprint(state.params)
             yield Comparison(now, compared)
+
+
+def _own_rows(parts: list[dict[str, np.ndarray]], count: int) -> dict[str, np.ndarray]:
+    """Those of this process: its file's, or of all files where it is alone."""
+    several = jax.process_count() > 1 and len(parts) == jax.process_count()
+    mine = parts[jax.process_index()] if several else {n: np.concatenate([p[n] for p in parts]) for n in FIELDS}
+    if len(mine["labels"]) != count:
+        raise ValueError(
+            f"--batch has {len(mine['labels'])} rows of a step, not {count}: give the file of each process."
+        )
+    return mine
 
 
 def describe(comparison: Comparison) -> str:

@@ -28,6 +28,7 @@ def changed(finished, tmp_path):
 
     def change(step: int, **values) -> Path:
         (tmp_path / "checkpoints").symlink_to(finished / "checkpoints")
+        (tmp_path / "config.json").symlink_to(finished / "config.json")
         lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
         for line in lines:
             line.update(values if line["step"] == step else {})
