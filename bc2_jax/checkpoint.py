@@ -75,7 +75,11 @@ class Checkpointer:
         return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdigit() and is_complete(p))
 
     def describe_newest(self) -> str:
-        """Which checkpoint is the newest complete one, as the end of a sentence."""
+        """Which checkpoint is the newest complete one, as the end of a sentence; waits for the save under way."""
+        try:
+            self.wait()
+        except SaveError as error:
+            _log.warning("%s", error)
         with contextlib.suppress(OSError):
             if steps := self.steps():
                 return f"the last good checkpoint is {self.directory / str(steps[-1])}"

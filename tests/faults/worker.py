@@ -1,7 +1,7 @@
 """train.py that also writes the rows it trains on: the file RECORDED_ROWS has a line [step, [hash, ...]] a batch.
 
 It is what `tests/faults/harness.py` launches. A batch is written when it is read, one step before it is trained on.
-STEP_SECONDS makes each step at least so long.
+STEP_SECONDS makes each step at least so long. POISON, {data index: factor} as JSON, spoils the loss of batches.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train
 from bc2_jax.train import loop
+from tests.train.poisoning import poison
 
 
 class RecordedIterator:
@@ -42,6 +43,7 @@ def make_recorded_iterator(loader, make=loop.make_train_iterator):
 
 
 loop.make_train_iterator = make_recorded_iterator
+poison({int(index): factor for index, factor in json.loads(os.environ.get("POISON", "{}")).items()})
 
 if __name__ == "__main__":
     train.main()

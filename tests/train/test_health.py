@@ -22,9 +22,8 @@ from bc2_jax.sharding import make_mesh
 from bc2_jax.train import health, loop, step
 from bc2_jax.train.metrics import read_metrics
 from bc2_jax.train.start import make_put
-
-POISON = 10**6
-"""A token id that no table has; the loss that `poisoned` makes is not finite where it is."""
+from tests.train import poisoning
+from tests.train.poisoning import POISON
 
 # The compiler takes far longer than these steps do.
 FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -33,34 +32,9 @@ FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive
 @pytest.fixture
 def poisoned(monkeypatch):
     """poisoned({data index: factor}) makes the loss of those batches that many times as large."""
-    make_loss_fn = step.make_loss_fn
-
-    def poisoned_loss_fn(*args):
-        loss_fn = make_loss_fn(*args)
-
-        def poisoned_loss(params, batch):
-            loss, sums = loss_fn(params, batch)
-            marks = jnp.max(batch["positions"])
-            factor = jnp.where(marks == POISON, jnp.nan, jnp.where(marks > POISON, (marks - POISON) * 1.0, 1.0))
-            return loss * factor, sums._replace(cross_entropy=sums.cross_entropy * factor)
-
-        return poisoned_loss
 
     def poison(factors: dict[int, float]):
-        make_loader = make_train_loader
-
-        def poison_rows(index, rows):
-            if index in factors:
-                factor = factors[index]
-                mark = POISON if math.isnan(factor) else POISON + int(factor)
-                return rows | {"positions": np.full_like(rows["positions"], mark)}
-            return rows
-
-        def make(*args, **kwargs):
-            return make_loader(*args, **kwargs).map_with_index(poison_rows)
-
-        monkeypatch.setattr(step, "make_loss_fn", poisoned_loss_fn)
-        monkeypatch.setattr(loop, "make_train_loader", make)
+        poisoning.poison(factors, monkeypatch.setattr)
         monkeypatch.setattr(loop, "tuned_options", lambda *_: FAST_COMPILE)
 
     return poison

@@ -1,0 +1,43 @@
+"""Batches whose loss is not finite or too large, in a run that is otherwise the user's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+
+from bc2_jax.data.loader import make_train_loader
+from bc2_jax.train import loop, step
+
+POISON = 10**6
+"""A position that no row has; the loss of its batch is not finite, and is larger by what is added to it."""
+
+
+def poison(factors: dict[int, float], set_attribute: Callable[[object, str, object], None] = setattr) -> None:
+    """Makes the loss of batches, by the loader's numbers, so many times as large."""
+    make_loss_fn = step.make_loss_fn
+
+    def poisoned_loss_fn(*args):
+        loss_fn = make_loss_fn(*args)
+
+        def poisoned_loss(params, batch):
+            loss, sums = loss_fn(params, batch)
+            marks = jnp.max(batch["positions"])
+            factor = jnp.where(marks == POISON, jnp.nan, jnp.where(marks > POISON, (marks - POISON) * 1.0, 1.0))
+            return loss * factor, sums._replace(cross_entropy=sums.cross_entropy * factor)
+
+        return poisoned_loss
+
+    def poison_rows(index, rows):
+        if index not in factors:
+            return rows
+        mark = POISON if math.isnan(factors[index]) else POISON + int(factors[index])
+        return rows | {"positions": np.full_like(rows["positions"], mark)}
+
+    def make(*args, **kwargs):
+        return make_train_loader(*args, **kwargs).map_with_index(poison_rows)
+
+    set_attribute(step, "make_loss_fn", poisoned_loss_fn)
+    set_attribute(loop, "make_train_loader", make)
