@@ -22,7 +22,8 @@ class DistributedConfig:
     heartbeat_timeout: int = 100
     """Seconds without a sign of life after which a process is taken for dead and the others end."""
     step_timeout: int = 1800
-    """Seconds without a finished step after which a process says where it hangs and ends; 0 for never."""
+    """Seconds without progress (a finished step, parameters restored, a compiled program) after which a process says
+    where it hangs and ends; 0 for never."""
 
     def __post_init__(self) -> None:
         fields = ("coordinator_address", "num_processes", "process_id")

@@ -26,9 +26,9 @@ from bc2_jax.sharding import use_cpu_devices
 
 EXIT_ERROR = 1
 EXIT_HUNG = 70
+"""No progress for `distributed.step_timeout` (EX_SOFTWARE of sysexits.h)."""
 EXIT_LOST = 76
 """Of a run of several processes: another one is gone, or something failed that starting again may mend."""
-"""No step was finished for `distributed.step_timeout` (EX_SOFTWARE of sysexits.h)."""
 EXIT_PREEMPTED = 75
 """Stopped by SIGTERM with its last step saved: start it again with --resume auto (EX_TEMPFAIL of sysexits.h)."""
 

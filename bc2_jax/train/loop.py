@@ -151,6 +151,7 @@ def _run(
         with goodput.phase("compile"):
             lowered = jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch)
             train_step = lowered.compile(compiler_options=tuned_options(config, mesh))
+        watchdog.beat("compilation")
         eval_step = jax.jit(make_eval_step(config))
         verified_step = config.num_steps - config.verify_resume_steps if config.verify_resume_steps else 0
 
