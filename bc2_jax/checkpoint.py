@@ -299,6 +299,9 @@ def _save_context() -> ocp.Context:
     context = ocp.Context()
     # Where they cannot be made, the threads of a save would wait for them for minutes instead of failing.
     context.async_options.create_directories_asynchronously = False
+    # Orbax measures its timeout by the time of day: a clock that is set forward must not end a save. A save that hangs
+    # is noticed by who waits for it (train.distributed.Watchdog).
+    context.async_options.timeout_secs = 10 * 365 * 86_400
     context.array.saving.scoped_storage_options_creator = storage
     return context
 

@@ -152,9 +152,13 @@ class DataConfig:
     """Forward and backward passes per optimizer step; each token of the step has the same weight."""
     seed: int = 0
     """Seed of the row order."""
+    max_bad_rows: int = 0
+    """How many rows that can't be read each process goes on without, from its start on: padding takes their place, and
+    each is named in the log. One more ends the run."""
 
     def __post_init__(self) -> None:
         require_positive(self, "data.", "sequence_length", "global_batch_size", "accumulation_steps")
+        require(self.max_bad_rows >= 0, "data.max_bad_rows", self.max_bad_rows, "it must be at least 0")
         require(len(self.sources) > 0, "data.sources", self.sources, "at least one source is needed")
         require(
             any(source.weight for source in self.sources),

@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from bc2_jax.config import DataConfig
+from bc2_jax.data.bad_rows import BadRows
 from bc2_jax.data.corpus import PartFolder, list_parts
 from bc2_jax.data.mixture import Mixture, Stage
-from bc2_jax.data.packing import Manifest, Split, SplitInfo, check_files
+from bc2_jax.data.packing import Manifest, Split, check_files
+from bc2_jax.data.row_file import BadRow, RowFile
 from bc2_jax.tokenizer import EOS_ID, PAD_ID, file_sha256
 
 if TYPE_CHECKING:
@@ -55,13 +57,17 @@ def row_to_example(row: np.ndarray, eos_id: int = EOS_ID, pad_id: int = PAD_ID) 
 
 
 def make_train_loader(
-    data: DataConfig, *, process_index: int, process_count: int, num_steps: int | None = None
-) -> grain.MapDataset[Batch]:
+    data: DataConfig, *, process_index: int, process_count: int, num_steps: int | None = None,
+    bad_rows: BadRows | None = None,
+) -> grain.MapDataset[Batch]:  # fmt: skip
     """The endless training batches of one process: `loader[step]` has what `row_to_example` gives, int32 [B, T].
 
     B = global_batch_size / process_count. A process holds a contiguous slice of the global batch, so the batches of
     all processes, put together in order, are the same for every process_count. Each part of a source is shuffled anew
     in every epoch; parts are interleaved by their shares of tokens (see `mixture.Interleave` for how exactly).
+
+    A row that can't be read is padding while `bad_rows`, by default as many as data.max_bad_rows, allows it; so all
+    others keep their places. Then `loader[step]` raises ValueError, naming the row.
 
     Raises FileNotFoundError or ValueError, naming the field, if the rows are not there or were not made for `data`, or
     if a run of `num_steps` would read a source more often than its max_epochs.
@@ -69,7 +75,7 @@ def make_train_loader(
     import grain
 
     local = _local_batch_size("data.global_batch_size", data.global_batch_size, process_index, process_count)
-    parts = _open_parts(data)
+    parts = _open_parts(data, bad_rows)
     mixture = _make_mixture(data, parts)
     if num_steps is not None:
         _check_epochs(data, parts, mixture, num_steps)
@@ -106,30 +112,32 @@ def describe_mixture(data: DataConfig, num_steps: int) -> list[PartUse]:
 
 
 def make_validation_batches(
-    data: DataConfig, batch_size: int, *, process_index: int = 0, process_count: int = 1
-) -> grain.MapDataset[Batch]:
+    data: DataConfig, batch_size: int, *, process_index: int = 0, process_count: int = 1,
+    bad_rows: BadRows | None = None,
+) -> grain.MapDataset[Batch]:  # fmt: skip
     """All held-out rows of all sources once, in the order of the text, as `len()` batches of int32 [B, T].
 
     B = batch_size / process_count. The last batch is filled with rows of padding, whose labels are all -100, so that
-    every batch has one shape. Raises as `make_train_loader` does, and ValueError if nothing is held out.
+    every batch has one shape; so are places of `bad_rows`. Raises as `make_train_loader` does, and ValueError if
+    nothing is held out.
     """
     import grain
 
     local = _local_batch_size("batch_size", batch_size, process_index, process_count)
     tokenizer_sha256 = _tokenizer_sha256(data)
+    bad_rows = BadRows(data.max_bad_rows) if bad_rows is None else bad_rows
     sources = [
         grain.MapDataset.source(rows)
         for source in data.sources
         for folder in list_parts(source.path)
-        if len(rows := _open_rows(folder, data, "validation", tokenizer_sha256))
+        if len(rows := _open_rows(folder, data, "validation", tokenizer_sha256, bad_rows))
     ]
     if not sources:
         paths = ", ".join(source.path for source in data.sources)
         raise ValueError(f"data.sources = {paths} are not valid: none has held-out rows; pack with a larger fraction.")
     missing = -sum(map(len, sources)) % batch_size
     if missing:
-        padding = np.full(data.sequence_length + 1, PAD_ID, "<u4").tobytes()
-        sources.append(grain.MapDataset.source([padding] * missing))
+        sources.append(grain.MapDataset.source([_padding_row(data.sequence_length)] * missing))
     return _make_batches(grain.MapDataset.concatenate(sources), local, process_index, process_count)
 
 
@@ -184,13 +192,14 @@ class _Part(NamedTuple):
     """Of its source."""
 
 
-def _open_parts(data: DataConfig) -> list[_Part]:
+def _open_parts(data: DataConfig, bad_rows: BadRows | None = None) -> list[_Part]:
     """All parts that have training rows, in the order of the sources."""
     tokenizer_sha256 = _tokenizer_sha256(data)
+    bad_rows = BadRows(data.max_bad_rows) if bad_rows is None else bad_rows
     parts: list[_Part] = []
     for index, source in enumerate(data.sources):
         folders = list_parts(source.path)
-        opened = [(folder, _open_rows(folder, data, "train", tokenizer_sha256)) for folder in folders]
+        opened = [(folder, _open_rows(folder, data, "train", tokenizer_sha256, bad_rows)) for folder in folders]
         opened = [(folder, rows) for folder, rows in opened if len(rows)]
         if not opened:
             raise ValueError(f"data.sources.path = {source.path!r} is not valid: it has no training rows.")
@@ -251,46 +260,36 @@ def _check_epochs(data: DataConfig, parts: Sequence[_Part], mixture: Mixture, nu
 
 
 class _Rows:
-    """The rows of one split of a part as records; a source of data for Grain."""
+    """The rows of one split of a part as records; a source of data for Grain. Bad ones are rows of padding."""
 
-    def __init__(self, path: Path, info: SplitInfo, sequence_length: int) -> None:
-        import grain
-
-        self._path, self._files, self._size = path, info.files, 4 * (sequence_length + 1)
-        self._first = list(itertools.accumulate((file.rows for file in info.files), initial=0))
-        files = [str(path / file.name) for file in info.files]
-        self._records = grain.sources.ArrayRecordDataSource(files) if files else []
+    def __init__(self, folder: PartFolder, split: Split, bad_rows: BadRows) -> None:
+        length = folder.manifest.sequence_length
+        self._files = [RowFile(folder.path, info, length) for info in folder.manifest.split(split).files]
+        self._first = list(itertools.accumulate((file.rows for file in self._files), initial=0))
+        self._bad_rows, self._padding = bad_rows, _padding_row(length)
 
     def __len__(self) -> int:
-        return len(self._records)
+        return self._first[-1]
 
     def __getitem__(self, index: int) -> bytes:
-        try:
-            record = self._records[index]
-        except Exception as error:  # of any kind: it comes from C++
-            raise ValueError(f"{self._where(index)} can't be read ({error}): the file is damaged or gone.") from error
-        if len(record) != self._size:
-            raise ValueError(f"{self._where(index)} has {len(record)} bytes, not {self._size}: the file is damaged.")
-        return record
-
-    def _where(self, index: int) -> str:
         file = bisect.bisect_right(self._first, index) - 1
-        return f"row {index - self._first[file]} of {str(self._path / self._files[file].name)!r}"
+        try:
+            return self._files[file].read(index - self._first[file])
+        except BadRow as bad:
+            self._bad_rows.add(bad)
+            return self._padding
 
 
-def _open_rows(folder: PartFolder, data: DataConfig, split: Split, tokenizer_sha256: str) -> _Rows:
-    """One split of a part, checked against `data`; sizes are compared, contents are not hashed."""
-    path, manifest = folder.path, folder.manifest
-    _check_manifest(manifest, path, data, tokenizer_sha256)
-    info = manifest.split(split)
-    check_files(path, info)
-    rows = _Rows(path, info, data.sequence_length)
-    if len(rows) != info.rows:
-        raise ValueError(
-            f"data.sources.path = {str(path)!r} is damaged: {len(rows)} {split} rows where its manifest says "
-            f"{info.rows}."
-        )
-    return rows
+def _padding_row(sequence_length: int) -> bytes:
+    """A record without any token, [T + 1]: all its labels are ignored."""
+    return np.full(sequence_length + 1, PAD_ID, "<u4").tobytes()
+
+
+def _open_rows(folder: PartFolder, data: DataConfig, split: Split, tokenizer_sha256: str, bad_rows: BadRows) -> _Rows:
+    """One split of a part, checked against `data`; of its files all but the rows is read and compared."""
+    _check_manifest(folder.manifest, folder.path, data, tokenizer_sha256)
+    check_files(folder.path, folder.manifest, split)
+    return _Rows(folder, split, bad_rows)
 
 
 def _check_manifest(manifest: Manifest, path: Path, data: DataConfig, tokenizer_sha256: str) -> None:

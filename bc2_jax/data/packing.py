@@ -7,7 +7,7 @@ The last row is filled with pad. Nothing of a document is dropped.
 
     OUT/manifest.json                             what is here: counts, settings, tokenizer, SHA-256 of each file
     OUT/{train,validation}-00000-of-0000N.array_record
-                                                  a record is one row, T + 1 little-endian uint32, uncompressed
+                                                  the rows and their checksums, as `row_file` writes them
 """
 
 from __future__ import annotations
@@ -20,40 +20,32 @@ import os
 import shutil
 import uuid
 from collections.abc import Hashable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from bc2_jax.data.documents import InvalidDocument, why_invalid
+from bc2_jax.data.row_file import FileInfo, RowFile, RowFileWriter
 from bc2_jax.tokenizer import Tokenizer, file_sha256
 
 logger = logging.getLogger(__name__)
 
 Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
 MANIFEST = "manifest.json"
 _FORMAT = 1
-# One record a group, so that a row is read without its neighbours; uncompressed, since token ids hardly compress.
-_WRITER_OPTIONS = "group_size:1,uncompressed"
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_TEXTS = 4096
 # Longer documents are encoded in parts of about this many characters: the ids are the same, SentencePiece is a fifth
 # faster, and it needs some 100 bytes for each character.
 _PART_CHARACTERS = 1 << 10
 _BUFFERED_TOKENS = 1 << 18
+_OPENING_THREADS = 32
+_NAMED_PROBLEMS = 3
 
 Key = TypeVar("Key", bound=Hashable)
-
-
-@dataclasses.dataclass(frozen=True)
-class FileInfo:
-    """One ArrayRecord file."""
-
-    name: str
-    rows: int
-    size: int
-    """Bytes of the file."""
-    sha256: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,11 +98,11 @@ def load_manifest(path: str | os.PathLike[str]) -> Manifest:
         )
     try:
         fields: dict[str, Any] = json.loads(file.read_bytes())
-        for split in ("train", "validation"):
+        for split in SPLITS:
             files = tuple(FileInfo(**info) for info in fields[split].pop("files"))
             fields[split] = SplitInfo(**fields[split], files=files)
         manifest = Manifest(**fields)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{str(file)!r} is not a manifest of packed rows, format {_FORMAT}: {error!r}.") from error
     if manifest.format != _FORMAT:
         raise ValueError(f"format = {manifest.format} in {str(file)!r} is not valid: this version reads {_FORMAT}.")
@@ -124,32 +116,45 @@ def read_rows(path: str | os.PathLike[str], split: Split) -> np.ndarray:
 
 
 def iterate_rows(path: str | os.PathLike[str], split: Split, *, chunk_tokens: int = 65_536) -> Iterator[np.ndarray]:
-    """The rows of one split in the order of the text, in chunks of about `chunk_tokens`: uint32 [rows, T + 1]."""
-    from array_record.python.array_record_module import ArrayRecordReader
+    """The rows of one split in the order of the text, in chunks of about `chunk_tokens`: uint32 [rows, T + 1].
 
+    Raises BadRow for one that can't be read.
+    """
     manifest = load_manifest(path)
     step = max(1, chunk_tokens // manifest.sequence_length)
-    for file in manifest.split(split).files:
-        reader = ArrayRecordReader(str(Path(path, file.name)))
-        try:
+    for info in manifest.split(split).files:
+        with RowFile(path, info, manifest.sequence_length) as file:
             for start in range(0, file.rows, step):
-                records: list[bytes] = reader.read(start, min(start + step, file.rows))
+                records = file.read_range(start, min(start + step, file.rows))
                 yield np.frombuffer(b"".join(records), "<u4").reshape(-1, manifest.sequence_length + 1)
-        finally:
-            reader.close()
 
 
-def check_files(path: str | os.PathLike[str], info: SplitInfo) -> None:
-    """Raises FileNotFoundError or ValueError if a file of a split is missing from `path` or has another size."""
-    for file in info.files:
+def check_files(path: str | os.PathLike[str], manifest: Manifest, split: Split) -> None:
+    """Opens every file of a split. Raises FileNotFoundError or ValueError if one of `path` is missing, can't be opened
+    or is not the one that the manifest describes; of rows, their number and checksums are read, not the contents.
+    """
+    info = manifest.split(split)
+
+    def problem(file: FileInfo) -> str | None:
         found = Path(path, file.name)
         if not found.is_file():
             raise FileNotFoundError(f"data.sources.path = {str(path)!r} is incomplete: {file.name} is missing.")
         if found.stat().st_size != file.size:
-            raise ValueError(
-                f"data.sources.path = {str(path)!r} is damaged: {file.name} has {found.stat().st_size} bytes where its "
-                f"manifest says {file.size}."
-            )
+            return f"{file.name} has {found.stat().st_size} bytes where its manifest says {file.size}"
+        try:
+            with RowFile(path, file, manifest.sequence_length) as rows:
+                rows.open()
+        except ValueError as error:
+            return f"{file.name}: {error}"
+        return None
+
+    rows = sum(file.rows for file in info.files)
+    problems = [f"its manifest says {info.rows} {split} rows, and {rows} of its files"] if rows != info.rows else []
+    # On threads: a corpus has thousands of files, and storage may be far away.
+    with ThreadPoolExecutor(_OPENING_THREADS) as threads:
+        problems += filter(None, threads.map(problem, info.files))
+    if problems:
+        raise ValueError(f"data.sources.path = {str(path)!r} is damaged: {'; '.join(problems[:_NAMED_PROBLEMS])}.")
 
 
 @dataclasses.dataclass
@@ -231,9 +236,9 @@ class RowWriter:
         self._sequence_length, self._rows_per_file = sequence_length, rows_per_file
         self._pending: list[np.ndarray] = []
         self._num_pending = 0
-        self._rows: list[int] = []
-        """Rows in each file so far."""
-        self._writer: Any = None
+        self._closed: list[tuple[int, int]] = []
+        """Rows and `FileInfo.rows_crc32` of each file that is complete."""
+        self._writer: RowFileWriter | None = None
 
     def add(self, ids: np.ndarray) -> None:
         self._pending.append(ids)
@@ -249,14 +254,14 @@ class RowWriter:
         if len(rest) > 1:
             padding = self._sequence_length + 1 - len(rest)
             self._write(np.pad(rest, (0, padding), constant_values=pad_id))
-        if self._writer is not None:
-            self._writer.close()
+        self._close_file()
         files = []
-        for index, rows in enumerate(self._rows):
-            name = f"{self._split}-{index:05d}-of-{len(self._rows):05d}.array_record"
+        for index, (rows, crc32) in enumerate(self._closed):
+            name = f"{self._split}-{index:05d}-of-{len(self._closed):05d}.array_record"
             file = self._file(index).rename(self._folder / name)
-            files.append(FileInfo(name, rows, file.stat().st_size, file_sha256(file)))
-        return SplitInfo(**dataclasses.asdict(counts), rows=sum(self._rows), padding=padding, files=tuple(files))
+            files.append(FileInfo(name, rows, file.stat().st_size, file_sha256(file), crc32))
+        rows = sum(file.rows for file in files)
+        return SplitInfo(**dataclasses.asdict(counts), rows=rows, padding=padding, files=tuple(files))
 
     def _write_full_rows(self) -> np.ndarray:
         """Writes what fills a row and returns the rest."""
@@ -272,15 +277,16 @@ class RowWriter:
         return self._folder / f"{self._split}-{index:05d}"
 
     def _write(self, row: np.ndarray) -> None:
-        from array_record.python.array_record_module import ArrayRecordWriter
+        if self._writer is not None and self._writer.rows == self._rows_per_file:
+            self._close_file()
+        if self._writer is None:
+            self._writer = RowFileWriter(self._file(len(self._closed)))
+        self._writer.write(row)
 
-        if not self._rows or self._rows[-1] == self._rows_per_file:
-            if self._writer is not None:
-                self._writer.close()
-            self._writer = ArrayRecordWriter(str(self._file(len(self._rows))), _WRITER_OPTIONS)
-            self._rows.append(0)
-        self._writer.write(row.tobytes())
-        self._rows[-1] += 1
+    def _close_file(self) -> None:
+        if self._writer is not None:
+            self._closed.append((self._writer.rows, self._writer.close()))
+            self._writer = None
 
 
 def check_packing(sequence_length: int, validation_fraction: float, rows_per_file: int) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from bc2_jax.data.overlap import hash_positions, mix
-from bc2_jax.data.packing import MANIFEST, Manifest, Split, check_files, iterate_rows, load_manifest
+from bc2_jax.data.packing import MANIFEST, SPLITS, Manifest, Split, check_files, iterate_rows, load_manifest
+from bc2_jax.data.row_file import RowFile
 from bc2_jax.validation import require
 
 
@@ -47,8 +48,8 @@ def find_sources(folders: Sequence[str | os.PathLike[str]]) -> list[RowSource]:
     sources: list[RowSource] = []
     for path in sorted(paths):
         source = RowSource(str(path.relative_to(shared)), path, load_manifest(path))
-        for info in (source.manifest.train, source.manifest.validation):
-            check_files(path, info)
+        for split in SPLITS:
+            check_files(path, source.manifest, split)
         sources.append(source)
     for source in sources:
         for field in ("tokenizer_sha256", "sequence_length"):
@@ -72,22 +73,21 @@ def stream_tokens(source: RowSource, split: Split) -> Iterator[tuple[int, np.nda
 
 
 def read_document(source: RowSource, split: Split, position: int, max_tokens: int) -> np.ndarray:
-    """Up to `max_tokens` tokens from `position` to the end of their document, uint32 [any]; reads only their rows."""
-    from array_record.python.array_record_module import ArrayRecordReader
+    """Up to `max_tokens` tokens from `position` to the end of their document, uint32 [any]; reads only their rows.
 
+    Raises BadRow for one that can't be read.
+    """
     manifest, wanted = source.manifest, max_tokens
     row, offset = divmod(position, manifest.sequence_length)
     parts = [np.empty(0, "<u4")]
-    for file in manifest.split(split).files:
-        reader = ArrayRecordReader(str(source.path / file.name))
-        while row < file.rows and wanted > 0:
-            (record,) = reader.read([row])
-            part = np.frombuffer(record, "<u4")[offset:][:wanted]
-            parts.append(part)
-            wanted -= len(part)
-            row, offset = row + 1, 1
-        reader.close()
-        row -= file.rows
+    for info in manifest.split(split).files:
+        with RowFile(source.path, info, manifest.sequence_length) as file:
+            while row < file.rows and wanted > 0:
+                part = np.frombuffer(file.read(row), "<u4")[offset:][:wanted]
+                parts.append(part)
+                wanted -= len(part)
+                row, offset = row + 1, 1
+        row -= info.rows
     tokens = np.concatenate(parts)
     ends = np.flatnonzero((tokens == manifest.eos_id) | (tokens == manifest.pad_id))
     return tokens[: ends[0]] if ends.size else tokens

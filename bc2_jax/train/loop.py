@@ -16,6 +16,7 @@ from rich.console import Console
 
 from bc2_jax.checkpoint import TOKENIZER_NAME, Checkpointer
 from bc2_jax.config import TrainConfig
+from bc2_jax.data.bad_rows import BadRows
 from bc2_jax.data.loader import make_train_iterator, make_train_loader, make_validation_batches
 from bc2_jax.sharding import make_mesh
 from bc2_jax.tokenizer import Tokenizer
@@ -108,8 +109,10 @@ def _run(
     check_tokenizer(config, tokenizer)
     part = batch_part(mesh, jax.process_index())
     process = {"process_index": part.process_index, "process_count": part.process_count}
-    iterator = make_train_iterator(make_train_loader(config.data, num_steps=config.num_steps, **process))
-    validation = make_validation_batches(config.data, config.data.global_batch_size, **process)
+    bad_rows = BadRows(config.data.max_bad_rows)
+    loader = make_train_loader(config.data, num_steps=config.num_steps, bad_rows=bad_rows, **process)
+    iterator = make_train_iterator(loader)
+    validation = make_validation_batches(config.data, config.data.global_batch_size, bad_rows=bad_rows, **process)
     put = make_put(config, mesh)
 
     with jax.set_mesh(mesh):
@@ -166,7 +169,7 @@ def _run(
             total = jax.tree.map(lambda *xs: sum(float(x) for x in xs), *sums)
             total = total._replace(largest_logit=max(float(x.largest_logit) for x in sums))
             means = mean_metrics(total, config.model.z_loss_weight)
-            values = {f"validation_{name}": float(value) for name, value in means.items()}
+            values = {f"validation_{name}": float(value) for name, value in means.items()} | bad_rows.metrics()
             display.say(
                 f"step {step}  validation cross entropy {values['validation_cross_entropy']:.4f}, "
                 f"accuracy {values['validation_accuracy']:.1%}"
@@ -178,6 +181,7 @@ def _run(
             values = {name: float(value) for name, value in jax.device_get(step_metrics).items()}
             watchdog.beat(f"step {step}")
             values |= monitor.observe(step, values, checkpointer.describe_newest) | throughput.step()
+            values |= bad_rows.metrics()
             goodput.steps_done += 1
             display.show(step, values)
             return values

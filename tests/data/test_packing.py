@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import tempfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,12 @@ def test_files_are_named_hashed_and_counted(tokenizer: Tokenizer, modules: list[
     for file in (*manifest.train.files, *manifest.validation.files):
         content = (tmp_path / "rows" / file.name).read_bytes()
         assert (file.size, file.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+    for split in ("train", "validation"):
+        checksums = [zlib.crc32(row.tobytes()) for row in read_rows(tmp_path / "rows", split)]
+        for file in manifest.split(split).files:
+            assert file.rows_crc32 == zlib.crc32(np.array(checksums[: file.rows], "<u4").tobytes())
+            del checksums[: file.rows]
+        assert not checksums
     assert (manifest.tokenizer_sha256, manifest.vocab_size) == (tokenizer.fingerprint, 640)
     assert (manifest.eos_id, manifest.pad_id, manifest.sequence_length) == (2, 0, 64)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import signal
@@ -12,6 +13,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
 
 from bc2_jax.train.metrics import read_metrics
 
@@ -146,6 +149,11 @@ def losses(workdir: Path) -> dict[int, float]:
 
 def checkpoints(workdir: Path) -> list[int]:
     return sorted(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdecimal())
+
+
+def hash_row(row: np.ndarray) -> str:
+    """Of input_ids, int32 [T]: by what `rows_read` names a row."""
+    return hashlib.sha1(row.tobytes()).hexdigest()[:12]
 
 
 def rows_read(workdir: Path) -> dict[int, list[str]]:
