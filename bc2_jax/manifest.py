@@ -12,10 +12,11 @@ import re
 import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 from bc2_jax.tokenizer import file_sha256
+from bc2_jax.validation import is_inside
 
 MANIFEST_NAME = "MANIFEST.json"
 _FORMAT = 1
@@ -75,7 +76,7 @@ def read_manifest(folder: Path) -> dict[str, FileState]:
         raise DamagedCheckpoint(f"{path} is damaged: it is no manifest of format {_FORMAT}.")
     files = {}
     for name, entry in value["files"].items():
-        if not _is_inside(name):
+        if not is_inside(name):
             raise DamagedCheckpoint(f"{path} is not valid: {name!r} is not the name of a file in the checkpoint.")
         if not _is_state(entry):
             raise DamagedCheckpoint(f"{path} is damaged: {name!r} has no size and SHA-256.")
@@ -149,14 +150,6 @@ def _read_regular(path: Path) -> bytes:
     if path.is_symlink():
         raise DamagedCheckpoint(f"{path} is a link: a checkpoint holds files and folders only.")
     return path.read_bytes()
-
-
-def _is_inside(name: str) -> bool:
-    parts = name.split("/")
-    return (
-        name.isprintable() and "\\" not in name and not PurePosixPath(name).is_absolute()
-        and not {"", ".", ".."} & set(parts) and ":" not in parts[0]
-    )  # fmt: skip
 
 
 def _is_state(entry: object) -> bool:

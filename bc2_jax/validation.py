@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import PurePosixPath
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
@@ -31,3 +32,12 @@ def choices(values: Iterable[object]) -> str:
 
 def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def is_inside(name: str) -> bool:
+    """Whether `name`, from a file that others may have written, is the path of something in the file's own folder."""
+    parts = name.split("/")
+    return (
+        name.isprintable() and "\\" not in name and not PurePosixPath(name).is_absolute()
+        and not {"", ".", ".."} & set(parts) and ":" not in parts[0]
+    )  # fmt: skip

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bc2_jax.data.packing import MANIFEST, Manifest, load_manifest
+from bc2_jax.validation import is_inside
 
 CORPUS = "corpus.json"
 PROBLEMS = "problems.txt"
@@ -106,6 +107,11 @@ def load_corpus(path: str | os.PathLike[str]) -> Corpus:
         raise ValueError(f"{str(file)!r} does not describe a corpus, format {_FORMAT}: {error!r}.") from error
     if corpus.format != _FORMAT:
         raise ValueError(f"format = {corpus.format} in {str(file)!r} is not valid: this version reads {_FORMAT}.")
+    for part in corpus.parts:
+        if not is_inside(part.path):
+            raise ValueError(
+                f"parts.path = {part.path!r} in {str(file)!r} is not valid: it must be a folder beside it."
+            )
     return corpus
 
 

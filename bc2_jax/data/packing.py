@@ -29,6 +29,7 @@ import numpy as np
 from bc2_jax.data.documents import InvalidDocument, why_invalid
 from bc2_jax.data.row_file import FileInfo, RowFile, RowFileWriter
 from bc2_jax.tokenizer import Tokenizer, file_sha256
+from bc2_jax.validation import is_inside
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +107,9 @@ def load_manifest(path: str | os.PathLike[str]) -> Manifest:
         raise ValueError(f"{str(file)!r} is not a manifest of packed rows, format {_FORMAT}: {error!r}.") from error
     if manifest.format != _FORMAT:
         raise ValueError(f"format = {manifest.format} in {str(file)!r} is not valid: this version reads {_FORMAT}.")
+    for info in (*manifest.train.files, *manifest.validation.files):
+        if not is_inside(info.name):
+            raise ValueError(f"files.name = {info.name!r} in {str(file)!r} is not valid: it must be a file beside it.")
     return manifest
 
 

@@ -18,6 +18,7 @@ from bc2_jax.checkpoint import TOKENIZER_NAME, Checkpointer
 from bc2_jax.config import TrainConfig
 from bc2_jax.data.bad_rows import BadRows
 from bc2_jax.data.loader import make_train_iterator, make_train_loader, make_validation_batches
+from bc2_jax.data.row_order import record_row_order
 from bc2_jax.sharding import make_mesh
 from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.train import distributed
@@ -38,6 +39,7 @@ from bc2_jax.train.start import (
     restore_state,
     tuned_options,
     use_compilation_cache,
+    warn_of_other_rows,
 )
 from bc2_jax.train.step import init_state, make_eval_step, make_train_step, mean_metrics
 
@@ -103,6 +105,7 @@ def _run(
     metadata = checkpointer.metadata(start_step) if start_step else None
     if metadata is not None:
         check_same_model(config, metadata, workdir)
+        warn_of_other_rows(config, metadata, start_step)
 
     # ---------------------------------------------------------------- data
     tokenizer = Tokenizer(config.data.tokenizer)
@@ -113,6 +116,7 @@ def _run(
     loader = make_train_loader(config.data, num_steps=config.num_steps, bad_rows=bad_rows, **process)
     iterator = make_train_iterator(loader)
     validation = make_validation_batches(config.data, config.data.global_batch_size, bad_rows=bad_rows, **process)
+    row_order = record_row_order(config.data)
     put = make_put(config, mesh)
 
     with jax.set_mesh(mesh):
@@ -187,7 +191,8 @@ def _run(
             return values
 
         def save() -> None:
-            metadata = {"config": dataclasses.asdict(config), "data": data_state, "health": monitor.state()}
+            metadata = {"config": dataclasses.asdict(config), "data": data_state, "row_order": row_order}
+            metadata["health"] = monitor.state()
             with goodput.phase("save"):
                 checkpointer.save(step, state.params, state.opt_state, metadata)
             goodput.record(step)

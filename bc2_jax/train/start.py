@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from bc2_jax.checkpoint import abstract_params, parse_model_config
 from bc2_jax.config import TrainConfig, differing_fields
 from bc2_jax.convert.pretrained import load_params, read_model_config
+from bc2_jax.data.row_order import changed_row_order
 from bc2_jax.model.baichuan import Params, init_params
 from bc2_jax.sharding import DEFAULT_RULES
 from bc2_jax.tokenizer import Tokenizer
@@ -24,6 +26,8 @@ from bc2_jax.tpu.chips import DEVICE_KINDS
 from bc2_jax.tpu.options import compiler_options
 from bc2_jax.train.optimizer import make_optimizer
 from bc2_jax.train.step import Batch, TrainState
+
+_log = logging.getLogger(__name__)
 
 
 def use_compilation_cache(folder: str) -> None:
@@ -54,6 +58,16 @@ def check_same_model(config: TrainConfig, metadata: dict[str, Any], workdir: Pat
         raise ValueError(
             f"model is not that of the checkpoints in '{workdir}'; these fields differ (now against then): "
             + "; ".join(lines) + "."
+        )  # fmt: skip
+
+
+def warn_of_other_rows(config: TrainConfig, metadata: dict[str, Any], step: int) -> None:
+    """Logs which fields make a run that goes on from a checkpoint read other rows than it would have read."""
+    recorded = metadata.get("row_order")
+    if jax.process_index() == 0 and recorded is not None and (names := changed_row_order(recorded, config.data, step)):
+        _log.warning(
+            "The data is not that of the checkpoint of step %d, which it goes on from: %s changed. Rows that were "
+            "trained on may come again, others never.", step, ", ".join(names),
         )  # fmt: skip
 
 

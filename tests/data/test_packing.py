@@ -178,3 +178,12 @@ def test_unreadable_manifests(tokenizer: Tokenizer, tmp_path: Path) -> None:
     file.write_text("{}")
     with pytest.raises(ValueError, match="is not a manifest of packed rows"):
         load_manifest(tmp_path / "rows")
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../rows.array_record", "a/../../b", "", ".", "gs://b", "a\\b", "a\n"])
+def test_a_manifest_leads_nowhere_else(tokenizer: Tokenizer, tmp_path: Path, name: str) -> None:
+    manifest = dataclasses.asdict(pack_documents(["text"], tokenizer, tmp_path / "rows", 8))
+    manifest["train"]["files"][0]["name"] = name
+    (tmp_path / "rows" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"files.name = .* is not valid: it must be a file beside it"):
+        read_rows(tmp_path / "rows", "train")

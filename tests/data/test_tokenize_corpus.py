@@ -398,3 +398,13 @@ def test_bad_inputs_are_one_line(tokenizer: Tokenizer, tmp_path: Path, name: str
 def test_bad_settings(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Settings(**settings)
+
+
+@pytest.mark.parametrize("path", ["/tmp", "../other", "web/../../other", ""])
+def test_a_corpus_leads_nowhere_else(tokenizer: Tokenizer, curated: Path, tmp_path: Path, path: str) -> None:
+    tokenize_corpus([curated], tokenizer.path, tmp_path / "rows", SMALL)
+    record = json.loads((tmp_path / "rows" / "corpus.json").read_text())
+    record["parts"][0]["path"] = path
+    (tmp_path / "rows" / "corpus.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="parts.path = .* is not valid: it must be a folder beside it"):
+        list_parts(tmp_path / "rows")

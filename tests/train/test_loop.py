@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from bc2_jax import manifest
+from bc2_jax.checkpoint import read_metadata
 from bc2_jax.config import (
     CheckpointConfig,
     MeshConfig,
@@ -22,6 +23,7 @@ from bc2_jax.config import (
 )
 from bc2_jax.convert.conversion import to_hf
 from bc2_jax.data.loader import make_train_loader
+from bc2_jax.data.row_order import record_row_order
 from bc2_jax.train import loop
 from bc2_jax.train.distributed import Preempted
 from bc2_jax.train.metrics import fingerprint
@@ -62,11 +64,12 @@ def test_learns_and_writes_everything(config, finished):
 
 
 @pytest.mark.parametrize("stop", [3, 4])
-def test_stopped_and_resumed_is_bit_identical(config, finished, stop, tmp_path):
+def test_stopped_and_resumed_is_bit_identical(config, finished, stop, tmp_path, caplog):
     part = dataclasses.replace(config, workdir=str(tmp_path / "run"), num_steps=stop)
     loop.train(part)
+    assert read_metadata(tmp_path / "run" / "checkpoints" / str(stop))["row_order"] == record_row_order(config.data)
     result = loop.train(dataclasses.replace(part, num_steps=8, resume="auto"))
-    assert result.fingerprint == finished.fingerprint
+    assert result.fingerprint == finished.fingerprint and not caplog.messages
     names = ("step", "loss", "grad_norm", "tokens")
     a, b = ([[m[n] for n in names] for m in read_metrics(r.workdir / "metrics.jsonl")] for r in (result, finished))
     assert a == b

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import runpy
 from pathlib import Path
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 
 from bc2_jax.config import MeshConfig
+from bc2_jax.data.row_order import record_row_order
 from bc2_jax.sharding import DEFAULT_RULES, MESH_AXES, Mesh, make_mesh
 from bc2_jax.tpu.options import compiler_options
-from bc2_jax.train.start import batch_part, check_attention, make_put, tuned_options
+from bc2_jax.train.start import batch_part, check_attention, make_put, tuned_options, warn_of_other_rows
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -79,3 +81,15 @@ def test_only_data_goes_across_slices():
     devices = [SimpleNamespace(slice_index=i // 4) for i in range(8)]
     with pytest.raises(ValueError, match="mesh.data = 1 is not valid: it must be a multiple of the 2 slices"):
         make_mesh(MeshConfig(data=1, fsdp=8), devices)
+
+
+def test_other_rows_than_those_of_the_checkpoint_are_named(small_run, caplog):
+    metadata = {"row_order": json.loads(json.dumps(record_row_order(small_run.data)))}
+    warn_of_other_rows(small_run, metadata, 4)
+    warn_of_other_rows(small_run, {}, 4)  # of an earlier version
+    assert not caplog.messages
+    warn_of_other_rows(dataclasses.replace(small_run, data=dataclasses.replace(small_run.data, seed=3)), metadata, 4)
+    assert caplog.messages == [
+        "The data is not that of the checkpoint of step 4, which it goes on from: data.seed changed. Rows that were "
+        "trained on may come again, others never."
+    ]
