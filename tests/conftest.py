@@ -26,10 +26,11 @@ from bc2_jax.tokenizer import Tokenizer, train_tokenizer
 
 use_cpu_devices(8)  # before any test can start the backend
 
-# Programs that several tests or their subprocesses compile are compiled once; the user's own cache is left alone.
-compiled = tempfile.TemporaryDirectory()
-os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
-jax.config.update("jax_compilation_cache_dir", compiled.name)
+# Programs that several tests, their workers or subprocesses compile are compiled once; the user's own cache is left alone.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    compiled = tempfile.TemporaryDirectory()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 settings.register_profile("bc2_jax", deadline=None, derandomize=True, database=None, max_examples=25)
