@@ -163,6 +163,7 @@ class Preemption:
 
     def __init__(self) -> None:
         self._noticed = False
+        self._calls = 0
         self._shared = jax.distributed.is_initialized()  # JAX then handles the signal
         self._in_main_thread = threading.current_thread() is threading.main_thread()
         self._before: Any = signal.SIG_DFL
@@ -184,9 +185,11 @@ class Preemption:
         self._noticed = True
         signal.signal(number, signal.SIG_DFL)
 
-    def reached(self, step: int) -> bool:
-        """Whether to stop after `step`; every process calls it at each step and gets the same answer."""
-        if self._shared and multihost_utils.reached_preemption_sync_point(step):
+    def reached(self) -> bool:
+        """Whether to stop after this step; every process calls it once at each step and gets the same answer."""
+        # Not the step: a run may go back to an earlier one, and after a signal before the first call JAX stops at 1.
+        self._calls += 1
+        if self._shared and multihost_utils.reached_preemption_sync_point(self._calls):
             self._noticed = True
             self.close()
         return self._noticed

@@ -114,7 +114,9 @@ def _run(
         if jax.process_index() == 0:
             (workdir / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1), encoding="utf-8")
             if not (workdir / TOKENIZER_NAME).exists():
-                shutil.copyfile(config.data.tokenizer, workdir / TOKENIZER_NAME)
+                partial = workdir / f"{TOKENIZER_NAME}.partial"
+                shutil.copyfile(config.data.tokenizer, partial)
+                partial.replace(workdir / TOKENIZER_NAME)  # a killed run leaves it whole or not there
         report.print_tables(console, config, mesh)
         report.print_mixture(console, config)
         writer = report.MetricsWriter(workdir, start_step)
@@ -200,7 +202,7 @@ def _run(
                 is_last = step == config.num_steps
                 is_kept = checkpointer.is_permanent(step)
                 is_eval = is_last or step % config.eval_every == 0 or is_kept
-                stopping = preemption.reached(step)
+                stopping = preemption.reached()
                 is_save = is_last or is_kept or stopping or step == verified_step
                 is_save = is_save or step % config.checkpoint.save_every == 0
                 if is_eval or is_save:
