@@ -48,6 +48,7 @@ def main() -> None:
         # After the command line is known to be right: --help answers at once.
         import jax
 
+        from bc2_jax.checkpoint import InterruptedSave
         from bc2_jax.train import distributed
         from bc2_jax.train.loop import train
     except (ValueError, OSError, ArithmeticError) as error:
@@ -62,7 +63,7 @@ def main() -> None:
         sys.exit(distributed.EXIT_LOST)
     except (ValueError, OSError, ArithmeticError) as error:
         print(f"error: {error}", file=sys.stderr)
-        distributed.leave(distributed.EXIT_ERROR)
+        distributed.leave(distributed.EXIT_LOST if isinstance(error, InterruptedSave) else distributed.EXIT_ERROR)
     except Exception:
         # Also when another process is gone: JAX says which.
         traceback.print_exc()

@@ -50,6 +50,10 @@ class SaveError(OSError):
     """A checkpoint could not be written; the message names it, why, and what is still good."""
 
 
+class InterruptedSave(SaveError):
+    """Another process was lost during a save: nothing is wrong with the target, and a new start may mend it."""
+
+
 class Checkpointer:
     """The checkpoints of one run, in DIRECTORY/STEP.
 
@@ -215,7 +219,8 @@ class Checkpointer:
         if jax.process_index() == 0:
             with contextlib.suppress(OSError):
                 self._remove("*.saving*")  # it may be what fills the disk
-        return SaveError(
+        kind = InterruptedSave if _is_from_others(error) else SaveError
+        return kind(
             f"{self.directory / str(step)} could not be saved ({_reason(error)}): the run stops; "
             f"{self.describe_newest()}."
         )
@@ -276,10 +281,22 @@ def _free_name(path: Path) -> Path:
     return candidate
 
 
-def _reason(error: BaseException) -> str:
-    """The innermost cause in one line; what Orbax and TensorStore put around it is of no use to a user."""
+def _innermost(error: BaseException) -> BaseException:
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner
+    return error
+
+
+def _is_from_others(error: BaseException) -> bool:
+    """Whether it is that the processes could not reach each other, and nothing of the file system."""
+    error = _innermost(error)
+    is_lost = isinstance(error, (jax.errors.JaxRuntimeError, TimeoutError))  # Orbax makes the latter of the former
+    return jax.process_count() > 1 and is_lost and not _REASONS.search(str(error))
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause in one line; what Orbax and TensorStore put around it is of no use to a user."""
+    error = _innermost(error)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
     text = " ".join(str(error).split()) or type(error).__name__

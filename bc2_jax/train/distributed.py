@@ -188,7 +188,8 @@ class Preemption:
 
     def reached(self) -> bool:
         """Whether to stop after this step; every process calls it once at each step and gets the same answer."""
-        self._calls += 1  # not the step: a run may go back to an earlier one
+        # Not the step: a run may go back to an earlier one, and after a signal before the first call JAX stops at 1.
+        self._calls += 1
         if self._shared and multihost_utils.reached_preemption_sync_point(self._calls):
             self._noticed = True
             self.close()

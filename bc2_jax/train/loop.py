@@ -135,7 +135,9 @@ def _run(
         if jax.process_index() == 0:
             (workdir / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1), encoding="utf-8")
             if not (workdir / TOKENIZER_NAME).exists():
-                shutil.copyfile(config.data.tokenizer, workdir / TOKENIZER_NAME)
+                partial = workdir / f"{TOKENIZER_NAME}.partial"
+                shutil.copyfile(config.data.tokenizer, partial)
+                partial.replace(workdir / TOKENIZER_NAME)  # a killed run leaves it whole or not there
         report.print_tables(console, config, mesh)
         report.print_mixture(console, config)
         writer = report.MetricsWriter(workdir, start_step)

@@ -120,7 +120,9 @@ class MetricsWriter:
         if jax.process_index() != 0:
             return
         kept = [m for m in read_metrics(self.path) if m["step"] <= start_step] if self.path.exists() else []
-        self.path.write_text("".join(json.dumps(m) + "\n" for m in kept), encoding="utf-8")
+        partial = self.path.with_name(f"{self.path.name}.partial")
+        partial.write_text("".join(json.dumps(m) + "\n" for m in kept), encoding="utf-8")
+        partial.replace(self.path)  # killed here, the run still has its metrics
         from tensorboardX import SummaryWriter
 
         self._file = self.path.open("a", encoding="utf-8")

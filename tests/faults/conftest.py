@@ -28,6 +28,14 @@ def whole(tiny, tmp_path_factory) -> harness.Job:
 
 
 @pytest.fixture(scope="session")
+def alone(tiny, tmp_path_factory) -> harness.Job:
+    """Uninterrupted, one process with two devices."""
+    job = harness.launch(tiny, tmp_path_factory.mktemp("alone") / "run", devices=2)
+    assert job.wait() == [0], job.text()
+    return job
+
+
+@pytest.fixture(scope="session")
 def stopped(tiny, tmp_path_factory) -> harness.Job:
     """The same, after process 1 got a SIGTERM."""
     workdir = tmp_path_factory.mktemp("stopped") / "run"

@@ -20,6 +20,12 @@ from bc2_jax.train.metrics import read_metrics
 
 WORKER = Path(__file__).with_name("worker.py")
 
+START_PHASES = ("start", "join", "verify", "restore", "compile")
+SAVE_PHASES = ("save", "write", "seal", "rename")
+"""save: copied; write: by all processes; seal: hashed and synced, by process 0; rename: the old ones go."""
+PHASES = (*START_PHASES, "read", "step", *SAVE_PHASES, "end")
+"""What a process does, in the order of a run: read and step alternate; a save goes on beside them, until `saved`."""
+
 CONFIG = '''"""A run of seconds."""
 
 from bc2_jax.config import *
@@ -56,13 +62,13 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 120) -> None:
-    """Returns when `condition` holds; raises TimeoutError after `seconds`."""
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 120, every: float = 0.02) -> None:
+    """Returns when `condition` holds, asked `every` so many seconds; raises TimeoutError after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
             raise TimeoutError(f"{what}: not within {seconds} s.")
-        time.sleep(0.02)
+        time.sleep(every)
 
 
 @dataclasses.dataclass
@@ -94,6 +100,29 @@ class Job:
     def log(self, process: int) -> str:
         return self.logs[process].read_text(errors="replace")
 
+    def phases(self, process: int) -> list[tuple[str, int]]:
+        """(phase, step) of each phase that began, step 0 where it has none."""
+        path = self.logs[process].with_suffix(".phases")
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [(phase, int(step)) for phase, step in map(str.split, lines)]
+
+    def has_begun(self, process: int, phase: str, step: int = 0) -> bool:
+        """Whether a phase has begun; those that belong to a step, from `step` on."""
+        first = 0 if phase in (*START_PHASES, "end") else step
+        return any(name == phase and at >= first for name, at in self.phases(process))
+
+    def phase(self, process: int) -> str:
+        """What the process does, or did when it was killed; a save under way comes before what goes on beside it."""
+        names = [name for name, _ in self.phases(process)]
+        for i, name in reversed(list(enumerate(names))):
+            if name in SAVE_PHASES and "saved" not in names[i:]:
+                return name
+        return next((name for name in reversed(names) if name in PHASES and name not in SAVE_PHASES), "start")
+
+    def last_read(self) -> int:
+        """The step of the last batch that process 0 has read; 0 if there is none."""
+        return max((step for phase, step in self.phases(0) if phase == "step"), default=0)
+
     def text(self) -> str:
         """The ends of all logs, for messages."""
         return "\n".join(f"--- process {i}\n{self.log(i)[-3000:]}" for i in range(len(self.logs)))
@@ -110,12 +139,14 @@ class Job:
 
 
 def launch(
-    config: Path, workdir: Path, *args: str, processes: int = 1, devices: int = 1, step_seconds: float = 0
-) -> Job:
+    config: Path, workdir: Path, *args: str, processes: int = 1, devices: int = 1, step_seconds: float = 0,
+    hold: dict[int, str] | None = None,
+) -> Job:  # fmt: skip
     """Starts a run, or goes on with it, as `processes` processes with `devices` CPU devices each.
 
-    Logs are WORKDIR.START.PROCESS.log, the rows each process read WORKDIR.START.PROCESS.rows. `args` are more arguments
-    of train.py.
+    Logs are WORKDIR.START.PROCESS.log, the rows each process read WORKDIR.START.PROCESS.rows, its phases
+    WORKDIR.START.PROCESS.phases. `args` are more arguments of train.py. `hold` maps a process to PHASE or
+    PHASE:STEP, in which it waits to be killed.
     """
     port, start = free_port(), len(list(workdir.parent.glob(f"{workdir.name}.*.0.log")))
     popens, logs = [], []
@@ -128,6 +159,7 @@ def launch(
         logs.append(workdir.parent / f"{workdir.name}.{start}.{process}.log")
         environment = os.environ | {
             "RECORDED_ROWS": str(logs[-1].with_suffix(".rows")), "STEP_SECONDS": str(step_seconds),
+            "RECORDED_PHASES": str(logs[-1].with_suffix(".phases")), "HOLD_AT": (hold or {}).get(process, ""),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             # On a CPU JAX keeps the programs of process 0 alone: the others compile at every start.
             "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",

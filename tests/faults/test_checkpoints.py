@@ -28,6 +28,7 @@ from bc2_jax import checkpoint, manifest
 from bc2_jax.checkpoint import Checkpointer, SaveError
 from bc2_jax.config import CheckpointConfig
 from bc2_jax.manifest import DamagedCheckpoint
+from bc2_jax.train.distributed import EXIT_ERROR, EXIT_LOST
 
 WRITER = Path(__file__).with_name("checkpoint_writer.py")
 writer = runpy.run_path(str(WRITER))
@@ -252,6 +253,37 @@ def test_a_target_that_is_none_or_disappears(tmp_path):
         checkpointer.save(2, noise(2), MOMENTS, METADATA)
         checkpointer.wait()
     checkpointer.close()
+
+
+@pytest.mark.parametrize(
+    "cause, code",
+    [
+        (jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer"), EXIT_LOST),
+        (TimeoutError("Timeout waiting at barrier 'sync'"), EXIT_LOST),
+        (jax.errors.JaxRuntimeError("INTERNAL: No space left on device"), EXIT_ERROR),
+        (OSError(28, "No space left on device"), EXIT_ERROR),
+    ],
+)
+def test_a_save_that_lost_another_process_is_for_the_supervisor_to_mend(tmp_path, monkeypatch, cause, code):
+    def fail(*_: object, **__: object):
+        raise cause
+
+    checkpointer = save(tmp_path / "c", 1)
+    monkeypatch.setattr(checkpoint.ocp, "save_checkpointables_async", fail)
+    with monkeypatch.context() as several:
+        several.setattr(jax, "process_count", lambda: 2)
+        with pytest.raises(SaveError, match="2 could not be saved") as failed:
+            checkpointer.save(2, noise(2), MOMENTS, METADATA)
+    checkpointer.close()
+
+    def train(*_: object, **__: object):
+        raise failed.value
+
+    monkeypatch.setattr("bc2_jax.train.loop.train", train)
+    monkeypatch.setattr(sys, "argv", ["train.py", str(WRITER.parents[2] / "configs/baichuan2_7b.py")])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(WRITER.parents[2] / "train.py"), run_name="__main__")
+    assert end.value.code == code
 
 
 def test_a_target_that_disappears_while_it_is_written(tmp_path, monkeypatch):

@@ -28,3 +28,13 @@ def test_several_processes_go_on_bit_for_bit(tiny, whole, stopped, tmp_path):
     assert harness.losses(workdir) == harness.losses(whole.workdir)
     assert harness.rows_read(workdir) == harness.rows_read(whole.workdir)
     assert harness.fingerprint(job) == harness.fingerprint(whole)
+
+
+def test_a_signal_before_the_first_step_of_a_resumed_run_stops_it(tiny, stopped, tmp_path):
+    workdir = shutil.copytree(stopped.workdir.parent, tmp_path / "copy") / "run"
+    start = harness.checkpoints(workdir)[-1]
+    job = harness.launch(tiny, workdir, processes=2, devices=2, step_seconds=0.2)
+    harness.wait_until(lambda: job.has_begun(1, "compile"), job.text())
+    job.send(harness.signal.SIGTERM, process=1)
+    assert job.wait() == [EXIT_PREEMPTED] * 2, job.text()
+    assert harness.checkpoints(workdir)[-1] == harness.steps(workdir)[-1] < start + 5

@@ -1,17 +1,32 @@
-"""train.py that also writes the rows it trains on: the file RECORDED_ROWS has a line [step, [hash, ...]] a batch.
+"""train.py that also tells what it does and what it reads; it is what `tests/faults/harness.py` launches.
 
-It is what `tests/faults/harness.py` launches. A batch is written when it is read, one step before it is trained on.
-STEP_SECONDS makes each step at least so long. POISON, {data index: factor} as JSON, spoils the loss of batches. With
-CLOCK_JUMPS the time of day jumps back or forth by a day at each batch.
+RECORDED_ROWS: this file gets a line [step, [hash, ...]] for each batch, when it is read, one step before it is trained
+on. RECORDED_PHASES: this file gets a line `PHASE STEP` when a phase of `tests.faults.harness.PHASES` begins. HOLD_AT =
+PHASE:STEP: there the thread waits to be killed, in the first such phase from STEP on. STEP_SECONDS makes each step at
+least so long. POISON, {data index: factor} as JSON, spoils the loss of batches. With CLOCK_JUMPS the time of day jumps
+back or forth by a day at each batch.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
 import time
 from pathlib import Path
+
+
+def begin(phase: str, step: int = 0) -> None:
+    """Says that `phase` begins. One write for a line: a killed process leaves whole lines."""
+    os.write(PHASES, f"{phase} {step}\n".encode())
+    held, _, first = os.environ.get("HOLD_AT", "").partition(":")
+    if phase == held and step >= int(first or 0):
+        time.sleep(3600)
+
+
+PHASES = os.open(os.environ["RECORDED_PHASES"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+begin("start")  # before JAX is imported
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -33,7 +48,9 @@ class JumpingClock:
 clock = JumpingClock()
 
 import train  # noqa: E402
-from bc2_jax.train import loop  # noqa: E402
+from bc2_jax import manifest  # noqa: E402
+from bc2_jax.checkpoint import Checkpointer  # noqa: E402
+from bc2_jax.train import distributed, loop, metrics  # noqa: E402
 from tests.faults.harness import hash_row  # noqa: E402
 from tests.train.poisoning import poison  # noqa: E402
 
@@ -48,13 +65,16 @@ class RecordedIterator:
         return getattr(self._iterator, name)
 
     def __next__(self):
+        begin("read", self._iterator.get_state()["next_index"])
         time.sleep(float(os.environ.get("STEP_SECONDS", 0)))
         if os.environ.get("CLOCK_JUMPS"):
             clock.days = (0, 1, -1)[self._iterator.get_state()["next_index"] % 3]
         batch = next(self._iterator)
+        step = self._iterator.get_state()["next_index"]
         hashes = [hash_row(row) for row in batch["input_ids"]]
         with self._path.open("a") as file:
-            file.write(json.dumps([self._iterator.get_state()["next_index"], hashes]) + "\n")
+            file.write(json.dumps([step, hashes]) + "\n")
+        begin("step", step)
         return batch
 
 
@@ -62,9 +82,36 @@ def make_recorded_iterator(loader, make=loop.make_train_iterator):
     return RecordedIterator(make(loader), Path(os.environ["RECORDED_ROWS"]))
 
 
+def announce(owner, name: str, phase: str, after: str = "", step_of=lambda *_: 0) -> None:
+    """Has `owner.name` say that `phase` begins when it is called, and `after` when it returns.
+
+    `step_of` finds the step in its arguments.
+    """
+    function = getattr(owner, name)
+
+    @functools.wraps(function)
+    def announced(*args, **kwargs):
+        step = step_of(*args)
+        begin(phase, step)
+        result = function(*args, **kwargs)
+        if after:
+            begin(after, step)
+        return result
+
+    setattr(owner, name, announced)
+
+
 loop.make_train_iterator = make_recorded_iterator
 if "POISON" in os.environ:
     poison({int(index): factor for index, factor in json.loads(os.environ["POISON"]).items()})
+announce(distributed, "start", "join")
+announce(Checkpointer, "latest_good", "verify")
+announce(Checkpointer, "restore", "restore")
+announce(loop, "make_train_step", "compile")
+announce(Checkpointer, "save", "save", step_of=lambda self, step, *_: step)
+announce(Checkpointer, "_finish", "write", "saved", step_of=lambda self, step, *_: step)
+announce(manifest, "write_manifest", "seal", "rename", step_of=lambda folder: int(folder.name.split(".")[0]))
+announce(metrics, "fingerprint", "end")
 
 if __name__ == "__main__":
     train.main()

@@ -1,14 +1,16 @@
-"""What a run tells about its data before it starts."""
+"""What a run tells about its data before it starts, and what stays of its metrics."""
 
 import dataclasses
 import io
 import re
+from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from bc2_jax.config import DataConfig, MixtureStage, ModelConfig, SourceConfig, TrainConfig
 from bc2_jax.data.packing import load_manifest, pack_documents
-from bc2_jax.train.metrics import print_mixture
+from bc2_jax.train.metrics import MetricsWriter, print_mixture, read_metrics
 
 
 def test_the_table_of_data_has_shares_and_epochs(tokenizer, modules, tmp_path):
@@ -37,3 +39,23 @@ def test_the_table_of_data_has_shares_and_epochs(tokenizer, modules, tmp_path):
     without = dataclasses.replace(config, data=dataclasses.replace(data, stages=()))
     print_mixture(console, without)
     assert f"{600 / rows[0]:.2f}" in console.file.getvalue()
+
+
+def test_a_kill_while_a_run_is_taken_up_again_loses_no_metrics(tmp_path, monkeypatch):
+    writer = MetricsWriter(tmp_path, 0)
+    for step in range(1, 5):
+        writer.write(step, {"loss": 1.0 / step})
+    writer.close()
+    before = read_metrics(tmp_path / "metrics.jsonl")
+
+    def killed_half_way(path: Path, text: str, **_: str) -> None:
+        with path.open("w") as file:
+            file.write(text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "write_text", killed_half_way)
+        MetricsWriter(tmp_path, 3)
+    assert read_metrics(tmp_path / "metrics.jsonl") == before
+    MetricsWriter(tmp_path, 3).close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == before[:3]
