@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from bc2_jax import manifest
+from bc2_jax.agreement import any_text, first_decides
 from bc2_jax.config import CheckpointConfig, ModelConfig
 from bc2_jax.manifest import DamagedCheckpoint
 from bc2_jax.model.baichuan import Params, param_shardings, split_model
@@ -37,8 +37,6 @@ CHUNK_BYTES = 64 << 20
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 _log = logging.getLogger(__name__)
 
-# What processes tell each other has a fixed size: the newest checkpoints, and a sentence.
-_MOST_STEPS, _MOST_BYTES = 1024, 2048
 # What the operating system says, in the middle of what TensorStore says.
 _REASONS = re.compile(
     "No space left on device|Disk quota exceeded|File too large|Read-only file system|Permission denied|"
@@ -97,7 +95,7 @@ class Checkpointer:
         """
         self.wait()
         problems: list[str] = []
-        for step in _from_first(self._numbered()):
+        for step in first_decides(self._numbered):
             try:
                 self.verify(step)
             except DamagedCheckpoint as error:
@@ -124,7 +122,7 @@ class Checkpointer:
             problem = str(error)
         except OSError as error:
             problem = f"{folder} cannot be read ({_reason(error)})."
-        problem = _first_text(problem)
+        problem = any_text(problem)
         if problem:
             self._verified.discard(step)
             raise DamagedCheckpoint(problem)
@@ -250,26 +248,6 @@ def is_permanent(config: CheckpointConfig, tokens_per_step: int, step: int) -> b
         return True
     tokens, every = step * tokens_per_step, config.keep_every_tokens
     return bool(every) and step > 0 and tokens // every > (tokens - tokens_per_step) // every
-
-
-def _from_first(steps: list[int]) -> list[int]:
-    """What the first process sees, on all of them: one file system may show itself differently for a moment."""
-    if jax.process_count() == 1:
-        return steps
-    padded = np.full(_MOST_STEPS, -1, np.int64)
-    padded[: len(steps[:_MOST_STEPS])] = steps[:_MOST_STEPS]
-    return [int(step) for step in multihost_utils.broadcast_one_to_all(padded.astype(np.int32)) if step >= 0]
-
-
-def _first_text(text: str) -> str:
-    """The first text among those of the processes that is not empty, on all of them."""
-    if jax.process_count() == 1:
-        return text
-    padded = np.zeros(_MOST_BYTES, np.uint8)
-    encoded = np.frombuffer(text.encode()[:_MOST_BYTES], np.uint8)
-    padded[: len(encoded)] = encoded
-    texts = (bytes(row).rstrip(b"\0").decode(errors="replace") for row in multihost_utils.process_allgather(padded))
-    return next(filter(None, texts), "")
 
 
 def _free_name(path: Path) -> Path:

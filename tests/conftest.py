@@ -26,7 +26,7 @@ from bc2_jax.tokenizer import Tokenizer, train_tokenizer
 
 use_cpu_devices(8)  # before any test can start the backend
 
-# Programs that several tests, their workers or subprocesses compile are compiled once; the user's own cache is left alone.
+# Programs that several tests, workers or subprocesses compile are compiled once; the user's own cache is left alone.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     compiled = tempfile.TemporaryDirectory()
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name

@@ -11,8 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "bc2_jax"
 # A module imports only from its own package and from those before it (docs/design.md).
 ORDER = (
-    "validation", "config", "cpu", "sharding", "tokenizer", "tpu", "kernels", "model", "data", "manifest", "checkpoint",
-    "convert", "infer", "train", "aot", "align", "evaluate", "curate",
+    "validation", "config", "cpu", "sharding", "tokenizer", "tpu", "kernels", "model", "data", "agreement", "manifest",
+    "checkpoint", "convert", "infer", "train", "aot", "align", "evaluate", "curate",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [str(path.relative_to(PACKAGE)) for path in FILES]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-import json
 import logging
 import os
 import signal
@@ -11,13 +10,11 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 
 from bc2_jax.config import TrainConfig
@@ -109,28 +106,6 @@ def _tpu_metadata(attribute: str) -> str:
             return answer.read().decode().strip()
     except OSError:  # no such name, no answer, or a status of 4xx
         return ""
-
-
-def first_decides(decide: Callable[[], Any]) -> Any:
-    """What `decide` returns on process 0, a value that JSON can hold, on every process.
-
-    A ValueError or OSError of process 0 is raised on every process.
-    """
-    if jax.process_count() == 1:
-        return decide()
-    answer: dict[str, Any] = {}
-    if jax.process_index() == 0:
-        try:
-            answer = {"value": decide()}
-        except (ValueError, OSError) as error:
-            answer = {"error": str(error), "is_os": isinstance(error, OSError)}
-    text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
-    text = np.resize(text, size) if jax.process_index() == 0 else np.zeros(size, np.uint8)
-    answer = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(text)).astype(np.uint8)))
-    if "error" in answer:
-        raise (OSError if answer["is_os"] else ValueError)(answer["error"])
-    return answer["value"]
 
 
 def leave(code: int) -> NoReturn:

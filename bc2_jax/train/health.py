@@ -22,9 +22,9 @@ import numpy as np
 import optax
 from jax import Array
 
+from bc2_jax.agreement import first_decides
 from bc2_jax.config import TrainConfig
 from bc2_jax.model.baichuan import Params
-from bc2_jax.train.distributed import first_decides
 
 if TYPE_CHECKING:
     import grain

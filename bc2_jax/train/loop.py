@@ -14,6 +14,7 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
+from bc2_jax.agreement import first_decides
 from bc2_jax.checkpoint import TOKENIZER_NAME, Checkpointer
 from bc2_jax.config import TrainConfig
 from bc2_jax.data.bad_rows import BadRows
@@ -73,7 +74,7 @@ def train(config: TrainConfig, command: str = "train.py", started: float | None 
     console = Console(quiet=jax.process_index() != 0, highlight=False)
 
     # ---------------------------------------------------------------- what is there already
-    workdir = Path(distributed.first_decides(lambda: str(choose_workdir(config))))
+    workdir = Path(first_decides(lambda: str(choose_workdir(config))))
     if not holds_checkpoints(workdir):
         check_initial_model(config)
     # Closed whatever happens: its threads must not outlive an error that ends the program.
@@ -91,7 +92,7 @@ def _run(
     preemption: distributed.Preemption, watchdog: distributed.Watchdog, started: float,
 ) -> TrainResult:  # fmt: skip
     watchdog.beat("the start")
-    saved = distributed.first_decides(checkpointer.steps)
+    saved = first_decides(checkpointer.steps)
     if saved and config.resume == "never":
         raise ValueError(
             f"workdir = '{workdir}' already holds checkpoints up to step {saved[-1]}; "
