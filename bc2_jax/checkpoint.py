@@ -160,11 +160,12 @@ class Checkpointer:
                     self.directory / f"{step}.saving", {"params": params, "opt_state": opt_state},
                     custom_metadata=metadata,
                 )  # fmt: skip
-        except Exception as error:
+        except Exception as error:  # of any kind: Orbax, TensorStore and JAX each have their own
             raise self._failed(step, error) from error
         self._saving = step, self._pool.submit(self._finish, step, response)
 
     def metadata(self, step: int) -> dict[str, Any]:
+        """What was saved with a step beside its arrays: the config, the places in the data and in its health."""
         return read_metadata(self.directory / str(step))
 
     def restore(self, step: int, params: Params, opt_state: Any) -> tuple[Params, Any]:
@@ -187,10 +188,11 @@ class Checkpointer:
         (step, future), self._saving = self._saving, None
         try:
             future.result()
-        except Exception as error:
+        except Exception as error:  # of any kind: Orbax, TensorStore and JAX each have their own
             raise self._failed(step, error) from error
 
     def close(self) -> None:
+        """Waits as `wait` does, and ends the thread that saves."""
         try:
             self.wait()
         finally:

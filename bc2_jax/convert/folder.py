@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from bc2_jax.manifest import sync
 
 
 def check_free(target: Path, overwrite: bool, is_ours: Callable[[Path], bool]) -> None:
@@ -45,7 +46,7 @@ def written_whole(target: Path, overwrite: bool, is_ours: Callable[[Path], bool]
 
 def _replace(partial: Path, target: Path) -> None:
     if partial.is_dir():
-        _sync(partial)
+        sync(partial)
     old = target.with_name(f".{target.name}.replaced")
     if target.exists():
         _remove(old)
@@ -56,7 +57,7 @@ def _replace(partial: Path, target: Path) -> None:
         if old.exists():
             old.rename(target)
         raise
-    _sync(target.parent)
+    sync(target.parent)
     _remove(old)
 
 
@@ -65,12 +66,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _sync(folder: Path) -> None:
-    """Makes the entries of a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
