@@ -2,6 +2,7 @@
 
 Everything runs on explicitly sharded meshes (`AxisType.Explicit`): a tensor's spec is part of its type, so a wrong
 layout is an error at trace time and never a silent replication. Without a mesh the same code runs on one device.
+Both the mesh (`jax.set_mesh`) and the table (`use_rules`) come from the context.
 """
 
 from __future__ import annotations
@@ -63,57 +64,6 @@ class ShardingRules:
             raise ValueError(f"Axes {axes} put two dimensions of one tensor on the same mesh axis: {entries}.")
         return PartitionSpec(*entries)
 
-    def sharding(self, *axes: str | None) -> NamedSharding | None:
-        """The same on the mesh in use (`jax.set_mesh`), for `out_sharding=` arguments; None where there is no mesh.
-
-        Raises ValueError on a mesh with other axes than MESH_AXES or with axes that are not Explicit.
-        """
-        mesh = _mesh_in_use()
-        return None if mesh is None else NamedSharding(mesh, self.spec(*axes))
-
-    def reshard(self, x: jax.Array, *axes: str | None) -> jax.Array:
-        """`x` laid out by its logical axes: a gather, a slice, an all-to-all or nothing."""
-        sharding = self.sharding(*axes)
-        return x if sharding is None else jax.reshard(x, sharding)
-
-    def gather(self, x: jax.Array, *axes: str | None) -> jax.Array:
-        """A stored weight `x` with these logical axes, its `embed` dimension whole.
-
-        One gather for each mesh axis in use, the innermost first, when there is least to send: each then lies along
-        whole dimensions of the torus, and stays a gather where the compiler makes an all-reduce of a single large one.
-        """
-        sharding = self.sharding(*axes)
-        if sharding is None:
-            return x
-        dim, mesh_axes = axes.index("embed"), self.mesh_axes("embed")
-        for count in reversed(range(len(mesh_axes))):
-            if count == 0 or sharding.mesh.shape[mesh_axes[count]] > 1:
-                spec = (*sharding.spec[:dim], mesh_axes[:count] or None, *sharding.spec[dim + 1 :])
-                x = jax.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
-        return x
-
-    def all_gather(self, x: jax.Array, dim: int) -> jax.Array:
-        """Inside `shard_map`: `x`, whose dimension `dim` is cut as `embed` is, with this dimension whole, in stages."""
-        for axis in reversed(self.mesh_axes("embed")):
-            x = jax.lax.all_gather(x, axis, axis=dim, tiled=True)
-        return x
-
-    def reduce_scatter(self, x: jax.Array, dim: int) -> jax.Array:
-        """Inside `shard_map`: the sum of `x` over all rows and tokens, its dimension `dim` cut as `embed` is.
-
-        One scatter for each mesh axis, the outermost first, then what is left of the batch: the inverse of `gather`.
-        """
-        scattered = self.mesh_axes("embed")
-        for axis in scattered:
-            x = jax.lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
-        rest = tuple(axis for axis in self.mesh_axes("batch", "sequence") if axis not in scattered)
-        return jax.lax.psum(x, rest) if rest else x
-
-    def parts(self, axis: str) -> int:
-        """Into how many parts the mesh in use cuts a logical axis."""
-        mesh = _mesh_in_use()
-        return 1 if mesh is None else math.prod(mesh.shape[m] for m in self.mesh_axes(axis))
-
     def mesh_axes(self, *axes: str) -> tuple[str, ...]:
         """The mesh axes along which these logical axes are cut, outermost first."""
         entries = [getattr(self, axis) for axis in axes]
@@ -121,6 +71,80 @@ class ShardingRules:
 
 
 DEFAULT_RULES = ShardingRules()
+# A context of JAX's own: what is traced under other rules is traced anew, as it is under another mesh.
+use_rules = jax.make_user_context(DEFAULT_RULES)
+
+
+def rules_in_use() -> ShardingRules:
+    """The rules of the innermost `with use_rules(rules):`, by default DEFAULT_RULES."""
+    return use_rules.value
+
+
+def spec(*axes: str | None) -> PartitionSpec:
+    """`ShardingRules.spec` of the rules in use."""
+    return rules_in_use().spec(*axes)
+
+
+def mesh_axes(*axes: str) -> tuple[str, ...]:
+    """`ShardingRules.mesh_axes` of the rules in use."""
+    return rules_in_use().mesh_axes(*axes)
+
+
+def named_sharding(*axes: str | None) -> NamedSharding | None:
+    """`spec` on the mesh in use (`jax.set_mesh`), for `out_sharding=` arguments; None where there is no mesh.
+
+    Raises ValueError on a mesh with other axes than MESH_AXES or with axes that are not Explicit.
+    """
+    mesh = _mesh_in_use()
+    return None if mesh is None else NamedSharding(mesh, spec(*axes))
+
+
+def parts(axis: str) -> int:
+    """Into how many parts the mesh in use cuts a logical axis."""
+    mesh = _mesh_in_use()
+    return 1 if mesh is None else math.prod(mesh.shape[m] for m in mesh_axes(axis))
+
+
+def reshard(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x` laid out by its logical axes: a gather, a slice, an all-to-all or nothing."""
+    sharding = named_sharding(*axes)
+    return x if sharding is None else jax.reshard(x, sharding)
+
+
+def gather(x: jax.Array, *axes: str | None) -> jax.Array:
+    """A stored weight `x` with these logical axes, its `embed` dimension whole.
+
+    One gather for each mesh axis in use, the innermost first, when there is least to send: each then lies along whole
+    dimensions of the torus, and stays a gather where the compiler makes an all-reduce of a single large one.
+    """
+    sharding = named_sharding(*axes)
+    if sharding is None:
+        return x
+    dim, cut = axes.index("embed"), mesh_axes("embed")
+    for count in reversed(range(len(cut))):
+        if count == 0 or sharding.mesh.shape[cut[count]] > 1:
+            stage = (*sharding.spec[:dim], cut[:count] or None, *sharding.spec[dim + 1 :])
+            x = jax.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*stage)))
+    return x
+
+
+def all_gather(x: jax.Array, dim: int) -> jax.Array:
+    """Inside `shard_map`: `x`, whose dimension `dim` is cut as `embed` is, with this dimension whole, in stages."""
+    for axis in reversed(mesh_axes("embed")):
+        x = jax.lax.all_gather(x, axis, axis=dim, tiled=True)
+    return x
+
+
+def reduce_scatter(x: jax.Array, dim: int) -> jax.Array:
+    """Inside `shard_map`: the sum of `x` over all rows and tokens, its dimension `dim` cut as `embed` is.
+
+    One scatter for each mesh axis, the outermost first, then what is left of the batch: the inverse of `gather`.
+    """
+    scattered = mesh_axes("embed")
+    for axis in scattered:
+        x = jax.lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
+    rest = tuple(axis for axis in mesh_axes("batch", "sequence") if axis not in scattered)
+    return jax.lax.psum(x, rest) if rest else x
 
 
 def _mesh_in_use() -> AbstractMesh | None:

@@ -32,8 +32,7 @@ from bc2_jax.config import ComputeConfig, DataConfig, MeshConfig, ModelConfig, S
 from bc2_jax.kernels.attention import Tokens
 from bc2_jax.model import baichuan, layers
 from bc2_jax.model.attention import SelfAttention
-from bc2_jax.model.layers import Weight
-from bc2_jax.sharding import ShardingRules
+from bc2_jax.model.layers import Linear
 from bc2_jax.tpu.chips import parse_topology
 from bc2_jax.tpu.options import compiler_options
 
@@ -63,11 +62,11 @@ class GroupedQueryConfig(ModelConfig):
 class GroupedQueryAttention(SelfAttention):
     """Fewer key and value projections; the kernel, which is that of multi-head attention, gets them repeated."""
 
-    def __init__(self, config: GroupedQueryConfig, compute: ComputeConfig, rules: ShardingRules, *, rngs: nnx.Rngs):
-        super().__init__(config, compute, rules, rngs=rngs)
+    def __init__(self, config: GroupedQueryConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, compute, rngs=rngs)
         shape = (config.num_hidden_layers, config.hidden_size, config.num_key_value_heads, config.head_dim)
-        axes, std = ("layers", "embed", "heads", "head_dim"), config.initializer_range
-        self.k_proj, self.v_proj = (Weight.normal(rngs, shape, axes, std, rules) for _ in range(2))
+        std = config.initializer_range
+        self.k_proj, self.v_proj = (Linear("BTD,DNH->BTNH", shape, std, rngs=rngs) for _ in range(2))
 
     def _attend(self, q: Array, k: Array, v: Array, q_tokens: Tokens, k_tokens: Tokens, offset: Array | int) -> Array:
         B, T, N, H = q.shape

@@ -33,9 +33,10 @@ def run_ours(dtype: Any, steps: int, args: argparse.Namespace) -> dict[str, floa
     import numpy as np
 
     from bc2_jax.config import ComputeConfig, DataConfig, MeshConfig, ModelConfig, SourceConfig, TrainConfig
+    from bc2_jax.data.batch import make_put
     from bc2_jax.model.baichuan import init_params
     from bc2_jax.sharding import make_mesh
-    from bc2_jax.train.start import make_put, use_compilation_cache
+    from bc2_jax.train.start import use_compilation_cache
     from bc2_jax.train.step import init_state, make_train_step
 
     config = TrainConfig(
@@ -62,7 +63,7 @@ def run_ours(dtype: Any, steps: int, args: argparse.Namespace) -> dict[str, floa
     rows["segment_ids"] = np.ones_like(positions)
     with jax.set_mesh(mesh):
         state = init_state(init_params(config.model, 0, mesh), config)
-        batch = make_put(config, mesh)(rows)
+        batch = make_put(config.data, mesh)(rows)
         step = jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch).compile()
         seconds, cpu_seconds = [], []
         for index in range(steps + 1):

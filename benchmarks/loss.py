@@ -35,8 +35,8 @@ from bc2_jax.aot import compilation, report
 from bc2_jax.aot.estimate import Estimate, Simulation
 from bc2_jax.aot.program import Collective, Computation, Instruction, Program
 from bc2_jax.config import BAICHUAN2_7B, ComputeConfig, DataConfig, MeshConfig, SourceConfig, TrainConfig
-from bc2_jax.data.loader import IGNORED
-from bc2_jax.sharding import ShardingRules
+from bc2_jax.data.batch import IGNORED
+from bc2_jax.sharding import gather, named_sharding, reshard
 from bc2_jax.tpu.chips import GIB, parse_topology
 from bc2_jax.tpu.options import compiler_options
 from bc2_jax.train import step
@@ -50,26 +50,26 @@ out = Console(highlight=False, soft_wrap=True)
 
 
 def naive_loss(
-    h_BTD: Array, rows_VD: Array, labels_BT: Array, z_loss_weight: float, chunk: int, rules: ShardingRules
+    h_BTD: Array, rows_VD: Array, labels_BT: Array, z_loss_weight: float, chunk: int
 ) -> tuple[Array, LossSums]:
     """As `head_loss`, from the logits of all tokens; `chunk` is not used."""
     with jax.named_scope(SCOPE):
-        sums = _sums(h_BTD, rows_VD, labels_BT, rules)
+        sums = _sums(h_BTD, rows_VD, labels_BT)
         return sums.cross_entropy + z_loss_weight * sums.max_z, sums
 
 
 def tiled_loss(
-    h_BTD: Array, rows_VD: Array, labels_BT: Array, z_loss_weight: float, chunk: int, rules: ShardingRules
+    h_BTD: Array, rows_VD: Array, labels_BT: Array, z_loss_weight: float, chunk: int
 ) -> tuple[Array, LossSums]:
     """As `head_loss`, NUM_TILES parts of each sequence one after the other; `chunk` is not used."""
 
     def cut(x: Array, *axes: str) -> Array:
         shape = (x.shape[0], NUM_TILES, x.shape[1] // NUM_TILES, *x.shape[2:])
-        return jnp.reshape(x, shape, out_sharding=rules.sharding(axes[0], None, *axes[1:])).swapaxes(0, 1)
+        return jnp.reshape(x, shape, out_sharding=named_sharding(axes[0], None, *axes[1:])).swapaxes(0, 1)
 
     @jax.checkpoint
     def tile(sums: LossSums, inputs: tuple[Array, Array]) -> tuple[LossSums, None]:
-        return sums.plus(_sums(inputs[0], rows_VD, inputs[1], rules)), None
+        return sums.plus(_sums(inputs[0], rows_VD, inputs[1])), None
 
     with jax.named_scope(SCOPE):
         h_CBTD, labels_CBT = cut(h_BTD, "batch", "sequence", "hidden"), cut(labels_BT, "batch", "sequence")
@@ -79,12 +79,12 @@ def tiled_loss(
         return sums.cross_entropy + z_loss_weight * sums.max_z, sums
 
 
-def _sums(h_BTD: Array, rows_VD: Array, labels_BT: Array, rules: ShardingRules) -> LossSums:
+def _sums(h_BTD: Array, rows_VD: Array, labels_BT: Array) -> LossSums:
     exact = jnp.promote_types(h_BTD.dtype, jnp.float32)
-    rows_VD = rules.gather(rows_VD.astype(h_BTD.dtype), "vocab", "embed")
-    sharding = rules.sharding("batch", "sequence", "vocab")
+    rows_VD = gather(rows_VD.astype(h_BTD.dtype), "vocab", "embed")
+    sharding = named_sharding("batch", "sequence", "vocab")
     logits_BTV = jnp.einsum("BTD,VD->BTV", h_BTD, rows_VD, preferred_element_type=exact, out_sharding=sharding)
-    ids_V = rules.reshard(jnp.arange(rows_VD.shape[0]), "vocab")
+    ids_V = reshard(jnp.arange(rows_VD.shape[0]), "vocab")
     label_logit_BT = jnp.where(ids_V == labels_BT[..., None], logits_BTV, 0).sum(-1)
     max_BT = logits_BTV.max(-1)
     valid_BT = (labels_BT != IGNORED).astype(exact)

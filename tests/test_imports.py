@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "bc2_jax"
 # A module imports only from its own package and from those before it (docs/design.md).
 ORDER = (
-    "validation", "config", "cpu", "sharding", "tokenizer", "tpu", "kernels", "model", "data", "agreement", "manifest",
+    "validation", "config", "cpu", "sharding", "tokenizer", "tpu", "kernels", "data", "model", "agreement", "manifest",
     "checkpoint", "convert", "infer", "train", "aot", "align", "evaluate", "curate",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -24,9 +24,14 @@ from bc2_jax.sharding import (
     MESH_AXES,
     ShardingRules,
     make_mesh,
+    mesh_axes,
+    named_sharding,
+    reshard,
+    rules_in_use,
     single_device_mesh,
     use_cpu_devices,
     use_mesh_of,
+    use_rules,
 )
 from bc2_jax.train.optimizer import make_optimizer
 
@@ -65,6 +70,20 @@ def test_other_rules_are_other_values():
         ShardingRules(hiden="tensor")
 
 
+def test_rules_come_from_the_context(mesh_of):
+    """What was compiled under other rules is not used again."""
+    mesh, x = mesh_of(2, 2, 2), jnp.ones((8, 4))
+    f = jax.jit(lambda x: reshard(x, "batch", "hidden"))
+    other = dataclasses.replace(DEFAULT_RULES, batch="data", hidden="tensor")
+    with jax.set_mesh(mesh):
+        for _ in range(2):
+            assert f(x).sharding.spec == DEFAULT_RULES.spec("batch", "hidden")
+            with use_rules(other):
+                assert rules_in_use() is other and mesh_axes("batch") == ("data",)
+                assert f(x).sharding.spec == P("data", "tensor")
+    assert rules_in_use() is DEFAULT_RULES
+
+
 def test_mesh_order():
     """tensor varies fastest, data slowest."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
@@ -90,13 +109,13 @@ def test_the_longest_side_of_a_torus_is_a_stage_of_its_own(sides: tuple[int, ...
 def test_mesh_must_be_explicit():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     with jax.set_mesh(mesh), pytest.raises(ValueError, match="not Explicit.*make_mesh"):
-        DEFAULT_RULES.sharding("batch")
+        named_sharding("batch")
 
 
 def test_without_a_mesh_nothing_is_sharded():
     x = jnp.ones(4)
-    assert DEFAULT_RULES.sharding("batch") is None
-    assert DEFAULT_RULES.reshard(x, "batch") is x
+    assert named_sharding("batch") is None
+    assert reshard(x, "batch") is x
 
 
 def test_too_late_for_more_devices():
@@ -169,7 +188,7 @@ def test_the_embedding_table_stays_where_it_is(mesh_of):
     V, D = TINY.vocab_size, TINY.hidden_size
     ids = jax.ShapeDtypeStruct((8, 3), jnp.int32, sharding=NamedSharding(mesh, P(("data", "fsdp"))))
     table = jax.ShapeDtypeStruct((V, D), jnp.float32, sharding=NamedSharding(mesh, P("tensor", "fsdp")))
-    embedding = nnx.eval_shape(lambda: Embedding(TINY, DEFAULT_RULES, rngs=nnx.Rngs(0)))
+    embedding = nnx.eval_shape(lambda: Embedding(TINY, rngs=nnx.Rngs(0)))
     graphdef, _ = nnx.split(embedding)
 
     def look_up(table, ids):

@@ -23,8 +23,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from bc2_jax.data.batch import Rows
     from bc2_jax.data.inspection import Inspection, Place, SplitCounts
-    from bc2_jax.data.loader import Batch
     from bc2_jax.data.row_stream import RowSource
     from bc2_jax.tokenizer import Tokenizer
 
@@ -58,7 +58,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def read_batches(sources: Sequence[RowSource], options: argparse.Namespace) -> Iterator[tuple[str, Batch]]:
+def read_batches(sources: Sequence[RowSource], options: argparse.Namespace) -> Iterator[tuple[str, Rows]]:
     """(name, row) of the first training batches, of all sources with the same weight."""
     from bc2_jax.config import DataConfig, SourceConfig
     from bc2_jax.data.loader import make_train_loader

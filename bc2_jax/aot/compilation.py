@@ -23,12 +23,13 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
 from bc2_jax.config import TrainConfig
+from bc2_jax.data.batch import abstract_batch
 from bc2_jax.model.baichuan import param_shardings, split_model
 from bc2_jax.sharding import DEFAULT_RULES, make_mesh
 from bc2_jax.tpu.chips import Topology
 from bc2_jax.tpu.options import Value
 from bc2_jax.train.optimizer import make_optimizer
-from bc2_jax.train.step import Batch, TrainState, make_train_step
+from bc2_jax.train.step import TrainState, make_train_step
 
 # Without these libtpu asks a metadata server what machine this is, and two processes cannot use it at one time.
 _ENVIRONMENT = {
@@ -153,16 +154,6 @@ def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
     return TrainState(params, opt_state, step)  # type: ignore[arg-type]  # shapes stand in for arrays
 
 
-def abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
-    """Shapes and shardings of one global batch, [A, B / A, T] with A accumulation steps."""
-    parts = config.data.accumulation_steps
-    shape = (parts, config.data.global_batch_size // parts, config.data.sequence_length)
-    sharding = NamedSharding(mesh, DEFAULT_RULES.spec(None, "batch", "sequence"))
-    names = ("input_ids", "labels", "segment_ids", "positions")
-    # Shapes stand in for arrays here too.
-    return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name in names}  # type: ignore[misc]
-
-
 def compile_step(config: TrainConfig, topology: Topology, options: dict[str, Value]) -> CompiledStep:
     """Compiles the training step of `config` for every device of `topology`.
 
@@ -173,7 +164,7 @@ def compile_step(config: TrainConfig, topology: Topology, options: dict[str, Val
     config = config.resolve(len(devices))
     mesh = make_mesh(config.mesh, devices)
     with jax.set_mesh(mesh):
-        state, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
+        state, batch = abstract_state(config, mesh), abstract_batch(config.data, mesh)
         step = jax.jit(make_train_step(config), donate_argnums=0)
         program = compile_program("step", lambda: step.lower(state, batch), options)
     return CompiledStep(

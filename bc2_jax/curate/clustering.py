@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from bc2_jax.config import MeshConfig
 from bc2_jax.curate.config import ClusterConfig
 from bc2_jax.curate.embedding import STEP, check_features, unit_rows
-from bc2_jax.sharding import DEFAULT_RULES, ShardingRules, make_mesh
+from bc2_jax.sharding import make_mesh, mesh_axes, parts, spec
 from bc2_jax.validation import require
 
 # Points that a device takes at a time.
@@ -30,7 +30,6 @@ def fit(
     points: np.ndarray,
     config: ClusterConfig | None = None,
     mesh: Mesh | None = None,
-    rules: ShardingRules = DEFAULT_RULES,
 ) -> np.ndarray:
     """Centroids float16 [k, dim] of unit length of features float16 [n, dim] (rows of `embedding.unit_rows`).
 
@@ -49,13 +48,13 @@ def fit(
     old = np.full(len(sample), -1, np.int32)
     mesh = mesh or _default_mesh()
     with jax.set_mesh(mesh):
-        rows = _chunk_rows(len(sample), rules)
-        chunks = [_place(sample[i : i + rows], rows, mesh, rules) for i in range(0, len(sample), rows)]
+        rows = _chunk_rows(len(sample))
+        chunks = [_place(sample[i : i + rows], rows, mesh) for i in range(0, len(sample), rows)]
         for _ in range(config.iterations):
             placed = jnp.asarray(centroids)
             # All are dispatched before any is fetched: the devices do not wait for the host.
-            ids_N = [_nearest(chunk, placed, 1, rules)[0] for chunk in chunks]
-            sums = [_sum_clusters(chunk, ids, k, rules) for chunk, ids in zip(chunks, ids_N, strict=True)]
+            ids_N = [_nearest(chunk, placed, 1)[0] for chunk in chunks]
+            sums = [_sum_clusters(chunk, ids, k) for chunk, ids in zip(chunks, ids_N, strict=True)]
             new = np.concatenate(jax.device_get(ids_N))[: len(sample), 0]
             centroids = unit_rows(np.stack(jax.device_get(sums)).sum(axis=0, dtype=np.int64))
             empty = np.flatnonzero(~np.any(centroids, axis=1))
@@ -72,7 +71,6 @@ def assign(
     centroids: np.ndarray,
     top: int = 1,
     mesh: Mesh | None = None,
-    rules: ShardingRules = DEFAULT_RULES,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The `top` most similar centroids of each point, best first: ids int32 [n, top], cosines float32 [n, top].
 
@@ -89,13 +87,13 @@ def assign(
     found = min(top, len(centroids))
     mesh = mesh or _default_mesh()
     with jax.set_mesh(mesh):
-        rows = _chunk_rows(len(points), rules)
+        rows = _chunk_rows(len(points))
         placed = jnp.asarray(centroids)
         pending: list[tuple[int, tuple[Array, Array]]] = []
         # A chunk is computed while the one before it is fetched.
         for start in range(0, len(points), rows):
-            chunk = _place(points[start : start + rows], rows, mesh, rules)
-            pending.append((start, _nearest(chunk, placed, found, rules)))
+            chunk = _place(points[start : start + rows], rows, mesh)
+            pending.append((start, _nearest(chunk, placed, found)))
             if len(pending) > 1:
                 _fetch(*pending.pop(0), ids, cosines)
         for start, result in pending:
@@ -103,8 +101,8 @@ def assign(
     return ids, cosines
 
 
-@functools.partial(jax.jit, static_argnames=("top", "rules"))
-def _nearest(points_ND: Array, centroids_KD: Array, top: int, rules: ShardingRules) -> tuple[Array, Array]:
+@functools.partial(jax.jit, static_argnames=("top"))
+def _nearest(points_ND: Array, centroids_KD: Array, top: int) -> tuple[Array, Array]:
     def local(points_ND: Array, centroids_KD: Array) -> tuple[Array, Array]:
         cosines_NK = exact_cosines(points_ND, centroids_KD)
         ids, best = [], []
@@ -116,12 +114,12 @@ def _nearest(points_ND: Array, centroids_KD: Array, top: int, rules: ShardingRul
             cosines_NK = jnp.where(id_N[:, None] == jnp.arange(len(centroids_KD)), -jnp.inf, cosines_NK)
         return jnp.stack(ids, axis=1), jnp.stack(best, axis=1)
 
-    rows = rules.spec("batch", None)
-    return jax.shard_map(local, in_specs=(rows, rules.spec()), out_specs=(rows, rows))(points_ND, centroids_KD)
+    rows = spec("batch", None)
+    return jax.shard_map(local, in_specs=(rows, spec()), out_specs=(rows, rows))(points_ND, centroids_KD)
 
 
-@functools.partial(jax.jit, static_argnames=("clusters", "rules"))
-def _sum_clusters(points_ND: Array, ids_N1: Array, clusters: int, rules: ShardingRules) -> Array:
+@functools.partial(jax.jit, static_argnames=("clusters"))
+def _sum_clusters(points_ND: Array, ids_N1: Array, clusters: int) -> Array:
     """int32 [K, D]: the sum of each cluster's points in units of STEP. Padding is zero and adds nothing.
 
     A program of its own: in one with the search for the nearest, XLA:CPU takes three times as long.
@@ -130,10 +128,10 @@ def _sum_clusters(points_ND: Array, ids_N1: Array, clusters: int, rules: Shardin
     def local(points_ND: Array, ids_N1: Array) -> Array:
         units_ND = (points_ND.astype(jnp.float32) / STEP).astype(jnp.int32)
         sums_KD = jax.ops.segment_sum(units_ND, ids_N1[:, 0], clusters)
-        return jax.lax.psum(sums_KD, rules.mesh_axes("batch"))
+        return jax.lax.psum(sums_KD, mesh_axes("batch"))
 
-    rows = rules.spec("batch", None)
-    return jax.shard_map(local, in_specs=(rows, rows), out_specs=rules.spec())(points_ND, ids_N1)
+    rows = spec("batch", None)
+    return jax.shard_map(local, in_specs=(rows, rows), out_specs=spec())(points_ND, ids_N1)
 
 
 def exact_cosines(points_ND: Array, centroids_KD: Array) -> Array:
@@ -154,16 +152,16 @@ def _default_mesh() -> Mesh:
     return make_mesh(MeshConfig(), jax.local_devices())
 
 
-def _chunk_rows(points: int, rules: ShardingRules) -> int:
+def _chunk_rows(points: int) -> int:
     """Rows of a chunk: few sizes, for each is a program that must be compiled."""
-    parts = rules.parts("batch")
+    devices = parts("batch")
     rows = _FEWEST_ROWS
-    while rows < _MOST_ROWS and rows * parts < points:
+    while rows < _MOST_ROWS and rows * devices < points:
         rows *= 2
-    return rows * parts
+    return rows * devices
 
 
-def _place(points: np.ndarray, rows: int, mesh: Mesh, rules: ShardingRules) -> Array:
+def _place(points: np.ndarray, rows: int, mesh: Mesh) -> Array:
     padded = np.zeros((rows, points.shape[1]), np.float16)
     padded[: len(points)] = points
-    return jax.device_put(padded, NamedSharding(mesh, rules.spec("batch", None)))
+    return jax.device_put(padded, NamedSharding(mesh, spec("batch", None)))

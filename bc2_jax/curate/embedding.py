@@ -174,9 +174,11 @@ class HiddenStates:
 
     def means(self, texts: Sequence[str]) -> np.ndarray:
         """float32 [n, hidden size], before centring and scaling; zero for an empty text."""
+        from bc2_jax.sharding import mesh_axes
+
         with _LOADING:  # several threads may embed
             model, tokenizer, pool = _load(self.config.model, self.config.dtype, self.mesh)
-        parts = 1 if self.mesh is None else math.prod(self.mesh.shape[a] for a in model.rules.mesh_axes("batch"))
+        parts = 1 if self.mesh is None else math.prod(self.mesh.shape[a] for a in mesh_axes("batch"))
         limit = min(self.config.max_tokens, model.config.model_max_length)
         # No piece is longer than 32 characters: what is cut off here is beyond the window.
         ids = [row[:limit] for row in tokenizer.encode_batch([text[: 32 * limit] for text in texts])]
@@ -234,6 +236,7 @@ def _load(path: str, dtype: DType, mesh: Mesh | None) -> tuple[Any, Any, Callabl
     from flax import nnx
 
     from bc2_jax.convert.pretrained import find_tokenizer, load_pretrained
+    from bc2_jax.sharding import reshard
     from bc2_jax.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(find_tokenizer(Path(path)))
@@ -243,8 +246,8 @@ def _load(path: str, dtype: DType, mesh: Mesh | None) -> tuple[Any, Any, Callabl
     @jax.jit
     def mean(params: Any, ids_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
         h_BTD, _ = nnx.merge(graphdef, params).hidden_states(ids_BT, segment_ids=segments_BT)
-        h_BTD = model.rules.reshard(h_BTD.astype(jnp.float32), "batch", None, None)
-        valid_BT = model.rules.reshard(segments_BT, "batch", None) > 0
+        h_BTD = reshard(h_BTD.astype(jnp.float32), "batch", None, None)
+        valid_BT = reshard(segments_BT, "batch", None) > 0
         sums_BD = jnp.where(valid_BT[:, :, None], h_BTD, 0).sum(axis=1)
         return sums_BD / jnp.maximum(valid_BT.sum(axis=1), 1)[:, None]
 

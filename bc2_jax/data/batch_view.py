@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from rich.text import Text
 
-from bc2_jax.data.loader import IGNORED, Batch
+from bc2_jax.data.batch import IGNORED, Rows
 from bc2_jax.tokenizer import Tokenizer
 
 _COLOURS = ("green", "cyan")
@@ -33,7 +33,7 @@ class Run:
     special: bool
 
 
-def read_runs(row: Batch, tokenizer: Tokenizer) -> Iterator[Run]:
+def read_runs(row: Rows, tokenizer: Tokenizer) -> Iterator[Run]:
     """Cuts one row, arrays int32 [T] as `loader.row_to_example` gives them, into what is shown as one."""
     ids, segments = row["input_ids"].tolist(), row["segment_ids"].tolist()
     ignored = (row["labels"] == IGNORED).tolist()
@@ -55,7 +55,7 @@ def read_runs(row: Batch, tokenizer: Tokenizer) -> Iterator[Run]:
         start = stop
 
 
-def row_title(row: Batch) -> str:
+def row_title(row: Rows) -> str:
     """What a row is made of, in one line."""
     targets, tokens = int((row["labels"] != IGNORED).sum()), int((row["segment_ids"] > 0).sum())
     return (
@@ -64,13 +64,13 @@ def row_title(row: Batch) -> str:
     )
 
 
-def row_arrays(row: Batch) -> str:
+def row_arrays(row: Rows) -> str:
     """The first entries of each array, a line an array."""
     lines = (f"{name:<12}" + " ".join(f"{value:>6}" for value in row[name][:_FIRST]) for name in row)
     return "\n".join(lines)
 
 
-def _segment_title(row: Batch, segment: int) -> str:
+def _segment_title(row: Rows, segment: int) -> str:
     here = row["segment_ids"] == segment
     if segment == 0:
         return f"padding, {int(here.sum()):,} tokens"
@@ -79,7 +79,7 @@ def _segment_title(row: Batch, segment: int) -> str:
     return f"segment {segment}, positions {positions[0]}..{positions[-1]}, {targets:,} targets"
 
 
-def render_row(row: Batch, tokenizer: Tokenizer) -> Text:
+def render_row(row: Rows, tokenizer: Tokenizer) -> Text:
     """A row for a terminal: segments in alternating colours under a heading each, special tokens spelt out, tokens
     without a target dim."""
     text = Text()
@@ -109,7 +109,7 @@ without a target (label {ignored}) are pale.</p>
 """
 
 
-def render_html(rows: Iterable[tuple[str, Batch]], tokenizer: Tokenizer) -> str:
+def render_html(rows: Iterable[tuple[str, Rows]], tokenizer: Tokenizer) -> str:
     """A page that shows each (name, row), complete in itself."""
     parts = []
     for name, row in rows:
@@ -118,7 +118,7 @@ def render_html(rows: Iterable[tuple[str, Batch]], tokenizer: Tokenizer) -> str:
     return _PAGE.format(ignored=IGNORED, rows="\n".join(parts))
 
 
-def _html_run(run: Run, row: Batch) -> str:
+def _html_run(run: Run, row: Rows) -> str:
     classes = ["pad" if run.segment == 0 else f"s{run.segment % 2}"]
     classes += ["special"] * run.special + ["ignored"] * run.ignored
     # Of a long stretch of padding the first token tells all.

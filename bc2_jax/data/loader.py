@@ -18,48 +18,21 @@ import numpy as np
 
 from bc2_jax.config import DataConfig
 from bc2_jax.data.bad_rows import BadRows
+from bc2_jax.data.batch import Rows, row_to_example
 from bc2_jax.data.corpus import PartFolder, list_parts
 from bc2_jax.data.mixture import Mixture, Stage
 from bc2_jax.data.packing import Manifest, Split, check_files
 from bc2_jax.data.row_file import BadRow, RowFile
-from bc2_jax.tokenizer import EOS_ID, PAD_ID, file_sha256
+from bc2_jax.tokenizer import PAD_ID, file_sha256
 
 if TYPE_CHECKING:
     import grain
-
-Batch = dict[str, np.ndarray]
-IGNORED = -100
-"""Label of a position that has no target."""
-
-
-def row_to_example(row: np.ndarray, eos_id: int = EOS_ID, pad_id: int = PAD_ID) -> Batch:
-    """Splits rows of T + 1 tokens, uint32 [..., T + 1], into what the model trains on, each int32 [..., T].
-
-    input_ids: the first T tokens. labels: the next token of each; -100 after an eos, because the first token of a
-    document has no context in it, and where there is padding. segment_ids: 1, 2, ... by document, 0 for padding.
-    positions: count from 0 in each segment; 0 for padding. A document that goes on from the row before starts anew.
-    """
-    tokens = row.astype(np.int32)
-    input_ids, targets = tokens[..., :-1], tokens[..., 1:]
-    ends, padding = input_ids == eos_id, input_ids == pad_id
-    labels = targets.copy()
-    labels[ends | padding | (targets == pad_id)] = IGNORED
-    starts = np.empty_like(ends)
-    starts[..., 0] = True
-    starts[..., 1:] = ends[..., :-1]
-    segment_ids = np.cumsum(starts, axis=-1, dtype=np.int32)
-    # Each row begins a segment, so segments can be counted through all rows at once.
-    first = np.flatnonzero(starts).astype(np.int32)
-    offsets = np.repeat(first, np.diff(first, append=np.int32(starts.size)))
-    positions = (np.arange(starts.size, dtype=np.int32) - offsets).reshape(starts.shape)
-    segment_ids[padding] = positions[padding] = 0
-    return {"input_ids": input_ids, "labels": labels, "segment_ids": segment_ids, "positions": positions}
 
 
 def make_train_loader(
     data: DataConfig, *, process_index: int, process_count: int, num_steps: int | None = None,
     bad_rows: BadRows | None = None,
-) -> grain.MapDataset[Batch]:  # fmt: skip
+) -> grain.MapDataset[Rows]:  # fmt: skip
     """The endless training batches of one process: `loader[step]` has what `row_to_example` gives, int32 [B, T].
 
     B = global_batch_size / process_count. A process holds a contiguous slice of the global batch, so the batches of
@@ -114,7 +87,7 @@ def describe_mixture(data: DataConfig, num_steps: int) -> list[PartUse]:
 def make_validation_batches(
     data: DataConfig, batch_size: int, *, process_index: int = 0, process_count: int = 1,
     bad_rows: BadRows | None = None,
-) -> grain.MapDataset[Batch]:  # fmt: skip
+) -> grain.MapDataset[Rows]:  # fmt: skip
     """All held-out rows of all sources once, in the order of the text, as `len()` batches of int32 [B, T].
 
     B = batch_size / process_count. The last batch is filled with rows of padding, whose labels are all -100, so that
@@ -141,7 +114,7 @@ def make_validation_batches(
     return _make_batches(grain.MapDataset.concatenate(sources), local, process_index, process_count)
 
 
-def make_train_iterator(loader: grain.MapDataset[Batch], *, read_ahead: int = 2) -> grain.DatasetIterator[Batch]:
+def make_train_iterator(loader: grain.MapDataset[Rows], *, read_ahead: int = 2) -> grain.DatasetIterator[Rows]:
     """Iterates from step 0, preparing up to `read_ahead` batches on a thread.
 
     `get_state()` is {"next_index": next step}, whatever was read ahead; `set_state()` takes it, also after JSON.
@@ -155,7 +128,7 @@ def make_train_iterator(loader: grain.MapDataset[Batch], *, read_ahead: int = 2)
 
 def _make_batches(
     rows: grain.MapDataset[bytes], local_batch_size: int, process_index: int, process_count: int
-) -> grain.MapDataset[Batch]:
+) -> grain.MapDataset[Rows]:
     # Batching before slicing makes a process's rows contiguous, and rows of other processes are never read. Without
     # drop_remainder Grain computes the length in floating point, which overflows for endless rows.
     batches = rows.batch(local_batch_size, drop_remainder=True, batch_fn=_stack_rows)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bc2_jax.data.loader import IGNORED, row_to_example
+from bc2_jax.data.batch import IGNORED, row_to_example
 
 
 def unigram_entropy(validation_rows: np.ndarray, vocab_size: int) -> float:

@@ -7,18 +7,16 @@ import jax.numpy as jnp
 from bc2_jax.config import ComputeConfig, ModelConfig
 from bc2_jax.kernels.attention import Tokens
 from bc2_jax.model.attention import KVCache
-from bc2_jax.sharding import DEFAULT_RULES, ShardingRules
+from bc2_jax.sharding import reshard
 
 
-def init_cache(
-    config: ModelConfig, compute: ComputeConfig, batch: int, length: int, rules: ShardingRules = DEFAULT_RULES
-) -> KVCache:
+def init_cache(config: ModelConfig, compute: ComputeConfig, batch: int, length: int) -> KVCache:
     """An empty cache of `length` slots for `batch` sequences, cut by batch and heads on the mesh in use.
 
     Keys and values take 4 * L * B * S * D bytes in bf16: 2 GiB a sequence of 4096 tokens for 7B, 3.1 GiB for 13B.
     """
     shape = (config.num_hidden_layers, batch, config.num_attention_heads, length, config.head_dim)
     axes = ("layers", "batch", "attention_heads", None, "head_dim")
-    k, v = (rules.reshard(jnp.zeros(shape, compute.dtype), *axes) for _ in "kv")
-    slots = (rules.reshard(jnp.zeros((batch, length), jnp.int32), "batch", None) for _ in Tokens._fields)
+    k, v = (reshard(jnp.zeros(shape, compute.dtype), *axes) for _ in "kv")
+    slots = (reshard(jnp.zeros((batch, length), jnp.int32), "batch", None) for _ in Tokens._fields)
     return KVCache(k, v, Tokens(*slots), jnp.zeros((), jnp.int32))

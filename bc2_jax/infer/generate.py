@@ -24,8 +24,8 @@ from bc2_jax.infer.cache import init_cache
 from bc2_jax.infer.sampling import penalize_repetition, sample_tokens
 from bc2_jax.kernels.blocks import current_chip
 from bc2_jax.model.attention import KVCache
-from bc2_jax.model.baichuan import Baichuan2, Params, split_model
-from bc2_jax.sharding import ShardingRules, to_host, use_mesh_of
+from bc2_jax.model.baichuan import Baichuan2, Params
+from bc2_jax.sharding import named_sharding, parts, reshard, rules_in_use, spec, to_host, use_mesh_of, use_rules
 from bc2_jax.tpu.options import compiler_options
 
 OnToken = Callable[[int, list[int | None]], None]
@@ -96,7 +96,6 @@ def generate(
     if temperature == 0:
         top_k, top_p = 0, 1.0  # so that all greedy calls share one compiled function
     graphdef, state = nnx.split(model)
-    rules = model.lm_head.rules
     # Before the mesh is known: outside jit there is no computing on a mesh taken from an array.
     sampling = Sampling(
         temperature=None if temperature == 0 else float(temperature),
@@ -105,13 +104,11 @@ def generate(
         eos_token_id=int(eos_token_id),
         key=jax.random.key(seed),
     )
-    with use_mesh_of(model.norm.weight[...]):
-        if rules.parts("sequence") > 1:
-            # One new token cannot be cut: the devices that share a sequence each work on the whole of it, and share
-            # only the heads of attention.
-            rules = dataclasses.replace(rules, sequence=None)
-            graphdef = split_model(config, model.compute, rules)[0]
-        ids_BT, segments_BT = _pad_prompts(prompts, rules.parts("batch"), config.pad_token_id)
+    # One new token cannot be cut: the devices that share a sequence each work on the whole of it, and share only the
+    # heads of attention.
+    rules = dataclasses.replace(rules_in_use(), sequence=None)
+    with use_mesh_of(model.norm.weight[...]), use_rules(rules):
+        ids_BT, segments_BT = _pad_prompts(prompts, parts("batch"), config.pad_token_id)
         length = bucket(ids_BT.shape[1] + max_new_tokens)
         params = _prepare_params(graphdef, nnx.to_pure_dict(state))
         prefill, loop = _programs(model.compute)
@@ -209,7 +206,7 @@ def _prepare_params(graphdef: Any, params: Params) -> Params:
     for they scale in fp32. Results equal those of the stored parameters.
     """
     model: Baichuan2 = nnx.merge(graphdef, params)
-    rules, dtype = model.lm_head.rules, jnp.dtype(model.compute.dtype)
+    dtype = jnp.dtype(model.compute.dtype)
 
     def cast(path, w):
         return w if "norm" in jax.tree_util.keystr(path) else w.astype(dtype)
@@ -217,7 +214,7 @@ def _prepare_params(graphdef: Any, params: Params) -> Params:
     prepared = jax.tree_util.tree_map_with_path(cast, params)
     tables = {"embed_tokens": model.embed_tokens.weight[...], "lm_head": model.lm_head.rows()}
     for name, table_VD in tables.items():
-        prepared[name] = {"weight": rules.reshard(table_VD.astype(dtype), "vocab", None)}
+        prepared[name] = {"weight": reshard(table_VD.astype(dtype), "vocab", None)}
     for part, names in _TRANSPOSED.items():
         for name in names:
             weights = prepared["layers"][part][name]
@@ -228,7 +225,12 @@ def _prepare_params(graphdef: Any, params: Params) -> Params:
 def _merge_prepared(graphdef: Any, prepared: Params) -> Baichuan2:
     model = nnx.merge(graphdef, prepared)
     model.lm_head.normalize = False  # its rows are
-    model.layers.self_attn.transposed = model.layers.mlp.transposed = True  # as the weights in _TRANSPOSED are
+    for part, names in _TRANSPOSED.items():
+        for name in names:
+            linear = getattr(getattr(model.layers, part), name)
+            weight = linear.weight[...]
+            linear.weight = nnx.Param(jnp.swapaxes(weight, 1, 2))
+            linear.move_model_axis_behind()
     return model
 
 
@@ -246,11 +248,11 @@ def _run_prefill(
 ) -> Decoding:
     """Runs the left-padded prompts into an empty cache of `length` slots and chooses each one's first token."""
     model = _merge_prepared(graphdef, params)
-    rules, V = model.lm_head.rules, model.config.vocab_size
+    V = model.config.vocab_size
     (B, _), position_B = ids_BT.shape, segments_BT.sum(axis=1)
     stopped_B = position_B == 0
-    ids_BT, segments_BT = (rules.reshard(x, "batch", None) for x in (ids_BT, segments_BT))
-    cache = init_cache(model.config, model.compute, B, length, rules)
+    ids_BT, segments_BT = (reshard(x, "batch", None) for x in (ids_BT, segments_BT))
+    cache = init_cache(model.config, model.compute, B, length)
     logits_BTV, cache = _forward(model, ids_BT, None, segments_BT, cache)
 
     def mark_seen(ids_BT: Array, segments_BT: Array) -> Array:
@@ -259,7 +261,7 @@ def _run_prefill(
         mark = jax.vmap(lambda ids: jnp.zeros(V, bool).at[ids].set(True, mode="drop"))
         return mark(ids_BT)
 
-    seen_BV = _by_rows(rules, mark_seen, ids_BT, segments_BT)
+    seen_BV = _by_rows(mark_seen, ids_BT, segments_BT)
     start = Decoding(
         cache=cache,
         seen_BV=seen_BV,
@@ -269,7 +271,7 @@ def _run_prefill(
         stopped_B=stopped_B,
         step=jnp.zeros((), jnp.int32),
     )
-    return _choose_next(start, logits_BTV, sampling, top_k, rules)
+    return _choose_next(start, logits_BTV, sampling, top_k)
 
 
 def _run_decode(
@@ -286,12 +288,9 @@ def _run_decode(
 
 def decode_step(model: Baichuan2, decoding: Decoding, sampling: Sampling, top_k: int) -> Decoding:
     """One token more of every sequence; `model` holds prepared parameters."""
-    rules = model.lm_head.rules
-    ids_BT, positions_BT = (
-        rules.reshard(x[:, None], "batch", "sequence") for x in (decoding.token_B, decoding.position_B)
-    )
+    ids_BT, positions_BT = (reshard(x[:, None], "batch", "sequence") for x in (decoding.token_B, decoding.position_B))
     logits_BTV, cache = _forward(model, ids_BT, positions_BT, None, decoding.cache)
-    return _choose_next(decoding._replace(cache=cache), logits_BTV, sampling, top_k, rules)
+    return _choose_next(decoding._replace(cache=cache), logits_BTV, sampling, top_k)
 
 
 _PREFILL: dict[str, Any] = {"static_argnums": 0, "static_argnames": ("length", "top_k")}
@@ -315,9 +314,7 @@ def _tuned(chip: str) -> tuple[Callable[..., Decoding], Callable[..., Decoding]]
     )
 
 
-def _choose_next(
-    decoding: Decoding, logits_BTV: Array, sampling: Sampling, top_k: int, rules: ShardingRules
-) -> Decoding:
+def _choose_next(decoding: Decoding, logits_BTV: Array, sampling: Sampling, top_k: int) -> Decoding:
     """Draws the next token of each sequence from logits [B, 1, V] and appends it."""
 
     def choose(logits_BV: Array, seen_BV: Array, row_B: Array, stopped_B: Array, sampling: Sampling, step: Array):
@@ -332,10 +329,10 @@ def _choose_next(
 
     with jax.named_scope("sample"):
         # Each device takes the whole vocabulary of its own rows: 0.5 MB a row, once per token.
-        logits_BV = rules.reshard(logits_BTV[:, 0], "batch", None)
-        rows = (rules.reshard(x, "batch") for x in (jnp.arange(logits_BV.shape[0]), decoding.stopped_B))
-        token_B, seen_BV = _by_rows(rules, choose, logits_BV, decoding.seen_BV, *rows, whole=(sampling, decoding.step))
-        token_B = rules.reshard(token_B, None)
+        logits_BV = reshard(logits_BTV[:, 0], "batch", None)
+        rows = (reshard(x, "batch") for x in (jnp.arange(logits_BV.shape[0]), decoding.stopped_B))
+        token_B, seen_BV = _by_rows(choose, logits_BV, decoding.seen_BV, *rows, whole=(sampling, decoding.step))
+        token_B = reshard(token_B, None)
     start = (jnp.zeros((), jnp.int32), decoding.step)
     return decoding._replace(
         seen_BV=seen_BV,
@@ -347,11 +344,11 @@ def _choose_next(
     )
 
 
-def _by_rows(rules: ShardingRules, function: Callable, *arrays: Array, whole: tuple = ()) -> Any:
+def _by_rows(function: Callable, *arrays: Array, whole: tuple = ()) -> Any:
     """function(*arrays, *whole) on each device's own rows of `arrays`; `whole` is the same everywhere."""
-    if rules.sharding() is None:
+    if named_sharding() is None:
         return function(*arrays, *whole)
-    in_specs = tuple(rules.spec("batch", *[None] * (x.ndim - 1)) for x in arrays)
-    whole_specs = jax.tree.map(lambda _: rules.spec(), whole)
+    in_specs = tuple(spec("batch", *[None] * (x.ndim - 1)) for x in arrays)
+    whole_specs = jax.tree.map(lambda _: spec(), whole)
     # A result's rows come first as well; unnamed dimensions of a spec are not cut.
-    return jax.shard_map(function, in_specs=(*in_specs, *whole_specs), out_specs=rules.spec("batch"))(*arrays, *whole)
+    return jax.shard_map(function, in_specs=(*in_specs, *whole_specs), out_specs=spec("batch"))(*arrays, *whole)

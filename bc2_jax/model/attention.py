@@ -13,9 +13,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from bc2_jax.config import ComputeConfig, ModelConfig
 from bc2_jax.kernels.attention import Tokens, chunked_attention, reference_attention
-from bc2_jax.model.layers import Weight, linear
+from bc2_jax.model.layers import Linear
 from bc2_jax.model.position import alibi_slopes, apply_rope
-from bc2_jax.sharding import ShardingRules
+from bc2_jax.sharding import named_sharding, reshard, spec
 
 
 class KVCache(NamedTuple):
@@ -33,35 +33,25 @@ class KVCache(NamedTuple):
 class SelfAttention(nnx.Module):
     """Weights of all L layers are stacked; a call uses one layer's slice."""
 
-    def __init__(self, config: ModelConfig, compute: ComputeConfig, rules: ShardingRules, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
         L, D, N, H = config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.head_dim
         std = config.initializer_range
         # Apart rather than fused as the released W_pack: a fused layout costs large relayout copies on TPU.
-        into, out = ("layers", "embed", "heads", "head_dim"), ("layers", "heads", "head_dim", "embed")
-        self.q_proj = Weight.normal(rngs, (L, D, N, H), into, std, rules)
-        self.k_proj = Weight.normal(rngs, (L, D, N, H), into, std, rules)
-        self.v_proj = Weight.normal(rngs, (L, D, N, H), into, std, rules)
-        self.o_proj = Weight.normal(rngs, (L, N, H, D), out, std, rules)
-        self.transposed = False
-        """Whether q_proj, k_proj and v_proj hold [L, N, D, H]."""
-        self.config, self.compute, self.rules = config, compute, rules
+        self.q_proj = Linear("BTD,DNH->BTNH", (L, D, N, H), std, rngs=rngs)
+        self.k_proj = Linear("BTD,DNH->BTNH", (L, D, N, H), std, rngs=rngs)
+        self.v_proj = Linear("BTD,DNH->BTNH", (L, D, N, H), std, rngs=rngs)
+        self.o_proj = Linear("BTNH,NHD->BTD", (L, N, H, D), std, rngs=rngs)
+        self.config, self.compute = config, compute
 
     def __call__(
         self, x_BTD: Array, tokens: Tokens, rope: tuple[Array, Array] | None, cache: KVCache | None, layer: Array | int
     ) -> tuple[Array, KVCache | None]:
         """[B, T, D] -> [B, T, D]. With a cache, writes the new keys and values at its end and returns it."""
-        out_axes = ("batch", "sequence", "heads", "head_dim")
-        into, equation = ("embed", "heads", "head_dim"), "BTD,DNH->BTNH"
-        if self.transposed:
-            into, equation = ("heads", "embed", "head_dim"), "BTD,NDH->BTNH"
-        q, k, v = (
-            linear(equation, x_BTD, proj.weight[...], into, out_axes, self.rules)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
-        q, k, v = (self.rules.reshard(x, "batch", None, "attention_heads", "head_dim") for x in (q, k, v))
+        q, k, v = (reshard(x, "batch", None, "attention_heads", "head_dim") for x in (q, k, v))
         if cache is not None:
             start = (layer, 0, 0, cache.length, 0)
             cache = cache._replace(
@@ -73,12 +63,8 @@ class SelfAttention(nnx.Module):
         else:
             # A prefill fills an empty cache, so its tokens see only each other.
             out = self._attend(q, k, v, tokens, tokens, 0)
-        out = self.rules.reshard(out, *out_axes)
-        y_BTD = linear(
-            "BTNH,NHD->BTD", out, self.o_proj.weight[...], ("heads", "head_dim", "embed"),
-            ("batch", "sequence", "hidden"), self.rules,
-        )  # fmt: skip
-        return checkpoint_name(y_BTD, "o"), cache
+        out = reshard(out, "batch", "sequence", "heads", "head_dim")
+        return checkpoint_name(self.o_proj(out), "o"), cache
 
     def _attend(self, q: Array, k: Array, v: Array, q_tokens: Tokens, k_tokens: Tokens, offset: Array | int) -> Array:
         """The kernel, on each device's own heads of whole sequences; slopes are cut with their heads."""
@@ -95,12 +81,11 @@ class SelfAttention(nnx.Module):
         kernel: Callable[..., Array] = self_attention if in_blocks else reference_attention
         with jax.named_scope("attention"):
             q_tokens, k_tokens = (
-                Tokens(*(self.rules.reshard(x, "batch", None) for x in tokens)) for tokens in (q_tokens, k_tokens)
+                Tokens(*(reshard(x, "batch", None) for x in tokens)) for tokens in (q_tokens, k_tokens)
             )
             arguments = (q, k, v, q_tokens, k_tokens, slopes, jnp.asarray(offset, jnp.int32))
-            if self.rules.sharding() is None:
+            if named_sharding() is None:
                 return kernel(*arguments)
-            spec = self.rules.spec
             heads, rows = spec("batch", None, "attention_heads", "head_dim"), (spec("batch", None),) * 2
             slopes_spec = None if slopes is None else spec("attention_heads")
             in_specs = (heads, heads, heads, Tokens._make(rows), Tokens._make(rows), slopes_spec, spec())
@@ -116,11 +101,10 @@ class SelfAttention(nnx.Module):
         with jax.named_scope("attention"):
             # The whole cache and the number of the layer: a slice would be copied.
             layer, slopes = jnp.asarray(layer, jnp.int32), self._slopes()
-            tokens = Tokens(*(self.rules.reshard(x, "batch", None) for x in tokens))
+            tokens = Tokens(*(reshard(x, "batch", None) for x in tokens))
             arguments = (q[:, 0], cache.k, cache.v, layer, cache.length, tokens, cache.tokens, slopes)
-            if self.rules.sharding() is None:
+            if named_sharding() is None:
                 return flash_decode(*arguments)[:, None]
-            spec = self.rules.spec
             heads, rows = spec("batch", "attention_heads", "head_dim"), Tokens._make((spec("batch", None),) * 2)
             slots = spec("layers", "batch", "attention_heads", None, "head_dim")
             slopes_spec = None if slopes is None else spec("attention_heads")
@@ -131,4 +115,4 @@ class SelfAttention(nnx.Module):
         """ALiBi's slopes, cut as the heads are; None where positions are rotated."""
         if self.config.position_embedding != "alibi":
             return None
-        return self.rules.reshard(jnp.asarray(alibi_slopes(self.config.num_attention_heads)), "attention_heads")
+        return reshard(jnp.asarray(alibi_slopes(self.config.num_attention_heads)), "attention_heads")

@@ -16,7 +16,7 @@ from bc2_jax.model.attention import KVCache, SelfAttention
 from bc2_jax.model.head import Head
 from bc2_jax.model.layers import MLP, Embedding, RMSNorm, remat
 from bc2_jax.model.position import make_rope
-from bc2_jax.sharding import DEFAULT_RULES, ShardingRules, use_mesh_of
+from bc2_jax.sharding import parts, reshard, spec, use_mesh_of
 
 Params = dict[str, Any]
 DEFAULT_COMPUTE = ComputeConfig()
@@ -25,12 +25,12 @@ DEFAULT_COMPUTE = ComputeConfig()
 class DecoderLayer(nnx.Module):
     """h += attention(norm(h)); h += mlp(norm(h)). Holds the stacked weights of all layers; a call uses one layer's."""
 
-    def __init__(self, config: ModelConfig, compute: ComputeConfig, rules: ShardingRules, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
         stack = (config.num_hidden_layers,)
         self.input_layernorm = RMSNorm(config, stack)
-        self.self_attn = SelfAttention(config, compute, rules, rngs=rngs)
+        self.self_attn = SelfAttention(config, compute, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(config, stack)
-        self.mlp = MLP(config, rules, rngs=rngs)
+        self.mlp = MLP(config, rngs=rngs)
 
     def __call__(
         self, h_BTD: Array, tokens: Tokens, rope: tuple[Array, Array] | None, cache: KVCache | None, layer: Array | int
@@ -45,15 +45,12 @@ class DecoderLayer(nnx.Module):
 class Baichuan2(nnx.Module):
     """The whole model. Parameters are named as in PyTorch, without the leading `model.`, with stacked layers."""
 
-    def __init__(
-        self, config: ModelConfig, compute: ComputeConfig = DEFAULT_COMPUTE, rules: ShardingRules = DEFAULT_RULES,
-        *, rngs: nnx.Rngs,
-    ):  # fmt: skip
-        self.embed_tokens = Embedding(config, rules, rngs=rngs)
-        self.layers = DecoderLayer(config, compute, rules, rngs=rngs)
+    def __init__(self, config: ModelConfig, compute: ComputeConfig = DEFAULT_COMPUTE, *, rngs: nnx.Rngs):
+        self.embed_tokens = Embedding(config, rngs=rngs)
+        self.layers = DecoderLayer(config, compute, rngs=rngs)
         self.norm = RMSNorm(config)
-        self.lm_head = Head(config, rules, rngs=rngs)
-        self.config, self.compute, self.rules = config, compute, rules
+        self.lm_head = Head(config, rngs=rngs)
+        self.config, self.compute = config, compute
 
     def __call__(self, input_ids: Array, positions: Array | None = None, segment_ids: Array | None = None) -> Array:
         """Logits [B, T, V] in fp32 of token ids [B, T].
@@ -86,19 +83,20 @@ class Baichuan2(nnx.Module):
             return jnp.concatenate([before, self.norm(h_BTD)[None]])
 
     def _run_layers(self, input_ids, positions, segment_ids, cache, keep: bool = False):
-        parts = self.rules.parts("sequence")
-        if cache is None and input_ids.shape[1] % parts:
-            raise ValueError(f"input_ids has {input_ids.shape[1]} columns; the mesh needs a multiple of {parts}.")
+        if cache is None and input_ids.shape[1] % parts("sequence"):
+            raise ValueError(
+                f"input_ids has {input_ids.shape[1]} columns; the mesh needs a multiple of {parts('sequence')}."
+            )
         if positions is None:  # they are counted along whole sequences
-            input_ids = self.rules.reshard(input_ids, "batch", None)
-            segment_ids = None if segment_ids is None else self.rules.reshard(segment_ids, "batch", None)
+            input_ids = reshard(input_ids, "batch", None)
+            segment_ids = None if segment_ids is None else reshard(segment_ids, "batch", None)
         # A caller's arrays may be laid out in any way, for instance not at all.
         given = (input_ids, *place_tokens(input_ids, positions, segment_ids))
-        input_ids, positions, segment_ids = (self.rules.reshard(x, "batch", "sequence") for x in given)
+        input_ids, positions, segment_ids = (reshard(x, "batch", "sequence") for x in given)
         tokens = Tokens(positions, segment_ids)
         if cache is not None:
             slots = [
-                jax.lax.dynamic_update_slice(c, self.rules.reshard(t, "batch", None), (0, cache.length))
+                jax.lax.dynamic_update_slice(c, reshard(t, "batch", None), (0, cache.length))
                 for c, t in zip(cache.tokens, tokens, strict=True)
             ]
             cache = cache._replace(tokens=Tokens._make(slots))
@@ -155,27 +153,25 @@ def stack_layers(layers: list[Any]) -> Any:
     return jax.tree.map(lambda *xs: jnp.stack(xs), *layers)
 
 
-def split_model(
-    config: ModelConfig, compute: ComputeConfig = DEFAULT_COMPUTE, rules: ShardingRules = DEFAULT_RULES
-) -> tuple[Any, Params, Params]:
+def split_model(config: ModelConfig, compute: ComputeConfig = DEFAULT_COMPUTE) -> tuple[Any, Params, Params]:
     """(graphdef, abstract parameters, logical axes), without allocating anything.
 
     `nnx.merge(graphdef, params)` gives the model for a nested dict `params` of arrays shaped as the abstract ones.
     """
 
-    model = nnx.eval_shape(lambda: Baichuan2(config, compute, rules, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Baichuan2(config, compute, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(model)
     axes = jax.tree.map(lambda p: p.axes, state, is_leaf=lambda p: isinstance(p, nnx.Variable))
     return graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
 
 
-def param_shardings(config: ModelConfig, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Params:
+def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
     """NamedSharding of every parameter on `mesh`."""
-    axes = split_model(config, rules=rules)[2]
-    return jax.tree.map(lambda a: NamedSharding(mesh, rules.spec(*a)), axes, is_leaf=lambda a: isinstance(a, tuple))
+    axes = split_model(config)[2]
+    return jax.tree.map(lambda a: NamedSharding(mesh, spec(*a)), axes, is_leaf=lambda a: isinstance(a, tuple))
 
 
-def init_params(config: ModelConfig, seed: int, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Params:
+def init_params(config: ModelConfig, seed: int, mesh: Mesh) -> Params:
     """Initial fp32 parameters, each born on its devices: the whole model never exists in one place.
 
     N(0, initializer_range) for linear and embedding weights, the padding row 0, norms 1, the head U(+-1 / sqrt(D)).
@@ -184,13 +180,11 @@ def init_params(config: ModelConfig, seed: int, mesh: Mesh, rules: ShardingRules
 
     # LLVM takes seconds to optimise the random bits of each weight, which are drawn only once.
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    init = jax.jit(
-        _init, static_argnums=(0, 1), compiler_options={"xla_backend_optimization_level": 1} if on_cpu else None
-    )
+    options = {"xla_backend_optimization_level": 1} if on_cpu else None
     with jax.set_mesh(mesh):
-        return init(config, rules, seed)
+        return jax.jit(_init, static_argnums=0, compiler_options=options)(config, seed)
 
 
-def _init(config: ModelConfig, rules: ShardingRules, seed: Array | int) -> Params:
-    model = Baichuan2(config, rules=rules, rngs=nnx.Rngs(jax.random.key(seed)))
+def _init(config: ModelConfig, seed: Array | int) -> Params:
+    model = Baichuan2(config, rngs=nnx.Rngs(jax.random.key(seed)))
     return nnx.to_pure_dict(nnx.split(model)[1])

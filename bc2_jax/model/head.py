@@ -9,7 +9,7 @@ from jax import Array
 
 from bc2_jax.config import ModelConfig
 from bc2_jax.model.layers import Weight
-from bc2_jax.sharding import ShardingRules
+from bc2_jax.sharding import named_sharding, reshard
 
 # As in the PyTorch code (torch.nn.functional.normalize): shorter rows count as zero.
 MIN_NORM = 1e-12
@@ -29,13 +29,13 @@ def normalize_rows(w_VD: Array) -> Array:
 class Head(Weight):
     """Output embedding `weight` [V, D], not normalised, as in the released files."""
 
-    def __init__(self, config: ModelConfig, rules: ShardingRules, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         bound = config.hidden_size**-0.5
         shape, axes = (config.vocab_size, config.hidden_size), ("vocab", "embed")
-        out_sharding = rules.sharding(*axes)
+        out_sharding = named_sharding(*axes)
         value = jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound, out_sharding=out_sharding)
         super().__init__(value, axes)
-        self.normalize, self.rules = config.normalize_head, rules
+        self.normalize = config.normalize_head
 
     def rows(self) -> Array:
         """[V, D] what the hidden states are multiplied with: the weight's normalised rows, or the weight itself."""
@@ -43,6 +43,6 @@ class Head(Weight):
 
     def __call__(self, h_BTD: Array) -> Array:
         """Logits [B, T, V] in fp32."""
-        rows = self.rules.reshard(self.rows().astype(h_BTD.dtype), "vocab", None)
-        sharding = self.rules.sharding("batch", "sequence", "vocab")
+        rows = reshard(self.rows().astype(h_BTD.dtype), "vocab", None)
+        sharding = named_sharding("batch", "sequence", "vocab")
         return jnp.einsum("BTD,VD->BTV", h_BTD, rows, preferred_element_type=jnp.float32, out_sharding=sharding)

@@ -13,7 +13,16 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
 from bc2_jax.config import ComputeConfig, ModelConfig
-from bc2_jax.sharding import ShardingRules
+from bc2_jax.sharding import (
+    ShardingRules,
+    gather,
+    named_sharding,
+    reduce_scatter,
+    reshard,
+    rules_in_use,
+    spec,
+    use_rules,
+)
 
 
 class Weight(nnx.Module):
@@ -23,29 +32,73 @@ class Weight(nnx.Module):
         self.weight = nnx.Param(value, axes=axes)
 
     @classmethod
-    def normal(
-        cls, rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], stddev: float, rules: ShardingRules
-    ) -> Weight:
+    def normal(cls, rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], stddev: float) -> Weight:
         """N(0, stddev), each device making its own part; the values do not depend on the mesh."""
-        return Weight(stddev * jax.random.normal(rngs.params(), shape, out_sharding=rules.sharding(*axes)), axes)
+        return Weight(stddev * jax.random.normal(rngs.params(), shape, out_sharding=named_sharding(*axes)), axes)
 
 
-def gather(w: Array, axes: tuple[str | None, ...], rules: ShardingRules, dtype: jnp.dtype) -> Array:
-    """A stored weight as it is used: cast first, so that half the bytes travel, then gathered along `embed`."""
-    return rules.gather(w.astype(dtype), *axes)
+# The logical axis that each letter of an equation names, in a weight and in an activation.
+WEIGHT_AXES = {"D": "embed", "N": "heads", "H": "head_dim", "F": "ffn"}
+ACTIVATION_AXES = {"B": "batch", "T": "sequence", "D": "hidden", "N": "heads", "H": "head_dim", "F": "ffn"}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4, 5))
-def linear(
-    equation: str, x: Array, w: Array, axes: tuple[str | None, ...], out_axes: tuple[str | None, ...],
-    rules: ShardingRules,
-) -> Array:  # fmt: skip
-    """einsum(equation, x, w) in the dtype of x, for a stored weight `w` with logical `axes`.
+class Linear(Weight):
+    """y = einsum(equation, x, weight) in the dtype of x, without a bias; every matmul of a layer against a weight.
+
+    The equation names the axes of x, weight and y: B batch, T tokens, D model dimension, N heads, H head size, F
+    feed-forward. Holds the stacked weights of all L layers; a call uses one layer's.
+    """
+
+    def __init__(self, equation: str, shape: tuple[int, ...], stddev: float, *, rngs: nnx.Rngs):
+        """`shape` is [L, ...] in the order of the equation's weight."""
+        self.equation = equation
+        super().__init__(self.normal(rngs, shape, self.stacked_axes, stddev).weight[...], self.stacked_axes)
+
+    @property
+    def stacked_axes(self) -> tuple[str, ...]:
+        """The logical axes of the weights of all layers."""
+        return ("layers", *weight_axes(self.equation))
+
+    def __call__(self, x: Array) -> Array:
+        return linear(self.equation, x, self.weight[...])
+
+    def move_model_axis_behind(self) -> None:
+        """Stores a weight [L, D, N, H] as [L, N, D, H] from now on, one [L, D, F] as [L, F, D]."""
+        x, w, y = split_equation(self.equation)
+        self.equation = f"{x},{w[1]}{w[0]}{w[2:]}->{y}"
+        self.weight = nnx.Param(jnp.swapaxes(self.weight[...], 1, 2), axes=self.stacked_axes)
+
+
+def split_equation(equation: str) -> tuple[str, str, str]:
+    """The letters of x, weight and y."""
+    operands, y = equation.split("->")
+    x, w = operands.split(",")
+    return x, w, y
+
+
+def weight_axes(equation: str) -> tuple[str, ...]:
+    """The logical axes of one layer's weight."""
+    return tuple(WEIGHT_AXES[letter] for letter in split_equation(equation)[1])
+
+
+def linear(equation: str, x: Array, w: Array) -> Array:
+    """einsum(equation, x, w) in the dtype of x, for a stored weight `w`; the letters are those of `Linear`.
 
     The weight is gathered in the compute dtype; its gradient is computed and reduced over the batch in fp32, straight
     into the layout in which the weight is stored.
     """
-    return _linear_forward(equation, x, w, axes, out_axes, rules)[0]
+    # The backward pass may be traced when the context is another one.
+    return _linear(equation, rules_in_use(), x, w)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _linear(equation: str, rules: ShardingRules, x: Array, w: Array) -> Array:
+    return _linear_forward(equation, rules, x, w)[0]
+
+
+def _gathered(equation: str, w: Array, dtype: jnp.dtype) -> Array:
+    """A stored weight as it is used: cast first, so that half the bytes travel, then gathered along `embed`."""
+    return gather(w.astype(dtype), *weight_axes(equation))
 
 
 def _matmul(equation: str, x: Array, y: Array, out_sharding: NamedSharding | None = None) -> Array:
@@ -53,16 +106,16 @@ def _matmul(equation: str, x: Array, y: Array, out_sharding: NamedSharding | Non
     return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32, out_sharding=out_sharding)
 
 
-def _linear_forward(equation, x, w, axes, out_axes, rules):
-    used = gather(w, axes, rules, x.dtype)
-    y = jnp.einsum(
-        equation, x, used, preferred_element_type=_sum_dtype(equation, x), out_sharding=rules.sharding(*out_axes)
-    )
+def _linear_forward(equation: str, rules: ShardingRules, x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
+    out_axes = (ACTIVATION_AXES[letter] for letter in split_equation(equation)[2])
+    with use_rules(rules):
+        used, out_sharding = _gathered(equation, w, x.dtype), named_sharding(*out_axes)
+    y = jnp.einsum(equation, x, used, preferred_element_type=_sum_dtype(equation, x), out_sharding=out_sharding)
     return y.astype(x.dtype), (x, w)
 
 
 def _sum_dtype(equation: str, x: Array) -> jnp.dtype:
-    """That in which products leave the hardware: fp32, but where TPUs add theirs up, that of x: half the bytes travel.
+    """Dtype of the matmul's result: fp32, or that of x where TPUs add up partial results: half the bytes travel.
 
     Each chip's own sum is fp32 in either case.
     """
@@ -70,18 +123,16 @@ def _sum_dtype(equation: str, x: Array) -> jnp.dtype:
     device = mesh.abstract_device
     if device is None or device.platform != "tpu":
         return jnp.dtype(jnp.float32)
-    x_dims, y_dims = equation.split(",")[0], equation.split("->")[1]
+    x_dims, _, y_dims = split_equation(equation)
     spec = jax.typeof(x).sharding.spec  # type: ignore[attr-defined]  # jax declares the base class
     cut = [axes for dim, axes in zip(x_dims, spec, strict=True) if dim not in y_dims and axes is not None]
     sizes = [mesh.shape[axis] for axes in cut for axis in ((axes,) if isinstance(axes, str) else axes)]
     return x.dtype if math.prod(sizes) > 1 else jnp.dtype(jnp.float32)
 
 
-def _linear_backward(equation, axes, out_axes, rules, residuals, dy):
+def _linear_backward(equation, rules, residuals, dy):
     x, w = residuals
-    (x_dims, w_dims), y_dims = equation.split("->")[0].split(","), equation.split("->")[1]
-    x_sharding = None if rules.sharding() is None else jax.typeof(x).sharding
-    dx = _matmul(f"{y_dims},{w_dims}->{x_dims}", dy, gather(w, axes, rules, x.dtype), x_sharding)
+    x_dims, w_dims, y_dims = split_equation(equation)
 
     def weight_gradient_on_cpu(x: Array, dy: Array) -> Array:
         # XLA:CPU has a fast bf16 kernel for rows times columns, not for the transposed left side of x.T @ dy. The
@@ -96,18 +147,21 @@ def _linear_backward(equation, axes, out_axes, rules, residuals, dy):
         matmul = functools.partial(_matmul, f"{x_dims},{y_dims}->{w_dims}")
         return jax.lax.platform_dependent(x, dy, cpu=weight_gradient_on_cpu, default=matmul)
 
-    if rules.sharding() is None:
-        dw = weight_gradient(x, dy)
-    else:
-        dw = jax.shard_map(
-            lambda x, dy: rules.reduce_scatter(weight_gradient(x, dy), axes.index("embed")),
-            in_specs=(x_sharding.spec, rules.spec(*out_axes)),
-            out_specs=rules.spec(*axes),
-        )(x, dy)
+    with use_rules(rules):
+        x_sharding = None if named_sharding() is None else jax.typeof(x).sharding
+        dx = _matmul(f"{y_dims},{w_dims}->{x_dims}", dy, _gathered(equation, w, x.dtype), x_sharding)
+        if x_sharding is None:
+            dw = weight_gradient(x, dy)
+        else:
+            dw = jax.shard_map(
+                lambda x, dy: reduce_scatter(weight_gradient(x, dy), w_dims.index("D")),
+                in_specs=(x_sharding.spec, spec(*(ACTIVATION_AXES[letter] for letter in y_dims))),
+                out_specs=spec(*weight_axes(equation)),
+            )(x, dy)
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
-linear.defvjp(_linear_forward, _linear_backward)
+_linear.defvjp(_linear_forward, _linear_backward)
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
@@ -132,50 +186,37 @@ class RMSNorm(Weight):
 class Embedding(Weight):
     """Token embedding; the row of the padding token starts at zero."""
 
-    def __init__(self, config: ModelConfig, rules: ShardingRules, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         shape, axes = (config.vocab_size, config.hidden_size), ("vocab", "embed")
-        table = Weight.normal(rngs, shape, axes, config.initializer_range, rules).weight[...]
-        is_padding = rules.reshard(jnp.arange(config.vocab_size)[:, None] == config.pad_token_id, "vocab", None)
+        table = Weight.normal(rngs, shape, axes, config.initializer_range).weight[...]
+        is_padding = reshard(jnp.arange(config.vocab_size)[:, None] == config.pad_token_id, "vocab", None)
         super().__init__(jnp.where(is_padding, 0, table), axes)
-        self.rules = rules
 
     def __call__(self, input_ids_BT: Array, dtype: jnp.dtype) -> Array:
         # The ids travel, not the table: each device looks up its columns for the rows of its whole fsdp group, and
         # exchanges give it its own rows whole. Left to itself the compiler replicates the table.
-        ids_BT = self.rules.reshard(input_ids_BT, "lookup_batch", None)
-        sharding = self.rules.sharding("lookup_batch", None, "embed")
+        ids_BT = reshard(input_ids_BT, "lookup_batch", None)
+        sharding = named_sharding("lookup_batch", None, "embed")
         x_BTD = self.weight[...].at[ids_BT].get(out_sharding=sharding).astype(dtype)
         # Sequences first, then rows: exchanged in one step, the compiler makes every device hold the whole batch.
-        x_BTD = self.rules.reshard(x_BTD, "lookup_batch", "sequence", "lookup_embed")
-        return self.rules.reshard(x_BTD, "batch", "sequence", "hidden")
+        x_BTD = reshard(x_BTD, "lookup_batch", "sequence", "lookup_embed")
+        return reshard(x_BTD, "batch", "sequence", "hidden")
 
 
 class MLP(nnx.Module):
-    """SwiGLU: down_proj(silu(gate_proj(x)) * up_proj(x)). Holds all L layers' weights; a call uses one layer's."""
+    """SwiGLU: down_proj(silu(gate_proj(x)) * up_proj(x))."""
 
-    def __init__(self, config: ModelConfig, rules: ShardingRules, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         L, D, F = config.num_hidden_layers, config.hidden_size, config.intermediate_size
-        into, out, std = ("layers", "embed", "ffn"), ("layers", "ffn", "embed"), config.initializer_range
-        self.gate_proj = Weight.normal(rngs, (L, D, F), into, std, rules)
-        self.up_proj = Weight.normal(rngs, (L, D, F), into, std, rules)
-        self.down_proj = Weight.normal(rngs, (L, F, D), out, std, rules)
-        self.transposed = False
-        """Whether gate_proj and up_proj hold [L, F, D]."""
-        self.rules = rules
+        std = config.initializer_range
+        self.gate_proj = Linear("BTD,DF->BTF", (L, D, F), std, rngs=rngs)
+        self.up_proj = Linear("BTD,DF->BTF", (L, D, F), std, rngs=rngs)
+        self.down_proj = Linear("BTF,FD->BTD", (L, F, D), std, rngs=rngs)
 
     def __call__(self, x_BTD: Array) -> Array:
-        into, equation = ("embed", "ffn"), "BTD,DF->BTF"
-        if self.transposed:
-            into, equation = ("ffn", "embed"), "BTD,FD->BTF"
-        inner = ("batch", "sequence", "ffn")
-        gate_BTF = linear(equation, x_BTD, self.gate_proj.weight[...], into, inner, self.rules)
-        up_BTF = linear(equation, x_BTD, self.up_proj.weight[...], into, inner, self.rules)
+        gate_BTF, up_BTF = self.gate_proj(x_BTD), self.up_proj(x_BTD)
         gate_BTF, up_BTF = checkpoint_name(gate_BTF, "gate"), checkpoint_name(up_BTF, "up")
-        y_BTD = linear(
-            "BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, self.down_proj.weight[...], ("ffn", "embed"),
-            ("batch", "sequence", "hidden"), self.rules,
-        )  # fmt: skip
-        return checkpoint_name(y_BTD, "down")
+        return checkpoint_name(self.down_proj(jax.nn.silu(gate_BTF) * up_BTF), "down")
 
 
 # What each remat policy keeps of a layer, by the names given above and in attention.py.

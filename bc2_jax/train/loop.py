@@ -18,6 +18,7 @@ from bc2_jax.agreement import first_decides
 from bc2_jax.checkpoint import TOKENIZER_NAME, Checkpointer
 from bc2_jax.config import TrainConfig
 from bc2_jax.data.bad_rows import BadRows
+from bc2_jax.data.batch import batch_part, make_put
 from bc2_jax.data.loader import make_train_iterator, make_train_loader, make_validation_batches
 from bc2_jax.data.row_order import record_row_order
 from bc2_jax.sharding import make_mesh
@@ -28,7 +29,6 @@ from bc2_jax.train.goodput import Goodput, goodput_table, read_sessions
 from bc2_jax.train.health import HealthMonitor, Steps
 from bc2_jax.train.results import check_resumed, make_baselines, show_results
 from bc2_jax.train.start import (
-    batch_part,
     check_attention,
     check_initial_model,
     check_same_model,
@@ -36,7 +36,6 @@ from bc2_jax.train.start import (
     choose_workdir,
     holds_checkpoints,
     initial_params,
-    make_put,
     restore_state,
     tuned_options,
     use_compilation_cache,
@@ -118,7 +117,7 @@ def _run(
     iterator = make_train_iterator(loader)
     validation = make_validation_batches(config.data, config.data.global_batch_size, bad_rows=bad_rows, **process)
     row_order = record_row_order(config.data)
-    put = make_put(config, mesh)
+    put = make_put(config.data, mesh)
 
     with jax.set_mesh(mesh):
         # ------------------------------------------------------------ state

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from bc2_jax.data.loader import IGNORED
-from bc2_jax.sharding import ShardingRules
+from bc2_jax.data.batch import IGNORED
+from bc2_jax.sharding import all_gather, mesh_axes, named_sharding, reduce_scatter, rules_in_use, spec, use_rules
 
 VOCAB_MULTIPLE = 1024
 """A vocabulary is padded to a multiple of this: libtpu scatters a tensor only if it can cut it into small pieces, and
@@ -56,9 +56,8 @@ def count_targets(labels: Array) -> Array:
     return jnp.sum(labels != IGNORED, dtype=jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def head_loss(
-    h_BTD: Array, rows_VD: Array, labels_BT: Array, z_loss_weight: float, chunk: int, rules: ShardingRules
+    h_BTD: Array, rows_VD: Array, labels_BT: Array, z_loss_weight: float, chunk: int
 ) -> tuple[Array, LossSums]:
     """(sum of cross entropy + z_loss_weight * max_z over the valid targets, its parts).
 
@@ -67,20 +66,24 @@ def head_loss(
     labels [B, T] are the next tokens, IGNORED where there is none. `chunk` is in tokens per device. Only the first
     result has a gradient. At equal largest logits, the max-z gradient is shared among them.
     """
+    return _head_loss(h_BTD, rows_VD, labels_BT, z_loss_weight, chunk, rules_in_use())
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _head_loss(h_BTD, rows_VD, labels_BT, z_loss_weight, chunk, rules):
     return _run(h_BTD, rows_VD, labels_BT, z_loss_weight, chunk, rules, with_gradients=False)[0]
 
 
 def _run(h_BTD, rows_VD, labels_BT, z_loss_weight, chunk, rules, with_gradients):
     local = functools.partial(_local_loss, z_loss_weight=z_loss_weight, chunk=chunk, with_gradients=with_gradients)
-    with jax.named_scope("head_loss"):
+    with jax.named_scope("head_loss"), use_rules(rules):
         rows_VD = rows_VD.astype(h_BTD.dtype)
-        if rules.sharding() is None:
+        if named_sharding() is None:
             return local(h_BTD, rows_VD, labels_BT)
-        spec, scalar = rules.spec, rules.spec()
-        hidden, stored = spec("batch", "sequence", "hidden"), spec("vocab", "embed")
+        hidden, stored, scalar = spec("batch", "sequence", "hidden"), spec("vocab", "embed"), spec()
         sums = (scalar, LossSums(*[scalar] * len(LossSums._fields)))
         sums, gradients = jax.shard_map(
-            functools.partial(local, rules=rules),
+            functools.partial(local, on_mesh=True),
             in_specs=(hidden, stored, spec("batch", "sequence")),
             out_specs=(sums, (hidden, stored) if with_gradients else None),
         )(h_BTD, rows_VD, labels_BT)
@@ -88,10 +91,10 @@ def _run(h_BTD, rows_VD, labels_BT, z_loss_weight, chunk, rules, with_gradients)
         return sums, jax.lax.optimization_barrier(gradients)
 
 
-def _local_loss(h_BTD, rows_VD, labels_BT, *, z_loss_weight, chunk, with_gradients, rules=None):
+def _local_loss(h_BTD, rows_VD, labels_BT, *, z_loss_weight, chunk, with_gradients, on_mesh=False):
     """One device's rows of the batch against its part of the vocabulary: (sums, gradients or None)."""
-    batch_axes = () if rules is None else rules.mesh_axes("batch", "sequence")
-    vocab_axes = () if rules is None else rules.mesh_axes("vocab")
+    batch_axes = mesh_axes("batch", "sequence") if on_mesh else ()
+    vocab_axes = mesh_axes("vocab") if on_mesh else ()
     exact = jnp.promote_types(h_BTD.dtype, jnp.float32)
     h_TD, labels_T = h_BTD.reshape(-1, h_BTD.shape[-1]), labels_BT.reshape(-1)
     num_tokens, D, V = h_TD.shape[0], h_TD.shape[1], rows_VD.shape[0]
@@ -102,8 +105,8 @@ def _local_loss(h_BTD, rows_VD, labels_BT, *, z_loss_weight, chunk, with_gradien
     # [D, V], so that gather and scatter along D move whole blocks: along the last dimension they are copied first.
     vocab_pad = -V % VOCAB_MULTIPLE if V > VOCAB_MULTIPLE else 0
     rows_DV = jnp.pad(rows_VD.T, ((0, 0), (0, vocab_pad)))
-    if rules is not None:
-        rows_DV = rules.all_gather(rows_DV, 0)
+    if on_mesh:
+        rows_DV = all_gather(rows_DV, 0)
     ids_V = jnp.arange(V) + (jax.lax.axis_index(vocab_axes) * V if vocab_axes else 0)
     ids_V = jnp.pad(ids_V, (0, vocab_pad), constant_values=NO_TOKEN)
 
@@ -151,9 +154,9 @@ def _local_loss(h_BTD, rows_VD, labels_BT, *, z_loss_weight, chunk, with_gradien
     if not with_gradients:
         return (loss, sums), None
     d_h_BTD = d_h_CTD.reshape(-1, D)[:num_tokens].reshape(h_BTD.shape)
-    if rules is not None:
+    if on_mesh:
         # Reduced once, in fp32, straight into the layout in which the weight is stored.
-        d_rows_DV = rules.reduce_scatter(d_rows_DV, 0)
+        d_rows_DV = reduce_scatter(d_rows_DV, 0)
         d_rows_DV = with_layout_constraint(d_rows_DV, Layout(major_to_minor=(0, 1)))
         # libtpu fails on shards of less than a tile where it moves the cut below into the scatter.
         d_rows_DV = jax.lax.optimization_barrier(d_rows_DV)
@@ -179,4 +182,4 @@ def _backward(z_loss_weight, chunk, rules, gradients, cotangents):
     return (d_h_BTD * d_loss.astype(d_h_BTD.dtype)), d_rows_VD * d_loss, None
 
 
-head_loss.defvjp(_forward, _backward)
+_head_loss.defvjp(_forward, _backward)

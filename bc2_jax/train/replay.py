@@ -19,13 +19,14 @@ import numpy as np
 from bc2_jax.checkpoint import find_checkpoint, is_complete, load_params, load_state, read_metadata
 from bc2_jax.config import DistributedConfig, TrainConfig
 from bc2_jax.config.record import from_record
+from bc2_jax.data.batch import batch_part, make_put
 from bc2_jax.data.loader import make_train_loader
 from bc2_jax.manifest import verify
 from bc2_jax.sharding import make_mesh
 from bc2_jax.train import distributed
 from bc2_jax.train.health import FIELDS
 from bc2_jax.train.metrics import fingerprint, read_metrics
-from bc2_jax.train.start import batch_part, check_attention, make_put, restore_state, tuned_options
+from bc2_jax.train.start import check_attention, restore_state, tuned_options
 from bc2_jax.train.step import make_train_step
 
 
@@ -130,7 +131,7 @@ def replay(path: str | Path, step: int, batch: Sequence[str | Path] = ()) -> Ite
     check_attention(config, mesh)
     part = batch_part(mesh, jax.process_index())
     loader = make_train_loader(config.data, process_index=part.process_index, process_count=part.process_count)
-    put = make_put(config, mesh)
+    put = make_put(config.data, mesh)
 
     with jax.set_mesh(mesh):
         state = restore_state(Folder(checkpoint), start, config, mesh)

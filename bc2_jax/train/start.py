@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from bc2_jax.checkpoint import abstract_params, parse_model_config
@@ -25,7 +22,7 @@ from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.tpu.chips import DEVICE_KINDS
 from bc2_jax.tpu.options import compiler_options
 from bc2_jax.train.optimizer import make_optimizer
-from bc2_jax.train.step import Batch, TrainState
+from bc2_jax.train.step import TrainState
 
 _log = logging.getLogger(__name__)
 
@@ -121,58 +118,6 @@ def check_tokenizer(config: TrainConfig, tokenizer: Tokenizer) -> None:
         raise ValueError(
             f"model.eos_token_id = {config.model.eos_token_id} is not valid: the tokenizer has {tokenizer.eos_id}."
         )
-
-
-class BatchPart(NamedTuple):
-    """The rows of each batch that one process reads, as the loader counts processes."""
-
-    process_index: int
-    process_count: int
-    """Processes that read different rows."""
-    blocks: tuple[int, ...]
-    """Which blocks of rows of the mesh these are, as the process holds them."""
-
-
-def batch_part(mesh: Mesh, process_index: int) -> BatchPart:
-    """The part of a process. Processes whose devices cut the same sequences (mesh.context) read the same part.
-
-    Raises ValueError if two processes share some of their rows, but not all.
-    """
-    cut = [mesh.axis_names.index(axis) for axis in DEFAULT_RULES.mesh_axes("batch")]
-    whole = [i for i in range(mesh.devices.ndim) if i not in cut]
-    blocks = mesh.devices.transpose(*cut, *whole).reshape(-1, math.prod(mesh.devices.shape[i] for i in whole))
-    held: dict[int, tuple[int, ...]] = {}
-    for block, devices in enumerate(blocks):
-        for process in {device.process_index for device in devices}:
-            held[process] = (*held.get(process, ()), block)
-    parts = sorted(set(held.values()))
-    if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) != len(blocks):
-        raise ValueError(
-            f"mesh.context * mesh.tensor = {blocks.shape[1]} is not valid: it must divide the devices of a process or "
-            "be a multiple of them."
-        )
-    return BatchPart(parts.index(held[process_index]), len(parts), held[process_index])
-
-
-def make_put(config: TrainConfig, mesh: Mesh) -> Callable[[dict[str, np.ndarray]], Batch]:
-    """Places this process's rows [B / parts, T] of a batch on the mesh as [A, B / A, T], A accumulation steps."""
-    data, blocks = config.data, batch_part(mesh, jax.process_index()).blocks
-    shape = (data.accumulation_steps, data.global_batch_size // data.accumulation_steps, data.sequence_length)
-    sharding = NamedSharding(mesh, DEFAULT_RULES.spec(None, "batch", "sequence"))
-
-    places = sharding.addressable_devices_indices_map(shape)
-
-    def place(x: np.ndarray) -> jax.Array:
-        rows, shards = x.reshape(shape[0], -1, shape[2]), []
-        for device, index in places.items():
-            assert index is not None
-            start, stop, _ = index[1].indices(shape[1])
-            first = blocks.index(start // (stop - start)) * (stop - start)
-            # Explicitly: the loop runs under a transfer guard.
-            shards.append(jax.device_put(rows[:, first : first + stop - start, index[2]], device))
-        return jax.make_array_from_single_device_arrays(shape, sharding, shards)
-
-    return lambda batch: {name: place(x) for name, x in batch.items()}
 
 
 class Restorer(Protocol):

@@ -12,14 +12,11 @@ from flax import nnx
 from jax import Array
 
 from bc2_jax.config import ComputeConfig, ModelConfig, TrainConfig
+from bc2_jax.data.batch import Batch
 from bc2_jax.model.baichuan import Params, split_model
-from bc2_jax.sharding import DEFAULT_RULES, ShardingRules
 from bc2_jax.train.health import batch_checksum, keep_unless, norm_metrics
 from bc2_jax.train.loss import LossSums, count_targets, head_loss
 from bc2_jax.train.optimizer import make_optimizer, make_schedule
-
-Batch = dict[str, Array]
-"""input_ids, labels (IGNORED where there is none), segment_ids, positions: int32 [A, B, T], A accumulation steps."""
 
 
 class TrainState(NamedTuple):
@@ -36,29 +33,25 @@ def init_state(params: Params, config: TrainConfig) -> TrainState:
     return TrainState(params, init(params), jnp.zeros((), jnp.int32))
 
 
-def make_loss_fn(
-    model: ModelConfig, compute: ComputeConfig, rules: ShardingRules = DEFAULT_RULES
-) -> Callable[[Params, Batch], tuple[Array, LossSums]]:
+def make_loss_fn(model: ModelConfig, compute: ComputeConfig) -> Callable[[Params, Batch], tuple[Array, LossSums]]:
     """(params, one micro-batch [B, T]) -> (sum of the loss over its valid targets, its parts)."""
-    graphdef, _, _ = split_model(model, compute, rules)
+    graphdef, _, _ = split_model(model, compute)
 
     def loss_fn(params: Params, batch: Batch) -> tuple[Array, LossSums]:
         module = nnx.merge(graphdef, params)
         h_BTD, _ = module.hidden_states(batch["input_ids"], batch["positions"], batch["segment_ids"])
         rows_VD = module.lm_head.rows()
-        return head_loss(h_BTD, rows_VD, batch["labels"], model.z_loss_weight, compute.loss_chunk, rules)
+        return head_loss(h_BTD, rows_VD, batch["labels"], model.z_loss_weight, compute.loss_chunk)
 
     return loss_fn
 
 
-def make_train_step(
-    config: TrainConfig, rules: ShardingRules = DEFAULT_RULES
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+def make_train_step(config: TrainConfig) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """(state, batch) -> (state after one update, metrics). Every valid target of the batch has the same weight.
 
     If the loss or the gradients' norm is not finite, the state is returned as it was.
     """
-    loss_fn = make_loss_fn(config.model, config.compute, rules)
+    loss_fn = make_loss_fn(config.model, config.compute)
     optimizer, schedule = make_optimizer(config.optimizer), make_schedule(config.optimizer)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
@@ -94,9 +87,9 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(config: TrainConfig, rules: ShardingRules = DEFAULT_RULES) -> Callable[[Params, Batch], LossSums]:
+def make_eval_step(config: TrainConfig) -> Callable[[Params, Batch], LossSums]:
     """(params, batch [A, B, T]) -> sums over its valid targets."""
-    loss_fn = make_loss_fn(config.model, config.compute, rules)
+    loss_fn = make_loss_fn(config.model, config.compute)
 
     def eval_step(params: Params, batch: Batch) -> LossSums:
         _, sums = jax.lax.scan(lambda _, micro: (None, loss_fn(params, micro)[1]), None, batch)

@@ -3,18 +3,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bc2_jax.data.batch import Rows, row_to_example
 from bc2_jax.data.batch_view import read_runs, render_html, render_row, row_arrays, row_title
-from bc2_jax.data.loader import Batch, row_to_example
 from bc2_jax.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
-def row(tokenizer: Tokenizer) -> Batch:
+def row(tokenizer: Tokenizer) -> Rows:
     ids = [*tokenizer.encode("if 龘\x1b[2J\n"), 2, *tokenizer.encode("<b>&return"), 195]
     return row_to_example(np.array([*ids, 0, 0, 0], np.uint32))
 
 
-def test_runs_cover_the_row_and_spell_its_text(row: Batch, tokenizer: Tokenizer) -> None:
+def test_runs_cover_the_row_and_spell_its_text(row: Rows, tokenizer: Tokenizer) -> None:
     runs = list(read_runs(row, tokenizer))
     assert [run.start for run in runs] == [0, *(run.stop for run in runs[:-1])] and runs[-1].stop == len(row["labels"])
     assert "".join(run.text for run in runs) == "if 龘\x1b[2J\n</s><b>&return<reserved_106><unk> x 2"
@@ -28,7 +28,7 @@ def test_runs_cover_the_row_and_spell_its_text(row: Batch, tokenizer: Tokenizer)
     ]  # fmt: skip
 
 
-def test_title_and_arrays_are_the_rows_own(row: Batch) -> None:
+def test_title_and_arrays_are_the_rows_own(row: Rows) -> None:
     tokens = int((row["input_ids"] != 0).sum())
     assert row_title(row) == f"2 segments, {tokens} tokens, {tokens - 2} targets, 2 tokens without, 2 padding"
     lines = dict(line.split(maxsplit=1) for line in row_arrays(row).splitlines())
@@ -37,7 +37,7 @@ def test_title_and_arrays_are_the_rows_own(row: Batch) -> None:
     }
 
 
-def test_terminal_text(row: Batch, tokenizer: Tokenizer) -> None:
+def test_terminal_text(row: Rows, tokenizer: Tokenizer) -> None:
     text = render_row(row, tokenizer)
     assert "\x1b" not in text.plain  # data can't send commands to the terminal
     first, second = text.plain.split("[segment 2, ")
@@ -47,7 +47,7 @@ def test_terminal_text(row: Batch, tokenizer: Tokenizer) -> None:
     assert styles["</s>"] == "dim magenta" and styles["if"] == "cyan" and "green" in styles.values()
 
 
-def test_page(row: Batch, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_page(row: Rows, tokenizer: Tokenizer, tmp_path: Path) -> None:
     page = render_html([("batch 0 <1>", row)], tokenizer)
     assert "<h3>batch 0 &lt;1&gt;: 2 segments" in page and "<b>" not in page
     eos = int(np.flatnonzero(row["input_ids"] == 2)[0])

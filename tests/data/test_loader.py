@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bc2_jax.config import DataConfig, MixtureStage, SourceConfig
+from bc2_jax.data.batch import row_to_example
 from bc2_jax.data.corpus import list_parts, load_corpus
 from bc2_jax.data.loader import (
     describe_mixture,
     make_train_iterator,
     make_train_loader,
     make_validation_batches,
-    row_to_example,
 )
 from bc2_jax.data.packing import load_manifest, pack_documents, read_rows
 from bc2_jax.data.tokenization import Settings, tokenize_corpus
@@ -51,55 +51,6 @@ def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
     assert a.keys() == b.keys() == KEYS
     for key in KEYS:
         np.testing.assert_array_equal(a[key], b[key])
-
-
-def reference_example(row: list[int]) -> dict[str, list[int]]:
-    """Token by token, as one would say it."""
-    example: dict[str, list[int]] = {key: [] for key in KEYS}
-    segment, position = 1, 0
-    for token, target in zip(row[:-1], row[1:], strict=True):
-        pad = token == 0
-        example["input_ids"].append(token)
-        example["labels"].append(-100 if pad or token == 2 or target == 0 else target)
-        example["segment_ids"].append(0 if pad else segment)
-        example["positions"].append(0 if pad else position)
-        position += 1
-        if token == 2:
-            segment, position = segment + 1, 0
-    return example
-
-
-ROWS = st.tuples(st.lists(st.sampled_from([2, 2, 5, 6, 639]), min_size=2, max_size=24), st.integers(0, 6))
-
-
-@given(ROWS)
-def test_row_to_example_against_a_loop(case: tuple[list[int], int]) -> None:
-    row = case[0] + [0] * case[1]
-    example = row_to_example(np.array(row, np.uint32))
-    expected = reference_example(row)
-    for key in KEYS:
-        assert example[key].dtype == np.int32
-        assert example[key].tolist() == expected[key]
-
-
-@given(st.lists(st.lists(st.sampled_from([2, 2, 5, 0]), min_size=9, max_size=9), min_size=1, max_size=4))
-def test_rows_of_a_batch_do_not_touch(rows: list[list[int]]) -> None:
-    batch = row_to_example(np.array(rows, np.uint32))
-    for index, row in enumerate(rows):
-        assert_same({key: batch[key][index] for key in KEYS}, row_to_example(np.array(row, np.uint32)))
-
-
-@given(st.lists(st.lists(st.integers(3, 50), min_size=1, max_size=20), min_size=1, max_size=8), st.integers(1, 9))
-def test_packed_targets_are_the_unpacked_targets(documents: list[list[int]], length: int) -> None:
-    """The (token, next token) pairs that are trained on are those of each document alone, each once."""
-    stream = [token for document in documents for token in [*document, 2]]
-    stream += [0] * (-(len(stream) - 1) % length)
-    packed = []
-    for start in range(0, len(stream) - 1, length):
-        example = row_to_example(np.array(stream[start : start + length + 1], np.uint32))
-        packed += [(int(i), int(j)) for i, j in zip(example["input_ids"], example["labels"], strict=True) if j != -100]
-    unpacked = [pair for document in documents for pair in zip(document, [*document[1:], 2], strict=True)]
-    assert packed == unpacked
 
 
 def test_batches_have_the_promised_shapes(data: DataConfig) -> None:

@@ -12,7 +12,6 @@ from flax import nnx
 
 from bc2_jax.config import ModelConfig
 from bc2_jax.model.head import Head, normalize_rows
-from bc2_jax.sharding import DEFAULT_RULES
 
 CONFIG = ModelConfig(
     hidden_size=6, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=10,
@@ -21,7 +20,7 @@ CONFIG = ModelConfig(
 
 
 def make_head(weight: np.ndarray | None = None, **changes) -> Head:
-    head = Head(dataclasses.replace(CONFIG, **changes), DEFAULT_RULES, rngs=nnx.Rngs(0))
+    head = Head(dataclasses.replace(CONFIG, **changes), rngs=nnx.Rngs(0))
     if weight is not None:
         head.weight[...] = jnp.asarray(weight)
     return head

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +10,8 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from bc2_jax.config import ModelConfig
-from bc2_jax.model.layers import MLP, Embedding, linear, rms_norm
-from bc2_jax.sharding import DEFAULT_RULES
+from bc2_jax.model.layers import MLP, Embedding, Linear, linear, rms_norm
+from bc2_jax.sharding import DEFAULT_RULES, use_rules
 
 RULES = DEFAULT_RULES
 SIZES = {"B": 8, "T": 6, "D": 8, "F": 12, "N": 4, "H": 2}
@@ -44,7 +46,7 @@ def test_linear_equals_einsum(equation: str, axes, out_axes, shape, mesh_of):
 
     @jax.jit
     def run(x, w, dy):
-        y, pull = jax.vjp(lambda x, w: linear(equation, x, w, axes, out_axes, RULES), x, w)
+        y, pull = jax.vjp(lambda x, w: linear(equation, x, w), x, w)
         return y, *pull(dy)
 
     if shape is None:
@@ -72,7 +74,7 @@ def test_weight_gradients_are_summed_in_fp32(projection, shape, mesh_of):
 
     @jax.jit
     def weight_gradient(x, w, dy):
-        return jax.vjp(lambda w: linear(equation, x, w, axes, out_axes, RULES), w)[1](dy)[0]
+        return jax.vjp(lambda w: linear(equation, x, w), w)[1](dy)[0]
 
     if shape is None:
         gradient = weight_gradient(x, w, dy)
@@ -88,8 +90,46 @@ def test_weight_gradients_are_summed_in_fp32(projection, shape, mesh_of):
 
 
 def test_linear_computes_in_the_dtype_of_x():
-    y = linear("BTD,DF->BTF", jnp.ones((1, 2, 4), jnp.bfloat16), jnp.ones((4, 3)), *PROJECTIONS[2][1:], RULES)
+    y = linear("BTD,DF->BTF", jnp.ones((1, 2, 4), jnp.bfloat16), jnp.ones((4, 3)))
     assert y.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 2), (2, 2, 2)], ids=str)
+def test_gradients_follow_the_rules_of_the_forward_pass(shape, mesh_of):
+    """The backward pass is traced after the context of the forward pass has ended."""
+    equation, axes, _ = PROJECTIONS[2]
+    x, w, dy = random_operands(equation)
+    rules = dataclasses.replace(RULES, ffn=None, embed="fsdp")
+
+    @jax.jit
+    def gradient(x, w):
+        def loss(w):
+            with use_rules(rules):
+                y = linear(equation, x, w)
+            return jnp.sum(y * dy)
+
+        return jax.grad(loss)(w)
+
+    mesh = mesh_of(*shape)
+    put = lambda a, names: jax.device_put(a, NamedSharding(mesh, rules.spec(*names)))  # noqa: E731
+    with jax.set_mesh(mesh):
+        result = gradient(put(x, INPUT_AXES["D"]), put(w, axes))
+    assert result.sharding.spec == rules.spec(*axes)
+    np.testing.assert_allclose(result, np.einsum("BTD,BTF->DF", x, dy), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("equation", ["BTD,DNH->BTNH", "BTD,DF->BTF"])
+def test_moving_the_model_axis_changes_no_result(equation: str):
+    x, w, _ = random_operands(equation)
+    layer = Linear(equation, (1, *w.shape), 1.0, rngs=nnx.Rngs(0))
+    layer.weight[...] = jnp.asarray(w)[None]
+    first = jnp.einsum(equation, x, w)
+    layer.move_model_axis_behind()
+    graphdef, state = nnx.split(layer)
+    moved = jax.tree.map(lambda w: w[0], state)
+    assert moved.weight[...].shape == (w.shape[1], w.shape[0], *w.shape[2:])
+    assert layer.stacked_axes == layer.weight.axes and layer.stacked_axes[2] == "embed"
+    np.testing.assert_allclose(nnx.merge(graphdef, moved)(jnp.asarray(x)), first, rtol=1e-5, atol=1e-5)
 
 
 def test_rms_norm():
@@ -120,7 +160,7 @@ TINY = ModelConfig(
 
 def test_embedding_gradient_is_summed_in_fp32():
     """A token that comes 1000 times: in bf16 the sum would stop growing at 256."""
-    embedding = Embedding(TINY, RULES, rngs=nnx.Rngs(0))
+    embedding = Embedding(TINY, rngs=nnx.Rngs(0))
     graphdef, state = nnx.split(embedding)
     ids = jnp.full((1, 1000), 5)
 
@@ -134,13 +174,13 @@ def test_embedding_gradient_is_summed_in_fp32():
 
 
 def test_embedding_of_padding_starts_at_zero():
-    embedding = Embedding(TINY, RULES, rngs=nnx.Rngs(0))
+    embedding = Embedding(TINY, rngs=nnx.Rngs(0))
     assert not embedding(jnp.array([[3]]), jnp.dtype("float32")).any()
     assert embedding(jnp.array([[2]]), jnp.dtype("float32")).all()
 
 
 def test_mlp_is_swiglu():
-    graphdef, state = nnx.split(MLP(TINY, RULES, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(MLP(TINY, rngs=nnx.Rngs(0)))
     layer = jax.tree.map(lambda w: 20 * w[0], nnx.to_pure_dict(state))
     gate, up, down = (np.asarray(layer[name]["weight"], np.float64) for name in ("gate_proj", "up_proj", "down_proj"))
     x = np.random.default_rng(0).standard_normal((2, 3, 8))

@@ -14,7 +14,7 @@ from bc2_jax.config import ComputeConfig
 from bc2_jax.kernels.attention import Tokens
 from bc2_jax.model.attention import KVCache
 from bc2_jax.model.baichuan import param_shardings, split_model
-from bc2_jax.sharding import DEFAULT_RULES
+from bc2_jax.sharding import DEFAULT_RULES, named_sharding, reshard
 
 
 def empty_cache(config, B: int, S: int, sharding=None) -> KVCache:
@@ -74,8 +74,8 @@ def test_decoding_on_a_mesh(golden, mesh_of):
     mesh, prompt = mesh_of(2, 1, 2), golden.arrays["prompt_ids"]
     params = jax.device_put(golden.params, param_shardings(golden.config, mesh))
     with jax.set_mesh(mesh):
-        put = lambda x: DEFAULT_RULES.reshard(jnp.asarray(x, jnp.int32), "batch", None)  # noqa: E731
-        cache = empty_cache(golden.config, 2, 32, DEFAULT_RULES.sharding)
+        put = lambda x: reshard(jnp.asarray(x, jnp.int32), "batch", None)  # noqa: E731
+        cache = empty_cache(golden.config, 2, 32, named_sharding)
         run = runner(golden.config, True)
         logits, cache = run(params, put(prompt), None, None, cache)
         for step in range(3):

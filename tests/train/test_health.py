@@ -16,12 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bc2_jax.config import CheckpointConfig, HealthConfig, MeshConfig
+from bc2_jax.data.batch import make_put
 from bc2_jax.data.loader import make_train_loader
 from bc2_jax.model.baichuan import init_params
 from bc2_jax.sharding import make_mesh
 from bc2_jax.train import health, loop, step
 from bc2_jax.train.metrics import read_metrics
-from bc2_jax.train.start import make_put
 from tests.train import poisoning
 from tests.train.poisoning import POISON
 
@@ -50,7 +50,7 @@ def events(path) -> list[dict]:
 
 def placed(config, mesh):
     loader = make_train_loader(config.data, process_index=0, process_count=1)
-    return make_put(config, mesh)(loader[0])
+    return make_put(config.data, mesh)(loader[0])
 
 
 def test_a_finite_update_is_the_one_without_the_check(small_run, monkeypatch, mesh_of):
@@ -118,7 +118,7 @@ def test_the_checksum_is_that_of_the_rows_on_any_mesh(small_run, mesh_of):
             small_run, data=dataclasses.replace(small_run.data, accumulation_steps=accumulation)
         )
         with jax.set_mesh(mesh):
-            return int(jax.jit(health.batch_checksum)(make_put(config, mesh)(rows)))
+            return int(jax.jit(health.batch_checksum)(make_put(config.data, mesh)(rows)))
 
     expected = on(mesh_of(2, 2, 2), rows, 2)
     assert expected != 0

@@ -14,9 +14,10 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import NamedSharding
 
 from bc2_jax.config import ComputeConfig
+from bc2_jax.data.batch import IGNORED
 from bc2_jax.model.baichuan import param_shardings
 from bc2_jax.sharding import DEFAULT_RULES
-from bc2_jax.train.loss import IGNORED, count_targets, head_loss
+from bc2_jax.train.loss import count_targets, head_loss
 from bc2_jax.train.step import make_loss_fn
 
 RULES = DEFAULT_RULES
@@ -117,7 +118,7 @@ def numpy_loss(h, rows, labels, z_loss_weight):
 
 
 def loss_and_gradients(h, rows, labels, z_loss_weight, chunk):
-    function = lambda h, rows: head_loss(h, rows, labels, z_loss_weight, chunk, RULES)  # noqa: E731
+    function = lambda h, rows: head_loss(h, rows, labels, z_loss_weight, chunk)  # noqa: E731
     (loss, sums), gradients = jax.value_and_grad(function, (0, 1), has_aux=True)(h, rows)
     return (loss, list(sums)), gradients
 
@@ -146,7 +147,7 @@ def test_any_shape_and_chunk(B: int, T: int, V: int, chunk: int, ignored: float,
         jax.jit(loss_and_gradients, static_argnums=(3, 4), compiler_options=FAST_COMPILE)(h, rows, labels, z, chunk),
         expected,
     )
-    assert_close(head_loss(h, rows, labels, z, chunk, RULES)[0], expected[0][0])  # without gradients
+    assert_close(head_loss(h, rows, labels, z, chunk)[0], expected[0][0])  # without gradients
 
 
 def test_bf16_is_close_and_its_head_gradient_is_summed_in_fp32():
@@ -181,8 +182,8 @@ def test_max_z_gradient_against_finite_differences_in_fp64():
     h32, rows32, labels = random_case(1, 4, 3, 7)
     with jax.enable_x64(True):
         h, rows = jnp.asarray(h32, jnp.float64), jnp.asarray(rows32, jnp.float64)
-        max_z = jax.jit(lambda h, rows: head_loss(h, rows, labels, 1.0, 3, RULES)[0] - cross_entropy(h, rows))
-        cross_entropy = lambda h, rows: head_loss(h, rows, labels, 0.0, 3, RULES)[0]  # noqa: E731
+        max_z = jax.jit(lambda h, rows: head_loss(h, rows, labels, 1.0, 3)[0] - cross_entropy(h, rows))
+        cross_entropy = lambda h, rows: head_loss(h, rows, labels, 0.0, 3)[0]  # noqa: E731
         assert max_z(h, rows).dtype == jnp.float64
         for argument, gradient in enumerate(jax.grad(max_z, (0, 1))(h, rows)):
             for index in np.ndindex(gradient.shape):
@@ -285,6 +286,6 @@ def test_logits_are_computed_once(chunk: int):
     B, T, D, V = 2, 128, 8, 1009
     case = abstract_case(B, T, D, V)
     backward = jax.make_jaxpr(lambda *x: loss_and_gradients(*x, 2e-4, chunk))(*case)
-    forward = jax.make_jaxpr(lambda *x: head_loss(*x, 2e-4, chunk, RULES))(*case)
+    forward = jax.make_jaxpr(lambda *x: head_loss(*x, 2e-4, chunk))(*case)
     assert matmul_flops(backward.jaxpr, V) == 3 * 2 * B * T * D * V
     assert matmul_flops(forward.jaxpr, V) == 2 * B * T * D * V

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
+from bc2_jax.data.batch import IGNORED
 from bc2_jax.sharding import DEFAULT_RULES
-from bc2_jax.train.loss import IGNORED, head_loss
+from bc2_jax.train.loss import head_loss
 from benchmarks.loss import naive_loss, tiled_loss
 
 
@@ -25,7 +26,7 @@ def test_the_other_losses_agree_with_ours(loss: Callable, shape: tuple[int, ...]
     h[0, 0], labels[0, 0] = 5 * rows[3], 3  # two rows tie for the largest logit
 
     def loss_and_gradients(function, h, rows, labels):
-        value = lambda h, rows: function(h, rows, labels, 0.1, 10, DEFAULT_RULES)  # noqa: E731
+        value = lambda h, rows: function(h, rows, labels, 0.1, 10)  # noqa: E731
         return jax.value_and_grad(value, (0, 1), has_aux=True)(h, rows)
 
     mesh = mesh_of(*shape) if shape else None

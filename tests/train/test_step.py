@@ -22,9 +22,9 @@ from bc2_jax.config import (
     SourceConfig,
     TrainConfig,
 )
+from bc2_jax.data.batch import IGNORED
 from bc2_jax.model.baichuan import init_params, param_shardings
 from bc2_jax.sharding import DEFAULT_RULES, single_device_mesh
-from bc2_jax.train.loss import IGNORED
 from bc2_jax.train.step import TrainState, init_state, make_eval_step, make_train_step, mean_metrics
 
 ROWS, T, V = 16, 12, 64

@@ -1,0 +1,118 @@
+"""What a batch is: its fields, which rows of it a process reads, and how they are placed on the mesh.
+
+On the host a process has its rows of a batch, int32 [B / parts, T]. On the mesh the batch is [A, B / A, T], A
+accumulation steps, cut by rows and, where the mesh says so, by tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from bc2_jax.config import DataConfig
+from bc2_jax.sharding import mesh_axes, spec
+from bc2_jax.tokenizer import EOS_ID, PAD_ID
+
+IGNORED = -100
+"""Label of a position that has no target."""
+FIELDS = ("input_ids", "labels", "segment_ids", "positions")
+"""Of a batch of text: token ids, the next token of each or IGNORED, documents counted from 1 in each row (0: padding),
+positions in the document."""
+
+Rows = dict[str, np.ndarray]
+"""Fields of some rows on the host, int32 [rows, T]."""
+Batch = dict[str, jax.Array]
+"""Fields of a batch on the mesh, int32 [A, B / A, T]; [B, T] where a function takes one accumulation step of it."""
+
+
+def row_to_example(row: np.ndarray, eos_id: int = EOS_ID, pad_id: int = PAD_ID) -> Rows:
+    """Splits rows of T + 1 tokens, uint32 [..., T + 1], into FIELDS, each int32 [..., T].
+
+    labels are -100 after an eos, because the first token of a document has no context in it, and where there is
+    padding. positions count from 0 in each segment; 0 for padding. A document that goes on from the row before starts
+    anew.
+    """
+    tokens = row.astype(np.int32)
+    input_ids, targets = tokens[..., :-1], tokens[..., 1:]
+    ends, padding = input_ids == eos_id, input_ids == pad_id
+    labels = targets.copy()
+    labels[ends | padding | (targets == pad_id)] = IGNORED
+    starts = np.empty_like(ends)
+    starts[..., 0] = True
+    starts[..., 1:] = ends[..., :-1]
+    segment_ids = np.cumsum(starts, axis=-1, dtype=np.int32)
+    # Each row begins a segment, so segments can be counted through all rows at once.
+    first = np.flatnonzero(starts).astype(np.int32)
+    offsets = np.repeat(first, np.diff(first, append=np.int32(starts.size)))
+    positions = (np.arange(starts.size, dtype=np.int32) - offsets).reshape(starts.shape)
+    segment_ids[padding] = positions[padding] = 0
+    return {"input_ids": input_ids, "labels": labels, "segment_ids": segment_ids, "positions": positions}
+
+
+class BatchPart(NamedTuple):
+    """The rows of each batch that one process reads, as the loader counts processes."""
+
+    process_index: int
+    process_count: int
+    """Processes that read different rows."""
+    blocks: tuple[int, ...]
+    """Which blocks of rows of the mesh these are, as the process holds them."""
+
+
+def batch_part(mesh: Mesh, process_index: int) -> BatchPart:
+    """The part of a process. Processes whose devices cut the same sequences (mesh.context) read the same part.
+
+    Raises ValueError if two processes share some of their rows, but not all.
+    """
+    cut = [mesh.axis_names.index(axis) for axis in mesh_axes("batch")]
+    whole = [i for i in range(mesh.devices.ndim) if i not in cut]
+    blocks = mesh.devices.transpose(*cut, *whole).reshape(-1, math.prod(mesh.devices.shape[i] for i in whole))
+    held: dict[int, tuple[int, ...]] = {}
+    for block, devices in enumerate(blocks):
+        for process in {device.process_index for device in devices}:
+            held[process] = (*held.get(process, ()), block)
+    parts = sorted(set(held.values()))
+    if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) != len(blocks):
+        raise ValueError(
+            f"mesh.context * mesh.tensor = {blocks.shape[1]} is not valid: it must divide the devices of a process or "
+            "be a multiple of them."
+        )
+    return BatchPart(parts.index(held[process_index]), len(parts), held[process_index])
+
+
+def _layout(data: DataConfig, mesh: Mesh) -> tuple[tuple[int, int, int], NamedSharding]:
+    """Shape [A, B / A, T] and sharding of each field of a batch."""
+    shape = (data.accumulation_steps, data.global_batch_size // data.accumulation_steps, data.sequence_length)
+    return shape, NamedSharding(mesh, spec(None, "batch", "sequence"))
+
+
+def make_put(data: DataConfig, mesh: Mesh) -> Callable[[Rows], Batch]:
+    """Places this process's rows of a batch on the mesh."""
+    blocks = batch_part(mesh, jax.process_index()).blocks
+    shape, sharding = _layout(data, mesh)
+    places = sharding.addressable_devices_indices_map(shape)
+
+    def place(x: np.ndarray) -> jax.Array:
+        rows, shards = x.reshape(shape[0], -1, shape[2]), []
+        for device, index in places.items():
+            assert index is not None
+            start, stop, _ = index[1].indices(shape[1])
+            first = blocks.index(start // (stop - start)) * (stop - start)
+            # Explicitly: the loop runs under a transfer guard.
+            shards.append(jax.device_put(rows[:, first : first + stop - start, index[2]], device))
+        return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+    return lambda rows: {name: place(x) for name, x in rows.items()}
+
+
+def abstract_batch(data: DataConfig, mesh: Mesh) -> Batch:
+    """Shapes and shardings of one batch."""
+    shape, sharding = _layout(data, mesh)
+    # Shapes stand in for arrays.
+    return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name in FIELDS}  # type: ignore[misc]

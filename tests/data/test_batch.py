@@ -1,0 +1,112 @@
+"""Rows of tokens -> fields, and batches on devices, some of which are not here."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bc2_jax.config import DataConfig, MeshConfig, SourceConfig
+from bc2_jax.data.batch import FIELDS, abstract_batch, batch_part, make_put, row_to_example
+from bc2_jax.sharding import DEFAULT_RULES, MESH_AXES, Mesh, make_mesh
+
+
+def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
+    assert a.keys() == b.keys() == set(FIELDS)
+    for key in FIELDS:
+        np.testing.assert_array_equal(a[key], b[key])
+
+
+def reference_example(row: list[int]) -> dict[str, list[int]]:
+    """Token by token, as one would say it."""
+    example: dict[str, list[int]] = {key: [] for key in FIELDS}
+    segment, position = 1, 0
+    for token, target in zip(row[:-1], row[1:], strict=True):
+        pad = token == 0
+        example["input_ids"].append(token)
+        example["labels"].append(-100 if pad or token == 2 or target == 0 else target)
+        example["segment_ids"].append(0 if pad else segment)
+        example["positions"].append(0 if pad else position)
+        position += 1
+        if token == 2:
+            segment, position = segment + 1, 0
+    return example
+
+
+ROWS = st.tuples(st.lists(st.sampled_from([2, 2, 5, 6, 639]), min_size=2, max_size=24), st.integers(0, 6))
+
+
+@given(ROWS)
+def test_row_to_example_against_a_loop(case: tuple[list[int], int]) -> None:
+    row = case[0] + [0] * case[1]
+    example = row_to_example(np.array(row, np.uint32))
+    expected = reference_example(row)
+    for key in FIELDS:
+        assert example[key].dtype == np.int32
+        assert example[key].tolist() == expected[key]
+
+
+@given(st.lists(st.lists(st.sampled_from([2, 2, 5, 0]), min_size=9, max_size=9), min_size=1, max_size=4))
+def test_rows_of_a_batch_do_not_touch(rows: list[list[int]]) -> None:
+    batch = row_to_example(np.array(rows, np.uint32))
+    for index, row in enumerate(rows):
+        assert_same({key: batch[key][index] for key in FIELDS}, row_to_example(np.array(row, np.uint32)))
+
+
+@given(st.lists(st.lists(st.integers(3, 50), min_size=1, max_size=20), min_size=1, max_size=8), st.integers(1, 9))
+def test_packed_targets_are_the_unpacked_targets(documents: list[list[int]], length: int) -> None:
+    """The (token, next token) pairs that are trained on are those of each document alone, each once."""
+    stream = [token for document in documents for token in [*document, 2]]
+    stream += [0] * (-(len(stream) - 1) % length)
+    packed = []
+    for start in range(0, len(stream) - 1, length):
+        example = row_to_example(np.array(stream[start : start + length + 1], np.uint32))
+        packed += [(int(i), int(j)) for i, j in zip(example["input_ids"], example["labels"], strict=True) if j != -100]
+    unpacked = [pair for document in documents for pair in zip(document, [*document[1:], 2], strict=True)]
+    assert packed == unpacked
+
+
+def fake_mesh(shape: tuple[int, ...], devices_per_process: int) -> Mesh:
+    """(data, fsdp, fsdp_inner, context, tensor) over devices of several processes, in order."""
+    devices = [SimpleNamespace(process_index=i // devices_per_process) for i in range(math.prod(shape))]
+    array = np.array(devices, object).reshape(shape)
+    return SimpleNamespace(devices=array, axis_names=MESH_AXES)
+
+
+@pytest.mark.parametrize(
+    ("shape", "devices_per_process", "parts"),
+    [
+        # Every process has its own rows.
+        ((1, 8, 1, 1, 1), 2, [(0, 4, (0, 1)), (1, 4, (2, 3)), (2, 4, (4, 5)), (3, 4, (6, 7))]),
+        ((2, 1, 2, 1, 2), 4, [(0, 2, (0, 1)), (1, 2, (2, 3))]),
+        # Four devices cut one sequence: two processes of two devices read the same rows.
+        ((1, 2, 1, 4, 1), 2, [(0, 2, (0,)), (0, 2, (0,)), (1, 2, (1,)), (1, 2, (1,))]),
+        ((1, 1, 1, 4, 2), 2, [(0, 1, (0,))] * 4),
+    ],
+)
+def test_processes_that_cut_the_same_sequences_read_the_same_rows(shape, devices_per_process, parts):
+    mesh = fake_mesh(shape, devices_per_process)
+    assert [batch_part(mesh, process) for process in range(len(parts))] == parts
+
+
+def test_processes_that_share_some_of_their_rows_are_refused():
+    with pytest.raises(ValueError, match=r"mesh.context \* mesh.tensor = 3 is not valid: it must divide the devices"):
+        batch_part(fake_mesh((1, 2, 1, 3, 1), 2), 0)
+
+
+@pytest.mark.parametrize("mesh", [{"context": 4}, {"data": 2, "fsdp_inner": 2, "context": 2}, {"tensor": 2}], ids=str)
+def test_a_batch_is_placed_row_by_row(mesh: dict[str, int]):
+    data = DataConfig(
+        sources=(SourceConfig(path="rows"),), tokenizer="t", sequence_length=8, global_batch_size=16,
+        accumulation_steps=2,
+    )  # fmt: skip
+    batch = {"labels": np.arange(16 * 8, dtype=np.int32).reshape(16, 8)}
+    placed = make_put(data, make_mesh(MeshConfig(**mesh)))(batch)["labels"]
+    np.testing.assert_array_equal(placed, batch["labels"].reshape(2, 8, 8))
+    assert placed.sharding.spec == DEFAULT_RULES.spec(None, "batch", "sequence")
+    for abstract in abstract_batch(data, make_mesh(MeshConfig(**mesh))).values():
+        assert (abstract.shape, abstract.sharding) == (placed.shape, placed.sharding)
