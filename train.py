@@ -7,6 +7,7 @@ after a process was killed, start all processes again with `--resume auto`.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import runpy
 import shlex
@@ -19,6 +20,8 @@ import tyro
 
 from bc2_jax.config import TrainConfig
 
+# The kinds of run: the type of a config, and where the function is that makes its job.
+JOBS = {TrainConfig: "bc2_jax.train.pretrain"}
 STARTED = time.monotonic()
 DEMO = Path(__file__).parent / "configs" / "demo.py"
 
@@ -42,19 +45,25 @@ def main() -> None:
     logging.getLogger("bc2_jax").setLevel(logging.INFO)
     try:
         file = runpy.run_path(str(path))
-        config = tyro.cli(TrainConfig, default=file["config"](), args=args, description=file["__doc__"])
+        default = file["config"]()
+        kind = JOBS.get(type(default))
+        if kind is None:
+            raise ValueError(f"{path}: config() returns {default!r}, not one of {', '.join(c.__name__ for c in JOBS)}.")
+        config = tyro.cli(type(default), default=default, args=args, description=file["__doc__"])
         if "prepare" in file:
             config = file["prepare"](config)
         # After the command line is known to be right: --help answers at once.
         import jax
 
         from bc2_jax.checkpoint import InterruptedSave
-        from bc2_jax.train import distributed
-        from bc2_jax.train.loop import train
+        from bc2_jax.train import distributed, loop
+
+        make_job = importlib.import_module(kind).make_job
     except (ValueError, OSError, ArithmeticError) as error:
         sys.exit(f"error: {error}")
     try:
-        train(config, command=shlex.join(["train.py", *without_where_and_how_long(sys.argv[1:])]), started=STARTED)
+        command = shlex.join(["train.py", *without_where_and_how_long(sys.argv[1:])])
+        loop.run(config, make_job, command, STARTED)
     except distributed.Preempted as stop:
         print(stop, flush=True)
         sys.exit(distributed.EXIT_PREEMPTED)

@@ -52,6 +52,33 @@ class InterruptedSave(SaveError):
     """Another process was lost during a save: nothing is wrong with the target, and a new start may mend it."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Metadata:
+    """What is saved with the arrays of a training checkpoint; JSON values."""
+
+    config: dict[str, Any]
+    """The resolved config of the run."""
+    data: dict[str, Any]
+    """Where the run is in its batches (`Batches.position`)."""
+    health: dict[str, Any] | None = None
+    """What the run knows of its health (`HealthMonitor.state`); None of a run that judged nothing."""
+    job: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What its kind of run saves beside."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The values of `job` stand beside the others."""
+        return {**self.job, "config": self.config, "data": self.data, "health": self.health}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Metadata:
+        """Inverse of `as_json`."""
+        data, health = values["data"], values.get("health")
+        if health and "skipped_batches" in health:  # where runs of earlier versions have it
+            data = {"skipped_batches": health["skipped_batches"], **data}
+        job = {name: value for name, value in values.items() if name not in ("config", "data", "health")}
+        return cls(values["config"], data, health, job)
+
+
 class Checkpointer:
     """The checkpoints of one run, in DIRECTORY/STEP.
 
@@ -144,7 +171,7 @@ class Checkpointer:
         """Whether the config keeps the checkpoint of this step for ever."""
         return is_permanent(self.config, self.tokens_per_step, step)
 
-    def save(self, step: int, params: Params, opt_state: Any, metadata: dict[str, Any]) -> None:
+    def save(self, step: int, params: Params, opt_state: Any, metadata: Metadata) -> None:
         """Starts writing and returns as soon as the arrays may change; waits for the save before it, if any.
 
         Raises SaveError if this save cannot start or the one before it did not succeed. An older checkpoint of the same
@@ -158,15 +185,15 @@ class Checkpointer:
             with _save_context():
                 response = ocp.save_checkpointables_async(
                     self.directory / f"{step}.saving", {"params": params, "opt_state": opt_state},
-                    custom_metadata=metadata,
+                    custom_metadata=metadata.as_json(),
                 )  # fmt: skip
         except Exception as error:  # of any kind: Orbax, TensorStore and JAX each have their own
             raise self._failed(step, error) from error
         self._saving = step, self._pool.submit(self._finish, step, response)
 
-    def metadata(self, step: int) -> dict[str, Any]:
-        """What was saved with a step beside its arrays: the config, the places in the data and in its health."""
-        return read_metadata(self.directory / str(step))
+    def metadata(self, step: int) -> Metadata:
+        """What was saved with a step beside its arrays."""
+        return Metadata.from_json(read_metadata(self.directory / str(step)))
 
     def restore(self, step: int, params: Params, opt_state: Any) -> tuple[Params, Any]:
         """The arrays of a step, laid out as the abstract trees (ShapeDtypeStructs with shardings) given.

@@ -36,8 +36,10 @@ def run_ours(dtype: Any, steps: int, args: argparse.Namespace) -> dict[str, floa
     from bc2_jax.data.batch import make_put
     from bc2_jax.model.baichuan import init_params
     from bc2_jax.sharding import make_mesh
+    from bc2_jax.train.job import init_state, lower_train_step
+    from bc2_jax.train.optimizer import make_optimizer
+    from bc2_jax.train.pretrain import make_objective
     from bc2_jax.train.start import use_compilation_cache
-    from bc2_jax.train.step import init_state, make_train_step
 
     config = TrainConfig(
         name="cpu_step",
@@ -62,13 +64,14 @@ def run_ours(dtype: Any, steps: int, args: argparse.Namespace) -> dict[str, floa
     rows = {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "positions": positions}
     rows["segment_ids"] = np.ones_like(positions)
     with jax.set_mesh(mesh):
-        state = init_state(init_params(config.model, 0, mesh), config)
+        objective, optimizer = make_objective(config.model, config.compute), make_optimizer(config.optimizer)
+        state = init_state(init_params(config.model, 0, mesh), optimizer)
         batch = make_put(config.data, mesh)(rows)
-        step = jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch).compile()
+        step = lower_train_step(objective, optimizer, state, {}, batch).compile()
         seconds, cpu_seconds = [], []
         for index in range(steps + 1):
             begin, cpu = time.perf_counter(), time.process_time()
-            state, metrics = step(state, batch)
+            state, metrics = step(state, {}, batch)
             jax.block_until_ready(state)
             if index == 0:
                 first = time.perf_counter() - START

@@ -39,7 +39,7 @@ from bc2_jax.data.batch import IGNORED
 from bc2_jax.sharding import gather, named_sharding, reshard
 from bc2_jax.tpu.chips import GIB, parse_topology
 from bc2_jax.tpu.options import compiler_options
-from bc2_jax.train import step
+from bc2_jax.train import pretrain
 from bc2_jax.train.loss import LossSums, head_loss
 
 NUM_TILES = 8
@@ -139,7 +139,7 @@ def measure(args: argparse.Namespace, loss: str, chunk: int) -> dict[str, Any]:
     compilation.use_topologies()
     topology = parse_topology(args.topology)
     try:
-        with mock.patch.object(step, "head_loss", LOSSES[loss]):
+        with mock.patch.object(pretrain, "head_loss", LOSSES[loss]):
             compiled = compilation.compile_step(
                 make_config(args, chunk), topology, compiler_options(topology.chip.name)
             )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bc2_jax import checkpoint
-from bc2_jax.checkpoint import Checkpointer
+from bc2_jax.checkpoint import Checkpointer, Metadata
 from bc2_jax.config import CheckpointConfig, ModelConfig
 from bc2_jax.model.baichuan import init_params
 
@@ -17,7 +17,7 @@ MODEL = ModelConfig(
     hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, position_embedding="alibi",
     vocab_size=64,
 )  # fmt: skip
-METADATA = {"config": {"model": dataclasses.asdict(MODEL)}, "data": {"next_index": 7}}
+METADATA = Metadata({"model": dataclasses.asdict(MODEL)}, {"next_index": 7})
 
 
 def whole(tree):
@@ -36,7 +36,7 @@ def test_restores_on_another_mesh(shape, mesh_of, tmp_path):
         np.testing.assert_array_equal(np.asarray(saved), np.asarray(new))
         np.testing.assert_array_equal(np.asarray(saved), np.asarray(moment))
         assert new.sharding == target.sharding
-    assert checkpointer.metadata(3) == json.loads(json.dumps(METADATA))
+    assert checkpointer.metadata(3) == METADATA == Metadata.from_json(json.loads(json.dumps(METADATA.as_json())))
 
 
 def test_keeps_the_newest_and_the_permanent(mesh_of, tmp_path):
@@ -173,10 +173,24 @@ def test_permanent_ones_stay(mesh_of, tmp_path):
 def test_metadata_of_something_else_is_one_sentence(mesh_of, tmp_path, config):
     params = init_params(MODEL, 0, mesh_of(1, 1, 1))
     checkpointer = Checkpointer(tmp_path, CheckpointConfig())
-    checkpointer.save(1, params, {"count": jnp.int32(0)}, {"config": config})
+    checkpointer.save(1, params, {"count": jnp.int32(0)}, Metadata(config, {}))
     checkpointer.close()
     with pytest.raises(ValueError, match="is a checkpoint of another program|The model config of .*/1 "):
         checkpoint.read_model_config(tmp_path / "1")
+
+
+def test_batches_that_an_earlier_version_left_out_stay_left_out():
+    """It had them in what it knew of its health."""
+    old = {
+        "config": {},
+        "data": {"next_index": 9},
+        "health": {"rewinds": 1, "skipped_batches": [[3, 6]]},
+        "row_order": {},
+    }
+    metadata = Metadata.from_json(old)
+    assert metadata.data == {"next_index": 9, "skipped_batches": [[3, 6]]} and metadata.job == {"row_order": {}}
+    newer = Metadata({}, {"next_index": 9, "skipped_batches": [[3, 6], [8, 9]]}, {"rewinds": 2})
+    assert Metadata.from_json(newer.as_json()) == newer
 
 
 @pytest.mark.parametrize("name", ["../../secret", "a/b", "..", "a\\b"])

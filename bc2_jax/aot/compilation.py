@@ -1,6 +1,6 @@
 """Compiles the training step for a pod that is not there: shapes in, scheduled program and memory out.
 
-The step is the one that trains (`bc2_jax.train.step.make_train_step`), on the mesh that trains
+The step is the one that trains (`bc2_jax.train.job.lower_train_step`), on the mesh that trains
 (`bc2_jax.sharding.make_mesh`), with abstract arrays in the layouts that training gives them. Nothing is allocated.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import sys
@@ -18,18 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from bc2_jax.config import TrainConfig
 from bc2_jax.data.batch import abstract_batch
-from bc2_jax.model.baichuan import param_shardings, split_model
-from bc2_jax.sharding import DEFAULT_RULES, make_mesh
+from bc2_jax.sharding import make_mesh
 from bc2_jax.tpu.chips import Topology
 from bc2_jax.tpu.options import Value
+from bc2_jax.train.job import TrainState, lower_train_step
 from bc2_jax.train.optimizer import make_optimizer
-from bc2_jax.train.step import TrainState, make_train_step
+from bc2_jax.train.pretrain import make_abstract_state, make_objective
 
 # Without these libtpu asks a metadata server what machine this is, and two processes cannot use it at one time.
 _ENVIRONMENT = {
@@ -136,24 +136,6 @@ def topology_devices(topology: Topology) -> list[Any]:
     return devices
 
 
-def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
-    """Shapes and shardings of the training state; call it under `jax.set_mesh(mesh)`."""
-    _, shapes, _ = split_model(config.model)
-    params = jax.tree.map(
-        lambda p, s: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=s),
-        shapes, param_shardings(config.model, mesh),
-    )  # fmt: skip
-
-    def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        # eval_shape gives each moment the spec of its parameter; counters have none.
-        spec = DEFAULT_RULES.spec() if x.sharding is None else x.sharding.spec
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
-
-    opt_state = jax.tree.map(place, jax.eval_shape(make_optimizer(config.optimizer).init, params))
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, DEFAULT_RULES.spec()))
-    return TrainState(params, opt_state, step)  # type: ignore[arg-type]  # shapes stand in for arrays
-
-
 def compile_step(config: TrainConfig, topology: Topology, options: dict[str, Value]) -> CompiledStep:
     """Compiles the training step of `config` for every device of `topology`.
 
@@ -164,9 +146,10 @@ def compile_step(config: TrainConfig, topology: Topology, options: dict[str, Val
     config = config.resolve(len(devices))
     mesh = make_mesh(config.mesh, devices)
     with jax.set_mesh(mesh):
-        state, batch = abstract_state(config, mesh), abstract_batch(config.data, mesh)
-        step = jax.jit(make_train_step(config), donate_argnums=0)
-        program = compile_program("step", lambda: step.lower(state, batch), options)
+        objective, optimizer = make_objective(config.model, config.compute), make_optimizer(config.optimizer)
+        state, batch = make_abstract_state(config, mesh, optimizer), abstract_batch(config.data, mesh)
+        lower = functools.partial(lower_train_step, objective, optimizer, state, {}, batch, norms=config.health.norms)
+        program = compile_program("step", lower, options)
     return CompiledStep(
         **vars(program), topology=topology, config=config, coordinates=device_coordinates(mesh),
         replicated=_replicated(state),

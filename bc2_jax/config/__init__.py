@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from bc2_jax.config.data import DataConfig, MixtureStage, SourceConfig
 from bc2_jax.config.distributed import DistributedConfig
 from bc2_jax.config.health import HealthConfig
 from bc2_jax.config.mesh import MeshConfig, check_divisible
@@ -15,12 +16,10 @@ from bc2_jax.config.model import BAICHUAN2_7B, BAICHUAN2_13B, ModelConfig
 from bc2_jax.config.run import (
     CheckpointConfig,
     ComputeConfig,
-    DataConfig,
     DType,
-    MixtureStage,
     OptimizerConfig,
+    RunConfig,
     SampleConfig,
-    SourceConfig,
     TrainConfig,
 )
 
@@ -37,6 +36,7 @@ __all__ = [
     "MixtureStage",
     "ModelConfig",
     "OptimizerConfig",
+    "RunConfig",
     "SampleConfig",
     "SourceConfig",
     "TrainConfig",

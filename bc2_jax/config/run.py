@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Literal
+from typing import Literal, Self
 
+from bc2_jax.config.data import DataConfig
 from bc2_jax.config.distributed import DistributedConfig
 from bc2_jax.config.health import HealthConfig
 from bc2_jax.config.mesh import MeshConfig, check_divisible
@@ -88,118 +88,6 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SourceConfig:
-    """Packed rows that are drawn together."""
-
-    path: str
-    """What tools/tokenize_corpus.py wrote: the whole corpus, the folder of a source in it, or one folder of rows."""
-    weight: float = 1.0
-    """Share of training tokens drawn from this source, relative to the other weights; 0 keeps it for a later stage."""
-    quality_weights: tuple[float, ...] = ()
-    """Factors for the quality buckets of the source, the worst first; empty for 1 each. Without them a bucket has the
-    share of its rows times the mean sampling weight of its documents."""
-    max_epochs: float | None = None
-    """How often the run may read a row of this source; a run that would exceed it does not start. None: no limit."""
-
-    def __post_init__(self) -> None:
-        require(0 <= self.weight < math.inf, "data.sources.weight", self.weight, "it must be finite and at least 0")
-        require(
-            all(0 <= weight < math.inf for weight in self.quality_weights),
-            "data.sources.quality_weights", self.quality_weights, "each must be finite and at least 0",
-        )  # fmt: skip
-        require(
-            self.max_epochs is None or self.max_epochs > 0,
-            "data.sources.max_epochs", self.max_epochs, "it must be positive, or None for no limit",
-        )  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MixtureStage:
-    """From a number of training tokens on, other weights; each source goes on where it was.
-
-    A run that is resumed with a stage added behind its step has read what it would have read with it from the start. A
-    changed weight of a source, in contrast, changes the whole order: rows would be read again or never.
-    """
-
-    start_tokens: int
-    """Tokens after which it begins, rounded up to a whole step."""
-    weights: tuple[float, ...]
-    """In place of the weight of each source, in their order."""
-
-    def __post_init__(self) -> None:
-        require_positive(self, "data.stages.", "start_tokens")
-        require(
-            all(0 <= weight < math.inf for weight in self.weights) and any(self.weights),
-            "data.stages.weights", self.weights, "each must be finite and at least 0, and one positive",
-        )  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Packed token rows and how they are drawn."""
-
-    sources: tuple[SourceConfig, ...]
-    """What is mixed; rows have sequence_length + 1 tokens."""
-    stages: tuple[MixtureStage, ...] = ()
-    """Changes of the mixture in the course of the run, in their order; before the first, the weights of the sources."""
-    tokenizer: str
-    """SentencePiece model the rows were made with."""
-    sequence_length: int = 4096
-    """Tokens a row, T; positions restart at each document."""
-    global_batch_size: int = 1024
-    """Rows per optimizer step over all devices and accumulation steps."""
-    accumulation_steps: int = 1
-    """Forward and backward passes per optimizer step; each token of the step has the same weight."""
-    seed: int = 0
-    """Seed of the row order."""
-    max_bad_rows: int = 0
-    """How many rows that can't be read each process goes on without, from its start on: padding takes their place, and
-    each is named in the log. One more ends the run."""
-
-    def __post_init__(self) -> None:
-        require_positive(self, "data.", "sequence_length", "global_batch_size", "accumulation_steps")
-        require(self.max_bad_rows >= 0, "data.max_bad_rows", self.max_bad_rows, "it must be at least 0")
-        require(len(self.sources) > 0, "data.sources", self.sources, "at least one source is needed")
-        require(
-            any(source.weight for source in self.sources),
-            "data.sources.weight", 0.0, "the run must begin with a source whose weight is positive",
-        )  # fmt: skip
-        for index, source in enumerate(self.sources):
-            require(
-                source.weight > 0 or any(stage.weights[index : index + 1] > (0,) for stage in self.stages),
-                "data.sources.weight", source.weight, f"no stage reads {source.path!r} either; leave the source out",
-            )  # fmt: skip
-        for stage in self.stages:
-            require(
-                len(stage.weights) == len(self.sources),
-                "data.stages.weights", stage.weights, f"it needs one for each of the {len(self.sources)} data.sources",
-            )  # fmt: skip
-        starts = self.stage_steps
-        for before, after, stage in zip((0, *starts), starts, self.stages, strict=False):
-            require(
-                before < after,
-                "data.stages.start_tokens", stage.start_tokens,
-                f"it must be at least a step, {self.tokens_per_step} tokens, after the stage before",
-            )  # fmt: skip
-        require(
-            self.global_batch_size % self.accumulation_steps == 0,
-            "data.accumulation_steps",
-            self.accumulation_steps,
-            f"it must divide data.global_batch_size = {self.global_batch_size}; "
-            f"legal values are {choices(divisors(self.global_batch_size))}",
-        )
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.global_batch_size * self.sequence_length
-
-    @property
-    def stage_steps(self) -> tuple[int, ...]:
-        """Step at which each of `stages` begins: its tokens, rounded up to whole steps."""
-        return tuple(-(-stage.start_tokens // self.tokens_per_step) for stage in self.stages)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """What is written to WORKDIR/checkpoints; the last step is always saved."""
 
@@ -245,20 +133,18 @@ class SampleConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """A whole run."""
+class RunConfig:
+    """What every kind of run has."""
 
     name: str
     """Name of the run."""
     model: ModelConfig
-    data: DataConfig
     compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = MeshConfig()
     distributed: DistributedConfig = DistributedConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     health: HealthConfig = HealthConfig()
-    sample: SampleConfig = SampleConfig()
     num_steps: int
     """Step at which the run ends."""
     workdir: str | None = None
@@ -278,12 +164,8 @@ class TrainConfig:
     """Steps between evaluations on the held-out rows; the last step is always evaluated."""
     eval_batches: int = 0
     """Batches of held-out rows per evaluation; 0 for all."""
-    ngram_baselines: bool = False
-    """Also print the validation cross entropy of unigram and bigram models of the training rows (holds V^2 counts)."""
     verify_resume_steps: int = 0
     """At the end, resume from this many steps before it, repeat them and compare the parameters bit for bit. 0: no."""
-    export_hf: bool = False
-    """At the end, also write the parameters in the released PyTorch layout to WORKDIR/hf."""
     profile_start: int = 0
     """Step at which a profiler trace starts; 0 for never."""
     profile_steps: int = 3
@@ -301,23 +183,48 @@ class TrainConfig:
             self.verify_resume_steps,
             f"it must be less than num_steps = {self.num_steps}",
         )
+        tokens, every = self.tokens_per_step, self.checkpoint.keep_every_tokens
+        legal = f"0 or at least a step, {tokens} tokens" if tokens else "0, as this kind of run does not count tokens"
+        require(every == 0 or every >= tokens > 0, "checkpoint.keep_every_tokens", every, f"it must be {legal}")
+        self.health.check_checkpoints(self.checkpoint.save_every, self.checkpoint.keep_last)
+        check_divisible(self.model, self.known_mesh)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that an update is made of; 0 if this kind of run is not counted in tokens."""
+        return 0
+
+    @property
+    def known_mesh(self) -> MeshConfig:
+        """The mesh as far as it is known without devices: in whole where they are simulated."""
+        num_devices = self.mesh.num_cpu_devices * (self.distributed.num_processes or 1)
+        return self.mesh.resolve(num_devices) if num_devices else self.mesh
+
+    def resolve(self, num_devices: int) -> Self:
+        """The same run with its mesh filled in for `num_devices`, everything that must divide checked."""
+        return dataclasses.replace(self, mesh=self.mesh.resolve(num_devices))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """Pre-training: a run on packed rows of text."""
+
+    data: DataConfig
+    sample: SampleConfig = SampleConfig()
+    ngram_baselines: bool = False
+    """Also print the validation cross entropy of unigram and bigram models of the training rows (holds V^2 counts)."""
+    export_hf: bool = False
+    """At the end, also write the parameters in the released PyTorch layout to WORKDIR/hf."""
+
+    def __post_init__(self) -> None:
         require(
             self.data.sequence_length <= self.model.model_max_length,
             "data.sequence_length",
             self.data.sequence_length,
             f"it must be at most model.model_max_length = {self.model.model_max_length}",
         )
-        require(
-            self.checkpoint.keep_every_tokens == 0 or self.checkpoint.keep_every_tokens >= self.data.tokens_per_step,
-            "checkpoint.keep_every_tokens",
-            self.checkpoint.keep_every_tokens,
-            f"it must be 0 or at least a step, {self.data.tokens_per_step} tokens",
-        )
-        self.health.check_checkpoints(self.checkpoint.save_every, self.checkpoint.keep_last)
-        num_devices = self.mesh.num_cpu_devices * (self.distributed.num_processes or 1)
-        mesh = self.mesh.resolve(num_devices) if num_devices else self.mesh
-        check_divisible(self.model, mesh)
-        length = self.data.sequence_length
+        super().__post_init__()
+        mesh, length = self.known_mesh, self.data.sequence_length
         require(
             length % mesh.context == 0,
             "mesh.context",
@@ -334,6 +241,6 @@ class TrainConfig:
             f"it must be a multiple of {field} * data.accumulation_steps = {shards * self.data.accumulation_steps}",
         )
 
-    def resolve(self, num_devices: int) -> TrainConfig:
-        """The same run with its mesh filled in for `num_devices`, everything that must divide checked."""
-        return dataclasses.replace(self, mesh=self.mesh.resolve(num_devices))
+    @property
+    def tokens_per_step(self) -> int:
+        return self.data.tokens_per_step

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import jax
 from jax.experimental import multihost_utils
 
-from bc2_jax.config import TrainConfig
+from bc2_jax.config import RunConfig
 from bc2_jax.cpu import keep_heap
 from bc2_jax.sharding import use_cpu_devices
 
@@ -30,7 +30,7 @@ EXIT_PREEMPTED = 75
 """Stopped by SIGTERM with its last step saved: start it again with --resume auto (EX_TEMPFAIL of sysexits.h)."""
 
 
-def start(config: TrainConfig) -> None:
+def start(config: RunConfig) -> None:
     """Joins the other processes of the run, if there are any; to be called before any JAX computation.
 
     `mesh.num_cpu_devices` are the devices of one process. Raises ValueError if JAX already computes. JAX

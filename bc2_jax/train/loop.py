@@ -1,294 +1,350 @@
-"""A training run from config to finished model; reads top to bottom."""
+"""Runs a job: resume, compile, step, evaluate, save, rewind, stop. It knows no kind of run."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
-import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
 from bc2_jax.agreement import first_decides
-from bc2_jax.checkpoint import TOKENIZER_NAME, Checkpointer
-from bc2_jax.config import TrainConfig
-from bc2_jax.data.bad_rows import BadRows
-from bc2_jax.data.batch import batch_part, make_put
-from bc2_jax.data.loader import make_train_iterator, make_train_loader, make_validation_batches
-from bc2_jax.data.row_order import record_row_order
+from bc2_jax.checkpoint import Checkpointer, Metadata
+from bc2_jax.config import RunConfig
 from bc2_jax.sharding import make_mesh
-from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.train import distributed
-from bc2_jax.train import metrics as report
 from bc2_jax.train.goodput import Goodput, goodput_table, read_sessions
 from bc2_jax.train.health import HealthMonitor, Steps
-from bc2_jax.train.results import check_resumed, make_baselines, show_results
-from bc2_jax.train.start import (
-    check_attention,
-    check_initial_model,
-    check_same_model,
-    check_tokenizer,
-    choose_workdir,
-    holds_checkpoints,
-    initial_params,
-    restore_state,
-    tuned_options,
-    use_compilation_cache,
-    warn_of_other_rows,
-)
-from bc2_jax.train.step import init_state, make_eval_step, make_train_step, mean_metrics
+from bc2_jax.train.job import Job, Parts, Say, lower_train_step, make_eval_step, restore_state
+from bc2_jax.train.metrics import MetricsWriter, ProgressDisplay, Throughput, fingerprint, memory_metrics
+from bc2_jax.train.start import check_attention, choose_workdir, tuned_options, use_compilation_cache
+
+Config = TypeVar("Config", bound=RunConfig)
 
 
-class TrainResult(NamedTuple):
+class RunResult(NamedTuple):
     """Where a run ended."""
 
     step: int
     fingerprint: str
-    """SHA-256 of the parameters."""
+    """SHA-256 of the trained parameters."""
     metrics: dict[str, float]
     """Those of the last step, with the last validation."""
     workdir: Path
 
 
-def train(config: TrainConfig, command: str = "train.py", started: float | None = None) -> TrainResult:
-    """Trains as `config` says; `command` is what the printed hints tell the user to run with Python.
+class Start(NamedTuple):
+    """What a job is made for."""
+
+    mesh: Mesh
+    """In use when the job is made."""
+    workdir: Path
+    step: int
+    """Of the checkpoint the run goes on from; 0 without one."""
+    metadata: Metadata | None
+    """What is saved with that checkpoint."""
+    console: Console
+    """Quiet but on process 0."""
+    say: Say
+    """Prints a line to it."""
+    command: str
+    """What the printed hints tell the user to run with Python."""
+
+
+MakeJob = Callable[[Config, Start], Job]
+
+
+def run(
+    config: Config, make_job: MakeJob[Config], command: str = "train.py", started: float | None = None
+) -> RunResult:
+    """Runs the job that `make_job` makes of the config, with its mesh filled in, from the newest good checkpoint.
 
     `started` is the time.monotonic() at which the program began: what came before this call is start-up time.
 
-    Raises ValueError or FileNotFoundError for a run that cannot start, before anything is written, and
-    FloatingPointError at a loss or gradient that is not finite; the checkpoints before it stay.
+    Raises ValueError or FileNotFoundError for a run that cannot start, before anything is written;
+    FloatingPointError at a loss or gradient that is not finite: the checkpoints before it stay; and
+    distributed.Preempted after SIGTERM, with its step saved.
     """
     started = time.monotonic() if started is None else started
-    # ---------------------------------------------------------------- devices
     distributed.start(config)
     use_compilation_cache(config.compilation_cache)
     config = config.resolve(jax.device_count())
     mesh = make_mesh(config.mesh)
     check_attention(config, mesh)
-    console = Console(quiet=jax.process_index() != 0, highlight=False)
-
-    # ---------------------------------------------------------------- what is there already
     workdir = Path(first_decides(lambda: str(choose_workdir(config))))
-    if not holds_checkpoints(workdir):
-        check_initial_model(config)
     # Closed whatever happens: its threads must not outlive an error that ends the program.
-    checkpoints = Checkpointer(workdir / "checkpoints", config.checkpoint, config.data.tokens_per_step)
+    checkpoints = Checkpointer(workdir / "checkpoints", config.checkpoint, config.tokens_per_step)
     with (
         distributed.Preemption() as preemption,
         distributed.Watchdog(config.distributed.step_timeout) as watchdog,
         contextlib.closing(checkpoints) as checkpointer,
+        jax.set_mesh(mesh),
     ):
-        return _run(config, command, mesh, console, workdir, checkpointer, preemption, watchdog, started)
+        watchdog.beat("the start")
+        goodput = Goodput(workdir / "goodput.jsonl", started)
+        display = ProgressDisplay(config)
+        step, metadata = _find_checkpoint(config, checkpointer, goodput)
+        job = make_job(config, Start(mesh, workdir, step, metadata, display.console, display.say, command))
+        loop = _Loop(config, job, mesh, checkpointer, preemption, watchdog, goodput, display)
+        loop.start(step, metadata)
+        loop.compile()
+        loop.take_steps()
+        return loop.finish(step)
 
 
-def _run(
-    config: TrainConfig, command: str, mesh: Mesh, console: Console, workdir: Path, checkpointer: Checkpointer,
-    preemption: distributed.Preemption, watchdog: distributed.Watchdog, started: float,
-) -> TrainResult:  # fmt: skip
-    watchdog.beat("the start")
+def _find_checkpoint(config: RunConfig, checkpointer: Checkpointer, goodput: Goodput) -> tuple[int, Metadata | None]:
+    """Step and metadata of the checkpoint to go on from, or (0, None). Raises ValueError if the run may not go on."""
+    workdir = goodput.path.parent
     saved = first_decides(checkpointer.steps)
     if saved and config.resume == "never":
         raise ValueError(
             f"workdir = '{workdir}' already holds checkpoints up to step {saved[-1]}; "
             "pass --resume auto to go on from there, or another --workdir."
         )
-    goodput = Goodput(workdir / "goodput.jsonl", started)
     with goodput.phase("restore"):
-        start_step = goodput.start_step = checkpointer.latest_good() or 0
-    if start_step > config.num_steps:
-        raise ValueError(f"num_steps = {config.num_steps} is not valid: the run in '{workdir}' is at {start_step}.")
-    metadata = checkpointer.metadata(start_step) if start_step else None
-    if metadata is not None:
-        check_same_model(config, metadata, workdir)
-        warn_of_other_rows(config, metadata, start_step)
+        step = goodput.start_step = checkpointer.latest_good() or 0
+    if step > config.num_steps:
+        raise ValueError(f"num_steps = {config.num_steps} is not valid: the run in '{workdir}' is at {step}.")
+    return step, checkpointer.metadata(step) if step else None
 
-    # ---------------------------------------------------------------- data
-    tokenizer = Tokenizer(config.data.tokenizer)
-    check_tokenizer(config, tokenizer)
-    part = batch_part(mesh, jax.process_index())
-    process = {"process_index": part.process_index, "process_count": part.process_count}
-    bad_rows = BadRows(config.data.max_bad_rows)
-    loader = make_train_loader(config.data, num_steps=config.num_steps, bad_rows=bad_rows, **process)
-    iterator = make_train_iterator(loader)
-    validation = make_validation_batches(config.data, config.data.global_batch_size, bad_rows=bad_rows, **process)
-    row_order = record_row_order(config.data)
-    put = make_put(config.data, mesh)
 
-    with jax.set_mesh(mesh):
-        # ------------------------------------------------------------ state
+class _Loop:
+    """A run under way: its state and its place in the batches, and what is done with them."""
+
+    def __init__(
+        self, config: RunConfig, job: Job, mesh: Mesh, checkpointer: Checkpointer,
+        preemption: distributed.Preemption, watchdog: distributed.Watchdog, goodput: Goodput, display: ProgressDisplay,
+    ):  # fmt: skip
+        self.config, self.job, self.mesh = config, job, mesh
+        self.checkpointer, self.workdir = checkpointer, goodput.path.parent
+        self.preemption, self.watchdog, self.goodput, self.display = preemption, watchdog, goodput, display
+        self.monitor = HealthMonitor(config.health, self.workdir, display.say)
+        self.throughput = Throughput(config.tokens_per_step, job.flops_per_step, mesh)
+        self.last: dict[str, float] = {}
+        """Metrics of the last step that was evaluated or saved."""
+
+    # ----------------------------------------------------------------------------------------------- start
+
+    def start(self, step: int, metadata: Metadata | None) -> None:
+        """The state of `step`; from here on, the workdir is written."""
         if metadata is None:
-            state = init_state(initial_params(config, mesh), config)
+            self.state = self.job.init_state()
         else:
-            with goodput.phase("restore"):
-                state = restore_state(checkpointer, start_step, config, mesh)
-            iterator.set_state(metadata["data"])
-        watchdog.beat("the parameters were placed")
-
-        # ------------------------------------------------------------ from here on, the workdir is written
-        workdir.mkdir(parents=True, exist_ok=True)
-        checkpointer.set_aside_after(start_step)
+            with self.goodput.phase("restore"):
+                self.state = restore_state(self.checkpointer, step, self.job.abstract_state)
+            self.job.batches.seek(metadata.data)
+            self.monitor.set_state(metadata.health)
+        self.watchdog.beat("the parameters were placed")
+        self.steps = Steps(step, self.config.num_steps)
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        self.checkpointer.set_aside_after(step)
         if jax.process_index() == 0:
-            (workdir / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1), encoding="utf-8")
-            if not (workdir / TOKENIZER_NAME).exists():
-                partial = workdir / f"{TOKENIZER_NAME}.partial"
-                shutil.copyfile(config.data.tokenizer, partial)
-                partial.replace(workdir / TOKENIZER_NAME)  # a killed run leaves it whole or not there
-        report.print_tables(console, config, mesh)
-        report.print_mixture(console, config)
-        writer = report.MetricsWriter(workdir, start_step)
-        throughput = report.Throughput(config, mesh)
-        console.print(throughput.formula(), soft_wrap=True)
-        counts = config.ngram_baselines and jax.process_index() == 0
-        baselines = make_baselines(config, console) if counts else {}
-        if metadata is None and config.init_from is not None:
-            console.print(f"Parameters from {config.init_from}.", soft_wrap=True)
+            record = json.dumps(dataclasses.asdict(self.config), indent=1)
+            (self.workdir / "config.json").write_text(record, encoding="utf-8")
+        self.job.begin(self.workdir)
+        self.display.say(self.throughput.formula())
         if metadata is not None:
-            console.print(f"Resumed at step {start_step} from {checkpointer.directory}.", soft_wrap=True)
+            self.display.say(f"Resumed at step {step} from {self.checkpointer.directory}.")
+        self.writer = MetricsWriter(self.workdir, step)
 
-        # ------------------------------------------------------------ compile
-        display = report.ProgressDisplay(console, config, start_step)
-        monitor = HealthMonitor(config, workdir, display.say)
-        monitor.set_state(metadata and metadata.get("health"))
-        resuming = start_step < config.num_steps
-        batch = put(monitor.next_batch(start_step + 1, iterator) if resuming else validation[0])
-        next_state = iterator.get_state()
-        with goodput.phase("compile"):
-            lowered = jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch)
-            train_step = lowered.compile(compiler_options=tuned_options(config, mesh))
-        watchdog.beat("compilation")
-        eval_step = jax.jit(make_eval_step(config))
-        verified_step = config.num_steps - config.verify_resume_steps if config.verify_resume_steps else 0
-
-        def evaluate(step: int) -> dict[str, float]:
-            count = min(config.eval_batches or len(validation), len(validation))
-            sums = []
-            for i in range(count):
-                sums.append(eval_step(state.params, put(validation[i])))
-                jax.block_until_ready(sums[max(i - 1, 0)])  # not the newest: the devices have work meanwhile
-                watchdog.beat(f"validation batch {i + 1} of {count} at step {step}")
-            sums = jax.device_get(sums)
-            total = jax.tree.map(lambda *xs: sum(float(x) for x in xs), *sums)
-            total = total._replace(largest_logit=max(float(x.largest_logit) for x in sums))
-            means = mean_metrics(total, config.model.z_loss_weight)
-            values = {f"validation_{name}": float(value) for name, value in means.items()} | bad_rows.metrics()
-            display.say(
-                f"step {step}  validation cross entropy {values['validation_cross_entropy']:.4f}, "
-                f"accuracy {values['validation_accuracy']:.1%}"
+    def compile(self) -> None:
+        """Compiles the step ahead of time, for the first batch: it cannot recompile."""
+        job, config = self.job, self.config
+        self.display.start(self.steps.done)
+        if self.steps.done == config.num_steps:
+            return  # nothing is left but to finish
+        self._next_batch(self.steps.done + 1)
+        with self.goodput.phase("compile"):
+            lowered = lower_train_step(
+                job.objective, job.optimizer, self.state, job.frozen, self.batch, norms=config.health.norms
             )
-            return values
+            self.train_step = lowered.compile(compiler_options=tuned_options(config, self.mesh))
+        self.eval_step = jax.jit(make_eval_step(job.objective))
+        self.watchdog.beat("compilation")
 
-        def finish_step(step: int, step_metrics: dict[str, jax.Array]) -> dict[str, float]:
-            """Waits for a step's metrics, checks and shows them."""
-            values = {name: float(value) for name, value in jax.device_get(step_metrics).items()}
-            watchdog.beat(f"step {step}")
-            values |= monitor.observe(step, values, checkpointer.describe_newest) | throughput.step()
-            values |= bad_rows.metrics()
-            goodput.steps_done += 1
-            display.show(step, values)
-            return values
+    # ---------------------------------------------------------------------------------------------- steps
 
-        def save() -> None:
-            metadata = {"config": dataclasses.asdict(config), "data": data_state, "row_order": row_order}
-            metadata["health"] = monitor.state()
-            with goodput.phase("save"):
-                checkpointer.save(step, state.params, state.opt_state, metadata)
-            goodput.record(step)
-
-        # ------------------------------------------------------------ loop
+    def take_steps(self) -> None:
+        """Trains up to num_steps. Raises Preempted, with the last step saved, if it is stopped from outside."""
+        config, checkpointer = self.config, self.checkpointer
+        verified = config.num_steps - config.verify_resume_steps if config.verify_resume_steps else 0
         pending: tuple[int, dict[str, jax.Array]] | None = None
-        last: dict[str, float] = {}
         stopping = False
-        steps = Steps(start_step, config.num_steps)
         try:
-            if start_step == 0:
-                with goodput.phase("evaluation"):
-                    writer.write(0, evaluate(0))
-            throughput.restart()
-            goodput.enter("step")
-            for step in steps:
+            if self.steps.done == 0:
+                self.writer.write(0, self._evaluate(0))
+            self.throughput.restart()
+            self.goodput.enter("step")
+            for step in self.steps:
                 if step == config.profile_start:
-                    jax.profiler.start_trace(str(workdir / "profile"))
+                    jax.profiler.start_trace(str(self.workdir / "profile"))
                 # Metrics of a step are fetched after the next one was dispatched: the devices never wait for the host.
                 with jax.transfer_guard("disallow"):
-                    state, step_metrics = train_step(state, batch)
-                    data_state = next_state
+                    self.state, metrics = self.train_step(self.state, self.job.frozen, self.batch)
+                    saved_position = self.position
                     if step < config.num_steps:
-                        with goodput.phase("data_wait"):
-                            batch = put(monitor.next_batch(step + 1, iterator))
-                        next_state = iterator.get_state()
+                        with self.goodput.phase("data_wait"):
+                            self._next_batch(step + 1)
                     if pending is not None:
-                        writer.write(pending[0], finish_step(*pending))
-                    pending = step, step_metrics
+                        self.writer.write(pending[0], self._finish_step(*pending))
+                    pending = step, metrics
                 if step == config.profile_start + config.profile_steps - 1 and config.profile_start:
-                    jax.block_until_ready(step_metrics)
+                    jax.block_until_ready(metrics)
                     jax.profiler.stop_trace()
-                is_last = step == config.num_steps
-                is_kept = checkpointer.is_permanent(step)
+                is_last, is_kept = step == config.num_steps, checkpointer.is_permanent(step)
                 is_eval = is_last or step % config.eval_every == 0 or is_kept
-                stopping = preemption.reached()
-                is_save = is_last or is_kept or stopping or step == verified_step
+                stopping = self.preemption.reached()
+                is_save = is_last or is_kept or stopping or step == verified
                 is_save = is_save or step % config.checkpoint.save_every == 0
                 if is_eval or is_save:
-                    # Nothing is saved before its step is known to be finite.
-                    last, pending = finish_step(*pending) | report.memory_metrics(), None
-                    is_sound = monitor.spike is None  # else it is gone behind
+                    # Nothing is saved before its step is known to be finite, nor what a rewind will discard.
+                    self.last, pending = self._finish_step(*pending) | memory_metrics(), None
+                    is_sound = self.monitor.spike is None
                     if stopping and is_sound:
-                        save()  # before the evaluation: little time is left
+                        self._save(step, saved_position)  # before the evaluation: little time is left
                     if is_eval and is_sound:
-                        with goodput.phase("evaluation"):
-                            last |= evaluate(step)
-                    writer.write(step, last | goodput.metrics())
+                        self.last |= self._evaluate(step)
+                    self.writer.write(step, self.last | self.goodput.metrics())
                     if is_save and is_sound and not stopping:
-                        save()
-                    throughput.restart()
-                if monitor.spike is not None:
-                    with goodput.phase("restore"):
-                        step = monitor.rewind(checkpointer)
-                        del state, step_metrics  # before memory is needed for those restored
-                        state, pending = restore_state(checkpointer, step, config, mesh), None
-                        batch = put(monitor.next_batch(step + 1, iterator))
-                        next_state = iterator.get_state()
-                    writer.close()
-                    writer = report.MetricsWriter(workdir, step)
-                    steps.done = step
-                    watchdog.beat(f"going back to step {step}")
-                    throughput.restart()
+                        self._save(step, saved_position)
+                    self.throughput.restart()
+                if self.monitor.spike is not None:
+                    del metrics  # before memory is needed for the state that is restored
+                    pending = None
+                    with self.goodput.phase("restore"):
+                        self._rewind()
                 if stopping:
                     break
         finally:
-            display.close()
-            writer.close()
-            watchdog.beat("the end of the loop")
-            with goodput.phase("save"):
-                checkpointer.wait()
-            goodput.record(steps.done)
-            goodput.enter("other")
-            preemption.close()
-
+            self._end_steps()
         if stopping:
             raise distributed.Preempted(
                 f"Stopped by SIGTERM: step {step} is saved in {checkpointer.directory}; go on with --resume auto."
             )
 
-        # ------------------------------------------------------------ results
-        digest = report.fingerprint(state.params)
-        if start_step < verified_step:
-            again = restore_state(checkpointer, verified_step, config, mesh)
-            iterator.set_state(checkpointer.metadata(verified_step)["data"])
-            for step in range(verified_step + 1, config.num_steps + 1):
-                again, _ = train_step(again, put(monitor.next_batch(step, iterator)))
-            check_resumed(verified_step, report.fingerprint(again.params), digest, display.say)
-        checkpoint = checkpointer.directory / str(config.num_steps)
-        goodput.record(config.num_steps)
+    def _end_steps(self) -> None:
+        self.display.close()
+        self.writer.close()
+        self.watchdog.beat("the end of the loop")
+        with self.goodput.phase("save"):
+            self.checkpointer.wait()
+        self.goodput.record(self.steps.done)
+        self.goodput.enter("other")
+        self.preemption.close()
+
+    def _next_batch(self, step: int) -> None:
+        self.batch = self.job.batches.next(step, self.state)
+        self.position: dict[str, Any] = self.job.batches.position()
+
+    def _finish_step(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, float]:
+        """Waits for a step's metrics, judges and shows them."""
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.watchdog.beat(f"step {step}")
+        judged = self.monitor.observe(step, values)
+        if self.monitor.stop is not None:
+            self._stop(step, values, self.monitor.stop)
+        values |= judged | self.throughput.step() | self.job.batches.metrics(step)
+        self.goodput.steps_done += 1
+        self.display.show(step, values)
+        return values
+
+    def _stop(self, step: int, values: dict[str, float], name: str) -> None:
+        # NaN has no place in JSON: in this file the bits are kept.
+        about = {"seed": self.config.seed} | {f"metric_{name}": value for name, value in values.items()}
+        path = self.job.batches.save(step, self.workdir, about)
+        where = self.checkpointer.describe_newest() + (f"; its batch is saved in {path}" if path is not None else "")
+        raise FloatingPointError(f"{name} is {values[name]} at step {step}: the run stops; {where}.")
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        """Metrics of the validation batches, named validation_..."""
+        if not len(self.job.validation):
+            return {}
+        with self.goodput.phase("evaluation"):
+            batches = self.job.validation
+            count = min(self.config.eval_batches or len(batches), len(batches))
+            parts: list[Parts] = []
+            for i in range(count):
+                parts.append(self.eval_step(self.state.params, self.job.frozen, batches[i]))
+                jax.block_until_ready(parts[max(i - 1, 0)])  # not the newest: the devices have work meanwhile
+                self.watchdog.beat(f"validation batch {i + 1} of {count} at step {step}")
+            total = add_up_on_host(jax.device_get(parts))
+            values = {name: float(value) for name, value in self.job.objective.metrics(total).items()}
+            self.display.say(f"step {step}  validation {self.job.objective.summary(values)}")
+            return {f"validation_{name}": value for name, value in values.items()} | self.job.batches.metrics(step)
+
+    # ----------------------------------------------------------------------------------------- save, rewind
+
+    def _save(self, step: int, position: dict[str, Any]) -> None:
+        metadata = Metadata(dataclasses.asdict(self.config), position, self.monitor.state(), self.job.metadata)
+        with self.goodput.phase("save"):
+            self.checkpointer.save(step, self.state.params, self.state.opt_state, metadata)
+        self.goodput.record(step)
+
+    def _rewind(self) -> None:
+        """Goes back to a checkpoint before a spike of the loss and leaves out its batches from now on.
+
+        Checkpoints from the spike on are set aside. Batches between the checkpoint and the spike are read again, in
+        their order. All processes call it. Raises FloatingPointError if the run may not go back again, or cannot.
+        """
+        monitor, checkpointer = self.monitor, self.checkpointer
+        assert (spike := monitor.spike) is not None
+        checkpointer.wait()
+        monitor.check_rewind(first_decides(checkpointer.steps), checkpointer.directory)
+        skipped = self.job.batches.skip(spike.first_step, spike.last)
+        checkpointer.set_aside_after(spike.first_step - 1)
+        good = checkpointer.latest_good() or 0  # raises where none is good
+        metadata = checkpointer.metadata(good)
+        del self.state
+        self.state = restore_state(checkpointer, good, self.job.abstract_state)
+        self.job.batches.seek(metadata.data)
+        self._next_batch(good + 1)
+        monitor.rewound(good, metadata.health, skipped)
+        self.writer.close()
+        self.writer = MetricsWriter(self.workdir, good)
+        self.steps.done = good
+        self.watchdog.beat(f"going back to step {good}")
+        self.throughput.restart()
+
+    # ------------------------------------------------------------------------------------------------- end
+
+    def finish(self, start_step: int) -> RunResult:
+        """Proves the resume if asked to, and gives the trained parameters to the job."""
+        config, say = self.config, self.display.say
+        digest = fingerprint(self.state.params)
+        if start_step < config.num_steps - config.verify_resume_steps < config.num_steps:
+            self._verify_resume(config.num_steps - config.verify_resume_steps, digest)
+        self.goodput.record(config.num_steps)
         if jax.process_index() == 0:
-            console.print(goodput_table(read_sessions(goodput.path)))
-        show_results(config, checkpoint, state.params, baselines, tokenizer, display.say, command)
-        display.say(f"step {config.num_steps}")
-        display.say(f"parameters sha256 {digest}")
-    iterator.close()
-    return TrainResult(config.num_steps, digest, last, workdir)
+            self.display.console.print(goodput_table(read_sessions(self.goodput.path)))
+        self.job.finish(self.checkpointer.directory / str(config.num_steps), self.state.params)
+        say(f"step {config.num_steps}")
+        say(f"parameters sha256 {digest}")
+        self.job.batches.close()
+        return RunResult(config.num_steps, digest, self.last, self.workdir)
+
+    def _verify_resume(self, step: int, uninterrupted: str) -> None:
+        """Raises ArithmeticError unless the steps after the checkpoint of `step`, done again, give the same bits."""
+        batches = self.job.batches
+        again = restore_state(self.checkpointer, step, self.job.abstract_state)
+        batches.seek(self.checkpointer.metadata(step).data)
+        for number in range(step + 1, self.config.num_steps + 1):
+            again, _ = self.train_step(again, self.job.frozen, batches.next(number, again))
+        resumed = fingerprint(again.params)
+        if resumed != uninterrupted:
+            raise ArithmeticError(
+                f"Resumed at step {step}, the run ended in {resumed}, not in {uninterrupted}: it is not exact."
+            )
+        self.display.say(f"Resumed at step {step} and repeated: the parameters are the same bit for bit.")
+
+
+def add_up_on_host(parts: list[Parts]) -> Parts:
+    """Parts of several batches -> those of all, in double precision."""
+    sums = {name: sum(float(p.sums[name]) for p in parts) for name in parts[0].sums}
+    maxima = {name: max(float(p.maxima[name]) for p in parts) for name in parts[0].maxima}
+    return Parts(sums, maxima)  # type: ignore[arg-type]  # numbers stand in for arrays

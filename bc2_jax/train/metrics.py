@@ -1,4 +1,4 @@
-"""What a run tells: tables, progress, metrics files, the loss curve, the parameters' fingerprint."""
+"""What every run tells: progress, throughput, metrics files, the parameters' fingerprint."""
 
 from __future__ import annotations
 
@@ -12,69 +12,20 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from bc2_jax.config import TrainConfig
+from bc2_jax.config import RunConfig
 from bc2_jax.convert import stream
 from bc2_jax.convert.table import flatten
-from bc2_jax.data.loader import describe_mixture
 from bc2_jax.model.baichuan import Params
 from bc2_jax.sharding import to_host
 from bc2_jax.tpu.chips import CHIPS, DEVICE_KINDS
 
 
-def print_tables(console: Console, config: TrainConfig, mesh: Mesh) -> None:
-    """What is trained and on what."""
-    model, data = config.model, config.data
-    rows = {
-        "parameters": f"{model.num_parameters():,}",
-        "layers x hidden x ffn": f"{model.num_hidden_layers} x {model.hidden_size} x {model.intermediate_size}",
-        "heads x head size": f"{model.num_attention_heads} x {model.head_dim}",
-        "positions": model.position_embedding,
-        "vocabulary": f"{model.vocab_size:,}",
-        "compute": f"{config.compute.dtype}, {config.compute.attention} attention, remat {config.compute.remat}",
-        "batch": f"{data.global_batch_size} x {data.sequence_length} tokens"
-        + (f" in {data.accumulation_steps} parts" if data.accumulation_steps > 1 else ""),
-    }
-    _print_table(console, f"Model {config.name}", rows)
-    device = mesh.devices.flat[0]
-    rows = {axis: str(size) for axis, size in mesh.shape.items()}
-    rows["devices"] = f"{mesh.devices.size} x {device.device_kind}, {jax.process_count()} process(es)"
-    _print_table(console, "Mesh", rows)
-
-
-def print_mixture(console: Console, config: TrainConfig) -> None:
-    """Which share of the tokens each folder of rows has, and how often the run reads it."""
-    data = config.data
-    table = Table("rows of", "rows", "share", title="Data", title_justify="left")
-    for step in data.stage_steps:
-        table.add_column(f"from step {step:,}, {step * data.tokens_per_step:,} tokens")
-    table.add_column("epochs")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for part in describe_mixture(data, config.num_steps):
-        shares = (f"{share:.2%}" for share in part.shares)
-        table.add_row(part.path, f"{part.rows:,}", *shares, f"{part.epochs:.2f}")
-    console.print(table)
-
-
-def _print_table(console: Console, title: str, rows: dict[str, str]) -> None:
-    table = Table(title=title, show_header=False, title_justify="left")
-    for name, value in rows.items():
-        table.add_row(name, value)
-    console.print(table)
-
-
-def flops_per_step(config: TrainConfig) -> int:
-    """Model FLOPs of one update over the whole batch."""
-    return config.data.global_batch_size * config.model.flops_per_sequence(config.data.sequence_length)
-
-
 class Throughput:
     """tokens/s, model TFLOP/s and MFU from the times at which steps were known to be complete."""
 
-    def __init__(self, config: TrainConfig, mesh: Mesh):
-        self.tokens, self.flops = config.data.global_batch_size * config.data.sequence_length, flops_per_step(config)
+    def __init__(self, tokens_per_step: int, flops_per_step: int, mesh: Mesh):
+        self.tokens, self.flops = tokens_per_step, flops_per_step
         chip = CHIPS.get(DEVICE_KINDS.get(mesh.devices.flat[0].device_kind, ""))
         self.peak = None if chip is None else chip.peak_flops / chip.devices * mesh.devices.size
         self.last = time.perf_counter()
@@ -96,8 +47,9 @@ class Throughput:
         """Metrics of the step that has just completed."""
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
-        metrics = {"step_seconds": seconds, "tokens_per_second": self.tokens / seconds}
-        metrics["tflops_per_second"] = self.flops / seconds / 1e12
+        metrics = {"step_seconds": seconds, "tflops_per_second": self.flops / seconds / 1e12}
+        if self.tokens:
+            metrics["tokens_per_second"] = self.tokens / seconds
         if self.peak is not None:
             metrics["mfu"] = self.flops / seconds / self.peak
         return metrics
@@ -151,20 +103,28 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class ProgressDisplay:
-    """A progress bar on a terminal, a log line every `log_every` steps elsewhere."""
+    """A progress bar on a terminal, a log line every `log_every` steps elsewhere; only process 0 prints."""
 
-    def __init__(self, console: Console, config: TrainConfig, start_step: int):
-        self.console, self.config = console, config
-        self.start_step, self.start_time = start_step, time.perf_counter()
-        self._bar = None
-        if console.is_terminal and jax.process_index() == 0:
+    def __init__(self, config: RunConfig):
+        self.config, self.start_step, self.start_time = config, 0, time.perf_counter()
+        self.console = Console(quiet=jax.process_index() != 0, highlight=False)
+        self._bar: Progress | None = None
+
+    def start(self, step: int) -> None:
+        """Steps after `step` follow; the time that is left is counted from here on."""
+        self.start_step, self.start_time = step, time.perf_counter()
+        if self.console.is_terminal and jax.process_index() == 0:
             columns = (TextColumn("{task.fields[text]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=console)
-            self._task = self._bar.add_task("train", total=config.num_steps, completed=start_step, text="compiled")
+            self._bar = Progress(*columns, console=self.console)
+            self._task = self._bar.add_task("train", total=self.config.num_steps, completed=step, text="compiled")
             self._bar.start()
 
     def show(self, step: int, metrics: dict[str, float]) -> None:
-        text = f"loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:,.0f} tokens/s"
+        text = f"loss {metrics['loss']:.4f}  "
+        if "tokens_per_second" in metrics:
+            text += f"{metrics['tokens_per_second']:,.0f} tokens/s"
+        else:
+            text += f"{metrics['step_seconds']:.2f} s a step"
         if "mfu" in metrics:
             text += f"  MFU {metrics['mfu']:.1%}"
         if self._bar is not None:
@@ -182,29 +142,6 @@ class ProgressDisplay:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
-
-
-def plot_loss_curve(metrics: list[dict[str, Any]], baselines: dict[str, float], path: Path) -> None:
-    """A picture of training and validation cross entropy by step, with the baselines as lines."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
-    for name, label in (("cross_entropy", "training"), ("validation_cross_entropy", "validation")):
-        points = [(m["step"], m[name]) for m in metrics if m.get(name) is not None]
-        if points:
-            marker = "o" if len(points) < 50 else None
-            axes.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=4)
-    for label, value in baselines.items():
-        axes.axhline(value, label=label, linestyle="--", color="gray" if "uni" in label else "black", linewidth=1)
-    axes.set(xlabel="step", ylabel="cross entropy (nats a token)")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def fingerprint(params: Params) -> str:

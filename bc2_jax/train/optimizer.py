@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -40,13 +42,24 @@ def scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: cast(adam.init(params), config.moment_dtype), update)
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+class Optimizer(NamedTuple):
+    """An optax.GradientTransformation that tells its learning rate."""
+
+    init: optax.TransformInitFn
+    update: optax.TransformUpdateFn
+    learning_rate: optax.Schedule
+    """Of the n-th update, n from 0."""
+
+
+def make_optimizer(config: OptimizerConfig) -> Optimizer:
     """Gradients -> updates: clip by global norm, Adam, decoupled weight decay, learning rate."""
-    return optax.chain(
+    schedule = make_schedule(config)
+    chain = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         scale_by_adam(config),
         optax.add_decayed_weights(
             config.weight_decay, mask=lambda params: jax.tree_util.tree_map_with_path(is_decayed, params)
         ),
-        optax.scale_by_learning_rate(make_schedule(config)),
+        optax.scale_by_learning_rate(schedule),
     )
+    return Optimizer(chain.init, chain.update, schedule)

@@ -19,15 +19,16 @@ import numpy as np
 from bc2_jax.checkpoint import find_checkpoint, is_complete, load_params, load_state, read_metadata
 from bc2_jax.config import DistributedConfig, TrainConfig
 from bc2_jax.config.record import from_record
-from bc2_jax.data.batch import batch_part, make_put
+from bc2_jax.data.batch import FIELDS, batch_part, make_put
 from bc2_jax.data.loader import make_train_loader
 from bc2_jax.manifest import verify
 from bc2_jax.sharding import make_mesh
 from bc2_jax.train import distributed
-from bc2_jax.train.health import FIELDS
+from bc2_jax.train.job import TrainStep, lower_train_step, restore_state
 from bc2_jax.train.metrics import fingerprint, read_metrics
-from bc2_jax.train.start import check_attention, restore_state, tuned_options
-from bc2_jax.train.step import make_train_step
+from bc2_jax.train.optimizer import make_optimizer
+from bc2_jax.train.pretrain import make_abstract_state, make_objective
+from bc2_jax.train.start import check_attention, tuned_options
 
 
 class Comparison(NamedTuple):
@@ -134,8 +135,9 @@ def replay(path: str | Path, step: int, batch: Sequence[str | Path] = ()) -> Ite
     put = make_put(config.data, mesh)
 
     with jax.set_mesh(mesh):
-        state = restore_state(Folder(checkpoint), start, config, mesh)
-        train_step = None
+        objective, optimizer = make_objective(config.model, config.compute), make_optimizer(config.optimizer)
+        state = restore_state(Folder(checkpoint), start, make_abstract_state(config, mesh, optimizer))
+        train_step: TrainStep | None = None
         for now in range(start + 1, step + 1):
             record = records[now]
             rows = loader[int(record.get("data_index", now - 1))]
@@ -143,9 +145,9 @@ def replay(path: str | Path, step: int, batch: Sequence[str | Path] = ()) -> Ite
                 rows = _own_rows(saved[0], len(rows["labels"]))
             placed = put(rows)
             if train_step is None:
-                lowered = jax.jit(make_train_step(config), donate_argnums=0).lower(state, placed)
+                lowered = lower_train_step(objective, optimizer, state, {}, placed, norms=config.health.norms)
                 train_step = lowered.compile(compiler_options=tuned_options(config, mesh))
-            state, metrics = train_step(state, placed)
+            state, metrics = train_step(state, {}, placed)
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             compared: dict[str, tuple[float | str | None, float | str]] = {
                 name: (record[name], value) for name, value in values.items() if name in record

@@ -1,28 +1,72 @@
-"""What a run does with the trained parameters at its end: proof, export, samples, pictures, hints."""
+"""What a pre-training run prints at its start and makes at its end: tables, export, samples, pictures, hints."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from rich.console import Console
+from rich.table import Table
 
 from bc2_jax.config import TrainConfig
 from bc2_jax.convert.conversion import Options, to_hf
 from bc2_jax.data import ngram
 from bc2_jax.data.corpus import list_parts
+from bc2_jax.data.loader import describe_mixture
 from bc2_jax.data.packing import read_rows
 from bc2_jax.infer.generate import generate
 from bc2_jax.model.baichuan import Params, split_model
 from bc2_jax.tokenizer import Tokenizer
-from bc2_jax.train.metrics import plot_loss_curve, read_metrics
+from bc2_jax.train.job import Say
+from bc2_jax.train.metrics import read_metrics
 
-Say = Callable[[str], None]
+
+def print_tables(console: Console, config: TrainConfig, mesh: Mesh) -> None:
+    """What is trained and on what."""
+    model, data = config.model, config.data
+    rows = {
+        "parameters": f"{model.num_parameters():,}",
+        "layers x hidden x ffn": f"{model.num_hidden_layers} x {model.hidden_size} x {model.intermediate_size}",
+        "heads x head size": f"{model.num_attention_heads} x {model.head_dim}",
+        "positions": model.position_embedding,
+        "vocabulary": f"{model.vocab_size:,}",
+        "compute": f"{config.compute.dtype}, {config.compute.attention} attention, remat {config.compute.remat}",
+        "batch": f"{data.global_batch_size} x {data.sequence_length} tokens"
+        + (f" in {data.accumulation_steps} parts" if data.accumulation_steps > 1 else ""),
+    }
+    _print_table(console, f"Model {config.name}", rows)
+    device = mesh.devices.flat[0]
+    rows = {axis: str(size) for axis, size in mesh.shape.items()}
+    rows["devices"] = f"{mesh.devices.size} x {device.device_kind}, {jax.process_count()} process(es)"
+    _print_table(console, "Mesh", rows)
+
+
+def print_mixture(console: Console, config: TrainConfig) -> None:
+    """Which share of the tokens each folder of rows has, and how often the run reads it."""
+    data = config.data
+    table = Table("rows of", "rows", "share", title="Data", title_justify="left")
+    for step in data.stage_steps:
+        table.add_column(f"from step {step:,}, {step * data.tokens_per_step:,} tokens")
+    table.add_column("epochs")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for part in describe_mixture(data, config.num_steps):
+        shares = (f"{share:.2%}" for share in part.shares)
+        table.add_row(part.path, f"{part.rows:,}", *shares, f"{part.epochs:.2f}")
+    console.print(table)
+
+
+def _print_table(console: Console, title: str, rows: dict[str, str]) -> None:
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
 
 
 def make_baselines(config: TrainConfig, console: Console) -> dict[str, float]:
@@ -44,15 +88,6 @@ def make_baselines(config: TrainConfig, console: Console) -> dict[str, float]:
     parts.append(f"of a model that knows nothing {np.log(vocab_size):.4f}")
     console.print(f"Held-out text, nats a token: {', '.join(parts)}.", soft_wrap=True)
     return baselines
-
-
-def check_resumed(step: int, resumed: str, uninterrupted: str, say: Say) -> None:
-    """Raises ArithmeticError unless the run repeated from a checkpoint ended in the same parameters, bit for bit."""
-    if resumed != uninterrupted:
-        raise ArithmeticError(
-            f"Resumed at step {step}, the run ended in {resumed}, not in {uninterrupted}: it is not exact."
-        )
-    say(f"Resumed at step {step} and repeated: the parameters are the same bit for bit.")
 
 
 def show_results(
@@ -102,3 +137,26 @@ def show_samples(model, config: TrainConfig, tokenizer: Tokenizer, say: Say) -> 
     for prompt, continuation in zip(sample.prompts, continuations, strict=True):
         say(f"--- {prompt!r} goes on:\n{tokenizer.decode(continuation)}")
     say("---")
+
+
+def plot_loss_curve(metrics: list[dict[str, Any]], baselines: dict[str, float], path: Path) -> None:
+    """A picture of training and validation cross entropy by step, with the baselines as lines."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    for name, label in (("cross_entropy", "training"), ("validation_cross_entropy", "validation")):
+        points = [(m["step"], m[name]) for m in metrics if m.get(name) is not None]
+        if points:
+            marker = "o" if len(points) < 50 else None
+            axes.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=4)
+    for label, value in baselines.items():
+        axes.axhline(value, label=label, linestyle="--", color="gray" if "uni" in label else "black", linewidth=1)
+    axes.set(xlabel="step", ylabel="cross entropy (nats a token)")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from bc2_jax.checkpoint import Checkpointer
+from bc2_jax.checkpoint import Checkpointer, Metadata
 from bc2_jax.config import CheckpointConfig
 
 SHAPE = (4, 128, 512)
@@ -39,7 +39,7 @@ def main(folder: Path, last: int) -> None:
     while step < last:
         step += 1
         state = {name: value + step for name, value in state.items()}
-        metadata = {"config": {"model": {}}, "data": {"next_index": step}}
+        metadata = Metadata({"model": {}}, {"next_index": step})
         checkpointer.save(step, state, {name: value * 2 for name, value in state.items()}, metadata)
         print("saving", step, flush=True)
     checkpointer.close()

@@ -20,7 +20,9 @@ import numpy as np
 from bc2_jax.checkpoint import Checkpointer
 from bc2_jax.sharding import make_mesh
 from bc2_jax.train.distributed import EXIT_HUNG, EXIT_LOST, EXIT_PREEMPTED
-from bc2_jax.train.start import restore_state
+from bc2_jax.train.job import restore_state
+from bc2_jax.train.optimizer import make_optimizer
+from bc2_jax.train.pretrain import make_abstract_state
 from tests.faults import harness
 
 KINDS = ("kill", "kill all", "terminate", "stop")
@@ -273,7 +275,10 @@ def _state(config: Path, workdir: Path, step: int) -> Any:
     """Parameters and optimizer state of a checkpoint, on one device."""
     resolved = runpy.run_path(str(config))["config"]().resolve(1)
     checkpointer = Checkpointer(workdir / "checkpoints", resolved.checkpoint)
+    mesh = make_mesh(resolved.mesh, jax.local_devices()[:1])
     try:
-        return restore_state(checkpointer, step, resolved, make_mesh(resolved.mesh, jax.local_devices()[:1]))
+        return restore_state(
+            checkpointer, step, make_abstract_state(resolved, mesh, make_optimizer(resolved.optimizer))
+        )
     finally:
         checkpointer.close()

@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bc2_jax import checkpoint, manifest
-from bc2_jax.checkpoint import Checkpointer, SaveError
+from bc2_jax.checkpoint import Checkpointer, Metadata, SaveError
 from bc2_jax.config import CheckpointConfig
 from bc2_jax.manifest import DamagedCheckpoint
 from bc2_jax.train.distributed import EXIT_ERROR, EXIT_LOST
@@ -34,7 +34,7 @@ WRITER = Path(__file__).with_name("checkpoint_writer.py")
 writer = runpy.run_path(str(WRITER))
 ARRAYS = {"a": np.arange(12, dtype=np.float32).reshape(3, 4), "layers": {"b": np.linspace(0, 1, 50, dtype=np.float32)}}
 MOMENTS = {"count": np.zeros(1, np.int32)}
-METADATA = {"config": {"model": {"hidden_size": 4}}, "data": {"next_index": 3}}
+METADATA = Metadata({"model": {"hidden_size": 4}}, {"next_index": 3}, job={"row_order": {"data.seed": 1}})
 
 
 def abstract():
@@ -279,7 +279,7 @@ def test_a_save_that_lost_another_process_is_for_the_supervisor_to_mend(tmp_path
     def train(*_: object, **__: object):
         raise failed.value
 
-    monkeypatch.setattr("bc2_jax.train.loop.train", train)
+    monkeypatch.setattr("bc2_jax.train.loop.run", train)
     monkeypatch.setattr(sys, "argv", ["train.py", str(WRITER.parents[2] / "configs/baichuan2_7b.py")])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(WRITER.parents[2] / "train.py"), run_name="__main__")

@@ -15,7 +15,7 @@ import numpy as np  # noqa: E402
 from jax.experimental import multihost_utils  # noqa: E402
 from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
-from bc2_jax.checkpoint import Checkpointer  # noqa: E402
+from bc2_jax.checkpoint import Checkpointer, Metadata  # noqa: E402
 from bc2_jax.config import CheckpointConfig  # noqa: E402
 from bc2_jax.manifest import DamagedCheckpoint  # noqa: E402
 
@@ -29,7 +29,7 @@ def array(step: int) -> jax.Array:
 
 checkpointer = Checkpointer(FOLDER, CheckpointConfig(keep_last=2))
 for step in (1, 2, 3):
-    checkpointer.save(step, {"w": array(step)}, {"w": array(-step)}, {"config": {"model": {}}, "data": {}})
+    checkpointer.save(step, {"w": array(step)}, {"w": array(-step)}, Metadata({"model": {}}, {}))
 checkpointer.wait()
 abstract = {"w": jax.ShapeDtypeStruct((8, 8), np.float32, sharding=sharding)}
 
@@ -57,7 +57,7 @@ except DamagedCheckpoint as error:
     good_after = checkpointer.latest_good()
 checkpointer.set_aside_after(good_after)
 restore(good_after)
-checkpointer.save(3, {"w": array(3)}, {"w": array(-3)}, {"config": {"model": {}}, "data": {}})
+checkpointer.save(3, {"w": array(3)}, {"w": array(-3)}, Metadata({"model": {}}, {}))
 restore(3)
 checkpointer.close()
 print("found", good, good_after, sorted(p.name for p in FOLDER.iterdir()), flush=True)

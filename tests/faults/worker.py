@@ -50,7 +50,8 @@ clock = JumpingClock()
 import train  # noqa: E402
 from bc2_jax import manifest  # noqa: E402
 from bc2_jax.checkpoint import Checkpointer  # noqa: E402
-from bc2_jax.train import distributed, loop, metrics  # noqa: E402
+from bc2_jax.data import row_batches  # noqa: E402
+from bc2_jax.train import distributed, loop  # noqa: E402
 from tests.faults.harness import hash_row  # noqa: E402
 from tests.train.poisoning import poison  # noqa: E402
 
@@ -78,7 +79,7 @@ class RecordedIterator:
         return batch
 
 
-def make_recorded_iterator(loader, make=loop.make_train_iterator):
+def make_recorded_iterator(loader, make=row_batches.make_train_iterator):
     return RecordedIterator(make(loader), Path(os.environ["RECORDED_ROWS"]))
 
 
@@ -101,17 +102,17 @@ def announce(owner, name: str, phase: str, after: str = "", step_of=lambda *_: 0
     setattr(owner, name, announced)
 
 
-loop.make_train_iterator = make_recorded_iterator
+row_batches.make_train_iterator = make_recorded_iterator
 if "POISON" in os.environ:
     poison({int(index): factor for index, factor in json.loads(os.environ["POISON"]).items()})
 announce(distributed, "start", "join")
 announce(Checkpointer, "latest_good", "verify")
 announce(Checkpointer, "restore", "restore")
-announce(loop, "make_train_step", "compile")
+announce(loop, "lower_train_step", "compile")
 announce(Checkpointer, "save", "save", step_of=lambda self, step, *_: step)
 announce(Checkpointer, "_finish", "write", "saved", step_of=lambda self, step, *_: step)
 announce(manifest, "write_manifest", "seal", "rename", step_of=lambda folder: int(folder.name.split(".")[0]))
-announce(metrics, "fingerprint", "end")
+announce(loop, "fingerprint", "end")
 
 if __name__ == "__main__":
     train.main()

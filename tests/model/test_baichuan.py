@@ -269,13 +269,13 @@ from bc2_jax.config import ComputeConfig
 from bc2_jax.convert.hf import load_params
 from bc2_jax.convert.hf_config import read_config
 from bc2_jax.model.baichuan import split_model
-from bc2_jax.train.step import make_loss_fn
+from bc2_jax.train.pretrain import make_loss
 config, z = read_config({str(golden.folder)!r}), np.load({str(golden.folder / "golden.npz")!r})
 params, compute = load_params({str(golden.folder)!r}, config), ComputeConfig(dtype="float32")
 logits = jax.jit(lambda p, ids: nnx.merge(split_model(config, compute)[0], p)(ids))(params, z["input_ids"])
 np.testing.assert_allclose(logits, z["train_logits"], atol=2e-5)
 batch = dict(input_ids=z["input_ids"], labels=z["input_ids"], positions=None, segment_ids=None)
-jax.jit(jax.grad(make_loss_fn(config, compute), has_aux=True))(params, batch)
+jax.jit(jax.grad(make_loss(config, compute), has_aux=True))(params, {{}}, batch)
 print("fine")
 """
     environment = os.environ | {"NNX_GRAPH_MODE": graph_mode, "JAX_PLATFORMS": "cpu"}

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
+from bc2_jax.data import row_batches
 from bc2_jax.data.loader import make_train_loader
-from bc2_jax.train import loop, step
+from bc2_jax.train import pretrain
 
 POISON = 10**6
 """A position that no row has; the loss of its batch is not finite, and is larger by what is added to it."""
@@ -17,16 +18,17 @@ POISON = 10**6
 
 def poison(factors: dict[int, float], set_attribute: Callable[[object, str, object], None] = setattr) -> None:
     """Makes the loss of batches, by the loader's numbers, so many times as large."""
-    make_loss_fn = step.make_loss_fn
+    make_loss = pretrain.make_loss
 
-    def poisoned_loss_fn(*args):
-        loss_fn = make_loss_fn(*args)
+    def make_poisoned_loss(*args):
+        loss_fn = make_loss(*args)
 
-        def poisoned_loss(params, batch):
-            loss, sums = loss_fn(params, batch)
+        def poisoned_loss(params, frozen, batch):
+            loss, parts = loss_fn(params, frozen, batch)
             marks = jnp.max(batch["positions"])
             factor = jnp.where(marks == POISON, jnp.nan, jnp.where(marks > POISON, (marks - POISON) * 1.0, 1.0))
-            return loss * factor, sums._replace(cross_entropy=sums.cross_entropy * factor)
+            poisoned = {"cross_entropy": parts.sums["cross_entropy"] * factor}
+            return loss * factor, parts._replace(sums=parts.sums | poisoned)
 
         return poisoned_loss
 
@@ -39,5 +41,5 @@ def poison(factors: dict[int, float], set_attribute: Callable[[object, str, obje
     def make(*args, **kwargs):
         return make_train_loader(*args, **kwargs).map_with_index(poison_rows)
 
-    set_attribute(step, "make_loss_fn", poisoned_loss_fn)
-    set_attribute(loop, "make_train_loader", make)
+    set_attribute(pretrain, "make_loss", make_poisoned_loss)
+    set_attribute(row_batches, "make_train_loader", make)

@@ -16,12 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bc2_jax.config import CheckpointConfig, HealthConfig, MeshConfig
-from bc2_jax.data.batch import make_put
+from bc2_jax.data import row_batches
+from bc2_jax.data.batch import FIELDS, make_put
 from bc2_jax.data.loader import make_train_loader
 from bc2_jax.model.baichuan import init_params
 from bc2_jax.sharding import make_mesh
-from bc2_jax.train import health, loop, step
+from bc2_jax.train import health, job, loop, pretrain
 from bc2_jax.train.metrics import read_metrics
+from bc2_jax.train.optimizer import make_optimizer
 from tests.train import poisoning
 from tests.train.poisoning import POISON
 
@@ -53,6 +55,14 @@ def placed(config, mesh):
     return make_put(config.data, mesh)(loader[0])
 
 
+def start(config, mesh):
+    """The state before the first update, and the step, not compiled."""
+    optimizer = make_optimizer(config.optimizer)
+    objective = pretrain.make_objective(config.model, config.compute)
+    state = job.init_state(init_params(config.model, 0, mesh), optimizer)
+    return state, job.make_train_step(objective, optimizer, config.health.norms)
+
+
 def test_a_finite_update_is_the_one_without_the_check(small_run, monkeypatch, mesh_of):
     """Bit for bit, as the optimising compiler fuses it."""
     config = dataclasses.replace(
@@ -64,15 +74,14 @@ def test_a_finite_update_is_the_one_without_the_check(small_run, monkeypatch, me
 
     def run():
         with jax.set_mesh(mesh):
-            state = step.init_state(init_params(config.model, 0, mesh), config)
-            train_step = jax.jit(step.make_train_step(config))
+            state, train_step = start(config, mesh)
             for _ in range(2):
-                state, metrics = train_step(state, placed(config, mesh))
+                state, metrics = jax.jit(train_step)(state, {}, placed(config, mesh))
         return jax.tree.map(np.asarray, state), {name: float(x) for name, x in metrics.items()}
 
     checked, metrics = run()
     assert math.isfinite(metrics["loss"]) and "param_norm" not in metrics
-    monkeypatch.setattr(step, "keep_unless", lambda finite, new, old: new)
+    monkeypatch.setattr(job, "keep_unless", lambda finite, new, old: new)
     plain, plain_metrics = run()
     jax.tree.map(np.testing.assert_array_equal, checked, plain)
     assert metrics == plain_metrics and int(plain.step) == 2
@@ -82,11 +91,12 @@ def test_an_update_that_is_not_finite_changes_nothing(small_run, poisoned):
     poisoned({})
     mesh = make_mesh(small_run.mesh)
     with jax.set_mesh(mesh):
-        train_step = jax.jit(step.make_train_step(small_run), compiler_options=FAST_COMPILE)
+        state, train_step = start(small_run, mesh)
+        train_step = jax.jit(train_step, compiler_options=FAST_COMPILE)
         batch = placed(small_run, mesh)
-        state, good = train_step(step.init_state(init_params(small_run.model, 0, mesh), small_run), batch)
+        state, good = train_step(state, {}, batch)
         bad = batch | {"positions": jnp.full_like(batch["positions"], POISON)}
-        after, metrics = train_step(state, bad)
+        after, metrics = train_step(state, {}, bad)
     assert math.isnan(metrics["loss"]) and not math.isfinite(metrics["grad_norm"])
     jax.tree.map(np.testing.assert_array_equal, after, state)
     assert int(after.step) == 1 and metrics["update_ratio"] == 0 and metrics["param_norm"] == good["param_norm"]
@@ -95,10 +105,8 @@ def test_an_update_that_is_not_finite_changes_nothing(small_run, poisoned):
 def test_metrics_of_norms_are_those_of_the_arrays(small_run):
     mesh = make_mesh(small_run.mesh)
     with jax.set_mesh(mesh):
-        before = step.init_state(init_params(small_run.model, 0, mesh), small_run)
-        after, metrics = jax.jit(step.make_train_step(small_run), compiler_options=FAST_COMPILE)(
-            before, placed(small_run, mesh)
-        )
+        before, train_step = start(small_run, mesh)
+        after, metrics = jax.jit(train_step, compiler_options=FAST_COMPILE)(before, {}, placed(small_run, mesh))
     old, new = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(s.params)]) for s in (before, after))
     norm = np.linalg.norm(new.astype(np.float64))
     rows = np.linalg.norm(np.asarray(after.params["lm_head"]["weight"], np.float64), axis=-1)
@@ -124,7 +132,7 @@ def test_the_checksum_is_that_of_the_rows_on_any_mesh(small_run, mesh_of):
     assert expected != 0
     assert on(mesh_of(1, 2, 1, 2, 2), rows, 1) == on(mesh_of(1, 1, 1), rows, 1) == expected
     assert on(mesh_of(1, 1, 1), {name: x[::-1] for name, x in rows.items()}, 1) == expected
-    for name in health.FIELDS:
+    for name in FIELDS:
         changed = rows[name].copy()
         changed[3, 5] ^= 1 << 9
         assert on(mesh_of(1, 1, 1), rows | {name: changed}, 1) != expected
@@ -138,7 +146,7 @@ def test_by_default_a_run_stops_at_the_first_and_saves_its_batch(small_run, pois
     with pytest.raises(
         FloatingPointError, match=r"loss is nan at step 6: the run stops; .*checkpoints/4; its batch is"
     ):
-        loop.train(config)
+        pretrain.train(config)
     saved = np.load(tmp_path / "bad_batch_step_6.npz")
     expected = make_train_loader(config.data, process_index=0, process_count=1)[5]
     assert {"input_ids", "labels", "segment_ids", "positions"} < set(saved)
@@ -151,7 +159,7 @@ def test_by_default_a_run_stops_at_the_first_and_saves_its_batch(small_run, pois
 def test_updates_are_skipped_up_to_the_limit_and_resuming_is_exact(small_run, poisoned, tmp_path):
     poisoned({1: math.nan, 3: math.nan, 5: math.nan, 6: math.nan})
     config = dataclasses.replace(small_run, health=HealthConfig(max_skipped_updates=2))
-    whole = loop.train(dataclasses.replace(config, workdir=str(tmp_path / "whole")))
+    whole = pretrain.train(dataclasses.replace(config, workdir=str(tmp_path / "whole")))
     metrics = lines(whole.workdir)
     assert [metrics[s]["skipped_updates"] for s in range(1, 9)] == [0, 1, 1, 2, 2, 3, 4, 4]
     assert [metrics[s]["loss"] is None for s in range(1, 9)] == [s in (2, 4, 6, 7) for s in range(1, 9)]
@@ -159,15 +167,15 @@ def test_updates_are_skipped_up_to_the_limit_and_resuming_is_exact(small_run, po
     # A skipped update leaves the schedule where it was.
     assert metrics[3]["learning_rate"] == metrics[2]["learning_rate"] > metrics[1]["learning_rate"]
     part = dataclasses.replace(config, workdir=str(tmp_path / "part"), num_steps=4)
-    loop.train(part)
-    resumed = loop.train(dataclasses.replace(part, num_steps=8, resume="auto"))
+    pretrain.train(part)
+    resumed = pretrain.train(dataclasses.replace(part, num_steps=8, resume="auto"))
     assert resumed.fingerprint == whole.fingerprint
     again = lines(resumed.workdir)
     for name in ("loss", "learning_rate", "skipped_updates", "batch_checksum"):
         assert [again[s][name] for s in again] == [metrics[s][name] for s in metrics]
     strict = dataclasses.replace(config, workdir=str(tmp_path / "strict"), health=HealthConfig(max_skipped_updates=1))
     with pytest.raises(FloatingPointError, match="at step 7: the run stops"):
-        loop.train(strict)
+        pretrain.train(strict)
 
 
 def spiky(small_run, tmp_path, **fields):
@@ -181,7 +189,7 @@ def spiky(small_run, tmp_path, **fields):
 def test_a_spike_rewinds_and_its_rows_are_left_out(small_run, poisoned, tmp_path, monkeypatch):
     poisoned({7: 100.0, 8: 100.0, 12: 100.0, 13: 100.0})
     config = spiky(small_run, tmp_path)
-    result = loop.train(config)
+    result = pretrain.train(config)
     # Steps 8 and 9 are high; step 7 made the parameters of 8: the run goes back to 6 and leaves out batches 6, 7, 8.
     # Then batches 12 and 13 are those of steps 10 and 11: the checkpoint of step 9 goes, back to 6 without 11, 12, 13.
     rewinds = events(tmp_path / "run")
@@ -196,25 +204,25 @@ def test_a_spike_rewinds_and_its_rows_are_left_out(small_run, poisoned, tmp_path
     assert metrics[14]["skipped_rows"] == 6 * config.data.global_batch_size
     assert max(m["loss"] for m in metrics.values()) < 10
     # Resumed behind the rewinds, a run knows what it left out.
-    again = loop.train(dataclasses.replace(config, workdir=str(tmp_path / "again"), num_steps=9))
-    again = loop.train(dataclasses.replace(config, workdir=str(again.workdir), resume="auto"))
+    again = pretrain.train(dataclasses.replace(config, workdir=str(tmp_path / "again"), num_steps=9))
+    again = pretrain.train(dataclasses.replace(config, workdir=str(again.workdir), resume="auto"))
     assert again.fingerprint == result.fingerprint
     # And so ends a run that was never given those rows.
-    make = loop.make_train_loader
+    make = row_batches.make_train_loader
 
     def without(*args, **kwargs):
         whole = make(*args, **kwargs)
         return grain.MapDataset.range(14).map(lambda index: whole[read[index]])
 
-    monkeypatch.setattr(loop, "make_train_loader", without)
-    never = loop.train(dataclasses.replace(config, workdir=str(tmp_path / "never")))
+    monkeypatch.setattr(row_batches, "make_train_loader", without)
+    never = pretrain.train(dataclasses.replace(config, workdir=str(tmp_path / "never")))
     assert never.fingerprint == result.fingerprint and not (never.workdir / "health.jsonl").exists()
 
 
 def test_rewinds_are_bounded(small_run, poisoned, tmp_path):
     poisoned({7: 100.0, 8: 100.0, 12: 100.0, 13: 100.0})
     with pytest.raises(FloatingPointError, match=r"steps 10 to 11, .*: the run stops after 1 rewinds .*checkpoints/6"):
-        loop.train(spiky(small_run, tmp_path, max_rewinds=1))
+        pretrain.train(spiky(small_run, tmp_path, max_rewinds=1))
 
 
 def test_a_spike_before_the_first_checkpoint_stops(small_run, poisoned, tmp_path):
@@ -222,7 +230,7 @@ def test_a_spike_before_the_first_checkpoint_stops(small_run, poisoned, tmp_path
     config = spiky(small_run, tmp_path)
     config = dataclasses.replace(config, checkpoint=CheckpointConfig(save_every=6, keep_last=9))
     with pytest.raises(FloatingPointError, match="there is no checkpoint before step 4"):
-        loop.train(config)
+        pretrain.train(config)
 
 
 @given(st.lists(st.floats(1.0, 3.0), min_size=20, max_size=60), st.integers(2, 5))
@@ -242,11 +250,10 @@ def test_the_detector_wants_high_losses_in_a_row(noise, steps):
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 6)), max_size=5))
 def test_the_data_index_passes_over_windows(spans):
-    monitor = health.HealthMonitor.__new__(health.HealthMonitor)
-    monitor.windows = health._merge([(first, first + length) for first, length in spans])
+    windows = row_batches.merge([(first, first + length) for first, length in spans])
     left_out = {i for first, length in spans for i in range(first, first + length)}
     kept = [i for i in range(100) if i not in left_out]
-    assert [monitor.data_index(s) for s in range(1, 51)] == kept[:50]
+    assert [row_batches.data_index(s, windows) for s in range(1, 51)] == kept[:50]
 
 
 @pytest.mark.parametrize(
@@ -263,13 +270,13 @@ def test_a_bad_value_is_one_sentence(small_run, fields, message):
 
 
 def test_the_same_seed_and_mesh_give_the_same_bits(small_run, tmp_path):
-    a, b = (loop.train(dataclasses.replace(small_run, workdir=str(tmp_path / name), num_steps=4)) for name in "ab")
+    a, b = (pretrain.train(dataclasses.replace(small_run, workdir=str(tmp_path / name), num_steps=4)) for name in "ab")
     assert a.fingerprint == b.fingerprint
     names = {name for m in lines(a.workdir).values() for name in m}
     timed = {n for n in names if "second" in n or n in ("goodput", "mfu")}
     records = [[{k: m.get(k) for k in names - timed} for m in lines(r.workdir).values()] for r in (a, b)]
     assert records[0] == records[1] and len(names - timed) > 10
-    other = loop.train(dataclasses.replace(small_run, workdir=str(tmp_path / "c"), num_steps=4, seed=1))
+    other = pretrain.train(dataclasses.replace(small_run, workdir=str(tmp_path / "c"), num_steps=4, seed=1))
     assert other.fingerprint != a.fingerprint
 
 
@@ -279,11 +286,12 @@ def test_the_optimizer_counts_updates(small_run, poisoned, tmp_path):
     config = dataclasses.replace(
         small_run, workdir=str(tmp_path), num_steps=4, health=HealthConfig(max_skipped_updates=1)
     )
-    loop.train(config)
+    pretrain.train(config)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         checkpointer = loop.Checkpointer(tmp_path / "checkpoints", config.checkpoint)
-        state = loop.restore_state(checkpointer, 4, config, mesh)
+        abstract = pretrain.make_abstract_state(config, mesh, make_optimizer(config.optimizer))
+        state = job.restore_state(checkpointer, 4, abstract)
         checkpointer.close()
     counts = {int(x) for _, x in optax.tree.get_all_with_path(state.opt_state, "count")}
     assert counts == {3} and int(state.step) == 3

@@ -24,7 +24,7 @@ from bc2_jax.config import (
 from bc2_jax.convert.conversion import to_hf
 from bc2_jax.data.loader import make_train_loader
 from bc2_jax.data.row_order import record_row_order
-from bc2_jax.train import loop
+from bc2_jax.train import loop, pretrain
 from bc2_jax.train.distributed import Preempted
 from bc2_jax.train.metrics import fingerprint
 from bc2_jax.train.metrics import read_metrics as read_every_line
@@ -42,8 +42,8 @@ def config(small_run) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def finished(config, tmp_path_factory) -> loop.TrainResult:
-    return loop.train(dataclasses.replace(config, workdir=str(tmp_path_factory.mktemp("run") / "whole")))
+def finished(config, tmp_path_factory) -> loop.RunResult:
+    return pretrain.train(dataclasses.replace(config, workdir=str(tmp_path_factory.mktemp("run") / "whole")))
 
 
 def test_learns_and_writes_everything(config, finished):
@@ -66,9 +66,9 @@ def test_learns_and_writes_everything(config, finished):
 @pytest.mark.parametrize("stop", [3, 4])
 def test_stopped_and_resumed_is_bit_identical(config, finished, stop, tmp_path, caplog):
     part = dataclasses.replace(config, workdir=str(tmp_path / "run"), num_steps=stop)
-    loop.train(part)
+    pretrain.train(part)
     assert read_metadata(tmp_path / "run" / "checkpoints" / str(stop))["row_order"] == record_row_order(config.data)
-    result = loop.train(dataclasses.replace(part, num_steps=8, resume="auto"))
+    result = pretrain.train(dataclasses.replace(part, num_steps=8, resume="auto"))
     assert result.fingerprint == finished.fingerprint and not caplog.messages
     names = ("step", "loss", "grad_norm", "tokens")
     a, b = ([[m[n] for n in names] for m in read_metrics(r.workdir / "metrics.jsonl")] for r in (result, finished))
@@ -76,7 +76,7 @@ def test_stopped_and_resumed_is_bit_identical(config, finished, stop, tmp_path, 
 
 
 def test_stopped_by_sigterm_and_resumed_is_bit_identical(config, finished, tmp_path, monkeypatch):
-    show = loop.report.ProgressDisplay.show
+    show = loop.ProgressDisplay.show
 
     def send(self, step, metrics):
         if step == 2:
@@ -86,13 +86,13 @@ def test_stopped_by_sigterm_and_resumed_is_bit_identical(config, finished, tmp_p
     before = signal.getsignal(signal.SIGTERM)
     run = dataclasses.replace(config, workdir=str(tmp_path / "run"), resume="auto")
     with monkeypatch.context() as patch:
-        patch.setattr(loop.report.ProgressDisplay, "show", send)
+        patch.setattr(loop.ProgressDisplay, "show", send)
         # The step after the one whose metrics were shown had begun.
         with pytest.raises(Preempted, match="^Stopped by SIGTERM: step 3 is saved in .*; go on with --resume auto.$"):
-            loop.train(run)
+            pretrain.train(run)
     assert signal.getsignal(signal.SIGTERM) is before
     assert [m["step"] for m in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
-    result = loop.train(run)
+    result = pretrain.train(run)
     assert result.fingerprint == finished.fingerprint
 
 
@@ -100,10 +100,10 @@ def test_stopped_by_sigterm_and_resumed_is_bit_identical(config, finished, tmp_p
 def test_resumes_on_another_mesh(config, finished, tmp_path, mesh, capsys):
     """Also one that cuts sequences, on which it writes its samples too."""
     part = dataclasses.replace(config, workdir=str(tmp_path / "run"), num_steps=4)
-    loop.train(part)
+    pretrain.train(part)
     sample = SampleConfig(prompts=("def ",), max_new_tokens=4)
     other = dataclasses.replace(part, num_steps=8, resume="auto", mesh=mesh, sample=sample)
-    result = loop.train(other)
+    result = pretrain.train(other)
     assert "--- 'def ' goes on:" in capsys.readouterr().out
     metrics, whole = (read_metrics(r.workdir / "metrics.jsonl") for r in (result, finished))
     assert [m["tokens"] for m in metrics] == [m["tokens"] for m in whole]
@@ -123,12 +123,14 @@ def test_starts_from_a_model(config, finished, form, tmp_path, capsys):
         config, model=model, init_from=str(path), workdir=str(tmp_path / "run"), num_steps=1,
         mesh=MeshConfig(fsdp=4, tensor=2),
     )  # fmt: skip
-    result = loop.train(run)
+    result = pretrain.train(run)
     assert f"Parameters from {path}." in capsys.readouterr().out.replace("\n", "")
     before = read_every_line(result.workdir / "metrics.jsonl")[0]["validation_cross_entropy"]
     # Rows of unit length need no NormHead: the loss at the start is the same.
     assert before == pytest.approx(finished.metrics["validation_cross_entropy"], rel=2e-3)
-    resumed = loop.train(dataclasses.replace(run, num_steps=2, resume="auto"))  # the saved state, not the model again
+    resumed = pretrain.train(
+        dataclasses.replace(run, num_steps=2, resume="auto")
+    )  # the saved state, not the model again
     assert resumed.step == 2
 
 
@@ -136,7 +138,7 @@ def test_flash_attention_is_for_tpu(config, tmp_path):
     compute = dataclasses.replace(config.compute, attention="flash")
     run = dataclasses.replace(config, compute=compute, workdir=str(tmp_path / "run"))
     with pytest.raises(ValueError, match="compute.attention = 'flash' is not valid on cpu: .* chunked and reference"):
-        loop.train(run)
+        pretrain.train(run)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -147,9 +149,9 @@ def test_init_from_another_architecture_is_refused(config, finished, tmp_path):
         r"another architecture; .*: model.num_attention_heads: 2 against 4; model.normalize_head: False against True"
     )
     with pytest.raises(ValueError, match=message):
-        loop.train(run)
+        pretrain.train(run)
     with pytest.raises(FileNotFoundError, match="no config.json, and is no run"):
-        loop.train(dataclasses.replace(run, init_from=str(tmp_path / "nothing")))
+        pretrain.train(dataclasses.replace(run, init_from=str(tmp_path / "nothing")))
     assert not (tmp_path / "run").exists()
 
 
@@ -163,7 +165,7 @@ def test_verifies_its_own_resume_exports_and_writes_text(config, finished, tmp_p
         sample=sample,
         ngram_baselines=True,
     )  # fmt: skip
-    result = loop.train(full)
+    result = pretrain.train(full)
     text = capsys.readouterr().out
     assert result.fingerprint == finished.fingerprint
     assert "Resumed at step 6 and repeated: the parameters are the same bit for bit." in text
@@ -179,19 +181,19 @@ def test_verifies_its_own_resume_exports_and_writes_text(config, finished, tmp_p
 def test_a_finished_run_is_not_overwritten(config, finished):
     before = sorted(finished.workdir.rglob("*"))
     with pytest.raises(ValueError, match="already holds checkpoints up to step 8; pass --resume auto"):
-        loop.train(dataclasses.replace(config, workdir=str(finished.workdir)))
+        pretrain.train(dataclasses.replace(config, workdir=str(finished.workdir)))
     with pytest.raises(ValueError, match="model.*rms_norm_eps: 0.001 against 1e-06"):
         model = dataclasses.replace(config.model, rms_norm_eps=1e-3)
-        loop.train(dataclasses.replace(config, model=model, workdir=str(finished.workdir), resume="auto"))
+        pretrain.train(dataclasses.replace(config, model=model, workdir=str(finished.workdir), resume="auto"))
     with pytest.raises(ValueError, match="num_steps = 5 is not valid"):
-        loop.train(dataclasses.replace(config, num_steps=5, workdir=str(finished.workdir), resume="auto"))
+        pretrain.train(dataclasses.replace(config, num_steps=5, workdir=str(finished.workdir), resume="auto"))
     assert sorted(finished.workdir.rglob("*")) == before
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(config, tmp_path):
     model = dataclasses.replace(config.model, vocab_size=512)
     with pytest.raises(ValueError, match="model.vocab_size = 512 is not valid"):
-        loop.train(dataclasses.replace(config, model=model, workdir=str(tmp_path / "run")))
+        pretrain.train(dataclasses.replace(config, model=model, workdir=str(tmp_path / "run")))
     assert not (tmp_path / "run" / "config.json").exists()
 
 
@@ -202,7 +204,7 @@ def test_stops_at_a_loss_that_is_not_finite(config, tmp_path):
         config, workdir=str(tmp_path), optimizer=optimizer, checkpoint=CheckpointConfig(save_every=1, keep_last=9)
     )
     with pytest.raises(FloatingPointError, match=r"is (nan|inf) at step \d: the run stops"):
-        loop.train(bad)
+        pretrain.train(bad)
     for step in loop.Checkpointer(tmp_path / "checkpoints", bad.checkpoint).steps():
         assert all(np.isfinite(m["loss"]) for m in read_metrics(tmp_path / "metrics.jsonl") if m["step"] <= step)
 
@@ -228,10 +230,10 @@ def test_a_full_disk_and_a_flipped_bit_cost_time_but_no_bit(config, finished, tm
     monkeypatch.setattr(manifest, "write_manifest", full)
     message = f"{folder}/6 could not be saved .No space left on device.: the run stops; the last good .* is {folder}/4."
     with pytest.raises(OSError, match=message):
-        loop.train(run)
+        pretrain.train(run)
     monkeypatch.undo()
     flip(folder / "4")
-    result = loop.train(run)
+    result = pretrain.train(run)
     assert result.fingerprint == finished.fingerprint
     assert "is damaged" in caplog.text and "the newest good checkpoint is that of step 2." in caplog.text
     assert sorted(p.name for p in folder.iterdir()) == ["2", "4", "4.aside", "6", "8"]
@@ -242,7 +244,7 @@ def test_the_environment_leaves_no_trace(config, tmp_path, monkeypatch, capfd):
     names = ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "MY_PASSWORD", "GOOGLE_APPLICATION_CREDENTIALS")
     for name in names:
         monkeypatch.setenv(name, f"secret-{name.lower()}-5e1c")
-    loop.train(dataclasses.replace(config, workdir=str(tmp_path / "run"), num_steps=1, export_hf=True))
+    pretrain.train(dataclasses.replace(config, workdir=str(tmp_path / "run"), num_steps=1, export_hf=True))
     files = [p for p in (tmp_path / "run").rglob("*") if p.is_file()]
     assert len(files) > 20
     texts = [p.read_bytes().lower() for p in files] + ["".join(capfd.readouterr()).lower().encode()]
@@ -260,7 +262,7 @@ def test_nothing_is_compiled_after_the_second_step(config, tmp_path, monkeypatch
             compiled.append(name)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    show = loop.report.ProgressDisplay.show
+    show = loop.ProgressDisplay.show
 
     def start_listening(self, step, metrics):
         if step == 2:
@@ -269,8 +271,8 @@ def test_nothing_is_compiled_after_the_second_step(config, tmp_path, monkeypatch
             listening.clear()
         show(self, step, metrics)
 
-    monkeypatch.setattr(loop.report.ProgressDisplay, "show", start_listening)
-    loop.train(dataclasses.replace(config, workdir=str(tmp_path), checkpoint=CheckpointConfig(save_every=100)))
+    monkeypatch.setattr(loop.ProgressDisplay, "show", start_listening)
+    pretrain.train(dataclasses.replace(config, workdir=str(tmp_path), checkpoint=CheckpointConfig(save_every=100)))
     assert not compiled
 
 

@@ -17,8 +17,8 @@ from bc2_jax.config import ComputeConfig
 from bc2_jax.data.batch import IGNORED
 from bc2_jax.model.baichuan import param_shardings
 from bc2_jax.sharding import DEFAULT_RULES
-from bc2_jax.train.loss import count_targets, head_loss
-from bc2_jax.train.step import make_loss_fn
+from bc2_jax.train.loss import LossSums, count_targets, head_loss
+from bc2_jax.train.pretrain import make_loss
 
 RULES = DEFAULT_RULES
 # The compiler takes far longer than such small cases do.
@@ -38,11 +38,11 @@ def golden_batch(golden, repeat: int = 1, labels: np.ndarray | None = None) -> d
 
 def golden_loss(golden, compute: ComputeConfig, params, batch, compiler_options=None):
     """((mean loss, parts), gradients)."""
-    loss_fn = make_loss_fn(golden.config, compute)
+    loss_fn = make_loss(golden.config, compute)
 
     def mean_loss(params, batch):
-        loss, sums = loss_fn(params, batch)
-        return loss / count_targets(batch["labels"]), sums
+        loss, parts = loss_fn(params, {}, batch)
+        return loss / count_targets(batch["labels"]), LossSums(**parts.sums, **parts.maxima)
 
     gradient = jax.value_and_grad(mean_loss, has_aux=True)
     return jax.jit(gradient, compiler_options=compiler_options)(params, batch)
@@ -90,9 +90,9 @@ def test_loss_and_every_gradient_on_a_mesh_equal_pytorch(golden, shape: tuple[in
 def test_ignored_labels_equal_pytorch(golden):
     """The mean is over the targets that remain."""
     batch = golden_batch(golden, labels=shifted(golden.arrays["masked_labels"]))
-    _, sums = jax.jit(make_loss_fn(golden.config, ComputeConfig(dtype="float32")))(golden.params, batch)
-    assert float(sums.tokens) == (golden.arrays["masked_labels"][:, 1:] != IGNORED).sum()
-    assert float(sums.cross_entropy / sums.tokens) == pytest.approx(
+    _, (sums, _) = jax.jit(make_loss(golden.config, ComputeConfig(dtype="float32")))(golden.params, {}, batch)
+    assert float(sums["tokens"]) == (golden.arrays["masked_labels"][:, 1:] != IGNORED).sum()
+    assert float(sums["cross_entropy"] / sums["tokens"]) == pytest.approx(
         golden.arrays["masked_cross_entropy"].item(), abs=1e-5
     )
 

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from bc2_jax.config import DataConfig, MixtureStage, ModelConfig, SourceConfig, TrainConfig
 from bc2_jax.data.packing import load_manifest, pack_documents
-from bc2_jax.train.metrics import MetricsWriter, print_mixture, read_metrics
+from bc2_jax.train.metrics import MetricsWriter, read_metrics
+from bc2_jax.train.results import print_mixture
 
 
 def test_the_table_of_data_has_shares_and_epochs(tokenizer, modules, tmp_path):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from bc2_jax import checkpoint
-from bc2_jax.checkpoint import Checkpointer
+from bc2_jax.checkpoint import Checkpointer, Metadata
 from bc2_jax.config import CheckpointConfig, MeshConfig, ModelConfig
 from bc2_jax.convert.pretrained import load_params
 from bc2_jax.model.baichuan import init_params
@@ -44,7 +44,7 @@ def run(tmp_path: Path) -> Path:
         "checkpoint": dataclasses.asdict(KEPT),
     }
     for step in (5, 10, 15, 20, 25):
-        checkpointer.save(step, params_of(step), {"count": jnp.int32(0)}, {"config": config, "data": {}})
+        checkpointer.save(step, params_of(step), {"count": jnp.int32(0)}, Metadata(config, {}))
     checkpointer.close()
     lines = [{"step": s, "cross_entropy": 5 - s / 10} for s in range(1, 26)]
     lines[9]["validation_cross_entropy"], lines[19]["validation_cross_entropy"] = 4.25, None

@@ -12,14 +12,17 @@ import pytest
 
 from bc2_jax.config import BAICHUAN2_7B, MixtureStage, SourceConfig, TrainConfig
 from bc2_jax.config.record import from_record
-from bc2_jax.train import loop
+from bc2_jax.data.loader import make_train_loader
+from bc2_jax.train import pretrain
 
 main = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "replay.py"))["main"]
 
 
 @pytest.fixture(scope="module")
 def finished(small_run, tmp_path_factory) -> Path:
-    return loop.train(dataclasses.replace(small_run, workdir=str(tmp_path_factory.mktemp("replay") / "run"))).workdir
+    return pretrain.train(
+        dataclasses.replace(small_run, workdir=str(tmp_path_factory.mktemp("replay") / "run"))
+    ).workdir
 
 
 @pytest.fixture
@@ -61,7 +64,7 @@ def test_one_bit_is_seen(finished, changed, capsys):
 
 
 def test_another_batch_is_told_from_bad_hardware(finished, small_run, tmp_path, capsys):
-    loader = loop.make_train_loader(small_run.data, process_index=0, process_count=1)
+    loader = make_train_loader(small_run.data, process_index=0, process_count=1)
     np.savez(tmp_path / "same.npz", **loader[4], step=5)
     np.savez(tmp_path / "other.npz", **loader[3], step=5)
     assert main([str(finished), "--step", "5", "--batch", str(tmp_path / "same.npz")]) == 0

@@ -11,11 +11,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from bc2_jax.checkpoint import Metadata
 from bc2_jax.config import MeshConfig
 from bc2_jax.data.row_order import record_row_order
 from bc2_jax.sharding import make_mesh
 from bc2_jax.tpu.options import compiler_options
-from bc2_jax.train.start import check_attention, tuned_options, warn_of_other_rows
+from bc2_jax.train.pretrain import warn_of_other_rows
+from bc2_jax.train.start import check_attention, tuned_options
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -44,9 +46,9 @@ def test_only_data_goes_across_slices():
 
 
 def test_other_rows_than_those_of_the_checkpoint_are_named(small_run, caplog):
-    metadata = {"row_order": json.loads(json.dumps(record_row_order(small_run.data)))}
+    metadata = Metadata({}, {}, job={"row_order": json.loads(json.dumps(record_row_order(small_run.data)))})
     warn_of_other_rows(small_run, metadata, 4)
-    warn_of_other_rows(small_run, {}, 4)  # of an earlier version
+    warn_of_other_rows(small_run, Metadata({}, {}), 4)  # of an earlier version
     assert not caplog.messages
     warn_of_other_rows(dataclasses.replace(small_run, data=dataclasses.replace(small_run.data, seed=3)), metadata, 4)
     assert caplog.messages == [

@@ -25,7 +25,9 @@ from bc2_jax.config import (
 from bc2_jax.data.batch import IGNORED
 from bc2_jax.model.baichuan import init_params, param_shardings
 from bc2_jax.sharding import DEFAULT_RULES, single_device_mesh
-from bc2_jax.train.step import TrainState, init_state, make_eval_step, make_train_step, mean_metrics
+from bc2_jax.train.job import TrainState, init_state, make_eval_step, make_train_step
+from bc2_jax.train.optimizer import make_optimizer
+from bc2_jax.train.pretrain import make_objective
 
 ROWS, T, V = 16, 12, 64
 SIZES = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "vocab_size": V, "initializer_range": 0.2}
@@ -81,7 +83,12 @@ def numpy_params(model: ModelConfig) -> dict:
 
 def place_state(config: TrainConfig, mesh) -> TrainState:
     params = jax.device_put(numpy_params(config.model), param_shardings(config.model, mesh))
-    return init_state(jax.tree.map(jnp.copy, params), config)
+    return init_state(jax.tree.map(jnp.copy, params), make_optimizer(config.optimizer))
+
+
+def step_of(config: TrainConfig):
+    """The training step, not compiled."""
+    return make_train_step(make_objective(config.model, config.compute), make_optimizer(config.optimizer))
 
 
 class Update(NamedTuple):
@@ -96,7 +103,7 @@ def update(config: TrainConfig, mesh) -> Update:
     batch = place_batch(mesh, config.data.accumulation_steps)
     with jax.set_mesh(mesh):
         state = place_state(config, mesh)
-        state, metrics = jax.jit(make_train_step(config), compiler_options=FAST_COMPILE)(state, batch)
+        state, metrics = jax.jit(step_of(config), compiler_options=FAST_COMPILE)(state, {}, batch)
     specs = jax.tree.map(lambda x: x.sharding.spec, state.params)
     assert specs == jax.tree.map(lambda s: s.spec, param_shardings(config.model, mesh))
     to_numpy = lambda tree: jax.tree.map(np.asarray, tree)  # noqa: E731
@@ -141,8 +148,9 @@ def test_evaluation_is_the_loss_before_the_update(shape, accumulation: int, mesh
     config, mesh = make_config(MODELS["rope"], accumulation), mesh_of(*shape)
     with jax.set_mesh(mesh):
         params = place_state(config, mesh).params
-        sums = jax.jit(make_eval_step(config))(params, place_batch(mesh, accumulation))
-    result, trained = mean_metrics(sums, 1e-2), update(config, mesh).metrics
+        objective = make_objective(config.model, config.compute)
+        parts = jax.jit(make_eval_step(objective))(params, {}, place_batch(mesh, accumulation))
+    result, trained = objective.metrics(parts), update(config, mesh).metrics
     for name in result:
         np.testing.assert_allclose(result[name], trained[name], rtol=2e-6, err_msg=name)
 
@@ -168,10 +176,10 @@ def test_second_call_neither_recompiles_nor_copies(accumulation: int, mesh_of):
     batch = place_batch(mesh, accumulation)
     with jax.set_mesh(mesh):
         state = place_state(config, mesh)
-        step, losses = jax.jit(make_train_step(config), donate_argnums=0, compiler_options=FAST_COMPILE), []
+        step, losses = jax.jit(step_of(config), donate_argnums=0, compiler_options=FAST_COMPILE), []
         layout = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding.spec), state.params)
         for _ in range(4):
-            previous, (state, metrics) = state, step(state, batch)
+            previous, (state, metrics) = state, step(state, {}, batch)
             losses.append(float(metrics["loss"]))
             assert all(x.is_deleted() for x in jax.tree.leaves((previous.params, optax.tree.get(previous, "mu"))))
     assert step._cache_size() == 1
@@ -186,7 +194,7 @@ def test_a_batch_without_targets_changes_nothing_but_decay(mesh_of):
     batch = place_batch(mesh, 1)
     with jax.set_mesh(mesh):
         batch["labels"] = jnp.full_like(batch["labels"], IGNORED)
-        step = jax.jit(make_train_step(config), compiler_options=FAST_COMPILE)
-        state, metrics = step(place_state(config, mesh), batch)
+        step = jax.jit(step_of(config), compiler_options=FAST_COMPILE)
+        state, metrics = step(place_state(config, mesh), {}, batch)
     assert metrics["loss"] == metrics["grad_norm"] == metrics["tokens"] == 0
     jax.tree.map(np.testing.assert_array_equal, state.params, numpy_params(config.model))

@@ -1,0 +1,225 @@
+"""A run as data: its state, its objective, where its batches come from, and the step that all kinds of run share.
+
+A kind of run (pre-training, fine-tuning, preferences, reinforcement learning) is a function from its config to a `Job`;
+`bc2_jax.train.loop` runs it and knows no kind.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import NamedSharding
+
+from bc2_jax.data.batch import Batch
+from bc2_jax.model.baichuan import Params
+from bc2_jax.sharding import spec
+from bc2_jax.train.health import batch_checksum, keep_unless, norm_metrics
+from bc2_jax.train.optimizer import Optimizer
+
+Say = Callable[[str], None]
+
+
+class TrainState(NamedTuple):
+    """What an update changes and a checkpoint holds."""
+
+    params: Params
+    """fp32 master weights of the parameters that are trained."""
+    opt_state: Any
+    step: Array
+    """Updates done, int32 scalar; a skipped one is none."""
+
+
+class Parts(NamedTuple):
+    """What an objective reports of a batch beside its loss: fp32 scalars by name."""
+
+    sums: dict[str, Array]
+    """Added up over micro-batches, and over the batches of an evaluation."""
+    maxima: dict[str, Array]
+
+    def plus(self, other: Parts) -> Parts:
+        """Of both batches."""
+        return Parts(
+            {name: x + other.sums[name] for name, x in self.sums.items()},
+            {name: jnp.maximum(x, other.maxima[name]) for name, x in self.maxima.items()},
+        )
+
+
+class Objective(NamedTuple):
+    """What is minimised: the sum of `loss` over a batch divided by `weight`. Functions of arrays only."""
+
+    loss: Callable[[Params, Params, Batch], tuple[Array, Parts]]
+    """(trained parameters, frozen ones, a micro-batch [B, T]) -> (sum of the loss, its parts)."""
+    weight: Callable[[Batch], Array]
+    """The whole batch [A, B, T] -> fp32 scalar, for instance its number of targets; less than 1 counts as 1."""
+    metrics: Callable[[Parts], dict[str, Array]]
+    """Parts of the whole batch -> metrics, "loss" among them."""
+    norms: Callable[[Params], dict[str, Array]] = lambda params: {}
+    """Metrics of the trained parameters after the update, where health.norms asks for norms."""
+    summary: Callable[[dict[str, float]], str] = lambda metrics: f"loss {metrics['loss']:.4f}"
+    """What is printed of an evaluation's metrics."""
+
+
+class Batches(Protocol):
+    """Where the batches of training steps come from: rows of files, pairs, rollouts."""
+
+    def next(self, step: int, state: TrainState) -> Batch:
+        """The batch of a step on the mesh, [A, B, ...] each field; `state` is that before the step.
+
+        Called once for each step, in their order, while the step before may still run on the devices.
+        """
+
+    def position(self) -> dict[str, Any]:
+        """JSON values from which `seek` goes on behind the batch that `next` gave last."""
+
+    def seek(self, position: dict[str, Any]) -> None:
+        """Goes on from a position. What was left out by `skip` stays left out."""
+
+    def skip(self, first: int, last: int) -> dict[str, Any]:
+        """Leaves out the batches of these steps, both included, from now on.
+
+        Returns JSON values to record of it: `rows`, their number of rows, and more.
+        """
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """What there is to tell of the data of a step, on the host."""
+
+    def save(self, step: int, folder: Path, about: dict[str, Any]) -> Path | None:
+        """Writes this process's rows of a recent batch and the values `about` it; None if they are not at hand now."""
+
+    def close(self) -> None: ...
+
+
+class Job(NamedTuple):
+    """One run, ready to start. Nothing has been written when it is made."""
+
+    objective: Objective
+    optimizer: Optimizer
+    abstract_state: TrainState
+    """Shapes and shardings, onto which a checkpoint is restored."""
+    init_state: Callable[[], TrainState]
+    """The state before the first update."""
+    batches: Batches
+    begin: Callable[[Path], None]
+    """Called with the workdir when the run owns it: writes what belongs there, prints what the run is."""
+    finish: Callable[[Path, Params], None]
+    """Called at the end with the last checkpoint and its parameters: exports, samples, pictures."""
+    flops_per_step: int
+    """Model FLOPs of an update."""
+    frozen: Params = {}
+    """Parameters that the loss reads and that are neither trained, differentiated nor saved."""
+    validation: Sequence[Batch] = ()
+    """Held-out batches, placed on the mesh when they are asked for."""
+    metadata: dict[str, Any] = {}
+    """JSON values saved with each checkpoint, beside those that the loop saves."""
+
+
+# --------------------------------------------------------------------------------------------------------------- state
+
+
+def init_state(params: Params, optimizer: Optimizer) -> TrainState:
+    """The state before the first update; the moments are laid out as the parameters."""
+    return TrainState(params, jax.jit(optimizer.init)(params), jnp.zeros((), jnp.int32))
+
+
+def abstract_state(params: Params, optimizer: Optimizer) -> TrainState:
+    """Shapes and shardings of the state for abstract parameters with shardings; call it under their mesh."""
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+
+    def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # Under an explicit mesh eval_shape gives each moment the spec of its parameter; counters have none.
+        own = spec() if x.sharding is None else x.sharding.spec
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, own))
+
+    opt_state = jax.tree.map(place, jax.eval_shape(optimizer.init, params))
+    # Shapes stand in for arrays.
+    return TrainState(params, opt_state, place(jax.ShapeDtypeStruct((), jnp.int32)))  # type: ignore[arg-type]
+
+
+class Restorer(Protocol):
+    """A Checkpointer, or another reader of its checkpoints."""
+
+    def restore(self, step: int, params: Params, opt_state: Any) -> tuple[Params, Any]: ...
+
+
+def restore_state(checkpointer: Restorer, step: int, abstract: TrainState) -> TrainState:
+    """The state saved at a step, on the mesh of `abstract` whatever the mesh it was saved from."""
+    params, opt_state = checkpointer.restore(step, abstract.params, abstract.opt_state)
+    # Updates done are fewer than steps where some were skipped. A copy: the step donates both.
+    count = next(
+        leaf for path, leaf in jax.tree.leaves_with_path(opt_state) if jax.tree_util.keystr(path).endswith(".count")
+    )
+    return TrainState(params, opt_state, jax.device_put(jnp.copy(count), abstract.step.sharding))
+
+
+# ---------------------------------------------------------------------------------------------------------------- step
+
+TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, Array]]]
+
+
+def make_train_step(objective: Objective, optimizer: Optimizer, norms: bool = True) -> TrainStep:
+    """(state, frozen parameters, batch [A, B, ...]) -> (state after one update, metrics).
+
+    If the loss or the gradients' norm is not finite, the state is returned as it was.
+    """
+
+    def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        weight = jnp.maximum(objective.weight(batch), 1.0)
+
+        def mean_loss(params: Params, micro: Batch) -> tuple[Array, Parts]:
+            loss, parts = objective.loss(params, frozen, micro)
+            return loss / weight, parts
+
+        def accumulate(grads: Params, micro: Batch) -> tuple[Params, Parts]:
+            (_, parts), more = jax.value_and_grad(mean_loss, has_aux=True)(state.params, micro)
+            return jax.tree.map(jnp.add, grads, more), parts
+
+        if jax.tree.leaves(batch)[0].shape[0] == 1:
+            first = jax.tree.map(lambda x: x[0], batch)
+            (_, parts), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params, first)
+        else:
+            grads, stacked = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, state.params), batch)
+            parts = _add_up(stacked)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            grad_norm = optax.tree.norm(grads)
+            metrics = objective.metrics(parts)
+            metrics |= {"grad_norm": grad_norm, "learning_rate": optimizer.learning_rate(state.step)}
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+            new_state = keep_unless(finite, TrainState(params, opt_state, state.step + 1), state)
+        metrics["batch_checksum"] = batch_checksum(batch)
+        if norms:
+            metrics |= norm_metrics(new_state.params, updates, finite) | objective.norms(new_state.params)
+        return new_state, metrics
+
+    return train_step
+
+
+def lower_train_step(
+    objective: Objective, optimizer: Optimizer, state: TrainState, frozen: Params, batch: Batch, *, norms: bool = True
+) -> jax.stages.Lowered:
+    """The step for arguments like these, arrays or their shapes, to be compiled; it donates the state alone."""
+    return jax.jit(make_train_step(objective, optimizer, norms), donate_argnums=0).lower(state, frozen, batch)
+
+
+def make_eval_step(objective: Objective) -> Callable[[Params, Params, Batch], Parts]:
+    """(trained parameters, frozen ones, batch [A, B, ...]) -> parts of the whole batch."""
+
+    def eval_step(params: Params, frozen: Params, batch: Batch) -> Parts:
+        _, stacked = jax.lax.scan(lambda _, micro: (None, objective.loss(params, frozen, micro)[1]), None, batch)
+        return _add_up(stacked)
+
+    return eval_step
+
+
+def _add_up(stacked: Parts) -> Parts:
+    """Parts of A micro-batches, [A] each -> those of all, added in their order."""
+    count = jax.tree.leaves(stacked)[0].shape[0]
+    return functools.reduce(Parts.plus, (jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count)))
