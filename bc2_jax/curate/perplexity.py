@@ -10,6 +10,9 @@ import numpy as np
 from bc2_jax.curate.quality import Perplexity
 from bc2_jax.validation import require
 
+CHUNK = 256
+"""Tokens whose logits are in memory at one time: 128 MiB with the vocabulary of Baichuan 2."""
+
 
 def make_perplexity(path: str | Path, max_tokens: int = 512, *, batch_size: int = 8) -> Perplexity:
     """A function from texts to their bits a byte, float64 [D], under the model in `path` on one device.
@@ -26,6 +29,7 @@ def make_perplexity(path: str | Path, max_tokens: int = 512, *, batch_size: int 
     from flax import nnx
 
     from bc2_jax.convert.pretrained import find_tokenizer, load_pretrained
+    from bc2_jax.model.log_probs import token_log_probs
     from bc2_jax.tokenizer import Tokenizer
 
     model = load_pretrained(path)
@@ -37,15 +41,8 @@ def make_perplexity(path: str | Path, max_tokens: int = 512, *, batch_size: int 
         """fp32 [B, T - 1]: bits of each token but the first. Padding is on the right, where no token sees it."""
         model = nnx.merge(graphdef, params)
         h_BTD, _ = model.hidden_states(ids_BT)
-
-        # One row at a time: the logits of a batch would be the largest array by far.
-        def row(given):
-            h_TD, ids_T = given
-            logits_TV = model.lm_head(h_TD[None, :-1])[0]
-            chosen = jnp.take_along_axis(logits_TV, ids_T[1:, None], axis=1)[:, 0]
-            return (jax.nn.logsumexp(logits_TV, axis=1) - chosen) / jnp.log(2.0)
-
-        return jax.lax.map(row, (h_BTD, ids_BT))
+        found = token_log_probs(h_BTD[:, :-1], model.lm_head.rows(), ids_BT[:, 1:], CHUNK)
+        return -found.log_prob / jnp.log(2.0)
 
     def perplexity(texts: Sequence[str]) -> np.ndarray:
         # A token has at most 32 characters or so; more than this many can't be among the first max_tokens.

@@ -1,0 +1,160 @@
+"""Log-probabilities of given tokens straight from hidden states, with a gradient, without a [B, T, V] tensor.
+
+What preference tuning, policy gradients, evaluation and perplexity have in common. They weigh tokens only after they
+have seen the log-probabilities (of both answers, of a whole document), so the gradient cannot come with the forward
+pass, as in `train/loss.py`: the backward pass computes the logits again, chunk by chunk.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.custom_derivatives import SymbolicZero
+
+from bc2_jax.data.batch import IGNORED
+from bc2_jax.model.head_chunks import NO_TOKEN, HeadPart, cut_tokens, join_tokens, over
+from bc2_jax.sharding import named_sharding, rules_in_use, spec, use_rules
+from bc2_jax.validation import require
+
+
+class TokenLogProbs(NamedTuple):
+    """[B, T], laid out as the labels ("batch", "sequence")."""
+
+    log_prob: Array
+    """log p(label), nats, fp32; 0 where the label is IGNORED."""
+    largest_logit: Array
+    """fp32, of every position, its label IGNORED or not."""
+    argmax: Array
+    """int32: the token with the largest logit, the first of equals; of every position."""
+
+
+def token_log_probs(h_BTD: Array, rows_VD: Array, labels_BT: Array, chunk: int) -> TokenLogProbs:
+    """Log-probabilities of `labels_BT` (int32, the next tokens or IGNORED), largest logits and the arg-max.
+
+    `h_BTD` are hidden states after the last norm. `rows_VD` are the head's rows as they meet the hidden states
+    (`Head.rows()`, normalised in fp32), cut along the vocabulary and the model dimension as the weight is; they are
+    cast to the dtype of `h_BTD` and gathered here, once in each direction. `chunk` is in tokens per device: memory
+    grows with chunk * V. fp64 hidden states give fp64 results.
+
+    `log_prob` and `largest_logit` have gradients with respect to `h_BTD` and `rows_VD`, for any weight of each token. A
+    position with the label IGNORED gives none through `log_prob`. Equal largest logits share the gradient of
+    `largest_logit`. Raises ValueError for shapes that do not agree and for a chunk of no tokens.
+    """
+    require(chunk > 0, "chunk", chunk, "it must be positive")
+    if labels_BT.shape != h_BTD.shape[:2] or rows_VD.shape[1:] != h_BTD.shape[2:]:
+        raise ValueError(
+            f"labels have shape {labels_BT.shape} and rows {rows_VD.shape}; for hidden states [B, T, D] of shape "
+            f"{h_BTD.shape} they must be [B, T] and [V, D]."
+        )
+    # The backward pass may be traced when the context is another one.
+    return _token_log_probs(h_BTD, rows_VD, labels_BT, chunk, rules_in_use())
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _token_log_probs(h_BTD, rows_VD, labels_BT, chunk, rules):
+    return _run_forward(h_BTD, rows_VD, labels_BT, chunk, rules)[0]
+
+
+def _run_forward(h_BTD, rows_VD, labels_BT, chunk, rules):
+    """(TokenLogProbs, log of the sum of exp(logit - largest logit) [B, T])."""
+    with jax.named_scope("log_probs"), use_rules(rules):
+        rows_VD = rows_VD.astype(h_BTD.dtype)
+        if named_sharding() is None:
+            return _local_forward(h_BTD, rows_VD, labels_BT, chunk=chunk)
+        tokens = spec("batch", "sequence")
+        return jax.shard_map(
+            functools.partial(_local_forward, chunk=chunk, on_mesh=True),
+            in_specs=(spec("batch", "sequence", "hidden"), spec("vocab", "embed"), tokens),
+            out_specs=tokens,
+        )(h_BTD, rows_VD, labels_BT)
+
+
+def _local_forward(h_BTD, rows_VD, labels_BT, *, chunk, on_mesh=False):
+    """One device's tokens against its part of the vocabulary."""
+    head = HeadPart.gather(rows_VD, on_mesh)
+
+    def run_chunk(_, inputs):
+        h_TD, labels_T = inputs
+        logits = head.statistics(head.logits(h_TD), labels_T)
+        log_total_T = jnp.log(logits.total_T)
+        log_prob_T = jnp.where(labels_T == IGNORED, 0, logits.label_logit_T - logits.max_T - log_total_T)
+        argmax_T = jnp.where(logits.is_max_TV, head.ids_V, NO_TOKEN).min(-1).astype(jnp.int32)
+        argmax_T = over(jax.lax.pmin, argmax_T, head.vocab_axes)
+        return None, (TokenLogProbs(log_prob_T, logits.max_T, argmax_T), log_total_T)
+
+    _, chunks = jax.lax.scan(run_chunk, None, (cut_tokens(h_BTD, chunk), cut_tokens(labels_BT, chunk, IGNORED)))
+    return jax.tree.map(lambda x_CT: join_tokens(x_CT, *labels_BT.shape), chunks)
+
+
+class _ForBackward(NamedTuple):
+    """[B, T], of each token: what the forward pass keeps, and the gradients that the backward pass is given."""
+
+    labels: Array
+    largest_logit: Array
+    log_total: Array
+    d_log_prob: Array | None = None
+    d_largest_logit: Array | None = None
+    """None where nothing uses the largest logits: no pass over the logits has to find them again."""
+
+
+def _forward(h_BTD, rows_VD, labels_BT, chunk, rules):
+    h_BTD, rows_VD, labels_BT = h_BTD.value, rows_VD.value, labels_BT.value
+    found, log_total_BT = _run_forward(h_BTD, rows_VD, labels_BT, chunk, rules)
+    return found, (h_BTD, rows_VD, _ForBackward(labels_BT, found.largest_logit, log_total_BT))
+
+
+def _backward(chunk, rules, kept, cotangents):
+    h_BTD, rows_VD, tokens = kept
+    d_log_prob, d_largest_logit, _ = (None if isinstance(d, SymbolicZero) else d for d in cotangents)
+    if d_log_prob is None:
+        d_log_prob = jnp.zeros_like(tokens.log_total)
+    tokens = tokens._replace(d_log_prob=d_log_prob, d_largest_logit=d_largest_logit)
+    with jax.named_scope("log_probs"), use_rules(rules):
+        used_VD = rows_VD.astype(h_BTD.dtype)
+        if named_sharding() is None:
+            d_h_BTD, d_rows_VD = _local_backward(h_BTD, used_VD, tokens, chunk=chunk)
+        else:
+            hidden, stored = spec("batch", "sequence", "hidden"), spec("vocab", "embed")
+            d_h_BTD, d_rows_VD = jax.shard_map(
+                functools.partial(_local_backward, chunk=chunk, on_mesh=True),
+                in_specs=(hidden, stored, spec("batch", "sequence")),
+                out_specs=(hidden, stored),
+            )(h_BTD, used_VD, tokens)
+        # The gradient of the whole head must be gone before the layers run backward: 2 GiB for 7B.
+        return *jax.lax.optimization_barrier((d_h_BTD, d_rows_VD.astype(rows_VD.dtype))), None
+
+
+def _local_backward(h_BTD, rows_VD, tokens, *, chunk, on_mesh=False):
+    """Gradients of one device's hidden states and of its stored part of the head."""
+    h_CTD = cut_tokens(h_BTD, chunk)
+    # Padding has the gradient 0.
+    tokens = jax.tree.map(lambda x_BT: cut_tokens(x_BT, chunk), tokens)
+    head = HeadPart.gather(rows_VD, on_mesh)
+
+    def run_chunk(carry, inputs):
+        d_rows_DV, h_CTD = carry
+        index, token = inputs
+        h_TD = jax.lax.dynamic_index_in_dim(h_CTD, index, keepdims=False)
+        logits_TV = head.logits(h_TD)
+        weight_TV = jnp.where(token.labels == IGNORED, 0, token.d_log_prob)[:, None]
+        p_TV = jnp.exp(logits_TV - token.largest_logit[:, None] - token.log_total[:, None])
+        d_logits_TV = jnp.where(head.is_label(token.labels), weight_TV, 0) - p_TV * weight_TV
+        if token.d_largest_logit is not None:
+            # Found again: a logit may differ in its last bit from that of the forward pass, compiled another way.
+            is_max_TV = logits_TV == head.largest(logits_TV)[:, None]
+            ties_T = over(jax.lax.psum, is_max_TV.sum(-1, dtype=head.exact), head.vocab_axes)
+            d_logits_TV += jnp.where(is_max_TV, (token.d_largest_logit / ties_T)[:, None], 0)
+        d_h_TD, d_rows_DV = head.add_gradients(h_TD, d_logits_TV, d_rows_DV)
+        # In the place of h, which nothing else needs: peak memory is in this loop.
+        return (d_rows_DV, jax.lax.dynamic_update_index_in_dim(h_CTD, d_h_TD, index, 0)), None
+
+    start = head.zero_gradient(), h_CTD
+    (d_rows_DV, d_h_CTD), _ = jax.lax.scan(run_chunk, start, (jnp.arange(h_CTD.shape[0]), tokens))
+    return join_tokens(d_h_CTD, *h_BTD.shape[:2]), head.stored_gradient(d_rows_DV)
+
+
+_token_log_probs.defvjp(_forward, _backward, symbolic_zeros=True)
