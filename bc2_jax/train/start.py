@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from bc2_jax.checkpoint import abstract_params, parse_model_config
+from bc2_jax.checkpoint import parse_model_config
 from bc2_jax.config import TrainConfig, differing_fields
-from bc2_jax.convert.pretrained import load_params, read_model_config
+from bc2_jax.convert.pretrained import find_model, load_params
 from bc2_jax.data.row_order import changed_row_order
-from bc2_jax.model.baichuan import Params, init_params
+from bc2_jax.model.baichuan import Params, abstract_params, init_params
 from bc2_jax.sharding import DEFAULT_RULES
 from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.tpu.chips import DEVICE_KINDS
@@ -90,7 +90,7 @@ def check_initial_model(config: TrainConfig) -> None:
     """Raises ValueError, naming the fields that differ, if `init_from` is of another architecture."""
     if config.init_from is None:
         return
-    found = read_model_config(config.init_from)
+    found = find_model(config.init_from).config
     # What says how to train or how far to go is the run's to choose.
     chosen = {name: getattr(config.model, name) for name in ("z_loss_weight", "initializer_range", "model_max_length")}
     if lines := differing_fields(config.model, dataclasses.replace(found, **chosen), "model."):
