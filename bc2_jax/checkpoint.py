@@ -18,14 +18,14 @@ from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from bc2_jax import manifest
 from bc2_jax.agreement import any_text, first_decides
 from bc2_jax.config import CheckpointConfig, ModelConfig
+from bc2_jax.config.record import from_record
 from bc2_jax.manifest import DamagedCheckpoint
-from bc2_jax.model.baichuan import Params, param_shardings, split_model
+from bc2_jax.model.baichuan import Params
 
 TOKENIZER_NAME = "tokenizer.model"
 
@@ -182,7 +182,7 @@ class Checkpointer:
         try:
             if jax.process_index() == 0:
                 self.directory.mkdir(parents=True, exist_ok=True)
-            with _save_context():
+            with save_context():
                 response = ocp.save_checkpointables_async(
                     self.directory / f"{step}.saving", {"params": params, "opt_state": opt_state},
                     custom_metadata=metadata.as_json(),
@@ -312,7 +312,7 @@ def _reason(error: BaseException) -> str:
     return text[:300]
 
 
-def _save_context() -> ocp.Context:
+def save_context() -> ocp.Context:
     """Each layer of a stacked array is stored in chunks of its own, so that a conversion can read layer by layer."""
     options = ocp.options.ArrayOptions.Saving.StorageOptions
 
@@ -335,31 +335,6 @@ def is_complete(path: Path) -> bool:
     return (path / "_CHECKPOINT_METADATA").is_file() and (path / "params").is_dir()
 
 
-def is_params_only(path: Path) -> bool:
-    """Whether `path` is a complete checkpoint of parameters alone, which can be made again from a model."""
-    return is_complete(path) and not (path / "opt_state").exists()
-
-
-def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint folder that `path` means: itself, or the newest one of a run's or a checkpoints folder."""
-    path = Path(path).absolute()
-    for folder in (path / "checkpoints", path):
-        if folder.is_dir():
-            steps = [p for p in folder.iterdir() if p.name.isdigit() and is_complete(p)]
-            if steps:
-                return max(steps, key=lambda p: int(p.name))
-    if is_complete(path):
-        return path
-    raise FileNotFoundError(f"{path} is no checkpoint and holds none: give a run's folder or a checkpoint's.")
-
-
-def manifest_files(path: Path) -> tuple[Path, ...]:
-    """The files of the parameters that the manifest of a checkpoint lists; none if it has no manifest."""
-    if not (path / manifest.MANIFEST_NAME).is_file():
-        return ()
-    return tuple(path / name for name in sorted(manifest.read_manifest(path)) if name.startswith("params/"))
-
-
 def read_metadata(path: Path) -> dict[str, Any]:
     """The metadata saved with a checkpoint: `config`, and `data` if it is a training checkpoint."""
     metadata = ocp.checkpointables_metadata(path).custom_metadata
@@ -369,71 +344,15 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return metadata
 
 
-def read_model_config(path: Path) -> ModelConfig:
-    """The architecture saved with a checkpoint. Raises ValueError for fields this version does not know or misses."""
-    return parse_model_config(read_metadata(path), path)
-
-
 def parse_model_config(metadata: dict[str, Any], path: Path) -> ModelConfig:
-    """The architecture in the metadata of a checkpoint in `path`. Raises as `read_model_config`."""
-    fields = metadata["config"]["model"]
-    known = {field.name for field in dataclasses.fields(ModelConfig)}
-    if unknown := sorted(set(fields) - known):
-        raise ValueError(f"The model config of {path} has fields this version does not know: {', '.join(unknown)}.")
+    """The architecture in the metadata of a checkpoint in `path`; ValueError if it is not one that this version has."""
     try:
-        return ModelConfig(**fields)
-    except TypeError as error:
-        raise ValueError(f"The model config of {path} is not valid: {error}.") from error
-
-
-def abstract_params(config: ModelConfig, mesh: Mesh | None, dtype: str = "float32") -> Params:
-    """Shapes and shardings of the parameters, on `mesh` or on one device; what they are restored onto."""
-    _, shapes, _ = split_model(config)
-    one_device = SingleDeviceSharding(jax.local_devices()[0])
-    shardings = jax.tree.map(lambda _: one_device, shapes) if mesh is None else param_shardings(config, mesh)
-    return jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, dtype, sharding=s), shapes, shardings)
-
-
-def load_params(path: str | Path, mesh: Mesh | None = None, dtype: str = "float32") -> tuple[Params, ModelConfig]:
-    """Parameters and architecture of a checkpoint (see `find_checkpoint`), on `mesh` or on one device."""
-    path = find_checkpoint(path)
-    config = read_model_config(path)
-    if (path / manifest.MANIFEST_NAME).is_file():
-        manifest.verify(path, jax.process_index(), jax.process_count(), below="params/")
-    abstract = abstract_params(config, mesh, dtype)
-    try:
-        return ocp.load_checkpointables(path, {"params": abstract})["params"], config
-    except (ValueError, KeyError) as error:
-        # What is wrong with an array is the cause of what Orbax raises.
-        cause = error.__cause__ or error.__context__ or error
-        raise ValueError(f"The parameters in {path} cannot be read, it is damaged or incomplete ({cause}).") from error
+        return from_record(ModelConfig, metadata["config"]["model"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The model config of {path} is not valid: {str(error).rstrip('.')}.") from error
 
 
 def load_state(path: Path, params: Params, opt_state: Any) -> tuple[Params, Any]:
     """The arrays of a training checkpoint, laid out as the abstract trees given; only reads."""
     items = ocp.load_checkpointables(path, {"params": params, "opt_state": opt_state})
     return items["params"], items["opt_state"]
-
-
-def save_params(params: Params, config: ModelConfig, path: str | Path, tokenizer: Path | None = None) -> None:
-    """Writes a params-only checkpoint of arrays in memory; an existing `path` is refused with FileExistsError.
-
-    From files, `convert.conversion.to_orbax` does so one layer at a time.
-    """
-    path = Path(path).absolute()
-    if path.exists():
-        raise FileExistsError(f"{path} exists.")
-    metadata = {"config": {"model": dataclasses.asdict(config)}}
-    with _save_context():
-        ocp.save_checkpointables(path, {"params": params}, custom_metadata=metadata)
-    if tokenizer is not None:
-        shutil.copyfile(tokenizer, path / TOKENIZER_NAME)
-
-
-def find_tokenizer(path: str | Path) -> Path | None:
-    """`tokenizer.model` beside a checkpoint: in its folder or in its run's."""
-    path = Path(path).absolute()
-    for folder in (path, path.parent, path.parent.parent):
-        if (folder / TOKENIZER_NAME).is_file():
-            return folder / TOKENIZER_NAME
-    return None

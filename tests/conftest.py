@@ -17,12 +17,11 @@ import pytest
 from hypothesis import settings
 
 from bc2_jax.config import MeshConfig, ModelConfig
-from bc2_jax.convert import table
-from bc2_jax.convert.hf import load_params
 from bc2_jax.convert.hf_config import read_config
 from bc2_jax.model.baichuan import Params
 from bc2_jax.sharding import Mesh, make_mesh, use_cpu_devices
 from bc2_jax.tokenizer import Tokenizer, train_tokenizer
+from tests.convert.models import from_torch, read_params
 
 use_cpu_devices(8)  # before any test can start the backend
 
@@ -53,8 +52,8 @@ def golden(request: pytest.FixtureRequest) -> Golden:
     folder = Path(__file__).parent / "golden" / request.param
     config = read_config(folder)
     arrays = dict(np.load(folder / "golden.npz"))
-    gradients = table.from_torch(config, lambda name: arrays[f"grad/{name}"])
-    return Golden(folder, config, load_params(folder, config), arrays, gradients)
+    gradients = from_torch(config, lambda name: arrays[f"grad/{name}"])
+    return Golden(folder, config, read_params(folder, config), arrays, gradients)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,8 @@ import pytest
 from bc2_jax import checkpoint
 from bc2_jax.checkpoint import Checkpointer, Metadata
 from bc2_jax.config import CheckpointConfig, ModelConfig
-from bc2_jax.model.baichuan import init_params
+from bc2_jax.convert import pretrained
+from bc2_jax.model.baichuan import abstract_params, init_params
 
 MODEL = ModelConfig(
     hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, position_embedding="alibi",
@@ -30,7 +31,7 @@ def test_restores_on_another_mesh(shape, mesh_of, tmp_path):
     checkpointer = Checkpointer(tmp_path, CheckpointConfig())
     checkpointer.save(3, params, {"mu": params}, METADATA)
     checkpointer.wait()
-    abstract = checkpoint.abstract_params(MODEL, mesh_of(*shape))
+    abstract = abstract_params(MODEL, mesh_of(*shape))
     restored, opt_state = checkpointer.restore(3, abstract, {"mu": abstract})
     for saved, new, moment, target in zip(*map(jax.tree.leaves, (params, restored, opt_state, abstract)), strict=True):
         np.testing.assert_array_equal(np.asarray(saved), np.asarray(new))
@@ -63,7 +64,7 @@ def test_a_half_written_checkpoint_does_not_count(mesh_of, tmp_path):
     (half / "params").mkdir(parents=True)
     assert Checkpointer(tmp_path / "checkpoints", CheckpointConfig()).steps() == [1]
     assert not half.exists()
-    assert checkpoint.find_checkpoint(tmp_path).name == "1"
+    assert pretrained.find_model(tmp_path).path.name == "1"
 
 
 def flip(folder):
@@ -130,7 +131,7 @@ def test_the_same_step_is_replaced(mesh_of, tmp_path):
     checkpointer.save(1, new, {"count": jnp.int32(0)}, METADATA)
     checkpointer.close()
     assert [p.name for p in tmp_path.iterdir()] == ["1"]
-    for a, b in zip(whole(new), whole(checkpoint.load_params(tmp_path)[0]), strict=True):
+    for a, b in zip(whole(new), whole(pretrained.load_params(tmp_path)[0]), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -140,7 +141,7 @@ def test_a_damaged_one_is_refused_wherever_parameters_are_read(mesh_of, tmp_path
     saved(tmp_path, mesh_of(1, 1, 1), 1).close()
     file = flip(tmp_path / "1" / "params")
     with pytest.raises(ValueError, match=f"{file} is damaged: its SHA-256 is"):
-        checkpoint.load_params(tmp_path)
+        pretrained.load_params(tmp_path)
     with pytest.raises(ValueError, match=f"{file} is damaged or not the expected file.*MANIFEST.json says"):
         to_hf(tmp_path, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
@@ -176,7 +177,7 @@ def test_metadata_of_something_else_is_one_sentence(mesh_of, tmp_path, config):
     checkpointer.save(1, params, {"count": jnp.int32(0)}, Metadata(config, {}))
     checkpointer.close()
     with pytest.raises(ValueError, match="is a checkpoint of another program|The model config of .*/1 "):
-        checkpoint.read_model_config(tmp_path / "1")
+        pretrained.find_model(tmp_path / "1")
 
 
 def test_batches_that_an_earlier_version_left_out_stay_left_out():
@@ -209,15 +210,10 @@ def test_array_names_that_lead_out_are_refused(mesh_of, tmp_path, name):
 def test_params_only_round_trip(mesh_of, tmp_path):
     params = init_params(MODEL, 0, mesh_of(1, 4, 2))
     path = tmp_path / "model"
-    checkpoint.save_params(params, MODEL, path)
-    loaded, config = checkpoint.load_params(path)
+    pretrained.save_params(params, MODEL, path)
+    loaded, config = pretrained.load_params(path)
     assert config == MODEL
     for a, b in zip(whole(params), whole(loaded), strict=True):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(FileExistsError, match="exists"):
-        checkpoint.save_params(params, MODEL, path)
-
-
-def test_a_folder_without_checkpoints_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="is no checkpoint and holds none"):
-        checkpoint.find_checkpoint(tmp_path)
+        pretrained.save_params(params, MODEL, path)

@@ -43,7 +43,7 @@ def compute_with_torch(args: argparse.Namespace, source: Source) -> tuple[np.nda
     import numpy as np
 
     from bc2_jax.convert.hf import open_folder
-    from bc2_jax.convert.source import is_hf_folder
+    from bc2_jax.convert.pretrained import is_hf_folder
     from bc2_jax.validation import require_positive
 
     require_positive(args, "", "length", "batch")

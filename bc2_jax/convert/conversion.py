@@ -11,14 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from bc2_jax.checkpoint import TOKENIZER_NAME, is_params_only
+from bc2_jax.checkpoint import TOKENIZER_NAME
 from bc2_jax.config import ModelConfig
 from bc2_jax.convert import hf, hf_write, orbax
 from bc2_jax.convert.checksums import verify_file
 from bc2_jax.convert.folder import check_free, written_whole
 from bc2_jax.convert.gguf import GGUFType, check_gguf, write_gguf
 from bc2_jax.convert.hf_config import HFDType
-from bc2_jax.convert.source import Source, is_hf_folder, open_source
+from bc2_jax.convert.pretrained import is_hf_folder, is_params_only
+from bc2_jax.convert.source import Source, open_source
 from bc2_jax.convert.stream import Stream, digest_part, fingerprint, in_order
 from bc2_jax.convert.table import Layout, layers_of, param_shapes, read_layer
 from bc2_jax.convert.vocabulary import check_vocabulary, resize_vocab

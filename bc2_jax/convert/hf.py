@@ -15,7 +15,7 @@ from bc2_jax.convert.hf_config import read_json
 from bc2_jax.convert.mapped import MappedTensor
 from bc2_jax.convert.pickled import read_pickled
 from bc2_jax.convert.safetensors import read_safetensors
-from bc2_jax.convert.table import Layout, Shape, from_torch, torch_shapes
+from bc2_jax.convert.table import Layout, Shape, torch_shapes
 
 DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -120,16 +120,6 @@ def check_shapes(what: str, expected: Mapping[str, Shape], found: Mapping[str, S
     ]
     if problems:
         raise ValueError(f"The {what} do not fit the config: {join_some(problems)}.")
-
-
-def load_params(folder: str | Path, config: ModelConfig) -> dict[str, Any]:
-    """Our nested dict of numpy arrays, in the dtype of the files.
-
-    To load onto a mesh instead, use `bc2_jax.load_pretrained`; to go through one layer at a time, `source.open_source`.
-    """
-    tensors = open_folder(folder)
-    check_tensors(config, tensors)
-    return from_torch(config, lambda name: tensors[name].read())
 
 
 def join_some(items: Any, limit: int = 20) -> str:

@@ -20,8 +20,9 @@ from bc2_jax.convert.hf import DTYPES
 from bc2_jax.convert.hf_config import HFDType, write_config, write_generation_config, write_json
 from bc2_jax.convert.llama_tokenizer import write_llama_tokenizer
 from bc2_jax.convert.pickled_write import write_pickled
+from bc2_jax.convert.pretrained import is_hf_folder
 from bc2_jax.convert.safetensors import write_safetensors
-from bc2_jax.convert.source import is_hf_folder, source_of_params
+from bc2_jax.convert.source import source_of_params
 from bc2_jax.convert.stream import Stream, in_order
 from bc2_jax.convert.table import Layout, Shape, build_tensor, torch_shapes, torch_tensors
 from bc2_jax.tokenizer import file_sha256

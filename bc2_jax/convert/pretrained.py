@@ -1,23 +1,68 @@
-"""Reading a model from wherever it is: a folder in the released PyTorch layout or a checkpoint of ours."""
+"""A model on disk, wherever it lies: found, loaded onto a mesh, saved as parameters alone."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from orbax.checkpoint import v1 as ocp
 
-from bc2_jax import checkpoint
+from bc2_jax import manifest
+from bc2_jax.checkpoint import TOKENIZER_NAME, is_complete, parse_model_config, read_metadata, save_context
 from bc2_jax.config import ComputeConfig, DType, ModelConfig
 from bc2_jax.convert import hf
 from bc2_jax.convert.hf_config import read_config
-from bc2_jax.convert.source import find_checkpoint, is_hf_folder
 from bc2_jax.convert.table import flatten, param_shapes, read_slice, unflatten
-from bc2_jax.model.baichuan import Baichuan2, Params, param_shardings, split_model
+from bc2_jax.model.baichuan import Baichuan2, Params, abstract_params, param_shardings, split_model
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundModel:
+    """A model on disk of which nothing was read but its config."""
+
+    path: Path
+    """The PyTorch folder as it was given, or the absolute folder of one checkpoint."""
+    format: Literal["pytorch", "orbax"]
+    config: ModelConfig
+    tokenizer: Path | None
+    """tokenizer.model in a PyTorch folder; in a checkpoint's folder or its run's."""
+
+
+def find_model(path: str | Path) -> FoundModel:
+    """The model that `path` means: a folder in the released PyTorch layout, a checkpoint of ours, or a run's folder or
+    its checkpoints folder, of which the newest complete checkpoint is taken.
+
+    Raises FileNotFoundError if there is none, ValueError if its config is not one of ours; each is one sentence.
+    """
+    path = Path(path)
+    if is_hf_folder(path):
+        tokenizer = path / TOKENIZER_NAME
+        return FoundModel(path, "pytorch", read_config(path), tokenizer if tokenizer.is_file() else None)
+    checkpoint = _newest_checkpoint(path.absolute())
+    if checkpoint is None:
+        raise FileNotFoundError(_explain_absence(path))
+    config = parse_model_config(read_metadata(checkpoint), checkpoint)
+    return FoundModel(checkpoint, "orbax", config, _tokenizer_near(checkpoint))
+
+
+def find_tokenizer(path: str | Path) -> Path:
+    """`tokenizer.model` of a model folder or run; raises FileNotFoundError if there is none.
+
+    Needs no model: a run has its tokenizer before its first checkpoint.
+    """
+    path = Path(path)
+    if (found := _tokenizer_near(path.absolute())) is None:
+        reason = f"has no {TOKENIZER_NAME}, nor has its run" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"{path} {reason}.")
+    return found
 
 
 def load_pretrained(
@@ -34,19 +79,86 @@ def load_pretrained(
     return nnx.merge(split_model(config, compute)[0], params)
 
 
-def read_model_config(path: str | Path) -> ModelConfig:
-    """The architecture of the model in `path`. Raises as `load_pretrained`."""
-    path = Path(path)
-    return read_config(path) if is_hf_folder(path) else checkpoint.read_model_config(find_checkpoint(path))
+def load_params(path: str | Path, dtype: DType = "float32", mesh: Mesh | None = None) -> tuple[Params, ModelConfig]:
+    """Parameters, cast to `dtype`, and architecture of the model that `path` means to `find_model`.
+
+    With a mesh each device reads its own part of every parameter; without one they are whole on the first device.
+    Raises as `load_pretrained`.
+    """
+    found = find_model(path)
+    load = _load_torch if found.format == "pytorch" else _load_orbax
+    return load(found, dtype, mesh), found.config
 
 
-def load_params(path: str | Path, dtype: DType, mesh: Mesh | None) -> tuple[Params, ModelConfig]:
-    """Parameters and architecture of the model in `path`, straight onto the mesh. Raises as `load_pretrained`."""
-    path = Path(path)
-    if not is_hf_folder(path):
-        return checkpoint.load_params(find_checkpoint(path), mesh, dtype)
-    config = read_config(path)
-    tensors = hf.open_folder(path)
+def save_params(params: Params, config: ModelConfig, path: str | Path, tokenizer: Path | None = None) -> None:
+    """Writes a params-only checkpoint of arrays in memory; an existing `path` is refused with FileExistsError.
+
+    From files, `convert.conversion.to_orbax` does so one layer at a time.
+    """
+    path = Path(path).absolute()
+    if path.exists():
+        raise FileExistsError(f"{path} exists.")
+    metadata = {"config": {"model": dataclasses.asdict(config)}}
+    with save_context():
+        ocp.save_checkpointables(path, {"params": params}, custom_metadata=metadata)
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer, path / TOKENIZER_NAME)
+
+
+def is_hf_folder(path: Path) -> bool:
+    """Whether `path` is a folder in a PyTorch layout rather than a checkpoint or run of ours."""
+    return (path / "config.json").is_file() and not _is_run(path)
+
+
+def is_params_only(path: Path) -> bool:
+    """Whether `path` is a complete checkpoint of parameters alone, which can be made again from a model."""
+    return is_complete(path) and not (path / "opt_state").exists()
+
+
+def _is_run(path: Path) -> bool:
+    """Whether `path` is the workdir of a training run, which writes a config.json too and its checkpoints later."""
+    if (path / "checkpoints").is_dir():
+        return True
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and isinstance(config.get("model"), dict) and "optimizer" in config
+
+
+def _newest_checkpoint(path: Path) -> Path | None:
+    for folder in (path / "checkpoints", path):
+        if folder.is_dir():
+            steps = [p for p in folder.iterdir() if p.name.isdigit() and is_complete(p)]
+            if steps:
+                return max(steps, key=lambda p: int(p.name))
+    return path if is_complete(path) else None
+
+
+def _explain_absence(path: Path) -> str:
+    """Why there is no model in `path`."""
+    if not path.exists():
+        return f"{path} does not exist."
+    if not path.is_dir():
+        return f"{path} is a file: give the folder of a model, of a checkpoint or of a run."
+    if _is_run(path) or path.absolute().name == "checkpoints":
+        return f"{path} has no checkpoint: its run has not completed one yet."
+    if (path / "params").is_dir():
+        return f"{path} is a checkpoint that is not complete: it was not written to its end, or files were removed."
+    return f"{path} has no config.json, and is no run or checkpoint of ours."
+
+
+def _tokenizer_near(path: Path) -> Path | None:
+    """The tokenizer in `path` or, where that is RUN/checkpoints or RUN/checkpoints/STEP, in RUN."""
+    for folder in (path, path.parent, path.parent.parent):
+        if (folder / TOKENIZER_NAME).is_file():
+            return folder / TOKENIZER_NAME
+    return None
+
+
+def _load_torch(found: FoundModel, dtype: DType, mesh: Mesh | None) -> Params:
+    config = found.config
+    tensors = hf.open_folder(found.path)
     hf.check_tensors(config, tensors)
     shardings = {} if mesh is None else flatten(param_shardings(config, mesh))
 
@@ -56,13 +168,17 @@ def load_params(path: str | Path, dtype: DType, mesh: Mesh | None) -> tuple[Para
 
         return jax.make_array_from_callback(shape, shardings[name], read) if mesh else jnp.asarray(read(()))
 
-    return unflatten({name: load(name, shape) for name, shape in param_shapes(config).items()}), config
+    return unflatten({name: load(name, shape) for name, shape in param_shapes(config).items()})
 
 
-def find_tokenizer(path: str | Path) -> Path:
-    """`tokenizer.model` of a model folder or run; raises FileNotFoundError if there is none."""
-    path = Path(path)
-    found = checkpoint.find_tokenizer(path)
-    if found is None:
-        raise FileNotFoundError(f"{path} has no {checkpoint.TOKENIZER_NAME}, nor has its run.")
-    return found
+def _load_orbax(found: FoundModel, dtype: DType, mesh: Mesh | None) -> Params:
+    path = found.path
+    if (path / manifest.MANIFEST_NAME).is_file():
+        manifest.verify(path, jax.process_index(), jax.process_count(), below="params/")
+    abstract = abstract_params(found.config, mesh, dtype)
+    try:
+        return ocp.load_checkpointables(path, {"params": abstract})["params"]
+    except (ValueError, KeyError) as error:
+        # What is wrong with an array is the cause of what Orbax raises.
+        cause = error.__cause__ or error.__context__ or error
+        raise ValueError(f"The parameters in {path} cannot be read, it is damaged or incomplete ({cause}).") from error

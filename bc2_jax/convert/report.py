@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from bc2_jax import checkpoint
 from bc2_jax.config import BAICHUAN2_7B, BAICHUAN2_13B, ModelConfig, differing_fields
 from bc2_jax.convert import hf, orbax
-from bc2_jax.convert.hf_config import infer, read_config, read_json
-from bc2_jax.convert.source import Source, find_checkpoint, is_hf_folder, open_source
+from bc2_jax.convert.hf_config import infer, read_json
+from bc2_jax.convert.pretrained import find_model
+from bc2_jax.convert.source import Source, open_source
 from bc2_jax.convert.stream import HEAD, in_order, row_blocks
 from bc2_jax.convert.table import Shape, param_shapes, torch_shapes
 
@@ -68,10 +68,11 @@ def inspect(path: str | Path) -> Inspection:
     Missing, unexpected and misshapen tensors are reported, not raised. Raises FileNotFoundError or ValueError for what
     cannot be opened at all.
     """
-    path = Path(path)
+    model = find_model(path)
+    path, config = model.path, model.config
     found: dict[str, tuple[Shape, str]]
-    if is_hf_folder(path):
-        config, raw = read_config(path), read_json(path / "config.json")
+    if model.format == "pytorch":
+        raw = read_json(path / "config.json")
         why = tuple(
             f"{name} = {getattr(config, name)}, because " + ("config.json says so" if name in raw else reason)
             for name, (_, reason) in infer(raw).items()
@@ -81,8 +82,6 @@ def inspect(path: str | Path) -> Inspection:
         expected, form = torch_shapes(config), "PyTorch, " + ("safetensors" if _has_safetensors(tensors) else ".bin")
         rows = tensors[HEAD].read() if _holds_head(found) else None
     else:
-        path = find_checkpoint(path)
-        config = checkpoint.read_model_config(path)
         why = (f"position_embedding = {config.position_embedding}, because the checkpoint's config says so",)
         arrays = orbax.open_arrays(path)
         found = {name: (tuple(array.shape), array.dtype.name) for name, array in arrays.items()}

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from bc2_jax import checkpoint
+from bc2_jax import manifest
+from bc2_jax.checkpoint import read_metadata
 from bc2_jax.config import ModelConfig
 from bc2_jax.convert import hf, orbax
-from bc2_jax.convert.hf_config import read_config, read_generation_config
+from bc2_jax.convert.hf_config import read_generation_config
+from bc2_jax.convert.pretrained import FoundModel, find_model
 from bc2_jax.convert.table import Reader, flatten, layers_of, param_shapes, read_layer, torch_name
 
 
@@ -39,46 +41,40 @@ class Source:
             yield from ((path, layer) for layer in layers_of(self.config, path))
 
 
-def is_hf_folder(path: Path) -> bool:
-    """Whether `path` is a folder in a PyTorch layout rather than a checkpoint or run of ours."""
-    return (path / "config.json").is_file() and not (path / "checkpoints").is_dir()
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` means, where it is no PyTorch folder."""
-    try:
-        return checkpoint.find_checkpoint(path)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} has no config.json, and is no run or checkpoint of ours.") from None
-
-
 def open_source(path: str | Path) -> Source:
     """The model in `path`; nothing read but metadata.
 
     Raises FileNotFoundError or ValueError, in one sentence, if it is not whole and consistent.
     """
-    path = Path(path)
-    if is_hf_folder(path):
-        return _open_hf(path)
-    found = find_checkpoint(path)
-    config = checkpoint.read_model_config(found)
-    arrays = orbax.open_arrays(found)
-    hf.check_shapes(f"arrays of {found}", param_shapes(config), {name: array.shape for name, array in arrays.items()})
+    found = find_model(path)
+    return _open_torch(found) if found.format == "pytorch" else _open_orbax(found)
+
+
+def _open_orbax(found: FoundModel) -> Source:
+    folder, config = found.path, found.config
+    arrays = orbax.open_arrays(folder)
+    hf.check_shapes(f"arrays of {folder}", param_shapes(config), {name: array.shape for name, array in arrays.items()})
 
     def read(name: str, layer: int | None) -> np.ndarray:
         try:
             return orbax.read_part(arrays[name], layer)
         except ValueError as error:
-            raise ValueError(f"{found} is damaged: {name} cannot be read ({error}).") from error
+            raise ValueError(f"{folder} is damaged: {name} cannot be read ({error}).") from error
 
     dtypes = {name: array.dtype.numpy_dtype for name, array in arrays.items()}
-    generation = checkpoint.read_metadata(found).get("generation")
-    files = checkpoint.manifest_files(found)
-    return Source(found, config, dtypes, read, checkpoint.find_tokenizer(found), generation, files)
+    generation = read_metadata(folder).get("generation")
+    return Source(folder, config, dtypes, read, found.tokenizer, generation, _files_in_manifest(folder))
 
 
-def _open_hf(folder: Path) -> Source:
-    config = read_config(folder)
+def _files_in_manifest(folder: Path) -> tuple[Path, ...]:
+    """The files of the parameters that the manifest of a checkpoint lists; none if it has no manifest."""
+    if not (folder / manifest.MANIFEST_NAME).is_file():
+        return ()
+    return tuple(folder / name for name in sorted(manifest.read_manifest(folder)) if name.startswith("params/"))
+
+
+def _open_torch(found: FoundModel) -> Source:
+    folder, config = found.path, found.config
     tensors = hf.open_folder(folder)
     hf.check_tensors(config, tensors)
 
@@ -86,10 +82,9 @@ def _open_hf(folder: Path) -> Source:
         return read_layer(config, lambda n: tensors[n].read(), name, layer)
 
     dtypes = {name: tensors[torch_name(name)].dtype for name in param_shapes(config)}
-    tokenizer = folder / checkpoint.TOKENIZER_NAME
     generation = read_generation_config(folder)
     files = tuple(sorted({tensor.file for tensor in tensors.values()}))
-    return Source(folder, config, dtypes, read, tokenizer if tokenizer.is_file() else None, generation, files)
+    return Source(folder, config, dtypes, read, found.tokenizer, generation, files)
 
 
 def source_of_params(params: Mapping[str, Any], config: ModelConfig, tokenizer: Path | None = None) -> Source:

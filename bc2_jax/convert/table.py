@@ -241,11 +241,6 @@ def layers_of(config: ModelConfig, path: str) -> range | tuple[None]:
     return range(config.num_hidden_layers) if path.startswith("layers.") else (None,)
 
 
-def from_torch(config: ModelConfig, get_tensor: Callable[[str], np.ndarray]) -> dict[str, Any]:
-    """Our nested dict of numpy arrays, in the dtype of the PyTorch tensors."""
-    return unflatten({rule.path: read_slice(config, get_tensor, rule.path) for rule in TABLE})
-
-
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     """{"a.b": x} -> {"a": {"b": x}}."""
     tree: dict[str, Any] = {}

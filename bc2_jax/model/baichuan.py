@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
-from bc2_jax.config import ComputeConfig, ModelConfig
+from bc2_jax.config import ComputeConfig, DType, ModelConfig
 from bc2_jax.kernels.attention import Tokens
 from bc2_jax.model.attention import KVCache, SelfAttention
 from bc2_jax.model.head import Head
@@ -169,6 +169,14 @@ def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
     """NamedSharding of every parameter on `mesh`."""
     axes = split_model(config)[2]
     return jax.tree.map(lambda a: NamedSharding(mesh, spec(*a)), axes, is_leaf=lambda a: isinstance(a, tuple))
+
+
+def abstract_params(config: ModelConfig, mesh: Mesh | None, dtype: DType = "float32") -> Params:
+    """ShapeDtypeStructs of the parameters, sharded on `mesh` or whole on one device: what they are restored onto."""
+    shapes = split_model(config)[1]
+    one_device = SingleDeviceSharding(jax.local_devices()[0])
+    shardings = jax.tree.map(lambda _: one_device, shapes) if mesh is None else param_shardings(config, mesh)
+    return jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, dtype, sharding=s), shapes, shardings)
 
 
 def init_params(config: ModelConfig, seed: int, mesh: Mesh) -> Params:

@@ -14,14 +14,14 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
-from bc2_jax.checkpoint import TOKENIZER_NAME, Metadata, abstract_params, parse_model_config
+from bc2_jax.checkpoint import TOKENIZER_NAME, Metadata, parse_model_config
 from bc2_jax.config import ComputeConfig, ModelConfig, RunConfig, TrainConfig, differing_fields
-from bc2_jax.convert.pretrained import load_params, read_model_config
+from bc2_jax.convert.pretrained import find_model, load_params
 from bc2_jax.data.bad_rows import BadRows
 from bc2_jax.data.batch import Batch
 from bc2_jax.data.row_batches import RowBatches, ValidationBatches
 from bc2_jax.data.row_order import changed_row_order, record_row_order
-from bc2_jax.model.baichuan import Params, init_params, split_model
+from bc2_jax.model.baichuan import Params, abstract_params, init_params, split_model
 from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.train.job import Job, Objective, Parts, TrainState, abstract_state, init_state
 from bc2_jax.train.loop import RunResult, Start, run
@@ -178,7 +178,7 @@ def check_initial_model(config: RunConfig) -> None:
     """Raises ValueError, naming the fields that differ, if `init_from` is of another architecture."""
     if config.init_from is None:
         return
-    found = read_model_config(config.init_from)
+    found = find_model(config.init_from).config
     # What says how to train or how far to go is the run's to choose.
     chosen = {name: getattr(config.model, name) for name in ("z_loss_weight", "initializer_range", "model_max_length")}
     if lines := differing_fields(config.model, dataclasses.replace(found, **chosen), "model."):

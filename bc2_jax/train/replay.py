@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from bc2_jax.checkpoint import find_checkpoint, is_complete, load_params, load_state, read_metadata
+from bc2_jax.checkpoint import is_complete, load_state, read_metadata
 from bc2_jax.config import DistributedConfig, TrainConfig
 from bc2_jax.config.record import from_record
+from bc2_jax.convert.pretrained import find_model, load_params
 from bc2_jax.data.batch import FIELDS, batch_part, make_put
 from bc2_jax.data.loader import make_train_loader
 from bc2_jax.manifest import verify
@@ -70,7 +71,7 @@ def choose_checkpoint(path: str | Path, step: int) -> Path:
         if not earlier:
             raise ValueError(f"--step = {step} is not valid: {path} has no checkpoint before it.")
         return max(earlier, key=lambda p: int(p.name))
-    found = find_checkpoint(path)
+    found = find_model(path).path
     if not found.name.isdigit() or int(found.name) >= step or not (found / "opt_state").is_dir():
         raise ValueError(f"--step = {step} is not valid: {found} must be a training checkpoint of a step before it.")
     return found
@@ -154,7 +155,7 @@ def replay(path: str | Path, step: int, batch: Sequence[str | Path] = ()) -> Ite
             }
             after = checkpoint.parent / str(now)
             if now == step and is_complete(after):
-                compared["parameters sha256"] = fingerprint(load_params(after, mesh)[0]), fingerprint(state.params)
+                compared["parameters sha256"] = fingerprint(load_params(after, mesh=mesh)[0]), fingerprint(state.params)
             yield Comparison(now, compared)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
@@ -31,6 +32,18 @@ def random_params(config: ModelConfig, dtype: type, seed: int = 0) -> dict:
     rng = np.random.default_rng(seed)
     shapes = table.param_shapes(config)
     return table.unflatten({path: rng.standard_normal(shape).astype(dtype) for path, shape in shapes.items()})
+
+
+def from_torch(config: ModelConfig, get_tensor: Callable[[str], np.ndarray]) -> dict:
+    """Our nested dict, in the dtype of the PyTorch tensors that `get_tensor` gives by their names."""
+    return table.unflatten({rule.path: table.read_slice(config, get_tensor, rule.path) for rule in table.TABLE})
+
+
+def read_params(folder: Path, config: ModelConfig) -> dict:
+    """Our nested dict of numpy arrays from a folder that needs no config.json, in the dtype of its files."""
+    tensors = hf.open_folder(folder)
+    hf.check_tensors(config, tensors)
+    return from_torch(config, lambda name: tensors[name].read())
 
 
 def write_tensors(folder: Path, files: dict[str, dict[str, np.ndarray]], index: dict[str, str] | None = None) -> Path:

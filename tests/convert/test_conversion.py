@@ -20,13 +20,22 @@ from hypothesis import strategies as st
 import bc2_jax
 from bc2_jax import checkpoint
 from bc2_jax.config import ModelConfig
-from bc2_jax.convert import hf, orbax, table
+from bc2_jax.convert import hf, orbax, pretrained, table
 from bc2_jax.convert.conversion import Options, to_hf, to_orbax
 from bc2_jax.convert.hf_config import read_config, read_json, write_json
 from bc2_jax.convert.source import open_source
 from bc2_jax.model.baichuan import init_params
 from bc2_jax.train.metrics import fingerprint
-from tests.convert.models import DTYPES, GOLDEN, TINY, array_bytes, random_folder, random_params, tensor_bytes
+from tests.convert.models import (
+    DTYPES,
+    GOLDEN,
+    TINY,
+    array_bytes,
+    random_folder,
+    random_params,
+    read_params,
+    tensor_bytes,
+)
 
 ALIBI = dataclasses.replace(TINY, position_embedding="alibi", num_attention_heads=2, num_hidden_layers=3)
 
@@ -66,7 +75,7 @@ def test_golden_in_both_formats(tmp_path, name):
         if "safetensors" not in file.name:
             (folder / file.name).symlink_to(file)
     a, b = to_orbax(GOLDEN / name, tmp_path / "a"), to_orbax(folder, tmp_path / "b")
-    params = hf.load_params(GOLDEN / name, read_config(GOLDEN / name))
+    params = read_params(GOLDEN / name, read_config(GOLDEN / name))
     # The same as a training run prints for these parameters.
     assert a.fingerprint == b.fingerprint == fingerprint(jax.tree.map(jax.numpy.asarray, params))
     # generation_config.json comes back as it was.
@@ -78,11 +87,11 @@ def test_golden_in_both_formats(tmp_path, name):
 def test_from_a_sharded_checkpoint_and_onto_another_mesh(tmp_path, mesh_of):
     config = dataclasses.replace(TINY, vocab_size=32)
     params = init_params(config, 3, mesh_of(2, 2, 2))
-    checkpoint.save_params(params, config, tmp_path / "a")
+    pretrained.save_params(params, config, tmp_path / "a")
     done = to_hf(tmp_path / "a", tmp_path / "b", dtype="float32", layout="baichuan2")
     assert done.fingerprint == fingerprint(params)
     to_orbax(tmp_path / "b", tmp_path / "c")
-    loaded, found = checkpoint.load_params(tmp_path / "c", mesh_of(1, 2, 4))
+    loaded, found = pretrained.load_params(tmp_path / "c", mesh=mesh_of(1, 2, 4))
     assert found == config
     assert fingerprint(loaded) == fingerprint(params)
     q = loaded["layers"]["self_attn"]["q_proj"]["weight"]
@@ -90,7 +99,7 @@ def test_from_a_sharded_checkpoint_and_onto_another_mesh(tmp_path, mesh_of):
 
 
 def test_layers_of_a_checkpoint_are_chunks_of_their_own(tmp_path, mesh_of, monkeypatch):
-    checkpoint.save_params(init_params(ALIBI, 0, mesh_of(1, 2, 1)), ALIBI, tmp_path / "a")
+    pretrained.save_params(init_params(ALIBI, 0, mesh_of(1, 2, 1)), ALIBI, tmp_path / "a")
     monkeypatch.setattr(orbax, "CHUNK_BYTES", 512)
     to_orbax(tmp_path / "a", tmp_path / "b")
     for path in "ab":
@@ -156,7 +165,7 @@ def test_one_flipped_bit_in_a_checkpoint_is_found(tmp_path_factory, data):
     with pytest.raises(ValueError, match=r"damaged: [\w.]+ cannot be read \(.*[Dd]igest"):
         to_hf(root / "b", root / "c")
     with pytest.raises(ValueError, match="damaged or incomplete"):
-        checkpoint.load_params(root / "b")
+        pretrained.load_params(root / "b")
     file.unlink()
     with pytest.raises(ValueError, match=r"damaged: [\w.]+ cannot be read"):
         to_hf(root / "b", root / "c")
@@ -291,7 +300,7 @@ def test_casts_to_another_dtype(tmp_path):
 def test_parameters_that_overflow(tmp_path):
     params = random_params(TINY, np.float32)
     params["layers"]["mlp"]["down_proj"]["weight"][1, 2, 3] = -1e6
-    checkpoint.save_params(params, TINY, tmp_path / "a")
+    pretrained.save_params(params, TINY, tmp_path / "a")
     message = r"layers\.mlp\.down_proj\.weight\[1\] overflows in float16: it has the value 1e\+06; use bfloat16"
     with pytest.raises(ValueError, match=message):
         to_hf(tmp_path / "a", tmp_path / "b", dtype="float16")

@@ -9,7 +9,7 @@ import pytest
 
 from bc2_jax.convert import hf, table
 from bc2_jax.convert.hf_config import read_config
-from tests.convert.models import GOLDEN, TINY, tensor_bytes, tiny_tensors, tree_bytes, write_tensors
+from tests.convert.models import GOLDEN, TINY, read_params, tensor_bytes, tiny_tensors, tree_bytes, write_tensors
 
 
 @pytest.mark.parametrize(("name", "position"), [("rope-tiny", "rope"), ("alibi-tiny", "alibi")])
@@ -18,10 +18,10 @@ def test_golden_folders(tmp_path, name, position):
     assert (config.position_embedding, config.normalize_head, config.z_loss_weight) == (position, True, 2e-4)
     for file in (GOLDEN / name).glob("*.bin*"):
         shutil.copy(file, tmp_path)
-    params = hf.load_params(GOLDEN / name, config)  # safetensors are there, so they are read
+    params = read_params(GOLDEN / name, config)  # safetensors are there, so they are read
     assert {f.file.suffix for f in hf.open_folder(GOLDEN / name).values()} == {".safetensors"}
     assert {f.file.suffix for f in hf.open_folder(tmp_path).values()} == {".bin"}
-    assert tree_bytes(hf.load_params(tmp_path, config)) == tree_bytes(params)
+    assert tree_bytes(read_params(tmp_path, config)) == tree_bytes(params)
     assert {path: a.shape for path, a in table.flatten(params).items()} == table.param_shapes(config)
 
 
@@ -96,7 +96,7 @@ def test_missing_extra_misshapen_tensors_are_listed(tmp_path):
     tensors["lm_head.weight"] = np.ones((25, 16), np.float32)
     write_tensors(tmp_path, {"model.safetensors": tensors})
     with pytest.raises(ValueError) as error:
-        hf.load_params(tmp_path, TINY)
+        read_params(tmp_path, TINY)
     for message in (
         "model.layers.1.mlp.up_proj.weight is missing",
         "model.layers.2.mlp.up_proj.weight is unexpected",
@@ -110,6 +110,6 @@ def test_wrong_dtypes_are_listed(tmp_path):
     late = {"model.layers.1.mlp.up_proj.weight": tensors.pop("model.layers.1.mlp.up_proj.weight").astype(np.float16)}
     files = {"model-00001-of-00002.safetensors": tensors, "model-00002-of-00002.safetensors": late}
     with pytest.raises(ValueError) as error:
-        hf.load_params(write_tensors(tmp_path, files), TINY)
+        read_params(write_tensors(tmp_path, files), TINY)
     assert "model.embed_tokens.weight has dtype int64, expected one of bfloat16" in str(error.value)
     assert "up_proj.weight has dtype float16, in the layers before it is int64" in str(error.value)

@@ -15,7 +15,7 @@ from bc2_jax.convert import hf, table
 from bc2_jax.convert.hf_config import read_config, write_config
 from bc2_jax.convert.hf_write import save_folder
 from bc2_jax.convert.safetensors import read_safetensors
-from tests.convert.models import DTYPES, GOLDEN, TINY, random_params, tensor_bytes, tree_bytes
+from tests.convert.models import DTYPES, GOLDEN, TINY, random_params, read_params, tensor_bytes, tree_bytes
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -24,7 +24,7 @@ def test_round_trips_keep_every_byte(tmp_path, dtype, shard_bytes):
     params = random_params(TINY, DTYPES[dtype])
     save_folder(params, TINY, tmp_path / "a", dtype, shard_bytes)
     assert read_config(tmp_path / "a") == TINY
-    loaded = hf.load_params(tmp_path / "a", TINY)
+    loaded = read_params(tmp_path / "a", TINY)
     assert tree_bytes(loaded) == tree_bytes(params)
     save_folder(loaded, TINY, tmp_path / "b", dtype)
     assert tensor_bytes(tmp_path / "b") == tensor_bytes(tmp_path / "a")
@@ -33,7 +33,7 @@ def test_round_trips_keep_every_byte(tmp_path, dtype, shard_bytes):
 @pytest.mark.parametrize("name", ["rope-tiny", "alibi-tiny"])
 def test_golden_round_trip(tmp_path, name):
     config = read_config(GOLDEN / name)
-    save_folder(hf.load_params(GOLDEN / name, config), config, tmp_path / "a", "float32")
+    save_folder(read_params(GOLDEN / name, config), config, tmp_path / "a", "float32")
     assert tensor_bytes(tmp_path / "a") == tensor_bytes(GOLDEN / name)
 
 
@@ -74,7 +74,7 @@ def test_alibi_has_no_max_position_embeddings(tmp_path):
 def test_casts_round_to_nearest(tmp_path):
     params = random_params(TINY, np.float32)
     save_folder(params, TINY, tmp_path / "a", "bfloat16")
-    loaded = table.flatten(hf.load_params(tmp_path / "a", TINY))
+    loaded = table.flatten(read_params(tmp_path / "a", TINY))
     for path, array in table.flatten(params).items():
         assert loaded[path].tobytes() == array.astype(ml_dtypes.bfloat16).tobytes()
 
@@ -121,9 +121,9 @@ def test_existing_target(tmp_path):
     save_folder(first, TINY, folder, "float32")
     with pytest.raises(FileExistsError, match="exists; pass --overwrite"):
         save_folder(second, TINY, folder, "float32")
-    assert tree_bytes(hf.load_params(folder, TINY)) == tree_bytes(first)
+    assert tree_bytes(read_params(folder, TINY)) == tree_bytes(first)
     save_folder(second, TINY, folder, "float32", overwrite=True)
-    assert tree_bytes(hf.load_params(folder, TINY)) == tree_bytes(second)
+    assert tree_bytes(read_params(folder, TINY)) == tree_bytes(second)
     assert list(tmp_path.iterdir()) == [folder]
 
 
@@ -158,7 +158,7 @@ def test_interrupted_write_leaves_nothing_and_keeps_the_old(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         save_folder(broken, TINY, folder, "float32", overwrite=True)
     assert list(tmp_path.iterdir()) == [folder]
-    assert tree_bytes(hf.load_params(folder, TINY)) == tree_bytes(params)
+    assert tree_bytes(read_params(folder, TINY)) == tree_bytes(params)
 
 
 def test_what_a_killed_run_left_is_replaced(tmp_path):

@@ -7,8 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from bc2_jax import checkpoint
-from bc2_jax.convert import hf, table
+from bc2_jax.convert import hf, pretrained, table
 from bc2_jax.convert.conversion import to_hf, to_orbax
 from bc2_jax.convert.hf_config import read_json, write_config, write_json
 from bc2_jax.convert.report import diff, inspect
@@ -83,8 +82,8 @@ def test_diff_says_where_and_how_much(tmp_path):
     second["lm_head"]["weight"][5] = -second["lm_head"]["weight"][5]
     second["lm_head"]["weight"][6] = 0.0
     first["lm_head"]["weight"][6] = -0.0  # equal in value, not in bits
-    checkpoint.save_params(first, TINY, tmp_path / "a")
-    checkpoint.save_params(second, dataclasses.replace(TINY, z_loss_weight=0.0), tmp_path / "b")
+    pretrained.save_params(first, TINY, tmp_path / "a")
+    pretrained.save_params(second, dataclasses.replace(TINY, z_loss_weight=0.0), tmp_path / "b")
     found = diff(tmp_path / "a", tmp_path / "b")
     assert not found.is_same and found.fields == ("z_loss_weight: 0.0002 against 0.0",)
     arrays = {array.path: array for array in found.arrays}
@@ -99,7 +98,7 @@ def test_diff_says_where_and_how_much(tmp_path):
 
 def test_diff_of_other_dtypes_and_shapes(tmp_path):
     params = random_params(TINY, np.float32)
-    checkpoint.save_params(params, TINY, tmp_path / "a")
+    pretrained.save_params(params, TINY, tmp_path / "a")
     to_orbax(tmp_path / "a", tmp_path / "b", dtype="bfloat16")
     found = diff(tmp_path / "a", tmp_path / "b")
     assert len(found.arrays) == len(table.TABLE)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from bc2_jax.config import BAICHUAN2_7B, BAICHUAN2_13B, ModelConfig
 from bc2_jax.convert import table
+from tests.convert.models import from_torch
 
 TINY = ModelConfig(
     hidden_size=24,
@@ -71,7 +72,7 @@ def test_full_size_shapes(config, tensors):
 @settings(max_examples=60, deadline=None)
 def test_torch_to_ours_to_torch_keeps_every_byte(config, dtype, seed):
     tensors = random_arrays(table.torch_shapes(config), dtype, seed)
-    params = table.from_torch(config, tensors.__getitem__)
+    params = from_torch(config, tensors.__getitem__)
     assert same_bytes(dict(table.to_torch(config, getter(table.flatten(params)))), tensors)
 
 
@@ -81,13 +82,13 @@ def test_ours_to_torch_to_ours_keeps_every_byte(config, dtype, seed):
     flat = random_arrays(table.param_shapes(config), dtype, seed)
     tensors = dict(table.to_torch(config, getter(flat)))
     assert {k: t.shape for k, t in tensors.items()} == table.torch_shapes(config)
-    assert same_bytes(table.flatten(table.from_torch(config, tensors.__getitem__)), flat)
+    assert same_bytes(table.flatten(from_torch(config, tensors.__getitem__)), flat)
 
 
 def test_w_pack_rows_are_q_then_k_then_v():
     rng = np.random.default_rng(0)
     tensors = {k: rng.standard_normal(s) for k, s in table.torch_shapes(TINY).items()}
-    attention = table.from_torch(TINY, tensors.__getitem__)["layers"]["self_attn"]
+    attention = from_torch(TINY, tensors.__getitem__)["layers"]["self_attn"]
     d, n, h = TINY.hidden_size, TINY.num_attention_heads, TINY.head_dim
     x_BTD = rng.standard_normal((2, 5, d))
     for layer in range(TINY.num_hidden_layers):
@@ -104,7 +105,7 @@ def test_w_pack_rows_are_q_then_k_then_v():
 
 def test_mlp_matrices_are_transposed():
     tensors = random_arrays(table.torch_shapes(TINY), np.float32)
-    mlp = table.from_torch(TINY, tensors.__getitem__)["layers"]["mlp"]
+    mlp = from_torch(TINY, tensors.__getitem__)["layers"]["mlp"]
     for name in ("gate_proj", "up_proj", "down_proj"):
         expected = tensors[f"model.layers.2.mlp.{name}.weight"].T
         np.testing.assert_array_equal(mlp[name]["weight"][2], expected)
@@ -155,7 +156,7 @@ def test_mixed_dtypes_are_refused():
     tensors = random_arrays(table.torch_shapes(TINY), np.float32)
     tensors["model.layers.1.input_layernorm.weight"] = np.ones(TINY.hidden_size, np.float16)
     with pytest.raises(ValueError, match=r"layers\.1\.input_layernorm\.weight is float16"):
-        table.from_torch(TINY, tensors.__getitem__)
+        from_torch(TINY, tensors.__getitem__)
 
 
 def test_flatten_inverts_unflatten():

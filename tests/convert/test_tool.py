@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bc2_jax.checkpoint import read_model_config
 from bc2_jax.convert import hf
 from bc2_jax.convert.hf_config import read_config
+from bc2_jax.convert.pretrained import find_model
 from bc2_jax.convert.safetensors import write_safetensors
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +40,7 @@ def test_parse_size_refuses(text):
 def test_there_and_back(tmp_path, capsys, name):
     checkpoint, out = tmp_path / "ckpt", tmp_path / "out"
     assert tool.main(["to-orbax", str(GOLDEN / name), str(checkpoint)]) == 0
-    assert read_model_config(checkpoint) == read_config(GOLDEN / name)
+    assert find_model(checkpoint).config == read_config(GOLDEN / name)
     to_hf = ["to-hf", str(checkpoint), str(out), "--dtype", "float32", "--max-shard-size", "100KB"]
     assert tool.main(to_hf) == 0
     expected, got = hf.open_folder(GOLDEN / name), hf.open_folder(out)

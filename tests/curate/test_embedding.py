@@ -13,9 +13,8 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bc2_jax.checkpoint import save_params
 from bc2_jax.config import ModelConfig
-from bc2_jax.convert.pretrained import load_pretrained
+from bc2_jax.convert.pretrained import load_pretrained, save_params
 from bc2_jax.curate import embedding
 from bc2_jax.curate.embedding import (
     STEP,

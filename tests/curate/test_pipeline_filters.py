@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from flax import nnx
 
-from bc2_jax.checkpoint import save_params
 from bc2_jax.config import ModelConfig
+from bc2_jax.convert.pretrained import save_params
 from bc2_jax.curate.config import CurationConfig, DenseConfig, QualityConfig
 from bc2_jax.curate.embedding import EmbeddingConfig
 from bc2_jax.curate.engine import Engine

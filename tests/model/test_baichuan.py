@@ -266,12 +266,11 @@ def test_without_nnx_graph_mode(golden, graph_mode: str):
 import jax, numpy as np
 from flax import nnx
 from bc2_jax.config import ComputeConfig
-from bc2_jax.convert.hf import load_params
-from bc2_jax.convert.hf_config import read_config
+from bc2_jax.convert.pretrained import load_params
 from bc2_jax.model.baichuan import split_model
 from bc2_jax.train.pretrain import make_loss
-config, z = read_config({str(golden.folder)!r}), np.load({str(golden.folder / "golden.npz")!r})
-params, compute = load_params({str(golden.folder)!r}, config), ComputeConfig(dtype="float32")
+z, compute = np.load({str(golden.folder / "golden.npz")!r}), ComputeConfig(dtype="float32")
+params, config = load_params({str(golden.folder)!r})
 logits = jax.jit(lambda p, ids: nnx.merge(split_model(config, compute)[0], p)(ids))(params, z["input_ids"])
 np.testing.assert_allclose(logits, z["train_logits"], atol=2e-5)
 batch = dict(input_ids=z["input_ids"], labels=z["input_ids"], positions=None, segment_ids=None)

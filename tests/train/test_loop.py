@@ -150,7 +150,7 @@ def test_init_from_another_architecture_is_refused(config, finished, tmp_path):
     )
     with pytest.raises(ValueError, match=message):
         pretrain.train(run)
-    with pytest.raises(FileNotFoundError, match="no config.json, and is no run"):
+    with pytest.raises(FileNotFoundError, match="nothing does not exist"):
         pretrain.train(dataclasses.replace(run, init_from=str(tmp_path / "nothing")))
     assert not (tmp_path / "run").exists()
 

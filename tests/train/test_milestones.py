@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bc2_jax import checkpoint
 from bc2_jax.checkpoint import Checkpointer, Metadata
 from bc2_jax.config import CheckpointConfig, MeshConfig, ModelConfig
-from bc2_jax.convert.pretrained import load_params
+from bc2_jax.convert.pretrained import find_model, load_params
 from bc2_jax.model.baichuan import init_params
 from bc2_jax.sharding import make_mesh
 from bc2_jax.train.milestones import export, list_milestones, revision_name
@@ -122,4 +121,4 @@ def test_one_of_an_older_version_is_taken_as_it_is_when_told(run: Path, capsys):
     assert main([str(run), "--seal", "25"]) == 0
     assert checkpointer.latest_good() == 25
     assert main([str(run), "--seal", "26"]) == 1
-    assert checkpoint.find_checkpoint(run).name == "25"
+    assert find_model(run).path.name == "25"

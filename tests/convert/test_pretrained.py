@@ -1,0 +1,110 @@
+"""Finding a model: every kind of path that means one, and one sentence for every kind that does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import bc2_jax
+from bc2_jax.config import DataConfig, SourceConfig, TrainConfig
+from bc2_jax.convert.conversion import Options, to_hf
+from bc2_jax.convert.pretrained import find_model, load_params, save_params
+from tests.convert.models import GOLDEN, TINY, random_folder, random_params
+
+
+def make_run(folder: Path, *steps: int) -> Path:
+    """What a training run leaves: its config.json, its tokenizer and the parameters of checkpoints, by their seed."""
+    (folder / "checkpoints").mkdir(parents=True)
+    data = DataConfig(sources=(SourceConfig(path="rows"),), tokenizer="tokenizer.model")
+    config = dataclasses.asdict(TrainConfig(name="run", num_steps=20, model=TINY, data=data))
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.model").write_bytes(b"pieces")
+    for step in steps:
+        save_params(random_params(TINY, np.float32, step), TINY, folder / "checkpoints" / str(step))
+    return folder
+
+
+def cut_short(checkpoint: Path) -> None:
+    """What a kill during a save leaves."""
+    (checkpoint / "_CHECKPOINT_METADATA").unlink()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = make_run(tmp_path_factory.mktemp("found") / "run", 9, 10, 11)
+    cut_short(folder / "checkpoints" / "11")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("path", "step"), [("", 10), ("checkpoints", 10), ("checkpoints/9", 9), ("checkpoints/../checkpoints/10", 10)]
+)
+def test_a_run_its_checkpoints_and_each_of_them(run, path, step):
+    found = find_model(run / path)
+    assert (found.path.name, found.format, found.config) == (str(step), "orbax", TINY)
+    assert found.tokenizer is not None and found.tokenizer.samefile(run / "tokenizer.model")
+    assert bc2_jax.find_tokenizer(run / path).samefile(run / "tokenizer.model")
+    params, config = load_params(run / path)
+    assert config == TINY
+    jax.tree.map(np.testing.assert_array_equal, params, random_params(TINY, np.float32, step))
+
+
+def test_a_relative_path(run, monkeypatch):
+    monkeypatch.chdir(run)
+    assert find_model(".").path == run / "checkpoints" / "10"
+    monkeypatch.chdir(run / "checkpoints" / "9")
+    assert find_model(".").path == run / "checkpoints" / "9"
+    assert bc2_jax.find_tokenizer(".") == run / "tokenizer.model"
+
+
+def test_a_pytorch_folder(tmp_path):
+    folder = random_folder(tmp_path / "a", seed=3)
+    (tmp_path / "tokenizer.model").write_bytes(b"of another model")
+    found = find_model(folder)
+    assert (found.path, found.format, found.config, found.tokenizer) == (folder, "pytorch", TINY, None)
+    shutil.copy(tmp_path / "tokenizer.model", folder)
+    assert find_model(folder).tokenizer == bc2_jax.find_tokenizer(folder) == folder / "tokenizer.model"
+    jax.tree.map(np.testing.assert_array_equal, load_params(folder)[0], random_params(TINY, np.float32, 3))
+
+
+@pytest.mark.parametrize("load", [find_model, bc2_jax.load_pretrained, load_params])
+def test_where_no_model_is_one_sentence_says_why(tmp_path, load):
+    def refused(path: Path, reason: str) -> None:
+        with pytest.raises(FileNotFoundError, match=f"^{re.escape(f'{path} {reason}')}$"):
+            load(path)
+
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "has no config.json, and is no run or checkpoint of ours.")
+    refused(tmp_path / "nothing", "does not exist.")
+    file = GOLDEN / "rope-tiny" / "config.json"
+    refused(file, "is a file: give the folder of a model, of a checkpoint or of a run.")
+    run = make_run(tmp_path / "run", 7)
+    cut_short(run / "checkpoints" / "7")
+    refused(run / "checkpoints" / "7", "is a checkpoint that is not complete: it was not written to its end, or files "
+            "were removed.")  # fmt: skip
+    for path in (run, run / "checkpoints"):
+        refused(path, "has no checkpoint: its run has not completed one yet.")
+    shutil.rmtree(run / "checkpoints")  # a run makes it when it saves for the first time
+    refused(run, "has no checkpoint: its run has not completed one yet.")
+
+
+def test_a_run_that_has_not_saved_yet_has_its_tokenizer_and_is_not_overwritten(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "checkpoints").rmdir()
+    assert bc2_jax.find_tokenizer(run) == run / "tokenizer.model"
+    with pytest.raises(FileExistsError, match="is not of the kind"):
+        to_hf(GOLDEN / "rope-tiny", run, Options(overwrite=True))
+    assert (run / "tokenizer.model").read_bytes() == b"pieces"
+
+
+def test_without_a_tokenizer(tmp_path):
+    for path, reason in ((tmp_path, "has no tokenizer.model, nor has its run"), (tmp_path / "a", "does not exist")):
+        with pytest.raises(FileNotFoundError, match=f"^{re.escape(f'{path} {reason}.')}$"):
+            bc2_jax.find_tokenizer(path)
