@@ -177,7 +177,7 @@ class _Loop:
         pending: tuple[int, dict[str, jax.Array]] | None = None
         stopping = False
         try:
-            if self.steps.done == 0:
+            if self.steps.done == 0 and len(self.job.validation):
                 self.writer.write(0, self._evaluate(0))
             self.throughput.restart()
             self.goodput.enter("step")
@@ -218,7 +218,7 @@ class _Loop:
                     del metrics  # before memory is needed for the state that is restored
                     pending = None
                     with self.goodput.phase("restore"):
-                        self._rewind()
+                        step = self._rewind()
                 if stopping:
                     break
         finally:
@@ -286,8 +286,8 @@ class _Loop:
             self.checkpointer.save(step, self.state.params, self.state.opt_state, metadata)
         self.goodput.record(step)
 
-    def _rewind(self) -> None:
-        """Goes back to a checkpoint before a spike of the loss and leaves out its batches from now on.
+    def _rewind(self) -> int:
+        """Goes back to a checkpoint before a spike of the loss and leaves out its batches from now on; returns its step.
 
         Checkpoints from the spike on are set aside. Batches between the checkpoint and the spike are read again, in
         their order. All processes call it. Raises FloatingPointError if the run may not go back again, or cannot.
@@ -310,6 +310,7 @@ class _Loop:
         self.steps.done = good
         self.watchdog.beat(f"going back to step {good}")
         self.throughput.restart()
+        return good
 
     # ------------------------------------------------------------------------------------------------- end
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import signal
 
 import grain
 import jax
@@ -22,6 +24,7 @@ from bc2_jax.data.loader import make_train_loader
 from bc2_jax.model.baichuan import init_params
 from bc2_jax.sharding import make_mesh
 from bc2_jax.train import health, job, loop, pretrain
+from bc2_jax.train.distributed import Preempted
 from bc2_jax.train.metrics import read_metrics
 from bc2_jax.train.optimizer import make_optimizer
 from tests.train import poisoning
@@ -217,6 +220,20 @@ def test_a_spike_rewinds_and_its_rows_are_left_out(small_run, poisoned, tmp_path
     monkeypatch.setattr(row_batches, "make_train_loader", without)
     never = pretrain.train(dataclasses.replace(config, workdir=str(tmp_path / "never")))
     assert never.fingerprint == result.fingerprint and not (never.workdir / "health.jsonl").exists()
+
+
+def test_a_run_stopped_at_a_spike_names_the_checkpoint_it_went_back_to(small_run, poisoned, tmp_path, monkeypatch):
+    poisoned({7: 100.0, 8: 100.0})
+    show = loop.ProgressDisplay.show
+
+    def send(self, step, metrics):
+        if step == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        show(self, step, metrics)
+
+    monkeypatch.setattr(loop.ProgressDisplay, "show", send)
+    with pytest.raises(Preempted, match="Stopped by SIGTERM: step 6 is saved"):
+        pretrain.train(spiky(small_run, tmp_path))
 
 
 def test_rewinds_are_bounded(small_run, poisoned, tmp_path):
