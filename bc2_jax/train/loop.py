@@ -287,7 +287,7 @@ class _Loop:
         self.goodput.record(step)
 
     def _rewind(self) -> int:
-        """Goes back to a checkpoint before a spike of the loss and leaves out its batches from now on; returns its step.
+        """Goes back to a checkpoint before a spike of the loss, returns its step, and leaves out the spike's batches.
 
         Checkpoints from the spike on are set aside. Batches between the checkpoint and the spike are read again, in
         their order. All processes call it. Raises FloatingPointError if the run may not go back again, or cannot.
