@@ -29,7 +29,7 @@ class TokenLogProbs(NamedTuple):
     largest_logit: Array
     """fp32, of every position, its label IGNORED or not."""
     argmax: Array
-    """int32: the token with the largest logit, the first of equals; of every position. 2^31 - 1 where logits are NaN."""
+    """int32: the token with the largest logit, the first of equals, of every position; 2^31 - 1 if a logit is NaN."""
 
 
 def token_log_probs(h_BTD: Array, rows_VD: Array, labels_BT: Array, chunk: int) -> TokenLogProbs:
