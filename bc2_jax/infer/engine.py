@@ -32,7 +32,8 @@ from bc2_jax.sharding import ShardingRules, named_sharding, reshard, rules_in_us
 from bc2_jax.tpu.options import compiler_options
 
 __all__ = [
-    "Decoding", "Prepared", "Programs", "Reason", "decode", "decoding_rules", "insert", "prefill", "prepare", "programs",
+    "Decoding", "Prepared", "Programs", "Reason", "decode", "decoding_rules", "insert", "prefill", "prepare",
+    "programs",
 ]  # fmt: skip
 
 

@@ -82,9 +82,6 @@ def test_chips_add_up_in_bf16(compiled):
 def test_report(compiled):
     report = inference.make_report(compiled)
     assert report.parameter_bytes == pytest.approx(2 * CONFIG.model.num_parameters() / 8, rel=0.02)
-    # q, k, v, gate and up of three layers, embedding and head.
-    D, F, V = CONFIG.model.hidden_size, CONFIG.model.intermediate_size, CONFIG.model.vocab_size
-    assert report.held_bytes == 2 * (3 * (3 * D * D + 2 * D * F) + 2 * V * D) // 8
     step = report.decode.estimate
     assert report.floor_seconds < step.seconds < step.seconds_high
     assert step.kernels > 0 and step.matmul < step.matmul_raw
