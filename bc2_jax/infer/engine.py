@@ -48,7 +48,7 @@ class Reason(enum.IntEnum):
     NO_PROMPT = 3
     """It was padding of the batch."""
     CANCELLED = 4
-    """Its caller wants no more of it and has set this in `Decoding.reason_B`."""
+    """Its caller wants no more of it, and has set this by `reason_B.at[row].set(...)`."""
 
 
 class Decoding(NamedTuple):
@@ -198,7 +198,8 @@ def _run_prefill(
         position_B=count_B - 1,
         step_B=jnp.zeros(B, jnp.int32),
         reason_B=jnp.where(count_B == 0, Reason.NO_PROMPT, Reason.RUNNING).astype(jnp.int8),
-        sampling=sampling,
+        # Arrays of the host have no layout until they are given one.
+        sampling=jax.tree.map(lambda x: reshard(x, None), sampling),
     )
     return _choose_next(start, model.lm_head(_by_rows(last_token, h_BTD, appended.length)), top_k)
 

@@ -79,7 +79,11 @@ class Sampling(NamedTuple):
 
 
 def sampling_of(settings: Sequence[Settings], places: Sequence[int]) -> Sampling:
-    """The arrays, on the host, for rows with these checked settings and places."""
+    """The arrays, on the host, for rows with these checked settings and places.
+
+    Without a top_k, a row whose top_p is 1 draws other tokens beside rows that have a smaller one than it does alone:
+    for these, candidates are sorted.
+    """
 
     def column(name: str, dtype) -> np.ndarray:
         return np.array([getattr(row, name) for row in settings], dtype)
