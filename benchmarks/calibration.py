@@ -68,14 +68,14 @@ class GroupedQueryAttention(SelfAttention):
         std = config.initializer_range
         self.k_proj, self.v_proj = (Linear("BTD,DNH->BTNH", shape, std, rngs=rngs) for _ in range(2))
 
-    def _attend(self, q: Array, k: Array, v: Array, q_tokens: Tokens, k_tokens: Tokens, offset: Array | int) -> Array:
+    def _attend(self, q: Array, k: Array, v: Array, tokens: Tokens) -> Array:
         B, T, N, H = q.shape
 
         def repeat(x: Array) -> Array:
             K = x.shape[2]
             return jnp.broadcast_to(x[:, :, :, None], (B, T, K, N // K, H)).reshape(q.shape)
 
-        return super()._attend(q, repeat(k), repeat(v), q_tokens, k_tokens, offset)
+        return super()._attend(q, repeat(k), repeat(v), tokens)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

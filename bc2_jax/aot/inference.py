@@ -1,6 +1,6 @@
-"""Prefill and decoding compiled for a slice that is not there, as `bc2_jax.infer.generate` runs them.
+"""Prefill and decoding compiled for a slice that is not there, as `bc2_jax.infer.engine` runs them.
 
-The functions are `generate`'s own and the parameters are laid out as it prepares them; arrays are abstract and nothing
+The programs are the engine's own and the parameters are laid out as it prepares them; arrays are abstract and nothing
 is allocated. The decoding loop is as long as the text, so one pass of it is estimated, at a full cache.
 """
 
@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from bc2_jax.aot.compilation import CompiledProgram, Memory, compile_program, device_coordinates, topology_devices
@@ -32,9 +32,11 @@ from bc2_jax.aot.report import (
 )
 from bc2_jax.aot.search import HBM_LIMIT
 from bc2_jax.config import MeshConfig, ModelConfig, TrainConfig
-from bc2_jax.infer import generate
+from bc2_jax.infer import engine
+from bc2_jax.infer.generate import bucket
+from bc2_jax.infer.sampling import DEFAULT_SETTINGS, sampling_of
 from bc2_jax.model.baichuan import param_shardings, split_model
-from bc2_jax.sharding import DEFAULT_RULES, make_mesh
+from bc2_jax.sharding import DEFAULT_RULES, make_mesh, use_rules
 from bc2_jax.tpu.chips import Topology
 from bc2_jax.tpu.options import Value
 from bc2_jax.validation import require
@@ -60,9 +62,9 @@ class Request:
         )  # fmt: skip
         for name in ("prompt_length", "cache_length"):
             value = getattr(self, name)
-            legal = value > 0 and generate.bucket(value) == value
+            legal = value > 0 and bucket(value) == value
             require(legal, name, value, "it must be 64, 128 or a multiple of 256, to which generate rounds up")
-        longest = generate.bucket(model.model_max_length)
+        longest = bucket(model.model_max_length)
         require(
             self.prompt_length < self.cache_length <= longest, "cache_length", self.cache_length,
             f"it must be more than prompt_length = {self.prompt_length} and at most {longest}, what "
@@ -87,8 +89,6 @@ class CompiledInference:
     """Those of them that each decoding step reads: all but the embedding table."""
     cache_bytes: int
     """Keys and values of the whole batch."""
-    held_bytes: int
-    """Parameters of the caller's model, in the compute dtype, of which `generate` prepares others: both exist."""
 
 
 def whole_slice_mesh(topology: Topology) -> MeshConfig:
@@ -99,7 +99,7 @@ def whole_slice_mesh(topology: Topology) -> MeshConfig:
 def compile_inference(
     config: TrainConfig, topology: Topology, request: Request, options: dict[str, Value]
 ) -> CompiledInference:
-    """Compiles `generate`'s prefill and decoding loop for every device of `topology`.
+    """Compiles the engine's prefill and decoding loop for every device of `topology`.
 
     Raises DoesNotFit where the chip's memory is too small, and ValueError for a mesh or a request that does not suit
     the model or the devices, or an option that the compiler does not know.
@@ -109,26 +109,26 @@ def compile_inference(
     request.check(config.model, config.mesh)
     mesh = make_mesh(config.mesh, devices)
     place = functools.partial(_place, mesh)
-    compute = dataclasses.replace(config.compute, remat="none")  # there is no backward pass to keep anything for
-    with jax.set_mesh(mesh):
+    # There is no backward pass to keep anything for, and the compiler's options are those given here.
+    compute = dataclasses.replace(config.compute, remat="none", compiler_options="default")
+    programs = engine.programs(compute)
+    with jax.set_mesh(mesh), use_rules(engine.decoding_rules()):
         graphdef, shapes, _ = split_model(config.model, compute)
         stored = jax.tree.map(
             lambda p, s: jax.ShapeDtypeStruct(p.shape, compute.dtype, sharding=s),
             shapes, param_shardings(config.model, mesh),
         )  # fmt: skip
-        params = place(jax.eval_shape(functools.partial(generate._prepare_params, graphdef), stored))
+        prepared = place(jax.eval_shape(lambda params: engine.prepare(nnx.merge(graphdef, params)), stored))
         ids = place(jax.ShapeDtypeStruct((request.batch, request.prompt_length), jnp.int32))
-        sampling, top_k = _default_sampling(config.model.eos_token_id)
-        sampling = sampling._replace(key=place(sampling.key))
-        prefill = functools.partial(
-            generate._prefill.lower, graphdef, params, ids, ids, sampling, length=request.cache_length, top_k=top_k
-        )
-        prefilled = functools.partial(generate._prefill, graphdef, length=request.cache_length, top_k=top_k)
-        state = place(jax.eval_shape(prefilled, params, ids, ids, sampling))
-        decode = functools.partial(
-            generate._decode.lower, graphdef, params, state, sampling=sampling, top_k=top_k,
-            limit=place(jax.ShapeDtypeStruct((), jnp.int32)),
-        )  # fmt: skip
+        settings = DEFAULT_SETTINGS.check(config.model)
+        sampling = place(jax.eval_shape(lambda: sampling_of([settings] * request.batch, range(request.batch))))
+        static = {"length": request.cache_length, "top_k": settings.top_k, "log_probs": False}
+        prompts = (prepared, ids, ids, sampling)
+        state = place(jax.eval_shape(functools.partial(programs.prefill, **static), *prompts))
+        steps = place(jax.ShapeDtypeStruct((), jnp.int32))
+        prefill = functools.partial(programs.prefill.lower, *prompts, **static)
+        decode = functools.partial(programs.decode.lower, prepared, state, steps, top_k=settings.top_k)
+        params = prepared.params
         return CompiledInference(
             topology=topology,
             config=config,
@@ -139,7 +139,6 @@ def compile_inference(
             parameter_bytes=_device_bytes(params),
             read_bytes=_device_bytes(params) - _device_bytes(params["embed_tokens"]),
             cache_bytes=_device_bytes((state.cache.k, state.cache.v)),
-            held_bytes=_device_bytes(_not_shared(stored, params)),
         )
 
 
@@ -151,29 +150,6 @@ def _place(mesh: Mesh, tree: Any) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree.map(place, tree)
-
-
-def _default_sampling(eos_token_id: int) -> tuple[generate.Sampling, int]:
-    """What `generate` does unless told otherwise, and its top_k."""
-    defaults = {name: p.default for name, p in inspect.signature(generate.generate).parameters.items()}
-    key: Any = jax.eval_shape(lambda: jax.random.key(0))
-    sampling = generate.Sampling(
-        temperature=defaults["temperature"],
-        top_p=defaults["top_p"],
-        repetition_penalty=defaults["repetition_penalty"],
-        eos_token_id=eos_token_id,
-        key=key,
-    )
-    return sampling, defaults["top_k"]
-
-
-def _not_shared(stored: Any, prepared: Any) -> list[jax.ShapeDtypeStruct]:
-    """The stored parameters that are not prepared ones as they are: rearranged, gathered or normalised."""
-    pairs = zip(jax.tree_util.tree_leaves_with_path(stored), jax.tree.leaves(prepared), strict=True)
-    return [
-        s for (path, s), p in pairs
-        if (s.shape, s.sharding) != (p.shape, p.sharding) or "lm_head" in jax.tree_util.keystr(path)
-    ]  # fmt: skip
 
 
 def _device_bytes(tree: Any) -> int:
@@ -221,8 +197,6 @@ class InferenceReport:
     parameter_bytes: int
     read_bytes: int
     cache_bytes: int
-    held_bytes: int
-    """As of CompiledInference; not in the memory of the programs."""
     hbm_bandwidth: float
     """Of a chip, bytes/s."""
     prefill: ProgramReport
@@ -241,9 +215,12 @@ class InferenceReport:
 
     @property
     def largest_batch(self) -> int:
-        """Arithmetic, not compiled: sequences whose cache and prefill fit beside all parameters in HBM_LIMIT of HBM."""
+        """Arithmetic, not compiled: sequences whose cache and prefill fit beside the parameters in HBM_LIMIT of HBM.
+
+        The parameters are the prepared ones, `engine.prepare` with `donate`: another model has no room.
+        """
         shards = self.mesh.batch_shards[1]
-        room = HBM_LIMIT * self.prefill.hbm_bytes - self.parameter_bytes - self.held_bytes
+        room = HBM_LIMIT * self.prefill.hbm_bytes - self.parameter_bytes
         a_sequence = (self.cache_bytes + self.prefill.memory.temporaries) / self.request.batch
         return max(int(room / a_sequence) // shards * shards, 0)
 
@@ -263,7 +240,6 @@ class InferenceReport:
             **dataclasses.asdict(self.request),
             "parameter_bytes_per_chip": self.parameter_bytes,
             "cache_bytes_per_chip": self.cache_bytes,
-            "held_bytes_per_chip": self.held_bytes,
             "largest_batch_by_arithmetic": self.largest_batch,
             "prefill": self.prefill.as_json() | {"estimated_tokens_per_second": self.prefill_tokens_per_second},
             "decode": self.decode.as_json()
@@ -302,7 +278,6 @@ def make_report(compiled: CompiledInference) -> InferenceReport:
         parameter_bytes=devices * compiled.parameter_bytes,
         read_bytes=devices * compiled.read_bytes,
         cache_bytes=devices * compiled.cache_bytes,
-        held_bytes=devices * compiled.held_bytes,
         hbm_bandwidth=topology.chip.hbm_bandwidth,
         prefill=read(compiled.prefill),
         decode=read(compiled.decode),
@@ -333,10 +308,6 @@ def render(report: InferenceReport) -> list[tuple[str, str]]:
             f"{request.batch} sequences, prompts of {request.prompt_length}, cache of {request.cache_length} slots",
         ),
         ("parameters, cache per chip", f"{gib(report.parameter_bytes)}, {gib(report.cache_bytes)}"),
-        (
-            "held beside the programs",
-            f"{gib(report.held_bytes)} of the model's own parameters, which generate prepared in another form",
-        ),
         (
             "largest batch",
             f"{report.largest_batch} by arithmetic on these bytes and the prefill's temporaries, in {HBM_LIMIT:.0%} of "

@@ -198,7 +198,9 @@ class Program:
         found = []
         for instruction in self.computations[condition].instructions if condition else ():
             for inner in (instruction, *self.inside(instruction)):
-                if inner.opcode == "constant" and inner.text.lstrip("-").isdecimal():
+                # A counter has 32 bits or more; smaller constants are of other conditions.
+                is_count = inner.opcode == "constant" and inner.shapes[0].dtype in ("s32", "u32", "s64", "u64")
+                if is_count and inner.text.lstrip("-").isdecimal():
                     found.append(int(inner.text))
         if not found and self.open_trips is not None:
             return self.open_trips

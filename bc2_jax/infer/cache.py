@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from bc2_jax.config import ComputeConfig, ModelConfig
 from bc2_jax.kernels.attention import Tokens
-from bc2_jax.model.attention import KVCache
+from bc2_jax.model.attention import CACHE_AXES, KVCache
 from bc2_jax.sharding import reshard
 
 
@@ -16,7 +16,6 @@ def init_cache(config: ModelConfig, compute: ComputeConfig, batch: int, length: 
     Keys and values take 4 * L * B * S * D bytes in bf16: 2 GiB a sequence of 4096 tokens for 7B, 3.1 GiB for 13B.
     """
     shape = (config.num_hidden_layers, batch, config.num_attention_heads, length, config.head_dim)
-    axes = ("layers", "batch", "attention_heads", None, "head_dim")
-    k, v = (reshard(jnp.zeros(shape, compute.dtype), *axes) for _ in "kv")
+    k, v = (reshard(jnp.zeros(shape, compute.dtype), *CACHE_AXES) for _ in "kv")
     slots = (reshard(jnp.zeros((batch, length), jnp.int32), "batch", None) for _ in Tokens._fields)
-    return KVCache(k, v, Tokens(*slots), jnp.zeros((), jnp.int32))
+    return KVCache(k, v, Tokens(*slots), jnp.zeros(batch, jnp.int32))

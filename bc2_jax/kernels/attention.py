@@ -31,16 +31,19 @@ class Tokens(NamedTuple):
 
 
 def _scores(
-    q_BNTH: Array, k_BNSH: Array, q: Tokens, k: Tokens, slopes_N: Array | None, causal_TS: Array
+    q_BNTH: Array, k_BNSH: Array, q: Tokens, k: Tokens, slopes_N: Array | None, causal: Array
 ) -> tuple[Array, Array]:
-    """fp32 attention scores with the bias, and the mask: [B, N, T, S] and [B, 1, T, S]."""
+    """fp32 attention scores with the bias, and the mask: [B, N, T, S] and [B, 1, T, S].
+
+    `causal` is [T, S] or [B, T, S].
+    """
     scale = q_BNTH.shape[-1] ** -0.5
     s_BNTS = jnp.einsum("BNTH,BNSH->BNTS", q_BNTH, k_BNSH, preferred_element_type=jnp.float32) * scale
     if slopes_N is not None:
         distance_BTS = (k.positions[:, None, :] - q.positions[:, :, None]).astype(jnp.float32)
         s_BNTS += slopes_N.astype(jnp.float32)[:, None, None] * distance_BTS[:, None]
     same_BTS = (q.segments[:, :, None] == k.segments[:, None, :]) & (k.segments[:, None, :] != 0)
-    mask = (same_BTS & causal_TS)[:, None]
+    mask = (same_BTS & causal)[:, None]
     return jnp.where(mask, s_BNTS, MASKED), mask
 
 
@@ -49,16 +52,39 @@ def reference_attention(
 ) -> Array:
     """Attention as one einsum; holds the scores [B, N, T, S] in fp32.
 
-    `q_offset` is the index in the key sequence of the first query, for decoding into a cache. Returns [B, T, N, H] in
-    the dtype of v.
+    `q_offset` is the index in the key sequence of the first query, one for all rows or int32 [B], for decoding into a
+    cache. Returns [B, T, N, H] in the dtype of v.
     """
     T, S = q_BTNH.shape[1], k_BSNH.shape[1]
-    causal_TS = jnp.arange(S) <= jnp.arange(T)[:, None] + q_offset
-    s_BNTS, mask = _scores(jnp.swapaxes(q_BTNH, 1, 2), jnp.swapaxes(k_BSNH, 1, 2), q, k, slopes_N, causal_TS)
+    causal_BTS = jnp.arange(S) <= jnp.arange(T)[:, None] + jnp.reshape(q_offset, (-1, 1, 1))
+    s_BNTS, mask = _scores(jnp.swapaxes(q_BTNH, 1, 2), jnp.swapaxes(k_BSNH, 1, 2), q, k, slopes_N, causal_BTS)
     p_BNTS = jnp.where(mask, jnp.exp(s_BNTS - jax.lax.stop_gradient(s_BNTS.max(-1, keepdims=True))), 0.0)
     total = p_BNTS.sum(-1, keepdims=True)
     p_BNTS /= jnp.where(total == 0, 1.0, total)
     return jnp.einsum("BNTS,BSNH->BTNH", p_BNTS.astype(v_BSNH.dtype), v_BSNH)
+
+
+def reference_decode(
+    q_BNH: Array,
+    k_BNH: Array,
+    v_BNH: Array,
+    k_LBNSH: Array,
+    v_LBNSH: Array,
+    layer: Array,
+    length_B: Array,
+    q: Tokens,
+    k: Tokens,
+    slopes_N: Array | None,
+) -> tuple[Array, Array, Array]:
+    """Attention of one new token a row to a layer of the cache, and the cache with its keys and values.
+
+    Row b's go to slot length_B[b], or nowhere where the cache is full; it sees slots 0..length_B[b]. `q` is [B, 1]
+    tokens, `k` those of the slots [B, S], the new ones included. Returns [B, N, H] in the dtype of v, and both caches.
+    """
+    slots = (layer, jnp.arange(len(length_B)), slice(None), length_B)
+    k_LBNSH, v_LBNSH = (cache.at[slots].set(new, mode="drop") for cache, new in ((k_LBNSH, k_BNH), (v_LBNSH, v_BNH)))
+    keys, values = (jnp.swapaxes(cache[layer], 1, 2) for cache in (k_LBNSH, v_LBNSH))
+    return reference_attention(q_BNH[:, None], keys, values, q, k, slopes_N, length_B)[:, 0], k_LBNSH, v_LBNSH
 
 
 def chunked_attention(

@@ -1,8 +1,9 @@
-"""Attention of one new token a sequence to the KV cache, in Pallas for TPU.
+"""Attention of one new token a row to the KV cache, and its own place there, in Pallas for TPU.
 
-The same function as `attention.reference_attention` with one query. Left to itself the compiler multiplies and sums on
-the vector unit, for a matmul with one row is none, and reads every slot of the cache. Here the heads of a sequence are
-the rows, the slots in use are read once, straight from the cache of all layers, and the rest are not read at all.
+The same function as `attention.reference_decode`. Left to itself the compiler multiplies and sums on the vector unit,
+for a matmul with one row is none, and reads every slot of the cache. Here the heads of a row are the rows of a matmul,
+the slots in use are read once, straight from the cache of all layers, and the rest are not read at all. The new keys
+and values are written by the same kernel, for the tile of slots they go to is on the chip then.
 """
 
 from __future__ import annotations
@@ -20,58 +21,80 @@ from bc2_jax.kernels.flash_tiles import LOG2_E, matmul, output
 
 BLOCK_BYTES = 2**21
 """Keys that one grid step takes at most: four of these, two of them on their way, fit the VMEM of every chip."""
+TILE_BYTES = 32
+"""Of one lane in a tile of the chip's memory, the least that can be written: 16 slots in bf16, 8 in fp32."""
 
 
 def flash_decode(
     q_BNH: Array,
+    k_BNH: Array,
+    v_BNH: Array,
     k_LBNSH: Array,
     v_LBNSH: Array,
     layer: Array,
-    length: Array,
+    length_B: Array,
     q: Tokens,
     k: Tokens,
     slopes_N: Array | None,
     *,
     interpret: bool = False,
-) -> Array:
-    """The attention of the query in slot `length` to slots 0..length of `layer`; q is [B, 1] tokens, k [B, S].
+) -> tuple[Array, Array, Array]:
+    """Attention of one new token a row to itself and to slots 0..length_B[b] - 1 of `layer`, and the cache with it.
 
-    Token and slot must have the same non-zero segment; a query that sees nothing gives zeros. Scores, ALiBi, softmax
-    and sums are fp32. `layer` and `length` are int32 scalars. Returns [B, N, H] in the dtype of v.
+    Its keys and values go to slot length_B[b], or nowhere where that is behind the last slot. `q` is [B, 1] tokens, `k`
+    those of the slots [B, S]. Token and slot must have the same non-zero segment; a token of segment 0 gives zeros.
+    Scores, ALiBi, softmax and sums are fp32. `layer` is an int32 scalar. Returns [B, N, H] in the dtype of v, and both
+    caches, in place where the caller's are donated.
     """
     B, N, H = q_BNH.shape
-    S = k_LBNSH.shape[3]
-    visible_BS = (q.segments == k.segments) & (k.segments != 0) & (jnp.arange(S) <= length)
+    S, dtype = k_LBNSH.shape[3], k_LBNSH.dtype
+    visible_BS = (q.segments == k.segments) & (k.segments != 0) & (jnp.arange(S) < length_B[:, None])
     distance_BS = jnp.where(visible_BS, (k.positions - q.positions).astype(jnp.float32), MASKED)
     slopes = jnp.zeros(N, jnp.float32) if slopes_N is None else slopes_N.astype(jnp.float32) * LOG2_E
-    block = block_length(S, N * H * k_LBNSH.dtype.itemsize)
+    block, tile = block_length(S, N * H * dtype.itemsize), TILE_BYTES // dtype.itemsize
 
-    def slots(b, j, layer, last):
-        # Blocks behind the last are not fetched: the index does not change.
-        return layer[0], b, 0, jnp.minimum(j, last[0]), 0
+    def last_of(b, length, size):
+        """The block of `size` slots that row b's new token goes to."""
+        return jax.lax.div(jnp.minimum(length[b], S - 1), size)
+
+    def read(b, j, layer, length, _):
+        # Blocks behind a row's last are not fetched: the index does not change.
+        return layer[0], b, 0, jnp.minimum(j, last_of(b, length, block)), 0
 
     heads = pl.BlockSpec((None, N, H), lambda b, j, *_: (b, 0, 0))
-    keys = pl.BlockSpec((None, None, N, block, H), slots)
-    row = pl.BlockSpec((None, 1, block), lambda b, j, layer, last: (b, 0, jnp.minimum(j, last[0])))
+    keys = pl.BlockSpec((None, None, N, block, H), read)
+    row = pl.BlockSpec(
+        (None, 1, block), lambda b, j, layer, length, _: (b, 0, jnp.minimum(j, last_of(b, length, block)))
+    )
+    written = pl.BlockSpec(
+        (None, None, N, tile, H), lambda b, j, layer, length, _: (layer[0], b, 0, last_of(b, length, tile), 0)
+    )
     scores = B * N * S
+    slots = output(k_LBNSH.shape, dtype, k_LBNSH)
     return pl.pallas_call(
-        functools.partial(_kernel, scale=H**-0.5 * LOG2_E),
+        functools.partial(_kernel, scale=H**-0.5 * LOG2_E, slots=S),
         name="flash_decode",
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=(B, S // block),
-            in_specs=[heads, keys, keys, row, pl.BlockSpec((N, 1), lambda *_: (0, 0))],
-            out_specs=heads,
+            in_specs=[heads, heads, heads, keys, keys, row, pl.BlockSpec((N, 1), lambda *_: (0, 0))],
+            out_specs=[heads, written, written],
             scratch_shapes=[pltpu.VMEM((N, width), jnp.float32) for width in (H, 1, 1)],
         ),
-        out_shape=output(q_BNH.shape, v_LBNSH.dtype, q_BNH),
+        out_shape=[output(q_BNH.shape, v_LBNSH.dtype, q_BNH), slots, slots],
+        input_output_aliases={6: 1, 7: 2},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         # Of a full cache: how much of it is in use is not known here.
         cost_estimate=pl.CostEstimate(
-            flops=4 * scores * H, transcendentals=scores, bytes_accessed=2 * scores * H * k_LBNSH.dtype.itemsize
+            flops=4 * scores * H,
+            transcendentals=scores,
+            bytes_accessed=2 * B * N * (S + tile) * H * dtype.itemsize,
         ),
         interpret=interpret,
-    )(layer[None], length[None] // block, q_BNH, k_LBNSH, v_LBNSH, distance_BS[:, None], slopes[:, None])
+    )(
+        layer[None], length_B, q.segments[:, 0], q_BNH, k_BNH, v_BNH, k_LBNSH, v_LBNSH, distance_BS[:, None],
+        slopes[:, None],
+    )  # fmt: skip
 
 
 def block_length(length: int, slot_bytes: int) -> int:
@@ -81,24 +104,29 @@ def block_length(length: int, slot_bytes: int) -> int:
 
 
 def _kernel(
-    # Scalars: the layer, the last block with slots in use.
-    layer, last,
-    # [N, H], [N, block, H] twice, key position - query position or MASKED [1, block], slopes times log2(e) [N, 1].
-    q_ref, k_ref, v_ref, distance_ref, slopes_ref,
-    out_ref,
+    # Scalars: the layer, each row's slots in use and the segment of its token.
+    layer, length, segment,
+    # The token [N, H] three times, [N, block, H] twice, key position - query position or MASKED [1, block], slopes
+    # times log2(e) [N, 1].
+    q_ref, new_k_ref, new_v_ref, k_ref, v_ref, distance_ref, slopes_ref,
+    # [N, H], and the tiles of the cache that the token goes to [N, tile, H].
+    out_ref, k_tile_ref, v_tile_ref,
     # fp32: the result before division [N, H], largest score and total [N, 1].
     out_sum, peak_ref, total_ref,
-    *, scale: float,
+    *, scale: float, slots: int,
 ) -> None:  # fmt: skip
-    j = pl.program_id(1)
+    b, j = pl.program_id(0), pl.program_id(1)
+    block, tile = k_ref.shape[1], k_tile_ref.shape[1]
 
     @pl.when(j == 0)
     def _() -> None:
-        out_sum[...] = jnp.zeros_like(out_sum)
-        peak_ref[...] = jnp.full_like(peak_ref, MASKED)
-        total_ref[...] = jnp.zeros_like(total_ref)
+        # The token sees itself, at a distance of 0, unless it is padding.
+        own_N1 = (q_ref[...].astype(jnp.float32) * new_k_ref[...].astype(jnp.float32)).sum(1, keepdims=True) * scale
+        peak_ref[...] = jnp.where(segment[b] != 0, own_N1, MASKED)
+        total_ref[...] = jnp.ones_like(total_ref)
+        out_sum[...] = new_v_ref[...].astype(jnp.float32)
 
-    @pl.when(j <= last[0])
+    @pl.when(j * block < length[b])
     def _() -> None:
         distance_1S = distance_ref[...]
         s_NS = own_rows(lambda n: matmul(q_ref[...], k_ref[n], (1, 1)), len(k_ref)) * scale
@@ -115,9 +143,18 @@ def _kernel(
 
     @pl.when(j == pl.num_programs(1) - 1)
     def _() -> None:
-        # A query that saw nothing but masked scores has summed 2^0 for each of them.
+        # For padding, which saw nothing but masked scores, 2^0 was summed for each of them.
         seen = peak_ref[...] > MASKED / 2
         out_ref[...] = (out_sum[...] * jnp.where(seen, 1 / total_ref[...], 0.0)).astype(out_ref.dtype)
+        # The block on the chip is the one with the token's slot. Behind the last slot, no row of the tile is its own.
+        last = jnp.minimum(length[b], slots - 1)
+        first = last - jax.lax.rem(last, tile)
+        within = pl.ds(pl.multiple_of(jax.lax.rem(first, block), tile), tile)
+        for old_ref, new_ref, tile_ref in ((k_ref, new_k_ref, k_tile_ref), (v_ref, new_v_ref, v_tile_ref)):
+            for n in range(len(old_ref)):
+                old_SH, new_1H = (x.astype(jnp.float32) for x in (old_ref[n, within], new_ref[n : n + 1]))
+                is_own = jax.lax.broadcasted_iota(jnp.int32, old_SH.shape, 0) == length[b] - first
+                tile_ref[n] = jnp.where(is_own, new_1H, old_SH).astype(tile_ref.dtype)
 
 
 def own_rows(product, count: int) -> Array:

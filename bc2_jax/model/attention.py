@@ -12,14 +12,14 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from bc2_jax.config import ComputeConfig, ModelConfig
-from bc2_jax.kernels.attention import Tokens, chunked_attention, reference_attention
+from bc2_jax.kernels.attention import Tokens, chunked_attention, reference_attention, reference_decode
 from bc2_jax.model.layers import Linear
 from bc2_jax.model.position import alibi_slopes, apply_rope
 from bc2_jax.sharding import named_sharding, reshard, spec
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens seen so far, in slots that all sequences of the batch share."""
+    """Keys and values of the tokens seen so far; each row of the batch fills its slots from the first on."""
 
     k: Array
     """[L, B, N, S, H] in the compute dtype: slots and head size last, so that a TPU's tiles hold no padding."""
@@ -27,7 +27,11 @@ class KVCache(NamedTuple):
     tokens: Tokens
     """Position and segment of each slot, int32 [B, S]; segment 0 is an empty slot or padding."""
     length: Array
-    """Slots in use, int32 scalar."""
+    """Slots in use of each row, int32 [B]; its next token goes to the slot of this number."""
+
+
+CACHE_AXES = ("layers", "batch", "attention_heads", None, "head_dim")
+"""The logical axes of keys and values."""
 
 
 class SelfAttention(nnx.Module):
@@ -46,73 +50,79 @@ class SelfAttention(nnx.Module):
     def __call__(
         self, x_BTD: Array, tokens: Tokens, rope: tuple[Array, Array] | None, cache: KVCache | None, layer: Array | int
     ) -> tuple[Array, KVCache | None]:
-        """[B, T, D] -> [B, T, D]. With a cache, writes the new keys and values at its end and returns it."""
+        """[B, T, D] -> [B, T, D]. With a cache, also writes the new keys and values to it and returns it.
+
+        T is then the whole prompt of an empty cache, or 1.
+        """
         q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
         q, k, v = (reshard(x, "batch", None, "attention_heads", "head_dim") for x in (q, k, v))
-        if cache is not None:
-            start = (layer, 0, 0, cache.length, 0)
-            cache = cache._replace(
-                k=jax.lax.dynamic_update_slice(cache.k, jnp.swapaxes(k, 1, 2)[None], start),
-                v=jax.lax.dynamic_update_slice(cache.v, jnp.swapaxes(v, 1, 2)[None], start),
-            )
-        if cache is not None and q.shape[1] == 1:
-            out = self._attend_to_cache(q, tokens, cache, layer)
-        else:
-            # A prefill fills an empty cache, so its tokens see only each other.
-            out = self._attend(q, k, v, tokens, tokens, 0)
+        tokens = Tokens(*(reshard(x, "batch", None) for x in tokens))
+        with jax.named_scope("attention"):
+            if cache is not None and q.shape[1] == 1:
+                out, cache = self._append_and_attend(q, k, v, tokens, cache, layer)
+            else:
+                # A prefill fills an empty cache, so its tokens see only each other.
+                out = self._attend(q, k, v, tokens)
+                cache = None if cache is None else _fill(cache, k, v, layer)
         out = reshard(out, "batch", "sequence", "heads", "head_dim")
         return checkpoint_name(self.o_proj(out), "o"), cache
 
-    def _attend(self, q: Array, k: Array, v: Array, q_tokens: Tokens, k_tokens: Tokens, offset: Array | int) -> Array:
+    def _attend(self, q: Array, k: Array, v: Array, tokens: Tokens) -> Array:
         """The kernel, on each device's own heads of whole sequences; slopes are cut with their heads."""
-        slopes = self._slopes()
 
-        def self_attention(q, k, v, q_tokens, k_tokens, slopes, offset):
+        def kernel(q, k, v, tokens, slopes):
             if self.compute.attention == "flash":
                 from bc2_jax.kernels.flash import flash_attention  # Pallas takes most of a second to import
 
-                return flash_attention(q, k, v, q_tokens, slopes)
-            return chunked_attention(q, k, v, q_tokens, slopes, block=self.compute.attention_block)
+                return flash_attention(q, k, v, tokens, slopes)
+            if self.compute.attention == "reference":
+                return reference_attention(q, k, v, tokens, tokens, slopes)
+            return chunked_attention(q, k, v, tokens, slopes, block=self.compute.attention_block)
 
-        in_blocks = self.compute.attention != "reference" and q.shape[1] == k.shape[1]
-        kernel: Callable[..., Array] = self_attention if in_blocks else reference_attention
-        with jax.named_scope("attention"):
-            q_tokens, k_tokens = (
-                Tokens(*(reshard(x, "batch", None) for x in tokens)) for tokens in (q_tokens, k_tokens)
-            )
-            arguments = (q, k, v, q_tokens, k_tokens, slopes, jnp.asarray(offset, jnp.int32))
-            if named_sharding() is None:
-                return kernel(*arguments)
-            heads, rows = spec("batch", None, "attention_heads", "head_dim"), (spec("batch", None),) * 2
-            slopes_spec = None if slopes is None else spec("attention_heads")
-            in_specs = (heads, heads, heads, Tokens._make(rows), Tokens._make(rows), slopes_spec, spec())
-            return jax.shard_map(kernel, in_specs=in_specs, out_specs=heads)(*arguments)
+        arguments = (q, k, v, tokens, self._slopes())
+        if named_sharding() is None:
+            return kernel(*arguments)
+        heads = spec("batch", None, "attention_heads", "head_dim")
+        in_specs = (heads, heads, heads, spec("batch", None), spec("attention_heads"))
+        return jax.shard_map(kernel, in_specs=in_specs, out_specs=heads)(*arguments)
 
-    def _attend_to_cache(self, q: Array, tokens: Tokens, cache: KVCache, layer: Array | int) -> Array:
-        """Attention of one token a sequence, [B, 1, N, H], which is already in the cache, to one layer of it."""
-        if self.compute.attention != "flash":
-            k, v = (jnp.swapaxes(x[layer], 1, 2) for x in (cache.k, cache.v))
-            return self._attend(q, k, v, tokens, cache.tokens, cache.length)
-        from bc2_jax.kernels.flash_decode import flash_decode  # Pallas takes most of a second to import
+    def _append_and_attend(
+        self, q: Array, k: Array, v: Array, tokens: Tokens, cache: KVCache, layer: Array | int
+    ) -> tuple[Array, KVCache]:
+        """One token a row, [B, 1, N, H]: its keys and values go to one layer of the cache, which it then attends to.
 
-        with jax.named_scope("attention"):
-            # The whole cache and the number of the layer: a slice would be copied.
-            layer, slopes = jnp.asarray(layer, jnp.int32), self._slopes()
-            tokens = Tokens(*(reshard(x, "batch", None) for x in tokens))
-            arguments = (q[:, 0], cache.k, cache.v, layer, cache.length, tokens, cache.tokens, slopes)
-            if named_sharding() is None:
-                return flash_decode(*arguments)[:, None]
-            heads, rows = spec("batch", "attention_heads", "head_dim"), Tokens._make((spec("batch", None),) * 2)
-            slots = spec("layers", "batch", "attention_heads", None, "head_dim")
-            slopes_spec = None if slopes is None else spec("attention_heads")
-            in_specs = (heads, slots, slots, spec(), spec(), rows, rows, slopes_spec)
-            return jax.shard_map(flash_decode, in_specs=in_specs, out_specs=heads)(*arguments)[:, None]
+        The kernel has the whole cache and the number of the layer: a slice of it would be copied.
+        """
+        kernel: Callable[..., tuple[Array, Array, Array]] = reference_decode
+        if self.compute.attention == "flash":
+            from bc2_jax.kernels.flash_decode import flash_decode  # Pallas takes most of a second to import
+
+            kernel = flash_decode
+        layer, length_B = jnp.asarray(layer, jnp.int32), reshard(cache.length, "batch")
+        new = (x[:, 0] for x in (q, k, v))
+        arguments = (*new, cache.k, cache.v, layer, length_B, tokens, cache.tokens, self._slopes())
+        if named_sharding() is not None:
+            heads, slots = spec("batch", "attention_heads", "head_dim"), spec(*CACHE_AXES)
+            rows = spec("batch", None)
+            in_specs = (heads, heads, heads, slots, slots, spec(), spec("batch"), rows, rows, spec("attention_heads"))
+            kernel = jax.shard_map(kernel, in_specs=in_specs, out_specs=(heads, slots, slots))
+        out, k, v = kernel(*arguments)
+        return out[:, None], cache._replace(k=k, v=v)
 
     def _slopes(self) -> Array | None:
         """ALiBi's slopes, cut as the heads are; None where positions are rotated."""
         if self.config.position_embedding != "alibi":
             return None
         return reshard(jnp.asarray(alibi_slopes(self.config.num_attention_heads)), "attention_heads")
+
+
+def _fill(cache: KVCache, k_BTNH: Array, v_BTNH: Array, layer: Array | int) -> KVCache:
+    """The cache with one layer's keys and values in its first slots."""
+    start = (layer, 0, 0, 0, 0)
+    return cache._replace(
+        k=jax.lax.dynamic_update_slice(cache.k, jnp.swapaxes(k_BTNH, 1, 2)[None], start),
+        v=jax.lax.dynamic_update_slice(cache.v, jnp.swapaxes(v_BTNH, 1, 2)[None], start),
+    )

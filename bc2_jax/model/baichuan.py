@@ -69,7 +69,8 @@ class Baichuan2(nnx.Module):
     ) -> tuple[Array, KVCache | None]:  # fmt: skip
         """What the head is applied to, [B, T, D] in the compute dtype, and the cache with these tokens appended.
 
-        With a cache, T is the whole prompt of an empty cache, or 1.
+        With a cache, T is the whole prompt of an empty cache, padded on either side, or 1. A row's length is then the
+        slot behind its last token that is no padding; a single token always takes a slot.
         """
         h_BTD, cache, _ = self._run_layers(input_ids, positions, segment_ids, cache)
         return self.norm(h_BTD), cache
@@ -95,11 +96,7 @@ class Baichuan2(nnx.Module):
         input_ids, positions, segment_ids = (reshard(x, "batch", "sequence") for x in given)
         tokens = Tokens(positions, segment_ids)
         if cache is not None:
-            slots = [
-                jax.lax.dynamic_update_slice(c, reshard(t, "batch", None), (0, cache.length))
-                for c, t in zip(cache.tokens, tokens, strict=True)
-            ]
-            cache = cache._replace(tokens=Tokens._make(slots))
+            cache = cache._replace(tokens=_append_tokens(cache, Tokens(*(reshard(x, "batch", None) for x in tokens))))
         rope = None
         if self.config.position_embedding == "rope":
             rope = make_rope(tokens.positions, self.config.head_dim, self.config.rope_theta)
@@ -123,8 +120,25 @@ class Baichuan2(nnx.Module):
                 kept.append(h_BTD)
             (h_BTD, cache), before = carry, stack_layers(kept)
         if cache is not None:
-            cache = cache._replace(length=cache.length + input_ids.shape[1])
+            cache = cache._replace(length=cache.length + _slots_taken(tokens.segments))
         return h_BTD, cache, before
+
+
+def _append_tokens(cache: KVCache, tokens: Tokens) -> Tokens:
+    """Position and segment of each slot, those of the new tokens included."""
+    if tokens.segments.shape[1] > 1:
+        return Tokens(*(jax.lax.dynamic_update_slice(c, t, (0, 0)) for c, t in zip(cache.tokens, tokens, strict=True)))
+    is_new_BS = jnp.arange(cache.tokens.segments.shape[1]) == cache.length[:, None]
+    return Tokens(*(jnp.where(is_new_BS, t, c) for c, t in zip(cache.tokens, tokens, strict=True)))
+
+
+def _slots_taken(segments_BT: Array) -> Array:
+    """int32 [B], whole everywhere: the slots that each row's new tokens take, up to the last that is no padding."""
+    T = segments_BT.shape[1]
+    if T == 1:
+        return jnp.ones((), jnp.int32)
+    used_BT = jnp.where(reshard(segments_BT, "batch", None) != 0, jnp.arange(1, T + 1), 0)
+    return reshard(used_BT.max(axis=1), None)
 
 
 def place_tokens(input_ids: Array, positions: Array | None, segment_ids: Array | None) -> Tokens:

@@ -32,8 +32,7 @@ def program(seconds: float, temporaries: int) -> ProgramReport:
 
 REPORT = InferenceReport(
     topology="v5e:2x4", chips=8, mesh=MESH, request=Request(batch=4, prompt_length=512, cache_length=1024),
-    parameter_bytes=3 * GIB, read_bytes=2 * GIB, cache_bytes=1 * GIB, held_bytes=2 * GIB,
-    hbm_bandwidth=800e9,
+    parameter_bytes=3 * GIB, read_bytes=2 * GIB, cache_bytes=1 * GIB, hbm_bandwidth=800e9,
     prefill=program(0.2, GIB), decode=program(0.008, 0),
 )  # fmt: skip
 
@@ -42,7 +41,7 @@ def test_figures():
     assert REPORT.prefill_tokens_per_second == 4 * 512 / 0.2
     assert REPORT.floor_seconds == 3 * GIB / (HBM_SHARE * 800e9)
     # A sequence takes a quarter of the cache and of the prefill's temporaries.
-    assert REPORT.largest_batch == int((HBM_LIMIT * 16 - 3 - 2) / 0.5)
+    assert REPORT.largest_batch == int((HBM_LIMIT * 16 - 3) / 0.5)
     halves = dataclasses.replace(REPORT, mesh=MeshConfig(data=5, fsdp=1, tensor=8))
     assert halves.largest_batch % 5 == 0 and REPORT.largest_batch - halves.largest_batch < 5
     assert REPORT.warnings == ["prefill: a line", "decoding: a line"]

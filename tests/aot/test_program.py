@@ -56,6 +56,22 @@ def test_a_noted_trip_count_comes_first(program: Program):
     assert Program(TEXT, open_trips=3).trip_count(unknown) == 3
 
 
+def test_only_a_counter_gives_a_trip_count():
+    """Decoding goes on while a row's reason to end, a byte, is 0."""
+    text = """HloModule m, is_scheduled=true
+
+%goes_on (p: (s32[], s8[8], s32[])) -> pred[] {
+  %p = (s32[], s8[8], s32[]) parameter(0)
+  %zero = s8[] constant(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[] get-tuple-element(%p), index=2
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+"""
+    loop = parse_instruction("%w = (s32[], s8[8], s32[]) while(%t), condition=%goes_on, body=%b")
+    assert Program(text, open_trips=1).trip_count(loop) == 1
+
+
 def test_collectives(program: Program):
     found = [c for i, where, _ in program.walk() if (c := program.collective(i, where))]
     assert [(c.kind, c.bytes, c.dtype, c.group) for c in found] == [

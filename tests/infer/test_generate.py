@@ -9,9 +9,10 @@ import pytest
 from flax import nnx
 
 from bc2_jax.config import BAICHUAN2_7B, ComputeConfig, ModelConfig
-from bc2_jax.infer import generate as module
+from bc2_jax.infer import engine
 from bc2_jax.infer.cache import init_cache
-from bc2_jax.infer.generate import bucket, generate
+from bc2_jax.infer.generate import bucket, continue_prompts, generate
+from bc2_jax.infer.sampling import Settings
 from bc2_jax.model.baichuan import Baichuan2, param_shardings, split_model
 
 GREEDY = dict(temperature=0.0, repetition_penalty=1.0)
@@ -65,7 +66,7 @@ def test_cached_logits_are_those_of_the_full_forward_pass(golden, scan_layers):
         logits.append(model.lm_head(h))
     real = np.asarray(segments, bool)
     np.testing.assert_allclose(np.concatenate(logits, 1)[real], full[real], atol=3e-5)
-    assert int(cache.length) == 20
+    np.testing.assert_array_equal(cache.length, 20)
     np.testing.assert_array_equal(cache.tokens.segments[:, :20], segments)
 
 
@@ -93,19 +94,6 @@ def test_mesh_does_not_change_the_draws(small, mesh_of):
     assert sharded == generate(small, prompts, **options)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_prepared_parameters_give_the_same_logits(golden, dtype):
-    model = build(golden, dtype=dtype)
-    graphdef, state = nnx.split(model)
-    prepared = module._prepare_params(graphdef, nnx.to_pure_dict(state))
-    assert {x.dtype for x in (prepared["embed_tokens"]["weight"], prepared["lm_head"]["weight"])} == {jnp.dtype(dtype)}
-    assert prepared["norm"]["weight"].dtype == jnp.float32
-    ids = jnp.asarray(golden.arrays["input_ids"], jnp.int32)
-    # Bit for bit with jax 0.10; 0.11 fuses the normalisation of the head into its matmul.
-    np.testing.assert_allclose(module._merge_prepared(graphdef, prepared)(ids), model(ids), rtol=0, atol=2e-6)
-    assert model.lm_head.normalize
-
-
 def test_repetition_penalty(small):
     options = dict(temperature=0.0, repetition_penalty=1.5)
     got = generate(small, [[5], [5, 6, 7, 8]], max_new_tokens=8, **options)
@@ -122,14 +110,14 @@ def test_repetition_penalty(small):
 
 
 def test_padding_is_not_seen(small, monkeypatch):
-    seen, prefill = [], module._prefill
+    seen, prefill = [], engine.prefill
 
     def spy(*args, **kwargs):
         state = prefill(*args, **kwargs)
         seen.extend(set(np.flatnonzero(row).tolist()) for row in state.seen_BV)
         return state
 
-    monkeypatch.setattr(module, "_prefill", spy)
+    monkeypatch.setattr(engine, "prefill", spy)
     tokens = generate(small, [[5], [6, 0, 7, 6]], max_new_tokens=1, eos_token_id=63, **GREEDY)
     assert seen == [{5, *(tokens[0] or [63])}, {0, 6, 7, *(tokens[1] or [63])}]
 
@@ -148,10 +136,42 @@ def test_stops_at_eos(model):
 
 def test_loop_ends_when_all_have_stopped(model, monkeypatch):
     eos = generate(model, PROMPTS[:1], max_new_tokens=20, **GREEDY)[0][4]
-    states, decode = [], module._decode
-    monkeypatch.setattr(module, "_decode", lambda *a, **k: states.append(decode(*a, **k)) or states[-1])
+    states, decode = [], engine.decode
+    monkeypatch.setattr(engine, "decode", lambda *a, **k: states.append(decode(*a, **k)) or states[-1])
     generate(model, PROMPTS[:1], max_new_tokens=20, eos_token_id=eos, **GREEDY)
-    assert int(states[-1].step) <= 5
+    assert int(states[-1].step_B[0]) <= 5
+
+
+def test_continuations_say_what_is_known(model):
+    """Every token with its log-probability, the eos kept, and why each prompt ended."""
+    full = generate(model, PROMPTS, max_new_tokens=20, **GREEDY)
+    eos = full[0][4]
+    settings = Settings(max_new_tokens=20, eos_token_id=eos, **GREEDY)
+    found = continue_prompts(model, PROMPTS, settings, log_probs=True)
+    assert found[0].tokens == full[0][:5] and found[0].reason == "eos"
+    for prompt, tokens, c in zip(PROMPTS, full, found, strict=True):
+        assert c.tokens == (tokens[: tokens.index(eos) + 1] if eos in tokens else tokens)
+        assert c.reason == ("eos" if eos in tokens else "length")
+        logits = model(jnp.array([prompt + c.tokens]))[0, len(prompt) - 1 : -1]
+        expected = jax.nn.log_softmax(logits)[jnp.arange(len(c.tokens)), jnp.array(c.tokens)]
+        np.testing.assert_allclose(c.log_probs, expected, atol=1e-5)
+    assert continue_prompts(model, PROMPTS[:1], settings)[0].log_probs is None
+
+
+def test_log_probs_are_of_the_logits_before_sampling(small):
+    """The penalty, the temperature and the cuts change the draw, not what is said of it."""
+    settings = Settings(max_new_tokens=12, temperature=2.0, top_k=8, top_p=0.9, repetition_penalty=1.5, seed=4)
+    (found,) = continue_prompts(small, [[5, 6, 7]], settings, log_probs=True)
+    logits = small(jnp.array([[5, 6, 7, *found.tokens]]))[0, 2:-1]
+    expected = jax.nn.log_softmax(logits)[jnp.arange(len(found.tokens)), jnp.array(found.tokens)]
+    np.testing.assert_allclose(found.log_probs, expected, atol=1e-5)
+
+
+def test_prepared_model_gives_the_same_tokens(small):
+    options = dict(max_new_tokens=20, temperature=1.0, top_k=0)
+    expected = generate(small, [[5, 6, 7], [3]], **options)
+    prepared = engine.prepare(small)
+    assert [generate(m, [[5, 6, 7], [3]], **options) for m in (prepared, prepared, small)] == [expected] * 3
 
 
 @pytest.mark.parametrize("options", [GREEDY, dict(temperature=1.0, top_k=0, top_p=0.9)], ids=["greedy", "sampled"])
@@ -186,7 +206,7 @@ def test_seeds(small):
 
 def test_no_recompilation(small):
     def count() -> list[int]:
-        return [f._cache_size() for f in (module._prepare_params, module._prefill, module._decode)]
+        return [program._cache_size() for program in engine.programs(small.compute)]
 
     generate(small, [[5] * 10, [6]], max_new_tokens=20)
     before = count()
@@ -198,14 +218,14 @@ def test_no_recompilation(small):
 
 def test_on_a_tpu_its_options_are_used(small, monkeypatch):
     chosen = []
-    monkeypatch.setattr(module, "current_chip", lambda: "v5e")
-    monkeypatch.setattr(module, "compiler_options", lambda chip, inference: chosen.append((chip, inference)) or {})
-    module._tuned.cache_clear()
+    monkeypatch.setattr(engine, "current_chip", lambda: "v5e")
+    monkeypatch.setattr(engine, "compiler_options", lambda chip, inference: chosen.append((chip, inference)) or {})
+    engine._tuned.cache_clear()
     tuned = generate(small, [[5, 6, 7]], max_new_tokens=8, **GREEDY)
     assert chosen == [("v5e", True)]
-    monkeypatch.setattr(module, "current_chip", lambda: None)
+    monkeypatch.setattr(engine, "current_chip", lambda: None)
     assert generate(small, [[5, 6, 7]], max_new_tokens=8, **GREEDY) == tuned
-    module._tuned.cache_clear()
+    engine._tuned.cache_clear()
 
 
 # ------------------------------------------------------------------------------------------------------------- errors

@@ -61,6 +61,23 @@ def test_penalty_matches_brute_force(logits, seen, penalty):
     np.testing.assert_allclose(got[0], np.float32(expected), rtol=1e-6)
 
 
+def test_rows_have_their_own_settings():
+    logits, temperature, top_p = [0.5, 2.0, -1.0, 1.5], jnp.array([0.7, 1.3, 0.0]), jnp.array([0.6, 1.0, 0.9])
+    ids, weights = sampling_candidates(jnp.float32([logits] * 3), temperature, 0, top_p)
+    for row in range(2):
+        expected = brute_force(logits, float(temperature[row]), 0, float(top_p[row]))
+        p = np.asarray(jax.nn.softmax(weights[row]))
+        got = {int(i): float(q) for i, q, w in zip(ids[row], p, weights[row], strict=True) if np.isfinite(w)}
+        assert got.keys() == expected.keys()
+        np.testing.assert_allclose([got[i] for i in got], [expected[i] for i in got], rtol=1e-5)
+    ties = jnp.float32([[1.0, 3.0, 3.0, 3.0]] * 3)
+    keys = jax.random.split(jax.random.key(0), 3)
+    assert int(sample_tokens(ties, keys, temperature=temperature, top_p=top_p)[2]) == 1  # greedy beside drawn rows
+    penalty = jnp.array([1.0, 2.0])
+    penalized = penalize_repetition(jnp.float32([[4.0, -4.0]] * 2), jnp.ones((2, 2), bool), penalty)
+    np.testing.assert_array_equal(penalized, [[4.0, -4.0], [2.0, -8.0]])
+
+
 def test_ties_go_to_the_smaller_id():
     logits = [1.0, 3.0, 3.0, 3.0, 2.0]
     assert probabilities(logits, 1.0, 2, None).keys() == {1, 2}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -81,9 +82,6 @@ def test_chips_add_up_in_bf16(compiled):
 def test_report(compiled):
     report = inference.make_report(compiled)
     assert report.parameter_bytes == pytest.approx(2 * CONFIG.model.num_parameters() / 8, rel=0.02)
-    # q, k, v, gate and up of three layers, embedding and head.
-    D, F, V = CONFIG.model.hidden_size, CONFIG.model.intermediate_size, CONFIG.model.vocab_size
-    assert report.held_bytes == 2 * (3 * (3 * D * D + 2 * D * F) + 2 * V * D) // 8
     step = report.decode.estimate
     assert report.floor_seconds < step.seconds < step.seconds_high
     assert step.kernels > 0 and step.matmul < step.matmul_raw
@@ -114,10 +112,14 @@ def test_the_kernel_compiles(chip: str, N: int, S: int, H: int, dtype):
     def placed(*shape: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    cache, scalar = placed(2, 2, N, S, H, dtype=dtype), placed()
+    cache, heads = placed(2, 2, N, S, H, dtype=dtype), placed(2, N, H, dtype=dtype)
     token, slots = (Tokens(placed(2, length), placed(2, length)) for length in (1, S))
-    arguments = (placed(2, N, H, dtype=dtype), cache, cache, scalar, scalar, token, slots, placed(N, dtype=jnp.float32))
-    assert "flash_decode" in jax.jit(flash_decode).lower(*arguments).compile().as_text()
+    arguments = (heads, heads, heads, cache, cache, placed(), placed(2), token, slots, placed(N, dtype=jnp.float32))
+    compiled = jax.jit(flash_decode, donate_argnums=(3, 4)).lower(*arguments).compile()
+    assert "flash_decode" in compiled.as_text()
+    # Both caches are written where they are.
+    assert compiled.memory_analysis().alias_size_in_bytes >= 2 * math.prod(cache.shape) * cache.dtype.itemsize
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**20
 
 
 def test_the_tool(tmp_path: Path):
