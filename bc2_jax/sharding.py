@@ -218,6 +218,20 @@ def use_cpu_devices(count: int) -> None:
             ) from error
 
 
+def place_shapes(mesh: Mesh, tree: Any) -> Any:
+    """A tree of ShapeDtypeStructs as `jax.eval_shape` gives them, with shardings on `mesh`.
+
+    Under an explicit mesh eval_shape tells the spec of what is computed from arrays with one, such as the moments of a
+    parameter; what has none, such as a counter, is whole everywhere.
+    """
+
+    def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        own = spec() if x.sharding is None else x.sharding.spec
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, own))
+
+    return jax.tree.map(place, tree)
+
+
 def to_host(x: jax.Array) -> np.ndarray:
     """The whole of `x`, however it is laid out; where it spans processes, all of them call this and all get it."""
     within = x.is_fully_addressable or x.is_fully_replicated

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
 
 from bc2_jax.aot.compilation import CompiledProgram, Memory, compile_program, device_coordinates, topology_devices
 from bc2_jax.aot.estimate import HBM_SHARE, Estimate, estimate_step
@@ -35,8 +34,8 @@ from bc2_jax.config import MeshConfig, ModelConfig, TrainConfig
 from bc2_jax.infer import engine
 from bc2_jax.infer.generate import bucket
 from bc2_jax.infer.sampling import DEFAULT_SETTINGS, sampling_of
-from bc2_jax.model.baichuan import param_shardings, split_model
-from bc2_jax.sharding import DEFAULT_RULES, make_mesh, use_rules
+from bc2_jax.model.baichuan import abstract_params, split_model
+from bc2_jax.sharding import make_mesh, place_shapes, use_rules
 from bc2_jax.tpu.chips import Topology
 from bc2_jax.tpu.options import Value
 from bc2_jax.validation import require
@@ -108,16 +107,13 @@ def compile_inference(
     config = config.resolve(len(devices))
     request.check(config.model, config.mesh)
     mesh = make_mesh(config.mesh, devices)
-    place = functools.partial(_place, mesh)
+    place = functools.partial(place_shapes, mesh)
     # There is no backward pass to keep anything for, and the compiler's options are those given here.
     compute = dataclasses.replace(config.compute, remat="none", compiler_options="default")
     programs = engine.programs(compute)
     with jax.set_mesh(mesh), use_rules(engine.decoding_rules()):
-        graphdef, shapes, _ = split_model(config.model, compute)
-        stored = jax.tree.map(
-            lambda p, s: jax.ShapeDtypeStruct(p.shape, compute.dtype, sharding=s),
-            shapes, param_shardings(config.model, mesh),
-        )  # fmt: skip
+        graphdef = split_model(config.model, compute)[0]
+        stored = abstract_params(config.model, mesh, compute.dtype)
         prepared = place(jax.eval_shape(lambda params: engine.prepare(nnx.merge(graphdef, params)), stored))
         ids = place(jax.ShapeDtypeStruct((request.batch, request.prompt_length), jnp.int32))
         settings = DEFAULT_SETTINGS.check(config.model)
@@ -140,16 +136,6 @@ def compile_inference(
             read_bytes=_device_bytes(params) - _device_bytes(params["embed_tokens"]),
             cache_bytes=_device_bytes((state.cache.k, state.cache.v)),
         )
-
-
-def _place(mesh: Mesh, tree: Any) -> Any:
-    """Shapes with shardings on `mesh`: their own, or whole everywhere."""
-
-    def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        spec = DEFAULT_RULES.spec() if x.sharding is None else x.sharding.spec
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
-
-    return jax.tree.map(place, tree)
 
 
 def _device_bytes(tree: Any) -> int:

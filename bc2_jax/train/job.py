@@ -15,11 +15,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.sharding import NamedSharding
 
 from bc2_jax.data.batch import Batch
 from bc2_jax.model.baichuan import Params
-from bc2_jax.sharding import spec
+from bc2_jax.sharding import place_shapes
 from bc2_jax.train.health import batch_checksum, keep_unless, norm_metrics
 from bc2_jax.train.optimizer import Optimizer
 
@@ -131,15 +130,8 @@ def init_state(params: Params, optimizer: Optimizer) -> TrainState:
 def abstract_state(params: Params, optimizer: Optimizer) -> TrainState:
     """Shapes and shardings of the state for abstract parameters with shardings; call it under their mesh."""
     mesh = jax.tree.leaves(params)[0].sharding.mesh
-
-    def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        # Under an explicit mesh eval_shape gives each moment the spec of its parameter; counters have none.
-        own = spec() if x.sharding is None else x.sharding.spec
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, own))
-
-    opt_state = jax.tree.map(place, jax.eval_shape(optimizer.init, params))
-    # Shapes stand in for arrays.
-    return TrainState(params, opt_state, place(jax.ShapeDtypeStruct((), jnp.int32)))  # type: ignore[arg-type]
+    rest = jax.eval_shape(optimizer.init, params), jax.ShapeDtypeStruct((), jnp.int32)
+    return TrainState(params, *place_shapes(mesh, rest))
 
 
 class Restorer(Protocol):
