@@ -47,13 +47,14 @@ def run(args: argparse.Namespace) -> None:
     from bc2_jax.config import MeshConfig
     from bc2_jax.convert.pretrained import find_tokenizer, load_pretrained
     from bc2_jax.infer.generate import generate
+    from bc2_jax.infer.prepared import prepare
     from bc2_jax.infer.stream import TextStream
     from bc2_jax.sharding import make_mesh
     from bc2_jax.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(find_tokenizer(args.checkpoint))
     mesh = None if args.tensor is None else make_mesh(MeshConfig(tensor=args.tensor))
-    model = load_pretrained(args.checkpoint, dtype=args.dtype, mesh=mesh)
+    model = prepare(load_pretrained(args.checkpoint, dtype=args.dtype, mesh=mesh), donate=True)
     stream = TextStream(tokenizer.decode) if len(prompts) == 1 and sys.stdout.isatty() else None
 
     def show(step: int, tokens: list[int | None]) -> None:

@@ -67,6 +67,10 @@ def test_only_a_counter_gives_a_trip_count():
   %n = s32[] get-tuple-element(%p), index=2
   ROOT %lt = pred[] compare(%i, %n), direction=LT
 }
+
+ENTRY %main (q: s32[]) -> s32[] {
+  ROOT %q = s32[] parameter(0)
+}
 """
     loop = parse_instruction("%w = (s32[], s8[8], s32[]) while(%t), condition=%goes_on, body=%b")
     assert Program(text, open_trips=1).trip_count(loop) == 1

@@ -33,9 +33,12 @@ def loaded(monkeypatch, tokenizer) -> None:
         hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, position_embedding="alibi",
         vocab_size=490, model_max_length=128,
     )  # fmt: skip
-    model = Baichuan2(config, ComputeConfig(dtype="float32"), rngs=nnx.Rngs(0))
+
+    def load(path, dtype, mesh) -> Baichuan2:
+        return Baichuan2(config, ComputeConfig(dtype="float32"), rngs=nnx.Rngs(0))
+
     monkeypatch.setattr(pretrained, "find_tokenizer", lambda path: tokenizer.path)
-    monkeypatch.setattr(pretrained, "load_pretrained", lambda path, dtype, mesh: model)
+    monkeypatch.setattr(pretrained, "load_pretrained", load)
 
 
 def byte_ids(tokenizer: Tokenizer, text: str) -> list[int]:
