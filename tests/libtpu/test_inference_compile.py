@@ -12,12 +12,17 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from bc2_jax.aot import compilation, inference
 from bc2_jax.aot.program import Program
 from bc2_jax.config import ComputeConfig, DataConfig, ModelConfig, SourceConfig, TrainConfig
+from bc2_jax.infer import engine
+from bc2_jax.infer.cache import init_cache
+from bc2_jax.infer.sampling import Sampling
 from bc2_jax.kernels.attention import Tokens
 from bc2_jax.kernels.flash_decode import flash_decode
+from bc2_jax.sharding import make_mesh, reshard, use_rules
 from bc2_jax.tpu.chips import parse_topology
 from bc2_jax.tpu.options import compiler_options
 
@@ -88,6 +93,32 @@ def test_report(compiled):
     assert step.collectives["all-reduce"].count == 2 * 3 + 1  # and the embedding
     assert report.decode.warnings == ()
     assert report.decode.memory.arguments == pytest.approx(report.parameter_bytes + report.cache_bytes, rel=0.05)
+
+
+def test_rows_are_inserted_in_place():
+    """Into a batch of 32 a prefill of 2: nothing as large as the cache is made or copied."""
+    mesh = make_mesh(CONFIG.mesh, compilation.topology_devices(TOPOLOGY))
+    compute = dataclasses.replace(CONFIG.compute, compiler_options="default")
+
+    def state(batch: int, length: int) -> engine.Decoding:
+        row, slots = jnp.zeros(batch, jnp.int32), jnp.zeros((batch, length), jnp.int32)
+        seen = reshard(jnp.zeros((batch, CONFIG.model.vocab_size), bool), "batch", None)
+        sampling = Sampling(None, None, row, row, row, row, row)
+        cache = init_cache(CONFIG.model, compute, batch, length)
+        return engine.Decoding(cache, seen, slots, None, row, row, row, row.astype(jnp.int8), sampling)
+
+    def placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec))
+
+    with jax.set_mesh(mesh), use_rules(engine.decoding_rules()):
+        states = [jax.tree.map(placed, jax.eval_shape(lambda s=size: state(*s))) for size in ((32, 4096), (2, 256))]
+        rows = jax.ShapeDtypeStruct((2,), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+        compiled = engine.programs(compute).insert.lower(*states, rows, rows).compile()
+    memory = compiled.memory_analysis()
+    cache = 2 * 3 * 32 * 4096 * CONFIG.model.hidden_size // 8 * 2
+    assert memory.alias_size_in_bytes >= cache
+    assert memory.temp_size_in_bytes < cache // 16
+    assert inference.copy_warnings(Program(compiled.as_text(), 1)) == []
 
 
 def test_without_the_kernel():
