@@ -29,11 +29,11 @@ from bc2_jax.kernels.blocks import current_chip
 from bc2_jax.model.attention import CACHE_AXES, KVCache
 from bc2_jax.model.baichuan import Baichuan2
 from bc2_jax.sharding import ShardingRules, named_sharding, reshard, rules_in_use, spec, use_mesh_of, use_rules
-from bc2_jax.tpu.options import compiler_options
+from bc2_jax.tpu.options import Value, compiler_options
 
 __all__ = [
-    "Decoding", "Prepared", "Programs", "Reason", "decode", "decoding_rules", "insert", "prefill", "prepare",
-    "programs",
+    "Decoding", "Prepared", "Programs", "Reason", "decode", "decoding_rules", "insert", "make_programs", "prefill",
+    "prepare", "programs",
 ]  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def insert(decoding: Decoding, prefilled: Decoding, rows_from: Sequence[int], ro
     _check_insert(decoding, prefilled, rows_from, rows_to)
     with _runs_on(decoding.cache.k):
         rows = (np.asarray(rows, np.int32) for rows in (rows_from, rows_to))
-        return _PROGRAMS.insert(decoding, prefilled, *rows)
+        return make_programs().insert(decoding, prefilled, *rows)
 
 
 def decode(prepared: Prepared, decoding: Decoding, *, top_k: int, steps: int) -> Decoding:
@@ -324,20 +324,16 @@ def _put_rows(target: Array, source: Array, own: Array, rows_from: Array, rows_t
 def programs(compute: ComputeConfig) -> Programs:
     """The three programs, on a TPU with the compiler options that `compute` chooses."""
     chip = current_chip()
-    return _PROGRAMS if chip is None or compute.compiler_options == "default" else _tuned(chip)
+    if chip is None or compute.compiler_options == "default":
+        return make_programs()
+    return make_programs(**compiler_options(chip, inference=True))
 
 
-def _jit(options: dict[str, Any] | None) -> Programs:
+@functools.cache
+def make_programs(**options: Value) -> Programs:
+    """The three programs, jitted once for these compiler options; inserting is copying and needs none."""
     return Programs(
         prefill=jax.jit(_run_prefill, static_argnames=("length", "top_k", "log_probs"), compiler_options=options),
         insert=jax.jit(_run_insert, donate_argnums=0),
         decode=jax.jit(_run_decode, static_argnames="top_k", donate_argnums=1, compiler_options=options),
     )
-
-
-_PROGRAMS = _jit(None)
-
-
-@functools.cache
-def _tuned(chip: str) -> Programs:
-    return _jit(compiler_options(chip, inference=True))

@@ -18,7 +18,16 @@ from bc2_jax.model.baichuan import Baichuan2, param_shardings, split_model
 GREEDY = dict(temperature=0.0, repetition_penalty=1.0)
 DRAWN = dict(temperature=1.0, top_k=0, top_p=0.9, seed=3)
 PROMPTS = [[5, 6, 7], [11, 300, 42, 9, 9, 17, 250], [3], [8, 1, 4, 4]]
-MESHES = [None, (1, 2, 2), (2, 1, 2), (1, 2, 1, 1, 2)]  # data, fsdp, tensor, fsdp_inner, context
+ON_ROWS, ON_BOTH, ON_CONTEXT = (2, 1, 2), (1, 2, 2), (1, 2, 1, 1, 2)  # data, fsdp, tensor, fsdp_inner, context
+
+
+# The compiler takes far longer than these programs do.
+FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+@pytest.fixture(autouse=True)
+def fast_compile(monkeypatch):
+    monkeypatch.setattr(engine, "programs", lambda compute: engine.make_programs(**FAST_COMPILE))
 
 
 def prepare(golden, mesh=None) -> Prepared:
@@ -56,8 +65,9 @@ def tokens(decoding: Decoding, row: int) -> list[int]:
 # ---------------------------------------------------------------------------------------------------- rows on their own
 
 
-@pytest.mark.parametrize("shape", MESHES)
-@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+@pytest.mark.parametrize(
+    ("shape", "left"), [(None, True), (None, False), (ON_BOTH, False), (ON_ROWS, True), (ON_CONTEXT, False)]
+)
 def test_ragged_rows_equal_each_alone(golden, mesh_of, shape, left):
     mesh = None if shape is None else mesh_of(*shape)
     settings = [Settings(max_new_tokens=n, eos_token_id=0, **GREEDY) for n in (12, 5, 9, 1)]
@@ -123,8 +133,10 @@ def test_settings_are_a_rows_own(small):
 # --------------------------------------------------------------------------------------------------------------- insert
 
 
-@pytest.mark.parametrize("shape", MESHES)
-@pytest.mark.parametrize("options", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [(None, GREEDY), (None, DRAWN), (ON_BOTH, DRAWN), (ON_ROWS, GREEDY), (ON_CONTEXT, DRAWN)],
+)
 def test_prompts_that_arrive_later_get_the_same_tokens(golden, mesh_of, shape, options):
     """Two at first, one into a free row while these run, one in the place of a row that was cancelled."""
     mesh = None if shape is None else mesh_of(*shape)

@@ -220,12 +220,12 @@ def test_on_a_tpu_its_options_are_used(small, monkeypatch):
     chosen = []
     monkeypatch.setattr(engine, "current_chip", lambda: "v5e")
     monkeypatch.setattr(engine, "compiler_options", lambda chip, inference: chosen.append((chip, inference)) or {})
-    engine._tuned.cache_clear()
+    engine.make_programs.cache_clear()
     tuned = generate(small, [[5, 6, 7]], max_new_tokens=8, **GREEDY)
-    assert chosen == [("v5e", True)]
+    assert set(chosen) == {("v5e", True)}
     monkeypatch.setattr(engine, "current_chip", lambda: None)
     assert generate(small, [[5, 6, 7]], max_new_tokens=8, **GREEDY) == tuned
-    engine._tuned.cache_clear()
+    engine.make_programs.cache_clear()
 
 
 # ------------------------------------------------------------------------------------------------------------- errors
