@@ -108,7 +108,7 @@ def compile_inference(
     request.check(config.model, config.mesh)
     mesh = make_mesh(config.mesh, devices)
     place = functools.partial(place_shapes, mesh)
-    # There is no backward pass to keep anything for, and the compiler's options are those given here.
+    # Nothing is rematerialised without a backward pass; the caller gives the compiler options.
     compute = dataclasses.replace(config.compute, remat="none", compiler_options="default")
     programs = engine.programs(compute)
     with jax.set_mesh(mesh), use_rules(engine.decoding_rules()):

@@ -36,7 +36,7 @@ class SourceConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MixtureStage:
-    """From a number of training tokens on, other weights; each source goes on where it was.
+    """Other mixture weights from a given number of training tokens on; each source continues where it was.
 
     A run that is resumed with a stage added behind its step has read what it would have read with it from the start. A
     changed weight of a source, in contrast, changes the whole order: rows would be read again or never.
@@ -74,8 +74,8 @@ class DataConfig:
     seed: int = 0
     """Seed of the row order."""
     max_bad_rows: int = 0
-    """How many rows that can't be read each process goes on without, from its start on: padding takes their place, and
-    each is named in the log. One more ends the run."""
+    """Unreadable rows that each process may replace with padding, from its start on, before the run stops; the log
+    names each."""
 
     def __post_init__(self) -> None:
         require_positive(self, "data.", "sequence_length", "global_batch_size", "accumulation_steps")

@@ -37,10 +37,10 @@ class FoundModel:
 
 
 def find_model(path: str | Path) -> FoundModel:
-    """The model that `path` means: a folder in the released PyTorch layout, a checkpoint of ours, or a run's folder or
-    its checkpoints folder, of which the newest complete checkpoint is taken.
+    """Finds the model at `path`: a folder in the released PyTorch layout, a bc2_jax checkpoint, or the newest complete
+    checkpoint of a run (its folder, or the `checkpoints` folder in it).
 
-    Raises FileNotFoundError if there is none, ValueError if its config is not one of ours; each is one sentence.
+    Raises FileNotFoundError if there is no model and ValueError if its config is not valid, in one sentence.
     """
     path = Path(path)
     if is_hf_folder(path):
@@ -106,7 +106,7 @@ def save_params(params: Params, config: ModelConfig, path: str | Path, tokenizer
 
 
 def is_hf_folder(path: Path) -> bool:
-    """Whether `path` is a folder in a PyTorch layout rather than a checkpoint or run of ours."""
+    """Whether `path` is a model folder in a PyTorch layout, not a bc2_jax checkpoint or run."""
     return (path / "config.json").is_file() and not _is_run(path)
 
 
@@ -136,7 +136,7 @@ def _newest_checkpoint(path: Path) -> Path | None:
 
 
 def _explain_absence(path: Path) -> str:
-    """Why there is no model in `path`."""
+    """The error message for a path without a model."""
     if not path.exists():
         return f"{path} does not exist."
     if not path.is_dir():
@@ -145,7 +145,7 @@ def _explain_absence(path: Path) -> str:
         return f"{path} has no checkpoint: its run has not completed one yet."
     if (path / "params").is_dir():
         return f"{path} is a checkpoint that is not complete: it was not written to its end, or files were removed."
-    return f"{path} has no config.json, and is no run or checkpoint of ours."
+    return f"{path} is not a model: it has no config.json and is neither a bc2_jax run nor a checkpoint."
 
 
 def _tokenizer_near(path: Path) -> Path | None:

@@ -101,7 +101,7 @@ def assign(
     return ids, cosines
 
 
-@functools.partial(jax.jit, static_argnames=("top"))
+@functools.partial(jax.jit, static_argnames="top")
 def _nearest(points_ND: Array, centroids_KD: Array, top: int) -> tuple[Array, Array]:
     def local(points_ND: Array, centroids_KD: Array) -> tuple[Array, Array]:
         cosines_NK = exact_cosines(points_ND, centroids_KD)
@@ -118,7 +118,7 @@ def _nearest(points_ND: Array, centroids_KD: Array, top: int) -> tuple[Array, Ar
     return jax.shard_map(local, in_specs=(rows, spec()), out_specs=(rows, rows))(points_ND, centroids_KD)
 
 
-@functools.partial(jax.jit, static_argnames=("clusters"))
+@functools.partial(jax.jit, static_argnames="clusters")
 def _sum_clusters(points_ND: Array, ids_N1: Array, clusters: int) -> Array:
     """int32 [K, D]: the sum of each cluster's points in units of STEP. Padding is zero and adds nothing.
 

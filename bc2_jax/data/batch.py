@@ -35,8 +35,8 @@ def row_to_example(row: np.ndarray, eos_id: int = EOS_ID, pad_id: int = PAD_ID) 
     """Splits rows of T + 1 tokens, uint32 [..., T + 1], into FIELDS, each int32 [..., T].
 
     labels are -100 after an eos, because the first token of a document has no context in it, and where there is
-    padding. positions count from 0 in each segment; 0 for padding. A document that goes on from the row before starts
-    anew.
+    padding. positions count from 0 in each segment; 0 for padding. A document continued from the previous row is a new
+    segment.
     """
     tokens = row.astype(np.int32)
     input_ids, targets = tokens[..., :-1], tokens[..., 1:]

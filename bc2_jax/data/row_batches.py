@@ -83,7 +83,7 @@ class RowBatches:
         suffix = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
         path = folder / f"bad_batch_step_{step}{suffix}.npz"
         about = {"step": step, "data_index": data_index(step, self._windows), **about}
-        np.savez(path, **self._recent[step], **about)  # type: ignore[arg-type]
+        np.savez(path, **self._recent[step], **about)  # type: ignore[arg-type]  # the stub takes a name for a flag
         return path
 
     def close(self) -> None:

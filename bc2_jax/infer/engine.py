@@ -2,8 +2,8 @@
 
 A row of the batch has its own length, settings, step and end, so rows may start and end at different times. `prefill`
 makes a `Decoding` of prompts, with a model that `prepare` has laid out; `decode` gives each of its rows some tokens
-more; `insert` copies rows of one `Decoding` over rows of another, which have ended or are no longer wanted. All work on
-any mesh, and on none.
+more; `insert` copies rows of one `Decoding` into another, over rows that have ended or were cancelled. All three work
+with any mesh and without one.
 """
 
 from __future__ import annotations

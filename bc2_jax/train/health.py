@@ -134,9 +134,9 @@ class HealthMonitor:
     def __init__(self, config: HealthConfig, workdir: Path, say: Callable[[str], None]):
         self.config, self.workdir, self.say = config, workdir, say
         self.spike: Spike | None = None
-        """What the run has to rewind behind (`check_rewind`, `rewound`)."""
+        """The spike before which the run has to rewind (`check_rewind`, `rewound`)."""
         self.stop: str | None = None
-        """The metric that is not finite once too often: the run has to stop."""
+        """The metric that was not finite more often than allowed: the run has to stop."""
         self.rewinds = self.skipped = self.skipped_in_a_row = 0
         self._detector = SpikeDetector(config.spike_deviations, config.spike_steps, config.spike_window)
 

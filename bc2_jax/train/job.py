@@ -56,7 +56,7 @@ class Objective(NamedTuple):
     loss: Callable[[Params, Params, Batch], tuple[Array, Parts]]
     """(trained parameters, frozen ones, a micro-batch [B, T]) -> (sum of the loss, its parts)."""
     weight: Callable[[Batch], Array]
-    """The whole batch [A, B, T] -> fp32 scalar, for instance its number of targets; less than 1 counts as 1."""
+    """The whole batch [A, B, T] -> fp32 scalar, for instance its number of targets; 0 counts as 1."""
     metrics: Callable[[Parts], dict[str, Array]]
     """Parts of the whole batch -> metrics, "loss" among them."""
     norms: Callable[[Params], dict[str, Array]] = lambda params: {}
@@ -75,19 +75,19 @@ class Batches(Protocol):
         """
 
     def position(self) -> dict[str, Any]:
-        """JSON values from which `seek` goes on behind the batch that `next` gave last."""
+        """JSON values with which `seek` continues after the batch that `next` returned last."""
 
     def seek(self, position: dict[str, Any]) -> None:
-        """Goes on from a position. What was left out by `skip` stays left out."""
+        """Continues from a position. Batches that were skipped before stay skipped."""
 
     def skip(self, first: int, last: int) -> dict[str, Any]:
-        """Leaves out the batches of these steps, both included, from now on.
+        """Skips the batches of the steps from `first` to `last` from now on.
 
-        Returns JSON values to record of it: `rows`, their number of rows, and more.
+        Returns JSON values for the log: `rows`, the number of rows skipped, and others.
         """
 
     def metrics(self, step: int) -> dict[str, float]:
-        """What there is to tell of the data of a step, on the host."""
+        """Metrics of the data of a step, known on the host."""
 
     def save(self, step: int, folder: Path, about: dict[str, Any]) -> Path | None:
         """Writes this process's rows of a recent batch and the values `about` it; None if they are not at hand now."""
@@ -106,7 +106,7 @@ class Job(NamedTuple):
     """The state before the first update."""
     batches: Batches
     begin: Callable[[Path], None]
-    """Called with the workdir when the run owns it: writes what belongs there, prints what the run is."""
+    """Called with the workdir before the first step: writes the job's own files there and prints its tables."""
     finish: Callable[[Path, Params], None]
     """Called at the end with the last checkpoint and its parameters: exports, samples, pictures."""
     flops_per_step: int
@@ -162,7 +162,8 @@ def make_train_step(objective: Objective, optimizer: Optimizer, norms: bool = Tr
     """
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        weight = jnp.maximum(objective.weight(batch), 1.0)
+        weight = objective.weight(batch)
+        weight = jnp.where(weight > 0, weight, 1.0)
 
         def mean_loss(params: Params, micro: Batch) -> tuple[Array, Parts]:
             loss, parts = objective.loss(params, frozen, micro)

@@ -40,17 +40,17 @@ class RunResult(NamedTuple):
 
 
 class Start(NamedTuple):
-    """What a job is made for."""
+    """What `make_job` is given beside the config."""
 
     mesh: Mesh
     """In use when the job is made."""
     workdir: Path
     step: int
-    """Of the checkpoint the run goes on from; 0 without one."""
+    """Step of the checkpoint that the run resumes from; 0 without one."""
     metadata: Metadata | None
     """What is saved with that checkpoint."""
     console: Console
-    """Quiet but on process 0."""
+    """Prints on process 0 only."""
     say: Say
     """Prints a line to it."""
     command: str
@@ -115,7 +115,7 @@ def _find_checkpoint(config: RunConfig, checkpointer: Checkpointer, goodput: Goo
 
 
 class _Loop:
-    """A run under way: its state and its place in the batches, and what is done with them."""
+    """A run in progress: its state, its position in the batches, and the operations on them."""
 
     def __init__(
         self, config: RunConfig, job: Job, mesh: Mesh, checkpointer: Checkpointer,
@@ -315,7 +315,7 @@ class _Loop:
     # ------------------------------------------------------------------------------------------------- end
 
     def finish(self, start_step: int) -> RunResult:
-        """Proves the resume if asked to, and gives the trained parameters to the job."""
+        """Verifies the resume if configured, then hands the trained parameters to the job."""
         config, say = self.config, self.display.say
         digest = fingerprint(self.state.params)
         if start_step < config.num_steps - config.verify_resume_steps < config.num_steps:

@@ -81,7 +81,7 @@ def test_where_no_model_is_one_sentence_says_why(tmp_path, load):
             load(path)
 
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "has no config.json, and is no run or checkpoint of ours.")
+    refused(tmp_path / "empty", "is not a model: it has no config.json and is neither a bc2_jax run nor a checkpoint.")
     refused(tmp_path / "nothing", "does not exist.")
     file = GOLDEN / "rope-tiny" / "config.json"
     refused(file, "is a file: give the folder of a model, of a checkpoint or of a run.")

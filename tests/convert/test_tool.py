@@ -55,7 +55,10 @@ def test_there_and_back(tmp_path, capsys, name):
 
 def test_errors_are_one_line(tmp_path, capsys):
     assert tool.main(["to-orbax", str(tmp_path), str(tmp_path / "ckpt")]) == 1
-    assert capsys.readouterr().err == f"error: {tmp_path} has no config.json, and is no run or checkpoint of ours.\n"
+    assert (
+        capsys.readouterr().err
+        == f"error: {tmp_path} is not a model: it has no config.json and is neither a bc2_jax run nor a checkpoint.\n"
+    )
     assert tool.main(["to-orbax", str(GOLDEN / "rope-tiny"), str(tmp_path)]) == 1
     assert capsys.readouterr().err == f"error: {tmp_path} exists; pass --overwrite to replace it.\n"
 

@@ -25,7 +25,7 @@ from bc2_jax.config import (
 from bc2_jax.data.batch import IGNORED
 from bc2_jax.model.baichuan import init_params, param_shardings
 from bc2_jax.sharding import DEFAULT_RULES, single_device_mesh
-from bc2_jax.train.job import TrainState, init_state, make_eval_step, make_train_step
+from bc2_jax.train.job import Objective, Parts, TrainState, init_state, make_eval_step, make_train_step
 from bc2_jax.train.optimizer import make_optimizer
 from bc2_jax.train.pretrain import make_objective
 
@@ -198,3 +198,19 @@ def test_a_batch_without_targets_changes_nothing_but_decay(mesh_of):
         state, metrics = step(place_state(config, mesh), {}, batch)
     assert metrics["loss"] == metrics["grad_norm"] == metrics["tokens"] == 0
     jax.tree.map(np.testing.assert_array_equal, state.params, numpy_params(config.model))
+
+
+@pytest.mark.parametrize(("weight", "expected"), [(0.25, 8.0), (4.0, 0.5), (0.0, 2.0)])
+def test_the_loss_is_divided_by_any_positive_weight(weight: float, expected: float):
+    """Also by one below 1; a batch of weight 0 is not divided."""
+
+    def loss(params, frozen, batch):
+        value = jnp.sum(params["x"] * frozen["y"]) * batch["z"].sum()
+        return value, Parts({"value": value}, {})
+
+    objective = Objective(loss, lambda batch: jnp.float32(weight), lambda parts: {"loss": parts.sums["value"]})
+    optimizer = make_optimizer(OptimizerConfig(clip_norm=1e3))
+    state = init_state({"x": jnp.ones(1)}, optimizer)
+    batch = {"z": jnp.ones((1, 1, 1))}
+    _, metrics = jax.jit(make_train_step(objective, optimizer))(state, {"y": jnp.full(1, 2.0)}, batch)
+    assert float(metrics["grad_norm"]) == expected
