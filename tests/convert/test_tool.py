@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -114,3 +117,17 @@ def test_interrupted(tmp_path, capsys, monkeypatch):
     assert tool.main(["to-orbax", str(GOLDEN / "rope-tiny"), str(tmp_path / "a")]) == 130
     assert capsys.readouterr().err.endswith("interrupted: nothing was written\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_an_accelerator_and_without_unicode(tmp_path):
+    """JAX would look for a TPU, of which libtpu prints pages where there is none; the C locale has ASCII alone."""
+    target = tmp_path / os.fsdecode("模型 ".encode() + b"\xff")
+    program = "import atexit, runpy, sys; sys.argv = sys.argv[1:]; atexit.register(lambda: "
+    program += "print('on', sys.modules['jax'].config.jax_platforms)); runpy.run_path(sys.argv[0], run_name='__main__')"
+    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "PYTHONUTF8", "PYTHONIOENCODING")}
+    environment |= {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONPATH": str(ROOT)}
+    words = [ROOT / "tools" / "convert.py", "to-hf", GOLDEN / "rope-tiny", target]
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "Wrote " in done.stdout and done.stdout.endswith("on cpu\n")
+    assert hf.open_folder(target)
