@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from bc2_jax.agreement import any_text, first_decides, require_agreement
-from bc2_jax.checkpoint import Checkpointer, Metadata
+from bc2_jax.checkpoint import Checkpointer, Metadata, is_permanent
 from bc2_jax.config import RunConfig
 from bc2_jax.data.batch import Batch
 from bc2_jax.sharding import make_mesh
@@ -107,7 +107,7 @@ def run(
 
 def _make_checkpointer(config: RunConfig, workdir: Path) -> Checkpointer:
     verified = config.num_steps - config.verify_resume_steps if config.verify_resume_steps else None
-    return Checkpointer(workdir / "checkpoints", config.checkpoint, config.tokens_per_step, pinned=verified)
+    return Checkpointer(workdir / "checkpoints", config.checkpoint, verified)
 
 
 def _find_checkpoint(config: RunConfig, checkpointer: Checkpointer, goodput: Goodput) -> tuple[int, Metadata | None]:
@@ -148,6 +148,7 @@ class _Loop:
 
     def start(self, step: int, metadata: Metadata | None) -> None:
         """The state of `step`; from here on, the workdir is written."""
+        self.resumed_at, self.tokens_before = step, 0 if metadata is None else metadata.tokens
         if metadata is None:
             self.state = self.job.init_state()
         else:
@@ -167,7 +168,8 @@ class _Loop:
         self.job.begin(self.workdir)
         self.display.say(self.throughput.formula())
         if metadata is not None:
-            self.display.say(f"Resumed at step {step} from {self.checkpointer.directory}.")
+            after = f", after {metadata.tokens:,} tokens," if metadata.tokens else ""
+            self.display.say(f"Resumed at step {step}{after} from {self.checkpointer.directory}.")
         self.writer = MetricsWriter(self.workdir, step, self.expendable)
 
     def compile(self) -> None:
@@ -237,12 +239,19 @@ class _Loop:
         if stopping:
             raise self.preemption.stopped(step, checkpointer.directory)
 
+    def _tokens(self, step: int) -> int:
+        """Trained on up to a step, the last resume or a later one: before it, batches may have had other sizes."""
+        return self.tokens_before + (step - self.resumed_at) * self.config.tokens_per_step
+
+    def _is_permanent(self, step: int) -> bool:
+        return is_permanent(self.config.checkpoint, step, self._tokens(step), self.config.tokens_per_step)
+
     def _is_evaluated(self, step: int) -> bool:
-        is_regular = step % self.config.eval_every == 0 or self.checkpointer.is_permanent(step)
+        is_regular = step % self.config.eval_every == 0 or self._is_permanent(step)
         return len(self.job.validation) > 0 and (is_regular or step == self.config.num_steps)
 
     def _is_saved(self, step: int) -> bool:
-        is_regular = step % self.config.checkpoint.save_every == 0 or self.checkpointer.is_permanent(step)
+        is_regular = step % self.config.checkpoint.save_every == 0 or self._is_permanent(step)
         return is_regular or step in (self.config.num_steps, self.checkpointer.pinned)
 
     def _evaluate_if_due(self) -> None:
@@ -274,6 +283,8 @@ class _Loop:
         if self.monitor.stop is not None:
             self._stop(step, values, self.monitor.stop)
         values |= judged | self.throughput.step() | self.job.batches.metrics(step) | self.expendable.metrics()
+        if self.config.tokens_per_step:
+            values["trained_tokens"] = float(self._tokens(step))
         self.goodput.steps_done += 1
         self.display.show(step, values)
         return values
@@ -325,7 +336,10 @@ class _Loop:
     # ----------------------------------------------------------------------------------------- save, rewind
 
     def _save(self, step: int, position: dict[str, Any]) -> None:
-        metadata = Metadata(dataclasses.asdict(self.config), position, self.monitor.state(), self.job.metadata)
+        metadata = Metadata(
+            dataclasses.asdict(self.config), position, self.monitor.state(), self.job.metadata, self._tokens(step),
+            self._is_permanent(step),
+        )  # fmt: skip
         with self.goodput.phase("save"):
             self.checkpointer.save(step, self.state.params, self.state.opt_state, metadata)
         self.goodput.record(step)
@@ -351,7 +365,8 @@ class _Loop:
         monitor.rewound(good, metadata.health, skipped)
         self.writer.close()
         self.writer = MetricsWriter(self.workdir, good, self.expendable)
-        self.steps.done = good
+        self.steps.done = self.resumed_at = good
+        self.tokens_before = metadata.tokens
         self.watchdog.beat(f"going back to step {good}")
         self.throughput.restart()
         return good
