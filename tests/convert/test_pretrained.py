@@ -104,6 +104,24 @@ def test_a_run_that_has_not_saved_yet_has_its_tokenizer_and_is_not_overwritten(t
     assert (run / "tokenizer.model").read_bytes() == b"pieces"
 
 
+def test_a_tokenizer_above_is_that_of_another_model(tmp_path):
+    """Only RUN/checkpoints and RUN/checkpoints/STEP have theirs above them."""
+    random_folder(tmp_path / "hf")
+    save_params(random_params(TINY, np.float32), TINY, tmp_path / "7")
+    (tmp_path / "tokenizer.model").write_bytes(b"of another model")
+    for model in ("hf", "7"):
+        with pytest.raises(FileNotFoundError, match=r"has no tokenizer\.model, nor has its run"):
+            bc2_jax.find_tokenizer(tmp_path / model)
+        assert find_model(tmp_path / model).tokenizer is None
+
+
+def test_only_ascii_digits_name_a_step(tmp_path):
+    run = make_run(tmp_path / "run", 3)
+    for name in ("²", "٣٣", "4.aside", "-5"):
+        shutil.copytree(run / "checkpoints" / "3", run / "checkpoints" / name)
+    assert find_model(run).path.name == "3"
+
+
 def test_without_a_tokenizer(tmp_path):
     for path, reason in ((tmp_path, "has no tokenizer.model, nor has its run"), (tmp_path / "a", "does not exist")):
         with pytest.raises(FileNotFoundError, match=f"^{re.escape(f'{path} {reason}.')}$"):
