@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
+from rich.text import Text
 
 from bc2_jax.cpu import keep_heap
 
@@ -144,11 +145,11 @@ def run_inspect(args: argparse.Namespace) -> int:
     from bc2_jax.convert.report import inspect
 
     found = inspect(args.source)
-    table = Table(title=str(found.path), title_justify="left")
+    table = Table(title=Text(str(found.path)), title_justify="left")
     for title in ("tensor", "count", "shape", "dtype"):
         table.add_column(title)
     for group in found.groups:
-        table.add_row(group.name, str(group.count), " x ".join(map(str, group.shape)), group.dtype)
+        table.add_row(Text(group.name), str(group.count), " x ".join(map(str, group.shape)), group.dtype)
     out.print(table)
     lines = {
         "format": found.format, "model": found.model, "parameters": f"{found.parameters:,}",

@@ -136,18 +136,19 @@ def save_params(params: Params, config: ModelConfig, path: str | Path, tokenizer
 
 def is_hf_folder(path: Path) -> bool:
     """Whether `path` is a model folder in a PyTorch layout, not a bc2_jax checkpoint or run."""
-    return (path / "config.json").is_file() and not _is_run(path)
+    return (path / "config.json").is_file() and not _is_run(path) and not is_complete(path)
 
 
 def _is_run(path: Path) -> bool:
     """Whether `path` is the workdir of a training run, which writes a config.json too and its checkpoints later."""
-    if (path / "checkpoints").is_dir():
-        return True
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((path / "config.json").read_bytes())
     except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(config, dict) and isinstance(config.get("model"), dict) and "optimizer" in config
+        config = None
+    if isinstance(config, dict) and isinstance(config.get("model"), dict):
+        return True
+    is_torch = isinstance(config, dict) and "model_type" in config
+    return (path / "checkpoints").is_dir() and not is_torch
 
 
 def _newest_checkpoint(path: Path) -> Path | None:

@@ -94,7 +94,7 @@ def replace(tree: object, place: list[int], value: object) -> None:
 
 
 @given(st.sampled_from(METADATA), st.lists(st.tuples(places, values), min_size=1, max_size=3))
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_metadata_with_other_values(checkpoints, tmp_path_factory, name, changes):
     """Either it says the same or it is refused; Orbax has many more ways to end."""
     path = tmp_path_factory.mktemp("other") / "x"

@@ -115,6 +115,19 @@ def test_a_tokenizer_above_is_that_of_another_model(tmp_path):
         assert find_model(tmp_path / model).tokenizer is None
 
 
+def test_config_json_alone_does_not_say_what_a_folder_is(tmp_path):
+    folder = random_folder(tmp_path / "hf")
+    (folder / "checkpoints").mkdir()
+    assert find_model(folder).format == "pytorch"
+    save_params(random_params(TINY, np.float32), TINY, tmp_path / "7")
+    shutil.copy(folder / "config.json", tmp_path / "7")
+    assert find_model(tmp_path / "7").format == "orbax"
+    for config in ("", "{", "[]", "{}"):  # of a run that was killed while it wrote it
+        run = make_run(tmp_path / f"run{len(config)}{config == '[]'}", 3)
+        (run / "config.json").write_text(config)
+        assert find_model(run).path.name == "3"
+
+
 def test_only_ascii_digits_name_a_step(tmp_path):
     run = make_run(tmp_path / "run", 3)
     for name in ("²", "٣٣", "4.aside", "-5"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,12 @@ def test_inspect_and_diff_say_it_by_their_exit_code(tmp_path, capsys):
     (tmp_path / "a" / "model.safetensors.index.json").unlink()
     code, text = run(capsys, "inspect", tmp_path / "a")
     assert code == 1 and "missing     model.norm.weight" in text
+
+
+def test_brackets_are_no_markup(tmp_path, capsys):
+    shutil.copytree(GOLDEN / "rope-tiny", tmp_path / "a[bold]" / "b[" / "x]")
+    code, text = run(capsys, "inspect", tmp_path / "a[bold]" / "b[" / "x]")
+    assert code == 0 and str(tmp_path / "a[bold]" / "b[" / "x]") in text
 
 
 def test_gguf_needs_one_of_the_two_models(tmp_path, capsys):
