@@ -43,6 +43,11 @@ def open_arrays(checkpoint: Path) -> dict[str, ts.TensorStore]:
             arrays[name] = ts.open(spec, read=True, open=True).result()
         except ValueError as error:
             raise DamagedCheckpoint(f"{folder} is damaged: {name} cannot be opened ({explain(error)}).") from error
+        shape: Any = arrays[name].shape
+        chunk: Any = arrays[name].chunk_layout.write_chunk.shape
+        # TensorStore makes room for a whole chunk, and where it cannot it ends the process.
+        if any(length > size for size, length in zip(shape, chunk, strict=True)):
+            raise DamagedCheckpoint(f"{folder} is damaged: {name} of shape {shape} has chunks of shape {chunk}.")
     return arrays
 
 

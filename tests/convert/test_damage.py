@@ -77,6 +77,18 @@ def test_missing_files(checkpoints, tmp_path):
         assert_all_refuse(path)
 
 
+@pytest.mark.parametrize("shape", [[10**12], [2**62], [17]])
+def test_a_chunk_larger_than_its_array(checkpoints, tmp_path, shape):
+    """TensorStore would end the process where it cannot make room for it."""
+    path = tmp_path / "x"
+    shutil.copytree(checkpoints["folders"], path)
+    file = path / "params" / "norm.weight" / "zarr.json"
+    metadata = json.loads(file.read_text())
+    metadata["chunk_grid"]["configuration"]["chunk_shape"] = shape
+    file.write_text(json.dumps(metadata))
+    assert_all_refuse(path)
+
+
 places = st.lists(st.integers(0, 20), min_size=1, max_size=6)
 values = st.sampled_from([None, [], {}, "", "x", "../x", "%2e%2e%2fx", "/etc", -1, 0, 1e30, True, [[]], {"key": {}}])
 
