@@ -60,8 +60,10 @@ def traced(monkeypatch, tmp_path, first: int, count: int, steps: range) -> list[
         (range(1, 7), [("start", 5), ("stop", 6)]),  # stopped inside
     ],
 )
-def test_a_trace_is_of_the_steps_of_the_window_that_are_done(monkeypatch, tmp_path, steps, events):
+def test_a_trace_is_of_the_steps_of_the_window_that_are_done(monkeypatch, tmp_path, steps, events, caplog):
     assert traced(monkeypatch, tmp_path, 5, 3, steps) == events
+    missed = ["Nothing is profiled: the steps from 5 to 7 lie before step 8."]
+    assert caplog.messages == ([] if events else missed)
 
 
 def test_without_a_first_step_nothing_is_traced(monkeypatch, tmp_path):

@@ -25,6 +25,7 @@ from bc2_jax.config import (
     TrainConfig,
 )
 from bc2_jax.convert.conversion import to_hf
+from bc2_jax.convert.pretrained import load_params
 from bc2_jax.data import row_batches
 from bc2_jax.data.loader import make_train_loader
 from bc2_jax.data.packing import load_manifest, pack_documents
@@ -209,6 +210,34 @@ def test_another_tokenizer_is_refused_unless_it_is_meant(config, finished, token
     pretrain.train(dataclasses.replace(run, allow_other_tokenizer=True))
     assert (workdir / "tokenizer.model").read_bytes() == other.read_bytes()
     assert (workdir / "tokenizer_until_step_8.model").read_bytes() == tokenizer.path.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["exp%20a", "a b#1", "x:y;z=1,|'\"$&", "実験 é"])
+def test_names_with_special_characters_are_plain_names(config, finished, tokenizer, tmp_path, name):
+    """Of the run's folder, of its rows and of its tokenizer; the last part and one above."""
+    place = tmp_path / name / name
+    rows = shutil.copytree(config.data.sources[0].path, place / "rows" / name)
+    (place / "tokenizer").mkdir()
+    shutil.copyfile(tokenizer.path, place / "tokenizer" / name)
+    data = dataclasses.replace(
+        config.data, tokenizer=str(place / "tokenizer" / name), sources=(SourceConfig(path=str(rows)),)
+    )  # fmt: skip
+    run = dataclasses.replace(config, workdir=str(place), data=data, num_steps=4)
+    pretrain.train(run)
+    result = pretrain.train(dataclasses.replace(run, num_steps=8, resume="auto", export_hf=True))
+    assert result.fingerprint == finished.fingerprint == fingerprint(load_params(place / "hf")[0])
+    assert sorted(p.name for p in tmp_path.iterdir()) == [name]
+    assert sorted(p.name for p in (tmp_path / name).iterdir()) == [name]
+
+
+@pytest.mark.parametrize("name", ["exp[lr=1e-4]", "a*", "why?", "a\\b"])
+def test_names_that_are_patterns_to_the_checkpoint_library_are_refused_before_anything_is_written(
+    config, tmp_path, name
+):
+    for place in (tmp_path / name, tmp_path / name / "run"):
+        with pytest.raises(ValueError, match="^workdir = .* is not valid: the checkpoint library takes"):
+            pretrain.train(dataclasses.replace(config, workdir=str(place)))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_samples_are_refused_before_the_first_step(config, tmp_path):
