@@ -158,6 +158,7 @@ class _Loop:
             self.monitor.set_state(metadata.health)
         self.watchdog.beat("the parameters were placed")
         self.steps = Steps(step, self.config.num_steps)
+        self.workdir.mkdir(parents=True, exist_ok=True)  # on every host
         self.checkpointer.remove_leftovers()
         self.checkpointer.set_aside_after(step)
         if jax.process_index() == 0:
