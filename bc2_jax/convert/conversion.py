@@ -17,7 +17,7 @@ from bc2_jax.convert import hf, hf_write, orbax
 from bc2_jax.convert.checksums import verify_file
 from bc2_jax.convert.folder import check_free, written_whole
 from bc2_jax.convert.gguf import GGUFType, check_gguf, write_gguf
-from bc2_jax.convert.hf_config import HFDType
+from bc2_jax.convert.hf_config import HFDType, Reading
 from bc2_jax.convert.pretrained import is_hf_folder, is_params_only
 from bc2_jax.convert.source import Source, open_source
 from bc2_jax.convert.stream import Stream, digest_part, fingerprint, in_order
@@ -45,6 +45,8 @@ class Options:
     """Accept a vocabulary larger than the tokenizer."""
     check_hashes: bool = True
     """Compare the source's files with the hashes that are known of them."""
+    reading: Reading = Reading()
+    """How to read a PyTorch folder, as far as its files do not say so."""
     progress: Progress = NO_PROGRESS
 
 
@@ -76,7 +78,7 @@ def to_orbax(
     """
     target = Path(checkpoint).absolute()
     check_free(target, options.overwrite, is_params_only)
-    source = _prepare(folder, options)
+    source = prepare(open_source(folder, options.reading), options)
     stream = _stream(source, options, None if dtype is None else hf.DTYPES[dtype])
     shapes = param_shapes(source.config)
     dtypes = {path: stream.dtype_of(path) for path in shapes}
@@ -111,7 +113,7 @@ def to_hf(
     """
     target = Path(folder).absolute()
     check_free(target, options.overwrite, is_hf_folder)
-    source = _prepare(checkpoint, options)
+    source = prepare(open_source(checkpoint, options.reading), options)
     hf_write.check_layout(source.config, layout)
     stream = _stream(source, options, hf.DTYPES[dtype], normalize_head=layout != "baichuan2")
     begin = time.perf_counter()
@@ -129,7 +131,7 @@ def to_gguf(checkpoint: str | Path, file: str | Path, options: Options = Options
     """Writes a model as one GGUF file for llama.cpp. Raises as `to_orbax`."""
     target = Path(file).absolute()
     check_free(target, options.overwrite, Path.is_file)
-    source = _prepare(checkpoint, options)
+    source = prepare(open_source(checkpoint, options.reading), options)
     check_gguf(source.config, kind)
     stream = _stream(source, options, np.dtype(np.float32), normalize_head=True)
     begin = time.perf_counter()
@@ -139,9 +141,10 @@ def to_gguf(checkpoint: str | Path, file: str | Path, options: Options = Options
     return _summary(target, stream, hashed, begin)
 
 
-def _prepare(path: str | Path, options: Options) -> Source:
-    """Opens a source and checks all that can be checked before anything is written."""
-    source = open_source(path)
+def prepare(source: Source, options: Options) -> Source:
+    """The source with the vocabulary that is asked for; with `open_source`, all that is checked before anything is
+    written. Raises ValueError.
+    """
     if options.resize_vocab is not None:
         source = resize_vocab(source, options.resize_vocab)
     check_vocabulary(source, options.allow_unused_rows or options.resize_vocab is not None)
