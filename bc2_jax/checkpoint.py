@@ -87,13 +87,18 @@ class Checkpointer:
     earlier step; it is never read again and never deleted by us.
     """
 
-    def __init__(self, directory: Path, config: CheckpointConfig, tokens_per_step: int = 0):
-        """What a killed run left half-written or half-deleted is removed."""
+    def __init__(
+        self, directory: Path, config: CheckpointConfig, tokens_per_step: int = 0, pinned: int | None = None
+    ):  # fmt: skip
+        """The checkpoint of the step `pinned` is kept until `unpin`."""
         self.directory = directory.absolute()
-        self.config, self.tokens_per_step = config, tokens_per_step
+        self.config, self.tokens_per_step, self.pinned = config, tokens_per_step, pinned
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
         self._verified: set[int] = set()
+
+    def remove_leftovers(self) -> None:
+        """Removes what a killed run left half-written or half-deleted; for the owner of the run alone."""
         if jax.process_index() == 0:
             self._remove("*.saving*", "*.orbax-checkpoint-tmp*", "*.deleting")
 
@@ -236,9 +241,19 @@ class Checkpointer:
             folder.rename(_free_name(self.directory / f"{step}.deleting"))
         saving.rename(folder)
         manifest.sync(self.directory)
+        self._remove_old()
+
+    def unpin(self) -> None:
+        """From here on the pinned checkpoint is kept as long as any other."""
+        self.wait()
+        self.pinned = None
+        if jax.process_index() == 0:
+            self._remove_old()
+
+    def _remove_old(self) -> None:
         sealed = [old for old in self.steps() if (self.directory / str(old) / manifest.MANIFEST_NAME).is_file()]
         for old in sealed[: -self.config.keep_last]:
-            if not self.is_permanent(old):
+            if old != self.pinned and not self.is_permanent(old):
                 (self.directory / str(old)).rename(_free_name(self.directory / f"{old}.deleting"))
         self._remove("*.deleting")
 

@@ -27,7 +27,7 @@ def forward(config: ModelConfig, tensors: Mapping[str, MappedTensor], input_ids:
     """fp32 logits [B, T, V] and hidden states [L + 1, B, T, D] of token ids [B, T], which fill their rows.
 
     `tensors` is `hf.open_folder` of a folder that `hf.check_tensors` accepts, in the released layout or LLaMA's.
-    Sections 2.1 and 2.3 of the paper for the layers, 2.4 for NormHead. Raises ValueError for ids outside the vocabulary.
+    Sections 2.1 and 2.3 of the paper for the layers, 2.4 for NormHead. Raises ValueError for ids that have no row.
     """
     check_ids(input_ids, config)
     # Rows first, so that the whole table is never read.

@@ -76,9 +76,7 @@ def make_job(config: TrainConfig, start: Start) -> Job:
         batches=RowBatches(config.data, start.mesh, config.num_steps, bad_rows),
         validation=ValidationBatches(config.data, start.mesh, bad_rows),
         begin=begin,
-        finish=lambda checkpoint, params: show_results(
-            config, checkpoint, params, baselines, tokenizer, start.say, start.command
-        ),
+        finish=lambda checkpoint, params: show_results(config, checkpoint, params, baselines, tokenizer, start),
         flops_per_step=flops_per_step(config),
         metadata={"row_order": record_row_order(config.data)},
     )
