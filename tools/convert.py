@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from bc2_jax.convert.reading import add_reading_options, reading_of
 from bc2_jax.cpu import keep_heap
 
 if TYPE_CHECKING:
@@ -54,19 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
     reading.add_argument(
         "--allow-unused-rows", action="store_true", help="accept a vocabulary larger than the tokenizer"
     )
-    folder = reading.add_argument_group("a PyTorch folder that does not say how it is to be read, or says it wrongly")
-    folder.add_argument("--position-embedding", choices=("rope", "alibi"))
-    folder.add_argument(
-        "--normalize-head", action=argparse.BooleanOptionalAction, help="the head is a NormHead, or a plain one"
-    )
-    folder.add_argument("--strip-prefix", default="", metavar="PREFIX", help="of the tensors' names, such as module.")
-    folder.add_argument(
-        "--ignore-key",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help="an unknown key of config.json to be ignored",
-    )
+    add_reading_options(reading)
     common = argparse.ArgumentParser(add_help=False, parents=[reading])
     common.add_argument("--overwrite", action="store_true", help="replace the target if we wrote all of it")
     common.add_argument("--strict", action="store_true", help="refuse NaN and infinite values instead of naming them")
@@ -128,10 +117,10 @@ def convert(args: argparse.Namespace, options: Options) -> Summary:
 def make_options(args: argparse.Namespace, **others: Any) -> Options:
     """What the options of reading say, and `others`."""
     from bc2_jax.convert.conversion import Options
-    from bc2_jax.convert.hf_config import Reading
 
-    reading = Reading(args.position_embedding, args.normalize_head, args.strip_prefix, tuple(args.ignore_key))
-    return Options(resize_vocab=args.resize_vocab, allow_unused_rows=args.allow_unused_rows, reading=reading, **others)
+    return Options(
+        resize_vocab=args.resize_vocab, allow_unused_rows=args.allow_unused_rows, reading=reading_of(args), **others
+    )
 
 
 def run_conversion(args: argparse.Namespace) -> int:
@@ -163,6 +152,7 @@ def run_conversion(args: argparse.Namespace) -> int:
 
 def run_inspect(args: argparse.Namespace) -> int:
     from bc2_jax.convert.report import inspect
+    from bc2_jax.validation import join_some
 
     found = inspect(args.source, make_options(args))
     table = Table(title=str(found.path), title_justify="left")
@@ -177,7 +167,9 @@ def run_inspect(args: argparse.Namespace) -> int:
         **{f"why {i}": why for i, why in enumerate(found.why, 1)},
     }  # fmt: skip
     for kind in ("missing", "unexpected", "misshapen"):
-        lines[kind] = "; ".join(getattr(found, kind)) or "none"
+        lines[kind] = join_some(getattr(found, kind)) or "none"
+    lines["left out"] = join_some(found.left_out) or "none"
+    lines["not read"] = "checksums and values, which a conversion checks as it reads them"
     for name, text in lines.items():
         out.print(f"{name:12}{text}", markup=False)
     if found.refusal is not None:

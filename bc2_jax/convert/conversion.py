@@ -18,8 +18,9 @@ from bc2_jax.convert import hf, hf_write, orbax
 from bc2_jax.convert.checksums import verify_file
 from bc2_jax.convert.folder import check_free, written_whole
 from bc2_jax.convert.gguf import GGUFType, check_gguf, write_gguf
-from bc2_jax.convert.hf_config import HFDType, Reading
+from bc2_jax.convert.hf_config import HFDType
 from bc2_jax.convert.ownership import foreign_in_checkpoint, foreign_in_export, foreign_in_gguf
+from bc2_jax.convert.reading import Reading
 from bc2_jax.convert.source import Source, open_source
 from bc2_jax.convert.stream import Stream, digest_part, fingerprint, in_order
 from bc2_jax.convert.table import Layout, layers_of, param_shapes, read_layer

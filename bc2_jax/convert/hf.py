@@ -177,8 +177,8 @@ def _explain_names(names: Iterable[str]) -> None:
         origins = [origin for wrapper, origin in _WRAPPERS.items() if wrapper in prefix]
         by = f", which {' and '.join(origins)} put there" if origins else ""
         raise ValueError(
-            f"The tensors' names have {prefix!r} before the model's own{by}: pass --strip-prefix {prefix} "
-            f"(in Python: Reading(strip_prefix={prefix!r}))."
+            f"The tensors' names have {prefix!r} before the model's own{by}: pass --strip-prefix {prefix} to "
+            f"tools/convert.py (in Python: Reading(strip_prefix={prefix!r}))."
         )
 
 

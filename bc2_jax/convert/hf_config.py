@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from bc2_jax.config import ModelConfig
 from bc2_jax.convert.hf_keys import SPELLINGS, check_keys, lookup, read_number, rope_signs, scheme_signs
+from bc2_jax.convert.reading import AS_SAID, Reading
 from bc2_jax.convert.table import Layout
 from bc2_jax.validation import show
 
@@ -23,24 +24,6 @@ _BAICHUAN1_VOCAB = range(64_000, 65_001)
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 # The released sizes tell the position scheme: field -> (the 7B model's, the 13B model's).
 _RELEASED = {"hidden_size": (4096, 5120), "num_hidden_layers": (32, 40), "num_attention_heads": (32, 40)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """How to read a PyTorch folder, as far as its files do not say so, or say it wrongly."""
-
-    position_embedding: Literal["rope", "alibi"] | None = None
-    """None: as config.json says, or as its other fields tell."""
-    normalize_head: bool | None = None
-    """Whether the head is a NormHead. None: as config.json says, or as its other fields tell."""
-    strip_prefix: str = ""
-    """What wrappers have put before the tensors' names, such as "module."."""
-    ignore_keys: tuple[str, ...] = ()
-    """Keys of config.json that are not known and do not matter."""
-
-
-AS_SAID = Reading()
-"""As the files of the folder say."""
 
 
 class Choice(NamedTuple):
@@ -152,8 +135,8 @@ def choose(raw: Mapping[str, Any], reading: Reading = AS_SAID) -> dict[str, Choi
                 if other != value:
                     raise ValueError(
                         f"{name} is not clear: {why}, as with {value}, but {reason}, as with {other}; decide with "
-                        f"{flag}{' rope|alibi' if name == 'position_embedding' else ' or --no-normalize-head'}, or "
-                        f'with the key "{name}" in the file.'
+                        f"{flag}{' rope|alibi' if name == 'position_embedding' else ' or --no-normalize-head'} of "
+                        f'tools/convert.py, or with the key "{name}" in the file.'
                     )
             choices[name] = Choice(value, why, False)
     return choices

@@ -209,7 +209,7 @@ def _refuse_unless(ok: bool, key: str, value: Any, legal: str | None) -> None:
         raise ValueError(f"{key} = {show(value)} is not supported: {legal} is.")
     raise ValueError(
         f"{key} = {show(value)} is not known and, by its name, may change what the model computes; if it does not, "
-        f"pass --ignore-key {key} (in Python: Reading(ignore_keys=({key!r},)))."
+        f"pass --ignore-key {key} to tools/convert.py (in Python: Reading(ignore_keys=({key!r},)))."
     )
 
 

@@ -22,7 +22,8 @@ from bc2_jax import manifest
 from bc2_jax.checkpoint import TOKENIZER_NAME, is_complete, parse_model_config, read_metadata, save_context
 from bc2_jax.config import ComputeConfig, DType, ModelConfig
 from bc2_jax.convert import hf, orbax
-from bc2_jax.convert.hf_config import AS_SAID, Reading, read_config
+from bc2_jax.convert.hf_config import read_config
+from bc2_jax.convert.reading import AS_SAID, Reading
 from bc2_jax.convert.table import flatten, param_shapes, unflatten
 from bc2_jax.convert.weights import check_weights
 from bc2_jax.manifest import DamagedCheckpoint

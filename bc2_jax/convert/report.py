@@ -55,6 +55,8 @@ class Inspection:
     """Smallest, mean and largest length of the head's rows; None where the head cannot be read."""
     refusal: str | None
     """The sentence with which a conversion would refuse it, before it writes anything."""
+    left_out: tuple[str, ...]
+    """Names of files that a conversion would not carry over."""
 
     @property
     def is_consistent(self) -> bool:
@@ -98,9 +100,10 @@ def inspect(path: str | Path, options: Options = DEFAULTS) -> Inspection:
         if _is_table(params.get(HEAD)):
             rows = orbax.read_part(params[HEAD], None)
     found = {name: (tuple(array.shape), array.dtype.name) for name, array in params.items()}
+    refusal: str | None = None
+    left_out: tuple[str, ...] = ()
     try:
-        prepare(make_source(model, contents, options.reading), options)
-        refusal = None
+        left_out = prepare(make_source(model, contents, options.reading), options).unread
     except (OSError, ValueError) as error:
         refusal = str(error)
     groups: dict[tuple[str, Shape, str], int] = {}
@@ -125,6 +128,7 @@ def inspect(path: str | Path, options: Options = DEFAULTS) -> Inspection:
         ),
         head_norms=None if rows is None else _summarise(row_lengths(row_blocks(rows))),
         refusal=refusal,
+        left_out=left_out,
     )
 
 

@@ -14,9 +14,10 @@ from bc2_jax.checkpoint import TOKENIZER_NAME
 from bc2_jax.config import ModelConfig
 from bc2_jax.convert import hf, orbax
 from bc2_jax.convert.checksums import SUMS_NAME
-from bc2_jax.convert.hf_config import AS_SAID, Reading, read_generation_config
+from bc2_jax.convert.hf_config import read_generation_config
 from bc2_jax.convert.ownership import foreign_in_checkpoint
 from bc2_jax.convert.pretrained import FoundModel, find_model
+from bc2_jax.convert.reading import AS_SAID, Reading
 from bc2_jax.convert.table import Reader, flatten, layers_of, param_shapes
 from bc2_jax.convert.weights import check_weights
 

@@ -13,8 +13,9 @@ import numpy as np
 from bc2_jax.config import ModelConfig
 from bc2_jax.convert import table
 from bc2_jax.convert.hf import FLOAT64, check_tensors, find_layout, split_buffers
-from bc2_jax.convert.hf_config import AS_SAID, BAICHUAN2_VOCAB, Reading, choose, read_json
+from bc2_jax.convert.hf_config import BAICHUAN2_VOCAB, choose, read_json
 from bc2_jax.convert.mapped import MappedTensor
+from bc2_jax.convert.reading import AS_SAID, Reading
 from bc2_jax.validation import join_some
 
 _log = logging.getLogger(__name__)

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bc2_jax.config import BAICHUAN2_7B, BAICHUAN2_13B, ModelConfig
-from bc2_jax.convert.hf_config import Reading, read_config, read_generation_config, write_config
+from bc2_jax.convert.hf_config import read_config, read_generation_config, write_config
+from bc2_jax.convert.reading import Reading
 
 
 @st.composite

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bc2_jax.config import BAICHUAN2_7B
-from bc2_jax.convert.hf_config import Reading, read_config
+from bc2_jax.convert.hf_config import read_config
+from bc2_jax.convert.reading import Reading
 from tests.convert.test_hf_config import SIZES_13B, write_raw
 
 HONOURED = [
