@@ -232,9 +232,11 @@ def read_generation_config(folder: str | Path) -> dict[str, Any] | None:
     """
     path = Path(folder) / "generation_config.json"
     settings = read_json(path) if path.exists() else None
-    ends = read_json(path.with_name("config.json")).get("eos_token_id")
+    raw = read_json(path.with_name("config.json"))
+    ends = raw.get("eos_token_id")
     if isinstance(ends, list) and len(ends) > 1 and (settings or {}).get("eos_token_id") is None:
-        settings = (settings or {}) | {"eos_token_id": ends}
+        ids = {name: raw[name] for name in ("pad_token_id", "bos_token_id") if raw.get(name) is not None}
+        return (ids if settings is None else settings) | {"eos_token_id": ends}
     return settings
 
 

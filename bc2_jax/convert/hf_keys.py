@@ -89,17 +89,19 @@ return_dict_in_generate torchscript use_bfloat16 fp16 bf16 fp32 chunk_size_feed_
 label2id num_labels problem_type task_specific_params prefix is_decoder sep_token_id cls_token_id mask_token_id
 unk_token_id decoder_start_token_id user_token_id assistant_token_id pretraining_tp gradient_checkpointing
 tie_encoder_decoder tf_legacy_loss use_return_dict max_position_embeddings original_max_position_embeddings
-max_sequence_length max_seq_len max_seq_length seq_length alibi_bias_max max_window_layers slow_but_exact
-onnx_safe revision init_device init_std unsloth_version unsloth_fixed scale_attention_softmax_in_fp32 softmax_in_fp32
-max_length max_new_tokens min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
-temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size num_return_sequences
-encoder_no_repeat_ngram_size bad_words_ids forced_bos_token_id forced_eos_token_id remove_invalid_values
-exponential_decay_length_penalty suppress_tokens begin_suppress_tokens router_aux_loss_coef aux_loss_alpha
-output_router_logits attention_softmax_in_fp32 resid_in_fp32 residual_in_fp32 fused_mlp fused_bias_fc
+max_sequence_length max_seq_len max_seq_length seq_length alibi_bias_max max_window_layers slow_but_exact onnx_safe
+revision initializer_factor logits_to_keep num_logits_to_keep renormalize_logits guidance_scale low_memory
+penalty_alpha keys_to_ignore_at_inference pad_to_multiple_of init_device init_std unsloth_version unsloth_fixed
+scale_attention_softmax_in_fp32 softmax_in_fp32 max_length max_new_tokens min_length do_sample early_stopping
+num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
+no_repeat_ngram_size num_return_sequences encoder_no_repeat_ngram_size bad_words_ids forced_bos_token_id
+forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+router_aux_loss_coef aux_loss_alpha output_router_logits attention_softmax_in_fp32 resid_in_fp32 residual_in_fp32
+fused_mlp fused_bias_fc
 """
 _HARMLESS_NAMES = frozenset(_HARMLESS.split())
 _HARMLESS_PATTERN = re.compile(r"^_|flash|implementation|xformers|sdpa|memory_efficient|version$|comment|license")
-_DROPOUT = re.compile(r"dropout|_pdrop$|drop_path|jitter")
+_DROPOUT = re.compile(r"dropout|_pdrop$|drop_path|layerdrop|jitter")
 # What keys are called that change what a model computes.
 _SUSPICIOUS = re.compile(
     r"rope|rotary|ntk|yarn|scal|cap|window|slid|norm|bias|attn|attention|head|kv|qk|expert|moe|activ|act_|_act|multipl"

@@ -176,6 +176,8 @@ def _explain_absence(path: Path) -> str:
         return f"{path} does not exist."
     if not path.is_dir():
         return f"{path} is a file: give the folder of a model, of a checkpoint or of a run."
+    if (path / "adapter_config.json").is_file():
+        return f"{path} is an adapter without its model: merge it into its base model first (PEFT's merge_and_unload)."
     if _is_run(path) or path.absolute().name == "checkpoints":
         return f"{path} has no checkpoint: its run has not completed one yet."
     if (path / "params").is_dir():

@@ -105,7 +105,6 @@ def test_the_head_of_a_llama(tmp_path, caplog):
     folder = write(tmp_path / "unit", unit, model_type="llama")
     assert not open_source(folder).config.normalize_head
     assert "they were normalised" in caplog.text and "--normalize-head takes it as a NormHead" in caplog.text
-    assert np.abs(logits(folder) - logits(folder, reading=Reading(normalize_head=True))).max() < 1e-5
 
 
 def test_a_baichuan2_as_llama_whose_head_was_not_normalised(tmp_path):
@@ -196,11 +195,10 @@ def test_prefixes_are_explained_and_stripped(tmp_path, prefix):
         open_source(folder)
     assert ("put there" in str(error.value)) == (PREFIXES[prefix] is not None)
     expected = array_bytes(write(tmp_path / "b", tiny_tensors()))
-    for given_prefix in (prefix, prefix.removesuffix(".")):
-        reading = Reading(strip_prefix=given_prefix)
-        done = to_orbax(folder, tmp_path / "c", Options(reading=reading, overwrite=True))
-        assert done.config == find_model(tmp_path / "b").config and array_bytes(tmp_path / "c") == expected
-    params, _ = load_params(folder, reading=reading)
+    to_orbax(folder, tmp_path / "c", Options(reading=Reading(strip_prefix=prefix)))
+    assert array_bytes(tmp_path / "c") == expected
+    params, config = load_params(folder, reading=Reading(strip_prefix=prefix.removesuffix(".")))
+    assert config == find_model(tmp_path / "b").config
     jax.tree.map(np.testing.assert_array_equal, params, load_params(tmp_path / "b")[0])
 
 

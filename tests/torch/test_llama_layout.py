@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 import bc2_jax
 from bc2_jax.convert import hf
@@ -97,6 +97,14 @@ def test_keys_are_obeyed_or_refused(saved, tmp_path, changes, accepted):
         return
     theirs = logits(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
     np.testing.assert_allclose(ours(folder), theirs, atol=2e-5)
+
+
+def test_no_key_that_transformers_writes_is_missed(tmp_path, caplog):
+    """All keys with their defaults, those of a config without a kind of model too."""
+    everything = PretrainedConfig().to_dict() | make().config.to_dict() | GenerationConfig().to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(everything))
+    assert read_config(tmp_path).hidden_size == 32
+    assert not [record for record in caplog.records if record.levelname == "WARNING" and record.name.startswith("bc2")]
 
 
 def test_grouped_queries_are_refused(tmp_path):
