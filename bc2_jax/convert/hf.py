@@ -47,8 +47,12 @@ def open_folder(folder: str | Path, strip_prefix: str = "") -> dict[str, MappedT
 
 
 def split_buffers(tensors: Mapping[str, MappedTensor]) -> tuple[dict[str, MappedTensor], dict[str, MappedTensor]]:
-    """(parameters, buffers), which PyTorch models compute themselves."""
-    buffers = {name: tensor for name, tensor in tensors.items() if _BUFFER.search(name)}
+    """(parameters, buffers): tables that PyTorch models compute themselves, and counters."""
+    buffers = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if _BUFFER.search(name) or (tensor.shape == () and tensor.dtype.kind in "iub")
+    }
     return {name: tensor for name, tensor in tensors.items() if name not in buffers}, buffers
 
 

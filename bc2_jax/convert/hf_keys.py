@@ -223,8 +223,8 @@ def _keeps_rope(value: Any) -> bool:
         return False  # one rotation for each kind of layer
     kinds = {str(value[name]).lower() for name in ("rope_type", "type") if value.get(name) is not None}
     if kinds <= {"default"}:
-        # Entries of other types mean nothing here, but not all are of a type.
-        parts = ("partial_rotary_factor", "mrope_section")
+        # Entries of other types mean nothing here, but not all are of a type, and without one a factor is of some type.
+        parts = ("partial_rotary_factor", "mrope_section") if kinds else ("partial_rotary_factor", "factor")
         return all(_is_legal(value.get(name), _ONE) for name in parts)
     return kinds == {"linear"} and _is_legal(value.get("factor", 0), _ONE)
 

@@ -60,38 +60,53 @@ def check_weights(
     layout = find_layout(tensors)
     check_tensors(config, tensors, layout)
     raw = read_json(folder / "config.json")
+    notes = []
     if buffers:
-        _check_buffers(config, buffers, choose(raw, reading)["position_embedding"].is_said)
-        names = sorted({re.sub(r"\.\d+\.", ".{}.", name) for name in buffers})
-        _log.info("%s: left out, as the model computes them itself: %s.", folder, join_some(names))
+        notes += _check_buffers(config, buffers, choose(raw, reading)["position_embedding"].is_said)
     if raw["model_type"] == "llama":
         _check_head(folder, config, tensors[_HEAD], choose(raw, reading)["normalize_head"].is_said)
-    dtypes, notes = _choose_dtypes(config, tensors, layout)
-    for note in notes:
+    dtypes, said = _choose_dtypes(config, tensors, layout)
+    for note in (*notes, *said):
         _log.info("%s: %s", folder, note)
     return Weights(config, layout, tensors, dtypes)
 
 
-def _check_buffers(config: ModelConfig, buffers: Mapping[str, MappedTensor], is_said: bool) -> None:
-    """PyTorch would use the buffers of the file: they must be those that the config gives."""
+def _check_buffers(config: ModelConfig, buffers: Mapping[str, MappedTensor], is_said: bool) -> list[str]:
+    """Raises ValueError if a buffer is of another position scheme than config.json tells, unless that is said.
+
+    Returns what to say of the others: PyTorch computes most of them from the config too, whatever the file has.
+    """
+    notes = []
     for name, tensor in buffers.items():
-        last = name.rpartition(".")[2]
-        scheme = "alibi" if last == "future_mask" or "alibi" in last or last == "slopes" else None
-        scheme = "rope" if "rotary" in name or "inv_freq" in last else scheme
+        scheme = _scheme_of_buffer(name, tensor)
         if scheme not in (None, config.position_embedding) and not is_said:
             raise ValueError(
                 f"position_embedding is not clear: config.json tells {config.position_embedding}, but {name} is there, "
-                f"as with {scheme}; decide with --position-embedding rope|alibi, or with a key of that name in it."
+                f"as with {scheme}; decide with --position-embedding rope|alibi of tools/convert.py, or with the key "
+                '"position_embedding" in config.json.'
             )
-        if last == "inv_freq" and config.position_embedding == "rope":
-            exponents = np.arange(0, config.head_dim, 2) / config.head_dim
-            if tensor.shape != exponents.shape or not np.allclose(
-                tensor.read().astype(np.float64), config.rope_theta**-exponents, _ROTARY_TOLERANCE, 1e-7
-            ):
-                raise ValueError(
-                    f"{name} holds other frequencies than rope_theta = {config.rope_theta} and head size "
-                    f"{config.head_dim} of config.json give; one of the two is wrong."
-                )
+        if name.endswith("inv_freq") and config.position_embedding == "rope":
+            expected = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
+            found = tensor.read().astype(np.float64)
+            if found.shape != expected.shape or not np.allclose(found, expected, _ROTARY_TOLERANCE, 1e-7):
+                theta = f"rope_theta = {config.rope_theta}"
+                notes.append(f"{name} holds other frequencies than {theta} of config.json gives, which are used.")
+    names = sorted({re.sub(r"\.\d+\.", ".{}.", name) for name in buffers})
+    return [*notes, f"left out, as they are no parameters: {join_some(names)}."]
+
+
+def _scheme_of_buffer(name: str, tensor: MappedTensor) -> str | None:
+    """The position scheme that a buffer is of; None where any model may have it."""
+    last = name.rpartition(".")[2]
+    if ".rotary_emb." in f".{name}" or "inv_freq" in last:
+        return "rope"
+    if "alibi" in last or last == "slopes":
+        return "alibi"
+    if last.endswith("mask") and len(tensor.shape) > 1 and 0 not in tensor.shape:
+        # What a last query sees: zero everywhere in a causal mask, as many values as keys where ALiBi is added.
+        row = tensor.read()[..., -1, :].astype(np.float32)
+        return "alibi" if len(np.unique(row[np.isfinite(row)])) > 2 else None
+    return None
 
 
 def row_lengths(rows: Iterable[np.ndarray]) -> np.ndarray:

@@ -33,7 +33,8 @@ HONOURED = [
     ({"bos_token_id": "3"}, {"bos_token_id": 3}),
 ]
 HARMLESS = [
-    {"rope_scaling": None}, {"rope_scaling": {}}, {"rope_scaling": {"rope_type": "default"}},
+    {"rope_scaling": None}, {"rope_scaling": {}}, {"rope_scaling": {"factor": 1}},
+    {"rope_scaling": {"rope_type": "default"}},
     {"rope_scaling": {"type": "default", "factor": 4.0}}, {"rope_scaling": {"type": "linear", "factor": 1.0}},
     {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     {"pad_token_id": None}, {"pad_token_id": -1}, {"eos_token_id": None}, {"eos_token_id": []},
@@ -58,7 +59,8 @@ REFUSED = [
     {"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_scaling": {"rope_type": "dynamic", "factor": 2}},
     {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4}}, {"rope_parameters": {"rope_type": 3}},
     {"rope_scaling": {"rope_type": "llama3", "factor": 8}}, {"rope_scaling": {"type": "longrope"}},
-    {"rope_scaling": "linear"}, {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
+    {"rope_scaling": "linear"}, {"rope_scaling": {"factor": 4.0}},
+    {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
     {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, {"partial_rotary_factor": 0.5},
     {"rotary_pct": 0.25}, {"rope_ratio": 16}, {"rotary_dim": 64}, {"rope_interleaved": True},
     {"no_rope_layers": [1] * 31 + [0]}, {"use_sliding_window": True, "sliding_window": 512}, {"sliding_window": 512},

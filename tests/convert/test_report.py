@@ -95,6 +95,8 @@ HARMLESS = {
     "buffers": lambda f: rewrite(f, lambda t: t | {"model.rotary_emb.inv_freq": np.array([1, 0.01], np.float32)}),
     "fp64": lambda f: rewrite(f, lambda t: {name: a.astype(np.float64) for name, a in t.items()}),
     "bf16": lambda f: rewrite(f, lambda t: {name: a.astype(ml_dtypes.bfloat16) for name, a in t.items()}),
+    "other frequencies": lambda f: rewrite(f, lambda t: t | {"model.rotary_emb.inv_freq": np.ones(2, np.float32)}),
+    "a step number": lambda f: rewrite(f, lambda t: t | {"global_step": np.array(7)}),
     "an empty adapter beside it": lambda f: (f / "adapter_model.safetensors").write_bytes(b""),
 }
 BROKEN = {
@@ -105,7 +107,6 @@ BROKEN = {
     "integers": lambda f: rewrite(f, lambda t: {name: a.astype(np.int8) for name, a in t.items()}),
     "adapter": lambda f: rewrite(f, lambda t: t | {"model.layers.0.mlp.up_proj.lora_A.weight": t[NORM]}),
     "half split": lambda f: rewrite(f, lambda t: t | {Q.replace("W_pack", "q_proj"): t[Q][:16]}),
-    "frequencies": lambda f: rewrite(f, lambda t: t | {"model.rotary_emb.inv_freq": np.ones(2, np.float32)}),
     "grouped queries": lambda f: edit(f, num_key_value_heads=2),
     "scaled rope": lambda f: edit(f, rope_scaling={"rope_type": "linear", "factor": 2}),
     "two thetas": lambda f: edit(f, rope_theta=1e6, rope_parameters={"rope_theta": 1e4}),
