@@ -54,8 +54,10 @@ def require_agreement(facts: dict[str, Any]) -> None:
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every value in nested dicts; an empty dict is a value."""
+    """(dotted name, value) of every value in nested dicts and lists of dicts; an empty dict is a value."""
     for name, value in values.items():
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], dict):
+            value = {str(index): item for index, item in enumerate(value)}
         if isinstance(value, dict) and value:
             yield from flatten(value, f"{prefix}{name}.")
         else:

@@ -14,16 +14,16 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from bc2_jax.agreement import any_text, first_decides, require_agreement
-from bc2_jax.checkpoint import Checkpointer, Metadata
+from bc2_jax.agreement import first_decides, require_agreement
+from bc2_jax.checkpoint import Checkpointer, Metadata, is_permanent
 from bc2_jax.config import RunConfig
-from bc2_jax.data.batch import Batch
 from bc2_jax.sharding import make_mesh
 from bc2_jax.train import distributed
+from bc2_jax.train.evaluation import evaluate
 from bc2_jax.train.expendable import Expendable, Profiler
 from bc2_jax.train.goodput import Goodput, goodput_table, read_sessions
 from bc2_jax.train.health import HealthMonitor, Steps
-from bc2_jax.train.job import Job, Parts, Say, lower_train_step, make_eval_step, restore_state
+from bc2_jax.train.job import Job, Say, lower_train_step, make_eval_step, restore_state
 from bc2_jax.train.metrics import MetricsWriter, ProgressDisplay, Throughput, fingerprint, memory_metrics
 from bc2_jax.train.start import check_attention, describe_start, tuned_options, use_compilation_cache
 from bc2_jax.train.workdir import own_workdir
@@ -107,7 +107,7 @@ def run(
 
 def _make_checkpointer(config: RunConfig, workdir: Path) -> Checkpointer:
     verified = config.num_steps - config.verify_resume_steps if config.verify_resume_steps else None
-    return Checkpointer(workdir / "checkpoints", config.checkpoint, config.tokens_per_step, pinned=verified)
+    return Checkpointer(workdir / "checkpoints", config.checkpoint, verified)
 
 
 def _find_checkpoint(config: RunConfig, checkpointer: Checkpointer, goodput: Goodput) -> tuple[int, Metadata | None]:
@@ -148,6 +148,7 @@ class _Loop:
 
     def start(self, step: int, metadata: Metadata | None) -> None:
         """The state of `step`; from here on, the workdir is written."""
+        self.resumed_at, self.tokens_before = step, 0 if metadata is None else metadata.tokens
         if metadata is None:
             self.state = self.job.init_state()
         else:
@@ -157,6 +158,7 @@ class _Loop:
             self.monitor.set_state(metadata.health)
         self.watchdog.beat("the parameters were placed")
         self.steps = Steps(step, self.config.num_steps)
+        self.workdir.mkdir(parents=True, exist_ok=True)  # on every host
         self.checkpointer.remove_leftovers()
         self.checkpointer.set_aside_after(step)
         if jax.process_index() == 0:
@@ -167,7 +169,8 @@ class _Loop:
         self.job.begin(self.workdir)
         self.display.say(self.throughput.formula())
         if metadata is not None:
-            self.display.say(f"Resumed at step {step} from {self.checkpointer.directory}.")
+            after = f", after {metadata.tokens:,} tokens," if metadata.tokens else ""
+            self.display.say(f"Resumed at step {step}{after} from {self.checkpointer.directory}.")
         self.writer = MetricsWriter(self.workdir, step, self.expendable)
 
     def compile(self) -> None:
@@ -237,12 +240,19 @@ class _Loop:
         if stopping:
             raise self.preemption.stopped(step, checkpointer.directory)
 
+    def _tokens(self, step: int) -> int:
+        """Trained on up to a step, the last resume or a later one: before it, batches may have had other sizes."""
+        return self.tokens_before + (step - self.resumed_at) * self.config.tokens_per_step
+
+    def _is_permanent(self, step: int) -> bool:
+        return is_permanent(self.config.checkpoint, step, self._tokens(step), self.config.tokens_per_step)
+
     def _is_evaluated(self, step: int) -> bool:
-        is_regular = step % self.config.eval_every == 0 or self.checkpointer.is_permanent(step)
+        is_regular = step % self.config.eval_every == 0 or self._is_permanent(step)
         return len(self.job.validation) > 0 and (is_regular or step == self.config.num_steps)
 
     def _is_saved(self, step: int) -> bool:
-        is_regular = step % self.config.checkpoint.save_every == 0 or self.checkpointer.is_permanent(step)
+        is_regular = step % self.config.checkpoint.save_every == 0 or self._is_permanent(step)
         return is_regular or step in (self.config.num_steps, self.checkpointer.pinned)
 
     def _evaluate_if_due(self) -> None:
@@ -274,6 +284,8 @@ class _Loop:
         if self.monitor.stop is not None:
             self._stop(step, values, self.monitor.stop)
         values |= judged | self.throughput.step() | self.job.batches.metrics(step) | self.expendable.metrics()
+        if self.config.tokens_per_step:
+            values["trained_tokens"] = float(self._tokens(step))
         self.goodput.steps_done += 1
         self.display.show(step, values)
         return values
@@ -292,40 +304,29 @@ class _Loop:
 
         An evaluation that fails leaves no metrics.
         """
-        batches = self.job.validation
-        count = min(self.config.eval_batches or len(batches), len(batches))
-        parts: list[Parts] = []
+
+        def progress(done: int, count: int) -> bool:
+            self.watchdog.beat(f"validation batch {done} of {count} at step {step}")
+            return not self.preemption.reached()
+
         with self.goodput.phase("evaluation"), self.expendable.attempt("evaluations"):
-            for i in range(count):
-                parts.append(self.eval_step(self.state.params, self.job.frozen, self._validation_batch(i)))
-                jax.block_until_ready(parts[max(i - 1, 0)])  # not the newest: the devices have work meanwhile
-                self.watchdog.beat(f"validation batch {i + 1} of {count} at step {step}")
-                if self.preemption.reached():
-                    self.display.say(f"step {step}  the evaluation is left to the next start: the run is to stop")
-                    return False
-            total = add_up_on_host(jax.device_get(parts))
-            values = {name: float(value) for name, value in self.job.objective.metrics(total).items()}
+            values = evaluate(self.job, self.eval_step, self.state.params, self.config.eval_batches, progress)
+            if values is None:
+                self.display.say(f"step {step}  the evaluation is left to the next start: the run is to stop")
+                return False
             self.display.say(f"step {step}  validation {self.job.objective.summary(values)}")
             values = {f"validation_{name}": value for name, value in values.items()} | self.job.batches.metrics(step)
             self.last |= values
             self.writer.write(step, values)
         return True
 
-    def _validation_batch(self, index: int) -> Batch:
-        """Raises ValueError on every process if one of them cannot read its part: a step would wait for it for ever."""
-        problem = ""
-        try:
-            batch = self.job.validation[index]
-        except (ValueError, OSError) as error:
-            problem = str(error) or type(error).__name__
-        if problem := any_text(problem):
-            raise ValueError(problem)
-        return batch
-
     # ----------------------------------------------------------------------------------------- save, rewind
 
     def _save(self, step: int, position: dict[str, Any]) -> None:
-        metadata = Metadata(dataclasses.asdict(self.config), position, self.monitor.state(), self.job.metadata)
+        metadata = Metadata(
+            dataclasses.asdict(self.config), position, self.monitor.state(), self.job.metadata, self._tokens(step),
+            self._is_permanent(step),
+        )  # fmt: skip
         with self.goodput.phase("save"):
             self.checkpointer.save(step, self.state.params, self.state.opt_state, metadata)
         self.goodput.record(step)
@@ -351,7 +352,8 @@ class _Loop:
         monitor.rewound(good, metadata.health, skipped)
         self.writer.close()
         self.writer = MetricsWriter(self.workdir, good, self.expendable)
-        self.steps.done = good
+        self.steps.done = self.resumed_at = good
+        self.tokens_before = metadata.tokens
         self.watchdog.beat(f"going back to step {good}")
         self.throughput.restart()
         return good
@@ -393,10 +395,3 @@ class _Loop:
                 f"Resumed at step {step}, the run ended in {resumed}, not in {uninterrupted}: it is not exact."
             )
         self.display.say(f"Resumed at step {step} and repeated: the parameters are the same bit for bit.")
-
-
-def add_up_on_host(parts: list[Parts]) -> Parts:
-    """Parts of several batches -> those of all, in double precision."""
-    sums = {name: sum(float(p.sums[name]) for p in parts) for name in parts[0].sums}
-    maxima = {name: max(float(p.maxima[name]) for p in parts) for name in parts[0].maxima}
-    return Parts(sums, maxima)  # type: ignore[arg-type]  # numbers stand in for arrays

@@ -48,16 +48,18 @@ def print_tables(console: Console, config: TrainConfig, mesh: Mesh) -> None:
     _print_table(console, "Mesh", rows)
 
 
-def print_mixture(console: Console, config: TrainConfig) -> None:
-    """Which share of the tokens each folder of rows has, and how often the run reads it."""
+def print_mixture(console: Console, config: TrainConfig, step: int = 0, row: int = 0) -> None:
+    """Which share of the tokens each folder of rows has, and how often the run, which is at `row` after `step`, reads
+    it up to its end."""
     data = config.data
     table = Table("rows of", "rows", "share", title="Data", title_justify="left")
-    for step in data.stage_steps:
-        table.add_column(f"from step {step:,}, {step * data.tokens_per_step:,} tokens")
+    for first in data.stage_rows:
+        at = f"step {step + -(-(first - row) // data.global_batch_size):,}, " if first >= row else ""
+        table.add_column(f"from {at}{first * data.sequence_length:,} tokens")
     table.add_column("epochs")
     for column in table.columns[1:]:
         column.justify = "right"
-    for part in describe_mixture(data, config.num_steps):
+    for part in describe_mixture(data, row + (config.num_steps - step) * data.global_batch_size):
         shares = (f"{share:.2%}" for share in part.shares)
         table.add_row(part.path, f"{part.rows:,}", *shares, f"{part.epochs:.2f}")
     console.print(table)
