@@ -85,6 +85,10 @@ def test_where_no_model_is_one_sentence_says_why(tmp_path, load):
     refused(tmp_path / "nothing", "does not exist.")
     file = GOLDEN / "rope-tiny" / "config.json"
     refused(file, "is a file: give the folder of a model, of a checkpoint or of a run.")
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    refused(tmp_path / "lora", "is an adapter without its model: merge it into its base model first (PEFT's "
+            "merge_and_unload).")  # fmt: skip
     run = make_run(tmp_path / "run", 7)
     cut_short(run / "checkpoints" / "7")
     refused(run / "checkpoints" / "7", "is a checkpoint that is not complete: it was not written to its end, or files "
