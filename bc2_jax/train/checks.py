@@ -10,12 +10,16 @@ import jax
 
 from bc2_jax.checkpoint import TOKENIZER_NAME, Metadata, parse_model_config
 from bc2_jax.config import ModelConfig, RunConfig, TrainConfig, differing_fields
+from bc2_jax.convert.folder import check_free
+from bc2_jax.convert.ownership import foreign_in_export
 from bc2_jax.convert.pretrained import find_model
 from bc2_jax.data.row_order import changed_row_order
 from bc2_jax.tokenizer import Tokenizer, file_sha256
 from bc2_jax.train.loop import Start
 from bc2_jax.validation import require
 
+EXPORT_NAME = "hf"
+"""Where a run exports to, in its workdir."""
 _log = logging.getLogger(__name__)
 
 
@@ -100,3 +104,9 @@ def check_samples(config: TrainConfig, tokenizer: Tokenizer) -> None:
             length + sample.max_new_tokens <= limit, "sample.max_new_tokens", sample.max_new_tokens,
             f"with the {length} tokens of {prompt!r} it must be at most model.model_max_length = {limit}",
         )  # fmt: skip
+
+
+def check_export(config: TrainConfig, workdir: Path) -> None:
+    """Raises FileExistsError if the export at the end could not replace what is in its place."""
+    if config.export_hf:
+        check_free(workdir / EXPORT_NAME, True, foreign_in_export)

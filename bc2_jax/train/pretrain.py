@@ -23,6 +23,7 @@ from bc2_jax.data.row_order import record_row_order
 from bc2_jax.model.baichuan import Params, abstract_params, init_params, split_model
 from bc2_jax.tokenizer import Tokenizer, file_sha256
 from bc2_jax.train.checks import (
+    check_export,
     check_initial_model,
     check_same_model,
     check_same_tokenizer,
@@ -59,6 +60,7 @@ def make_job(config: TrainConfig, start: Start) -> Job:
     tokenizer_sha256 = file_sha256(config.data.tokenizer)
     check_same_tokenizer(config, start, tokenizer_sha256)
     check_samples(config, tokenizer)
+    check_export(config, start.workdir)
     bad_rows = BadRows(config.data.max_bad_rows)
     row = 0 if start.metadata is None else next_row(start.metadata.data, config.data.sequence_length)
     optimizer = make_optimizer(config.optimizer)

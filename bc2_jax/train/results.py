@@ -23,6 +23,7 @@ from bc2_jax.data.packing import read_rows
 from bc2_jax.infer.generate import generate
 from bc2_jax.model.baichuan import Params, split_model
 from bc2_jax.tokenizer import Tokenizer
+from bc2_jax.train.checks import EXPORT_NAME
 from bc2_jax.train.job import Say
 from bc2_jax.train.loop import Start
 from bc2_jax.train.metrics import read_metrics
@@ -102,7 +103,7 @@ def show_results(
     Raises what made the export fail when all else is done.
     """
     workdir, is_first = checkpoint.parent.parent, jax.process_index() == 0
-    exported, failed = workdir / "hf", None
+    exported, failed = workdir / EXPORT_NAME, None
     if config.export_hf and is_first:
         try:
             # Ours to replace: an earlier end of this same run wrote it.

@@ -250,6 +250,14 @@ def test_samples_are_refused_before_the_first_step(config, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_export_that_would_replace_something_else_is_refused_before_the_first_step(config, tmp_path):
+    (tmp_path / "run" / "hf").mkdir(parents=True)
+    (tmp_path / "run" / "hf" / "notes.txt").touch()
+    with pytest.raises(FileExistsError, match="hf is not replaced, as no conversion wrote notes.txt"):
+        pretrain.train(dataclasses.replace(config, workdir=str(tmp_path / "run"), export_hf=True))
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["hf"]
+
+
 def test_the_resume_that_is_verified_at_the_end_keeps_its_checkpoint(config, finished, tmp_path, capsys):
     run = dataclasses.replace(
         config, workdir=str(tmp_path / "run"), verify_resume_steps=5,
