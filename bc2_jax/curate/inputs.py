@@ -175,13 +175,27 @@ def _walk_store(given: str) -> Iterator[tuple[str, str, int]]:
         yield scheme + file.path, file.path[len(root.rstrip("/")) + 1 :], file.size
 
 
+def modified(file: InputFile) -> int:
+    """When a raw file was last written, in nanoseconds; 0 if that is not known."""
+    if "://" not in file.path:
+        return os.stat(file.path).st_mtime_ns if os.path.exists(file.path) else 0
+    system, inside = _store(file.path)
+    return system.get_file_info(inside).mtime_ns or 0
+
+
+def _store(path: str) -> tuple[Any, str]:
+    """The object store of a path that begins with a scheme, and the path in it: bytes, of which nothing is decoded."""
+    from pyarrow import fs
+
+    scheme, inside = path.split("://", 1)
+    return fs.FileSystem.from_uri(f"{scheme}://{inside.split('/', 1)[0]}")[0], inside
+
+
 def open_input(path: str) -> IO[bytes] | Any:
     """A seekable binary file. Raises OSError."""
     if "://" not in path:
         return open(path, "rb", buffering=0)
-    from pyarrow import fs
-
-    system, inside = fs.FileSystem.from_uri(path)
+    system, inside = _store(path)
     return system.open_input_file(inside)
 
 

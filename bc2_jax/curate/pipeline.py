@@ -18,7 +18,7 @@ from bc2_jax.curate.copies import later_copies
 from bc2_jax.curate.embedding import DocumentFrequencies, HashedNgrams
 from bc2_jax.curate.engine import Engine
 from bc2_jax.curate.grouping import group
-from bc2_jax.curate.inputs import find_inputs, plan_units
+from bc2_jax.curate.inputs import find_inputs, modified, plan_units
 from bc2_jax.curate.near import band_edges, resolve
 from bc2_jax.curate.problems import UnitReport, number_lines, problems_table
 from bc2_jax.curate.report import describe, write_report
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from daft import DataFrame
 
 # Raised when a change of the code changes what a stage writes: then nothing older is reused.
-FORMAT = 1
+FORMAT = 2
 # Document frequencies are counted in so many shards, evenly spaced.
 _COUNTED_SHARDS = 8
 
@@ -51,7 +51,7 @@ def curate(
     tasks.check_out(out_folder, paths)
     units = plan_units(inputs.files, config.read)
     run = Run(out_folder / "work", out_folder, config)
-    files = [(*file, _modified(file.path)) for file in inputs.files]
+    files = [(*file, modified(file)) for file in inputs.files]
     stages = Stages(run.work, engine, fingerprint(FORMAT, files), show)
     shards = run.work / "filter" / "shards"
 
@@ -154,12 +154,17 @@ def curate(
 
     # ---------------------------------------------------------------- the result
     def write(folder: Folder) -> list[dict[str, Any]]:
-        return per_shard("write", tasks.write, names)
-
-    if not stages.is_done("write", config.jsonl):
         # report.json says that the folder is complete.
-        tasks.clear_result(out_folder)
-    written = stages.run("write", config.jsonl, write)
+        tasks.prepare_result(out_folder)
+        function = functools.partial(tasks.write, run)
+        return stages.map("write", function, _named(names), functools.partial(tasks.is_written, run))
+
+    def is_intact(results: list[dict[str, Any]]) -> bool:
+        return all(tasks.is_written(run, name, result) for name, result in zip(names, results, strict=True))
+
+    clear = functools.partial(tasks.clear_result, out_folder)
+    written = stages.run("write", config.jsonl, write, clear=clear, intact=is_intact)
+    tasks.check_result(run, written)
     problems = number_lines((UnitReport.from_json(report), report["file"], report["start"]) for report in reports)
     out_folder.write_table("problems.parquet", problems_table(problems), "zstd")
     notes = {"documents whose id an earlier one has": same_ids, "files that were skipped": len(inputs.skipped)}
@@ -169,15 +174,10 @@ def curate(
     return facts
 
 
-def _modified(path: str) -> int:
-    folder, _, name = path.rpartition("/")
-    return Folder(folder or ".").modified(name)
-
-
 def _table(folder: Folder, columns: list[str]) -> DataFrame:
     import daft
 
-    return daft.read_parquet(folder.uri("*.parquet")).select(*columns)
+    return daft.read_parquet(folder.pattern(".parquet")).select(*columns)
 
 
 def _named(names: Sequence[str]) -> list[dict[str, Any]]:
@@ -194,25 +194,27 @@ def _decide(copies: DataFrame | None, ids: DataFrame | None, folder: Folder) -> 
         named = named.select("doc", "kept").sort("doc").collect()
         rows = named.count_rows()
     if rows:
-        (folder / "decisions").remove()
-        named.write_parquet((folder / "decisions").location)
+        _replace(folder / "decisions", named.to_arrow())
     else:
         _write_decisions([], [], folder)
     return rows
 
 
 def _write_decisions(documents: Sequence[int], kept: Sequence[str], folder: Folder) -> None:
-    (folder / "decisions").remove()
     table = pa.table({"doc": pa.array(documents, pa.int64()), "kept": pa.array(kept, pa.string())})
-    (folder / "decisions").write_table("decisions.parquet", table)
+    _replace(folder / "decisions", table)
+
+
+def _replace(folder: Folder, table: pa.Table) -> None:
+    """Makes a folder that has only this table."""
+    folder.remove()
+    folder.write_table("rows.parquet", table)
 
 
 def _copied_spans(folder: Folder, config: CurationConfig, engine: Engine) -> None:
     """Writes (span): the paragraphs and sentences to cut, each but the first of its kind."""
     from daft import col, lit
 
-    result = folder / "copies"
-    result.remove()
     hashes = _table(folder / "hashes", ["hash", "size", "span"])
     paragraph = col("size") % lit(2) == lit(0)
     copies = [
@@ -220,10 +222,7 @@ def _copied_spans(folder: Folder, config: CurationConfig, engine: Engine) -> Non
         for condition, least in ((paragraph, 2), (~paragraph, config.copies.sentence_copies))
     ]
     spans = copies[0].concat(copies[1]).sort("span").collect()
-    if spans.count_rows():
-        spans.write_parquet(result.location)
-    else:
-        result.write_table("none.parquet", pa.table({"span": pa.array([], pa.int64())}))
+    _replace(folder / "copies", pa.table({"span": pa.array(spans.to_arrow()["span"], pa.int64())}))
 
 
 def _texts(shards: Folder, documents: np.ndarray) -> list[str]:
