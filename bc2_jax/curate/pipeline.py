@@ -18,13 +18,14 @@ from bc2_jax.curate.copies import later_copies
 from bc2_jax.curate.embedding import DocumentFrequencies, HashedNgrams
 from bc2_jax.curate.engine import Engine
 from bc2_jax.curate.grouping import group
-from bc2_jax.curate.inputs import find_inputs, modified, plan_units
+from bc2_jax.curate.inputs import plan_units
 from bc2_jax.curate.near import band_edges, resolve
 from bc2_jax.curate.problems import UnitReport, number_lines, problems_table
 from bc2_jax.curate.report import describe, write_report
 from bc2_jax.curate.stages import Stages, fingerprint
 from bc2_jax.curate.storage import Folder
 from bc2_jax.curate.tasks import Run
+from bc2_jax.data.text_files import find_text_files, modified
 from bc2_jax.tokenizer import file_sha256
 
 if TYPE_CHECKING:
@@ -45,13 +46,13 @@ def curate(
     before anything is written.
     """
     # ---------------------------------------------------------------- what there is to do
-    inputs = find_inputs(paths)
+    inputs = find_text_files(paths)
     filtering.check(config)
     out_folder = Folder(out)
     tasks.check_out(out_folder, paths)
     units = plan_units(inputs.files, config.read)
     run = Run(out_folder / "work", out_folder, config)
-    files = [(*file, modified(file)) for file in inputs.files]
+    files = [(*file, modified(file.path)) for file in inputs.files]
     stages = Stages(run.work, engine, fingerprint(FORMAT, files), show)
     shards = run.work / "filter" / "shards"
 

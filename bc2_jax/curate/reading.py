@@ -7,10 +7,11 @@ import json
 from collections.abc import Iterator
 from typing import IO, Any
 
-from bc2_jax.curate.inputs import InputFile, ReadConfig, Unit, default_source, open_input
+from bc2_jax.curate.inputs import ReadConfig, Unit, default_source
 from bc2_jax.curate.lines import Block, Broken, decompressed, line_blocks
 from bc2_jax.curate.parquet_pages import largest_page
 from bc2_jax.curate.problems import UnitReport
+from bc2_jax.data.text_files import TextFile, open_binary
 
 _BOM = b"\xef\xbb\xbf"
 # A longer id, source or language is no name.
@@ -44,7 +45,7 @@ def read_unit(unit: Unit, config: ReadConfig, report: UnitReport) -> Iterator[Ro
         return
     file = unit.files[0]
     try:
-        with open_input(file.path) as stream:
+        with open_binary(file.path) as stream:
             if not _check_size(stream, file, report):
                 return
             reader = _read_parquet if file.kind == "parquet" else _read_lines
@@ -53,7 +54,7 @@ def read_unit(unit: Unit, config: ReadConfig, report: UnitReport) -> Iterator[Ro
         report.add(file.name, "cannot be read", rows=0, content=error)
 
 
-def _check_size(stream: IO[bytes] | Any, file: InputFile, report: UnitReport) -> bool:
+def _check_size(stream: IO[bytes] | Any, file: TextFile, report: UnitReport) -> bool:
     """Whether there is anything to read."""
     size = stream.seek(0, 2)
     stream.seek(0)
@@ -68,7 +69,7 @@ def _check_size(stream: IO[bytes] | Any, file: InputFile, report: UnitReport) ->
 class _RowCheck:
     """Takes the fields of one row after the other; good ones become Rows."""
 
-    def __init__(self, file: InputFile, config: ReadConfig, report: UnitReport) -> None:
+    def __init__(self, file: TextFile, config: ReadConfig, report: UnitReport) -> None:
         self.file, self.config, self.report = file, config, report
         self.source = _name(default_source(file)) or "unnamed"
         self.rows, self.size = Rows(), 0
@@ -193,7 +194,7 @@ def _read_texts(unit: Unit, config: ReadConfig, report: UnitReport) -> Iterator[
     for file in unit.files:
         report.raw_bytes += file.size
         try:
-            with open_input(file.path) as stream:
+            with open_binary(file.path) as stream:
                 if not _check_size(stream, file, report):
                     continue
                 read, _ = decompressed(stream, file.compression)

@@ -80,8 +80,8 @@ class Stages:
     ) -> list[Task]:
         """The results of `function` for all tasks, in their order; each task has a `name` of its own.
 
-        What a task returns is written when it has ended; a task whose result is there is not run again, if `intact(name,
-        result)` finds that what it wrote is there too.
+        What a task returns is written when it has ended; a task whose result is there is not run again, if
+        `intact(name, result)` finds that what it wrote is there too.
         """
         results = self.folder(stage) / _RESULTS
         there = set(results.names(".json"))

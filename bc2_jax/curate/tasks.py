@@ -221,7 +221,10 @@ def clear_result(out: Folder) -> None:
 
 def is_written(run: Run, name: str, result: Task) -> bool:
     """Whether the files of a shard that `write` counted in `result` are there, whole."""
-    files = [("documents", f"{name}.parquet", result["after"]["documents"]), ("removed", f"{name}.parquet", result["gone"])]
+    files = [
+        ("documents", f"{name}.parquet", result["after"]["documents"]),
+        ("removed", f"{name}.parquet", result["gone"]),
+    ]
     if run.config.jsonl:
         files.append(("jsonl", f"{name}.jsonl.zst", result["after"]["documents"]))
     return all(

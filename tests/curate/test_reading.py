@@ -16,10 +16,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bc2_jax.curate.inputs import ReadConfig, Unit, find_inputs, plan_units
+from bc2_jax.curate.inputs import ReadConfig, Unit, plan_units
 from bc2_jax.curate.parquet_pages import largest_page
 from bc2_jax.curate.problems import LISTED, Problem, UnitReport, number_lines, problems_table
 from bc2_jax.curate.reading import Rows, read_unit
+from bc2_jax.data.text_files import find_text_files
 
 
 def zstd(data: bytes) -> bytes:
@@ -29,7 +30,7 @@ def zstd(data: bytes) -> bytes:
 def read(*paths: Path | str, **config) -> tuple[Rows, list[Problem], list[UnitReport]]:
     """All documents, the problems with absolute line numbers, and the reports."""
     settings = ReadConfig(**config)
-    units = plan_units(find_inputs([str(path) for path in paths]).files, settings)
+    units = plan_units(find_text_files([str(path) for path in paths]).files, settings)
     return read_units(units, settings)
 
 
@@ -230,7 +231,7 @@ def test_files_that_change_or_vanish(tmp_path: Path):
     for name in ("shrunk.jsonl", "gone.jsonl", "empty.jsonl", "gone.txt", "gone.parquet"):
         (tmp_path / name).write_bytes(data if "empty" not in name else b"")
     config = ReadConfig(unit_bytes=500)
-    units = plan_units(find_inputs([str(tmp_path)]).files, config)
+    units = plan_units(find_text_files([str(tmp_path)]).files, config)
     for path in tmp_path.glob("gone*"):
         path.unlink()
     (tmp_path / "shrunk.jsonl").write_bytes(data[:700])
@@ -355,7 +356,7 @@ def test_a_parquet_file_that_was_replaced(tmp_path: Path):
     path = tmp_path / "p.parquet"
     pq.write_table(pa.table({"text": [str(i) for i in range(10)]}), path, row_group_size=1)
     config = ReadConfig(unit_bytes=1)
-    units = plan_units(find_inputs([str(path)]).files, config)
+    units = plan_units(find_text_files([str(path)]).files, config)
     pq.write_table(pa.table({"text": ["new", "newer"]}), path, row_group_size=1)
     rows, problems, _ = read_units(units, config)
     assert len(units) == 10 and rows.texts == ["new", "newer"]
@@ -364,7 +365,7 @@ def test_a_parquet_file_that_was_replaced(tmp_path: Path):
     # And one whose footer could not be read at first.
     data = path.read_bytes()
     path.write_bytes(data[:-1] + b"x")
-    units = plan_units(find_inputs([str(path)]).files, config)
+    units = plan_units(find_text_files([str(path)]).files, config)
     path.write_bytes(data)
     assert read_units(units, config)[0].texts == ["new", "newer"]
 
