@@ -88,13 +88,13 @@ def parse_shares(text: str) -> dict[str, float]:
 
 
 def read_documents(
-    inputs: Sequence[Path], text_field: str, advance: Callable[[int], object]
+    files: Sequence[str], text_field: str, advance: Callable[[int], object]
 ) -> Iterator[Document | InvalidDocument]:
-    """Every document of `inputs`; calls advance(bytes) on the way."""
-    from bc2_jax.data.documents import Fields, InvalidDocument, find_files, read_span, scan_file
+    """Every document of `files`; calls advance(bytes) on the way."""
+    from bc2_jax.data.documents import Fields, InvalidDocument, read_span, scan_file
 
     fields = Fields(text=text_field)
-    for file in find_files(inputs):
+    for file in files:
         scanned = scan_file(file, fields, 1 << 26)
         if scanned.problem is not None:
             yield InvalidDocument(scanned.problem)
@@ -110,7 +110,8 @@ def read_documents(
 
 def draw_sample(options: argparse.Namespace, console: Console) -> tuple[TokenizerSample, int]:
     """The sample, and how many documents were invalid; each of those is logged."""
-    from bc2_jax.data.documents import InvalidDocument, find_files
+    from bc2_jax.data.documents import InvalidDocument
+    from bc2_jax.data.text_files import find_text_files
     from bc2_jax.data.tokenizer_sample import SampleDrawer
 
     drawer = SampleDrawer(
@@ -120,12 +121,15 @@ def draw_sample(options: argparse.Namespace, console: Console) -> tuple[Tokenize
         held_out_bytes=options.measure_bytes,
     )
     invalid = 0
-    files = find_files(options.inputs)
+    files, skipped = find_text_files(options.inputs, "INPUT")
+    for name in skipped:
+        logger.warning("%s: the file is not read", name)
     with Progress(
         TextColumn("reading"), BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console
     ) as progress:
-        task = progress.add_task("", total=sum(file.stat().st_size for file in files))
-        for document in read_documents(options.inputs, options.text_field, lambda size: progress.advance(task, size)):
+        task = progress.add_task("", total=sum(file.size for file in files))
+        paths = [file.path for file in files]
+        for document in read_documents(paths, options.text_field, lambda size: progress.advance(task, size)):
             if isinstance(document, InvalidDocument):
                 invalid += document.documents
                 logger.warning("left out: %s", document.reason)
@@ -207,9 +211,6 @@ def run(options: argparse.Namespace, console: Console, errors: Console) -> int:
 
     if options.out.exists() and not (options.overwrite and options.out.is_file()):
         raise FileExistsError(f"--out = {str(options.out)!r} is not valid: it exists; choose another or --overwrite.")
-    for path in options.inputs:
-        if not path.exists():
-            raise FileNotFoundError(f"INPUT = {str(path)!r} does not exist.")
     others = {name: open_encoder(name) for name in options.compare}
     sample, invalid = draw_sample(options, errors)
     console.print(tabulate_sample(sample))

@@ -98,7 +98,7 @@ def group(
     scores = kept["score"].to_numpy()
     weights = sampling_weights(
         np.bincount(clusters, minlength=len(centroids)), clusters, scores, kept["source"].to_numpy(), config.weights,
-        sizes=kept["bytes"].to_numpy(),
+        languages=kept["language"].to_numpy(), sizes=kept["bytes"].to_numpy(),
     )  # fmt: skip
     placed = pa.table({"doc": docs[stays], "cluster": clusters.astype(np.int64), "weight": weights})
     seen: dict[int, str] = {}

@@ -74,7 +74,7 @@ def find_text_files(paths: Sequence[str | os.PathLike[str]], field: str = "paths
     require(len(paths) > 0, field, list(paths), "at least one file or folder is needed")
     found: list[TextFile] = []
     skipped: list[str] = []
-    for given in map(os.fspath, paths):
+    for given in [os.fspath(path) for path in paths]:
         before = len(found)
         for path, relative, size, problem in _walk(given, field):
             kind = kind_of(path)
