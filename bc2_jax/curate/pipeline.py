@@ -125,7 +125,8 @@ def curate(
         results = stages.map("contamination", functools.partial(tasks.find_overlap, run, rare), _named(names))
         matches = [match for result in results for match in result["matches"]]
         gone = matches if config.contamination.action == "drop" else []
-        _write_decisions([match[0] for match in gone], [match[2] for match in gone], folder)
+        details = [f": {match[3]:.0%} of its n-grams, such as {match[4]!r}" for match in gone]
+        _write_decisions([match[0] for match in gone], [match[2] for match in gone], details, folder)
         return matches
 
     benchmarks = [file_sha256(path) for path in config.contamination.files]
@@ -186,24 +187,27 @@ def _named(names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _decide(copies: DataFrame | None, ids: DataFrame | None, folder: Folder) -> int:
-    """Writes (doc, kept): the documents to drop, with the id of what stays; `copies` has (doc, first)."""
+    """Writes (doc, kept, detail): the documents to drop, with the id of what stays and what a reason adds to it.
+
+    `copies` has (doc, first), and may have `similarity`.
+    """
     from daft import col
 
-    rows = 0
-    if copies is not None and ids is not None:
-        named = copies.join(ids.select(col("doc").alias("first"), col("id").alias("kept")), on="first")
-        named = named.select("doc", "kept").sort("doc").collect()
-        rows = named.count_rows()
-    if rows:
-        _replace(folder / "decisions", named.to_arrow())
-    else:
-        _write_decisions([], [], folder)
-    return rows
+    if copies is None or ids is None:
+        return _write_decisions([], [], [], folder)
+    named = copies.join(ids.select(col("doc").alias("first"), col("id").alias("kept")), on="first")
+    rows = named.exclude("first", "h1", "h2").sort("doc").to_arrow()
+    details = [""] * rows.num_rows
+    if "similarity" in rows.column_names:
+        details = [f": {share:.0%} of their shingles are the same" for share in rows["similarity"].to_pylist()]
+    return _write_decisions(rows["doc"], rows["kept"], details, folder)
 
 
-def _write_decisions(documents: Sequence[int], kept: Sequence[str], folder: Folder) -> None:
-    table = pa.table({"doc": pa.array(documents, pa.int64()), "kept": pa.array(kept, pa.string())})
+def _write_decisions(documents: Any, kept: Any, details: Sequence[str], folder: Folder) -> int:
+    schema = pa.schema([("doc", pa.int64()), ("kept", pa.string()), ("detail", pa.string())])
+    table = pa.table({"doc": documents, "kept": kept, "detail": details}, schema)
     _replace(folder / "decisions", table)
+    return table.num_rows
 
 
 def _replace(folder: Folder, table: pa.Table) -> None:

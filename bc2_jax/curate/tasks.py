@@ -132,7 +132,7 @@ def find_overlap(run: Run, ngrams: BenchmarkNgrams, task: Task) -> Task:
         if match.document not in best or match.share > best[match.document].share:
             best[match.document] = match
     docs, ids = table["doc"].to_pylist(), table["id"].to_pylist()
-    return {"matches": [[docs[place], ids[place], match.item, match.share] for place, match in sorted(best.items())]}
+    return {"matches": [[docs[place], ids[place], *match[1:]] for place, match in sorted(best.items())]}
 
 
 def write(run: Run, task: Task) -> Task:
