@@ -2,7 +2,7 @@
 
     python tools/curate.py RAW... --out DIR [--config configs/curation/default.py] [--runner ray] [--FIELD VALUE]
 
-RAW are files or folders of .jsonl (plain, .zst, .gz), .parquet and .txt; a row needs a field `text`. DIR gets
+RAW are files or folders of .jsonl, .json and .txt (plain, .zst, .gz) and .parquet; a row needs a field `text`. DIR gets
 documents/*.parquet and jsonl/*.jsonl.zst (id, text, source, language, cluster, score, weight), removed/*.parquet (what
 went, and why), problems.parquet (what could not be read), report.md, report.json and waterfall.png. Started again with
 the same arguments it goes on where it stopped; DIR/work may be deleted when it is done.
@@ -35,6 +35,8 @@ class Arguments:
     """A Python file with `def config() -> CurationConfig`."""
     runner: str = "native"
     """Where it runs: native (this process), ray (a cluster started on this machine) or ray://HOST:PORT."""
+    encoding: str | None = None
+    """What --read.encoding says: the encoding of files that are not UTF-8, such as gb18030 or utf-16."""
     settings: Annotated[CurationConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=CurationConfig)
 
 
@@ -46,7 +48,11 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
         if name == "--config":
             path = value or (arguments[place + 1] if place + 1 < len(arguments) else "")
             settings = runpy.run_path(path)["config"]()
-    return tyro.cli(Arguments, args=list(arguments), default=Arguments(raw=(), out="", settings=settings))
+    options = tyro.cli(Arguments, args=list(arguments), default=Arguments(raw=(), out="", settings=settings))
+    if options.encoding is None:
+        return options
+    read = dataclasses.replace(options.settings.read, encoding=options.encoding)
+    return dataclasses.replace(options, settings=dataclasses.replace(options.settings, read=read))
 
 
 def summarize(report: dict) -> Table:

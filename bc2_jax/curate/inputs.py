@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 
+from bc2_jax.data.encodings import check_encoding, is_wide
 from bc2_jax.data.text_files import COMPRESSIONS, SUFFIXES, TextFile, open_binary, printable
 from bc2_jax.validation import require, require_positive
 
@@ -28,8 +29,11 @@ class ReadConfig:
     and its shard number, or its folder's if that leaves nothing and for text files."""
     language_field: str = "language"
     """Field or column that gives a document's language; believed if it is `code` or a language code."""
+    encoding: str = "utf-8"
+    """Of .jsonl, .json and .txt files: utf-8, or what they were written in, such as gb18030 (GBK and GB2312 too), big5,
+    utf-16, latin-1."""
     unit_bytes: int = 32 << 20
-    """Bytes of raw files that one unit reads. A compressed file is always one unit."""
+    """Bytes of raw files that one unit reads. A compressed file, and one in UTF-16 or UTF-32, is always one unit."""
     shard_bytes: int = 24 << 20
     """Text bytes of the shards a unit is written in."""
     max_document_bytes: int = 16 << 20
@@ -40,6 +44,7 @@ class ReadConfig:
         require_positive(self, "read.", "unit_bytes", "shard_bytes", "max_document_bytes")
         for field in ("text_field", "id_field", "source_field", "language_field"):
             require(bool(getattr(self, field)), f"read.{field}", getattr(self, field), "it must name a field")
+        check_encoding("read.encoding", self.encoding)
 
     @property
     def max_line_bytes(self) -> int:
@@ -97,7 +102,7 @@ def plan_units(files: Sequence[TextFile], config: ReadConfig) -> list[Unit]:
         if file.kind == "parquet":
             for start, stop in _row_groups(file, config.unit_bytes):
                 add([file], start, stop)
-        elif file.compression or not file.size:
+        elif file.compression or not file.size or is_wide(config.encoding):
             add([file], 0, file.size)
         else:
             for start in range(0, file.size, config.unit_bytes):
