@@ -3,7 +3,8 @@
     python tools/train_tokenizer.py CURATED --vocab-size 125696 --out tokenizer.model
     python tools/train_tokenizer.py CURATED --vocab-size 125696 --shares zh=.45,en=.35,code=.2 --compare other.model
 
-Inputs are folders written by the curation, .parquet, .jsonl, .jsonl.zst or .txt files, or folders of these; a record
+Inputs are folders written by the curation, .parquet, .jsonl, .json or .txt files (but for the first also .zst and .gz),
+or folders of these; a record
 may have a language and a weight. Beside the model there will be a .report.json with all figures. The exit code is 1 if
 a check fails; the model is then left under the name OUT.failed.
 """
@@ -24,6 +25,9 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from bc2_jax.data.processes import ends_at_signals
+from bc2_jax.files import lock
 
 if TYPE_CHECKING:
     from bc2_jax.data.documents import InvalidDocument
@@ -260,7 +264,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     try:
         # Wide enough for the tables where no terminal says how wide it is.
-        return run(options, Console(width=None if sys.stdout.isatty() else 140), errors)
+        console = Console(width=None if sys.stdout.isatty() else 140)
+        ends = ends_at_signals("no model was written; run the same command to start again.")
+        with ends, lock(options.out.with_name(f".{options.out.name}.lock"), f"--out = {str(options.out)!r}"):
+            return run(options, console, errors)
     except (ValueError, OSError) as error:
         errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 1

@@ -25,7 +25,7 @@ from bc2_jax.curate.report import describe, write_report
 from bc2_jax.curate.stages import Stages, fingerprint
 from bc2_jax.curate.storage import Folder
 from bc2_jax.curate.tasks import Run
-from bc2_jax.data.text_files import find_text_files, modified
+from bc2_jax.data.text_files import TextFiles, find_text_files, modified
 from bc2_jax.tokenizer import file_sha256
 
 if TYPE_CHECKING:
@@ -43,13 +43,22 @@ def curate(
     """Runs what is not yet done and returns the report, which is also in OUT/report.json.
 
     `show(stage, done, all)` is called on the way. Raises ValueError for inputs that are no files of a known kind,
-    before anything is written.
+    before anything is written; InUse if another process writes to OUT; OSError if what lies in OUT in the end is not
+    what was written.
     """
-    # ---------------------------------------------------------------- what there is to do
     inputs = find_text_files(paths)
     filtering.check(config)
     out_folder = Folder(out)
     tasks.check_out(out_folder, paths)
+    with out_folder.owned("--out"):
+        return _run_stages(inputs, paths, out_folder, config, engine, show)
+
+
+def _run_stages(
+    inputs: TextFiles, paths: Sequence[str], out_folder: Folder, config: CurationConfig, engine: Engine,
+    show: Callable[[str, int, int], None],
+) -> dict[str, Any]:  # fmt: skip
+    # ---------------------------------------------------------------- what there is to do
     units = plan_units(inputs.files, config.read)
     run = Run(out_folder / "work", out_folder, config)
     files = [(*file, modified(file.path)) for file in inputs.files]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import uuid
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
+from bc2_jax.files import lock
 from bc2_jax.validation import require
 
 # Columns whose values repeat, and those by which rows are searched for.
@@ -59,6 +62,12 @@ class Folder:
         """
         folder = _PATTERN.sub(r"\\\1", self.location.rstrip("/"))
         return f"{folder}/*{suffix}"
+
+    def owned(self, field: str) -> AbstractContextManager[None]:
+        """Owns the folder until the block ends, as `files.lock`; an object store has no locks."""
+        if not isinstance(self._files, LocalFileSystem):
+            return contextlib.nullcontext()
+        return lock(Path(self._path) / ".lock", f"{field} = {self.location!r}")
 
     def names(self, suffix: str = "") -> list[str]:
         """Sorted names of its files that end with `suffix`; none if there is no such folder."""
