@@ -134,20 +134,19 @@ def _walk(given: str, field: str) -> Iterator[_Found]:
     if os.path.basename(os.path.abspath(given)) in ("documents", "jsonl") and _is_curated(folder):
         _check_curated(folder, field)
     entries: list[_Found] = []
-    seen: dict[str, str] = {}
+    seen = {os.path.realpath(given): given}
 
     def fail(error: OSError) -> None:
         raise OSError(f"{field} = {given!r} is not valid: {error.filename!r} can't be listed ({error.strerror}).")
 
     for folder, folders, names in os.walk(given, followlinks=True, onerror=fail):
-        seen[os.path.realpath(folder)] = folder
         if _is_curated(folder):
             _check_curated(folder, field)
             folders[:], names = ["documents"], []
-        for name in list(folders):
+        for name in sorted(folders, key=os.fsencode):
             path = os.path.join(folder, name)
             # A link to a folder above would be walked without end.
-            if before := seen.get(os.path.realpath(path)):
+            if (before := seen.setdefault(os.path.realpath(path), path)) != path:
                 folders.remove(name)
                 entries.append(_Found(path, os.path.relpath(path, given), 0, f"it is {before}, which is read"))
         for name in names:

@@ -396,6 +396,42 @@ def test_another_field_no_buckets_and_existing_output(tokenizer: Tokenizer, tmp_
     assert not (tmp_path / "rows" / "web").exists() and not leftovers(tmp_path)
 
 
+@pytest.mark.parametrize(("fraction", "said"), [(0.0, "0 of 5"), (0.01, "0.01 of 5"), (0.999, None)])
+def test_too_little_is_said_when_it_is_packed(
+    tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture, fraction: float, said: str | None
+) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "number {i}"}}\n' for i in range(5)))
+    settings = dataclasses.replace(SMALL, validation_fraction=fraction)
+    tokenize_corpus([tmp_path / "a.jsonl"], tokenizer.path, tmp_path / "rows", settings)
+    held_out = f"no document is held out for validation ({said} documents): a training run, which evaluates, would not"
+    message = "all documents are held out for validation: there is no row to train on" if said is None else held_out
+    assert [record.getMessage()[: len(message)] for record in caplog.records] == [message]
+
+
+def test_one_owner_of_a_corpus(tokenizer: Tokenizer, curated: Path, tmp_path: Path) -> None:
+    def again(*_: object) -> None:
+        with pytest.raises(OSError, match=rf"out_dir = '{tmp_path}/rows' is in use by process {os.getpid()} on "):
+            tokenize_corpus([curated], tokenizer.path, tmp_path / "rows", SMALL)
+
+    tokenize_corpus([curated], tokenizer.path, tmp_path / "rows", SMALL, advance=again)
+    assert load_corpus(tmp_path / "rows").documents == 160 and not leftovers(tmp_path)
+
+
+def test_a_signal_is_one_sentence(tokenizer: Tokenizer, records: list[dict], tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records * 20))
+    command = [sys.executable, str(TOOL), str(tmp_path / "a.jsonl"), "--tokenizer", str(tokenizer.path), "--out",
+               str(tmp_path / "rows"), "--processes", "2"]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    while not list(tmp_path.glob(".rows.*.incomplete/units")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate()
+    assert process.returncode == 130 and "Traceback" not in stderr
+    assert "interrupted: what is finished is kept; run the same command to go on." in stderr
+    assert run(*command[2:]).returncode == 0 and leftovers(tmp_path) == []
+
+
 def test_what_appears_in_the_meantime_is_not_replaced(tokenizer: Tokenizer, curated: Path, tmp_path: Path) -> None:
     def interfere(stage: str, done: int, total: int) -> None:
         (tmp_path / "rows").mkdir(exist_ok=True)
