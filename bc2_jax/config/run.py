@@ -10,7 +10,15 @@ from bc2_jax.config.distributed import DistributedConfig
 from bc2_jax.config.health import HealthConfig
 from bc2_jax.config.mesh import MeshConfig, check_divisible
 from bc2_jax.config.model import ModelConfig
-from bc2_jax.validation import choices, divisors, require, require_literals, require_positive
+from bc2_jax.validation import (
+    choices,
+    divisors,
+    require,
+    require_at_most,
+    require_literals,
+    require_positive,
+    require_types,
+)
 
 DType = Literal["float32", "bfloat16"]
 
@@ -38,6 +46,7 @@ class ComputeConfig:
 
     def __post_init__(self) -> None:
         require_literals(self, "compute.")
+        require_types(self, "compute.")
         require_positive(self, "compute.", "attention_block", "loss_chunk")
 
 
@@ -68,6 +77,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require_literals(self, "optimizer.")
+        require_types(self, "optimizer.")
         require_positive(self, "optimizer.", "peak_learning_rate", "decay_steps", "eps", "clip_norm")
         for field in ("min_learning_rate", "warmup_steps", "weight_decay"):
             require(getattr(self, field) >= 0, f"optimizer.{field}", getattr(self, field), "it must be at least 0")
@@ -102,6 +112,7 @@ class CheckpointConfig:
     intermediate checkpoints are 220 billion apart), and evaluate it; 0 keeps none."""
 
     def __post_init__(self) -> None:
+        require_types(self, "checkpoint.")
         require_positive(self, "checkpoint.", "save_every", "keep_last")
         require(
             self.keep_every_tokens >= 0, "checkpoint.keep_every_tokens", self.keep_every_tokens, "it must be at least 0"
@@ -130,6 +141,15 @@ class SampleConfig:
     """Sample among the most likely tokens with this total probability."""
     repetition_penalty: float = 1.05
     """Factor against tokens that were already used."""
+
+    def __post_init__(self) -> None:
+        require_types(self, "sample.")
+        require_positive(self, "sample.", "max_new_tokens", "repetition_penalty")
+        for field in ("temperature", "top_k"):
+            require(getattr(self, field) >= 0, f"sample.{field}", getattr(self, field), "it must be at least 0")
+        require(0 < self.top_p <= 1, "sample.top_p", self.top_p, "it must be in (0, 1]")
+        for index, prompt in enumerate(self.prompts):
+            require(bool(prompt), f"sample.prompts.{index}", prompt, "it must not be empty")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,9 +193,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require_literals(self, "")
+        require_types(self, "")
         require_positive(self, "", "num_steps", "log_every", "eval_every", "profile_steps")
         for field in ("eval_batches", "verify_resume_steps", "profile_start", "seed"):
             require(getattr(self, field) >= 0, field, getattr(self, field), "it must be at least 0")
+        require_at_most(self, "", seed=2**32 - 1)  # JAX would take a larger one for a smaller
         require("://" not in (self.workdir or ""), "workdir", self.workdir, "it must be a path of a file system")
         require(
             self.verify_resume_steps < self.num_steps,
@@ -183,6 +205,11 @@ class RunConfig:
             self.verify_resume_steps,
             f"it must be less than num_steps = {self.num_steps}",
         )
+        last = self.profile_start + self.profile_steps - 1
+        require(
+            self.profile_start == 0 or last <= self.num_steps, "profile_start", self.profile_start,
+            f"the trace of profile_steps = {self.profile_steps} must end by num_steps = {self.num_steps}",
+        )  # fmt: skip
         tokens, every = self.tokens_per_step, self.checkpoint.keep_every_tokens
         legal = f"0 or at least a step, {tokens} tokens" if tokens else "0, as this kind of run does not count tokens"
         require(every == 0 or every >= tokens > 0, "checkpoint.keep_every_tokens", every, f"it must be {legal}")
@@ -215,6 +242,8 @@ class TrainConfig(RunConfig):
     """Also print the validation cross entropy of unigram and bigram models of the training rows (holds V^2 counts)."""
     export_hf: bool = False
     """At the end, also write the parameters in the released PyTorch layout to WORKDIR/hf."""
+    allow_other_tokenizer: bool = False
+    """Resume, or start from `init_from`, with another tokenizer than the model was trained with."""
 
     def __post_init__(self) -> None:
         require(
