@@ -63,7 +63,7 @@ class Folder:
         folder = _PATTERN.sub(r"\\\1", self.location.rstrip("/"))
         return f"{folder}/*{suffix}"
 
-    def owned(self, field: str) -> AbstractContextManager[None]:
+    def owned(self, field: str) -> AbstractContextManager[object]:
         """Owns the folder until the block ends, as `files.lock`; an object store has no locks."""
         if not isinstance(self._files, LocalFileSystem):
             return contextlib.nullcontext()

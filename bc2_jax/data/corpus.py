@@ -16,22 +16,29 @@ a hash of its text, that its expected weight is its own.
 from __future__ import annotations
 
 import bisect
+import collections
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import os
 import urllib.parse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from bc2_jax.data.packing import MANIFEST, Manifest, load_manifest
 from bc2_jax.validation import is_inside
 
+logger = logging.getLogger(__name__)
+
 CORPUS = "corpus.json"
 PROBLEMS = "problems.txt"
 _FORMAT = 1
 _LONGEST_NAME = 120
+Part = tuple[str, int, int]
+"""Source, bucket of quality, and the exponent of the power of two that is the weight."""
 _SLICE = 1 << 20
 
 
@@ -100,10 +107,24 @@ def weight_level(weight: float, text: str) -> int:
     return exponent - 1 + (int.from_bytes(digest.digest(), "little") < (2 * mantissa - 1) * 2**64)
 
 
-def part_path(source: str, bucket: int, level: int | None) -> str:
-    """Where a part is in the corpus; `level` is None if all documents of the bucket have one."""
-    folder = f"{folder_name(source)}/q{bucket}"
-    return folder if level is None else f"{folder}/w{2.0**level:g}"
+def name_parts(parts: Iterable[Part]) -> dict[Part, str]:
+    """The path of each part, in their order: that of its bucket, or below it if the bucket has several weights."""
+    chosen = sorted(set(parts))
+    levels = collections.Counter((source, bucket) for source, bucket, _ in chosen)
+    folders = {part: f"{folder_name(part[0])}/q{part[1]}" for part in chosen}
+    return {part: name if levels[part[:2]] == 1 else f"{name}/w{2.0 ** part[2]:g}" for part, name in folders.items()}
+
+
+def log_missing_rows(path: Path, corpus: Corpus) -> None:
+    """Says now what a training run would say at its start."""
+    if not any(load_manifest(path / part.path).validation.rows for part in corpus.parts):
+        logger.warning(
+            "no document is held out for validation (%g of %d documents): a training run, which evaluates, would not "
+            "start with these rows alone; choose a larger validation fraction", corpus.validation_fraction,
+            corpus.documents,
+        )  # fmt: skip
+    if not any(part.rows for part in corpus.parts):
+        logger.warning("all documents are held out for validation: there is no row to train on")
 
 
 def folder_name(source: str) -> str:

@@ -14,7 +14,6 @@ Started again with the same arguments, finished units and parts are used; of ano
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import glob
@@ -36,8 +35,10 @@ from bc2_jax.data.corpus import (
     Corpus,
     CorpusPart,
     InputFile,
+    Part,
     bucket_of,
-    part_path,
+    log_missing_rows,
+    name_parts,
     weight_level,
 )
 from bc2_jax.data.documents import (
@@ -127,10 +128,8 @@ class _Stream:
     """(first token, tokens) in the file of the unit."""
 
 
-_Part = tuple[str, int, int]
-"""Source, bucket, exponent of the weight."""
 _Key = tuple[str, int, int, Split]
-"""A part's, and the split."""
+"""A part, and the split."""
 
 
 def tokenize_corpus(
@@ -163,15 +162,7 @@ def tokenize_corpus(
         _check_out(out, overwrite)  # again: that may be hours later
         publish(folder / "parts", out)
         shutil.rmtree(folder)
-    held_out = sum(load_manifest(out / part.path).validation.rows for part in corpus.parts)
-    if not held_out:
-        logger.warning(
-            "no document is held out for validation (%g of %d documents): a training run, which evaluates, would not "
-            "start with these rows alone; choose a larger validation fraction", settings.validation_fraction,
-            corpus.documents,
-        )  # fmt: skip
-    if not any(part.rows for part in corpus.parts):
-        logger.warning("all documents are held out for validation: there is no row to train on")
+    log_missing_rows(out, corpus)
     return corpus
 
 
@@ -213,7 +204,7 @@ def _make_corpus(
         logger.warning("left out: %s", line)
     if len(problems) > _LOGGED_PROBLEMS:
         logger.warning("left out: %d more, listed in %s", len(problems) - _LOGGED_PROBLEMS, PROBLEMS)
-    parts = _name_parts({key[:3] for key, found in streams.items() if any(s.counts.documents for _, s in found)})
+    parts = name_parts({key[:3] for key, found in streams.items() if any(s.counts.documents for _, s in found)})
     empty = sum(stream.empty_documents for found in streams.values() for _, stream in found)
     if not parts:
         shutil.rmtree(folder)
@@ -360,12 +351,6 @@ def _read_units(folder: Path, units: Sequence[_Unit], problems: list[str]) -> tu
 # ---------------------------------------------------------------------------------------------------------------- parts
 
 
-def _name_parts(parts: set[_Part]) -> dict[_Part, str]:
-    """The path of each part, in their order."""
-    levels = collections.Counter(part[:2] for part in parts)
-    return {part: part_path(*part[:2], part[2] if levels[part[:2]] > 1 else None) for part in sorted(parts)}
-
-
 def _pack_part(job: _Job, task: tuple[str, dict[Split, list[tuple[int, _Stream]]]]) -> None:
     path, streams = task
     out = job.folder / "parts" / path
@@ -410,7 +395,7 @@ def _sum_counts(found: Iterable[tuple[int, _Stream]]) -> TextCounts:
 
 def _describe(
     folder: Path, settings: Settings, tokenizer: Tokenizer, scans: Sequence[ScannedFile], streams: _Streams,
-    parts: Mapping[_Part, str], empty: int, lost: int,
+    parts: Mapping[Part, str], empty: int, lost: int,
 ) -> Corpus:  # fmt: skip
     rows = []
     for (source, bucket, level), path in parts.items():
