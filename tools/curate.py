@@ -90,6 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if lost:
         lines = f"{lost} places in the raw files gave no document; {options.out}/report.md names them."
         console.print(lines, markup=False, soft_wrap=True)
+    if skipped := report["changes"].get("files that were skipped"):
+        lines = f"{skipped} files of the folders were not read, for what they are; report.md names them."
+        console.print(lines, markup=False, soft_wrap=True)
     for reason in report["problems"]["reasons"]:
         if "--encoding" in reason:
             console.print(reason, markup=False, soft_wrap=True)

@@ -87,9 +87,8 @@ class Stages:
         there = set(results.names(".json"))
 
         def is_done(name: str) -> bool:
-            if f"{name}.json" not in there:
-                return False
-            if intact(name, results.read_json(f"{name}.json")):
+            result = self._read(results, f"{name}.json") if f"{name}.json" in there else {}
+            if result and intact(name, result):
                 return True
             results.delete(f"{name}.json")
             return False
@@ -110,4 +109,8 @@ class Stages:
 
     @staticmethod
     def _read(folder: Folder, name: str) -> dict[str, Any]:
-        return folder.read_json(name) if folder.exists(name) else {}
+        """A marker, or nothing if it is not there or was cut by a machine that lost its power."""
+        try:
+            return folder.read_json(name) if folder.exists(name) else {}
+        except ValueError:
+            return {}

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from bc2_jax.data.decompression import Decompressed
+from bc2_jax.data.encodings import hint
 from bc2_jax.data.text_files import LEGAL, Kind, kind_of
 from bc2_jax.validation import require
 
@@ -203,7 +204,8 @@ def _decode(content: bytes, where: str) -> str | InvalidDocument:
     try:
         return content.removeprefix(_BYTE_ORDER_MARK).decode()
     except UnicodeDecodeError as error:
-        return InvalidDocument(f"{where}: it is not UTF-8 ({error.reason} at byte {error.start})")
+        reason = f"it is not UTF-8 ({error.reason} at byte {error.start}){hint(content[:4096])}"
+        return InvalidDocument(f"{where}: {reason}")
 
 
 def _parse(line: str, fields: Fields, file: str, where: str) -> Document | InvalidDocument:
