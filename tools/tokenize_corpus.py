@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 advance=advance,
             )
     except (ValueError, OSError, RuntimeError) as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False)
+        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 1
     Console().print(summarize(corpus, options.out))
     listed = f" (see {options.out / PROBLEMS})" if corpus.invalid_documents else ""

@@ -126,8 +126,10 @@ def draw_sample(options: argparse.Namespace, console: Console) -> tuple[Tokenize
     )
     invalid = 0
     files, skipped = find_text_files(options.inputs, "INPUT")
-    for name in skipped:
+    for name in skipped[:20]:
         logger.warning("%s: the file is not read", name)
+    if len(skipped) > 20:
+        logger.warning("%d more files of the folders are not read", len(skipped) - 20)
     with Progress(
         TextColumn("reading"), BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console
     ) as progress:

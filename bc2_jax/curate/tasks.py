@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,6 +53,9 @@ _DOCUMENT_BITS = 20
 _WRITTEN = (
     "report.json", "report.md", "waterfall.png", "problems.parquet", "documents", "removed", "jsonl", "work",
 )  # fmt: skip
+
+
+_SHARD_FILE = re.compile(r"\d{6}-\d{4}\.(?:parquet|jsonl\.zst)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +202,8 @@ def check_out(out: Folder, paths: Sequence[str]) -> None:
     foreign = [name for name in found if name not in _WRITTEN]
     own = not found or "work" in found or "report.json" in found
     legal = "it must be an empty folder or one of an earlier run"
+    for name in _WRITTEN[4:7]:
+        foreign += [f"{name}/{entry}" for entry in (out / name).entries() if not _SHARD_FILE.fullmatch(entry)]
     require(own and not foreign, "--out", out.location, f"{legal}, and has {(foreign or found or [''])[0]}")
     for path in paths:
         inside = "://" not in path and Path(out.location).resolve().is_relative_to(Path(path).resolve())

@@ -298,6 +298,10 @@ def test_nothing_of_anyone_else_is_overwritten(raw, tmp_path):
         (home / name / "mine.txt").write_text("mine")
         refused(home, f"it must be an empty folder or one of an earlier run, and has {name}")
         assert (home / name / "mine.txt").read_text() == "mine"
+    (tmp_path / "made" / "documents").mkdir(parents=True)
+    (tmp_path / "made" / "report.json").write_text("{}")
+    (tmp_path / "made" / "documents" / "notes.parquet").write_text("mine")
+    refused(tmp_path / "made", "has documents/notes.parquet")
 
 
 def command(raw: Path, out: Path, *more: str) -> list[str]:

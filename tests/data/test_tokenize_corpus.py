@@ -448,6 +448,14 @@ def test_overwrite_never_deletes_other_files(tokenizer: Tokenizer, tmp_path: Pat
     with pytest.raises(FileExistsError, match="only a folder of packed rows can be overwritten"):
         tokenize_corpus([tmp_path], tokenizer.path, tmp_path, SMALL, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    out = tmp_path / "rows"
+    tokenize_corpus([tmp_path / "thesis.txt"], tokenizer.path, out, SMALL)
+    tokenize_corpus([tmp_path / "thesis.txt"], tokenizer.path, out, SMALL, overwrite=True)
+    (part,) = list_parts(out)
+    (part.path / "notes.md").write_text("more work")
+    with pytest.raises(FileExistsError, match=r"it also has .*q3/notes.md, which packing did not write"):
+        tokenize_corpus([tmp_path / "thesis.txt"], tokenizer.path, out, SMALL, overwrite=True)
+    assert (part.path / "notes.md").read_text() == "more work"
 
 
 @pytest.mark.parametrize(
