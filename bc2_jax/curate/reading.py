@@ -20,6 +20,8 @@ _NAME_CHARACTERS = 500
 _BATCH_BYTES = 4 << 20
 # A parquet page is in memory whole, several times; one of more than so many documents of the largest size is refused.
 _PAGE_DOCUMENTS = 8
+# Lines that are not UTF-8 by which the encoding of a file is guessed.
+_LOOKED_AT = 8
 
 
 @dataclasses.dataclass
@@ -73,6 +75,7 @@ class _RowCheck:
         self.file, self.config, self.report = file, config, report
         self.source = _name(default_source(file)) or "unnamed"
         self.rows, self.size = Rows(), 0
+        self._hint, self._looked_at = "", 0
 
     def add(self, fields: Any, place: str, line: int, byte: int) -> None:
         """fields: what should be a dict; place: stands for an id that the row does not have."""
@@ -106,6 +109,19 @@ class _RowCheck:
         rows.sources.append(_name(fields.get(config.source_field)) or self.source)
         rows.languages.append(_name(fields.get(config.language_field)))
         rows.places.append((self.file.name, line, byte))
+
+    def why_no_text(self, what: str, data: bytes) -> str:
+        """The reason for a line or file that can't be decoded."""
+        if not is_utf8(self.config.encoding):
+            return f"the {what} is not {self.config.encoding.upper()}"
+        return f"the {what} is not UTF-8{self.hint(data)}"
+
+    def hint(self, data: bytes) -> str:
+        """What the file's encoding may be; only the first such lines are looked at, for there may be millions."""
+        if not self._hint and self._looked_at < _LOOKED_AT:
+            self._looked_at += 1
+            self._hint = hint(data)
+        return self._hint
 
     def take(self) -> Rows:
         rows, self.rows, self.size = self.rows, Rows(), 0
@@ -171,11 +187,11 @@ def _read_lines(stream: IO[bytes] | Any, unit: Unit, config: ReadConfig, report:
                 fields = decode(text)
             except UnicodeDecodeError as error:
                 bad = raw[max(0, error.start - 16) :][:256]
-                report.add(file.name, _not_text("line", config, raw), line=report.lines, byte=byte, content=bad)
+                report.add(file.name, check.why_no_text("line", raw), line=report.lines, byte=byte, content=bad)
             except (ValueError, RecursionError):
                 if text.strip():
                     # UTF-16 of ASCII is legal UTF-8.
-                    reason = "the line is not JSON" + (hint(raw[:4096]) if "\0" in text else "")
+                    reason = "the line is not JSON" + (check.hint(raw) if "\0" in text else "")
                     report.add(file.name, reason, line=report.lines, byte=byte, content=raw[:256])
             else:
                 check.add(fields, f"@{byte}", report.lines, byte)
@@ -183,13 +199,6 @@ def _read_lines(stream: IO[bytes] | Any, unit: Unit, config: ReadConfig, report:
             yield check.take()
     if check.rows.texts:
         yield check.take()
-
-
-def _not_text(what: str, config: ReadConfig, data: bytes) -> str:
-    """The reason for a line or file that can't be decoded."""
-    if not is_utf8(config.encoding):
-        return f"the {what} is not {config.encoding.upper()}"
-    return f"the {what} is not UTF-8{hint(data[:4096])}"
 
 
 _LONG = "the line is longer than 2.5 * max_document_bytes"
@@ -223,7 +232,7 @@ def _read_texts(unit: Unit, config: ReadConfig, report: UnitReport) -> Iterator[
         except UnicodeDecodeError as error:
             if len(data) <= limit:
                 content = data[max(0, error.start - 16) :][:256]
-                report.add(file.name, _not_text("file", config, data), byte=error.start, content=content)
+                report.add(file.name, check.why_no_text("file", data), byte=error.start, content=content)
                 continue
             # It is too long, and may have been cut inside a character.
             text = data.decode(config.encoding, "replace")

@@ -204,7 +204,7 @@ def _decode(content: bytes, where: str) -> str | InvalidDocument:
     try:
         return content.removeprefix(_BYTE_ORDER_MARK).decode()
     except UnicodeDecodeError as error:
-        reason = f"it is not UTF-8 ({error.reason} at byte {error.start}){hint(content[:4096])}"
+        reason = f"it is not UTF-8 ({error.reason} at byte {error.start}){hint(content)}"
         return InvalidDocument(f"{where}: {reason}")
 
 

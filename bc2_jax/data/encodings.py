@@ -11,6 +11,7 @@ BYTE_ORDER_MARK = "\ufeff"
 _PIECE = 64 << 10
 # Of a text taken for GB18030, this share of its characters beyond ASCII must be common ones.
 _COMMON = 0.9
+_LOOKED_AT = 512
 _LEAST_COMMON = 4
 
 
@@ -67,7 +68,7 @@ def transcoded(read: Callable[[int], bytes], encoding: str) -> Callable[[int], b
 
 def hint(data: bytes) -> str:
     """What to say of bytes that are no UTF-8 text: what they look like, or ""."""
-    encoding = _guess(data)
+    encoding = _guess(data[:_LOOKED_AT])
     return f" (it looks like {encoding.upper()}: --encoding {encoding} of tools/curate.py reads it)" if encoding else ""
 
 
