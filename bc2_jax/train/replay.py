@@ -120,7 +120,12 @@ def replay(path: str | Path, step: int, batch: Sequence[str | Path] = ()) -> Ite
     checkpoint = choose_checkpoint(path, step)
     run, start = checkpoint.parent.parent, int(checkpoint.name)
     saved = load_batch(batch, step) if batch else None
-    last = from_record(TrainConfig, json.loads((run / "config.json").read_text(encoding="utf-8")))
+    try:
+        last = from_record(TrainConfig, json.loads((run / "config.json").read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{run / 'config.json'} is damaged or of another version: {str(error).rstrip('.')}."
+        ) from error
     distributed.start(_on_these_devices(last))  # before Orbax asks JAX for devices
     config = _on_these_devices(recorded_config(checkpoint, step, last))
     records = {line["step"]: line for line in read_metrics(run / "metrics.jsonl")}

@@ -212,7 +212,7 @@ def test_another_tokenizer_is_refused_unless_it_is_meant(config, finished, token
     assert (workdir / "tokenizer_until_step_8.model").read_bytes() == tokenizer.path.read_bytes()
 
 
-@pytest.mark.parametrize("name", ["exp%20a", "a b#1", "x:y;z=1,|'\"$&", "実験 é"])
+@pytest.mark.parametrize("name", ["exp%20a b#1", "x:y;z=1,|'\"$& 実験"])
 def test_names_with_special_characters_are_plain_names(config, finished, tokenizer, tmp_path, name):
     """Of the run's folder, of its rows and of its tokenizer; the last part and one above."""
     place = tmp_path / name / name
