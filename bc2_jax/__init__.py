@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bc2_jax.config import ComputeConfig, ModelConfig, TrainConfig
     from bc2_jax.convert.pretrained import find_tokenizer, load_pretrained
+    from bc2_jax.convert.reading import Reading
     from bc2_jax.infer.generate import generate
     from bc2_jax.model.baichuan import Baichuan2
     from bc2_jax.tokenizer import Tokenizer
 
 __all__ = [
-    "Baichuan2", "ComputeConfig", "ModelConfig", "Tokenizer", "TrainConfig", "find_tokenizer", "generate",
+    "Baichuan2", "ComputeConfig", "ModelConfig", "Reading", "Tokenizer", "TrainConfig", "find_tokenizer", "generate",
     "load_pretrained",
 ]  # fmt: skip
 
@@ -27,6 +28,7 @@ _MODULES = {
     "Baichuan2": "bc2_jax.model.baichuan",
     "ComputeConfig": "bc2_jax.config",
     "ModelConfig": "bc2_jax.config",
+    "Reading": "bc2_jax.convert.reading",
     "Tokenizer": "bc2_jax.tokenizer",
     "TrainConfig": "bc2_jax.config",
     "find_tokenizer": "bc2_jax.convert.pretrained",

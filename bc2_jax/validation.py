@@ -89,6 +89,13 @@ def choices(values: Iterable[object]) -> str:
     return ", ".join(texts)
 
 
+def join_some(items: Iterable[str], limit: int = 20) -> str:
+    """The first items, and how many more there are."""
+    items = list(items)
+    more = [f"and {len(items) - limit} more"] if len(items) > limit else []
+    return "; ".join(items[:limit] + more)
+
+
 def divisors(n: int) -> list[int]:
     """In ascending order; of a number above 10^10 only those that have a factor, or leave one, of up to 10^5."""
     small = [d for d in range(1, min(math.isqrt(n), _LAST_DIVISOR_TRIED) + 1) if n % d == 0]

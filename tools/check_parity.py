@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bc2_jax.convert.reading import add_reading_options, reading_of
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -36,6 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--length", type=int, default=64, metavar="N", help="with --torch: random tokens a row")
     parser.add_argument("--batch", type=int, default=2, metavar="B", help="with --torch: rows")
     parser.add_argument("--seed", type=int, default=0, help="with --torch: of the random tokens")
+    add_reading_options(parser)
     return parser
 
 
@@ -56,7 +59,7 @@ def compute_with_torch(args: argparse.Namespace, source: Source) -> tuple[np.nda
             raise
         raise ValueError("--torch needs PyTorch, which is not installed: pip install torch.") from error
     input_ids = np.random.default_rng(args.seed).integers(source.config.vocab_size, size=(args.batch, args.length))
-    return input_ids, torch_model.forward(source.config, open_folder(args.model), input_ids)
+    return input_ids, torch_model.forward(source.config, open_folder(args.model, args.strip_prefix), input_ids)
 
 
 def run(args: argparse.Namespace) -> bool:
@@ -71,12 +74,12 @@ def run(args: argparse.Namespace) -> bool:
     from bc2_jax.convert.pretrained import load_pretrained
     from bc2_jax.convert.source import open_source
 
-    source = open_source(args.model)
+    source = open_source(args.model, reading_of(args))
     if args.torch:
         input_ids, reference = compute_with_torch(args, source)
     else:
         input_ids, reference = read_reference(args.reference, source.config)
-    model = load_pretrained(args.model, dtype=args.dtype)
+    model = load_pretrained(args.model, dtype=args.dtype, reading=reading_of(args))
     ids = jnp.asarray(input_ids)
     ours = Outputs(np.asarray(model(ids)), np.asarray(model.every_hidden_state(ids)))
     parity = compare(reference, ours, TOLERANCE[args.dtype] if args.tolerance is None else args.tolerance)

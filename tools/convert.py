@@ -20,12 +20,14 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
+from rich.text import Text
 
+from bc2_jax.convert.reading import add_reading_options, reading_of
 from bc2_jax.cpu import keep_heap
 
 if TYPE_CHECKING:
@@ -49,13 +51,15 @@ def parse_size(text: str) -> int:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--overwrite", action="store_true", help="replace the target if we wrote all of it")
-    common.add_argument("--strict", action="store_true", help="refuse NaN and infinite values instead of naming them")
-    common.add_argument("--resize-vocab", type=int, metavar="N", help="grow the vocabulary to N token ids")
-    common.add_argument(
+    reading = argparse.ArgumentParser(add_help=False)
+    reading.add_argument("--resize-vocab", type=int, metavar="N", help="grow the vocabulary to N token ids")
+    reading.add_argument(
         "--allow-unused-rows", action="store_true", help="accept a vocabulary larger than the tokenizer"
     )
+    add_reading_options(reading)
+    common = argparse.ArgumentParser(add_help=False, parents=[reading])
+    common.add_argument("--overwrite", action="store_true", help="replace the target if we wrote all of it")
+    common.add_argument("--strict", action="store_true", help="refuse NaN and infinite values instead of naming them")
     common.add_argument("--no-hashes", action="store_true", help="do not check the source's files against known hashes")
     verify = argparse.ArgumentParser(add_help=False)
     verify.add_argument("--verify", action="store_true", help="read the result again and compare every tensor")
@@ -81,7 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("target", metavar="OUT.gguf", type=Path)
     command.add_argument("--type", choices=("f16", "bf16", "q8_0"), default="f16")
 
-    command = commands.add_parser("inspect", help="tell what is in a model")
+    command = commands.add_parser("inspect", parents=[reading], help="tell what is in a model and what is wrong")
     command.add_argument("source", metavar="PATH", type=Path)
 
     command = commands.add_parser("diff", help="compare two models tensor by tensor")
@@ -111,16 +115,23 @@ def convert(args: argparse.Namespace, options: Options) -> Summary:
     return conversion.to_gguf(args.source, args.target, options, args.type)
 
 
-def run_conversion(args: argparse.Namespace) -> int:
+def make_options(args: argparse.Namespace, **others: Any) -> Options:
+    """What the options of reading say, and `others`."""
     from bc2_jax.convert.conversion import Options
 
+    return Options(
+        resize_vocab=args.resize_vocab, allow_unused_rows=args.allow_unused_rows, reading=reading_of(args), **others
+    )
+
+
+def run_conversion(args: argparse.Namespace) -> int:
     keep_heap()  # the same few large buffers, over and over
     with progress_bar() as progress:
-        summary = convert(args, Options(
-            strict=args.strict, overwrite=args.overwrite, verify=getattr(args, "verify", False),
-            resize_vocab=args.resize_vocab, allow_unused_rows=args.allow_unused_rows,
+        options = make_options(
+            args, strict=args.strict, overwrite=args.overwrite, verify=getattr(args, "verify", False),
             check_hashes=not args.no_hashes, progress=progress,
-        ))  # fmt: skip
+        )  # fmt: skip
+        summary = convert(args, options)
     if summary.not_finite:
         err.print(f"warning: not finite: {', '.join(summary.not_finite)}", markup=False)
     gigabytes = summary.bytes_read / 1e9
@@ -142,13 +153,14 @@ def run_conversion(args: argparse.Namespace) -> int:
 
 def run_inspect(args: argparse.Namespace) -> int:
     from bc2_jax.convert.report import inspect
+    from bc2_jax.validation import join_some
 
-    found = inspect(args.source)
-    table = Table(title=str(found.path), title_justify="left")
+    found = inspect(args.source, make_options(args))
+    table = Table(title=Text(str(found.path)), title_justify="left")
     for title in ("tensor", "count", "shape", "dtype"):
         table.add_column(title)
     for group in found.groups:
-        table.add_row(group.name, str(group.count), " x ".join(map(str, group.shape)), group.dtype)
+        table.add_row(Text(group.name), str(group.count), " x ".join(map(str, group.shape)), group.dtype)
     out.print(table)
     lines = {
         "format": found.format, "model": found.model, "parameters": f"{found.parameters:,}",
@@ -156,9 +168,13 @@ def run_inspect(args: argparse.Namespace) -> int:
         **{f"why {i}": why for i, why in enumerate(found.why, 1)},
     }  # fmt: skip
     for kind in ("missing", "unexpected", "misshapen"):
-        lines[kind] = "; ".join(getattr(found, kind)) or "none"
+        lines[kind] = join_some(getattr(found, kind)) or "none"
+    lines["left out"] = join_some(found.left_out) or "none"
+    lines["not read"] = "checksums and values, which a conversion checks as it reads them"
     for name, text in lines.items():
         out.print(f"{name:12}{text}", markup=False)
+    if found.refusal is not None:
+        print(f"error: {found.refusal}", file=sys.stderr)
     return 0 if found.is_consistent else 1
 
 

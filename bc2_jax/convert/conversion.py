@@ -20,11 +20,12 @@ from bc2_jax.convert.folder import check_free, written_whole
 from bc2_jax.convert.gguf import GGUFType, check_gguf, write_gguf
 from bc2_jax.convert.hf_config import HFDType
 from bc2_jax.convert.ownership import foreign_in_checkpoint, foreign_in_export, foreign_in_gguf
+from bc2_jax.convert.reading import Reading
 from bc2_jax.convert.source import Source, open_source
 from bc2_jax.convert.stream import Stream, digest_part, fingerprint, in_order
 from bc2_jax.convert.table import Layout, layers_of, param_shapes, read_layer
 from bc2_jax.convert.vocabulary import check_vocabulary, resize_vocab
-from bc2_jax.validation import check_path
+from bc2_jax.validation import check_path, join_some
 
 NO_PROGRESS = (lambda total: None, lambda done: None)
 Progress = tuple[Callable[[int], None], Callable[[int], None]]
@@ -47,6 +48,8 @@ class Options:
     """Accept a vocabulary larger than the tokenizer."""
     check_hashes: bool = True
     """Compare the source's files with the hashes that are known of them."""
+    reading: Reading = Reading()
+    """How to read a PyTorch folder, as far as its files do not say so."""
     progress: Progress = NO_PROGRESS
 
 
@@ -82,7 +85,7 @@ def to_orbax(
     target = Path(checkpoint).absolute()
     check_path("target", target)
     check_free(target, options.overwrite, foreign_in_checkpoint)
-    source = _prepare(folder, options)
+    source = prepare(open_source(folder, options.reading), options)
     stream = _stream(source, options, None if dtype is None else hf.DTYPES[dtype])
     shapes = param_shapes(source.config)
     dtypes = {path: stream.dtype_of(path) for path in shapes}
@@ -118,7 +121,7 @@ def to_hf(
     """
     target = Path(folder).absolute()
     check_free(target, options.overwrite, foreign_in_export)
-    source = _prepare(checkpoint, options)
+    source = prepare(open_source(checkpoint, options.reading), options)
     dtype, notes = (dtype, ()) if dtype is not None else _choose_dtype(source)
     hf_write.check_layout(source.config, layout)
     stream = _stream(source, options, hf.DTYPES[dtype], normalize_head=layout != "baichuan2")
@@ -137,7 +140,7 @@ def to_gguf(checkpoint: str | Path, file: str | Path, options: Options = Options
     """Writes a model as one GGUF file for llama.cpp. Raises as `to_orbax`."""
     target = Path(file).absolute()
     check_free(target, options.overwrite, foreign_in_gguf)
-    source = _prepare(checkpoint, options)
+    source = prepare(open_source(checkpoint, options.reading), options)
     check_gguf(source.config, kind)
     stream = _stream(source, options, np.dtype(np.float32), normalize_head=True)
     begin = time.perf_counter()
@@ -162,12 +165,13 @@ def _choose_dtype(source: Source) -> tuple[HFDType, tuple[str, ...]]:
 
 def _notes(source: Source, also: tuple[str, ...] = ()) -> tuple[str, ...]:
     left_out = (*source.unread, *also)
-    return (f"not carried over: {hf.join_some(left_out)}",) if left_out else ()
+    return (f"not carried over: {join_some(left_out)}",) if left_out else ()
 
 
-def _prepare(path: str | Path, options: Options) -> Source:
-    """Opens a source and checks all that can be checked before anything is written."""
-    source = open_source(path)
+def prepare(source: Source, options: Options) -> Source:
+    """The source with the vocabulary that is asked for; with `open_source`, all that is checked before anything is
+    written. Raises ValueError.
+    """
     if options.resize_vocab is not None:
         source = resize_vocab(source, options.resize_vocab)
     check_vocabulary(source, options.allow_unused_rows or options.resize_vocab is not None)

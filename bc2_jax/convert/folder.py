@@ -13,6 +13,10 @@ from pathlib import Path
 from bc2_jax.convert.hf import join_some
 from bc2_jax.files import lock
 from bc2_jax.manifest import sync
+from bc2_jax.validation import require
+
+# File systems take 255; staging, locking and Orbax put up to 43 around it.
+_MAX_NAME = 210
 
 Foreign = Callable[[Path], list[str]]
 """What of an existing target no conversion wrote, by name: see `ownership`."""
@@ -20,8 +24,11 @@ Foreign = Callable[[Path], list[str]]
 
 def check_free(target: Path, overwrite: bool, foreign: Foreign) -> None:
     """Raises FileExistsError if `target` exists and may not be replaced: not without `overwrite`, and never if it is a
-    link or holds what `foreign` names.
+    link or holds what `foreign` names. Raises ValueError if its name is too long.
     """
+    length = len(os.fsencode(target.name))
+    legal = f"its name has {length} bytes; at most {_MAX_NAME} are possible"
+    require(length <= _MAX_NAME, "target", str(target), legal)
     if not (target.exists() or target.is_symlink()):
         return
     if not overwrite:

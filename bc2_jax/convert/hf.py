@@ -1,11 +1,10 @@
-"""The weights of a PyTorch folder, laid out as the releases; what is not understood is refused unread."""
+"""The weights of a PyTorch folder; what is not understood is refused unread."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -16,20 +15,53 @@ from bc2_jax.convert.mapped import MappedTensor
 from bc2_jax.convert.pickled import read_pickled
 from bc2_jax.convert.safetensors import read_safetensors
 from bc2_jax.convert.table import Layout, Shape, torch_shapes
+from bc2_jax.validation import join_some
 
 DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
     "float32": np.dtype(np.float32),
 }
+FLOAT64 = np.dtype(np.float64)
+# What PyTorch models compute themselves and some of them save: tables of RoPE, masks of ALiBi.
+_BUFFER = re.compile(
+    r"(^|\.)(rotary_emb\..+|(original_)?inv_freq|_?(cos|sin)(_cached|_cache)?|freqs_cis|rope_cache|future_mask|masked_bias"
+    r"|alibi(_mask|_slopes)?|slopes|(causal|attn|attention)_mask|position_ids)$"
+)
+_EMBEDDING = "model.embed_tokens.weight"
+# Where the beginning of a name comes from that is not the model's own.
+_WRAPPERS = {
+    "module.": "DataParallel or DeepSpeed",
+    "_orig_mod.": "torch.compile",
+    "base_model.": "PEFT",
+    "_fsdp_wrapped_module.": "FSDP",
+    "_checkpoint_wrapped_module.": "activation checkpointing",
+    "_forward_module.": "Lightning",
+}
+_ADAPTER = re.compile(r"(^|\.)(lora_|base_layer\.|modules_to_save\.|hada_|oft_|vera_|ia3_|prompt_encoder|prompt_embed)")
 
 
-def open_folder(folder: str | Path) -> dict[str, MappedTensor]:
+def open_folder(folder: str | Path, strip_prefix: str = "") -> dict[str, MappedTensor]:
+    """`read_folder` without the buffers."""
+    return split_buffers(read_folder(folder, strip_prefix))[0]
+
+
+def split_buffers(tensors: Mapping[str, MappedTensor]) -> tuple[dict[str, MappedTensor], dict[str, MappedTensor]]:
+    """(parameters, buffers): tables that PyTorch models compute themselves, and counters."""
+    buffers = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if _BUFFER.search(name) or (tensor.shape == () and tensor.dtype.kind in "iub")
+    }
+    return {name: tensor for name, tensor in tensors.items() if name not in buffers}, buffers
+
+
+def read_folder(folder: str | Path, strip_prefix: str = "") -> dict[str, MappedTensor]:
     """PyTorch name -> tensor, of all weight files of a folder; nothing read but their headers.
 
     Takes safetensors if there are any, else pytorch_model*.bin (never executed), each as one file or as shards, with or
-    without their index. `rotary_emb.inv_freq` buffers (Baichuan 1) are skipped. Raises ValueError if a shard is
-    missing, the index names a file outside the folder, the index and the files disagree, or a tensor is in two files.
+    without their index. `strip_prefix` is what comes before the names. Raises ValueError if a shard is missing, the
+    index names a file outside the folder, the index and the files disagree, or a tensor is in two files.
     """
     folder = Path(folder)
     read = read_safetensors
@@ -58,7 +90,28 @@ def open_folder(folder: str | Path) -> dict[str, MappedTensor]:
     ]
     if problems:
         raise ValueError(f"{folder}: {join_some(problems)}.")
-    return {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    try:
+        return _strip(tensors, strip_prefix) if strip_prefix else tensors
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def _strip(tensors: Mapping[str, MappedTensor], prefix: str) -> dict[str, MappedTensor]:
+    prefix = prefix if prefix.endswith(".") else f"{prefix}."
+    # Wrappers of a model's parts write their names, which begin with "_", in the middle.
+    place = r"(^|(?<=\.))" if prefix.startswith("_") else "^"
+    stripped: dict[str, MappedTensor] = {}
+    for name, tensor in tensors.items():
+        short = re.sub(place + re.escape(prefix), "", name)
+        if short in stripped:
+            raise ValueError(f"without {prefix!r} two tensors are called {short}.")
+        stripped[short] = tensor
+    if stripped.keys() == tensors.keys():
+        first = next(iter(tensors), "nothing")
+        raise ValueError(
+            f"--strip-prefix {prefix} is not valid: no tensor's name begins with it; one is called {first}."
+        )
+    return stripped
 
 
 def _find_files(folder: Path, stem: str, suffix: str) -> tuple[list[str], dict[str, str] | None] | None:
@@ -93,20 +146,44 @@ def _find_files(folder: Path, stem: str, suffix: str) -> tuple[list[str], dict[s
     return expected, None
 
 
+def find_layout(names: Iterable[str]) -> Layout:
+    """Which layout the tensors of these names have: attention fused in W_pack, or in three tensors as in LLaMA."""
+    return "llama" if any(name.endswith(".self_attn.q_proj.weight") for name in names) else "baichuan2"
+
+
 def check_tensors(config: ModelConfig, tensors: Mapping[str, MappedTensor], layout: Layout = "baichuan2") -> None:
     """Raises ValueError, naming them, for missing, unexpected and misshapen tensors and dtypes that are not ours."""
-    check_shapes("tensors", torch_shapes(config, layout), {name: tensor.shape for name, tensor in tensors.items()})
-    problems = []
-    first: dict[str, np.dtype] = {}
-    for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES.values():
-            problems.append(f"{name} has dtype {tensor.dtype}, expected one of {', '.join(DTYPES)}")
-        # We stack the layers, so one kind of tensor has one dtype.
-        expected = first.setdefault(re.sub(r"\.\d+\.", ".", name), tensor.dtype)
-        if tensor.dtype != expected:
-            problems.append(f"{name} has dtype {tensor.dtype}, in the layers before it is {expected}")
+    expected = torch_shapes(config, layout)
+    if tensors.keys() != expected.keys():
+        _explain_names(tensors)
+    check_shapes("tensors", expected, {name: tensor.shape for name, tensor in tensors.items()})
+    readable = {**DTYPES, "float64": FLOAT64}
+    problems = [
+        f"{name} has dtype {tensor.dtype}, expected one of {', '.join(readable)}"
+        for name, tensor in tensors.items()
+        if tensor.dtype not in readable.values()
+    ]
     if problems:
         raise ValueError(f"The tensors do not fit the config: {join_some(problems)}.")
+
+
+def _explain_names(names: Iterable[str]) -> None:
+    """Raises ValueError if the names are those of something that can be named."""
+    if adapters := [name for name in names if _ADAPTER.search(name)]:
+        raise ValueError(
+            f"{adapters[0]} is a part of an adapter (LoRA or the like) that is not merged: merge it into the weights "
+            "first, with PEFT's merge_and_unload."
+        )
+    prefix = next((name.removesuffix(_EMBEDDING) for name in names if name.endswith(f".{_EMBEDDING}")), "")
+    if not prefix:  # a wrapper of a part
+        prefix = next((w for w in _WRAPPERS for name in names if w.startswith("_") and f".{w}" in f".{name}"), "")
+    if prefix:
+        origins = [origin for wrapper, origin in _WRAPPERS.items() if wrapper in prefix]
+        by = f", which {' and '.join(origins)} put there" if origins else ""
+        raise ValueError(
+            f"The tensors' names have {prefix!r} before the model's own{by}: pass --strip-prefix {prefix} to "
+            f"tools/convert.py (in Python: Reading(strip_prefix={prefix!r}))."
+        )
 
 
 def check_shapes(what: str, expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
@@ -120,9 +197,3 @@ def check_shapes(what: str, expected: Mapping[str, Shape], found: Mapping[str, S
     ]
     if problems:
         raise ValueError(f"The {what} do not fit the config: {join_some(problems)}.")
-
-
-def join_some(items: Any, limit: int = 20) -> str:
-    items = list(items)
-    more = [f"and {len(items) - limit} more"] if len(items) > limit else []
-    return "; ".join(items[:limit] + more)

@@ -7,84 +7,184 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from bc2_jax.config import ModelConfig
+from bc2_jax.convert.hf_keys import SPELLINGS, check_keys, lookup, read_number, rope_signs, scheme_signs
+from bc2_jax.convert.reading import AS_SAID, Reading
 from bc2_jax.convert.table import Layout
+from bc2_jax.validation import show
 
 HFDType = Literal["bfloat16", "float16", "float32"]
 
 _log = logging.getLogger(__name__)
-_BAICHUAN1_VOCAB = 64_000
+BAICHUAN2_VOCAB = 125_696
+# Baichuan 1 has 64,000 tokens; with a few more it was padded or grown.
+_BAICHUAN1_VOCAB = range(64_000, 65_001)
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+# The released sizes tell the position scheme: field -> (the 7B model's, the 13B model's).
+_RELEASED = {"hidden_size": (4096, 5120), "num_hidden_layers": (32, 40), "num_attention_heads": (32, 40)}
 
 
-def read_config(folder: str | Path) -> ModelConfig:
-    """The ModelConfig of a folder's config.json.
+class Choice(NamedTuple):
+    """A field that a released config.json leaves unsaid."""
 
-    Two things that a released config.json does not say are inferred, unless our own keys `position_embedding` and
-    `normalize_head` say them, and the log tells why: `max_position_embeddings` or hidden_size 4096 means RoPE,
-    otherwise ALiBi; the spelling `BaiChuanForCausalLM` or 64,000 tokens means Baichuan 1, which has no NormHead.
-    Raises ValueError if a key is missing or has a value that this library does not implement.
+    value: Any
+    why: str
+    is_said: bool
+    """By the config or by whoever reads it, not told from other fields."""
+
+
+def read_config(folder: str | Path, reading: Reading = AS_SAID) -> ModelConfig:
+    """The ModelConfig of a folder's config.json; its model_type is baichuan or llama.
+
+    A key that changes what the model computes is honoured or refused (`hf_keys`); the log names keys that are ignored
+    and might be missed. Two things that a released config.json does not say are told from what it does say, unless our
+    own keys `position_embedding` and `normalize_head` or the `reading` say them; the log gives the reason (`choose`).
+    Raises FileNotFoundError or ValueError, in one sentence.
     """
     path = Path(folder) / "config.json"
     raw = read_json(path)
-    _refuse_unsupported(path, raw)
-    values: dict[str, Any] = {}
-    for field in dataclasses.fields(ModelConfig):
-        if field.name not in raw:
-            continue
-        value, kind = raw[field.name], {"int": int, "float": float, "bool": bool}.get(str(field.type), str)
-        if kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kind:
-            raise ValueError(f"{path}: {field.name} = {value!r} is not valid: expected {kind.__name__}.")
-        values[field.name] = value
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    if absent := [name for name in sizes if name not in values]:
-        raise ValueError(f"{path} has no {', '.join(absent)}.")
-    values.setdefault("z_loss_weight", 0.0)  # the released class's default; ours is the paper's
-    if "model_max_length" not in values and type(raw.get("max_position_embeddings")) is int:
-        values["model_max_length"] = raw["max_position_embeddings"]  # Baichuan-7B (1) has only this one
-    for name, (value, why) in infer(raw).items():
-        if name not in values:
-            values[name] = value
-            _log.info("%s: %s = %s, because %s.", path, name, value, why)
     try:
-        return ModelConfig(**values)
+        if raw.get("model_type") not in ("baichuan", "llama"):
+            raise ValueError(
+                f"model_type = {show(raw.get('model_type'))} is not supported: only baichuan and llama are."
+            )
+        values = {name: value for name in _FIELDS if (value := _read_field(raw, name)) is not None}
+        if absent := [name for name in _SIZES if name not in values]:
+            raise ValueError(f"it has no {', '.join(absent)}.")
+        values.setdefault("z_loss_weight", 0.0)  # the released class's default; ours is the paper's
+        if "model_max_length" not in values and (length := _read_int(raw, "max_position_embeddings")) is not None:
+            values["model_max_length"] = length  # Baichuan-7B (1) has only this one
+        for name, choice in choose(raw, reading).items():
+            values[name] = choice.value
+            if not choice.is_said:
+                _log.info("%s: %s = %s, because %s.", path, name, choice.value, choice.why)
+        config = ModelConfig(**values)
+        warnings = check_keys(raw, config, reading.ignore_keys)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    for warning in warnings:
+        _log.warning("%s: %s", path, warning)
+    return config
 
 
-def infer(raw: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
-    """Field -> (value, reason) for what a released config.json does not say."""
-    if raw.get("max_position_embeddings") is not None:
-        position = ("rope", f"max_position_embeddings = {raw['max_position_embeddings']} is present")
-    elif raw["hidden_size"] == 4096:
-        position = ("rope", "hidden_size = 4096 is the 7B model's")
-    else:
-        position = ("alibi", f"max_position_embeddings is absent and hidden_size = {raw['hidden_size']} is not 4096")
-    if "BaiChuanForCausalLM" in (raw.get("architectures") or ()):
-        head = (False, "BaiChuanForCausalLM, so spelt, is Baichuan 1")
-    elif raw["vocab_size"] == _BAICHUAN1_VOCAB:
-        head = (False, f"vocab_size = {_BAICHUAN1_VOCAB} is Baichuan 1's")
-    else:
-        head = (True, "Baichuan 2 has NormHead")
-    return {"position_embedding": position, "normalize_head": head}
+_FIELDS = {field.name: str(field.type) for field in dataclasses.fields(ModelConfig)}
 
 
-def _refuse_unsupported(path: Path, raw: Mapping[str, Any]) -> None:
-    if raw.get("model_type") != "baichuan":
-        raise ValueError(f"{path}: model_type = {raw.get('model_type')!r} is not supported: only baichuan is.")
-    heads = raw.get("num_attention_heads")
-    for key, supported in {
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "num_key_value_heads": heads,
-        "rope_scaling": None,
-        "quantization_config": None,
-    }.items():
-        if raw.get(key, supported) not in (supported, None):
-            raise ValueError(f"{path}: {key} = {raw[key]!r} is not supported: only {json.dumps(supported)} is.")
+def _read_field(raw: Mapping[str, Any], name: str) -> Any:
+    """The value of a field of ours, whatever its spelling; None where it is null or not there."""
+    read = {"int": _read_int, "float": _read_float}.get(_FIELDS[name], _read_other)
+    found = {key: value for key in SPELLINGS.get(name, (name,)) if (value := read(raw, key)) is not None}
+    (first, value), *others = found.items() or [(name, None)]
+    for other, contradicting in others:
+        if contradicting != value:
+            raise ValueError(f"{first} = {show(value)} contradicts {other} = {show(contradicting)}.")
+    return value
+
+
+def _read_int(raw: Mapping[str, Any], key: str) -> int | None:
+    value = lookup(raw, key)
+    if key.endswith("_token_id"):
+        if isinstance(value, list):  # several end an answer; the first is the model's (`read_generation_config`)
+            value = value[0] if value else None
+        if isinstance(number := read_number(value), int) and number < 0:
+            return None  # LLaMA's way to say that there is none
+    if value is None:
+        return None
+    number = read_number(value)
+    if number is None or number != int(number):
+        raise ValueError(f"{key} = {show(value)} is not valid: expected int.")
+    return int(number)
+
+
+def _read_float(raw: Mapping[str, Any], key: str) -> float | None:
+    value = lookup(raw, key)
+    if value is None:
+        return None
+    if (number := read_number(value)) is None:
+        raise ValueError(f"{key} = {show(value)} is not valid: expected float.")
+    return float(number)
+
+
+def _read_other(raw: Mapping[str, Any], key: str) -> Any:
+    value, kind = raw.get(key), bool if _FIELDS[key] == "bool" else str
+    if value is not None and type(value) is not kind:
+        raise ValueError(f"{key} = {show(value)} is not valid: expected {kind.__name__}.")
+    return value
+
+
+def choose(raw: Mapping[str, Any], reading: Reading = AS_SAID) -> dict[str, Choice]:
+    """Field -> choice, for the two fields that a released config.json leaves unsaid.
+
+    The position scheme is the one that all signs give: the number of heads and layers and the width of the releases,
+    `max_position_embeddings`, the spelling `BaiChuanForCausalLM`, settings of RoPE. The head is plain in LLaMA, in the
+    class so spelt and with the vocabulary of Baichuan 1, and a NormHead otherwise. Raises ValueError if signs disagree,
+    and names the option that decides.
+    """
+    choices = {}
+    for name, tell in (("position_embedding", _tell_scheme), ("normalize_head", _tell_head)):
+        flag = f"--{name.replace('_', '-')}"
+        if (told := getattr(reading, name)) is not None:
+            choices[name] = Choice(told, f"{flag} says so", True)
+        elif (said := _read_other(raw, name)) is not None:
+            choices[name] = Choice(said, "config.json says so", True)
+        else:
+            (value, why), *others = tell(raw)
+            for other, reason in others:
+                if other != value:
+                    raise ValueError(
+                        f"{name} is not clear: {why}, as with {value}, but {reason}, as with {other}; decide with "
+                        f"{flag}{' rope|alibi' if name == 'position_embedding' else ' or --no-normalize-head'} of "
+                        f'tools/convert.py, or with the key "{name}" in the file.'
+                    )
+            choices[name] = Choice(value, why, False)
+    return choices
+
+
+def _tell_scheme(raw: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(scheme, why) of every sign that there is, the best one first."""
+    if raw.get("model_type") == "llama":
+        return [("rope", "LlamaForCausalLM has RoPE")]
+    signs = []
+    length = raw.get("max_position_embeddings")
+    if length is not None:
+        signs.append(("rope", f"max_position_embeddings = {show(length)} is present"))
+    for name, sizes in _RELEASED.items():
+        size = _read_int(raw, name)
+        for scheme, model, released in zip(("rope", "alibi"), ("7B", "13B"), sizes, strict=True):
+            if size == released:
+                signs.append((scheme, f"{name} = {size} is the {model} model's"))
+    heads, width = _read_int(raw, "num_attention_heads") or 1, _read_int(raw, "hidden_size") or 1
+    if heads & (heads - 1) and heads not in _RELEASED["num_attention_heads"] and width % heads == 0:
+        signs.append(("alibi", f"num_attention_heads = {heads} is no power of two, and only the ALiBi model's is none"))
+    if _is_baichuan1_7b(raw):
+        signs.append(("rope", "BaiChuanForCausalLM, so spelt, is Baichuan 1 with RoPE"))
+    signs += [(scheme, f"{key} = {show(raw[key])}") for key, scheme in scheme_signs(raw).items()]
+    signs += [("rope", f"{key} changes RoPE") for key in rope_signs(raw)]
+    # The width is what other engines go by, and the 7B model's needs no other sign.
+    if length is None and width != _RELEASED["hidden_size"][0]:
+        why = f"max_position_embeddings is absent and hidden_size = {width} is not 4096"
+        signs.insert(0, ("alibi", why))
+    return signs
+
+
+def _tell_head(raw: Mapping[str, Any]) -> list[tuple[bool, str]]:
+    if raw.get("model_type") == "llama":
+        return [(False, "LlamaForCausalLM has a plain head")]
+    vocab, signs = _read_int(raw, "vocab_size"), []
+    if _is_baichuan1_7b(raw):
+        signs.append((False, "BaiChuanForCausalLM, so spelt, is Baichuan 1"))
+    if vocab in _BAICHUAN1_VOCAB:
+        signs.append((False, f"vocab_size = {vocab} is that of Baichuan 1"))
+    if vocab == BAICHUAN2_VOCAB:
+        signs.append((True, f"vocab_size = {vocab} is that of Baichuan 2, which has NormHead"))
+    return signs or [(True, "Baichuan 2 has NormHead")]
+
+
+def _is_baichuan1_7b(raw: Mapping[str, Any]) -> bool:
+    architectures = raw.get("architectures")
+    return isinstance(architectures, list) and "BaiChuanForCausalLM" in architectures
 
 
 def write_config(
@@ -126,27 +226,28 @@ def write_config(
 
 
 def read_generation_config(folder: str | Path) -> dict[str, Any] | None:
-    """generation_config.json, if there is one."""
+    """generation_config.json, if there is one.
+
+    Several ids that end an answer may also stand in config.json; they hold unless generation_config.json names its own.
+    """
     path = Path(folder) / "generation_config.json"
-    return read_json(path) if path.exists() else None
+    settings = read_json(path) if path.exists() else None
+    raw = read_json(path.with_name("config.json"))
+    ends = raw.get("eos_token_id")
+    if isinstance(ends, list) and len(ends) > 1 and (settings or {}).get("eos_token_id") is None:
+        ids = {name: raw[name] for name in ("pad_token_id", "bos_token_id") if raw.get(name) is not None}
+        return (ids if settings is None else settings) | {"eos_token_id": ends}
+    return settings
 
 
 def write_generation_config(config: ModelConfig, folder: Path, released: Mapping[str, Any] | None = None) -> None:
-    """Writes the file that came with the model, or else the released defaults of chat."""
-    defaults = {
-        "pad_token_id": config.pad_token_id,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
-        "user_token_id": 195,
-        "assistant_token_id": 196,
-        "max_new_tokens": 2048,
-        "temperature": 0.3,
-        "top_k": 5,
-        "top_p": 0.85,
-        "repetition_penalty": 1.05,
-        "do_sample": True,
-    }
-    write_json(folder / "generation_config.json", defaults if released is None else released)
+    """Writes the file that came with the model; without one the ids alone.
+
+    Settings of sampling are a chat model's, which comes with its file. transformers obeys some of them in greedy
+    decoding too: a repetition penalty would change what a base model answers in an evaluation.
+    """
+    ids = {name: getattr(config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    write_json(folder / "generation_config.json", ids if released is None else released)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -43,6 +43,11 @@ def open_arrays(checkpoint: Path) -> dict[str, ts.TensorStore]:
             arrays[name] = ts.open(spec, read=True, open=True).result()
         except ValueError as error:
             raise DamagedCheckpoint(f"{folder} is damaged: {name} cannot be opened ({explain(error)}).") from error
+        shape: Any = arrays[name].shape
+        chunk: Any = arrays[name].chunk_layout.write_chunk.shape
+        # TensorStore makes room for a whole chunk, and where it cannot it ends the process.
+        if any(length > size for size, length in zip(shape, chunk, strict=True)):
+            raise DamagedCheckpoint(f"{folder} is damaged: {name} of shape {shape} has chunks of shape {chunk}.")
     return arrays
 
 
@@ -76,7 +81,7 @@ def explain(error: BaseException, limit: int = 300) -> str:
     """The innermost cause in one line, without the specifications and places in source that TensorStore adds to it."""
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner
-    text = re.split(r"\s*\[(?:tensorstore_spec|source locations)", str(error))[0]
+    text = re.split(r"\s*\[(?:tensorstore_spec|source locations|os_error_code)", str(error))[0]
     text = " ".join(text.split()).rstrip(".") or type(error).__name__
     if isinstance(error, KeyError):
         text = f"no {text}"
@@ -122,9 +127,15 @@ class ParamsWriter:
         _correct_shapes(folder, shapes, chunks)
 
     def write(self, path: str, layer: int | None, array: np.ndarray) -> None:
-        """Writes one layer of an array (all of it where layer is None) and returns when it is on disk."""
+        """Writes one layer of an array (all of it where layer is None) and returns when it is on disk.
+
+        Raises OSError if it cannot be written.
+        """
         target = self._arrays[path] if layer is None else self._arrays[path][layer]
-        target.write(array, can_reference_source_data_indefinitely=True).result()
+        try:
+            target.write(array, can_reference_source_data_indefinitely=True).result()
+        except ValueError as error:
+            raise OSError(f"{path} cannot be written ({explain(error)}).") from error
 
 
 def _chunk_shape(path: str, shape: Shape, itemsize: int) -> Shape:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +40,7 @@ def foreign_in_checkpoint(folder: Path) -> list[str]:
     if not folder.is_dir():
         return [folder.name]
     is_checkpoint = all((folder / name).is_file() for name in ("_CHECKPOINT_METADATA", "params/_METADATA"))
-    return _others(folder, lambda name: is_checkpoint and _CHECKPOINT.fullmatch(name) is not None)
+    return _others(folder, lambda name: is_checkpoint and _CHECKPOINT.fullmatch(name) is not None, "params")
 
 
 def foreign_in_gguf(file: Path) -> list[str]:
@@ -52,23 +51,20 @@ def foreign_in_gguf(file: Path) -> list[str]:
         return [] if handle.read(4) == b"GGUF" else [file.name]
 
 
-def _others(folder: Path, is_ours: Callable[[str], bool]) -> list[str]:
-    """Files, links and empty folders that are not ours; NAME/ for a folder that holds nothing else."""
-    entries: list[str] = []
-    for root, folders, files in os.walk(folder, onerror=_raise):
-        place = Path(root).relative_to(folder)
-        links = [name for name in folders if (Path(root) / name).is_symlink()]
-        entries += [(place / name).as_posix() for name in files + links]
-        if place.parts and not folders and not files:
-            entries.append(f"{place.as_posix()}/")
-    ours = {name for name in entries if is_ours(name) and not (folder / name).is_symlink()}
-    shared = {name.partition("/")[0] for name in ours}
-    others = set()
-    for name in set(entries) - ours:
-        top, slash, _ = name.partition("/")
-        others.add(name if top in shared else top + slash)
+def _others(folder: Path, is_ours: Callable[[str], bool], inside: str | None = None) -> list[str]:
+    """Names of what is not ours, folders as NAME/; links are not, wherever they lead.
+
+    Only the folder `inside` is looked into: the target may be anything, a home directory too.
+    """
+    others = []
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            if entry.name != inside:
+                others.append(f"{entry.name}/")
+                continue
+            files = [path for path in entry.rglob("*") if path.is_symlink() or not path.is_dir()]
+        else:
+            files = [entry]
+        names = ((path, path.relative_to(folder).as_posix()) for path in files)
+        others += [name for path, name in names if path.is_symlink() or not is_ours(name)]
     return sorted(others)
-
-
-def _raise(error: OSError) -> None:
-    raise error  # a folder that cannot be looked into is not ours to delete

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -153,7 +154,8 @@ def read_reference(path: str | Path, config: ModelConfig) -> tuple[np.ndarray, O
             logits_key = "eval_logits" if "eval_logits" in archive else "train_logits"
             keys = ("input_ids", logits_key, "hidden_states")
             arrays = {key: archive[key] for key in keys if key in archive}
-    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    # What zipfile and zlib raise at damage of one kind or another; RuntimeError is both of a newer zip and a cipher.
+    except (ValueError, TypeError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"reference = {str(path)!r} is not an .npz file of plain arrays.") from error
     if missing := [key for key in keys if key not in arrays]:
         named = ", ".join("eval_logits or train_logits" if key == logits_key else key for key in missing)

@@ -9,6 +9,7 @@ than restricting `pickle.Unpickler`, which still lets a file change the attribut
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import pickletools
 import reprlib
@@ -22,7 +23,9 @@ import ml_dtypes
 import numpy as np
 
 from bc2_jax.convert.mapped import MappedTensor, contiguous_strides
+from bc2_jax.validation import join_some
 
+_log = logging.getLogger(__name__)
 STORAGES: dict[str, np.dtype] = {
     "torch.DoubleStorage": np.dtype(np.float64),
     "torch.FloatStorage": np.dtype(np.float32),
@@ -64,9 +67,10 @@ class Entry:
 def read_pickled(path: Path) -> dict[str, MappedTensor]:
     """Name -> tensor of a `torch.save`d state dict in the zip format; only the pickle is read.
 
-    Shared storages and strided views are fine. Raises RefusedFile with the file's name if the file is truncated, of the
-    legacy format, big-endian or compressed, if the pickle holds anything but a flat dict of tensors, or if a tensor
-    reaches outside its storage.
+    Shared storages and strided views are fine. The state dict may lie in a dict (`find_tensors`), and what is beside
+    its tensors is left out; the log names it. Raises RefusedFile with the file's name if the file is truncated, of the
+    legacy format, big-endian or compressed, if the pickle holds anything but tensors and plain values in dicts and
+    lists, or if a tensor reaches outside its storage.
     """
     entries = read_entries(path)
     if "data.pkl" not in entries:
@@ -78,7 +82,55 @@ def read_pickled(path: Path) -> dict[str, MappedTensor]:
         for name, entry in entries.items()
         if name.startswith("data/")
     }
-    return _StateDict(path, storages).parse(_read_entry(path, entries["data.pkl"]))
+    parser = _StateDict(path, storages)
+    value = parser.parse(_read_entry(path, entries["data.pkl"]))
+    try:
+        tensors, left_out = find_tensors(value)
+    except ValueError as error:
+        parser.refuse(str(error))
+    if left_out:
+        _log.warning("%s: left out, as they are no tensors of the model: %s.", path, join_some(map(_show, left_out)))
+    return tensors
+
+
+# What programs call the model among the things that they save with it.
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "params")
+_DEEPEST_WRAPPER = 4
+
+
+def find_tensors(value: Any, depth: int = 0) -> tuple[dict[str, MappedTensor], list[str]]:
+    """(name -> tensor of the model, names of what is beside them) of what a file holds: a dict of tensors, or one in a
+    dict, under one of the names in _WRAPPERS or as the only one there. Raises ValueError if it is not clear which.
+    """
+    if not isinstance(value, dict) or depth > _DEEPEST_WRAPPER:
+        raise ValueError("it is not a dict of tensors")
+    tensors = {name: entry for name, entry in value.items() if isinstance(entry, MappedTensor)}
+    if tensors:
+        if bad := [name for name in tensors if not isinstance(name, str)]:
+            raise ValueError(f"the name {_show(bad[0])} of a tensor is not a string")
+        return tensors, [str(name) for name in value if name not in tensors]
+    seen: set[int] = set()
+    inside = [name for name, entry in value.items() if _holds_tensors(entry, depth, seen)]
+    known = [name for name in inside if name in _WRAPPERS]
+    if len(known) == 1 or len(inside) == 1:
+        (chosen,) = known if len(known) == 1 else inside
+        found, left_out = find_tensors(value[chosen], depth + 1)
+        return found, [str(name) for name in value if name != chosen] + [f"{chosen}.{name}" for name in left_out]
+    if inside:
+        raise ValueError(f"it has tensors in several dicts, {join_some(map(_show, inside))}: save the model's alone")
+    if value:
+        raise ValueError(f"its entry {_show(next(iter(value)))} is not a tensor")
+    return {}, []
+
+
+def _holds_tensors(value: Any, depth: int, seen: set[int]) -> bool:
+    """`seen`: dicts that were looked through; a small file can name one dict from a million places."""
+    if not isinstance(value, dict) or depth >= _DEEPEST_WRAPPER or id(value) in seen:
+        return False
+    if any(isinstance(entry, MappedTensor) for entry in value.values()):
+        return True
+    seen.add(id(value))
+    return any(_holds_tensors(entry, depth + 1, seen) for entry in value.values())
 
 
 def read_entries(path: Path) -> dict[str, Entry]:
@@ -185,7 +237,7 @@ class _StateDict:
     def refuse(self, why: str) -> NoReturn:
         raise RefusedFile(f"{self.path}: refusing its pickle, {why}.")
 
-    def parse(self, pickled: bytes) -> dict[str, MappedTensor]:
+    def parse(self, pickled: bytes) -> Any:
         try:
             for opcode, argument, _ in pickletools.genops(pickled):
                 self.step(opcode.name, argument)
@@ -194,11 +246,6 @@ class _StateDict:
             raise
         except (IndexError, KeyError, TypeError, ValueError, RecursionError) as error:
             self.refuse(f"it is malformed ({type(error).__name__}: {_show(str(error))[1:-1]})")
-        if not isinstance(result, dict):
-            self.refuse("it is not a dict of tensors")
-        for name, value in result.items():
-            if not isinstance(name, str) or not isinstance(value, MappedTensor):
-                self.refuse(f"its entry {_show(name)} is not a tensor")
         return result
 
     def step(self, opcode: str, argument: Any) -> None:
@@ -212,12 +259,19 @@ class _StateDict:
                 stack.append(None)
             case "NEWTRUE" | "NEWFALSE":
                 stack.append(opcode == "NEWTRUE")
-            case "BININT" | "BININT1" | "BININT2" | "LONG1":
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
                 stack.append(argument)
             case "BINUNICODE" | "SHORT_BINUNICODE":
                 stack.append(argument)
             case "EMPTY_DICT":
                 stack.append({})
+            case "EMPTY_LIST":
+                stack.append([])
+            case "APPEND" | "APPENDS":
+                values = [stack.pop()] if opcode == "APPEND" else self.pop_to_mark()
+                if not isinstance(stack[-1], list):
+                    self.refuse("it appends to something that is not a list")
+                stack[-1].extend(values)
             case "EMPTY_TUPLE":
                 stack.append(())
             case "TUPLE":
@@ -265,7 +319,7 @@ class _StateDict:
         if not isinstance(target, dict):
             self.refuse("it sets items of something that is not a dict")
         for key, value in zip(values[::2], values[1::2], strict=True):
-            if not isinstance(key, str):
+            if type(key) not in (str, int):  # optimizers number their parameters
                 self.refuse("it has a key that is not a string")
             if key in target:
                 self.refuse(f"it has two entries {_show(key)}")

@@ -23,7 +23,9 @@ from bc2_jax.checkpoint import TOKENIZER_NAME, is_complete, parse_model_config, 
 from bc2_jax.config import ComputeConfig, DType, ModelConfig
 from bc2_jax.convert import hf, orbax
 from bc2_jax.convert.hf_config import read_config
-from bc2_jax.convert.table import flatten, param_shapes, read_slice, unflatten
+from bc2_jax.convert.reading import AS_SAID, Reading
+from bc2_jax.convert.table import flatten, param_shapes, unflatten
+from bc2_jax.convert.weights import check_weights
 from bc2_jax.manifest import DamagedCheckpoint
 from bc2_jax.model.baichuan import Baichuan2, Params, abstract_params, param_shardings, split_model
 from bc2_jax.validation import check_path
@@ -46,9 +48,9 @@ class FoundModel:
     """What was saved with a checkpoint; nothing in a PyTorch folder."""
 
 
-def find_model(path: str | Path) -> FoundModel:
-    """Finds the model at `path`: a folder in the released PyTorch layout, a bc2_jax checkpoint, or the newest complete
-    checkpoint of a run (its folder, or the `checkpoints` folder in it).
+def find_model(path: str | Path, reading: Reading = AS_SAID) -> FoundModel:
+    """Finds the model at `path`: a PyTorch folder in the layout of Baichuan or LLaMA, a bc2_jax checkpoint, or the
+    newest complete checkpoint of a run (its folder, or the `checkpoints` folder in it).
 
     Raises FileNotFoundError if there is no model, and ValueError if its config is not valid, a checkpoint is damaged or
     has a link in it, or its path is none for Orbax (`validation.check_path`); in one sentence.
@@ -56,10 +58,14 @@ def find_model(path: str | Path) -> FoundModel:
     path = Path(path)
     if is_hf_folder(path):
         tokenizer = path / TOKENIZER_NAME
-        return FoundModel(path, "pytorch", read_config(path), tokenizer if tokenizer.is_file() else None)
+        return FoundModel(path, "pytorch", read_config(path, reading), tokenizer if tokenizer.is_file() else None)
     checkpoint = _newest_checkpoint(path.absolute())
     if checkpoint is None:
         raise FileNotFoundError(_explain_absence(path))
+    if reading != AS_SAID:
+        raise ValueError(
+            f"{path} is a checkpoint of ours and says itself how to read it: {reading} is for PyTorch folders."
+        )
     check_path("path", checkpoint)
     manifest.refuse_links(checkpoint)
     metadata = _read_metadata(checkpoint)
@@ -94,28 +100,33 @@ def find_tokenizer(path: str | Path) -> Path:
 
 
 def load_pretrained(
-    path: str | Path, *, dtype: DType = "float32", mesh: Mesh | None = None, compute: ComputeConfig | None = None
-) -> Baichuan2:
+    path: str | Path, *, dtype: DType = "float32", mesh: Mesh | None = None, compute: ComputeConfig | None = None,
+    reading: Reading = AS_SAID,
+) -> Baichuan2:  # fmt: skip
     """The model in `path`: safetensors or .bin with config.json as released, or a checkpoint or run of ours.
 
     `dtype` is that of parameters and activations. With a mesh (`bc2_jax.sharding.make_mesh`) each device reads its own
-    part of every parameter. `compute` sets the rest of how it runs. `model(input_ids)` gives fp32 logits [B, T, V].
+    part of every parameter. `compute` sets the rest of how it runs; `reading` how to read a folder where its files do
+    not say so. `model(input_ids)` gives fp32 logits [B, T, V].
     Raises FileNotFoundError or ValueError with one sentence if the folder is not a whole, consistent model.
     """
-    params, config = load_params(path, dtype, mesh)
+    params, config = load_params(path, dtype, mesh, reading)
     compute = dataclasses.replace(compute or ComputeConfig(remat="none"), dtype=dtype)
     return nnx.merge(split_model(config, compute)[0], params)
 
 
-def load_params(path: str | Path, dtype: DType = "float32", mesh: Mesh | None = None) -> tuple[Params, ModelConfig]:
+def load_params(
+    path: str | Path, dtype: DType = "float32", mesh: Mesh | None = None, reading: Reading = AS_SAID
+) -> tuple[Params, ModelConfig]:
     """Parameters, cast to `dtype`, and architecture of the model that `path` means to `find_model`.
 
     With a mesh each device reads its own part of every parameter; without one they are whole on the first device.
     Raises as `load_pretrained`.
     """
-    found = find_model(path)
-    load = _load_torch if found.format == "pytorch" else _load_orbax
-    return load(found, dtype, mesh), found.config
+    found = find_model(path, reading)
+    if found.format == "pytorch":
+        return _load_torch(found, dtype, mesh, reading), found.config
+    return _load_orbax(found, dtype, mesh), found.config
 
 
 def save_params(params: Params, config: ModelConfig, path: str | Path, tokenizer: Path | None = None) -> None:
@@ -136,18 +147,19 @@ def save_params(params: Params, config: ModelConfig, path: str | Path, tokenizer
 
 def is_hf_folder(path: Path) -> bool:
     """Whether `path` is a model folder in a PyTorch layout, not a bc2_jax checkpoint or run."""
-    return (path / "config.json").is_file() and not _is_run(path)
+    return (path / "config.json").is_file() and not _is_run(path) and not is_complete(path)
 
 
 def _is_run(path: Path) -> bool:
     """Whether `path` is the workdir of a training run, which writes a config.json too and its checkpoints later."""
-    if (path / "checkpoints").is_dir():
-        return True
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((path / "config.json").read_bytes())
     except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(config, dict) and isinstance(config.get("model"), dict) and "optimizer" in config
+        config = None
+    if isinstance(config, dict) and isinstance(config.get("model"), dict):
+        return True
+    is_torch = isinstance(config, dict) and "model_type" in config
+    return (path / "checkpoints").is_dir() and not is_torch
 
 
 def _newest_checkpoint(path: Path) -> Path | None:
@@ -165,6 +177,8 @@ def _explain_absence(path: Path) -> str:
         return f"{path} does not exist."
     if not path.is_dir():
         return f"{path} is a file: give the folder of a model, of a checkpoint or of a run."
+    if (path / "adapter_config.json").is_file():
+        return f"{path} is an adapter without its model: merge it into its base model first (PEFT's merge_and_unload)."
     if _is_run(path) or path.absolute().name == "checkpoints":
         return f"{path} has no checkpoint: its run has not completed one yet."
     if (path / "params").is_dir():
@@ -181,15 +195,14 @@ def _tokenizer_near(path: Path) -> Path | None:
     return next((folder / TOKENIZER_NAME for folder in (path, *runs) if (folder / TOKENIZER_NAME).is_file()), None)
 
 
-def _load_torch(found: FoundModel, dtype: DType, mesh: Mesh | None) -> Params:
+def _load_torch(found: FoundModel, dtype: DType, mesh: Mesh | None, reading: Reading) -> Params:
     config = found.config
-    tensors = hf.open_folder(found.path)
-    hf.check_tensors(config, tensors)
+    weights = check_weights(found.path, config, hf.read_folder(found.path, reading.strip_prefix), reading)
     shardings = {} if mesh is None else flatten(param_shardings(config, mesh))
 
     def load(name: str, shape: tuple[int, ...]) -> jax.Array:
         def read(index: tuple[slice, ...] | None) -> np.ndarray:
-            return read_slice(config, lambda n: tensors[n].read(), name, index or ()).astype(jnp.dtype(dtype))
+            return weights.read_slice(name, index or ()).astype(jnp.dtype(dtype))
 
         return jax.make_array_from_callback(shape, shardings[name], read) if mesh else jnp.asarray(read(()))
 

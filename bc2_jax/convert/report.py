@@ -6,16 +6,21 @@ import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from bc2_jax.config import BAICHUAN2_7B, BAICHUAN2_13B, ModelConfig, differing_fields
 from bc2_jax.convert import hf, orbax
-from bc2_jax.convert.hf_config import infer, read_json
+from bc2_jax.convert.conversion import Options, prepare
+from bc2_jax.convert.hf_config import choose, read_json
 from bc2_jax.convert.pretrained import find_model
-from bc2_jax.convert.source import Source, open_source
+from bc2_jax.convert.source import Source, make_source, open_contents, open_source
 from bc2_jax.convert.stream import HEAD, in_order, row_blocks
 from bc2_jax.convert.table import Shape, param_shapes, torch_shapes
+from bc2_jax.convert.weights import are_unit, row_lengths
+
+DEFAULTS = Options()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,46 +53,59 @@ class Inspection:
     misshapen: tuple[str, ...]
     head_norms: tuple[float, float, float] | None
     """Smallest, mean and largest length of the head's rows; None where the head cannot be read."""
+    refusal: str | None
+    """The sentence with which a conversion would refuse it, before it writes anything."""
+    left_out: tuple[str, ...]
+    """Names of files that a conversion would not carry over."""
 
     @property
     def is_consistent(self) -> bool:
-        return not (self.missing or self.unexpected or self.misshapen)
+        return self.refusal is None
 
     @property
     def head(self) -> str:
         if self.head_norms is None:
             return "not there"
         low, mean, high = self.head_norms
-        kind = "normalised" if abs(low - 1) < 0.02 and abs(high - 1) < 0.02 else "master"
+        kind = "normalised" if are_unit(np.array(self.head_norms)) else "master"
         return f"{kind} rows, of length {low:.4f} to {high:.4f}, {mean:.4f} on average"
 
 
-def inspect(path: str | Path) -> Inspection:
+def inspect(path: str | Path, options: Options = DEFAULTS) -> Inspection:
     """Everything that can be told without reading more than metadata and the head.
 
-    Missing, unexpected and misshapen tensors are reported, not raised. Raises FileNotFoundError or ValueError for what
+    What a conversion with these options would check before it writes is checked too; its verdict is in the result, with
+    what is missing, unexpected or misshapen. Raises FileNotFoundError or ValueError, as a conversion would, for what
     cannot be opened at all.
     """
-    model = find_model(path)
+    model = find_model(path, options.reading)
     path, config = model.path, model.config
-    found: dict[str, tuple[Shape, str]]
+    contents = open_contents(model, options.reading)
+    params: dict[str, Any] = contents
+    rows = None
     if model.format == "pytorch":
-        raw = read_json(path / "config.json")
-        why = tuple(
-            f"{name} = {getattr(config, name)}, because " + ("config.json says so" if name in raw else reason)
-            for name, (_, reason) in infer(raw).items()
-        )
-        tensors = hf.open_folder(path)
-        found = {name: (tensor.shape, tensor.dtype.name) for name, tensor in tensors.items()}
-        expected, form = torch_shapes(config), "PyTorch, " + ("safetensors" if _has_safetensors(tensors) else ".bin")
-        rows = tensors[HEAD].read() if _holds_head(found) else None
+        choices = choose(read_json(path / "config.json"), options.reading)
+        why = tuple(f"{name} = {choice.value}, because {choice.why}" for name, choice in choices.items())
+        params, _ = hf.split_buffers(contents)
+        layout = hf.find_layout(params)
+        expected = torch_shapes(config, layout)
+        form = f"PyTorch, {'safetensors' if _has_safetensors(params) else '.bin'}"
+        form += ", LLaMA's layout" * (layout == "llama")
+        if _is_table(params.get(HEAD)):
+            rows = params[HEAD].read()
     else:
         why = (f"position_embedding = {config.position_embedding}, because the checkpoint's config says so",)
-        arrays = orbax.open_arrays(path)
-        found = {name: (tuple(array.shape), array.dtype.name) for name, array in arrays.items()}
-        expected, form = param_shapes(config), "Orbax"
-        form += ", training" if (path / "opt_state").is_dir() else ", parameters only"
-        rows = orbax.read_part(arrays[HEAD], None) if _holds_head(found) else None
+        expected = param_shapes(config)
+        form = f"Orbax, {'training' if (path / 'opt_state').is_dir() else 'parameters only'}"
+        if _is_table(params.get(HEAD)):
+            rows = orbax.read_part(params[HEAD], None)
+    found = {name: (tuple(array.shape), array.dtype.name) for name, array in params.items()}
+    refusal: str | None = None
+    left_out: tuple[str, ...] = ()
+    try:
+        left_out = prepare(make_source(model, contents, options.reading), options).unread
+    except (OSError, ValueError) as error:
+        refusal = str(error)
     groups: dict[tuple[str, Shape, str], int] = {}
     for name, (shape, dtype) in found.items():
         key = re.sub(r"\.\d+\.", ".{}.", name), shape, dtype
@@ -108,12 +126,15 @@ def inspect(path: str | Path) -> Inspection:
             for name, shape in expected.items()
             if name in found and found[name][0] != shape
         ),
-        head_norms=None if rows is None else _row_norms(rows),
+        head_norms=None if rows is None else _summarise(row_lengths(row_blocks(rows))),
+        refusal=refusal,
+        left_out=left_out,
     )
 
 
-def _holds_head(found: dict[str, tuple[Shape, str]]) -> bool:
-    return HEAD in found and len(found[HEAD][0]) == 2
+def _is_table(array: Any) -> bool:
+    """Whether it is one whose rows can be measured."""
+    return array is not None and len(array.shape) == 2 and all(array.shape)
 
 
 def _has_safetensors(tensors: dict) -> bool:
@@ -132,10 +153,8 @@ def _name_model(config: ModelConfig) -> str:
     return f"of the kind of Baichuan {2 if config.normalize_head else 1}"
 
 
-def _row_norms(rows: np.ndarray) -> tuple[float, float, float]:
-    blocks = (block.astype(np.float32) for block in row_blocks(rows))
-    norms = np.concatenate([np.sqrt(np.sum(block * block, axis=1)) for block in blocks])
-    return float(norms.min()), float(norms.mean(dtype=np.float64)), float(norms.max())
+def _summarise(lengths: np.ndarray) -> tuple[float, float, float]:
+    return float(lengths.min()), float(lengths.mean(dtype=np.float64)), float(lengths.max())
 
 
 @dataclasses.dataclass(frozen=True)

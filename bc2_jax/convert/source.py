@@ -17,19 +17,21 @@ from bc2_jax.convert.checksums import SUMS_NAME
 from bc2_jax.convert.hf_config import read_generation_config
 from bc2_jax.convert.ownership import foreign_in_checkpoint
 from bc2_jax.convert.pretrained import FoundModel, find_model
-from bc2_jax.convert.table import Reader, flatten, layers_of, param_shapes, read_layer, torch_name
+from bc2_jax.convert.reading import AS_SAID, Reading
+from bc2_jax.convert.table import Reader, flatten, layers_of, param_shapes
+from bc2_jax.convert.weights import check_weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A model in `path`, a PyTorch folder in the released layout or a checkpoint of ours."""
+    """A model in `path`, a PyTorch folder or a checkpoint of ours."""
 
     path: Path
     config: ModelConfig
     dtypes: Mapping[str, np.dtype]
-    """Our path -> dtype on disk."""
+    """Our path -> dtype on disk; float32 where that of the tensors of a folder is not one, or is float64."""
     read: Reader
-    """(our path, layer) -> array, in the dtype on disk; a view of a file that is mapped while it lives, or a copy."""
+    """(our path, layer) -> array in that dtype; a view of a file that is mapped while it lives, or a copy."""
     tokenizer: Path | None
     """tokenizer.model beside it."""
     generation: Mapping[str, Any] | None = None
@@ -49,18 +51,31 @@ class Source:
             yield from ((path, layer) for layer in layers_of(self.config, path))
 
 
-def open_source(path: str | Path) -> Source:
+def open_source(path: str | Path, reading: Reading = AS_SAID) -> Source:
     """The model in `path`; nothing read but metadata.
 
     Raises FileNotFoundError or ValueError, in one sentence, if it is not whole and consistent.
     """
-    found = find_model(path)
-    return _open_torch(found) if found.format == "pytorch" else _open_orbax(found)
+    found = find_model(path, reading)
+    return make_source(found, open_contents(found, reading), reading)
 
 
-def _open_orbax(found: FoundModel) -> Source:
+def open_contents(found: FoundModel, reading: Reading = AS_SAID) -> dict[str, Any]:
+    """Name -> tensor of a PyTorch folder or array of a checkpoint, unchecked; each has a shape and a dtype."""
+    if found.format == "pytorch":
+        return hf.read_folder(found.path, reading.strip_prefix)
+    return orbax.open_arrays(found.path)
+
+
+def make_source(found: FoundModel, contents: dict[str, Any], reading: Reading = AS_SAID) -> Source:
+    """The source that a model's `open_contents` are, checked as in `open_source`."""
+    if found.format == "pytorch":
+        return _make_torch(found, contents, reading)
+    return _make_orbax(found, contents)
+
+
+def _make_orbax(found: FoundModel, arrays: dict[str, Any]) -> Source:
     folder, config = found.path, found.config
-    arrays = orbax.open_arrays(folder)
     hf.check_shapes(f"arrays of {folder}", param_shapes(config), {name: array.shape for name, array in arrays.items()})
     hashes = {}
     if (folder / manifest.MANIFEST_NAME).is_file():
@@ -75,18 +90,15 @@ def _open_orbax(found: FoundModel) -> Source:
     )  # fmt: skip
 
 
-def _open_torch(found: FoundModel) -> Source:
+def _make_torch(found: FoundModel, tensors: dict[str, Any], reading: Reading) -> Source:
     folder, config = found.path, found.config
-    tensors = hf.open_folder(folder)
-    hf.check_tensors(config, tensors)
-
-    def read(name: str, layer: int | None) -> np.ndarray:
-        return read_layer(config, lambda n: tensors[n].read(), name, layer)
-
-    dtypes = {name: tensors[torch_name(name)].dtype for name in param_shapes(config)}
+    weights = check_weights(folder, config, tensors, reading)
     generation = read_generation_config(folder)
     files = tuple(sorted({tensor.file for tensor in tensors.values()}))
-    return Source(folder, config, dtypes, read, found.tokenizer, generation, files, unread=_unread(folder, files))
+    return Source(
+        folder, config, weights.dtypes, weights.read_layer, found.tokenizer, generation, files,
+        unread=_unread(folder, files),
+    )  # fmt: skip
 
 
 def _unread(folder: Path, files: Iterable[Path]) -> tuple[str, ...]:

@@ -169,8 +169,9 @@ def read_slice(
     path: str,
     index: tuple[slice, ...] = (),
     layout: Layout = "baichuan2",
+    dtype: np.dtype | None = None,
 ) -> np.ndarray:
-    """The part `index` of our array `path` (all of it by default), in the dtype of the PyTorch tensors.
+    """The part `index` of our array `path` (all of it by default), in `dtype` or else in that of the PyTorch tensors.
 
     `get_tensor(name)` gives a PyTorch tensor; if that is a memory map, only the bytes of the slice are read. It serves
     as a callback that puts an array straight onto a mesh:
@@ -184,17 +185,29 @@ def read_slice(
     ranges = [range(*bound) for bound in bounds]
     inner = tuple(slice(r.start, r.stop) for r in (ranges[1:] if rule.stacked else ranges))
     if not rule.stacked:
-        return contiguous(rule.view(config, get_tensor(rule.name))[inner])
+        return contiguous(cast(rule.view(config, get_tensor(rule.name))[inner], dtype, rule.name))
     out = None
     for i, layer in enumerate(ranges[0]):
-        tensor = get_tensor(rule.name.format(layer))
+        name = rule.name.format(layer)
+        part = cast(rule.view(config, get_tensor(name))[inner], dtype, name)
         if out is None:
-            out = np.empty([len(r) for r in ranges], tensor.dtype)
-        elif tensor.dtype != out.dtype:
-            raise ValueError(f"{rule.name.format(layer)} is {tensor.dtype}, the layers before it are {out.dtype}.")
-        copy_blocks(out[i], rule.view(config, tensor)[inner])
+            out = np.empty([len(r) for r in ranges], part.dtype)
+        elif part.dtype != out.dtype:
+            raise ValueError(f"{name} is {part.dtype}, the layers before it are {out.dtype}.")
+        copy_blocks(out[i], part)
     if out is None:
         raise ValueError(f"{path}: the slice {index} holds no layer.")
+    return out
+
+
+def cast(array: np.ndarray, dtype: np.dtype | None, name: str) -> np.ndarray:
+    """The array in `dtype`, itself if that is its own or None; raises ValueError if a finite value overflows."""
+    if dtype is None or array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        out = array.astype(dtype)
+    if np.dtype(dtype).itemsize < array.dtype.itemsize and not np.array_equal(np.isfinite(out), np.isfinite(array)):
+        raise ValueError(f"{name} overflows in {np.dtype(dtype).name}: it has values up to {np.abs(array).max():.6g}.")
     return out
 
 
@@ -223,11 +236,15 @@ def copy_blocks(target: np.ndarray, source: np.ndarray) -> None:
 
 def read_layer(
     config: ModelConfig, get_tensor: Callable[[str], np.ndarray], path: str, layer: int | None,
-    layout: Layout = "baichuan2",
+    layout: Layout = "baichuan2", dtype: np.dtype | None = None,
 ) -> np.ndarray:  # fmt: skip
-    """One layer of our array (all of it where layer is None) in C order: a view of the tensor where it can be."""
+    """One layer of our array (all of it where layer is None) in C order, in `dtype` or else in that of the tensor.
+
+    A view of the tensor where it can be.
+    """
     rule = _TABLES[layout][path]
-    view = rule.view(config, get_tensor(rule.name.format(layer)))
+    name = rule.name.format(layer)
+    view = cast(rule.view(config, get_tensor(name)), dtype, name)
     return view if view.flags.c_contiguous else contiguous(view)
 
 

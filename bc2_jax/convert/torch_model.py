@@ -26,8 +26,8 @@ _HEAD_ROWS = 16_384
 def forward(config: ModelConfig, tensors: Mapping[str, MappedTensor], input_ids: np.ndarray) -> Outputs:
     """fp32 logits [B, T, V] and hidden states [L + 1, B, T, D] of token ids [B, T], which fill their rows.
 
-    `tensors` is `hf.open_folder` of a folder in the released layout that `hf.check_tensors` accepts. Sections 2.1 and
-    2.3 of the paper for the layers, 2.4 for NormHead. Raises ValueError for ids outside the vocabulary.
+    `tensors` is `hf.open_folder` of a folder that `hf.check_tensors` accepts, in the released layout or LLaMA's.
+    Sections 2.1 and 2.3 of the paper for the layers, 2.4 for NormHead. Raises ValueError for ids that have no row.
     """
     check_ids(input_ids, config)
     # Rows first, so that the whole table is never read.
@@ -75,7 +75,9 @@ def _norm(config: ModelConfig, x: torch.Tensor, weight: torch.Tensor) -> torch.T
 
 def _attention(config: ModelConfig, weights: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     batch, length, _ = x.shape
-    fused = functional.linear(x, weights["self_attn.W_pack"])
+    # LLaMA's layout has the three parts of W_pack one by one.
+    parts = ("W_pack",) if "self_attn.W_pack" in weights else ("q_proj", "k_proj", "v_proj")
+    fused = torch.cat([functional.linear(x, weights[f"self_attn.{part}"]) for part in parts], -1)
     # [B, T, 3 N H] -> three of [B, N, T, H].
     q, k, v = fused.view(batch, length, 3, config.num_attention_heads, config.head_dim).permute(2, 0, 3, 1, 4)
     position = torch.arange(length, dtype=torch.float32)

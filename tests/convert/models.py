@@ -57,6 +57,17 @@ def write_tensors(folder: Path, files: dict[str, dict[str, np.ndarray]], index: 
     return folder
 
 
+def write_by_dtype(folder: Path, tensors: dict[str, np.ndarray]) -> Path:
+    """The tensors as one shard for each dtype, which `write_safetensors` needs."""
+    kinds = sorted({str(array.dtype) for array in tensors.values()})
+    shards = {f"model-{i:05}-of-{len(kinds):05}.safetensors": kind for i, kind in enumerate(kinds, 1)}
+    files = {
+        file: {name: array for name, array in tensors.items() if str(array.dtype) == kind}
+        for file, kind in shards.items()
+    }
+    return write_tensors(folder, files)
+
+
 def tiny_tensors(dtype: type = np.float32) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     return {name: rng.standard_normal(shape).astype(dtype) for name, shape in table.torch_shapes(TINY).items()}

@@ -297,6 +297,51 @@ def test_casts_to_another_dtype(tmp_path):
         np.testing.assert_array_equal(there.read(*part), here.read(*part).astype(DTYPES["bfloat16"]))
 
 
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+def test_the_dtype_of_the_source_is_kept_unless_told(tmp_path, dtype):
+    source = random_folder(tmp_path / "a", dtype=dtype)
+    to_orbax(source, tmp_path / "b")
+    for path in (source, tmp_path / "b"):
+        done = to_hf(path, tmp_path / f"of-{path.name}")
+        assert tensor_bytes(done.target) == tensor_bytes(source) and done.notes == ()
+        assert read_json(done.target / "config.json")["torch_dtype"] == dtype
+    (tmp_path / "b" / "opt_state").mkdir()  # of a training run
+    done = to_hf(tmp_path / "b", tmp_path / "d")
+    assert {tensor.dtype.name for tensor in hf.open_folder(done.target).values()} == {"bfloat16"}
+    told = ("written as bfloat16, as models are released; --dtype float32 keeps the master weights of the run",)
+    assert done.notes == (() if dtype == "bfloat16" else told)
+
+
+def test_several_dtypes_become_one_that_holds_them(tmp_path):
+    params = random_params(TINY, DTYPES["bfloat16"])
+    params["norm"]["weight"] = params["norm"]["weight"].astype(np.float16)
+    pretrained.save_params(params, TINY, tmp_path / "a")
+    done = to_hf(tmp_path / "a", tmp_path / "b")
+    assert done.notes == ("written as float32, which holds the source's bfloat16, float16 exactly",)
+    there, here = open_source(tmp_path / "b"), open_source(tmp_path / "a")
+    for part in here.parts():
+        np.testing.assert_array_equal(there.read(*part), here.read(*part).astype(np.float32))
+
+
+@pytest.mark.parametrize("convert", [to_orbax, to_hf])
+def test_what_is_not_carried_over_is_named(tmp_path, convert):
+    source = random_folder(tmp_path / "a", max_shard_bytes=2000.0)
+    assert convert(source, tmp_path / "b").notes == ()
+    (source / "adapter").mkdir()
+    (source / ".gitattributes").touch()
+    others = ("adapter_model.safetensors", "modeling_baichuan.py", "pytorch_model.bin", "tokenizer_config.json")
+    for name in others:
+        (source / name).touch()
+    done = convert(source, tmp_path / "c")
+    assert done.notes == ("not carried over: adapter/; " + "; ".join(others),)
+    checkpoint = tmp_path / "d"
+    to_orbax(tmp_path / "b", checkpoint)
+    (checkpoint / "lora.npz").touch()
+    (checkpoint / "opt_state").mkdir()
+    (checkpoint / "opt_state" / "_METADATA").touch()
+    assert convert(checkpoint, tmp_path / "e").notes[-1] == "not carried over: lora.npz"
+
+
 def test_parameters_that_overflow(tmp_path):
     params = random_params(TINY, np.float32)
     params["layers"]["mlp"]["down_proj"]["weight"][1, 2, 3] = -1e6

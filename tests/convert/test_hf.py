@@ -112,4 +112,5 @@ def test_wrong_dtypes_are_listed(tmp_path):
     with pytest.raises(ValueError) as error:
         read_params(write_tensors(tmp_path, files), TINY)
     assert "model.embed_tokens.weight has dtype int64, expected one of bfloat16" in str(error.value)
-    assert "up_proj.weight has dtype float16, in the layers before it is int64" in str(error.value)
+    assert "model.layers.0.mlp.up_proj.weight has dtype int64" in str(error.value)
+    assert "layers.1.mlp.up_proj" not in str(error.value)

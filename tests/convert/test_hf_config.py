@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bc2_jax.config import BAICHUAN2_7B, BAICHUAN2_13B, ModelConfig
-from bc2_jax.convert.hf_config import read_config, write_config
+from bc2_jax.convert.hf_config import read_config, read_generation_config, write_config
+from bc2_jax.convert.reading import Reading
 
 
 @st.composite
@@ -115,13 +116,22 @@ def test_released_configs(tmp_path, caplog, without, changes, expected, reason):
     [
         ((), {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
         ((), {"tie_word_embeddings": True}, "tie_word_embeddings = True is not supported"),
-        ((), {"model_type": "llama"}, "model_type = 'llama' is not supported"),
+        ((), {"model_type": "mistral"}, "model_type = 'mistral' is not supported: only baichuan and llama"),
         (("model_type",), {}, "model_type = None is not supported"),
         ((), {"num_key_value_heads": 8}, "num_key_value_heads = 8 is not supported"),
         ((), {"rope_scaling": {"type": "linear"}}, "rope_scaling"),
         ((), {"quantization_config": {"load_in_4bit": True}}, "quantization_config"),
-        ((), {"hidden_size": "4096"}, "hidden_size = '4096' is not valid: expected int"),
-        ((), {"eos_token_id": [2]}, "expected int"),
+        ((), {"hidden_size": "4k"}, "hidden_size = '4k' is not valid: expected int"),
+        ((), {"vocab_size": 125696.5}, "vocab_size = 125696.5 is not valid: expected int"),
+        ((), {"vocab_size": True}, "vocab_size = True is not valid: expected int"),
+        ((), {"rms_norm_eps": float("nan")}, "rms_norm_eps = nan is not valid: expected float"),
+        ((), {"rope_theta": float("inf")}, "rope_theta = inf is not valid: expected float"),
+        ((), {"hidden_size": 10**12}, "hidden_size = 1000000000000 is not valid: it must be at most"),
+        ((), {"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000 is not valid: it must be at most"),
+        ((), {"vocab_size": -5}, "vocab_size = -5 is not valid: it must be positive"),
+        ((), {"eos_token_id": ["a"]}, "eos_token_id = 'a' is not valid: expected int"),
+        ((), {"eos_token_id": [125696]}, "eos_token_id = 125696 is not valid: it must be in 0"),
+        ((), {"architectures": ["BaiChuanForCausalLM"]}, "normalize_head is not clear: .*BaiChuan.* Baichuan 2"),
         ((), {"num_attention_heads": 33}, "must divide hidden_size"),
         ((), {"position_embedding": "rotary"}, "legal values are rope, alibi"),
         (("vocab_size", "hidden_size"), {}, "has no hidden_size, vocab_size"),
@@ -130,6 +140,65 @@ def test_released_configs(tmp_path, caplog, without, changes, expected, reason):
 def test_unsupported_configs(tmp_path, without, changes, message):
     with pytest.raises(ValueError, match=rf"config\.json.*{message}"):
         read_config(write_raw(tmp_path, without, **changes))
+
+
+SIGNS = [
+    ({"hidden_size": 5120, "num_attention_heads": 40}, ()),
+    ({"num_hidden_layers": 40}, ()),
+    ({"hidden_size": 640, "num_attention_heads": 40}, ()),
+    ({"hidden_size": 960, "num_attention_heads": 12}, ()),
+    ({"alibi": True}, ()),
+    ({"position_embedding_type": "alibi"}, ()),
+    ({"hidden_size": 2048}, ("max_position_embeddings",)),
+    ({"num_hidden_layers": 40}, ("max_position_embeddings",)),
+    (SIZES_13B, ()),
+    (SIZES_13B | {"num_hidden_layers": 32}, ("max_position_embeddings",)),
+    (SIZES_13B | {"rope_theta": 5e5}, ("max_position_embeddings",)),
+    (SIZES_13B | {"rope_scaling": {"type": "linear", "factor": 2}}, ("max_position_embeddings",)),
+    (SIZES_13B | {"architectures": ["BaiChuanForCausalLM"], "vocab_size": 64000}, ("max_position_embeddings",)),
+]
+
+
+@pytest.mark.parametrize(("changes", "without"), SIGNS)
+def test_signs_of_the_position_scheme_that_disagree(tmp_path, changes, without):
+    """Each folder has one sign of each scheme at least; who reads it, or its own key, decides."""
+    folder = write_raw(tmp_path, without, **changes)
+    with pytest.raises(ValueError, match="position_embedding is not clear: .* --position-embedding rope.alibi"):
+        read_config(folder)
+    if "rope_scaling" in changes:
+        assert read_config(folder, Reading(position_embedding="alibi")).position_embedding == "alibi"
+        return
+    for scheme in ("rope", "alibi"):
+        assert read_config(folder, Reading(position_embedding=scheme)).position_embedding == scheme
+        write_raw(folder, without, **changes, position_embedding=scheme)
+        assert read_config(folder).position_embedding == scheme
+        write_raw(folder, without, **changes)
+
+
+@pytest.mark.parametrize("vocab", [64_000, 64_003, 64_256])
+def test_baichuan1_with_some_more_tokens(tmp_path, vocab):
+    """Baichuan-13B is spelt as Baichuan 2 is; only its vocabulary tells that its head is plain."""
+    folder = write_raw(tmp_path, ("max_position_embeddings",), **SIZES_13B, vocab_size=vocab)
+    assert not read_config(folder).normalize_head
+    assert read_config(folder, Reading(normalize_head=True)).normalize_head
+
+
+@pytest.mark.parametrize(
+    ("config_ids", "settings", "expected"),
+    [
+        (2, None, None),
+        ([2], None, None),
+        ([2, 195], None, {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": [2, 195]}),
+        ([2, 195], {"top_k": 5}, {"top_k": 5, "eos_token_id": [2, 195]}),
+        ([2, 195], {"eos_token_id": 2}, {"eos_token_id": 2}),
+        (2, {"eos_token_id": [2, 7]}, {"eos_token_id": [2, 7]}),
+    ],
+)
+def test_several_ids_that_end_an_answer_are_kept(tmp_path, config_ids, settings, expected):
+    write_raw(tmp_path, eos_token_id=config_ids)
+    if settings is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    assert read_generation_config(tmp_path) == expected
 
 
 def test_missing_and_broken_config(tmp_path):

@@ -11,6 +11,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import bc2_jax.convert
 from bc2_jax.convert import conversion, hf, parity
@@ -165,6 +167,21 @@ def test_read_reference_refuses_other_files(tmp_path):
     for name in ("one.npy", "text.npz", "empty.npz", "cut.npz"):
         with pytest.raises(ValueError, match="is not an .npz file of plain arrays"):
             read_reference(tmp_path / name, TINY)
+
+
+@given(st.sampled_from([np.savez, np.savez_compressed]), st.lists(st.floats(0, 0.999), min_size=1, max_size=4))
+@settings(max_examples=60)
+def test_a_damaged_reference_is_one_sentence(tmp_path_factory, save, places):
+    path = tmp_path_factory.mktemp("damaged") / "x.npz"
+    save(path, **recorded())
+    content = bytearray(path.read_bytes())
+    for place in places:
+        content[int(place * len(content))] ^= 4
+    path.write_bytes(content)
+    try:
+        assert read_reference(path, TINY)[0].dtype.kind in "iu"
+    except ValueError as error:
+        assert "\n" not in str(error) and str(error).endswith(".")
 
 
 @pytest.mark.parametrize(

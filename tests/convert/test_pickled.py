@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import sys
+import time
 import types
 import zipfile
 from pathlib import Path
@@ -135,6 +136,69 @@ def test_views_shared_storages_and_parameters(save):
     assert not any(array.flags.writeable for name, array in got.items() if name != "empty")
 
 
+WRAPPERS = {
+    "state_dict": lambda state: {"state_dict": state, "epoch": 3},
+    "model beside an optimizer": lambda state: {
+        "optimizer": {
+            "state": {0: {"step": 7, "exp_avg": state["a"]}},
+            "param_groups": [{"lr": 1e-4, "betas": (0.9, 1)}],
+        },
+        "model": state,
+        "args": {"names": ["x", "y"], "nothing": None, "yes": True},
+    },
+    "twice": lambda state: {"step": 2**40, "module": {"state_dict": state, "loss": -0.5}},
+    "any name": lambda state: {"weights_of_mine": state},
+    "entries beside tensors": lambda state: {
+        "global_step": 5,
+        **state,
+        "names": ["a"],
+        "scheduler": {"last_lr": [0.1]},
+    },
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_the_model_among_other_things(save, caplog, name, protocol):
+    """What trainers save: the state dict in a dict, or numbers beside the tensors; what is left out is said."""
+    arrays = {"a": np.arange(4, dtype=np.float32), "b": np.ones((2, 3), np.float16)}
+    state = {key: tensor(key, array) for key, array in arrays.items()}
+    value = WRAPPERS[name](state)
+    got = read_pickled(save(value, protocol))
+    assert {key: t.read().tobytes() for key, t in got.items()} == {key: a.tobytes() for key, a in arrays.items()}
+    left_out = {"global_step", "names", "scheduler"} if "beside tensors" in name else value.keys() - {
+        "state_dict", "model", "module", "weights_of_mine"
+    }  # fmt: skip
+    assert all(repr(key) in caplog.text for key in left_out)
+    assert bool(caplog.records) == (name != "any name")
+
+
+def test_it_must_be_clear_which_is_the_model(save):
+    one, two = {"a": tensor("0", np.zeros(4, np.float32))}, {"a": tensor("1", np.zeros(4, np.float32))}
+    with pytest.raises(ValueError, match="tensors in several dicts, 'generator'; 'critic': save the model's alone"):
+        read_pickled(save({"generator": one, "critic": two, "step": 1}))
+    with pytest.raises(ValueError, match="its entry 'step' is not a tensor"):
+        read_pickled(save({"step": 1, "model": {"step": 2}}))
+
+
+def test_a_dict_named_from_everywhere_is_looked_through_once(tmp_path):
+    """Four levels of a thousand references each to the level below."""
+
+    def key(text: str) -> bytes:
+        return b"X" + len(text).to_bytes(4, "little") + text.encode()
+
+    levels = [b"}q\x00"]
+    for level in range(4):
+        references = (key(f"{i}") + b"h" + bytes([level]) for i in range(1000))
+        levels.append(b"}(" + b"".join(references) + b"uq" + bytes([level + 1]))
+    entries = (key(f"level {i}") + level for i, level in enumerate(levels))
+    pickled = b"}(" + b"".join(entries) + b"u"
+    begin = time.perf_counter()
+    with pytest.raises(ValueError, match="is not a tensor"):
+        read_pickled(write_pickle(tmp_path / "x.bin", pickled + b"."))
+    assert time.perf_counter() - begin < 2
+
+
 class Malicious:
     def __init__(self, path: Path) -> None:
         self.command = f"touch {path}"
@@ -167,7 +231,9 @@ def test_malicious_pickle_is_refused(tmp_path, protocol, place):
         (b"ccollections\nOrderedDict\n(X\x01\x00\x00\x00atR.", "with unexpected arguments"),
         (b"ctorch\nFloatStorage\n)R.", r"calls torch\.FloatStorage"),
         (b"}X\x01\x00\x00\x00aK\x01s.", "'a' is not a tensor"),
-        (b"}K\x01K\x01s.", "not a string"),
+        (b"}K\x01K\x01s.", "its entry 1 is not a tensor"),
+        (b"}G?\xf0\x00\x00\x00\x00\x00\x00K\x01s.", "not a string"),
+        (b"}\x88K\x01s.", "not a string"),
         (b"}(X\x01\x00\x00\x00aK\x01X\x01\x00\x00\x00aK\x01u.", "two entries 'a'"),
         (b"K\x01.", "not a dict"),
         (b"}", "malformed"),
@@ -177,7 +243,8 @@ def test_malicious_pickle_is_refused(tmp_path, protocol, place):
         (b")" + b"\x85" * 200_000 + b"Q.", "malformed"),
         (b"(cos\nsystem\nX\x02\x00\x00\x00lso.", r"os\.system"),
         (b"ctorch\nFloatStorage\n)\x81.", "opcode NEWOBJ"),
-        (b"]K\x01a.", "opcode EMPTY_LIST"),
+        (b"]K\x01a.", "not a dict"),
+        (b"}K\x01a.", "appends to something that is not a list"),
         (b"\x8b\xff\xff\xff\x7f\xff.", "malformed"),
         (b"L" + b"9" * 100_000 + b"L\n.", "malformed"),
         (b"\x8d" + b"\x80" * 8 + b"x.", "malformed"),

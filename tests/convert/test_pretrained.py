@@ -85,6 +85,10 @@ def test_where_no_model_is_one_sentence_says_why(tmp_path, load):
     refused(tmp_path / "nothing", "does not exist.")
     file = GOLDEN / "rope-tiny" / "config.json"
     refused(file, "is a file: give the folder of a model, of a checkpoint or of a run.")
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    refused(tmp_path / "lora", "is an adapter without its model: merge it into its base model first (PEFT's "
+            "merge_and_unload).")  # fmt: skip
     run = make_run(tmp_path / "run", 7)
     cut_short(run / "checkpoints" / "7")
     refused(run / "checkpoints" / "7", "is a checkpoint that is not complete: it was not written to its end, or files "
@@ -102,6 +106,37 @@ def test_a_run_that_has_not_saved_yet_has_its_tokenizer_and_is_not_overwritten(t
     with pytest.raises(FileExistsError, match=r"no conversion wrote config\.json; tokenizer\.model:"):
         to_hf(GOLDEN / "rope-tiny", run, Options(overwrite=True))
     assert (run / "tokenizer.model").read_bytes() == b"pieces"
+
+
+def test_a_tokenizer_above_is_that_of_another_model(tmp_path):
+    """Only RUN/checkpoints and RUN/checkpoints/STEP have theirs above them."""
+    random_folder(tmp_path / "hf")
+    save_params(random_params(TINY, np.float32), TINY, tmp_path / "7")
+    (tmp_path / "tokenizer.model").write_bytes(b"of another model")
+    for model in ("hf", "7"):
+        with pytest.raises(FileNotFoundError, match=r"has no tokenizer\.model, nor has its run"):
+            bc2_jax.find_tokenizer(tmp_path / model)
+        assert find_model(tmp_path / model).tokenizer is None
+
+
+def test_config_json_alone_does_not_say_what_a_folder_is(tmp_path):
+    folder = random_folder(tmp_path / "hf")
+    (folder / "checkpoints").mkdir()
+    assert find_model(folder).format == "pytorch"
+    save_params(random_params(TINY, np.float32), TINY, tmp_path / "7")
+    shutil.copy(folder / "config.json", tmp_path / "7")
+    assert find_model(tmp_path / "7").format == "orbax"
+    for config in ("", "{", "[]", "{}"):  # of a run that was killed while it wrote it
+        run = make_run(tmp_path / f"run{len(config)}{config == '[]'}", 3)
+        (run / "config.json").write_text(config)
+        assert find_model(run).path.name == "3"
+
+
+def test_only_ascii_digits_name_a_step(tmp_path):
+    run = make_run(tmp_path / "run", 3)
+    for name in ("²", "٣٣", "4.aside", "-5"):
+        shutil.copytree(run / "checkpoints" / "3", run / "checkpoints" / name)
+    assert find_model(run).path.name == "3"
 
 
 def test_without_a_tokenizer(tmp_path):

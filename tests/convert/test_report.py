@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from bc2_jax.convert import hf, pretrained, table
-from bc2_jax.convert.conversion import to_hf, to_orbax
+from bc2_jax.convert.conversion import Options, to_hf, to_orbax
 from bc2_jax.convert.hf_config import read_json, write_config, write_json
 from bc2_jax.convert.report import diff, inspect
-from tests.convert.models import GOLDEN, TINY, random_folder, random_params, tiny_tensors, write_tensors
+from tests.convert.models import (
+    GOLDEN,
+    TINY,
+    random_folder,
+    random_params,
+    tiny_tensors,
+    write_by_dtype,
+    write_tensors,
+)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +68,100 @@ def test_inspect_names_what_does_not_fit(tmp_path):
     assert found.unexpected == ("model.extra",)
     assert found.misshapen == ("lm_head.weight (20, 16), expected (24, 16)",)
     assert not found.is_consistent and found.head_norms == (4.0, 4.0, 4.0)
+
+
+def rewrite(folder: Path, change: Callable[[dict], dict]) -> None:
+    """The weights of a folder, changed."""
+    tensors = change({name: tensor.read() for name, tensor in hf.open_folder(folder).items()})
+    for file in folder.glob("model*"):
+        file.unlink()
+    write_by_dtype(folder, tensors)
+
+
+def edit(folder: Path, **keys) -> None:
+    write_json(folder / "config.json", read_json(folder / "config.json") | keys)
+
+
+def drop(folder: Path, *keys: str) -> None:
+    raw = read_json(folder / "config.json")
+    write_json(folder / "config.json", {key: value for key, value in raw.items() if key not in keys})
+
+
+NORM, Q = "model.norm.weight", "model.layers.0.self_attn.W_pack.weight"
+HARMLESS = {
+    "nothing": lambda f: None,
+    "pad null": lambda f: edit(f, pad_token_id=None, rms_norm_eps="1e-06", model_max_length=4096.0),
+    "default rope": lambda f: edit(f, rope_scaling={"rope_type": "default"}),
+    "buffers": lambda f: rewrite(f, lambda t: t | {"model.rotary_emb.inv_freq": np.array([1, 0.01], np.float32)}),
+    "fp64": lambda f: rewrite(f, lambda t: {name: a.astype(np.float64) for name, a in t.items()}),
+    "bf16": lambda f: rewrite(f, lambda t: {name: a.astype(ml_dtypes.bfloat16) for name, a in t.items()}),
+    "other frequencies": lambda f: rewrite(f, lambda t: t | {"model.rotary_emb.inv_freq": np.ones(2, np.float32)}),
+    "a step number": lambda f: rewrite(f, lambda t: t | {"global_step": np.array(7)}),
+    "an empty adapter beside it": lambda f: (f / "adapter_model.safetensors").write_bytes(b""),
+}
+BROKEN = {
+    "unexpected": lambda f: rewrite(f, lambda t: t | {"model.extra.weight": t[NORM]}),
+    "misshapen": lambda f: rewrite(f, lambda t: t | {NORM: t[NORM][:3]}),
+    "a head of one dimension": lambda f: rewrite(f, lambda t: t | {"lm_head.weight": t[NORM]}),
+    "an empty head": lambda f: rewrite(f, lambda t: t | {"lm_head.weight": np.zeros((0, 16), np.float32)}),
+    "integers": lambda f: rewrite(f, lambda t: {name: a.astype(np.int8) for name, a in t.items()}),
+    "adapter": lambda f: rewrite(f, lambda t: t | {"model.layers.0.mlp.up_proj.lora_A.weight": t[NORM]}),
+    "half split": lambda f: rewrite(f, lambda t: t | {Q.replace("W_pack", "q_proj"): t[Q][:16]}),
+    "grouped queries": lambda f: edit(f, num_key_value_heads=2),
+    "scaled rope": lambda f: edit(f, rope_scaling={"rope_type": "linear", "factor": 2}),
+    "two thetas": lambda f: edit(f, rope_theta=1e6, rope_parameters={"rope_theta": 1e4}),
+    "unknown key": lambda f: edit(f, attention_of_the_future=1),
+    "huge": lambda f: edit(f, hidden_size=10**12),
+    "no size": lambda f: drop(f, "hidden_size"),
+    "another model": lambda f: edit(f, model_type="gpt2"),
+    "unclear positions": lambda f: [drop(f, "position_embedding"), edit(f, num_hidden_layers=40)],
+    "layers": lambda f: edit(f, num_hidden_layers=3),
+    "vocabulary": lambda f: edit(f, vocab_size=640),
+    "tokenizer": lambda f: shutil.copyfile(TOKENIZER_OF_TESTS[0], f / "tokenizer.model"),
+    "no tokenizer": lambda f: (f / "tokenizer.model").write_bytes(b"pieces"),
+    "generation config": lambda f: (f / "generation_config.json").write_text("{"),
+    "missing": lambda f: rewrite(f, lambda t: {name: a for name, a in t.items() if name != NORM}),
+    "no head at all": lambda f: rewrite(f, lambda t: {n: a for n, a in t.items() if n != "lm_head.weight"}),
+    "prefix": lambda f: rewrite(f, lambda t: {f"module.{name}": a for name, a in t.items()}),
+    "no weights": lambda f: [file.unlink() for file in f.glob("model*")],
+    "damaged": lambda f: next(f.glob("model-*")).write_bytes(b"damaged"),
+    "config": lambda f: (f / "config.json").write_text("[]"),
+}
+TOKENIZER_OF_TESTS: list[Path] = []
+
+
+@settings(max_examples=30)
+@given(st.lists(st.sampled_from(sorted(HARMLESS | BROKEN)), min_size=1, max_size=3, unique=True))
+@example(["prefix"]).via("one of the reported cases")
+def test_the_verdict_is_that_of_a_conversion(tokenizer, tmp_path_factory, names):
+    """Whatever is odd or wrong with a folder: inspect says what to-orbax says, in the same words."""
+    TOKENIZER_OF_TESTS[:] = [tokenizer.path]
+    folder = random_folder(tmp_path_factory.mktemp("verdict") / "a")
+    for name in sorted(names, key=[*HARMLESS, *BROKEN].index):  # none can undo another
+        (HARMLESS | BROKEN)[name](folder)
+    assert_same_verdict(folder, is_broken=any(name in BROKEN for name in names))
+
+
+@pytest.mark.parametrize("name", sorted(HARMLESS | BROKEN))
+def test_the_verdict_on_each(tokenizer, tmp_path, name):
+    TOKENIZER_OF_TESTS[:] = [tokenizer.path]
+    folder = random_folder(tmp_path / "a")
+    (HARMLESS | BROKEN)[name](folder)
+    assert_same_verdict(folder, is_broken=name in BROKEN)
+
+
+def assert_same_verdict(folder: Path, is_broken: bool) -> None:
+    options = Options(check_hashes=False)
+    try:
+        to_orbax(folder, folder.with_name("out"), options)
+        conversion = None
+    except (OSError, ValueError) as error:
+        conversion = str(error)
+    try:
+        verdict = inspect(folder, options).refusal
+    except (OSError, ValueError) as error:
+        verdict = str(error)
+    assert verdict == conversion and (verdict is not None) == is_broken
 
 
 def test_known_models_are_named(tmp_path):

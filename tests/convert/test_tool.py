@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +104,12 @@ def test_inspect_and_diff_say_it_by_their_exit_code(tmp_path, capsys):
     assert code == 1 and "missing     model.norm.weight" in text
 
 
+def test_brackets_are_no_markup(tmp_path, capsys):
+    shutil.copytree(GOLDEN / "rope-tiny", tmp_path / "a[bold]" / "b[" / "x]")
+    code, text = run(capsys, "inspect", tmp_path / "a[bold]" / "b[" / "x]")
+    assert code == 0 and str(tmp_path / "a[bold]" / "b[" / "x]") in text
+
+
 def test_gguf_needs_one_of_the_two_models(tmp_path, capsys):
     assert tool.main(["to-gguf", str(GOLDEN / "rope-tiny"), str(tmp_path / "a.gguf")]) == 1
     assert "error: model.num_hidden_layers = 2 is not valid: llama.cpp's baichuan is" in capsys.readouterr().err
@@ -114,3 +124,17 @@ def test_interrupted(tmp_path, capsys, monkeypatch):
     assert tool.main(["to-orbax", str(GOLDEN / "rope-tiny"), str(tmp_path / "a")]) == 130
     assert capsys.readouterr().err.endswith("interrupted: nothing was written\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_an_accelerator_and_without_unicode(tmp_path):
+    """JAX would look for a TPU, of which libtpu prints pages where there is none; the C locale has ASCII alone."""
+    target = tmp_path / os.fsdecode("模型 ".encode() + b"\xff")
+    program = "import atexit, runpy, sys; sys.argv = sys.argv[1:]; atexit.register(lambda: "
+    program += "print('on', sys.modules['jax'].config.jax_platforms)); runpy.run_path(sys.argv[0], run_name='__main__')"
+    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "PYTHONUTF8", "PYTHONIOENCODING")}
+    environment |= {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONPATH": str(ROOT)}
+    words = [ROOT / "tools" / "convert.py", "to-hf", GOLDEN / "rope-tiny", target]
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "Wrote " in done.stdout and done.stdout.endswith("on cpu\n")
+    assert hf.open_folder(target)
