@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,6 +53,9 @@ _DOCUMENT_BITS = 20
 _WRITTEN = (
     "report.json", "report.md", "waterfall.png", "problems.parquet", "documents", "removed", "jsonl", "work",
 )  # fmt: skip
+
+
+_SHARD_FILE = re.compile(r"\d{6}-\d{4}\.(?:parquet|jsonl\.zst)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +136,7 @@ def find_overlap(run: Run, ngrams: BenchmarkNgrams, task: Task) -> Task:
         if match.document not in best or match.share > best[match.document].share:
             best[match.document] = match
     docs, ids = table["doc"].to_pylist(), table["id"].to_pylist()
-    return {"matches": [[docs[place], ids[place], match.item, match.share] for place, match in sorted(best.items())]}
+    return {"matches": [[docs[place], ids[place], *match[1:]] for place, match in sorted(best.items())]}
 
 
 def write(run: Run, task: Task) -> Task:
@@ -157,6 +161,7 @@ def write(run: Run, task: Task) -> Task:
     if removed.num_rows:
         (run.out / "removed").write_table(f"{name}.parquet", removed, "zstd")
     return account.result(table) | {
+        "gone": removed.num_rows,
         "cut_spans": cut,
         "sources": count_by(documents, "source"),
         "languages": count_by(documents, "language"),
@@ -197,18 +202,57 @@ def check_out(out: Folder, paths: Sequence[str]) -> None:
     foreign = [name for name in found if name not in _WRITTEN]
     own = not found or "work" in found or "report.json" in found
     legal = "it must be an empty folder or one of an earlier run"
+    for name in _WRITTEN[4:7]:
+        foreign += [f"{name}/{entry}" for entry in (out / name).entries() if not _SHARD_FILE.fullmatch(entry)]
     require(own and not foreign, "--out", out.location, f"{legal}, and has {(foreign or found or [''])[0]}")
     for path in paths:
         inside = "://" not in path and Path(out.location).resolve().is_relative_to(Path(path).resolve())
         require(not inside, "--out", out.location, f"it must not lie in the raw folder {path}")
 
 
-def clear_result(out: Folder) -> None:
-    """Removes what an earlier run with other settings wrote; its report first, which says that it is complete."""
+def prepare_result(out: Folder) -> None:
+    """Removes what says that the result is complete, report.json first, and the unfinished files of a killed run."""
     for name in _WRITTEN[:4]:
         out.delete(name)
     for name in _WRITTEN[4:7]:
+        (out / name).remove_unfinished()
+
+
+def clear_result(out: Folder) -> None:
+    """Removes what an earlier run with other settings wrote."""
+    prepare_result(out)
+    for name in _WRITTEN[4:7]:
         (out / name).remove()
+
+
+def is_written(run: Run, name: str, result: Task) -> bool:
+    """Whether the files of a shard that `write` counted in `result` are there, whole."""
+    files = [
+        ("documents", f"{name}.parquet", result["after"]["documents"]),
+        ("removed", f"{name}.parquet", result["gone"]),
+    ]
+    if run.config.jsonl:
+        files.append(("jsonl", f"{name}.jsonl.zst", result["after"]["documents"]))
+    return all(
+        (run.out / folder).exists(file) == bool(rows)
+        and (not rows or folder == "jsonl" or (run.out / folder).rows(file) == rows)
+        for folder, file, rows in files
+    )
+
+
+def check_result(run: Run, results: Sequence[Task]) -> None:
+    """Counts what lies in OUT. Raises OSError if that is not what the results of `write` say."""
+    for folder, rows in (
+        ("documents", sum(result["after"]["documents"] for result in results)),
+        ("removed", sum(result["gone"] for result in results)),
+    ):
+        found = (run.out / folder).rows()
+        if found != rows:
+            place = f"{run.out.location}/{folder}"
+            raise OSError(
+                f"{place} has {found} documents where {rows} were written: something else wrote or deleted there. "
+                "Remove what is not of this run and run the same command again."
+            )
 
 
 def _survivors(run: Run, name: str, columns: list[str], stages: Sequence[str]) -> pa.Table:

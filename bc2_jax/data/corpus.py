@@ -3,29 +3,43 @@
     ROWS/corpus.json              the parts, settings, input files; what could not be read is counted
     ROWS/problems.txt             one line for each document that could not be read, if there is any
     ROWS/SOURCE/qBUCKET/          a part: packed rows as `packing` writes them, with their own manifest.json
+    ROWS/SOURCE/qBUCKET/wWEIGHT/  parts of documents with different weights
 
 Quality is a score in 0..1, cut at the fixed edges 0, 1/N, 2/N, ... 1: the bucket of a document does not depend on other
 documents, so corpora that were made apart can be used together.
+
+A row is read as a whole, so documents that are to be read more or less often than others must not share rows: the
+weight of a part is a power of two, and a document with a weight between two of them goes to the upper one so often, by
+a hash of its text, that its expected weight is its own.
 """
 
 from __future__ import annotations
 
 import bisect
+import collections
 import dataclasses
 import hashlib
 import json
+import logging
+import math
 import os
 import urllib.parse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from bc2_jax.data.packing import MANIFEST, Manifest, load_manifest
 from bc2_jax.validation import is_inside
 
+logger = logging.getLogger(__name__)
+
 CORPUS = "corpus.json"
 PROBLEMS = "problems.txt"
 _FORMAT = 1
 _LONGEST_NAME = 120
+Part = tuple[str, int, int]
+"""Source, bucket of quality, and the exponent of the power of two that is the weight."""
+_SLICE = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +66,7 @@ class CorpusPart:
     tokens: int
     rows: int
     mean_weight: float
-    """Mean sampling weight of its documents; 1 where there is none."""
+    """How often its documents are read where others are read once: their expected sampling weight."""
     share: float
     """Suggested share of training tokens: tokens * mean_weight, over the sum of all parts."""
 
@@ -77,6 +91,40 @@ class Corpus:
 def bucket_of(score: float, num_buckets: int) -> int:
     """The number of the range of quality that has `score`."""
     return bisect.bisect_right([index / num_buckets for index in range(1, num_buckets)], score)
+
+
+def weight_level(weight: float, text: str) -> int:
+    """The exponent of the power of two as which a positive `weight` counts; its expectation over texts is `weight`.
+
+    With a weight of 1.25, three of four texts give 0, and one of four gives 1.
+    """
+    mantissa, exponent = math.frexp(weight)  # weight = mantissa * 2^exponent, mantissa in 0.5..1
+    if mantissa == 0.5:
+        return exponent - 1
+    digest = hashlib.blake2b(digest_size=8, person=b"sampling weight")
+    for start in range(0, len(text), _SLICE):
+        digest.update(text[start : start + _SLICE].encode())
+    return exponent - 1 + (int.from_bytes(digest.digest(), "little") < (2 * mantissa - 1) * 2**64)
+
+
+def name_parts(parts: Iterable[Part]) -> dict[Part, str]:
+    """The path of each part, in their order: that of its bucket, or below it if the bucket has several weights."""
+    chosen = sorted(set(parts))
+    levels = collections.Counter((source, bucket) for source, bucket, _ in chosen)
+    folders = {part: f"{folder_name(part[0])}/q{part[1]}" for part in chosen}
+    return {part: name if levels[part[:2]] == 1 else f"{name}/w{2.0 ** part[2]:g}" for part, name in folders.items()}
+
+
+def log_missing_rows(path: Path, corpus: Corpus) -> None:
+    """Says now what a training run would say at its start."""
+    if not any(load_manifest(path / part.path).validation.rows for part in corpus.parts):
+        logger.warning(
+            "no document is held out for validation (%g of %d documents): a training run, which evaluates, would not "
+            "start with these rows alone; choose a larger validation fraction", corpus.validation_fraction,
+            corpus.documents,
+        )  # fmt: skip
+    if not any(part.rows for part in corpus.parts):
+        logger.warning("all documents are held out for validation: there is no row to train on")
 
 
 def folder_name(source: str) -> str:
@@ -131,7 +179,7 @@ def list_parts(path: str | os.PathLike[str]) -> list[PartFolder]:
     Raises FileNotFoundError or ValueError, naming `path`, if there are none.
     """
     folder = Path(path)
-    for root in (folder, folder.parent, folder.parent.parent):
+    for root in (folder, *folder.absolute().parents[:3]):
         if (root / CORPUS).is_file():
             chosen = [
                 part

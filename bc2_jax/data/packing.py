@@ -13,10 +13,12 @@ The last row is filled with pad. Nothing of a document is dropped.
 from __future__ import annotations
 
 import dataclasses
+import glob
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Hashable, Iterable, Iterator
@@ -29,7 +31,7 @@ import numpy as np
 from bc2_jax.data.documents import InvalidDocument, why_invalid
 from bc2_jax.data.row_file import FileInfo, RowFile, RowFileWriter
 from bc2_jax.tokenizer import Tokenizer, file_sha256
-from bc2_jax.validation import is_inside
+from bc2_jax.validation import choices, is_inside
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,9 @@ _PART_CHARACTERS = 1 << 10
 _BUFFERED_TOKENS = 1 << 18
 _OPENING_THREADS = 32
 _NAMED_PROBLEMS = 3
+_WRITTEN = re.compile(
+    r"manifest\.json|corpus\.json|problems\.txt|(?:train|validation)-\d{5}(?:-of-\d{5})?\.array_record"
+)
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -304,9 +309,17 @@ def check_packing(sequence_length: int, validation_fraction: float, rows_per_fil
 
 
 def check_out_dir(out: Path, overwrite: bool, marker: str = MANIFEST) -> None:
-    """Raises FileExistsError if `out` is there, unless it may be replaced: it is empty or holds the file `marker`."""
-    if out.exists() and not (overwrite and out.is_dir() and (not any(out.iterdir()) or (out / marker).is_file())):
-        legal = "only a folder of packed rows can be overwritten" if overwrite else "choose another or pass overwrite"
+    """Raises FileExistsError if `out` is there, unless it may be replaced: it is empty, or holds the file `marker` and
+    nothing but what packing writes."""
+    if not out.exists():
+        return
+    legal = "only a folder of packed rows can be overwritten" if overwrite else "choose another or pass overwrite"
+    ours = overwrite and out.is_dir() and (not any(out.iterdir()) or (out / marker).is_file())
+    files = sorted(path for path in out.rglob("*") if path.is_symlink() or not path.is_dir()) if ours else []
+    foreign = [str(path.relative_to(out)) for path in files if path.is_symlink() or not _WRITTEN.fullmatch(path.name)]
+    if foreign:
+        legal = f"it also has {choices(foreign[:_NAMED_PROBLEMS])}, which packing did not write"
+    if foreign or not ours:
         raise FileExistsError(f"out_dir = {str(out)!r} is not valid: it exists; {legal}.")
 
 
@@ -316,7 +329,9 @@ def publish(temporary: Path, out: Path) -> None:
         replaced = out.with_name(f".{out.name}.{uuid.uuid4().hex}.replaced")
         out.rename(replaced)
         temporary.rename(out)
-        shutil.rmtree(replaced)
+        # With those of runs that were killed here.
+        for folder in out.parent.glob(f".{glob.escape(out.name)}.*.replaced"):
+            shutil.rmtree(folder, ignore_errors=True)
     else:
         temporary.rename(out)
 

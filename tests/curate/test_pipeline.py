@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bc2_jax.curate.config import CopiesConfig, CurationConfig, WeightsConfig
 from bc2_jax.curate.contamination import ContaminationConfig
@@ -113,10 +117,14 @@ def test_every_document_is_written_or_named(raw, result):
     assert all(
         by_id[f"near{i}"]["stage"] in ("near", "dense") and by_id[f"near{i}"]["kept"] == f"d{i}" for i in range(10, 15)
     )
+    assert all(re.search(r": \d+% of their shingles are the same$", by_id[f"near{i}"]["reason"]) for i in range(10, 15))
     found = [i for i in range(100, 110) if by_id.get(f"long{i}", {}).get("kept") == f"edits{i}"]
     assert len(found) >= 8
     assert by_id["short"]["stage"] == "heuristics" and "limit" in by_id["short"]["reason"]
     assert by_id["leak"]["stage"] == "contamination" and by_id["leak"]["kept"] == "bench.txt:1"
+    assert by_id["leak"]["reason"] == (
+        f"it overlaps with a benchmark item: 100% of its n-grams, such as {' '.join(QUESTION.split()[:13])!r}"
+    )
 
 
 def test_the_waterfall_adds_up_to_the_byte(result):
@@ -203,6 +211,71 @@ def test_ids_that_come_twice_and_files_that_are_skipped_are_counted(tmp_path):
     assert "notes.pdf" in (tmp_path / "out" / "report.md").read_text()
 
 
+@pytest.mark.parametrize("everything", ["heuristics", "contamination"])
+def test_nothing_is_left(tmp_path, capsys, everything):
+    from tools.curate import main
+
+    text = "Too short." if everything == "heuristics" else document(1)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    (tmp_path / "bench.txt").write_text(text.replace("\n", " "))
+    out = tmp_path / "out"
+    assert (
+        main([str(tmp_path / "a.jsonl"), "--out", str(out), "--contamination.files", str(tmp_path / "bench.txt")]) == 0
+    )
+    assert "No document is left: the table above says which step took how many." in capsys.readouterr().err
+    report = json.loads((out / "report.json").read_text())
+    assert report["written"] == {"documents": 0, "bytes": 0} and report["clusters"] == []
+    assert [row["stage"] for row in read(out / "removed")] == [everything] and not (out / "documents").exists()
+
+
+def test_programs_under_one_licence_are_no_copies(tmp_path):
+    licence = "".join(f"# {line}\n" for line in document(7, 6).split("\n"))
+    header = f"# Copyright 2031 The Example Authors.\n#\n{licence}\n"
+    bodies = [
+        "".join(
+            f"def {verb}_{noun}(value):\n    return {verb}(value, '{noun}', {i})\n\n\n" for noun in WORDS[i : i + 4]
+        )
+        for i, verb in enumerate(["read", "write", "find", "sort"])
+    ]
+    rows = [
+        {"id": f"p{i}", "text": header + body, "source": "py"} for i, body in enumerate([*bodies, bodies[2] + "\n#"])
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = curate([str(tmp_path / "a.jsonl")], str(tmp_path / "out"), CurationConfig(), ENGINE, lambda *_: None)
+    kept = {row["id"] for row in read(tmp_path / "out" / "documents")}
+    assert kept == {"p0", "p1", "p2", "p3"} and report["waterfall"][4]["documents"] == 1
+
+
+SPECIAL = st.text(st.sampled_from("[]*?{}!\\#%20 ~$|&'好a"), min_size=1, max_size=6)
+
+
+@settings(max_examples=6, deadline=None)
+@given(SPECIAL, SPECIAL)
+def test_a_path_is_no_pattern_and_no_url(tmp_path_factory, parent, name):
+    """The copies of the documents of OUT alone are found, in whatever folder it is, and whatever its name."""
+    root = tmp_path_factory.mktemp("paths") / f"x{parent}"
+    raw, out = root / f"raw{name}", root / f"out{name}"
+    raw.mkdir(parents=True)
+    rows = [{"id": f"d{i}", "text": document(i % 3)} for i in range(4)]
+    (raw / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for again in range(2):
+        # What a pattern or a decoded name could mean has other documents.
+        for decoy in ("run1", "outa", "out ", "out2", "out0"):
+            if again and decoy != out.name:
+                shutil.copytree(out, root / decoy, dirs_exist_ok=True)
+        config = CurationConfig(weights=WeightsConfig(cluster_exponent=0.1 * again))
+        report = curate([str(raw)], str(out), config, ENGINE, lambda *_: None)
+        assert report["written"]["documents"] == len(read(out / "documents")) == 3
+        assert report["waterfall"][0]["documents"] == 1
+
+
+def test_a_path_that_is_no_text_is_refused_before_anything_is_read(raw, tmp_path):
+    out = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    with pytest.raises(ValueError, match="folder = .* is not valid: the path of a folder .* must be UTF-8"):
+        curate(inputs(raw), out, CurationConfig(), ENGINE, lambda *_: None)
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_changed_file_of_the_same_size_is_read_again(tmp_path):
     raw = tmp_path / "a.jsonl"
     for text in ("first", "other"):
@@ -225,6 +298,10 @@ def test_nothing_of_anyone_else_is_overwritten(raw, tmp_path):
         (home / name / "mine.txt").write_text("mine")
         refused(home, f"it must be an empty folder or one of an earlier run, and has {name}")
         assert (home / name / "mine.txt").read_text() == "mine"
+    (tmp_path / "made" / "documents").mkdir(parents=True)
+    (tmp_path / "made" / "report.json").write_text("{}")
+    (tmp_path / "made" / "documents" / "notes.parquet").write_text("mine")
+    refused(tmp_path / "made", "has documents/notes.parquet")
 
 
 def command(raw: Path, out: Path, *more: str) -> list[str]:

@@ -60,6 +60,62 @@ def test_finished_shards_of_an_interrupted_stage_are_kept(tmp_path):
     assert finished and sorted(finished + again) == [f"{i:02d}" for i in range(6)]
 
 
+def test_a_marker_goes_before_what_it_stands_for(tmp_path):
+    """Stopped anywhere while an old result is removed, the next start of either settings begins anew."""
+
+    def attempt(settings, clear):
+        stages = Stages(Folder(tmp_path / "work"), ENGINE, "k", lambda *_: None)
+
+        def work(folder):
+            Folder(tmp_path / "out").write("result", settings.encode())
+            return {"settings": settings}
+
+        return stages.run("s", settings, work, clear=clear)
+
+    def stop():
+        assert not (tmp_path / "work" / "s").exists()
+        Folder(tmp_path / "out").remove()
+        raise KeyboardInterrupt
+
+    cleared: list[str] = []
+    for settings in ("b", "a"):
+        attempt("a", lambda: None)
+        with pytest.raises(KeyboardInterrupt):
+            attempt("b", stop)
+        assert attempt(settings, lambda: cleared.append("yes")) == {"settings": settings}
+        assert (tmp_path / "out" / "result").read_text() == settings
+    assert cleared == ["yes", "yes"]
+
+
+def test_what_is_not_intact_or_cut_is_done_again(tmp_path):
+    def attempt(intact):
+        stages = Stages(Folder(tmp_path), ENGINE, "k", lambda *_: None)
+        calls = Folder(tmp_path / "calls")
+
+        def make(task):
+            calls.write(f"{task['name']}{len(calls.names())}", b"")
+            return {"name": task["name"]}
+
+        before = len(calls.names())
+        tasks = [{"name": "a"}, {"name": "b"}]
+        stages.run("s", 0, lambda _: stages.map("s", make, tasks, intact), intact=lambda _: False)
+        return sorted(name[0] for name in calls.names() if int(name[1:]) >= before)
+
+    assert attempt(lambda *_: True) == ["a", "b"]
+    assert attempt(lambda *_: True) == []
+    assert attempt(lambda name, result: name == result["name"] == "b") == ["a"]
+    (tmp_path / "s" / "results" / "b.json").write_bytes(b"")
+    assert attempt(lambda *_: True) == ["b"]
+
+
+def test_an_engine_that_gives_up_is_an_error(monkeypatch):
+    import daft
+
+    monkeypatch.setattr(daft.DataFrame, "iter_rows", lambda self: iter([{"index": 0, "result": "{}"}]))
+    with pytest.raises(RuntimeError, match="1 of 2 tasks were given up by the engine"):
+        list(ENGINE.map(lambda task: {}, [{}, {}]))
+
+
 def test_a_changed_stage_does_not_see_old_files(tmp_path):
     def attempt(settings):
         stages = Stages(Folder(tmp_path), ENGINE, "k", lambda *_: None)
