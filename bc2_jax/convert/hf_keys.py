@@ -222,10 +222,10 @@ def _keeps_rope(value: Any) -> bool:
     if not isinstance(value, Mapping) or any(isinstance(entry, Mapping) for entry in value.values()):
         return False  # one rotation for each kind of layer
     kinds = {str(value[name]).lower() for name in ("rope_type", "type") if value.get(name) is not None}
-    if kinds <= {"default"}:
-        # Entries of other types mean nothing here, but not all are of a type, and without one a factor is of some type.
-        parts = ("partial_rotary_factor", "mrope_section") if kinds else ("partial_rotary_factor", "factor")
-        return all(_is_legal(value.get(name), _ONE) for name in parts)
+    if kinds == {"default"}:  # entries of other types mean nothing here, but these are of any type
+        return all(_is_legal(value.get(name), _ONE) for name in ("partial_rotary_factor", "mrope_section"))
+    if not kinds:  # an entry is of some type
+        return all(_is_legal(value[name], _ONE) for name in value.keys() - {"rope_theta", "base"})
     return kinds == {"linear"} and _is_legal(value.get("factor", 0), _ONE)
 
 

@@ -59,7 +59,7 @@ REFUSED = [
     {"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_scaling": {"rope_type": "dynamic", "factor": 2}},
     {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4}}, {"rope_parameters": {"rope_type": 3}},
     {"rope_scaling": {"rope_type": "llama3", "factor": 8}}, {"rope_scaling": {"type": "longrope"}},
-    {"rope_scaling": "linear"}, {"rope_scaling": {"factor": 4.0}},
+    {"rope_scaling": "linear"}, {"rope_scaling": {"factor": 4.0}}, {"rope_scaling": {"alpha": 1000}},
     {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
     {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, {"partial_rotary_factor": 0.5},
     {"rotary_pct": 0.25}, {"rope_ratio": 16}, {"rotary_dim": 64}, {"rope_interleaved": True},
