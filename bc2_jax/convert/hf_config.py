@@ -54,7 +54,7 @@ def read_config(folder: str | Path, reading: Reading = AS_SAID) -> ModelConfig:
         if absent := [name for name in _SIZES if name not in values]:
             raise ValueError(f"it has no {', '.join(absent)}.")
         values.setdefault("z_loss_weight", 0.0)  # the released class's default; ours is the paper's
-        if "model_max_length" not in values and (length := _read_int(raw, "max_position_embeddings")) is not None:
+        if "model_max_length" not in values and (length := _read_int(raw, "max_position_embeddings") or 0) > 0:
             values["model_max_length"] = length  # Baichuan-7B (1) has only this one
         for name, choice in choose(raw, reading).items():
             values[name] = choice.value
@@ -147,9 +147,9 @@ def _tell_scheme(raw: Mapping[str, Any]) -> list[tuple[str, str]]:
     if raw.get("model_type") == "llama":
         return [("rope", "LlamaForCausalLM has RoPE")]
     signs = []
-    length = raw.get("max_position_embeddings")
-    if length is not None:
-        signs.append(("rope", f"max_position_embeddings = {show(length)} is present"))
+    length = _read_int(raw, "max_position_embeddings") or 0
+    if length > 0:  # otherwise it says that there is no limit
+        signs.append(("rope", f"max_position_embeddings = {length} is present"))
     for name, sizes in _RELEASED.items():
         size = _read_int(raw, name)
         for scheme, model, released in zip(("rope", "alibi"), ("7B", "13B"), sizes, strict=True):
@@ -163,7 +163,7 @@ def _tell_scheme(raw: Mapping[str, Any]) -> list[tuple[str, str]]:
     signs += [(scheme, f"{key} = {show(raw[key])}") for key, scheme in scheme_signs(raw).items()]
     signs += [("rope", f"{key} changes RoPE") for key in rope_signs(raw)]
     # The width is what other engines go by, and the 7B model's needs no other sign.
-    if length is None and width != _RELEASED["hidden_size"][0]:
+    if length <= 0 and width != _RELEASED["hidden_size"][0]:
         why = f"max_position_embeddings is absent and hidden_size = {width} is not 4096"
         signs.insert(0, ("alibi", why))
     return signs

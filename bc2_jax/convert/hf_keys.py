@@ -165,7 +165,7 @@ def check_keys(raw: Mapping[str, Any], config: ModelConfig, ignored: Collection[
     for key, value in raw.items():
         if key in own or key in ignored or key in _HARMLESS_NAMES or _HARMLESS_PATTERN.search(key):
             continue
-        if key in _ONLY_ROPE and not has_rope:
+        if not has_rope and (key in _ONLY_ROPE or key in _FOLLOWS_ROPE):
             continue
         if key in only:
             _refuse_unless(_is_legal(value, only[key]), key, value, "only " + " or ".join(map(_json, only[key])))
@@ -221,12 +221,14 @@ def _keeps_rope(value: Any) -> bool:
         return True
     if not isinstance(value, Mapping) or any(isinstance(entry, Mapping) for entry in value.values()):
         return False  # one rotation for each kind of layer
+    if not all(_is_legal(value.get(name), _ONE) for name in ("partial_rotary_factor", "mrope_section")):
+        return False
     kinds = {str(value[name]).lower() for name in ("rope_type", "type") if value.get(name) is not None}
-    if kinds <= {"default"}:
-        # Entries of other types mean nothing here, but not all are of a type, and without one a factor is of some type.
-        parts = ("partial_rotary_factor", "mrope_section") if kinds else ("partial_rotary_factor", "factor")
-        return all(_is_legal(value.get(name), _ONE) for name in parts)
-    return kinds == {"linear"} and _is_legal(value.get("factor", 0), _ONE)
+    if kinds == {"linear"}:
+        return _is_legal(value.get("factor", 0), _ONE)
+    # Under the default type entries of other types mean nothing; without a type they would be of one that is not named.
+    named = () if kinds else value.keys() - {"rope_theta", "base", "rope_type", "type"}
+    return kinds <= {"default"} and all(_is_legal(value[name], _ONE) for name in named)
 
 
 def _is_empty(value: Any) -> bool:
@@ -245,4 +247,4 @@ def _is_legal(value: Any, legal: tuple) -> bool:
 
 
 def _json(value: Any) -> str:
-    return {True: "true", False: "false"}.get(value, repr(value)) if isinstance(value, bool) else repr(value)
+    return str(value).lower() if isinstance(value, bool) else repr(value)

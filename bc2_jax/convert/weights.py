@@ -90,7 +90,7 @@ def _check_buffers(config: ModelConfig, buffers: Mapping[str, MappedTensor], is_
             found = tensor.read().astype(np.float64)
             if found.shape != expected.shape or not np.allclose(found, expected, _ROTARY_TOLERANCE, 1e-7):
                 theta = f"rope_theta = {config.rope_theta}"
-                notes.append(f"{name} holds other frequencies than {theta} of config.json gives, which are used.")
+                notes.append(f"{name} holds other frequencies than {theta} of config.json gives; the latter are used.")
     names = sorted({re.sub(r"\.\d+\.", ".{}.", name) for name in buffers})
     return [*notes, f"left out, as they are no parameters: {join_some(names)}."]
 

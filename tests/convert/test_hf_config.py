@@ -128,6 +128,7 @@ def test_released_configs(tmp_path, caplog, without, changes, expected, reason):
         ((), {"rope_theta": float("inf")}, "rope_theta = inf is not valid: expected float"),
         ((), {"hidden_size": 10**12}, "hidden_size = 1000000000000 is not valid: it must be at most"),
         ((), {"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000 is not valid: it must be at most"),
+        ((), {"max_position_embeddings": "long"}, "max_position_embeddings = 'long' is not valid: expected int"),
         ((), {"vocab_size": -5}, "vocab_size = -5 is not valid: it must be positive"),
         ((), {"eos_token_id": ["a"]}, "eos_token_id = 'a' is not valid: expected int"),
         ((), {"eos_token_id": [125696]}, "eos_token_id = 125696 is not valid: it must be in 0"),
@@ -173,6 +174,11 @@ def test_signs_of_the_position_scheme_that_disagree(tmp_path, changes, without):
         write_raw(folder, without, **changes, position_embedding=scheme)
         assert read_config(folder).position_embedding == scheme
         write_raw(folder, without, **changes)
+
+
+@pytest.mark.parametrize("length", [None, 0, -1])
+def test_a_length_that_is_none_is_no_sign_of_rope(tmp_path, length):
+    assert read_config(write_raw(tmp_path, **SIZES_13B, max_position_embeddings=length)).position_embedding == "alibi"
 
 
 @pytest.mark.parametrize("vocab", [64_000, 64_003, 64_256])
