@@ -1,8 +1,8 @@
 """Trains a Baichuan 2: `python train.py [CONFIG.py] [--field value ...]`; without arguments the demo.
 
-`python train.py CONFIG.py --help` documents every field. Exit codes: 0 at the end, 1 after an error, 75 when stopped by
-SIGTERM with the last step saved, 70 when the run hangs, 76 when another process is gone; after the last three, and
-after a process was killed, start all processes again with `--resume auto`.
+`python train.py CONFIG.py --help` documents every field. Exit codes: 0 at the end, 1 after an error; 75 when stopped by
+SIGTERM and 130 by Ctrl-C, with the last step saved; 70 when the run hangs, 76 when another process is gone. After the
+latter, and after a process was killed, start all processes again with `--resume auto`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,10 @@ def main() -> None:
         loop.run(config, make_job, command, STARTED)
     except distributed.Preempted as stop:
         print(stop, flush=True)
-        sys.exit(distributed.EXIT_PREEMPTED)
+        sys.exit(stop.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted: what was saved stays; go on with --resume auto.", file=sys.stderr)
+        distributed.leave(distributed.EXIT_INTERRUPTED)
     except TimeoutError as error:  # not all processes came
         print(f"error: {error}", file=sys.stderr)
         sys.exit(distributed.EXIT_LOST)

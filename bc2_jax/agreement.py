@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -33,6 +33,35 @@ def first_decides(decide: Callable[[], Any]) -> Any:
     if "error" in answer:
         raise (OSError if answer["is_os"] else ValueError)(answer["error"])
     return answer["value"]
+
+
+def require_agreement(facts: dict[str, Any]) -> None:
+    """Raises ValueError on every process if a fact, a JSON value by its name, is not the same on all of them.
+
+    Nested dicts are compared field by field. The sentence names the first facts that differ, with both values.
+    """
+    mine = {name: json.dumps(value, sort_keys=True) for name, value in flatten(facts)}
+    first = first_decides(lambda: mine)
+    names = [name for name in sorted(mine | first) if mine.get(name) != first.get(name)]
+    me, unset = f"process {jax.process_index()}", "not set"
+    differing = "; ".join(
+        f"{name} is {mine.get(name, unset)} on {me} and {first.get(name, unset)} on process 0" for name in names[:3]
+    )
+    more = f"; {len(names) - 3} more differ" if len(names) > 3 else ""
+    problem = f"The processes of the run disagree: {differing}{more}; start all of them alike." if names else ""
+    if problem := any_text(problem):
+        raise ValueError(problem)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every value in nested dicts and lists of dicts; an empty dict is a value."""
+    for name, value in values.items():
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], dict):
+            value = {str(index): item for index, item in enumerate(value)}
+        if isinstance(value, dict) and value:
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def any_text(text: str) -> str:

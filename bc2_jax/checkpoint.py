@@ -65,18 +65,37 @@ class Metadata:
     job: dict[str, Any] = dataclasses.field(default_factory=dict)
     """What its kind of run saves beside."""
 
+    tokens: int = 0
+    """Trained on up to this step, whatever the batches were; 0 of a run that is not counted in tokens."""
+    permanent: bool = False
+    """Whether the checkpoint is kept for ever."""
+
     def as_json(self) -> dict[str, Any]:
         """The values of `job` stand beside the others."""
-        return {**self.job, "config": self.config, "data": self.data, "health": self.health}
+        return {**self.job, **{name: getattr(self, name) for name in _OWN}}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Metadata:
-        """Inverse of `as_json`."""
-        data, health = values["data"], values.get("health")
-        if health and "skipped_batches" in health:  # where runs of earlier versions have it
-            data = {"skipped_batches": health["skipped_batches"], **data}
-        job = {name: value for name, value in values.items() if name not in ("config", "data", "health")}
-        return cls(values["config"], data, health, job)
+    def from_json(cls, values: dict[str, Any], step: int) -> Metadata:
+        """Inverse of `as_json`, for the checkpoint of `step`; also of what earlier versions saved."""
+        own = {name: values[name] for name in _OWN if name in values}
+        job = {name: value for name, value in values.items() if name not in _OWN}
+        return cls(**(own if "tokens" in own else own | _of_earlier_version(own, step)), job=job)
+
+
+_OWN = ("config", "data", "health", "tokens", "permanent")
+
+
+def _of_earlier_version(own: dict[str, Any], step: int) -> dict[str, Any]:
+    """What was not saved, but followed from the config, as batches had one size from the first step on."""
+    config, data, health = own["config"], own["data"], own.get("health")
+    if health and "skipped_batches" in health:
+        data = {"skipped_batches": health["skipped_batches"], **data}
+    rows, tokens = config.get("data", {}).get("global_batch_size", 0), config.get("data", {}).get("sequence_length", 0)
+    saved = from_record(CheckpointConfig, config.get("checkpoint", {}))
+    return {
+        "data": {"batch_size": rows, "row_tokens": tokens, **data},
+        "tokens": step * rows * tokens, "permanent": is_permanent(saved, step, step * rows * tokens, rows * tokens),
+    }  # fmt: skip
 
 
 class Checkpointer:
@@ -87,13 +106,19 @@ class Checkpointer:
     earlier step; it is never read again and never deleted by us.
     """
 
-    def __init__(self, directory: Path, config: CheckpointConfig, tokens_per_step: int = 0):
-        """What a killed run left half-written or half-deleted is removed."""
+    def __init__(
+        self, directory: Path, config: CheckpointConfig, pinned: int | None = None
+    ):  # fmt: skip
+        """The checkpoint of the step `pinned` is kept until `unpin`."""
         self.directory = directory.absolute()
-        self.config, self.tokens_per_step = config, tokens_per_step
+        self.config, self.pinned = config, pinned
+        self._permanent: dict[int, bool] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
         self._verified: set[int] = set()
+
+    def remove_leftovers(self) -> None:
+        """Removes what a killed run left half-written or half-deleted; for the owner of the run alone."""
         if jax.process_index() == 0:
             self._remove("*.saving*", "*.orbax-checkpoint-tmp*", "*.deleting")
 
@@ -167,10 +192,6 @@ class Checkpointer:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("checkpoints set aside")
 
-    def is_permanent(self, step: int) -> bool:
-        """Whether the config keeps the checkpoint of this step for ever."""
-        return is_permanent(self.config, self.tokens_per_step, step)
-
     def save(self, step: int, params: Params, opt_state: Any, metadata: Metadata) -> None:
         """Starts writing and returns as soon as the arrays may change; waits for the save before it, if any.
 
@@ -179,6 +200,7 @@ class Checkpointer:
         """
         self.wait()
         self._verified.discard(step)
+        self._permanent[step] = metadata.permanent
         try:
             if jax.process_index() == 0:
                 self.directory.mkdir(parents=True, exist_ok=True)
@@ -193,7 +215,7 @@ class Checkpointer:
 
     def metadata(self, step: int) -> Metadata:
         """What was saved with a step beside its arrays."""
-        return Metadata.from_json(read_metadata(self.directory / str(step)))
+        return read_training_metadata(self.directory / str(step))
 
     def restore(self, step: int, params: Params, opt_state: Any) -> tuple[Params, Any]:
         """The arrays of a step, laid out as the abstract trees (ShapeDtypeStructs with shardings) given.
@@ -236,11 +258,32 @@ class Checkpointer:
             folder.rename(_free_name(self.directory / f"{step}.deleting"))
         saving.rename(folder)
         manifest.sync(self.directory)
+        self._remove_old()
+
+    def unpin(self) -> None:
+        """From here on the pinned checkpoint is kept as long as any other."""
+        self.wait()
+        self.pinned = None
+        if jax.process_index() == 0:
+            self._remove_old()
+
+    def _remove_old(self) -> None:
         sealed = [old for old in self.steps() if (self.directory / str(old) / manifest.MANIFEST_NAME).is_file()]
         for old in sealed[: -self.config.keep_last]:
-            if not self.is_permanent(old):
+            if old != self.pinned and not self._is_permanent(old):
                 (self.directory / str(old)).rename(_free_name(self.directory / f"{old}.deleting"))
         self._remove("*.deleting")
+
+    def _is_permanent(self, step: int) -> bool:
+        if step not in self._permanent:
+            try:
+                self._permanent[step] = self.metadata(step).permanent
+            except (ValueError, OSError) as error:
+                _log.warning(
+                    "%s is kept: whether it may be removed cannot be read (%s).", self.directory / str(step), error
+                )
+                self._permanent[step] = True
+        return self._permanent[step]
 
     def _failed(self, step: int, error: Exception) -> SaveError:
         if jax.process_index() == 0:
@@ -269,13 +312,13 @@ class Checkpointer:
                 shutil.rmtree(path)
 
 
-def is_permanent(config: CheckpointConfig, tokens_per_step: int, step: int) -> bool:
-    """Whether `config` keeps the checkpoint of a step for ever: multiples of `keep_every`, and each first step at which
-    another `keep_every_tokens` have been trained on.
+def is_permanent(config: CheckpointConfig, step: int, tokens: int, tokens_per_step: int) -> bool:
+    """Whether `config` keeps for ever the checkpoint of a step, with which `tokens` have been trained on: multiples of
+    `keep_every`, and each first step at which another `keep_every_tokens` have been.
     """
     if config.keep_every and step % config.keep_every == 0:
         return True
-    tokens, every = step * tokens_per_step, config.keep_every_tokens
+    every = config.keep_every_tokens
     return bool(every) and step > 0 and tokens // every > (tokens - tokens_per_step) // every
 
 
@@ -342,6 +385,15 @@ def read_metadata(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
         raise ValueError(f"{path} is a checkpoint of another program: it has no bc2_jax config.")
     return metadata
+
+
+def read_training_metadata(path: Path) -> Metadata:
+    """What was saved with the training checkpoint in `path`, which is named by its step; ValueError if it is none."""
+    values = read_metadata(path)
+    try:
+        return Metadata.from_json(values, int(path.name))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a training checkpoint of bc2_jax: its metadata lacks {error}.") from error
 
 
 def parse_model_config(metadata: dict[str, Any], path: Path) -> ModelConfig:

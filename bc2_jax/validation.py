@@ -2,20 +2,73 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+# Every list of divisors is complete below the square of this; beyond, no search is worth its time.
+_LAST_DIVISOR_TRIED = 100_000
+_MOST_CHOICES = 60
+_LONGEST_VALUE = 300
+_KINDS: dict[Any, tuple[type, str]] = {
+    int: (numbers.Integral, "an integer"),
+    float: (numbers.Real, "a number"),
+    bool: (bool, "True or False"),
+    str: (str, "a string"),
+}
+
 
 def require(ok: bool, field: str, value: object, legal: str) -> None:
     if not ok:
-        raise ValueError(f"{field} = {value!r} is not valid: {legal}.")
+        raise ValueError(f"{field} = {show(value)} is not valid: {legal}.")
+
+
+def show(value: object) -> str:
+    """repr(value), its middle left out if it is long; Python refuses to print integers of thousands of digits."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
+    if len(text) <= _LONGEST_VALUE:
+        return text
+    return f"{text[: _LONGEST_VALUE // 2]}...{text[-_LONGEST_VALUE // 2 :]}"
+
+
+def require_types(config: Any, prefix: str) -> None:
+    """Python does not check types either: each field that is declared int, float, bool or str must hold one.
+
+    A bool is no number, an integer is a float too, and a float must be finite.
+    """
+    for field, declared in get_type_hints(type(config)).items():
+        if declared not in _KINDS:
+            continue
+        value = getattr(config, field)
+        kind, name = _KINDS[declared]
+        is_right = isinstance(value, kind) and (declared is bool or not isinstance(value, bool))
+        require(is_right, f"{prefix}{field}", value, f"it must be {name}")
+        if declared is float:
+            require(_is_finite(value), f"{prefix}{field}", value, "it must be finite")
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def require_positive(config: Any, prefix: str, *fields: str) -> None:
     for field in fields:
         value = getattr(config, field)
         require(value > 0, f"{prefix}{field}", value, "it must be positive")
+
+
+def require_at_most(config: Any, prefix: str, **largest: int) -> None:
+    for field, limit in largest.items():
+        value = getattr(config, field)
+        require(value <= limit, f"{prefix}{field}", value, f"it must be at most {limit}")
 
 
 def require_literals(config: Any, prefix: str) -> None:
@@ -27,11 +80,17 @@ def require_literals(config: Any, prefix: str) -> None:
 
 
 def choices(values: Iterable[object]) -> str:
-    return ", ".join(str(v) for v in values)
+    """The values in a row; of many only the first and the last ones."""
+    texts = [str(value) for value in values]
+    if len(texts) > _MOST_CHOICES:
+        texts[_MOST_CHOICES // 2 : -_MOST_CHOICES // 2] = ["..."]
+    return ", ".join(texts)
 
 
 def divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+    """In ascending order; of a number above 10^10 only those that have a factor, or leave one, of up to 10^5."""
+    small = [d for d in range(1, min(math.isqrt(n), _LAST_DIVISOR_TRIED) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
 
 
 def is_inside(name: str) -> bool:

@@ -43,7 +43,7 @@ class MixtureStage:
     """
 
     start_tokens: int
-    """Tokens after which it begins, rounded up to a whole step."""
+    """Tokens after which it begins, rounded up to a whole row."""
     weights: tuple[float, ...]
     """In place of the weight of each source, in their order."""
 
@@ -95,12 +95,12 @@ class DataConfig:
                 len(stage.weights) == len(self.sources),
                 "data.stages.weights", stage.weights, f"it needs one for each of the {len(self.sources)} data.sources",
             )  # fmt: skip
-        starts = self.stage_steps
+        starts = self.stage_rows
         for before, after, stage in zip((0, *starts), starts, self.stages, strict=False):
             require(
                 before < after,
                 "data.stages.start_tokens", stage.start_tokens,
-                f"it must be at least a step, {self.tokens_per_step} tokens, after the stage before",
+                f"it must be at least a row, {self.sequence_length} tokens, after the stage before",
             )  # fmt: skip
         require(
             self.global_batch_size % self.accumulation_steps == 0,
@@ -115,6 +115,6 @@ class DataConfig:
         return self.global_batch_size * self.sequence_length
 
     @property
-    def stage_steps(self) -> tuple[int, ...]:
-        """Step at which each of `stages` begins: its tokens, rounded up to whole steps."""
-        return tuple(-(-stage.start_tokens // self.tokens_per_step) for stage in self.stages)
+    def stage_rows(self) -> tuple[int, ...]:
+        """Row of the run with which each of `stages` begins: its tokens, rounded up to whole rows."""
+        return tuple(-(-stage.start_tokens // self.sequence_length) for stage in self.stages)

@@ -6,7 +6,10 @@ import dataclasses
 import math
 
 from bc2_jax.config.model import ModelConfig
-from bc2_jax.validation import choices, divisors, require
+from bc2_jax.validation import choices, divisors, require, require_at_most, require_types
+
+# Each simulated device is a thread pool of its own, all made before the first error can be found.
+_MOST_CPU_DEVICES = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,8 @@ class MeshConfig:
     """Simulate this many devices on the CPU, in each process; 0 uses the accelerators that are there."""
 
     def __post_init__(self) -> None:
+        require_types(self, "mesh.")
+        require_at_most(self, "mesh.", num_cpu_devices=_MOST_CPU_DEVICES)
         for field in ("data", "context", "tensor"):
             require(getattr(self, field) >= 1, f"mesh.{field}", getattr(self, field), "it must be at least 1")
         for field, rest in (("fsdp", "-1 for the rest"), ("fsdp_inner", "-1 to leave it open")):

@@ -5,7 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from bc2_jax.validation import choices, divisors, require, require_literals, require_positive
+from bc2_jax.validation import (
+    choices,
+    divisors,
+    require,
+    require_at_most,
+    require_literals,
+    require_positive,
+    require_types,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +52,7 @@ class ModelConfig:
     """End of text; closes every document."""
 
     def __post_init__(self) -> None:
+        require_types(self, "model.")
         require_positive(
             self,
             "model.",
@@ -57,6 +66,11 @@ class ModelConfig:
             "initializer_range",
             "rope_theta",
         )
+        # Far beyond any model, and small enough for what is done with them: names, divisors, int32 positions and ids.
+        require_at_most(
+            self, "model.", hidden_size=1 << 20, intermediate_size=1 << 22, num_hidden_layers=10_000,
+            vocab_size=1 << 26, model_max_length=(1 << 31) - 1,
+        )  # fmt: skip
         require_literals(self, "model.")
         require(
             self.hidden_size % self.num_attention_heads == 0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal, Self
 
 from bc2_jax.config.data import DataConfig
@@ -131,6 +132,19 @@ class SampleConfig:
     repetition_penalty: float = 1.05
     """Factor against tokens that were already used."""
 
+    def __post_init__(self) -> None:
+        require_positive(self, "sample.", "max_new_tokens")
+        legal = {
+            "temperature": (0 <= self.temperature < math.inf, "it must be finite and at least 0"),
+            "top_k": (self.top_k >= 0, "it must be at least 0"),
+            "top_p": (0 < self.top_p <= 1, "it must be in (0, 1]"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "it must be finite and positive"),
+        }
+        for field, (ok, text) in legal.items():
+            require(ok, f"sample.{field}", getattr(self, field), text)
+        for index, prompt in enumerate(self.prompts):
+            require(bool(prompt), f"sample.prompts.{index}", prompt, "it must not be empty")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -183,6 +197,11 @@ class RunConfig:
             self.verify_resume_steps,
             f"it must be less than num_steps = {self.num_steps}",
         )
+        last = self.profile_start + self.profile_steps - 1
+        require(
+            self.profile_start == 0 or last <= self.num_steps, "profile_start", self.profile_start,
+            f"the trace of profile_steps = {self.profile_steps} must end by num_steps = {self.num_steps}",
+        )  # fmt: skip
         tokens, every = self.tokens_per_step, self.checkpoint.keep_every_tokens
         legal = f"0 or at least a step, {tokens} tokens" if tokens else "0, as this kind of run does not count tokens"
         require(every == 0 or every >= tokens > 0, "checkpoint.keep_every_tokens", every, f"it must be {legal}")
@@ -215,6 +234,8 @@ class TrainConfig(RunConfig):
     """Also print the validation cross entropy of unigram and bigram models of the training rows (holds V^2 counts)."""
     export_hf: bool = False
     """At the end, also write the parameters in the released PyTorch layout to WORKDIR/hf."""
+    allow_other_tokenizer: bool = False
+    """Resume, or start from `init_from`, with another tokenizer than the model was trained with."""
 
     def __post_init__(self) -> None:
         require(

@@ -30,29 +30,30 @@ if TYPE_CHECKING:
 
 
 def make_train_loader(
-    data: DataConfig, *, process_index: int, process_count: int, num_steps: int | None = None,
+    data: DataConfig, *, process_index: int, process_count: int, num_rows: int = 0, first_row: int = 0,
     bad_rows: BadRows | None = None,
 ) -> grain.MapDataset[Rows]:  # fmt: skip
-    """The endless training batches of one process: `loader[step]` has what `row_to_example` gives, int32 [B, T].
+    """The endless training batches of one process: `loader[i]` has what `row_to_example` gives, int32 [B, T].
 
-    B = global_batch_size / process_count. A process holds a contiguous slice of the global batch, so the batches of
-    all processes, put together in order, are the same for every process_count. Each part of a source is shuffled anew
-    in every epoch; parts are interleaved by their shares of tokens (see `mixture.Interleave` for how exactly).
+    B = global_batch_size / process_count. Batch 0 begins with row `first_row` of the run. A process holds a contiguous
+    slice of the global batch, so the batches of all processes, put together in order, are the same for every
+    process_count. Each part of a source is shuffled anew in every epoch; parts are interleaved by their shares of
+    tokens (see `mixture.Interleave` for how exactly).
 
     A row that can't be read is padding while `bad_rows`, by default as many as data.max_bad_rows, allows it; so all
     others keep their places. Then `loader[step]` raises ValueError, naming the row.
 
     Raises FileNotFoundError or ValueError, naming the field, if the rows are not there or were not made for `data`, or
-    if a run of `num_steps` would read a source more often than its max_epochs.
+    if a run of `num_rows` would read a source more often than its max_epochs.
     """
     import grain
 
     local = _local_batch_size("data.global_batch_size", data.global_batch_size, process_index, process_count)
     parts = _open_parts(data, bad_rows)
     mixture = _make_mixture(data, parts)
-    if num_steps is not None:
-        _check_epochs(data, parts, mixture, num_steps)
-    return _make_batches(grain.MapDataset.source(mixture), local, process_index, process_count)
+    _check_epochs(data, parts, mixture, num_rows)
+    rows = grain.MapDataset.source(mixture)[first_row:] if first_row else grain.MapDataset.source(mixture)
+    return _make_batches(rows, local, process_index, process_count)
 
 
 class PartUse(NamedTuple):
@@ -69,12 +70,12 @@ class PartUse(NamedTuple):
         return self.rows_read / self.rows
 
 
-def describe_mixture(data: DataConfig, num_steps: int) -> list[PartUse]:
-    """How often a run of `num_steps` reads each part of each source. Raises as `make_train_loader` does."""
+def describe_mixture(data: DataConfig, num_rows: int) -> list[PartUse]:
+    """How often a run of `num_rows` reads each part of each source. Raises as `make_train_loader` does."""
     parts = _open_parts(data)
     mixture = _make_mixture(data, parts)
     stages = _stages(data, parts)
-    read = mixture.rows_read(num_steps * data.global_batch_size)
+    read = mixture.rows_read(num_rows)
     return [
         PartUse(
             str(part.folder.path), len(part.rows),
@@ -195,7 +196,7 @@ def _open_parts(data: DataConfig, bad_rows: BadRows | None = None) -> list[_Part
 
 def _stages(data: DataConfig, parts: Sequence[_Part]) -> list[Stage]:
     weights = [[source.weight for source in data.sources], *(stage.weights for stage in data.stages)]
-    starts = [0, *(step * data.global_batch_size for step in data.stage_steps)]
+    starts = [0, *data.stage_rows]
     return [
         Stage(start, tuple(weight[part.source] * part.share for part in parts))
         for start, weight in zip(starts, weights, strict=True)
@@ -214,21 +215,22 @@ def _make_mixture(data: DataConfig, parts: Sequence[_Part]) -> Mixture:
     return Mixture(datasets, _stages(data, parts))
 
 
-def _check_epochs(data: DataConfig, parts: Sequence[_Part], mixture: Mixture, num_steps: int) -> None:
+def _check_epochs(data: DataConfig, parts: Sequence[_Part], mixture: Mixture, num_rows: int) -> None:
     for index, part in enumerate(parts):
         limit = data.sources[part.source].max_epochs
         if limit is None:
             continue
 
-        def epochs(steps: int, index: int = index, part: _Part = part) -> float:
-            return mixture.rows_read(steps * data.global_batch_size)[index] / len(part.rows)
+        def epochs(rows: int, index: int = index, part: _Part = part) -> float:
+            return mixture.rows_read(rows)[index] / len(part.rows)
 
-        if epochs(num_steps) > limit:
-            steps = bisect.bisect_right(range(num_steps), limit, key=epochs) - 1
+        if epochs(num_rows) > limit:
+            most = bisect.bisect_right(range(num_rows), limit, key=epochs) - 1
             raise ValueError(
-                f"data.sources.max_epochs = {limit} is not valid: a run of {num_steps} steps reads "
-                f"the {len(part.rows)} rows of {str(part.folder.path)!r} {epochs(num_steps):.3g} times; it must be at "
-                f"least {math.ceil(100 * epochs(num_steps)) / 100}, or num_steps at most {steps}."
+                f"data.sources.max_epochs = {limit} is not valid: with {num_rows} rows in all the run reads the "
+                f"{len(part.rows)} rows of {str(part.folder.path)!r} {epochs(num_rows):.3g} times; it must be at least "
+                f"{math.ceil(100 * epochs(num_rows)) / 100}, or num_steps smaller by "
+                f"{-(-(num_rows - most) // data.global_batch_size)}."
             )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,56 +26,76 @@ BATCHES_KEPT = 3
 class RowBatches:
     """`Batches` of `bc2_jax.train.job` from the training rows of `data`, this process's part of them.
 
-    The loader numbers batches from 0; the batch of a step is one less than the step, and ahead by what was left out.
+    The rows of a run have numbers from 0. Where it is, and what it left out, is known in rows, so that it goes on with
+    the next one whatever the size of its batches was before.
     """
 
-    def __init__(self, data: DataConfig, mesh: Mesh, num_steps: int, bad_rows: BadRows):
-        """Raises as `make_train_loader`."""
+    def __init__(self, data: DataConfig, mesh: Mesh, bad_rows: BadRows, num_rows: int = 0):
+        """`num_rows` are the rows of the whole run. Raises as `make_train_loader`."""
         part = batch_part(mesh, jax.process_index())
-        self._loader = make_train_loader(
-            data, num_steps=num_steps, bad_rows=bad_rows, process_index=part.process_index,
-            process_count=part.process_count,
+        self._make_loader = functools.partial(
+            make_train_loader, data, process_index=part.process_index, process_count=part.process_count,
+            bad_rows=bad_rows,
         )  # fmt: skip
-        self._iterator = make_train_iterator(self._loader)
-        self._put, self._rows_per_batch, self._bad_rows = make_put(data, mesh), data.global_batch_size, bad_rows
+        self._size, self._length, self._bad_rows = data.global_batch_size, data.sequence_length, bad_rows
+        self._offset = 0
+        self._iterator = make_train_iterator(self._make_loader(num_rows=num_rows))
+        self._put = make_put(data, mesh)
+        self._stretches = [Stretch(1, 0, self._size)]
+        self._next_row = 0
         self._windows: list[tuple[int, int]] = []
         self._recent: dict[int, Rows] = {}
 
     def next(self, step: int, state: object = None) -> Batch:
         """The batch of a step on the mesh; rows do not depend on the training `state`."""
-        position, index = self._iterator.get_state(), data_index(step, self._windows)
-        if position["next_index"] != index:
-            self._iterator.set_state(position | {"next_index": index})
+        if self._stretches[-1].size != self._size:
+            self._stretches.append(Stretch(step, self._next_row, self._size))
+        row = row_of_step(step, self._stretches, self._windows)
+        if row % self._size != self._offset:
+            self._offset = row % self._size
+            self._iterator.close()
+            self._iterator = make_train_iterator(self._make_loader(first_row=self._offset))
+        index = row // self._size
+        if self._iterator.get_state()["next_index"] != index:
+            self._iterator.set_state({"next_index": index})
         rows = next(self._iterator)
+        self._next_row = row + self._size
         self._recent[step] = rows
         for old in [s for s in self._recent if s <= step - BATCHES_KEPT]:
             del self._recent[old]
         return self._put(rows)
 
     def position(self) -> dict[str, Any]:
-        return self._iterator.get_state() | {"skipped_batches": [list(window) for window in self._windows]}
+        """The next row, how many were trained on up to there, and what `row_of_step` needs; JSON values."""
+        left_out = sum(max(min(stop, self._next_row) - first, 0) for first, stop in self._windows)
+        return {
+            "next_row": self._next_row, "rows": self._next_row - left_out, "row_tokens": self._length,
+            "batch_sizes": [list(stretch) for stretch in self._stretches],
+            "skipped_rows": [list(window) for window in self._windows],
+        }  # fmt: skip
 
     def seek(self, position: dict[str, Any]) -> None:
-        windows = [(first, stop) for first, stop in position.get("skipped_batches", ())]
+        position = in_rows(position)
+        before, now = position["row_tokens"], self._length  # rows of another length are others, as far into the text
+        self._next_row = next_row(position, now)
+        windows = [(first * before // now, stop * before // now) for first, stop in position["skipped_rows"]]
         self._windows = merge([*self._windows, *windows])
-        self._iterator.set_state({name: value for name, value in position.items() if name != "skipped_batches"})
+        self._stretches = [Stretch(step, row * before // now, size) for step, row, size in position["batch_sizes"]]
         self._recent.clear()
 
     def skip(self, first: int, last: int) -> dict[str, Any]:
-        window = data_index(first, self._windows), data_index(last, self._windows) + 1
+        start, end = (row_of_step(step, self._stretches, self._windows) for step in (first, last))
+        window = start, end + self._size
+        rows = (last - first + 1) * self._size
         self._windows = merge([*self._windows, window])
-        return {"skipped_batches": list(window), "rows": (last - first + 1) * self._rows_per_batch}
+        return {"skipped_rows": list(window), "rows": rows}
 
     def metrics(self, step: int) -> dict[str, float]:
-        """Rows that were bad; if batches were left out, rows left out by all processes and the number of the batch."""
-        values = self._bad_rows.metrics()
+        """The first row of the batch of a step; rows that were bad, and rows left out by all processes, if any."""
+        values = {"first_row": float(row_of_step(step, self._stretches, self._windows))} if step else {}
         if self._windows:
-            left_out = sum(stop - first for first, stop in self._windows)
-            values |= {
-                "skipped_rows": float(left_out * self._rows_per_batch),
-                "data_index": float(data_index(step, self._windows)),
-            }
-        return values
+            values["skipped_rows"] = float(sum(stop - first for first, stop in self._windows))
+        return values | self._bad_rows.metrics()
 
     def save(self, step: int, folder: Path, about: dict[str, Any]) -> Path | None:
         """Writes FOLDER/bad_batch_step_STEP.npz for tools/replay.py."""
@@ -82,7 +103,7 @@ class RowBatches:
             return None
         suffix = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
         path = folder / f"bad_batch_step_{step}{suffix}.npz"
-        about = {"step": step, "data_index": data_index(step, self._windows), **about}
+        about = {"step": step, "first_row": row_of_step(step, self._stretches, self._windows), **about}
         np.savez(path, **self._recent[step], **about)  # type: ignore[arg-type]  # the stub takes a name for a flag
         return path
 
@@ -109,16 +130,50 @@ class ValidationBatches(Sequence[Batch]):
         return self._put(self._rows[index])
 
 
-def data_index(step: int, windows: Sequence[tuple[int, int]]) -> int:
-    """The loader's number of the batch of a step where the batches [first, stop) of `windows` are left out."""
-    index = step - 1
+class Stretch(NamedTuple):
+    """Steps with batches of one size: the first of them, its first row, and the rows of a batch."""
+
+    step: int
+    row: int
+    size: int
+
+
+def row_of_step(step: int, stretches: Sequence[Stretch], windows: Sequence[tuple[int, int]]) -> int:
+    """The first row of the batch of a step where the rows [first, stop) of `windows`, in their order, are left out.
+
+    A batch holds rows that follow each other: the rows before a window that fill none are left out too.
+    """
+    stretch = next((s for s in reversed(stretches) if s.step <= step), stretches[0])
+    batches, row = step - stretch.step, stretch.row
     for first, stop in windows:
-        index += (stop - first) if index >= first else 0
-    return index
+        if stop <= row:
+            continue
+        before = max(first - row, 0) // stretch.size
+        if batches < before:
+            break
+        batches, row = batches - before, stop
+    return row + batches * stretch.size
+
+
+def next_row(position: dict[str, Any], sequence_length: int) -> int:
+    """The row with which a run goes on from a position of `RowBatches`."""
+    position = in_rows(position)
+    return position["next_row"] * position["row_tokens"] // sequence_length
+
+
+def in_rows(position: dict[str, Any]) -> dict[str, Any]:
+    """A position as it is saved now, of one that an earlier version saved in batches of one size."""
+    if "next_row" in position:
+        return position
+    size, windows = position["batch_size"], position.get("skipped_batches", ())
+    return {
+        "next_row": position["next_index"] * size, "row_tokens": position["row_tokens"], "batch_sizes": [[1, 0, size]],
+        "skipped_rows": [[first * size, stop * size] for first, stop in windows],
+    }  # fmt: skip
 
 
 def merge(windows: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same batches in order, windows that touch or overlap made one."""
+    """The same numbers in order, windows that touch or overlap made one."""
     merged: list[tuple[int, int]] = []
     for first, stop in sorted(windows):
         if merged and first <= merged[-1][1]:

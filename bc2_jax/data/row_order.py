@@ -14,7 +14,6 @@ def record_row_order(data: DataConfig) -> dict[str, Any]:
     """JSON values by field; the same for the same rows in the same order, wherever their folders are."""
     record: dict[str, Any] = {
         "data.seed": data.seed,
-        "data.global_batch_size": data.global_batch_size,
         "data.sequence_length": data.sequence_length,
         "data.stages": [[stage.start_tokens, *stage.weights] for stage in data.stages],
     }
@@ -29,13 +28,15 @@ def record_row_order(data: DataConfig) -> dict[str, Any]:
     return record
 
 
-def changed_row_order(recorded: dict[str, Any], data: DataConfig, step: int) -> list[str]:
-    """The fields that `record_row_order` gave other values for when the run was at `step`.
+def changed_row_order(recorded: dict[str, Any], data: DataConfig, tokens: int) -> list[str]:
+    """The fields that `record_row_order` gave other values for when the run had trained on `tokens`.
 
     Stages that begin later may be added, changed and removed: nothing was read by them.
     """
     now = record_row_order(data)
-    done = step * data.tokens_per_step
-    before, after = ([s for s in r.get("data.stages", ()) if s[0] < done] for r in (recorded, now))
+    before, after = ([s for s in r.get("data.stages", ()) if s[0] < tokens] for r in (recorded, now))
     recorded, now = recorded | {"data.stages": before}, now | {"data.stages": after}
-    return sorted(name for name in recorded | now if recorded.get(name) != now.get(name))
+    # Versions before recorded the size of a batch too: the order of rows does not depend on it.
+    return sorted(name for name in now if recorded.get(name) != now[name]) + sorted(
+        name for name in recorded if name not in now and name != "data.global_batch_size"
+    )

@@ -25,6 +25,8 @@ EXIT_HUNG = 70
 """No progress for `distributed.step_timeout` (EX_SOFTWARE of sysexits.h)."""
 EXIT_LOST = 76
 """Of a run of several processes: another one is gone, or something failed that starting again may mend."""
+EXIT_INTERRUPTED = 130
+"""Stopped by Ctrl-C, as shells count it; with its last step saved, if one was done."""
 EXIT_PREEMPTED = 75
 """Stopped by SIGTERM with its last step saved: start it again with --resume auto (EX_TEMPFAIL of sysexits.h)."""
 
@@ -121,49 +123,78 @@ def leave(code: int) -> NoReturn:
 
 
 class Preempted(Exception):
-    """The run was stopped by SIGTERM; its last step is saved."""
+    """The run was stopped by a signal; its last step is saved."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class Preemption:
-    """Notices SIGTERM, which Cloud TPU, Kubernetes and batch systems send before they take a machine away.
+    """Notices SIGTERM, which Cloud TPU, Kubernetes and batch systems send before they take a machine away, and Ctrl-C.
 
     With several processes JAX's preemption service passes it on, and all of them stop at the same step. A second
-    SIGTERM, of several processes one after they have agreed, ends the process at once. Use as a context manager, in the
+    signal, of several processes one after they have agreed, ends the process at once. Use as a context manager, in the
     main thread.
     """
 
     def __init__(self) -> None:
-        self._noticed = False
+        self._noticed = self._interrupted = False
         self._calls = 0
         self._shared = jax.distributed.is_initialized()  # JAX then handles the signal
         self._in_main_thread = threading.current_thread() is threading.main_thread()
-        self._before: Any = signal.SIG_DFL
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Preemption:
-        if not self._shared and self._in_main_thread:
-            self._before = signal.signal(signal.SIGTERM, self._notice)
+        if self._in_main_thread:
+            self._before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+            if not self._shared:
+                signal.signal(signal.SIGTERM, self._notice)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def close(self) -> None:
-        """From here on SIGTERM means what it did before."""
+    def catch_interrupt(self) -> None:
+        """From here on Ctrl-C too lets a step end and be saved; before, there is nothing to wait for."""
         if self._in_main_thread:
-            signal.signal(signal.SIGTERM, self._before)
+            signal.signal(signal.SIGINT, self._notice)
+
+    def close(self) -> None:
+        """From here on both signals mean what they did before."""
+        if self._in_main_thread:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
-        self._noticed = True
         signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            self._interrupted = True
+            os.write(2, b"\nStopping after this step, which is saved; Ctrl-C again ends the run at once.\n")
+            if self._shared:
+                os.kill(os.getpid(), signal.SIGTERM)  # the others learn of it from JAX
+                return
+        self._noticed = True
+
+    @property
+    def noticed(self) -> bool:
+        """Whether `reached` has told that the run is to stop."""
+        return self._noticed
 
     def reached(self) -> bool:
-        """Whether to stop after this step; every process calls it once at each step and gets the same answer."""
+        """Whether to stop at the next step; every process calls it equally often and gets the same answer."""
         # Not the step: a run may go back to an earlier one, and after a signal before the first call JAX stops at 1.
-        self._calls += 1
-        if self._shared and multihost_utils.reached_preemption_sync_point(self._calls):
-            self._noticed = True
-            self.close()
+        if not self._noticed:
+            self._calls += 1
+            if self._shared and multihost_utils.reached_preemption_sync_point(self._calls):
+                self._noticed = True
+                self.close()
         return self._noticed
+
+    def stopped(self, step: int, directory: Path) -> Preempted:
+        """What ends the run whose `step` is saved in `directory`."""
+        cause, code = ("Ctrl-C", EXIT_INTERRUPTED) if self._interrupted else ("SIGTERM", EXIT_PREEMPTED)
+        return Preempted(f"Stopped by {cause}: step {step} is saved in {directory}; go on with --resume auto.", code)
 
 
 class Watchdog:

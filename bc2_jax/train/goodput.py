@@ -84,11 +84,14 @@ class Goodput:
 def read_sessions(path: Path) -> list[dict[str, Any]]:
     """The last line of each session, in their order; a line that a killed session cut off is left out."""
     sessions: dict[float, dict[str, Any]] = {}
-    for text in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
+    for text in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ():
         try:
             line = json.loads(text)
+            for name in ("begin", "end", "start_step", "step", "steps_done"):
+                float(line[name])
+            line["seconds"] = {name: float(value) for name, value in line["seconds"].items()}
             sessions[line["begin"]] = line
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
     return list(sessions.values())
 

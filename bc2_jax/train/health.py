@@ -24,6 +24,7 @@ from jax import Array
 from bc2_jax.config import HealthConfig
 from bc2_jax.data.batch import FIELDS, Batch
 from bc2_jax.model.baichuan import Params
+from bc2_jax.train.expendable import Expendable
 
 Tree = TypeVar("Tree")
 CHECKED = ("loss", "grad_norm", "param_norm")
@@ -131,8 +132,8 @@ class SpikeDetector:
 class HealthMonitor:
     """Judges the metrics of one run, step by step."""
 
-    def __init__(self, config: HealthConfig, workdir: Path, say: Callable[[str], None]):
-        self.config, self.workdir, self.say = config, workdir, say
+    def __init__(self, config: HealthConfig, workdir: Path, say: Callable[[str], None], expendable: Expendable):
+        self.config, self.workdir, self.say, self._expendable = config, workdir, say, expendable
         self.spike: Spike | None = None
         """The spike before which the run has to rewind (`check_rewind`, `rewound`)."""
         self.stop: str | None = None
@@ -213,5 +214,8 @@ class HealthMonitor:
     def _record(self, event: dict[str, Any]) -> None:
         """Appends to WORKDIR/health.jsonl, which stays when the lines of metrics.jsonl are written anew."""
         if jax.process_index() == 0:
-            with (self.workdir / "health.jsonl").open("a", encoding="utf-8") as file:
+            with (
+                self._expendable.attempt("health"),
+                (self.workdir / "health.jsonl").open("a", encoding="utf-8") as file,
+            ):
                 file.write(json.dumps({"time": time.time(), **event}) + "\n")

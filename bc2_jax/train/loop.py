@@ -14,16 +14,19 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from bc2_jax.agreement import first_decides
-from bc2_jax.checkpoint import Checkpointer, Metadata
+from bc2_jax.agreement import any_text, first_decides, require_agreement
+from bc2_jax.checkpoint import Checkpointer, Metadata, is_permanent
 from bc2_jax.config import RunConfig
+from bc2_jax.data.batch import Batch
 from bc2_jax.sharding import make_mesh
 from bc2_jax.train import distributed
+from bc2_jax.train.expendable import Expendable, Profiler
 from bc2_jax.train.goodput import Goodput, goodput_table, read_sessions
 from bc2_jax.train.health import HealthMonitor, Steps
 from bc2_jax.train.job import Job, Parts, Say, lower_train_step, make_eval_step, restore_state
 from bc2_jax.train.metrics import MetricsWriter, ProgressDisplay, Throughput, fingerprint, memory_metrics
-from bc2_jax.train.start import check_attention, choose_workdir, tuned_options, use_compilation_cache
+from bc2_jax.train.start import check_attention, describe_start, tuned_options, use_compilation_cache
+from bc2_jax.train.workdir import own_workdir
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -55,6 +58,8 @@ class Start(NamedTuple):
     """Prints a line to it."""
     command: str
     """What the printed hints tell the user to run with Python."""
+    expendable: Expendable
+    """Takes what a job does that must not end the run."""
 
 
 MakeJob = Callable[[Config, Start], Job]
@@ -73,29 +78,36 @@ def run(
     """
     started = time.monotonic() if started is None else started
     distributed.start(config)
+    require_agreement(describe_start(config))
     use_compilation_cache(config.compilation_cache)
     config = config.resolve(jax.device_count())
     mesh = make_mesh(config.mesh)
     check_attention(config, mesh)
-    workdir = Path(first_decides(lambda: str(choose_workdir(config))))
-    # Closed whatever happens: its threads must not outlive an error that ends the program.
-    checkpoints = Checkpointer(workdir / "checkpoints", config.checkpoint, config.tokens_per_step)
+    expendable = Expendable()
     with (
         distributed.Preemption() as preemption,
         distributed.Watchdog(config.distributed.step_timeout) as watchdog,
-        contextlib.closing(checkpoints) as checkpointer,
+        own_workdir(config) as workdir,
+        # Closed whatever happens: its threads must not outlive an error that ends the program.
+        contextlib.closing(_make_checkpointer(config, workdir)) as saved,
         jax.set_mesh(mesh),
     ):
         watchdog.beat("the start")
         goodput = Goodput(workdir / "goodput.jsonl", started)
-        display = ProgressDisplay(config)
-        step, metadata = _find_checkpoint(config, checkpointer, goodput)
-        job = make_job(config, Start(mesh, workdir, step, metadata, display.console, display.say, command))
-        loop = _Loop(config, job, mesh, checkpointer, preemption, watchdog, goodput, display)
+        display = ProgressDisplay(config, expendable)
+        step, metadata = _find_checkpoint(config, saved, goodput)
+        job = make_job(config, Start(mesh, workdir, step, metadata, display.console, display.say, command, expendable))
+        require_agreement(job.metadata)
+        loop = _Loop(config, job, mesh, saved, preemption, watchdog, goodput, display, expendable)
         loop.start(step, metadata)
         loop.compile()
         loop.take_steps()
         return loop.finish(step)
+
+
+def _make_checkpointer(config: RunConfig, workdir: Path) -> Checkpointer:
+    verified = config.num_steps - config.verify_resume_steps if config.verify_resume_steps else None
+    return Checkpointer(workdir / "checkpoints", config.checkpoint, verified)
 
 
 def _find_checkpoint(config: RunConfig, checkpointer: Checkpointer, goodput: Goodput) -> tuple[int, Metadata | None]:
@@ -120,11 +132,14 @@ class _Loop:
     def __init__(
         self, config: RunConfig, job: Job, mesh: Mesh, checkpointer: Checkpointer,
         preemption: distributed.Preemption, watchdog: distributed.Watchdog, goodput: Goodput, display: ProgressDisplay,
+        expendable: Expendable,
     ):  # fmt: skip
         self.config, self.job, self.mesh = config, job, mesh
         self.checkpointer, self.workdir = checkpointer, goodput.path.parent
         self.preemption, self.watchdog, self.goodput, self.display = preemption, watchdog, goodput, display
-        self.monitor = HealthMonitor(config.health, self.workdir, display.say)
+        self.expendable = expendable
+        self.monitor = HealthMonitor(config.health, self.workdir, display.say, expendable)
+        self.profiler = Profiler(config.profile_start, config.profile_steps, self.workdir / "profile", expendable)
         self.throughput = Throughput(config.tokens_per_step, job.flops_per_step, mesh)
         self.last: dict[str, float] = {}
         """Metrics of the last step that was evaluated or saved."""
@@ -133,6 +148,7 @@ class _Loop:
 
     def start(self, step: int, metadata: Metadata | None) -> None:
         """The state of `step`; from here on, the workdir is written."""
+        self.resumed_at, self.tokens_before = step, 0 if metadata is None else metadata.tokens
         if metadata is None:
             self.state = self.job.init_state()
         else:
@@ -142,21 +158,25 @@ class _Loop:
             self.monitor.set_state(metadata.health)
         self.watchdog.beat("the parameters were placed")
         self.steps = Steps(step, self.config.num_steps)
-        self.workdir.mkdir(parents=True, exist_ok=True)
+        self.checkpointer.remove_leftovers()
         self.checkpointer.set_aside_after(step)
         if jax.process_index() == 0:
-            record = json.dumps(dataclasses.asdict(self.config), indent=1)
-            (self.workdir / "config.json").write_text(record, encoding="utf-8")
+            with self.expendable.attempt("config.json"):
+                partial = self.workdir / "config.json.partial"
+                partial.write_text(json.dumps(dataclasses.asdict(self.config), indent=1), encoding="utf-8")
+                partial.replace(self.workdir / "config.json")
         self.job.begin(self.workdir)
         self.display.say(self.throughput.formula())
         if metadata is not None:
-            self.display.say(f"Resumed at step {step} from {self.checkpointer.directory}.")
-        self.writer = MetricsWriter(self.workdir, step)
+            after = f", after {metadata.tokens:,} tokens," if metadata.tokens else ""
+            self.display.say(f"Resumed at step {step}{after} from {self.checkpointer.directory}.")
+        self.writer = MetricsWriter(self.workdir, step, self.expendable)
 
     def compile(self) -> None:
         """Compiles the step ahead of time, for the first batch: it cannot recompile."""
         job, config = self.job, self.config
         self.display.start(self.steps.done)
+        self.eval_step = jax.jit(make_eval_step(job.objective))
         if self.steps.done == config.num_steps:
             return  # nothing is left but to finish
         self._next_batch(self.steps.done + 1)
@@ -165,7 +185,6 @@ class _Loop:
                 job.objective, job.optimizer, self.state, job.frozen, self.batch, norms=config.health.norms
             )
             self.train_step = lowered.compile(compiler_options=tuned_options(config, self.mesh))
-        self.eval_step = jax.jit(make_eval_step(job.objective))
         self.watchdog.beat("compilation")
 
     # ---------------------------------------------------------------------------------------------- steps
@@ -173,17 +192,15 @@ class _Loop:
     def take_steps(self) -> None:
         """Trains up to num_steps. Raises Preempted, with the last step saved, if it is stopped from outside."""
         config, checkpointer = self.config, self.checkpointer
-        verified = config.num_steps - config.verify_resume_steps if config.verify_resume_steps else 0
         pending: tuple[int, dict[str, jax.Array]] | None = None
         stopping = False
+        self.preemption.catch_interrupt()
         try:
-            if self.steps.done == 0 and len(self.job.validation):
-                self.writer.write(0, self._evaluate(0))
+            self._evaluate_if_due()
             self.throughput.restart()
             self.goodput.enter("step")
             for step in self.steps:
-                if step == config.profile_start:
-                    jax.profiler.start_trace(str(self.workdir / "profile"))
+                self.profiler.before(step)
                 # Metrics of a step are fetched after the next one was dispatched: the devices never wait for the host.
                 with jax.transfer_guard("disallow"):
                     self.state, metrics = self.train_step(self.state, self.job.frozen, self.batch)
@@ -194,25 +211,21 @@ class _Loop:
                     if pending is not None:
                         self.writer.write(pending[0], self._finish_step(*pending))
                     pending = step, metrics
-                if step == config.profile_start + config.profile_steps - 1 and config.profile_start:
-                    jax.block_until_ready(metrics)
-                    jax.profiler.stop_trace()
-                is_last, is_kept = step == config.num_steps, checkpointer.is_permanent(step)
-                is_eval = is_last or step % config.eval_every == 0 or is_kept
+                self.profiler.after(step, metrics)
+                is_eval = self._is_evaluated(step)
                 stopping = self.preemption.reached()
-                is_save = is_last or is_kept or stopping or step == verified
-                is_save = is_save or step % config.checkpoint.save_every == 0
+                is_save = stopping or self._is_saved(step)
                 if is_eval or is_save:
                     # Nothing is saved before its step is known to be finite, nor what a rewind will discard.
                     self.last, pending = self._finish_step(*pending) | memory_metrics(), None
-                    is_sound = self.monitor.spike is None
-                    if stopping and is_sound:
-                        self._save(step, saved_position)  # before the evaluation: little time is left
-                    if is_eval and is_sound:
-                        self.last |= self._evaluate(step)
                     self.writer.write(step, self.last | self.goodput.metrics())
-                    if is_save and is_sound and not stopping:
+                    is_sound = self.monitor.spike is None
+                    if is_save and is_sound:
                         self._save(step, saved_position)
+                    if is_eval and is_sound and not stopping:
+                        stopping = not self._evaluate(step)
+                        if stopping and not is_save:
+                            self._save(step, saved_position)
                     self.throughput.restart()
                 if self.monitor.spike is not None:
                     del metrics  # before memory is needed for the state that is restored
@@ -224,11 +237,31 @@ class _Loop:
         finally:
             self._end_steps()
         if stopping:
-            raise distributed.Preempted(
-                f"Stopped by SIGTERM: step {step} is saved in {checkpointer.directory}; go on with --resume auto."
-            )
+            raise self.preemption.stopped(step, checkpointer.directory)
+
+    def _tokens(self, step: int) -> int:
+        """Trained on up to a step, the last resume or a later one: before it, batches may have had other sizes."""
+        return self.tokens_before + (step - self.resumed_at) * self.config.tokens_per_step
+
+    def _is_permanent(self, step: int) -> bool:
+        return is_permanent(self.config.checkpoint, step, self._tokens(step), self.config.tokens_per_step)
+
+    def _is_evaluated(self, step: int) -> bool:
+        is_regular = step % self.config.eval_every == 0 or self._is_permanent(step)
+        return len(self.job.validation) > 0 and (is_regular or step == self.config.num_steps)
+
+    def _is_saved(self, step: int) -> bool:
+        is_regular = step % self.config.checkpoint.save_every == 0 or self._is_permanent(step)
+        return is_regular or step in (self.config.num_steps, self.checkpointer.pinned)
+
+    def _evaluate_if_due(self) -> None:
+        """Before the first step of all, and where a run was stopped between the save of a step and its evaluation."""
+        done = self.steps.done
+        if self._is_evaluated(done) and not first_decides(lambda: self.writer.has_evaluation(done)):
+            self._evaluate(done)
 
     def _end_steps(self) -> None:
+        self.profiler.close()
         self.display.close()
         self.writer.close()
         self.watchdog.beat("the end of the loop")
@@ -249,7 +282,9 @@ class _Loop:
         judged = self.monitor.observe(step, values)
         if self.monitor.stop is not None:
             self._stop(step, values, self.monitor.stop)
-        values |= judged | self.throughput.step() | self.job.batches.metrics(step)
+        values |= judged | self.throughput.step() | self.job.batches.metrics(step) | self.expendable.metrics()
+        if self.config.tokens_per_step:
+            values["trained_tokens"] = float(self._tokens(step))
         self.goodput.steps_done += 1
         self.display.show(step, values)
         return values
@@ -257,31 +292,54 @@ class _Loop:
     def _stop(self, step: int, values: dict[str, float], name: str) -> None:
         # NaN has no place in JSON: in this file the bits are kept.
         about = {"seed": self.config.seed} | {f"metric_{name}": value for name, value in values.items()}
-        path = self.job.batches.save(step, self.workdir, about)
+        path = None
+        with self.expendable.attempt("bad batches"):
+            path = self.job.batches.save(step, self.workdir, about)
         where = self.checkpointer.describe_newest() + (f"; its batch is saved in {path}" if path is not None else "")
         raise FloatingPointError(f"{name} is {values[name]} at step {step}: the run stops; {where}.")
 
-    def _evaluate(self, step: int) -> dict[str, float]:
-        """Metrics of the validation batches, named validation_..."""
-        if not len(self.job.validation):
-            return {}
-        with self.goodput.phase("evaluation"):
-            batches = self.job.validation
-            count = min(self.config.eval_batches or len(batches), len(batches))
-            parts: list[Parts] = []
+    def _evaluate(self, step: int) -> bool:
+        """Writes metrics of the validation batches, named validation_...; False if the run is to stop before its end.
+
+        An evaluation that fails leaves no metrics.
+        """
+        batches = self.job.validation
+        count = min(self.config.eval_batches or len(batches), len(batches))
+        parts: list[Parts] = []
+        with self.goodput.phase("evaluation"), self.expendable.attempt("evaluations"):
             for i in range(count):
-                parts.append(self.eval_step(self.state.params, self.job.frozen, batches[i]))
+                parts.append(self.eval_step(self.state.params, self.job.frozen, self._validation_batch(i)))
                 jax.block_until_ready(parts[max(i - 1, 0)])  # not the newest: the devices have work meanwhile
                 self.watchdog.beat(f"validation batch {i + 1} of {count} at step {step}")
+                if self.preemption.reached():
+                    self.display.say(f"step {step}  the evaluation is left to the next start: the run is to stop")
+                    return False
             total = add_up_on_host(jax.device_get(parts))
             values = {name: float(value) for name, value in self.job.objective.metrics(total).items()}
             self.display.say(f"step {step}  validation {self.job.objective.summary(values)}")
-            return {f"validation_{name}": value for name, value in values.items()} | self.job.batches.metrics(step)
+            values = {f"validation_{name}": value for name, value in values.items()} | self.job.batches.metrics(step)
+            self.last |= values
+            self.writer.write(step, values)
+        return True
+
+    def _validation_batch(self, index: int) -> Batch:
+        """Raises ValueError on every process if one of them cannot read its part: a step would wait for it for ever."""
+        problem = ""
+        try:
+            batch = self.job.validation[index]
+        except (ValueError, OSError) as error:
+            problem = str(error) or type(error).__name__
+        if problem := any_text(problem):
+            raise ValueError(problem)
+        return batch
 
     # ----------------------------------------------------------------------------------------- save, rewind
 
     def _save(self, step: int, position: dict[str, Any]) -> None:
-        metadata = Metadata(dataclasses.asdict(self.config), position, self.monitor.state(), self.job.metadata)
+        metadata = Metadata(
+            dataclasses.asdict(self.config), position, self.monitor.state(), self.job.metadata, self._tokens(step),
+            self._is_permanent(step),
+        )  # fmt: skip
         with self.goodput.phase("save"):
             self.checkpointer.save(step, self.state.params, self.state.opt_state, metadata)
         self.goodput.record(step)
@@ -306,8 +364,9 @@ class _Loop:
         self._next_batch(good + 1)
         monitor.rewound(good, metadata.health, skipped)
         self.writer.close()
-        self.writer = MetricsWriter(self.workdir, good)
-        self.steps.done = good
+        self.writer = MetricsWriter(self.workdir, good, self.expendable)
+        self.steps.done = self.resumed_at = good
+        self.tokens_before = metadata.tokens
         self.watchdog.beat(f"going back to step {good}")
         self.throughput.restart()
         return good
@@ -318,14 +377,21 @@ class _Loop:
         """Verifies the resume if configured, then hands the trained parameters to the job."""
         config, say = self.config, self.display.say
         digest = fingerprint(self.state.params)
-        if start_step < config.num_steps - config.verify_resume_steps < config.num_steps:
-            self._verify_resume(config.num_steps - config.verify_resume_steps, digest)
+        if (verified := self.checkpointer.pinned) is not None:
+            if start_step < verified:
+                self._verify_resume(verified, digest)
+            else:
+                say(f"Exact resume is not verified: this start began at step {start_step}, not before {verified}.")
+            self.checkpointer.unpin()
         self.goodput.record(config.num_steps)
         if jax.process_index() == 0:
-            self.display.console.print(goodput_table(read_sessions(self.goodput.path)))
+            with self.expendable.attempt("tables"):
+                self.display.console.print(goodput_table(read_sessions(self.goodput.path)))
         self.job.finish(self.checkpointer.directory / str(config.num_steps), self.state.params)
         say(f"step {config.num_steps}")
         say(f"parameters sha256 {digest}")
+        if summary := self.expendable.summary():
+            say(summary)
         self.job.batches.close()
         return RunResult(config.num_steps, digest, self.last, self.workdir)
 

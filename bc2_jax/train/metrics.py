@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
+import os
+import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 from jax.sharding import Mesh
@@ -19,6 +23,9 @@ from bc2_jax.convert.table import flatten
 from bc2_jax.model.baichuan import Params
 from bc2_jax.sharding import to_host
 from bc2_jax.tpu.chips import CHIPS, DEVICE_KINDS
+from bc2_jax.train.expendable import Expendable
+
+_log = logging.getLogger(__name__)
 
 
 class Throughput:
@@ -63,50 +70,156 @@ def memory_metrics() -> dict[str, float]:
 
 
 class MetricsWriter:
-    """Appends to WORKDIR/metrics.jsonl and to TensorBoard events in WORKDIR/tensorboard; only process 0 writes."""
+    """Appends to WORKDIR/metrics.jsonl and to TensorBoard events in WORKDIR/tensorboard; only process 0 writes.
 
-    def __init__(self, workdir: Path, start_step: int):
+    Both are expendable: what can't be written is counted and left out.
+    """
+
+    def __init__(self, workdir: Path, start_step: int, expendable: Expendable):
         """Lines of steps after `start_step`, where the run is taken up again, are removed: they will come anew."""
-        self.path = workdir / "metrics.jsonl"
-        self._file = self._tensorboard = None
-        if jax.process_index() != 0:
-            return
-        kept = [m for m in read_metrics(self.path) if m["step"] <= start_step] if self.path.exists() else []
-        partial = self.path.with_name(f"{self.path.name}.partial")
-        partial.write_text("".join(json.dumps(m) + "\n" for m in kept), encoding="utf-8")
-        partial.replace(self.path)  # killed here, the run still has its metrics
-        from tensorboardX import SummaryWriter
+        self.path, self._expendable = workdir / "metrics.jsonl", expendable
+        self._file: BinaryIO | None = None
+        self._is_torn = False
+        """Whether a line was cut off at the end of the file."""
+        self._events = EventFiles(workdir / "tensorboard", start_step + 1)
+        self._is_writer = jax.process_index() == 0
+        if self._is_writer and self.path.exists():
+            with expendable.attempt("metrics"):
+                self._keep_until(start_step)
 
-        self._file = self.path.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the evaluation of a step is recorded."""
+        with self._expendable.attempt("metrics"):
+            lines = read_metrics(self.path) if self.path.exists() else []
+            return any(name.startswith("validation_") for line in lines if line["step"] == step for name in line)
+        return False
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        if self._file is None or self._tensorboard is None:
+        """Appends what is known of a step; lines of one step add up."""
+        if not self._is_writer:
             return
         # JSON has no nan; a value that is none is written as null rather than as a line no parser reads.
         finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
-        for name, value in metrics.items():
-            self._tensorboard.add_scalar(name, value, step)
+        with self._expendable.attempt("metrics"):
+            self._append((json.dumps({"step": step, **finite}) + "\n").encode())
+        with self._expendable.attempt("tensorboard"):
+            self._events.write(step, metrics)
 
     def close(self) -> None:
-        if self._file is not None and self._tensorboard is not None:
+        if self._file is not None:
             self._file.close()
-            self._tensorboard.close()
+            self._file = None
+        with self._expendable.attempt("tensorboard"):
+            self._events.close()
+
+    def _keep_until(self, step: int) -> None:
+        lines, bad = _parse_metrics(self.path)
+        if bad:
+            damaged = self.path.with_name(f"{self.path.name}.damaged")
+            shutil.copyfile(self.path, damaged)
+            _log.warning("%s is kept as %s with the lines that are no metrics.", self.path, damaged.name)
+        partial = self.path.with_name(f"{self.path.name}.partial")
+        kept = "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step)
+        partial.write_text(kept, encoding="utf-8")
+        partial.replace(self.path)  # killed here, the run still has its metrics
+
+    def _append(self, line: bytes) -> None:
+        """Without a buffer, so that nothing is written later than told; after a line cut off at a full disk, on a new
+        one."""
+        if self._file is None:
+            self._file = self.path.open("a+b", buffering=0)
+            size = self._file.seek(0, os.SEEK_END)
+            self._file.seek(max(size - 1, 0))
+            self._is_torn = size > 0 and self._file.read(1) != b"\n"
+        rest = b"\n" * self._is_torn + line
+        while rest:
+            count = self._file.write(rest)
+            self._is_torn, rest = count < len(rest), rest[count:]
+
+
+class EventFiles:
+    """TensorBoard events in a folder, written in the caller's thread: a writer thread that ended at a full disk would
+    make the run wait for it for ever. After an error the next event begins another file."""
+
+    def __init__(self, folder: Path, purge_step: int):
+        """TensorBoard leaves out what earlier files have from `purge_step` on."""
+        self._folder, self._purge_step = folder.absolute(), purge_step
+        self._writer: Any = None
+        self._flushed, self._files = 0.0, 0
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        if self._writer is None:
+            self._open()
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        try:
+            self._writer.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+            if time.monotonic() - self._flushed > 30:
+                self._writer.flush()
+                self._flushed = time.monotonic()
+        except OSError:
+            writer, self._writer = self._writer, None
+            with contextlib.suppress(OSError):
+                writer.close()
+            raise
+
+    def close(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
+
+    def _open(self) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._files += 1
+        # Names differ by the second otherwise: a restart within it would write over the file before.
+        writer = EventsWriter(str(self._folder / "events"), f".{os.getpid()}.{self._purge_step}.{self._files}")
+        writer.write_event(
+            Event(wall_time=time.time(), step=self._purge_step, session_log=SessionLog(status=SessionLog.START))
+        )
+        self._writer = writer
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line cut off by a killed run is left out."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    """What a metrics.jsonl says of each step, in their order; where lines of a step repeat a value, the last counts.
+
+    A last line cut off by a killed run is left out; other lines that are no metrics are too, with a warning that names
+    them.
+    """
+    lines, bad = _parse_metrics(path)
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        _log.warning("%s: line %d%s is no metrics of a step and left out.", path, bad[0], more)
+    return lines
+
+
+def _parse_metrics(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """Metrics by step, and the numbers, from 1, of lines that are none."""
+    steps: dict[int, dict[str, Any]] = {}
+    bad = []
+    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+            if not isinstance(line["step"], int):
+                raise ValueError
+            steps[line["step"]] = steps.get(line["step"], {}) | line
+        except (ValueError, KeyError, TypeError, RecursionError):
+            bad.append(number)
+    return [steps[step] for step in sorted(steps)], bad
 
 
 class ProgressDisplay:
     """A progress bar on a terminal, a log line every `log_every` steps elsewhere; only process 0 prints."""
 
-    def __init__(self, config: RunConfig):
+    def __init__(self, config: RunConfig, expendable: Expendable):
         self.config, self.start_step, self.start_time = config, 0, time.perf_counter()
+        self._expendable = expendable
         self.console = Console(quiet=jax.process_index() != 0, highlight=False)
         self._bar: Progress | None = None
 
@@ -137,7 +250,8 @@ class ProgressDisplay:
 
     def say(self, text: str) -> None:
         if jax.process_index() == 0:
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            with self._expendable.attempt("lines of the log"):
+                self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bc2_jax import manifest
-from bc2_jax.checkpoint import is_complete, is_permanent, read_metadata
-from bc2_jax.config import CheckpointConfig
+from bc2_jax.checkpoint import is_complete, read_training_metadata
 from bc2_jax.convert.conversion import Options, Summary, to_hf
 from bc2_jax.train.metrics import read_metrics
 
@@ -20,7 +19,7 @@ class Milestone(NamedTuple):
     step: int
     path: Path
     tokens: int
-    """Trained on so far: steps times the tokens of a batch."""
+    """Trained on so far."""
     loss: float | None
     """Training cross entropy of its step, nats a token; None if metrics.jsonl does not say."""
     validation_loss: float | None
@@ -44,7 +43,7 @@ def list_milestones(run: Path, hashes: bool = False) -> list[Milestone]:
 
 
 def _read(folder: Path, metrics: dict[str, Any], hashes: bool) -> Milestone:
-    step, tokens_per_step, permanent, problem = int(folder.name), 0, False, None
+    step, tokens, permanent, problem = int(folder.name), 0, False, None
     try:
         if not is_complete(folder):
             raise manifest.DamagedCheckpoint(f"{folder} is not complete.")
@@ -52,13 +51,12 @@ def _read(folder: Path, metrics: dict[str, Any], hashes: bool) -> Milestone:
     except (manifest.DamagedCheckpoint, OSError) as error:
         problem = str(error)
     try:
-        config = read_metadata(folder)["config"]
-        tokens_per_step = int(config["data"]["global_batch_size"]) * int(config["data"]["sequence_length"])
-        permanent = is_permanent(CheckpointConfig(**config["checkpoint"]), tokens_per_step, step)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        metadata = read_training_metadata(folder)
+        tokens, permanent = metadata.tokens, metadata.permanent
+    except (OSError, ValueError) as error:
         problem = problem or f"{folder} is damaged: its metadata cannot be read ({error})."
     loss, validation = metrics.get("cross_entropy"), metrics.get("validation_cross_entropy")
-    return Milestone(step, folder, step * tokens_per_step, loss, validation, permanent, problem)
+    return Milestone(step, folder, tokens, loss, validation, permanent, problem)
 
 
 def revision_name(tokens: int) -> str:

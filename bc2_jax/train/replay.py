@@ -7,6 +7,7 @@ line is a fingerprint of its step: of the batch as the devices had it, the loss,
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -132,7 +133,12 @@ def replay(path: str | Path, step: int, batch: Sequence[str | Path] = ()) -> Ite
     mesh = make_mesh(config.mesh)
     check_attention(config, mesh)
     part = batch_part(mesh, jax.process_index())
-    loader = make_train_loader(config.data, process_index=part.process_index, process_count=part.process_count)
+    make_loader = functools.cache(
+        functools.partial(
+            make_train_loader, config.data, process_index=part.process_index, process_count=part.process_count
+        )
+    )
+    size = config.data.global_batch_size
     put = make_put(config.data, mesh)
 
     with jax.set_mesh(mesh):
@@ -141,7 +147,9 @@ def replay(path: str | Path, step: int, batch: Sequence[str | Path] = ()) -> Ite
         train_step: TrainStep | None = None
         for now in range(start + 1, step + 1):
             record = records[now]
-            rows = loader[int(record.get("data_index", now - 1))]
+            # Earlier versions recorded the number of the batch, where it was not the step's.
+            first = int(record.get("first_row", record.get("data_index", now - 1) * size))
+            rows = make_loader(first_row=first % size)[first // size]
             if saved is not None and now == step:
                 rows = _own_rows(saved[0], len(rows["labels"]))
             placed = put(rows)

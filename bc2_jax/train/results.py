@@ -24,6 +24,7 @@ from bc2_jax.infer.generate import generate
 from bc2_jax.model.baichuan import Params, split_model
 from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.train.job import Say
+from bc2_jax.train.loop import Start
 from bc2_jax.train.metrics import read_metrics
 
 
@@ -47,16 +48,18 @@ def print_tables(console: Console, config: TrainConfig, mesh: Mesh) -> None:
     _print_table(console, "Mesh", rows)
 
 
-def print_mixture(console: Console, config: TrainConfig) -> None:
-    """Which share of the tokens each folder of rows has, and how often the run reads it."""
+def print_mixture(console: Console, config: TrainConfig, step: int, row: int, num_rows: int) -> None:
+    """Which share of the tokens each folder of rows has, and how often the run, which is at `row` after `step`, reads
+    it up to its end at `num_rows`."""
     data = config.data
     table = Table("rows of", "rows", "share", title="Data", title_justify="left")
-    for step in data.stage_steps:
-        table.add_column(f"from step {step:,}, {step * data.tokens_per_step:,} tokens")
+    for first in data.stage_rows:
+        at = f"step {step + -(-(first - row) // data.global_batch_size):,}, " if first >= row else ""
+        table.add_column(f"from {at}{first * data.sequence_length:,} tokens")
     table.add_column("epochs")
     for column in table.columns[1:]:
         column.justify = "right"
-    for part in describe_mixture(data, config.num_steps):
+    for part in describe_mixture(data, num_rows):
         shares = (f"{share:.2%}" for share in part.shares)
         table.add_row(part.path, f"{part.rows:,}", *shares, f"{part.epochs:.2f}")
     console.print(table)
@@ -91,36 +94,55 @@ def make_baselines(config: TrainConfig, console: Console) -> dict[str, float]:
 
 
 def show_results(
-    config: TrainConfig, checkpoint: Path, params: Params, baselines: dict[str, float], tokenizer: Tokenizer, say: Say,
-    command: str,
+    config: TrainConfig, checkpoint: Path, params: Params, baselines: dict[str, float], tokenizer: Tokenizer,
+    start: Start,
 ) -> None:  # fmt: skip
-    """Exports, writes samples, draws the loss curve and prints where everything is and what to type next."""
-    workdir = checkpoint.parent.parent
-    exported = workdir / "hf"
-    if config.export_hf and jax.process_index() == 0:
-        # Ours to replace: an earlier end of this same run wrote it.
-        # From the files: no process has all parameters.
-        to_hf(checkpoint, exported, Options(overwrite=True, allow_unused_rows=True), dtype="float32")
+    """Exports, writes samples, draws the loss curve and prints where everything is and what to type next.
+
+    Raises what made the export fail when all else is done.
+    """
+    workdir, is_first = checkpoint.parent.parent, jax.process_index() == 0
+    exported, failed = workdir / "hf", None
+    if config.export_hf and is_first:
+        try:
+            # Ours to replace: an earlier end of this same run wrote it.
+            # From the files: no process has all parameters.
+            to_hf(checkpoint, exported, Options(overwrite=True, allow_unused_rows=True), dtype="float32")
+        except (ValueError, OSError) as error:
+            failed = error
     if config.sample.prompts:
-        model = nnx.merge(split_model(config.model, config.compute)[0], params)
-        show_samples(model, config, tokenizer, say)
-    if jax.process_index() != 0:
-        return
+        with start.expendable.attempt("samples"):
+            model = nnx.merge(split_model(config.model, config.compute)[0], params)
+            show_samples(model, config, tokenizer, start.say)
+    if is_first:
+        with start.expendable.attempt("pictures"):
+            show_curve(workdir, baselines, start.say)
+        print_hints(config, checkpoint, exported if config.export_hf and failed is None else None, start)
+    if failed is not None:
+        raise failed
+
+
+def show_curve(workdir: Path, baselines: dict[str, float], say: Say) -> None:
+    """Draws WORKDIR/loss.png and says how the loss on held-out text changed."""
     metrics = read_metrics(workdir / "metrics.jsonl")
-    curve = workdir / "loss.png"
-    plot_loss_curve(metrics, baselines, curve)
+    plot_loss_curve(metrics, baselines, workdir / "loss.png")
     validation = [m["validation_cross_entropy"] for m in metrics if m.get("validation_cross_entropy") is not None]
     if validation:
         against = "".join(f", {name} {value:.4f}" for name, value in baselines.items())
         say(f"Validation cross entropy {validation[0]:.4f} at first, {validation[-1]:.4f} now{against}.")
+
+
+def print_hints(config: TrainConfig, checkpoint: Path, exported: Path | None, start: Start) -> None:
+    """Where everything is and what to type next."""
+    workdir, say = checkpoint.parent.parent, start.say
     python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else "python"
     say(f"checkpoint   {checkpoint}")
-    if config.export_hf:
+    if exported is not None:
         say(f"PyTorch      {exported}")
     say(f"metrics      {workdir / 'metrics.jsonl'}, tensorboard --logdir {workdir / 'tensorboard'}")
-    say(f"loss curve   {curve}")
+    say(f"loss curve   {workdir / 'loss.png'}")
     longer = config.num_steps + config.checkpoint.save_every
-    say(f"to go on     {python} {command} --workdir {workdir} --resume auto --num-steps {longer}")
+    say(f"to go on     {python} {start.command} --workdir {workdir} --resume auto --num-steps {longer}")
     target = workdir / ("hf-bfloat16" if config.export_hf else "hf")
     say(f"to convert   {python} tools/convert.py to-hf {checkpoint} {target}")
     say(f"to generate  {python} tools/generate.py {workdir} --prompt ...")

@@ -1,7 +1,10 @@
-"""What every run settles before its job is made: its folder, compiled programs, what its devices can do."""
+"""What every run settles before its job is made: what its processes must share, compiled programs, its devices."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import importlib.metadata
 import os
 from pathlib import Path
 from typing import Any
@@ -9,9 +12,24 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+import bc2_jax
 from bc2_jax.config import RunConfig
 from bc2_jax.tpu.chips import DEVICE_KINDS
 from bc2_jax.tpu.options import compiler_options
+
+
+def describe_start(config: RunConfig) -> dict[str, Any]:
+    """What must be the same on all processes of a run, as `agreement.require_agreement` takes it: its whole config but
+    who this process is, the code and the libraries that compile it."""
+    fields = dataclasses.asdict(config)
+    for own in ("process_id", "coordinator_address"):  # process 0 may listen at another name than others call
+        del fields["distributed"][own]
+    package = Path(bc2_jax.__file__).parent
+    code = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        code.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes() + b"\0")
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "grain")}
+    return fields | {"bc2_jax's source (SHA-256)": code.hexdigest(), "version": versions}
 
 
 def use_compilation_cache(folder: str) -> None:
@@ -19,21 +37,6 @@ def use_compilation_cache(folder: str) -> None:
     if folder and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-
-
-def holds_checkpoints(workdir: Path) -> bool:
-    """Whether a run was here."""
-    return any((workdir / "checkpoints").glob("[0-9]*"))
-
-
-def choose_workdir(config: RunConfig) -> Path:
-    """The workdir of the config; else of runs/NAME, runs/NAME-2, ... the first free one; to resume, the last used."""
-    if config.workdir is not None:
-        return Path(config.workdir)
-    candidates = [Path("runs", config.name)]
-    while holds_checkpoints(candidates[-1]):  # a run that failed at its start leaves none
-        candidates.append(Path("runs", f"{config.name}-{len(candidates) + 1}"))
-    return candidates[-2] if config.resume == "auto" and len(candidates) > 1 else candidates[-1]
 
 
 def tuned_options(config: RunConfig, mesh: Mesh) -> dict[str, Any] | None:

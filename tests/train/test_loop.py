@@ -28,7 +28,6 @@ from bc2_jax.train import loop, pretrain
 from bc2_jax.train.distributed import Preempted
 from bc2_jax.train.metrics import fingerprint
 from bc2_jax.train.metrics import read_metrics as read_every_line
-from bc2_jax.train.start import choose_workdir
 
 
 def read_metrics(path):
@@ -288,16 +287,6 @@ def test_compiled_programs_are_kept_where_the_config_or_the_environment_says(tmp
     assert folder("~/programs", HOME=str(tmp_path)) == str(tmp_path / "programs")
     assert folder("") == "None"
     assert folder("~/programs", JAX_COMPILATION_CACHE_DIR="/elsewhere") == "/elsewhere"
-
-
-def test_default_workdirs_never_collide(config, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert str(choose_workdir(config)) == "runs/test"
-    (tmp_path / "runs/test/checkpoints").mkdir(parents=True)
-    assert str(choose_workdir(config)) == "runs/test"
-    (tmp_path / "runs/test/checkpoints/4").mkdir()
-    assert str(choose_workdir(config)) == "runs/test-2"
-    assert str(choose_workdir(dataclasses.replace(config, resume="auto"))) == "runs/test"
 
 
 def test_fingerprint_sees_every_bit_and_no_mesh(mesh_of, config):
