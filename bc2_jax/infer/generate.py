@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -23,7 +22,7 @@ from bc2_jax.infer.engine import Decoding, Prepared, Reason
 from bc2_jax.infer.sampling import DEFAULT_SETTINGS, Settings, is_whole, sampling_of
 from bc2_jax.model.baichuan import Baichuan2
 from bc2_jax.sharding import parts, to_host, use_mesh_of
-from bc2_jax.validation import require
+from bc2_jax.validation import require, show
 
 _REASONS: dict[int, Literal["eos", "stopped"]] = {Reason.EOS: "eos", Reason.CANCELLED: "stopped"}
 OnToken = Callable[[int, list[int | None]], bool | Sequence[bool] | None]
@@ -130,7 +129,7 @@ def bucket(length: int) -> int:
 def _read_prompts(config: ModelConfig, prompts: Any, max_new_tokens: int) -> list[Sequence[int]]:
     """The prompts as they were given, checked."""
     if not isinstance(prompts, Iterable) or isinstance(prompts, str | bytes | dict):
-        shown = reprlib.repr(prompts)
+        shown = show(prompts)
         raise ValueError(f"prompts = {shown} is not valid: it must be a list of prompts, each a list of token ids.")
     found = list(prompts)
     if not found:
@@ -155,7 +154,7 @@ def _check_prompt(name: str, prompt: Any, vocab_size: int) -> None:
     else:
         wrong = ""
     if wrong:
-        raise ValueError(f"{name} = {reprlib.repr(prompt)} {wrong}.")
+        raise ValueError(f"{name} = {show(prompt)} {wrong}.")
     if len(prompt) == 0:
         raise ValueError(f"{name} is empty: at least one token is needed.")
     for token in prompt if isinstance(prompt, Sequence) else np.asarray(prompt).tolist():

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import urllib.request
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
