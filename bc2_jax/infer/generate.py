@@ -97,7 +97,7 @@ def continue_prompts(
         raise ValueError(f"model is a {type(model).__name__}: it must be what load_pretrained or engine.prepare gives.")
     config = model.config
     settings = settings.check(config)
-    prompts = _read_prompts(config, prompts, settings.max_new_tokens)
+    prompts = check_prompts(config, prompts, settings.max_new_tokens)
     # So that all greedy calls share one compiled function.
     top_k = 0 if settings.temperature == 0 else settings.top_k
     prepared = engine.prepare(model) if isinstance(model, Baichuan2) else model
@@ -126,8 +126,8 @@ def bucket(length: int) -> int:
     return max(64, 2 ** math.ceil(math.log2(length))) if length <= 256 else -(-length // 256) * 256
 
 
-def _read_prompts(config: ModelConfig, prompts: Any, max_new_tokens: int) -> list[Sequence[int]]:
-    """The prompts as they were given, checked."""
+def check_prompts(config: ModelConfig, prompts: Any, max_new_tokens: int) -> list[Sequence[int]]:
+    """The prompts as they were given; raises ValueError as `generate` for one that is not valid."""
     if not isinstance(prompts, Iterable) or isinstance(prompts, str | bytes | dict):
         shown = show(prompts)
         raise ValueError(f"prompts = {shown} is not valid: it must be a list of prompts, each a list of token ids.")
