@@ -21,18 +21,19 @@ class InUse(OSError):
 
 
 @contextlib.contextmanager
-def lock(path: Path, what: str) -> Iterator[None]:
+def lock(path: Path, what: str) -> Iterator[bool]:
     """Owns the lock file `path` until the block ends; `what` is what it stands for, as the subject of a message.
 
     The lock is the kernel's (flock): it is gone with its process, however that ends, and Linux passes it to the server
     of a shared file system (NFS), so that it holds between hosts too. A second owner in the same process is refused as
     well. Folders that are missing are created, and those that stay empty are removed again. Raises InUse, at once, if
-    there is another owner. Where the file system has no locks a warning says so, and the block runs without.
+    there is another owner. Where the file system has no locks a warning says so, and the block runs without: only then
+    it is given False.
     """
     made = _make_parents(path)
-    file = _open_locked(path, what)
+    file, owned = _open_locked(path, what)
     try:
-        yield
+        yield owned
     finally:
         with contextlib.suppress(OSError):
             path.unlink()  # while it is locked: whoever waits for this file sees that it has no name any more
@@ -49,8 +50,9 @@ def _make_parents(path: Path) -> list[Path]:
     return missing
 
 
-def _open_locked(path: Path, what: str) -> IO[str]:
+def _open_locked(path: Path, what: str) -> tuple[IO[str], bool]:
     while True:
+        owned = True
         try:
             file = path.open("a+", encoding="utf-8")
         except FileNotFoundError:  # the owner before removed its empty folder meanwhile
@@ -63,13 +65,14 @@ def _open_locked(path: Path, what: str) -> IO[str]:
                 owner = _describe_owner(file)
                 file.close()
                 raise InUse(f"{what} is in use by {owner}; wait for its end or stop it.") from None
+            owned = False
             _log.warning("%s cannot be locked (%s): nothing tells if it is used twice at once.", what, error.strerror)
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 file.truncate(0)
                 json.dump({"host": socket.gethostname(), "pid": os.getpid()}, file)
                 file.flush()
-                return file
+                return file, owned
         file.close()  # its owner removed it between open and flock: locked, but no longer what others find
 
 
@@ -83,5 +86,8 @@ def _describe_owner(file: IO[str]) -> str:
 
 
 def file_store(folder: Path) -> dict[str, Any]:
-    """The TensorStore key-value store of a folder: a path in it is bytes, where a file:// URL would be decoded."""
-    return {"driver": "file", "path": f"{folder.absolute()}/"}
+    """The TensorStore key-value store of a folder: a path in it is bytes, where a file:// URL would be decoded.
+
+    It may have no `..`; where leaving that out means another folder, `validation.check_path` has refused it.
+    """
+    return {"driver": "file", "path": f"{os.path.abspath(folder)}/"}

@@ -41,7 +41,7 @@ class FileState(NamedTuple):
 def write_manifest(folder: Path) -> dict[str, FileState]:
     """Syncs every file below `folder` to disk, then writes its manifest; returns what is in it.
 
-    Raises OSError if one cannot be read, and ValueError if there is anything but files and folders.
+    Raises OSError if one cannot be read, and DamagedCheckpoint if there is anything but files and folders.
     """
     names = sorted(_walk(folder))
     with ThreadPoolExecutor(_SAVE_THREADS) as pool:
@@ -110,26 +110,25 @@ def verify(folder: Path, part: int = 0, parts: int = 1, below: str = "", hashes:
                 )
 
 
-def expected_sha256(file: Path) -> tuple[str, Path] | None:
-    """The SHA-256 that a manifest in one of the folders above says `file` has, and that manifest; None without one."""
-    for folder in file.parents[:8]:
-        if (folder / MANIFEST_NAME).is_file():
-            state = read_manifest(folder).get(file.relative_to(folder).as_posix())
-            return None if state is None else (state.sha256, folder / MANIFEST_NAME)
-    return None
+def refuse_links(folder: Path) -> None:
+    """Raises DamagedCheckpoint if there is anything below `folder` but files and folders: a link could lead outside."""
+    for _ in _walk(folder):
+        pass
 
 
 def _walk(folder: Path) -> Iterator[str]:
-    for root, folders, names in os.walk(folder):
-        for name in folders:
-            if (Path(root) / name).is_symlink():
-                raise ValueError(f"{Path(root) / name} is a link: a checkpoint holds files and folders only.")
-        for name in names:
+    for root, folders, names in os.walk(folder, onerror=_raise):
+        for name in names + [name for name in folders if os.path.islink(Path(root, name))]:
             path = Path(root, name)
             if not stat.S_ISREG(path.lstat().st_mode):
-                raise ValueError(f"{path} is no file: a checkpoint holds files and folders only.")
+                kind = "a link" if path.is_symlink() else "no file"
+                raise DamagedCheckpoint(f"{path} is {kind}: a checkpoint holds files and folders only.")
             if path.parent != folder or not name.startswith(MANIFEST_NAME):
                 yield path.relative_to(folder).as_posix()
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _sync_and_describe(path: Path) -> FileState:

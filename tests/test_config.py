@@ -120,8 +120,8 @@ OTHER_ERRORS = [
     (OptimizerConfig, {"min_learning_rate": 1.0}, ("optimizer.min_learning_rate = 1.0", "peak_learning_rate = 0.0002")),
     (OptimizerConfig, {"warmup_steps": 9, "decay_steps": 9}, ("optimizer.warmup_steps = 9", "decay_steps = 9")),
     (OptimizerConfig, {"moment_dtype": "int8"}, ("optimizer.moment_dtype = 'int8'", "float32, bfloat16")),
-    (SourceConfig, {"path": "rows", "weight": -1.0}, ("data.sources.weight = -1.0", "finite and at least 0")),
-    (SourceConfig, {"path": "rows", "weight": math.inf}, ("data.sources.weight = inf", "finite and at least 0")),
+    (SourceConfig, {"path": "rows", "weight": -1.0}, ("data.sources.weight = -1.0", "at least 0")),
+    (SourceConfig, {"path": "rows", "weight": math.inf}, ("data.sources.weight = inf", "it must be finite")),
     (SourceConfig, {"path": "rows", "quality_weights": (1.0, -1.0)}, ("quality_weights = (1.0, -1.0)", "at least 0")),
     (SourceConfig, {"path": "rows", "max_epochs": 0.0}, ("data.sources.max_epochs = 0.0", "positive", "None")),
     (MixtureStage, {"start_tokens": 0, "weights": (1.0,)}, ("data.stages.start_tokens = 0", "positive")),
@@ -131,7 +131,7 @@ OTHER_ERRORS = [
     (DataConfig, DATA | {"stages": (MixtureStage(start_tokens=10**7, weights=(1.0, 1.0)),)},
      ("data.stages.weights = (1.0, 1.0)", "each of the 1 data.sources")),
     (DataConfig, DATA | {"stages": (MixtureStage(start_tokens=5 * 2**22, weights=(1.0,)),) * 2},
-     ("data.stages.start_tokens = 20971520", "at least a step, 4194304 tokens, after")),
+     ("data.stages.start_tokens = 20971520", "at least a row, 4096 tokens, after")),
     (DataConfig, DATA | {"sources": ()}, ("data.sources = ()", "at least one")),
     (DataConfig, DATA | {"sequence_length": 0}, ("data.sequence_length = 0", "positive")),
     (DataConfig, DATA | {"global_batch_size": 10, "accumulation_steps": 4},
@@ -229,8 +229,9 @@ def test_differing_fields():
     assert differing_fields(a, b) == ["model.vocab_size: 32 against 64", "seed: 0 against 1"]
 
 
-def test_a_stage_begins_at_a_whole_step():
+def test_a_stage_begins_at_a_whole_row_whatever_the_batch():
     stages = tuple(MixtureStage(start_tokens=tokens, weights=(0.0, 1.0)) for tokens in (1, 129, 384))
     sources = (SourceConfig(path="rows"), SourceConfig(path="more", weight=0.0))
-    data = DataConfig(sources=sources, tokenizer="t", sequence_length=8, global_batch_size=16, stages=stages)
-    assert data.tokens_per_step == 128 and data.stage_steps == (1, 2, 3)
+    for size in (1, 16):
+        data = DataConfig(sources=sources, tokenizer="t", sequence_length=8, global_batch_size=size, stages=stages)
+        assert data.tokens_per_step == 8 * size and data.stage_rows == (1, 17, 48)

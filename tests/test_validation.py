@@ -1,9 +1,12 @@
-"""Numbers that no config can mean are refused at once, in one short sentence."""
+"""Numbers that no config can mean are refused at once, in one short sentence; so are paths that the checkpoint library
+would not take as names. (That it takes all others is in convert/test_paths.py.)"""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bc2_jax.config import BAICHUAN2_7B, MeshConfig, ModelConfig
-from bc2_jax.validation import choices, divisors, show
+from bc2_jax.validation import check_path, choices, divisors, show
 
 FIELDS = {field.name: str(field.type) for field in dataclasses.fields(ModelConfig)}
 HUGE = [10**9, 10**12, 2**63, 2**70, 10**400, 10**5000]
@@ -75,3 +78,38 @@ def test_divisors_of_any_number_take_no_time(n):
 def test_long_values_are_cut():
     assert show("x" * 10**6).startswith("'xxx") and len(show("x" * 10**6)) < 310
     assert show("rope") == "'rope'"
+
+
+REFUSED = ["a[1]", "exp[lr=1e-4]", "[", "*", "what?", "a\\b", "logs:", os.fsdecode(b"a\xff"), "a.orbax-checkpoint-tmp"]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("place", ["{}", "{}/in/it", "above/{}"])
+def test_names_that_are_patterns_or_urls_are_refused(tmp_path, name, place):
+    with pytest.raises(ValueError, match=r"workdir = .* is not valid: the checkpoint library takes .* rename it"):
+        check_path("workdir", tmp_path / place.format(name))
+
+
+def test_roots_that_mean_object_stores_are_refused():
+    for path in ("/gs/bucket/run", "/s3", "/az/x", "/hf/x", "//server/x"):
+        with pytest.raises(ValueError, match="for something else than a name"):
+            check_path("workdir", path)
+    for path in ("/gsx/run", "/home/gs/run", "/home/logs:1/run", "/home/a\n/gs/run"):
+        check_path("workdir", path)
+
+
+def test_the_folder_that_one_is_in_counts(tmp_path, monkeypatch):
+    (tmp_path / "a[1]").mkdir()
+    (tmp_path / "plain").symlink_to("a[1]")
+    monkeypatch.chdir(tmp_path / "a[1]")
+    with pytest.raises(ValueError, match=r"workdir = 'run' is not valid: .* takes '\['"):
+        check_path("workdir", "run")
+    check_path("workdir", tmp_path / "plain" / "run")
+
+
+def test_going_up_from_a_link_is_refused(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "b")
+    check_path("workdir", tmp_path / "a" / ".." / "run")
+    with pytest.raises(ValueError, match="write it without"):
+        check_path("workdir", Path(tmp_path / "link" / ".." / "run"))

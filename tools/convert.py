@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import logging
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -48,7 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--overwrite", action="store_true", help="replace the target if it is a model")
+    common.add_argument("--overwrite", action="store_true", help="replace the target if we wrote all of it")
     common.add_argument("--strict", action="store_true", help="refuse NaN and infinite values instead of naming them")
     common.add_argument("--resize-vocab", type=int, metavar="N", help="grow the vocabulary to N token ids")
     common.add_argument(
@@ -66,7 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("to-hf", parents=[common, verify], help="write a model as a PyTorch folder")
     command.add_argument("source", metavar="CKPT", type=Path)
     command.add_argument("target", metavar="HF_DIR", type=Path)
-    command.add_argument("--dtype", choices=_DTYPES, default="bfloat16")
+    command.add_argument("--dtype", choices=_DTYPES, help="default: the source's; bfloat16 of a training checkpoint")
     command.add_argument(
         "--layout", choices=("baichuan2", "baichuan1", "llama"), default="baichuan2",
         help="baichuan2: as released; baichuan1: head rows normalised; llama: LlamaForCausalLM (RoPE models)",
@@ -131,6 +133,8 @@ def run_conversion(args: argparse.Namespace) -> int:
         out.print(f"{summary.hashed_files} source files have a known checksum, and it is right")
     if getattr(args, "verify", False):
         out.print("read back and compared: every tensor is as it was meant to be")
+    for note in summary.notes:
+        out.print(note, markup=False)
     out.print(f"parameters sha256 {summary.fingerprint}")
     out.print(f"Wrote {args.target}.", markup=False)
     return 0
@@ -177,6 +181,10 @@ def run_diff(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
+    # Nothing here needs an accelerator: it may be another process's, or not be there, of which libtpu prints pages.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may hold what the terminal has no character for
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("bc2_jax").setLevel(logging.INFO)  # tells how the position scheme was inferred
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from bc2_jax.validation import choices, divisors, require, require_positive
+from bc2_jax.validation import choices, divisors, require, require_positive, require_types
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,8 @@ class SourceConfig:
     """How often the run may read a row of this source; a run that would exceed it does not start. None: no limit."""
 
     def __post_init__(self) -> None:
-        require(0 <= self.weight < math.inf, "data.sources.weight", self.weight, "it must be finite and at least 0")
+        require_types(self, "data.sources.")
+        require(self.weight >= 0, "data.sources.weight", self.weight, "it must be at least 0")
         require(
             all(0 <= weight < math.inf for weight in self.quality_weights),
             "data.sources.quality_weights", self.quality_weights, "each must be finite and at least 0",
@@ -48,6 +49,7 @@ class MixtureStage:
     """In place of the weight of each source, in their order."""
 
     def __post_init__(self) -> None:
+        require_types(self, "data.stages.")
         require_positive(self, "data.stages.", "start_tokens")
         require(
             all(0 <= weight < math.inf for weight in self.weights) and any(self.weights),
@@ -78,6 +80,8 @@ class DataConfig:
     names each."""
 
     def __post_init__(self) -> None:
+        require_types(self, "data.")
+        require(self.seed >= 0, "data.seed", self.seed, "it must be at least 0")
         require_positive(self, "data.", "sequence_length", "global_batch_size", "accumulation_steps")
         require(self.max_bad_rows >= 0, "data.max_bad_rows", self.max_bad_rows, "it must be at least 0")
         require(len(self.sources) > 0, "data.sources", self.sources, "at least one source is needed")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from bc2_jax.validation import require, require_positive
+from bc2_jax.validation import require, require_positive, require_types
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,7 @@ class DistributedConfig:
             len(missing) in (0, 3), f"distributed.{(*missing, '')[0]}", None,
             f"{', '.join(fields)} are given all three or not at all",
         )  # fmt: skip
+        require_types(self, "distributed.")
         require_positive(self, "distributed.", "start_timeout", "heartbeat_timeout")
         require(self.step_timeout >= 0, "distributed.step_timeout", self.step_timeout, "it must be at least 0")
         if self.coordinator_address is None or self.num_processes is None or self.process_id is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from bc2_jax.validation import require, require_positive
+from bc2_jax.validation import require, require_positive, require_types
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,7 @@ class HealthConfig:
     """How often a run may go back; at the next spike it stops."""
 
     def __post_init__(self) -> None:
+        require_types(self, "health.")
         require_positive(self, "health.", "spike_steps", "spike_window")
         for field in ("max_skipped_updates", "spike_deviations", "max_rewinds"):
             value = getattr(self, field)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Literal, Self
 
 from bc2_jax.config.data import DataConfig
@@ -11,7 +10,15 @@ from bc2_jax.config.distributed import DistributedConfig
 from bc2_jax.config.health import HealthConfig
 from bc2_jax.config.mesh import MeshConfig, check_divisible
 from bc2_jax.config.model import ModelConfig
-from bc2_jax.validation import choices, divisors, require, require_literals, require_positive
+from bc2_jax.validation import (
+    choices,
+    divisors,
+    require,
+    require_at_most,
+    require_literals,
+    require_positive,
+    require_types,
+)
 
 DType = Literal["float32", "bfloat16"]
 
@@ -39,6 +46,7 @@ class ComputeConfig:
 
     def __post_init__(self) -> None:
         require_literals(self, "compute.")
+        require_types(self, "compute.")
         require_positive(self, "compute.", "attention_block", "loss_chunk")
 
 
@@ -69,6 +77,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require_literals(self, "optimizer.")
+        require_types(self, "optimizer.")
         require_positive(self, "optimizer.", "peak_learning_rate", "decay_steps", "eps", "clip_norm")
         for field in ("min_learning_rate", "warmup_steps", "weight_decay"):
             require(getattr(self, field) >= 0, f"optimizer.{field}", getattr(self, field), "it must be at least 0")
@@ -103,6 +112,7 @@ class CheckpointConfig:
     intermediate checkpoints are 220 billion apart), and evaluate it; 0 keeps none."""
 
     def __post_init__(self) -> None:
+        require_types(self, "checkpoint.")
         require_positive(self, "checkpoint.", "save_every", "keep_last")
         require(
             self.keep_every_tokens >= 0, "checkpoint.keep_every_tokens", self.keep_every_tokens, "it must be at least 0"
@@ -133,15 +143,11 @@ class SampleConfig:
     """Factor against tokens that were already used."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "sample.", "max_new_tokens")
-        legal = {
-            "temperature": (0 <= self.temperature < math.inf, "it must be finite and at least 0"),
-            "top_k": (self.top_k >= 0, "it must be at least 0"),
-            "top_p": (0 < self.top_p <= 1, "it must be in (0, 1]"),
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "it must be finite and positive"),
-        }
-        for field, (ok, text) in legal.items():
-            require(ok, f"sample.{field}", getattr(self, field), text)
+        require_types(self, "sample.")
+        require_positive(self, "sample.", "max_new_tokens", "repetition_penalty")
+        for field in ("temperature", "top_k"):
+            require(getattr(self, field) >= 0, f"sample.{field}", getattr(self, field), "it must be at least 0")
+        require(0 < self.top_p <= 1, "sample.top_p", self.top_p, "it must be in (0, 1]")
         for index, prompt in enumerate(self.prompts):
             require(bool(prompt), f"sample.prompts.{index}", prompt, "it must not be empty")
 
@@ -187,9 +193,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require_literals(self, "")
+        require_types(self, "")
         require_positive(self, "", "num_steps", "log_every", "eval_every", "profile_steps")
         for field in ("eval_batches", "verify_resume_steps", "profile_start", "seed"):
             require(getattr(self, field) >= 0, field, getattr(self, field), "it must be at least 0")
+        require_at_most(self, "", seed=2**32 - 1)  # JAX would take a larger one for a smaller
         require("://" not in (self.workdir or ""), "workdir", self.workdir, "it must be a path of a file system")
         require(
             self.verify_resume_steps < self.num_steps,

@@ -13,7 +13,6 @@ import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from bc2_jax import manifest
 from bc2_jax.convert.pickled import read_entries
 from bc2_jax.tokenizer import file_sha256
 
@@ -28,8 +27,8 @@ def expected_sha256(file: Path) -> str | None:
     """What the surroundings of a weight file say its SHA-256 is; None if they say nothing.
 
     Asked are SHA256SUMS in its folder, the name of the blob that it links to in a cache of the Hugging Face hub,
-    the metadata that `hf download --local-dir` leaves, and the manifest of a training checkpoint that it is in. Raises
-    ValueError if two of them disagree or one of the lists is malformed.
+    and the metadata that `hf download --local-dir` leaves. Raises ValueError if two of them disagree or one of the
+    lists is malformed.
     """
     return _expect(file)[0]
 
@@ -45,7 +44,7 @@ def _expect(file: Path) -> tuple[str | None, str]:
 def _statements(file: Path) -> Iterator[tuple[str, str]]:
     sums = file.parent / SUMS_NAME
     if sums.is_file():
-        yield from ((digest, str(sums)) for name, digest in _read_sha256sums(sums) if Path(name) == Path(file.name))
+        yield from ((digest, str(sums)) for name, digest in read_sha256sums(sums) if Path(name) == Path(file.name))
     blob = Path(os.path.realpath(file))
     if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name):
         yield blob.name, f"the name of {blob}"
@@ -55,12 +54,10 @@ def _statements(file: Path) -> Iterator[tuple[str, str]]:
         etag = "".join(metadata.read_text(encoding="utf-8", errors="replace").splitlines()[1:2]).strip()
         if _SHA256.fullmatch(etag):
             yield etag, str(metadata)
-    if (manifested := manifest.expected_sha256(file)) is not None:
-        yield manifested[0], str(manifested[1])
 
 
-def _read_sha256sums(sums: Path) -> Iterator[tuple[str, str]]:
-    """(name, digest) of each line; comments are skipped as sha256sum does."""
+def read_sha256sums(sums: Path) -> Iterator[tuple[str, str]]:
+    """(name, digest) of each line; comments are skipped as sha256sum does. Raises ValueError if a line is neither."""
     lines = sums.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
     for number, line in enumerate(lines, 1):
         line = line.rstrip("\r")
@@ -72,14 +69,15 @@ def _read_sha256sums(sums: Path) -> Iterator[tuple[str, str]]:
         yield match[2], match[1].lower()
 
 
-def verify_file(file: Path) -> bool:
+def verify_file(file: Path, manifested: str | None = None) -> bool:
     """Whether there was something to check `file` against; then it was read whole and is what it should be.
 
-    Compared is its SHA-256 with `expected_sha256`. Where none is known, a `.bin` file is compared with the CRC-32 of
-    its zip entries, unless it was written without (torch.serialization.set_crc32_options). Raises ValueError if they
-    differ, or if `expected_sha256` or `pickled.read_entries` does.
+    Compared is its SHA-256 with that of its checkpoint's manifest, `manifested`, or else with `expected_sha256`. Where
+    none is known, a `.bin` file is compared with the CRC-32 of its zip entries, unless it was written without
+    (torch.serialization.set_crc32_options). Raises ValueError if they differ, or if `expected_sha256` or
+    `pickled.read_entries` does.
     """
-    expected, who = _expect(file)
+    expected, who = _expect(file) if manifested is None else (manifested, "the manifest of its checkpoint")
     if expected is None:
         return file.suffix == ".bin" and _verify_entries(file)
     if (found := file_sha256(file)) != expected:

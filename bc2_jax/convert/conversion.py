@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
@@ -18,11 +19,12 @@ from bc2_jax.convert.checksums import verify_file
 from bc2_jax.convert.folder import check_free, written_whole
 from bc2_jax.convert.gguf import GGUFType, check_gguf, write_gguf
 from bc2_jax.convert.hf_config import HFDType
-from bc2_jax.convert.pretrained import is_hf_folder, is_params_only
+from bc2_jax.convert.ownership import foreign_in_checkpoint, foreign_in_export, foreign_in_gguf
 from bc2_jax.convert.source import Source, open_source
 from bc2_jax.convert.stream import Stream, digest_part, fingerprint, in_order
 from bc2_jax.convert.table import Layout, layers_of, param_shapes, read_layer
 from bc2_jax.convert.vocabulary import check_vocabulary, resize_vocab
+from bc2_jax.validation import check_path
 
 NO_PROGRESS = (lambda total: None, lambda done: None)
 Progress = tuple[Callable[[int], None], Callable[[int], None]]
@@ -36,7 +38,7 @@ class Options:
     strict: bool = False
     """Refuse values that are not finite; otherwise they are named in the summary."""
     overwrite: bool = False
-    """Replace a target that is a model."""
+    """Replace a target that holds nothing but what a conversion wrote."""
     verify: bool = False
     """Read the result again and compare every part with what was meant to be written."""
     resize_vocab: int | None = None
@@ -64,6 +66,8 @@ class Summary:
     not_finite: tuple[str, ...]
     hashed_files: int | None
     """Source files whose hash was known and right; None where they were not checked."""
+    notes: tuple[str, ...]
+    """Sentences on what was decided or left out without being asked."""
 
 
 def to_orbax(
@@ -72,17 +76,19 @@ def to_orbax(
     """Writes the model in `folder` as a params-only checkpoint, in the dtype of its files or in `dtype`.
 
     Peak memory is a few layers' tensors and one embedding table, whatever the model. Raises FileNotFoundError,
-    FileExistsError or ValueError, in one sentence, and then leaves nothing behind.
+    FileExistsError, `files.InUse` (another process is writing it) or ValueError, in one sentence, and then leaves
+    nothing behind.
     """
     target = Path(checkpoint).absolute()
-    check_free(target, options.overwrite, is_params_only)
+    check_path("target", target)
+    check_free(target, options.overwrite, foreign_in_checkpoint)
     source = _prepare(folder, options)
     stream = _stream(source, options, None if dtype is None else hf.DTYPES[dtype])
     shapes = param_shapes(source.config)
     dtypes = {path: stream.dtype_of(path) for path in shapes}
     metadata = {"config": {"model": dataclasses.asdict(source.config)}, "generation": source.generation}
     begin = time.perf_counter()
-    with written_whole(target, options.overwrite, is_params_only) as partial, _Hashes(source, options) as hashes:
+    with written_whole(target, options.overwrite, foreign_in_checkpoint) as partial, _Hashes(source, options) as hashes:
         writer = orbax.ParamsWriter(partial, shapes, dtypes, metadata)
         for _ in in_order(lambda part: writer.write(part[0], part[1], stream.read(*part)), source.parts()):
             pass
@@ -92,51 +98,71 @@ def to_orbax(
             arrays = orbax.open_arrays(partial)
             _verify(stream, lambda path, layer: orbax.read_part(arrays[path], layer))
         hashed = hashes.finish()
-    return _summary(target, stream, hashed, begin)
+    return _summary(target, stream, hashed, begin, _notes(source))
 
 
 def to_hf(
     checkpoint: str | Path,
     folder: str | Path,
     options: Options = Options(),
-    dtype: HFDType = "bfloat16",
+    dtype: HFDType | None = None,
     layout: Layout = "baichuan2",
     file_format: hf_write.FileFormat = "safetensors",
     max_shard_bytes: float = 5e9,
 ) -> Summary:
     """Writes a checkpoint of ours (or a PyTorch folder) as a PyTorch folder.
 
-    `layout`: baichuan2 is the released one, with the master rows of the head; baichuan1 has normalised rows, for
+    `dtype` None is that of the source, or of a training run's checkpoint bfloat16, as models are released. `layout`:
+    baichuan2 is the released one, with the master rows of the head; baichuan1 has normalised rows, for
     engines without NormHead; llama, for RoPE models, is LlamaForCausalLM's. Raises as `to_orbax`.
     """
     target = Path(folder).absolute()
-    check_free(target, options.overwrite, is_hf_folder)
+    check_free(target, options.overwrite, foreign_in_export)
     source = _prepare(checkpoint, options)
+    dtype, notes = (dtype, ()) if dtype is not None else _choose_dtype(source)
     hf_write.check_layout(source.config, layout)
     stream = _stream(source, options, hf.DTYPES[dtype], normalize_head=layout != "baichuan2")
     begin = time.perf_counter()
-    with written_whole(target, options.overwrite, is_hf_folder) as partial, _Hashes(source, options) as hashes:
+    with written_whole(target, options.overwrite, foreign_in_export) as partial, _Hashes(source, options) as hashes:
         hf_write.write_folder(stream, partial, dtype, layout, file_format, max_shard_bytes)
         if options.verify:
             tensors = hf.open_folder(partial)
             hf.check_tensors(source.config, tensors, layout)
             _verify(stream, lambda p, i: read_layer(source.config, lambda n: tensors[n].read(), p, i, layout))
         hashed = hashes.finish()
-    return _summary(target, stream, hashed, begin)
+    return _summary(target, stream, hashed, begin, (*notes, *_notes(source)))
 
 
 def to_gguf(checkpoint: str | Path, file: str | Path, options: Options = Options(), kind: GGUFType = "f16") -> Summary:
     """Writes a model as one GGUF file for llama.cpp. Raises as `to_orbax`."""
     target = Path(file).absolute()
-    check_free(target, options.overwrite, Path.is_file)
+    check_free(target, options.overwrite, foreign_in_gguf)
     source = _prepare(checkpoint, options)
     check_gguf(source.config, kind)
     stream = _stream(source, options, np.dtype(np.float32), normalize_head=True)
     begin = time.perf_counter()
-    with written_whole(target, options.overwrite, Path.is_file) as partial, _Hashes(source, options) as hashes:
+    with written_whole(target, options.overwrite, foreign_in_gguf) as partial, _Hashes(source, options) as hashes:
         write_gguf(stream, partial, kind)
         hashed = hashes.finish()
-    return _summary(target, stream, hashed, begin)
+    also = () if source.generation is None else ("generation_config.json",)
+    return _summary(target, stream, hashed, begin, _notes(source, also))
+
+
+def _choose_dtype(source: Source) -> tuple[HFDType, tuple[str, ...]]:
+    """The dtype of a PyTorch folder that nobody named, and what is to be said about it."""
+    kinds = {dtype.name for dtype in source.dtypes.values()}
+    if source.is_training:
+        note = "written as bfloat16, as models are released; --dtype float32 keeps the master weights of the run"
+        return "bfloat16", (note,) * (kinds != {"bfloat16"})
+    for name in get_args(HFDType):
+        if kinds == {name}:
+            return name, ()
+    return "float32", (f"written as float32, which holds the source's {', '.join(sorted(kinds))} exactly",)
+
+
+def _notes(source: Source, also: tuple[str, ...] = ()) -> tuple[str, ...]:
+    left_out = (*source.unread, *also)
+    return (f"not carried over: {hf.join_some(left_out)}",) if left_out else ()
 
 
 def _prepare(path: str | Path, options: Options) -> Source:
@@ -167,7 +193,8 @@ class _Hashes:
         self._pool = ThreadPoolExecutor(1)
         self._files = source.files if options.check_hashes else ()
         self._checked = options.check_hashes and bool(source.files)
-        self._futures = [self._pool.submit(verify_file, file) for file in self._files]
+        manifested = source.manifested
+        self._futures = [self._pool.submit(verify_file, file, manifested.get(file)) for file in self._files]
 
     def __enter__(self) -> _Hashes:
         return self
@@ -192,10 +219,10 @@ def _verify(stream: Stream, read: Callable[[str, int | None], np.ndarray]) -> No
             )
 
 
-def _summary(target: Path, stream: Stream, hashed: int | None, begin: float) -> Summary:
+def _summary(target: Path, stream: Stream, hashed: int | None, begin: float, notes: tuple[str, ...]) -> Summary:
     config = stream.source.config
     files = [file for file in target.rglob("*") if file.is_file()] if target.is_dir() else [target]
     return Summary(
         target, config, len(param_shapes(config)), _size(stream.source), sum(file.stat().st_size for file in files),
-        time.perf_counter() - begin, fingerprint(stream.digests.values()), tuple(stream.not_finite), hashed,
+        time.perf_counter() - begin, fingerprint(stream.digests.values()), tuple(stream.not_finite), hashed, notes,
     )  # fmt: skip

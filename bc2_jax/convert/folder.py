@@ -3,62 +3,101 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from bc2_jax.convert.hf import join_some
+from bc2_jax.files import lock
 from bc2_jax.manifest import sync
 
+Foreign = Callable[[Path], list[str]]
+"""What of an existing target no conversion wrote, by name: see `ownership`."""
 
-def check_free(target: Path, overwrite: bool, is_ours: Callable[[Path], bool]) -> None:
-    """Raises FileExistsError if `target` exists and may not be replaced: not without `overwrite`, and never if it is
-    something else than `is_ours` knows.
+
+def check_free(target: Path, overwrite: bool, foreign: Foreign) -> None:
+    """Raises FileExistsError if `target` exists and may not be replaced: not without `overwrite`, and never if it is a
+    link or holds what `foreign` names.
     """
     if not (target.exists() or target.is_symlink()):
         return
     if not overwrite:
         raise FileExistsError(f"{target} exists; pass --overwrite to replace it.")
-    if target.is_symlink() or not is_ours(target):
-        raise FileExistsError(f"{target} exists and is not of the kind that is to be written; not replaced.")
+    if target.is_symlink():
+        raise FileExistsError(f"{target} is a link: not replaced; give the place that it leads to.")
+    if names := foreign(target):
+        raise FileExistsError(
+            f"{target} is not replaced, as no conversion wrote {join_some(names, 8)}: move that away, or give another "
+            "target."
+        )
 
 
 @contextlib.contextmanager
-def written_whole(target: Path, overwrite: bool, is_ours: Callable[[Path], bool]) -> Iterator[Path]:
-    """Gives the path .NAME.partial to write a folder or a file to; when the block ends it gets the name `target`.
+def written_whole(target: Path, overwrite: bool, foreign: Foreign) -> Iterator[Path]:
+    """Gives a new path .NAME.partial-XXXXXXXX to write a folder or a file to; when the block ends it is synced to disk
+    and gets the name `target`.
 
-    What an interrupted run left under that path is removed first. If the block raises, it is removed and `target` is as
-    it was; an older `target` is deleted only after the new one has its name. Raises FileExistsError as `check_free`.
+    Whoever is in the block owns the target: another process gets `files.InUse`. What a killed owner left is removed.
+    If the block raises, what it wrote is removed and `target` is as it was; an older `target` is deleted only after the
+    new one has its name. Raises FileExistsError as `check_free`, also for a target that appears meanwhile.
     """
     target = target.absolute()
-    check_free(target, overwrite, is_ours)
-    partial = target.with_name(f".{target.name}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    for left in partial.parent.iterdir():
-        if left.name == partial.name or left.name.startswith(f"{partial.name}.orbax-checkpoint-tmp"):
+    check_free(target, overwrite, foreign)
+    with lock(target.with_name(f".{target.name}.lock"), f"The target {target}") as owned:
+        if owned:
+            _clean_up(target)
+        check_free(target, overwrite, foreign)
+        token = secrets.token_hex(4)
+        partial = target.with_name(f".{target.name}.partial-{token}")
+        try:
+            yield partial
+            _sync_all(partial)
+            check_free(target, overwrite, foreign)
+            _replace(partial, target, target.with_name(f".{target.name}.replaced-{token}"))
+        finally:
+            for left in _leftovers(target, token):
+                _remove(left)
+
+
+def _leftovers(target: Path, token: str = "[0-9a-f]{8}") -> list[Path]:
+    """What `written_whole` calls what it has not finished; Orbax adds to the name while it writes."""
+    name = re.compile(rf"\.{re.escape(target.name)}\.(partial|replaced)-{token}(\.orbax-checkpoint-tmp.*)?", re.DOTALL)
+    return [path for path in target.parent.iterdir() if name.fullmatch(path.name)]
+
+
+def _clean_up(target: Path) -> None:
+    """Removes what dead owners left; brings back a target that one was killed replacing."""
+    for left in _leftovers(target):
+        if left.name.startswith(f".{target.name}.replaced-") and not target.exists():
+            left.rename(target)
+        else:
             _remove(left)
-    try:
-        yield partial
-        _replace(partial, target)
-    except BaseException:
-        _remove(partial)
-        raise
 
 
-def _replace(partial: Path, target: Path) -> None:
-    if partial.is_dir():
-        sync(partial)
-    old = target.with_name(f".{target.name}.replaced")
-    if target.exists():
-        _remove(old)
+def _replace(partial: Path, target: Path, old: Path) -> None:
+    replaced = target.exists()
+    if replaced:
         target.rename(old)
     try:
         partial.rename(target)
-    except OSError:
-        if old.exists():
+    except BaseException:
+        if replaced:
             old.rename(target)
         raise
     sync(target.parent)
-    _remove(old)
+
+
+def _sync_all(path: Path) -> None:
+    """Nothing that has its final name may be empty after a power cut."""
+    for root, _, names in os.walk(path):
+        for name in names:
+            sync(Path(root, name))
+        sync(Path(root))
+    if not path.is_dir():
+        sync(path)
 
 
 def _remove(path: Path) -> None:

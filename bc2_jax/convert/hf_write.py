@@ -19,8 +19,8 @@ from bc2_jax.convert.folder import written_whole
 from bc2_jax.convert.hf import DTYPES
 from bc2_jax.convert.hf_config import HFDType, write_config, write_generation_config, write_json
 from bc2_jax.convert.llama_tokenizer import write_llama_tokenizer
+from bc2_jax.convert.ownership import foreign_in_export
 from bc2_jax.convert.pickled_write import write_pickled
-from bc2_jax.convert.pretrained import is_hf_folder
 from bc2_jax.convert.safetensors import write_safetensors
 from bc2_jax.convert.source import source_of_params
 from bc2_jax.convert.stream import Stream, in_order
@@ -110,10 +110,10 @@ def save_folder(
     """Writes `params` in memory in the released layout, as safetensors.
 
     `params` holds numpy or jax arrays, the latter sharded in any way over devices of this process; one layer at a time
-    is copied to the host. Until it is complete the folder is called .NAME.partial; one left by an interrupted run is
-    replaced. Raises FileExistsError if the folder exists and `overwrite` is false, or is no checkpoint; ValueError if
-    params do not fit the config or a finite value overflows in `dtype`.
+    is copied to the host. Nothing has the name `folder` until it is complete (`folder.written_whole`). Raises
+    FileExistsError if it exists and `overwrite` is false, or it holds what we did not write; ValueError if params do
+    not fit the config or a finite value overflows in `dtype`.
     """
     source = source_of_params(params, config, None if tokenizer_path is None else Path(tokenizer_path))
-    with written_whole(Path(folder), overwrite, is_hf_folder) as partial:
+    with written_whole(Path(folder), overwrite, foreign_in_export) as partial:
         write_folder(Stream(source, DTYPES[dtype]), partial, dtype, max_shard_bytes=max_shard_bytes)

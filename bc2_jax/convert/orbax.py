@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,30 +20,67 @@ from orbax.checkpoint import v1 as ocp
 
 from bc2_jax.checkpoint import CHUNK_BYTES
 from bc2_jax.convert.table import Shape, unflatten
+from bc2_jax.files import file_store
+from bc2_jax.manifest import DamagedCheckpoint
 
 
 def open_arrays(checkpoint: Path) -> dict[str, ts.TensorStore]:
-    """Our path -> array on disk, for the parameters of a checkpoint; nothing read but metadata."""
+    """Our path -> array on disk, for the parameters of a checkpoint; nothing read but metadata.
+
+    Raises DamagedCheckpoint if the metadata is not what Orbax writes, or has a name that could lead elsewhere.
+    """
     folder = checkpoint / "params"
-    metadata = json.loads((folder / "_METADATA").read_text(encoding="utf-8"))
-    base = f"file://{folder}/"
-    driver = "zarr3" if metadata["use_zarr3"] else "zarr"
+    names, driver, in_ocdbt = _read_tree(folder / "_METADATA")
     arrays = {}
-    for entry in metadata["tree_metadata"].values():
-        name = ".".join(str(key["key"]) for key in entry["key_metadata"])
-        if {"/", "\\"} & set(name) or ".." in name or not name.isprintable():
-            raise ValueError(f"{folder / '_METADATA'} is not valid: {name!r} is not the name of an array.")
-        store: Any = (
-            {"driver": "ocdbt", "base": base, "path": f"{name}/"} if metadata["use_ocdbt"] else f"{base}{name}/"
+    for name in names:
+        store: dict[str, Any] = (
+            {"driver": "ocdbt", "base": file_store(folder), "path": f"{name}/"}
+            if in_ocdbt
+            else file_store(folder / name)
         )
         spec = {"driver": driver, "kvstore": store, "fill_missing_data_reads": False}  # a missing chunk is an error
-        arrays[name] = ts.open(spec, read=True, open=True).result()
+        try:
+            arrays[name] = ts.open(spec, read=True, open=True).result()
+        except ValueError as error:
+            raise DamagedCheckpoint(f"{folder} is damaged: {name} cannot be opened ({explain(error)}).") from error
     return arrays
 
 
+def _read_tree(file: Path) -> tuple[list[str], str, bool]:
+    """Names of the arrays, TensorStore's driver for them, and whether they are in one OCDBT database."""
+    try:
+        metadata = json.loads(file.read_bytes())
+        names = [
+            ".".join(str(key["key"]) for key in entry["key_metadata"]) for entry in metadata["tree_metadata"].values()
+        ]
+        driver, in_ocdbt = "zarr3" if metadata["use_zarr3"] else "zarr", bool(metadata["use_ocdbt"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{file} is damaged: it does not describe arrays ({explain(error)}).") from error
+    for name in names:
+        if not re.fullmatch(r"\w+([.-]\w+)*", name):
+            raise DamagedCheckpoint(f"{file} is not valid: {name!r} is not the name of an array.")
+    return names, driver, in_ocdbt
+
+
 def read_part(array: ts.TensorStore, layer: int | None) -> np.ndarray:
-    """One layer of an array on disk; all of it where layer is None. Raises ValueError if its bytes are damaged."""
-    return (array if layer is None else array[layer]).read().result()
+    """One layer of an array on disk; all of it where layer is None. Raises DamagedCheckpoint if bytes are damaged."""
+    try:
+        return (array if layer is None else array[layer]).read().result()
+    except ValueError as error:
+        store: Any = array.kvstore
+        place = store.path if store.base is None else store.base.path + store.path
+        raise DamagedCheckpoint(f"{place.rstrip('/')} is damaged: it cannot be read ({explain(error)}).") from error
+
+
+def explain(error: BaseException, limit: int = 300) -> str:
+    """The innermost cause in one line, without the specifications and places in source that TensorStore adds to it."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    text = re.split(r"\s*\[(?:tensorstore_spec|source locations)", str(error))[0]
+    text = " ".join(text.split()).rstrip(".") or type(error).__name__
+    if isinstance(error, KeyError):
+        text = f"no {text}"
+    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 class ParamsWriter:
@@ -69,7 +107,7 @@ class ParamsWriter:
             shutil.rmtree(folder / path)
             spec = {
                 "driver": "zarr3",
-                "kvstore": f"file://{folder}/{path}/",
+                "kvstore": file_store(folder / path),
                 "metadata": {
                     "shape": shape,
                     "data_type": dtypes[path].name,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +21,15 @@ from orbax.checkpoint import v1 as ocp
 from bc2_jax import manifest
 from bc2_jax.checkpoint import TOKENIZER_NAME, is_complete, parse_model_config, read_metadata, save_context
 from bc2_jax.config import ComputeConfig, DType, ModelConfig
-from bc2_jax.convert import hf
+from bc2_jax.convert import hf, orbax
 from bc2_jax.convert.hf_config import read_config
 from bc2_jax.convert.table import flatten, param_shapes, read_slice, unflatten
+from bc2_jax.manifest import DamagedCheckpoint
 from bc2_jax.model.baichuan import Baichuan2, Params, abstract_params, param_shardings, split_model
+from bc2_jax.validation import check_path
+
+# Where several arrays are damaged Orbax raises the fault of one; of the others asyncio prints whole tracebacks.
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +42,16 @@ class FoundModel:
     config: ModelConfig
     tokenizer: Path | None
     """tokenizer.model in a PyTorch folder; in a checkpoint's folder or its run's."""
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What was saved with a checkpoint; nothing in a PyTorch folder."""
 
 
 def find_model(path: str | Path) -> FoundModel:
     """Finds the model at `path`: a folder in the released PyTorch layout, a bc2_jax checkpoint, or the newest complete
     checkpoint of a run (its folder, or the `checkpoints` folder in it).
 
-    Raises FileNotFoundError if there is no model and ValueError if its config is not valid, in one sentence.
+    Raises FileNotFoundError if there is no model, and ValueError if its config is not valid, a checkpoint is damaged or
+    has a link in it, or its path is none for Orbax (`validation.check_path`); in one sentence.
     """
     path = Path(path)
     if is_hf_folder(path):
@@ -49,8 +60,25 @@ def find_model(path: str | Path) -> FoundModel:
     checkpoint = _newest_checkpoint(path.absolute())
     if checkpoint is None:
         raise FileNotFoundError(_explain_absence(path))
-    config = parse_model_config(read_metadata(checkpoint), checkpoint)
-    return FoundModel(checkpoint, "orbax", config, _tokenizer_near(checkpoint))
+    check_path("path", checkpoint)
+    manifest.refuse_links(checkpoint)
+    metadata = _read_metadata(checkpoint)
+    return FoundModel(
+        checkpoint, "orbax", parse_model_config(metadata, checkpoint), _tokenizer_near(checkpoint), metadata
+    )
+
+
+def _read_metadata(checkpoint: Path) -> dict[str, Any]:
+    """The metadata of a checkpoint; one sentence, whatever is wrong with the JSON that Orbax reads it from."""
+    file = checkpoint / "_CHECKPOINT_METADATA"
+    try:
+        json.loads(file.read_bytes())
+        metadata = read_metadata(checkpoint)
+        if not isinstance(metadata.get("generation"), dict | None):
+            raise ValueError(f"generation = {metadata['generation']!r} is no generation config")
+        return metadata
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{file} is damaged: {orbax.explain(error)}.") from error
 
 
 def find_tokenizer(path: str | Path) -> Path:
@@ -96,6 +124,7 @@ def save_params(params: Params, config: ModelConfig, path: str | Path, tokenizer
     From files, `convert.conversion.to_orbax` does so one layer at a time.
     """
     path = Path(path).absolute()
+    check_path("path", path)
     if path.exists():
         raise FileExistsError(f"{path} exists.")
     metadata = {"config": {"model": dataclasses.asdict(config)}}
@@ -108,11 +137,6 @@ def save_params(params: Params, config: ModelConfig, path: str | Path, tokenizer
 def is_hf_folder(path: Path) -> bool:
     """Whether `path` is a model folder in a PyTorch layout, not a bc2_jax checkpoint or run."""
     return (path / "config.json").is_file() and not _is_run(path)
-
-
-def is_params_only(path: Path) -> bool:
-    """Whether `path` is a complete checkpoint of parameters alone, which can be made again from a model."""
-    return is_complete(path) and not (path / "opt_state").exists()
 
 
 def _is_run(path: Path) -> bool:
@@ -129,7 +153,7 @@ def _is_run(path: Path) -> bool:
 def _newest_checkpoint(path: Path) -> Path | None:
     for folder in (path / "checkpoints", path):
         if folder.is_dir():
-            steps = [p for p in folder.iterdir() if p.name.isdigit() and is_complete(p)]
+            steps = [p for p in folder.iterdir() if re.fullmatch("[0-9]+", p.name) and is_complete(p)]
             if steps:
                 return max(steps, key=lambda p: int(p.name))
     return path if is_complete(path) else None
@@ -149,11 +173,12 @@ def _explain_absence(path: Path) -> str:
 
 
 def _tokenizer_near(path: Path) -> Path | None:
-    """The tokenizer in `path` or, where that is RUN/checkpoints or RUN/checkpoints/STEP, in RUN."""
-    for folder in (path, path.parent, path.parent.parent):
-        if (folder / TOKENIZER_NAME).is_file():
-            return folder / TOKENIZER_NAME
-    return None
+    """The tokenizer in `path` or, where that is RUN/checkpoints or RUN/checkpoints/STEP, in RUN.
+
+    In no other folder above: the tokenizer there is another model's.
+    """
+    runs = [folder.parent for folder in (path, path.parent) if folder.name == "checkpoints"]
+    return next((folder / TOKENIZER_NAME for folder in (path, *runs) if (folder / TOKENIZER_NAME).is_file()), None)
 
 
 def _load_torch(found: FoundModel, dtype: DType, mesh: Mesh | None) -> Params:
@@ -175,10 +200,13 @@ def _load_orbax(found: FoundModel, dtype: DType, mesh: Mesh | None) -> Params:
     path = found.path
     if (path / manifest.MANIFEST_NAME).is_file():
         manifest.verify(path, jax.process_index(), jax.process_count(), below="params/")
+    # What is wrong with the metadata is said better by our own reader of it.
+    shapes = {name: array.shape for name, array in orbax.open_arrays(path).items()}
+    hf.check_shapes(f"arrays of {path}", param_shapes(found.config), shapes)
     abstract = abstract_params(found.config, mesh, dtype)
     try:
         return ocp.load_checkpointables(path, {"params": abstract})["params"]
-    except (ValueError, KeyError) as error:
-        # What is wrong with an array is the cause of what Orbax raises.
-        cause = error.__cause__ or error.__context__ or error
-        raise ValueError(f"The parameters in {path} cannot be read, it is damaged or incomplete ({cause}).") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedCheckpoint(
+            f"The parameters in {path} cannot be read, it is damaged or incomplete ({orbax.explain(error)})."
+        ) from error

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bc2_jax import manifest
-from bc2_jax.checkpoint import read_metadata
+from bc2_jax.checkpoint import TOKENIZER_NAME
 from bc2_jax.config import ModelConfig
 from bc2_jax.convert import hf, orbax
+from bc2_jax.convert.checksums import SUMS_NAME
 from bc2_jax.convert.hf_config import read_generation_config
+from bc2_jax.convert.ownership import foreign_in_checkpoint
 from bc2_jax.convert.pretrained import FoundModel, find_model
 from bc2_jax.convert.table import Reader, flatten, layers_of, param_shapes, read_layer, torch_name
 
@@ -34,6 +36,12 @@ class Source:
     """generation_config.json, as it came with a release."""
     files: tuple[Path, ...] = ()
     """The weight files of a PyTorch folder, or those of a training checkpoint that has a manifest."""
+    manifested: Mapping[Path, str] = dataclasses.field(default_factory=dict)
+    """What that manifest says the SHA-256 of each of `files` is."""
+    is_training: bool = False
+    """Whether it is a training checkpoint, whose parameters are the float32 masters."""
+    unread: tuple[str, ...] = ()
+    """Names of what else lies there, which a conversion does not carry over."""
 
     def parts(self) -> Iterator[tuple[str, int | None]]:
         """Every (our path, layer) there is, sorted by path."""
@@ -54,23 +62,17 @@ def _open_orbax(found: FoundModel) -> Source:
     folder, config = found.path, found.config
     arrays = orbax.open_arrays(folder)
     hf.check_shapes(f"arrays of {folder}", param_shapes(config), {name: array.shape for name, array in arrays.items()})
-
-    def read(name: str, layer: int | None) -> np.ndarray:
-        try:
-            return orbax.read_part(arrays[name], layer)
-        except ValueError as error:
-            raise ValueError(f"{folder} is damaged: {name} cannot be read ({error}).") from error
-
-    dtypes = {name: array.dtype.numpy_dtype for name, array in arrays.items()}
-    generation = read_metadata(folder).get("generation")
-    return Source(folder, config, dtypes, read, found.tokenizer, generation, _files_in_manifest(folder))
-
-
-def _files_in_manifest(folder: Path) -> tuple[Path, ...]:
-    """The files of the parameters that the manifest of a checkpoint lists; none if it has no manifest."""
-    if not (folder / manifest.MANIFEST_NAME).is_file():
-        return ()
-    return tuple(folder / name for name in sorted(manifest.read_manifest(folder)) if name.startswith("params/"))
+    hashes = {}
+    if (folder / manifest.MANIFEST_NAME).is_file():
+        states = sorted(manifest.read_manifest(folder).items())
+        hashes = {folder / name: state.sha256 for name, state in states if name.startswith("params/")}
+    training = {"opt_state/", manifest.MANIFEST_NAME}
+    return Source(
+        folder, config, {name: array.dtype.numpy_dtype for name, array in arrays.items()},
+        lambda name, layer: orbax.read_part(arrays[name], layer), found.tokenizer, found.metadata.get("generation"),
+        tuple(hashes), hashes, (folder / "opt_state").is_dir(),
+        tuple(name for name in foreign_in_checkpoint(folder) if name not in training),
+    )  # fmt: skip
 
 
 def _open_torch(found: FoundModel) -> Source:
@@ -84,7 +86,16 @@ def _open_torch(found: FoundModel) -> Source:
     dtypes = {name: tensors[torch_name(name)].dtype for name in param_shapes(config)}
     generation = read_generation_config(folder)
     files = tuple(sorted({tensor.file for tensor in tensors.values()}))
-    return Source(folder, config, dtypes, read, found.tokenizer, generation, files)
+    return Source(folder, config, dtypes, read, found.tokenizer, generation, files, unread=_unread(folder, files))
+
+
+def _unread(folder: Path, files: Iterable[Path]) -> tuple[str, ...]:
+    """What lies beside the weight files of a PyTorch folder and is not read; hidden files are not mentioned."""
+    read = {file.name for file in files} | {TOKENIZER_NAME, SUMS_NAME, "config.json", "generation_config.json"}
+    # An index belongs to the weight files that are read, or to a format that is not.
+    read |= {f"{stem}{suffix}.index.json" for stem, suffix in {(f.name.split("-")[0], f.suffix) for f in files}}
+    names = (path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith("."))
+    return tuple(sorted(name for name in names if name not in read))
 
 
 def source_of_params(params: Mapping[str, Any], config: ModelConfig, tokenizer: Path | None = None) -> Source:

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 
 def make_train_loader(
-    data: DataConfig, *, process_index: int, process_count: int, num_rows: int = 0, first_row: int = 0,
-    bad_rows: BadRows | None = None,
+    data: DataConfig, *, process_index: int, process_count: int, num_steps: int | None = None,
+    done: tuple[int, int] = (0, 0), first_row: int = 0, bad_rows: BadRows | None = None,
 ) -> grain.MapDataset[Rows]:  # fmt: skip
     """The endless training batches of one process: `loader[i]` has what `row_to_example` gives, int32 [B, T].
 
@@ -44,14 +44,15 @@ def make_train_loader(
     others keep their places. Then `loader[step]` raises ValueError, naming the row.
 
     Raises FileNotFoundError or ValueError, naming the field, if the rows are not there or were not made for `data`, or
-    if a run of `num_rows` would read a source more often than its max_epochs.
+    if a run of `num_steps`, which has `done` (steps, rows), would read a source more often than its max_epochs.
     """
     import grain
 
     local = _local_batch_size("data.global_batch_size", data.global_batch_size, process_index, process_count)
     parts = _open_parts(data, bad_rows)
     mixture = _make_mixture(data, parts)
-    _check_epochs(data, parts, mixture, num_rows)
+    if num_steps is not None:
+        _check_epochs(data, parts, mixture, num_steps, done)
     rows = grain.MapDataset.source(mixture)[first_row:] if first_row else grain.MapDataset.source(mixture)
     return _make_batches(rows, local, process_index, process_count)
 
@@ -215,22 +216,24 @@ def _make_mixture(data: DataConfig, parts: Sequence[_Part]) -> Mixture:
     return Mixture(datasets, _stages(data, parts))
 
 
-def _check_epochs(data: DataConfig, parts: Sequence[_Part], mixture: Mixture, num_rows: int) -> None:
+def _check_epochs(
+    data: DataConfig, parts: Sequence[_Part], mixture: Mixture, num_steps: int, done: tuple[int, int]
+) -> None:
     for index, part in enumerate(parts):
         limit = data.sources[part.source].max_epochs
         if limit is None:
             continue
 
-        def epochs(rows: int, index: int = index, part: _Part = part) -> float:
+        def epochs(steps: int, index: int = index, part: _Part = part) -> float:
+            rows = done[1] + max(steps - done[0], 0) * data.global_batch_size
             return mixture.rows_read(rows)[index] / len(part.rows)
 
-        if epochs(num_rows) > limit:
-            most = bisect.bisect_right(range(num_rows), limit, key=epochs) - 1
+        if epochs(num_steps) > limit:
+            steps = bisect.bisect_right(range(num_steps), limit, key=epochs) - 1
             raise ValueError(
-                f"data.sources.max_epochs = {limit} is not valid: with {num_rows} rows in all the run reads the "
-                f"{len(part.rows)} rows of {str(part.folder.path)!r} {epochs(num_rows):.3g} times; it must be at least "
-                f"{math.ceil(100 * epochs(num_rows)) / 100}, or num_steps smaller by "
-                f"{-(-(num_rows - most) // data.global_batch_size)}."
+                f"data.sources.max_epochs = {limit} is not valid: a run of {num_steps} steps reads "
+                f"the {len(part.rows)} rows of {str(part.folder.path)!r} {epochs(num_steps):.3g} times; it must be at "
+                f"least {math.ceil(100 * epochs(num_steps)) / 100}, or num_steps at most {steps}."
             )
 
 

@@ -30,8 +30,10 @@ class RowBatches:
     the next one whatever the size of its batches was before.
     """
 
-    def __init__(self, data: DataConfig, mesh: Mesh, bad_rows: BadRows, num_rows: int = 0):
-        """`num_rows` are the rows of the whole run. Raises as `make_train_loader`."""
+    def __init__(
+        self, data: DataConfig, mesh: Mesh, num_steps: int, bad_rows: BadRows, done: tuple[int, int] = (0, 0)
+    ):  # fmt: skip
+        """Raises as `make_train_loader` for a run that has `done` (steps, rows)."""
         part = batch_part(mesh, jax.process_index())
         self._make_loader = functools.partial(
             make_train_loader, data, process_index=part.process_index, process_count=part.process_count,
@@ -39,7 +41,7 @@ class RowBatches:
         )  # fmt: skip
         self._size, self._length, self._bad_rows = data.global_batch_size, data.sequence_length, bad_rows
         self._offset = 0
-        self._iterator = make_train_iterator(self._make_loader(num_rows=num_rows))
+        self._iterator = make_train_iterator(self._make_loader(num_steps=num_steps, done=done))
         self._put = make_put(data, mesh)
         self._stretches = [Stretch(1, 0, self._size)]
         self._next_row = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import shutil
 from collections.abc import Callable
@@ -14,22 +13,29 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
-from bc2_jax.checkpoint import TOKENIZER_NAME, Metadata, parse_model_config
-from bc2_jax.config import ComputeConfig, ModelConfig, RunConfig, TrainConfig, differing_fields
-from bc2_jax.convert.pretrained import find_model, load_params
+from bc2_jax.checkpoint import TOKENIZER_NAME
+from bc2_jax.config import ComputeConfig, ModelConfig, RunConfig, TrainConfig
+from bc2_jax.convert.pretrained import load_params
 from bc2_jax.data.bad_rows import BadRows
 from bc2_jax.data.batch import Batch
 from bc2_jax.data.row_batches import RowBatches, ValidationBatches, next_row
-from bc2_jax.data.row_order import changed_row_order, record_row_order
+from bc2_jax.data.row_order import record_row_order
 from bc2_jax.model.baichuan import Params, abstract_params, init_params, split_model
 from bc2_jax.tokenizer import Tokenizer, file_sha256
+from bc2_jax.train.checks import (
+    check_initial_model,
+    check_same_model,
+    check_same_tokenizer,
+    check_samples,
+    check_tokenizer,
+    warn_of_other_rows,
+)
 from bc2_jax.train.job import Job, Objective, Parts, TrainState, abstract_state, init_state
 from bc2_jax.train.loop import RunResult, Start, run
 from bc2_jax.train.loss import LossSums, count_targets, head_loss
 from bc2_jax.train.optimizer import Optimizer, make_optimizer
 from bc2_jax.train.results import make_baselines, print_mixture, print_tables, show_results
 from bc2_jax.train.resume import Change, list_changes, print_changes
-from bc2_jax.validation import require
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +61,6 @@ def make_job(config: TrainConfig, start: Start) -> Job:
     check_samples(config, tokenizer)
     bad_rows = BadRows(config.data.max_bad_rows)
     row = 0 if start.metadata is None else next_row(start.metadata.data, config.data.sequence_length)
-    num_rows = row + (config.num_steps - start.step) * config.data.global_batch_size
     optimizer = make_optimizer(config.optimizer)
     baselines: dict[str, float] = {}
 
@@ -69,7 +74,7 @@ def make_job(config: TrainConfig, start: Start) -> Job:
         if jax.process_index() == 0:
             keep_tokenizer(workdir, config.data.tokenizer, tokenizer_sha256, start.step)
         print_tables(start.console, config, start.mesh)
-        print_mixture(start.console, config, start.step, row, num_rows)
+        print_mixture(start.console, config, start.step, row)
         print_changes(start.console, changes)
         if config.ngram_baselines and jax.process_index() == 0:
             baselines.update(make_baselines(config, start.console))
@@ -81,7 +86,7 @@ def make_job(config: TrainConfig, start: Start) -> Job:
         optimizer=optimizer,
         abstract_state=make_abstract_state(config, start.mesh, optimizer),
         init_state=init,
-        batches=RowBatches(config.data, start.mesh, bad_rows, num_rows),
+        batches=RowBatches(config.data, start.mesh, config.num_steps, bad_rows, (start.step, row)),
         validation=ValidationBatches(config.data, start.mesh, bad_rows),
         begin=begin,
         finish=lambda checkpoint, params: show_results(config, checkpoint, params, baselines, tokenizer, start),
@@ -158,80 +163,6 @@ def head_norms(params: Params) -> dict[str, Array]:
     }
 
 
-# -------------------------------------------------------------------------------------------------------------- checks
-
-
-def check_same_model(config: RunConfig, metadata: Metadata, workdir: Path) -> None:
-    """Raises ValueError, naming the fields that differ, if a checkpoint is of another architecture."""
-    saved = _with_free_fields(parse_model_config({"config": metadata.config}, workdir), config.model)
-    if lines := differing_fields(config.model, saved):
-        raise ValueError(
-            f"model is not that of the checkpoints in '{workdir}'; these fields differ (now against then): "
-            + "; ".join(lines) + "."
-        )  # fmt: skip
-
-
-def _with_free_fields(found: ModelConfig, model: ModelConfig) -> ModelConfig:
-    """`found` with what says how to train or how far to go, and so is the run's to choose, as in `model`."""
-    free = {name: getattr(model, name) for name in ("z_loss_weight", "initializer_range", "model_max_length")}
-    return dataclasses.replace(found, **free)
-
-
-def warn_of_other_rows(config: TrainConfig, metadata: Metadata, step: int) -> None:
-    """Logs which fields make a run that goes on from a checkpoint read other rows than it would have read."""
-    recorded = metadata.job.get("row_order")
-    if jax.process_index() != 0 or recorded is None:
-        return
-    if names := changed_row_order(recorded, config.data, metadata.tokens):
-        _log.warning(
-            "The data is not that of the checkpoint of step %d, which it goes on from: %s changed. Rows that were "
-            "trained on may come again, others never.", step, ", ".join(names),
-        )  # fmt: skip
-
-
-def check_initial_model(config: RunConfig) -> None:
-    """Raises ValueError, naming the fields that differ, if `init_from` is of another architecture."""
-    if config.init_from is None:
-        return
-    found = _with_free_fields(find_model(config.init_from).config, config.model)
-    if lines := differing_fields(config.model, found, "model."):
-        raise ValueError(
-            f"init_from = '{config.init_from}' is of another architecture; these differ (the run's against its): "
-            + "; ".join(lines) + "."
-        )  # fmt: skip
-
-
-def check_tokenizer(config: TrainConfig, tokenizer: Tokenizer) -> None:
-    """Raises ValueError if the tokenizer can produce ids the model does not have, or ends documents with another id."""
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ValueError(
-            f"model.vocab_size = {config.model.vocab_size} is not valid: the tokenizer {config.data.tokenizer} has "
-            f"{tokenizer.vocab_size} pieces."
-        )
-    if tokenizer.eos_id != config.model.eos_token_id:
-        raise ValueError(
-            f"model.eos_token_id = {config.model.eos_token_id} is not valid: the tokenizer has {tokenizer.eos_id}."
-        )
-
-
-def check_same_tokenizer(config: TrainConfig, start: Start, sha256: str) -> None:
-    """Raises ValueError if the model that training goes on from was trained with another tokenizer than the data's,
-    unless `allow_other_tokenizer` says that this is meant: its ids would stand for other text."""
-    if start.metadata is not None:
-        before, known = start.workdir / TOKENIZER_NAME, start.metadata.job.get("tokenizer_sha256")
-    elif config.init_from is not None and (found := find_model(config.init_from).tokenizer) is not None:
-        before, known = found, None
-    else:
-        return
-    known = known or (file_sha256(before) if before.is_file() else sha256)
-    if known != sha256 and not config.allow_other_tokenizer:
-        raise ValueError(
-            f"data.tokenizer = '{config.data.tokenizer}' is not valid: its SHA-256 is {sha256[:12]}, that of the "
-            f"tokenizer which the model was trained with ({before}) is {known[:12]}, so that the same ids mean other "
-            "text; if that is meant, set allow_other_tokenizer."
-        )
-
-
 def keep_tokenizer(workdir: Path, tokenizer: str, sha256: str, step: int) -> None:
     """Puts the run's tokenizer into its folder, whole or not at all; another one there gets a name with `step`."""
     kept = workdir / TOKENIZER_NAME
@@ -242,15 +173,3 @@ def keep_tokenizer(workdir: Path, tokenizer: str, sha256: str, step: int) -> Non
     partial = workdir / f"{TOKENIZER_NAME}.partial"
     shutil.copyfile(tokenizer, partial)
     partial.replace(kept)
-
-
-def check_samples(config: TrainConfig, tokenizer: Tokenizer) -> None:
-    """Raises ValueError for sample prompts that generation would refuse at the end of the run."""
-    sample, limit = config.sample, config.model.model_max_length
-    for index, prompt in enumerate(sample.prompts):
-        length = len(tokenizer.encode(prompt))
-        require(length > 0, f"sample.prompts.{index}", prompt, "it must have at least one token")
-        require(
-            length + sample.max_new_tokens <= limit, "sample.max_new_tokens", sample.max_new_tokens,
-            f"with the {length} tokens of {prompt!r} it must be at most model.model_max_length = {limit}",
-        )  # fmt: skip

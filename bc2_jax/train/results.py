@@ -48,9 +48,9 @@ def print_tables(console: Console, config: TrainConfig, mesh: Mesh) -> None:
     _print_table(console, "Mesh", rows)
 
 
-def print_mixture(console: Console, config: TrainConfig, step: int, row: int, num_rows: int) -> None:
+def print_mixture(console: Console, config: TrainConfig, step: int = 0, row: int = 0) -> None:
     """Which share of the tokens each folder of rows has, and how often the run, which is at `row` after `step`, reads
-    it up to its end at `num_rows`."""
+    it up to its end."""
     data = config.data
     table = Table("rows of", "rows", "share", title="Data", title_justify="left")
     for first in data.stage_rows:
@@ -59,7 +59,7 @@ def print_mixture(console: Console, config: TrainConfig, step: int, row: int, nu
     table.add_column("epochs")
     for column in table.columns[1:]:
         column.justify = "right"
-    for part in describe_mixture(data, num_rows):
+    for part in describe_mixture(data, row + (config.num_steps - step) * data.global_batch_size):
         shares = (f"{share:.2%}" for share in part.shares)
         table.add_row(part.path, f"{part.rows:,}", *shares, f"{part.epochs:.2f}")
     console.print(table)

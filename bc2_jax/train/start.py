@@ -12,7 +12,6 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-import bc2_jax
 from bc2_jax.config import RunConfig
 from bc2_jax.tpu.chips import DEVICE_KINDS
 from bc2_jax.tpu.options import compiler_options
@@ -24,7 +23,7 @@ def describe_start(config: RunConfig) -> dict[str, Any]:
     fields = dataclasses.asdict(config)
     for own in ("process_id", "coordinator_address"):  # process 0 may listen at another name than others call
         del fields["distributed"][own]
-    package = Path(bc2_jax.__file__).parent
+    package = Path(__file__).parents[1]
     code = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         code.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes() + b"\0")

@@ -10,6 +10,7 @@ from pathlib import Path
 from bc2_jax.agreement import first_decides
 from bc2_jax.config import RunConfig
 from bc2_jax.files import InUse, lock
+from bc2_jax.validation import check_path
 
 LOCK_NAME = ".lock"
 
@@ -25,8 +26,8 @@ def own_workdir(config: RunConfig) -> Iterator[Path]:
     """The workdir of the run, which no other run can have until the block ends.
 
     It is that of the config; else the first of runs/NAME, runs/NAME-2, ... without checkpoints that no live run has,
-    or, to resume, the last one with checkpoints. A run that failed at its start leaves none. Raises InUse, on every
-    process, before anything in it is touched, if a live run owns it.
+    or, to resume, the last one with checkpoints. A run that failed at its start leaves none. Raises, on every process
+    and before anything in it is touched, InUse if a live run owns it, and ValueError if no checkpoint can be there.
     """
     with contextlib.ExitStack() as owned:
         yield Path(first_decides(lambda: str(_own(config, owned))))
@@ -55,4 +56,5 @@ def _own(config: RunConfig, owned: contextlib.ExitStack) -> Path:
 
 
 def _lock(workdir: Path, owned: contextlib.ExitStack) -> None:
+    check_path("workdir", workdir)
     owned.enter_context(lock(workdir / LOCK_NAME, f"workdir = '{workdir}'"))

@@ -129,7 +129,7 @@ def test_existing_target(tmp_path):
 
 def test_overwrite_never_deletes_what_is_no_checkpoint(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(FileExistsError, match="not of the kind that is to be written; not replaced"):
+    with pytest.raises(FileExistsError, match=r"is not replaced, as no conversion wrote thesis\.tex"):
         save_folder(random_params(TINY, np.float32), TINY, tmp_path, overwrite=True)
     assert (tmp_path / "thesis.tex").exists()
 
@@ -162,7 +162,7 @@ def test_interrupted_write_leaves_nothing_and_keeps_the_old(tmp_path):
 
 
 def test_what_a_killed_run_left_is_replaced(tmp_path):
-    stale = tmp_path / ".a.partial"
+    stale = tmp_path / ".a.partial-0123abcd"
     stale.mkdir()
     (stale / "model-00001-of-00009.safetensors").write_bytes(b"half")
     save_folder(random_params(TINY, np.float32), TINY, tmp_path / "a")

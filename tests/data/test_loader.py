@@ -197,7 +197,7 @@ def test_a_corpus_is_read_by_rows_times_weight(corpus: Path, tokenizer: Tokenize
     data = mixed(corpus, tokenizer, {"path": "."})
     parts = load_corpus(corpus).parts
     expected = np.array([part.rows * part.mean_weight for part in parts])
-    uses = describe_mixture(data, 500)
+    uses = describe_mixture(data, 4000)
     assert [use.path for use in uses] == [str(corpus / part.path) for part in parts]
     np.testing.assert_allclose([use.shares[0] for use in uses], expected / expected.sum())
     # A row has the weight of the documents of its part.
@@ -245,7 +245,7 @@ def test_a_stage_changes_shares_and_nothing_else(corpus: Path, tokenizer: Tokeni
         stages=(MixtureStage(start_tokens=5 * per_step - 1, weights=(1.0, 3.0, 0.0)),
                 MixtureStage(start_tokens=9 * per_step, weights=(0.0, 1.0, 1.0))),
     )  # fmt: skip
-    assert data.stage_steps == (5, 9)
+    assert data.stage_rows == (5 * 8, 9 * 8)
     for steps, shares in ((range(5), (3, 1, 0)), (range(5, 9), (1, 3, 0)), (range(9, 14), (0, 1, 1))):
         seen = collections.Counter(drawn(data, steps))
         for source, share in zip(data.sources, shares, strict=True):
@@ -302,7 +302,7 @@ def test_a_run_that_reads_a_source_too_often_does_not_start(corpus: Path, tokeni
         f"'{corpus / 'b' / 'q3'}' {2000 / rows:.3g} times; it must be at least "
     )
     least, most = re.findall(r"at least ([\d.]+), or num_steps at most (\d+)\.", message)[0]
-    assert describe_mixture(data, int(most))[0].epochs <= 2.0 < describe_mixture(data, int(most) + 1)[0].epochs
+    assert describe_mixture(data, 8 * int(most))[0].epochs <= 2.0 < describe_mixture(data, 8 * int(most) + 8)[0].epochs
     make_train_loader(data, process_index=0, process_count=1, num_steps=int(most))
     enough = dataclasses.replace(data.sources[0], max_epochs=float(least))
     enough_data = dataclasses.replace(data, sources=(enough, data.sources[1]))

@@ -41,7 +41,7 @@ def test_they_decide_as_one_process_does(runs):
     # Steps 13 and 14 are high; without batches 11, 12, 13 the last two are those of steps 22 and 23.
     assert events(several) == events(one) == [
         {"event": "skipped update", "step": 4, "in_a_row": 1},
-        {"event": "rewind", "step": 14, "to": 10, "skipped_batches": [11, 14], "rows": 36},
+        {"event": "rewind", "step": 14, "to": 10, "skipped_rows": [132, 168], "rows": 36},
         {"event": "skipped update", "step": 22, "in_a_row": 1},
         {"event": "stopped", "step": 23, "metric": "loss", "in_a_row": 2},
     ]  # fmt: skip
@@ -60,4 +60,4 @@ def test_each_process_leaves_its_rows(runs):
         whole = dict(file)
     parts = [np.load(several.workdir / f"bad_batch_step_23_process_{p}.npz") for p in range(2)]
     assert sorted(map(bytes, np.concatenate([p["input_ids"] for p in parts]))) == sorted(map(bytes, whole["input_ids"]))
-    assert whole["data_index"] == parts[0]["data_index"] == 25
+    assert whole["first_row"] == parts[0]["first_row"] == 25 * 12

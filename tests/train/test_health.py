@@ -196,15 +196,16 @@ def test_a_spike_rewinds_and_its_rows_are_left_out(small_run, poisoned, tmp_path
     # Steps 8 and 9 are high; step 7 made the parameters of 8: the run goes back to 6 and leaves out batches 6, 7, 8.
     # Then batches 12 and 13 are those of steps 10 and 11: the checkpoint of step 9 goes, back to 6 without 11, 12, 13.
     rewinds = events(tmp_path / "run")
-    assert [(e["event"], e["step"], e["to"], e["skipped_batches"]) for e in rewinds] == [
-        ("rewind", 9, 6, [6, 9]), ("rewind", 11, 6, [11, 14]),
+    size = config.data.global_batch_size
+    assert [(e["event"], e["step"], e["to"], e["skipped_rows"]) for e in rewinds] == [
+        ("rewind", 9, 6, [6 * size, 9 * size]), ("rewind", 11, 6, [11 * size, 14 * size]),
     ]  # fmt: skip
     loader = make_train_loader(config.data, process_index=0, process_count=1)
     read = [*range(6), 9, 10, *range(14, 20)]
     metrics = lines(result.workdir)
-    assert [metrics[s].get("data_index", s - 1) for s in range(1, 15)] == read
+    assert [metrics[s]["first_row"] for s in range(1, 15)] == [i * size for i in read]
     assert [metrics[s]["tokens"] for s in range(1, 15)] == [(loader[i]["labels"] != -100).sum() for i in read]
-    assert metrics[14]["skipped_rows"] == 6 * config.data.global_batch_size
+    assert metrics[14]["skipped_rows"] == 6 * size
     assert max(m["loss"] for m in metrics.values()) < 10
     # Resumed behind the rewinds, a run knows what it left out.
     again = pretrain.train(dataclasses.replace(config, workdir=str(tmp_path / "again"), num_steps=9))
@@ -263,14 +264,6 @@ def test_the_detector_wants_high_losses_in_a_row(noise, steps):
     assert [detector.push(100.0) for _ in range(steps)] == [False] * (steps - 1) + [True]
     off = health.SpikeDetector(0.0, 1, 1)
     assert not any(off.push(x) for x in (1.0, 1e9, 1e30))
-
-
-@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 6)), max_size=5))
-def test_the_data_index_passes_over_windows(spans):
-    windows = row_batches.merge([(first, first + length) for first, length in spans])
-    left_out = {i for first, length in spans for i in range(first, first + length)}
-    kept = [i for i in range(100) if i not in left_out]
-    assert [row_batches.data_index(s, windows) for s in range(1, 51)] == kept[:50]
 
 
 @pytest.mark.parametrize(

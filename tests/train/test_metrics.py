@@ -10,6 +10,7 @@ from rich.console import Console
 
 from bc2_jax.config import DataConfig, MixtureStage, ModelConfig, SourceConfig, TrainConfig
 from bc2_jax.data.packing import load_manifest, pack_documents
+from bc2_jax.train.expendable import Expendable
 from bc2_jax.train.metrics import MetricsWriter, read_metrics
 from bc2_jax.train.results import print_mixture
 
@@ -31,11 +32,11 @@ def test_the_table_of_data_has_shares_and_epochs(tokenizer, modules, tmp_path):
     console = Console(file=io.StringIO(), width=200)
     print_mixture(console, config)
     text = console.file.getvalue()
-    assert "from step 8, 1,024 tokens" in text
+    assert "from step 8, 1,008 tokens" in text
     lines = [re.split(r"\s*[│|]\s*", line.strip())[1:-1] for line in text.splitlines() if str(tmp_path) in line]
     assert lines == [
-        [str(tmp_path / "a"), f"{rows[0]:,}", "75.00%", "0.00%", f"{48 / rows[0]:.2f}"],
-        [str(tmp_path / "b"), f"{rows[1]:,}", "25.00%", "100.00%", f"{(16 + 92 * 8) / rows[1]:.2f}"],
+        [str(tmp_path / "a"), f"{rows[0]:,}", "75.00%", "0.00%", f"{3 * 63 // 4 / rows[0]:.2f}"],
+        [str(tmp_path / "b"), f"{rows[1]:,}", "25.00%", "100.00%", f"{(800 - 3 * 63 // 4) / rows[1]:.2f}"],
     ]
     without = dataclasses.replace(config, data=dataclasses.replace(data, stages=()))
     print_mixture(console, without)
@@ -43,7 +44,7 @@ def test_the_table_of_data_has_shares_and_epochs(tokenizer, modules, tmp_path):
 
 
 def test_a_kill_while_a_run_is_taken_up_again_loses_no_metrics(tmp_path, monkeypatch):
-    writer = MetricsWriter(tmp_path, 0)
+    writer = MetricsWriter(tmp_path, 0, Expendable())
     for step in range(1, 5):
         writer.write(step, {"loss": 1.0 / step})
     writer.close()
@@ -56,7 +57,7 @@ def test_a_kill_while_a_run_is_taken_up_again_loses_no_metrics(tmp_path, monkeyp
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Path, "write_text", killed_half_way)
-        MetricsWriter(tmp_path, 3)
+        MetricsWriter(tmp_path, 3, Expendable())
     assert read_metrics(tmp_path / "metrics.jsonl") == before
-    MetricsWriter(tmp_path, 3).close()
+    MetricsWriter(tmp_path, 3, Expendable()).close()
     assert read_metrics(tmp_path / "metrics.jsonl") == before[:3]

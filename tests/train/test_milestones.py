@@ -34,16 +34,18 @@ def params_of(step: int):
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """100,000 tokens a step, so that the steps 10 and 20 are permanent."""
+    """100,000 tokens a step up to step 10, 200,000 from there on; the steps 10 and 20 are permanent."""
     folder = tmp_path / "run"
-    checkpointer = Checkpointer(folder / "checkpoints", KEPT, 100_000)
+    checkpointer = Checkpointer(folder / "checkpoints", KEPT)
     config = {
         "model": dataclasses.asdict(MODEL),
         "data": {"global_batch_size": 100, "sequence_length": 1000},
         "checkpoint": dataclasses.asdict(KEPT),
     }
     for step in (5, 10, 15, 20, 25):
-        checkpointer.save(step, params_of(step), {"count": jnp.int32(0)}, Metadata(config, {}))
+        tokens = 100_000 * (step + max(step - 10, 0))
+        metadata = Metadata(config, {}, tokens=tokens, permanent=step % 10 == 0)
+        checkpointer.save(step, params_of(step), {"count": jnp.int32(0)}, metadata)
     checkpointer.close()
     lines = [{"step": s, "cross_entropy": 5 - s / 10} for s in range(1, 26)]
     lines[9]["validation_cross_entropy"], lines[19]["validation_cross_entropy"] = 4.25, None
@@ -55,12 +57,12 @@ def test_the_table_says_what_there_is(run: Path, capsys):
     found = [m[:1] + m[2:] for m in list_milestones(run, hashes=True)]
     assert found == [
         (10, 1_000_000, 4.0, 4.25, True, None),
-        (20, 2_000_000, 3.0, None, True, None),
-        (25, 2_500_000, 2.5, None, False, None),
+        (20, 3_000_000, 3.0, None, True, None),
+        (25, 4_000_000, 2.5, None, False, None),
     ]
     assert main([str(run)]) == 0
     text = capsys.readouterr().out
-    for part in ("2,000,000", "4.2500", "for ever", "complete"):
+    for part in ("3,000,000", "4.2500", "for ever", "complete"):
         assert part in text
     file = run / "checkpoints" / "20" / "params" / "_METADATA"
     content = file.read_bytes()
@@ -84,7 +86,7 @@ def test_revisions_are_named_by_tokens(tokens: int, name: str):
 def test_exports_what_is_asked_for_in_the_released_layout(run: Path, capsys):
     assert main([str(run), "--export", "all"]) == 0
     released = run / "released"
-    assert sorted(p.name for p in released.iterdir()) == ["train_00001M", "train_00002M"]
+    assert sorted(p.name for p in released.iterdir()) == ["train_00001M", "train_00003M"]
     weights = [p.name for p in (released / "train_00001M").iterdir() if "model" in p.name and "tokenizer" not in p.name]
     assert weights == ["pytorch_model.bin"]
     params, config = load_params(released / "train_00001M", "float32", None)
@@ -94,7 +96,7 @@ def test_exports_what_is_asked_for_in_the_released_layout(run: Path, capsys):
     assert main([str(run), "--export", "10"]) == 1
     assert "train_00001M exists" in capsys.readouterr().err
     assert main([str(run), "--export", "25,10", "--to", str(run / "other")]) == 0
-    assert sorted(p.name for p in (run / "other").iterdir()) == ["train_00001M", "train_00002M"]
+    assert sorted(p.name for p in (run / "other").iterdir()) == ["train_00001M", "train_00004M"]
 
 
 def test_refuses_before_anything_is_written(run: Path, capsys):

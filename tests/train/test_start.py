@@ -16,7 +16,7 @@ from bc2_jax.config import MeshConfig
 from bc2_jax.data.row_order import record_row_order
 from bc2_jax.sharding import make_mesh
 from bc2_jax.tpu.options import compiler_options
-from bc2_jax.train.pretrain import warn_of_other_rows
+from bc2_jax.train.checks import warn_of_other_rows
 from bc2_jax.train.start import check_attention, tuned_options
 
 CONFIGS = Path(__file__).parents[2] / "configs"
