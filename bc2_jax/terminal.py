@@ -80,10 +80,11 @@ def command(program: str, *words: object) -> str:
     """What to type in the current directory to run `program`, a path from the top of this project such as
     "tools/convert.py", by the interpreter that runs now; each word quoted for the shell."""
     root = Path(__file__).parents[1]
-    return shlex.join([_interpreter(), here(root / program), *map(str, words)])
+    return shlex.join([interpreter(), here(root / program), *map(str, words)])
 
 
-def _interpreter() -> str:
+def interpreter() -> str:
+    """What to type in the current directory for the Python that runs now; not quoted."""
     for name in ("python", "python3"):
         if (found := shutil.which(name)) and os.path.abspath(found) == sys.executable:
             return name

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import runpy
 import subprocess
 import sys
 import tempfile
@@ -81,9 +80,10 @@ def load_config(args: argparse.Namespace, overrides: list[str], topology: Topolo
     import tyro
 
     from bc2_jax.config import TrainConfig
+    from bc2_jax.config.file import read_config_file
 
-    file = runpy.run_path(args.config)
-    config = tyro.cli(TrainConfig, default=file["config"](), args=overrides, description=file["__doc__"])
+    file = read_config_file(args.config, TrainConfig)
+    config = tyro.cli(TrainConfig, default=file.config, args=overrides, description=file.doc)
     names = [arg.split("=")[0].replace("_", "-") for arg in overrides]
     given = "--data.global-batch-size" in names
     if given and args.batch_per_chip is not None:
