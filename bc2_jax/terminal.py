@@ -45,27 +45,27 @@ def read_argument(text: str) -> str:
 def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
     """A console that prints text as it is: `[v1]` is no markup and `:x:` no picture, long lines are not broken.
 
-    Where no terminal says how wide it is, a table has 160 columns.
+    Where neither a terminal nor COLUMNS says how wide it is, a table has 160 columns.
     """
-    stream = sys.stderr if stderr else sys.stdout
+    is_known = (sys.stderr if stderr else sys.stdout).isatty() or "COLUMNS" in os.environ
     return Console(
         stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False, soft_wrap=True,
-        width=None if stream.isatty() else _WIDTH,
+        width=None if is_known else _WIDTH,
     )  # fmt: skip
 
 
 def make_table(*headers: str, title: str | None = None, numbers_from: int | None = None) -> Table:
-    """A table that goes on in the next line of a cell rather than cut it off; without headers it shows none.
+    """A table that goes on in the next line of a cell rather than cut it off; headers that are all empty are not shown.
 
     Columns from `numbers_from` on hold numbers, aligned at the right.
     """
-    table = Table(title=title, title_justify="left", show_header=bool(headers))
+    table = Table(title=title, title_justify="left", show_header=any(headers))
     for index, header in enumerate(headers):
         add_column(table, header, is_number=numbers_from is not None and index >= numbers_from)
     return table
 
 
-def add_column(table: Table, header: str = "", *, is_number: bool = False) -> None:
+def add_column(table: Table, header: str, *, is_number: bool = False) -> None:
     """Another column of a table of `make_table`."""
     table.add_column(header, overflow="fold", justify="right" if is_number else "left")
 

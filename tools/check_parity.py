@@ -16,6 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bc2_jax.cpu import choose_cpu_without_tpu
+from bc2_jax.terminal import use_utf8
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -118,7 +121,9 @@ def _row(name: str, difference: float, largest: float) -> tuple[str, str, str, s
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    use_utf8()
     args = make_parser().parse_args(argv)
+    choose_cpu_without_tpu()
     try:
         return 0 if run(args) else 1
     except (ValueError, OSError) as error:

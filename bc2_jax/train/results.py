@@ -63,7 +63,7 @@ def print_mixture(console: Console, config: TrainConfig, step: int = 0, row: int
 
 
 def _print_table(console: Console, title: str, rows: dict[str, str]) -> None:
-    table = make_table(title=title)
+    table = make_table("", "", title=title)
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
