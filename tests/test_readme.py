@@ -25,9 +25,7 @@ def test_the_snippets_run_as_printed(tokenizer: Tokenizer, tmp_path: Path) -> No
     )  # fmt: skip
     folder = random_folder(tmp_path / "Baichuan2-7B-Base", config, "bfloat16")
     (folder / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
-    check = (
-        "\nprint(len(texts), all(isinstance(text, str) for text in texts), len(tokens), logits.dtype, logits.shape)\n"
-    )
+    check = "\nprint(list(map(type, texts)), len(tokens), logits.dtype, logits.shape)\n"
     for snippet in snippets:
         done = subprocess.run(
             [sys.executable, "-c", snippet + check], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
