@@ -20,6 +20,8 @@ from bc2_jax.config import (
     TrainConfig,
 )
 
+# What prepare() puts the text's real places for.
+PREPARED = "prepared by configs/demo.py"
 # About the share of rows each has, so that the sources end together.
 WEIGHTS = {"zh": 5, "en": 1, "code": 7}
 
@@ -33,7 +35,7 @@ def config() -> TrainConfig:
         ),
         # prepare() fetches and packs the text and names the real paths.
         data=DataConfig(
-            sources=(SourceConfig(path="prepared by configs/demo.py"),), tokenizer="prepared by configs/demo.py",
+            sources=(SourceConfig(path=PREPARED),), tokenizer=PREPARED,
             sequence_length=256, global_batch_size=8,
         ),
         compute=ComputeConfig(dtype="bfloat16", remat="none", attention="reference", scan_layers=False),
@@ -53,7 +55,22 @@ def config() -> TrainConfig:
 
 
 def prepare(config: TrainConfig) -> TrainConfig:
-    """Fetches the text once, curates it, trains the tokenizer, packs the rows; the second time they are there."""
+    """Fetches the text once, curates it, trains the tokenizer, packs the rows; the second time they are there.
+
+    Rows and tokenizer given on the command line are used instead; ValueError for one without the other.
+    """
+    rows_are_given = config.data.sources != (SourceConfig(path=PREPARED),)
+    if rows_are_given or config.data.tokenizer != PREPARED:
+        for field, value in (
+            ("data.tokenizer", config.data.tokenizer),
+            *((f"data.sources.{i}.path", source.path) for i, source in enumerate(config.data.sources)),
+        ):
+            if value == PREPARED:
+                raise ValueError(
+                    f"{field} is not given: the demo's own text has its own tokenizer and settings; give the path of "
+                    "all rows and the tokenizer they were made with (see configs/demo_continue.py), or none of them."
+                )
+        return config
     try:
         from bc2_jax.curate.demo import prepare_demo
     except ModuleNotFoundError as error:

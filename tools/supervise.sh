@@ -88,6 +88,7 @@ while :; do
   case $code in
     0) end 0 ;;
     1 | 2 | 126 | 127) say "exit code $code, an error that another start would meet again" && end "$code" ;;
+    130) say "stopped by Ctrl-C, exit code 130" && end "$code" ;;
     75) reason="preempted, exit code 75" ;;
     *) if ((code > 128)); then reason="killed by signal $((code - 128))"; else reason="exit code $code"; fi ;;
   esac

@@ -58,10 +58,18 @@ class Profiler:
 
     def __init__(self, first: int, count: int, folder: Path, expendable: Expendable) -> None:
         self._steps, self._folder, self._expendable = range(first, first + count if first else 0), folder, expendable
-        self._running = False
+        self._running, self._is_first = False, True
 
     def before(self, step: int) -> None:
         """The step is about to be dispatched."""
+        if self._is_first and self._steps and step >= self._steps.stop:
+            _log.warning(
+                "Nothing is profiled: the steps from %d to %d lie before step %d.",
+                self._steps.start,
+                self._steps.stop - 1,
+                step,
+            )
+        self._is_first = False
         if step in self._steps and not self._running:
             self._running = True
             with self._expendable.attempt("profiles"):

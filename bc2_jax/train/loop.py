@@ -14,16 +14,16 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from bc2_jax.agreement import any_text, first_decides, require_agreement
+from bc2_jax.agreement import first_decides, require_agreement
 from bc2_jax.checkpoint import Checkpointer, Metadata, is_permanent
 from bc2_jax.config import RunConfig
-from bc2_jax.data.batch import Batch
 from bc2_jax.sharding import make_mesh
 from bc2_jax.train import distributed
+from bc2_jax.train.evaluation import evaluate
 from bc2_jax.train.expendable import Expendable, Profiler
 from bc2_jax.train.goodput import Goodput, goodput_table, read_sessions
 from bc2_jax.train.health import HealthMonitor, Steps
-from bc2_jax.train.job import Job, Parts, Say, lower_train_step, make_eval_step, restore_state
+from bc2_jax.train.job import Job, Say, lower_train_step, make_eval_step, restore_state
 from bc2_jax.train.metrics import MetricsWriter, ProgressDisplay, Throughput, fingerprint, memory_metrics
 from bc2_jax.train.start import check_attention, describe_start, tuned_options, use_compilation_cache
 from bc2_jax.train.workdir import own_workdir
@@ -158,6 +158,7 @@ class _Loop:
             self.monitor.set_state(metadata.health)
         self.watchdog.beat("the parameters were placed")
         self.steps = Steps(step, self.config.num_steps)
+        self.workdir.mkdir(parents=True, exist_ok=True)  # on every host
         self.checkpointer.remove_leftovers()
         self.checkpointer.set_aside_after(step)
         if jax.process_index() == 0:
@@ -303,35 +304,21 @@ class _Loop:
 
         An evaluation that fails leaves no metrics.
         """
-        batches = self.job.validation
-        count = min(self.config.eval_batches or len(batches), len(batches))
-        parts: list[Parts] = []
+
+        def progress(done: int, count: int) -> bool:
+            self.watchdog.beat(f"validation batch {done} of {count} at step {step}")
+            return not self.preemption.reached()
+
         with self.goodput.phase("evaluation"), self.expendable.attempt("evaluations"):
-            for i in range(count):
-                parts.append(self.eval_step(self.state.params, self.job.frozen, self._validation_batch(i)))
-                jax.block_until_ready(parts[max(i - 1, 0)])  # not the newest: the devices have work meanwhile
-                self.watchdog.beat(f"validation batch {i + 1} of {count} at step {step}")
-                if self.preemption.reached():
-                    self.display.say(f"step {step}  the evaluation is left to the next start: the run is to stop")
-                    return False
-            total = add_up_on_host(jax.device_get(parts))
-            values = {name: float(value) for name, value in self.job.objective.metrics(total).items()}
+            values = evaluate(self.job, self.eval_step, self.state.params, self.config.eval_batches, progress)
+            if values is None:
+                self.display.say(f"step {step}  the evaluation is left to the next start: the run is to stop")
+                return False
             self.display.say(f"step {step}  validation {self.job.objective.summary(values)}")
             values = {f"validation_{name}": value for name, value in values.items()} | self.job.batches.metrics(step)
             self.last |= values
             self.writer.write(step, values)
         return True
-
-    def _validation_batch(self, index: int) -> Batch:
-        """Raises ValueError on every process if one of them cannot read its part: a step would wait for it for ever."""
-        problem = ""
-        try:
-            batch = self.job.validation[index]
-        except (ValueError, OSError) as error:
-            problem = str(error) or type(error).__name__
-        if problem := any_text(problem):
-            raise ValueError(problem)
-        return batch
 
     # ----------------------------------------------------------------------------------------- save, rewind
 
@@ -408,10 +395,3 @@ class _Loop:
                 f"Resumed at step {step}, the run ended in {resumed}, not in {uninterrupted}: it is not exact."
             )
         self.display.say(f"Resumed at step {step} and repeated: the parameters are the same bit for bit.")
-
-
-def add_up_on_host(parts: list[Parts]) -> Parts:
-    """Parts of several batches -> those of all, in double precision."""
-    sums = {name: sum(float(p.sums[name]) for p in parts) for name in parts[0].sums}
-    maxima = {name: max(float(p.maxima[name]) for p in parts) for name in parts[0].maxima}
-    return Parts(sums, maxima)  # type: ignore[arg-type]  # numbers stand in for arrays

@@ -83,14 +83,14 @@ class MetricsWriter:
         """Whether a line was cut off at the end of the file."""
         self._events = EventFiles(workdir / "tensorboard", start_step + 1)
         self._is_writer = jax.process_index() == 0
-        if self._is_writer and self.path.exists():
+        if self._is_writer and self.path.is_file():
             with expendable.attempt("metrics"):
                 self._keep_until(start_step)
 
     def has_evaluation(self, step: int) -> bool:
         """Whether the evaluation of a step is recorded."""
         with self._expendable.attempt("metrics"):
-            lines = read_metrics(self.path) if self.path.exists() else []
+            lines = read_metrics(self.path) if self.path.is_file() else []
             return any(name.startswith("validation_") for line in lines if line["step"] == step for name in line)
         return False
 
@@ -199,6 +199,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _parse_metrics(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     """Metrics by step, and the numbers, from 1, of lines that are none."""
+    if not path.is_file():  # a device or a pipe may have no end
+        raise FileNotFoundError(f"{path} is not a file.")
     steps: dict[int, dict[str, Any]] = {}
     bad = []
     for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], 1):

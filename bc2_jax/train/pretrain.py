@@ -77,7 +77,8 @@ def make_job(config: TrainConfig, start: Start) -> Job:
         print_mixture(start.console, config, start.step, row)
         print_changes(start.console, changes)
         if config.ngram_baselines and jax.process_index() == 0:
-            baselines.update(make_baselines(config, start.console))
+            with start.expendable.attempt("baselines"):
+                baselines.update(make_baselines(config, start.console))
         if start.metadata is None and config.init_from is not None:
             start.say(f"Parameters from {config.init_from}.")
 

@@ -140,19 +140,19 @@ class Job:
 
 def launch(
     config: Path, workdir: Path, *args: str, processes: int = 1, devices: int = 1, step_seconds: float = 0,
-    hold: dict[int, str] | None = None,
+    hold: dict[int, str] | None = None, own_args: dict[int, list[str]] | None = None,
 ) -> Job:  # fmt: skip
     """Starts a run, or goes on with it, as `processes` processes with `devices` CPU devices each.
 
     Logs are WORKDIR.START.PROCESS.log, the rows each process read WORKDIR.START.PROCESS.rows, its phases
-    WORKDIR.START.PROCESS.phases. `args` are more arguments of train.py. `hold` maps a process to PHASE or
-    PHASE:STEP, in which it waits to be killed.
+    WORKDIR.START.PROCESS.phases. `args` are more arguments of train.py, `own_args` those of one process alone. `hold`
+    maps a process to PHASE or PHASE:STEP, in which it waits to be killed.
     """
     port, start = free_port(), len(list(workdir.parent.glob(f"{workdir.name}.*.0.log")))
     popens, logs = [], []
     for process in range(processes):
         command = [sys.executable, str(WORKER), str(config), f"--workdir={workdir}", "--resume=auto"]
-        command += [f"--mesh.num-cpu-devices={devices}", *args]
+        command += [f"--mesh.num-cpu-devices={devices}", *args, *(own_args or {}).get(process, [])]
         if processes > 1:
             command += [f"--distributed.coordinator-address=127.0.0.1:{port}", f"--distributed.process-id={process}"]
             command += [f"--distributed.num-processes={processes}"]

@@ -4,9 +4,11 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +21,21 @@ from bc2_jax.config import (
     CheckpointConfig,
     MeshConfig,
     SampleConfig,
+    SourceConfig,
     TrainConfig,
 )
 from bc2_jax.convert.conversion import to_hf
+from bc2_jax.convert.pretrained import load_params
+from bc2_jax.data import row_batches
 from bc2_jax.data.loader import make_train_loader
+from bc2_jax.data.packing import load_manifest, pack_documents
 from bc2_jax.data.row_order import record_row_order
-from bc2_jax.train import loop, pretrain
+from bc2_jax.tokenizer import Tokenizer
+from bc2_jax.train import loop, pretrain, replay
 from bc2_jax.train.distributed import Preempted
 from bc2_jax.train.metrics import fingerprint
 from bc2_jax.train.metrics import read_metrics as read_every_line
+from bc2_jax.train.milestones import list_milestones
 
 
 def read_metrics(path):
@@ -93,6 +101,163 @@ def test_stopped_by_sigterm_and_resumed_is_bit_identical(config, finished, tmp_p
     assert [m["step"] for m in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
     result = pretrain.train(run)
     assert result.fingerprint == finished.fingerprint
+
+
+def test_a_signal_during_an_evaluation_saves_at_once_and_the_evaluation_is_done_later(
+    config, finished, tmp_path, monkeypatch
+):
+    """At a step that is evaluated and not saved otherwise; then Ctrl-C, during the evaluation of the last step."""
+    run = dataclasses.replace(
+        config, workdir=str(tmp_path / "run"), resume="auto", eval_every=3,
+        checkpoint=CheckpointConfig(save_every=100, keep_last=9),
+    )  # fmt: skip
+    batch = row_batches.ValidationBatches.__getitem__
+    calls = []
+
+    def stopped(number: signal.Signals, at: int):
+        def read(self, index):
+            calls.append(index)
+            if len(calls) == at:
+                os.kill(os.getpid(), number)
+            return batch(self, index)
+
+        calls.clear()
+        return read
+
+    with monkeypatch.context() as patch:
+        whole = -(-load_manifest(Path(config.data.sources[0].path)).validation.rows // config.data.global_batch_size)
+        assert whole > 1
+        patch.setattr(row_batches.ValidationBatches, "__getitem__", stopped(signal.SIGTERM, whole + 1))
+        with pytest.raises(Preempted, match="^Stopped by SIGTERM: step 3 is saved in") as stop:
+            pretrain.train(run)
+        assert stop.value.exit_code == 75 and len(calls) == whole + 1
+        assert [m["step"] for m in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
+        # Resumed, the evaluation of step 3 comes first, then that of step 6 and that of the end.
+        patch.setattr(row_batches.ValidationBatches, "__getitem__", stopped(signal.SIGINT, 2 * whole + 1))
+        with pytest.raises(Preempted, match="^Stopped by Ctrl-C: step 8 is saved in") as stop:
+            pretrain.train(run)
+        assert stop.value.exit_code == 130
+    result = pretrain.train(run)
+    assert result.fingerprint == finished.fingerprint
+    metrics = read_every_line(result.workdir / "metrics.jsonl")
+    assert [m["step"] for m in metrics if "validation_loss" in m] == [0, 3, 6, 8]
+    assert metrics[-1]["validation_loss"] == finished.metrics["validation_loss"] == result.metrics["validation_loss"]
+
+
+def test_a_checkpoint_is_written_before_its_evaluation_begins(config, tmp_path, monkeypatch):
+    run = dataclasses.replace(config, workdir=str(tmp_path / "run"), eval_every=4, num_steps=4)
+    order = []
+    save, evaluate = loop._Loop._save, loop._Loop._evaluate
+    monkeypatch.setattr(loop._Loop, "_save", lambda self, *a: (order.append("save"), save(self, *a))[1])
+    monkeypatch.setattr(loop._Loop, "_evaluate", lambda self, step: (order.append(step), evaluate(self, step))[1])
+    pretrain.train(run)
+    assert order == [0, "save", 4]
+
+
+def test_a_resume_with_another_batch_counts_what_was_trained_on(config, tokenizer, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    run = dataclasses.replace(config, workdir=str(workdir), num_steps=4)
+    pretrain.train(run)
+    data = dataclasses.replace(config.data, global_batch_size=16)
+    kept = CheckpointConfig(save_every=4, keep_last=1, keep_every_tokens=1536)
+    more = dataclasses.replace(run, resume="auto", num_steps=8, data=data, checkpoint=kept)
+    more = dataclasses.replace(more, optimizer=dataclasses.replace(run.optimizer, peak_learning_rate=5e-3))
+    capsys.readouterr()
+    pretrain.train(more)
+    text = capsys.readouterr().out
+    assert "Resumed at step 4, after 1,024 tokens," in text
+    table = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.count("│") == 5]
+    assert [row for row in table if row[3] == "changes what is learnt"] == [
+        ["data.global_batch_size", "8", "16", "changes what is learnt"],
+        ["optimizer.peak_learning_rate", "0.01", "0.005", "changes what is learnt"],
+    ]
+    assert ["num_steps", "4", "8", "harmless"] in table
+    metrics = read_metrics(workdir / "metrics.jsonl")
+    assert [m["trained_tokens"] for m in metrics] == [256 * s for s in range(1, 5)] + [
+        1024 + 512 * s for s in range(1, 5)
+    ]
+    assert [m["first_row"] for m in metrics] == [0, 8, 16, 24, 32, 48, 64, 80]
+    single = dataclasses.replace(config.data, global_batch_size=1, accumulation_steps=1)
+    loader = make_train_loader(single, process_index=0, process_count=1)
+    targets = [(loader[i]["labels"] != -100).sum() for i in range(96)]
+    assert [m["tokens"] for m in metrics] == [
+        sum(targets[int(m["first_row"]) :][: 8 if m["step"] <= 4 else 16]) for m in metrics
+    ]
+    # 1,536 tokens are complete with step 5, 3,072 with step 8.
+    found = list_milestones(workdir)
+    assert [(m.step, m.tokens, m.permanent) for m in found] == [(5, 1536, True), (8, 3072, True)]
+    again = list(replay.replay(workdir, 8))  # of rows that the steps before read in batches of another size
+    assert [c.step for c in again] == [6, 7, 8] and not any(c.different for c in again)
+
+
+def test_another_tokenizer_is_refused_unless_it_is_meant(config, finished, tokenizer, modules, tmp_path):
+    workdir = shutil.copytree(finished.workdir, tmp_path / "run")
+    other = tmp_path / "other.model"
+    other.write_bytes(tokenizer.path.read_bytes() + b"\x12\x00")  # an empty message of its settings: other bytes
+    documents = [part for module in modules for part in module.split("\n\n") if part]
+    pack_documents(documents, Tokenizer(other), tmp_path / "rows", 32, validation_fraction=0.02)
+    data = dataclasses.replace(
+        config.data, tokenizer=str(other), sources=(SourceConfig(path=str(tmp_path / "rows")),)
+    )  # fmt: skip
+    run = dataclasses.replace(config, workdir=str(workdir), resume="auto", data=data, num_steps=9)
+    sentence = "^data.tokenizer = '.*other.model' is not valid: its SHA-256 is .*set allow_other_tokenizer.$"
+    with pytest.raises(ValueError, match=sentence):
+        pretrain.train(run)
+    fresh = dataclasses.replace(run, workdir=str(tmp_path / "new"), resume="never", init_from=str(finished.workdir))
+    with pytest.raises(ValueError, match=sentence):
+        pretrain.train(fresh)
+    assert (workdir / "tokenizer.model").read_bytes() == tokenizer.path.read_bytes() and not (tmp_path / "new").exists()
+    pretrain.train(dataclasses.replace(run, allow_other_tokenizer=True))
+    assert (workdir / "tokenizer.model").read_bytes() == other.read_bytes()
+    assert (workdir / "tokenizer_until_step_8.model").read_bytes() == tokenizer.path.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["exp%20a", "a b#1", "x:y;z=1,|'\"$&", "実験 é"])
+def test_names_with_special_characters_are_plain_names(config, finished, tokenizer, tmp_path, name):
+    """Of the run's folder, of its rows and of its tokenizer; the last part and one above."""
+    place = tmp_path / name / name
+    rows = shutil.copytree(config.data.sources[0].path, place / "rows" / name)
+    (place / "tokenizer").mkdir()
+    shutil.copyfile(tokenizer.path, place / "tokenizer" / name)
+    data = dataclasses.replace(
+        config.data, tokenizer=str(place / "tokenizer" / name), sources=(SourceConfig(path=str(rows)),)
+    )  # fmt: skip
+    run = dataclasses.replace(config, workdir=str(place), data=data, num_steps=4)
+    pretrain.train(run)
+    result = pretrain.train(dataclasses.replace(run, num_steps=8, resume="auto", export_hf=True))
+    assert result.fingerprint == finished.fingerprint == fingerprint(load_params(place / "hf")[0])
+    assert sorted(p.name for p in tmp_path.iterdir()) == [name]
+    assert sorted(p.name for p in (tmp_path / name).iterdir()) == [name]
+
+
+@pytest.mark.parametrize("name", ["exp[lr=1e-4]", "a*", "why?", "a\\b"])
+def test_names_that_are_patterns_to_the_checkpoint_library_are_refused_before_anything_is_written(
+    config, tmp_path, name
+):
+    for place in (tmp_path / name, tmp_path / name / "run"):
+        with pytest.raises(ValueError, match="^workdir = .* is not valid: the checkpoint library takes"):
+            pretrain.train(dataclasses.replace(config, workdir=str(place)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_samples_are_refused_before_the_first_step(config, tmp_path):
+    for fields, message in (
+        ({"max_new_tokens": 4096}, "sample.max_new_tokens = 4096 is not valid: with the [0-9]+ tokens of 'def '"),
+    ):
+        sample = SampleConfig(prompts=("def ",), **fields)
+        with pytest.raises(ValueError, match=message):
+            pretrain.train(dataclasses.replace(config, workdir=str(tmp_path / "run"), sample=sample))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_resume_that_is_verified_at_the_end_keeps_its_checkpoint(config, finished, tmp_path, capsys):
+    run = dataclasses.replace(
+        config, workdir=str(tmp_path / "run"), verify_resume_steps=5,
+        checkpoint=CheckpointConfig(save_every=1, keep_last=1),
+    )  # fmt: skip
+    assert pretrain.train(run).fingerprint == finished.fingerprint
+    assert "Resumed at step 3 and repeated: the parameters are the same bit for bit." in capsys.readouterr().out
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["8"]
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(fsdp=4, tensor=2), MeshConfig(fsdp=2, fsdp_inner=2, context=2)], ids=str)

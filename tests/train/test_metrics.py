@@ -61,3 +61,90 @@ def test_a_kill_while_a_run_is_taken_up_again_loses_no_metrics(tmp_path, monkeyp
     assert read_metrics(tmp_path / "metrics.jsonl") == before
     MetricsWriter(tmp_path, 3, Expendable()).close()
     assert read_metrics(tmp_path / "metrics.jsonl") == before[:3]
+
+
+def test_lines_of_a_step_add_up_and_lines_that_are_none_are_named(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    lines = ['{"step": 2, "loss": 1.0}', '{"step": 1, "a": 1}', '{"step": 2, "validation_loss": 3.0, "loss": 2.0}']
+    path.write_bytes(
+        "\n".join([*lines, "{", "[1]", '{"step": "x"}', "", "\xff", "[" * 9999, '{"step": 3']).encode("latin-1")
+    )
+    expected = [{"step": 1, "a": 1}, {"step": 2, "loss": 2.0, "validation_loss": 3.0}]
+    assert read_metrics(path) == expected
+    assert caplog.messages == [f"{path}: line 4 and 4 more is no metrics of a step and left out."]
+    before = path.read_bytes()
+    MetricsWriter(tmp_path, 2, Expendable()).close()
+    assert read_metrics(path) == expected and len(caplog.messages) == 2
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == before
+
+
+def test_what_finds_no_room_is_counted_and_nothing_else_is_lost(tmp_path):
+    expendable = Expendable()
+    writer = MetricsWriter(tmp_path, 0, expendable)
+    room = [None]  # for how many more bytes
+
+    class Disk:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            if room[0] is None:
+                return self.file.write(data)
+            if room[0] == 0:
+                raise OSError(28, "No space left on device")
+            count = self.file.write(data[: room[0]])
+            room[0] -= count
+            return count
+
+        def close(self):
+            self.file.close()
+
+    writer.write(1, {"loss": 1.0})
+    writer._file = Disk(writer._file)
+    room[0] = 7
+    writer.write(2, {"loss": 2.0})
+    writer.write(3, {"loss": 3.0})
+    room[0] = None
+    writer.write(4, {"loss": 4.0})
+    writer.close()
+    assert expendable.failures == {"metrics": 2}
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 4]
+
+
+def test_a_killed_line_at_the_end_does_not_swallow_the_next(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
+    writer = MetricsWriter(tmp_path / "other", 0, Expendable())
+    writer.path = tmp_path / "metrics.jsonl"  # as if it could not be written anew at the start
+    writer.write(3, {"loss": 3.0})
+    writer.close()
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 3]
+
+
+def test_tensorboard_reads_what_is_written_also_after_a_failure_and_a_rewind(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event
+
+    def events() -> list[Event]:
+        found = []
+        for path in sorted((tmp_path / "tensorboard").iterdir(), key=lambda p: p.stat().st_mtime_ns):
+            data = path.read_bytes()
+            while data:  # length, its CRC, the event, its CRC
+                size = int.from_bytes(data[:8], "little")
+                found.append(Event.FromString(data[12 : 12 + size]))
+                data = data[16 + size :]
+        return found
+
+    (tmp_path / "tensorboard").touch()
+    expendable = Expendable()
+    writer = MetricsWriter(tmp_path, 0, expendable)
+    writer.write(1, {"loss": 1.0, "accuracy": 0.5})
+    (tmp_path / "tensorboard").unlink()
+    writer.write(2, {"loss": 2.0})
+    writer.close()
+    again = MetricsWriter(tmp_path, 1, expendable)
+    again.write(2, {"loss": 3.0})
+    again.close()
+    assert expendable.failures == {"tensorboard": 1}
+    values = [(e.step, v.tag, v.simple_value) for e in events() for v in e.summary.value]
+    assert values == [(2, "loss", 2.0), (2, "loss", 3.0)]
+    purged = [e.step for e in events() if e.HasField("session_log")]
+    assert purged == [1, 2]
