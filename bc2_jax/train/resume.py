@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from rich.console import Console
+from rich.text import Text
 
 from bc2_jax.agreement import flatten
 from bc2_jax.checkpoint import Metadata
@@ -72,7 +73,7 @@ def print_changes(console: Console, changes: Sequence[Change]) -> None:
         return
     table = make_table("field", "before", "now", "effect", title="Changed at this resume")
     for change in changes:
-        table.add_row(*change)
+        table.add_row(*map(Text, change))
     console.print(table)
 
 
