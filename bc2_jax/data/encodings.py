@@ -68,7 +68,7 @@ def transcoded(read: Callable[[int], bytes], encoding: str) -> Callable[[int], b
 def hint(data: bytes) -> str:
     """What to say of bytes that are no UTF-8 text: what they look like, or ""."""
     encoding = _guess(data)
-    return f" (it looks like {encoding.upper()}: --encoding {encoding})" if encoding else ""
+    return f" (it looks like {encoding.upper()}: --encoding {encoding} of tools/curate.py reads it)" if encoding else ""
 
 
 def _guess(data: bytes) -> str:
