@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import runpy
 import shlex
 import sys
 import time
@@ -19,6 +18,9 @@ from pathlib import Path
 import tyro
 
 from bc2_jax.config import TrainConfig
+from bc2_jax.config.file import read_config_file
+from bc2_jax.cpu import choose_cpu_without_tpu
+from bc2_jax.terminal import here, use_utf8
 
 # The kinds of run: the type of a config, and where the function is that makes its job.
 JOBS = {TrainConfig: "bc2_jax.train.pretrain"}
@@ -39,20 +41,18 @@ def without_where_and_how_long(args: list[str]) -> list[str]:
 
 
 def main() -> None:
+    use_utf8()
     args = sys.argv[1:]
-    path = args.pop(0) if args and args[0].endswith(".py") else DEMO
+    path = args.pop(0) if args and not args[0].startswith("-") else DEMO
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("bc2_jax").setLevel(logging.INFO)
     try:
-        file = runpy.run_path(str(path))
-        default = file["config"]()
-        kind = JOBS.get(type(default))
-        if kind is None:
-            raise ValueError(f"{path}: config() returns {default!r}, not one of {', '.join(c.__name__ for c in JOBS)}.")
-        config = tyro.cli(type(default), default=default, args=args, description=file["__doc__"])
-        if "prepare" in file:
-            config = file["prepare"](config)
+        file = read_config_file(path, *JOBS)
+        kind = JOBS[type(file.config)]
+        config = tyro.cli(type(file.config), default=file.config, args=args, description=file.doc)
+        config = file.prepare(config)
         # After the command line is known to be right: --help answers at once.
+        choose_cpu_without_tpu()
         import jax
 
         from bc2_jax.checkpoint import InterruptedSave
@@ -62,7 +62,7 @@ def main() -> None:
     except (ValueError, OSError, ArithmeticError) as error:
         sys.exit(f"error: {error}")
     try:
-        command = shlex.join(["train.py", *without_where_and_how_long(sys.argv[1:])])
+        command = shlex.join([here(__file__), *without_where_and_how_long(sys.argv[1:])])
         loop.run(config, make_job, command, STARTED)
     except distributed.Preempted as stop:
         print(stop, flush=True)

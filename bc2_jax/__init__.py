@@ -1,8 +1,9 @@
 """Baichuan 2 in JAX/Flax for TPU pods: pre-train, convert, run.
 
 model = bc2_jax.load_pretrained("Baichuan2-7B-Base", dtype="bfloat16")
-logits = model(input_ids)                      # fp32 [B, T, V]
-tokens = bc2_jax.generate(model, [[195, 92067, 196]])
+tokenizer = bc2_jax.Tokenizer(bc2_jax.find_tokenizer("Baichuan2-7B-Base"))
+logits = model(jnp.array([tokenizer.encode("登鹳雀楼->")]))  # fp32 [B, T, V]
+[text] = bc2_jax.generate_text(model, tokenizer, ["登鹳雀楼->"], max_new_tokens=64)
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ if TYPE_CHECKING:
     from bc2_jax.convert.pretrained import find_tokenizer, load_pretrained
     from bc2_jax.convert.reading import Reading
     from bc2_jax.infer.generate import generate
+    from bc2_jax.infer.text import find_eos_ids, generate_text
     from bc2_jax.model.baichuan import Baichuan2
     from bc2_jax.tokenizer import Tokenizer
 
 __all__ = [
-    "Baichuan2", "ComputeConfig", "ModelConfig", "Reading", "Tokenizer", "TrainConfig", "find_tokenizer", "generate",
-    "load_pretrained",
+    "Baichuan2", "ComputeConfig", "ModelConfig", "Reading", "Tokenizer", "TrainConfig", "find_eos_ids",
+    "find_tokenizer", "generate", "generate_text", "load_pretrained",
 ]  # fmt: skip
 
 # Imported at first use, so that `import bc2_jax` takes no time and a program that only tokenizes loads no JAX.
@@ -31,8 +33,10 @@ _MODULES = {
     "Reading": "bc2_jax.convert.reading",
     "Tokenizer": "bc2_jax.tokenizer",
     "TrainConfig": "bc2_jax.config",
+    "find_eos_ids": "bc2_jax.infer.text",
     "find_tokenizer": "bc2_jax.convert.pretrained",
     "generate": "bc2_jax.infer.generate",
+    "generate_text": "bc2_jax.infer.text",
     "load_pretrained": "bc2_jax.convert.pretrained",
 }
 

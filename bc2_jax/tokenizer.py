@@ -10,11 +10,13 @@ import dataclasses
 import functools
 import hashlib
 import io
+import operator
 import os
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import SupportsIndex
 
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
 USER_ID, ASSISTANT_ID = 195, 196
@@ -97,9 +99,13 @@ class Tokenizer:
         By default text can't produce a special id: a literal `<reserved_106>` becomes the ordinary pieces of its
         characters, so that a user's message can't forge a role. `parse_special=True` turns literal `<unk>`, `<s>`,
         `</s>` and `<reserved_N>` into their ids, as the released tokenizer class does; only for trusted text.
+
+        The ids decode to `text` again, but U+2581 is taken for a space, as by every SentencePiece model. Raises
+        ValueError for what is no text, or has a lone surrogate.
         """
         if not parse_special:
             return self.encode_batch([text])[0]
+        _check_texts([text])
         ids: list[int] = []
         start = 0
         for match in _SPECIAL.finditer(text):
@@ -112,6 +118,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], *, num_threads: int = -1) -> list[list[int]]:
         """`encode` of each text, on all cores or on `num_threads`."""
+        _check_texts(texts)
         cut = [self._cut_forged(text) for text in texts]
         try:
             encoded = iter(self._model.encode([part for parts in cut for part in parts], num_threads=num_threads))
@@ -146,27 +153,34 @@ class Tokenizer:
         return frozenset(piece[i : i + 2] for piece in pieces for i in range(len(piece) - 1))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`. Special ids (pad, bos, eos, reserved, roles) have none and are left out.
+        """The text of `ids`, a list or an array of one dimension.
 
-        Bytes that are no UTF-8 become U+FFFD. Raises ValueError for an id outside 0..vocab_size - 1.
+        Special ids (pad, bos, eos, reserved, roles) have no text and are left out; so are ids from vocab_size on, which
+        a model may have whose vocabulary was padded or grown. Bytes that are no UTF-8 become U+FFFD. What was U+2581
+        before `encode` comes back as a space, because pieces spell a space so; all other text comes back as it was.
+        Raises ValueError for what is no token id.
         """
-        kept = [int(i) for i in ids if int(i) not in self._special_ids]
-        for token_id in kept:
-            if not 0 <= token_id < self.vocab_size:
-                raise ValueError(f"token id = {token_id} is not valid: it must be in 0..{self.vocab_size - 1}.")
+        if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+            raise ValueError(f"ids = {ids!r} is not valid: it must be a list of token ids.")
+        kept = []
+        for i in ids.tolist() if hasattr(ids, "tolist") else ids:
+            if not isinstance(i, SupportsIndex) or (token_id := operator.index(i)) < 0:
+                raise ValueError(f"token id = {i!r} is not valid: it must be a whole number, at least 0.")
+            if token_id < self.vocab_size and token_id not in self._special_ids:
+                kept.append(token_id)
         return self._model.decode(kept) if kept else ""
 
     def piece(self, token_id: int) -> str:
-        """How the vocabulary spells `token_id`; a space is written as U+2581."""
+        """How the vocabulary spells `token_id`, below vocab_size; a space is written as U+2581."""
         return self._model.id_to_piece(token_id)
 
     def is_special(self, token_id: int) -> bool:
         """Whether `token_id` has a meaning instead of a text: pad, bos, eos, a role, reserved or control."""
-        return token_id in self._special_ids or self._model.is_control(token_id)
+        return token_id in self._special_ids or (token_id < self.vocab_size and self._model.is_control(token_id))
 
     def is_byte(self, token_id: int) -> bool:
         """Whether `token_id` stands for one byte of a character without a piece."""
-        return self._model.is_byte(token_id)
+        return token_id < self.vocab_size and self._model.is_byte(token_id)
 
     def _cut_forged(self, text: str) -> list[str]:
         """Cuts `text` inside each literal that SentencePiece would read as a reserved piece; joined it is `text`."""
@@ -178,6 +192,14 @@ class Tokenizer:
                     parts.append(text[start : match.start() + 1])
                     start = match.start() + 1
         return [*parts, text[start:]]
+
+
+def _check_texts(texts: Sequence[str]) -> None:
+    if isinstance(texts, str | bytes):
+        raise ValueError("texts is one text: it must be a list of texts.")
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"text = {text!r} is not valid: it must be a str.")
 
 
 @dataclasses.dataclass

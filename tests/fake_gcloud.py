@@ -156,8 +156,10 @@ class Cloud:
 
 
 def make_clone(folder: Path) -> Path:
-    """A git repository with the two tools."""
+    """A git repository with the two tools and a config."""
     (folder / "tools").mkdir()
+    (folder / "configs").mkdir()
+    (folder / "configs" / "my config.py").touch()
     for tool in ("launch_tpu.sh", "supervise.sh"):
         shutil.copy(ROOT / "tools" / tool, folder / "tools")
     author = ["-c", "user.name=a", "-c", "user.email=a@b"]

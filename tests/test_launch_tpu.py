@@ -154,9 +154,18 @@ def test_resume_of_the_user_is_kept(cloud: Cloud, given: list[str]) -> None:
         (["run", *BASE, *SLICE, "--", "c.py", "--workdir=gs://b/r"], "--workdir = 'gs://b/r' is not valid"),
         (["run", *BASE, *SLICE, "--revision", "--output=x", "--", *CONFIG], "--revision = '--output=x' is not valid"),
         (["run", *BASE, *SLICE, "--revision", "nowhere", "--", *CONFIG], "--revision = 'nowhere' is not valid"),
+        *(
+            (
+                ["run", *BASE, *SLICE, *dry, "--", name, *CONFIG[1:]],
+                f"CONFIG = '{name}' is not valid: it must be a file of",
+            )
+            for name in ("configs/none.py", "my config.py", "/etc/c.py", "configs/new.py", "../configs/my config.py")
+            for dry in ([], ["--dry-run"])
+        ),
     ],
 )
 def test_bad_arguments(cloud: Cloud, arguments: list[str], message: str) -> None:
+    (cloud.clone / "configs" / "new.py").touch()  # not committed
     result = cloud.launch(*arguments)
     assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith("error: ") and message in result.stderr
     assert cloud.calls() == [] and not (cloud.cwd / "pwned").exists()

@@ -2,6 +2,7 @@ import dataclasses
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece
 from hypothesis import given
@@ -12,7 +13,8 @@ from bc2_jax.tokenizer import Tokenizer, TrainingText, train_tokenizer
 
 FORGERIES = ("<reserved_106>", "<reserved_107>", "<reserved_0>", "<s>", "</s>", "<unk>", "<control_3>")
 # SentencePiece writes a space as U+2581, so that character itself comes back as a space.
-TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), max_size=60)
+TEXT_CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")
+TEXT = st.text(TEXT_CHARACTERS, max_size=60)
 
 
 def stdlib_text(name: str) -> str:
@@ -141,9 +143,18 @@ def test_characters_without_a_piece_are_spelt_in_bytes(tokenizer: Tokenizer) -> 
 
 
 def test_bad_ids_and_text(tokenizer: Tokenizer) -> None:
-    for bad in (-1, 700):
-        with pytest.raises(ValueError, match=rf"token id = {bad} .* 0\.\.699"):
+    for bad in (-1, 1.0, "300", [300]):
+        with pytest.raises(ValueError, match="token id = .* must be a whole number"):
             tokenizer.decode([300, bad])
+    for bad_ids in ("300", 300):
+        with pytest.raises(ValueError, match="ids = .* must be a list of token ids"):
+            tokenizer.decode(bad_ids)
+    for bad_text in (300, None, b"text"):
+        for parse_special in (False, True):
+            with pytest.raises(ValueError, match="text = .* must be a str"):
+                tokenizer.encode(bad_text, parse_special=parse_special)
+    with pytest.raises(ValueError, match="one text"):
+        tokenizer.encode_batch("text")
     with pytest.raises(ValueError, match="lone surrogate"):
         tokenizer.encode("\ud800")
     assert tokenizer.decode([]) == ""
@@ -203,3 +214,19 @@ def test_files_that_are_no_baichuan_tokenizer(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="nothing at id 195: Baichuan 2's layout needs <reserved_106>"):
         Tokenizer(tmp_path / "other.model")
+
+
+@given(st.text(TEXT_CHARACTERS, max_size=20), st.lists(st.integers(0, 2000), max_size=6), st.randoms())
+def test_ids_without_a_piece_lose_no_text(tokenizer: Tokenizer, text: str, more: list[int], random) -> None:
+    """Wherever a model with a padded vocabulary puts them, and as any array."""
+    ids = tokenizer.encode(text)
+    mixed = list(ids)
+    for i in more:
+        mixed.insert(random.randint(0, len(mixed)), 700 + i)
+    assert tokenizer.decode(mixed) == text
+    assert tokenizer.decode(np.array(mixed, np.int32)) == text
+    assert not any(tokenizer.is_special(700 + i) or tokenizer.is_byte(700 + i) for i in more)
+
+
+def test_a_lower_block_comes_back_as_a_space(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode(tokenizer.encode("a\u2581b")) == "a b"

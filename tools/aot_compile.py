@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import runpy
 import subprocess
 import sys
 import tempfile
@@ -21,15 +20,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
+from bc2_jax.terminal import make_console, make_table, use_utf8
 
 if TYPE_CHECKING:
     from bc2_jax.aot.search import Candidate, Result
     from bc2_jax.config import TrainConfig
     from bc2_jax.tpu.chips import Topology
 
-out = Console(highlight=False, soft_wrap=True)
+out = make_console()
 INFERENCE_OPTIONS = ("batch", "prompt_length", "cache_length")
 
 
@@ -81,9 +79,10 @@ def load_config(args: argparse.Namespace, overrides: list[str], topology: Topolo
     import tyro
 
     from bc2_jax.config import TrainConfig
+    from bc2_jax.config.file import read_config_file
 
-    file = runpy.run_path(args.config)
-    config = tyro.cli(TrainConfig, default=file["config"](), args=overrides, description=file["__doc__"])
+    file = read_config_file(args.config, TrainConfig)
+    config = tyro.cli(TrainConfig, default=file.config, args=overrides, description=file.doc)
     names = [arg.split("=")[0].replace("_", "-") for arg in overrides]
     given = "--data.global-batch-size" in names
     if given and args.batch_per_chip is not None:
@@ -137,12 +136,12 @@ def compile_and_report_inference(args: argparse.Namespace, config: TrainConfig, 
 
 
 def print_table(title: str, rows: list[tuple[str, str]], warnings: Sequence[str]) -> None:
-    table = Table(title=f"{title}: compile-time estimate, nothing was run", show_header=False)
+    table = make_table("", "", title=f"{title}: compile-time estimate, nothing was run")
     for name, text in rows:
         table.add_row(name, text)
     out.print(table)
     for line in warnings:
-        out.print(f"warning: {line}", markup=False)
+        out.print(f"warning: {line}")
 
 
 def search(args: argparse.Namespace, overrides: list[str], config: TrainConfig, topology: Topology) -> None:
@@ -153,10 +152,10 @@ def search(args: argparse.Namespace, overrides: list[str], config: TrainConfig, 
     for candidate in candidates(config, topology):
         results.append(result := try_candidate(args, overrides, candidate))
         figures = result.error or f"{(result.hbm_bytes or 0) / 2**30:.1f} GiB, estimated MFU {result.mfu:.3f}"
-        out.print(f"{candidate}: {figures}", markup=False)
-    table = Table(title=f"{config.name} on {topology}: no other line has less HBM and a higher estimated MFU")
-    for column in ("sequences/chip", "remat", "data", "tensor", "HBM GiB", "estimated MFU", "at worst"):
-        table.add_column(column, justify="right")
+        out.print(f"{candidate}: {figures}")
+    headers = ("sequences/chip", "remat", "data", "tensor", "HBM GiB", "estimated MFU", "at worst")
+    title = f"{config.name} on {topology}: no other line has less HBM and a higher estimated MFU"
+    table = make_table(*headers, title=title, numbers_from=0)
     for result in pareto(results):
         c = result.candidate
         cells = (c.batch_per_chip, c.remat, c.data, c.tensor, f"{(result.hbm_bytes or 0) / 2**30:.1f}")
@@ -165,7 +164,7 @@ def search(args: argparse.Namespace, overrides: list[str], config: TrainConfig, 
     chosen = choose(results, topology.chip.hbm_bytes)
     if chosen is None:
         raise ValueError(f"nothing that was tried fits {topology}; take more chips or a chip with more memory.")
-    out.print(f"chosen: {chosen.candidate.config_line(config, topology.num_chips)}", markup=False)
+    out.print(f"chosen: {chosen.candidate.config_line(config, topology.num_chips)}")
     if args.json:
         import dataclasses
 
@@ -191,6 +190,7 @@ def try_candidate(args: argparse.Namespace, overrides: list[str], candidate: Can
 
 
 def main() -> None:
+    use_utf8()
     args, overrides = make_parser().parse_known_args()
     try:
         from bc2_jax.tpu.chips import parse_topology

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bc2_jax.convert.reading import add_reading_options, reading_of
+from bc2_jax.cpu import choose_cpu_without_tpu
+from bc2_jax.terminal import use_utf8
 
 if TYPE_CHECKING:
     import numpy as np
@@ -121,7 +123,9 @@ def _row(name: str, difference: float, largest: float) -> tuple[str, str, str, s
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    use_utf8()
     args = make_parser().parse_args(argv)
+    choose_cpu_without_tpu()
     try:
         return 0 if run(args) else 1
     except (ValueError, OSError) as error:

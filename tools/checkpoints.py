@@ -16,10 +16,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+from bc2_jax.cpu import choose_cpu_without_tpu
+from bc2_jax.terminal import make_console, make_table, use_utf8
 
 
 def parse_steps(text: str) -> list[int] | None:
@@ -47,7 +45,8 @@ def make_parser() -> argparse.ArgumentParser:
 def show(run: Path, verify: bool) -> int:
     from bc2_jax.train.milestones import list_milestones
 
-    table = Table("step", "tokens", "loss", "validation loss", "kept", "state")
+    out = make_console()
+    table = make_table("step", "tokens", "loss", "validation loss", "kept", "state")
     for column in table.columns[:4]:
         column.justify = "right"
     milestones = list_milestones(run, hashes=verify)
@@ -60,7 +59,7 @@ def show(run: Path, verify: bool) -> int:
     out.print(table)
     problems = [m.problem for m in milestones if m.problem]
     for problem in problems:
-        out.print(problem, markup=False)
+        out.print(problem)
     return 1 if problems else 0
 
 
@@ -76,12 +75,16 @@ def seal(run: Path, step: int) -> int:
             f"--seal = {step} is not valid: {folder} has a {manifest.MANIFEST_NAME}; --verify compares it."
         )
     files = manifest.write_manifest(folder)
-    out.print(f"{folder}: {len(files)} files, {sum(f.size for f in files.values()):,} bytes, taken as they are.")
+    make_console().print(
+        f"{folder}: {len(files)} files, {sum(f.size for f in files.values()):,} bytes, taken as they are."
+    )
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    use_utf8()
     args = make_parser().parse_args(argv)
+    choose_cpu_without_tpu()
     try:
         if args.seal is not None:
             return seal(args.run, args.seal)
@@ -90,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from bc2_jax.train.milestones import export
 
         for done in export(args.run, args.export, args.to or args.run / "released"):
-            out.print(f"Wrote {done.target}, parameters sha256 {done.fingerprint}.", markup=False)
+            make_console().print(f"Wrote {done.target}, parameters sha256 {done.fingerprint}.")
         return 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

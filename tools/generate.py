@@ -1,24 +1,40 @@
 """Continues text with a model: a folder in the released PyTorch layout, or a checkpoint or run of ours.
 
-python tools/generate.py CHECKPOINT --prompt "登鹳雀楼->王之涣\\n夜雨寄北->"
+python tools/generate.py CHECKPOINT --prompt "登鹳雀楼->"
+python tools/generate.py CHECKPOINT --escapes --prompt "登鹳雀楼->王之涣\\n夜雨寄北->" --stop "\\n"
 python tools/generate.py CHECKPOINT --prompts-file prompts.txt --greedy --max-new-tokens 64
 
-One prompt on a terminal is answered as the text is written; several are printed when all are done.
+A prompt is taken as it is: a backslash is a backslash, unless --escapes is given. U+2581 alone becomes a space, because
+the tokenizer spells spaces so. One prompt on a terminal is answered as the text is written; several are printed when
+all are done. A continuation ends at an eos of the model (all that config.json and generation_config.json name), before
+a --stop text or after --max-new-tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from bc2_jax.cpu import choose_cpu_without_tpu
+from bc2_jax.terminal import read_argument, use_utf8
+
+ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
-    parser.add_argument("--prompts-file", type=Path, metavar="FILE", help="UTF-8 text, one prompt a line")
+    parser.add_argument("--prompts-file", type=Path, metavar="FILE", help="one prompt a line; empty lines are none")
+    parser.add_argument("--encoding", default="utf-8", help="of FILE, such as gb18030 or utf-16 (default utf-8)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    parser.add_argument(
+        "--escapes", action="store_true",
+        help=r"in prompts and stop texts \n is a newline, \t a tab, \r a carriage return and \\ a backslash",
+    )  # fmt: skip
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.3, help="0 takes the most likely token")
     parser.add_argument("--top-k", type=int, default=5, help="choose among this many tokens; 0 for all")
@@ -31,57 +47,95 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_prompts(args: argparse.Namespace) -> list[str]:
-    prompts = list(args.prompt)
+def unescape(text: str) -> str:
+    """`text` with the escapes of ESCAPES read; every text can be written so. Raises ValueError for another escape."""
+
+    def read(match: re.Match[str]) -> str:
+        if match.group() not in ESCAPES:
+            legal = ", ".join(ESCAPES)
+            raise ValueError(f"{text!r} has {match.group()!r}, which is no escape: legal with --escapes are {legal}.")
+        return ESCAPES[match.group()]
+
+    return re.sub(r"\\(.|$)", read, text, flags=re.DOTALL)
+
+
+def read_prompts_file(path: Path, encoding: str) -> list[str]:
+    """The lines that are not empty, without a byte order mark."""
+    from bc2_jax.data.encodings import BYTE_ORDER_MARK, check_encoding, hint
+
+    check_encoding("--encoding", encoding)
+    content = path.read_bytes()
+    try:
+        text = content.decode(encoding).removeprefix(BYTE_ORDER_MARK)
+    except UnicodeDecodeError as error:
+        where = f"byte {error.start} is {content[error.start]:#04x}"
+        raise ValueError(f"{path} is not {encoding.upper()}: {where}{hint(content)}.") from error
+    return [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
+
+
+def read_texts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Prompts and stop texts."""
+    prompts, stop = ([read_argument(text) for text in texts] for texts in (args.prompt, args.stop))
     if args.prompts_file is not None:
-        lines = args.prompts_file.read_text(encoding="utf-8").split("\n")
-        prompts += [line.removesuffix("\r") for line in lines if line.strip()]
+        prompts += read_prompts_file(args.prompts_file, args.encoding)
     if not prompts:
         raise ValueError("there is no prompt: give --prompt or --prompts-file.")
-    return prompts
+    if "" in stop:
+        raise ValueError("--stop = '' is not valid: it must not be empty.")
+    if args.escapes:
+        return list(map(unescape, prompts)), list(map(unescape, stop))
+    if any(escape in text for escape in (r"\n", r"\t") for text in [*args.prompt, *stop]):
+        note = r"note: \n and \t are taken as they are written; with --escapes they are a newline and a tab."
+        print(note, file=sys.stderr)
+    return prompts, stop
 
 
 def run(args: argparse.Namespace) -> None:
-    prompts = read_prompts(args)
+    prompts, stop = read_texts(args)
+    choose_cpu_without_tpu()
     # Imported here so that --help and a typo answer at once.
     from bc2_jax.config import MeshConfig
-    from bc2_jax.convert.pretrained import find_tokenizer, load_pretrained
-    from bc2_jax.infer.generate import generate
+    from bc2_jax.convert.pretrained import find_model, find_tokenizer, load_pretrained
+    from bc2_jax.infer.generate import check_prompts
     from bc2_jax.infer.prepared import prepare
-    from bc2_jax.infer.stream import TextStream
+    from bc2_jax.infer.sampling import Settings
+    from bc2_jax.infer.text import find_eos_ids, generate_text
     from bc2_jax.sharding import make_mesh
     from bc2_jax.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer(find_tokenizer(args.checkpoint))
-    mesh = None if args.tensor is None else make_mesh(MeshConfig(tensor=args.tensor))
-    model = prepare(load_pretrained(args.checkpoint, dtype=args.dtype, mesh=mesh), donate=True)
-    stream = TextStream(tokenizer.decode) if len(prompts) == 1 and sys.stdout.isatty() else None
-
-    def show(step: int, tokens: list[int | None]) -> None:
-        if stream is not None and tokens[0] is not None:
-            print(stream.add(tokens[0]), end="", flush=True)
-
-    if stream is not None:
-        print(prompts[0], end="", flush=True)
-    continuations = generate(
-        model,
-        tokenizer.encode_batch(prompts),
+    settings = dict(
         max_new_tokens=args.max_new_tokens,
         temperature=0.0 if args.greedy else args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
         repetition_penalty=1.0 if args.greedy else args.repetition_penalty,
         seed=args.seed,
-        on_token=None if stream is None else show,
+        eos_token_id=find_eos_ids(args.checkpoint),
     )
-    if stream is not None:
-        print(stream.finish())
+    tokenizer = Tokenizer(find_tokenizer(args.checkpoint))
+    # Before the weights are read, which may take minutes.
+    config = find_model(args.checkpoint).config
+    check_prompts(config, tokenizer.encode_batch(prompts), Settings(**settings).check(config).max_new_tokens)
+    mesh = None if args.tensor is None else make_mesh(MeshConfig(tensor=args.tensor))
+    model = prepare(load_pretrained(args.checkpoint, dtype=args.dtype, mesh=mesh), donate=True)
+
+    streams = len(prompts) == 1 and sys.stdout.isatty()
+
+    def show(place: int, text: str) -> None:
+        print(text, end="", flush=True)
+
+    if streams:
+        show(0, prompts[0])
+    texts = generate_text(model, tokenizer, prompts, stop=stop, on_text=show if streams else None, **settings)
+    if streams:
+        print()
         return
-    for prompt, tokens in zip(prompts, continuations, strict=True):
-        print(prompt + tokenizer.decode(tokens) + ("\n" if len(prompts) > 1 else ""))
+    for prompt, text in zip(prompts, texts, strict=True):
+        print(prompt + text + ("\n" if len(prompts) > 1 else ""))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    use_utf8()
     args = make_parser().parse_args(argv)
     try:
         run(args)

@@ -22,6 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from bc2_jax.terminal import make_console, make_table, use_utf8
+
 if TYPE_CHECKING:
     from bc2_jax.data.batch import Rows
     from bc2_jax.data.inspection import Inspection, Place, SplitCounts
@@ -79,20 +81,8 @@ def read_batches(sources: Sequence[RowSource], options: argparse.Namespace) -> I
 
 
 def tabulate(splits: Sequence[SplitCounts]) -> Table:
-    names = (
-        "source",
-        "split",
-        "rows",
-        "documents",
-        "tokens",
-        "padding",
-        "tokens / character",
-        "mean length",
-        "longest",
-    )
-    table = Table(*names)
-    for column in table.columns[2:]:
-        column.justify = "right"
+    names = ("rows", "documents", "tokens", "padding", "tokens / character", "mean length", "longest")
+    table = make_table("source", "split", *names, numbers_from=2)
     for counts in splits:
         rate = f"{counts.tokens / counts.characters:.3f}" if counts.characters else "-"
         mean = f"{(counts.tokens - counts.documents) / counts.documents:,.0f}" if counts.documents else "-"
@@ -115,7 +105,7 @@ def print_lengths(console: Console, splits: Sequence[SplitCounts]) -> None:
     for octave in range(min(filled), max(filled) + 1) if filled else ():
         count = octaves[octave]
         bar = "#" * round(50 * count / max(octaves.values()))
-        console.print(f"{2**octave:>10,} .. {2 ** (octave + 1) - 1:<10,} {count:>12,} {bar}", highlight=False)
+        console.print(f"{2**octave:>10,} .. {2 ** (octave + 1) - 1:<10,} {count:>12,} {bar}")
 
 
 def plot_lengths(splits: Sequence[SplitCounts], file: Path) -> None:
@@ -133,7 +123,8 @@ def plot_lengths(splits: Sequence[SplitCounts], file: Path) -> None:
             edges = [2 ** (index / BINS_PER_OCTAVE) for index in range(len(counts.length_histogram) + 1)]
             shares = [count / counts.documents for count in counts.length_histogram]
             style = "-" if counts.split == "train" else ":"
-            axes.stairs(shares, edges, label=f"{counts.source} {counts.split}", linestyle=style)
+            label = f"{counts.split} {counts.source}".replace("$", r"\$")  # which would begin a formula
+            axes.stairs(shares, edges, label=label, linestyle=style)
     axes.set(xscale="log", xlabel="tokens a document", ylabel=f"share of documents, bins of 1/{BINS_PER_OCTAVE} octave")
     axes.set_xscale("log", base=2)
     axes.legend(fontsize="small")
@@ -159,7 +150,7 @@ class Report:
         return f"      {place.source} {place.split} row {place.row}: {shown!r}"
 
     def line(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(text)
 
     def duplicates(self, found: Inspection) -> None:
         held_out = sum(counts.documents for counts in found.splits if counts.split == "validation")
@@ -215,9 +206,9 @@ def run(options: argparse.Namespace, console: Console) -> None:
         ]
         rows = list(read_batches(sources, options))
         for name, row in rows:
-            console.print(f"{name}: {row_title(row)}", style="bold", markup=False, highlight=False)
-            console.print(Text(row_arrays(row), "dim"), soft_wrap=True)
-            console.print(render_row(row, tokenizer), soft_wrap=True, end="\n\n")
+            console.print(f"{name}: {row_title(row)}", style="bold")
+            console.print(Text(row_arrays(row), "dim"))
+            console.print(render_row(row, tokenizer), end="\n\n")
         if options.html is not None:
             options.html.write_text(render_html(rows, tokenizer), encoding="utf-8")
     else:
@@ -225,7 +216,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         console.print("Batches are not shown: that needs --tokenizer.")
 
     columns = (TextColumn("reading tokens"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=make_console(stderr=True)) as progress:
         total = sum(split.tokens for s in sources for split in (s.manifest.train, s.manifest.validation))
         task = progress.add_task("", total=total)
         found = inspect_sources(
@@ -240,7 +231,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     print_lengths(console, found.splits)
     report = Report(console, sources, tokenizer, options.examples)
     for difference in found.differences:
-        console.print(f"damaged: {difference}", style="red", markup=False, highlight=False)
+        console.print(f"damaged: {difference}", style="red")
     report.duplicates(found)
     if options.benchmarks:
         report.benchmarks(found)
@@ -248,16 +239,17 @@ def run(options: argparse.Namespace, console: Console) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         plot_lengths(found.splits, options.out / "lengths.png")
     if options.json is not None:
-        options.json.write_text(json.dumps(dataclasses.asdict(found), indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(dataclasses.asdict(found), indent=2, ensure_ascii=False) + "\n"
+        options.json.write_text(text, encoding="utf-8", errors="backslashreplace")  # of paths that are no UTF-8
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    use_utf8()
     options = parse_arguments(arguments)
     try:
-        # Wide enough for the table where no terminal says how wide it is.
-        run(options, Console(width=None if sys.stdout.isatty() else 140))
+        run(options, make_console())
     except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        make_console(stderr=True).print(f"error: {error}", style="red")
         return 1
     return 0
 

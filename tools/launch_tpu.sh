@@ -32,6 +32,7 @@ die() { echo "error: $1" >&2 && exit 2; }
 note() { [[ -n $dry_run ]] || echo "$(date +%H:%M:%S) $1" >&2; }
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || die "bash $BASH_VERSION is too old: it must be 4.4 or newer."
 
+root=$(cd "$(dirname "$0")/.." && pwd)
 # ---------------------------------------------------------------- arguments
 command=${1-}
 case $command in
@@ -85,12 +86,16 @@ if [[ $command == run ]]; then
   [[ ${BASH_REMATCH[1]} != *://* ]] ||
     die "--workdir = '${BASH_REMATCH[1]}' is not valid: it must be a folder; mount the bucket with --setup."
   [[ " ${train[*]}" =~ \ --resume[\ =] ]] || train+=(--resume auto)
+  # Before anything is booked; the workers get the revision, so a file that is not committed is not there.
+  git -C "$root" rev-parse --quiet --verify "$revision^{commit}" >/dev/null ||
+    die "--revision = '$revision' is not valid: this clone has no such commit, branch or tag."
+  git -C "$root" cat-file -e "$revision:./${train[0]}" 2>/dev/null ||
+    die "CONFIG = '${train[0]}' is not valid: it must be a file of revision $revision, its path from the top of the clone."
 else
   ((${#train[@]} == 0)) || die "'${train[0]}' is not valid: only run takes a config."
 fi
 
 # ---------------------------------------------------------------- gcloud
-root=$(cd "$(dirname "$0")/.." && pwd)
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 exec 3>&1 # where --dry-run prints, also from inside $(...)

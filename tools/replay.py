@@ -13,6 +13,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from bc2_jax.cpu import choose_cpu_without_tpu
+from bc2_jax.terminal import use_utf8
+
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -23,7 +26,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    use_utf8()
     options = parse_arguments(arguments)
+    choose_cpu_without_tpu()
     try:
         import jax
 

@@ -28,6 +28,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bc2_jax.terminal import use_utf8
+
 
 class Chip(NamedTuple):
     topology: str
@@ -234,7 +236,7 @@ def count_cycles(
 def find(folder: str, pattern: str, expression: str) -> int:
     """The number in the one file of that name."""
     (path,) = Path(folder).glob(pattern)
-    return int(re.findall(expression, path.read_text(errors="replace"))[-1])
+    return int(re.findall(expression, path.read_text(encoding="utf-8", errors="replace"))[-1])
 
 
 def min_cycles(chip: Chip, head_dim: int, products: int) -> int:
@@ -350,6 +352,7 @@ def tune(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    use_utf8()
     args = make_parser().parse_args(argv)
     if args.measure:
         kernel, block, chunk, diagonal = args.measure

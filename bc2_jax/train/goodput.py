@@ -18,6 +18,8 @@ from typing import Any
 import jax
 from rich.table import Table
 
+from bc2_jax.terminal import make_table
+
 _log = logging.getLogger(__name__)
 PHASES = {
     "start": "start",
@@ -120,10 +122,8 @@ def summarize(sessions: list[dict[str, Any]]) -> dict[str, float]:
 def goodput_table(sessions: list[dict[str, Any]]) -> Table:
     """Seconds and shares of the last session and of all."""
     columns = [summarize(sessions[-1:]), summarize(sessions)]
-    table = Table(title="Wall time in seconds", title_justify="left")
-    table.add_column("", no_wrap=True)
-    for header in ("this session", "", f"all {len(sessions)} session(s)", ""):
-        table.add_column(header, justify="right")
+    headers = ("", "this session", "", f"all {len(sessions)} session(s)", "")
+    table = make_table(*headers, title="Wall time in seconds", numbers_from=1)
     sums = [sum(column.values()) or 1.0 for column in columns]
     for name, text in PHASES.items():
         if columns[1][name]:

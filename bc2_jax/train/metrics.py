@@ -14,7 +14,6 @@ from typing import Any, BinaryIO
 
 import jax
 from jax.sharding import Mesh
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bc2_jax.config import RunConfig
@@ -22,6 +21,7 @@ from bc2_jax.convert import stream
 from bc2_jax.convert.table import flatten
 from bc2_jax.model.baichuan import Params
 from bc2_jax.sharding import to_host
+from bc2_jax.terminal import make_console
 from bc2_jax.tpu.chips import CHIPS, DEVICE_KINDS
 from bc2_jax.train.expendable import Expendable
 
@@ -222,7 +222,7 @@ class ProgressDisplay:
     def __init__(self, config: RunConfig, expendable: Expendable):
         self.config, self.start_step, self.start_time = config, 0, time.perf_counter()
         self._expendable = expendable
-        self.console = Console(quiet=jax.process_index() != 0, highlight=False)
+        self.console = make_console(quiet=jax.process_index() != 0)
         self._bar: Progress | None = None
 
     def start(self, step: int) -> None:
@@ -253,7 +253,7 @@ class ProgressDisplay:
     def say(self, text: str) -> None:
         if jax.process_index() == 0:
             with self._expendable.attempt("lines of the log"):
-                self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+                self.console.print(text)
 
     def close(self) -> None:
         if self._bar is not None:

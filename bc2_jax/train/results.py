@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import sys
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.table import Table
 
 from bc2_jax.config import TrainConfig
 from bc2_jax.convert.conversion import Options, to_hf
@@ -20,8 +18,9 @@ from bc2_jax.data import ngram
 from bc2_jax.data.corpus import list_parts
 from bc2_jax.data.loader import describe_mixture
 from bc2_jax.data.packing import read_rows
-from bc2_jax.infer.generate import generate
+from bc2_jax.infer.text import generate_text
 from bc2_jax.model.baichuan import Params, split_model
+from bc2_jax.terminal import add_column, command, interpreter, make_table
 from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.train.checks import EXPORT_NAME
 from bc2_jax.train.job import Say
@@ -53,13 +52,11 @@ def print_mixture(console: Console, config: TrainConfig, step: int = 0, row: int
     """Which share of the tokens each folder of rows has, and how often the run, which is at `row` after `step`, reads
     it up to its end."""
     data = config.data
-    table = Table("rows of", "rows", "share", title="Data", title_justify="left")
+    table = make_table("rows of", "rows", "share", title="Data", numbers_from=1)
     for first in data.stage_rows:
         at = f"step {step + -(-(first - row) // data.global_batch_size):,}, " if first >= row else ""
-        table.add_column(f"from {at}{first * data.sequence_length:,} tokens")
-    table.add_column("epochs")
-    for column in table.columns[1:]:
-        column.justify = "right"
+        add_column(table, f"from {at}{first * data.sequence_length:,} tokens", is_number=True)
+    add_column(table, "epochs", is_number=True)
     for part in describe_mixture(data, row + (config.num_steps - step) * data.global_batch_size):
         shares = (f"{share:.2%}" for share in part.shares)
         table.add_row(part.path, f"{part.rows:,}", *shares, f"{part.epochs:.2f}")
@@ -67,7 +64,7 @@ def print_mixture(console: Console, config: TrainConfig, step: int = 0, row: int
 
 
 def _print_table(console: Console, title: str, rows: dict[str, str]) -> None:
-    table = Table(title=title, show_header=False, title_justify="left")
+    table = make_table("", "", title=title)
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
@@ -136,29 +133,28 @@ def show_curve(workdir: Path, baselines: dict[str, float], say: Say) -> None:
 def print_hints(config: TrainConfig, checkpoint: Path, exported: Path | None, start: Start) -> None:
     """Where everything is and what to type next."""
     workdir, say = checkpoint.parent.parent, start.say
-    python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else "python"
     say(f"checkpoint   {checkpoint}")
     if exported is not None:
         say(f"PyTorch      {exported}")
-    say(f"metrics      {workdir / 'metrics.jsonl'}, tensorboard --logdir {workdir / 'tensorboard'}")
+    say(f"metrics      {workdir / 'metrics.jsonl'}, tensorboard --logdir {shlex.quote(str(workdir / 'tensorboard'))}")
     say(f"loss curve   {workdir / 'loss.png'}")
     longer = config.num_steps + config.checkpoint.save_every
-    say(f"to go on     {python} {start.command} --workdir {workdir} --resume auto --num-steps {longer}")
+    again = f"{shlex.quote(interpreter())} {start.command} --workdir {shlex.quote(str(workdir))}"
+    say(f"to go on     {again} --resume auto --num-steps {longer}")
     target = workdir / ("hf-bfloat16" if config.export_hf else "hf")
-    say(f"to convert   {python} tools/convert.py to-hf {checkpoint} {target}")
-    say(f"to generate  {python} tools/generate.py {workdir} --prompt ...")
+    say(f"to convert   {command('tools/convert.py', 'to-hf', checkpoint, target)}")
+    say(f"to generate  {command('tools/generate.py', workdir)} --prompt ...")
 
 
 def show_samples(model, config: TrainConfig, tokenizer: Tokenizer, say: Say) -> None:
     """Prints each prompt of the config with the model's continuation."""
     sample = config.sample
-    continuations = generate(
-        model, tokenizer.encode_batch(list(sample.prompts)), max_new_tokens=sample.max_new_tokens,
-        temperature=sample.temperature, top_k=sample.top_k, top_p=sample.top_p,
-        repetition_penalty=sample.repetition_penalty, seed=config.seed,
+    texts = generate_text(
+        model, tokenizer, sample.prompts, max_new_tokens=sample.max_new_tokens, temperature=sample.temperature,
+        top_k=sample.top_k, top_p=sample.top_p, repetition_penalty=sample.repetition_penalty, seed=config.seed,
     )  # fmt: skip
-    for prompt, continuation in zip(sample.prompts, continuations, strict=True):
-        say(f"--- {prompt!r} goes on:\n{tokenizer.decode(continuation)}")
+    for prompt, text in zip(sample.prompts, texts, strict=True):
+        say(f"--- {prompt!r} goes on:\n{text}")
     say("---")
 
 

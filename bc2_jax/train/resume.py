@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from bc2_jax.agreement import flatten
 from bc2_jax.checkpoint import Metadata
 from bc2_jax.config import RunConfig
 from bc2_jax.config.record import from_record
+from bc2_jax.terminal import make_table
 
 Effect = Literal["harmless", "changes what is learnt", "refused"]
 
@@ -71,9 +71,7 @@ def print_changes(console: Console, changes: Sequence[Change]) -> None:
     """A table of them; nothing if there are none."""
     if not changes:
         return
-    table = Table("field", "before", "now", "effect", title="Changed at this resume", title_justify="left")
-    for column in table.columns[:3]:
-        column.overflow = "fold"
+    table = make_table("field", "before", "now", "effect", title="Changed at this resume")
     for change in changes:
         table.add_row(*map(Text, change))
     console.print(table)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
+import logging
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from jax.sharding import Mesh
 from bc2_jax.config import RunConfig
 from bc2_jax.tpu.chips import DEVICE_KINDS
 from bc2_jax.tpu.options import compiler_options
+
+_log = logging.getLogger(__name__)
 
 
 def describe_start(config: RunConfig) -> dict[str, Any]:
@@ -32,10 +36,26 @@ def describe_start(config: RunConfig) -> dict[str, Any]:
 
 
 def use_compilation_cache(folder: str) -> None:
-    """Keeps compiled programs in `folder`, unless it is empty or JAX_COMPILATION_CACHE_DIR names another."""
-    if folder and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    """Keeps compiled programs in `folder`, unless it is empty or JAX_COMPILATION_CACHE_DIR names another.
+
+    Where nothing can be written there, as in a home that is read-only, a warning says so and none are kept.
+    """
+    if not folder or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    try:
+        path = Path(folder).expanduser()
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+        reason = getattr(error, "strerror", None) or error
+        _log.warning(
+            "Compiled programs are not kept: compilation_cache = %r cannot be written (%s). Name another folder by "
+            "--compilation-cache or JAX_COMPILATION_CACHE_DIR, or none by --compilation-cache ''.", folder, reason,
+        )  # fmt: skip
+        return
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def tuned_options(config: RunConfig, mesh: Mesh) -> dict[str, Any] | None:

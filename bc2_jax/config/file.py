@@ -1,0 +1,86 @@
+"""A Python file that holds the config of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import runpy
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from bc2_jax.validation import show
+
+C = TypeVar("C")
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfigFile(Generic[C]):
+    """A config file that was run."""
+
+    path: Path
+    config: C
+    """What its `config()` returned."""
+    doc: str | None
+    names: dict[str, Any]
+    """All that it defines."""
+
+    def prepare(self, config: C) -> C:
+        """`config`, changed from the command line, as the file's own `prepare(config)` completes it, if it has one."""
+        if "prepare" not in self.names:
+            return config
+        with _named_errors(self.path):
+            return _checked(f"{self.path}: prepare()", self.names["prepare"](config), type(config))
+
+
+def read_config_file(path: str | os.PathLike[str], *kinds: type[C]) -> ConfigFile[C]:
+    """Runs the Python file `path` and its `config()`, which must return one of `kinds`.
+
+    Raises FileNotFoundError for no file, and ValueError, in a sentence with the file, the line and the cause, for
+    whatever goes wrong in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file: the config must be a Python file that defines config().")
+    with _named_errors(path):
+        names = runpy.run_path(str(path))
+    function = names.get("config")
+    if not callable(function):
+        raise ValueError(f"{path} defines no function config(); it must, and return a {_one_of(*kinds)}.")
+    with _named_errors(path):
+        config = _checked(f"{path}: config()", function(), *kinds)
+    return ConfigFile(path, config, names.get("__doc__"), names)
+
+
+def _checked(what: str, value: Any, *kinds: type[C]) -> C:
+    if type(value) not in kinds:
+        raise _Wrong(f"{what} returns {show(value)}; it must return a {_one_of(*kinds)}.")
+    return value
+
+
+def _one_of(*kinds: type) -> str:
+    return " or ".join(kind.__name__ for kind in kinds)
+
+
+class _Wrong(ValueError):
+    """A sentence that names the file already."""
+
+
+@contextlib.contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except _Wrong:
+        raise
+    except SyntaxError as error:
+        where = f"{error.filename or path}, line {error.lineno}" if error.lineno else str(path)
+        raise ValueError(f"{where}: {error.msg} (it is no valid Python).") from error
+    except Exception as error:
+        # The innermost line of the file itself, not of what it calls.
+        frames = traceback.extract_tb(error.__traceback__)
+        line = next((f", line {f.lineno}" for f in reversed(frames) if f.filename == str(path)), "")
+        cause = " ".join(str(error).split()) or "no message"
+        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        raise ValueError(f"{path}{line}: {kind}{cause.rstrip('.')}.") from error

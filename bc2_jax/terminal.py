@@ -1,0 +1,91 @@
+"""What programs print: in every locale, as it is, so that nothing is cut off, and so that a hint can be typed again."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+# Of a table that goes to a file or a pipe.
+_WIDTH = 160
+
+
+def use_utf8() -> None:
+    """Has standard output and error take every character, whatever the locale; a program calls it first.
+
+    Where the locale knows ASCII alone (LC_ALL=C), they write UTF-8, unless PYTHONIOENCODING says otherwise; what
+    another encoding does not have is written as an escape.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not where a test or a notebook has put its own
+            is_ascii = codecs.lookup(stream.encoding).name == "ascii" and "PYTHONIOENCODING" not in os.environ
+            stream.reconfigure(encoding="utf-8" if is_ascii else None, errors="backslashreplace")
+
+
+def read_argument(text: str) -> str:
+    """An argument of the command line that is a text: UTF-8 also where the locale knows ASCII alone.
+
+    Paths stay as they are: Python finds their bytes again. Raises ValueError for bytes that are no UTF-8.
+    """
+    if not any("\udc80" <= character <= "\udcff" for character in text):
+        return text
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the argument {text!r} is not valid: it is not UTF-8.") from error
+
+
+def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
+    """A console that prints text as it is: `[v1]` is no markup and `:x:` no picture, long lines are not broken.
+
+    Where neither a terminal nor COLUMNS says how wide it is, a table has 160 columns.
+    """
+    is_known = (sys.stderr if stderr else sys.stdout).isatty() or "COLUMNS" in os.environ
+    return Console(
+        stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False, soft_wrap=True,
+        width=None if is_known else _WIDTH,
+    )  # fmt: skip
+
+
+def make_table(*headers: str, title: str | None = None, numbers_from: int | None = None) -> Table:
+    """A table that goes on in the next line of a cell rather than cut it off; headers that are all empty are not shown.
+
+    Columns from `numbers_from` on hold numbers, aligned at the right.
+    """
+    table = Table(title=title, title_justify="left", show_header=any(headers))
+    for index, header in enumerate(headers):
+        add_column(table, header, is_number=numbers_from is not None and index >= numbers_from)
+    return table
+
+
+def add_column(table: Table, header: str, *, is_number: bool = False) -> None:
+    """Another column of a table of `make_table`."""
+    table.add_column(header, overflow="fold", justify="right" if is_number else "left")
+
+
+def here(path: str | Path) -> str:
+    """`path` as one types it in the current directory: relative if it is in there, else absolute."""
+    path, current = os.path.abspath(path), os.getcwd()
+    return os.path.relpath(path, current) if path.startswith(os.path.join(current, "")) else path
+
+
+def command(program: str, *words: object) -> str:
+    """What to type in the current directory to run `program`, a path from the top of this project such as
+    "tools/convert.py", by the interpreter that runs now; each word quoted for the shell."""
+    root = Path(__file__).parents[1]
+    return shlex.join([interpreter(), here(root / program), *map(str, words)])
+
+
+def interpreter() -> str:
+    """What to type in the current directory for the Python that runs now; not quoted."""
+    for name in ("python", "python3"):
+        if (found := shutil.which(name)) and os.path.abspath(found) == sys.executable:
+            return name
+    return here(sys.executable) if sys.executable else "python"
