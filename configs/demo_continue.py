@@ -21,7 +21,7 @@ def config() -> TrainConfig:
     demo = DEMO["config"]()
     return dataclasses.replace(
         demo,
-        name="demo-continue",
+        name="demo_continue",
         init_from="runs/demo",
         data=DataConfig(
             sources=(SourceConfig(path="rows"),), tokenizer="runs/demo/tokenizer.model",
