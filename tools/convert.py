@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import logging
 import os
 import re
@@ -22,22 +21,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Table
-from rich.text import Text
 
 from bc2_jax.convert.reading import add_reading_options, reading_of
 from bc2_jax.cpu import keep_heap
+from bc2_jax.terminal import make_console, make_table, use_utf8
 
 if TYPE_CHECKING:
     from bc2_jax.convert.conversion import Options, Summary
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _DTYPES = ("bfloat16", "float16", "float32")
-# In a file or a pipe a table is as wide as it needs to be.
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out, err = make_console(), make_console(stderr=True)
 
 
 def parse_size(text: str) -> int:
@@ -133,7 +128,7 @@ def run_conversion(args: argparse.Namespace) -> int:
         )  # fmt: skip
         summary = convert(args, options)
     if summary.not_finite:
-        err.print(f"warning: not finite: {', '.join(summary.not_finite)}", markup=False)
+        err.print(f"warning: not finite: {', '.join(summary.not_finite)}")
     gigabytes = summary.bytes_read / 1e9
     out.print(
         f"{summary.config.num_parameters():,} parameters in {summary.tensors} arrays, {gigabytes:.2f} GB read and "
@@ -145,9 +140,9 @@ def run_conversion(args: argparse.Namespace) -> int:
     if getattr(args, "verify", False):
         out.print("read back and compared: every tensor is as it was meant to be")
     for note in summary.notes:
-        out.print(note, markup=False)
+        out.print(note)
     out.print(f"parameters sha256 {summary.fingerprint}")
-    out.print(f"Wrote {args.target}.", markup=False)
+    out.print(f"Wrote {args.target}.")
     return 0
 
 
@@ -156,11 +151,9 @@ def run_inspect(args: argparse.Namespace) -> int:
     from bc2_jax.validation import join_some
 
     found = inspect(args.source, make_options(args))
-    table = Table(title=Text(str(found.path)), title_justify="left")
-    for title in ("tensor", "count", "shape", "dtype"):
-        table.add_column(title)
+    table = make_table("tensor", "count", "shape", "dtype", title=str(found.path))
     for group in found.groups:
-        table.add_row(Text(group.name), str(group.count), " x ".join(map(str, group.shape)), group.dtype)
+        table.add_row(group.name, str(group.count), " x ".join(map(str, group.shape)), group.dtype)
     out.print(table)
     lines = {
         "format": found.format, "model": found.model, "parameters": f"{found.parameters:,}",
@@ -172,7 +165,7 @@ def run_inspect(args: argparse.Namespace) -> int:
     lines["left out"] = join_some(found.left_out) or "none"
     lines["not read"] = "checksums and values, which a conversion checks as it reads them"
     for name, text in lines.items():
-        out.print(f"{name:12}{text}", markup=False)
+        out.print(f"{name:12}{text}")
     if found.refusal is not None:
         print(f"error: {found.refusal}", file=sys.stderr)
     return 0 if found.is_consistent else 1
@@ -184,9 +177,9 @@ def run_diff(args: argparse.Namespace) -> int:
     with progress_bar() as (_, advance):
         found = diff(args.source, args.target, advance)
     for field in found.fields:
-        out.print(f"config {field}", markup=False)
+        out.print(f"config {field}")
     if found.arrays:
-        table = Table("array", "layers", "dtypes", "largest difference", "relative to the largest value")
+        table = make_table("array", "layers", "dtypes", "largest difference", "relative to the largest value")
         for array in found.arrays:
             layers = "" if array.layers == (None,) else ", ".join(map(str, array.layers))
             table.add_row(array.path, layers, " / ".join(array.dtypes), f"{array.max_abs:.3e}", f"{array.max_rel:.3e}")
@@ -196,11 +189,10 @@ def run_diff(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    use_utf8()
     args = make_parser().parse_args(argv)
     # Nothing here needs an accelerator: it may be another process's, or not be there, of which libtpu prints pages.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may hold what the terminal has no character for
-        sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("bc2_jax").setLevel(logging.INFO)  # tells how the position scheme was inferred
     try:

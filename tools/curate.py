@@ -11,7 +11,6 @@ the same arguments it goes on where it stopped; DIR/work may be deleted when it 
 from __future__ import annotations
 
 import dataclasses
-import runpy
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -21,8 +20,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from bc2_jax.config.file import read_config_file
+from bc2_jax.cpu import choose_cpu_without_tpu
 from bc2_jax.curate.config import CurationConfig
 from bc2_jax.data.processes import ends_at_signals
+from bc2_jax.terminal import make_console, make_table, use_utf8
 from bc2_jax.validation import require
 
 
@@ -48,7 +50,7 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
         name, _, value = argument.partition("=")
         if name == "--config":
             path = value or (arguments[place + 1] if place + 1 < len(arguments) else "")
-            settings = runpy.run_path(path)["config"]()
+            settings = read_config_file(path, CurationConfig).config
     options = tyro.cli(Arguments, args=list(arguments), default=Arguments(raw=(), out="", settings=settings))
     if options.encoding is None:
         return options
@@ -58,9 +60,7 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
 
 def summarize(report: dict) -> Table:
     """The waterfall as a table."""
-    table = Table("", "documents", "MB", "share of the text")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = make_table("", "documents", "MB", "share of the text", numbers_from=1)
 
     def add(label: str, counts: dict) -> None:
         share = counts["bytes"] / max(report["read"]["bytes"], 1)
@@ -74,31 +74,33 @@ def summarize(report: dict) -> Table:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    console = Console(stderr=True, highlight=False)
+    use_utf8()
+    choose_cpu_without_tpu()
+    console = make_console(stderr=True)
     try:
         with ends_at_signals("what is finished is kept; run the same command to go on."):
             options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
             report = run(options, console)
     except ModuleNotFoundError as error:
-        console.print(f"error: {error.name} is missing: pip install 'bc2_jax[data]'", markup=False, soft_wrap=True)
+        console.print(f"error: {error.name} is missing: pip install 'bc2_jax[data]'")
         return 1
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        console.print(f"error: {error}", markup=False, soft_wrap=True)
+        console.print(f"error: {error}")
         return 1
     console.print(summarize(report))
     lost = sum(report["problems"]["reasons"].values())
     if lost:
         lines = f"{lost} places in the raw files gave no document; {options.out}/report.md names them."
-        console.print(lines, markup=False, soft_wrap=True)
+        console.print(lines)
     if skipped := report["changes"].get("files that were skipped"):
         lines = f"{skipped} files of the folders were not read, for what they are; report.md names them."
-        console.print(lines, markup=False, soft_wrap=True)
+        console.print(lines)
     for reason in report["problems"]["reasons"]:
         if "--encoding" in reason:
-            console.print(reason, markup=False, soft_wrap=True)
+            console.print(reason)
     if not report["written"]["documents"]:
-        console.print("No document is left: the table above says which step took how many.", soft_wrap=True)
-    console.print(f"{options.out}/report.md", markup=False, soft_wrap=True)
+        console.print("No document is left: the table above says which step took how many.")
+    console.print(f"{options.out}/report.md")
     return 0
 
 

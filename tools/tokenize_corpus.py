@@ -21,7 +21,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
@@ -31,13 +30,13 @@ from bc2_jax.data.documents import Fields
 from bc2_jax.data.packing import load_manifest
 from bc2_jax.data.processes import ends_at_signals
 from bc2_jax.data.tokenization import Settings, tokenize_corpus
+from bc2_jax.terminal import make_console, make_table, use_utf8
 
 
 def summarize(corpus: Corpus, out: Path) -> Table:
     """The parts of a corpus as a table: counts and shares of what is for training."""
-    table = Table("source", "score", "weight", "documents", "tokens", "tokens/char", "rows", "share")
-    for column in table.columns[3:]:
-        column.justify = "right"
+    headers = ("source", "score", "weight", "documents", "tokens", "tokens/char", "rows", "share")
+    table = make_table(*headers, numbers_from=3)
     for part in corpus.parts:
         manifest = load_manifest(out / part.path)
         characters = manifest.train.characters + manifest.validation.characters
@@ -76,8 +75,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    use_utf8()
     options = parse_arguments(arguments)
-    console = Console(stderr=True)
+    console = make_console(stderr=True)
     handler = RichHandler(console=console, show_path=False, show_time=False)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     columns = (
@@ -110,9 +110,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 advance=advance,
             )
     except (ValueError, OSError, RuntimeError) as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"error: {error}", style="red")
         return 1
-    Console().print(summarize(corpus, options.out))
+    make_console().print(summarize(corpus, options.out))
     listed = f" (see {options.out / PROBLEMS})" if corpus.invalid_documents else ""
     print(
         f"{corpus.documents:,} documents read, {corpus.empty_documents:,} empty, {corpus.invalid_documents:,} "

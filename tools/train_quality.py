@@ -16,6 +16,9 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from bc2_jax.cpu import choose_cpu_without_tpu
+from bc2_jax.terminal import make_console, use_utf8
+
 
 def read_texts(paths: Sequence[str], most: int, console: Console) -> list[str]:
     """At most so many different normalised texts, in the order of the files."""
@@ -33,7 +36,7 @@ def read_texts(paths: Sequence[str], most: int, console: Console) -> list[str]:
             if len(texts) >= most:
                 return list(texts)[:most]
         for problem in report.problems[:5]:
-            console.print(f"{problem.file}:{problem.line}: {problem.reason}", markup=False)
+            console.print(f"{problem.file}:{problem.line}: {problem.reason}")
     return list(texts)
 
 
@@ -49,8 +52,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    use_utf8()
     options = parse_arguments(arguments)
-    console = Console(stderr=True, highlight=False)
+    choose_cpu_without_tpu()
+    console = make_console(stderr=True)
     try:
         from bc2_jax.curate.perplexity import make_perplexity
         from bc2_jax.curate.quality import train_quality
@@ -63,15 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model = train_quality(good, bad, perplexity=perplexity)
         model.save(options.out)
     except ModuleNotFoundError as error:
-        console.print(f"error: {error.name} is missing: pip install 'bc2_jax[data]'", markup=False, soft_wrap=True)
+        console.print(f"error: {error.name} is missing: pip install 'bc2_jax[data]'")
         return 1
     except (ValueError, OSError) as error:
-        console.print(f"error: {error}", markup=False, soft_wrap=True)
+        console.print(f"error: {error}")
         return 1
     console.print(
         f"{len(good):,} good and {len(bad):,} bad documents; of the {model.held_out_documents:,} held out, a good one "
-        f"has a higher score than a bad one in {model.held_out_auc:.2%} of the pairs: {options.out}",
-        soft_wrap=True,
+        f"has a higher score than a bad one in {model.held_out_auc:.2%} of the pairs: {options.out}"
     )
     return 0
 

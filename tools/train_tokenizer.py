@@ -28,6 +28,7 @@ from rich.table import Table
 
 from bc2_jax.data.processes import ends_at_signals
 from bc2_jax.files import lock
+from bc2_jax.terminal import make_console, make_table, use_utf8
 
 if TYPE_CHECKING:
     from bc2_jax.data.documents import InvalidDocument
@@ -146,7 +147,7 @@ def draw_sample(options: argparse.Namespace, console: Console) -> tuple[Tokenize
 
 def tabulate_sample(sample: TokenizerSample) -> Table:
     names = ("language", "documents", "bytes", "held out", "weight 0", "empty", "drawn", "drawn bytes", "share", "cut")
-    table = make_table("Documents", names, 1)
+    table = make_table(*names, title="Documents", numbers_from=1)
     total = sum(count.drawn_bytes for count in sample.counts.values())
     for language, count in sample.counts.items():
         numbers = (
@@ -160,19 +161,11 @@ def tabulate_sample(sample: TokenizerSample) -> Table:
 
 def tabulate_compression(results: Sequence[Compression]) -> Table:
     names = ("tokenizer", "language", "documents", "characters", "tokens", "tokens / character", "tokens / byte")
-    table = make_table("Compression of held-out text, lower is better", names, 2)
+    table = make_table(*names, title="Compression of held-out text, lower is better", numbers_from=2)
     for result in results:
         numbers = (result.documents, result.characters, result.tokens)
         rates = (f"{result.tokens_per_character:.4f}", f"{result.tokens_per_byte:.4f}")
         table.add_row(result.tokenizer, result.language, *(f"{number:,}" for number in numbers), *rates)
-    return table
-
-
-def make_table(title: str, names: Sequence[str], left: int) -> Table:
-    """A table whose columns are numbers but for the first `left`."""
-    table = Table(*names, title=title, title_justify="left")
-    for column in table.columns[left:]:
-        column.justify = "right"
     return table
 
 
@@ -224,7 +217,7 @@ def run(options: argparse.Namespace, console: Console, errors: Console) -> int:
         logger.warning("too little text: %s", shortfall)
     counts = TrainingText()
     failed = options.out.with_name(f"{options.out.name}.failed")
-    errors.print(f"training {options.vocab_size:,} pieces on {len(sample.texts):,} documents", highlight=False)
+    errors.print(f"training {options.vocab_size:,} pieces on {len(sample.texts):,} documents")
     tokenizer = train_tokenizer(
         sample.texts, failed, options.vocab_size, character_coverage=options.character_coverage, counts=counts
     )
@@ -232,27 +225,28 @@ def run(options: argparse.Namespace, console: Console, errors: Console) -> int:
         f"Trained on {counts.texts:,} documents, {counts.lines:,} lines, {counts.bytes:,} bytes; {counts.cut_lines:,} "
         f"lines above 4,096 characters were cut, {counts.removed_characters:,} characters U+2585 removed, {invalid:,} "
         f"invalid documents left out.",
-        highlight=False, soft_wrap=True,
     )  # fmt: skip
     checks = check_tokenizer(tokenizer, options.vocab_size, [t for texts in sample.held_out.values() for t in texts])
     for check in checks:
         passed = check.failure is None
         line = f"passed  {check.name}" if passed else f"FAILED  {check.name}: {check.failure}"
-        console.print(line, style="green" if passed else "red", markup=False, highlight=False, soft_wrap=True)
+        console.print(line, style="green" if passed else "red")
     if any(check.failure for check in checks):
-        errors.print(f"error: a check failed; the model is in {failed}", style="red", markup=False, highlight=False)
+        errors.print(f"error: a check failed; the model is in {failed}", style="red")
     if sample.held_out:
         others = {str(options.out): open_encoder(str(failed)), **others}
         results = [
             result for name, encode in others.items() for result in measure_compression(name, encode, sample.held_out)
         ]
         console.print(tabulate_compression(results))
-        console.print(f"Compression: {FORMULA}.", highlight=False, soft_wrap=True)
+        console.print(f"Compression: {FORMULA}.")
     else:
         results = []
         logger.warning("compression is not measured: no document is held out; choose a larger --validation-fraction")
     result = report(options, sample, invalid, counts, tokenizer.fingerprint, checks, results)
-    options.out.with_suffix(".report.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    options.out.with_suffix(".report.json").write_text(
+        json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace"
+    )
     if any(check.failure for check in checks):
         return 1
     failed.replace(options.out)
@@ -260,18 +254,18 @@ def run(options: argparse.Namespace, console: Console, errors: Console) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    use_utf8()
     options = parse_arguments(arguments)
-    errors = Console(stderr=True)
+    errors = make_console(stderr=True)
     handler = RichHandler(console=errors, show_path=False, show_time=False)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     try:
-        # Wide enough for the tables where no terminal says how wide it is.
-        console = Console(width=None if sys.stdout.isatty() else 140)
+        console = make_console()
         ends = ends_at_signals("no model was written; run the same command to start again.")
         with ends, lock(options.out.with_name(f".{options.out.name}.lock"), f"--out = {str(options.out)!r}"):
             return run(options, console, errors)
     except (ValueError, OSError) as error:
-        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        errors.print(f"error: {error}", style="red")
         return 1
 
 
