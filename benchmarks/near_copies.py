@@ -55,8 +55,8 @@ def main() -> None:
         begin = time.perf_counter()
         results = [r for _, r in engine.map(functools.partial(sign, shards, out), [{"name": name} for name in names])]
         signed = time.perf_counter()
-        edges = band_edges(daft.read_parquet((out / "bands").uri("*.parquet")), engine)
-        signatures = daft.read_parquet((out / "signatures").uri("*.parquet"))
+        edges = band_edges(daft.read_parquet((out / "bands").pattern(".parquet")), engine)
+        signatures = daft.read_parquet((out / "signatures").pattern(".parquet"))
         copies = resolve(edges, signatures, CopiesConfig().least_similarity, engine).count_rows()
         end = time.perf_counter()
     size = sum(result["bytes"] for result in results) / 1e6

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bc2_jax"
 # A module imports only from its own package and from those before it (docs/design.md).
 ORDER = (
-    "validation", "config", "cpu", "sharding", "tokenizer", "tpu", "kernels", "data", "model", "agreement", "manifest",
-    "checkpoint", "convert", "infer", "train", "aot", "align", "evaluate", "curate",
+    "validation", "files", "config", "cpu", "sharding", "tokenizer", "tpu", "kernels", "data", "model", "agreement",
+    "manifest", "checkpoint", "convert", "infer", "train", "aot", "align", "evaluate", "curate",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [str(path.relative_to(PACKAGE)) for path in FILES]

@@ -2,7 +2,7 @@
 
     python tools/curate.py RAW... --out DIR [--config configs/curation/default.py] [--runner ray] [--FIELD VALUE]
 
-RAW are files or folders of .jsonl (plain, .zst, .gz), .parquet and .txt; a row needs a field `text`. DIR gets
+RAW are files or folders of .jsonl, .json and .txt (plain, .zst, .gz) and .parquet; a row needs a field `text`. DIR gets
 documents/*.parquet and jsonl/*.jsonl.zst (id, text, source, language, cluster, score, weight), removed/*.parquet (what
 went, and why), problems.parquet (what could not be read), report.md, report.json and waterfall.png. Started again with
 the same arguments it goes on where it stopped; DIR/work may be deleted when it is done.
@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from bc2_jax.curate.config import CurationConfig
+from bc2_jax.data.processes import ends_at_signals
 from bc2_jax.validation import require
 
 
@@ -35,6 +36,8 @@ class Arguments:
     """A Python file with `def config() -> CurationConfig`."""
     runner: str = "native"
     """Where it runs: native (this process), ray (a cluster started on this machine) or ray://HOST:PORT."""
+    encoding: str | None = None
+    """What --read.encoding says: the encoding of files that are not UTF-8, such as gb18030 or utf-16."""
     settings: Annotated[CurationConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=CurationConfig)
 
 
@@ -46,7 +49,11 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
         if name == "--config":
             path = value or (arguments[place + 1] if place + 1 < len(arguments) else "")
             settings = runpy.run_path(path)["config"]()
-    return tyro.cli(Arguments, args=list(arguments), default=Arguments(raw=(), out="", settings=settings))
+    options = tyro.cli(Arguments, args=list(arguments), default=Arguments(raw=(), out="", settings=settings))
+    if options.encoding is None:
+        return options
+    read = dataclasses.replace(options.settings.read, encoding=options.encoding)
+    return dataclasses.replace(options, settings=dataclasses.replace(options.settings, read=read))
 
 
 def summarize(report: dict) -> Table:
@@ -67,36 +74,48 @@ def summarize(report: dict) -> Table:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     console = Console(stderr=True, highlight=False)
     try:
-        from bc2_jax.curate.engine import Engine
-        from bc2_jax.curate.pipeline import curate
-
-        require(bool(options.out), "--out", options.out, "it must name a folder")
-        engine = Engine(options.runner)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=console) as progress:
-            bars: dict[str, TaskID] = {}
-
-            def show(stage: str, done: int, total: int) -> None:
-                if stage not in bars:
-                    bars[stage] = progress.add_task(stage, total=total or None)
-                progress.update(bars[stage], completed=done, total=total or None)
-
-            report = curate(options.raw, options.out, options.settings, engine, show)
+        with ends_at_signals("what is finished is kept; run the same command to go on."):
+            options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+            report = run(options, console)
     except ModuleNotFoundError as error:
         console.print(f"error: {error.name} is missing: pip install 'bc2_jax[data]'", markup=False, soft_wrap=True)
         return 1
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         console.print(f"error: {error}", markup=False, soft_wrap=True)
         return 1
     console.print(summarize(report))
     lost = sum(report["problems"]["reasons"].values())
     if lost:
-        console.print(f"{lost} places in the raw files gave no document; {options.out}/report.md names them.")
-    console.print(f"{options.out}/report.md")
+        lines = f"{lost} places in the raw files gave no document; {options.out}/report.md names them."
+        console.print(lines, markup=False, soft_wrap=True)
+    for reason in report["problems"]["reasons"]:
+        if "--encoding" in reason:
+            console.print(reason, markup=False, soft_wrap=True)
+    if not report["written"]["documents"]:
+        console.print("No document is left: the table above says which step took how many.", soft_wrap=True)
+    console.print(f"{options.out}/report.md", markup=False, soft_wrap=True)
     return 0
+
+
+def run(options: Arguments, console: Console) -> dict:
+    """The report."""
+    from bc2_jax.curate.engine import Engine
+    from bc2_jax.curate.pipeline import curate
+
+    require(bool(options.out), "--out", options.out, "it must name a folder")
+    engine = Engine(options.runner)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        bars: dict[str, TaskID] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in bars:
+                bars[stage] = progress.add_task(stage, total=total or None)
+            progress.update(bars[stage], completed=done, total=total or None)
+
+        return curate(options.raw, options.out, options.settings, engine, show)
 
 
 if __name__ == "__main__":

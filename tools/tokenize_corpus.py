@@ -3,12 +3,13 @@
     python tools/tokenize_corpus.py CURATED --tokenizer tokenizer.model --sequence-length 4096 --out rows
     python tools/tokenize_corpus.py corpus/*.jsonl --tokenizer tokenizer.model --out rows
 
-Inputs are .parquet, .jsonl, .jsonl.zst (one record a row or line), .txt (one document a file), folders of them, or the
-folder that the curation wrote. A record has its text in the field `text`; it may have a `source` (else the name of the
-file's folder), a quality `score` in 0..1 (else 1) and a sampling `weight` (else 1).
+Inputs are .parquet, .jsonl, .json (one record a row or line), .txt (one document a file), all but the first also .zst
+and .gz, folders of them, or the folder that the curation wrote. A record has its text in the field `text`; it may have
+a `source` (else the name of the file's folder), a quality `score` in 0..1 (else 1) and a sampling `weight` (else 1).
 
-OUT becomes a source for `DataConfig`: rows of T + 1 tokens in OUT/SOURCE/qBUCKET, some documents of each held out for
-validation, and corpus.json. OUT appears when it is complete; stopped before, the same command goes on where it was.
+OUT becomes a source for `DataConfig`: rows of T + 1 tokens in OUT/SOURCE/qBUCKET, or where weights differ in wWEIGHT of
+it, some documents of each held out for validation, and corpus.json. OUT appears when it is complete; stopped before,
+the same command goes on where it was.
 """
 
 from __future__ import annotations
@@ -28,21 +29,22 @@ from rich.table import Table
 from bc2_jax.data.corpus import PROBLEMS, Corpus
 from bc2_jax.data.documents import Fields
 from bc2_jax.data.packing import load_manifest
+from bc2_jax.data.processes import ends_at_signals
 from bc2_jax.data.tokenization import Settings, tokenize_corpus
 
 
 def summarize(corpus: Corpus, out: Path) -> Table:
     """The parts of a corpus as a table: counts and shares of what is for training."""
-    table = Table("source", "score", "documents", "tokens", "tokens/char", "rows", "share")
-    for column in table.columns[2:]:
+    table = Table("source", "score", "weight", "documents", "tokens", "tokens/char", "rows", "share")
+    for column in table.columns[3:]:
         column.justify = "right"
     for part in corpus.parts:
         manifest = load_manifest(out / part.path)
         characters = manifest.train.characters + manifest.validation.characters
         tokens = manifest.train.tokens + manifest.validation.tokens
         table.add_row(
-            part.source, f"{part.min_score:.3g}-{part.max_score:.3g}", f"{part.documents:,}", f"{part.tokens:,}",
-            f"{tokens / characters:.3f}", f"{part.rows:,}", f"{part.share:.2%}",
+            part.source, f"{part.min_score:.3g}-{part.max_score:.3g}", f"{part.mean_weight:g}", f"{part.documents:,}",
+            f"{part.tokens:,}", f"{tokens / characters:.3f}", f"{part.rows:,}", f"{part.share:.2%}",
         )  # fmt: skip
     return table
 
@@ -82,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     try:
-        with Progress(*columns, console=console) as progress:
+        advice = "what is finished is kept; run the same command to go on."
+        with ends_at_signals(advice), Progress(*columns, console=console) as progress:
             task = progress.add_task("reading", total=None)
 
             def advance(stage: str, done: int, total: int) -> None:

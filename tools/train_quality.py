@@ -20,12 +20,13 @@ from rich.console import Console
 def read_texts(paths: Sequence[str], most: int, console: Console) -> list[str]:
     """At most so many different normalised texts, in the order of the files."""
     from bc2_jax.curate.ingestion import read_shards
-    from bc2_jax.curate.inputs import ReadConfig, find_inputs, plan_units
+    from bc2_jax.curate.inputs import ReadConfig, plan_units
     from bc2_jax.curate.problems import UnitReport
+    from bc2_jax.data.text_files import find_text_files
 
     config = ReadConfig()
     texts: dict[str, None] = {}
-    for unit in plan_units(find_inputs(paths).files, config):
+    for unit in plan_units(find_text_files(paths).files, config):
         report = UnitReport(unit.index)
         for table in read_shards(unit, config, report):
             texts.update(dict.fromkeys(table["text"].to_pylist()))

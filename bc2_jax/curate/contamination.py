@@ -2,13 +2,16 @@
 
 The procedure is GPT-3's (Brown et al. 2020, arXiv 2005.14165, Appendix C): n-grams of 13 words, fewer for a benchmark
 of short items but at least 8, and n-grams found in many documents are no evidence. A token here is a word or one Han
-character. What differs: case counts, and documents are reported or dropped whole instead of being cut.
+character; a Chinese word has about 1.6 of these, so where they are written together an n-gram has 1.6 times as many.
+What differs: case counts, and documents are reported or dropped whole instead of being cut.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,11 +20,14 @@ from typing import NamedTuple
 import numpy as np
 
 from bc2_jax.curate.lookup import NgramTable, find_ngrams, make_table
-from bc2_jax.curate.tokens import Tokens, hash_ngrams, hash_tokens
+from bc2_jax.curate.tokens import Tokens, choose_tokens, count_characters, hash_ngrams, hash_tokens, token_starts
 from bc2_jax.data.benchmark_items import read_items
 from bc2_jax.validation import require
 
 _SHORTEST = 8
+# Characters of a word in scripts without spaces, and how many of them make a text one of these.
+_CHARACTERS = 1.6
+_LEAST_CHARACTERS = 8
 _PERCENTILE = 5
 
 
@@ -35,8 +41,8 @@ class ContaminationConfig:
     """Fields of a .jsonl item that are read, where it has them; lists and objects with all they contain. Not the
     passages that questions are about: those are public text, and to know them is no contamination."""
     n: int = 13
-    """Tokens of an n-gram. A file whose items are short is searched with fewer, the 5th percentile of their lengths but
-    at least 8; an item shorter than that can't be found."""
+    """Words of an n-gram, 13 or 21 characters of Chinese. A file whose items are short is searched with fewer, the 5th
+    percentile of their lengths but at least 8, or 13 characters; an item shorter than that can't be found."""
     max_items: int = 10
     """An n-gram in more items of its file is the frame of the questions and no evidence."""
     max_documents: int = 10
@@ -90,6 +96,8 @@ class Match(NamedTuple):
     item: str
     share: float
     """Of the item's different n-grams, those that the document contains."""
+    ngram: str
+    """The first of these as it stands in the document."""
 
 
 def load_benchmark_ngrams(
@@ -108,15 +116,21 @@ def load_benchmark_ngrams(
             parts += texts
             names.append(f"{file.name}:{line}")
         require(len(parts) > 0, "contamination.files", str(file), f"it has no text in {', '.join(config.fields)}")
-        tokens = hash_tokens(parts)
-        lengths = np.bincount(owners, np.diff(tokens.offsets), minlength=len(names))
-        n = int(np.clip(np.percentile(lengths, _PERCENTILE), _SHORTEST, config.n))
-        ngrams = hash_ngrams(tokens, n)
-        numbers = np.repeat(np.array(owners, np.int64), np.diff(ngrams.offsets))
-        pairs = np.unique(np.stack([ngrams.hashes, numbers.astype(np.uint64)]), axis=1)
-        _, place, count = np.unique(pairs[0], return_inverse=True, return_counts=True)
-        pairs = pairs[:, count[place] <= config.max_items]
-        rows.setdefault(n, []).append((pairs[0], pairs[1].astype(np.int64) + len(items)))
+        tokens, owner = hash_tokens(parts), np.array(owners, np.int64)
+        unspaced = np.array([count_characters(part) >= _LEAST_CHARACTERS for part in parts])
+        for chosen, scale in ((~unspaced, 1.0), (unspaced, _CHARACTERS)):
+            lengths = np.bincount(owner[chosen], np.diff(tokens.offsets)[chosen])
+            lengths = lengths[lengths > 0]
+            if not len(lengths):
+                continue
+            shortest, longest = math.ceil(scale * _SHORTEST), math.ceil(scale * config.n)
+            n = int(np.clip(np.percentile(lengths, _PERCENTILE), shortest, longest))
+            ngrams = hash_ngrams(choose_tokens(tokens, chosen), n)
+            numbers = np.repeat(owner[chosen], np.diff(ngrams.offsets))
+            pairs = np.unique(np.stack([ngrams.hashes, numbers.astype(np.uint64)]), axis=1)
+            _, place, count = np.unique(pairs[0], return_inverse=True, return_counts=True)
+            pairs = pairs[:, count[place] <= config.max_items]
+            rows.setdefault(n, []).append((pairs[0], pairs[1].astype(np.int64) + len(items)))
         items += names
     tables = []
     for n in sorted(rows):
@@ -133,15 +147,31 @@ def find_contaminated(
     `tokens` are those of `hash_tokens(texts)`, if they are there already.
     """
     tokens = hash_tokens(texts) if tokens is None else tokens
-    matches = []
+    counts: collections.Counter[tuple[int, int]] = collections.Counter()
+    shared: dict[tuple[int, int], tuple[int, list[int]]] = {}
     for table in ngrams.tables:
         documents, rows = find_ngrams(table, tokens)
-        pairs, counts = np.unique(np.stack([documents, table.numbers[rows]]), axis=1, return_counts=True)
-        shares = counts / ngrams.sizes[pairs[1]]
-        for (document, number), share in zip(pairs.T.tolist(), shares.tolist(), strict=True):
-            if share > min_share:
-                matches.append(Match(document, ngrams.items[number], share))
-    return sorted(matches, key=lambda match: match.document)
+        for document, row in zip(documents.tolist(), rows.tolist(), strict=True):
+            pair = document, int(table.numbers[row])
+            counts[pair] += 1
+            n, hashes = shared.setdefault(pair, (table.n, []))
+            if n == table.n:
+                hashes.append(int(table.hashes[row]))
+    matches = []
+    for (document, number), count in sorted(counts.items()):
+        share = count / int(ngrams.sizes[number])
+        if share > min_share:
+            ngram = _first_shared(texts[document], *shared[document, number])
+            matches.append(Match(document, ngrams.items[number], share, ngram))
+    return matches
+
+
+def _first_shared(text: str, n: int, hashes: Sequence[int]) -> str:
+    """The first n-gram of a text that has one of these hashes, as it is written."""
+    grams = hash_ngrams(hash_tokens([text]), n).hashes
+    first = int(np.flatnonzero(np.isin(grams, np.array(hashes, np.uint64)))[0])
+    starts = np.append(token_starts(text), len(text))
+    return " ".join(text[starts[first] : starts[first + n]].split())
 
 
 def count_documents(texts: Sequence[str], ngrams: BenchmarkNgrams, tokens: Tokens | None = None) -> list[np.ndarray]:

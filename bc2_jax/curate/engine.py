@@ -79,7 +79,8 @@ class Engine:
     def map(self, function: Callable[[Task], Task], tasks: Sequence[Task]) -> Iterator[tuple[int, Task]]:
         """Runs `function` on every task, in parallel, and yields (index, result) as they end.
 
-        On a cluster the function and its closure are pickled. Raises what the function raises.
+        On a cluster the function and its closure are pickled. Raises what the function raises, and RuntimeError if the
+        engine ends before all tasks have.
         """
         import daft
 
@@ -93,5 +94,9 @@ class Engine:
         if self.is_distributed:
             frame = frame.into_partitions(len(tasks))
         results = frame.select(frame["index"], run(frame["task"]).alias("result"))
+        ended = 0
         for row in results.iter_rows():
+            ended += 1
             yield row["index"], json.loads(row["result"])
+        if ended < len(tasks):
+            raise RuntimeError(f"{len(tasks) - ended} of {len(tasks)} tasks were given up by the engine.")

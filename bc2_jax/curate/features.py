@@ -11,8 +11,9 @@ import pyarrow.compute as pc
 from bc2_jax.curate import minhash
 from bc2_jax.curate.embedding import DocumentFrequencies, HashedNgrams
 from bc2_jax.curate.engine import Task
+from bc2_jax.curate.headers import header_tokens
 from bc2_jax.curate.shards import binary_rows
-from bc2_jax.curate.tokens import Tokens, token_pieces
+from bc2_jax.curate.tokens import Tokens, token_pieces, without_first
 
 if TYPE_CHECKING:
     from bc2_jax.curate.tasks import Run
@@ -33,9 +34,10 @@ def count_words(run: Run, task: Task) -> Task:
 def write_features(run: Run, name: str, table: pa.Table, tokens: Tokens, sketch: HashedNgrams | None) -> None:
     """Writes the signatures, the sketches if there are any, and the keys under which similar documents meet.
 
-    `tokens` are those of the documents of `table`.
+    `tokens` are those of the documents of `table`. Licence headers are left out.
     """
     folder = run.work / "filter"
+    tokens = without_first(tokens, header_tokens(table["text"].to_pylist()))
     signed, sketched = [np.empty((0, minhash.VALUES), np.uint32)], []
     for _, piece in token_pieces(tokens):
         signed.append(minhash.signatures(piece))

@@ -74,7 +74,8 @@ def group(
         documents = Documents(folder, vectors, gone, dim, Path(temporary))
         docs, table = documents.docs, documents.table
         if not len(docs):
-            return {"copies": None, "placed": pa.table({"doc": docs}), "topics": []}
+            empty = {"doc": docs, "cluster": np.empty(0, np.int64), "weight": np.empty(0, np.float32)}
+            return {"copies": None, "placed": pa.table(empty), "topics": []}
         centroids = clustering.fit(documents.features, config.clusters)
         near_by, cosines = clustering.assign(documents.features, centroids, config.dense.clusters_per_document)
         copies = None
@@ -98,7 +99,7 @@ def group(
     scores = kept["score"].to_numpy()
     weights = sampling_weights(
         np.bincount(clusters, minlength=len(centroids)), clusters, scores, kept["source"].to_numpy(), config.weights,
-        sizes=kept["bytes"].to_numpy(),
+        languages=kept["language"].to_numpy(), sizes=kept["bytes"].to_numpy(),
     )  # fmt: skip
     placed = pa.table({"doc": docs[stays], "cluster": clusters.astype(np.int64), "weight": weights})
     seen: dict[int, str] = {}
@@ -127,7 +128,11 @@ def group(
 
 
 def _mapped(path: Path, shape: tuple[int, int], dtype: Any) -> np.ndarray:
-    return np.lib.format.open_memmap(path, "w+", dtype, shape) if shape[0] else np.empty(shape, dtype)
+    if not shape[0]:
+        return np.empty(shape, dtype)
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    path.unlink()  # the mapping stays; the file must not outlive a process that is killed
+    return array
 
 
 def _rows(column: pa.ChunkedArray, dtype: Any, width: int) -> np.ndarray:

@@ -70,11 +70,29 @@ _ALIASES = {
     "nld": "nl", "dut": "nl", "arb": "ar", "ara": "ar", "vie": "vi", "tha": "th", "yue": "zh", "wuu": "zh",
     "code": CODE, "un": "",
 }  # fmt: skip
+# Names of programming languages and suffixes of their files, but for those that are codes of languages: as, cs, el, kl,
+# ml, pl, ps.
 _PROGRAMMING = re.compile(
-    r"python\d?|java|javascript|typescript|c|c\+\+|cpp|c#|csharp|c-sharp|go|golang|rust|ruby|php|shell|bash|perl|lua|scala|"
-    r"kotlin|swift|haskell|r|julia|sql|html|css|dockerfile|makefile|cmake|tex|fortran|assembly|powershell|json|yaml|xml"
+    r"ada|asm|assembly|awk|bash|bat|c|c\+\+|c#|c-sharp|cc|clj|clojure|cmake|cobol|coffee|cpp|csharp|css|cu|cuda|cxx|d|dart|"
+    r"dockerfile|elixir|elm|erl|erlang|ex|exs|f#|f90|f95|fortran|fs|fsharp|go|golang|gradle|graphql|groovy|h|hh|hpp|hs|"
+    r"haskell|html?|hxx|ini|ipynb|java|javascript|jl|js|json|jsonl|jsx|julia|jupyter|kotlin|kts?|latex|less|lisp|lua|m|"
+    r"makefile|matlab|mjs|mm|nim|node|objective-?c|ocaml|pas|pascal|perl|php|powershell|proto|protobuf|ps1|py|pyi|pyx|"
+    r"python\d?|r|rb|rs|ruby|rust|sass|scala|scheme|scss|sh|shell|sol|solidity|sql|svelte|swift|tcl|tex|toml|ts|tsx|"
+    r"typescript|vb|verilog|vhdl|vim|vue|xml|ya?ml|zig|zsh"
 )
+# Where a source says that it is code: the whole of it, a folder or the end of a file name, or a word in it.
+_CODE_PART = re.compile(rf"(?:^|[/\\.])(?:{_PROGRAMMING.pattern})(?=$|[/\\])")
 _CODE_SOURCE = re.compile(r"(?:^|[^a-z])(?:code|github|gitlab|the-?stack)(?:[^a-z]|$)")
+# ISO 639-1, and what fastText's model has beside it.
+_LANGUAGES = frozenset(re.findall(
+    r"\w\w",
+    "aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy da de dv dz ee "
+    "el en eo es et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr ht hu hy hz ia id ie ig ii ik io is "
+    "it iu ja jv ka kg ki kj kk kl km kn ko kr ks ku kv kw ky la lb lg li ln lo lt lu lv mg mh mi mk ml mn mr ms "
+    "mt my na nb nd ne ng nl nn no nr nv ny oc oj om or os pa pi pl ps pt qu rm rn ro ru rw sa sc sd se sg si sk "
+    "sl sm sn so sq sr ss st su sv sw ta te tg th ti tk tl tn to tr tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo "
+    "za zh zu ",
+))  # fmt: skip
 
 
 def known_language(name: str) -> str:
@@ -82,9 +100,17 @@ def known_language(name: str) -> str:
     name = name.strip().lower()
     if _PROGRAMMING.fullmatch(name):
         return CODE
+    return _natural_language(name)
+
+
+def _natural_language(name: str) -> str:
     primary = re.split(r"[-_]", name)[0]
     primary = _ALIASES.get(primary, primary)
-    return primary if re.fullmatch("[a-z]{2}", primary) or primary == CODE else ""
+    return primary if primary in _LANGUAGES or primary == CODE else ""
+
+
+def _names_code(source: str) -> bool:
+    return bool(_CODE_SOURCE.search(source) or _CODE_PART.search(source))
 
 
 def identify_languages(
@@ -93,7 +119,7 @@ def identify_languages(
     """The language of each text.
 
     hints: what the texts' rows say; believed where known_language understands it. sources: one that names code (code,
-    github, the-stack) makes fewer lines that look like code enough.
+    github, the-stack, a programming language, a suffix such as .py) makes fewer lines that look like code enough.
     """
     languages = [known_language(hint) if hint else "" for hint in hints] if hints else [""] * len(texts)
     open_places = [i for i, language in enumerate(languages) if not language]
@@ -108,7 +134,7 @@ def identify_languages(
     found[eastern] = [_eastern(*row) for row in counts[eastern, _HAN:]]
     least = np.full(len(samples), _CODE_SHARE)
     if sources:
-        named = {source: bool(_CODE_SOURCE.search(source.lower())) for source in set(sources)}
+        named = {source: _names_code(source.lower()) for source in set(sources)}
         least[[named[sources[i]] for i in open_places]] = _CODE_SHARE_HINTED
     # Lines are looked at only where there are symbols, which most prose has not.
     symbols = counts[:, _SYMBOL] > _LEAST_SYMBOLS * counts.sum(1)
@@ -203,4 +229,4 @@ def _lid(sample: str) -> str:
             break
     if not labels or probabilities[0] < _LEAST_PROBABILITY:
         return UNKNOWN
-    return known_language(labels[0].removeprefix("__label__")) or UNKNOWN
+    return _natural_language(labels[0].removeprefix("__label__")) or UNKNOWN

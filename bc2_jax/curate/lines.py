@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import IO, Any, NamedTuple
 
+from bc2_jax.data.decompression import Decompressed
+
 _PIECE_BYTES = 2 << 20
 # What cannot be decompressed is lost in pieces of this size.
 _DECOMPRESSED_BYTES = 64 << 10
@@ -39,13 +41,10 @@ class Broken(NamedTuple):
 
 def decompressed(stream: IO[bytes] | Any, compression: str | None) -> tuple[Callable[[int], bytes], int]:
     """read(n), which gives up to n more bytes in bounded memory, and a good n. It raises OSError for a stream that is
-    corrupt or ends too early; Frames or members that follow each other are read as one."""
+    corrupt or ends too early, after all that is intact; frames or members that follow each other are read as one."""
     if compression is None:
         return stream.read, _PIECE_BYTES
-    import pyarrow as pa
-
-    file = stream if isinstance(stream, pa.NativeFile) else pa.PythonFile(stream)
-    return pa.CompressedInputStream(file, compression).read, _DECOMPRESSED_BYTES
+    return Decompressed(stream, compression).read, _DECOMPRESSED_BYTES
 
 
 def line_blocks(

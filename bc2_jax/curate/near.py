@@ -26,7 +26,7 @@ def band_edges(bands: DataFrame, engine: Engine) -> DataFrame:
 
 
 def resolve(edges: DataFrame, signatures: DataFrame, least: float, engine: Engine) -> DataFrame:
-    """Which documents are copies of which: (doc, first), each doc once, from candidate edges (a, b).
+    """Which documents are copies of which: (doc, first, similarity), each doc once, from candidate edges (a, b).
 
     Edges whose estimated similarity is below `least` go. Of each connected component the first document stays and those
     that are at least so similar to it go; what is joined to the first only through others is looked at again without
@@ -45,14 +45,15 @@ def resolve(edges: DataFrame, signatures: DataFrame, least: float, engine: Engin
         left = joined.join(copies.select("doc"), on="doc", how="anti").select("doc")
         edges = edges.join(left, left_on="a", right_on="doc", how="semi")
         edges = edges.join(left, left_on="b", right_on="doc", how="semi").collect()
-    result = parts[0] if parts else edges.select(col("a").alias("doc"), col("b").alias("first"))
+    result = parts[0] if parts else edges.select(col("a").alias("doc"), col("b").alias("first"), "similarity")
     for part in parts[1:]:
         result = result.concat(part)
     return result.collect()
 
 
 def similar(pairs: DataFrame, one: str, other: str, signatures: DataFrame, least: float) -> DataFrame:
-    """The pairs whose documents, int64, have an estimated similarity of at least `least`."""
+    """The pairs whose documents, int64, have an estimated similarity of at least `least`, with it: (one, other,
+    similarity float32)."""
     import daft
     from daft import col, lit
 
@@ -64,4 +65,5 @@ def similar(pairs: DataFrame, one: str, other: str, signatures: DataFrame, least
     left = signatures.select(col("doc").alias(one), col("signature").alias("left"))
     right = signatures.select(col("doc").alias(other), col("signature").alias("right"))
     both = pairs.join(left, on=one).join(right, on=other)
-    return both.where(estimate(col("left"), col("right")) >= lit(least)).select(one, other)
+    found = both.select(one, other, estimate(col("left"), col("right")).alias("similarity"))
+    return found.where(col("similarity") >= lit(least))

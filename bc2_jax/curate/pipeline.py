@@ -18,20 +18,21 @@ from bc2_jax.curate.copies import later_copies
 from bc2_jax.curate.embedding import DocumentFrequencies, HashedNgrams
 from bc2_jax.curate.engine import Engine
 from bc2_jax.curate.grouping import group
-from bc2_jax.curate.inputs import find_inputs, plan_units
+from bc2_jax.curate.inputs import plan_units
 from bc2_jax.curate.near import band_edges, resolve
 from bc2_jax.curate.problems import UnitReport, number_lines, problems_table
 from bc2_jax.curate.report import describe, write_report
 from bc2_jax.curate.stages import Stages, fingerprint
 from bc2_jax.curate.storage import Folder
 from bc2_jax.curate.tasks import Run
+from bc2_jax.data.text_files import TextFiles, find_text_files, modified
 from bc2_jax.tokenizer import file_sha256
 
 if TYPE_CHECKING:
     from daft import DataFrame
 
 # Raised when a change of the code changes what a stage writes: then nothing older is reused.
-FORMAT = 1
+FORMAT = 2
 # Document frequencies are counted in so many shards, evenly spaced.
 _COUNTED_SHARDS = 8
 
@@ -42,16 +43,25 @@ def curate(
     """Runs what is not yet done and returns the report, which is also in OUT/report.json.
 
     `show(stage, done, all)` is called on the way. Raises ValueError for inputs that are no files of a known kind,
-    before anything is written.
+    before anything is written; InUse if another process writes to OUT; OSError if what lies in OUT in the end is not
+    what was written.
     """
-    # ---------------------------------------------------------------- what there is to do
-    inputs = find_inputs(paths)
+    inputs = find_text_files(paths)
     filtering.check(config)
     out_folder = Folder(out)
     tasks.check_out(out_folder, paths)
+    with out_folder.owned("--out"):
+        return _run_stages(inputs, paths, out_folder, config, engine, show)
+
+
+def _run_stages(
+    inputs: TextFiles, paths: Sequence[str], out_folder: Folder, config: CurationConfig, engine: Engine,
+    show: Callable[[str, int, int], None],
+) -> dict[str, Any]:  # fmt: skip
+    # ---------------------------------------------------------------- what there is to do
     units = plan_units(inputs.files, config.read)
     run = Run(out_folder / "work", out_folder, config)
-    files = [(*file, _modified(file.path)) for file in inputs.files]
+    files = [(*file, modified(file.path)) for file in inputs.files]
     stages = Stages(run.work, engine, fingerprint(FORMAT, files), show)
     shards = run.work / "filter" / "shards"
 
@@ -124,7 +134,8 @@ def curate(
         results = stages.map("contamination", functools.partial(tasks.find_overlap, run, rare), _named(names))
         matches = [match for result in results for match in result["matches"]]
         gone = matches if config.contamination.action == "drop" else []
-        _write_decisions([match[0] for match in gone], [match[2] for match in gone], folder)
+        details = [f": {match[3]:.0%} of its n-grams, such as {match[4]!r}" for match in gone]
+        _write_decisions([match[0] for match in gone], [match[2] for match in gone], details, folder)
         return matches
 
     benchmarks = [file_sha256(path) for path in config.contamination.files]
@@ -154,12 +165,17 @@ def curate(
 
     # ---------------------------------------------------------------- the result
     def write(folder: Folder) -> list[dict[str, Any]]:
-        return per_shard("write", tasks.write, names)
-
-    if not stages.is_done("write", config.jsonl):
         # report.json says that the folder is complete.
-        tasks.clear_result(out_folder)
-    written = stages.run("write", config.jsonl, write)
+        tasks.prepare_result(out_folder)
+        function = functools.partial(tasks.write, run)
+        return stages.map("write", function, _named(names), functools.partial(tasks.is_written, run))
+
+    def is_intact(results: list[dict[str, Any]]) -> bool:
+        return all(tasks.is_written(run, name, result) for name, result in zip(names, results, strict=True))
+
+    clear = functools.partial(tasks.clear_result, out_folder)
+    written = stages.run("write", config.jsonl, write, clear=clear, intact=is_intact)
+    tasks.check_result(run, written)
     problems = number_lines((UnitReport.from_json(report), report["file"], report["start"]) for report in reports)
     out_folder.write_table("problems.parquet", problems_table(problems), "zstd")
     notes = {"documents whose id an earlier one has": same_ids, "files that were skipped": len(inputs.skipped)}
@@ -169,15 +185,10 @@ def curate(
     return facts
 
 
-def _modified(path: str) -> int:
-    folder, _, name = path.rpartition("/")
-    return Folder(folder or ".").modified(name)
-
-
 def _table(folder: Folder, columns: list[str]) -> DataFrame:
     import daft
 
-    return daft.read_parquet(folder.uri("*.parquet")).select(*columns)
+    return daft.read_parquet(folder.pattern(".parquet")).select(*columns)
 
 
 def _named(names: Sequence[str]) -> list[dict[str, Any]]:
@@ -185,34 +196,39 @@ def _named(names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _decide(copies: DataFrame | None, ids: DataFrame | None, folder: Folder) -> int:
-    """Writes (doc, kept): the documents to drop, with the id of what stays; `copies` has (doc, first)."""
+    """Writes (doc, kept, detail): the documents to drop, with the id of what stays and what a reason adds to it.
+
+    `copies` has (doc, first), and may have `similarity`.
+    """
     from daft import col
 
-    rows = 0
-    if copies is not None and ids is not None:
-        named = copies.join(ids.select(col("doc").alias("first"), col("id").alias("kept")), on="first")
-        named = named.select("doc", "kept").sort("doc").collect()
-        rows = named.count_rows()
-    if rows:
-        (folder / "decisions").remove()
-        named.write_parquet((folder / "decisions").location)
-    else:
-        _write_decisions([], [], folder)
-    return rows
+    if copies is None or ids is None:
+        return _write_decisions([], [], [], folder)
+    named = copies.join(ids.select(col("doc").alias("first"), col("id").alias("kept")), on="first")
+    rows = named.exclude("first", "h1", "h2").sort("doc").to_arrow()
+    details = [""] * rows.num_rows
+    if "similarity" in rows.column_names:
+        details = [f": {share:.0%} of their shingles are the same" for share in rows["similarity"].to_pylist()]
+    return _write_decisions(rows["doc"], rows["kept"], details, folder)
 
 
-def _write_decisions(documents: Sequence[int], kept: Sequence[str], folder: Folder) -> None:
-    (folder / "decisions").remove()
-    table = pa.table({"doc": pa.array(documents, pa.int64()), "kept": pa.array(kept, pa.string())})
-    (folder / "decisions").write_table("decisions.parquet", table)
+def _write_decisions(documents: Any, kept: Any, details: Sequence[str], folder: Folder) -> int:
+    schema = pa.schema([("doc", pa.int64()), ("kept", pa.string()), ("detail", pa.string())])
+    table = pa.table({"doc": documents, "kept": kept, "detail": details}, schema)
+    _replace(folder / "decisions", table)
+    return table.num_rows
+
+
+def _replace(folder: Folder, table: pa.Table) -> None:
+    """Makes a folder that has only this table."""
+    folder.remove()
+    folder.write_table("rows.parquet", table)
 
 
 def _copied_spans(folder: Folder, config: CurationConfig, engine: Engine) -> None:
     """Writes (span): the paragraphs and sentences to cut, each but the first of its kind."""
     from daft import col, lit
 
-    result = folder / "copies"
-    result.remove()
     hashes = _table(folder / "hashes", ["hash", "size", "span"])
     paragraph = col("size") % lit(2) == lit(0)
     copies = [
@@ -220,10 +236,7 @@ def _copied_spans(folder: Folder, config: CurationConfig, engine: Engine) -> Non
         for condition, least in ((paragraph, 2), (~paragraph, config.copies.sentence_copies))
     ]
     spans = copies[0].concat(copies[1]).sort("span").collect()
-    if spans.count_rows():
-        spans.write_parquet(result.location)
-    else:
-        result.write_table("none.parquet", pa.table({"span": pa.array([], pa.int64())}))
+    _replace(folder / "copies", pa.table({"span": pa.array(spans.to_arrow()["span"], pa.int64())}))
 
 
 def _texts(shards: Folder, documents: np.ndarray) -> list[str]:

@@ -7,12 +7,13 @@ import json
 from collections.abc import Iterator
 from typing import IO, Any
 
-from bc2_jax.curate.inputs import InputFile, ReadConfig, Unit, default_source, open_input
+from bc2_jax.curate.inputs import ReadConfig, Unit, default_source
 from bc2_jax.curate.lines import Block, Broken, decompressed, line_blocks
 from bc2_jax.curate.parquet_pages import largest_page
 from bc2_jax.curate.problems import UnitReport
+from bc2_jax.data.encodings import BYTE_ORDER_MARK, hint, is_utf8, is_wide, transcoded
+from bc2_jax.data.text_files import TextFile, open_binary
 
-_BOM = b"\xef\xbb\xbf"
 # A longer id, source or language is no name.
 _NAME_CHARACTERS = 500
 # Text bytes of a batch, about: what looks at a batch has a cost a batch.
@@ -44,7 +45,7 @@ def read_unit(unit: Unit, config: ReadConfig, report: UnitReport) -> Iterator[Ro
         return
     file = unit.files[0]
     try:
-        with open_input(file.path) as stream:
+        with open_binary(file.path) as stream:
             if not _check_size(stream, file, report):
                 return
             reader = _read_parquet if file.kind == "parquet" else _read_lines
@@ -53,7 +54,7 @@ def read_unit(unit: Unit, config: ReadConfig, report: UnitReport) -> Iterator[Ro
         report.add(file.name, "cannot be read", rows=0, content=error)
 
 
-def _check_size(stream: IO[bytes] | Any, file: InputFile, report: UnitReport) -> bool:
+def _check_size(stream: IO[bytes] | Any, file: TextFile, report: UnitReport) -> bool:
     """Whether there is anything to read."""
     size = stream.seek(0, 2)
     stream.seek(0)
@@ -68,7 +69,7 @@ def _check_size(stream: IO[bytes] | Any, file: InputFile, report: UnitReport) ->
 class _RowCheck:
     """Takes the fields of one row after the other; good ones become Rows."""
 
-    def __init__(self, file: InputFile, config: ReadConfig, report: UnitReport) -> None:
+    def __init__(self, file: TextFile, config: ReadConfig, report: UnitReport) -> None:
         self.file, self.config, self.report = file, config, report
         self.source = _name(default_source(file)) or "unnamed"
         self.rows, self.size = Rows(), 0
@@ -135,7 +136,10 @@ def _read_lines(stream: IO[bytes] | Any, unit: Unit, config: ReadConfig, report:
     report.raw_bytes += unit.stop - unit.start
     stream.seek(max(0, unit.start - 1))
     read, piece = decompressed(stream, file.compression)
-    stop = None if file.compression else unit.stop
+    encoding, wide = config.encoding, is_wide(config.encoding)
+    if wide:
+        read, encoding = transcoded(read, encoding), "utf-8"
+    stop = None if file.compression or wide else unit.stop
     if stop is not None:
         piece = min(piece, unit.stop - unit.start)
     check = _RowCheck(file, config, report)
@@ -160,23 +164,32 @@ def _read_lines(stream: IO[bytes] | Any, unit: Unit, config: ReadConfig, report:
                 content = f"{len(raw)} bytes: {_printed(raw[:256])}"
                 report.add(file.name, _LONG, line=report.lines, byte=byte, content=content)
                 continue
-            if byte == 0:
-                raw = raw.removeprefix(_BOM)
             try:
-                text = raw.decode()
+                text = raw.decode(encoding)
+                if byte == 0:
+                    text = text.removeprefix(BYTE_ORDER_MARK)
                 fields = decode(text)
             except UnicodeDecodeError as error:
                 bad = raw[max(0, error.start - 16) :][:256]
-                report.add(file.name, "the line is not UTF-8", line=report.lines, byte=byte, content=bad)
+                report.add(file.name, _not_text("line", config, raw), line=report.lines, byte=byte, content=bad)
             except (ValueError, RecursionError):
                 if text.strip():
-                    report.add(file.name, "the line is not JSON", line=report.lines, byte=byte, content=raw[:256])
+                    # UTF-16 of ASCII is legal UTF-8.
+                    reason = "the line is not JSON" + (hint(raw[:4096]) if "\0" in text else "")
+                    report.add(file.name, reason, line=report.lines, byte=byte, content=raw[:256])
             else:
                 check.add(fields, f"@{byte}", report.lines, byte)
         if check.size >= _BATCH_BYTES:
             yield check.take()
     if check.rows.texts:
         yield check.take()
+
+
+def _not_text(what: str, config: ReadConfig, data: bytes) -> str:
+    """The reason for a line or file that can't be decoded."""
+    if not is_utf8(config.encoding):
+        return f"the {what} is not {config.encoding.upper()}"
+    return f"the {what} is not UTF-8{hint(data[:4096])}"
 
 
 _LONG = "the line is longer than 2.5 * max_document_bytes"
@@ -193,26 +206,27 @@ def _read_texts(unit: Unit, config: ReadConfig, report: UnitReport) -> Iterator[
     for file in unit.files:
         report.raw_bytes += file.size
         try:
-            with open_input(file.path) as stream:
+            with open_binary(file.path) as stream:
                 if not _check_size(stream, file, report):
                     continue
                 read, _ = decompressed(stream, file.compression)
-                # One byte more than is legal tells what is too long.
-                data = _read_all(read, config.max_document_bytes + 1)
+                # One byte more than is legal tells what is too long; UTF-8 is at most four times as short.
+                limit = config.max_document_bytes * (1 if is_utf8(config.encoding) else 4)
+                data = _read_all(read, limit + 1)
         except OSError as error:
             compressed = "cannot be decompressed" if file.compression else "cannot be read"
             report.add(file.name, compressed, content=error)
             continue
         check = _RowCheck(file, config, report)
         try:
-            text = data.removeprefix(_BOM).decode()
+            text = data.decode(config.encoding).removeprefix(BYTE_ORDER_MARK)
         except UnicodeDecodeError as error:
-            if len(data) <= config.max_document_bytes:
+            if len(data) <= limit:
                 content = data[max(0, error.start - 16) :][:256]
-                report.add(file.name, "the file is not UTF-8", byte=error.start, content=content)
+                report.add(file.name, _not_text("file", config, data), byte=error.start, content=content)
                 continue
             # It is too long, and may have been cut inside a character.
-            text = data.decode("utf-8", "replace")
+            text = data.decode(config.encoding, "replace")
         check.add({config.text_field: text}, "", 0, 0)
         for mine, new in zip(vars(rows).values(), vars(check.take()).values(), strict=True):
             mine.extend(new)

@@ -106,12 +106,13 @@ class Account:
         return table.filter(pa.array(keep))
 
     def drop_copies(self, table: pa.Table, stage: str, decisions: pa.Table, reason: str) -> pa.Table:
-        """Drops the documents that decisions (doc, kept) name. They may name some that are gone already."""
+        """Drops the documents that decisions (doc, kept, detail) name. They may name some that are gone already."""
         _, places, rows = np.intersect1d(
             table["doc"].to_numpy(), decisions["doc"].to_numpy(), assume_unique=True, return_indices=True
         )
-        kept = decisions["kept"].take(pa.array(rows))
-        return self.drop(table, stage, places, [reason] * len(places), kept)
+        chosen = decisions.take(pa.array(rows))
+        reasons = [f"{reason}{detail}" for detail in chosen["detail"].to_pylist()]
+        return self.drop(table, stage, places, reasons, chosen["kept"])
 
     def count(self, stage: str, documents: int, size: int) -> None:
         """Notes that a stage took out so many documents and bytes of text."""

@@ -12,7 +12,7 @@ from bc2_jax.curate.engine import Engine, Task
 from bc2_jax.curate.storage import Folder
 
 T = TypeVar("T")
-_DONE, _BEGUN = "done.json", "begun.json"
+_DONE, _BEGUN, _RESULTS = "done.json", "begun.json", "results"
 
 
 def fingerprint(*values: Any) -> str:
@@ -24,7 +24,8 @@ class Stages:
     """The stages of one run, each in a folder of its own below `folder`.
 
     A stage's key says what its result depends on: its settings, and the key of the stage before. A stage with the same
-    key as last time is not run again.
+    key as last time is not run again. A marker (done.json, begun.json, a task's result) is written after what it stands
+    for and removed before it: what has a marker is there, whenever the run is killed.
     """
 
     def __init__(self, folder: Folder, engine: Engine, key: str, show: Callable[[str, int, int], None]) -> None:
@@ -35,22 +36,33 @@ class Stages:
     def folder(self, stage: str) -> Folder:
         return self._folder / stage
 
-    def is_done(self, stage: str, settings: Any) -> bool:
-        """Whether the next stage was done by a run with the same key."""
-        folder = self.folder(stage)
-        return folder.exists(_DONE) and folder.read_json(_DONE)["key"] == fingerprint(stage, settings, self._key)
+    def run(
+        self,
+        stage: str,
+        settings: Any,
+        work: Callable[[Folder], T],
+        *,
+        clear: Callable[[], None] = lambda: None,
+        intact: Callable[[T], bool] = lambda _: True,
+    ) -> T:
+        """The result of `work(folder)`, JSON, or that of the run that had the same key, if it is still `intact`.
 
-    def run(self, stage: str, settings: Any, work: Callable[[Folder], T]) -> T:
-        """The result of `work(folder)`, JSON, or that of the run that had the same key."""
-        folder, reuse = self.folder(stage), self.is_done(stage, settings)
+        `clear` removes what the stage writes outside of its folder: it is called after the markers of an earlier run
+        with another key have gone.
+        """
+        folder = self.folder(stage)
         self._key = key = fingerprint(stage, settings, self._key)
-        if reuse:
-            done = folder.read_json(_DONE)
+        done = self._read(folder, _DONE)
+        if done.get("key") == key and intact(done["result"]):
             self.reused.append(stage)
             self.seconds[stage] = done["seconds"]
             return done["result"]
-        if not (folder.exists(_BEGUN) and folder.read_json(_BEGUN)["key"] == key):
+        folder.delete(_DONE)
+        if self._read(folder, _BEGUN).get("key") != key:
+            folder.delete(_BEGUN)
+            (folder / _RESULTS).remove()
             folder.remove()
+            clear()
         folder.write_json(_BEGUN, {"key": key})
         begin = time.perf_counter()
         self._show(stage, 0, 0)
@@ -59,14 +71,30 @@ class Stages:
         folder.write_json(_DONE, {"key": key, "seconds": self.seconds[stage], "result": result})
         return result
 
-    def map(self, stage: str, function: Callable[[Task], Task], tasks: Sequence[Task]) -> list[Task]:
+    def map(
+        self,
+        stage: str,
+        function: Callable[[Task], Task],
+        tasks: Sequence[Task],
+        intact: Callable[[str, Task], bool] = lambda *_: True,
+    ) -> list[Task]:
         """The results of `function` for all tasks, in their order; each task has a `name` of its own.
 
-        What a task returns is written when it has ended; a task whose result is there is not run again.
+        What a task returns is written when it has ended; a task whose result is there is not run again, if
+        `intact(name, result)` finds that what it wrote is there too.
         """
-        results = self.folder(stage) / "results"
+        results = self.folder(stage) / _RESULTS
         there = set(results.names(".json"))
-        missing = [task for task in tasks if f"{task['name']}.json" not in there]
+
+        def is_done(name: str) -> bool:
+            if f"{name}.json" not in there:
+                return False
+            if intact(name, results.read_json(f"{name}.json")):
+                return True
+            results.delete(f"{name}.json")
+            return False
+
+        missing = [task for task in tasks if not is_done(task["name"])]
 
         def work(task: Task) -> Task:
             result = function(task)
@@ -79,3 +107,7 @@ class Stages:
             done += 1
             self._show(stage, done, len(tasks))
         return [results.read_json(f"{task['name']}.json") for task in tasks]
+
+    @staticmethod
+    def _read(folder: Folder, name: str) -> dict[str, Any]:
+        return folder.read_json(name) if folder.exists(name) else {}

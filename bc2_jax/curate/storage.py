@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import uuid
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +16,58 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
+from bc2_jax.files import lock
+from bc2_jax.validation import require
+
 # Columns whose values repeat, and those by which rows are searched for.
 _REPEATED = ("source", "language", "stage", "reason")
 _SEARCHED = ("doc", "hash", "key", "span")
 
 
+# What a pattern of the dataframe engine gives a meaning, and a backslash takes it away.
+_PATTERN = re.compile(r"([\\*?\[\]{}!])")
+# What pyarrow reads in a URI as something else than part of a name.
+_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}")
+_URI_SYNTAX = re.compile("[?#%]")
+
+
 class Folder:
-    """A folder by its path or by a URI that pyarrow knows: file://, gs://, s3://."""
+    """A folder by its path, any that the system allows, or by a URI that pyarrow knows: file://, gs://, s3://.
+
+    Raises ValueError for a path that is no UTF-8 (the dataframe engine takes only text) and, in an object store, for
+    names with ?, # or %, which stand for themselves in one program and not in another.
+    """
 
     def __init__(self, location: str | os.PathLike[str]) -> None:
         self.location = os.fspath(location)
         if "://" in self.location:
             self._files, self._path = FileSystem.from_uri(self.location)
         else:
-            self.location = str(Path(self.location).absolute())
-            self._files, self._path = LocalFileSystem(), self.location
+            self._files, self._path = LocalFileSystem(), str(Path(self.location).absolute())
+        if isinstance(self._files, LocalFileSystem):
+            self.location = self._path
+        else:
+            syntax = _URI_SYNTAX.search(self.location)
+            require(syntax is None, "folder", location, "a URI must have no ?, # or %")
+        legal = "the path of a folder that is read and written must be UTF-8, without zero bytes"
+        require(is_text(self.location) and "\0" not in self.location, "folder", location, legal)
 
     def __truediv__(self, name: str) -> Folder:
         return Folder(f"{self.location.rstrip('/')}/{name}")
 
-    def uri(self, name: str) -> str:
-        """What the dataframe engine calls a file of this folder."""
-        return f"{self.location.rstrip('/')}/{name}"
+    def pattern(self, suffix: str) -> str:
+        """What the dataframe engine calls all files of this folder whose names end with `suffix`.
+
+        The engine reads every path as a pattern: of its own accord `run[1]` would be the folder `run1`.
+        """
+        folder = _PATTERN.sub(r"\\\1", self.location.rstrip("/"))
+        return f"{folder}/*{suffix}"
+
+    def owned(self, field: str) -> AbstractContextManager[None]:
+        """Owns the folder until the block ends, as `files.lock`; an object store has no locks."""
+        if not isinstance(self._files, LocalFileSystem):
+            return contextlib.nullcontext()
+        return lock(Path(self._path) / ".lock", f"{field} = {self.location!r}")
 
     def names(self, suffix: str = "") -> list[str]:
         """Sorted names of its files that end with `suffix`; none if there is no such folder."""
@@ -63,6 +96,12 @@ class Folder:
         """Removes the folder and all that is in it, if it is there."""
         if self._files.get_file_info(self._path).type == FileType.Directory:
             self._files.delete_dir(self._path)
+
+    def remove_unfinished(self) -> None:
+        """Removes the files that a process was writing here when it was killed; nobody else must be writing."""
+        for info in self._files.get_file_info(FileSelector(self._path, allow_not_found=True)):
+            if _UNFINISHED.fullmatch(info.base_name) and info.type == FileType.File:
+                self._files.delete_file(info.path)
 
     def delete(self, name: str) -> None:
         """Removes a file, if it is there."""
@@ -96,6 +135,16 @@ class Folder:
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         return pq.read_table(f"{self._path}/{name}", filesystem=self._files, columns=columns, pre_buffer=False)
 
+    def rows(self, name: str = "") -> int:
+        """Rows of a parquet file, or of all, by their footers; 0 for one that has none because it is damaged."""
+        try:
+            return sum(
+                pq.read_metadata(f"{self._path}/{file}", filesystem=self._files).num_rows
+                for file in ([name] if name else self.names(".parquet"))
+            )
+        except pa.ArrowInvalid:
+            return 0
+
     def select(self, condition: ds.Expression | None, columns: list[str] | None = None) -> pa.Table:
         """The rows of all its parquet files that fulfil a condition; row groups that can't have any are not read."""
         paths = [f"{self._path}/{name}" for name in self.names(".parquet")]
@@ -105,6 +154,15 @@ class Folder:
     def _replacing(self, name: str) -> _Replacement:
         self._files.create_dir(self._path, recursive=True)
         return _Replacement(self._files, f"{self._path}/{name}")
+
+
+def is_text(path: str) -> bool:
+    """Whether a path is UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class _Replacement:

@@ -132,7 +132,7 @@ def find_overlap(run: Run, ngrams: BenchmarkNgrams, task: Task) -> Task:
         if match.document not in best or match.share > best[match.document].share:
             best[match.document] = match
     docs, ids = table["doc"].to_pylist(), table["id"].to_pylist()
-    return {"matches": [[docs[place], ids[place], match.item, match.share] for place, match in sorted(best.items())]}
+    return {"matches": [[docs[place], ids[place], *match[1:]] for place, match in sorted(best.items())]}
 
 
 def write(run: Run, task: Task) -> Task:
@@ -157,6 +157,7 @@ def write(run: Run, task: Task) -> Task:
     if removed.num_rows:
         (run.out / "removed").write_table(f"{name}.parquet", removed, "zstd")
     return account.result(table) | {
+        "gone": removed.num_rows,
         "cut_spans": cut,
         "sources": count_by(documents, "source"),
         "languages": count_by(documents, "language"),
@@ -203,12 +204,49 @@ def check_out(out: Folder, paths: Sequence[str]) -> None:
         require(not inside, "--out", out.location, f"it must not lie in the raw folder {path}")
 
 
-def clear_result(out: Folder) -> None:
-    """Removes what an earlier run with other settings wrote; its report first, which says that it is complete."""
+def prepare_result(out: Folder) -> None:
+    """Removes what says that the result is complete, report.json first, and the unfinished files of a killed run."""
     for name in _WRITTEN[:4]:
         out.delete(name)
     for name in _WRITTEN[4:7]:
+        (out / name).remove_unfinished()
+
+
+def clear_result(out: Folder) -> None:
+    """Removes what an earlier run with other settings wrote."""
+    prepare_result(out)
+    for name in _WRITTEN[4:7]:
         (out / name).remove()
+
+
+def is_written(run: Run, name: str, result: Task) -> bool:
+    """Whether the files of a shard that `write` counted in `result` are there, whole."""
+    files = [
+        ("documents", f"{name}.parquet", result["after"]["documents"]),
+        ("removed", f"{name}.parquet", result["gone"]),
+    ]
+    if run.config.jsonl:
+        files.append(("jsonl", f"{name}.jsonl.zst", result["after"]["documents"]))
+    return all(
+        (run.out / folder).exists(file) == bool(rows)
+        and (not rows or folder == "jsonl" or (run.out / folder).rows(file) == rows)
+        for folder, file, rows in files
+    )
+
+
+def check_result(run: Run, results: Sequence[Task]) -> None:
+    """Counts what lies in OUT. Raises OSError if that is not what the results of `write` say."""
+    for folder, rows in (
+        ("documents", sum(result["after"]["documents"] for result in results)),
+        ("removed", sum(result["gone"] for result in results)),
+    ):
+        found = (run.out / folder).rows()
+        if found != rows:
+            place = f"{run.out.location}/{folder}"
+            raise OSError(
+                f"{place} has {found} documents where {rows} were written: something else wrote or deleted there. "
+                "Remove what is not of this run and run the same command again."
+            )
 
 
 def _survivors(run: Run, name: str, columns: list[str], stages: Sequence[str]) -> pa.Table:

@@ -128,20 +128,36 @@ def _hash_piece(texts: Sequence[str]) -> Tokens:
     points, offsets = code_points(texts)
     # `take` with platform integers is twice as fast as indexing with uint32.
     places = points.astype(np.intp)
-    classes = character_classes().take(places)
+    starts = _find_starts(character_classes().take(places), offsets)
+    if not len(starts):
+        return Tokens(np.empty(0, np.uint64), np.zeros_like(offsets))
+    hashes = _hash_stretches(_mixed_tokens().take(places), starts, None)
+    return Tokens(hashes, np.searchsorted(starts, offsets).astype(np.int64))
+
+
+def _find_starts(classes: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """int64: where the tokens of some documents begin, by the classes of their characters."""
     word = classes == WORD
     first = classes == CHARACTER
     starts_word = word.copy()
     starts_word[1:] &= ~word[:-1]
     # Two documents never share a token.
-    inner = offsets[:-1][offsets[:-1] < len(points)]
+    inner = offsets[:-1][offsets[:-1] < len(classes)]
     starts_word[inner] = word[inner]
     first |= starts_word
-    starts = np.flatnonzero(first)
-    if not len(starts):
-        return Tokens(np.empty(0, np.uint64), np.zeros_like(offsets))
-    hashes = _hash_stretches(_mixed_tokens().take(places), starts, None)
-    return Tokens(hashes, np.searchsorted(starts, offsets).astype(np.int64))
+    return np.flatnonzero(first)
+
+
+def count_characters(text: str) -> int:
+    """Tokens of a text that are single characters, of scripts without spaces."""
+    points, _ = code_points([text])
+    return int(np.count_nonzero(character_classes().take(points.astype(np.intp)) == CHARACTER))
+
+
+def token_starts(text: str) -> np.ndarray:
+    """int64: at which character each token of a text begins."""
+    points, offsets = code_points([text])
+    return _find_starts(character_classes().take(points.astype(np.intp)), offsets)
 
 
 def hash_values(values: np.ndarray, starts: np.ndarray, stops: np.ndarray | None = None) -> np.ndarray:
@@ -191,6 +207,18 @@ def choose_tokens(tokens: Tokens, kept: np.ndarray) -> Tokens:
     offsets = np.zeros(np.count_nonzero(kept) + 1, np.int64)
     np.cumsum(counts[kept], out=offsets[1:])
     return Tokens(tokens.hashes[np.repeat(kept, counts)], offsets)
+
+
+def without_first(tokens: Tokens, counts: np.ndarray) -> Tokens:
+    """The documents without their first tokens, `counts` of each, int64 [D]."""
+    if not counts.any():
+        return tokens
+    sizes = np.diff(tokens.offsets)
+    counts = np.minimum(counts, sizes)
+    place = np.arange(len(tokens.hashes)) - np.repeat(tokens.offsets[:-1], sizes)
+    offsets = np.zeros_like(tokens.offsets)
+    np.cumsum(sizes - counts, out=offsets[1:])
+    return Tokens(tokens.hashes[place >= np.repeat(counts, sizes)], offsets)
 
 
 def token_pieces(tokens: Tokens, size: int = 1 << 18) -> Iterator[tuple[int, Tokens]]:

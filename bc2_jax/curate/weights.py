@@ -23,7 +23,10 @@ class WeightsConfig:
     score_strength: float = 0.7
     """The best document has e^(2 strength) times the weight of the worst; 0 ignores scores."""
     sources: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Factor by source, 1 for those not named: above 1 up-samples reputable sites."""
+    """Factor by source, 1 for those not named: above 1 up-samples reputable sites, and with them their languages."""
+    languages: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Factor by language (`code` is one), 1 for those not named. Without factors each language keeps its share of the
+    text: scores and clusters only move weight between documents of one language."""
     least: float = 0.25
     """Lower bound of a weight, at most 1; above 0, so that nothing that passed the filters is lost."""
     most: float = 4.0
@@ -35,8 +38,9 @@ class WeightsConfig:
             require(0 <= value <= 10, f"weights.{field}", value, "it must be in 0..10")
         require(0 < self.least <= 1, "weights.least", self.least, "it must be in (0, 1]")
         require(1 <= self.most < np.inf, "weights.most", self.most, "it must be at least 1")
-        for source, factor in self.sources.items():
-            require(0 < factor < np.inf, f"weights.sources[{source!r}]", factor, "it must be positive")
+        for field in ("sources", "languages"):
+            for name, factor in getattr(self, field).items():
+                require(0 < factor < np.inf, f"weights.{field}[{name!r}]", factor, "it must be positive")
 
 
 def sampling_weights(
@@ -46,6 +50,7 @@ def sampling_weights(
     sources: Sequence[str] | np.ndarray,
     config: WeightsConfig | None = None,
     *,
+    languages: Sequence[str] | np.ndarray | None = None,
     sizes: np.ndarray | None = None,
 ) -> np.ndarray:
     """float32 [n] > 0: how often each document should be read where the corpus as a whole is read once.
@@ -53,20 +58,25 @@ def sampling_weights(
         w = source * (cluster size / median size)^-cluster_exponent * exp(score_strength * (2 q - 1))
         weight = min(max(s w, least), most)
 
-    q in 0..1 is the rank of the document's score among all, equal scores sharing one: ranks, and not scores, because a
-    score has no scale. A power of the size, because copies that are too different to be removed gather in large
-    clusters, which are about what many wrote and not about what is worth more. s is such that the mean weight over
-    `sizes` (int [n], bytes or tokens; documents count equally by default) is 1: a budget of tokens is then spent as
-    planned, and a longer training run multiplies all weights. Clusters are counted by `cluster_sizes` [k], in documents
-    or bytes; `clusters` int [n] are theirs.
+    q in 0..1 is the rank of the document's score among those of its language, equal scores sharing one: ranks, and not
+    scores, because a score has no scale, and within a language, because rules and models treat languages differently.
+    A power of the size, because copies that are too different to be removed gather in large clusters, which are about
+    what many wrote and not about what is worth more. s is such that the mean weight of each language over `sizes` (int
+    [n], bytes or tokens; documents count equally by default) is 1, or as much more or less as config.languages and
+    config.sources ask for while that of all documents stays 1: a budget of tokens is then spent as planned, and a
+    longer training run multiplies all weights. Clusters are counted by `cluster_sizes` [k], in documents or bytes;
+    `clusters` int [n] are theirs. Without `languages` there is one.
 
-    Raises ValueError if lengths differ, a cluster, size or score is not valid, or config.sources names an unknown one.
+    Raises ValueError if lengths differ, a cluster, size or score is not valid, or the config names an unknown source or
+    language.
     """
     config = config or WeightsConfig()
-    sources = np.asarray(sources, dtype=str)
     n = len(clusters)
+    languages = np.asarray([""] * n if languages is None else languages, dtype=str)
+    sources = np.asarray(sources, dtype=str)
     sizes = np.ones(n) if sizes is None else sizes.astype(np.float64)
-    for name, array in (("scores", scores), ("sources", sources), ("sizes", sizes)):
+    arrays = (("scores", scores), ("sources", sources), ("languages", languages), ("sizes", sizes))
+    for name, array in arrays:
         require(len(array) == n, name, array.shape, f"there are {n} documents")
     if not n:
         return np.empty(0, np.float32)
@@ -77,20 +87,37 @@ def sampling_weights(
     require(smallest > 0, "cluster_sizes", smallest, "a cluster with a document must have a size above 0")
     require(bool(np.isfinite(scores).all()), "scores", scores[~np.isfinite(scores)][:1].tolist(), "they must be finite")
     require(sizes.min() >= 0 and sizes.max() > 0, "sizes", sizes.min().item(), "they must be at least 0, and one above")
-    names, source_ids = np.unique(sources, return_inverse=True)
-    for source in config.sources:
-        legal = "sources of the documents are " + ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-        require(source in names, "weights.sources", source, legal)
 
-    factors = np.array([config.sources.get(str(name), 1.0) for name in names], np.float64)[source_ids]
+    asked = _factors("sources", sources, config.sources)
     relative = cluster_sizes / np.median(cluster_sizes[cluster_sizes > 0])
-    factors *= relative[clusters] ** -config.cluster_exponent
-    factors *= np.exp(config.score_strength * (2 * _ranks(scores) - 1))
-    return _scaled(factors, sizes, config.least, config.most).astype(np.float32)
+    groups, group = np.unique(languages, return_inverse=True)
+    # What each language gets for one of its bytes: its factor, and those of its sources.
+    by_size = np.bincount(group, sizes)
+    means = np.bincount(group, sizes * asked * _factors("languages", languages, config.languages))
+    means = _scaled(means[by_size > 0] / by_size[by_size > 0], by_size[by_size > 0], config.least, config.most)
+    mean_of = np.ones(len(groups))
+    mean_of[by_size > 0] = means
+    weights = np.empty(n)
+    for number in range(len(groups)):
+        here = group == number
+        factors = asked[here] * relative[clusters[here]] ** -config.cluster_exponent
+        factors *= np.exp(config.score_strength * (2 * _ranks(scores[here]) - 1))
+        of_size = sizes[here] if by_size[number] else np.ones(len(factors))
+        weights[here] = _scaled(factors, of_size, config.least, config.most, mean_of[number])
+    return weights.astype(np.float32)
+
+
+def _factors(field: str, values: np.ndarray, factors: dict[str, float]) -> np.ndarray:
+    """The factor of each document by its source or language."""
+    names, index = np.unique(values, return_inverse=True)
+    for name in factors:
+        legal = f"{field} of the documents are " + ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+        require(name in names, f"weights.{field}", name, legal)
+    return np.array([factors.get(str(name), 1.0) for name in names], np.float64)[index]
 
 
 def _ranks(scores: np.ndarray) -> np.ndarray:
-    """In 0..1: the share of documents with a lower score, half of those with an equal one (but itself) included."""
+    """In 0..1: the share of these documents with a lower score, and half of the others with an equal one."""
     _, index, counts = np.unique(scores, return_inverse=True, return_counts=True)
     below = np.cumsum(counts) - counts
     return (
@@ -98,13 +125,13 @@ def _ranks(scores: np.ndarray) -> np.ndarray:
     )
 
 
-def _scaled(factors: np.ndarray, sizes: np.ndarray, least: float, most: float) -> np.ndarray:
-    """min(max(s * factors, least), most) with a mean over `sizes` of 1. It rises with s: halve the interval."""
+def _scaled(factors: np.ndarray, sizes: np.ndarray, least: float, most: float, wanted: float = 1.0) -> np.ndarray:
+    """min(max(s * factors, least), most) whose mean over `sizes` is `wanted`. It rises with s: halve the interval."""
     low, high = least / factors.max(), most / factors.min()
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         if not low < middle < high:
             break
         mean = (np.clip(middle * factors, least, most) * sizes).sum() / sizes.sum()
-        low, high = (middle, high) if mean < 1 else (low, middle)
+        low, high = (middle, high) if mean < wanted else (low, middle)
     return np.clip(high * factors, least, most)

@@ -3,9 +3,14 @@
     ROWS/corpus.json              the parts, settings, input files; what could not be read is counted
     ROWS/problems.txt             one line for each document that could not be read, if there is any
     ROWS/SOURCE/qBUCKET/          a part: packed rows as `packing` writes them, with their own manifest.json
+    ROWS/SOURCE/qBUCKET/wWEIGHT/  parts of documents with different weights
 
 Quality is a score in 0..1, cut at the fixed edges 0, 1/N, 2/N, ... 1: the bucket of a document does not depend on other
 documents, so corpora that were made apart can be used together.
+
+A row is read as a whole, so documents that are to be read more or less often than others must not share rows: the
+weight of a part is a power of two, and a document with a weight between two of them goes to the upper one so often, by
+a hash of its text, that its expected weight is its own.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import bisect
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import urllib.parse
 from pathlib import Path
@@ -26,6 +32,7 @@ CORPUS = "corpus.json"
 PROBLEMS = "problems.txt"
 _FORMAT = 1
 _LONGEST_NAME = 120
+_SLICE = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +59,7 @@ class CorpusPart:
     tokens: int
     rows: int
     mean_weight: float
-    """Mean sampling weight of its documents; 1 where there is none."""
+    """How often its documents are read where others are read once: their expected sampling weight."""
     share: float
     """Suggested share of training tokens: tokens * mean_weight, over the sum of all parts."""
 
@@ -77,6 +84,26 @@ class Corpus:
 def bucket_of(score: float, num_buckets: int) -> int:
     """The number of the range of quality that has `score`."""
     return bisect.bisect_right([index / num_buckets for index in range(1, num_buckets)], score)
+
+
+def weight_level(weight: float, text: str) -> int:
+    """The exponent of the power of two as which a positive `weight` counts; its expectation over texts is `weight`.
+
+    With a weight of 1.25, three of four texts give 0, and one of four gives 1.
+    """
+    mantissa, exponent = math.frexp(weight)  # weight = mantissa * 2^exponent, mantissa in 0.5..1
+    if mantissa == 0.5:
+        return exponent - 1
+    digest = hashlib.blake2b(digest_size=8, person=b"sampling weight")
+    for start in range(0, len(text), _SLICE):
+        digest.update(text[start : start + _SLICE].encode())
+    return exponent - 1 + (int.from_bytes(digest.digest(), "little") < (2 * mantissa - 1) * 2**64)
+
+
+def part_path(source: str, bucket: int, level: int | None) -> str:
+    """Where a part is in the corpus; `level` is None if all documents of the bucket have one."""
+    folder = f"{folder_name(source)}/q{bucket}"
+    return folder if level is None else f"{folder}/w{2.0**level:g}"
 
 
 def folder_name(source: str) -> str:
@@ -131,7 +158,7 @@ def list_parts(path: str | os.PathLike[str]) -> list[PartFolder]:
     Raises FileNotFoundError or ValueError, naming `path`, if there are none.
     """
     folder = Path(path)
-    for root in (folder, folder.parent, folder.parent.parent):
+    for root in (folder, *folder.absolute().parents[:3]):
         if (root / CORPUS).is_file():
             chosen = [
                 part

@@ -1,9 +1,4 @@
-"""Files of text -> documents.
-
-    .parquet      a row is a document; also the folder that the curation writes (its documents/*.parquet)
-    .jsonl        a line is a document, a JSON object
-    .jsonl.zst    the same, compressed with Zstandard
-    .txt          a file is a document
+"""Files of text (`text_files`) -> documents.
 
 Besides its text a record may have a `source` (else the name of the file's folder), a `language` (else "unknown"), a
 `score` for quality in 0..1 (else 1) and a sampling `weight` (else 1). What can't be read becomes an `InvalidDocument`
@@ -21,13 +16,16 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-SUFFIXES = (".jsonl", ".jsonl.zst", ".parquet", ".txt")
+from bc2_jax.data.decompression import Decompressed
+from bc2_jax.data.text_files import LEGAL, Kind, kind_of
+from bc2_jax.validation import require
+
 LONGEST_LINE = 1 << 30
-"""Bytes of a .jsonl line; a longer one is an invalid document, which is never held in memory."""
+"""Bytes of a line; a longer one is an invalid document, which is never held in memory."""
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BLOCK = 1 << 20
 _ROWS_AT_A_TIME = 64
@@ -90,46 +88,14 @@ class ScannedFile:
     problem: str | None = None
 
 
-def find_files(inputs: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """The files of `inputs` in their order; a folder stands for the files below it, sorted by path.
-
-    Of a folder that the curation wrote, only those in its `documents` are taken; names that begin
-    with . or _ are not. Raises FileNotFoundError or ValueError, naming the input, if one is missing, has nothing
-    to read or comes twice.
-    """
-    files: list[Path] = []
-    for path in map(Path, inputs):
-        if not path.exists():
-            raise FileNotFoundError(f"INPUT = {str(path)!r} does not exist.")
-        found = [path]
-        if path.is_dir():
-            curated = path / "documents"
-            folder = curated if curated.is_dir() else path
-            found = sorted(
-                file
-                for file in folder.rglob("*")
-                if file.name.endswith(SUFFIXES) and not any(p[0] in "._" for p in file.relative_to(folder).parts)
-            )
-        if not found or not found[0].name.endswith(SUFFIXES):
-            raise ValueError(
-                f"INPUT = {str(path)!r} is not valid: it must be {', '.join(SUFFIXES)} or a folder with such files."
-            )
-        files += found
-    seen: set[Path] = set()
-    for file in files:
-        if file.resolve() in seen:
-            raise ValueError(f"INPUT = {str(file)!r} is not valid: it is given twice.")
-        seen.add(file.resolve())
-    return files
-
-
 def scan_file(path: str | os.PathLike[str], fields: Fields, span_bytes: int) -> ScannedFile:
     """Reads a file once for its SHA-256 and for spans of about `span_bytes`; of a .parquet, a span is a row group."""
     name = os.fspath(path)
     digest = hashlib.sha256()
     size, line, spans = 0, 1, []
     start, first = 0, 1
-    cut_lines = name.endswith(".jsonl")
+    kind, compression = _kind(name)
+    cut_lines = kind == "jsonl" and compression is None
     with open(name, "rb") as file:
         while block := file.read(_BLOCK):
             digest.update(block)
@@ -144,18 +110,24 @@ def scan_file(path: str | os.PathLike[str], fields: Fields, span_bytes: int) -> 
     if size > start or not cut_lines:
         spans.append(Span(name, start, size, first, size - start))
     problem = None
-    if name.endswith(".parquet"):
+    if kind == "parquet":
         spans, problem = _row_groups(name, fields)
     return ScannedFile(name, size, digest.hexdigest(), tuple(spans), problem)
 
 
 def read_span(span: Span, fields: Fields) -> Iterator[Document | InvalidDocument]:
     """The documents of one span in order."""
-    if span.file.endswith(".parquet"):
+    kind, compression = _kind(span.file)
+    if kind == "parquet":
         return _read_row_group(span, fields)
-    if span.file.endswith(".txt"):
-        return _read_text(span)
-    return _read_lines(span, fields)
+    return _read_text(span, compression) if kind == "text" else _read_lines(span, compression, fields)
+
+
+def _kind(path: str) -> tuple[Kind, str | None]:
+    kind = kind_of(path)
+    require(kind is not None, "INPUT", path, f"files must be {LEGAL}")
+    assert kind is not None
+    return kind
 
 
 def why_invalid(document: object) -> str | None:
@@ -172,17 +144,23 @@ def why_invalid(document: object) -> str | None:
     return None
 
 
-def _read_text(span: Span) -> Iterator[Document | InvalidDocument]:
-    text = _decode(Path(span.file).read_bytes(), span.file)
+def _read_text(span: Span, compression: str | None) -> Iterator[Document | InvalidDocument]:
+    try:
+        with open(span.file, "rb") as file:
+            content = (Decompressed(file, compression) if compression else file).read()
+    except OSError as error:
+        yield InvalidDocument(f"{span.file}: {error}")
+        return
+    text = _decode(content, span.file)
     yield text if isinstance(text, InvalidDocument) else _document({"text": text}, Fields(), span.file, span.file)
 
 
-def _read_lines(span: Span, fields: Fields) -> Iterator[Document | InvalidDocument]:
+def _read_lines(span: Span, compression: str | None, fields: Fields) -> Iterator[Document | InvalidDocument]:
     number = span.first
     with open(span.file, "rb") as file:
         lines: BinaryIO = file
-        if span.file.endswith(".zst"):
-            lines = io.BufferedReader(_ZstdReader(file), _BLOCK)  # type: ignore[assignment]
+        if compression:
+            lines = io.BufferedReader(Decompressed(file, compression), _BLOCK)  # type: ignore[assignment]
         else:
             file.seek(span.start)
         position = span.start
@@ -190,7 +168,7 @@ def _read_lines(span: Span, fields: Fields) -> Iterator[Document | InvalidDocume
             where = f"{span.file}:{number}"
             try:
                 line, size = _read_line(lines)
-            except _DamagedError as error:
+            except OSError as error:
                 yield InvalidDocument(f"{where}: {error}; this and what follows in the file is lost")
                 return
             if not size:
@@ -260,44 +238,8 @@ def _document(record: Any, fields: Fields, file: str, where: str) -> Document | 
     return Document(text, source, language, numbers[0], numbers[1], where)
 
 
-class _DamagedError(Exception):
-    """The content of a file is damaged from here on."""
-
-
-class _ZstdReader(io.RawIOBase):
-    """Decompresses frames one after another; unlike zstandard's own reader it notices an end in the middle of one."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._zstandard = _import("zstandard", ".jsonl.zst")
-        self._file, self._output = file, memoryview(b"")
-        self._frame: Any = None
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._output:
-            content = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
-            content = content or self._file.read(1 << 14)  # little: a byte may stand for thousands
-            if not content:
-                if self._frame is not None and not self._frame.eof:
-                    raise _DamagedError("the Zstandard data ends in the middle")
-                return 0
-            if self._frame is None or self._frame.eof:
-                self._frame = self._zstandard.ZstdDecompressor().decompressobj()
-            try:
-                self._output = memoryview(self._frame.decompress(content))
-            except self._zstandard.ZstdError as error:
-                raise _DamagedError(f"the Zstandard data is damaged ({error})") from error
-        size = min(len(buffer), len(self._output))
-        buffer[:size] = self._output[:size]
-        self._output = self._output[size:]
-        return size
-
-
 def _row_groups(file: str, fields: Fields) -> tuple[list[Span], str | None]:
-    parquet = _import("pyarrow.parquet", ".parquet")
-    pyarrow = _import("pyarrow", ".parquet")
+    parquet, pyarrow = _import("pyarrow.parquet"), _import("pyarrow")
     try:
         with parquet.ParquetFile(file) as opened:
             metadata, columns = opened.metadata, opened.schema_arrow.names
@@ -314,8 +256,7 @@ def _row_groups(file: str, fields: Fields) -> tuple[list[Span], str | None]:
 
 
 def _read_row_group(span: Span, fields: Fields) -> Iterator[Document | InvalidDocument]:
-    parquet = _import("pyarrow.parquet", ".parquet")
-    pyarrow = _import("pyarrow", ".parquet")
+    parquet, pyarrow = _import("pyarrow.parquet"), _import("pyarrow")
     with parquet.ParquetFile(span.file, page_checksum_verification=True) as opened:
         rows = opened.metadata.row_group(span.start).num_rows
         names = (fields.text, fields.source, "language", "score", "weight")
@@ -352,9 +293,9 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
 
 
-def _import(module: str, suffix: str) -> Any:
+def _import(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
         name = module.split(".")[0]
-        raise ValueError(f"{suffix} files need {name}: pip install 'bc2_jax[data]'.") from error
+        raise ValueError(f".parquet files need {name}: pip install 'bc2_jax[data]'.") from error

@@ -13,6 +13,7 @@ The last row is filled with pad. Nothing of a document is dropped.
 from __future__ import annotations
 
 import dataclasses
+import glob
 import hashlib
 import json
 import logging
@@ -316,7 +317,9 @@ def publish(temporary: Path, out: Path) -> None:
         replaced = out.with_name(f".{out.name}.{uuid.uuid4().hex}.replaced")
         out.rename(replaced)
         temporary.rename(out)
-        shutil.rmtree(replaced)
+        # With those of runs that were killed here.
+        for folder in out.parent.glob(f".{glob.escape(out.name)}.*.replaced"):
+            shutil.rmtree(folder, ignore_errors=True)
     else:
         temporary.rename(out)
 

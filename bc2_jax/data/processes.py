@@ -1,13 +1,16 @@
-"""Tasks on several processes that end with their parent."""
+"""Tasks on several processes that end with their parent, and programs that end at once when they are told to."""
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
+import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import TypeVar
 
@@ -70,3 +73,39 @@ def _end_with_parent() -> None:
             os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+@contextlib.contextmanager
+def ends_at_signals(advice: str) -> Iterator[None]:
+    """SIGINT (Ctrl-C) and SIGTERM end the process at once: one sentence with `advice`, exit code 130 or 143.
+
+    For programs that write every file whole or not at all. Engines that they call install handlers of their own, go on
+    with half of their results and may crash the interpreter when it ends: so nothing runs after the signal, whatever
+    the main thread does. To be used in the main thread.
+    """
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    # Even where a shell has started the program with SIGINT ignored: the engines would obey it all the same.
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+    wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+
+    def wait() -> None:
+        while data := os.read(read, 1):
+            if data[0] in numbers:
+                word = "interrupted" if data[0] == signal.SIGINT else "terminated"
+                cursor = "\033[?25h" if sys.stderr.isatty() else ""
+                os.write(2, f"{cursor}\n{word}: {advice}\n".encode())
+                os._exit(128 + data[0])
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(write)
+        thread.join()
+        os.close(read)

@@ -7,15 +7,17 @@ settings and the tokenizer alone, not on the number of processes.
     OUT/../.OUT.KEY.incomplete/   KEY is a hash of the input files, the settings and the tokenizer
         units/00000.tokens        little-endian uint32
         units/00000.json          what is where in it; it comes last, so a unit with it is finished
-        parts/SOURCE/qBUCKET/     finished parts
+        parts/SOURCE/qBUCKET/...  finished parts
 
 Started again with the same arguments, finished units and parts are used; of another input nothing is.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
+import glob
 import hashlib
 import json
 import logging
@@ -23,19 +25,27 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from bc2_jax.data.corpus import CORPUS, PROBLEMS, Corpus, CorpusPart, InputFile, bucket_of, folder_name
+from bc2_jax.data.corpus import (
+    CORPUS,
+    PROBLEMS,
+    Corpus,
+    CorpusPart,
+    InputFile,
+    bucket_of,
+    part_path,
+    weight_level,
+)
 from bc2_jax.data.documents import (
     Document,
     Fields,
     InvalidDocument,
     ScannedFile,
     Span,
-    find_files,
     read_span,
     scan_file,
 )
@@ -54,11 +64,13 @@ from bc2_jax.data.packing import (
     write_manifest,
 )
 from bc2_jax.data.processes import ProcessPool
+from bc2_jax.data.text_files import TextFiles, find_text_files
+from bc2_jax.files import lock
 from bc2_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 _UNITS = 512
 _UNIT_BYTES = range(2 << 20, 256 << 20)
 _HELD_TOKENS = 1 << 22
@@ -110,15 +122,15 @@ class _Stream:
     """The documents of one part and split in one unit."""
 
     counts: TextCounts = dataclasses.field(default_factory=TextCounts)
-    weight: float = 0.0
-    """Sum over its documents."""
     empty_documents: int = 0
     chunks: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     """(first token, tokens) in the file of the unit."""
 
 
-_Key = tuple[str, int, Split]
-"""Source, bucket, split."""
+_Part = tuple[str, int, int]
+"""Source, bucket, exponent of the weight."""
+_Key = tuple[str, int, int, Split]
+"""A part's, and the split."""
 
 
 def tokenize_corpus(
@@ -134,73 +146,98 @@ def tokenize_corpus(
     """Tokenizes and packs the files of `inputs` (see `documents`) into the corpus `out_dir` (see `corpus`).
 
     The folder appears complete or not at all. What can't be read is counted, logged and listed in problems.txt. Raises
-    FileExistsError if `out_dir` is there, unless `overwrite`, which only ever replaces packed rows; FileNotFoundError
-    or ValueError for an argument that is not legal, or if no document has text; RuntimeError if a process dies.
+    FileExistsError if `out_dir` is there, unless `overwrite`, which only ever replaces packed rows; InUse if another
+    process is making it; FileNotFoundError or ValueError for an argument that is not legal, or if no document has text;
+    RuntimeError if a process dies.
     """
     if processes < 1:
         raise ValueError(f"processes = {processes} is not valid: it must be positive.")
     out = Path(out_dir)
     _check_out(out, overwrite)
     model = Tokenizer(tokenizer)
-    files = find_files(inputs)
-    unit_bytes = min(max(sum(os.path.getsize(file) for file in files) // _UNITS, _UNIT_BYTES.start), _UNIT_BYTES.stop)
-    with ProcessPool(processes) as pool:
-        scans = pool.run(functools.partial(scan_file, fields=settings.fields, span_bytes=unit_bytes), files)
-        key = _fingerprint(scans, model, settings)
-        folder = out.with_name(f".{out.name}.{key}.incomplete")
-        for other in out.parent.glob(f".{out.name}.*.incomplete"):
-            if other != folder:
-                logger.warning("%s is of a run with other input or settings that was not finished; it is left", other)
-        (folder / "units").mkdir(parents=True, exist_ok=True)
-        job = _Job(folder, model.path, settings)
+    files = find_text_files(inputs, "INPUT")
+    # Another process would write the same units, or publish its own corpus meanwhile.
+    with lock(out.with_name(f".{out.name}.lock"), f"out_dir = {str(out)!r}"), ProcessPool(processes) as pool:
+        _check_out(out, overwrite)
+        corpus, folder = _make_corpus(files, model, out, settings, pool, advance)
+        _check_out(out, overwrite)  # again: that may be hours later
+        publish(folder / "parts", out)
+        shutil.rmtree(folder)
+    held_out = sum(load_manifest(out / part.path).validation.rows for part in corpus.parts)
+    if not held_out:
+        logger.warning(
+            "no document is held out for validation (%g of %d documents): a training run, which evaluates, would not "
+            "start with these rows alone; choose a larger validation fraction", settings.validation_fraction,
+            corpus.documents,
+        )  # fmt: skip
+    if not any(part.rows for part in corpus.parts):
+        logger.warning("all documents are held out for validation: there is no row to train on")
+    return corpus
 
-        units = _cut_units(scans, unit_bytes)
-        missing = [unit for unit in units if not _unit_file(folder, unit.index, "json").is_file()]
-        if len(missing) < len(units):
-            logger.info("%d of %d units are there from an earlier start", len(units) - len(missing), len(units))
-        total = sum(unit.size for unit in units)
-        done = total - sum(unit.size for unit in missing)
 
-        def count_unit(unit: _Unit) -> None:
-            nonlocal done
-            done += unit.size
-            advance("tokenizing", done, total)
+def _make_corpus(
+    files: TextFiles, model: Tokenizer, out: Path, settings: Settings, pool: ProcessPool, advance: Advance
+) -> tuple[Corpus, Path]:
+    """Writes the corpus to parts/ of the folder that it returns."""
+    found = [file.path for file in files.files]
+    unit_bytes = min(max(sum(file.size for file in files.files) // _UNITS, _UNIT_BYTES.start), _UNIT_BYTES.stop)
+    scans = pool.run(functools.partial(scan_file, fields=settings.fields, span_bytes=unit_bytes), found)
+    key = _fingerprint(scans, model, settings)
+    folder = out.with_name(f".{out.name}.{key}.incomplete")
+    for other in out.parent.glob(f".{glob.escape(out.name)}.*.incomplete"):
+        if other != folder:
+            logger.warning("%s is of a run with other input or settings that was not finished; it is left", other)
+    (folder / "units").mkdir(parents=True, exist_ok=True)
+    for unfinished in [*folder.glob("part-*"), *(p for p in (folder / "units").iterdir() if len(p.suffix) == 33)]:
+        shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
+    job = _Job(folder, model.path, settings)
 
+    units = _cut_units(scans, unit_bytes)
+    missing = [unit for unit in units if not _unit_file(folder, unit.index, "json").is_file()]
+    if len(missing) < len(units):
+        logger.info("%d of %d units are there from an earlier start", len(units) - len(missing), len(units))
+    total = sum(unit.size for unit in units)
+    done = total - sum(unit.size for unit in missing)
+
+    def count_unit(unit: _Unit) -> None:
+        nonlocal done
+        done += unit.size
         advance("tokenizing", done, total)
-        pool.run(functools.partial(_tokenize_unit, job), missing, count_unit)
 
-        streams, problems, lost = _read_units(folder, units, [scan.problem for scan in scans if scan.problem])
-        for line in problems[:_LOGGED_PROBLEMS]:
-            logger.warning("left out: %s", line)
-        if len(problems) > _LOGGED_PROBLEMS:
-            logger.warning("left out: %d more, listed in %s", len(problems) - _LOGGED_PROBLEMS, PROBLEMS)
-        parts = sorted({key[:2] for key, found in streams.items() if any(s.counts.documents for _, s in found)})
-        empty = sum(stream.empty_documents for found in streams.values() for _, stream in found)
-        if not parts:
-            shutil.rmtree(folder)
-            raise ValueError(f"documents are not valid: none of the {lost + empty} has any text.")
-        tasks = [
-            (part, {split: streams.get((*part, split), []) for split in ("train", "validation")}) for part in parts
-        ]
-        packed = 0
+    advance("tokenizing", done, total)
+    pool.run(functools.partial(_tokenize_unit, job), missing, count_unit)
 
-        def count_part(_: object) -> None:
-            nonlocal packed
-            packed += 1
-            advance("packing", packed, len(parts))
+    streams, problems, lost = _read_units(folder, units, [scan.problem for scan in scans if scan.problem])
+    problems += [f"{name}: the file is not read" for name in files.skipped]
+    for line in problems[:_LOGGED_PROBLEMS]:
+        logger.warning("left out: %s", line)
+    if len(problems) > _LOGGED_PROBLEMS:
+        logger.warning("left out: %d more, listed in %s", len(problems) - _LOGGED_PROBLEMS, PROBLEMS)
+    parts = _name_parts({key[:3] for key, found in streams.items() if any(s.counts.documents for _, s in found)})
+    empty = sum(stream.empty_documents for found in streams.values() for _, stream in found)
+    if not parts:
+        shutil.rmtree(folder)
+        raise ValueError(f"documents are not valid: none of the {lost + empty} has any text.")
+    tasks = [
+        (path, {split: streams.get((*part, split), []) for split in ("train", "validation")})
+        for part, path in parts.items()
+    ]
+    packed = 0
 
-        advance("packing", 0, len(parts))
-        pool.run(functools.partial(_pack_part, job), tasks, count_part)
+    def count_part(_: object) -> None:
+        nonlocal packed
+        packed += 1
+        advance("packing", packed, len(parts))
+
+    advance("packing", 0, len(parts))
+    pool.run(functools.partial(_pack_part, job), tasks, count_part)
 
     corpus = _describe(folder, settings, model, scans, streams, parts, empty, lost)
     rows = folder / "parts"
     (rows / CORPUS).write_text(json.dumps(dataclasses.asdict(corpus), indent=1) + "\n")
     if problems:
         (rows / PROBLEMS).write_text("".join(f"{line}\n" for line in problems), "utf-8", "backslashreplace")
-    _check_out(out, overwrite)  # again: that may be hours later
-    publish(rows, out)
-    shutil.rmtree(folder)
-    return corpus
+    return corpus, folder
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
@@ -259,7 +296,6 @@ def _tokenize_unit(job: _Job, unit: _Unit) -> None:
             stream = streams.setdefault(key, _Stream())
             if document.text:
                 stream.counts.add_text(document.text)
-                stream.weight += document.weight
                 yield key, document.text
             else:
                 stream.empty_documents += 1
@@ -299,7 +335,8 @@ def _tokenize_unit(job: _Job, unit: _Unit) -> None:
 
 def _key(document: Document, settings: Settings) -> _Key:
     split: Split = split_of(document.text, settings.validation_fraction)
-    return document.source, bucket_of(document.score, settings.quality_buckets), split
+    bucket = bucket_of(document.score, settings.quality_buckets)
+    return document.source, bucket, weight_level(document.weight, document.text), split
 
 
 _Streams = dict[_Key, list[tuple[int, _Stream]]]
@@ -312,9 +349,9 @@ def _read_units(folder: Path, units: Sequence[_Unit], problems: list[str]) -> tu
     problems, lost = list(problems), len(problems)
     for unit in units:
         index = json.loads(_unit_file(folder, unit.index, "json").read_bytes())
-        for source, bucket, split, fields in index["streams"]:
+        for source, bucket, level, split, fields in index["streams"]:
             stream = _Stream(TextCounts(**fields.pop("counts")), **fields)
-            streams.setdefault((source, bucket, split), []).append((unit.index, stream))
+            streams.setdefault((source, bucket, level, split), []).append((unit.index, stream))
         problems += index["problems"]
         lost += index["lost"]
     return streams, problems, lost
@@ -323,13 +360,15 @@ def _read_units(folder: Path, units: Sequence[_Unit], problems: list[str]) -> tu
 # ---------------------------------------------------------------------------------------------------------------- parts
 
 
-def _part_path(source: str, bucket: int) -> str:
-    return f"{folder_name(source)}/q{bucket}"
+def _name_parts(parts: set[_Part]) -> dict[_Part, str]:
+    """The path of each part, in their order."""
+    levels = collections.Counter(part[:2] for part in parts)
+    return {part: part_path(*part[:2], part[2] if levels[part[:2]] > 1 else None) for part in sorted(parts)}
 
 
-def _pack_part(job: _Job, task: tuple[tuple[str, int], dict[Split, list[tuple[int, _Stream]]]]) -> None:
-    (source, bucket), streams = task
-    out = job.folder / "parts" / _part_path(source, bucket)
+def _pack_part(job: _Job, task: tuple[str, dict[Split, list[tuple[int, _Stream]]]]) -> None:
+    path, streams = task
+    out = job.folder / "parts" / path
     if (out / MANIFEST).is_file():
         return
     settings, tokenizer = job.settings, _tokenizer(job.tokenizer)
@@ -371,17 +410,14 @@ def _sum_counts(found: Iterable[tuple[int, _Stream]]) -> TextCounts:
 
 def _describe(
     folder: Path, settings: Settings, tokenizer: Tokenizer, scans: Sequence[ScannedFile], streams: _Streams,
-    parts: Sequence[tuple[str, int]], empty: int, lost: int,
+    parts: Mapping[_Part, str], empty: int, lost: int,
 ) -> Corpus:  # fmt: skip
     rows = []
-    for source, bucket in parts:
-        train = load_manifest(folder / "parts" / _part_path(source, bucket)).train
-        # fsum: the mean must not depend on the order of the sums.
-        weight = math.fsum(stream.weight for _, stream in streams.get((source, bucket, "train"), []))
-        mean = weight / train.documents if train.documents else 1.0
+    for (source, bucket, level), path in parts.items():
+        train = load_manifest(folder / "parts" / path).train
         edges = bucket / settings.quality_buckets, (bucket + 1) / settings.quality_buckets
         counts = train.documents, train.tokens, train.rows
-        rows.append(CorpusPart(_part_path(source, bucket), source, bucket, *edges, *counts, mean, share=0.0))
+        rows.append(CorpusPart(path, source, bucket, *edges, *counts, 2.0**level, share=0.0))
     total = math.fsum(part.tokens * part.mean_weight for part in rows) or 1.0
     documents = sum(s.counts.documents + s.empty_documents for found in streams.values() for _, s in found)
     return Corpus(

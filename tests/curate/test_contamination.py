@@ -66,15 +66,27 @@ def test_a_document_with_thirteen_tokens_of_a_question_is_found_with_its_share(t
         (0, "b.jsonl:1"), (1, "b.jsonl:3"), (5, "b.jsonl:2"), (5, "b.jsonl:4"),
     ]  # fmt: skip
     np.testing.assert_allclose([m.share for m in matches], [1, 1 / 14, 13 / 14, 13 / 14])
+    first = [" ".join(words.split()[at : at + 13]) for words, at in ((items[0], 0), (items[2], 5))]
+    assert [m.ngram for m in matches[:2]] == first
+    assert matches[2].ngram == ", ".join(items[1].split()[:13]) + ","
     assert [m.document for m in find_contaminated(texts, ngrams, min_share=0.5)] == [0, 5, 5]
     assert find_contaminated(texts, ngrams, tokens=hash_tokens(texts)) == matches
 
 
-def test_han_characters_are_tokens(tmp_path):
+def test_han_characters_are_tokens_but_no_words(tmp_path):
     question = "下列关于光合作用的说法中，错误的是哪一项？请选择。"
     ngrams = load_benchmark_ngrams([write(tmp_path / "b.jsonl", [{"question": question}])])
-    texts = ["网页上写着：关于光合作用的说法中，错误的是哪一", "光合作用的说法有很多。"]
-    assert [m.document for m in find_contaminated(texts, ngrams)] == [0]
+    quoted = "列关于光合作用的说法中， 错误的是哪一项？请选择"
+    texts = [f"网页上写着：{quoted}", "关于光合作用的说法中有很多错误", "光合作用的说法有很多。"]
+    assert find_contaminated(texts, ngrams) == [(0, "b.jsonl:1", 0.5, quoted)]
+
+
+@pytest.mark.parametrize("length, found", [(8, False), (12, False), (13, True), (40, True)])
+def test_a_short_item_is_no_evidence(tmp_path, length, found):
+    """Eight Han characters are about five words, and stand in pages that know nothing of the question."""
+    item = "".join(chr(0x4E00 + i) for i in random.Random(5).sample(range(3000), length))
+    ngrams = load_benchmark_ngrams([write(tmp_path / "b.jsonl", [{"question": item}])])
+    assert bool(find_contaminated([f"前文{item}后文"], ngrams)) == found
 
 
 def test_fields_of_an_item_are_read_apart_and_lists_whole(tmp_path):
@@ -90,7 +102,7 @@ def test_fields_of_an_item_are_read_apart_and_lists_whole(tmp_path):
 def test_lines_of_a_text_file_are_items(tmp_path):
     (tmp_path / "b.txt").write_text(f"{sentence(1, 14)}\n\n{sentence(2, 14)}\n")
     matches = find_contaminated([sentence(2, 14)], load_benchmark_ngrams([tmp_path / "b.txt"]))
-    assert [(m.document, m.item, m.share) for m in matches] == [(0, "b.txt:3", 1.0)]
+    assert [m[:3] for m in matches] == [(0, "b.txt:3", 1.0)]
 
 
 def test_files_of_short_items_are_searched_with_shorter_ngrams(tmp_path):

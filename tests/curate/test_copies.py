@@ -91,8 +91,9 @@ def test_what_goes_is_similar_to_what_stays():
     found = near.resolve(edges, signature(rows), 0.6, ENGINE).to_pydict()
     # 1 goes for 0. 2 is joined to 0 through 1 alone, so it stays, and 3 goes for it. 4 is like none.
     assert dict(zip(found["doc"], found["first"], strict=True)) == {1: 0, 3: 2}
+    assert dict(zip(found["doc"], found["similarity"], strict=True)) == pytest.approx({1: 88 / 128, 3: 100 / 128})
 
 
 def test_no_edges():
     rows = near.resolve(frame(a=[], b=[]), signature(np.zeros((1, VALUES))), 0.5, ENGINE).to_pydict()
-    assert rows == {"doc": [], "first": []}
+    assert rows == {"doc": [], "first": [], "similarity": []}

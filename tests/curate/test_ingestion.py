@@ -7,8 +7,9 @@ from pathlib import Path
 import pyarrow as pa
 
 from bc2_jax.curate.ingestion import read_shards
-from bc2_jax.curate.inputs import ReadConfig, find_inputs, plan_units
+from bc2_jax.curate.inputs import ReadConfig, plan_units
 from bc2_jax.curate.problems import UnitReport
+from bc2_jax.data.text_files import find_text_files
 
 SCHEMA = pa.schema(
     {
@@ -21,7 +22,7 @@ SCHEMA = pa.schema(
 def read(folder: Path, **config) -> tuple[list[pa.Table], list[UnitReport]]:
     settings = ReadConfig(**config)
     tables, reports = [], []
-    for unit in plan_units(find_inputs([str(folder)]).files, settings):
+    for unit in plan_units(find_text_files([str(folder)]).files, settings):
         reports.append(UnitReport(unit.index))
         tables += list(read_shards(unit, settings, reports[-1]))
     return tables, reports

@@ -102,13 +102,17 @@ def test_a_rows_own_language_is_believed():
 def test_a_source_of_code_tips_the_balance():
     commented = "\n".join([RIGHTS["en"]] * 6 + ["x = load(path)", "y.append(x)"])
     assert identify_languages([commented, RIGHTS["en"]], sources=["github-python"] * 2) == ["code", "en"]
-    assert identify_languages([commented], sources=["barcode"]) == ["en"]
+    for source, language in {"barcode": "en", "py": "code", "repo/js": "code", "js/repo": "code", "a.ts": "code",
+                             "news": "en", "javan": "en", "wiki.en": "en"}.items():  # fmt: skip
+        assert identify_languages([commented], sources=[source]) == [language]
 
 
 @pytest.mark.parametrize(
     ("name", "language"),
-    [("EN", "en"), ("zh_Hans", "zh"), ("eng_Latn", "en"), ("C++", "code"), ("code", "code"), ("", ""), ("klingon", "")],
-)
+    [("EN", "en"), ("zh_Hans", "zh"), ("eng_Latn", "en"), ("C++", "code"), ("code", "code"), ("", ""), ("klingon", ""),
+     ("js", "code"), ("ts", "code"), ("TSX", "code"), ("py", "code"), ("rs", "code"), ("sh", "code"), ("yml", "code"),
+     ("cs", "cs"), ("pl", "pl"), ("xx", ""), ("qq-QQ", "")],
+)  # fmt: skip
 def test_known_language(name: str, language: str):
     assert known_language(name) == language
 

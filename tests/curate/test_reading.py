@@ -8,6 +8,7 @@ import json
 import os
 import random
 import tempfile
+import zlib
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,10 +17,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bc2_jax.curate.inputs import ReadConfig, Unit, find_inputs, plan_units
+from bc2_jax.curate.inputs import ReadConfig, Unit, plan_units
 from bc2_jax.curate.parquet_pages import largest_page
 from bc2_jax.curate.problems import LISTED, Problem, UnitReport, number_lines, problems_table
 from bc2_jax.curate.reading import Rows, read_unit
+from bc2_jax.data.text_files import find_text_files
 
 
 def zstd(data: bytes) -> bytes:
@@ -29,7 +31,7 @@ def zstd(data: bytes) -> bytes:
 def read(*paths: Path | str, **config) -> tuple[Rows, list[Problem], list[UnitReport]]:
     """All documents, the problems with absolute line numbers, and the reports."""
     settings = ReadConfig(**config)
-    units = plan_units(find_inputs([str(path) for path in paths]).files, settings)
+    units = plan_units(find_text_files([str(path) for path in paths]).files, settings)
     return read_units(units, settings)
 
 
@@ -230,7 +232,7 @@ def test_files_that_change_or_vanish(tmp_path: Path):
     for name in ("shrunk.jsonl", "gone.jsonl", "empty.jsonl", "gone.txt", "gone.parquet"):
         (tmp_path / name).write_bytes(data if "empty" not in name else b"")
     config = ReadConfig(unit_bytes=500)
-    units = plan_units(find_inputs([str(tmp_path)]).files, config)
+    units = plan_units(find_text_files([str(tmp_path)]).files, config)
     for path in tmp_path.glob("gone*"):
         path.unlink()
     (tmp_path / "shrunk.jsonl").write_bytes(data[:700])
@@ -355,7 +357,7 @@ def test_a_parquet_file_that_was_replaced(tmp_path: Path):
     path = tmp_path / "p.parquet"
     pq.write_table(pa.table({"text": [str(i) for i in range(10)]}), path, row_group_size=1)
     config = ReadConfig(unit_bytes=1)
-    units = plan_units(find_inputs([str(path)]).files, config)
+    units = plan_units(find_text_files([str(path)]).files, config)
     pq.write_table(pa.table({"text": ["new", "newer"]}), path, row_group_size=1)
     rows, problems, _ = read_units(units, config)
     assert len(units) == 10 and rows.texts == ["new", "newer"]
@@ -364,7 +366,7 @@ def test_a_parquet_file_that_was_replaced(tmp_path: Path):
     # And one whose footer could not be read at first.
     data = path.read_bytes()
     path.write_bytes(data[:-1] + b"x")
-    units = plan_units(find_inputs([str(path)]).files, config)
+    units = plan_units(find_text_files([str(path)]).files, config)
     path.write_bytes(data)
     assert read_units(units, config)[0].texts == ["new", "newer"]
 
@@ -405,3 +407,64 @@ def test_page_headers_may_be_anything(data: bytes):
         dictionary_page_offset, data_page_offset, total_compressed_size = None, 4, 200
 
     assert largest_page(io.BytesIO(b"PAR1" + data), Column()) >= 0
+
+
+@pytest.mark.parametrize("encoding", ["gb18030", "utf-16", "utf-16-be", "big5"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.jsonl.gz"])
+def test_files_in_another_encoding(tmp_path: Path, encoding: str, name: str):
+    texts = [f"第{i}行的文字\u3000\u4e0a" for i in range(200)]
+    content = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+    if name == "a.txt":
+        content, texts = texts[0], texts[:1]
+    data = content.encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    rows, _, _ = read(tmp_path / name, encoding=encoding, unit_bytes=500)
+    assert rows.texts == texts
+    rows, _, reports = read(tmp_path / name)
+    assert rows.texts == []
+    if encoding in ("gb18030", "utf-16"):
+        assert f"--encoding {encoding}" in " ".join(reason for report in reports for reason in report.reasons)
+
+
+def test_lines_that_are_not_in_the_encoding_are_named(tmp_path: Path):
+    good = [json.dumps({"text": text}, ensure_ascii=False).encode("gb18030") for text in ("第一", "第二")]
+    (tmp_path / "a.jsonl").write_bytes(good[0] + b'\n{"text": "\xff"}\n' + good[1] + b"\n")
+    rows, _, (report,) = read(tmp_path / "a.jsonl", encoding="gb18030")
+    assert rows.texts == ["第一", "第二"] and dict(report.reasons) == {"the line is not GB18030": 1}
+
+
+def test_a_long_text_in_another_encoding_is_not_cut(tmp_path: Path):
+    for size, rows_read in ((1000, 1), (1001, 0), (5000, 0)):
+        (tmp_path / "a.txt").write_text("x" * size, "utf-16")
+        rows, _, (report,) = read(tmp_path / "a.txt", encoding="utf-16", max_document_bytes=1000)
+        assert [len(text) for text in rows.texts] == [size] * rows_read and sum(report.lost.values()) == 1 - rows_read
+
+
+@pytest.mark.parametrize("tail", [b"", b"\0" * 700, b"\0" * 5000])
+def test_gzip_with_padding_is_read_whole(tmp_path: Path, tail: bytes):
+    lines = "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(300)).encode()
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines[:1000]) + gzip.compress(lines[1000:]) + tail)
+    rows, _, (report,) = read(tmp_path / "a.jsonl.gz")
+    assert rows.texts == [f"text {i}" for i in range(300)] and not report.reasons
+
+
+@pytest.mark.parametrize("cut", [1, 8, 9, 300])
+def test_gzip_with_a_cut_tail_keeps_what_is_before(tmp_path: Path, cut: int):
+    rng = random.Random(0)
+    lines = [json.dumps({"text": f"{i} {rng.random()}"}) + "\n" for i in range(300)]
+    data = gzip.compress("".join(lines).encode())[:-cut]
+    (tmp_path / "a.jsonl.gz").write_bytes(data)
+    whole = zlib.decompressobj(31).decompress(data).decode()
+    rows, _, (report,) = read(tmp_path / "a.jsonl.gz")
+    assert rows.texts == [json.loads(line)["text"] for line in whole.split("\n")[:-1]] and len(rows.texts) > 250
+    assert dict(report.reasons) == {"the rest of the file is lost: it cannot be decompressed": 1}
+    assert sum(report.lost.values()) == (whole[-1] != "\n")
+
+
+def test_a_gzip_file_whose_checksum_is_wrong_keeps_its_lines(tmp_path: Path):
+    lines = "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(9)).encode()
+    data = bytearray(gzip.compress(lines))
+    data[-8] ^= 1
+    (tmp_path / "a.jsonl.gz").write_bytes(data)
+    rows, _, (report,) = read(tmp_path / "a.jsonl.gz")
+    assert len(rows.texts) == 9 and list(report.reasons) == ["the rest of the file is lost: it cannot be decompressed"]

@@ -33,7 +33,7 @@ def test_the_dataframe_engine_reads_the_same_place(folder):
     import daft
 
     folder.write_table("t.parquet", pa.table({"doc": [1, 2]}))
-    assert daft.read_parquet(folder.uri("*.parquet")).to_pydict() == {"doc": [1, 2]}
+    assert daft.read_parquet(folder.pattern(".parquet")).to_pydict() == {"doc": [1, 2]}
 
 
 def test_a_file_that_fails_leaves_the_old_one(tmp_path):

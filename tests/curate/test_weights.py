@@ -23,7 +23,10 @@ def corpora(draw: st.DrawFn) -> dict:
     sizes = rng.integers(1, 10_000, n)
     cluster_sizes = np.bincount(clusters, weights=sizes, minlength=9).astype(np.int64)
     sources = [NAMES[i] for i in rng.integers(0, 3, n)]
-    return dict(cluster_sizes=cluster_sizes, clusters=clusters, scores=scores, sources=sources, sizes=sizes)
+    languages = [["zh", "en", "code"][i] for i in rng.integers(0, draw(st.integers(1, 3)), n)]
+    return dict(
+        cluster_sizes=cluster_sizes, clusters=clusters, scores=scores, sources=sources, sizes=sizes, languages=languages
+    )
 
 
 @st.composite
@@ -49,12 +52,45 @@ def test_normalised_and_bounded(corpus: dict, config: WeightsConfig):
 
 @given(corpora(), configs())
 def test_monotone(corpus: dict, config: WeightsConfig):
-    """Of two documents of one source, the one that is no worse in score and cluster has no smaller weight."""
+    """Of two documents of a language, the one that is no worse in score and cluster has no smaller weight."""
     weights = sampling_weights(config=config, **corpus)
     own = corpus["cluster_sizes"][corpus["clusters"]]
+    languages = np.array(corpus["languages"])
     for i in range(len(weights)):
-        better = (corpus["scores"] >= corpus["scores"][i]) & (own <= own[i])
+        better = (corpus["scores"] >= corpus["scores"][i]) & (own <= own[i]) & (languages == languages[i])
         assert (weights[better] >= weights[i]).all()
+
+
+def shares(weights: np.ndarray, corpus: dict) -> dict[str, float]:
+    """Of what is read, by language."""
+    read = weights.astype(np.float64) * corpus["sizes"]
+    languages = np.array(corpus["languages"])
+    return {language: read[languages == language].sum() / read.sum() for language in set(corpus["languages"])}
+
+
+@given(corpora(), configs(), st.integers(0, 39), st.floats(-9, 9), st.floats(0.1, 9))
+def test_languages_keep_their_shares(corpus: dict, config: WeightsConfig, place: int, move: float, spread: float):
+    """Whatever the scores of one language are beside those of another, which have no common scale."""
+    weights = sampling_weights(config=config, **corpus)
+    assert shares(weights, corpus) == pytest.approx(shares(np.ones(len(weights)), corpus), abs=1e-5)
+    here = np.array(corpus["languages"]) == corpus["languages"][place % len(weights)]
+    scores = np.where(here, corpus["scores"] * spread + move, corpus["scores"])
+    assert len(np.unique(scores[here])) < len(np.unique(corpus["scores"][here])) or np.allclose(
+        sampling_weights(config=config, **(corpus | {"scores": scores})), weights, rtol=1e-5
+    )  # (rounding may make two scores equal)
+
+
+def test_the_share_of_a_language_moves_when_asked():
+    n = 300
+    corpus = dict(
+        cluster_sizes=np.array([n]), clusters=np.zeros(n, int), scores=np.arange(float(n)), sources=["web"] * n,
+        sizes=np.ones(n), languages=["zh", "en", "en"] * (n // 3),
+    )  # fmt: skip
+    config = WeightsConfig(languages={"zh": 2.0}, least=0.01, most=100)
+    assert shares(sampling_weights(config=config, **corpus), corpus) == pytest.approx({"zh": 0.5, "en": 0.5}, abs=1e-6)
+    corpus["sources"] = ["books", "web", "web"] * (n // 3)
+    config = WeightsConfig(sources={"books": 2.0}, least=0.01, most=100)
+    assert shares(sampling_weights(config=config, **corpus), corpus) == pytest.approx({"zh": 0.5, "en": 0.5}, abs=1e-6)
 
 
 @given(corpora(), st.floats(1, 3))
@@ -92,7 +128,7 @@ def test_without_strength_all_weigh_one():
     "wrong",
     [
         {"cluster_exponent": -0.1}, {"score_strength": math.nan}, {"least": 0.0}, {"least": 1.5}, {"most": 0.5},
-        {"sources": {"web": 0.0}},
+        {"sources": {"web": 0.0}}, {"languages": {"zh": -1.0}},
     ],
 )  # fmt: skip
 def test_wrong_config(wrong: dict):
@@ -110,6 +146,11 @@ def test_wrong_config(wrong: dict):
         ({"scores": np.array([0.5, np.nan])}, "scores = .*nan.* is not valid: they must be finite"),
         ({"scores": np.array([0.5])}, r"scores = \(1,\) is not valid: there are 2 documents"),
         ({"sizes": np.array([0, 0])}, "sizes = 0.0 is not valid"),
+        ({"languages": ["zh"]}, r"languages = \(1,\) is not valid: there are 2 documents"),
+        (
+            {"config": WeightsConfig(languages={"zh": 2.0}), "languages": ["en", "ja"]},
+            "'zh' .*: languages .* are en, ja",
+        ),
         ({"config": WeightsConfig(sources={"bokks": 2.0})}, "'bokks' is not valid: sources .* are books, web"),
     ],
 )

@@ -171,7 +171,8 @@ def corpus(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Pa
     with (folder / "a.jsonl").open("w") as file:
         for index in range(200):
             text = " ".join(map(str, random.integers(10**9, size=12)))
-            record = {"text": text, "source": "ab"[index % 3 == 0], "score": index % 10 / 10, "weight": 1 + index % 2}
+            weight = 1 + (index % 10 > 4)  # one for each bucket, so a bucket is one part
+            record = {"text": text, "source": "ab"[index % 3 == 0], "score": index % 10 / 10, "weight": weight}
             file.write(json.dumps(record) + "\n")
     settings = Settings(sequence_length=T, validation_fraction=0.1, rows_per_file=40)
     tokenize_corpus([folder / "a.jsonl"], tokenizer.path, folder / "rows", settings)

@@ -6,21 +6,28 @@ import collections
 import dataclasses
 import hashlib
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
 
+from bc2_jax.config import DataConfig, SourceConfig
 from bc2_jax.data import tokenization
-from bc2_jax.data.corpus import bucket_of, folder_name, list_parts, load_corpus
+from bc2_jax.data.corpus import bucket_of, folder_name, list_parts, load_corpus, weight_level
 from bc2_jax.data.documents import Fields
+from bc2_jax.data.loader import make_train_loader
 from bc2_jax.data.packing import load_manifest, pack_documents, read_rows, split_of
 from bc2_jax.data.processes import ProcessPool
 from bc2_jax.data.tokenization import Settings, tokenize_corpus
@@ -89,13 +96,16 @@ def test_each_part_has_its_documents_in_order(
     assert corpus == load_corpus(tmp_path / "rows")
     expected = collections.defaultdict(list)
     for record in records:
-        expected[record["source"], min(int(record["score"] * 4), 3)].append(record)
-    assert [(part.source, part.bucket) for part in corpus.parts] == sorted(expected)
+        level = weight_level(record["weight"], record["text"])
+        expected[record["source"], min(int(record["score"] * 4), 3), level].append(record)
+    assert [(part.source, part.bucket, part.mean_weight) for part in corpus.parts] == [
+        (source, bucket, 2.0**level) for source, bucket, level in sorted(expected)
+    ]
     names = {"web": "web", "书": "%E4%B9%A6", "../up": "%2E.%2Fup"}
     sums = 0.0
-    for part in corpus.parts:
-        here = expected[part.source, part.bucket]
-        assert part.path == f"{names[part.source]}/q{part.bucket}"
+    for number, part in enumerate(corpus.parts):
+        here = expected[part.source, part.bucket, int(math.log2(part.mean_weight))]
+        assert part.path == f"{names[part.source]}/q{part.bucket}/w{part.mean_weight:g}"
         path = tmp_path / "rows" / part.path
         for split in ("train", "validation"):
             ids = [[*tokenizer.encode(record["text"]), 2] for record in here if split_of(record["text"], 0.2) == split]
@@ -103,12 +113,11 @@ def test_each_part_has_its_documents_in_order(
             assert load_manifest(path).split(split).tokens == sum(map(len, ids))
         # In the format, byte for byte, of what is packed without a corpus.
         texts = [record["text"] for record in here]
-        alone = pack_documents(texts, tokenizer, tmp_path / f"{part.bucket}{names[part.source]}", 32,
+        alone = pack_documents(texts, tokenizer, tmp_path / str(number), 32,
                                validation_fraction=0.2, rows_per_file=50)  # fmt: skip
         assert load_manifest(path) == alone
         train = [record for record in here if split_of(record["text"], 0.2) == "train"]
         assert (part.documents, part.tokens, part.rows) == (len(train), alone.train.tokens, alone.train.rows)
-        assert part.mean_weight == pytest.approx(sum(record["weight"] for record in train) / len(train))
         assert (part.min_score, part.max_score) == (part.bucket / 4, part.bucket / 4 + 0.25)
         sums += part.tokens * part.mean_weight
     for part in corpus.parts:
@@ -151,6 +160,37 @@ def test_quality_is_cut_at_fixed_scores() -> None:
     assert [bucket_of(index / 7, 7) for index in range(8)] == [0, 1, 2, 3, 4, 5, 6, 6]
 
 
+@given(st.floats(1e-6, 1e6), st.integers(0, 2**32))
+def test_the_expected_weight_is_the_weight(weight: float, seed: int) -> None:
+    levels = [weight_level(weight, f"{seed} {index}") for index in range(400)]
+    low = math.floor(math.log2(weight))
+    assert set(levels) <= {low, low + 1}
+    share = weight / 2.0**low - 1
+    assert abs(np.mean([level > low for level in levels]) - share) < 5 * math.sqrt(share * (1 - share) / 400) + 1e-9
+
+
+@pytest.mark.parametrize("weights", [(4.0, 0.25, 1.3), (0.25, 4.0, 1.3)])
+def test_documents_are_read_as_often_as_their_weights_say(
+    tokenizer: Tokenizer, tmp_path: Path, weights: tuple[float, ...]
+) -> None:
+    """Counted in the order of a run, for documents of one source and one score."""
+    texts = [f"#{i:02d}#" + " tree" * 40 for i in range(60)]
+    rows = [{"text": text, "weight": weights[i % 3], "source": "s"} for i, text in enumerate(texts)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = dataclasses.replace(SMALL, validation_fraction=0.0)
+    tokenize_corpus([tmp_path / "a.jsonl"], tokenizer.path, tmp_path / "rows", settings)
+    source = SourceConfig(path=str(tmp_path / "rows"))
+    data = DataConfig(
+        sources=(source,), tokenizer=str(tokenizer.path), sequence_length=32, global_batch_size=80
+    )  # fmt: skip
+    loader = make_train_loader(data, process_index=0, process_count=1, num_steps=20)
+    read = [row for step in range(20) for row in loader[step]["input_ids"].tolist()]
+    begun = collections.Counter(re.findall(r"#(\d\d)#", "\n".join(map(tokenizer.decode, read))))
+    mean = [np.mean([begun[f"{i:02d}"] for i in range(first, 60, 3)]) for first in range(3)]
+    assert sum(map(bool, begun.values())) > 50  # a number that two rows share is not seen
+    np.testing.assert_allclose(np.array(mean) / sum(mean), np.array(weights) / sum(weights), rtol=0.2)
+
+
 def test_names_of_sources_stay_in_the_corpus(tmp_path: Path) -> None:
     sources = ["web", "a b", "..", ".", "../..", "/etc/passwd", "a/b", "a%2Fb", "corpus.json", "problems.txt", "\0",
                "\n", "书", "x" * 300, "x" * 301, ".hidden", "%2Ehidden", " a", "C:\\x", "~"]  # fmt: skip
@@ -166,12 +206,15 @@ def test_a_source_is_all_parts_some_or_one(tokenizer: Tokenizer, curated: Path, 
     rows = tmp_path / "rows"
     tokenize_corpus([curated], tokenizer.path, rows, SMALL)
     assert [part.path for part in list_parts(rows)] == [rows / part.path for part in load_corpus(rows).parts]
-    assert [(part.path, part.bucket) for part in list_parts(rows / "web")] == [
-        (rows / "web" / f"q{bucket}", bucket) for bucket in range(4)
-    ]
-    (one,) = list_parts(rows / "web" / "q2")
-    assert (one.path, one.bucket) == (rows / "web" / "q2", 2)
-    assert one.mean_weight == next(part.mean_weight for part in load_corpus(rows).parts if part.path == "web/q2")
+    for place, chosen in {
+        "web": lambda part: part.source == "web",
+        "web/q2": lambda part: (part.source, part.bucket) == ("web", 2),
+        "web/q2/w2": lambda part: (part.source, part.bucket, part.mean_weight) == ("web", 2, 2),
+    }.items():
+        expected = [part for part in load_corpus(rows).parts if chosen(part)]
+        assert expected and [(part.path, part.bucket, part.mean_weight) for part in list_parts(rows / place)] == [
+            (rows / part.path, part.bucket, part.mean_weight) for part in expected
+        ]
     with pytest.raises(FileNotFoundError, match=r"data.sources.path = .*wob' has no manifest.json"):
         list_parts(rows / "wob")
 
@@ -200,7 +243,8 @@ def test_a_killed_run_goes_on(tokenizer: Tokenizer, curated: Path, tmp_path: Pat
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert not (tmp_path / "rows").exists()
-    (work,) = leftovers(tmp_path)
+    lock, work = sorted(leftovers(tmp_path), key=len)
+    assert lock == ".rows.lock"
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / work / "units").glob("*.json")}
     assert len(finished) >= 4
     seen = {}
@@ -326,11 +370,11 @@ def test_all_kinds_of_input(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert (found.documents, found.empty_documents, found.invalid_documents) == (10, 1, 4)
     assert "10 documents read, 1 empty, 4 invalid (see " in done.stdout
     problems = (tmp_path / "rows" / "problems.txt").read_text().splitlines()
-    assert len(problems) == 4
+    assert len(problems) == 5
     for line, reason in zip(problems, (
         "b.parquet: it is no complete Parquet file (", "a.jsonl:3: it is not JSON",
         "a.jsonl:7: it is not UTF-8 (invalid start byte at byte 10)",
-        "c.txt: it is not UTF-8 (invalid start byte at byte 0)",
+        "c.txt: it is not UTF-8 (invalid start byte at byte 0)", "ignored.md: the file is not read",
     ), strict=True):  # fmt: skip
         assert reason in line and f"left out: {line}" in done.stderr
 
@@ -373,8 +417,8 @@ def test_overwrite_never_deletes_other_files(tokenizer: Tokenizer, tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("gone.jsonl", "does not exist"),
-        ("data.csv", "must be .jsonl, .jsonl.zst, .parquet, .txt or a folder"),
+        ("gone.jsonl", "there is no such file or folder"),
+        ("data.csv", "files must be .jsonl, .ndjson or .json (one object a line)"),
         ("empty.jsonl", "documents are not valid: none of the 1 has any text"),
     ],
 )

@@ -46,9 +46,10 @@ def rows(modules: list[str]) -> Rows:
 
 
 def test_a_curated_folder(rows: Rows, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    write(tmp_path / "a" / "documents" / "0.parquet", rows[::2])
-    write(tmp_path / "a" / "documents" / "1.parquet", [*rows[1::2], {**rows[0], "text": None}])
-    write(tmp_path / "a" / "clusters" / "0.parquet", [{"other": 1}])
+    write(tmp_path / "a" / "documents" / "000000-0000.parquet", rows[::2])
+    write(tmp_path / "a" / "documents" / "000001-0000.parquet", [*rows[1::2], {**rows[0], "text": None}])
+    write(tmp_path / "a" / "work" / "read" / "shards" / "000000-0000.parquet", rows)
+    (tmp_path / "a" / "report.json").write_text(json.dumps({"written": {"documents": len(rows) + 1}}))
     arguments = (
         "--vocab-size",
         640,
@@ -66,7 +67,7 @@ def test_a_curated_folder(rows: Rows, tokenizer: Tokenizer, tmp_path: Path) -> N
     assert trained.vocab_size == 640
     report = json.loads((tmp_path / "out" / "a.report.json").read_text())
     assert report["sha256"] == trained.fingerprint and report["invalid_documents"] == 1
-    assert "1.parquet:" in done.stderr and "it is no string but NoneType" in done.stderr
+    assert "000001-0000.parquet:" in done.stderr and "it is no string but NoneType" in done.stderr
     languages = report["languages"]
     assert {language: count["documents"] for language, count in languages.items()} == {
         language: sum(row["language"] == language for row in rows) for language in ("code", "fr", "zh")

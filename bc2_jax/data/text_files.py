@@ -1,0 +1,245 @@
+"""Which files hold text: those that are given, and those in the folders that are given.
+
+    .jsonl, .ndjson, .json    a line is a document, a JSON object
+    .txt                      a file is a document
+    .parquet                  a row is a document
+
+Those of lines and of text may end with .zst or .gz too. A folder stands for all such files below it, links to folders
+included; of a folder that the curation wrote, only its documents. What is not read has a name in `skipped`.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator, Sequence
+from typing import IO, Any, Literal, NamedTuple
+
+from bc2_jax.validation import require
+
+Kind = Literal["jsonl", "parquet", "text"]
+SUFFIXES: dict[str, Kind] = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".txt": "text"
+}  # fmt: skip
+COMPRESSIONS = {".zst": "zstd", ".gz": "gzip"}
+LEGAL = ".jsonl, .ndjson or .json (one object a line) and .txt, each plain, .zst or .gz, and .parquet"
+_SPECIAL = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+# By these a folder is known that a curation writes: its stages, and the names of its files.
+_SHARD = re.compile(r"\d{6}-\d{4}\.parquet")
+_STAGES = ("read", "exact", "filter", "near", "contamination", "dense", "spans", "write")
+
+
+class TextFile(NamedTuple):
+    """One file of text."""
+
+    path: str
+    """Where it is: a local path or a URI."""
+    name: str
+    """What documents and reports call it: relative to the input that led to it, printable."""
+    kind: Kind
+    compression: str | None
+    """zstd, gzip or None."""
+    size: int
+    """Bytes, as stored."""
+
+
+class TextFiles(NamedTuple):
+    """What there is to read."""
+
+    files: list[TextFile]
+    skipped: list[str]
+    """What is not read of the folders: files of no legal kind, hidden ones (name with a leading dot or underscore),
+    what is no file, and links to a folder that is read anyway; each with the reason where the name does not say it."""
+
+
+class _Found(NamedTuple):
+    path: str
+    relative: str
+    """Path below the input, "" if it is the input."""
+    size: int
+    problem: str = ""
+    """Why it can't be read."""
+
+
+def find_text_files(paths: Sequence[str | os.PathLike[str]], field: str = "paths") -> TextFiles:
+    """The files among and below `paths`: in the order given, those of a folder sorted by name.
+
+    Raises ValueError, naming `field`, for a path that does not exist, holds nothing to read, or is of no legal kind,
+    for a file that is named twice, and for a folder of a curation that is not finished or has lost files; OSError for
+    a folder that can't be listed.
+    """
+    require(len(paths) > 0, field, list(paths), "at least one file or folder is needed")
+    found: list[TextFile] = []
+    skipped: list[str] = []
+    for given in [os.fspath(path) for path in paths]:
+        before = len(found)
+        for path, relative, size, problem in _walk(given, field):
+            kind = kind_of(path)
+            hidden = relative and any(part[:1] in "._" for part in relative.split("/"))
+            if kind is not None and not hidden and not problem:
+                found.append(TextFile(path, relative or _base(path), *kind, size))
+            else:
+                require(bool(relative), field, path, problem or f"files must be {LEGAL}")
+                skipped.append(printable(path) + (f" ({problem})" if problem else ""))
+        require(len(found) > before, field, given, f"the folder holds nothing to read: files must be {LEGAL}")
+    real = collections.Counter(os.path.realpath(f.path) if "://" not in f.path else f.path for f in found)
+    twice = [path for path, count in real.items() if count > 1]
+    require(not twice, field, [os.fspath(path) for path in paths], f"{''.join(twice[:1])} is named more than once")
+    names = collections.Counter(f.name for f in found)
+    # Ids are made of names, so where two inputs hold the same name the whole path stands for it.
+    named = [f._replace(name=printable(f.name if names[f.name] == 1 else f.path)) for f in found]
+    return TextFiles(named, skipped)
+
+
+def kind_of(path: str) -> tuple[Kind, str | None] | None:
+    """What a file holds and how it is compressed, by its name; None for no legal kind."""
+    stem, suffix = os.path.splitext(path.lower())
+    compression = COMPRESSIONS.get(suffix)
+    if compression:
+        suffix = os.path.splitext(stem)[1]
+    kind = SUFFIXES.get(suffix)
+    if kind is None or (compression and kind == "parquet"):
+        return None
+    return kind, compression
+
+
+def printable(name: str) -> str:
+    """A file name that is not UTF-8 is shown with its bytes escaped."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _base(path: str) -> str:
+    return path.rstrip("/").rsplit("/", 1)[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------- disks
+
+
+def _walk(given: str, field: str) -> Iterator[_Found]:
+    if "://" in given:
+        system, inside = open_store(given)
+        if system is not None:
+            yield from _walk_store(system, given, inside, field)
+            return
+        given = inside
+    require(os.path.exists(given), field, given, "there is no such file or folder")
+    if not os.path.isdir(given):
+        status = os.stat(given)
+        yield _Found(given, "", status.st_size, _special(status.st_mode))
+        return
+    folder = os.path.dirname(os.path.abspath(given))
+    if os.path.basename(os.path.abspath(given)) in ("documents", "jsonl") and _is_curated(folder):
+        _check_curated(folder, field)
+    entries: list[_Found] = []
+    seen: dict[str, str] = {}
+
+    def fail(error: OSError) -> None:
+        raise OSError(f"{field} = {given!r} is not valid: {error.filename!r} can't be listed ({error.strerror}).")
+
+    for folder, folders, names in os.walk(given, followlinks=True, onerror=fail):
+        seen[os.path.realpath(folder)] = folder
+        if _is_curated(folder):
+            _check_curated(folder, field)
+            folders[:], names = ["documents"], []
+        for name in list(folders):
+            path = os.path.join(folder, name)
+            # A link to a folder above would be walked without end.
+            if before := seen.get(os.path.realpath(path)):
+                folders.remove(name)
+                entries.append(_Found(path, os.path.relpath(path, given), 0, f"it is {before}, which is read"))
+        for name in names:
+            path = os.path.join(folder, name)
+            try:
+                status = os.stat(path)
+            except OSError:  # a broken link; reading it says what is wrong
+                entries.append(_Found(path, os.path.relpath(path, given), 0))
+            else:
+                entries.append(_Found(path, os.path.relpath(path, given), status.st_size, _special(status.st_mode)))
+    yield from sorted(entries, key=lambda entry: os.fsencode(entry.relative))
+
+
+def _special(mode: int) -> str:
+    """Why it is not read: to open a FIFO would wait for ever."""
+    kind = _SPECIAL.get(stat.S_IFMT(mode))
+    return f"it is {kind}, not a file" if kind else ""
+
+
+def _is_curated(folder: str) -> bool:
+    """Whether a curation writes or wrote to a folder."""
+    if any(os.path.isfile(os.path.join(folder, "work", stage, "begun.json")) for stage in _STAGES):
+        return True
+    results = (os.path.join(folder, name) for name in ("documents", "removed"))
+    return any(os.path.isdir(path) and any(map(_SHARD.fullmatch, os.listdir(path))) for path in results)
+
+
+def _check_curated(folder: str, field: str) -> None:
+    """Raises ValueError if the curation of a folder is not finished or its documents are not all there."""
+    report = os.path.join(folder, "report.json")
+    legal = (
+        "it is the folder of a curation that is not finished (it has no report.json); run tools/curate.py to its end"
+    )
+    require(os.path.isfile(report), field, folder, legal)
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    documents = os.path.join(folder, "documents")
+    found = 0
+    try:
+        with open(report, encoding="utf-8") as file:
+            written = int(json.load(file)["written"]["documents"])
+        names = os.listdir(documents) if os.path.isdir(documents) else []
+        for name in sorted(name for name in names if name.endswith(".parquet") and not name.startswith(".")):
+            found += pq.read_metadata(os.path.join(documents, name)).num_rows
+    except (ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        raise ValueError(f"{field} = {folder!r} is not valid: the curation's files are damaged ({error}).") from error
+    legal = f"its report counts {written} documents and documents/ has {found}; run tools/curate.py again"
+    require(found == written, field, folder, legal)
+    legal = "the curation left no document; its report.md says what went"
+    require(written > 0, field, folder, legal)
+
+
+# --------------------------------------------------------------------------------------------------------------- stores
+
+
+def open_store(uri: str) -> tuple[Any, str]:
+    """The object store of a URI and the path in it; None and the path for one on this machine (file://)."""
+    from pyarrow import fs
+
+    if uri.startswith("file://"):
+        return None, fs.FileSystem.from_uri(uri)[1]
+    scheme, inside = uri.split("://", 1)
+    # The bucket alone is a URI here: names of objects are bytes, in which nothing is decoded.
+    return fs.FileSystem.from_uri(f"{scheme}://{inside.split('/', 1)[0]}")[0], inside
+
+
+def _walk_store(system: Any, given: str, root: str, field: str) -> Iterator[_Found]:
+    from pyarrow import fs
+
+    info = system.get_file_info(root)
+    require(info.type != fs.FileType.NotFound, field, given, "there is no such file or folder")
+    scheme = given.split("://", 1)[0] + "://"
+    if info.type == fs.FileType.File:
+        yield _Found(given, "", info.size)
+        return
+    below = [f for f in system.get_file_info(fs.FileSelector(root, recursive=True)) if f.type == fs.FileType.File]
+    for file in sorted(below, key=lambda f: f.path):
+        yield _Found(scheme + file.path, file.path[len(root.rstrip("/")) + 1 :], file.size)
+
+
+def open_binary(path: str) -> IO[bytes] | Any:
+    """A seekable binary file by its path or URI. Raises OSError."""
+    if "://" not in path:
+        return open(path, "rb", buffering=0)
+    system, inside = open_store(path)
+    return open(inside, "rb", buffering=0) if system is None else system.open_input_file(inside)
+
+
+def modified(path: str) -> int:
+    """When a file was last written, in nanoseconds; 0 if that is not known."""
+    system, inside = open_store(path) if "://" in path else (None, path)
+    if system is None:
+        return os.stat(inside).st_mtime_ns if os.path.exists(inside) else 0
+    return system.get_file_info(inside).mtime_ns or 0

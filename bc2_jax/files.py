@@ -1,0 +1,87 @@
+"""Who may write to a place on disk, and how its name is given to libraries that take more than paths."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+_log = logging.getLogger(__name__)
+
+
+class InUse(OSError):
+    """Another process owns the place; the message says which."""
+
+
+@contextlib.contextmanager
+def lock(path: Path, what: str) -> Iterator[None]:
+    """Owns the lock file `path` until the block ends; `what` is what it stands for, as the subject of a message.
+
+    The lock is the kernel's (flock): it is gone with its process, however that ends, and Linux passes it to the server
+    of a shared file system (NFS), so that it holds between hosts too. A second owner in the same process is refused as
+    well. Folders that are missing are created, and those that stay empty are removed again. Raises InUse, at once, if
+    there is another owner. Where the file system has no locks a warning says so, and the block runs without.
+    """
+    made = _make_parents(path)
+    file = _open_locked(path, what)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()  # while it is locked: whoever waits for this file sees that it has no name any more
+        file.close()
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+
+
+def _make_parents(path: Path) -> list[Path]:
+    """Creates the folders above `path`; returns the new ones, the innermost first."""
+    missing = [folder for folder in path.absolute().parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _open_locked(path: Path, what: str) -> IO[str]:
+    while True:
+        try:
+            file = path.open("a+", encoding="utf-8")
+        except FileNotFoundError:  # the owner before removed its empty folder meanwhile
+            path.parent.mkdir(parents=True, exist_ok=True)
+            continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                owner = _describe_owner(file)
+                file.close()
+                raise InUse(f"{what} is in use by {owner}; wait for its end or stop it.") from None
+            _log.warning("%s cannot be locked (%s): nothing tells if it is used twice at once.", what, error.strerror)
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                file.truncate(0)
+                json.dump({"host": socket.gethostname(), "pid": os.getpid()}, file)
+                file.flush()
+                return file
+        file.close()  # its owner removed it between open and flock: locked, but no longer what others find
+
+
+def _describe_owner(file: IO[str]) -> str:
+    file.seek(0)
+    try:
+        owner = json.loads(file.read())
+        return f"process {int(owner['pid'])} on {owner['host']}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def file_store(folder: Path) -> dict[str, Any]:
+    """The TensorStore key-value store of a folder: a path in it is bytes, where a file:// URL would be decoded."""
+    return {"driver": "file", "path": f"{folder.absolute()}/"}
