@@ -128,17 +128,17 @@ def letter_table(texts: Sequence[str]) -> np.ndarray:
 
 def chinese_tables(sources: dict[str, Sequence[str]], simplified: dict[int, str]) -> dict[str, np.ndarray]:
     """The common characters, which of them often follow each other, and traditional forms of them."""
-    total: collections.Counter[str] = collections.Counter()
+    total: dict[str, float] = collections.defaultdict(float)
     for name, texts in sources.items():
-        pairs: collections.Counter[str] = collections.Counter()
+        pairs: dict[str, float] = collections.defaultdict(float)
         for run, count in _runs(name, texts):
             run = run.translate(simplified)
             for i in range(len(run) - 1):
                 pairs[run[i : i + 2]] += count
         scale = _CHINESE.get(name, 5e5) / sum(pairs.values())
         for pair, count in pairs.items():
-            total[pair] += count * scale  # type: ignore[assignment]
-    single: collections.Counter[str] = collections.Counter()
+            total[pair] += count * scale
+    single: dict[str, float] = collections.defaultdict(float)
     for pair, count in total.items():
         single[pair[0]] += count
         single[pair[1]] += count

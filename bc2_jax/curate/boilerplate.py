@@ -22,20 +22,21 @@ _PHRASES = (
     "enable javascript", "javascript must be enabled", "javascript is disabled", "javascript is required",
     "accept all cookies", "terms of service", "terms and conditions apply", "all rights reserved",
     "subscribe to our newsletter", "sign up for our newsletter", "share on facebook", "share on twitter",
-    "skip to main content", "skip to content", "sign in to your account", "add to cart", "add to basket",
-    "版权所有", "版權所有", "翻印必究", "转载请注明", "请注明出处", "注明出处", "禁止转载", "不得转载", "严禁转载", "谢绝转载",
+    "skip to main content", "skip to content", "sign in to your account", "add to cart", "add to basket", "版权所有",
+    "版權所有", "翻印必究", "转载请注明", "请注明出处", "注明出处", "禁止转载", "不得转载", "严禁转载", "谢绝转载",
     "隐私政策", "用户协议", "点击查看更多", "扫码关注", "关注我们", "请启用javascript", "返回顶部", "加入购物车",
 )  # fmt: skip
 _NOTICES = (
-    "all rights reserved", "版权所有 ", "版权所有：", "版权所有:", "版权所有©", "版權所有 ", "版權所有：", "版權所有©", "icp备",
-    "icp證", "icp证", "公网安备", "上一篇：", "下一篇：", "上一篇:", "下一篇:",
+    "all rights reserved", "版权所有 ", "版权所有：", "版权所有:", "版权所有©", "版權所有 ", "版權所有：",
+    "版權所有©", "icp备", "icp證", "icp证", "公网安备", "上一篇：", "下一篇：", "上一篇:", "下一篇:",
 )  # fmt: skip
 _AROUND = (
     "lorem ipsum dolor sit amet", "by using this site", "by continuing to use this site", "you agree to our",
     "you agree to the", "you accept our", "this website", "this site", "our website", "our site", "in your browser",
-    "your browser", "to view this page", "to improve your", "your experience", "your visit", "copyright", "click here to",
-    "please", "free weekly", "未经授权", "未经许可", "未经允许", "未经本站", "本站", "本网", "本报", "本文由", "内容", "任何形式", "浏览器",
-    "整理发布", "谢谢合作", "更多精彩内容", "微信公众号", "公众号", "作者", "来源", "链接",
+    "your browser", "to view this page", "to improve your", "your experience", "your visit", "copyright",
+    "click here to", "please", "free weekly", "未经授权", "未经许可", "未经允许", "未经本站", "本站", "本网", "本报",
+    "本文由", "内容", "任何形式", "浏览器", "整理发布", "谢谢合作", "更多精彩内容", "微信公众号", "公众号", "作者",
+    "来源", "链接",
 )  # fmt: skip
 _SENTENCE = re.compile(r"[.。;；!！?？][\"'”’）)]*\s*$")
 

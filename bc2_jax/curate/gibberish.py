@@ -38,7 +38,7 @@ class Order:
     """One number a document, float64 [D]; NaN where it has too little of the script."""
 
     word_order: np.ndarray
-    """How many times as often English words follow each other as in random order, geometric mean; about 1.7 in prose."""
+    """How many times as often English words follow each other as by chance, geometric mean; about 1.7 in prose."""
     known_pairs: np.ndarray
     """Share of the different pairs of neighbouring Han characters that real text is known to have; .6 in prose."""
     letter_surprise: np.ndarray

@@ -216,8 +216,8 @@ def examine(
     """Reasons to drop, and a score of quality for when no model of it was trained.
 
     The score is the geometric mean of the margins of all rules for the document's language or kind: 1 - value / limit
-    where there is a maximum, 1 - limit / value where there is a minimum, at least 0.001. It says how ordinary a document
-    looks, and how far from random order its words are, not how good it is; 0 for a document to drop.
+    where there is a maximum, 1 - limit / value where there is a minimum, at least 0.001. It says how ordinary a
+    document looks, and how far from random order its words are, not how good it is; 0 for a document to drop.
     """
     limits = (config.zh, config.en, config.code, config.other)
     names = ("zh", "en", "code")

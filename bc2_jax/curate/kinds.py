@@ -24,8 +24,8 @@ _FORMULA_SHARE, _FORMULA_LINES = 0.2, 0.25
 _LINES_SHARE, _LONGEST_MEDIAN = 0.5, 80
 
 _SQL = (
-    r"(?:SELECT|FROM|WHERE|(?:LEFT |RIGHT |INNER |OUTER )?JOIN|GROUP BY|ORDER BY|HAVING|LIMIT|INSERT INTO|VALUES|UPDATE|"
-    r"DELETE FROM|CREATE (?:TABLE|INDEX|VIEW)|ALTER TABLE|DROP TABLE|SET)\b"
+    r"(?:SELECT|FROM|WHERE|(?:LEFT |RIGHT |INNER |OUTER )?JOIN|GROUP BY|ORDER BY|HAVING|LIMIT|INSERT INTO|VALUES|"
+    r"UPDATE|DELETE FROM|CREATE (?:TABLE|INDEX|VIEW)|ALTER TABLE|DROP TABLE|SET)\b"
 )
 _CODE_LINE = re.compile(
     r"^\s*(?:"
@@ -35,10 +35,12 @@ _CODE_LINE = re.compile(
     r".*[:({\[=\"'/$;-].*|(?:fi|done|esac|end|endif|else|pass|break|continue)"
     rf"|{_SQL}.*"
     r"|(?:FROM|RUN|COPY|ADD|CMD|ENTRYPOINT|ENV|EXPOSE|WORKDIR|VOLUME|ARG|USER) \S+.*"  # a container's recipe
-    r"|(?:diff --git|index [0-9a-f]+\.\.|@@ .*@@|\+\+\+ |--- |Index: ).*|[-+][ \t]*\S.*[:;(){}\[\]=<>].*|[-+](?![-+ ]).*"
+    r"|(?:diff --git|index [0-9a-f]+\.\.|@@ .*@@|\+\+\+ |--- |Index: ).*"
+    r"|[-+][ \t]*\S.*[:;(){}\[\]=<>].*|[-+](?![-+ ]).*"
     r"|[#%]\w+.*|//.*|/\*.*|\*/|<[!?/\w][^>]*>.*|@\w+.*"  # directives, comments, markup, decorators
     r"|\[\[?[\w.\"' :-]+\]\]?|\$ .+|>>> .+|[\w./-]+ ?:= ?.*|[A-Za-z_][\w.\[\]\"']* ?[-+*|?]?=(?!=).+|[A-Za-z_][\w.-]*:"
-    r"|(?:- )?[\"']?[A-Za-z_][\w./ -]{0,30}[\"']?: ?(?:[\"'\[{|>&*-].*|[\w./:@~^<>=-]+,?)|- ?[\"'./\w][^ ]*"  # YAML, JSON
+    r"|(?:- )?[\"']?[A-Za-z_][\w./ -]{0,30}[\"']?: ?(?:[\"'\[{|>&*-].*|[\w./:@~^<>=-]+,?)"  # YAML, JSON
+    r"|- ?[\"'./\w][^ ]*"
     r"|[\"']?[\w./-]+[\"']?,|\\\w+.*|.*(?:->|=>|::|&&|\|\||</\w).*|\d{4}-\d\d-\d\d[T ]\d\d:\d\d.*"
     r")\s*$"
 )
