@@ -25,7 +25,7 @@ from bc2_jax.curate.tokens import Tokens, code_points, hash_tokens, pieces
 # Of the integers in the tables a nat.
 _STEPS = 16
 _SLOT_BITS = 18
-_LEAST_PAIRS, _LEAST_LETTERS = 20, 40
+_LEAST_PAIRS, _LEAST_LETTERS = 16, 40
 # As many neutral pairs are added to a document's: a short one needs clearer signs.
 _PRIOR_WORDS, _PRIOR_PAIRS = 10, 2
 _HAN_START, _HAN_STOP = 0x3400, 0xA000

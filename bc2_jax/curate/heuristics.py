@@ -77,9 +77,9 @@ class Limits:
     max_longest_line: int | None = None
     """Characters."""
     min_word_order: float | None = None
-    """How many times as often English words follow each other as in random order; needs 20 pairs of known words."""
+    """How many times as often English words follow each other as in random order; needs 16 pairs of known words."""
     min_known_pairs: float | None = 0.2
-    """Share of the pairs of neighbouring Han characters that real text has; needs 20 pairs. Random ones have .1."""
+    """Share of the pairs of neighbouring Han characters that real text has; needs 16. Random ones have .1."""
     max_letter_surprise: float | None = 4.2
     """Nats a letter, where few words are known English ones: random letters have 6, other languages 2 to 3."""
     max_ellipsis_lines: float | None = 0.3
