@@ -53,6 +53,7 @@ _RELATION = re.compile(
     r"[\w)\]}°′'↑↓%]\s*[=≤≥≠≈<>≡×÷+−*/^_→]+\s*[\w(\[{\\√∠△-]|\\(?:frac|int|sum|lim|sqrt|begin|cdot|nabla|partial|alpha|pi|to|"
     r"mathbb|le|ge|in|cong)\b|\$[^$\n]+\$|[∵∴√∑∫∠△]"
 )
+_LATEX = re.compile(r"\$[^$\n]*\\[a-z]+[^$\n]*\$|\\begin\{(?:align|equation|gather)")
 _LISTED = re.compile(
     r"^\s*(?:[-*+•●○■□◆◇▪·—–※★☆►▶]|\(?\d{1,3}[.)、．,:]|[（(]?[一二三四五六七八九十\d]+[)）、.]|[①-⑳]|[a-zA-Z][.)]\s)"
     r"|^\s*[^\s:：]{1,16}(?: [^\s:：]{1,12}){0,2} ?[:：]|^[A-Z][A-Z .]{1,20}[.:]|\t|\S {2,}\S|\|.*\|"
@@ -66,6 +67,9 @@ def kind_of(text: str, language: str) -> Kind:
     lines = [line for line in text[: 100 * _MOST_LINES].split("\n") if line.strip()][:_MOST_LINES]
     if not lines:
         return "prose"
+    # What has formulas in LaTeX is often taken for code.
+    if _LATEX.search(text) and _is_mathematics(lines):
+        return "mathematics"
     if language == "code" or _is_code(lines):
         return "code"
     if _is_mathematics(lines):

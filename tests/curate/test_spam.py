@@ -11,15 +11,15 @@ from bc2_jax.curate.spam import SpamConfig, find_spam
 CONFIG = SpamConfig()
 SPAM = {
     "max_advertising": "澳洲娱乐城 真人百家乐 注册送彩金 老虎机 体育投注 首存优惠 提款快 微信：game8866 棋牌 时时彩",
-    "max_search_terms": "上海装修公司,上海装修公司价格,上海装修公司排名,浦东装修公司,上海装修公司哪家好,上海旧房装修公司",
+    "max_search_terms": "上海装修公司,上海装修公司价格,上海装修公司排名,浦东装修公司,上海装修公司哪家好,旧房装修公司",
     "max_menu": "首页\n关于我们\n产品中心\n新闻中心\n联系我们\n在线留言\n人才招聘",
 }
 GOOD = [
     "警方通报，一个网络赌博团伙被捣毁。该团伙以百家乐、老虎机吸引玩家投注，再拒绝提款。民警提醒，切勿参与任何形式的网络赌博，"
     "遇到可疑平台请及时报警，并保存好聊天记录和转账凭证，以便追查。",
-    "The museum shows slot machines, roulette wheels and a poker table from the old casino. It is open from ten to five "
+    "The museum shows slot machines, roulette wheels and a poker table from the casino. It is open from ten to five "
     "on weekdays, and guided tours begin at the main entrance. Children under twelve do not pay.",
-    "Which contraceptive is right after a birth? The copper coil does not affect breast milk. Sex is safe as soon as it "
+    "Which contraceptive is right after birth? The copper coil does not affect breast milk. Sex is safe as soon as it "
     "is comfortable, and the first check is usually after six weeks.",
     "苹果、香蕉、葡萄、橘子、西瓜、草莓、樱桃、石榴、核桃、柿子",
     "北京市东城区、北京市西城区、北京市朝阳区、北京市海淀区、北京市丰台区、北京市石景山区、北京市通州区",
@@ -48,12 +48,11 @@ def test_text_about_it_lists_and_names_stay(text):
 
 
 def test_english_rows_and_menus():
-    row = "cheap flights paris, cheap flights rome, cheap flights online, best cheap flights, flights sale, cheap flights oslo"
+    row = (
+        "cheap flights paris, cheap flights rome, best cheap flights, flights sale, cheap flights oslo, flights online"
+    )
     menu = "Home | About us | Products | Contact | Log in | Basket | Sitemap"
-    assert [found is not None for found in reasons([row, menu, row.replace("flights", "") + menu[:9]])][:2] == [
-        True,
-        True,
-    ]
+    assert [(found or "").split(" = ")[0] for found in reasons([row, menu])] == ["max_search_terms", "max_menu"]
 
 
 @settings(max_examples=30)
