@@ -226,10 +226,10 @@ def examine(
     verdicts = _examine(texts, tokens, group, limits, config)
     broken = np.flatnonzero([reason is not None for reason in verdicts.reasons])
     kinds = np.array([KINDS.index(kind_of(texts[i], languages[i])) for i in broken.tolist()], np.int64)
-    # What is code in another language is looked at once more too.
-    other = broken[(kinds > 0) & ((kinds != KINDS.index("code")) | (group[broken] != names.index("code")))]
+    is_code, named_code = kinds == KINDS.index("code"), group[broken] == names.index("code")
+    chosen = np.where(named_code, ~is_code, kinds != KINDS.index("prose"))
+    other, kinds = broken[chosen], kinds[chosen]
     if len(other):
-        kinds = kinds[np.searchsorted(broken, other)]
         again = _examine(
             [texts[i] for i in other.tolist()], take(tokens, other), kinds,
             (config.other, config.code, config.mathematics, config.lines), config,

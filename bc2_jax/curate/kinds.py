@@ -21,6 +21,7 @@ KINDS: tuple[Kind, ...] = ("prose", "code", "mathematics", "lines")
 _MOST_LINES = 120
 _CODE_SHARE, _CODE_SHARE_SHAPED = 0.5, 0.35
 _FORMULA_SHARE, _FORMULA_LINES = 0.2, 0.25
+_WORDY_SHARE = 0.8
 _LINES_SHARE, _LONGEST_MEDIAN = 0.5, 80
 
 _SQL = (
@@ -70,11 +71,17 @@ def kind_of(text: str, language: str) -> Kind:
     # What has formulas in LaTeX is often taken for code.
     if _LATEX.search(text) and _is_mathematics(lines):
         return "mathematics"
-    if language == "code" or _is_code(lines):
+    if _is_code(lines) or (language == "code" and not _is_wordy(text)):
         return "code"
     if _is_mathematics(lines):
         return "mathematics"
     return "lines" if _is_lines(lines) else "prose"
+
+
+def _is_wordy(text: str) -> bool:
+    """Whether so many characters are letters as in prose: documentation of programs is often taken for code."""
+    visible = "".join(text.split())
+    return sum(map(str.isalpha, visible)) >= _WORDY_SHARE * len(visible)
 
 
 def _is_code(lines: list[str]) -> bool:

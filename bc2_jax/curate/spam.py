@@ -1,9 +1,10 @@
 """Pages that are no text though their characters are: advertising, rows of search terms, menus.
 
 advertising  The share of a document's letters that phrases of advertising cover (gambling, pornography, loans, forged
-             papers, pills, "add me on WeChat ..."), plus .12 for a messenger's handle or number, .1 for a row of phrases, .1 for three or more
-             exclamation marks in 100 characters, .1 if no sentence ends. A report on gambling, a page on sexual health
-             or a bank's page mention some of the phrases, in sentences, and stay far below the limit.
+             papers, pills, "add me on WeChat ..."), plus .12 for a messenger's handle or number, .1 for a row of
+             phrases, .1 for three or more exclamation marks in 100 characters, .1 if no sentence ends. A report on
+             gambling, a page on sexual health or a bank's page mention some of the phrases, in sentences, and stay far
+             below the limit.
 search terms A row of short items, or of words, most of which share the same words, with words such as "cheap" and
              "near me" (哪家好, 价格) between them.
 menu         Short items without sentences, many of which are what menus of web sites say (Home, Log in, 联系我们).
@@ -72,7 +73,7 @@ _ENGLISH = (
     "lottery winner", "gift card giveaway", "male enhancement", "penis enlargement", "cbd gummies", "keto pills",
     "essay writing service", "buy essays?", "backlinks", "seo services", "rank on google", "binary options",
     "forex signals", "free money", "cash prize", "spins", "erotic", "hentai", "blowjob", "fuck(?:ing)?", "cum",
-    "busty", "hookup", "escort service", "cheap \\w+", "best \\w+ deals", "free shipping", "buy now",
+    "busty", "hookup", "escort service", "best \\w+ deals", "free shipping", "buy now",
     "limited offer", "whatsapp", "investment plan", "guaranteed returns",
 )  # fmt: skip
 _CONTACT = (
@@ -97,7 +98,8 @@ _MENU_CHINESE = (
     "热门文章 热门推荐 最新文章 热点排行 排行榜 打印本页 关闭窗口 分享到 微信 微博 qq空间 新浪微博 搜索 站内搜索 "
     "高级搜索 全部分类 全部商品分类 商品分类 政务公开 信息公开 办事服务 互动交流 通知公告 公告栏 政策法规 "
     "机构设置 领导之窗 无障碍浏览 english 简体 繁體 简体中文 繁体中文 视频中心 图片中心 专题专栏 您的位置 "
-    "当前位置 正文 退出 消息 设置 签到 会员登录 学校概况 招生就业 师资队伍 科学研究 校园文化 校友会 校长信箱 院系设置 图书馆 网站导航 我的书架 充值 手机阅读 最新更新 会员登录 关注我们 官方微博 官方微信 app下载"
+    "当前位置 正文 退出 消息 设置 签到 会员登录 学校概况 招生就业 师资队伍 科学研究 校园文化 校友会 校长信箱 "
+    "院系设置 图书馆 网站导航 我的书架 充值 手机阅读 最新更新 关注我们 官方微博 官方微信 app下载"
 )
 _TOPICS_CHINESE = (
     "新闻 体育 财经 娱乐 科技 汽车 房产 教育 时尚 旅游 博客 论坛 视频 图片 音乐 游戏 军事 健康 国际 国内 社会 "

@@ -31,7 +31,7 @@ def test_lists_verse_and_dialogue_are_lines():
 
 
 def test_code_by_language_and_nothing():
-    assert kind_of("Some words.", "code") == "code" and kind_of("Some words.", "en") == "prose"
+    assert kind_of("x9 = [1, 2]", "code") == "code" and kind_of("Some words.", "en") == "prose"
     assert kind_of("", "en") == kind_of(" \n \n", "zh") == "prose"
 
 

@@ -1,8 +1,8 @@
 """What curation does by default with 297 pages of all kinds: a share of right verdicts, for each kind and for all.
 
-data/pages.jsonl is text of our own. The limits were chosen on the parts "first" and "develop". Of "held out", written before, 97.9 % were
-right when it was first looked at; of "third", written after, 93.5 %; then phrases were added for some of the others.
-Verdicts with a question mark, where people differ, do not count.
+data/pages.jsonl is text of our own. The limits were chosen on the parts "first" and "develop". Of "held out", written
+before, 97.9 % were right when it was first looked at; of "third", written after, 93.5 %; then phrases were added for
+some of the others. Verdicts with a question mark, where people differ, do not count.
 """
 
 from __future__ import annotations
