@@ -208,7 +208,7 @@ def documents(package: Package, cache: Path) -> tuple[dict[str, str], list[Docum
     import zstandard
 
     suffix = "" if package.share == 1 else f"-{package.share}"
-    kept = cache / f"{package.name}-{package.language}{suffix}.jsonl.zst"
+    kept = cache / f"{package.name.replace('/', '+')}-{package.language}{suffix}.jsonl.zst"
     if not kept.is_file():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as folder:

@@ -12,6 +12,7 @@ from bc2_jax.curate.inputs import ReadConfig
 from bc2_jax.curate.privacy import PrivacyConfig
 from bc2_jax.curate.safety import SafetyConfig
 from bc2_jax.curate.sentences import SentenceConfig
+from bc2_jax.curate.spam import SpamConfig
 from bc2_jax.curate.weights import WeightsConfig
 from bc2_jax.validation import require, require_positive
 
@@ -139,6 +140,7 @@ class CurationConfig:
     privacy: PrivacyConfig = dataclasses.field(default_factory=PrivacyConfig)
     boilerplate: BoilerplateConfig = dataclasses.field(default_factory=BoilerplateConfig)
     heuristics: HeuristicsConfig = dataclasses.field(default_factory=HeuristicsConfig)
+    spam: SpamConfig = dataclasses.field(default_factory=SpamConfig)
     sentences: SentenceConfig = dataclasses.field(default_factory=SentenceConfig)
     quality: QualityConfig = dataclasses.field(default_factory=QualityConfig)
     safety: SafetyConfig = dataclasses.field(default_factory=SafetyConfig)

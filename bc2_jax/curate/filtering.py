@@ -23,6 +23,7 @@ from bc2_jax.curate.privacy import KINDS, mask_personal
 from bc2_jax.curate.quality import QualityModel
 from bc2_jax.curate.sentences import low_quality_spans
 from bc2_jax.curate.shards import Account, decisions_for
+from bc2_jax.curate.spam import find_spam
 from bc2_jax.curate.spans import cut_spans
 from bc2_jax.curate.stages import fingerprint
 from bc2_jax.curate.tokens import choose_tokens, hash_tokens
@@ -32,7 +33,7 @@ from bc2_jax.validation import require
 if TYPE_CHECKING:
     from bc2_jax.curate.tasks import Run
 
-_PARTS = ("privacy", "boilerplate", "heuristics", "sentences", "quality", "safety", "embedding")
+_PARTS = ("privacy", "boilerplate", "heuristics", "spam", "sentences", "quality", "safety", "embedding")
 
 
 def check(config: CurationConfig) -> None:
@@ -92,6 +93,9 @@ def filter_documents(run: Run, sketch: HashedNgrams | None, task: Task) -> Task:
     verdicts = examine(texts, languages, config.heuristics, tokens)
     broken = np.flatnonzero([reason is not None for reason in verdicts.reasons])
     drops = [("heuristics", broken, [verdicts.reasons[i] or "" for i in broken])]
+    spam = find_spam(texts, languages, config.spam, tokens)
+    found = np.flatnonzero([reason is not None for reason in spam])
+    drops.append(("heuristics", found, [spam[i] or "" for i in found]))
 
     # ---------------------------------------------------------------- quality and safety
     model = _quality_model(config.quality)
@@ -116,10 +120,12 @@ def filter_documents(run: Run, sketch: HashedNgrams | None, task: Task) -> Task:
         stays[places] = False
     before = pc.binary_length(table["text"]).to_numpy()
     before_cut = list(texts)
+    cuts = [("heuristics", line.document, "boilerplate", line.text) for line in lines]
     for place, out in enumerate(low_quality_spans(texts, languages, config.sentences)):
         if out and stays[place]:
             starts, stops = zip(*out, strict=True)
             texts[place] = cut_spans(texts[place], starts, stops)
+            cuts += [("quality", place, "a low-quality sentence", before_cut[place][start:stop]) for start, stop in out]
     cut = [place for place in range(len(texts)) if texts[place] is not before_cut[place]]
     changed = large_strings(texts)
     after = pc.binary_length(changed).to_numpy()
@@ -138,13 +144,19 @@ def filter_documents(run: Run, sketch: HashedNgrams | None, task: Task) -> Task:
     emptied = np.flatnonzero(~seen & (after == 0))
     account.note(table, "heuristics", emptied, ["nothing is left of its lines and sentences"] * len(emptied), size=0)
     seen[emptied] = True
+    for stage in ("heuristics", "quality"):
+        of_stage = [cut for cut in cuts if cut[0] == stage and not seen[cut[1]]]
+        account.note_cuts(
+            table, stage, [cut[1] for cut in of_stage], [cut[2] for cut in of_stage], [cut[3] for cut in of_stage]
+        )
     table = table.filter(pa.array(~seen)).drop_columns(["text"]).rename_columns({"changed": "text"})
     (folder / "shards").write_table(f"{name}.parquet", table)
     (folder / "removed").write_table(f"{name}.parquet", account.removed)
+    (folder / "cuts").write_table(f"{name}.parquet", account.cuts)
     write_features(run, name, table, choose_tokens(tokens, ~seen), sketch)
     counts = masked.counts.sum(axis=0).tolist() if masked is not None else [0] * len(KINDS)
     return account.result(table) | {
-        "boilerplate_lines": int(lines.sum()),
+        "boilerplate_lines": len(lines),
         "cut_sentences_in": len(cut),
         "masked": dict(zip(KINDS, counts, strict=True)),
         "findings": len(findings),

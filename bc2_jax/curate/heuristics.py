@@ -1,4 +1,4 @@
-"""Rules that drop a document by counting: too short, too many symbols, repeated, wrongly decoded ...
+"""Rules that drop a document by counting: too short, too many symbols, repeated, wrongly decoded, in random order ...
 
 The rules are those of Gopher (Rae et al. 2021, arXiv 2112.11446, Appendix A1.1): 50 to 100,000 words of 3 to 10
 letters on average, two stop words, at most 0.1 symbols a word, at most 90 % of the lines with a bullet and 30 % with
@@ -12,6 +12,10 @@ Chinese  A token is a character, and a word is about two: duplicates are counted
          is a classical quatrain. Instead of stop words, a share of the letters must be Han.
 Code     No rule on words or bullets; indentation is white space and lines repeat by nature, so these limits are wide.
          Length of lines as for Codex (Chen et al. 2021, arXiv 2107.03374, section 3.1): 100 on average, 1000 at most.
+Kinds    Limits of running text do not fit code in a document of another language, mathematics, lists, tables, dialogue
+         and verse. A document that breaks one is looked at again (`kinds`), and judged by the limits of its kind.
+Order    Words, letters and Han characters in random order are told from text by tables of what follows what
+         (`gibberish`).
 
 C4's rules (Raffel et al. 2020, section 2.2) on single lines are in `boilerplate`. Its rules that a page with a curly
 bracket goes, or a line without a final full stop, would remove technical text and verse, and are left out.
@@ -25,7 +29,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bc2_jax.curate.repetition import bounded, duplicate_share, top_share
+from bc2_jax.curate.gibberish import measure_order
+from bc2_jax.curate.kinds import KINDS, kind_of
+from bc2_jax.curate.repetition import bounded, duplicate_share, take, top_share
 from bc2_jax.curate.statistics import count_stop_words, measure
 from bc2_jax.curate.tokens import Tokens, hash_tokens, pieces, slice_tokens
 from bc2_jax.validation import require
@@ -70,6 +76,12 @@ class Limits:
     """Mean characters a line that is not blank."""
     max_longest_line: int | None = None
     """Characters."""
+    min_word_order: float | None = None
+    """How many times as often English words follow each other as in random order; needs 16 pairs of known words."""
+    min_known_pairs: float | None = 0.2
+    """Share of the pairs of neighbouring Han characters that real text has; needs 16. Random ones have .1."""
+    max_letter_surprise: float | None = 4.2
+    """Nats a letter, where few words are known English ones: random letters have 6, other languages 2 to 3."""
     max_ellipsis_lines: float | None = 0.3
     """Share of the lines that end with an ellipsis (Gopher)."""
     max_bullet_lines: float | None = 0.9
@@ -103,17 +115,14 @@ class Limits:
 
 def _english() -> Limits:
     return Limits(
-        min_tokens=20,
-        min_stop_words=2,
-        min_word_length=2.5,
-        max_word_length=10,
+        min_stop_words=2, min_word_length=2.5, max_word_length=10, min_word_order=0.62,
         duplicate_ngrams=((5, 0.40), (10, 0.35)),
-    )
+    )  # fmt: skip
 
 
 def _chinese() -> Limits:
     # Titles of verses in a series repeat.
-    return Limits(min_han_share=0.1, duplicate_ngrams=((10, 0.50), (20, 0.45)))
+    return Limits(min_characters=12, min_han_share=0.1, duplicate_ngrams=((10, 0.50), (20, 0.45)))
 
 
 def _code() -> Limits:
@@ -121,12 +130,29 @@ def _code() -> Limits:
         min_characters=50, min_letter_share=0.2, max_symbol_share=0.5, max_digit_share=0.7, max_space_share=0.8,
         max_line_length=100, max_longest_line=1000, max_ellipsis_lines=None, max_bullet_lines=None,
         max_duplicate_lines=0.8, max_duplicate_line_characters=0.7, top_ngrams=(), duplicate_ngrams=((10, 0.70),),
+        min_known_pairs=None, max_letter_surprise=None,
+    )  # fmt: skip
+
+
+def _mathematics() -> Limits:
+    return Limits(
+        min_letter_share=0.05, max_symbol_share=0.7, max_digit_share=0.8, max_letter_surprise=None,
+        max_bullet_lines=None, top_ngrams=(), duplicate_ngrams=((10, 0.60),),
+    )  # fmt: skip
+
+
+def _lines() -> Limits:
+    # A refrain, a column, a speaker's name repeat.
+    return Limits(
+        min_letter_share=0.15, max_symbol_share=0.4, max_digit_share=0.75, max_bullet_lines=None, min_word_order=0.5,
+        max_duplicate_lines=0.7, max_duplicate_line_characters=0.7,
+        top_ngrams=((2, 0.50), (4, 0.45)), duplicate_ngrams=((10, 0.65),),
     )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeuristicsConfig:
-    """Limits by language."""
+    """Limits of running text by language, and of other kinds of text."""
 
     zh: Limits = dataclasses.field(default_factory=_chinese)
     """Chinese."""
@@ -136,11 +162,19 @@ class HeuristicsConfig:
     """Program source."""
     other: Limits = dataclasses.field(default_factory=Limits)
     """Every other language."""
+    mathematics: Limits = dataclasses.field(default_factory=_mathematics)
+    """Formulas and calculations, in any language."""
+    lines: Limits = dataclasses.field(default_factory=_lines)
+    """Lists, tables, dialogue, verse, in any language. All kinds but running text are only asked for where its limits
+    are broken."""
+    stop_word_tokens: int = 40
+    """Shorter documents need no stop words: a question and its answer may have none."""
     repetition_tokens: int = 50
     """Shorter documents are not tested for repeated n-grams: a refrain is no spam. Gopher has no shorter ones."""
 
     def __post_init__(self) -> None:
-        require(self.repetition_tokens >= 0, "heuristics.repetition_tokens", self.repetition_tokens, "it must be >= 0")
+        for field in ("stop_word_tokens", "repetition_tokens"):
+            require(getattr(self, field) >= 0, f"heuristics.{field}", getattr(self, field), "it must be >= 0")
 
 
 class Verdicts(NamedTuple):
@@ -157,11 +191,13 @@ _RULES = {
     "min_characters": "characters", "max_characters": "characters", "min_tokens": "tokens", "max_tokens": "tokens",
     "max_garbled_share": "garbled_share", "min_letter_share": "letter_share", "max_symbol_share": "symbol_share",
     "max_digit_share": "digit_share", "max_space_share": "space_share", "min_han_share": "han_share",
+    "min_known_pairs": "known_pairs", "max_letter_surprise": "letter_surprise", "min_word_order": "word_order",
     "min_word_length": "word_length", "max_word_length": "word_length", "min_line_length": "line_length",
     "max_line_length": "line_length", "max_longest_line": "longest_line", "max_ellipsis_lines": "ellipsis_lines",
     "max_bullet_lines": "bullet_lines", "max_duplicate_lines": "duplicate_lines",
     "max_duplicate_line_characters": "duplicate_line_characters", "min_stop_words": "stop_words",
 }  # fmt: skip
+_ORDER_RULES = ("min_known_pairs", "max_letter_surprise", "min_word_order")
 
 
 def score_heuristics(
@@ -179,28 +215,66 @@ def examine(
 ) -> Verdicts:
     """Reasons to drop, and a score of quality for when no model of it was trained.
 
-    The score is the geometric mean of the margins of all rules for the document's language: 1 - value / limit where
-    there is a maximum, 1 - limit / value where there is a minimum, at least 0.001. It says how ordinary a document
-    looks, not how good it is; 0 for a document to drop.
+    The score is the geometric mean of the margins of all rules for the document's language or kind: 1 - value / limit
+    where there is a maximum, 1 - limit / value where there is a minimum, at least 0.001. It says how ordinary a
+    document looks, and how far from random order its words are, not how good it is; 0 for a document to drop.
     """
     limits = (config.zh, config.en, config.code, config.other)
     names = ("zh", "en", "code")
     group = np.array([names.index(language) if language in names else 3 for language in languages], np.int64)
+    tokens = hash_tokens(texts) if tokens is None else tokens
+    verdicts = _examine(texts, tokens, group, limits, config)
+    broken = np.flatnonzero([reason is not None for reason in verdicts.reasons])
+    kinds = np.array([KINDS.index(kind_of(texts[i], languages[i])) for i in broken.tolist()], np.int64)
+    is_code, named_code = kinds == KINDS.index("code"), group[broken] == names.index("code")
+    chosen = np.where(named_code, ~is_code, kinds != KINDS.index("prose"))
+    other, kinds = broken[chosen], kinds[chosen]
+    if len(other):
+        again = _examine(
+            [texts[i] for i in other.tolist()], take(tokens, other), kinds,
+            (config.other, config.code, config.mathematics, config.lines), config,
+        )  # fmt: skip
+        for place, reason in zip(other.tolist(), again.reasons, strict=True):
+            verdicts.reasons[place] = reason
+        verdicts.scores[other] = again.scores
+    return verdicts
+
+
+def _examine(
+    texts: Sequence[str], tokens: Tokens, group: np.ndarray, limits: tuple[Limits, ...], config: HeuristicsConfig
+) -> Verdicts:
+    """Verdicts by the limits of the `group` of each document."""
     measured: list[dict[str, np.ndarray]] = []
     start = 0
     for piece in pieces(texts, _PIECE_CHARACTERS):
         stop = start + len(piece)
-        part = hash_tokens(piece) if tokens is None else slice_tokens(tokens, start, stop)
+        part = slice_tokens(tokens, start, stop)
         statistics = measure(piece, part)
         values = {field.name: getattr(statistics, field.name) for field in dataclasses.fields(statistics)}
+        values |= _order(piece, group[start:stop], statistics.han_share, limits)
         if any(one.min_stop_words is not None for one in limits):
-            values["stop_words"] = count_stop_words(part)
+            enough = statistics.tokens >= config.stop_word_tokens
+            values["stop_words"] = np.where(enough, count_stop_words(part), np.nan)
         long_enough = statistics.tokens >= config.repetition_tokens
         values |= _repetition(part, long_enough, group[start:stop], limits)
         measured.append(values)
         start = stop
     columns = {name: np.concatenate([values[name] for values in measured]) for name in (measured or [{}])[0]}
     return _judge(columns, group, limits)
+
+
+def _order(
+    texts: Sequence[str], group: np.ndarray, han_share: np.ndarray, limits: tuple[Limits, ...]
+) -> dict[str, np.ndarray]:
+    """The values of `measure_order`, NaN for documents without a limit on any."""
+    limited = [any(getattr(one, rule) is not None for rule in _ORDER_RULES) for one in limits]
+    needed = np.flatnonzero(np.array(limited)[group])
+    order = measure_order([texts[i] for i in needed.tolist()], han_share[needed])
+    result = {}
+    for field in dataclasses.fields(order):
+        result[field.name] = np.full(len(group), np.nan)
+        result[field.name][needed] = getattr(order, field.name)
+    return result
 
 
 def _repetition(

@@ -125,7 +125,7 @@ def identify_languages(
     open_places = [i for i, language in enumerate(languages) if not language]
     if not open_places:
         return languages
-    samples = [_sample(texts[i]) for i in open_places]
+    samples = [sample(texts[i]) for i in open_places]
     found = np.full(len(samples), UNKNOWN, object)
     counts = _character_counts(samples)
     # A Han character or a syllable says about as much as four letters.
@@ -148,7 +148,7 @@ def identify_languages(
     return languages
 
 
-def _sample(text: str) -> str:
+def sample(text: str) -> str:
     """Three windows of a long text, from its beginning, middle and end."""
     size = _WINDOW_CHARACTERS
     if len(text) <= 3 * size:

@@ -33,6 +33,18 @@ REMOVED = pa.schema(
     ]
 )
 
+CUTS = pa.schema(
+    [
+        ("doc", pa.int64()),
+        ("id", pa.string()),
+        ("stage", pa.string()),
+        ("reason", pa.string()),
+        ("source", pa.string()),
+        ("language", pa.string()),
+        ("text", pa.large_string()),  # the whole of what was cut out
+    ]
+)
+
 
 def shard_name(unit: int, part: int) -> str:
     return f"{unit:06d}-{part:04d}"
@@ -61,10 +73,11 @@ def decisions_for(folder: Folder, name: str, column: str = "doc", shift: int = 0
 
 
 class Account:
-    """What one stage did to one shard: counts for the report and the rows it removed."""
+    """What one stage did to one shard: counts for the report, the rows it removed, and what it cut out of others."""
 
     def __init__(self, table: pa.Table) -> None:
         self._removed: list[pa.Table] = []
+        self._cuts: list[pa.Table] = []
         self._counts: dict[str, dict[str, int]] = {}
         self.before = {"documents": table.num_rows, "bytes": text_bytes(table)}
 
@@ -96,6 +109,16 @@ class Account:
         self._removed.append(pa.table({name: columns[name] for name in REMOVED.names}).cast(REMOVED))
         self.count(stage, len(places), pc.sum(sizes).as_py() if size is None else size)
 
+    def note_cuts(
+        self, table: pa.Table, stage: str, places: Sequence[int], reasons: Sequence[str], texts: Sequence[str]
+    ) -> None:
+        """Lists what is cut out of the rows at `places`, each as often as it has cuts; `count` counts the bytes."""
+        rows = table.take(pa.array(places, pa.int64()))
+        columns: dict[str, Any] = {name: rows[name] for name in ("doc", "id", "source", "language")}
+        columns |= {"stage": pa.array([stage] * len(places)), "reason": pa.array(list(reasons), pa.string())}
+        columns["text"] = pa.array(list(texts), pa.large_string())
+        self._cuts.append(pa.table({name: columns[name] for name in CUTS.names}).cast(CUTS))
+
     def drop(
         self, table: pa.Table, stage: str, places: np.ndarray, reasons: Sequence[str], kept: pa.Array | None = None
     ) -> pa.Table:
@@ -123,6 +146,10 @@ class Account:
     @property
     def removed(self) -> pa.Table:
         return pa.concat_tables([REMOVED.empty_table(), *self._removed])
+
+    @property
+    def cuts(self) -> pa.Table:
+        return pa.concat_tables([CUTS.empty_table(), *self._cuts])
 
     def result(self, table: pa.Table) -> dict[str, Any]:
         """Counts, as JSON; `table` is what is left."""

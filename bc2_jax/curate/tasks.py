@@ -44,6 +44,9 @@ REASONS = {
     "contamination": "it overlaps with a benchmark item",
     "dense": "a similar document by dense features",
 }
+_COPIED = "a paragraph or a sentence that stands in an earlier place"
+# In OUT: what was cut out of documents that stay. A reader of the folder removed/ skips names with an underscore.
+_CUTS = "removed/_cuts"
 # A span is numbered shard << SPAN_BITS | place, where a shard is its first document's number >> 20.
 SPAN_BITS = 30
 _DOCUMENT_BITS = 20
@@ -160,8 +163,12 @@ def write(run: Run, task: Task) -> Task:
     removed = pa.concat_tables([earlier, account.removed]).sort_by("doc").combine_chunks()
     if removed.num_rows:
         (run.out / "removed").write_table(f"{name}.parquet", removed, "zstd")
+    cuts = pa.concat_tables([(run.work / "filter" / "cuts").read_table(f"{name}.parquet"), account.cuts])
+    if cuts.num_rows:
+        (run.out / _CUTS).write_table(f"{name}.parquet", cuts.sort_by("doc").combine_chunks(), "zstd")
     return account.result(table) | {
         "gone": removed.num_rows,
+        "cuts": cuts.num_rows,
         "cut_spans": cut,
         "sources": count_by(documents, "source"),
         "languages": count_by(documents, "language"),
@@ -192,6 +199,9 @@ def _cut_spans(run: Run, name: str, table: pa.Table, account: Account) -> tuple[
     gone = np.flatnonzero(lost)
     account.note(table, "spans", gone, [f"{after[i]} of {before[i]} bytes are no copies" for i in gone])
     account.count("spans", 0, int((before - after)[mask & ~lost].sum()))
+    some = [(k, n) for k, row in enumerate(rows) if not lost[row] for n in range(bounds[k], bounds[k + 1])]
+    pieces = [texts[k][start[n] : stop[n]] for k, n in some]
+    account.note_cuts(table, "spans", [rows[k] for k, _ in some], [_COPIED] * len(some), pieces)
     table = table.set_column(table.column_names.index("text"), "text", text)
     return table.filter(pa.array(~lost)), len(row)
 
@@ -214,7 +224,7 @@ def prepare_result(out: Folder) -> None:
     """Removes what says that the result is complete, report.json first, and the unfinished files of a killed run."""
     for name in _WRITTEN[:4]:
         out.delete(name)
-    for name in _WRITTEN[4:7]:
+    for name in (*_WRITTEN[4:7], _CUTS):
         (out / name).remove_unfinished()
 
 
@@ -230,6 +240,7 @@ def is_written(run: Run, name: str, result: Task) -> bool:
     files = [
         ("documents", f"{name}.parquet", result["after"]["documents"]),
         ("removed", f"{name}.parquet", result["gone"]),
+        (_CUTS, f"{name}.parquet", result["cuts"]),
     ]
     if run.config.jsonl:
         files.append(("jsonl", f"{name}.jsonl.zst", result["after"]["documents"]))
@@ -245,6 +256,7 @@ def check_result(run: Run, results: Sequence[Task]) -> None:
     for folder, rows in (
         ("documents", sum(result["after"]["documents"] for result in results)),
         ("removed", sum(result["gone"] for result in results)),
+        (_CUTS, sum(result["cuts"] for result in results)),
     ):
         found = (run.out / folder).rows()
         if found != rows:

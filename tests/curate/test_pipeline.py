@@ -29,11 +29,14 @@ ENGINE = Engine("native")
 TEXT = """the of and to in river mountain harvest season village people water stone bridge market winter summer light
 shadow travel letter garden history language method result measure table window forest evening morning simple ancient"""
 WORDS = TEXT.split()
+NOUNS = WORDS[5:-2]
+LINKS = ["of the", "and the", "to the", "in the", "near a", "under the", "behind a", "with the", "from the", "above a"]
 
 
 def sentence(rng: random.Random) -> str:
-    words = ["The", *(rng.choice(WORDS) for _ in range(rng.randint(8, 16)))]
-    return " ".join(words) + "."
+    """Words in an order that English has: those in random order are gibberish, which curation finds."""
+    rest = [f"{rng.choice(LINKS)} {rng.choice(NOUNS)}" for _ in range(rng.randint(3, 5))]
+    return f"The {rng.choice(NOUNS)} {' '.join(rest)}."
 
 
 def document(seed: int, sentences: int = 12) -> str:
@@ -56,7 +59,7 @@ def rows() -> list[dict]:
     result = [{"id": f"d{i}", "text": document(i), "source": "web" if i % 3 else "books"} for i in range(60)]
     result += [{"id": f"exact{i}", "text": document(i) + "  \r\n", "source": "web"} for i in range(5)]
     result += [{"id": f"near{i}", "text": edited(document(i), i, 0.015), "source": "web"} for i in range(10, 15)]
-    result += [{"id": f"edits{i}", "text": edited(document(i, 60), i, 0.05), "source": "web"} for i in range(100, 110)]
+    result += [{"id": f"edits{i}", "text": edited(document(i, 60), i, 0.03), "source": "web"} for i in range(100, 110)]
     result += [{"id": f"long{i}", "text": document(i, 60), "source": "web"} for i in range(100, 110)]
     result += [{"id": f"shared{i}", "text": f"{document(200 + i)}\n\n{SHARED}", "source": "web"} for i in range(3)]
     result += [{"id": "short", "text": "Too short.", "source": "web"}]
@@ -101,7 +104,7 @@ def read(folder: Path) -> list[dict]:
 
 
 def hashes(out: Path, *names: str) -> dict[str, str]:
-    files = [file for name in names for file in sorted((out / name).glob("*"))]
+    files = [file for name in names for file in sorted((out / name).rglob("*")) if file.is_file()]
     return {str(file.relative_to(out)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
