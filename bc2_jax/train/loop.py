@@ -74,7 +74,7 @@ def run(
 
     Raises ValueError or FileNotFoundError for a run that cannot start, before anything is written;
     FloatingPointError at a loss or gradient that is not finite: the checkpoints before it stay; and
-    distributed.Preempted after SIGTERM, with its step saved.
+    distributed.Preempted after SIGTERM or Ctrl-C, with its step saved.
     """
     started = time.monotonic() if started is None else started
     distributed.start(config)
