@@ -28,9 +28,10 @@ def require(ok: bool, field: str, value: object, legal: str) -> None:
 
 
 def show(value: object) -> str:
-    """repr(value), its middle left out if it is long; Python refuses to print integers of thousands of digits."""
+    """repr(value) in one line, its middle left out if it is long; Python refuses to print integers of thousands of
+    digits."""
     try:
-        text = repr(value)
+        text = re.sub(r"\s*\n\s*", " ", repr(value))
     except ValueError:
         return "a number of thousands of digits"
     if len(text) <= _LONGEST_VALUE:
