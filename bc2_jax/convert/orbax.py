@@ -67,10 +67,11 @@ def _read_tree(file: Path) -> tuple[list[str], str, bool]:
     return names, driver, in_ocdbt
 
 
-def read_part(array: ts.TensorStore, layer: int | None) -> np.ndarray:
-    """One layer of an array on disk; all of it where layer is None. Raises DamagedCheckpoint if bytes are damaged."""
+def read_part(array: ts.TensorStore, part: int | tuple[slice, ...] | None) -> np.ndarray:
+    """One layer of an array on disk, or slices; all of it where `part` is None. Raises DamagedCheckpoint if bytes are
+    damaged."""
     try:
-        return (array if layer is None else array[layer]).read().result()
+        return (array if part is None else array[part]).read().result()
     except ValueError as error:
         store: Any = array.kvstore
         place = store.path if store.base is None else store.base.path + store.path

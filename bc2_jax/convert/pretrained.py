@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,11 +26,8 @@ from bc2_jax.convert.reading import AS_SAID, Reading
 from bc2_jax.convert.table import flatten, param_shapes, unflatten
 from bc2_jax.convert.weights import check_weights
 from bc2_jax.manifest import DamagedCheckpoint
-from bc2_jax.model.baichuan import Baichuan2, Params, abstract_params, param_shardings, split_model
+from bc2_jax.model.baichuan import Baichuan2, Params, param_shardings, split_model
 from bc2_jax.validation import check_path
-
-# Where several arrays are damaged Orbax raises the fault of one; of the others asyncio prints whole tracebacks.
-logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,28 +194,29 @@ def _tokenizer_near(path: Path) -> Path | None:
 def _load_torch(found: FoundModel, dtype: DType, mesh: Mesh | None, reading: Reading) -> Params:
     config = found.config
     weights = check_weights(found.path, config, hf.read_folder(found.path, reading.strip_prefix), reading)
-    shardings = {} if mesh is None else flatten(param_shardings(config, mesh))
-
-    def load(name: str, shape: tuple[int, ...]) -> jax.Array:
-        def read(index: tuple[slice, ...] | None) -> np.ndarray:
-            return weights.read_slice(name, index or ()).astype(jnp.dtype(dtype))
-
-        return jax.make_array_from_callback(shape, shardings[name], read) if mesh else jnp.asarray(read(()))
-
-    return unflatten({name: load(name, shape) for name, shape in param_shapes(config).items()})
+    return _place(config, dtype, mesh, weights.read_slice)
 
 
 def _load_orbax(found: FoundModel, dtype: DType, mesh: Mesh | None) -> Params:
     path = found.path
     if (path / manifest.MANIFEST_NAME).is_file():
         manifest.verify(path, jax.process_index(), jax.process_count(), below="params/")
-    # What is wrong with the metadata is said better by our own reader of it.
-    shapes = {name: array.shape for name, array in orbax.open_arrays(path).items()}
-    hf.check_shapes(f"arrays of {path}", param_shapes(found.config), shapes)
-    abstract = abstract_params(found.config, mesh, dtype)
-    try:
-        return ocp.load_checkpointables(path, {"params": abstract})["params"]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedCheckpoint(
-            f"The parameters in {path} cannot be read, it is damaged or incomplete ({orbax.explain(error)})."
-        ) from error
+    # Not through Orbax: of several damaged arrays it reports one, and its threads print a traceback for each other one.
+    arrays = orbax.open_arrays(path)
+    hf.check_shapes(f"arrays of {path}", param_shapes(found.config), {name: a.shape for name, a in arrays.items()})
+    return _place(found.config, dtype, mesh, lambda name, index: orbax.read_part(arrays[name], index or None))
+
+
+def _place(
+    config: ModelConfig, dtype: DType, mesh: Mesh | None, read: Callable[[str, tuple[slice, ...]], np.ndarray]
+) -> Params:
+    """Every parameter in `dtype`, each device reading its own part with `read(name, index)`."""
+    shardings = {} if mesh is None else flatten(param_shardings(config, mesh))
+
+    def load(name: str, shape: tuple[int, ...]) -> jax.Array:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            return read(name, index or ()).astype(jnp.dtype(dtype), copy=False)
+
+        return jax.make_array_from_callback(shape, shardings[name], part) if mesh else jnp.asarray(part(()))
+
+    return unflatten({name: load(name, shape) for name, shape in param_shapes(config).items()})
