@@ -212,12 +212,13 @@ def check_out(out: Folder, paths: Sequence[str]) -> None:
     foreign = [name for name in found if name not in _WRITTEN]
     own = not found or "work" in found or "report.json" in found
     legal = "it must be an empty folder or one of an earlier run"
-    for name in _WRITTEN[4:7]:
-        foreign += [f"{name}/{entry}" for entry in (out / name).entries() if not _SHARD_FILE.fullmatch(entry)]
+    for name in (*_WRITTEN[4:7], _CUTS):
+        inside = [f"{name}/{entry}" for entry in (out / name).entries()]
+        foreign += [path for path in inside if path != _CUTS and not _SHARD_FILE.fullmatch(path.rpartition("/")[2])]
     require(own and not foreign, "--out", out.location, f"{legal}, and has {(foreign or found or [''])[0]}")
-    for path in paths:
-        inside = "://" not in path and Path(out.location).resolve().is_relative_to(Path(path).resolve())
-        require(not inside, "--out", out.location, f"it must not lie in the raw folder {path}")
+    for raw in paths:
+        is_in_raw = "://" not in raw and Path(out.location).resolve().is_relative_to(Path(raw).resolve())
+        require(not is_in_raw, "--out", out.location, f"it must not lie in the raw folder {raw}")
 
 
 def prepare_result(out: Folder) -> None:

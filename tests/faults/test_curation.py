@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from bc2_jax.curate.engine import Engine
 from bc2_jax.curate.inputs import ReadConfig
 from bc2_jax.curate.pipeline import curate
 from bc2_jax.curate.storage import Folder
+from tests.curate.test_pipeline import document
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -62,16 +62,16 @@ def config(jsonl: bool = True) -> CurationConfig:
     return CurationConfig(read=ReadConfig(unit_bytes=3000, shard_bytes=3000), jsonl=jsonl)
 
 
-def document(seed: int) -> str:
-    rng = random.Random(seed)
-    words = ["the", "of", "and", "to", "in", "river", "mountain", "harvest", "season", "village", "people", "water"]
-    return " ".join("The " + " ".join(rng.choices(words, k=12)) + "." for _ in range(8)) + f" Number {seed}."
+def lines(count: int) -> list[str]:
+    return [json.dumps({"id": f"d{i}", "text": f"{document(i)} Number {i}."}) + "\n" for i in range(count)]
 
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("raw") / "a.jsonl"
-    rows = [{"id": f"d{i}", "text": document(i)} for i in range(DOCUMENTS)] + [{"id": "short", "text": "No."}]
+    rows = [{"id": f"d{i}", "text": f"{document(i)} Number {i}."} for i in range(DOCUMENTS)] + [
+        {"id": "short", "text": "No."}
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 
@@ -85,7 +85,7 @@ def whole(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]
 
 
 def content(out: Path) -> dict[str, str]:
-    files = [path for name in ("documents", "removed", "jsonl") for path in sorted((out / name).iterdir())]
+    files = [path for name in ("documents", "removed", "jsonl") for path in sorted((out / name).rglob("*.*"))]
     return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -162,7 +162,9 @@ def start(raw: Path, out: Path) -> subprocess.Popen:
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Enough for a stage of seconds."""
     file = tmp_path_factory.mktemp("large") / "a.jsonl"
-    file.write_text("".join(json.dumps({"id": f"d{i}", "text": document(i)}) + "\n" for i in range(2000)))
+    file.write_text(
+        "".join(json.dumps({"id": f"d{i}", "text": f"{document(i)} Number {i}."}) + "\n" for i in range(2000))
+    )
     return file
 
 
