@@ -22,7 +22,7 @@ def test_the_same_bytes_on_both_runners(tmp_path: Path):
         command = [sys.executable, str(TOOL), str(tmp_path / "raw.jsonl"), "--out", str(out), "--runner", runner]
         done = subprocess.run([*command, *SMALL_UNITS], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        files = [file for name in ("documents", "removed", "jsonl") for file in sorted((out / name).iterdir())]
+        files = [file for name in ("documents", "removed", "jsonl") for file in sorted((out / name).rglob("*.*"))]
         assert len(files) > 20
         results[runner] = {str(file.relative_to(out)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
         report = json.loads((out / "report.json").read_text())
