@@ -17,6 +17,7 @@ from bc2_jax.convert import hf
 from bc2_jax.convert.hf_config import read_config
 from bc2_jax.convert.pretrained import find_model
 from bc2_jax.convert.safetensors import write_safetensors
+from bc2_jax.terminal import make_console
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -84,7 +85,9 @@ def test_every_layout_is_verified_and_summed_up(tmp_path, capsys):
     assert code == 0 and "1 source files have a known checksum, and it is right" in text and fingerprint in text
 
 
-def test_inspect_and_diff_say_it_by_their_exit_code(tmp_path, capsys):
+def test_inspect_and_diff_say_it_by_their_exit_code(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr(tool, "out", make_console())
     code, text = run(capsys, "inspect", GOLDEN / "alibi-tiny")
     assert code == 0 and "because max_position_embeddings is absent" in text and "missing     none" in text
     assert tool.main(["to-hf", str(GOLDEN / "alibi-tiny"), str(tmp_path / "a"), "--dtype", "float16"]) == 0

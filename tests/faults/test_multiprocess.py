@@ -51,7 +51,7 @@ def test_a_killed_process_ends_the_run_which_goes_on_from_its_checkpoint(tiny, w
 
 def test_a_hanging_collective_ends_with_a_diagnosis(tiny, tmp_path):
     job = harness.launch(
-        tiny, tmp_path / "run", "--distributed.step-timeout=12", "--num-steps=1000", processes=2, step_seconds=0.05
+        tiny, tmp_path / "run", "--distributed.step-timeout=20", "--num-steps=1000", processes=2, step_seconds=0.05
     )
     job.wait_for_step(2)
     job.send(signal.SIGSTOP, process=1)
