@@ -48,8 +48,10 @@ def require_agreement(facts: dict[str, Any]) -> None:
         f"{name} is {mine.get(name, unset)} on {me} and {first.get(name, unset)} on process 0" for name in names[:3]
     )
     more = f"; {len(names) - 3} more differ" if len(names) > 3 else ""
-    problem = f"The processes of the run disagree: {differing}{more}; start all of them alike." if names else ""
-    if problem := any_text(problem):
+    problem = (
+        f"The processes of the run disagree: {differing}{more}; start all of them with the same command, code and data."
+    )
+    if problem := any_text(problem if names else ""):
         raise ValueError(problem)
 
 

@@ -66,7 +66,7 @@ def _open_locked(path: Path, what: str) -> tuple[IO[str], bool]:
                 file.close()
                 raise InUse(f"{what} is in use by {owner}; wait for its end or stop it.") from None
             owned = False
-            _log.warning("%s cannot be locked (%s): nothing tells if it is used twice at once.", what, error.strerror)
+            _log.warning("%s cannot be locked (%s): a second user would not be noticed.", what, error.strerror)
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 file.truncate(0)
@@ -83,6 +83,15 @@ def _describe_owner(file: IO[str]) -> str:
         return f"process {int(owner['pid'])} on {owner['host']}"
     except (ValueError, KeyError, TypeError):
         return "another process"
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Gives `path`.partial to write a file to, which replaces `path` when the block ends without an error: whenever the
+    process is killed, `path` is the old file or the new one, whole."""
+    partial = path.with_name(f"{path.name}.partial")
+    yield partial
+    partial.replace(path)
 
 
 def file_store(folder: Path) -> dict[str, Any]:

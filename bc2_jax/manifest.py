@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from bc2_jax.files import replaced
 from bc2_jax.tokenizer import file_sha256
 from bc2_jax.validation import is_inside
 
@@ -48,12 +49,10 @@ def write_manifest(folder: Path) -> dict[str, FileState]:
         files = dict(zip(names, pool.map(lambda name: _sync_and_describe(folder / name), names), strict=True))
     for root, _, _ in os.walk(folder):
         sync(Path(root))
-    partial = folder / f"{MANIFEST_NAME}.partial"
-    with partial.open("w", encoding="utf-8", newline="\n") as out:
+    with replaced(folder / MANIFEST_NAME) as partial, partial.open("w", encoding="utf-8", newline="\n") as out:
         json.dump({"format": _FORMAT, "files": files}, out, indent=0)
         out.flush()
         os.fsync(out.fileno())
-    partial.replace(folder / MANIFEST_NAME)
     sync(folder)
     return files
 

@@ -193,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     simplified = {ord(line[0]): line[2] for line in table.splitlines()}
     names = [p.name for p in PACKAGES if p.language == "zh"] + ["@node-rs/jieba"]
     tables |= chinese_tables({name: read(name, "zh", options.cache, 5e6) for name in names}, simplified)
-    np.savez_compressed(options.out, **tables)  # type: ignore[arg-type]
+    np.savez_compressed(options.out, **tables)  # type: ignore[arg-type]  # the stub takes a name for a flag
     print(json.dumps({name: [str(array.dtype), *array.shape] for name, array in tables.items()}))
     print(f"{options.out}: {options.out.stat().st_size:,} bytes")
     return 0

@@ -1,6 +1,7 @@
 """Checkpoints: any mesh to any mesh, what is kept, what is refused."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -8,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bc2_jax import checkpoint
-from bc2_jax.checkpoint import Checkpointer, Metadata
+from bc2_jax.checkpoint import Checkpointer
 from bc2_jax.config import CheckpointConfig, ModelConfig
 from bc2_jax.convert import pretrained
+from bc2_jax.metadata import Metadata, is_permanent
 from bc2_jax.model.baichuan import abstract_params, init_params
 
 MODEL = ModelConfig(
@@ -90,7 +91,8 @@ def saved(directory, mesh, *steps, **config):
     params = init_params(MODEL, 0, mesh)
     checkpointer = Checkpointer(directory, CheckpointConfig(keep_last=9, **config))
     for step in steps:
-        checkpointer.save(step, jax.tree.map(lambda x: x + step, params), {"count": jnp.int32(step)}, METADATA)  # noqa: B023
+        shifted = jax.tree.map(functools.partial(jnp.add, step), params)
+        checkpointer.save(step, shifted, {"count": jnp.int32(step)}, METADATA)
     checkpointer.wait()
     return checkpointer
 
@@ -165,7 +167,7 @@ def test_a_damaged_one_is_refused_wherever_parameters_are_read(mesh_of, tmp_path
 )
 def test_permanent_ones_do_not_drift(every, tokens_per_step, expected):
     config = CheckpointConfig(save_every=7, keep_every_tokens=every)
-    kept = [s for s in range(21) if checkpoint.is_permanent(config, s, s * tokens_per_step, tokens_per_step)]
+    kept = [s for s in range(21) if is_permanent(config, s, s * tokens_per_step, tokens_per_step)]
     assert kept == list(expected)
     # The definition: the first step at which k * every tokens have been seen.
     assert kept == sorted({-(-k * every // tokens_per_step) for k in range(1, 99)} & set(range(21)))

@@ -30,9 +30,9 @@ def write(folder: Path, text: str | bytes) -> Path:
 WRONG = {
     "empty": ("", "defines no function config()"),
     "no function": ("config = 5\n", "defines no function config()"),
-    "syntax": ("x = 1\ndef config(:\n", "line 2: invalid syntax (it is no valid Python)."),
-    "indentation": ("def config():\nreturn 1\n", "line 2: expected an indented block"),
-    "not UTF-8": (b"x = '\xc4\xe3'\n", "(it is no valid Python)."),
+    "syntax": ("x = 1\ndef config(:\n", "line 2 is not valid Python: invalid syntax."),
+    "indentation": ("def config():\nreturn 1\n", "line 2 is not valid Python: expected an indented block"),
+    "not UTF-8": (b"x = '\xc4\xe3'\n", " is not valid Python: "),
     "zero bytes": (b"x = 1\0\n", "null bytes"),
     "import": ("import no_such_module\n", "line 1: ModuleNotFoundError: No module named 'no_such_module'."),
     "name": ("x = 1\ny = z\n", "line 2: NameError: name 'z' is not defined."),

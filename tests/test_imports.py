@@ -14,7 +14,8 @@ PACKAGE = ROOT / "bc2_jax"
 # A module imports only from its own package and from those before it (docs/design.md).
 ORDER = (
     "validation", "files", "config", "cpu", "terminal", "sharding", "tokenizer", "tpu", "kernels", "data", "model",
-    "agreement", "manifest", "checkpoint", "convert", "infer", "train", "aot", "align", "evaluate", "curate",
+    "agreement", "manifest", "metadata", "checkpoint", "convert", "infer", "train", "aot", "align", "evaluate",
+    "curate",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [str(path.relative_to(PACKAGE)) for path in FILES]

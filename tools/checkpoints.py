@@ -65,16 +65,19 @@ def show(run: Path, verify: bool) -> int:
 
 def seal(run: Path, step: int) -> int:
     from bc2_jax import manifest
-    from bc2_jax.checkpoint import is_complete
+    from bc2_jax.files import lock
+    from bc2_jax.metadata import is_complete
+    from bc2_jax.train.workdir import LOCK_NAME
 
     folder = run / "checkpoints" / str(step)
     if not is_complete(folder):
-        raise ValueError(f"--seal = {step} is not valid: {folder} is no complete checkpoint.")
+        raise ValueError(f"--seal = {step} is not valid: {folder} is not a complete checkpoint.")
     if (folder / manifest.MANIFEST_NAME).exists():
         raise ValueError(
             f"--seal = {step} is not valid: {folder} has a {manifest.MANIFEST_NAME}; --verify compares it."
         )
-    files = manifest.write_manifest(folder)
+    with lock(run / LOCK_NAME, f"{run}"):
+        files = manifest.write_manifest(folder)
     make_console().print(
         f"{folder}: {len(files)} files, {sum(f.size for f in files.values()):,} bytes, taken as they are."
     )

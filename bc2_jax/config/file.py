@@ -76,8 +76,8 @@ def _named_errors(path: Path) -> Iterator[None]:
         raise
     except SyntaxError as error:
         where = f"{error.filename or path}, line {error.lineno}" if error.lineno else str(path)
-        raise ValueError(f"{where}: {error.msg} (it is no valid Python).") from error
-    except Exception as error:
+        raise ValueError(f"{where} is not valid Python: {error.msg}.") from error
+    except Exception as error:  # whatever a user's file raises
         # The innermost line of the file itself, not of what it calls.
         frames = traceback.extract_tb(error.__traceback__)
         line = next((f", line {f.lineno}" for f in reversed(frames) if f.filename == str(path)), "")

@@ -73,7 +73,7 @@ _FIELDS = {field.name: str(field.type) for field in dataclasses.fields(ModelConf
 
 
 def _read_field(raw: Mapping[str, Any], name: str) -> Any:
-    """The value of a field of ours, whatever its spelling; None where it is null or not there."""
+    """The value of a ModelConfig field under any of its spellings; None if it is null or absent."""
     read = {"int": _read_int, "float": _read_float}.get(_FIELDS[name], _read_other)
     found = {key: value for key in SPELLINGS.get(name, (name,)) if (value := read(raw, key)) is not None}
     (first, value), *others = found.items() or [(name, None)]
@@ -157,7 +157,7 @@ def _tell_scheme(raw: Mapping[str, Any]) -> list[tuple[str, str]]:
                 signs.append((scheme, f"{name} = {size} is the {model} model's"))
     heads, width = _read_int(raw, "num_attention_heads") or 1, _read_int(raw, "hidden_size") or 1
     if heads & (heads - 1) and heads not in _RELEASED["num_attention_heads"] and width % heads == 0:
-        signs.append(("alibi", f"num_attention_heads = {heads} is no power of two, and only the ALiBi model's is none"))
+        signs.append(("alibi", f"num_attention_heads = {heads} is not a power of two, as only in the ALiBi model"))
     if _is_baichuan1_7b(raw):
         signs.append(("rope", "BaiChuanForCausalLM, so spelt, is Baichuan 1 with RoPE"))
     signs += [(scheme, f"{key} = {show(raw[key])}") for key, scheme in scheme_signs(raw).items()]
@@ -228,16 +228,19 @@ def write_config(
 def read_generation_config(folder: str | Path) -> dict[str, Any] | None:
     """generation_config.json, if there is one.
 
-    Several ids that end an answer may also stand in config.json; they hold unless generation_config.json names its own.
+    Where config.json lists several eos ids, those that generation_config.json lacks are added to its own.
     """
     path = Path(folder) / "generation_config.json"
     settings = read_json(path) if path.exists() else None
     raw = read_json(path.with_name("config.json"))
     ends = raw.get("eos_token_id")
-    if isinstance(ends, list) and len(ends) > 1 and (settings or {}).get("eos_token_id") is None:
-        ids = {name: raw[name] for name in ("pad_token_id", "bos_token_id") if raw.get(name) is not None}
-        return (ids if settings is None else settings) | {"eos_token_id": ends}
-    return settings
+    if not isinstance(ends, list) or len(ends) < 2:
+        return settings
+    if settings is None:
+        settings = {name: raw[name] for name in ("pad_token_id", "bos_token_id") if raw.get(name) is not None}
+    named = settings.get("eos_token_id")
+    named = named if isinstance(named, list) else [] if named is None else [named]
+    return settings | {"eos_token_id": [*named, *(end for end in ends if end not in named)]}
 
 
 def write_generation_config(config: ModelConfig, folder: Path, released: Mapping[str, Any] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What the keys of a config.json mean to us: a field of ours, a setting of which we have one value, or nothing.
+"""What each key of a config.json means here: a ModelConfig field, a setting with one supported value, or nothing.
 
 A key that changes what the model computes is honoured, or refused unless it has the value that we compute with. One
 that does not is never refused. The keys are those that transformers 4 and 5, Baichuan 1 and 2 and the relatives of
@@ -58,7 +58,7 @@ _ONLY_ROPE: dict[str, tuple] = {
     **_names("rope_interleaved rope_interleave rotary_interleaved rotary_emb_interleaved rope_traditional", _OFF),
     **_names("rope_local_base_freq no_rope_layer_interval use_xpos xpos use_mrope", _OFF),
 }
-# Key -> the value that follows from fields of ours.
+# Key -> the value implied by ModelConfig fields.
 _FOLLOWS: dict[str, Callable[[ModelConfig], float]] = {
     **dict.fromkeys(
         ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "multi_query_group_num", "n_head", "n_heads"),

@@ -89,7 +89,7 @@ def read_pickled(path: Path) -> dict[str, MappedTensor]:
     except ValueError as error:
         parser.refuse(str(error))
     if left_out:
-        _log.warning("%s: left out, as they are no tensors of the model: %s.", path, join_some(map(_show, left_out)))
+        _log.warning("%s: ignored, as they are not tensors of the model: %s.", path, join_some(map(_show, left_out)))
     return tensors
 
 

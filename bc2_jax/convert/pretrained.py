@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from bc2_jax import manifest
-from bc2_jax.checkpoint import TOKENIZER_NAME, is_complete, parse_model_config, read_metadata, save_context
+from bc2_jax.checkpoint import TOKENIZER_NAME, save_context
 from bc2_jax.config import ComputeConfig, DType, ModelConfig
 from bc2_jax.convert import hf, orbax
 from bc2_jax.convert.hf_config import read_config
@@ -26,6 +26,7 @@ from bc2_jax.convert.reading import AS_SAID, Reading
 from bc2_jax.convert.table import flatten, param_shapes, unflatten
 from bc2_jax.convert.weights import check_weights
 from bc2_jax.manifest import DamagedCheckpoint
+from bc2_jax.metadata import is_complete, parse_model_config, read_metadata
 from bc2_jax.model.baichuan import Baichuan2, Params, param_shardings, split_model
 from bc2_jax.validation import check_path
 
@@ -60,7 +61,7 @@ def find_model(path: str | Path, reading: Reading = AS_SAID) -> FoundModel:
         raise FileNotFoundError(_explain_absence(path))
     if reading != AS_SAID:
         raise ValueError(
-            f"{path} is a checkpoint of ours and says itself how to read it: {reading} is for PyTorch folders."
+            f"{path} is a bc2_jax checkpoint, which records how to read it; {reading} applies to PyTorch folders only."
         )
     check_path("path", checkpoint)
     manifest.refuse_links(checkpoint)
@@ -77,7 +78,7 @@ def _read_metadata(checkpoint: Path) -> dict[str, Any]:
         json.loads(file.read_bytes())
         metadata = read_metadata(checkpoint)
         if not isinstance(metadata.get("generation"), dict | None):
-            raise ValueError(f"generation = {metadata['generation']!r} is no generation config")
+            raise ValueError(f"generation = {metadata['generation']!r} is not a generation config")
         return metadata
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{file} is damaged: {orbax.explain(error)}.") from error

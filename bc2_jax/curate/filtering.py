@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -68,6 +69,28 @@ def model_state(path: str | None) -> list[tuple[str, int, int]]:
     return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
+class _Cut(NamedTuple):
+    """A piece of text that a document loses: its place in the shard, why, and the piece."""
+
+    stage: str
+    document: int
+    reason: str
+    text: str
+
+
+def _cut_sentences(
+    texts: list[str], languages: Sequence[str], stays: np.ndarray, config: CurationConfig
+) -> list[_Cut]:  # fmt: skip
+    """Cuts low-quality sentences out of those `texts`, in place, whose document `stays`, bool [D]."""
+    cuts = []
+    for place, spans in enumerate(low_quality_spans(texts, languages, config.sentences)):
+        if spans and stays[place]:
+            text = texts[place]
+            texts[place] = cut_spans(text, *zip(*spans, strict=True))
+            cuts += [_Cut("quality", place, "a low-quality sentence", text[start:stop]) for start, stop in spans]
+    return cuts
+
+
 def filter_documents(run: Run, sketch: HashedNgrams | None, task: Task) -> Task:
     """Drops exact copies and what breaks a rule, cuts out lines and sentences, masks personal data, gives scores.
 
@@ -120,12 +143,8 @@ def filter_documents(run: Run, sketch: HashedNgrams | None, task: Task) -> Task:
         stays[places] = False
     before = pc.binary_length(table["text"]).to_numpy()
     before_cut = list(texts)
-    cuts = [("heuristics", line.document, "boilerplate", line.text) for line in lines]
-    for place, out in enumerate(low_quality_spans(texts, languages, config.sentences)):
-        if out and stays[place]:
-            starts, stops = zip(*out, strict=True)
-            texts[place] = cut_spans(texts[place], starts, stops)
-            cuts += [("quality", place, "a low-quality sentence", before_cut[place][start:stop]) for start, stop in out]
+    cuts = [_Cut("heuristics", line.document, "boilerplate", line.text) for line in lines]
+    cuts += _cut_sentences(texts, languages, stays, config)
     cut = [place for place in range(len(texts)) if texts[place] is not before_cut[place]]
     changed = large_strings(texts)
     after = pc.binary_length(changed).to_numpy()
@@ -145,9 +164,9 @@ def filter_documents(run: Run, sketch: HashedNgrams | None, task: Task) -> Task:
     account.note(table, "heuristics", emptied, ["nothing is left of its lines and sentences"] * len(emptied), size=0)
     seen[emptied] = True
     for stage in ("heuristics", "quality"):
-        of_stage = [cut for cut in cuts if cut[0] == stage and not seen[cut[1]]]
+        of_stage = [cut for cut in cuts if cut.stage == stage and not seen[cut.document]]
         account.note_cuts(
-            table, stage, [cut[1] for cut in of_stage], [cut[2] for cut in of_stage], [cut[3] for cut in of_stage]
+            table, stage, [c.document for c in of_stage], [c.reason for c in of_stage], [c.text for c in of_stage]
         )
     table = table.filter(pa.array(~seen)).drop_columns(["text"]).rename_columns({"changed": "text"})
     (folder / "shards").write_table(f"{name}.parquet", table)

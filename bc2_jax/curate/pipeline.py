@@ -95,17 +95,10 @@ def _run_stages(
 
     # ---------------------------------------------------------------- what a document tells about itself
     def filter_(folder: Folder) -> list[dict[str, Any]]:
-        sketch = None if config.embedding.model else HashedNgrams(config.embedding, _frequencies(folder))
+        sketch = (
+            None if config.embedding.model else HashedNgrams(config.embedding, _frequencies(run, stages, names, folder))
+        )
         return stages.map("filter", functools.partial(filtering.filter_documents, run, sketch), _named(names))
-
-    def _frequencies(folder: Folder) -> DocumentFrequencies:
-        spaced = np.unique(np.linspace(0, len(names) - 1, min(_COUNTED_SHARDS, len(names)), dtype=int))
-        some = [names[i] for i in spaced]
-        counting = [{"name": f"{name}-words", "shard": name} for name in some]
-        counted = stages.map("filter", functools.partial(features.count_words, run), counting)
-        files = [(folder / "frequencies").read(f"{name}.i8") for name in some]
-        counts = np.sum([np.frombuffer(file, "<i8") for file in files], axis=0)
-        return DocumentFrequencies(counts, sum(result["documents"] for result in counted))
 
     filtered = stages.run("filter", filtering.settings(config), filter_)
     documents = run.work / "filter" / "features"
@@ -123,34 +116,14 @@ def _run_stages(
 
     # ---------------------------------------------------------------- overlap with benchmarks
     def overlap(folder: Folder) -> list[list[Any]]:
-        if not config.contamination.files:
-            _decide(None, None, folder)
-            return []
-        ngrams = load_benchmark_ngrams(config.contamination.files, config.contamination)
-        found = [{"name": f"{name}-counts", "shard": name} for name in names]
-        counted = stages.map("contamination", functools.partial(tasks.count_overlap, run, ngrams), found)
-        totals = [np.sum(counts, axis=0) for counts in zip(*(result["counts"] for result in counted), strict=True)]
-        rare = ngrams.without_frequent(totals, config.contamination.max_documents)
-        results = stages.map("contamination", functools.partial(tasks.find_overlap, run, rare), _named(names))
-        matches = [match for result in results for match in result["matches"]]
-        gone = matches if config.contamination.action == "drop" else []
-        details = [f": {match[3]:.0%} of its n-grams, such as {match[4]!r}" for match in gone]
-        _write_decisions([match[0] for match in gone], [match[2] for match in gone], details, folder)
-        return matches
+        return _find_overlap(run, stages, names, folder)
 
     benchmarks = [file_sha256(path) for path in config.contamination.files]
     matches = stages.run("contamination", [settings("contamination"), benchmarks], overlap)
 
     # ---------------------------------------------------------------- near copies by dense features, clusters, weights
     def dense(folder: Folder) -> list[dict[str, Any]]:
-        gone = [run.work / stage / "decisions" for stage in tasks.COPIES[:2]]
-        vectors, dim = documents, config.embedding.dim
-        if config.embedding.model:
-            vectors, dim = folder / "features", per_shard("dense", tasks.embed, names)[0]["dim"]
-        result = group(documents, vectors, gone, dim, config, engine, functools.partial(_texts, shards))
-        _decide(result["copies"], _table(shards, ["doc", "id"]), folder)
-        (folder / "placed").write_table("placed.parquet", result["placed"])
-        return result["topics"]
+        return _group(run, stages, names, folder, engine)
 
     model = filtering.model_state(config.embedding.model)
     topics = stages.run("dense", [settings("embedding", "clusters", "dense", "weights"), model], dense)
@@ -164,17 +137,7 @@ def _run_stages(
     stages.run("spans", settings("copies"), spans)
 
     # ---------------------------------------------------------------- the result
-    def write(folder: Folder) -> list[dict[str, Any]]:
-        # report.json says that the folder is complete.
-        tasks.prepare_result(out_folder)
-        function = functools.partial(tasks.write, run)
-        return stages.map("write", function, _named(names), functools.partial(tasks.is_written, run))
-
-    def is_intact(results: list[dict[str, Any]]) -> bool:
-        return all(tasks.is_written(run, name, result) for name, result in zip(names, results, strict=True))
-
-    clear = functools.partial(tasks.clear_result, out_folder)
-    written = stages.run("write", config.jsonl, write, clear=clear, intact=is_intact)
+    written = _write(run, stages, names)
     tasks.check_result(run, written)
     problems = number_lines((UnitReport.from_json(report), report["file"], report["start"]) for report in reports)
     out_folder.write_table("problems.parquet", problems_table(problems), "zstd")
@@ -183,6 +146,66 @@ def _run_stages(
     facts = describe(notes, reports, problems, filtered, written, topics, matches, stages.seconds)
     write_report(out_folder, facts)
     return facts
+
+
+def _frequencies(run: Run, stages: Stages, names: Sequence[str], folder: Folder) -> DocumentFrequencies:
+    """In how many documents each hashed n-gram occurs, counted in some shards."""
+    spaced = np.unique(np.linspace(0, len(names) - 1, min(_COUNTED_SHARDS, len(names)), dtype=int))
+    some = [names[i] for i in spaced]
+    counting = [{"name": f"{name}-words", "shard": name} for name in some]
+    counted = stages.map("filter", functools.partial(features.count_words, run), counting)
+    files = [(folder / "frequencies").read(f"{name}.i8") for name in some]
+    counts = np.sum([np.frombuffer(file, "<i8") for file in files], axis=0)
+    return DocumentFrequencies(counts, sum(result["documents"] for result in counted))
+
+
+def _find_overlap(run: Run, stages: Stages, names: Sequence[str], folder: Folder) -> list[list[Any]]:
+    """Decides which documents hold benchmark items; returns every match (see `tasks.find_overlap`)."""
+    config = run.config.contamination
+    if not config.files:
+        _decide(None, None, folder)
+        return []
+    ngrams = load_benchmark_ngrams(config.files, config)
+    found = [{"name": f"{name}-counts", "shard": name} for name in names]
+    counted = stages.map("contamination", functools.partial(tasks.count_overlap, run, ngrams), found)
+    totals = [np.sum(counts, axis=0) for counts in zip(*(result["counts"] for result in counted), strict=True)]
+    rare = ngrams.without_frequent(totals, config.max_documents)
+    results = stages.map("contamination", functools.partial(tasks.find_overlap, run, rare), _named(names))
+    matches = [match for result in results for match in result["matches"]]
+    gone = matches if config.action == "drop" else []
+    details = [f": {match[3]:.0%} of its n-grams, such as {match[4]!r}" for match in gone]
+    _write_decisions([match[0] for match in gone], [match[2] for match in gone], details, folder)
+    return matches
+
+
+def _group(run: Run, stages: Stages, names: Sequence[str], folder: Folder, engine: Engine) -> list[dict[str, Any]]:
+    """Decides which documents are near copies by dense features, writes clusters and weights; returns the topics."""
+    config, shards = run.config, run.work / "filter" / "shards"
+    documents = run.work / "filter" / "features"
+    gone = [run.work / stage / "decisions" for stage in tasks.COPIES[:2]]
+    vectors, dim = documents, config.embedding.dim
+    if config.embedding.model:
+        embedded = stages.map("dense", functools.partial(tasks.embed, run), _named(names))
+        vectors, dim = folder / "features", embedded[0]["dim"]
+    result = group(documents, vectors, gone, dim, config, engine, functools.partial(_texts, shards))
+    _decide(result["copies"], _table(shards, ["doc", "id"]), folder)
+    (folder / "placed").write_table("placed.parquet", result["placed"])
+    return result["topics"]
+
+
+def _write(run: Run, stages: Stages, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Writes the shards of OUT that are not there, whole, yet."""
+
+    def write(folder: Folder) -> list[dict[str, Any]]:
+        tasks.prepare_result(run.out)  # report.json goes: it says that OUT is complete
+        is_written = functools.partial(tasks.is_written, run)
+        return stages.map("write", functools.partial(tasks.write, run), _named(names), is_written)
+
+    def is_intact(results: list[dict[str, Any]]) -> bool:
+        return all(tasks.is_written(run, name, result) for name, result in zip(names, results, strict=True))
+
+    clear = functools.partial(tasks.clear_result, run.out)
+    return stages.run("write", run.config.jsonl, write, clear=clear, intact=is_intact)
 
 
 def _table(folder: Folder, columns: list[str]) -> DataFrame:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # A byte may stand for 1,032 in gzip and for 32,768 in zstd: so little is decompressed at one time.
@@ -39,40 +40,10 @@ class Decompressed(io.RawIOBase):
 
 
 def _gzip(stream: Any) -> Iterator[bytes]:
-    member: Any = None
-    rest = b""
-    while True:
-        data = rest or stream.read(_GZIP_PIECE)
-        if not data:
-            break
-        rest = b""
-        if member is None:
-            data = data.lstrip(b"\0")
-            if not data:
-                continue
-            member = zlib.decompressobj(zlib.MAX_WBITS | 16)
-        before = member.copy()
-        try:
-            yield member.decompress(data)
-        except zlib.error as error:
-            yield _until_damage(before, data)
-            raise OSError(f"the gzip data is damaged: {error}") from error
-        if member.eof:
-            member, rest = None, member.unused_data
-    if member is not None:
-        yield member.flush()
-        raise OSError("the gzip data ends in the middle")
+    def begin() -> Any:
+        return zlib.decompressobj(zlib.MAX_WBITS | 16)
 
-
-def _until_damage(member: Any, data: bytes) -> bytes:
-    """What a member gives of some data before the byte at which it fails."""
-    parts = []
-    try:
-        for place in range(len(data)):
-            parts.append(member.decompress(data[place : place + 1]))
-    except zlib.error:
-        pass
-    return b"".join(parts)
+    return _decompress(stream, _GZIP_PIECE, "gzip", begin, zlib.error, padding=b"\0")
 
 
 def _zstd(stream: Any) -> Iterator[bytes]:
@@ -80,20 +51,47 @@ def _zstd(stream: Any) -> Iterator[bytes]:
         import zstandard
     except ImportError as error:
         raise ValueError(".zst files need zstandard: pip install 'bc2_jax[data]'.") from error
-    frame: Any = None
+
+    def begin() -> Any:
+        return zstandard.ZstdDecompressor().decompressobj()
+
+    return _decompress(stream, _ZSTD_PIECE, "Zstandard", begin, zstandard.ZstdError)
+
+
+def _decompress(
+    stream: Any, piece: int, name: str, begin: Callable[[], Any], failure: type[Exception], padding: bytes = b""
+) -> Iterator[bytes]:
+    """The content of all members (gzip) or frames (zstd) of `stream`, of which `piece` bytes are read at one time.
+
+    `begin` gives what decompresses the next one, and `failure` is what that raises. `padding` may stand between them.
+    """
+    member: Any = None
     rest = b""
-    while True:
-        data = rest or stream.read(_ZSTD_PIECE)
-        if not data:
-            break
+    while data := rest or stream.read(piece):
         rest = b""
-        if frame is None:
-            frame = zstandard.ZstdDecompressor().decompressobj()
+        if member is None:
+            data = data.lstrip(padding) if padding else data
+            if not data:
+                continue
+            member = begin()
+        before = member.copy() if hasattr(member, "copy") else None
         try:
-            yield frame.decompress(data)
-        except zstandard.ZstdError as error:
-            raise OSError(f"the Zstandard data is damaged: {error}") from error
-        if frame.eof:
-            frame, rest = None, frame.unused_data
-    if frame is not None:
-        raise OSError("the Zstandard data ends in the middle")
+            yield member.decompress(data)
+        except failure as error:
+            if before is not None:
+                yield _until_damage(before, data, failure)
+            raise OSError(f"the {name} data is damaged: {error}") from error
+        if member.eof:
+            member, rest = None, member.unused_data
+    if member is not None:
+        yield member.flush()
+        raise OSError(f"the {name} data ends in the middle")
+
+
+def _until_damage(member: Any, data: bytes, failure: type[Exception]) -> bytes:
+    """What a member gives of some data before the byte at which it fails."""
+    parts = []
+    with contextlib.suppress(failure):
+        for place in range(len(data)):
+            parts.append(member.decompress(data[place : place + 1]))
+    return b"".join(parts)

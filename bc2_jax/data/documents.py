@@ -159,9 +159,9 @@ def _read_text(span: Span, compression: str | None) -> Iterator[Document | Inval
 def _read_lines(span: Span, compression: str | None, fields: Fields) -> Iterator[Document | InvalidDocument]:
     number = span.first
     with open(span.file, "rb") as file:
-        lines: BinaryIO = file
+        lines: Any = file
         if compression:
-            lines = io.BufferedReader(Decompressed(file, compression), _BLOCK)  # type: ignore[assignment]
+            lines = io.BufferedReader(Decompressed(file, compression), _BLOCK)
         else:
             file.seek(span.start)
         position = span.start

@@ -105,9 +105,9 @@ def _is_scalar(value: object, kind: type) -> bool:
     return isinstance(value, np.ndarray | Array) and value.ndim == 0 and np.issubdtype(value.dtype, kind)
 
 
-def _items(name: str, value: object, legal: str) -> list:
+def _items(name: str, value: Any, legal: str) -> list:
     _require(isinstance(value, Iterable) and not isinstance(value, str | bytes | dict), name, value, legal)
-    return list(value)  # type: ignore[call-overload]
+    return list(value)
 
 
 def _require(ok: bool, name: str, value: object, legal: str) -> None:

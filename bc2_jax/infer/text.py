@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bc2_jax.checkpoint import read_metadata
 from bc2_jax.convert.hf_config import read_generation_config, read_json
 from bc2_jax.convert.pretrained import find_model
 from bc2_jax.infer.generate import generate
 from bc2_jax.infer.prepared import Prepared
 from bc2_jax.infer.sampling import is_whole
 from bc2_jax.infer.stream import TextStream
+from bc2_jax.metadata import read_metadata
 from bc2_jax.model.baichuan import Baichuan2
 from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.validation import require

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import jax
 
-from bc2_jax.checkpoint import TOKENIZER_NAME, Metadata, parse_model_config
+from bc2_jax.checkpoint import TOKENIZER_NAME
 from bc2_jax.config import ModelConfig, RunConfig, TrainConfig, differing_fields
 from bc2_jax.convert.folder import check_free
 from bc2_jax.convert.ownership import foreign_in_export
 from bc2_jax.convert.pretrained import find_model
 from bc2_jax.data.row_order import changed_row_order
+from bc2_jax.metadata import Metadata, parse_model_config
 from bc2_jax.tokenizer import Tokenizer, file_sha256
 from bc2_jax.train.loop import Start
 from bc2_jax.validation import require

@@ -49,7 +49,7 @@ class Expendable:
     def summary(self) -> str:
         """All failures as a sentence, empty if there are none."""
         counts = ", ".join(f"{what} {count}" for what, count in self.failures.items())
-        return f"What failed and was left out, by kind (the log says why): {counts}." if counts else ""
+        return f"Failures that did not end the run (see the log): {counts}." if counts else ""
 
 
 class Profiler:

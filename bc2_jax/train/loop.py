@@ -15,8 +15,10 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from bc2_jax.agreement import first_decides, require_agreement
-from bc2_jax.checkpoint import Checkpointer, Metadata, is_permanent
+from bc2_jax.checkpoint import Checkpointer
 from bc2_jax.config import RunConfig
+from bc2_jax.files import replaced
+from bc2_jax.metadata import Metadata, is_permanent
 from bc2_jax.sharding import make_mesh
 from bc2_jax.train import distributed
 from bc2_jax.train.evaluation import evaluate
@@ -162,10 +164,8 @@ class _Loop:
         self.checkpointer.remove_leftovers()
         self.checkpointer.set_aside_after(step)
         if jax.process_index() == 0:
-            with self.expendable.attempt("config.json"):
-                partial = self.workdir / "config.json.partial"
+            with self.expendable.attempt("config.json"), replaced(self.workdir / "config.json") as partial:
                 partial.write_text(json.dumps(dataclasses.asdict(self.config), indent=1), encoding="utf-8")
-                partial.replace(self.workdir / "config.json")
         self.job.begin(self.workdir)
         self.display.say(self.throughput.formula())
         if metadata is not None:
@@ -312,7 +312,7 @@ class _Loop:
         with self.goodput.phase("evaluation"), self.expendable.attempt("evaluations"):
             values = evaluate(self.job, self.eval_step, self.state.params, self.config.eval_batches, progress)
             if values is None:
-                self.display.say(f"step {step}  the evaluation is left to the next start: the run is to stop")
+                self.display.say(f"step {step}  the run is stopping: this evaluation is postponed to the next start")
                 return False
             self.display.say(f"step {step}  validation {self.job.objective.summary(values)}")
             values = {f"validation_{name}": value for name, value in values.items()} | self.job.batches.metrics(step)

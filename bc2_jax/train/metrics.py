@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bc2_jax.config import RunConfig
 from bc2_jax.convert import stream
 from bc2_jax.convert.table import flatten
+from bc2_jax.files import replaced
 from bc2_jax.model.baichuan import Params
 from bc2_jax.sharding import to_host
 from bc2_jax.terminal import make_console
@@ -117,11 +118,10 @@ class MetricsWriter:
         if bad:
             damaged = self.path.with_name(f"{self.path.name}.damaged")
             shutil.copyfile(self.path, damaged)
-            _log.warning("%s is kept as %s with the lines that are no metrics.", self.path, damaged.name)
-        partial = self.path.with_name(f"{self.path.name}.partial")
+            _log.warning("%s is kept as %s, with the lines that are not records of metrics.", self.path, damaged.name)
         kept = "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step)
-        partial.write_text(kept, encoding="utf-8")
-        partial.replace(self.path)  # killed here, the run still has its metrics
+        with replaced(self.path) as partial:  # killed here, the run still has its metrics
+            partial.write_text(kept, encoding="utf-8")
 
     def _append(self, line: bytes) -> None:
         """Without a buffer, so that nothing is written later than told; after a line cut off at a full disk, on a new
@@ -193,7 +193,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines, bad = _parse_metrics(path)
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        _log.warning("%s: line %d%s is no metrics of a step and left out.", path, bad[0], more)
+        _log.warning("%s: line %d%s: not a record of metrics, ignored.", path, bad[0], more)
     return lines
 
 

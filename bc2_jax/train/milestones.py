@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bc2_jax import manifest
-from bc2_jax.checkpoint import is_complete, read_training_metadata
 from bc2_jax.convert.conversion import Options, Summary, to_hf
+from bc2_jax.metadata import is_complete, read_training_metadata
 from bc2_jax.train.metrics import read_metrics
 
 

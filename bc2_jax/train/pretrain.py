@@ -20,6 +20,7 @@ from bc2_jax.data.bad_rows import BadRows
 from bc2_jax.data.batch import Batch
 from bc2_jax.data.row_batches import RowBatches, ValidationBatches, next_row
 from bc2_jax.data.row_order import record_row_order
+from bc2_jax.files import replaced
 from bc2_jax.model.baichuan import Params, abstract_params, init_params, split_model
 from bc2_jax.tokenizer import Tokenizer, file_sha256
 from bc2_jax.train.checks import (
@@ -173,6 +174,5 @@ def keep_tokenizer(workdir: Path, tokenizer: str, sha256: str, step: int) -> Non
         if file_sha256(kept) == sha256:
             return
         kept.rename(workdir / f"tokenizer_until_step_{step}.model")
-    partial = workdir / f"{TOKENIZER_NAME}.partial"
-    shutil.copyfile(tokenizer, partial)
-    partial.replace(kept)
+    with replaced(kept) as partial:
+        shutil.copyfile(tokenizer, partial)

@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from bc2_jax.checkpoint import is_complete, load_state, read_metadata
+from bc2_jax.checkpoint import load_state
 from bc2_jax.config import DistributedConfig, TrainConfig
 from bc2_jax.config.record import from_record
 from bc2_jax.convert.pretrained import find_model, load_params
 from bc2_jax.data.batch import FIELDS, batch_part, make_put
 from bc2_jax.data.loader import make_train_loader
 from bc2_jax.manifest import verify
+from bc2_jax.metadata import is_complete, read_metadata
 from bc2_jax.sharding import make_mesh
 from bc2_jax.train import distributed
 from bc2_jax.train.job import TrainStep, lower_train_step, restore_state

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.text import Text
 
 from bc2_jax.agreement import flatten
-from bc2_jax.checkpoint import Metadata
 from bc2_jax.config import RunConfig
 from bc2_jax.config.record import from_record
+from bc2_jax.metadata import Metadata
 from bc2_jax.terminal import make_table
 
 Effect = Literal["harmless", "changes what is learnt", "refused"]

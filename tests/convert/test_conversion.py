@@ -18,12 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bc2_jax
-from bc2_jax import checkpoint
 from bc2_jax.config import ModelConfig
 from bc2_jax.convert import hf, orbax, pretrained, table
 from bc2_jax.convert.conversion import Options, to_hf, to_orbax
 from bc2_jax.convert.hf_config import read_config, read_json, write_json
 from bc2_jax.convert.source import open_source
+from bc2_jax.metadata import read_metadata
 from bc2_jax.model.baichuan import init_params
 from bc2_jax.train.metrics import fingerprint
 from tests.convert.models import (
@@ -356,7 +356,7 @@ def test_a_table_that_loses_an_array_is_noticed(tmp_path):
     to_orbax(random_folder(tmp_path / "a"), tmp_path / "b")
     fewer = {path: shape for path, shape in table.param_shapes(TINY).items() if path != "norm.weight"}
     dtypes = dict.fromkeys(fewer, np.dtype(np.float32))
-    metadata = checkpoint.read_metadata(tmp_path / "b")
+    metadata = read_metadata(tmp_path / "b")
     orbax.ParamsWriter(tmp_path / "c", fewer, dtypes, metadata)
     with pytest.raises(ValueError, match=r"norm\.weight is missing"):
         open_source(tmp_path / "c")

@@ -196,7 +196,8 @@ def test_baichuan1_with_some_more_tokens(tmp_path, vocab):
         ([2], None, None),
         ([2, 195], None, {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": [2, 195]}),
         ([2, 195], {"top_k": 5}, {"top_k": 5, "eos_token_id": [2, 195]}),
-        ([2, 195], {"eos_token_id": 2}, {"eos_token_id": 2}),
+        ([2, 195], {"eos_token_id": 2}, {"eos_token_id": [2, 195]}),
+        ([2, 195], {"eos_token_id": [7, 195]}, {"eos_token_id": [7, 195, 2]}),
         (2, {"eos_token_id": [2, 7]}, {"eos_token_id": [2, 7]}),
     ],
 )

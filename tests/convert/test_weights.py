@@ -240,5 +240,5 @@ def test_adapters_that_are_not_merged(tmp_path):
 
 def test_a_checkpoint_says_itself_how_to_read_it(tmp_path):
     to_orbax(random_folder(tmp_path / "a"), tmp_path / "b")
-    with pytest.raises(ValueError, match="is a checkpoint of ours and says itself how to read it"):
+    with pytest.raises(ValueError, match="is a bc2_jax checkpoint, which records how to read it"):
         find_model(tmp_path / "b", Reading(normalize_head=False))

@@ -6,8 +6,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from bc2_jax.checkpoint import Checkpointer, Metadata
+from bc2_jax.checkpoint import Checkpointer
 from bc2_jax.config import CheckpointConfig
+from bc2_jax.metadata import Metadata
 
 SHAPE = (4, 128, 512)
 CONFIG = CheckpointConfig(save_every=1, keep_last=2, keep_every=10)

@@ -25,10 +25,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bc2_jax import checkpoint, manifest
-from bc2_jax.checkpoint import Checkpointer, Metadata, SaveError
+from bc2_jax.checkpoint import Checkpointer, SaveError
 from bc2_jax.config import CheckpointConfig
 from bc2_jax.convert import pretrained
 from bc2_jax.manifest import DamagedCheckpoint
+from bc2_jax.metadata import Metadata
 from bc2_jax.train.distributed import EXIT_ERROR, EXIT_LOST
 
 WRITER = Path(__file__).with_name("checkpoint_writer.py")

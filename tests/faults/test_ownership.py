@@ -45,7 +45,7 @@ def test_processes_that_disagree_end_at_once_and_all_say_why(tiny, tmp_path):
     sentence = (
         "error: The processes of the run disagree: checkpoint.save_every is 7 on process 1 and 1000 on process 0; "
         "data.seed is 3 on process 1 and 0 on process 0; optimizer.peak_learning_rate is 0.02 on process 1 and 0.01 on "
-        "process 0; start all of them alike."
+        "process 0; start all of them with the same command, code and data."
     )
     for process in range(2):
         assert sentence in job.log(process) and "Traceback" not in job.log(process)
@@ -63,7 +63,7 @@ def test_an_evaluation_that_fails_costs_nothing_else(tiny, whole, tokenizer, tmp
     assert job.wait() == [0, 0], job.text()
     assert harness.fingerprint(job) == harness.fingerprint(whole)
     assert re.search("evaluations failed (.*can't be read.*); the run goes on. Failures of this kind: 4.", job.log(0))
-    assert "What failed and was left out, by kind (the log says why): evaluations 4." in job.log(0)
+    assert "Failures that did not end the run (see the log): evaluations 4." in job.log(0)
     metrics = read_metrics(job.workdir / "metrics.jsonl")
     assert metrics[-1]["step"] == 30 and metrics[-2]["failed_evaluations"] == 3
     assert not any("validation_loss" in line for line in metrics)

@@ -15,9 +15,10 @@ import numpy as np  # noqa: E402
 from jax.experimental import multihost_utils  # noqa: E402
 from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
-from bc2_jax.checkpoint import Checkpointer, Metadata  # noqa: E402
+from bc2_jax.checkpoint import Checkpointer  # noqa: E402
 from bc2_jax.config import CheckpointConfig  # noqa: E402
 from bc2_jax.manifest import DamagedCheckpoint  # noqa: E402
+from bc2_jax.metadata import Metadata  # noqa: E402
 
 sharding = NamedSharding(jax.make_mesh((4,), ("x",)), PartitionSpec("x"))
 

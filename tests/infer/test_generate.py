@@ -266,7 +266,9 @@ def test_a_vocabulary_that_is_whole_changes_nothing(small, fast_compile):
 
 
 def test_seeds(small):
-    draw = lambda seed, prompts: generate(small, prompts, max_new_tokens=30, temperature=1.0, top_k=0, seed=seed)  # noqa: E731
+    def draw(seed, prompts):
+        return generate(small, prompts, max_new_tokens=30, temperature=1.0, top_k=0, seed=seed)
+
     prompts = [[5, 6], [7, 8, 9], [5, 6]]
     first = draw(0, prompts)
     assert draw(0, prompts) == first

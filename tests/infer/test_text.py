@@ -153,6 +153,8 @@ def test_errors(model, small_tokenizer, arguments, message):
         (2, {"eos_token_id": None}, [2]),
         (2, {"eos_token_id": [196, 2, 195]}, [2, 196, 195]),
         (2, {"eos_token_id": 196}, [2, 196]),
+        ([2, 196], None, [2, 196]),
+        ([2, 196], {"eos_token_id": 2}, [2, 196]),
     ],
 )
 def test_every_place_that_names_eos_ids_counts(tmp_path, config, generation, expected):

@@ -24,7 +24,7 @@ def test_whatever_fails_is_told_at_powers_of_two_and_counted(error, caplog):
         pass
     assert len(caplog.messages) == 4 and all("\n" not in message for message in caplog.messages)
     assert expendable.metrics() == {"failed_pictures": 9.0}
-    assert expendable.summary().endswith("by kind (the log says why): pictures 9.")
+    assert expendable.summary().endswith("(see the log): pictures 9.")
     assert Expendable().summary() == "" and Expendable().metrics() == {}
 
 

@@ -106,8 +106,8 @@ def update(config: TrainConfig, mesh) -> Update:
         state, metrics = jax.jit(step_of(config), compiler_options=FAST_COMPILE)(state, {}, batch)
     specs = jax.tree.map(lambda x: x.sharding.spec, state.params)
     assert specs == jax.tree.map(lambda s: s.spec, param_shardings(config.model, mesh))
-    to_numpy = lambda tree: jax.tree.map(np.asarray, tree)  # noqa: E731
-    return Update(*(to_numpy(x) for x in (state.params, optax.tree.get(state.opt_state, "mu"), metrics)))
+    found = state.params, optax.tree.get(state.opt_state, "mu"), metrics
+    return Update(*(jax.tree.map(np.asarray, tree) for tree in found))
 
 
 def assert_same(a: Update, b: Update):

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 from bc2_jax import manifest
-from bc2_jax.checkpoint import read_metadata
 from bc2_jax.config import (
     CheckpointConfig,
     MeshConfig,
@@ -30,6 +29,7 @@ from bc2_jax.data import row_batches
 from bc2_jax.data.loader import make_train_loader
 from bc2_jax.data.packing import load_manifest, pack_documents
 from bc2_jax.data.row_order import record_row_order
+from bc2_jax.metadata import read_metadata
 from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.train import loop, pretrain, replay
 from bc2_jax.train.distributed import Preempted

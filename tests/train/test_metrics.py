@@ -71,7 +71,7 @@ def test_lines_of_a_step_add_up_and_lines_that_are_none_are_named(tmp_path, capl
     )
     expected = [{"step": 1, "a": 1}, {"step": 2, "loss": 2.0, "validation_loss": 3.0}]
     assert read_metrics(path) == expected
-    assert caplog.messages == [f"{path}: line 4 and 4 more is no metrics of a step and left out."]
+    assert caplog.messages == [f"{path}: line 4 and 4 more: not a record of metrics, ignored."]
     before = path.read_bytes()
     MetricsWriter(tmp_path, 2, Expendable()).close()
     assert read_metrics(path) == expected and len(caplog.messages) == 2

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bc2_jax.checkpoint import Checkpointer, Metadata
+from bc2_jax.checkpoint import Checkpointer
 from bc2_jax.config import CheckpointConfig, MeshConfig, ModelConfig
 from bc2_jax.convert.pretrained import find_model, load_params
+from bc2_jax.metadata import Metadata
 from bc2_jax.model.baichuan import init_params
 from bc2_jax.sharding import make_mesh
 from bc2_jax.train.milestones import export, list_milestones, revision_name

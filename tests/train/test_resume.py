@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from bc2_jax.agreement import flatten
-from bc2_jax.checkpoint import Metadata
+from bc2_jax.metadata import Metadata
 from bc2_jax.train.resume import Change, effect_of, list_changes, print_changes
 
 

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 import pytest
 
-from bc2_jax.checkpoint import Metadata
 from bc2_jax.config import MeshConfig
 from bc2_jax.data.row_order import record_row_order
+from bc2_jax.metadata import Metadata
 from bc2_jax.sharding import make_mesh
 from bc2_jax.tpu.options import compiler_options
 from bc2_jax.train.checks import warn_of_other_rows
