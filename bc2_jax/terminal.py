@@ -71,9 +71,14 @@ def add_column(table: Table, header: str, *, is_number: bool = False) -> None:
 
 
 def here(path: str | Path) -> str:
-    """`path` as one types it in the current directory: relative if it is in there, else absolute."""
+    """`path` as one types it in the current directory: relative if it is in there, else absolute.
+
+    In the root directory too it is absolute: a relative path saves nothing there, and Python started by one calls
+    itself `//NAME`.
+    """
     path, current = os.path.abspath(path), os.getcwd()
-    return os.path.relpath(path, current) if path.startswith(os.path.join(current, "")) else path
+    is_below = current != os.path.abspath(os.sep) and path.startswith(os.path.join(current, ""))
+    return os.path.relpath(path, current) if is_below else path
 
 
 def command(program: str, *words: object) -> str:

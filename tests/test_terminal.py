@@ -90,9 +90,15 @@ def test_a_console_prints_text_as_it_is(capsys):
     assert capsys.readouterr().out == "[v1] [red]x[/red] :smile: 1" + "x" * 300 + "\n"
 
 
-@pytest.mark.parametrize("place", [ROOT, ROOT / "tools", Path("/")], ids=str)
-def test_a_hint_can_be_typed_where_it_was_printed(place, monkeypatch):
+@pytest.mark.parametrize("is_on_path", [True, False], ids=["on PATH", "not on PATH"])
+@pytest.mark.parametrize(
+    "place", [ROOT, ROOT / "tools", Path(sys.prefix), Path("/")], ids=["root", "tools", "prefix", "/"]
+)
+def test_a_hint_can_be_typed_where_it_was_printed(place, is_on_path, monkeypatch):
     monkeypatch.chdir(place)
+    folder = os.path.dirname(sys.executable)
+    others = [entry for entry in os.environ["PATH"].split(os.pathsep) if entry != folder]
+    monkeypatch.setenv("PATH", os.pathsep.join([folder, *others] if is_on_path else others))
     words = ["a b", "$(reboot)", "it's", "[v1]", "数据", "-x"]
     typed = terminal.command("tools/generate.py", *words)
     shown = subprocess.run(f"{typed} --help", shell=True, capture_output=True, text=True)
