@@ -10,7 +10,9 @@ import dataclasses
 
 from bc2_jax.config.data import DataConfig, MixtureStage, SourceConfig
 from bc2_jax.config.distributed import DistributedConfig
+from bc2_jax.config.finetune import FineTuneConfig, QuestionsConfig
 from bc2_jax.config.health import HealthConfig
+from bc2_jax.config.lora import LORA_TARGETS, LoraConfig, LoraTarget
 from bc2_jax.config.mesh import MeshConfig, check_divisible
 from bc2_jax.config.model import BAICHUAN2_7B, BAICHUAN2_13B, ModelConfig
 from bc2_jax.config.run import (
@@ -26,16 +28,21 @@ from bc2_jax.config.run import (
 __all__ = [
     "BAICHUAN2_13B",
     "BAICHUAN2_7B",
+    "LORA_TARGETS",
     "CheckpointConfig",
     "ComputeConfig",
     "DType",
     "DataConfig",
     "DistributedConfig",
+    "FineTuneConfig",
     "HealthConfig",
+    "LoraConfig",
+    "LoraTarget",
     "MeshConfig",
     "MixtureStage",
     "ModelConfig",
     "OptimizerConfig",
+    "QuestionsConfig",
     "RunConfig",
     "SampleConfig",
     "SourceConfig",

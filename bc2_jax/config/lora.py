@@ -1,0 +1,49 @@
+"""Low-rank adapters beside the weights of a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, get_args
+
+from bc2_jax.validation import choices, require, require_positive, require_types
+
+LoraTarget = Literal["q_proj", "k_proj", "v_proj", "W_pack", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LORA_TARGETS: tuple[LoraTarget, ...] = get_args(LoraTarget)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """LoRA (arXiv 2106.09685): y = W x + scaling * B A x; A and B are trained, W stays as it is."""
+
+    rank: int = 0
+    """Rank r of the adapters; 0 trains all parameters of the model instead."""
+    alpha: float = 32.0
+    """Scaling is alpha / rank, or alpha / sqrt(rank) with rslora."""
+    targets: tuple[LoraTarget, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Matrices that get an adapter. W_pack is the released matrix of queries, keys and values, which then share A."""
+    dropout: float = 0.0
+    """Share of an adapter's inputs that is set to zero in training."""
+    rslora: bool = False
+    """Rank-stabilised scaling (arXiv 2312.03732)."""
+    dora: bool = False
+    """Also train the length of each row of the adapted matrix (arXiv 2402.09353)."""
+
+    def __post_init__(self) -> None:
+        require_types(self, "lora.")
+        require(self.rank >= 0, "lora.rank", self.rank, "it must be at least 0")
+        require_positive(self, "lora.", "alpha")
+        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "it must be in [0, 1)")
+        require(len(self.targets) > 0, "lora.targets", self.targets, "at least one is needed")
+        for target in self.targets:
+            require(target in LORA_TARGETS, "lora.targets", target, f"legal values are {choices(LORA_TARGETS)}")
+            require(self.targets.count(target) == 1, "lora.targets", target, "it is named more than once")
+        parts = [target for target in ("q_proj", "k_proj", "v_proj") if target in self.targets]
+        require(
+            "W_pack" not in self.targets or not parts, "lora.targets", self.targets,
+            f"W_pack is {', '.join(parts)} as one matrix: name W_pack or its parts",
+        )  # fmt: skip
+
+    @property
+    def scaling(self) -> float:
+        """What B A x is multiplied with."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
