@@ -353,7 +353,7 @@ def main() -> None:
     results: dict[str, Any] = {}
     for corpus in corpora:
         if not args.corpus and not corpus.exists():
-            from bc2_jax.data.demo_corpus import default_cache
+            from bc2_jax.data.pinned_package import default_cache
 
             assemble(corpus, default_cache() / "curation", float(corpus.name.split("-")[1]), pairs=700, seed=0)
         summary = json.loads((corpus / "corpus.json").read_text())

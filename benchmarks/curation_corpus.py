@@ -272,7 +272,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=700)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    from bc2_jax.data.demo_corpus import default_cache
+    from bc2_jax.data.pinned_package import default_cache
 
     cache = args.cache or default_cache() / "curation"
     summary = assemble(args.out, cache, args.megabytes, args.pairs, args.seed)

@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 from bc2_jax.curate.config import CurationConfig
 from bc2_jax.curate.engine import Engine
 from bc2_jax.curate.pipeline import FORMAT, curate
-from bc2_jax.data.demo_corpus import default_cache, demo_documents, require_writable
+from bc2_jax.data.demo_corpus import demo_documents
+from bc2_jax.data.pinned_package import default_cache, require_writable
 from bc2_jax.data.tokenization import Settings, tokenize_corpus
 from bc2_jax.tokenizer import train_tokenizer
 

