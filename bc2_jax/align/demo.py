@@ -1,0 +1,161 @@
+"""Conversations for the demo: real dialogues in Chinese and English, and tasks whose answers can be checked.
+
+Dialogues come from the PyPI package chatterbot-corpus 1.3.3 (BSD licence), fetched once with pip and checked against a
+pinned SHA-256. Tasks are made of the demo's own text and of arithmetic: what a model of a few million parameters can
+learn in minutes, and answer right or wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import re
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from bc2_jax.data.pinned_package import Unreachable, check_sha256, default_cache, fetch_wheel, require_writable
+
+logger = logging.getLogger(__name__)
+
+_PACKAGE = "chatterbot-corpus==1.3.3"
+_SHA256 = "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154"
+_LANGUAGES = ("chinese", "english")
+_LONGEST_DIALOGUE = 400
+"""Characters: rows of the demo have 256 tokens."""
+
+Conversation = list[dict[str, str]]
+
+
+def read_dialogues(cache: str | os.PathLike[str] | None = None) -> list[Conversation]:
+    """The dialogues of two people, as a user and an assistant; none, with a line in the log, without a registry."""
+    cache = Path(cache) if cache is not None else default_cache()
+    wheel = cache / "chatterbot_corpus.whl"
+    if not wheel.is_file():
+        require_writable(cache)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as folder:
+            try:
+                fetch_wheel(_PACKAGE, _SHA256, Path(folder)).replace(wheel)
+            except Unreachable as error:
+                logger.warning("chat demo: no dialogues, because pip can't fetch %s: %s", _PACKAGE, error)
+                return []
+    check_sha256(str(wheel), wheel.read_bytes(), _SHA256)
+    found: dict[str, Conversation] = {}
+    with zipfile.ZipFile(wheel) as package:
+        for name in sorted(package.namelist()):
+            if name.endswith(".yml") and name.split("/")[-2] in _LANGUAGES:
+                for turns in _read_conversations(package.read(name)):
+                    conversation = _as_messages(turns)
+                    if conversation:
+                        found.setdefault(json.dumps(conversation), conversation)  # many are there several times
+    return list(found.values())
+
+
+def _read_conversations(content: bytes) -> list[list[str]]:
+    import yaml
+
+    conversations = yaml.safe_load(content)["conversations"]
+    return [[str(turn).strip() for turn in turns] for turns in conversations]
+
+
+def _as_messages(turns: Sequence[str]) -> Conversation:
+    """Turns that follow each other, from the first on, as far as they are short and none is empty; or nothing."""
+    kept: Conversation = []
+    length = 0
+    for question, answer in zip(turns[::2], turns[1::2], strict=False):
+        length += len(question) + len(answer)
+        if not question or not answer or length > _LONGEST_DIALOGUE:
+            break
+        kept += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return kept
+
+
+# --------------------------------------------------------------------------------------------------------------- tasks
+
+
+def make_tasks(documents: dict[str, list[str]], count: int, seed: int = 0) -> list[Conversation]:
+    """`count` different questions with their answers, in Chinese and English; the same arguments give the same ones.
+
+    `documents` are those of `data.demo_corpus.demo_documents`.
+    """
+    rng = random.Random(seed)
+    makers = [_add, _subtract, _compare, _follow, *_makers_of_text(documents)]
+    found: dict[str, str] = {}
+    while len(found) < count:
+        question, answer = rng.choice(makers)(rng)
+        found.setdefault(question, answer)
+    return [
+        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        for question, answer in found.items()
+    ]
+
+
+Maker = Callable[[random.Random], tuple[str, str]]
+
+
+def _add(rng: random.Random) -> tuple[str, str]:
+    a, b = rng.randrange(1, 50), rng.randrange(1, 10)
+    return rng.choice([f"What is {a} + {b}?", f"{a} 加 {b} 等于几？"]), str(a + b)
+
+
+def _subtract(rng: random.Random) -> tuple[str, str]:
+    a, b = rng.randrange(10, 50), rng.randrange(1, 10)
+    return rng.choice([f"What is {a} - {b}?", f"{a} 减 {b} 等于几？"]), str(a - b)
+
+
+def _compare(rng: random.Random) -> tuple[str, str]:
+    a, b = rng.sample(range(1, 100), 2)
+    return rng.choice([f"Which is larger, {a} or {b}?", f"{a} 和 {b} 哪个大？"]), str(max(a, b))
+
+
+def _follow(rng: random.Random) -> tuple[str, str]:
+    a = rng.randrange(1, 97)
+    numbers = ", ".join(map(str, range(a, a + 3)))
+    return rng.choice([f"Which number follows {numbers}?", f"{numbers} 后面是几？"]), str(a + 3)
+
+
+def _makers_of_text(documents: dict[str, list[str]]) -> list[Maker]:
+    """Tasks on pieces of the demo's text: its language, its first and last word or character, repeating it."""
+    pieces = {language: list(_cut(documents[language], language)) for language in documents}
+    names = {"zh": ("Chinese", "中文"), "en": ("English", "英文"), "code": ("Python", "Python")}
+    languages = [language for language in names if pieces.get(language)]
+
+    def language(rng: random.Random) -> tuple[str, str]:
+        of = rng.choice(languages)
+        piece = rng.choice(pieces[of])
+        english, chinese = names[of]
+        if rng.random() < 0.5:
+            return f"Which language is this?\n{piece}", english
+        return f"这是什么语言？\n{piece}", chinese
+
+    def repeat(rng: random.Random) -> tuple[str, str]:
+        piece = rng.choice(pieces[rng.choice([name for name in languages if name != "code"])])
+        return (f"Repeat: {piece}" if piece.isascii() else f"请重复：{piece}"), piece
+
+    def first(rng: random.Random) -> tuple[str, str]:
+        piece = rng.choice(pieces["en"])
+        return f"What is the first word of this? {piece}", piece.split()[0]
+
+    def first_character(rng: random.Random) -> tuple[str, str]:
+        piece = rng.choice(pieces["zh"])
+        return f"下面的第一个字是什么？{piece}", piece[0]
+
+    made: list[Maker] = [language, repeat, first]
+    return [*made, first_character] if pieces.get("zh") else made
+
+
+def _cut(documents: Sequence[str], language: str) -> Iterator[str]:
+    """Short pieces: clauses of the novel, of prose a few words, lines of code."""
+    for document in documents:
+        if language == "zh":
+            yield from (c for c in re.split(r"[，。！？：；、“”\s]+", document) if 3 <= len(c) <= 8 and c.isalpha())
+        elif language == "en":
+            for line in document.splitlines():
+                words = re.findall(r"[A-Za-z]+", line)
+                if len(words) >= 6 and line[0].isalpha():
+                    yield " ".join(words[:3])
+        else:
+            yield from (line.strip() for line in document.splitlines() if 12 <= len(line.strip()) <= 40)

@@ -1,0 +1,90 @@
+"""The demo's conversations: what is read of a package, and tasks whose answers are checked by other means."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from bc2_jax.align import demo
+from bc2_jax.align.demo import make_tasks, read_dialogues
+from bc2_jax.data.pinned_package import Unreachable
+
+DOCUMENTS = {
+    "zh": ["却说玄德引军而行，天下大势。分久必合？云长曰：此言是也！"],
+    "en": ["The following methods are defined for all objects\nAn attribute reference is a primary followed by a name"],
+    "code": ["def first(numbers):\n    return numbers[0] + 1\n"],
+}
+DATA = """
+conversations:
+- - 你好
+  - 你好，有什么可以帮你？
+  - 谢谢
+- - What is 2 + 2?
+  - 4
+- - What is 2 + 2?
+  - 4
+- - Tell me everything.
+  - {long}
+- - Nobody answers.
+"""
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    wheel = tmp_path / "fetched.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for language in ("chinese", "german"):
+            archive.writestr(f"corpus/data/{language}/some.yml", DATA.format(long="x" * 500))
+    monkeypatch.setattr(demo, "_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    return wheel
+
+
+def test_dialogues_are_fetched_once_and_short_and_different(package, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "fetch_wheel", lambda name, sha256, folder: package)
+    found = read_dialogues(tmp_path / "cache")
+    assert [[message["content"] for message in conversation] for conversation in found] == [
+        ["你好", "你好，有什么可以帮你？"], ["What is 2 + 2?", "4"],
+    ]  # fmt: skip
+    assert {message["role"] for conversation in found for message in conversation[::2]} == {"user"}
+    monkeypatch.setattr(demo, "fetch_wheel", None)
+    assert read_dialogues(tmp_path / "cache") == found
+
+
+def test_without_a_registry_there_are_none_and_another_file_is_refused(tmp_path, monkeypatch, caplog):
+    def fail(*_: object) -> Path:
+        raise Unreachable("ERROR: No matching distribution found")
+
+    monkeypatch.setattr(demo, "fetch_wheel", fail)
+    assert read_dialogues(tmp_path) == []
+    assert "pip can't fetch chatterbot-corpus==1.3.3: ERROR: No matching distribution" in caplog.text
+    (tmp_path / "chatterbot_corpus.whl").write_bytes(b"something else")
+    with pytest.raises(ValueError, match=r"chatterbot_corpus.whl is not valid: its SHA-256 is"):
+        read_dialogues(tmp_path)
+
+
+def test_tasks_are_different_and_their_answers_right():
+    tasks = make_tasks(DOCUMENTS, 900)
+    assert tasks == make_tasks(DOCUMENTS, 900) != make_tasks(DOCUMENTS, 900, seed=1)
+    questions = [question["content"] for question, _ in tasks]
+    assert len(set(questions)) == len(questions) == 900
+    checked = 0
+    for question, answer in ((q["content"], a["content"]) for q, a in tasks):
+        numbers = [int(number) for number in re.findall(r"\d+", question)]
+        if "Which is larger" in question or "哪个大" in question:
+            assert int(answer) == max(numbers)
+        elif "Which number follows" in question or "后面是几" in question:
+            assert int(answer) == 2 * numbers[2] - numbers[1]
+        elif numbers and "language" not in question and "语言" not in question:
+            difference = " - " in question or "减" in question
+            assert int(answer) == (numbers[0] - numbers[1] if difference else sum(numbers))
+        elif question.startswith(("Repeat", "请重复")):
+            assert question.endswith(answer) and len(answer) >= 3
+        else:
+            continue
+        checked += 1
+    assert checked > 500
+    assert {"Chinese", "中文", "English", "英文", "Python", "却", "The", "An"} <= {a["content"] for _, a in tasks}
