@@ -82,7 +82,7 @@ def make_tasks(documents: dict[str, list[str]], count: int, seed: int = 0) -> li
     `documents` are those of `data.demo_corpus.demo_documents`.
     """
     rng = random.Random(seed)
-    makers = [_add, _subtract, _compare, _follow, *_makers_of_text(documents)]
+    makers = [_add, _compare, _halve, _follow, *_makers_of_text(documents)]
     found: dict[str, str] = {}
     while len(found) < count:
         question, answer = rng.choice(makers)(rng)
@@ -101,24 +101,25 @@ def _add(rng: random.Random) -> tuple[str, str]:
     return rng.choice([f"What is {a} + {b}?", f"{a} 加 {b} 等于几？"]), str(a + b)
 
 
-def _subtract(rng: random.Random) -> tuple[str, str]:
-    a, b = rng.randrange(10, 50), rng.randrange(1, 10)
-    return rng.choice([f"What is {a} - {b}?", f"{a} 减 {b} 等于几？"]), str(a - b)
-
-
 def _compare(rng: random.Random) -> tuple[str, str]:
     a, b = rng.sample(range(1, 100), 2)
     return rng.choice([f"Which is larger, {a} or {b}?", f"{a} 和 {b} 哪个大？"]), str(max(a, b))
 
 
+def _halve(rng: random.Random) -> tuple[str, str]:
+    a = rng.randrange(10_000)
+    if rng.random() < 0.5:
+        return f"Is {a} even or odd?", "odd" if a % 2 else "even"
+    return f"{a} 是单数还是双数？", "单数" if a % 2 else "双数"
+
+
 def _follow(rng: random.Random) -> tuple[str, str]:
-    a = rng.randrange(1, 97)
-    numbers = ", ".join(map(str, range(a, a + 3)))
-    return rng.choice([f"Which number follows {numbers}?", f"{numbers} 后面是几？"]), str(a + 3)
+    a = rng.randrange(1000)
+    return rng.choice([f"Which number follows {a}?", f"{a} 后面是几？"]), str(a + 1)
 
 
 def _makers_of_text(documents: dict[str, list[str]]) -> list[Maker]:
-    """Tasks on pieces of the demo's text: its language, its first and last word or character, repeating it."""
+    """Tasks on pieces of the demo's text: its language, its first word or character."""
     pieces = {language: list(_cut(documents[language], language)) for language in documents}
     names = {"zh": ("Chinese", "中文"), "en": ("English", "英文"), "code": ("Python", "Python")}
     languages = [language for language in names if pieces.get(language)]
@@ -131,10 +132,6 @@ def _makers_of_text(documents: dict[str, list[str]]) -> list[Maker]:
             return f"Which language is this?\n{piece}", english
         return f"这是什么语言？\n{piece}", chinese
 
-    def repeat(rng: random.Random) -> tuple[str, str]:
-        piece = rng.choice(pieces[rng.choice([name for name in languages if name != "code"])])
-        return (f"Repeat: {piece}" if piece.isascii() else f"请重复：{piece}"), piece
-
     def first(rng: random.Random) -> tuple[str, str]:
         piece = rng.choice(pieces["en"])
         return f"What is the first word of this? {piece}", piece.split()[0]
@@ -143,7 +140,7 @@ def _makers_of_text(documents: dict[str, list[str]]) -> list[Maker]:
         piece = rng.choice(pieces["zh"])
         return f"下面的第一个字是什么？{piece}", piece[0]
 
-    made: list[Maker] = [language, repeat, first]
+    made: list[Maker] = [language, first]
     return [*made, first_character] if pieces.get("zh") else made
 
 

@@ -77,14 +77,13 @@ def test_tasks_are_different_and_their_answers_right():
         if "Which is larger" in question or "哪个大" in question:
             assert int(answer) == max(numbers)
         elif "Which number follows" in question or "后面是几" in question:
-            assert int(answer) == 2 * numbers[2] - numbers[1]
-        elif numbers and "language" not in question and "语言" not in question:
-            difference = " - " in question or "减" in question
-            assert int(answer) == (numbers[0] - numbers[1] if difference else sum(numbers))
-        elif question.startswith(("Repeat", "请重复")):
-            assert question.endswith(answer) and len(answer) >= 3
+            assert int(answer) == numbers[0] + 1
+        elif answer in ("odd", "even", "单数", "双数"):
+            assert (answer in ("odd", "单数")) == (numbers[0] % 2 == 1)
+        elif re.fullmatch(r"What is \d+ \+ \d\?|\d+ 加 \d 等于几？", question):
+            assert int(answer) == sum(numbers)
         else:
             continue
         checked += 1
-    assert checked > 500
+    assert checked > 400
     assert {"Chinese", "中文", "English", "英文", "Python", "却", "The", "An"} <= {a["content"] for _, a in tasks}
