@@ -126,7 +126,7 @@ class HeadPart:
         """[V, D]: the sum of `d_rows_DV` over all tokens, the part of it that belongs to what the device stores."""
         if self.on_mesh:
             # Reduced once, in fp32, straight into the layout in which the weight is stored.
-            d_rows_DV = reduce_scatter(d_rows_DV, 0)
+            d_rows_DV = reduce_scatter(d_rows_DV, "embed", None)
             d_rows_DV = with_layout_constraint(d_rows_DV, Layout(major_to_minor=(0, 1)))
             # libtpu fails on shards of less than a tile where it moves the cut below into the scatter.
             d_rows_DV = jax.lax.optimization_barrier(d_rows_DV)
