@@ -30,7 +30,7 @@ def without_where_and_how_long(args: list[str]) -> list[str]:
     kept, skip = [], False
     for arg in args:
         name = arg.split("=")[0].replace("_", "-")
-        flag = name in ("--workdir", "--resume", "--num-steps") or name.startswith("--distributed.")
+        flag = name in ("--workdir", "--resume", "--num-steps", "--num-epochs") or name.startswith("--distributed.")
         if not (skip or flag):
             kept.append(arg)
         skip = flag and "=" not in arg

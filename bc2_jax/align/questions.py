@@ -106,9 +106,7 @@ def answer_questions(
             ended = continuation.reason == "eos"
             text = tokenizer.decode(continuation.tokens[: -1 if ended else None])
             right = ended and text.strip() == question.expected.strip()
-            answers.append(
-                Answer(question.messages, question.expected, text, ended, right, len(continuation.tokens))
-            )
+            answers.append(Answer(question.messages, question.expected, text, ended, right, len(continuation.tokens)))
         if not progress(f"answer {len(answers)} of {len(questions)}"):
             return None
     return answers

@@ -57,11 +57,11 @@ def batch_checksum(batch: Batch) -> Array:
     rows = jnp.uint32(0)
     for length, mixed in groups.items():
         places = 2 * jax.lax.broadcasted_iota(jnp.uint32, (length,), 0) + 1
-        rows += jnp.sum(_mix(mixed) * places, axis=-1, dtype=jnp.uint32)
-    return jnp.sum(_mix(rows), dtype=jnp.uint32)
+        rows += jnp.sum(mix(mixed) * places, axis=-1, dtype=jnp.uint32)
+    return jnp.sum(mix(rows), dtype=jnp.uint32)
 
 
-def _mix(x: Array) -> Array:
+def mix(x: Array) -> Array:
     """The finalizer of MurmurHash3: every bit of the input changes half of the output."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)

@@ -138,6 +138,8 @@ class Job(NamedTuple):
     """Called at the end with the last checkpoint and its parameters: exports, samples, pictures."""
     flops_per_step: int
     """Model FLOPs of an update."""
+    flops_formula: str = "6 x matmul parameters x tokens + causal attention"
+    """What they are made of, for the reader of the log."""
     frozen: Params = {}
     """Parameters that the loss reads and that are neither trained, differentiated nor saved."""
     validation: Sequence[Batch] = ()

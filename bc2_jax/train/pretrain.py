@@ -36,7 +36,7 @@ from bc2_jax.train.job import Job, Objective, Parts, StepParts, TrainState, abst
 from bc2_jax.train.loop import RunResult, Start, run
 from bc2_jax.train.loss import LossSums, count_targets, head_loss
 from bc2_jax.train.optimizer import Optimizer, make_optimizer
-from bc2_jax.train.results import make_baselines, print_mixture, print_tables, show_results
+from bc2_jax.train.results import make_baselines, make_ending, print_mixture, print_tables, show_results
 from bc2_jax.train.resume import Change, check_changes, list_changes, print_changes
 
 _log = logging.getLogger(__name__)
@@ -113,7 +113,9 @@ def make_job(config: TrainConfig, start: Start, step: StepParts | None = None) -
         batches=RowBatches(config.data, start.mesh, config.num_steps, bad_rows, (start.step, row), step.complete),
         validation=ValidationBatches(config.data, start.mesh, bad_rows),
         begin=begin,
-        finish=lambda checkpoint, params: show_results(config, checkpoint, params, baselines, tokenizer, start),
+        finish=lambda checkpoint, params: show_results(
+            config, make_ending(config, checkpoint, params, baselines, start), tokenizer, start
+        ),
         flops_per_step=flops_per_step(config),
         metadata={"row_order": record_row_order(config.data), "tokenizer_sha256": tokenizer_sha256},
     )
