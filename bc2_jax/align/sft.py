@@ -38,6 +38,8 @@ from bc2_jax.validation import require
 SEED = "seed"
 """Field of a training batch, uint32 [A], whole everywhere: what the noise of each accumulation step is drawn from. A
 batch without it is held out, and has none."""
+BASE = "base_checksum"
+"""In the metadata of a checkpoint of adapters: that of the base model, in hex."""
 
 
 def train(config: FineTuneConfig, command: str = "train.py", started: float | None = None) -> RunResult:
@@ -119,7 +121,7 @@ def _with_adapters(job: Job, config: FineTuneConfig, start: Start, step: StepPar
     check_adapter_export(start.workdir)
     frozen = step.load_frozen()
     base = f"{checksum(frozen):08x}"
-    if start.metadata is not None and start.metadata.job.get("base") != base:
+    if start.metadata is not None and start.metadata.job.get(BASE) != base:
         raise ValueError(
             f"init_from = {config.init_from!r} is not valid: its parameters are not those beside which the adapters in "
             f"'{start.workdir}' were trained (checksum {base}, then {start.metadata.job.get('base')}); the same model "
@@ -132,7 +134,7 @@ def _with_adapters(job: Job, config: FineTuneConfig, start: Start, step: StepPar
             init_adapter(config.lora, config.model, frozen, config.seed, start.mesh), step.optimizer
         ),
         flops_per_step=flops, flops_formula=formula,
-        metadata=job.metadata | {"base": base},
+        metadata=job.metadata | {BASE: base},
     )  # fmt: skip
 
 
