@@ -134,19 +134,18 @@ def test_weights_by_sample_are_pytorchs():
     assert (metrics["tokens"], metrics["samples"]) == (SFT["answers/num_targets"].sum(), 5)
 
 
-@pytest.mark.parametrize("weighting", ["token", "sample"])
-def test_unpacked_and_cut_over_a_mesh_equals_packed(weighting: str, mesh_of):
+def test_unpacked_and_cut_over_a_mesh_equals_packed(mesh_of):
     alone = pack(golden_samples(), [[0], [1], [2], [3], [4], [5], [], []])
-    metrics, gradients = loss_and_gradients(with_(loss_weighting=weighting), alone, mesh_of(1, 2, 2, context=2))
-    expected = packed(weighting)
+    metrics, gradients = loss_and_gradients(with_(loss_weighting="sample"), alone, mesh_of(1, 2, 2, context=2))
+    expected = packed("sample")
     assert metrics == pytest.approx(expected[0], rel=1e-5)
     assert_close(gradients, expected[1], 1e-4)
 
 
-@functools.cache
-def step_of(weighting: str):
+@pytest.fixture(scope="module")
+def by_sample():
     """(state before, compiled step of batches [4, 1, T])."""
-    config = with_(loss_weighting=weighting)
+    config = with_(loss_weighting="sample")
     optimizer = make_optimizer(config.optimizer)
     step = make_train_step(sft.make_objective(config), optimizer, norms=False)
     return init_state(jax.device_put(PARAMS), optimizer), jax.jit(step, compiler_options=FAST_COMPILE)
@@ -157,22 +156,20 @@ def seeded(batch) -> dict[str, np.ndarray]:
     return {name: x[:, None] for name, x in batch.items()} | {"seed": np.arange(4, dtype=np.uint32)}
 
 
-@pytest.mark.parametrize("weighting", ["token", "sample"])
-def test_accumulation_with_uneven_targets_is_none(weighting: str):
+def test_accumulation_with_uneven_targets_is_none(by_sample):
     batch = pack(golden_samples(), [[5], [3, 2], [4, 1, 0], []])
     assert [int((row != IGNORED).sum()) for row in batch["labels"]] == [23, 30, 10, 0]
-    state, step = step_of(weighting)
+    state, step = by_sample
     after, parts = step(state, {}, seeded(batch))
-    at_once, gradients = packed(weighting)
+    at_once, gradients = packed("sample")
     for name, value in at_once.items():
         assert float(parts[name]) == pytest.approx(value, rel=1e-5), name
     assert float(parts["grad_norm"]) == pytest.approx(norm(gradients), rel=1e-5)
     assert int(after.step) == 1 and not float(parts["empty_batch"])
 
 
-@pytest.mark.parametrize("weighting", ["token", "sample"])
-def test_a_batch_without_targets_changes_nothing(weighting: str):
-    state, step = step_of(weighting)
+def test_a_batch_without_targets_changes_nothing(by_sample):
+    state, step = by_sample
     after, metrics = step(state, {}, seeded(pack(golden_samples(), [[4], [], [], [4]])))
     jax.tree.map(np.testing.assert_array_equal, after, state)
     assert float(metrics["empty_batch"]) == 1 and float(metrics["loss"]) == float(metrics["grad_norm"]) == 0
@@ -222,8 +219,7 @@ def test_noise_is_of_training_only():
     noisy = build(params, {}, batch | {"seed": jnp.uint32(1)})
     assert not isinstance(model.embed_tokens, sft.NoisyEmbedding)
     assert isinstance(noisy.embed_tokens, sft.NoisyEmbedding)
-    h, _ = noisy.hidden_states(batch["input_ids"], batch["positions"], batch["segment_ids"])
-    clean, _ = model.hidden_states(batch["input_ids"], batch["positions"], batch["segment_ids"])
+    h, clean = (m.embed_tokens(batch["input_ids"], jnp.float32) for m in (noisy, model))
     assert np.abs(np.asarray(h - clean)).max() > 1e-3
 
 
