@@ -22,6 +22,7 @@ Message = Mapping[str, Any]
 ROLES = ("system", "user", "assistant")
 IGNORED = -100
 """The target of a token after which nothing is learned."""
+_NAMES = {"system": "system text", "user": "user message", "assistant": "answer"}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -33,6 +34,19 @@ class Encoder(Protocol):
     eos_id: int
 
     def encode(self, text: str) -> list[int]: ...
+
+
+class Problem(NamedTuple):
+    """Why messages are no conversation."""
+
+    place: int | None
+    """Of the message; None if it is not about one."""
+    kind: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        name = "messages" if self.place is None else f"messages[{self.place}]"
+        return f"{name}: {self.kind}" + (f" ({self.detail})" if self.detail else "")
 
 
 class EncodedConversation(NamedTuple):
@@ -120,7 +134,9 @@ def fit_prompt(
     require(
         _is_whole(max_new_tokens) and 0 <= max_new_tokens < model_max_length, "max_new_tokens", max_new_tokens, legal
     )
-    _check_each(messages)
+    _check_list(messages)
+    if problem := find_problem(messages, to_train=False):
+        raise ValueError(f"{problem}.")
     room = model_max_length - max_new_tokens
     encoded = _encode_each(tokenizer, messages, check=False)
     kept, dropped = _keep_newest(messages, encoded, room)
@@ -134,41 +150,45 @@ def check_messages(messages: Sequence[Message]) -> None:
     """Raises ValueError, naming the message, unless `messages` are a conversation to train on.
 
     It is: at most one system text, first; user messages and answers in turn, the last one an answer; each role one of
-    ROLES, each content a text that is not empty (but the system's) and has no lone surrogate.
+    ROLES, each content a text that is not empty (but the system's) and has no lone surrogate. An answer may be the
+    first of them: a greeting.
     """
-    _check_each(messages)
+    _check_list(messages)
+    if problem := find_problem(messages):
+        raise ValueError(f"{problem}.")
+
+
+def find_problem(messages: Sequence[Any], to_train: bool = True) -> Problem | None:
+    """What `check_messages` raises for; without `to_train` only what a prompt may not have, which has no tokens."""
     before = None
     for i, message in enumerate(messages):
-        role, name = message["role"], f"messages[{i}]"
-        if role == "system":
-            continue
-        if not message["content"]:
-            raise ValueError(f"{name}: the {role}'s content is empty.")
-        if role == before:
-            what = "two answers" if role == "assistant" else "two user messages"
-            raise ValueError(f"{name} and the one before are {what} in a row: user and assistant must take turns.")
-        before = role
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            return Problem(i, "no object with role and content", show(message))
+        role, content = message["role"], message["content"]
+        if role not in ROLES:
+            return Problem(i, "unknown role", f"{show(role)}; legal are {choices(ROLES)}")
+        if not isinstance(content, str):
+            return Problem(i, "content is no text", show(content))
+        if found := _SURROGATE.search(content):
+            return Problem(i, f"a lone surrogate in the {_NAMES[role]}", f"at character {found.start()}")
+        if role == "system" and i:
+            return Problem(i, "a system text that is not the first message")
+        if to_train and role != "system":
+            if not content:
+                return Problem(i, f"the {_NAMES[role]} is empty")
+            if role == before:
+                return Problem(i, f"two {_NAMES[role]}s in a row", "they must take turns")
+            before = role
+    if all(message["role"] == "system" for message in messages):
+        return Problem(None, "a system text alone" if messages else "no message")
     if before == "user":
-        raise ValueError("the last message is the user's: a conversation to train on must end with an answer.")
+        return Problem(len(messages) - 1, "no answer to the last user message")
+    return None
 
 
-def _check_each(messages: Sequence[Message]) -> None:
-    """Raises ValueError for what has no tokens."""
+def _check_list(messages: Any) -> None:
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise ValueError(f"messages = {show(messages)} is not valid: it must be a list of messages.")
-    for i, message in enumerate(messages):
-        name = f"messages[{i}]"
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise ValueError(f"{name} = {show(message)} is not valid: it must be an object with role and content.")
-        role, content = message["role"], message["content"]
-        require(role in ROLES, f"{name}: role", role, f"legal values are {choices(ROLES)}")
-        require(isinstance(content, str), f"{name}: content", content, "it must be a text")
-        if found := _SURROGATE.search(content):
-            raise ValueError(f"{name}: content has a lone surrogate at character {found.start()}: it is no text.")
-        if role == "system" and i:
-            raise ValueError(f"{name} is the system's: only the first message may be.")
-    if not any(message["role"] != "system" for message in messages):
-        raise ValueError("messages holds no user message." if not messages else "messages holds a system text alone.")
 
 
 def _encode_each(tokenizer: Encoder, messages: Sequence[Message], check: bool = True) -> list[list[int]]:
