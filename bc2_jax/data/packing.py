@@ -50,7 +50,8 @@ _BUFFERED_TOKENS = 1 << 18
 _OPENING_THREADS = 32
 _NAMED_PROBLEMS = 3
 _WRITTEN = re.compile(
-    r"manifest\.json|corpus\.json|problems\.txt|(?:train|validation)-\d{5}(?:-of-\d{5})?\.array_record"
+    r"manifest\.json|corpus\.json|conversations\.json|questions\.jsonl|problems\.txt|"
+    r"(?:train|validation)-\d{5}(?:-of-\d{5})?\.array_record"
 )
 
 Key = TypeVar("Key", bound=Hashable)
@@ -187,12 +188,17 @@ class TextCounts:
         self.bytes += len(text) if text.isascii() else sum(len(part.encode()) for part in _slices(text))
 
 
+def hash_text(text: str) -> int:
+    """64 bits of a text, the same on every machine."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in _slices(text):
+        digest.update(part.encode())
+    return int.from_bytes(digest.digest(), "little")
+
+
 def split_of(document: str, validation_fraction: float) -> Split:
     """`validation` for about that fraction of all documents: a property of the text, so copies are on one side."""
-    digest = hashlib.blake2b(digest_size=8)
-    for part in _slices(document):
-        digest.update(part.encode())
-    return "validation" if int.from_bytes(digest.digest(), "little") < validation_fraction * 2**64 else "train"
+    return "validation" if hash_text(document) < validation_fraction * 2**64 else "train"
 
 
 def encode_texts(
