@@ -60,7 +60,8 @@ def print_mixture(console: Console, config: TrainConfig, step: int = 0, row: int
     add_column(table, "epochs", is_number=True)
     for part in describe_mixture(data, row + (config.num_steps - step) * data.global_batch_size):
         shares = (f"{share:.2%}" for share in part.shares)
-        table.add_row(part.path, f"{part.rows:,}", *shares, f"{part.epochs:.2f}")
+        answers = " (conversations: the answers)" if part.kind == "chat" else ""
+        table.add_row(f"{part.path}{answers}", f"{part.rows:,}", *shares, f"{part.epochs:.2f}")
     console.print(table)
 
 
