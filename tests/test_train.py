@@ -44,6 +44,12 @@ def test_missing_rows_are_one_sentence(tmp_path):
     assert "tokenizer.model" in done.stderr
 
 
+def test_fine_tuning_needs_a_model():
+    done = run("configs/baichuan2_13b_chat.py")
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "init_from = None is not valid: fine-tuning needs the base model" in done.stderr
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
 def test_every_config_is_valid(path):
     config = runpy.run_path(str(path))["config"]()

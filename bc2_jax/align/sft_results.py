@@ -7,12 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.text import Text
 
 from bc2_jax.align.questions import compare
 from bc2_jax.config import FineTuneConfig
 from bc2_jax.convert.folder import check_free
+from bc2_jax.convert.ownership import foreign_in_adapter
+from bc2_jax.convert.peft import save_peft
 from bc2_jax.model.baichuan import Baichuan2, Params
+from bc2_jax.model.lora import Adapter
+from bc2_jax.sharding import to_host
 from bc2_jax.terminal import command, make_table
 from bc2_jax.train.loop import Start
 from bc2_jax.train.metrics import read_metrics
@@ -20,12 +25,11 @@ from bc2_jax.train.results import Ending, export_hf, print_how_to_go_on, print_p
 
 ADAPTER_NAME = "adapter"
 """Where a run of adapters exports them to, in its workdir."""
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def check_adapter_export(workdir: Path) -> None:
     """Raises FileExistsError if the export at the end could not replace what is in its place."""
-    check_free(workdir / ADAPTER_NAME, True, lambda path: sorted({p.name for p in path.iterdir()} - {*ADAPTER_FILES}))
+    check_free(workdir / ADAPTER_NAME, True, foreign_in_adapter)
 
 
 def print_plan(config: FineTuneConfig, num_questions: int, start: Start) -> None:
@@ -37,7 +41,7 @@ def print_plan(config: FineTuneConfig, num_questions: int, start: Start) -> None
     rows = {
         "starts from": str(config.init_from),
         "trained": "all parameters",
-        "steps": f"{config.num_steps:,}" + (f" (up to {config.num_epochs:g} epochs)" if config.num_epochs else ""),
+        "steps": f"{config.num_steps:,}" + (f" (num_epochs {config.num_epochs:g})" if config.num_epochs else ""),
         "learning rate": f"{rate}, {warmup}",
         "weight of the loss": f"the same for each {'target' if config.loss_weighting == 'token' else 'sample'}",
         "NEFTune": f"alpha {config.neftune_alpha:g}" if config.neftune_alpha else "no",
@@ -81,7 +85,13 @@ def make_ending(
 
 def export_adapter(config: FineTuneConfig, workdir: Path, params: Params) -> Path | None:
     """WORKDIR/adapter as PEFT reads it, written by the first process."""
-    raise NotImplementedError
+    params = jax.tree.map(to_host, params)  # each process has a part
+    if jax.process_index() != 0:
+        return None
+    exported = workdir / ADAPTER_NAME
+    # Ours to replace: an earlier end of this same run wrote it.
+    save_peft(exported, Adapter(config.lora, params), config.model, base=config.init_from, overwrite=True)
+    return exported
 
 
 def plot_answers(metrics: list[dict[str, Any]], path: Path) -> None:

@@ -24,6 +24,7 @@ from bc2_jax.config import (
     QuestionsConfig,
     SourceConfig,
 )
+from bc2_jax.convert.peft import load_peft
 from bc2_jax.convert.pretrained import load_params, save_params
 from bc2_jax.data.packing import pack_documents
 from bc2_jax.metadata import read_metadata
@@ -106,6 +107,8 @@ def test_adapters_alone_are_trained_and_saved(config, full, adapted):
         return sum(p.stat().st_size for p in (result.workdir / "checkpoints" / "4").rglob("*") if p.is_file())
 
     assert size(adapted) < size(full) / 3
+    found = load_peft(adapted.workdir / "adapter", MODEL)
+    assert found.config.rank == 2 and np.abs(found.params["layers"]["mlp"]["down_proj"]["lora_b"]).max() > 0
     first, *_, last = [m["loss"] for m in read_metrics(adapted.workdir / "metrics.jsonl") if "loss" in m]
     assert last < first
     mesh = make_mesh(MeshConfig(data=1, fsdp=8))
