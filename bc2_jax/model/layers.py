@@ -40,6 +40,11 @@ class Weight(nnx.Module):
 # The logical axis that each letter of an equation names, in a weight and in an activation; None is never cut.
 WEIGHT_AXES = {"D": "embed", "N": "heads", "H": "head_dim", "F": "ffn", "R": None}
 ACTIVATION_AXES = {"B": "batch", "T": "sequence", "D": "hidden", "N": "heads", "H": "head_dim", "F": "ffn", "R": None}
+# The matmul of each weight of a layer, as it is stored.
+EQUATIONS = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "BTD,DNH->BTNH"), "o_proj": "BTNH,NHD->BTD",
+    **dict.fromkeys(("gate_proj", "up_proj"), "BTD,DF->BTF"), "down_proj": "BTF,FD->BTD",
+}  # fmt: skip
 
 
 class Linear(Weight):
@@ -214,9 +219,9 @@ class MLP(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         L, D, F = config.num_hidden_layers, config.hidden_size, config.intermediate_size
         std = config.initializer_range
-        self.gate_proj = Linear.random("BTD,DF->BTF", (L, D, F), std, rngs=rngs)
-        self.up_proj = Linear.random("BTD,DF->BTF", (L, D, F), std, rngs=rngs)
-        self.down_proj = Linear.random("BTF,FD->BTD", (L, F, D), std, rngs=rngs)
+        self.gate_proj = Linear.random(EQUATIONS["gate_proj"], (L, D, F), std, rngs=rngs)
+        self.up_proj = Linear.random(EQUATIONS["up_proj"], (L, D, F), std, rngs=rngs)
+        self.down_proj = Linear.random(EQUATIONS["down_proj"], (L, F, D), std, rngs=rngs)
 
     def __call__(self, x_BTD: Array) -> Array:
         gate_BTF, up_BTF = self.gate_proj(x_BTD), self.up_proj(x_BTD)

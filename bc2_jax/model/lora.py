@@ -20,8 +20,8 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from bc2_jax.config import ModelConfig
 from bc2_jax.config.lora import LORA_TARGETS, LoraConfig, LoraTarget
 from bc2_jax.model.baichuan import Baichuan2, Params
-from bc2_jax.model.layers import ACTIVATION_AXES, WEIGHT_AXES, Linear, linear, split_equation
-from bc2_jax.sharding import named_sharding, reshard, spec
+from bc2_jax.model.layers import ACTIVATION_AXES, EQUATIONS, WEIGHT_AXES, Linear, linear, split_equation
+from bc2_jax.sharding import named_sharding, reshard, spec, use_mesh_of
 
 
 class Adapter(NamedTuple):
@@ -47,6 +47,11 @@ SLOTS: dict[LoraTarget, Slot] = {
                  _QKV if target == "W_pack" else (target,))
     for target in LORA_TARGETS
 }  # fmt: skip
+
+
+def equation_of(target: LoraTarget) -> str:
+    """The equation of the matmul of a target's weights, as they are stored."""
+    return EQUATIONS[SLOTS[target].weights[0]]
 
 
 class DropoutKey(nnx.Variable):
@@ -91,13 +96,13 @@ class LoraLinear(Linear):
         """`lora_a` and `lora_b` are modules, so that several weights may share one; `keys` [L] drop, None does not."""
         super().__init__(base.equation, base.weight[...])
         self.lora_a, self.lora_b, self.scaling, self.dropout = lora_a, lora_b, scaling, dropout
-        self.use_dora, self.use_dropout = magnitude is not None, keys is not None and dropout > 0
+        self.use_dora, self.use_dropout = magnitude is not None, False
         if magnitude is not None:
             out = Dimensions.of(base.equation).out
             self.magnitude = nnx.Param(magnitude, axes=("layers", *(WEIGHT_AXES[letter] for letter in out)))
             self.is_row_scale = False  # `magnitude` is what is trained
-        if self.use_dropout:
-            self.key_impl = jax.random.key_impl(keys)
+        if keys is not None and dropout > 0:
+            self.use_dropout, self.key_impl = True, jax.random.key_impl(keys)
             self.dropout_key = DropoutKey(jax.random.key_data(keys))
 
     def __call__(self, x: Array) -> Array:
@@ -123,8 +128,8 @@ class LoraLinear(Linear):
         """What each row of W + scaling * B A is multiplied with, in fp32; [L, out] where the weights are stacked."""
         if self.is_row_scale:
             return self.magnitude[...]
-        weights = (x.weight[...].astype(jnp.float32) for x in (self, self.lora_a, self.lora_b))
-        return self.magnitude[...] / jax.lax.stop_gradient(_row_norm(self.equation, *weights, self.scaling))
+        w, a, b = (x.weight[...].astype(jnp.float32) for x in (self, self.lora_a, self.lora_b))
+        return self.magnitude[...] / jax.lax.stop_gradient(_row_norm(self.equation, w, a, b, self.scaling))
 
     def fix_row_scale(self) -> None:
         """Computes once what the rows are multiplied with, for calls that follow with the very same weights."""
@@ -132,15 +137,18 @@ class LoraLinear(Linear):
             self.magnitude, self.is_row_scale = nnx.Param(self._row_scale(), axes=self.magnitude.axes), True
 
 
-def _row_norm(equation: str, w, a, b, scaling: float):
+def _row_norm(equation: str, w: Any, a: Any, b: Any, scaling: float) -> Any:
     """Length of each row of W + scaling * B A; arrays of one layer or all, of numpy or jax."""
-    changed = _changed(equation, w, a, b, scaling)
+    return _length_of_rows(equation, _changed(equation, w, a, b, scaling))
+
+
+def _length_of_rows(equation: str, w: Any) -> Any:
     x, w_dims, _ = split_equation(equation)
     summed = tuple(i - len(w_dims) for i, letter in enumerate(w_dims) if letter in x)
-    return (changed * changed).sum(axis=summed) ** 0.5
+    return (w * w).sum(axis=summed) ** 0.5
 
 
-def _changed(equation: str, w, a, b, scaling: float):
+def _changed(equation: str, w: Any, a: Any, b: Any, scaling: float) -> Any:
     """W + scaling * B A in the order of W."""
     dims, letters = Dimensions.of(equation), split_equation(equation)[1]
     einsum = functools.partial(np.einsum, optimize=True) if isinstance(w, np.ndarray) else jnp.einsum
@@ -154,6 +162,7 @@ def with_adapter(model: Baichuan2, config: LoraConfig, params: Params, dropout_k
     change. Differentiable with respect to `params`.
     """
     model = nnx.merge(*nnx.split(model))  # modules of its own around the same arrays
+    params = jax.tree.map(jnp.asarray, params)
     for target in config.targets:
         slot = SLOTS[target]
         block, arrays = getattr(model.layers, slot.block), params["layers"][slot.block][target]
@@ -166,14 +175,22 @@ def with_adapter(model: Baichuan2, config: LoraConfig, params: Params, dropout_k
             keys = jax.random.split(own, model.config.num_hidden_layers)
         dims = Dimensions.of(bases[0].equation)
         lora_a = Linear(dims.equation_a, arrays["lora_a"])
-        for i, (name, base) in enumerate(zip(slot.weights, bases, strict=True)):
-            b, magnitude = arrays["lora_b"], arrays["magnitude"] if config.dora else None
-            if len(bases) > 1:
-                b, magnitude = b[:, :, i], None if magnitude is None else magnitude[:, i]
-            lora_b = Linear(dims.equation_b, b)
+        for name, base in zip(slot.weights, bases, strict=True):
+            part = part_of(arrays, target, name)
+            lora_b, magnitude = Linear(dims.equation_b, part["lora_b"]), part.get("magnitude")
             module = LoraLinear(base, lora_a, lora_b, config.scaling_of(target), magnitude, config.dropout, keys)
             setattr(block, name, module)
     return model
+
+
+def part_of(arrays: dict[str, Any], target: LoraTarget, name: str) -> dict[str, Any]:
+    """What of a target's arrays belongs to its weight `name`: of W_pack, A and a third of the others."""
+    weights = SLOTS[target].weights
+    if len(weights) == 1:
+        return arrays
+    i = weights.index(name)
+    lora_b, others = arrays["lora_b"][:, :, i], {k: v[:, i] for k, v in arrays.items() if k == "magnitude"}
+    return {"lora_a": arrays["lora_a"], "lora_b": lora_b, **others}
 
 
 class _Array(NamedTuple):
@@ -183,24 +200,14 @@ class _Array(NamedTuple):
     axes: tuple[str | None, ...]
 
 
-@functools.cache
-def _bases(config: ModelConfig) -> dict[LoraTarget, Linear]:
-    """Abstract weights of each target, the first where it has several."""
-    model = nnx.eval_shape(lambda: Baichuan2(config, rngs=nnx.Rngs(0)))
-    return {t: getattr(getattr(model.layers, slot.block), slot.weights[0]) for t, slot in SLOTS.items()}
-
-
-def equation_of(target: LoraTarget, config: ModelConfig) -> str:
-    """The equation of the matmul of a target's weights, as they are stored."""
-    return _bases(config)[target].equation
-
-
 def _arrays(config: LoraConfig, model_config: ModelConfig) -> dict[LoraTarget, dict[str, _Array]]:
+    size = {
+        "D": model_config.hidden_size, "N": model_config.num_attention_heads, "H": model_config.head_dim,
+        "F": model_config.intermediate_size,
+    }  # fmt: skip
     arrays = {}
     for target in config.targets:
-        base = _bases(model_config)[target]
-        dims, rank, L = Dimensions.of(base.equation), config.rank_of(target), model_config.num_hidden_layers
-        size = dict(zip(split_equation(base.equation)[1], base.weight.shape[1:], strict=True))
+        dims, rank, L = Dimensions.of(equation_of(target)), config.rank_of(target), model_config.num_hidden_layers
         into, out = (tuple(size[c] for c in letters) for letters in (dims.into, dims.out))
         axes_in, axes_out = (tuple(WEIGHT_AXES[c] for c in letters) for letters in (dims.into, dims.out))
         if len(SLOTS[target].weights) > 1:
@@ -241,7 +248,7 @@ def init_adapter(
     A: U(+-1 / sqrt(inputs)), B: 0, DoRA's magnitudes the lengths of the rows of `base_params`, whose dtype may be any.
     The values do not depend on the mesh, nor those of a target on the others.
     """
-    bases = {t: [base_params["layers"][SLOTS[t].block][name]["weight"] for name in SLOTS[t].weights]
+    bases = {t: {name: base_params["layers"][SLOTS[t].block][name]["weight"] for name in SLOTS[t].weights}
              for t in config.targets if config.dora}  # fmt: skip
     shardings = jax.tree.map(lambda x: x.sharding, abstract_adapter(config, model_config, mesh))
 
@@ -254,13 +261,12 @@ def init_adapter(
             a = jax.random.uniform(key, shape, minval=-bound, maxval=bound, out_sharding=named_sharding(*axes))
             b = jnp.zeros(arrays["lora_b"].shape, out_sharding=named_sharding(*arrays["lora_b"].axes))
             by_target[target] = {"lora_a": a, "lora_b": b}
-            if config.dora:  # as the forward pass computes it, whose ratio of the two is 1
-                parts = [b] if len(bases[target]) == 1 else [b[:, :, i] for i in range(len(bases[target]))]
-                equation, scaling = equation_of(target, model_config), config.scaling_of(target)
-                norms = [
-                    _row_norm(equation, w.astype(jnp.float32), a, part, scaling)
-                    for w, part in zip(bases[target], parts, strict=True)
-                ]
+            if config.dora:
+                equation, scaling = equation_of(target), config.scaling_of(target)
+                norms = []
+                for name, w in bases[target].items():  # as the forward pass computes it, whose ratio of the two is 1
+                    part = part_of(by_target[target], target, name)
+                    norms.append(_row_norm(equation, w.astype(jnp.float32), a, part["lora_b"], scaling))
                 by_target[target]["magnitude"] = norms[0] if len(norms) == 1 else jnp.stack(norms, 1)
         return _tree(by_target)
 
@@ -269,3 +275,72 @@ def init_adapter(
         return compiled(seed, bases)
     with jax.set_mesh(mesh):
         return compiled(seed, bases)
+
+
+class Merged(NamedTuple):
+    """One weight with the adapter in it."""
+
+    weight: Any
+    """In the dtype that was asked for."""
+    lost: Any
+    """Length of what the cast to this dtype changed over that of the adapter's change: 0 is exact, 1 all of it."""
+
+
+def merge_weight(equation: str, w: Any, part: dict[str, Any], scaling: float, dtype: Any) -> Merged:
+    """One layer's W + scaling * B A, with DoRA in its rows' lengths, computed in fp32 and cast once to `dtype`.
+
+    `part` is one layer of `part_of`; arrays of numpy or jax.
+    """
+    w = w.astype(np.float32)
+    exact = _changed(equation, w, part["lora_a"], part["lora_b"], scaling)
+    if "magnitude" in part:
+        x, w_dims, _ = split_equation(equation)
+        scale = part["magnitude"] / _length_of_rows(equation, exact)
+        summed = tuple(i for i, letter in enumerate(w_dims) if letter in x)
+        exact = exact * (np.expand_dims if isinstance(scale, np.ndarray) else jnp.expand_dims)(scale, summed)
+    cast = exact.astype(dtype)
+    change, error = (((a - b) ** 2).sum() for a, b in ((exact, w), (cast.astype(np.float32), exact)))
+    return Merged(cast, (error / (change + (change == 0))) ** 0.5)
+
+
+def adapted_weights(config: LoraConfig) -> dict[str, tuple[LoraTarget, str]]:
+    """Path of each weight that an adapter changes -> (target, name of the weight)."""
+    return {
+        f"layers.{SLOTS[target].block}.{name}.weight": (target, name)
+        for target in config.targets
+        for name in SLOTS[target].weights
+    }
+
+
+def merge(params: Params, adapter: Adapter) -> Params:
+    """`params` with the adapter in the weights: computed in fp32, cast once to the dtype of each weight.
+
+    The weights without an adapter are those of `params`. `report_losses` tells what the cast loses.
+    """
+    return _merge(params, adapter)[0]
+
+
+def report_losses(params: Params, adapter: Adapter) -> dict[str, float]:
+    """Path of each weight that `merge` changes -> share of the change that the dtype of `params` loses, in the layer
+    where it is largest: 0 is none, 1 a change that is no larger than what is lost."""
+    return {path: float(lost) for path, lost in _merge(params, adapter)[1].items()}
+
+
+def _merge(params: Params, adapter: Adapter) -> tuple[Params, dict[str, Array]]:
+    flat: dict[str, dict[str, Params]] = {}
+    lost: dict[str, Array] = {}
+    for path, (target, name) in adapted_weights(adapter.config).items():
+        block, equation, scaling = SLOTS[target].block, equation_of(target), adapter.config.scaling_of(target)
+        w = jnp.asarray(params["layers"][block][name]["weight"])
+        part = part_of(adapter.params["layers"][block][target], target, name)
+
+        def merge_layer(layer, equation=equation, scaling=scaling, dtype=w.dtype):
+            return merge_weight(equation, *layer, scaling, dtype)
+
+        with use_mesh_of(w):
+            # Layer by layer: the whole stack in fp32 would be twice the weights.
+            merged = jax.jit(lambda *stacks, f=merge_layer: jax.lax.map(f, stacks))(w, part)
+        flat.setdefault(block, {})[name] = {"weight": merged.weight}
+        lost[path] = merged.lost.max()
+    layers = params["layers"] | {block: params["layers"][block] | new for block, new in flat.items()}
+    return params | {"layers": layers}, lost
