@@ -44,6 +44,12 @@ def test_missing_rows_are_one_sentence(tmp_path):
     assert "tokenizer.model" in done.stderr
 
 
+def test_fine_tuning_needs_a_model():
+    done = run("configs/baichuan2_13b_chat.py")
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "init_from = None is not valid: fine-tuning needs the base model" in done.stderr
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
 def test_every_config_is_valid(path):
     config = runpy.run_path(str(path))["config"]()
@@ -52,6 +58,7 @@ def test_every_config_is_valid(path):
 
 def test_hints_repeat_only_what_is_trained():
     without = runpy.run_path(str(ROOT / "train.py"))["without_where_and_how_long"]
-    args = ["c.py", "--workdir", "a", "--resume=auto", "--seed", "3", "--num_steps", "5", "--log-every", "2",
+    args = ["c.py", "--workdir", "a", "--resume=auto", "--seed", "3", "--num_steps", "5",
+            "--num-epochs", "2", "--log-every", "2",
             "--distributed.process-id", "1", "--distributed.num_processes=2"]  # fmt: skip
     assert without(args) == ["c.py", "--seed", "3", "--log-every", "2"]

@@ -12,6 +12,7 @@ _EXPORT = re.compile(
     r"SHA256SUMS|(generation_|tokenizer_)?config\.json|tokenizer\.(model|json)|"
     r"(model|pytorch_model)(-[0-9]{5}-of-[0-9]{5})?\.(safetensors|bin)(\.index\.json)?"
 )
+_ADAPTER = re.compile(r"SHA256SUMS|adapter_config\.json|adapter_model\.safetensors")
 # _strings.json and the like are not ours: Orbax writes them for values that are no arrays.
 _CHECKPOINT = re.compile(
     r"_CHECKPOINT_METADATA|orbax\.checkpoint|commit_success\.txt|tokenizer\.model|"
@@ -26,13 +27,23 @@ def foreign_in_export(folder: Path) -> list[str]:
 
     It lists what it writes in SHA256SUMS. Without that file everything is foreign, a release that was downloaded too.
     """
+    return _not_listed(folder, _EXPORT)
+
+
+def foreign_in_adapter(folder: Path) -> list[str]:
+    """Names of what `peft.save_peft` did not write to `folder`, told as in `foreign_in_export`."""
+    return _not_listed(folder, _ADAPTER)
+
+
+def _not_listed(folder: Path, ours: re.Pattern[str]) -> list[str]:
+    """Names of what is not `ours` or not in SHA256SUMS."""
     if not folder.is_dir():
         return [folder.name]
     try:
         listed = {name for name, _ in read_sha256sums(folder / SUMS_NAME)} | {SUMS_NAME}
     except (OSError, ValueError):
         listed = set()
-    return _others(folder, lambda name: name in listed and _EXPORT.fullmatch(name) is not None)
+    return _others(folder, lambda name: name in listed and ours.fullmatch(name) is not None)
 
 
 def foreign_in_checkpoint(folder: Path) -> list[str]:

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from bc2_jax.config import ComputeConfig, ModelConfig
 from bc2_jax.kernels.attention import Tokens, chunked_attention, reference_attention, reference_decode
-from bc2_jax.model.layers import Linear
+from bc2_jax.model.layers import EQUATIONS, Linear
 from bc2_jax.model.position import alibi_slopes, apply_rope
 from bc2_jax.sharding import named_sharding, reshard, spec
 
@@ -41,10 +41,10 @@ class SelfAttention(nnx.Module):
         L, D, N, H = config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.head_dim
         std = config.initializer_range
         # Apart rather than fused as the released W_pack: a fused layout costs large relayout copies on TPU.
-        self.q_proj = Linear("BTD,DNH->BTNH", (L, D, N, H), std, rngs=rngs)
-        self.k_proj = Linear("BTD,DNH->BTNH", (L, D, N, H), std, rngs=rngs)
-        self.v_proj = Linear("BTD,DNH->BTNH", (L, D, N, H), std, rngs=rngs)
-        self.o_proj = Linear("BTNH,NHD->BTD", (L, N, H, D), std, rngs=rngs)
+        self.q_proj = Linear.random(EQUATIONS["q_proj"], (L, D, N, H), std, rngs=rngs)
+        self.k_proj = Linear.random(EQUATIONS["k_proj"], (L, D, N, H), std, rngs=rngs)
+        self.v_proj = Linear.random(EQUATIONS["v_proj"], (L, D, N, H), std, rngs=rngs)
+        self.o_proj = Linear.random(EQUATIONS["o_proj"], (L, N, H, D), std, rngs=rngs)
         self.config, self.compute = config, compute
 
     def __call__(

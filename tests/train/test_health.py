@@ -25,6 +25,7 @@ from bc2_jax.model.baichuan import init_params
 from bc2_jax.sharding import make_mesh
 from bc2_jax.train import health, job, loop, pretrain
 from bc2_jax.train.distributed import Preempted
+from bc2_jax.train.expendable import Expendable
 from bc2_jax.train.metrics import read_metrics
 from bc2_jax.train.optimizer import make_optimizer
 from tests.train import poisoning
@@ -141,6 +142,21 @@ def test_the_checksum_is_that_of_the_rows_on_any_mesh(small_run, mesh_of):
         assert on(mesh_of(1, 1, 1), rows | {name: changed}, 1) != expected
     swapped = {name: np.concatenate([x[:, 1:2], x[:, :1], x[:, 2:]], 1) for name, x in rows.items()}
     assert on(mesh_of(1, 1, 1), swapped, 1) != expected
+
+
+def test_the_checksum_covers_a_field_of_each_part_of_a_batch(small_run):
+    rows = make_train_loader(small_run.data, process_index=0, process_count=1)[0]
+    batch = {name: x.reshape(2, -1, x.shape[-1]) for name, x in rows.items()}
+    seeds = [np.array(values, np.uint32) for values in ((1, 2), (2, 1), (1, 3))]
+    assert len({int(health.batch_checksum(batch | {"seed": s})) for s in seeds}) == 3
+
+
+def test_a_batch_without_targets_is_told_and_is_no_loss_to_compare_with(tmp_path):
+    said: list[str] = []
+    monitor = health.HealthMonitor(HealthConfig(spike_deviations=5.0), tmp_path, said.append, Expendable())
+    monitor.observe(3, {"loss": 0.0, "grad_norm": 0.0, "empty_batch": 1.0})
+    assert said == ["step 3  its batch has no target to learn from: there is no update"]
+    assert [e["event"] for e in events(tmp_path)] == ["empty batch"] and monitor.state()["losses"] == []
 
 
 def test_by_default_a_run_stops_at_the_first_and_saves_its_batch(small_run, poisoned, tmp_path):

@@ -289,3 +289,31 @@ def test_logits_are_computed_once(chunk: int):
     forward = jax.make_jaxpr(lambda *x: head_loss(*x, 2e-4, chunk))(*case)
     assert matmul_flops(backward.jaxpr, V) == 3 * 2 * B * T * D * V
     assert matmul_flops(forward.jaxpr, V) == 2 * B * T * D * V
+
+
+def test_rows_that_are_frozen_have_no_gradient_computed():
+    B, T, D, V = 2, 128, 8, 1009
+    case = abstract_case(B, T, D, V)
+    of_h = jax.make_jaxpr(jax.grad(lambda *x: head_loss(*x, 0.0, 32)[0]))(*case)
+    assert matmul_flops(of_h.jaxpr, V) == 2 * 2 * B * T * D * V
+
+
+def test_weights_count_targets_as_often():
+    rng = np.random.default_rng(0)
+    h, rows = rng.standard_normal((2, 6, 8), np.float32), rng.standard_normal((11, 8), np.float32)
+    labels = rng.integers(0, 11, (2, 6)).astype(np.int32)
+    labels[0, :2] = IGNORED
+    repeats = np.array([[5, 0, 1, 2, 0, 3], [1, 1, 2, 0, 1, 0]])
+
+    def gradients(h, labels, weights):
+        return jax.value_and_grad(lambda *x: head_loss(*x, labels, 0.1, 4, weights), (0, 1), has_aux=True)(h, rows)
+
+    (loss, sums), (d_h, d_rows) = gradients(h, labels, repeats.astype(np.float32))
+    flat = [(h[i, j], labels[i, j]) for i in range(2) for j in range(6) for _ in range(repeats[i, j])]
+    again = gradients(np.stack([x for x, _ in flat])[None], np.array([[y for _, y in flat]]), None)
+    np.testing.assert_allclose([loss, *sums], [again[0][0], *again[0][1]], rtol=1e-5)
+    np.testing.assert_allclose(d_rows, again[1][1], rtol=1e-4, atol=1e-5)
+    places = np.repeat(np.arange(12), repeats.reshape(-1))
+    expected = np.zeros((12, 8), np.float32)
+    np.add.at(expected, places, np.asarray(again[1][0][0]))
+    np.testing.assert_allclose(np.asarray(d_h).reshape(12, 8), expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,263 @@
+"""Adapters in the files of PEFT: adapter_config.json beside adapter_model.safetensors (or .bin), read and written."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from bc2_jax.config import ModelConfig
+from bc2_jax.config.lora import LORA_TARGETS, LoraConfig, LoraTarget
+from bc2_jax.convert import hf
+from bc2_jax.convert.checksums import verify_file, write_sha256sums
+from bc2_jax.convert.folder import written_whole
+from bc2_jax.convert.hf_config import read_json, write_json
+from bc2_jax.convert.lora_layout import LoraLayout, to_layout
+from bc2_jax.convert.mapped import MappedTensor
+from bc2_jax.convert.ownership import foreign_in_adapter
+from bc2_jax.convert.peft_keys import check_keys
+from bc2_jax.convert.pickled import read_pickled
+from bc2_jax.convert.safetensors import read_safetensors, write_safetensors
+from bc2_jax.convert.table import flatten, torch_name, unflatten
+from bc2_jax.model.lora import SLOTS, Adapter, abstract_adapter
+from bc2_jax.tokenizer import file_sha256
+from bc2_jax.validation import join_some, require, show
+
+CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+_PICKLED_NAME = "adapter_model.bin"
+_PREFIX = "base_model.model."
+# Our array -> what PEFT calls it behind the name of the module, and the axes behind L that are inputs of the matmul.
+_NAMES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+# Up to 0.2 names had no ".default" in files, later ones neither; a state dict in memory has it.
+_SPELLING = re.compile(r"(lora_[AB])(?:\.default)?(\.weight)|(lora_magnitude_vector)(?:\.default)?(?:\.weight)?")
+
+
+@dataclasses.dataclass(frozen=True)
+class PeftFolder:
+    """An adapter's files, of which only the config was read."""
+
+    path: Path
+    weights: Path
+    raw: Mapping[str, Any]
+    """adapter_config.json, whose keys are all known and supported."""
+
+    @property
+    def base(self) -> str | None:
+        """Where the base model was when the adapter was trained."""
+        base = self.raw.get("base_model_name_or_path")
+        return base if isinstance(base, str) and base else None
+
+
+def is_peft_folder(path: str | Path) -> bool:
+    """Whether `path` holds an adapter in PEFT's files."""
+    return (Path(path) / CONFIG_NAME).is_file()
+
+
+def open_peft(path: str | Path) -> PeftFolder:
+    """Finds the files; raises FileNotFoundError or ValueError in one sentence, also for what is not supported."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} {'is a file' if folder.exists() else 'does not exist'}: give the folder of "
+                                f"an adapter, with {CONFIG_NAME} in it.")  # fmt: skip
+    raw = read_json(folder / CONFIG_NAME)
+    check_keys(raw, folder / CONFIG_NAME)
+    for name in (WEIGHTS_NAME, _PICKLED_NAME):
+        if (folder / name).is_file():
+            return PeftFolder(folder, folder / name, raw)
+    raise FileNotFoundError(f"{folder} has neither {WEIGHTS_NAME} nor {_PICKLED_NAME}.")
+
+
+def load_peft(path: str | Path, config: ModelConfig) -> Adapter:
+    """The adapter in a folder that PEFT wrote for a model of `config`, whose modules are named as released (W_pack) or
+    as in LLaMA (q_proj, k_proj, v_proj); fp32 numpy arrays.
+
+    Raises FileNotFoundError, or ValueError in one sentence: for tensors that are missing, not known, of another shape
+    or not finite, and for settings with which the adapter computes something that we do not.
+    """
+    folder = open_peft(path)
+    verify_file(folder.weights)
+    tensors = _canonical(folder.weights)
+    lora = _read_config(folder, _find_targets(folder, tensors), config)
+    expected = {name: shape for name, shape, _ in _tensors(lora, config)}
+    hf.check_shapes(f"tensors of {folder.weights}", expected, {name: t.shape for name, t in tensors.items()})
+    flat: dict[str, np.ndarray] = {}
+    shapes = {p: s.shape for p, s in flatten(abstract_adapter(lora, config, None)).items()}
+    for name, _, (ours, layer) in _tensors(lora, config):
+        array = tensors[name].read()
+        if array.dtype.kind not in "fV":
+            raise ValueError(f"{folder.weights}: {name} is {array.dtype.name}, not floating point.")
+        array = array.astype(np.float32)
+        if not np.isfinite(array).all():
+            raise ValueError(f"{folder.weights}: {name} has values that are not finite.")
+        flat.setdefault(ours, np.empty(shapes[ours], np.float32))[layer] = array.T.reshape(shapes[ours][1:])
+    return Adapter(lora, unflatten(flat))
+
+
+def save_peft(
+    path: str | Path, adapter: Adapter, config: ModelConfig, *, layout: LoraLayout | None = None,
+    base: str | Path | None = None, overwrite: bool = False,
+) -> None:  # fmt: skip
+    """Writes an adapter of a model of `config` as PEFT reads it, also versions older than ours.
+
+    `base`: path of the base model, noted in the config. `layout`: "baichuan2" names W_pack, "llama" q_proj, k_proj and
+    v_proj; None is what the PyTorch folder `base` has, or else what the adapter has. Either is exact. The folder is
+    whole or not there, and an old one is replaced only with `overwrite` and if it holds nothing else. Raises ValueError
+    for an adapter that does not fit the config or has no such layout, FileExistsError as `folder.check_free`.
+    """
+    expected = {p: s.shape for p, s in flatten(abstract_adapter(adapter.config, config, None)).items()}
+    hf.check_shapes("arrays of the adapter", expected, {p: a.shape for p, a in flatten(adapter.params).items()})
+    adapter = Adapter(adapter.config, jax.tree.map(lambda x: np.asarray(x, np.float32), adapter.params))
+    if (layout := layout or _layout_of(base)) is not None:
+        adapter = to_layout(adapter, layout)
+    flat = flatten(adapter.params)
+    tensors = list(_tensors(adapter.config, config))
+    arrays = ((name, flat[ours][layer].reshape(shape[::-1]).T) for name, shape, (ours, layer) in tensors)
+    with written_whole(Path(path), overwrite, foreign_in_adapter) as partial:
+        partial.mkdir()
+        shapes = {name: shape for name, shape, _ in tensors}
+        write_safetensors(partial / WEIGHTS_NAME, np.float32, shapes, arrays)
+        write_json(partial / CONFIG_NAME, _write_config(adapter.config, None if base is None else str(base)))
+        write_sha256sums(partial, {name: file_sha256(partial / name) for name in (WEIGHTS_NAME, CONFIG_NAME)})
+
+
+def _layout_of(base: str | Path | None) -> LoraLayout | None:
+    """The layout of a base model in a PyTorch folder; None of any other."""
+    if base is None or not (Path(base) / "config.json").is_file():
+        return None
+    try:
+        return "llama" if hf.find_layout(hf.read_folder(base)) == "llama" else "baichuan2"
+    except (OSError, ValueError):
+        return None
+
+
+def _module(target: LoraTarget, layer: int) -> str:
+    """PEFT's name of a module."""
+    slot = SLOTS[target]
+    layout: LoraLayout = "baichuan2" if target == "W_pack" else "llama"
+    return torch_name(f"layers.{slot.block}.{slot.weights[0]}.weight", layer, layout).removesuffix(".weight")
+
+
+def _tensors(lora: LoraConfig, config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], tuple[str, int]]]:
+    """(PEFT's name, shape there, (our path, layer)) of every tensor."""
+    abstract = abstract_adapter(lora, config, None)["layers"]
+    for layer in range(config.num_hidden_layers):
+        for target in lora.targets:
+            block = SLOTS[target].block
+            for ours, array in abstract[block][target].items():
+                rank, sizes = lora.rank_of(target), math.prod(array.shape[1:])
+                shape = {"lora_a": (rank, sizes // rank), "lora_b": (sizes // rank, rank), "magnitude": (sizes,)}[ours]
+                path = f"layers.{block}.{target}.{ours}"
+                yield f"{_PREFIX}{_module(target, layer)}.{_NAMES[ours]}", shape, (path, layer)
+
+
+def _canonical(file: Path) -> dict[str, MappedTensor]:
+    """The tensors by the names that PEFT gives them today."""
+    read = read_safetensors if file.suffix == ".safetensors" else read_pickled
+    tensors: dict[str, MappedTensor] = {}
+    for name, tensor in read(file).items():
+        new = _SPELLING.sub(lambda m: m[3] or f"{m[1]}{m[2]}", name)
+        if new in tensors:
+            raise ValueError(f"{file} has {new} twice, once as {name}.")
+        tensors[new] = tensor
+    return tensors
+
+
+def _find_targets(folder: PeftFolder, tensors: Mapping[str, MappedTensor]) -> tuple[LoraTarget, ...]:
+    """The targets that have tensors, in the order of the config where it lists them.
+
+    Raises ValueError for a target that the config lists and that has none: half of the adapter would be lost.
+    """
+    pieces = {piece for name in tensors for piece in name.split(".")}
+    present = [target for target in LORA_TARGETS if target in pieces]
+    if not present:
+        some = join_some(sorted(tensors), 3) or "nothing"
+        raise ValueError(f"{folder.weights} has no adapter on {', '.join(LORA_TARGETS)}: it holds {some}.")
+    named = folder.raw.get("target_modules")
+    if not isinstance(named, list):
+        return tuple(present)
+    names = [str(name).split(".")[-1] for name in named]
+    # Lists for several kinds of models name W_pack beside its parts; a model has one or the other.
+    attention = {"q_proj", "k_proj", "v_proj"} if "W_pack" in present else {"W_pack"}
+    other = attention if {"q_proj", "k_proj", "v_proj", "W_pack"} & set(present) else set()
+    for name in names:
+        if name not in present and name not in other:
+            known = name in LORA_TARGETS
+            raise ValueError(
+                f"{folder.path / CONFIG_NAME}: target_modules names {name}, "
+                + (f"of which {folder.weights.name} has no tensors." if known else "which gets no adapter here: legal "
+                   f"are {', '.join(LORA_TARGETS)}.")
+            )  # fmt: skip
+    return tuple(sorted(present, key=lambda t: names.index(t) if t in names else len(names)))
+
+
+def _read_config(folder: PeftFolder, targets: tuple[LoraTarget, ...], config: ModelConfig) -> LoraConfig:
+    """What adapter_config.json says of these targets."""
+    where, raw = folder.path / CONFIG_NAME, folder.raw
+    rank, alpha, dropout = (
+        _number(where, raw, key, default) for key, default in (("r", 8), ("lora_alpha", 8), ("lora_dropout", 0))
+    )
+    ranks = [_of_target(where, raw, "rank_pattern", target, rank, config) for target in targets]
+    alphas = [_of_target(where, raw, "alpha_pattern", target, alpha, config) for target in targets]
+    for value in (rank, *ranks):
+        require(value >= 1 and value == int(value), f"{where}: r", value, "it must be a positive integer")
+    try:
+        return LoraConfig(
+            rank=int(rank), alpha=float(alpha), targets=targets, dropout=float(dropout),
+            ranks=() if set(ranks) == {rank} else tuple(int(r) for r in ranks),
+            alphas=() if set(alphas) == {alpha} else tuple(float(a) for a in alphas),
+            rslora=bool(raw.get("use_rslora")), dora=bool(raw.get("use_dora")),
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _number(where: Path, raw: Mapping[str, Any], key: str, default: float) -> float:
+    value = default if raw.get(key) is None else raw[key]
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    require(is_number, f"{where}: {key}", value, "it must be a number")
+    return value
+
+
+def _of_target(where: Path, raw: Mapping[str, Any], key: str, target: LoraTarget, default: float,
+               config: ModelConfig) -> float:  # fmt: skip
+    """The rank or alpha of a target, by patterns on the names of modules; the same in all layers."""
+    patterns = raw.get(key) or {}
+    require(isinstance(patterns, dict), f"{where}: {key}", patterns, "it must be an object")
+    values = set()
+    for layer in range(config.num_hidden_layers):
+        name = _module(target, layer)
+        try:
+            found = next((p for p in patterns if re.match(rf"(.*\.)?({p})$", name)), None)
+        except re.error as error:
+            raise ValueError(f"{where}: {key} = {show(patterns)} is not valid: {error}.") from error
+        values.add(default if found is None else _number(where, patterns, found, default))
+    if len(values) > 1:
+        raise ValueError(f"{where}: {key} = {show(patterns)} is not supported: {target} has one value in all layers.")
+    return values.pop()
+
+
+def _write_config(lora: LoraConfig, base: str | None) -> dict[str, Any]:
+    """Only what older versions of PEFT know too, which refuse a key that they do not know."""
+
+    def patterns(values: tuple, usual: float) -> dict[str, float]:
+        return {str(target): _plain(v) for target, v in zip(lora.targets, values, strict=False) if v != usual}
+
+    written: dict[str, Any] = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
+        "r": lora.rank, "lora_alpha": _plain(lora.alpha), "lora_dropout": lora.dropout,
+        "target_modules": list(lora.targets), "bias": "none", "fan_in_fan_out": False,
+    }  # fmt: skip
+    written |= {key: True for key, used in (("use_rslora", lora.rslora), ("use_dora", lora.dora)) if used}
+    by_target = {"rank_pattern": patterns(lora.ranks, lora.rank), "alpha_pattern": patterns(lora.alphas, lora.alpha)}
+    return written | {key: value for key, value in by_target.items() if value}
+
+
+def _plain(value: float) -> float:
+    """An integer where it is one: PEFT declares alpha so."""
+    return int(value) if value == int(value) else value

@@ -1,0 +1,346 @@
+"""LoRA (arXiv 2106.09685): low-rank adapters beside the weights of a model, with rsLoRA and DoRA.
+
+An adapter is a tree of fp32 arrays apart from the model's own: `lora_a` [L, in, r] and `lora_b` [L, r, out] for each
+target, where in and out are the dimensions of the weight (D; N, H; F), and with DoRA `magnitude` [L, out]. W_pack is
+q_proj, k_proj and v_proj with one `lora_a` for all three; its out is 3, N, H.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+
+from bc2_jax.config import ModelConfig
+from bc2_jax.config.lora import LORA_TARGETS, LoraConfig, LoraTarget
+from bc2_jax.model.baichuan import Baichuan2, Params
+from bc2_jax.model.layers import ACTIVATION_AXES, EQUATIONS, WEIGHT_AXES, Linear, linear, split_equation
+from bc2_jax.sharding import named_sharding, reshard, spec, use_mesh_of
+
+
+class Adapter(NamedTuple):
+    """Trained adapters and what they mean."""
+
+    config: LoraConfig
+    params: Params
+    """{"layers": {"self_attn": {"q_proj": {"lora_a", "lora_b", "magnitude"}, ...}, "mlp": {...}}}, fp32."""
+
+
+class Slot(NamedTuple):
+    """Where the adapter of one target sits."""
+
+    block: str
+    """Module of a layer that holds the weights."""
+    weights: tuple[str, ...]
+    """The weights; several are rows of one released matrix."""
+
+
+_QKV = ("q_proj", "k_proj", "v_proj")
+SLOTS: dict[LoraTarget, Slot] = {
+    target: Slot("mlp" if target in ("gate_proj", "up_proj", "down_proj") else "self_attn",
+                 _QKV if target == "W_pack" else (target,))
+    for target in LORA_TARGETS
+}  # fmt: skip
+
+
+def equation_of(target: LoraTarget) -> str:
+    """The equation of the matmul of a target's weights, as they are stored."""
+    return EQUATIONS[SLOTS[target].weights[0]]
+
+
+class DropoutKey(nnx.Variable):
+    """Random bits of each layer, uint32 [L, ...] as `jax.random.key_data` gives them."""
+
+
+class Dimensions(NamedTuple):
+    """The letters of a matmul's equation (`layers.Linear`), apart."""
+
+    x: str
+    y: str
+    into: str
+    """Dimensions of the weight that are summed over."""
+    out: str
+    """The others, in the weight's order."""
+
+    @classmethod
+    def of(cls, equation: str) -> Dimensions:
+        x, w, y = split_equation(equation)
+        return cls(x, y, "".join(c for c in w if c in x), "".join(c for c in w if c not in x))
+
+    @property
+    def equation_a(self) -> str:
+        return f"{self.x},{self.into}R->BTR"
+
+    @property
+    def equation_b(self) -> str:
+        return f"BTR,R{self.out}->{self.y}"
+
+
+class LoraLinear(Linear):
+    """y = W x + scaling * B A x; with DoRA (arXiv 2402.09353) each row of W + scaling * B A has a trained length.
+
+    W and A, B are multiplied one after the other: a forward pass that adds B A to W has the gradient of W in its
+    backward pass. As in PEFT, the rows' lengths before they are replaced count as constants.
+    """
+
+    def __init__(
+        self, base: Linear, lora_a: Linear, lora_b: Linear, scaling: float, magnitude: Array | None = None,
+        dropout: float = 0.0, keys: Array | None = None,
+    ):  # fmt: skip
+        """`lora_a` and `lora_b` are modules, so that several weights may share one; `keys` [L] drop, None does not."""
+        super().__init__(base.equation, base.weight[...])
+        self.lora_a, self.lora_b, self.scaling, self.dropout = lora_a, lora_b, scaling, dropout
+        self.use_dora, self.use_dropout = magnitude is not None, False
+        if magnitude is not None:
+            out = Dimensions.of(base.equation).out
+            self.magnitude = nnx.Param(magnitude, axes=("layers", *(WEIGHT_AXES[letter] for letter in out)))
+            self.is_row_scale = False  # `magnitude` is what is trained
+        if keys is not None and dropout > 0:
+            self.use_dropout, self.key_impl = True, jax.random.key_impl(keys)
+            self.dropout_key = DropoutKey(jax.random.key_data(keys))
+
+    def __call__(self, x: Array) -> Array:
+        w, kept = self.weight[...], self._drop(x) if self.use_dropout else x
+        y = linear(self.equation, x, w)
+        change = self.lora_b(self.lora_a(kept) * self.scaling)
+        if not self.use_dora:
+            return y + change
+        scale = reshard(self._row_scale(), *(ACTIVATION_AXES[letter] for letter in Dimensions.of(self.equation).out))
+        if not self.use_dropout:
+            return ((y + change).astype(jnp.float32) * scale).astype(x.dtype)
+        dropped = linear(self.equation, kept, w).astype(jnp.float32)
+        return (y + (scale - 1) * dropped + scale * change).astype(x.dtype)
+
+    def _drop(self, x: Array) -> Array:
+        """`x` with a share of `dropout` set to zero; which values does not depend on the mesh."""
+        key = jax.random.wrap_key_data(self.dropout_key[...], impl=self.key_impl)
+        sharding = named_sharding(*(ACTIVATION_AXES[letter] for letter in Dimensions.of(self.equation).x))
+        is_kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape, out_sharding=sharding)
+        return jnp.where(is_kept, x / (1 - self.dropout), 0).astype(x.dtype)
+
+    def _row_scale(self) -> Array:
+        """What each row of W + scaling * B A is multiplied with, in fp32; [L, out] where the weights are stacked."""
+        if self.is_row_scale:
+            return self.magnitude[...]
+        w, a, b = (x.weight[...].astype(jnp.float32) for x in (self, self.lora_a, self.lora_b))
+        return self.magnitude[...] / jax.lax.stop_gradient(_row_norm(self.equation, w, a, b, self.scaling))
+
+    def fix_row_scale(self) -> None:
+        """Computes once what the rows are multiplied with, for calls that follow with the very same weights."""
+        if self.use_dora:
+            self.magnitude, self.is_row_scale = nnx.Param(self._row_scale(), axes=self.magnitude.axes), True
+
+
+def _row_norm(equation: str, w: Any, a: Any, b: Any, scaling: float) -> Any:
+    """Length of each row of W + scaling * B A; arrays of one layer or all, of numpy or jax."""
+    return _length_of_rows(equation, _changed(equation, w, a, b, scaling))
+
+
+def _length_of_rows(equation: str, w: Any) -> Any:
+    x, w_dims, _ = split_equation(equation)
+    summed = tuple(i - len(w_dims) for i, letter in enumerate(w_dims) if letter in x)
+    return (w * w).sum(axis=summed) ** 0.5
+
+
+def _changed(equation: str, w: Any, a: Any, b: Any, scaling: float) -> Any:
+    """W + scaling * B A in the order of W."""
+    dims, letters = Dimensions.of(equation), split_equation(equation)[1]
+    einsum = functools.partial(np.einsum, optimize=True) if isinstance(w, np.ndarray) else jnp.einsum
+    return w + scaling * einsum(f"...{dims.into}R,...R{dims.out}->...{letters}", a, b)
+
+
+def with_adapter(model: Baichuan2, config: LoraConfig, params: Params, dropout_key: Array | None = None) -> Baichuan2:
+    """`model` with the adapter of `config` and `params` beside its weights, all of whose arrays it shares.
+
+    With a key, a share of config.dropout of the adapter's inputs is zero: for each key others, which the mesh does not
+    change. Differentiable with respect to `params`.
+    """
+    model = nnx.merge(*nnx.split(model))  # modules of its own around the same arrays
+    params = jax.tree.map(jnp.asarray, params)
+    for target in config.targets:
+        slot = SLOTS[target]
+        block, arrays = getattr(model.layers, slot.block), params["layers"][slot.block][target]
+        bases = [getattr(block, name) for name in slot.weights]
+        if any(isinstance(base, LoraLinear) for base in bases):
+            raise ValueError(f"The model has an adapter on {target} already: merge it into the weights first.")
+        keys = None
+        if dropout_key is not None:
+            own = jax.random.fold_in(dropout_key, LORA_TARGETS.index(target))
+            keys = jax.random.split(own, model.config.num_hidden_layers)
+        dims = Dimensions.of(bases[0].equation)
+        lora_a = Linear(dims.equation_a, arrays["lora_a"])
+        for name, base in zip(slot.weights, bases, strict=True):
+            part = part_of(arrays, target, name)
+            lora_b, magnitude = Linear(dims.equation_b, part["lora_b"]), part.get("magnitude")
+            module = LoraLinear(base, lora_a, lora_b, config.scaling_of(target), magnitude, config.dropout, keys)
+            setattr(block, name, module)
+    return model
+
+
+def part_of(arrays: dict[str, Any], target: LoraTarget, name: str) -> dict[str, Any]:
+    """What of a target's arrays belongs to its weight `name`: of W_pack, A and a third of the others."""
+    weights = SLOTS[target].weights
+    if len(weights) == 1:
+        return arrays
+    i = weights.index(name)
+    lora_b, others = arrays["lora_b"][:, :, i], {k: v[:, i] for k, v in arrays.items() if k == "magnitude"}
+    return {"lora_a": arrays["lora_a"], "lora_b": lora_b, **others}
+
+
+class _Array(NamedTuple):
+    """Shape and logical axes of one array of an adapter."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+
+
+def _arrays(config: LoraConfig, model_config: ModelConfig) -> dict[LoraTarget, dict[str, _Array]]:
+    size = {
+        "D": model_config.hidden_size, "N": model_config.num_attention_heads, "H": model_config.head_dim,
+        "F": model_config.intermediate_size,
+    }  # fmt: skip
+    arrays = {}
+    for target in config.targets:
+        dims, rank, L = Dimensions.of(equation_of(target)), config.rank_of(target), model_config.num_hidden_layers
+        into, out = (tuple(size[c] for c in letters) for letters in (dims.into, dims.out))
+        axes_in, axes_out = (tuple(WEIGHT_AXES[c] for c in letters) for letters in (dims.into, dims.out))
+        if len(SLOTS[target].weights) > 1:
+            out, axes_out = (len(SLOTS[target].weights), *out), (None, *axes_out)
+        arrays[target] = {
+            "lora_a": _Array((L, *into, rank), ("layers", *axes_in, None)),
+            "lora_b": _Array((L, rank, *out), ("layers", None, *axes_out)),
+        }
+        if config.dora:
+            arrays[target]["magnitude"] = _Array((L, *out), ("layers", *axes_out))
+    return arrays
+
+
+def _tree(by_target: dict[LoraTarget, dict[str, Any]]) -> Params:
+    layers: Params = {}
+    for target, arrays in by_target.items():
+        layers.setdefault(SLOTS[target].block, {})[target] = arrays
+    return {"layers": layers}
+
+
+def abstract_adapter(config: LoraConfig, model_config: ModelConfig, mesh: Mesh | None) -> Params:
+    """ShapeDtypeStructs of an adapter's fp32 arrays, cut over `mesh` as their weights are, or whole on one device."""
+
+    def place(array: _Array) -> jax.ShapeDtypeStruct:
+        one_device = SingleDeviceSharding(jax.local_devices()[0])
+        sharding = one_device if mesh is None else NamedSharding(mesh, spec(*array.axes))
+        return jax.ShapeDtypeStruct(array.shape, jnp.float32, sharding=sharding)
+
+    by_target = _arrays(config, model_config)
+    return _tree({t: {name: place(array) for name, array in arrays.items()} for t, arrays in by_target.items()})
+
+
+def init_adapter(
+    config: LoraConfig, model_config: ModelConfig, base_params: Params, seed: int, mesh: Mesh | None
+) -> Params:
+    """An adapter that changes nothing yet, each array born on its devices.
+
+    A: U(+-1 / sqrt(inputs)), B: 0, DoRA's magnitudes the lengths of the rows of `base_params`, whose dtype may be any.
+    The values do not depend on the mesh, nor those of a target on the others.
+    """
+    bases = {t: {name: base_params["layers"][SLOTS[t].block][name]["weight"] for name in SLOTS[t].weights}
+             for t in config.targets if config.dora}  # fmt: skip
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_adapter(config, model_config, mesh))
+
+    def init(seed, bases):
+        by_target: dict[LoraTarget, dict[str, Array]] = {}
+        for target, arrays in _arrays(config, model_config).items():
+            key = jax.random.fold_in(jax.random.key(seed), LORA_TARGETS.index(target))
+            shape, axes = arrays["lora_a"]
+            bound = float(np.prod(shape[1:-1])) ** -0.5
+            a = jax.random.uniform(key, shape, minval=-bound, maxval=bound, out_sharding=named_sharding(*axes))
+            b = jnp.zeros(arrays["lora_b"].shape, out_sharding=named_sharding(*arrays["lora_b"].axes))
+            by_target[target] = {"lora_a": a, "lora_b": b}
+            if config.dora:
+                equation, scaling = equation_of(target), config.scaling_of(target)
+                norms = []
+                for name, w in bases[target].items():  # as the forward pass computes it, whose ratio of the two is 1
+                    part = part_of(by_target[target], target, name)
+                    norms.append(_row_norm(equation, w.astype(jnp.float32), a, part["lora_b"], scaling))
+                by_target[target]["magnitude"] = norms[0] if len(norms) == 1 else jnp.stack(norms, 1)
+        return _tree(by_target)
+
+    compiled = jax.jit(init, out_shardings=shardings)
+    if mesh is None:
+        return compiled(seed, bases)
+    with jax.set_mesh(mesh):
+        return compiled(seed, bases)
+
+
+class Merged(NamedTuple):
+    """One weight with the adapter in it."""
+
+    weight: Any
+    """In the dtype that was asked for."""
+    lost: Any
+    """Length of what the cast to this dtype changed over that of the adapter's change: 0 is exact, 1 all of it."""
+
+
+def merge_weight(equation: str, w: Any, part: dict[str, Any], scaling: float, dtype: Any) -> Merged:
+    """One layer's W + scaling * B A, with DoRA in its rows' lengths, computed in fp32 and cast once to `dtype`.
+
+    `part` is one layer of `part_of`; arrays of numpy or jax.
+    """
+    w = w.astype(np.float32)
+    exact = _changed(equation, w, part["lora_a"], part["lora_b"], scaling)
+    if "magnitude" in part:
+        x, w_dims, _ = split_equation(equation)
+        scale = part["magnitude"] / _length_of_rows(equation, exact)
+        summed = tuple(i for i, letter in enumerate(w_dims) if letter in x)
+        exact = exact * (np.expand_dims if isinstance(scale, np.ndarray) else jnp.expand_dims)(scale, summed)
+    cast = exact.astype(dtype)
+    change, error = (((a - b) ** 2).sum() for a, b in ((exact, w), (cast.astype(np.float32), exact)))
+    return Merged(cast, (error / (change + (change == 0))) ** 0.5)
+
+
+def adapted_weights(config: LoraConfig) -> dict[str, tuple[LoraTarget, str]]:
+    """Path of each weight that an adapter changes -> (target, name of the weight)."""
+    return {
+        f"layers.{SLOTS[target].block}.{name}.weight": (target, name)
+        for target in config.targets
+        for name in SLOTS[target].weights
+    }
+
+
+def merge(params: Params, adapter: Adapter) -> Params:
+    """`params` with the adapter in the weights: computed in fp32, cast once to the dtype of each weight.
+
+    The weights without an adapter are those of `params`. `report_losses` tells what the cast loses.
+    """
+    return _merge(params, adapter)[0]
+
+
+def report_losses(params: Params, adapter: Adapter) -> dict[str, float]:
+    """Path of each weight that `merge` changes -> share of the change that the dtype of `params` loses, in the layer
+    where it is largest: 0 is none, 1 a change that is no larger than what is lost."""
+    return {path: float(lost) for path, lost in _merge(params, adapter)[1].items()}
+
+
+def _merge(params: Params, adapter: Adapter) -> tuple[Params, dict[str, Array]]:
+    flat: dict[str, dict[str, Params]] = {}
+    lost: dict[str, Array] = {}
+    for path, (target, name) in adapted_weights(adapter.config).items():
+        block, equation, scaling = SLOTS[target].block, equation_of(target), adapter.config.scaling_of(target)
+        w = jnp.asarray(params["layers"][block][name]["weight"])
+        part = part_of(adapter.params["layers"][block][target], target, name)
+
+        def merge_layer(layer, equation=equation, scaling=scaling, dtype=w.dtype):
+            return merge_weight(equation, *layer, scaling, dtype)
+
+        with use_mesh_of(w):
+            # Layer by layer: the whole stack in fp32 would be twice the weights.
+            merged = jax.jit(lambda *stacks, f=merge_layer: jax.lax.map(f, stacks))(w, part)
+        flat.setdefault(block, {})[name] = {"weight": merged.weight}
+        lost[path] = merged.lost.max()
+    layers = params["layers"] | {block: params["layers"][block] | new for block, new in flat.items()}
+    return params | {"layers": layers}, lost
