@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[1]
 DEMO = runpy.run_path(str(Path(__file__).with_name("demo.py")))
 BASE = "runs/demo"
 PREPARED = "prepared by configs/demo_chat.py"
+# About the share of rows each has, so that they end together.
+WEIGHTS = {"dialogues": 1, "tasks": 4}
 
 
 def config() -> FineTuneConfig:
@@ -62,7 +64,7 @@ def prepare(config: FineTuneConfig) -> FineTuneConfig:
     from bc2_jax.align.demo import prepare_chat_demo
 
     rows = prepare_chat_demo(Path(str(config.init_from)), sequence_length=config.data.sequence_length)
-    sources = tuple(SourceConfig(path=str(path)) for path in rows.sources)
+    sources = tuple(SourceConfig(path=str(path), weight=WEIGHTS[path.name]) for path in rows.sources)
     questions = config.questions
     if questions.path == PREPARED:
         questions = dataclasses.replace(questions, path=str(rows.questions))

@@ -15,7 +15,7 @@ from bc2_jax.data.pinned_package import Unreachable
 
 DOCUMENTS = {
     "zh": ["却说玄德引军而行，天下大势。分久必合？云长曰：此言是也！"],
-    "en": ["The following methods are defined for all objects\nAn attribute reference is a primary followed by a name"],
+    "en": ["The name of a method is the first word of all\nAn attribute reference is a primary followed by a name"],
     "code": ["def first(numbers):\n    return numbers[0] + 1\n"],
 }
 DATA = """
@@ -82,8 +82,15 @@ def test_tasks_are_different_and_their_answers_right():
             assert (answer in ("odd", "单数")) == (numbers[0] % 2 == 1)
         elif re.fullmatch(r"What is \d+ \+ \d\?|\d+ 加 \d 等于几？", question):
             assert int(answer) == sum(numbers)
+        elif question.startswith("下文提到"):
+            word, piece = question.removeprefix("下文提到").split("吗？")
+            assert answer == ("提到了" if word in piece else "没有")
+        elif found := re.fullmatch(r'Is the word "(\w+)" in this\? (.*)', question):
+            assert answer == ("yes" if re.search(rf"\b{found[1]}\b", found[2]) else "no")
         else:
             continue
         checked += 1
     assert checked > 400
-    assert {"Chinese", "中文", "English", "英文", "Python", "却", "The", "An"} <= {a["content"] for _, a in tasks}
+    assert {"Chinese", "中文", "English", "英文", "Python", "提到了", "没有", "yes", "no"} <= {
+        a["content"] for _, a in tasks
+    }
