@@ -44,7 +44,7 @@ def read_chat_template(folder: Path) -> str | None:
     path = folder / CHAT_TEMPLATE_NAME
     if path.is_file():
         try:
-            return path.read_text(encoding="utf-8")
+            return path.read_bytes().decode()
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}).") from error
     path = folder / "tokenizer_config.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any, NoReturn
@@ -57,7 +58,8 @@ def test_what_has_no_role_is_refused():
 
 @pytest.mark.parametrize("layout", ["baichuan2", "baichuan1", "llama"])
 def test_exports_have_it_and_a_source_keeps_its_own(tmp_path, tokenizer, layout):
-    save_folder(random_params(TINY, np.float32), TINY, tmp_path / "a", tokenizer_path=tokenizer.path)
+    config = dataclasses.replace(TINY, vocab_size=tokenizer.vocab_size)
+    save_folder(random_params(config, np.float32), config, tmp_path / "a", tokenizer_path=tokenizer.path)
     assert read_chat_template(tmp_path / "a") == CHAT_TEMPLATE
     assert open_source(tmp_path / "a").unread == ()
     own = "{{ messages[0].content }}\r\n"

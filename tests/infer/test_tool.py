@@ -129,7 +129,8 @@ def test_the_examples_of_the_help_work(checkpoint, answers, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text("the cat\n", encoding="utf-8")
     examples = [line for line in tool.__doc__.splitlines() if line.startswith("python tools/generate.py")]
-    for example in examples:
+    assert [example for example in examples if "--chat" in example] == examples[3:]
+    for example in examples[:3]:
         _, _, *arguments = shlex.split(example.replace("CHECKPOINT", shlex.quote(str(checkpoint))))
         assert tool.main([*arguments, "--max-new-tokens", "4"]) == 0
     assert [asked["prompts"] for asked in answers] == [["登鹳雀楼->"], ["登鹳雀楼->王之涣\n夜雨寄北->"], ["the cat"]]
