@@ -10,7 +10,7 @@ the tokenizer spells spaces so. One prompt on a terminal is answered as the text
 all are done. A continuation ends at an eos of the model (all that config.json and generation_config.json name), before
 a --stop text or after --max-new-tokens.
 
-With --chat it is a conversation: a line is a user message, from a terminal or a pipe, and the answer is printed as it is
+With --chat it is a conversation: a line is a user message, from a terminal or a pipe; the answer is printed as it is
 written. Settings that are not given are then those of the model's generation_config.json.
 """
 
