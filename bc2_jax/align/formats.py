@@ -144,8 +144,7 @@ def _dialogue(record: Mapping[str, Any]) -> _Found | None:
     if field is None:
         return None
     messages = _messages(record[field], field)
-    spelled = [item.keys() for item in record[field] if isinstance(item, Mapping)]
-    if spelled and "from" not in spelled[0]:
+    if not any(isinstance(item, dict) and item.get("from") is not None for item in record[field]):
         return _Found("OpenAI messages", messages)
     has_system = "system" in record or any(message["role"] == "system" for message in messages)
     return _Found("ShareGPT" if has_system else "released", messages)

@@ -124,6 +124,15 @@ def test_what_the_model_is_asked(checkpoint, answers):
     assert answers == [exact, read]
 
 
+def test_an_adapter_is_loaded_with_the_model(checkpoint, answers, monkeypatch):
+    asked = []
+    monkeypatch.setattr(pretrained, "load_pretrained", lambda path, **options: asked.append(options))
+    command = [str(checkpoint), "--prompt", "the cat", "--dtype", "float32", "--max-new-tokens", "4"]
+    assert tool.main(command) == tool.main([*command, "--adapter", "run/adapter"]) == 0
+    shared = {"dtype": "float32", "mesh": None}
+    assert asked == [shared, {**shared, "adapter": Path("run/adapter")}]
+
+
 def test_the_examples_of_the_help_work(checkpoint, answers, tmp_path, monkeypatch):
     """As a shell reads them."""
     monkeypatch.chdir(tmp_path)
