@@ -2,7 +2,6 @@
 
 python tools/prepare_chat.py DATA ... --tokenizer Baichuan2-7B-Base/tokenizer.model --out ROWS
 python train.py configs/baichuan2_7b_chat.py --init-from Baichuan2-7B-Base --data.sources.0.path ROWS
-    --data.tokenizer Baichuan2-7B-Base/tokenizer.model --questions.path ROWS/questions.jsonl
 
 As adapters (LoRA) beside the frozen base in bf16, with the ten times larger learning rate that is usual for them:
     --lora.rank 16 --lora.alpha 32 --optimizer.peak-learning-rate 2e-4 --optimizer.min-learning-rate 2e-4
@@ -21,6 +20,7 @@ import dataclasses
 
 from bc2_jax.config import (
     BAICHUAN2_7B,
+    TOKENIZER_OF_BASE,
     CheckpointConfig,
     ComputeConfig,
     DataConfig,
@@ -34,7 +34,7 @@ def config() -> FineTuneConfig:
     return FineTuneConfig(
         name="baichuan2_7b_chat",
         model=dataclasses.replace(BAICHUAN2_7B, z_loss_weight=0.0),
-        data=DataConfig(sources=(SourceConfig(path="rows"),), tokenizer="tokenizer.model", global_batch_size=16),
+        data=DataConfig(sources=(SourceConfig(path="rows"),), tokenizer=TOKENIZER_OF_BASE, global_batch_size=16),
         compute=ComputeConfig(attention="flash", remat="save_dots"),
         optimizer=OptimizerConfig(
             peak_learning_rate=2e-5, min_learning_rate=2e-5, warmup_steps=0, b2=0.98, weight_decay=1e-4, clip_norm=1.0,

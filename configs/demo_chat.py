@@ -1,7 +1,7 @@
 """The demo's model becomes a chat model: dialogues in Chinese and English, and questions with one right answer.
 
 python train.py configs/demo_chat.py          # about 4 minutes on 2 cores, after the demo (python train.py)
-python train.py configs/demo_chat.py --lora.rank 16 --optimizer.peak-learning-rate 3e-3
+python train.py configs/demo_chat.py --lora.rank 16      # adapters alone
 
 Takes the model of runs/demo, and trains it if it is not there. Prints what the model answers before and after, the
 share of held-out questions that it answers right, and how to chat with it.
@@ -39,11 +39,11 @@ def config() -> FineTuneConfig:
         compute=demo.compute,
         mesh=demo.mesh,
         optimizer=OptimizerConfig(
-            peak_learning_rate=1e-3, min_learning_rate=1e-4, warmup_steps=10, decay_steps=300, b2=0.98,
+            peak_learning_rate=3e-3, min_learning_rate=3e-4, warmup_steps=10, decay_steps=300, b2=0.98,
             weight_decay=1e-4, clip_norm=1.0,
         ),
         checkpoint=dataclasses.replace(demo.checkpoint, save_every=150),
-        questions=QuestionsConfig(path=PREPARED, limit=100, max_new_tokens=24),
+        questions=QuestionsConfig(limit=100, max_new_tokens=24),
         num_steps=300,
         log_every=25,
         eval_every=100,
@@ -66,7 +66,7 @@ def prepare(config: FineTuneConfig) -> FineTuneConfig:
     rows = prepare_chat_demo(Path(str(config.init_from)), sequence_length=config.data.sequence_length)
     sources = tuple(SourceConfig(path=str(path), weight=WEIGHTS[path.name]) for path in rows.sources)
     questions = config.questions
-    if questions.path == PREPARED:
+    if questions.path == "auto":
         questions = dataclasses.replace(questions, path=str(rows.questions))
     data = dataclasses.replace(config.data, sources=sources, tokenizer=str(rows.tokenizer))
     return dataclasses.replace(config, data=data, questions=questions)

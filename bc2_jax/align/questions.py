@@ -13,6 +13,7 @@ import jax
 from rich.text import Text
 
 from bc2_jax.align.chat import Message, fit_prompt
+from bc2_jax.align.chat_preparation import QUESTIONS
 from bc2_jax.align.formats import Sample, read_samples
 from bc2_jax.config import FineTuneConfig, QuestionsConfig
 from bc2_jax.files import replaced
@@ -63,7 +64,8 @@ def read_questions(config: FineTuneConfig, tokenizer: Tokenizer) -> list[Questio
     conversation that ends with an answer, and for answers that leave no room for a question.
     """
     questions = config.questions
-    if questions.path is None:
+    path = find_questions(config)
+    if path is None:
         return []
     most = config.model.model_max_length
     require(
@@ -71,18 +73,26 @@ def read_questions(config: FineTuneConfig, tokenizer: Tokenizer) -> list[Questio
         f"it must be below model.model_max_length = {most}",
     )  # fmt: skip
     found = []
-    for sample in itertools.islice(read_samples([questions.path], "questions.path"), questions.limit or None):
+    for sample in itertools.islice(read_samples([path], "questions.path"), questions.limit or None):
         if not isinstance(sample, Sample):
             raise ValueError(f"questions.path: {sample.where}: {sample.reason}.")
         *messages, expected = sample.messages
         require(
-            any(message["role"] == "user" for message in messages), "questions.path", questions.path,
+            any(message["role"] == "user" for message in messages), "questions.path", path,
             f"the conversation at {sample.where} has no question before its answer",
         )  # fmt: skip
         ids = fit_prompt(tokenizer, messages, questions.max_new_tokens, most).ids
         found.append(Question(messages, expected["content"], ids))
-    require(bool(found), "questions.path", questions.path, "it holds no conversation")
+    require(bool(found), "questions.path", path, "it holds no conversation")
     return found
+
+
+def find_questions(config: FineTuneConfig) -> str | None:
+    """The file of `config.questions`; of "auto", that beside the rows of the first source that has one, or None."""
+    if config.questions.path != "auto":
+        return config.questions.path
+    found = (Path(source.path) / QUESTIONS for source in config.data.sources)
+    return next((str(path) for path in found if path.is_file()), None)
 
 
 def answer_questions(

@@ -18,8 +18,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from bc2_jax.align.questions import answer_questions, read_questions, report, summarize
 from bc2_jax.align.sft_results import check_adapter_export, make_ending, print_plan
-from bc2_jax.config import FineTuneConfig
-from bc2_jax.convert.pretrained import load_params
+from bc2_jax.config import TOKENIZER_OF_BASE, FineTuneConfig
+from bc2_jax.convert.pretrained import find_tokenizer, load_params
 from bc2_jax.data.batch import IGNORED, Batch
 from bc2_jax.data.loader import describe_mixture
 from bc2_jax.model.baichuan import Baichuan2, Params, abstract_params, split_model
@@ -48,15 +48,19 @@ def train(config: FineTuneConfig, command: str = "train.py", started: float | No
 
 
 def complete(config: FineTuneConfig) -> FineTuneConfig:
-    """`config` with the steps of its `num_epochs`, if it has them: run and schedule end with them at the latest.
+    """`config` with the tokenizer of the base model, if it asks for that, and the steps of its `num_epochs`.
 
-    An epoch is as many rows as all sources have together. Raises ValueError without a model to begin from, and as
+    Run and schedule end with the epochs at the latest; one is as many rows as all sources have together. Raises
+    ValueError without a model to begin from, FileNotFoundError if that has no tokenizer and none is named, and as
     `make_train_loader` for rows that are not there.
     """
     require(
         config.init_from is not None, "init_from", config.init_from,
         "fine-tuning needs the base model: a PyTorch folder, a checkpoint or a run",
     )  # fmt: skip
+    if config.data.tokenizer == TOKENIZER_OF_BASE:
+        data = dataclasses.replace(config.data, tokenizer=str(find_tokenizer(str(config.init_from))))
+        config = dataclasses.replace(config, data=data)
     if config.num_epochs is None:
         return config
     rows = sum(part.rows for part in describe_mixture(config.data, 0))

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from rich.text import Text
 
-from bc2_jax.align.questions import compare
+from bc2_jax.align.questions import compare, find_questions
 from bc2_jax.config import FineTuneConfig
 from bc2_jax.convert.folder import check_free
 from bc2_jax.convert.ownership import foreign_in_adapter
@@ -121,7 +121,7 @@ def print_hints(config: FineTuneConfig, checkpoint: Path, exported: Path | None,
     """Where everything is and what to type next."""
     workdir, say = checkpoint.parent.parent, start.say
     print_places(checkpoint, exported if not config.lora.rank else None, start)
-    if config.questions.path is not None:
+    if find_questions(config) is not None:
         say(f"answers      {workdir / 'answers'}, {workdir / 'answers.png'}")
     longer = f"--num-steps {config.num_steps + config.checkpoint.save_every}"
     if config.num_epochs is not None:  # these end it too

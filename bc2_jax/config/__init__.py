@@ -10,7 +10,7 @@ import dataclasses
 
 from bc2_jax.config.data import DataConfig, MixtureStage, SourceConfig
 from bc2_jax.config.distributed import DistributedConfig
-from bc2_jax.config.finetune import FineTuneConfig, QuestionsConfig
+from bc2_jax.config.finetune import TOKENIZER_OF_BASE, FineTuneConfig, QuestionsConfig
 from bc2_jax.config.health import HealthConfig
 from bc2_jax.config.lora import LORA_TARGETS, LoraConfig, LoraTarget
 from bc2_jax.config.mesh import MeshConfig, check_divisible
@@ -29,6 +29,7 @@ __all__ = [
     "BAICHUAN2_13B",
     "BAICHUAN2_7B",
     "LORA_TARGETS",
+    "TOKENIZER_OF_BASE",
     "CheckpointConfig",
     "ComputeConfig",
     "DType",

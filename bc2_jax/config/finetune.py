@@ -9,14 +9,17 @@ from bc2_jax.config.lora import LoraConfig
 from bc2_jax.config.run import TrainConfig
 from bc2_jax.validation import require, require_positive, require_types
 
+TOKENIZER_OF_BASE = "that of init_from"
+"""As `data.tokenizer` of a `FineTuneConfig`: the tokenizer of the base model."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuestionsConfig:
     """Questions that the model answers at each evaluation, greedily."""
 
-    path: str | None = None
-    """JSON Lines of conversations, the last message of each the expected answer; tools/prepare_chat.py writes the
-    held-out ones to ROWS/questions.jsonl. None asks nothing."""
+    path: str | None = "auto"
+    """JSON Lines of conversations, the last message of each the expected answer. auto: the held-out ones that
+    tools/prepare_chat.py wrote to questions.jsonl of the first source that has them; None asks nothing."""
     limit: int = 64
     """How many of them are asked, the first ones; 0 for all."""
     max_new_tokens: int = 128
