@@ -324,8 +324,8 @@ def _write(folder: Path, samples: _Samples, model: Tokenizer, advance: Advance) 
     counts, settings = samples.counts, samples.counts.settings
     if not counts.samples:
         lost = counts.invalid | counts.dropped
-        found = ", ".join(f"{number} with {reason}" for reason, number in lost.items()) or "no record"
-        raise ValueError(f"DATA is not valid: nothing can be learned of it; it has {found}.")
+        found = ", ".join(f"{number} x {reason}" for reason, number in lost.items()) or "there is no record"
+        raise ValueError(f"DATA is not valid: no sample is left to train on ({found}).")
     lengths, hashes = samples.numbers("lengths"), samples.numbers("hashes")
     starts, kept = np.cumsum(lengths) - lengths, np.flatnonzero(lengths)
     held_out, questions = samples.held_out(hashes[kept])

@@ -240,7 +240,9 @@ def test_what_can_not_be_used_is_named_and_counted(tokenizer: Tokenizer, tmp_pat
     with pytest.raises(ValueError, match=r"max_invalid = 1 is not valid: one more can't be used: .*data\.jsonl:3: "):
         prepare_chat([file], tokenizer.path, tmp_path / "few", Settings(max_length=LENGTH, max_invalid=1))
     write_lines(file, records[1:5])
-    with pytest.raises(ValueError, match=r"DATA is not valid: nothing can be learned of it; it has 1 with a system"):
+    with pytest.raises(
+        ValueError, match=r"DATA is not valid: no sample is left to train on \(1 x a system text alone, "
+    ):
         prepare_chat([file], tokenizer.path, tmp_path / "none", ALL)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "dropped", "rows"]
 
@@ -291,7 +293,7 @@ def test_only_packed_rows_are_replaced_and_only_by_one(tokenizer: Tokenizer, tmp
     with lock(tmp_path / ".rows.lock", "rows"), pytest.raises(InUse, match="is in use by process"):
         prepare_chat([file], tokenizer.path, rows, ALL, overwrite=True)
     write_lines(file, [{"messages": [{"role": "system", "content": "nothing to learn"}]}])
-    with pytest.raises(ValueError, match="nothing can be learned"):
+    with pytest.raises(ValueError, match="no sample is left"):
         prepare_chat([file], tokenizer.path, rows, ALL, overwrite=True)
     assert content(rows) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "rows"]
