@@ -150,7 +150,7 @@ def prepare_chat(
     """Makes the folder `out_dir` of the conversations in the files of `inputs` (see `align.formats`).
 
     It appears complete or not at all, and depends on the input, the settings and the tokenizer alone, not on the number
-    of processes. Memory grows by some 100 bytes a sample, not with its length; the tokens are twice on disk meanwhile.
+    of processes. Memory grows by about 500 bytes a sample, not with its length; the tokens are twice on disk meanwhile.
     Raises FileExistsError if `out_dir` is there, unless `overwrite`, which only ever replaces packed rows; InUse if
     another process is making it; FileNotFoundError or ValueError for an argument that is not legal, for more invalid
     records than settings.max_invalid, or if nothing can be learned; RuntimeError if a process dies.
