@@ -53,7 +53,7 @@ def print_plan(config: FineTuneConfig, num_questions: int, start: Start) -> None
     if lora.rank:
         kind = "".join(name for name, used in ((", rsLoRA", lora.rslora), (", DoRA", lora.dora)) if used)
         rows["trained"] = (
-            f"adapters of rank {lora.rank}{kind} on {', '.join(lora.targets)}; dropout {lora.dropout:g}; the base in "
+            f"adapters of rank {', '.join(map(str, lora.ranks)) or lora.rank}{kind} on {', '.join(lora.targets)}; dropout {lora.dropout:g}; the base in "
             f"{config.compute.dtype}"
         )
     table = make_table("", "", title="Fine-tuning")
