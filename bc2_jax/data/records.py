@@ -151,12 +151,13 @@ def _is_line(start: bytes) -> bool:
     return True
 
 
-def _read_values(stream: BinaryIO, name: str) -> Iterator[Record | Invalid]:
+def _read_values(stream: io.BufferedReader, name: str) -> Iterator[Record | Invalid]:
     """The values of a file that follow one another; of a list, its items."""
     content = bytearray()
     damage = ""
     try:
-        while block := stream.read(_BLOCK):
+        # `read` would lose what it has when the file turns out to be damaged.
+        while block := stream.read1(_BLOCK):
             content += block
     except OSError as error:
         damage = f"{error}; this and what follows in the file is lost"
@@ -191,8 +192,8 @@ def _read_values(stream: BinaryIO, name: str) -> Iterator[Record | Invalid]:
             items, place = items + 1, comma.end()
         elif items and text[place : place + 1] == "]":
             items, place = 0, _skip(_SPACE, text, place + 1)
-        elif items:
-            reason = damage or "the list does not go on with a comma or end; what follows in the file is lost"
+        elif items and place < len(text):
+            reason = "the list does not go on with a comma or end; what follows in the file is lost"
             yield Invalid(reason, f"{name}:{line + text.count(chr(10), counted, place)}")
             return
     if items or damage:
