@@ -108,9 +108,10 @@ def save_peft(
     """Writes an adapter of a model of `config` as PEFT reads it, also versions older than ours.
 
     `base`: path of the base model, noted in the config. `layout`: "baichuan2" names W_pack, "llama" q_proj, k_proj and
-    v_proj; None is what the PyTorch folder `base` has, where that is possible, or else what the adapter has. All are exact. The folder is
-    whole or not there, and an old one is replaced only with `overwrite` and if it holds nothing else. Raises ValueError
-    for an adapter that does not fit the config or has no such layout, FileExistsError as `folder.check_free`.
+    v_proj; None is what the PyTorch folder `base` has, where that is possible, or else what the adapter has. All are
+    exact. The folder is whole or not there, and an old one is replaced only with `overwrite` and if it holds nothing
+    else. Raises ValueError for an adapter that does not fit the config or has no such layout, FileExistsError as
+    `folder.check_free`.
     """
     expected = {p: s.shape for p, s in flatten(abstract_adapter(adapter.config, config, None)).items()}
     hf.check_shapes("arrays of the adapter", expected, {p: a.shape for p, a in flatten(adapter.params).items()})

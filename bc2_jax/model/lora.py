@@ -317,7 +317,7 @@ def merge(params: Params, adapter: Adapter) -> Params:
 
 def report_losses(params: Params, adapter: Adapter) -> dict[str, float]:
     """Path of each weight that `merge` changes -> share of the change that the dtype of `params` loses, in the layer
-    where it is largest: 0 is none, 1 a change that is no larger than what is lost."""
+    where it is largest: 0 is nothing, about 1 all of it."""
     return {path: float(lost) for path, lost in _merge(params, adapter)[1].items()}
 
 
