@@ -97,3 +97,13 @@ def place_adapter(adapter: Adapter, config: ModelConfig, mesh: Mesh | None) -> P
         return jax.make_array_from_callback(shape.shape, shape.sharding, lambda index: np.asarray(array)[index])
 
     return jax.tree.map(place, abstract_adapter(adapter.config, config, mesh), adapter.params)
+
+
+def describe(found: FoundAdapter) -> tuple[str, ...]:
+    """What the adapter is, a line each."""
+    lines = (f"adapter of {found.base or 'a model that is not named'}: {found.path}",)
+    if found.config is not None:
+        return (*lines, found.config.describe())
+    raw = open_peft(found.path).raw
+    keys = "target_modules r lora_alpha use_rslora use_dora rank_pattern alpha_pattern"
+    return (*lines, "PEFT, " + ", ".join(f"{key} {raw[key]}" for key in keys.split() if raw.get(key)))
