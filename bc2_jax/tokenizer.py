@@ -40,6 +40,7 @@ _MAX_ITEM_BYTES = 16_384
 _MAX_ITEM_CHARACTERS = _MAX_ITEM_BYTES // 4
 # Characters that are looked through for a place where no merge can reach across.
 _LONGEST_MERGED = 65_536
+_NO_TEXT = "text is not valid: it has a lone surrogate, which is no character in UTF-8."
 # How a piece spells a space.
 _SPACE = "\u2581"
 # SentencePiece's own marker for unknown pieces: a training item that contains it is skipped.
@@ -103,18 +104,25 @@ class Tokenizer:
         The ids decode to `text` again, but U+2581 is taken for a space, as by every SentencePiece model. Raises
         ValueError for what is no text, or has a lone surrogate.
         """
-        if not parse_special:
-            return self.encode_batch([text])[0]
         _check_texts([text])
+        if not parse_special:
+            return [token_id for part in self._cut_forged(text) for token_id in self._encode_part(part)]
         ids: list[int] = []
         start = 0
         for match in _SPECIAL.finditer(text):
             token_id = self._model.piece_to_id(match.group())
             if token_id in self._special_ids and self.piece(token_id) == match.group():
-                ids += self._model.encode(text[start : match.start()])
+                ids += self._encode_part(text[start : match.start()])
                 ids.append(token_id)
                 start = match.end()
-        return ids + self._model.encode(text[start:])
+        return ids + self._encode_part(text[start:])
+
+    def _encode_part(self, text: str) -> list[int]:
+        """Without the threads that a list of texts is given, whose start takes several times as long as a message."""
+        try:
+            return self._model.encode(text)
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(_NO_TEXT) from error
 
     def encode_batch(self, texts: Sequence[str], *, num_threads: int = -1) -> list[list[int]]:
         """`encode` of each text, on all cores or on `num_threads`."""
@@ -123,7 +131,7 @@ class Tokenizer:
         try:
             encoded = iter(self._model.encode([part for parts in cut for part in parts], num_threads=num_threads))
         except TypeError as error:
-            raise ValueError("text is not valid: it has a lone surrogate, which is no character in UTF-8.") from error
+            raise ValueError(_NO_TEXT) from error
         return [
             next(encoded) if len(parts) == 1 else [token_id for _ in parts for token_id in next(encoded)]
             for parts in cut

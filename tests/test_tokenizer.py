@@ -155,8 +155,11 @@ def test_bad_ids_and_text(tokenizer: Tokenizer) -> None:
                 tokenizer.encode(bad_text, parse_special=parse_special)
     with pytest.raises(ValueError, match="one text"):
         tokenizer.encode_batch("text")
+    for parse_special in (False, True):
+        with pytest.raises(ValueError, match="lone surrogate"):
+            tokenizer.encode("a</s>\ud800", parse_special=parse_special)
     with pytest.raises(ValueError, match="lone surrogate"):
-        tokenizer.encode("\ud800")
+        tokenizer.encode_batch(["a", "\ud800"])
     assert tokenizer.decode([]) == ""
 
 

@@ -3,11 +3,15 @@
 python tools/generate.py CHECKPOINT --prompt "登鹳雀楼->"
 python tools/generate.py CHECKPOINT --escapes --prompt "登鹳雀楼->王之涣\\n夜雨寄北->" --stop "\\n"
 python tools/generate.py CHECKPOINT --prompts-file prompts.txt --greedy --max-new-tokens 64
+python tools/generate.py CHECKPOINT --chat --system "Answer in one sentence."
 
 A prompt is taken as it is: a backslash is a backslash, unless --escapes is given. U+2581 alone becomes a space, because
 the tokenizer spells spaces so. One prompt on a terminal is answered as the text is written; several are printed when
 all are done. A continuation ends at an eos of the model (all that config.json and generation_config.json name), before
 a --stop text or after --max-new-tokens.
+
+With --chat it is a conversation: a line is a user message, from a terminal or a pipe; the answer is printed as it is
+written. Settings that are not given are then those of the model's generation_config.json.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bc2_jax.cpu import choose_cpu_without_tpu
 from bc2_jax.terminal import read_argument, use_utf8
@@ -35,11 +40,18 @@ def make_parser() -> argparse.ArgumentParser:
         "--escapes", action="store_true",
         help=r"in prompts and stop texts \n is a newline, \t a tab, \r a carriage return and \\ a backslash",
     )  # fmt: skip
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
-    parser.add_argument("--temperature", type=float, default=0.3, help="0 takes the most likely token")
-    parser.add_argument("--top-k", type=int, default=5, help="choose among this many tokens; 0 for all")
-    parser.add_argument("--top-p", type=float, default=0.85, help="choose among tokens of this total probability")
-    parser.add_argument("--repetition-penalty", type=float, default=1.05, help="1 for none")
+    parser.add_argument("--chat", action="store_true", help="talk with the model; /exit or Ctrl-D ends it")
+    parser.add_argument("--system", metavar="TEXT", help="what a chat model is told before the conversation")
+    parser.add_argument("--system-file", type=Path, metavar="FILE", help="the same from a file, its last newline cut")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="a LoRA adapter on the model, as PEFT writes it")
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N",
+        help="default 256; with --chat 2048, or half of the model's length if that is less",
+    )  # fmt: skip
+    parser.add_argument("--temperature", type=float, help="0 takes the most likely token (default 0.3)")
+    parser.add_argument("--top-k", type=int, help="choose among this many tokens; 0 for all (default 5)")
+    parser.add_argument("--top-p", type=float, help="choose among tokens of this total probability (default 0.85)")
+    parser.add_argument("--repetition-penalty", type=float, help="1 for none (default 1.05)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--greedy", action="store_true", help="same as --temperature 0 --repetition-penalty 1")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
@@ -61,16 +73,44 @@ def unescape(text: str) -> str:
 
 def read_prompts_file(path: Path, encoding: str) -> list[str]:
     """The lines that are not empty, without a byte order mark."""
+    text = read_text_file(path, encoding)
+    return [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
+
+
+def read_text_file(path: Path, encoding: str) -> str:
+    """The text of a file, without a byte order mark. Raises ValueError for one in another encoding."""
     from bc2_jax.data.encodings import BYTE_ORDER_MARK, check_encoding, hint
 
     check_encoding("--encoding", encoding)
     content = path.read_bytes()
     try:
-        text = content.decode(encoding).removeprefix(BYTE_ORDER_MARK)
+        return content.decode(encoding).removeprefix(BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
         where = f"byte {error.start} is {content[error.start]:#04x}"
         raise ValueError(f"{path} is not {encoding.upper()}: {where}{hint(content)}.") from error
-    return [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
+
+
+def read_system(args: argparse.Namespace) -> str:
+    """The system text; raises ValueError for options that do not go with --chat, or only with it."""
+    if not args.chat:
+        if args.system is not None or args.system_file is not None:
+            raise ValueError("--system and --system-file belong to --chat.")
+        return ""
+    if args.prompt or args.prompts_file is not None:
+        raise ValueError("--chat reads messages from standard input: --prompt and --prompts-file do not go with it.")
+    if args.system is not None and args.system_file is not None:
+        raise ValueError("--system and --system-file are two system texts: give one of them.")
+    if args.system_file is not None:
+        return read_text_file(args.system_file, args.encoding).removesuffix("\n").removesuffix("\r")
+    system = read_argument(args.system or "")
+    return unescape(system) if args.escapes else system
+
+
+def read_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were given."""
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    return given | ({"temperature": 0.0, "repetition_penalty": 1.0} if args.greedy else {}) | {"seed": args.seed}
 
 
 def read_texts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
@@ -78,8 +118,8 @@ def read_texts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     prompts, stop = ([read_argument(text) for text in texts] for texts in (args.prompt, args.stop))
     if args.prompts_file is not None:
         prompts += read_prompts_file(args.prompts_file, args.encoding)
-    if not prompts:
-        raise ValueError("there is no prompt: give --prompt or --prompts-file.")
+    if not prompts and not args.chat:
+        raise ValueError("there is no prompt: give --prompt, --prompts-file or --chat.")
     if "" in stop:
         raise ValueError("--stop = '' is not valid: it must not be empty.")
     if args.escapes:
@@ -91,33 +131,42 @@ def read_texts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
 
 
 def run(args: argparse.Namespace) -> None:
+    system = read_system(args)
     prompts, stop = read_texts(args)
     choose_cpu_without_tpu()
     # Imported here so that --help and a typo answer at once.
+    from bc2_jax.align.conversation import Conversation, answer_ends, default_max_new_tokens
+    from bc2_jax.align.terminal_chat import talk
     from bc2_jax.config import MeshConfig
     from bc2_jax.convert.pretrained import find_model, find_tokenizer, load_pretrained
     from bc2_jax.infer.generate import check_prompts
     from bc2_jax.infer.prepared import prepare
-    from bc2_jax.infer.sampling import Settings
-    from bc2_jax.infer.text import find_eos_ids, generate_text
+    from bc2_jax.infer.sampling import Settings, is_whole
+    from bc2_jax.infer.text import find_chat_settings, find_eos_ids, generate_text
     from bc2_jax.sharding import make_mesh
     from bc2_jax.tokenizer import Tokenizer
 
-    settings = dict(
-        max_new_tokens=args.max_new_tokens,
-        temperature=0.0 if args.greedy else args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        repetition_penalty=1.0 if args.greedy else args.repetition_penalty,
-        seed=args.seed,
-        eos_token_id=find_eos_ids(args.checkpoint),
-    )
     tokenizer = Tokenizer(find_tokenizer(args.checkpoint))
     # Before the weights are read, which may take minutes.
     config = find_model(args.checkpoint).config
-    check_prompts(config, tokenizer.encode_batch(prompts), Settings(**settings).check(config).max_new_tokens)
+    settings = {**vars(Settings()), "max_new_tokens": 256, "eos_token_id": find_eos_ids(args.checkpoint)}
+    del settings["vocab_size"]
+    if args.chat:
+        settings["eos_token_id"] = answer_ends(settings["eos_token_id"], config, tokenizer)
+        found = find_chat_settings(args.checkpoint)
+        limit = default_max_new_tokens(config)
+        named = found.get("max_new_tokens", limit)
+        settings |= found | {"max_new_tokens": min(named, limit) if is_whole(named) else named}
+    settings |= read_settings(args)
+    checked = Settings(**settings).check(config)
+    if not args.chat:
+        check_prompts(config, tokenizer.encode_batch(prompts), checked.max_new_tokens)
     mesh = None if args.tensor is None else make_mesh(MeshConfig(tensor=args.tensor))
-    model = prepare(load_pretrained(args.checkpoint, dtype=args.dtype, mesh=mesh), donate=True)
+    adapted: dict[str, Any] = {} if args.adapter is None else {"adapter": args.adapter}
+    model = prepare(load_pretrained(args.checkpoint, dtype=args.dtype, mesh=mesh, **adapted), donate=True)
+    if args.chat:
+        talk(Conversation(model, tokenizer, system, stop=stop, **settings))
+        return
 
     streams = len(prompts) == 1 and sys.stdout.isatty()
 

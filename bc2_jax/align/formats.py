@@ -40,6 +40,7 @@ _WEIGHTS = ("weight", "train", "loss")
 _TOOLS_FOUND = "tools, for which Baichuan 2 has no role"
 # By one of these a record is known.
 _FIELDS = {"messages", "conversations", "chosen", "prompt", "instruction"}
+_MESSAGE = {"role", "content", "from", "value"}
 _TURN = re.compile(r"(?:^|\n\n)\s*(Human|Assistant):")
 
 
@@ -143,8 +144,7 @@ def _dialogue(record: Mapping[str, Any]) -> _Found | None:
     if field is None:
         return None
     messages = _messages(record[field], field)
-    spelled = [item.keys() for item in record[field] if isinstance(item, Mapping)]
-    if spelled and "from" not in spelled[0]:
+    if not any(isinstance(item, dict) and item.get("from") is not None for item in record[field]):
         return _Found("OpenAI messages", messages)
     has_system = "system" in record or any(message["role"] == "system" for message in messages)
     return _Found("ShareGPT" if has_system else "released", messages)
@@ -256,19 +256,20 @@ def _messages(value: Any, field: str) -> list[Message]:
 
 
 def _message(item: Any, name: str) -> Message:
-    if not isinstance(item, Mapping):
+    if not isinstance(item, dict):
         raise _Unusable("a message that is no object", f"{name} = {show(item)}")
     item = _present(item)
     role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
-    if role in _TOOL_ROLES or any(_holds_any(item.get(field)) for field in _TOOLS):
+    others = item.keys() - _MESSAGE
+    if role in _TOOL_ROLES or any(_holds_any(item[field]) for field in others.intersection(_TOOLS)):
         raise _Unusable(_TOOLS_FOUND, f"{name} has the role {show(role)}")
     if not isinstance(role, str) or role not in _ROLES:
         raise _Unusable("unknown role", f"{name}: {show(role)}; legal are {choices(_ROLES)}")
-    for field in _WEIGHTS:
-        if item.get(field, 1) != 1:
+    for field in others.intersection(_WEIGHTS):
+        if item[field] != 1:
             raise _Unusable("a message with a weight of its own", f"{name}: {field} = {show(item[field])}")
-    if isinstance(content, Sequence) and not isinstance(content, str):
-        texts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
+    if isinstance(content, list):
+        texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
         if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
             raise _Unusable("content that is not text alone", f"{name} = {show(content)}")
         content = "".join(map(str, texts))

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -89,7 +89,9 @@ def to_orbax(
     stream = _stream(source, options, None if dtype is None else hf.DTYPES[dtype])
     shapes = param_shapes(source.config)
     dtypes = {path: stream.dtype_of(path) for path in shapes}
-    metadata = {"config": {"model": dataclasses.asdict(source.config)}, "generation": source.generation}
+    metadata: dict[str, Any] = {"config": {"model": dataclasses.asdict(source.config)}, "generation": source.generation}
+    if source.chat_template is not None:
+        metadata["chat_template"] = source.chat_template
     begin = time.perf_counter()
     with written_whole(target, options.overwrite, foreign_in_checkpoint) as partial, _Hashes(source, options) as hashes:
         writer = orbax.ParamsWriter(partial, shapes, dtypes, metadata)

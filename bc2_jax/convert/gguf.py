@@ -16,6 +16,7 @@ import numpy as np
 from ml_dtypes import bfloat16
 
 from bc2_jax.config import ModelConfig
+from bc2_jax.convert.chat_template import CHAT_TEMPLATE
 from bc2_jax.convert.sentencepiece import read_sentencepiece
 from bc2_jax.convert.stream import Stream, in_order, row_blocks
 from bc2_jax.convert.table import TorchTensor, build_tensor, torch_shapes, torch_tensors
@@ -76,6 +77,7 @@ def write_gguf(stream: Stream, file: Path, kind: GGUFType) -> None:
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.BAICHUAN])
     _add_metadata(writer, gguf, config, kind)
     _add_vocabulary(writer, config, vocabulary)
+    writer.add_chat_template(stream.source.chat_template or CHAT_TEMPLATE)
     for name, shape in torch_shapes(config, "llama").items():
         stored = matrix_type if len(shape) == 2 else gguf.GGMLQuantizationType.F32
         block, size = gguf.GGML_QUANT_SIZES[stored]

@@ -14,6 +14,7 @@ import numpy as np
 
 from bc2_jax.checkpoint import TOKENIZER_NAME
 from bc2_jax.config import ModelConfig
+from bc2_jax.convert.chat_template import CHAT_TEMPLATE, CHAT_TEMPLATE_NAME
 from bc2_jax.convert.checksums import write_sha256sums
 from bc2_jax.convert.folder import written_whole
 from bc2_jax.convert.hf import DTYPES
@@ -44,7 +45,7 @@ def write_folder(
     stream: Stream, folder: Path, dtype: HFDType, layout: Layout = "baichuan2", file_format: FileFormat = "safetensors",
     max_shard_bytes: float = 5e9,
 ) -> None:  # fmt: skip
-    """Makes `folder`: weights, their index, config, generation config, tokenizer and SHA256SUMS of all these.
+    """Makes `folder`: weights, their index, config, generation config, chat template, tokenizer and SHA256SUMS.
 
     The stream must have `dtype`, and its head normalised in the layouts of engines without NormHead. A tensor larger
     than `max_shard_bytes` gets a file of its own; infinity means one file without an index, as released intermediate
@@ -72,10 +73,12 @@ def write_folder(
         config = dataclasses.replace(config, normalize_head=False)
     write_config(config, folder, dtype, layout)
     write_generation_config(config, folder, stream.source.generation)
+    chat_template = stream.source.chat_template or CHAT_TEMPLATE
+    (folder / CHAT_TEMPLATE_NAME).write_text(chat_template, encoding="utf-8", newline="")
     if stream.source.tokenizer is not None:
         shutil.copyfile(stream.source.tokenizer, folder / TOKENIZER_NAME)
         if layout == "llama":
-            write_llama_tokenizer(stream.source.tokenizer, config, folder)
+            write_llama_tokenizer(stream.source.tokenizer, config, folder, chat_template)
     others = {file.name: file_sha256(file) for file in folder.iterdir() if file.name not in digests}
     write_sha256sums(folder, others | {name: digest.result() for name, digest in digests.items()})
 

@@ -12,22 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from bc2_jax.config import ModelConfig
+from bc2_jax.convert.chat_template import CHAT_TEMPLATE
 from bc2_jax.convert.hf_config import write_json
 from bc2_jax.convert.sentencepiece import read_sentencepiece
 
 _SPACE = "\u2581"
-# Roles are single tokens with nothing between, and only an answer that is to come is opened: as the released chat code.
-_CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'user' -%}{{ '<reserved_106>' }}"
-    "{%- elif message['role'] == 'assistant' -%}{{ '<reserved_107>' }}{%- endif -%}"
-    "{{ message['content'] }}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '<reserved_107>' }}{%- endif -%}"
-)
 
 
-def llama_tokenizer_config(config: ModelConfig) -> dict[str, Any]:
+def llama_tokenizer_config(config: ModelConfig, chat_template: str = CHAT_TEMPLATE) -> dict[str, Any]:
     """tokenizer_config.json: nothing is added to a text, neither a token at its ends nor a space at its start.
 
     The class is the one that takes tokenizer.json as it is; LlamaTokenizer makes its own of it, in version 4 only with
@@ -46,7 +38,7 @@ def llama_tokenizer_config(config: ModelConfig) -> dict[str, Any]:
         "eos_token": "</s>",
         "pad_token": "<unk>",
         "model_max_length": config.model_max_length,
-        "chat_template": _CHAT_TEMPLATE,
+        "chat_template": chat_template,
     }
 
 
@@ -110,9 +102,11 @@ def llama_tokenizer(tokenizer: Path) -> dict[str, Any]:
     }
 
 
-def write_llama_tokenizer(tokenizer: Path, config: ModelConfig, folder: Path) -> None:
+def write_llama_tokenizer(
+    tokenizer: Path, config: ModelConfig, folder: Path, chat_template: str = CHAT_TEMPLATE
+) -> None:
     """Writes tokenizer_config.json and tokenizer.json for `tokenizer`, a SentencePiece model; raises as that."""
     made = llama_tokenizer(tokenizer)
-    write_json(folder / "tokenizer_config.json", llama_tokenizer_config(config))
+    write_json(folder / "tokenizer_config.json", llama_tokenizer_config(config, chat_template))
     text = json.dumps(made, ensure_ascii=False, separators=(",", ":"))
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")

@@ -9,7 +9,7 @@ from pathlib import Path
 from bc2_jax.convert.checksums import SUMS_NAME, read_sha256sums
 
 _EXPORT = re.compile(
-    r"SHA256SUMS|(generation_|tokenizer_)?config\.json|tokenizer\.(model|json)|"
+    r"SHA256SUMS|(generation_|tokenizer_)?config\.json|tokenizer\.(model|json)|chat_template\.jinja|"
     r"(model|pytorch_model)(-[0-9]{5}-of-[0-9]{5})?\.(safetensors|bin)(\.index\.json)?"
 )
 _ADAPTER = re.compile(r"SHA256SUMS|adapter_config\.json|adapter_model\.safetensors")

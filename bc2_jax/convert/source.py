@@ -13,6 +13,7 @@ from bc2_jax import manifest
 from bc2_jax.checkpoint import TOKENIZER_NAME
 from bc2_jax.config import ModelConfig
 from bc2_jax.convert import hf, orbax
+from bc2_jax.convert.chat_template import CHAT_TEMPLATE_NAME, read_chat_template
 from bc2_jax.convert.checksums import SUMS_NAME
 from bc2_jax.convert.hf_config import read_generation_config
 from bc2_jax.convert.ownership import foreign_in_checkpoint
@@ -36,6 +37,8 @@ class Source:
     """tokenizer.model beside it."""
     generation: Mapping[str, Any] | None = None
     """generation_config.json, as it came with a release."""
+    chat_template: str | None = None
+    """The Jinja template that came with it."""
     files: tuple[Path, ...] = ()
     """The weight files of a PyTorch folder, or those of a training checkpoint that has a manifest."""
     manifested: Mapping[Path, str] = dataclasses.field(default_factory=dict)
@@ -81,10 +84,14 @@ def _make_orbax(found: FoundModel, arrays: dict[str, Any]) -> Source:
     if (folder / manifest.MANIFEST_NAME).is_file():
         states = sorted(manifest.read_manifest(folder).items())
         hashes = {folder / name: state.sha256 for name, state in states if name.startswith("params/")}
+    template = found.metadata.get("chat_template")
+    if not isinstance(template, str | None):
+        raise ValueError(f"{folder}: chat_template = {template!r} of its metadata is no text.")
     training = {"opt_state/", manifest.MANIFEST_NAME}
     return Source(
         folder, config, {name: array.dtype.numpy_dtype for name, array in arrays.items()},
         lambda name, layer: orbax.read_part(arrays[name], layer), found.tokenizer, found.metadata.get("generation"),
+        template,
         tuple(hashes), hashes, (folder / "opt_state").is_dir(),
         tuple(name for name in foreign_in_checkpoint(folder) if name not in training),
     )  # fmt: skip
@@ -96,7 +103,8 @@ def _make_torch(found: FoundModel, tensors: dict[str, Any], reading: Reading) ->
     generation = read_generation_config(folder)
     files = tuple(sorted({tensor.file for tensor in tensors.values()}))
     return Source(
-        folder, config, weights.dtypes, weights.read_layer, found.tokenizer, generation, files,
+        folder, config, weights.dtypes, weights.read_layer, found.tokenizer, generation,
+        read_chat_template(folder), files,
         unread=_unread(folder, files),
     )  # fmt: skip
 
@@ -104,6 +112,7 @@ def _make_torch(found: FoundModel, tensors: dict[str, Any], reading: Reading) ->
 def _unread(folder: Path, files: Iterable[Path]) -> tuple[str, ...]:
     """What lies beside the weight files of a PyTorch folder and is not read; hidden files are not mentioned."""
     read = {file.name for file in files} | {TOKENIZER_NAME, SUMS_NAME, "config.json", "generation_config.json"}
+    read.add(CHAT_TEMPLATE_NAME)
     # An index belongs to the weight files that are read, or to a format that is not.
     read |= {f"{stem}{suffix}.index.json" for stem, suffix in {(f.name.split("-")[0], f.suffix) for f in files}}
     names = (path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith("."))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bc2_jax.convert.hf_config import read_generation_config, read_json
-from bc2_jax.convert.pretrained import find_model
-from bc2_jax.infer.generate import generate
+from bc2_jax.convert.pretrained import FoundModel, find_model
+from bc2_jax.infer.generate import continue_prompts
 from bc2_jax.infer.prepared import Prepared
-from bc2_jax.infer.sampling import is_whole
+from bc2_jax.infer.sampling import Settings, is_whole
 from bc2_jax.infer.stream import TextStream
 from bc2_jax.metadata import read_metadata
 from bc2_jax.model.baichuan import Baichuan2
@@ -19,6 +19,14 @@ from bc2_jax.validation import require
 
 OnText = Callable[[int, str], object]
 """Called with the place of a prompt and text that follows on what this prompt was given before; never with none."""
+
+
+class ContinuedText(NamedTuple):
+    """What the model wrote after a prompt."""
+
+    text: str
+    reason: str
+    """Why it ended: at an "eos", at the "length" of max_new_tokens, or "stopped" by a stop text."""
 
 
 def generate_text(
@@ -39,13 +47,28 @@ def generate_text(
 
     Raises ValueError as `generate`, for prompts that are no texts and for stop texts that are none or empty.
     """
-    prompts, stop = _texts("prompts", prompts), _texts("stop", [stop] if isinstance(stop, str) else stop)
-    if "" in stop:
-        raise ValueError(f"stop = {stop!r} is not valid: a stop text must not be empty.")
-    settings["vocab_size"] = tokenizer.vocab_size
-    ids = tokenizer.encode_batch(prompts)
+    stop = _stop_texts(stop)
+    ids = tokenizer.encode_batch(_texts("prompts", prompts))
+    found = continue_text(model, tokenizer, ids, stop=stop, on_text=on_text, **settings)
+    return [continued.text for continued in found]
+
+
+def continue_text(
+    model: Baichuan2 | Prepared,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stop: str | Sequence[str] = (),
+    on_text: OnText | None = None,
+    **settings: Any,
+) -> list[ContinuedText]:
+    """`generate_text` for prompts of token ids, and why each text ended."""
+    stop = _stop_texts(stop)
+    checked = Settings(**settings, vocab_size=tokenizer.vocab_size)
     if not stop and on_text is None:
-        return [tokenizer.decode(tokens) for tokens in generate(model, ids, **settings)]
+        found = continue_prompts(model, prompts, checked)
+        written = [c.tokens[:-1] if c.reason == "eos" else c.tokens for c in found]
+        return [ContinuedText(tokenizer.decode(ids), c.reason) for ids, c in zip(written, found, strict=True)]
     streams = [TextStream(tokenizer.decode, stop) for _ in prompts]
     texts = [""] * len(prompts)
 
@@ -60,10 +83,19 @@ def generate_text(
                 give(place, streams[place].add(token))
         return [stream.stopped for stream in streams]
 
-    generate(model, ids, on_token=on_token, **settings)
+    found = continue_prompts(model, prompts, checked, on_token=on_token)
     for place, stream in enumerate(streams):
         give(place, stream.finish())
-    return texts
+    # What was held back may end with a stop text that the last tokens complete.
+    reasons = ["stopped" if stream.stopped else c.reason for stream, c in zip(streams, found, strict=True)]
+    return [ContinuedText(text, reason) for text, reason in zip(texts, reasons, strict=True)]
+
+
+def _stop_texts(stop: str | Sequence[str]) -> list[str]:
+    found = _texts("stop", [stop] if isinstance(stop, str) else stop)
+    if "" in found:
+        raise ValueError(f"stop = {stop!r} is not valid: a stop text must not be empty.")
+    return found
 
 
 def _texts(name: str, values: Iterable[str]) -> list[str]:
@@ -83,11 +115,9 @@ def find_eos_ids(path: str | Path) -> list[int]:
     Raises as `find_model`, and ValueError for a list of anything but ids.
     """
     found = find_model(path)
+    places = dict([_generation_config(found)])
     if found.format == "pytorch":
-        places = {found.path / "generation_config.json": read_generation_config(found.path) or {}}
         places[found.path / "config.json"] = read_json(found.path / "config.json")
-    else:
-        places = {found.path: read_metadata(found.path).get("generation") or {}}
     ids = [found.config.eos_token_id]
     for place, values in places.items():
         named = values.get("eos_token_id")
@@ -95,3 +125,21 @@ def find_eos_ids(path: str | Path) -> list[int]:
         require(all(map(is_whole, several)), f"{place}: eos_token_id", named, "it must be an id or a list of ids")
         ids += several
     return list(dict.fromkeys(ids))
+
+
+def find_chat_settings(path: str | Path) -> dict[str, Any]:
+    """The settings of `generate` that the model's generation_config.json names; `do_sample: false` is temperature 0.
+
+    They are values that nobody has checked yet. Raises as `find_model`.
+    """
+    _, values = _generation_config(find_model(path))
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
+    settings = {name: values[name] for name in names if values.get(name) is not None}
+    return settings | {"temperature": 0.0} if values.get("do_sample") is False else settings
+
+
+def _generation_config(found: FoundModel) -> tuple[Path, Mapping[str, Any]]:
+    """Where it is, and what it says."""
+    if found.format == "pytorch":
+        return found.path / "generation_config.json", read_generation_config(found.path) or {}
+    return found.path, read_metadata(found.path).get("generation") or {}

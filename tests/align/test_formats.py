@@ -49,7 +49,10 @@ FORMATS: list[tuple[str, dict[str, Any], list[dict[str, Any]]]] = [
     ("OpenAI messages", {"messages": [system(" "), *HI], "system": None, "prompt": "hi"}, HI),
     ("OpenAI messages", {"messages": [user([{"type": "text", "text": t} for t in "hi"]), answer("yo")]}, HI),
     ("OpenAI messages", {"messages": [answer("greetings"), *HI]}, [answer("greetings"), *HI]),
-    ("OpenAI messages", {"conversations": HI}, HI),
+    ("OpenAI messages", {"conversations": [turn | {"from": None} for turn in HI]}, HI),
+    # As a table has it whose rows have other fields.
+    ("ShareGPT", {"conversations": [human("hi") | {"role": None, "content": None}, gpt("yo")], "system": "be kind",
+                  "chosen": None, "messages": None}, SAID),
     ("Alpaca", {"instruction": "hi", "input": "", "output": "yo"}, HI),
     ("Alpaca", {"instruction": "a", "input": "b", "output": "c", "system": "be kind", "history": [["hi", "yo"]]},
      [*SAID, user("a\nb"), answer("c")]),

@@ -15,6 +15,7 @@ import pytest
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
 from bc2_jax.config import ModelConfig
+from bc2_jax.convert.chat_template import CHAT_TEMPLATE
 from bc2_jax.convert.gguf import GGUF_TYPES, GGUFType, check_gguf, write_gguf
 from bc2_jax.convert.hf import open_folder
 from bc2_jax.convert.hf_write import save_folder
@@ -134,11 +135,17 @@ def test_metadata(folders, tmp_path, scheme, kind):
         "tokenizer.ggml.pre": "default", "tokenizer.ggml.unknown_token_id": 0, "tokenizer.ggml.padding_token_id": 3,
         "tokenizer.ggml.bos_token_id": 4, "tokenizer.ggml.eos_token_id": 5, "tokenizer.ggml.add_bos_token": False,
         "tokenizer.ggml.add_eos_token": False, "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.chat_template": CHAT_TEMPLATE,
     }  # fmt: skip
     found = {key: value(reader, key) for key in reader.fields if not key.startswith("GGUF.")}
     arrays = {"tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.token_type"}
     assert found.keys() == expected.keys() | arrays
     assert {key: found[key] for key in expected} == expected
+
+
+def test_a_source_keeps_its_own_chat_template(folders, tmp_path):
+    reader = export(folders["rope"], tmp_path / "a.gguf", chat_template="{{ messages }}")
+    assert value(reader, "tokenizer.chat_template") == "{{ messages }}"
 
 
 def test_tokens_are_the_pieces(folders, tmp_path, tokenizer):

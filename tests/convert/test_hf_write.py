@@ -49,7 +49,7 @@ def test_what_is_written(tmp_path):
     assert len(shards) > 1 and shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
     assert {f.name for f in folder.iterdir()} == {
         "config.json", "generation_config.json", "tokenizer.model", "model.safetensors.index.json", *shards,
-        "SHA256SUMS",
+        "SHA256SUMS", "chat_template.jinja",
     }  # fmt: skip
     for shard in shards:
         tensors = read_safetensors(folder / shard).values()

@@ -124,12 +124,22 @@ def test_what_the_model_is_asked(checkpoint, answers):
     assert answers == [exact, read]
 
 
+def test_an_adapter_is_loaded_with_the_model(checkpoint, answers, monkeypatch):
+    asked = []
+    monkeypatch.setattr(pretrained, "load_pretrained", lambda path, **options: asked.append(options))
+    command = [str(checkpoint), "--prompt", "the cat", "--dtype", "float32", "--max-new-tokens", "4"]
+    assert tool.main(command) == tool.main([*command, "--adapter", "run/adapter"]) == 0
+    shared = {"dtype": "float32", "mesh": None}
+    assert asked == [shared, {**shared, "adapter": Path("run/adapter")}]
+
+
 def test_the_examples_of_the_help_work(checkpoint, answers, tmp_path, monkeypatch):
     """As a shell reads them."""
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text("the cat\n", encoding="utf-8")
     examples = [line for line in tool.__doc__.splitlines() if line.startswith("python tools/generate.py")]
-    for example in examples:
+    assert [example for example in examples if "--chat" in example] == examples[3:]
+    for example in examples[:3]:
         _, _, *arguments = shlex.split(example.replace("CHECKPOINT", shlex.quote(str(checkpoint))))
         assert tool.main([*arguments, "--max-new-tokens", "4"]) == 0
     assert [asked["prompts"] for asked in answers] == [["登鹳雀楼->"], ["登鹳雀楼->王之涣\n夜雨寄北->"], ["the cat"]]

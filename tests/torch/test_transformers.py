@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from bc2_jax.align.chat import encode_conversation, encode_prompt
 from bc2_jax.config import BAICHUAN2_7B, ModelConfig
 from bc2_jax.convert import hf_config
 from bc2_jax.convert.hf_write import write_folder
@@ -153,11 +154,13 @@ def test_chat_prompt(both):
         {"role": "assistant", "content": " Hello!"},
         {"role": "user", "content": "def f(x):"},
     ]
-    system, *turns = (ours.encode(message["content"]) for message in messages)
-    prompt = [*system, 195, *turns[0], 196, *turns[1], 195, *turns[2]]
-    for add, expected in ((True, [*prompt, 196]), (False, prompt)):
-        text = theirs.apply_chat_template(messages, add_generation_prompt=add, tokenize=False)
-        assert theirs(text)["input_ids"] == expected
+    ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert ids == encode_prompt(ours, messages, 0, 4096)
+    ids = theirs.apply_chat_template(messages[:3], return_dict=True)["input_ids"]
+    assert ids == encode_conversation(ours, messages[:3])[0]
+    # An answer that is begun is continued.
+    ids = theirs.apply_chat_template(messages[:3], continue_final_message=True, return_dict=True)["input_ids"]
+    assert ids == encode_prompt(ours, messages[:3], 0, 4096)
 
 
 def test_released_settings(tokenizer, tmp_path):

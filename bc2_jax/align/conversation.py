@@ -1,0 +1,122 @@
+"""Talking with a model: one answer, or a conversation that goes on turn by turn."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from bc2_jax.align.chat import Message, fit_prompt
+from bc2_jax.config import ModelConfig
+from bc2_jax.infer import engine
+from bc2_jax.infer.engine import Prepared
+from bc2_jax.infer.sampling import Settings, is_whole
+from bc2_jax.infer.text import continue_text
+from bc2_jax.model.baichuan import Baichuan2
+from bc2_jax.tokenizer import Tokenizer
+
+OnText = Callable[[str], object]
+"""Called with text that follows on what it was given before; never with none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a model answered, and what it did not see."""
+
+    text: str
+    reason: str
+    """Why it ended: at an "eos", at the "length" of max_new_tokens, "stopped" by a stop text, or "interrupted"."""
+    dropped_rounds: int
+    """Oldest rounds of the conversation that had no room."""
+    cut_tokens: int
+    """Tokens of the system text, then of the newest round, that had no room."""
+
+
+def chat(
+    model: Baichuan2 | Prepared,
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    on_text: OnText | None = None,
+    **settings: Any,
+) -> str:
+    """The model's answer to a conversation; `settings` are those of `generate_text`.
+
+    The prompt is that of `align.chat.encode_prompt`; an answer that is the last message is continued. By default there
+    is room for 2048 new tokens, or for half of model_max_length if that is less. The answer also ends at a role token:
+    eos_token_id, the config's by default, has them beside it. Raises ValueError as `encode_prompt` and `generate_text`.
+    """
+    return answer(model, tokenizer, messages, on_text=on_text, **settings).text
+
+
+def answer(
+    model: Baichuan2 | Prepared,
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    on_text: OnText | None = None,
+    **settings: Any,
+) -> Answer:
+    """`chat`, and all that is known of the answer."""
+    config = model.config
+    settings.setdefault("max_new_tokens", default_max_new_tokens(config))
+    settings["eos_token_id"] = answer_ends(settings.get("eos_token_id"), config, tokenizer)
+    limit = Settings(**{k: v for k, v in settings.items() if k != "stop"}).check(config).max_new_tokens
+    prompt = fit_prompt(tokenizer, messages, limit, config.model_max_length)
+    give = None if on_text is None else lambda place, text: on_text(text)
+    [found] = continue_text(model, tokenizer, [prompt.ids], on_text=give, **settings)
+    return Answer(found.text, found.reason, prompt.dropped_rounds, prompt.cut_tokens)
+
+
+def default_max_new_tokens(config: ModelConfig) -> int:
+    """The released number, or half of what the model has room for."""
+    return min(Settings.max_new_tokens, max(1, config.model_max_length // 2))
+
+
+def answer_ends(eos_token_id: int | Sequence[int] | None, config: ModelConfig, tokenizer: Tokenizer) -> list[int]:
+    """The ids at which an answer ends: eos, and the roles, for what comes after one is no answer."""
+    given: Any = config.eos_token_id if eos_token_id is None else eos_token_id
+    ends = [given] if is_whole(given) else list(given)
+    return list(dict.fromkeys([*ends, tokenizer.user_id, tokenizer.assistant_id]))
+
+
+class Conversation:
+    """A conversation with one model, which is prepared once; its messages are what was said so far.
+
+    `settings` are those of `chat`, for every answer. The history that has no room is left out of the prompt, not of
+    `messages`.
+    """
+
+    def __init__(self, model: Baichuan2 | Prepared, tokenizer: Tokenizer, system: str = "", **settings: Any) -> None:
+        self._model = engine.prepare(model) if isinstance(model, Baichuan2) else model
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._system: list[Message] = [{"role": "system", "content": system}] if system else []
+        self.messages: list[Message] = []
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all but the system text."""
+        self.messages = list(self._system)
+
+    def ask(self, text: str, on_text: OnText | None = None) -> Answer:
+        """The answer to the next user message; both are then among the messages.
+
+        KeyboardInterrupt ends the answer there: what there is of it is kept, and without any the user message is
+        forgotten. If anything else is raised the conversation is as it was. Raises as `chat`.
+        """
+        said: list[str] = []
+
+        def give(new: str) -> None:
+            said.append(new)
+            if on_text is not None:
+                on_text(new)
+
+        asked = [*self.messages, {"role": "user", "content": text}]
+        try:
+            found = answer(self._model, self._tokenizer, asked, on_text=give, **self._settings)
+        except KeyboardInterrupt:
+            found = Answer("".join(said), "interrupted", 0, 0)
+        if found.text or found.reason != "interrupted":
+            self.messages = [*asked, {"role": "assistant", "content": found.text}]
+        return found
