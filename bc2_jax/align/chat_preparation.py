@@ -25,7 +25,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -57,6 +57,8 @@ _BATCH_CHARACTERS = 1 << 18
 _BATCH_SAMPLES = 4096
 _BATCHES_A_PROCESS = 4
 _LOGGED_PROBLEMS = 20
+_SHARED_BYTES = 16 << 20
+"""Of smaller files one process is sooner done than others have started."""
 _READ_TOKENS = 1 << 20
 _OF_EACH = ("lengths", "dropped_rounds", "cut_tokens", "hashes")
 """Fields of `EncodedSamples` that tell what became of a sample."""
@@ -148,15 +150,24 @@ def prepare_chat(
     """Makes the folder `out_dir` of the conversations in the files of `inputs` (see `align.formats`).
 
     It appears complete or not at all, and depends on the input, the settings and the tokenizer alone, not on the number
-    of processes. Memory grows by some 100 bytes a sample, not with its length; the tokens are twice on disk meanwhile.
+    of processes. Memory grows by about 500 bytes a sample, not with its length; the tokens are twice on disk meanwhile.
     Raises FileExistsError if `out_dir` is there, unless `overwrite`, which only ever replaces packed rows; InUse if
     another process is making it; FileNotFoundError or ValueError for an argument that is not legal, for more invalid
     records than settings.max_invalid, or if nothing can be learned; RuntimeError if a process dies.
     """
+    require(processes >= 1, "processes", processes, "it must be positive")
     out = Path(out_dir)
     check_out_dir(out, overwrite)
     model = Tokenizer(tokenizer)
     files = find_files(inputs)
+    if sum(file.size for file in files.files) < _SHARED_BYTES:
+        processes = 1
+    how: dict[str, Any] = {"max_length": settings.max_length, "truncation": settings.truncation}
+    encode: Callable[[Sequence[Sequence[Message]]], EncodedSamples] = (
+        functools.partial(encode_samples, model, **how)
+        if processes == 1
+        else functools.partial(_encode_in_process, model.path, **how)
+    )
     with lock(out.with_name(f".{out.name}.lock"), f"out_dir = {str(out)!r}"), ProcessPool(processes) as pool:
         check_out_dir(out, overwrite)
         folder = out.with_name(f".{out.name}.conversations.incomplete")
@@ -164,16 +175,11 @@ def prepare_chat(
         folder.mkdir()
         try:
             counts = Conversations(settings, skipped=files.skipped)
-            samples = _Samples(folder, counts)
-            group_size = _BATCHES_A_PROCESS * processes
-            task = functools.partial(_encode_batch, model.path, settings)
-            with samples:
+            with _Samples(folder, counts) as samples:
                 batches = _batches(_read(files.files, counts))
-                while group := list(itertools.islice(batches, group_size)):
+                while group := list(itertools.islice(batches, _BATCHES_A_PROCESS * processes)):
                     tasks = [[found.messages for found in batch if isinstance(found, Sample)] for batch in group]
-                    # Processes take a second to start, in which this one encodes a megabyte.
-                    found = pool.run(task, tasks) if len(tasks) > 1 else [task(tasks[0])]
-                    for batch, encoded in zip(group, found, strict=True):
+                    for batch, encoded in zip(group, pool.run(encode, tasks), strict=True):
                         samples.add(batch, encoded)
                     advance("encoding", samples.read)
             _write(folder, samples, model, advance)
@@ -185,14 +191,13 @@ def prepare_chat(
     return counts
 
 
+def _encode_in_process(tokenizer: Path, conversations: Sequence[Sequence[Message]], **how: Any) -> EncodedSamples:
+    return encode_samples(_tokenizer(tokenizer), conversations, **how)
+
+
 @functools.cache
 def _tokenizer(path: Path) -> Tokenizer:
     return Tokenizer(path)
-
-
-def _encode_batch(tokenizer: Path, settings: Settings, conversations: Sequence[Sequence[Message]]) -> EncodedSamples:
-    """A task of a process."""
-    return encode_samples(conversations, _tokenizer(tokenizer), settings.max_length, settings.truncation)
 
 
 def _read(files: Sequence[TextFile], counts: Conversations) -> Iterator[Sample | Invalid]:
@@ -242,8 +247,8 @@ class _Samples:
         self.questions: list[tuple[int, int, int]] = []
         """(hash, first byte, bytes) in the file of texts of each that may be held out."""
 
-    def __enter__(self) -> None:
-        pass
+    def __enter__(self) -> _Samples:
+        return self
 
     def __exit__(self, *_: object) -> None:
         for file in (self._tokens, self._texts, self._problems):
@@ -319,8 +324,8 @@ def _write(folder: Path, samples: _Samples, model: Tokenizer, advance: Advance) 
     counts, settings = samples.counts, samples.counts.settings
     if not counts.samples:
         lost = counts.invalid | counts.dropped
-        found = ", ".join(f"{number} with {reason}" for reason, number in lost.items()) or "no record"
-        raise ValueError(f"DATA is not valid: nothing can be learned of it; it has {found}.")
+        found = ", ".join(f"{number} x {reason}" for reason, number in lost.items()) or "there is no record"
+        raise ValueError(f"DATA is not valid: no sample is left to train on ({found}).")
     lengths, hashes = samples.numbers("lengths"), samples.numbers("hashes")
     starts, kept = np.cumsum(lengths) - lengths, np.flatnonzero(lengths)
     held_out, questions = samples.held_out(hashes[kept])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import collections
 import json
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
@@ -82,7 +81,7 @@ class EncodedSamples(NamedTuple):
 
 
 def encode_samples(
-    conversations: Sequence[Sequence[Message]], tokenizer: Tokenizer, max_length: int, truncation: Truncation
+    tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]], max_length: int, truncation: Truncation = "rounds"
 ) -> EncodedSamples:
     """Encodes checked conversations as `encode_conversation` does, cut to `max_length`.
 
@@ -91,7 +90,8 @@ def encode_samples(
     texts = _Texts(tokenizer, conversations)
     ids: list[int] = []
     targets: list[int] = []
-    counts: dict[str, list[int]] = collections.defaultdict(list)
+    counts: list[tuple[int, ...]] = []
+    """The fields of each from lengths to bytes."""
     for messages in conversations:
         if truncation == "rounds":
             found = fit_conversation(texts, messages, max_length)
@@ -109,14 +109,11 @@ def encode_samples(
         ids += here
         targets += labels
         text = "".join(message["content"] for message in messages)
-        counts["lengths"].append(len(here))
-        counts["dropped_rounds"].append(dropped)
-        counts["cut_tokens"].append(cut)
-        counts["characters"].append(len(text))
-        counts["bytes"].append(len(text.encode()))
-    arrays = {name: np.array(values, np.int64) for name, values in counts.items()}
+        counts.append((len(here), dropped, cut, len(text), len(text.encode())))
+    lengths, dropped_rounds, cut_tokens, characters, octets = np.array(counts, np.int64).reshape(-1, 5).T
     hashes = np.array([_hash_question(messages) for messages in conversations], np.uint64)
-    return EncodedSamples(_mark(ids, targets, arrays["lengths"], tokenizer), hashes=hashes, **arrays)
+    tokens = _mark(ids, targets, lengths, tokenizer)
+    return EncodedSamples(tokens, lengths, dropped_rounds, cut_tokens, characters, octets, hashes)
 
 
 def _mark(ids: list[int], targets: list[int], lengths: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bc2_jax.data.batch import Rows, row_to_example
-from bc2_jax.data.batch_view import read_runs, render_html, render_row, row_arrays, row_title
+from bc2_jax.data.batch_view import read_answers, read_runs, render_html, render_row, row_arrays, row_title
 from bc2_jax.tokenizer import Tokenizer
 
 
@@ -56,3 +56,21 @@ def test_page(row: Rows, tokenizer: Tokenizer, tmp_path: Path) -> None:
         in page
     )
     assert page.count('class="pad') == 1
+
+
+def test_a_conversation_shows_its_targets(tokenizer: Tokenizer) -> None:
+    """The labels themselves are shown: eos where the next id is the user's role, and nothing of a question."""
+    parts = [([195], 0), (tokenizer.encode("return"), 0), ([196], 0), (tokenizer.encode("if\x1b"), 1), ([195], 1)]
+    parts += [(tokenizer.encode("<i>"), 0), ([196], 0), (tokenizer.encode("<b>"), 1), ([2], 1)]
+    ids = [token | (1 << 31) * target for here, target in parts for token in here]
+    ids[0] |= 1 << 30
+    row = row_to_example(np.array([*ids, 0, 0], np.uint32))
+    assert read_answers(row, 1, tokenizer) == ["if\x1b</s>", "<b></s>"] and read_answers(row, 0, tokenizer) == []
+    plain = render_row(row, tokenizer).plain
+    assert "\n[targets] if\u241b</s>\n[targets] <b></s>\n[padding" in plain
+    page = render_html([("row", row)], tokenizer)
+    assert "<div class=row>targets of segment 1: <b>&lt;b&gt;&lt;/s&gt;</b></div>" in page
+
+
+def test_a_text_has_no_list_of_targets(row: Rows, tokenizer: Tokenizer) -> None:
+    assert [read_answers(row, segment, tokenizer) for segment in (0, 1, 2)] == [[], [], []]

@@ -98,6 +98,14 @@ def test_two_million_tokens_take_about_a_second() -> None:
     assert time.process_time() - begin < 3
 
 
+def test_of_conversations_the_answers_count() -> None:
+    start, target = 1 << 30, 1 << 31
+    rows = np.array([[start | 1, 3, 4 | target, 5 | target, start | 1, 6, 7 | target, 0]], np.uint32)
+    alone = np.array([[3, 4, 5, 2, 6, 7, 0, 0]], np.uint32)  # 5 -> 2 is one more
+    assert unigram_entropy(rows, V) == pytest.approx(math.log(3))
+    assert unigram_entropy(alone, V) == pytest.approx(math.log(4))
+
+
 def test_rows_that_can_not_be_scored() -> None:
     good = array([[3, 4, 5]])
     with pytest.raises(ValueError, match="vocab_size = 5 is not valid: the rows have token 5"):

@@ -175,6 +175,17 @@ def test_unreadable_manifests(tokenizer: Tokenizer, tmp_path: Path) -> None:
     file.write_text(json.dumps(dataclasses.asdict(manifest) | {"format": 99}))
     with pytest.raises(ValueError, match="format = 99 in .* this version reads 1"):
         load_manifest(tmp_path / "rows")
+    for kind, message in (("chat", None), ("table", r"kind in .* = 'table' is not valid: it must be text, chat")):
+        file.write_text(json.dumps(dataclasses.asdict(manifest) | {"kind": kind}))
+        if message is None:
+            assert load_manifest(tmp_path / "rows").kind == kind
+        else:
+            with pytest.raises(ValueError, match=message):
+                load_manifest(tmp_path / "rows")
+    before = dataclasses.asdict(manifest)  # of a version that had one kind
+    del before["kind"]
+    file.write_text(json.dumps(before))
+    assert load_manifest(tmp_path / "rows") == manifest and manifest.kind == "text"
     file.write_text("{}")
     with pytest.raises(ValueError, match="is not a manifest of packed rows"):
         load_manifest(tmp_path / "rows")

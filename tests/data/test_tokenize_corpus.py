@@ -456,6 +456,10 @@ def test_overwrite_never_deletes_other_files(tokenizer: Tokenizer, tmp_path: Pat
     with pytest.raises(FileExistsError, match=r"it also has .*q3/notes.md, which packing did not write"):
         tokenize_corpus([tmp_path / "thesis.txt"], tokenizer.path, out, SMALL, overwrite=True)
     assert (part.path / "notes.md").read_text() == "more work"
+    pack_documents(["text"], tokenizer, tmp_path / "alone", 8)  # rows without parts
+    (tmp_path / "alone" / "notes.md").write_text("more work")
+    with pytest.raises(FileExistsError, match=r"it also has notes.md, which packing did not write"):
+        tokenize_corpus([tmp_path / "thesis.txt"], tokenizer.path, tmp_path / "alone", SMALL, overwrite=True)
 
 
 @pytest.mark.parametrize(
