@@ -3,10 +3,14 @@
 python tools/convert.py to-orbax HF_DIR CKPT
 python tools/convert.py to-hf CKPT HF_DIR [--layout baichuan2|baichuan1|llama] [--format safetensors|bin]
 python tools/convert.py to-gguf CKPT OUT.gguf [--type f16|bf16|q8_0]
+python tools/convert.py merge-lora BASE ADAPTER HF_DIR [--layout baichuan2|baichuan1|llama] [--format safetensors|bin]
+python tools/convert.py to-peft ADAPTER PEFT_DIR [--layout baichuan2|llama]
+python tools/convert.py from-peft PEFT_DIR CKPT --base BASE
 python tools/convert.py inspect PATH
 python tools/convert.py diff A B
 
-A path may be a PyTorch folder, a checkpoint or a run; docs/conversion.md has the details.
+A path may be a PyTorch folder, a checkpoint or a run, of an adapter also a folder of PEFT; docs/conversion.md has the
+details.
 """
 
 from __future__ import annotations
@@ -64,16 +68,38 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("target", metavar="CKPT", type=Path)
     command.add_argument("--dtype", choices=_DTYPES, help="default: as in the files")
 
-    command = commands.add_parser("to-hf", parents=[common, verify], help="write a model as a PyTorch folder")
-    command.add_argument("source", metavar="CKPT", type=Path)
-    command.add_argument("target", metavar="HF_DIR", type=Path)
-    command.add_argument("--dtype", choices=_DTYPES, help="default: the source's; bfloat16 of a training checkpoint")
-    command.add_argument(
+    torch = argparse.ArgumentParser(add_help=False, parents=[common, verify])
+    torch.add_argument("--dtype", choices=_DTYPES, help="default: the source's; bfloat16 of a training checkpoint")
+    torch.add_argument(
         "--layout", choices=("baichuan2", "baichuan1", "llama"), default="baichuan2",
         help="baichuan2: as released; baichuan1: head rows normalised; llama: LlamaForCausalLM (RoPE models)",
     )  # fmt: skip
-    command.add_argument("--format", choices=("safetensors", "bin"), default="safetensors")
-    command.add_argument("--max-shard-size", type=parse_size, default="5GB", help="bytes a file, for example 5GB")
+    torch.add_argument("--format", choices=("safetensors", "bin"), default="safetensors")
+    torch.add_argument("--max-shard-size", type=parse_size, default="5GB", help="bytes a file, for example 5GB")
+    command = commands.add_parser("to-hf", parents=[torch], help="write a model as a PyTorch folder")
+    command.add_argument("source", metavar="CKPT", type=Path)
+    command.add_argument("target", metavar="HF_DIR", type=Path)
+
+    command = commands.add_parser("merge-lora", parents=[torch], help="write a model with an adapter in its weights")
+    command.add_argument("source", metavar="BASE", type=Path)
+    command.add_argument("adapter", metavar="ADAPTER", type=Path, help="a folder of PEFT, or a LoRA run of ours")
+    command.add_argument("target", metavar="HF_DIR", type=Path)
+
+    command = commands.add_parser("to-peft", help="write an adapter as PEFT reads it")
+    command.add_argument("source", metavar="ADAPTER", type=Path, help="a LoRA run of ours, or a folder of PEFT")
+    command.add_argument("target", metavar="PEFT_DIR", type=Path)
+    command.add_argument(
+        "--layout", choices=("baichuan2", "llama"),
+        help="modules as in released models (W_pack) or as in LLaMA; default: the base model's, or the adapter's own",
+    )  # fmt: skip
+    command.add_argument("--base", metavar="BASE", help="model that the adapter is for; default: what it says itself")
+    command.add_argument("--overwrite", action="store_true", help="replace the target if we wrote all of it")
+
+    command = commands.add_parser("from-peft", help="write an adapter of PEFT as a checkpoint of ours")
+    command.add_argument("source", metavar="PEFT_DIR", type=Path)
+    command.add_argument("target", metavar="CKPT", type=Path)
+    command.add_argument("--base", metavar="BASE", help="model that it is for, of which only the config is read")
+    command.add_argument("--overwrite", action="store_true", help="replace the target if we wrote all of it")
 
     command = commands.add_parser("to-gguf", parents=[common], help="write a model as a GGUF file for llama.cpp")
     command.add_argument("source", metavar="CKPT", type=Path)
@@ -103,10 +129,13 @@ def convert(args: argparse.Namespace, options: Options) -> Summary:
 
     if args.command == "to-orbax":
         return conversion.to_orbax(args.source, args.target, options, args.dtype)
-    if args.command == "to-hf":
-        return conversion.to_hf(
-            args.source, args.target, options, args.dtype, args.layout, args.format, args.max_shard_size
-        )
+    if args.command in ("to-hf", "merge-lora"):
+        how = (options, args.dtype, args.layout, args.format, args.max_shard_size)
+        if args.command == "to-hf":
+            return conversion.to_hf(args.source, args.target, *how)
+        from bc2_jax.convert.merging import merge_lora
+
+        return merge_lora(args.source, args.adapter, args.target, *how)
     return conversion.to_gguf(args.source, args.target, options, args.type)
 
 
@@ -146,10 +175,28 @@ def run_conversion(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_adapter(args: argparse.Namespace) -> int:
+    """Carries an adapter from one format to the other."""
+    from bc2_jax.convert.merging import convert_adapter
+
+    adapter = convert_adapter(
+        args.source, args.target, to_peft=args.command == "to-peft", base=args.base,
+        layout=getattr(args, "layout", None), overwrite=args.overwrite,
+    )  # fmt: skip
+    out.print(adapter.config.describe())
+    out.print(f"Wrote {args.target}.")
+    return 0
+
+
 def run_inspect(args: argparse.Namespace) -> int:
+    from bc2_jax.convert.adapter import describe, find_adapter
     from bc2_jax.convert.report import inspect
     from bc2_jax.validation import join_some
 
+    if (adapter := find_adapter(args.source)) is not None:
+        for line in describe(adapter):
+            out.print(line)
+        return 0
     found = inspect(args.source, make_options(args))
     table = make_table("tensor", "count", "shape", "dtype", title=str(found.path))
     for group in found.groups:
@@ -188,6 +235,9 @@ def run_diff(args: argparse.Namespace) -> int:
     return 0 if found.is_same else 1
 
 
+_RUN = {"inspect": run_inspect, "diff": run_diff, "to-peft": run_adapter, "from-peft": run_adapter}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     use_utf8()
     args = make_parser().parse_args(argv)
@@ -196,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("bc2_jax").setLevel(logging.INFO)  # tells how the position scheme was inferred
     try:
-        return {"inspect": run_inspect, "diff": run_diff}.get(args.command, run_conversion)(args)
+        return _RUN.get(args.command, run_conversion)(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

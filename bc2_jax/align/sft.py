@@ -128,7 +128,7 @@ def _with_adapters(job: Job, config: FineTuneConfig, start: Start, step: StepPar
     if start.metadata is not None and start.metadata.job.get(BASE) != base:
         raise ValueError(
             f"init_from = {config.init_from!r} is not valid: its parameters are not those beside which the adapters in "
-            f"'{start.workdir}' were trained (checksum {base}, then {start.metadata.job.get('base')}); the same model "
+            f"'{start.workdir}' were trained (checksum {base}, then {start.metadata.job.get(BASE)}); the same model "
             "in the same compute.dtype is needed."
         )
     flops, formula = adapter_flops(config)

@@ -51,11 +51,10 @@ def print_plan(config: FineTuneConfig, num_questions: int, start: Start) -> None
         "questions": f"{num_questions} at each evaluation" if num_questions else "none",
     }
     if lora.rank:
+        rank = ", ".join(map(str, lora.ranks)) or str(lora.rank)
         kind = "".join(name for name, used in ((", rsLoRA", lora.rslora), (", DoRA", lora.dora)) if used)
-        rows["trained"] = (
-            f"adapters of rank {lora.rank}{kind} on {', '.join(lora.targets)}; dropout {lora.dropout:g}; the base in "
-            f"{config.compute.dtype}"
-        )
+        rows["trained"] = f"adapters of rank {rank}{kind}, dropout {lora.dropout:g}, on {', '.join(lora.targets)}"
+        rows["frozen"] = f"the base model, in {config.compute.dtype}"
     table = make_table("", "", title="Fine-tuning")
     for name, value in rows.items():
         table.add_row(name, Text(value))

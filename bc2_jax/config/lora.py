@@ -60,3 +60,9 @@ class LoraConfig:
         """What B A x is multiplied with for one of `targets`."""
         alpha, rank = self.alphas[self.targets.index(target)] if self.alphas else self.alpha, self.rank_of(target)
         return alpha / (rank**0.5 if self.rslora else rank)
+
+    def describe(self) -> str:
+        """What it is, in one line."""
+        kinds = ", ".join(["LoRA", *(["rsLoRA"] * self.rslora), *(["DoRA"] * self.dora)])
+        each = (f"{t} (rank {self.rank_of(t)}, scaling {self.scaling_of(t):.4g})" for t in self.targets)
+        return f"{kinds} on {', '.join(each)}"

@@ -114,18 +114,21 @@ def to_hf(
     layout: Layout = "baichuan2",
     file_format: hf_write.FileFormat = "safetensors",
     max_shard_bytes: float = 5e9,
+    change: Callable[[Source, np.dtype], Source] = lambda source, dtype: source,
 ) -> Summary:
     """Writes a checkpoint of ours (or a PyTorch folder) as a PyTorch folder.
 
     `dtype` None is that of the source, or of a training run's checkpoint bfloat16, as models are released. `layout`:
     baichuan2 is the released one, with the master rows of the head; baichuan1 has normalised rows, for
-    engines without NormHead; llama, for RoPE models, is LlamaForCausalLM's. Raises as `to_orbax`.
+    engines without NormHead; llama, for RoPE models, is LlamaForCausalLM's. `change` gives another source in the place
+    of the one that was opened, for the dtype that is written. Raises as `to_orbax`.
     """
     target = Path(folder).absolute()
     check_free(target, options.overwrite, foreign_in_export)
     source = prepare(open_source(checkpoint, options.reading), options)
     dtype, notes = (dtype, ()) if dtype is not None else _choose_dtype(source)
     hf_write.check_layout(source.config, layout)
+    source = change(source, hf.DTYPES[dtype])
     stream = _stream(source, options, hf.DTYPES[dtype], normalize_head=layout != "baichuan2")
     begin = time.perf_counter()
     with written_whole(target, options.overwrite, foreign_in_export) as partial, _Hashes(source, options) as hashes:

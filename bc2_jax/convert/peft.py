@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,7 @@ from bc2_jax.model.lora import SLOTS, Adapter, abstract_adapter
 from bc2_jax.tokenizer import file_sha256
 from bc2_jax.validation import join_some, require, show
 
+_log = logging.getLogger(__name__)
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 _PICKLED_NAME = "adapter_model.bin"
 _PREFIX = "base_model.model."
@@ -106,15 +108,21 @@ def save_peft(
     """Writes an adapter of a model of `config` as PEFT reads it, also versions older than ours.
 
     `base`: path of the base model, noted in the config. `layout`: "baichuan2" names W_pack, "llama" q_proj, k_proj and
-    v_proj; None is what the PyTorch folder `base` has, or else what the adapter has. Either is exact. The folder is
-    whole or not there, and an old one is replaced only with `overwrite` and if it holds nothing else. Raises ValueError
-    for an adapter that does not fit the config or has no such layout, FileExistsError as `folder.check_free`.
+    v_proj; None is what the PyTorch folder `base` has, where that is possible, or else what the adapter has. All are
+    exact. The folder is whole or not there, and an old one is replaced only with `overwrite` and if it holds nothing
+    else. Raises ValueError for an adapter that does not fit the config or has no such layout, FileExistsError as
+    `folder.check_free`.
     """
     expected = {p: s.shape for p, s in flatten(abstract_adapter(adapter.config, config, None)).items()}
     hf.check_shapes("arrays of the adapter", expected, {p: a.shape for p, a in flatten(adapter.params).items()})
     adapter = Adapter(adapter.config, jax.tree.map(lambda x: np.asarray(x, np.float32), adapter.params))
-    if (layout := layout or _layout_of(base)) is not None:
+    if layout is not None:
         adapter = to_layout(adapter, layout)
+    elif (fitting := _layout_of(base)) is not None:
+        try:
+            adapter = to_layout(adapter, fitting)
+        except ValueError as error:  # nobody asked for it
+            _log.warning("%s: written for models in the layout llama, as %s", path, error)
     flat = flatten(adapter.params)
     tensors = list(_tensors(adapter.config, config))
     arrays = ((name, flat[ours][layer].reshape(shape[::-1]).T) for name, shape, (ours, layer) in tensors)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,17 +16,19 @@ from flax import nnx
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from bc2_jax import manifest
 from bc2_jax.checkpoint import TOKENIZER_NAME, save_context
 from bc2_jax.config import ComputeConfig, DType, ModelConfig
 from bc2_jax.convert import hf, orbax
+from bc2_jax.convert.adapter import adapter_of, find_adapter, load_adapter, place_adapter
+from bc2_jax.convert.checkpoints import newest_checkpoint, open_metadata, open_params
 from bc2_jax.convert.hf_config import read_config
+from bc2_jax.convert.peft import is_peft_folder
 from bc2_jax.convert.reading import AS_SAID, Reading
 from bc2_jax.convert.table import flatten, param_shapes, unflatten
 from bc2_jax.convert.weights import check_weights
-from bc2_jax.manifest import DamagedCheckpoint
-from bc2_jax.metadata import is_complete, parse_model_config, read_metadata
+from bc2_jax.metadata import is_complete, parse_model_config
 from bc2_jax.model.baichuan import Baichuan2, Params, param_shardings, split_model
+from bc2_jax.model.lora import with_adapter
 from bc2_jax.validation import check_path
 
 
@@ -56,32 +57,19 @@ def find_model(path: str | Path, reading: Reading = AS_SAID) -> FoundModel:
     if is_hf_folder(path):
         tokenizer = path / TOKENIZER_NAME
         return FoundModel(path, "pytorch", read_config(path, reading), tokenizer if tokenizer.is_file() else None)
-    checkpoint = _newest_checkpoint(path.absolute())
+    checkpoint = newest_checkpoint(path.absolute())
     if checkpoint is None:
         raise FileNotFoundError(_explain_absence(path))
     if reading != AS_SAID:
         raise ValueError(
             f"{path} is a bc2_jax checkpoint, which records how to read it; {reading} applies to PyTorch folders only."
         )
-    check_path("path", checkpoint)
-    manifest.refuse_links(checkpoint)
-    metadata = _read_metadata(checkpoint)
+    metadata = open_metadata(checkpoint)
+    if (adapter := adapter_of(checkpoint, metadata)) is not None:
+        raise ValueError(adapter.explain())
     return FoundModel(
         checkpoint, "orbax", parse_model_config(metadata, checkpoint), _tokenizer_near(checkpoint), metadata
     )
-
-
-def _read_metadata(checkpoint: Path) -> dict[str, Any]:
-    """The metadata of a checkpoint; one sentence, whatever is wrong with the JSON that Orbax reads it from."""
-    file = checkpoint / "_CHECKPOINT_METADATA"
-    try:
-        json.loads(file.read_bytes())
-        metadata = read_metadata(checkpoint)
-        if not isinstance(metadata.get("generation"), dict | None):
-            raise ValueError(f"generation = {metadata['generation']!r} is not a generation config")
-        return metadata
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{file} is damaged: {orbax.explain(error)}.") from error
 
 
 def find_tokenizer(path: str | Path) -> Path:
@@ -98,18 +86,23 @@ def find_tokenizer(path: str | Path) -> Path:
 
 def load_pretrained(
     path: str | Path, *, dtype: DType = "float32", mesh: Mesh | None = None, compute: ComputeConfig | None = None,
-    reading: Reading = AS_SAID,
+    reading: Reading = AS_SAID, adapter: str | Path | None = None,
 ) -> Baichuan2:  # fmt: skip
     """The model in `path`: safetensors or .bin with config.json as released, or a checkpoint or run of ours.
 
     `dtype` is that of parameters and activations. With a mesh (`bc2_jax.sharding.make_mesh`) each device reads its own
     part of every parameter. `compute` sets the rest of how it runs; `reading` how to read a folder where its files do
-    not say so. `model(input_ids)` gives fp32 logits [B, T, V].
-    Raises FileNotFoundError or ValueError with one sentence if the folder is not a whole, consistent model.
+    not say so. `adapter` is a folder of PEFT, or a LoRA checkpoint or run of ours, whose adapter is put beside the
+    weights. `model(input_ids)` gives fp32 logits [B, T, V].
+    Raises FileNotFoundError or ValueError with one sentence if a folder is not a whole, consistent model or adapter.
     """
     params, config = load_params(path, dtype, mesh, reading)
     compute = dataclasses.replace(compute or ComputeConfig(remat="none"), dtype=dtype)
-    return nnx.merge(split_model(config, compute)[0], params)
+    model = nnx.merge(split_model(config, compute)[0], params)
+    if adapter is None:
+        return model
+    loaded = load_adapter(adapter, config)
+    return with_adapter(model, loaded.config, place_adapter(loaded, config, mesh))
 
 
 def load_params(
@@ -159,23 +152,16 @@ def _is_run(path: Path) -> bool:
     return (path / "checkpoints").is_dir() and not is_torch
 
 
-def _newest_checkpoint(path: Path) -> Path | None:
-    for folder in (path / "checkpoints", path):
-        if folder.is_dir():
-            steps = [p for p in folder.iterdir() if re.fullmatch("[0-9]+", p.name) and is_complete(p)]
-            if steps:
-                return max(steps, key=lambda p: int(p.name))
-    return path if is_complete(path) else None
-
-
 def _explain_absence(path: Path) -> str:
     """The error message for a path without a model."""
     if not path.exists():
         return f"{path} does not exist."
     if not path.is_dir():
         return f"{path} is a file: give the folder of a model, of a checkpoint or of a run."
-    if (path / "adapter_config.json").is_file():
-        return f"{path} is an adapter without its model: merge it into its base model first (PEFT's merge_and_unload)."
+    if is_peft_folder(path):
+        adapter = find_adapter(path)
+        assert adapter is not None
+        return adapter.explain()
     if _is_run(path) or path.absolute().name == "checkpoints":
         return f"{path} has no checkpoint: its run has not completed one yet."
     if (path / "params").is_dir():
@@ -199,12 +185,10 @@ def _load_torch(found: FoundModel, dtype: DType, mesh: Mesh | None, reading: Rea
 
 
 def _load_orbax(found: FoundModel, dtype: DType, mesh: Mesh | None) -> Params:
-    path = found.path
-    if (path / manifest.MANIFEST_NAME).is_file():
-        manifest.verify(path, jax.process_index(), jax.process_count(), below="params/")
-    # Not through Orbax: of several damaged arrays it reports one, and its threads print a traceback for each other one.
-    arrays = orbax.open_arrays(path)
-    hf.check_shapes(f"arrays of {path}", param_shapes(found.config), {name: a.shape for name, a in arrays.items()})
+    arrays = open_params(found.path, jax.process_index(), jax.process_count())
+    hf.check_shapes(
+        f"arrays of {found.path}", param_shapes(found.config), {name: a.shape for name, a in arrays.items()}
+    )
     return _place(found.config, dtype, mesh, lambda name, index: orbax.read_part(arrays[name], index or None))
 
 

@@ -277,30 +277,25 @@ def init_adapter(
         return compiled(seed, bases)
 
 
-class Merged(NamedTuple):
-    """One weight with the adapter in it."""
-
-    weight: Any
-    """In the dtype that was asked for."""
-    lost: Any
-    """Length of what the cast to this dtype changed over that of the adapter's change: 0 is exact, 1 all of it."""
-
-
-def merge_weight(equation: str, w: Any, part: dict[str, Any], scaling: float, dtype: Any) -> Merged:
-    """One layer's W + scaling * B A, with DoRA in its rows' lengths, computed in fp32 and cast once to `dtype`.
+def merge_weight(equation: str, w: Any, part: dict[str, Any], scaling: float) -> Any:
+    """One layer's W + scaling * B A, with DoRA in its rows' lengths, in fp32.
 
     `part` is one layer of `part_of`; arrays of numpy or jax.
     """
-    w = w.astype(np.float32)
-    exact = _changed(equation, w, part["lora_a"], part["lora_b"], scaling)
-    if "magnitude" in part:
-        x, w_dims, _ = split_equation(equation)
-        scale = part["magnitude"] / _length_of_rows(equation, exact)
-        summed = tuple(i for i, letter in enumerate(w_dims) if letter in x)
-        exact = exact * (np.expand_dims if isinstance(scale, np.ndarray) else jnp.expand_dims)(scale, summed)
-    cast = exact.astype(dtype)
-    change, error = (((a - b) ** 2).sum() for a, b in ((exact, w), (cast.astype(np.float32), exact)))
-    return Merged(cast, (error / (change + (change == 0))) ** 0.5)
+    merged = _changed(equation, w.astype(np.float32), part["lora_a"], part["lora_b"], scaling)
+    if "magnitude" not in part:
+        return merged
+    x, w_dims, _ = split_equation(equation)
+    summed = tuple(i for i, letter in enumerate(w_dims) if letter in x)
+    scale = part["magnitude"] / _length_of_rows(equation, merged)
+    return merged * (np if isinstance(scale, np.ndarray) else jnp).expand_dims(scale, summed)
+
+
+def lost(w: Any, exact: Any, merged: Any) -> Any:
+    """How much of a change from `w` to `exact` is lost in `merged`, which is `exact` in a smaller dtype: the length of
+    the difference over that of the change; 0 is nothing."""
+    change, error = (((a.astype(np.float32) - b) ** 2).sum() for a, b in ((w, exact), (merged, exact)))
+    return (error / (change + (change == 0))) ** 0.5
 
 
 def adapted_weights(config: LoraConfig) -> dict[str, tuple[LoraTarget, str]]:
@@ -322,25 +317,28 @@ def merge(params: Params, adapter: Adapter) -> Params:
 
 def report_losses(params: Params, adapter: Adapter) -> dict[str, float]:
     """Path of each weight that `merge` changes -> share of the change that the dtype of `params` loses, in the layer
-    where it is largest: 0 is none, 1 a change that is no larger than what is lost."""
+    where it is largest: 0 is nothing, about 1 all of it."""
     return {path: float(lost) for path, lost in _merge(params, adapter)[1].items()}
 
 
 def _merge(params: Params, adapter: Adapter) -> tuple[Params, dict[str, Array]]:
-    flat: dict[str, dict[str, Params]] = {}
-    lost: dict[str, Array] = {}
+    changed: dict[str, dict[str, Params]] = {}
+    losses: dict[str, Array] = {}
     for path, (target, name) in adapted_weights(adapter.config).items():
         block, equation, scaling = SLOTS[target].block, equation_of(target), adapter.config.scaling_of(target)
         w = jnp.asarray(params["layers"][block][name]["weight"])
         part = part_of(adapter.params["layers"][block][target], target, name)
 
-        def merge_layer(layer, equation=equation, scaling=scaling, dtype=w.dtype):
-            return merge_weight(equation, *layer, scaling, dtype)
+        def merge_layer(layer, equation=equation, scaling=scaling):
+            w, part = layer
+            exact = merge_weight(equation, w, part, scaling)
+            merged = exact.astype(w.dtype)
+            return merged, lost(w, exact, merged)
 
         with use_mesh_of(w):
             # Layer by layer: the whole stack in fp32 would be twice the weights.
-            merged = jax.jit(lambda *stacks, f=merge_layer: jax.lax.map(f, stacks))(w, part)
-        flat.setdefault(block, {})[name] = {"weight": merged.weight}
-        lost[path] = merged.lost.max()
-    layers = params["layers"] | {block: params["layers"][block] | new for block, new in flat.items()}
-    return params | {"layers": layers}, lost
+            merged, shares = jax.jit(lambda *stacks, f=merge_layer: jax.lax.map(f, stacks))(w, part)
+        changed.setdefault(block, {})[name] = {"weight": merged}
+        losses[path] = shares.max()
+    layers = params["layers"] | {block: params["layers"][block] | new for block, new in changed.items()}
+    return params | {"layers": layers}, losses

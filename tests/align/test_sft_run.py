@@ -78,9 +78,20 @@ def full(config, tmp_path_factory) -> RunResult:
 ADAPTERS = {"lora": LoraConfig(rank=2, targets=("q_proj", "v_proj", "down_proj"), dropout=0.2)}
 
 
+frozen: list[dict] = []
+"""The base model of the run of `adapted`."""
+
+
 @pytest.fixture(scope="module")
 def adapted(config, tmp_path_factory) -> RunResult:
-    return run(config, tmp_path_factory.mktemp("adapted"), **ADAPTERS)
+    def load(*args):
+        params, found = load_params(*args)
+        frozen.append(params)
+        return params, found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft, "load_params", load)
+        return run(config, tmp_path_factory.mktemp("adapted"), **ADAPTERS)
 
 
 @pytest.mark.parametrize("name", ["full", "adapted"])
@@ -111,9 +122,11 @@ def test_adapters_alone_are_trained_and_saved(config, full, adapted):
     assert found.config.rank == 2 and np.abs(found.params["layers"]["mlp"]["down_proj"]["lora_b"]).max() > 0
     first, *_, last = [m["loss"] for m in read_metrics(adapted.workdir / "metrics.jsonl") if "loss" in m]
     assert last < first
-    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
-    with jax.set_mesh(mesh):  # of another layout
-        again = sft.checksum(load_params(config.init_from, "bfloat16", mesh)[0])
+    mesh = make_mesh(MeshConfig(fsdp=8))  # another than the run's
+    base = load_params(config.init_from, "bfloat16", mesh)[0]
+    jax.tree.map(np.testing.assert_array_equal, frozen[0], base)
+    with jax.set_mesh(mesh):
+        again = sft.checksum(base)
     assert read_metadata(adapted.workdir / "checkpoints" / "4")["base_checksum"] == f"{again:08x}"
 
 

@@ -82,3 +82,14 @@ def test_each_field_has_the_effect_it_should(small_run):
 @pytest.mark.parametrize("field", ["seed", "mesh.fsdp", "log_every", "data.tokenizer", "sample.top_p"])
 def test_these_are_harmless(field):
     assert effect_of(field) == "harmless"
+
+
+def test_fields_of_fine_tuning():
+    """An adapter of another rank or scaling is another one; what is asked of the model changes nothing."""
+    effects: dict[str, list[str]] = {"harmless": [], "changes what is learnt": [], "refused": []}
+    fields = ("lora.rank", "lora.alpha", "lora.targets.0", "lora.dora", "lora.dropout", "loss_weighting", "num_epochs",
+              "neftune_alpha", "questions.path", "questions.limit")  # fmt: skip
+    for field in fields:
+        effects[effect_of(field)].append(field)
+    assert effects["refused"] == ["lora.rank", "lora.alpha", "lora.targets.0", "lora.dora"]
+    assert effects["changes what is learnt"] == ["lora.dropout", "loss_weighting", "neftune_alpha"]

@@ -1,0 +1,109 @@
+"""An adapter on disk, in PEFT's files or a checkpoint of ours: found and loaded onto a mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from bc2_jax.config import ModelConfig
+from bc2_jax.config.lora import LoraConfig
+from bc2_jax.config.record import from_record
+from bc2_jax.convert import hf, orbax
+from bc2_jax.convert.checkpoints import newest_checkpoint, open_metadata, open_params
+from bc2_jax.convert.peft import is_peft_folder, load_peft, open_peft
+from bc2_jax.convert.table import flatten, unflatten
+from bc2_jax.metadata import parse_model_config
+from bc2_jax.model.baichuan import Params
+from bc2_jax.model.lora import Adapter, abstract_adapter
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundAdapter:
+    """An adapter on disk of which nothing was read but its config."""
+
+    path: Path
+    """The PEFT folder as it was given, or the absolute folder of one checkpoint."""
+    config: LoraConfig | None
+    """None of a PEFT folder, whose targets only its tensors tell."""
+    model: ModelConfig | None
+    """Architecture of the base model; None of a PEFT folder, which does not say."""
+    base: str | None
+    """Where the base model was in training, if that is known."""
+
+    def explain(self) -> str:
+        """Why it is no model, and what to do with it, in one sentence."""
+        base, name = self.base or "BASE", f" for {self.base}" if self.base else ", which needs the model it was made of"
+        return (
+            f"{self.path} is a LoRA adapter{name}: merge the two with `python tools/convert.py merge-lora {base} "
+            f"{self.path} OUT`, or load them together with load_pretrained({base!r}, adapter={str(self.path)!r})."
+        )
+
+
+def find_adapter(path: str | Path) -> FoundAdapter | None:
+    """The adapter in `path`: a PEFT folder, or a checkpoint or run of ours that trained one; None if it is none.
+
+    Raises ValueError, in one sentence, if it is one that cannot be read.
+    """
+    path = Path(path)
+    checkpoint = newest_checkpoint(path.absolute())
+    if checkpoint is None:
+        return FoundAdapter(path, None, None, open_peft(path).base) if is_peft_folder(path) else None
+    return adapter_of(checkpoint, open_metadata(checkpoint))
+
+
+def adapter_of(checkpoint: Path, metadata: Mapping[str, Any]) -> FoundAdapter | None:
+    """The adapter that a checkpoint holds by its metadata; None if it holds a whole model."""
+    record = metadata["config"].get("lora")
+    if not isinstance(record, dict) or not record.get("rank"):
+        return None
+    try:
+        lora = from_record(LoraConfig, record, "lora.")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The adapter config of {checkpoint} is not valid: {str(error).rstrip('.')}.") from error
+    base = metadata["config"].get("init_from")
+    model = parse_model_config(dict(metadata), checkpoint)
+    return FoundAdapter(checkpoint, lora, model, base if isinstance(base, str) else None)
+
+
+def load_adapter(path: str | Path, config: ModelConfig) -> Adapter:
+    """The adapter in `path` (`find_adapter`) for a model of `config`; fp32 numpy arrays.
+
+    Raises FileNotFoundError or ValueError, in one sentence, as `load_peft`, or if its arrays do not fit the model.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path} does not exist.")
+    found = find_adapter(path)
+    if found is None:
+        raise ValueError(f"{path} is no adapter: it has no adapter_config.json and is no LoRA run or checkpoint of it.")
+    if found.config is None:
+        return load_peft(path, config)
+    arrays = open_params(found.path)
+    expected = {name: array.shape for name, array in flatten(abstract_adapter(found.config, config, None)).items()}
+    hf.check_shapes(f"arrays of {found.path}", expected, {name: array.shape for name, array in arrays.items()})
+    flat = {name: np.asarray(orbax.read_part(array, None), np.float32) for name, array in arrays.items()}
+    return Adapter(found.config, unflatten(flat))
+
+
+def place_adapter(adapter: Adapter, config: ModelConfig, mesh: Mesh | None) -> Params:
+    """The arrays of an adapter, cut over `mesh` as the weights are, or whole on the first device."""
+
+    def place(shape: jax.ShapeDtypeStruct, array: Any) -> jax.Array:
+        return jax.make_array_from_callback(shape.shape, shape.sharding, lambda index: np.asarray(array)[index])
+
+    return jax.tree.map(place, abstract_adapter(adapter.config, config, mesh), adapter.params)
+
+
+def describe(found: FoundAdapter) -> tuple[str, ...]:
+    """What the adapter is, a line each."""
+    lines = (f"adapter of {found.base or 'a model that is not named'}: {found.path}",)
+    if found.config is not None:
+        return (*lines, found.config.describe())
+    raw = open_peft(found.path).raw
+    keys = "target_modules r lora_alpha use_rslora use_dora rank_pattern alpha_pattern"
+    return (*lines, "PEFT, " + ", ".join(f"{key} {raw[key]}" for key in keys.split() if raw.get(key)))

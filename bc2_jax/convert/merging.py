@@ -1,0 +1,131 @@
+"""Adapters merged into models on disk, and carried between PEFT's files and checkpoints of ours."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bc2_jax.config import ModelConfig
+from bc2_jax.convert import orbax
+from bc2_jax.convert.adapter import find_adapter, load_adapter
+from bc2_jax.convert.conversion import Options, Summary, to_hf
+from bc2_jax.convert.folder import check_free, written_whole
+from bc2_jax.convert.hf_config import HFDType
+from bc2_jax.convert.hf_write import FileFormat
+from bc2_jax.convert.lora_layout import LoraLayout
+from bc2_jax.convert.ownership import foreign_in_adapter, foreign_in_checkpoint
+from bc2_jax.convert.peft import save_peft
+from bc2_jax.convert.pretrained import find_model
+from bc2_jax.convert.source import Source
+from bc2_jax.convert.stream import Part
+from bc2_jax.convert.table import Layout, cast, flatten
+from bc2_jax.model.lora import SLOTS, Adapter, adapted_weights, equation_of, lost, merge_weight, part_of
+from bc2_jax.validation import check_path
+
+DEFAULTS = Options()
+
+
+class Merging:
+    """A source with an adapter in its weights, merged layer by layer as they are read."""
+
+    def __init__(self, source: Source, adapter: Adapter, dtype: np.dtype) -> None:
+        """The weights with an adapter are merged in fp32 and cast once, to `dtype`."""
+        self._base, self._adapter, self._dtype = source, adapter, dtype
+        self._weights = adapted_weights(adapter.config)
+        self._losses: dict[Part, float] = {}
+        dtypes = {path: dtype if path in self._weights else own for path, own in source.dtypes.items()}
+        self.source = dataclasses.replace(source, dtypes=dtypes, read=self._read)
+
+    def _read(self, path: str, layer: int | None) -> np.ndarray:
+        array = self._base.read(path, layer)
+        if path not in self._weights:
+            return array
+        target, name = self._weights[path]
+        stacks = part_of(self._adapter.params["layers"][SLOTS[target].block][target], target, name)
+        part = {key: np.asarray(stack)[layer] for key, stack in stacks.items()}
+        config = self._adapter.config
+        exact = merge_weight(equation_of(target), array, part, config.scaling_of(target))
+        merged = cast(exact, self._dtype, f"{path}[{layer}]")
+        self._losses[path, layer] = float(lost(array, exact, merged))
+        return merged
+
+    def notes(self) -> tuple[str, ...]:
+        """What the dtype lost of the adapter's change, where it was most."""
+        (path, layer), most = max(self._losses.items(), key=lambda item: item[1])
+        return (
+            f"of the adapter's change, {self._dtype.name} loses at most {most:.3%}, in {path}[{layer}]"
+            if most
+            else f"{self._dtype.name} loses nothing of the adapter's change",
+        )
+
+
+def merge_lora(
+    base: str | Path, adapter: str | Path, folder: str | Path, options: Options = DEFAULTS,
+    dtype: HFDType | None = None, layout: Layout = "baichuan2", file_format: FileFormat = "safetensors",
+    max_shard_bytes: float = 5e9,
+) -> Summary:  # fmt: skip
+    """Writes the model in `base` with the adapter in its weights as a PyTorch folder, one layer in memory at a time.
+
+    `adapter` is as in `load_adapter`; all else is as in `to_hf`. The summary's notes tell what the dtype loses.
+    """
+    merging: list[Merging] = []
+
+    def add(source: Source, dtype: np.dtype) -> Source:
+        loaded = load_adapter(adapter, source.config)
+        merging.append(Merging(source, loaded, dtype))
+        return merging[0].source
+
+    summary = to_hf(base, folder, options, dtype, layout, file_format, max_shard_bytes, add)
+    return dataclasses.replace(summary, notes=(*merging[0].notes(), *summary.notes))
+
+
+def convert_adapter(
+    adapter: str | Path, target: str | Path, *, to_peft: bool, base: str | None = None,
+    layout: LoraLayout | None = None, overwrite: bool = False,
+) -> Adapter:  # fmt: skip
+    """Writes an adapter, of a checkpoint or run of ours or in PEFT's files, in PEFT's files or as a checkpoint of ours
+    with its parameters alone; returns what it read.
+
+    `base` is the model that it is for, of which the config alone is read, and only where the adapter is in PEFT's
+    files; by default what it says itself. `layout` as in `save_peft`. Raises FileNotFoundError, FileExistsError or
+    ValueError, in one sentence, and then leaves nothing behind.
+    """
+    check_free(Path(target).absolute(), overwrite, foreign_in_adapter if to_peft else foreign_in_checkpoint)
+    found = find_adapter(adapter)
+    if found is None:
+        raise FileNotFoundError(f"{adapter} is no adapter: it has no adapter_config.json and is no LoRA run of ours.")
+    base = base or found.base
+    config = found.model or _config_of(found.path, base)
+    loaded = load_adapter(adapter, config)
+    if to_peft:
+        save_peft(target, loaded, config, layout=layout, base=base, overwrite=overwrite)
+    else:
+        _save_checkpoint(Path(target).absolute(), loaded, config, base, overwrite)
+    return loaded
+
+
+def _config_of(adapter: Path, base: str | None) -> ModelConfig:
+    if base is None:
+        raise ValueError(f"{adapter} does not say for which model it is: name the model with --base.")
+    try:
+        return find_model(base).config
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"The model that {adapter} is for is not found; name it with --base: {error}"
+        ) from error
+
+
+def _save_checkpoint(target: Path, adapter: Adapter, config: ModelConfig, base: str | None, overwrite: bool) -> None:
+    check_path("target", target)
+    flat = flatten(adapter.params)
+    settings: dict[str, Any] = {"model": dataclasses.asdict(config), "lora": dataclasses.asdict(adapter.config)}
+    metadata = {"config": settings | {"init_from": base}}
+    shapes = {path: array.shape for path, array in flat.items()}
+    with written_whole(target, overwrite, foreign_in_checkpoint) as partial:
+        writer = orbax.ParamsWriter(partial, shapes, {path: array.dtype for path, array in flat.items()}, metadata)
+        for path, array in flat.items():
+            for layer in range(len(array)):
+                writer.write(path, layer, array[layer])
