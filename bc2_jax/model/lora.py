@@ -264,9 +264,10 @@ def init_adapter(
             if config.dora:
                 equation, scaling = equation_of(target), config.scaling_of(target)
                 norms = []
-                for name, w in bases[target].items():  # as the forward pass computes it, whose ratio of the two is 1
+                for name in SLOTS[target].weights:  # as the forward pass computes it, whose ratio of the two is 1
                     part = part_of(by_target[target], target, name)
-                    norms.append(_row_norm(equation, w.astype(jnp.float32), a, part["lora_b"], scaling))
+                    w = bases[target][name].astype(jnp.float32)
+                    norms.append(_row_norm(equation, w, a, part["lora_b"], scaling))
                 by_target[target]["magnitude"] = norms[0] if len(norms) == 1 else jnp.stack(norms, 1)
         return _tree(by_target)
 

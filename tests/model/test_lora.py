@@ -138,7 +138,7 @@ def test_sharded_equals_unsharded(tiny, mesh_of, config: LoraConfig, shape):
     np.testing.assert_allclose(cut_loss, loss, rtol=1e-6)
     np.testing.assert_allclose(cut_logits, logits, atol=1e-5)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(gradient), jax.tree.leaves(cut_gradient), strict=True):
-        np.testing.assert_allclose(b, a, atol=2e-6, err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=5e-6, err_msg=jax.tree_util.keystr(path))
     assert all(jax.tree.leaves(jax.tree.map(lambda g, s: g.sharding.spec == s.spec, cut_gradient, shardings)))
     merged = merge(cut, Adapter(config, placed))
     assert jax.tree.map(lambda x: x.sharding.spec, merged) == jax.tree.map(lambda x: x.sharding.spec, cut)
@@ -167,7 +167,7 @@ def test_other_ways_to_run_give_the_same(tiny, config: LoraConfig):
     other = ComputeConfig(dtype="float32", attention_block=8, scan_layers=False, remat="save_dots")
     (_, logits), other_gradient = differentiate(config, other)(adapter, params, ids, key)
     np.testing.assert_allclose(logits, expected, atol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), other_gradient, gradient)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=5e-6), other_gradient, gradient)
     plain = forward(config)(params, adapter, ids, None)
     assert np.abs(plain - expected).max() > 1e-3  # which had dropout
     model = with_adapter(nnx.merge(split_model(TINY, COMPUTE)[0], params), config, adapter)
