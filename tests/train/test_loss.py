@@ -21,8 +21,6 @@ from bc2_jax.train.loss import LossSums, count_targets, head_loss
 from bc2_jax.train.pretrain import make_loss
 
 RULES = DEFAULT_RULES
-# The compiler takes far longer than such small cases do.
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def shifted(ids: np.ndarray) -> np.ndarray:
@@ -36,7 +34,7 @@ def golden_batch(golden, repeat: int = 1, labels: np.ndarray | None = None) -> d
     return {"input_ids": ids, "labels": labels, "positions": positions, "segment_ids": np.ones_like(ids)}
 
 
-def golden_loss(golden, compute: ComputeConfig, params, batch, compiler_options=None):
+def golden_loss(golden, compute: ComputeConfig, params, batch):
     """((mean loss, parts), gradients)."""
     loss_fn = make_loss(golden.config, compute)
 
@@ -45,7 +43,7 @@ def golden_loss(golden, compute: ComputeConfig, params, batch, compiler_options=
         return loss / count_targets(batch["labels"]), LossSums(**parts.sums, **parts.maxima)
 
     gradient = jax.value_and_grad(mean_loss, has_aux=True)
-    return jax.jit(gradient, compiler_options=compiler_options)(params, batch)
+    return jax.jit(gradient)(params, batch)
 
 
 def assert_golden(golden, result):
@@ -81,7 +79,7 @@ def test_loss_and_every_gradient_on_a_mesh_equal_pytorch(golden, shape: tuple[in
     params = jax.device_put(golden.params, param_shardings(golden.config, mesh))
     batch = jax.device_put(golden_batch(golden, repeat=4), NamedSharding(mesh, RULES.spec("batch", "sequence")))
     with jax.set_mesh(mesh):
-        result = golden_loss(golden, compute, params, batch, FAST_COMPILE)
+        result = golden_loss(golden, compute, params, batch)
     assert_golden(golden, result)
     specs = jax.tree.map(lambda g: g.sharding.spec, result[1])
     assert specs == jax.tree.map(lambda p: p.sharding.spec, params)
@@ -144,7 +142,7 @@ def test_any_shape_and_chunk(B: int, T: int, V: int, chunk: int, ignored: float,
     h, rows, labels = random_case(B, T, 4, V, seed, ignored)
     expected = numpy_loss(h, rows, labels, z)
     assert_close(
-        jax.jit(loss_and_gradients, static_argnums=(3, 4), compiler_options=FAST_COMPILE)(h, rows, labels, z, chunk),
+        jax.jit(loss_and_gradients, static_argnums=(3, 4))(h, rows, labels, z, chunk),
         expected,
     )
     assert_close(head_loss(h, rows, labels, z, chunk)[0], expected[0][0])  # without gradients
@@ -218,7 +216,7 @@ def test_any_mesh_equals_numpy(shape: tuple[int, ...], chunk: int, mesh_of):
     put = lambda x, *axes: jax.device_put(x, NamedSharding(mesh, RULES.spec(*axes)))  # noqa: E731
     placed = put(h, "batch", "sequence", "hidden"), put(rows, "vocab", "embed"), put(labels, "batch", "sequence")
     with jax.set_mesh(mesh):
-        result = jax.jit(loss_and_gradients, static_argnums=(3, 4), compiler_options=FAST_COMPILE)(*placed, 0.1, chunk)
+        result = jax.jit(loss_and_gradients, static_argnums=(3, 4))(*placed, 0.1, chunk)
     assert_close(result, numpy_loss(h, rows, labels, 0.1))
     assert result[1][1].sharding.spec == RULES.spec("vocab", "embed")
     assert result[1][0].sharding.spec == RULES.spec("batch", "sequence", "hidden")
