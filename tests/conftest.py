@@ -38,6 +38,15 @@ jax.config.update(
     "jax_persistent_cache_min_compile_time_secs", float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
 )
 
+_LONG = ("faults", "train", "infer", "model", "kernels")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The folders with the longest files first: a file is never cut, so that none of those should be the last."""
+    order = {folder: number for number, folder in enumerate(_LONG)}
+    items.sort(key=lambda item: order.get(item.path.parent.name, len(order)))
+
+
 settings.register_profile("bc2_jax", deadline=None, derandomize=True, database=None, max_examples=25)
 settings.load_profile("bc2_jax")
 
