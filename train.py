@@ -7,7 +7,6 @@ latter, and after a process was killed, start all processes again with `--resume
 
 from __future__ import annotations
 
-import importlib
 import logging
 import shlex
 import sys
@@ -17,13 +16,11 @@ from pathlib import Path
 
 import tyro
 
-from bc2_jax.config import TrainConfig
 from bc2_jax.config.file import read_config_file
 from bc2_jax.cpu import choose_cpu_without_tpu
 from bc2_jax.terminal import here, use_utf8
+from bc2_jax.train.kinds import KINDS, kind_of
 
-# The kinds of run: the type of a config, and where the function is that makes its job.
-JOBS = {TrainConfig: "bc2_jax.train.pretrain"}
 STARTED = time.monotonic()
 DEMO = Path(__file__).parent / "configs" / "demo.py"
 
@@ -33,7 +30,7 @@ def without_where_and_how_long(args: list[str]) -> list[str]:
     kept, skip = [], False
     for arg in args:
         name = arg.split("=")[0].replace("_", "-")
-        flag = name in ("--workdir", "--resume", "--num-steps") or name.startswith("--distributed.")
+        flag = name in ("--workdir", "--resume", "--num-steps", "--num-epochs") or name.startswith("--distributed.")
         if not (skip or flag):
             kept.append(arg)
         skip = flag and "=" not in arg
@@ -47,8 +44,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("bc2_jax").setLevel(logging.INFO)
     try:
-        file = read_config_file(path, *JOBS)
-        kind = JOBS[type(file.config)]
+        file = read_config_file(path, *KINDS)
         config = tyro.cli(type(file.config), default=file.config, args=args, description=file.doc)
         config = file.prepare(config)
         # After the command line is known to be right: --help answers at once.
@@ -58,12 +54,13 @@ def main() -> None:
         from bc2_jax.checkpoint import InterruptedSave
         from bc2_jax.train import distributed, loop
 
-        make_job = importlib.import_module(kind).make_job
+        kind = kind_of(config)
+        config = kind.complete(config)
     except (ValueError, OSError, ArithmeticError) as error:
         sys.exit(f"error: {error}")
     try:
         command = shlex.join([here(__file__), *without_where_and_how_long(sys.argv[1:])])
-        loop.run(config, make_job, command, STARTED)
+        loop.run(config, kind.make_job, command, STARTED)
     except distributed.Preempted as stop:
         print(stop, flush=True)
         sys.exit(stop.exit_code)

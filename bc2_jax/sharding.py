@@ -112,13 +112,13 @@ def reshard(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def gather(x: jax.Array, *axes: str | None) -> jax.Array:
-    """A stored weight `x` with these logical axes, its `embed` dimension whole.
+    """A stored weight `x` with these logical axes, its `embed` dimension whole if it has one.
 
     One gather for each mesh axis in use, the innermost first, when there is least to send: each then lies along whole
     dimensions of the torus, and stays a gather where the compiler makes an all-reduce of a single large one.
     """
     sharding = named_sharding(*axes)
-    if sharding is None:
+    if sharding is None or "embed" not in axes:
         return x
     dim, cut = axes.index("embed"), mesh_axes("embed")
     for count in reversed(range(len(cut))):
@@ -135,14 +135,15 @@ def all_gather(x: jax.Array, dim: int) -> jax.Array:
     return x
 
 
-def reduce_scatter(x: jax.Array, dim: int) -> jax.Array:
-    """Inside `shard_map`: the sum of `x` over all rows and tokens, its dimension `dim` cut as `embed` is.
+def reduce_scatter(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Inside `shard_map`: the sum over all rows and tokens of `x`, which has these logical axes and `embed` whole.
 
-    One scatter for each mesh axis, the outermost first, then what is left of the batch: the inverse of `gather`.
+    The sum is cut along `embed` if it has this axis: one scatter for each mesh axis, the outermost first, then what is
+    left of the batch: the inverse of `gather`.
     """
-    scattered = mesh_axes("embed")
+    scattered = mesh_axes("embed") if "embed" in axes else ()
     for axis in scattered:
-        x = jax.lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
+        x = jax.lax.psum_scatter(x, axis, scatter_dimension=axes.index("embed"), tiled=True)
     rest = tuple(axis for axis in mesh_axes("batch", "sequence") if axis not in scattered)
     return jax.lax.psum(x, rest) if rest else x
 

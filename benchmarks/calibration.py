@@ -66,7 +66,7 @@ class GroupedQueryAttention(SelfAttention):
         super().__init__(config, compute, rngs=rngs)
         shape = (config.num_hidden_layers, config.hidden_size, config.num_key_value_heads, config.head_dim)
         std = config.initializer_range
-        self.k_proj, self.v_proj = (Linear("BTD,DNH->BTNH", shape, std, rngs=rngs) for _ in range(2))
+        self.k_proj, self.v_proj = (Linear.random("BTD,DNH->BTNH", shape, std, rngs=rngs) for _ in range(2))
 
     def _attend(self, q: Array, k: Array, v: Array, tokens: Tokens) -> Array:
         B, T, N, H = q.shape

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from rich.table import Table
 from bc2_jax.data.corpus import PROBLEMS, Corpus
 from bc2_jax.data.documents import Fields
 from bc2_jax.data.packing import load_manifest
-from bc2_jax.data.processes import ends_at_signals
+from bc2_jax.data.processes import ends_at_signals, num_cores
 from bc2_jax.data.tokenization import Settings, tokenize_corpus
 from bc2_jax.terminal import make_console, make_table, use_utf8
 
@@ -46,11 +45,6 @@ def summarize(corpus: Corpus, out: Path) -> Table:
             f"{part.tokens:,}", f"{tokens / characters:.3f}", f"{part.rows:,}", f"{part.share:.2%}",
         )  # fmt: skip
     return table
-
-
-def num_cores() -> int:
-    """Those that this process may use, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -37,16 +37,21 @@ class FineTuneConfig(TrainConfig):
 
     lora: LoraConfig = LoraConfig()
     loss_weighting: Literal["token", "sample"] = "token"
-    """token: every target of a batch has the same weight. sample: every sample of it that has targets."""
+    """What has the same weight in the loss: every target (token) of a batch, or every sample of it that has targets."""
     neftune_alpha: float = 0.0
     """NEFTune (arXiv 2310.05914): uniform noise of up to alpha / sqrt(n * hidden_size) on the embeddings of a sample of
     n tokens, in training only; 5 to 15 are usual, 0 is none."""
     num_epochs: float | None = None
-    """Passes over the rows in place of num_steps; None: as many steps as num_steps says."""
+    """Passes over the rows after which the run ends, if num_steps does not end it before, and with it the decay of the
+    learning rate at the latest. A pass is as many rows as all sources have together. None: num_steps alone counts."""
     questions: QuestionsConfig = QuestionsConfig()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.neftune_alpha >= 0, "neftune_alpha", self.neftune_alpha, "it must be at least 0")
+        require(
+            not (self.lora.rank and self.export_hf), "export_hf", self.export_hf,
+            "with lora.rank the model is base and adapters, which tools/convert.py merge-lora makes one",
+        )  # fmt: skip
         epochs = self.num_epochs
         require(epochs is None or epochs > 0, "num_epochs", epochs, "it must be positive, or None")

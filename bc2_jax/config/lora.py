@@ -21,6 +21,10 @@ class LoraConfig:
     """Scaling is alpha / rank, or alpha / sqrt(rank) with rslora."""
     targets: tuple[LoraTarget, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Matrices that get an adapter. W_pack is the released matrix of queries, keys and values, which then share A."""
+    ranks: tuple[int, ...] = ()
+    """Rank of each of `targets`, in their order, where they differ; () is `rank` for all."""
+    alphas: tuple[float, ...] = ()
+    """Alpha of each of `targets`, in their order, where they differ; () is `alpha` for all."""
     dropout: float = 0.0
     """Share of an adapter's inputs that is set to zero in training."""
     rslora: bool = False
@@ -43,7 +47,16 @@ class LoraConfig:
             f"W_pack is {', '.join(parts)} as one matrix: name W_pack or its parts",
         )  # fmt: skip
 
-    @property
-    def scaling(self) -> float:
-        """What B A x is multiplied with."""
-        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+        for field in ("ranks", "alphas"):
+            values = getattr(self, field)
+            known = len(values) in (0, len(self.targets)) and all(value > 0 for value in values)
+            require(known, f"lora.{field}", values, "it must be empty or one positive number for each of lora.targets")
+
+    def rank_of(self, target: LoraTarget) -> int:
+        """Rank of the adapter of one of `targets`."""
+        return self.ranks[self.targets.index(target)] if self.ranks else self.rank
+
+    def scaling_of(self, target: LoraTarget) -> float:
+        """What B A x is multiplied with for one of `targets`."""
+        alpha, rank = self.alphas[self.targets.index(target)] if self.alphas else self.alpha, self.rank_of(target)
+        return alpha / (rank**0.5 if self.rslora else rank)

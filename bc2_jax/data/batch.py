@@ -16,8 +16,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from bc2_jax.config import DataConfig
+from bc2_jax.data.row_file import START, TARGET, token_ids
 from bc2_jax.sharding import mesh_axes, spec
-from bc2_jax.tokenizer import EOS_ID, PAD_ID
+from bc2_jax.tokenizer import EOS_ID, PAD_ID, USER_ID
 
 IGNORED = -100
 """Label of a position that has no target."""
@@ -31,14 +32,18 @@ Batch = dict[str, jax.Array]
 """Fields of a batch on the mesh, int32 [A, B / A, T]; [B, T] where a function takes one accumulation step of it."""
 
 
-def row_to_example(row: np.ndarray, eos_id: int = EOS_ID, pad_id: int = PAD_ID) -> Rows:
+def row_to_example(row: np.ndarray, eos_id: int = EOS_ID, pad_id: int = PAD_ID, user_id: int = USER_ID) -> Rows:
     """Splits rows of T + 1 tokens, uint32 [..., T + 1], into FIELDS, each int32 [..., T].
 
-    labels are -100 after an eos, because the first token of a document has no context in it, and where there is
-    padding. positions count from 0 in each segment; 0 for padding. A document continued from the previous row is a new
-    segment.
+    In a row of text labels are -100 after an eos, because the first token of a document has no context in it, and where
+    there is padding. A document continued from the previous row is a new segment. In a row of conversations a label is
+    the next token if that is a TARGET, eos in place of the user's role, and -100 otherwise; a segment begins at each
+    START. positions count from 0 in each segment; 0 for padding.
     """
-    tokens = row.astype(np.int32)
+    # Rows of both kinds may stand in one batch.
+    chat = row[..., 0] >= START
+    has_chat = bool(chat.any())
+    tokens = (token_ids(row) if has_chat else row).astype(np.int32)
     input_ids, targets = tokens[..., :-1], tokens[..., 1:]
     ends, padding = input_ids == eos_id, input_ids == pad_id
     labels = targets.copy()
@@ -46,6 +51,11 @@ def row_to_example(row: np.ndarray, eos_id: int = EOS_ID, pad_id: int = PAD_ID) 
     starts = np.empty_like(ends)
     starts[..., 0] = True
     starts[..., 1:] = ends[..., :-1]
+    if has_chat:
+        flags, answers = row[chat], targets[chat]
+        answers[answers == user_id] = eos_id
+        labels[chat] = np.where(flags[:, 1:] & TARGET, answers, IGNORED)
+        starts[chat] = (flags[:, :-1] & START) > 0
     segment_ids = np.cumsum(starts, axis=-1, dtype=np.int32)
     # Each row begins a segment, so segments can be counted through all rows at once.
     first = np.flatnonzero(starts).astype(np.int32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import itertools
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -79,17 +80,36 @@ def _segment_title(row: Rows, segment: int) -> str:
     return f"segment {segment}, positions {positions[0]}..{positions[-1]}, {targets:,} targets"
 
 
+def read_answers(row: Rows, segment: int, tokenizer: Tokenizer) -> list[str]:
+    """The stretches of targets of a segment, as text with special tokens spelt out: what is learned of a conversation.
+    None of a document, whose tokens are all targets but the first."""
+    labels = row["labels"][row["segment_ids"] == segment]
+    is_target = labels != IGNORED
+    if segment == 0 or np.count_nonzero(~is_target) <= 1:
+        return []
+    stretches = np.split(labels, np.flatnonzero(np.diff(is_target)) + 1)
+    return [_spell(stretch.tolist(), tokenizer) for stretch in stretches if stretch[0] != IGNORED]
+
+
+def _spell(ids: list[int], tokenizer: Tokenizer) -> str:
+    stretches = ((special, list(here)) for special, here in itertools.groupby(ids, tokenizer.is_special))
+    return "".join(
+        "".join(map(tokenizer.piece, ids)) if special else tokenizer.decode(ids) for special, ids in stretches
+    )
+
+
 def render_row(row: Rows, tokenizer: Tokenizer) -> Text:
     """A row for a terminal: segments in alternating colours under a heading each, special tokens spelt out, tokens
-    without a target dim."""
+    without a target dim; below a conversation its targets."""
     text = Text()
-    segment = -1
-    for run in read_runs(row, tokenizer):
-        if run.segment != segment:
-            segment = run.segment
-            text.append("\n" * bool(text) + f"[{_segment_title(row, segment)}]\n", "bold")
-        colour = "magenta" if run.special else _COLOURS[segment % 2]
-        text.append(run.text.translate(_VISIBLE), f"dim {colour}" if run.ignored else colour)
+    for segment, runs in itertools.groupby(read_runs(row, tokenizer), lambda run: run.segment):
+        text.append("\n" * bool(text) + f"[{_segment_title(row, segment)}]\n", "bold")
+        for run in runs:
+            colour = "magenta" if run.special else _COLOURS[segment % 2]
+            text.append(run.text.translate(_VISIBLE), f"dim {colour}" if run.ignored else colour)
+        for answer in read_answers(row, segment, tokenizer):
+            text.append("\n[targets] ", "bold")
+            text.append(answer.translate(_VISIBLE))
     return text
 
 
@@ -115,6 +135,10 @@ def render_html(rows: Iterable[tuple[str, Rows]], tokenizer: Tokenizer) -> str:
     for name, row in rows:
         parts.append(f"<h3>{html.escape(name)}: {row_title(row)}</h3>\n<div class=arrays>{row_arrays(row)}</div>")
         parts.append(f"<div class=row>{''.join(_html_run(run, row) for run in read_runs(row, tokenizer))}</div>")
+        for segment in range(1, int(row["segment_ids"].max()) + 1):
+            for answer in read_answers(row, segment, tokenizer):
+                shown = html.escape(answer.translate(_VISIBLE))
+                parts.append(f"<div class=row>targets of segment {segment}: <b>{shown}</b></div>")
     return _PAGE.format(ignored=IGNORED, rows="\n".join(parts))
 
 

@@ -11,25 +11,27 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
 import io
-import json
 import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from bc2_jax.data.decompression import Decompressed
-from bc2_jax.data.encodings import hint
+from bc2_jax.data.records import (
+    Invalid,
+    Record,
+    decode,
+    first_line,
+    import_arrow,
+    read_lines,
+    read_row_group,
+)
 from bc2_jax.data.text_files import LEGAL, Kind, kind_of
 from bc2_jax.validation import require
 
-LONGEST_LINE = 1 << 30
-"""Bytes of a line; a longer one is an invalid document, which is never held in memory."""
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BLOCK = 1 << 20
-_ROWS_AT_A_TIME = 64
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -119,9 +121,16 @@ def scan_file(path: str | os.PathLike[str], fields: Fields, span_bytes: int) -> 
 def read_span(span: Span, fields: Fields) -> Iterator[Document | InvalidDocument]:
     """The documents of one span in order."""
     kind, compression = _kind(span.file)
-    if kind == "parquet":
-        return _read_row_group(span, fields)
-    return _read_text(span, compression) if kind == "text" else _read_lines(span, compression, fields)
+    if kind == "text":
+        yield from _read_text(span, compression)
+        return
+    found = _read_lines(span, compression) if kind == "jsonl" else _read_row_group(span, fields)
+    for record in found:
+        if isinstance(record, Invalid):
+            yield InvalidDocument(str(record), record.records)
+        else:
+            yield _document(record.value, fields, span.file, record.where)
+        del record
 
 
 def _kind(path: str) -> tuple[Kind, str | None]:
@@ -152,68 +161,21 @@ def _read_text(span: Span, compression: str | None) -> Iterator[Document | Inval
     except OSError as error:
         yield InvalidDocument(f"{span.file}: {error}")
         return
-    text = _decode(content, span.file)
-    yield text if isinstance(text, InvalidDocument) else _document({"text": text}, Fields(), span.file, span.file)
+    text = decode(content, span.file)
+    if isinstance(text, Invalid):
+        yield InvalidDocument(str(text))
+    else:
+        yield _document({"text": text}, Fields(), span.file, span.file)
 
 
-def _read_lines(span: Span, compression: str | None, fields: Fields) -> Iterator[Document | InvalidDocument]:
-    number = span.first
+def _read_lines(span: Span, compression: str | None) -> Iterator[Record | Invalid]:
     with open(span.file, "rb") as file:
-        lines: Any = file
         if compression:
-            lines = io.BufferedReader(Decompressed(file, compression), _BLOCK)
+            lines: Any = io.BufferedReader(Decompressed(file, compression), _BLOCK)
+            yield from read_lines(lines, span.file, span.first)
         else:
             file.seek(span.start)
-        position = span.start
-        while True:
-            where = f"{span.file}:{number}"
-            try:
-                line, size = _read_line(lines)
-            except OSError as error:
-                yield InvalidDocument(f"{where}: {error}; this and what follows in the file is lost")
-                return
-            if not size:
-                return
-            if line is None:
-                yield InvalidDocument(f"{where}: the line has {size} bytes, more than {LONGEST_LINE}")
-            elif not line.isspace():
-                found: Any = _decode(line, where)
-                del line  # it may be large: two copies exist while JSON is read, one after that
-                if isinstance(found, str):
-                    found = _parse(found, fields, span.file, where)
-                yield found
-                del found
-            number += 1
-            position += size
-            if position >= span.stop and lines is file:
-                return
-
-
-def _read_line(lines: BinaryIO) -> tuple[bytes | None, int]:
-    """A line and its size; None in place of one that is too long; size 0 at the end."""
-    line = lines.readline(LONGEST_LINE + 1)
-    size = len(line)
-    if size <= LONGEST_LINE:
-        return line, size
-    while not line.endswith(b"\n") and (line := lines.readline(_BLOCK)):
-        size += len(line)
-    return None, size
-
-
-def _decode(content: bytes, where: str) -> str | InvalidDocument:
-    try:
-        return content.removeprefix(_BYTE_ORDER_MARK).decode()
-    except UnicodeDecodeError as error:
-        reason = f"it is not UTF-8 ({error.reason} at byte {error.start}){hint(content)}"
-        return InvalidDocument(f"{where}: {reason}")
-
-
-def _parse(line: str, fields: Fields, file: str, where: str) -> Document | InvalidDocument:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return InvalidDocument(f"{where}: it is not JSON ({error})")
-    return _document(record, fields, file, where)
+            yield from read_lines(file, span.file, span.first, span.stop - span.start)
 
 
 def _document(record: Any, fields: Fields, file: str, where: str) -> Document | InvalidDocument:
@@ -241,12 +203,12 @@ def _document(record: Any, fields: Fields, file: str, where: str) -> Document | 
 
 
 def _row_groups(file: str, fields: Fields) -> tuple[list[Span], str | None]:
-    parquet, pyarrow = _import("pyarrow.parquet"), _import("pyarrow")
+    parquet, pyarrow = import_arrow("pyarrow.parquet"), import_arrow("pyarrow")
     try:
         with parquet.ParquetFile(file) as opened:
             metadata, columns = opened.metadata, opened.schema_arrow.names
     except (pyarrow.ArrowException, OSError) as error:
-        return [], f"{file}: it is no complete Parquet file ({_first_line(error)})"
+        return [], f"{file}: it is no complete Parquet file ({first_line(error)})"
     if fields.text not in columns:
         return [], f"{file}: it has no column {fields.text!r}, only {', '.join(columns)}"
     spans, row = [], 1
@@ -257,47 +219,6 @@ def _row_groups(file: str, fields: Fields) -> tuple[list[Span], str | None]:
     return spans, None
 
 
-def _read_row_group(span: Span, fields: Fields) -> Iterator[Document | InvalidDocument]:
-    parquet, pyarrow = _import("pyarrow.parquet"), _import("pyarrow")
-    with parquet.ParquetFile(span.file, page_checksum_verification=True) as opened:
-        rows = opened.metadata.row_group(span.start).num_rows
-        names = (fields.text, fields.source, "language", "score", "weight")
-        columns = [name for name in opened.schema_arrow.names if name in names]
-        done = 0
-        try:
-            for batch in opened.iter_batches(_ROWS_AT_A_TIME, row_groups=[span.start], columns=columns):
-                values = [_values(column, pyarrow) for column in batch.columns]
-                for record in zip(*values, strict=True):
-                    done += 1
-                    where = f"{span.file}:{span.first + done - 1}"
-                    bad = next((value for value in record if isinstance(value, InvalidDocument)), None)
-                    yield (
-                        InvalidDocument(f"{where}: {bad.reason}")
-                        if bad is not None
-                        else _document(dict(zip(columns, record, strict=True)), fields, span.file, where)
-                    )
-        except (pyarrow.ArrowException, OSError) as error:
-            last = span.first + rows - 1
-            reason = f"{span.file}: rows {span.first + done}-{last} can't be read ({_first_line(error)})"
-            yield InvalidDocument(reason, rows - done)
-
-
-def _values(column: Any, pyarrow: Any) -> list[Any]:
-    """The values of a column; Parquet promises UTF-8, but nobody checks it."""
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        content = column.cast(pyarrow.binary()).to_pylist()
-        return [None if value is None else _decode(value, "in text") for value in content]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-
-
-def _import(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        name = module.split(".")[0]
-        raise ValueError(f".parquet files need {name}: pip install 'bc2_jax[data]'.") from error
+def _read_row_group(span: Span, fields: Fields) -> Iterator[Record | Invalid]:
+    names = (fields.text, fields.source, "language", "score", "weight")
+    return read_row_group(span.file, span.file, span.start, span.first, names)

@@ -16,6 +16,7 @@ import numpy as np
 from bc2_jax.data.benchmark_items import read_items
 from bc2_jax.data.overlap import HashSet, ItemHit, ItemOverlap, hash_ngrams
 from bc2_jax.data.packing import Manifest, Split
+from bc2_jax.data.row_file import token_ids
 from bc2_jax.data.row_stream import Documents, DocumentScan, RowSource, stream_tokens
 from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.validation import require
@@ -28,7 +29,8 @@ Advance = Callable[[int], object]
 
 @dataclasses.dataclass(frozen=True)
 class SplitCounts:
-    """What one split of a source holds, counted in its rows; characters and bytes are the manifest's."""
+    """What one split of a source holds, counted in its rows; characters and bytes are the manifest's. Documents of rows
+    of conversations are samples."""
 
     source: str
     split: Split
@@ -67,7 +69,7 @@ def count_split(
     documents = tokens = longest = 0
     for start, chunk in stream_tokens(source, split):
         found = scan.add(start, chunk)
-        visit(start, chunk, found)
+        visit(start, token_ids(chunk), found)
         bins = np.floor(BINS_PER_OCTAVE * np.log2(np.maximum(found.length, 1))).astype(np.int64)
         histogram += np.bincount(bins, minlength=_BINS)
         documents += len(found.length)
@@ -75,11 +77,12 @@ def count_split(
         longest = max(longest, int(found.length.max(initial=0)))
         advance(len(chunk))
     rows = sum(file.rows for file in info.files)
-    padding = rows * source.manifest.sequence_length + 1 - tokens if rows else 0
+    # The tokens that rows of text share are counted once; the last one of a row of conversations is always padding.
+    places = rows * source.manifest.sequence_length + (rows > 0 and source.manifest.kind == "text")
     filled = np.flatnonzero(histogram)
     trimmed = histogram[: filled[-1] + 1] if filled.size else histogram[:0]
     return SplitCounts(
-        source.name, split, rows, documents, tokens, padding, info.characters, info.bytes, longest,
+        source.name, split, rows, documents, tokens, places - tokens, info.characters, info.bytes, longest,
         tuple(int(count) for count in trimmed), scan.unfinished,
     )  # fmt: skip
 

@@ -21,7 +21,7 @@ from bc2_jax.data.bad_rows import BadRows
 from bc2_jax.data.batch import Rows, row_to_example
 from bc2_jax.data.corpus import PartFolder, list_parts
 from bc2_jax.data.mixture import Mixture, Stage
-from bc2_jax.data.packing import Manifest, Split, check_files
+from bc2_jax.data.packing import Kind, Manifest, Split, check_files
 from bc2_jax.data.row_file import BadRow, RowFile
 from bc2_jax.tokenizer import PAD_ID, file_sha256
 
@@ -65,6 +65,7 @@ class PartUse(NamedTuple):
     shares: tuple[float, ...]
     """Of the training tokens of each stage."""
     rows_read: int
+    kind: Kind
 
     @property
     def epochs(self) -> float:
@@ -81,6 +82,7 @@ def describe_mixture(data: DataConfig, num_rows: int) -> list[PartUse]:
         PartUse(
             str(part.folder.path), len(part.rows),
             tuple(stage.shares[index] / sum(stage.shares) for stage in stages), int(read[index]),
+            part.folder.manifest.kind,
         )
         for index, part in enumerate(parts)
     ]  # fmt: skip

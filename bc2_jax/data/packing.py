@@ -24,18 +24,20 @@ import uuid
 from collections.abc import Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 
 from bc2_jax.data.documents import InvalidDocument, why_invalid
-from bc2_jax.data.row_file import FileInfo, RowFile, RowFileWriter
-from bc2_jax.tokenizer import Tokenizer, file_sha256
-from bc2_jax.validation import choices, is_inside
+from bc2_jax.data.row_file import FileInfo, RowFile, RowFilesWriter
+from bc2_jax.tokenizer import Tokenizer
+from bc2_jax.validation import choices, is_inside, require
 
 logger = logging.getLogger(__name__)
 
 Split = Literal["train", "validation"]
+Kind = Literal["text", "chat"]
+"""What rows hold: a stream of text, or conversations (see `row_file` for how rows differ)."""
 SPLITS: tuple[Split, ...] = ("train", "validation")
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -48,7 +50,8 @@ _BUFFERED_TOKENS = 1 << 18
 _OPENING_THREADS = 32
 _NAMED_PROBLEMS = 3
 _WRITTEN = re.compile(
-    r"manifest\.json|corpus\.json|problems\.txt|(?:train|validation)-\d{5}(?:-of-\d{5})?\.array_record"
+    r"manifest\.json|corpus\.json|conversations\.json|questions\.jsonl|problems\.txt|"
+    r"(?:train|validation)-\d{5}(?:-of-\d{5})?\.array_record"
 )
 
 Key = TypeVar("Key", bound=Hashable)
@@ -90,6 +93,7 @@ class Manifest:
     train: SplitInfo
     validation: SplitInfo
     format: int = _FORMAT
+    kind: Kind = "text"
 
     def split(self, split: Split) -> SplitInfo:
         return self.train if split == "train" else self.validation
@@ -100,7 +104,8 @@ def load_manifest(path: str | os.PathLike[str]) -> Manifest:
     file = Path(path, MANIFEST)
     if not file.is_file():
         raise FileNotFoundError(
-            f"data.sources.path = {str(path)!r} has no {MANIFEST}: it must be written by tools/tokenize_corpus.py."
+            f"data.sources.path = {str(path)!r} has no {MANIFEST}: it must be written by tools/tokenize_corpus.py or "
+            "tools/prepare_chat.py."
         )
     try:
         fields: dict[str, Any] = json.loads(file.read_bytes())
@@ -112,6 +117,8 @@ def load_manifest(path: str | os.PathLike[str]) -> Manifest:
         raise ValueError(f"{str(file)!r} is not a manifest of packed rows, format {_FORMAT}: {error!r}.") from error
     if manifest.format != _FORMAT:
         raise ValueError(f"format = {manifest.format} in {str(file)!r} is not valid: this version reads {_FORMAT}.")
+    kinds = get_args(Kind)
+    require(manifest.kind in kinds, f"kind in {str(file)!r}", manifest.kind, f"it must be {choices(kinds)}")
     for info in (*manifest.train.files, *manifest.validation.files):
         if not is_inside(info.name):
             raise ValueError(f"files.name = {info.name!r} in {str(file)!r} is not valid: it must be a file beside it.")
@@ -181,12 +188,17 @@ class TextCounts:
         self.bytes += len(text) if text.isascii() else sum(len(part.encode()) for part in _slices(text))
 
 
+def hash_text(text: str) -> int:
+    """64 bits of a text, the same on every machine."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in _slices(text):
+        digest.update(part.encode())
+    return int.from_bytes(digest.digest(), "little")
+
+
 def split_of(document: str, validation_fraction: float) -> Split:
     """`validation` for about that fraction of all documents: a property of the text, so copies are on one side."""
-    digest = hashlib.blake2b(digest_size=8)
-    for part in _slices(document):
-        digest.update(part.encode())
-    return "validation" if int.from_bytes(digest.digest(), "little") < validation_fraction * 2**64 else "train"
+    return "validation" if hash_text(document) < validation_fraction * 2**64 else "train"
 
 
 def encode_texts(
@@ -241,13 +253,10 @@ class RowWriter:
     """Writes a stream of tokens as the rows of one split while they come."""
 
     def __init__(self, folder: str | os.PathLike[str], split: Split, sequence_length: int, rows_per_file: int) -> None:
-        self._folder, self._split = Path(folder), split
-        self._sequence_length, self._rows_per_file = sequence_length, rows_per_file
+        self._sequence_length = sequence_length
         self._pending: list[np.ndarray] = []
         self._num_pending = 0
-        self._closed: list[tuple[int, int]] = []
-        """Rows and `FileInfo.rows_crc32` of each file that is complete."""
-        self._writer: RowFileWriter | None = None
+        self._files = RowFilesWriter(folder, split, rows_per_file)
 
     def add(self, ids: np.ndarray) -> None:
         self._pending.append(ids)
@@ -262,40 +271,20 @@ class RowWriter:
         padding = 0
         if len(rest) > 1:
             padding = self._sequence_length + 1 - len(rest)
-            self._write(np.pad(rest, (0, padding), constant_values=pad_id))
-        self._close_file()
-        files = []
-        for index, (rows, crc32) in enumerate(self._closed):
-            name = f"{self._split}-{index:05d}-of-{len(self._closed):05d}.array_record"
-            file = self._file(index).rename(self._folder / name)
-            files.append(FileInfo(name, rows, file.stat().st_size, file_sha256(file), crc32))
+            self._files.write(np.pad(rest, (0, padding), constant_values=pad_id))
+        files = self._files.close()
         rows = sum(file.rows for file in files)
-        return SplitInfo(**dataclasses.asdict(counts), rows=rows, padding=padding, files=tuple(files))
+        return SplitInfo(**dataclasses.asdict(counts), rows=rows, padding=padding, files=files)
 
     def _write_full_rows(self) -> np.ndarray:
         """Writes what fills a row and returns the rest."""
         tokens = np.concatenate(self._pending) if self._pending else np.empty(0, "<u4")
         start = 0
         while len(tokens) - start > self._sequence_length:
-            self._write(tokens[start : start + self._sequence_length + 1])
+            self._files.write(tokens[start : start + self._sequence_length + 1])
             start += self._sequence_length
         self._pending, self._num_pending = [tokens[start:]], len(tokens) - start
         return tokens[start:]
-
-    def _file(self, index: int) -> Path:
-        return self._folder / f"{self._split}-{index:05d}"
-
-    def _write(self, row: np.ndarray) -> None:
-        if self._writer is not None and self._writer.rows == self._rows_per_file:
-            self._close_file()
-        if self._writer is None:
-            self._writer = RowFileWriter(self._file(len(self._closed)))
-        self._writer.write(row)
-
-    def _close_file(self) -> None:
-        if self._writer is not None:
-            self._closed.append((self._writer.rows, self._writer.close()))
-            self._writer = None
 
 
 def check_packing(sequence_length: int, validation_fraction: float, rows_per_file: int) -> None:
@@ -382,7 +371,9 @@ def pack_documents(
             pad_id=tokenizer.pad_id,
             tokenizer_sha256=tokenizer.fingerprint,
             validation_fraction=validation_fraction,
-            **counts,
+            documents=counts["documents"],
+            empty_documents=counts["empty_documents"],
+            invalid_documents=counts["invalid_documents"],
             train=writers["train"].close(texts["train"], tokenizer.pad_id),
             validation=writers["validation"].close(texts["validation"], tokenizer.pad_id),
         )

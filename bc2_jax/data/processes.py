@@ -21,6 +21,11 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
+def num_cores() -> int:
+    """Those that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class ProcessPool:
     """Runs tasks on `processes` processes; with one, here."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,9 +31,11 @@ class RowBatches:
     """
 
     def __init__(
-        self, data: DataConfig, mesh: Mesh, num_steps: int, bad_rows: BadRows, done: tuple[int, int] = (0, 0)
+        self, data: DataConfig, mesh: Mesh, num_steps: int, bad_rows: BadRows, done: tuple[int, int] = (0, 0),
+        complete: Callable[[int, Batch], Batch] = lambda step, batch: batch,
     ):  # fmt: skip
-        """Raises as `make_train_loader` for a run that has `done` (steps, rows)."""
+        """Raises as `make_train_loader` for a run that has `done` (steps, rows). `complete` makes the batch of a step
+        of the fields that its rows have."""
         part = batch_part(mesh, jax.process_index())
         self._make_loader = functools.partial(
             make_train_loader, data, process_index=part.process_index, process_count=part.process_count,
@@ -42,7 +44,7 @@ class RowBatches:
         self._size, self._length, self._bad_rows = data.global_batch_size, data.sequence_length, bad_rows
         self._offset = 0
         self._iterator = make_train_iterator(self._make_loader(num_steps=num_steps, done=done))
-        self._put = make_put(data, mesh)
+        self._put, self._complete = make_put(data, mesh), complete
         self._stretches = [Stretch(1, 0, self._size)]
         self._next_row = 0
         self._windows: list[tuple[int, int]] = []
@@ -65,7 +67,7 @@ class RowBatches:
         self._recent[step] = rows
         for old in [s for s in self._recent if s <= step - BATCHES_KEPT]:
             del self._recent[old]
-        return self._put(rows)
+        return self._complete(step, self._put(rows))
 
     def position(self) -> dict[str, Any]:
         """The next row, how many were trained on up to there, and what `row_of_step` needs; JSON values."""

@@ -3,6 +3,9 @@
 It is an ArrayRecord file whose records are the rows, T + 1 little-endian uint32 each, uncompressed, and at its end one
 record with the CRC-32 of each row, little-endian uint32. The CRC-32 of that record stands in the manifest. The hashes
 of ArrayRecord find flipped bits, but not a file, or a part of one, in the place of another.
+
+A row of text is token ids. In a row of conversations the two highest bits of a token are flags, TARGET and START: its
+samples stand one after another, the first at the row's beginning, and padding follows the last.
 """
 
 from __future__ import annotations
@@ -18,10 +21,22 @@ from typing import Any
 
 import numpy as np
 
+from bc2_jax.tokenizer import file_sha256
+
 # One record a group, so that a row is read without its neighbours; uncompressed, since token ids hardly compress.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0"
 _BUFFER_BYTES = 32_768
+
+TARGET = np.uint32(1 << 31)
+"""This token is a target: of an answer, the user's role after one (as eos), or the eos of a sample."""
+START = np.uint32(1 << 30)
+"""A sample begins with this token. The first token of every row of conversations has it, none of a row of text."""
+
+
+def token_ids(rows: np.ndarray) -> np.ndarray:
+    """The tokens of rows of either kind, uint32 of any shape, without flags."""
+    return rows & (START - np.uint32(1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +87,42 @@ class RowFileWriter:
         self._writer.write(checksums)
         self._writer.close()
         return zlib.crc32(checksums)
+
+
+class RowFilesWriter:
+    """Writes the rows of one split, so many a file."""
+
+    def __init__(self, folder: str | os.PathLike[str], split: str, rows_per_file: int) -> None:
+        self._folder, self._split, self._rows_per_file = Path(folder), split, rows_per_file
+        self._closed: list[tuple[int, int]] = []
+        """Rows and `FileInfo.rows_crc32` of each file that is complete."""
+        self._writer: RowFileWriter | None = None
+
+    def write(self, row: np.ndarray) -> None:
+        """Appends a row, uint32 [T + 1]."""
+        if self._writer is not None and self._writer.rows == self._rows_per_file:
+            self._close_file()
+        if self._writer is None:
+            self._writer = RowFileWriter(self._file(len(self._closed)))
+        self._writer.write(row)
+
+    def close(self) -> tuple[FileInfo, ...]:
+        """Ends the last file and gives all their names, which say how many there are."""
+        self._close_file()
+        files = []
+        for index, (rows, crc32) in enumerate(self._closed):
+            name = f"{self._split}-{index:05d}-of-{len(self._closed):05d}.array_record"
+            file = self._file(index).rename(self._folder / name)
+            files.append(FileInfo(name, rows, file.stat().st_size, file_sha256(file), crc32))
+        return tuple(files)
+
+    def _file(self, index: int) -> Path:
+        return self._folder / f"{self._split}-{index:05d}"
+
+    def _close_file(self) -> None:
+        if self._writer is not None:
+            self._closed.append((self._writer.rows, self._writer.close()))
+            self._writer = None
 
 
 class RowFile:

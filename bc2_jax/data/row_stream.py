@@ -1,6 +1,7 @@
-"""Packed rows as what they were cut from: streams of tokens, and documents.
+"""Packed rows as what they were made of: streams of tokens, and documents.
 
-A place is a position in the stream of a split: position p is an input of row p // T.
+A place is a position in the stream of a split: position p is an input of row p // T. The stream of rows of
+conversations is the inputs of one row after another, without the padding; its documents are the samples.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 
 from bc2_jax.data.overlap import hash_positions, mix
 from bc2_jax.data.packing import MANIFEST, SPLITS, Manifest, Split, check_files, iterate_rows, load_manifest
-from bc2_jax.data.row_file import RowFile
+from bc2_jax.data.row_file import START, RowFile, token_ids
 from bc2_jax.validation import require
 
 
@@ -59,15 +60,24 @@ def find_sources(folders: Sequence[str | os.PathLike[str]]) -> list[RowSource]:
 
 
 def stream_tokens(source: RowSource, split: Split) -> Iterator[tuple[int, np.ndarray]]:
-    """The stream that the rows were cut from, as (position, tokens uint32 [any]); the pads at its end are left out."""
+    """The stream that the rows were cut from, as (position, tokens uint32 [any]); the pads at its end are left out.
+
+    Of rows of conversations each comes alone, with its flags.
+    """
+    length, pad_id = source.manifest.sequence_length, source.manifest.pad_id
     start = seen = 0
     for rows in iterate_rows(source.path, split):
+        if source.manifest.kind == "chat":
+            for row in rows[:, :length]:
+                yield seen * length, row[row != pad_id]
+                seen += 1
+            continue
         tokens = rows[:, 1:].reshape(-1)
         if seen == 0:
             tokens = np.concatenate([rows[0, :1], tokens])
         seen += len(rows)
         if seen == source.manifest.split(split).rows:  # only the last row is filled with pads
-            tokens = tokens[: np.flatnonzero(tokens != source.manifest.pad_id)[-1] + 1]
+            tokens = tokens[: np.flatnonzero(tokens != pad_id)[-1] + 1]
         yield start, tokens
         start += len(tokens)
 
@@ -89,7 +99,9 @@ def read_document(source: RowSource, split: Split, position: int, max_tokens: in
                 row, offset = row + 1, 1
         row -= info.rows
     tokens = np.concatenate(parts)
-    ends = np.flatnonzero((tokens == manifest.eos_id) | (tokens == manifest.pad_id))
+    starts, tokens = (tokens & START) > 0, token_ids(tokens)
+    starts[:1] = False
+    ends = np.flatnonzero((tokens == manifest.eos_id) | (tokens == manifest.pad_id) | starts)
     return tokens[: ends[0]] if ends.size else tokens
 
 
@@ -112,7 +124,7 @@ def hash_document(tokens: np.ndarray) -> np.uint64:
 
 
 class DocumentScan:
-    """Cuts a stream, given in chunks, into documents."""
+    """Cuts a stream, given in the chunks of `stream_tokens`, into documents."""
 
     def __init__(self, eos_id: int) -> None:
         self._eos_id = eos_id
@@ -123,7 +135,10 @@ class DocumentScan:
         """Tokens after the last eos."""
 
     def add(self, start: int, tokens: np.ndarray) -> Documents:
-        """The documents that end in `tokens`, which stand at `start`, where the chunk before ended."""
+        """The documents that end in `tokens`, which stand at `start`, where the chunk before ended; those of a row of
+        conversations are its samples."""
+        if len(tokens) and tokens[0] >= START:
+            return self._samples(start, tokens)
         ends = np.flatnonzero(tokens == self._eos_id)
         starts = np.concatenate([[self._start], start + ends + 1])
         stops = np.concatenate([start + ends, [start + len(tokens)]])
@@ -137,3 +152,11 @@ class DocumentScan:
         hashes[:1] += self._hash
         self._start, self._hash, self.unfinished = int(starts[-1]), hashes[-1], int(lengths[-1])
         return Documents(starts[:-1], lengths[:-1], mix(hashes[:-1]))
+
+    def _samples(self, start: int, tokens: np.ndarray) -> Documents:
+        starts, ids = np.flatnonzero(tokens & START), token_ids(tokens)
+        stops = np.append(starts[1:], len(tokens))
+        hashes = hash_positions(ids, np.arange(len(ids)) - np.repeat(starts, stops - starts))
+        is_end = ids == self._eos_id  # one that was cut has none
+        hashes[is_end] = 0
+        return Documents(start + starts, stops - starts - is_end[stops - 1], mix(np.add.reduceat(hashes, starts)))

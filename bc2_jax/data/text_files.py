@@ -15,7 +15,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import IO, Any, Literal, NamedTuple
 
 from bc2_jax.validation import require
@@ -64,12 +64,17 @@ class _Found(NamedTuple):
     """Why it can't be read."""
 
 
-def find_text_files(paths: Sequence[str | os.PathLike[str]], field: str = "paths") -> TextFiles:
-    """The files among and below `paths`: in the order given, those of a folder sorted by name.
+def find_text_files(
+    paths: Sequence[str | os.PathLike[str]],
+    field: str = "paths",
+    kinds: Collection[Kind] = ("jsonl", "parquet", "text"),
+    legal: str = LEGAL,
+) -> TextFiles:
+    """The files of `kinds` among and below `paths`: in the order given, those of a folder sorted by name.
 
-    Raises ValueError, naming `field`, for a path that does not exist, holds nothing to read, or is of no legal kind,
-    for a file that is named twice, and for a folder of a curation that is not finished or has lost files; OSError for
-    a folder that can't be listed.
+    `legal` says in errors which files those are. Raises ValueError, naming `field`, for a path that does not exist,
+    holds nothing to read, or is of no legal kind, for a file that is named twice, and for a folder of a curation that
+    is not finished or has lost files; OSError for a folder that can't be listed.
     """
     require(len(paths) > 0, field, list(paths), "at least one file or folder is needed")
     found: list[TextFile] = []
@@ -79,12 +84,12 @@ def find_text_files(paths: Sequence[str | os.PathLike[str]], field: str = "paths
         for path, relative, size, problem in _walk(given, field):
             kind = kind_of(path)
             hidden = relative and any(part[:1] in "._" for part in relative.split("/"))
-            if kind is not None and not hidden and not problem:
+            if kind is not None and kind[0] in kinds and not hidden and not problem:
                 found.append(TextFile(path, relative or _base(path), *kind, size))
             else:
-                require(bool(relative), field, path, problem or f"files must be {LEGAL}")
+                require(bool(relative), field, path, problem or f"files must be {legal}")
                 skipped.append(printable(path) + (f" ({problem})" if problem else ""))
-        require(len(found) > before, field, given, f"the folder holds nothing to read: files must be {LEGAL}")
+        require(len(found) > before, field, given, f"the folder holds nothing to read: files must be {legal}")
     real = collections.Counter(os.path.realpath(f.path) if "://" not in f.path else f.path for f in found)
     twice = [path for path, count in real.items() if count > 1]
     require(not twice, field, [os.fspath(path) for path in paths], f"{''.join(twice[:1])} is named more than once")

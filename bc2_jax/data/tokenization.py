@@ -232,8 +232,8 @@ def _make_corpus(
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
-    if not (overwrite and (out / MANIFEST).is_file()):  # a folder of rows without parts may be replaced, too
-        check_out_dir(out, overwrite, CORPUS)
+    # A folder of rows without parts may be replaced, too.
+    check_out_dir(out, overwrite, MANIFEST if (out / MANIFEST).is_file() else CORPUS)
 
 
 # ---------------------------------------------------------------------------------------------------------------- units

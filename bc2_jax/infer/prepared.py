@@ -14,6 +14,7 @@ from bc2_jax.config import ComputeConfig, ModelConfig
 from bc2_jax.model.baichuan import Baichuan2, Params
 from bc2_jax.model.head import Head, normalize_rows
 from bc2_jax.model.layers import Embedding, Linear, Weight, split_equation
+from bc2_jax.model.lora import LoraLinear
 from bc2_jax.sharding import reshard, use_mesh_of
 
 
@@ -50,7 +51,11 @@ def prepare(model: Baichuan2, donate: bool = False) -> Prepared:
     graphdef, state = nnx.split(model)
     prepared = nnx.merge(graphdef, state)  # modules of its own around the same arrays
     with use_mesh_of(model.norm.weight[...]):
-        for module in [module for _, module in nnx.iter_modules(prepared) if isinstance(module, Weight)]:
+        modules = [module for _, module in nnx.iter_modules(prepared) if isinstance(module, Weight)]
+        for module in modules:
+            if isinstance(module, LoraLinear):
+                module.fix_row_scale()  # of the weights as they are stored
+        for module in modules:
             stored = module.weight[...]
             _lay_out(module, model.compute.dtype)
             if donate and module.weight[...] is not stored:

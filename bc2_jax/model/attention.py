@@ -41,10 +41,10 @@ class SelfAttention(nnx.Module):
         L, D, N, H = config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.head_dim
         std = config.initializer_range
         # Apart rather than fused as the released W_pack: a fused layout costs large relayout copies on TPU.
-        self.q_proj = Linear("BTD,DNH->BTNH", (L, D, N, H), std, rngs=rngs)
-        self.k_proj = Linear("BTD,DNH->BTNH", (L, D, N, H), std, rngs=rngs)
-        self.v_proj = Linear("BTD,DNH->BTNH", (L, D, N, H), std, rngs=rngs)
-        self.o_proj = Linear("BTNH,NHD->BTD", (L, N, H, D), std, rngs=rngs)
+        self.q_proj = Linear.random("BTD,DNH->BTNH", (L, D, N, H), std, rngs=rngs)
+        self.k_proj = Linear.random("BTD,DNH->BTNH", (L, D, N, H), std, rngs=rngs)
+        self.v_proj = Linear.random("BTD,DNH->BTNH", (L, D, N, H), std, rngs=rngs)
+        self.o_proj = Linear.random("BTNH,NHD->BTD", (L, N, H, D), std, rngs=rngs)
         self.config, self.compute = config, compute
 
     def __call__(

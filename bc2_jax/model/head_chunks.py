@@ -111,18 +111,22 @@ class HeadPart:
         """[D, V] of zeros, for `add_gradients`."""
         return varying(jnp.zeros(self.rows_DV.shape, self.exact), self.batch_axes + self.vocab_axes)
 
-    def add_gradients(self, h_TD: Array, d_logits_TV: Array, d_rows_DV: Array) -> tuple[Array, Array]:
-        """The gradient of `h_TD`, and `d_rows_DV` with that of `rows_DV` added, which is of this device's tokens."""
+    def add_gradients(
+        self, h_TD: Array, d_logits_TV: Array, d_rows_DV: Array | None
+    ) -> tuple[Array, Array | None]:  # fmt: skip
+        """The gradient of `h_TD`, and `d_rows_DV` with that of `rows_DV` added, which is of this device's tokens; None
+        where it is not asked for."""
         d_logits_TV = d_logits_TV.astype(h_TD.dtype)
         d_h_TD = jnp.einsum("TV,DV->TD", d_logits_TV, self.rows_DV, preferred_element_type=self.exact)
-        d_rows_DV += jnp.einsum("TD,TV->DV", h_TD, d_logits_TV, preferred_element_type=self.exact)
+        if d_rows_DV is not None:
+            d_rows_DV += jnp.einsum("TD,TV->DV", h_TD, d_logits_TV, preferred_element_type=self.exact)
         return over(jax.lax.psum, d_h_TD, self.vocab_axes).astype(h_TD.dtype), d_rows_DV
 
     def stored_gradient(self, d_rows_DV: Array) -> Array:
         """[V, D]: the sum of `d_rows_DV` over all tokens, the part of it that belongs to what the device stores."""
         if self.on_mesh:
             # Reduced once, in fp32, straight into the layout in which the weight is stored.
-            d_rows_DV = reduce_scatter(d_rows_DV, 0)
+            d_rows_DV = reduce_scatter(d_rows_DV, "embed", None)
             d_rows_DV = with_layout_constraint(d_rows_DV, Layout(major_to_minor=(0, 1)))
             # libtpu fails on shards of less than a tile where it moves the cut below into the scatter.
             d_rows_DV = jax.lax.optimization_barrier(d_rows_DV)

@@ -37,25 +37,30 @@ class Weight(nnx.Module):
         return Weight(stddev * jax.random.normal(rngs.params(), shape, out_sharding=named_sharding(*axes)), axes)
 
 
-# The logical axis that each letter of an equation names, in a weight and in an activation.
-WEIGHT_AXES = {"D": "embed", "N": "heads", "H": "head_dim", "F": "ffn"}
-ACTIVATION_AXES = {"B": "batch", "T": "sequence", "D": "hidden", "N": "heads", "H": "head_dim", "F": "ffn"}
+# The logical axis that each letter of an equation names, in a weight and in an activation; None is never cut.
+WEIGHT_AXES = {"D": "embed", "N": "heads", "H": "head_dim", "F": "ffn", "R": None}
+ACTIVATION_AXES = {"B": "batch", "T": "sequence", "D": "hidden", "N": "heads", "H": "head_dim", "F": "ffn", "R": None}
 
 
 class Linear(Weight):
     """y = einsum(equation, x, weight) in the dtype of x, without a bias; every matmul of a layer against a weight.
 
     The equation names the axes of x, weight and y: B batch, T tokens, D model dimension, N heads, H head size, F
-    feed-forward. Holds the stacked weights of all L layers; a call uses one layer's.
+    feed-forward, R rank of an adapter. Holds the stacked weights of all L layers; a call uses one layer's.
     """
 
-    def __init__(self, equation: str, shape: tuple[int, ...], stddev: float, *, rngs: nnx.Rngs):
-        """`shape` is [L, ...] in the order of the equation's weight."""
+    def __init__(self, equation: str, value: Array):
+        """`value` is [L, ...] in the order of the equation's weight."""
         self.equation = equation
-        super().__init__(self.normal(rngs, shape, self.stacked_axes, stddev).weight[...], self.stacked_axes)
+        super().__init__(value, self.stacked_axes)
+
+    @classmethod
+    def random(cls, equation: str, shape: tuple[int, ...], stddev: float, *, rngs: nnx.Rngs) -> Linear:
+        """Weights [L, ...] from N(0, stddev)."""
+        return cls(equation, cls.normal(rngs, shape, ("layers", *weight_axes(equation)), stddev).weight[...])
 
     @property
-    def stacked_axes(self) -> tuple[str, ...]:
+    def stacked_axes(self) -> tuple[str | None, ...]:
         """The logical axes of the weights of all layers."""
         return ("layers", *weight_axes(self.equation))
 
@@ -76,7 +81,7 @@ def split_equation(equation: str) -> tuple[str, str, str]:
     return x, w, y
 
 
-def weight_axes(equation: str) -> tuple[str, ...]:
+def weight_axes(equation: str) -> tuple[str | None, ...]:
     """The logical axes of one layer's weight."""
     return tuple(WEIGHT_AXES[letter] for letter in split_equation(equation)[1])
 
@@ -154,7 +159,7 @@ def _linear_backward(equation, rules, residuals, dy):
             dw = weight_gradient(x, dy)
         else:
             dw = jax.shard_map(
-                lambda x, dy: reduce_scatter(weight_gradient(x, dy), w_dims.index("D")),
+                lambda x, dy: reduce_scatter(weight_gradient(x, dy), *weight_axes(equation)),
                 in_specs=(x_sharding.spec, spec(*(ACTIVATION_AXES[letter] for letter in y_dims))),
                 out_specs=spec(*weight_axes(equation)),
             )(x, dy)
@@ -209,9 +214,9 @@ class MLP(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         L, D, F = config.num_hidden_layers, config.hidden_size, config.intermediate_size
         std = config.initializer_range
-        self.gate_proj = Linear("BTD,DF->BTF", (L, D, F), std, rngs=rngs)
-        self.up_proj = Linear("BTD,DF->BTF", (L, D, F), std, rngs=rngs)
-        self.down_proj = Linear("BTF,FD->BTD", (L, F, D), std, rngs=rngs)
+        self.gate_proj = Linear.random("BTD,DF->BTF", (L, D, F), std, rngs=rngs)
+        self.up_proj = Linear.random("BTD,DF->BTF", (L, D, F), std, rngs=rngs)
+        self.down_proj = Linear.random("BTF,FD->BTD", (L, F, D), std, rngs=rngs)
 
     def __call__(self, x_BTD: Array) -> Array:
         gate_BTF, up_BTF = self.gate_proj(x_BTD), self.up_proj(x_BTD)

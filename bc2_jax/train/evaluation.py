@@ -9,25 +9,27 @@ import jax
 from bc2_jax.agreement import any_text
 from bc2_jax.data.batch import Batch
 from bc2_jax.model.baichuan import Params
-from bc2_jax.train.job import Job, Parts
+from bc2_jax.train.job import Job, Parts, Progress
 
 
 def evaluate(
     job: Job, eval_step: Callable[[Params, Params, Batch], Parts], params: Params, most: int,
-    progress: Callable[[int, int], bool],
+    progress: Progress,
 ) -> dict[str, float] | None:  # fmt: skip
     """The objective's metrics of the first `most` validation batches, 0 for all, summed in double precision.
 
-    `progress(done, count)` is called after each batch; None, as soon as it returns False. Raises ValueError, on every
-    process, if one of them cannot read a batch.
+    `progress` is called after each batch; None, as soon as it returns False. Raises ValueError, on every process, if
+    one of them cannot read a batch.
     """
     count = min(most or len(job.validation), len(job.validation))
     parts: list[Parts] = []
     for i in range(count):
         parts.append(eval_step(params, job.frozen, _read(job, i)))
         jax.block_until_ready(parts[max(i - 1, 0)])  # not the newest: the devices have work meanwhile
-        if not progress(i + 1, count):
+        if not progress(f"validation batch {i + 1} of {count}"):
             return None
+    if not parts:
+        return {}
     total = add_up_on_host(jax.device_get(parts))
     return {name: float(value) for name, value in job.objective.metrics(total).items()}
 

@@ -29,6 +29,8 @@ from bc2_jax.train.expendable import Expendable
 Tree = TypeVar("Tree")
 CHECKED = ("loss", "grad_norm", "param_norm")
 """Metrics that must be finite. The step skips the update for the first two; the third may overflow after an update."""
+EMPTY = "empty_batch"
+"""Metric of a step: 1 if its batch had no target, and so gave no update."""
 
 
 # -------------------------------------------------------------------------------------------------- in the jitted step
@@ -42,23 +44,24 @@ def keep_unless(finite: Array, new: Tree, old: Tree) -> Tree:
 def batch_checksum(batch: Batch) -> Array:
     """uint32 scalar of all bits of a batch and of their places in the rows; the order of rows does not count.
 
-    Fields are [A, B] or [A, B, ...] of 32-bit numbers. Sums of integers wrap and have no order: the value is the same
-    on every mesh and number of processes.
+    Fields are [A, B] or [A, B, ...] of 32-bit numbers, or [A] of what holds for all rows. Sums of integers wrap and
+    have no order: the value is the same on every mesh and number of processes.
     """
     groups: dict[int, Array] = {}
     for index, name in enumerate(sorted(batch, key=lambda name: (*FIELDS, name).index(name))):
         x = jax.lax.bitcast_convert_type(batch[name], jnp.uint32)
+        x = x[:, None] if x.ndim == 1 else x
         x = x if x.ndim == 3 else x.reshape(*x.shape[:2], -1)
         before = groups.get(x.shape[-1], jnp.uint32(0))
         groups[x.shape[-1]] = before * jnp.uint32(0x01000193) + (x ^ jnp.uint32(index))
     rows = jnp.uint32(0)
     for length, mixed in groups.items():
         places = 2 * jax.lax.broadcasted_iota(jnp.uint32, (length,), 0) + 1
-        rows += jnp.sum(_mix(mixed) * places, axis=-1, dtype=jnp.uint32)
-    return jnp.sum(_mix(rows), dtype=jnp.uint32)
+        rows += jnp.sum(mix(mixed) * places, axis=-1, dtype=jnp.uint32)
+    return jnp.sum(mix(rows), dtype=jnp.uint32)
 
 
-def _mix(x: Array) -> Array:
+def mix(x: Array) -> Array:
     """The finalizer of MurmurHash3: every bit of the input changes half of the output."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
@@ -176,6 +179,10 @@ class HealthMonitor:
                     f"step {step}  {bad[0]} is {values[bad[0]]}: the update is skipped, {self.skipped_in_a_row} in a "
                     f"row of at most {self.config.max_skipped_updates}"
                 )
+        elif values.get(EMPTY):
+            # Its loss, 0, is none to compare others with.
+            self._record({"event": "empty batch", "step": step})
+            self.say(f"step {step}  its batch has no target to learn from: there is no update")
         else:
             self.skipped_in_a_row = 0
             # A step that was under way when the spike was found is discarded with it.

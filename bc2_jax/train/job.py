@@ -19,7 +19,7 @@ from jax import Array
 from bc2_jax.data.batch import Batch
 from bc2_jax.model.baichuan import Params
 from bc2_jax.sharding import place_shapes
-from bc2_jax.train.health import batch_checksum, keep_unless, norm_metrics
+from bc2_jax.train.health import EMPTY, batch_checksum, keep_unless, norm_metrics
 from bc2_jax.train.optimizer import Optimizer
 
 Say = Callable[[str], None]
@@ -56,13 +56,34 @@ class Objective(NamedTuple):
     loss: Callable[[Params, Params, Batch], tuple[Array, Parts]]
     """(trained parameters, frozen ones, a micro-batch [B, T]) -> (sum of the loss, its parts)."""
     weight: Callable[[Batch], Array]
-    """The whole batch [A, B, T] -> fp32 scalar, for instance its number of targets; 0 counts as 1."""
+    """The whole batch [A, B, T] -> fp32 scalar, for instance its number of targets; there is no update at 0."""
     metrics: Callable[[Parts], dict[str, Array]]
     """Parts of the whole batch -> metrics, "loss" among them."""
     norms: Callable[[Params], dict[str, Array]] = lambda params: {}
     """Metrics of the trained parameters after the update, where health.norms asks for norms."""
     summary: Callable[[dict[str, float]], str] = lambda metrics: f"loss {metrics['loss']:.4f}"
     """What is printed of an evaluation's metrics."""
+
+
+class StepParts(NamedTuple):
+    """What the training step of a run is made of, known before any parameter exists.
+
+    `make_step(config, mesh)` of the module of each kind of run gives it, for those who compile or repeat a step without
+    the run: call it under `jax.set_mesh(mesh)`.
+    """
+
+    objective: Objective
+    optimizer: Optimizer
+    state: TrainState
+    """Shapes and shardings."""
+    batch: Batch
+    """Shapes and shardings, of every field."""
+    frozen: Params = {}
+    """Shapes and shardings of the parameters that are not trained."""
+    load_frozen: Callable[[], Params] = dict
+    """Reads them."""
+    complete: Callable[[int, Batch], Batch] = lambda step, batch: batch
+    """(step, fields that its rows have) -> the batch with all fields."""
 
 
 class Batches(Protocol):
@@ -95,6 +116,12 @@ class Batches(Protocol):
     def close(self) -> None: ...
 
 
+Progress = Callable[[str], bool]
+"""Told, as part of "... at step N", how far an evaluation is; it is to stop as soon as this returns False."""
+Examine = Callable[[int, Params, Progress], dict[str, float] | None]
+"""(step, trained parameters, progress) -> metrics, or None if it was stopped. All processes call it."""
+
+
 class Job(NamedTuple):
     """One run, ready to start. Nothing has been written when it is made."""
 
@@ -111,10 +138,14 @@ class Job(NamedTuple):
     """Called at the end with the last checkpoint and its parameters: exports, samples, pictures."""
     flops_per_step: int
     """Model FLOPs of an update."""
+    flops_formula: str = "6 x matmul parameters x tokens + causal attention"
+    """What they are made of, for the reader of the log."""
     frozen: Params = {}
     """Parameters that the loss reads and that are neither trained, differentiated nor saved."""
     validation: Sequence[Batch] = ()
     """Held-out batches, placed on the mesh when they are asked for."""
+    examine: Examine | None = None
+    """A further evaluation of the parameters, after that of the held-out batches."""
     metadata: dict[str, Any] = {}
     """JSON values saved with each checkpoint, beside those that the loop saves."""
 
@@ -158,11 +189,13 @@ TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, Ar
 def make_train_step(objective: Objective, optimizer: Optimizer, norms: bool = True) -> TrainStep:
     """(state, frozen parameters, batch [A, B, ...]) -> (state after one update, metrics).
 
-    If the loss or the gradients' norm is not finite, the state is returned as it was.
+    If the loss or the gradients' norm is not finite, or the batch has the weight 0 (nothing to learn from: an update
+    would decay the weights and follow old moments), the state is returned as it was.
     """
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         weight = objective.weight(batch)
+        empty = weight == 0
         weight = jnp.where(weight > 0, weight, 1.0)
 
         def mean_loss(params: Params, micro: Batch) -> tuple[Array, Parts]:
@@ -185,11 +218,11 @@ def make_train_step(objective: Objective, optimizer: Optimizer, norms: bool = Tr
             grad_norm = optax.tree.norm(grads)
             metrics = objective.metrics(parts)
             metrics |= {"grad_norm": grad_norm, "learning_rate": optimizer.learning_rate(state.step)}
-            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
-            new_state = keep_unless(finite, TrainState(params, opt_state, state.step + 1), state)
-        metrics["batch_checksum"] = batch_checksum(batch)
+            done = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm) & ~empty
+            new_state = keep_unless(done, TrainState(params, opt_state, state.step + 1), state)
+        metrics |= {"batch_checksum": batch_checksum(batch), EMPTY: empty}
         if norms:
-            metrics |= norm_metrics(new_state.params, updates, finite) | objective.norms(new_state.params)
+            metrics |= norm_metrics(new_state.params, updates, done) | objective.norms(new_state.params)
         return new_state, metrics
 
     return train_step

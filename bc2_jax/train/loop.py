@@ -142,7 +142,7 @@ class _Loop:
         self.expendable = expendable
         self.monitor = HealthMonitor(config.health, self.workdir, display.say, expendable)
         self.profiler = Profiler(config.profile_start, config.profile_steps, self.workdir / "profile", expendable)
-        self.throughput = Throughput(config.tokens_per_step, job.flops_per_step, mesh)
+        self.throughput = Throughput(config.tokens_per_step, job.flops_per_step, job.flops_formula, mesh)
         self.last: dict[str, float] = {}
         """Metrics of the last step that was evaluated or saved."""
 
@@ -249,7 +249,8 @@ class _Loop:
 
     def _is_evaluated(self, step: int) -> bool:
         is_regular = step % self.config.eval_every == 0 or self._is_permanent(step)
-        return len(self.job.validation) > 0 and (is_regular or step == self.config.num_steps)
+        has_any = len(self.job.validation) > 0 or self.job.examine is not None
+        return has_any and (is_regular or step == self.config.num_steps)
 
     def _is_saved(self, step: int) -> bool:
         is_regular = step % self.config.checkpoint.save_every == 0 or self._is_permanent(step)
@@ -305,17 +306,22 @@ class _Loop:
         An evaluation that fails leaves no metrics.
         """
 
-        def progress(done: int, count: int) -> bool:
-            self.watchdog.beat(f"validation batch {done} of {count} at step {step}")
+        def progress(done: str) -> bool:
+            self.watchdog.beat(f"{done} at step {step}")
             return not self.preemption.reached()
 
+        job = self.job
         with self.goodput.phase("evaluation"), self.expendable.attempt("evaluations"):
-            values = evaluate(self.job, self.eval_step, self.state.params, self.config.eval_batches, progress)
+            values = evaluate(job, self.eval_step, self.state.params, self.config.eval_batches, progress)
+            if values:
+                self.display.say(f"step {step}  validation {job.objective.summary(values)}")
+            if values is not None and job.examine is not None:
+                more = job.examine(step, self.state.params, progress)
+                values = None if more is None else values | more
             if values is None:
                 self.display.say(f"step {step}  the run is stopping: this evaluation is postponed to the next start")
                 return False
-            self.display.say(f"step {step}  validation {self.job.objective.summary(values)}")
-            values = {f"validation_{name}": value for name, value in values.items()} | self.job.batches.metrics(step)
+            values = {f"validation_{name}": value for name, value in values.items()} | job.batches.metrics(step)
             self.last |= values
             self.writer.write(step, values)
         return True

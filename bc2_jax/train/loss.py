@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_derivatives import SymbolicZero
 
 from bc2_jax.data.batch import IGNORED
 from bc2_jax.model.head_chunks import HeadPart, cut_tokens, join_tokens, over, varying
@@ -20,7 +21,8 @@ from bc2_jax.sharding import named_sharding, rules_in_use, spec, use_rules
 
 
 class LossSums(NamedTuple):
-    """Sums over the valid targets of a batch, fp32 scalars; divide by `tokens` for means. One is a maximum."""
+    """Sums over the valid targets of a batch, each times its weight, fp32 scalars; divide by `tokens` for means. One is
+    a maximum."""
 
     cross_entropy: Array
     """-log p(label), nats."""
@@ -30,7 +32,7 @@ class LossSums(NamedTuple):
     correct: Array
     """1 where the label has the largest logit."""
     tokens: Array
-    """1 for each valid target."""
+    """The weight of each valid target: 1 where none is given."""
     largest_logit: Array
     """The largest logit of all, no sum; -inf without a valid target."""
 
@@ -51,58 +53,70 @@ def count_targets(labels: Array) -> Array:
 
 
 def head_loss(
-    h_BTD: Array, rows_VD: Array, labels_BT: Array, z_loss_weight: float, chunk: int
+    h_BTD: Array, rows_VD: Array, labels_BT: Array, z_loss_weight: float, chunk: int, weights_BT: Array | None = None
 ) -> tuple[Array, LossSums]:
     """(sum of cross entropy + z_loss_weight * max_z over the valid targets, its parts).
+
+    `weights_BT` [B, T], if given, says in fp32 how often a target counts; it has no gradient.
 
     `rows_VD` are the head's rows as they meet the hidden states (`Head.rows()`, normalised in fp32), cut along the
     vocabulary and the model dimension as the weight is; they are cast to the dtype of `h_BTD` and gathered here.
     labels [B, T] are the next tokens, IGNORED where there is none. `chunk` is in tokens per device. Only the first
     result has a gradient. At equal largest logits, the max-z gradient is shared among them.
     """
-    return _head_loss(h_BTD, rows_VD, labels_BT, z_loss_weight, chunk, rules_in_use())
+    targets = (labels_BT,) if weights_BT is None else (labels_BT, weights_BT)
+    return _head_loss(h_BTD, rows_VD, targets, z_loss_weight, chunk, rules_in_use())
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _head_loss(h_BTD, rows_VD, labels_BT, z_loss_weight, chunk, rules):
-    return _run(h_BTD, rows_VD, labels_BT, z_loss_weight, chunk, rules, with_gradients=False)[0]
+def _head_loss(h_BTD, rows_VD, targets, z_loss_weight, chunk, rules):
+    return _run(h_BTD, rows_VD, targets, z_loss_weight, chunk, rules)[0]
 
 
-def _run(h_BTD, rows_VD, labels_BT, z_loss_weight, chunk, rules, with_gradients):
-    local = functools.partial(_local_loss, z_loss_weight=z_loss_weight, chunk=chunk, with_gradients=with_gradients)
+def _run(h_BTD, rows_VD, targets, z_loss_weight, chunk, rules, gradients=(False, False)):
+    """((loss, sums), gradients of the hidden states and of the rows: None those that `gradients` does not ask for)."""
+    local = functools.partial(_local_loss, z_loss_weight=z_loss_weight, chunk=chunk, gradients=gradients)
     with jax.named_scope("head_loss"), use_rules(rules):
         rows_VD = rows_VD.astype(h_BTD.dtype)
         if named_sharding() is None:
-            return local(h_BTD, rows_VD, labels_BT)
+            return local(h_BTD, rows_VD, targets)
         hidden, stored, scalar = spec("batch", "sequence", "hidden"), spec("vocab", "embed"), spec()
         sums = (scalar, LossSums(*[scalar] * len(LossSums._fields)))
+        asked = tuple(
+            layout if is_asked else None for layout, is_asked in zip((hidden, stored), gradients, strict=True)
+        )
         sums, gradients = jax.shard_map(
             functools.partial(local, on_mesh=True),
             in_specs=(hidden, stored, spec("batch", "sequence")),
-            out_specs=(sums, (hidden, stored) if with_gradients else None),
-        )(h_BTD, rows_VD, labels_BT)
+            out_specs=(sums, asked),
+        )(h_BTD, rows_VD, targets)
         # The gradient of the whole head must be gone before the layers run backward: 2 GiB for 7B.
         return sums, jax.lax.optimization_barrier(gradients)
 
 
-def _local_loss(h_BTD, rows_VD, labels_BT, *, z_loss_weight, chunk, with_gradients, on_mesh=False):
+def _local_loss(h_BTD, rows_VD, targets, *, z_loss_weight, chunk, gradients, on_mesh=False):
     """One device's rows of the batch against its part of the vocabulary: (sums, gradients or None)."""
+    labels_BT, *weights_BT = targets
+    with_h, with_rows = gradients
     h_CTD, labels_CT = cut_tokens(h_BTD, chunk), cut_tokens(labels_BT, chunk, IGNORED)
+    weights_CT = [cut_tokens(x_BT, chunk) for x_BT in weights_BT]
     head = HeadPart.gather(rows_VD, on_mesh)
 
     def run_chunk(carry, inputs):
         sums, d_rows_DV, h_CTD = carry
-        index, labels_T = inputs
+        index, labels_T, weights_T = inputs
         h_TD = jax.lax.dynamic_index_in_dim(h_CTD, index, keepdims=False)
         logits = head.statistics(head.logits(h_TD), labels_T)
         max_T, total_T = logits.max_T, logits.total_T
         valid_T = (labels_T != IGNORED).astype(head.exact)
+        for weight_T in weights_T:
+            valid_T *= weight_T
         cross_entropy_T = max_T + jnp.log(total_T) - logits.label_logit_T
         correct_T = (logits.label_logit_T == max_T).astype(head.exact)
         columns = (cross_entropy_T, max_T**2, max_T, correct_T, jnp.ones_like(max_T))
         largest = jnp.max(jnp.where(valid_T > 0, max_T, -jnp.inf))
         sums = sums.plus(LossSums(*(jnp.sum(c * valid_T) for c in columns), largest))
-        if not with_gradients:
+        if not with_h:
             return (sums, None, h_CTD), None
         d_logits_TV = logits.exp_TV * (valid_T / total_T)[:, None] - jnp.where(logits.is_label_TV, valid_T[:, None], 0)
         if z_loss_weight:
@@ -113,25 +127,29 @@ def _local_loss(h_BTD, rows_VD, labels_BT, *, z_loss_weight, chunk, with_gradien
         return (sums, d_rows_DV, jax.lax.dynamic_update_index_in_dim(h_CTD, d_h_TD, index, 0)), None
 
     zero = varying(jnp.zeros((), head.exact), head.batch_axes)
-    d_rows_DV = head.zero_gradient() if with_gradients else None
+    d_rows_DV = head.zero_gradient() if with_rows else None
     start = LossSums(*[zero] * len(LossSums._fields))._replace(largest_logit=zero - jnp.inf), d_rows_DV, h_CTD
-    (sums, d_rows_DV, d_h_CTD), _ = jax.lax.scan(run_chunk, start, (jnp.arange(h_CTD.shape[0]), labels_CT))
+    (sums, d_rows_DV, d_h_CTD), _ = jax.lax.scan(run_chunk, start, (jnp.arange(h_CTD.shape[0]), labels_CT, weights_CT))
     largest = over(jax.lax.pmax, sums.largest_logit, head.batch_axes)
     sums = over(jax.lax.psum, sums._replace(largest_logit=zero), head.batch_axes)._replace(largest_logit=largest)
     loss = sums.cross_entropy + z_loss_weight * sums.max_z
-    if not with_gradients:
-        return (loss, sums), None
-    return (loss, sums), (join_tokens(d_h_CTD, *labels_BT.shape), head.stored_gradient(d_rows_DV))
+    d_h_BTD = join_tokens(d_h_CTD, *labels_BT.shape) if with_h else None
+    return (loss, sums), (d_h_BTD, head.stored_gradient(d_rows_DV) if with_rows else None)
 
 
-def _forward(h_BTD, rows_VD, labels_BT, z_loss_weight, chunk, rules):
-    return _run(h_BTD, rows_VD, labels_BT, z_loss_weight, chunk, rules, with_gradients=True)
+def _forward(h_BTD, rows_VD, targets, z_loss_weight, chunk, rules):
+    # Of a head that is frozen none is computed: a matmul and, for 7B, 2 GiB.
+    asked = True, rows_VD.perturbed
+    values = tuple(target.value for target in targets)
+    return _run(h_BTD.value, rows_VD.value, values, z_loss_weight, chunk, rules, asked)
 
 
 def _backward(z_loss_weight, chunk, rules, gradients, cotangents):
     d_loss = cotangents[0]
+    if isinstance(d_loss, SymbolicZero):
+        d_loss = jnp.zeros(d_loss.shape, d_loss.dtype)
     d_h_BTD, d_rows_VD = gradients
-    return (d_h_BTD * d_loss.astype(d_h_BTD.dtype)), d_rows_VD * d_loss, None
+    return d_h_BTD * d_loss.astype(d_h_BTD.dtype), None if d_rows_VD is None else d_rows_VD * d_loss, None
 
 
-_head_loss.defvjp(_forward, _backward)
+_head_loss.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -32,17 +32,14 @@ _log = logging.getLogger(__name__)
 class Throughput:
     """tokens/s, model TFLOP/s and MFU from the times at which steps were known to be complete."""
 
-    def __init__(self, tokens_per_step: int, flops_per_step: int, mesh: Mesh):
-        self.tokens, self.flops = tokens_per_step, flops_per_step
+    def __init__(self, tokens_per_step: int, flops_per_step: int, flops_formula: str, mesh: Mesh):
+        self.tokens, self.flops, self.flops_formula = tokens_per_step, flops_per_step, flops_formula
         chip = CHIPS.get(DEVICE_KINDS.get(mesh.devices.flat[0].device_kind, ""))
         self.peak = None if chip is None else chip.peak_flops / chip.devices * mesh.devices.size
         self.last = time.perf_counter()
 
     def formula(self) -> str:
-        text = (
-            f"Model FLOPs per step: 6 x matmul parameters x tokens + causal attention = {self.flops:.3e} "
-            "(recomputation not counted)"
-        )
+        text = f"Model FLOPs per step: {self.flops_formula} = {self.flops:.3e} (recomputation not counted)"
         if self.peak is None:
             return f"{text}; MFU is not shown, the peak of this device is not known."
         return f"{text}; MFU = FLOPs / step time / {self.peak:.3e} peak FLOP/s."

@@ -17,11 +17,11 @@ from bc2_jax.checkpoint import TOKENIZER_NAME
 from bc2_jax.config import ComputeConfig, ModelConfig, RunConfig, TrainConfig
 from bc2_jax.convert.pretrained import load_params
 from bc2_jax.data.bad_rows import BadRows
-from bc2_jax.data.batch import Batch
+from bc2_jax.data.batch import Batch, abstract_batch
 from bc2_jax.data.row_batches import RowBatches, ValidationBatches, next_row
 from bc2_jax.data.row_order import record_row_order
 from bc2_jax.files import replaced
-from bc2_jax.model.baichuan import Params, abstract_params, init_params, split_model
+from bc2_jax.model.baichuan import Baichuan2, Params, abstract_params, init_params, split_model
 from bc2_jax.tokenizer import Tokenizer, file_sha256
 from bc2_jax.train.checks import (
     check_export,
@@ -32,12 +32,12 @@ from bc2_jax.train.checks import (
     check_tokenizer,
     warn_of_other_rows,
 )
-from bc2_jax.train.job import Job, Objective, Parts, TrainState, abstract_state, init_state
+from bc2_jax.train.job import Job, Objective, Parts, StepParts, TrainState, abstract_state, init_state
 from bc2_jax.train.loop import RunResult, Start, run
 from bc2_jax.train.loss import LossSums, count_targets, head_loss
 from bc2_jax.train.optimizer import Optimizer, make_optimizer
-from bc2_jax.train.results import make_baselines, print_mixture, print_tables, show_results
-from bc2_jax.train.resume import Change, list_changes, print_changes
+from bc2_jax.train.results import make_baselines, make_ending, print_mixture, print_tables, show_results
+from bc2_jax.train.resume import Change, check_changes, list_changes, print_changes
 
 _log = logging.getLogger(__name__)
 
@@ -47,14 +47,34 @@ def train(config: TrainConfig, command: str = "train.py", started: float | None 
     return run(config, make_job, command, started)
 
 
-def make_job(config: TrainConfig, start: Start) -> Job:
-    """The run of `config`. Raises ValueError or FileNotFoundError, naming the field, for one that cannot start."""
+def complete(config: TrainConfig) -> TrainConfig:
+    """What a config leaves to the data, filled in: here nothing."""
+    return config
+
+
+def make_step(config: TrainConfig, mesh: Mesh) -> StepParts:
+    """The step of a run that trains all parameters."""
+    optimizer = make_optimizer(config.optimizer)
+    return StepParts(
+        objective=make_objective(config.model, config.compute),
+        optimizer=optimizer,
+        state=make_abstract_state(config, mesh, optimizer),
+        batch=abstract_batch(config.data, mesh),
+    )
+
+
+def make_job(config: TrainConfig, start: Start, step: StepParts | None = None) -> Job:
+    """The run of `config`, whose steps are `step` if they are given.
+
+    Raises ValueError or FileNotFoundError, naming the field, for one that cannot start.
+    """
     changes: list[Change] = []
     if start.metadata is None:
         check_initial_model(config)
     else:
         changes = list_changes(config, start.metadata)
         check_same_model(config, start.metadata, start.workdir)
+        check_changes(config, start.metadata, start.workdir, changes)
         warn_of_other_rows(config, start.metadata, start.step)
     tokenizer = Tokenizer(config.data.tokenizer)
     check_tokenizer(config, tokenizer)
@@ -64,14 +84,14 @@ def make_job(config: TrainConfig, start: Start) -> Job:
     check_export(config, start.workdir)
     bad_rows = BadRows(config.data.max_bad_rows)
     row = 0 if start.metadata is None else next_row(start.metadata.data, config.data.sequence_length)
-    optimizer = make_optimizer(config.optimizer)
+    step = make_step(config, start.mesh) if step is None else step
     baselines: dict[str, float] = {}
 
     def init() -> TrainState:
         if config.init_from is None:
-            return init_state(init_params(config.model, config.seed, start.mesh), optimizer)
+            return init_state(init_params(config.model, config.seed, start.mesh), step.optimizer)
         # In fp32, each device reading its own part.
-        return init_state(load_params(config.init_from, "float32", start.mesh)[0], optimizer)
+        return init_state(load_params(config.init_from, "float32", start.mesh)[0], step.optimizer)
 
     def begin(workdir: Path) -> None:
         if jax.process_index() == 0:
@@ -86,14 +106,16 @@ def make_job(config: TrainConfig, start: Start) -> Job:
             start.say(f"Parameters from {config.init_from}.")
 
     return Job(
-        objective=make_objective(config.model, config.compute),
-        optimizer=optimizer,
-        abstract_state=make_abstract_state(config, start.mesh, optimizer),
+        objective=step.objective,
+        optimizer=step.optimizer,
+        abstract_state=step.state,
         init_state=init,
-        batches=RowBatches(config.data, start.mesh, config.num_steps, bad_rows, (start.step, row)),
+        batches=RowBatches(config.data, start.mesh, config.num_steps, bad_rows, (start.step, row), step.complete),
         validation=ValidationBatches(config.data, start.mesh, bad_rows),
         begin=begin,
-        finish=lambda checkpoint, params: show_results(config, checkpoint, params, baselines, tokenizer, start),
+        finish=lambda checkpoint, params: show_results(
+            config, make_ending(config, checkpoint, params, baselines, start), tokenizer, start
+        ),
         flops_per_step=flops_per_step(config),
         metadata={"row_order": record_row_order(config.data), "tokenizer_sha256": tokenizer_sha256},
     )
@@ -123,14 +145,28 @@ def make_objective(model: ModelConfig, compute: ComputeConfig) -> Objective:
     )
 
 
-def make_loss(model: ModelConfig, compute: ComputeConfig) -> Callable[[Params, Params, Batch], tuple[Array, Parts]]:
-    """`Objective.loss`: the sum over the valid targets of a micro-batch [B, T]; all parameters are trained."""
+Build = Callable[[Params, Params, Batch], Baichuan2]
+"""(trained parameters, frozen ones, a micro-batch) -> the model that computes its loss."""
+
+
+def make_loss(
+    model: ModelConfig, compute: ComputeConfig, build: Build | None = None,
+    weigh: Callable[[Batch], Array] | None = None,
+) -> Callable[[Params, Params, Batch], tuple[Array, Parts]]:  # fmt: skip
+    """`Objective.loss`: the sum over the valid targets of a micro-batch [B, T].
+
+    By default all parameters of the model are trained, and every target counts once: else as often as `weigh` says,
+    fp32 [B, T].
+    """
     graphdef, _, _ = split_model(model, compute)
 
     def loss(params: Params, frozen: Params, batch: Batch) -> tuple[Array, Parts]:
-        module = nnx.merge(graphdef, params)
+        module = nnx.merge(graphdef, params) if build is None else build(params, frozen, batch)
         h_BTD, _ = module.hidden_states(batch["input_ids"], batch["positions"], batch["segment_ids"])
-        value, sums = head_loss(h_BTD, module.lm_head.rows(), batch["labels"], model.z_loss_weight, compute.loss_chunk)
+        value, sums = head_loss(
+            h_BTD, module.lm_head.rows(), batch["labels"], model.z_loss_weight, compute.loss_chunk,
+            None if weigh is None else weigh(batch),
+        )  # fmt: skip
         return value, sum_parts(sums)
 
     return loss

@@ -19,18 +19,16 @@ import numpy as np
 
 from bc2_jax.checkpoint import load_state
 from bc2_jax.config import DistributedConfig, TrainConfig
-from bc2_jax.config.record import from_record
-from bc2_jax.convert.pretrained import find_model, load_params
+from bc2_jax.convert.pretrained import find_model
 from bc2_jax.data.batch import FIELDS, batch_part, make_put
 from bc2_jax.data.loader import make_train_loader
 from bc2_jax.manifest import verify
 from bc2_jax.metadata import is_complete, read_metadata
 from bc2_jax.sharding import make_mesh
 from bc2_jax.train import distributed
-from bc2_jax.train.job import TrainStep, lower_train_step, restore_state
+from bc2_jax.train.job import StepParts, TrainStep, lower_train_step, restore_state
+from bc2_jax.train.kinds import kind_of, read_config
 from bc2_jax.train.metrics import fingerprint, read_metrics
-from bc2_jax.train.optimizer import make_optimizer
-from bc2_jax.train.pretrain import make_abstract_state, make_objective
 from bc2_jax.train.start import check_attention, tuned_options
 
 
@@ -73,7 +71,7 @@ def choose_checkpoint(path: str | Path, step: int) -> Path:
         if not earlier:
             raise ValueError(f"--step = {step} is not valid: {path} has no checkpoint before it.")
         return max(earlier, key=lambda p: int(p.name))
-    found = find_model(path).path
+    found = path if is_complete(path) else find_model(path).path
     if not found.name.isdigit() or int(found.name) >= step or not (found / "opt_state").is_dir():
         raise ValueError(f"--step = {step} is not valid: {found} must be a training checkpoint of a step before it.")
     return found
@@ -87,7 +85,7 @@ def recorded_config(checkpoint: Path, step: int, last: TrainConfig) -> TrainConf
     later = [p for p in checkpoint.parent.iterdir() if p.name.isdigit() and int(p.name) >= step and is_complete(p)]
     if not later:
         return last
-    return from_record(TrainConfig, read_metadata(min(later, key=lambda p: int(p.name)))["config"])
+    return read_config(read_metadata(min(later, key=lambda p: int(p.name)))["config"])
 
 
 def _on_these_devices(config: TrainConfig) -> TrainConfig:
@@ -122,8 +120,8 @@ def replay(path: str | Path, step: int, batch: Sequence[str | Path] = ()) -> Ite
     run, start = checkpoint.parent.parent, int(checkpoint.name)
     saved = load_batch(batch, step) if batch else None
     try:
-        last = from_record(TrainConfig, json.loads((run / "config.json").read_text(encoding="utf-8")))
-    except (ValueError, TypeError, RecursionError) as error:
+        last = read_config(json.loads((run / "config.json").read_text(encoding="utf-8")))
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{run / 'config.json'} is damaged or of another version: {str(error).rstrip('.')}."
         ) from error
@@ -148,8 +146,9 @@ def replay(path: str | Path, step: int, batch: Sequence[str | Path] = ()) -> Ite
     put = make_put(config.data, mesh)
 
     with jax.set_mesh(mesh):
-        objective, optimizer = make_objective(config.model, config.compute), make_optimizer(config.optimizer)
-        state = restore_state(Folder(checkpoint), start, make_abstract_state(config, mesh, optimizer))
+        parts: StepParts = kind_of(config).make_step(config, mesh)
+        frozen = parts.load_frozen()
+        state = restore_state(Folder(checkpoint), start, parts.state)
         train_step: TrainStep | None = None
         for now in range(start + 1, step + 1):
             record = records[now]
@@ -158,18 +157,21 @@ def replay(path: str | Path, step: int, batch: Sequence[str | Path] = ()) -> Ite
             rows = make_loader(first_row=first % size)[first // size]
             if saved is not None and now == step:
                 rows = _own_rows(saved[0], len(rows["labels"]))
-            placed = put(rows)
+            placed = parts.complete(now, put(rows))
             if train_step is None:
-                lowered = lower_train_step(objective, optimizer, state, {}, placed, norms=config.health.norms)
+                lowered = lower_train_step(
+                    parts.objective, parts.optimizer, state, frozen, placed, norms=config.health.norms
+                )
                 train_step = lowered.compile(compiler_options=tuned_options(config, mesh))
-            state, metrics = train_step(state, {}, placed)
+            state, metrics = train_step(state, frozen, placed)
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             compared: dict[str, tuple[float | str | None, float | str]] = {
                 name: (record[name], value) for name, value in values.items() if name in record
             }
             after = checkpoint.parent / str(now)
             if now == step and is_complete(after):
-                compared["parameters sha256"] = fingerprint(load_params(after, mesh=mesh)[0]), fingerprint(state.params)
+                then = restore_state(Folder(after), now, parts.state)
+                compared["parameters sha256"] = fingerprint(then.params), fingerprint(state.params)
             yield Comparison(now, compared)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ from bc2_jax.data.corpus import list_parts
 from bc2_jax.data.loader import describe_mixture
 from bc2_jax.data.packing import read_rows
 from bc2_jax.infer.text import generate_text
-from bc2_jax.model.baichuan import Params, split_model
+from bc2_jax.model.baichuan import Baichuan2, Params, split_model
 from bc2_jax.terminal import add_column, command, interpreter, make_table
 from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.train.checks import EXPORT_NAME
@@ -59,7 +60,8 @@ def print_mixture(console: Console, config: TrainConfig, step: int = 0, row: int
     add_column(table, "epochs", is_number=True)
     for part in describe_mixture(data, row + (config.num_steps - step) * data.global_batch_size):
         shares = (f"{share:.2%}" for share in part.shares)
-        table.add_row(part.path, f"{part.rows:,}", *shares, f"{part.epochs:.2f}")
+        answers = " (conversations: the answers)" if part.kind == "chat" else ""
+        table.add_row(f"{part.path}{answers}", f"{part.rows:,}", *shares, f"{part.epochs:.2f}")
     console.print(table)
 
 
@@ -91,33 +93,58 @@ def make_baselines(config: TrainConfig, console: Console) -> dict[str, float]:
     return baselines
 
 
-def show_results(
-    config: TrainConfig, checkpoint: Path, params: Params, baselines: dict[str, float], tokenizer: Tokenizer,
-    start: Start,
-) -> None:  # fmt: skip
-    """Exports, writes samples, draws the loss curve and prints where everything is and what to type next.
+class Ending(NamedTuple):
+    """What the end of a run makes, beside samples."""
 
-    Raises what made the export fail when all else is done.
-    """
-    workdir, is_first = checkpoint.parent.parent, jax.process_index() == 0
-    exported, failed = workdir / EXPORT_NAME, None
-    if config.export_hf and is_first:
-        try:
-            # Ours to replace: an earlier end of this same run wrote it.
-            # From the files: no process has all parameters.
-            to_hf(checkpoint, exported, Options(overwrite=True, allow_unused_rows=True), dtype="float32")
-        except (ValueError, OSError) as error:
-            failed = error
+    model: Callable[[], Baichuan2]
+    """The trained model."""
+    export: Callable[[], Path | None]
+    """Writes it for other programs and says where, None for nowhere; every process calls it."""
+    draw: Callable[[], None]
+    """Draws the pictures."""
+    print_hints: Callable[[Path | None], None]
+    """Where everything is and what to type next, given what `export` returned."""
+
+
+def show_results(config: TrainConfig, ending: Ending, tokenizer: Tokenizer, start: Start) -> None:
+    """Exports, writes samples, draws and prints hints. Raises what made the export fail when all else is done."""
+    is_first = jax.process_index() == 0
+    exported, failed = None, None
+    try:
+        exported = ending.export()
+    except (ValueError, OSError) as error:
+        failed = error
     if config.sample.prompts:
         with start.expendable.attempt("samples"):
-            model = nnx.merge(split_model(config.model, config.compute)[0], params)
-            show_samples(model, config, tokenizer, start.say)
+            show_samples(ending.model(), config, tokenizer, start.say)
     if is_first:
         with start.expendable.attempt("pictures"):
-            show_curve(workdir, baselines, start.say)
-        print_hints(config, checkpoint, exported if config.export_hf and failed is None else None, start)
+            ending.draw()
+        ending.print_hints(exported)
     if failed is not None:
         raise failed
+
+
+def make_ending(
+    config: TrainConfig, checkpoint: Path, params: Params, baselines: dict[str, float], start: Start
+) -> Ending:
+    """That of a run which trains all parameters."""
+    return Ending(
+        model=lambda: nnx.merge(split_model(config.model, config.compute)[0], params),
+        export=lambda: export_hf(config, checkpoint),
+        draw=lambda: show_curve(checkpoint.parent.parent, baselines, start.say),
+        print_hints=lambda exported: print_hints(config, checkpoint, exported, start),
+    )
+
+
+def export_hf(config: TrainConfig, checkpoint: Path) -> Path | None:
+    """WORKDIR/hf, if the config asks for it, written by the first process; from the files, as none has all arrays."""
+    exported = checkpoint.parent.parent / EXPORT_NAME
+    if not config.export_hf or jax.process_index() != 0:
+        return None
+    # Ours to replace: an earlier end of this same run wrote it.
+    to_hf(checkpoint, exported, Options(overwrite=True, allow_unused_rows=True), dtype="float32")
+    return exported
 
 
 def show_curve(workdir: Path, baselines: dict[str, float], say: Say) -> None:
@@ -133,17 +160,27 @@ def show_curve(workdir: Path, baselines: dict[str, float], say: Say) -> None:
 def print_hints(config: TrainConfig, checkpoint: Path, exported: Path | None, start: Start) -> None:
     """Where everything is and what to type next."""
     workdir, say = checkpoint.parent.parent, start.say
+    print_places(checkpoint, exported, start)
+    print_how_to_go_on(workdir, f"--num-steps {config.num_steps + config.checkpoint.save_every}", start)
+    target = workdir / ("hf-bfloat16" if config.export_hf else "hf")
+    say(f"to convert   {command('tools/convert.py', 'to-hf', checkpoint, target)}")
+    say(f"to generate  {command('tools/generate.py', workdir)} --prompt ...")
+
+
+def print_places(checkpoint: Path, exported: Path | None, start: Start) -> None:
+    """Where a run's files are."""
+    workdir, say = checkpoint.parent.parent, start.say
     say(f"checkpoint   {checkpoint}")
     if exported is not None:
         say(f"PyTorch      {exported}")
     say(f"metrics      {workdir / 'metrics.jsonl'}, tensorboard --logdir {shlex.quote(str(workdir / 'tensorboard'))}")
     say(f"loss curve   {workdir / 'loss.png'}")
-    longer = config.num_steps + config.checkpoint.save_every
+
+
+def print_how_to_go_on(workdir: Path, longer: str, start: Start) -> None:
+    """The command that makes the run longer by the arguments `longer`."""
     again = f"{shlex.quote(interpreter())} {start.command} --workdir {shlex.quote(str(workdir))}"
-    say(f"to go on     {again} --resume auto --num-steps {longer}")
-    target = workdir / ("hf-bfloat16" if config.export_hf else "hf")
-    say(f"to convert   {command('tools/convert.py', 'to-hf', checkpoint, target)}")
-    say(f"to generate  {command('tools/generate.py', workdir)} --prompt ...")
+    start.say(f"to go on     {again} --resume auto {longer}")
 
 
 def show_samples(model, config: TrainConfig, tokenizer: Tokenizer, say: Say) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from rich.console import Console
@@ -15,20 +16,21 @@ from bc2_jax.config import RunConfig
 from bc2_jax.config.record import from_record
 from bc2_jax.metadata import Metadata
 from bc2_jax.terminal import make_table
+from bc2_jax.train.kinds import type_of_record
 
 Effect = Literal["harmless", "changes what is learnt", "refused"]
 
 # The first that a field is, or begins with, counts; another field of a kind of run changes what is learnt.
 _EFFECTS: tuple[tuple[Effect, tuple[str, ...]], ...] = (
     ("harmless", ("model.initializer_range", "model.model_max_length", "data.accumulation_steps", "health.norms")),
-    ("changes what is learnt", ("model.z_loss_weight", "compute.dtype")),
-    ("refused", ("model.",)),
+    ("changes what is learnt", ("model.z_loss_weight", "compute.dtype", "lora.dropout")),
+    ("refused", ("model.", "lora.")),
     (
         "harmless",
         (
             "name", "compute.", "mesh.", "distributed.", "checkpoint.", "num_steps", "workdir", "init_from", "seed",
             "compilation_cache", "log_every", "eval_", "verify_resume_steps", "profile_", "sample.", "ngram_baselines",
-            "export_hf", "data.max_bad_rows", "data.tokenizer", "allow_other_tokenizer",
+            "export_hf", "data.max_bad_rows", "data.tokenizer", "allow_other_tokenizer", "questions.", "num_epochs",
         ),
     ),
 )  # fmt: skip
@@ -65,6 +67,18 @@ def effect_of(field: str) -> Effect:
         return "harmless"
     fitting = (effect for effect, prefixes in _EFFECTS if field.startswith(prefixes))
     return next(fitting, "changes what is learnt")
+
+
+def check_changes(config: RunConfig, metadata: Metadata, workdir: Path, changes: Sequence[Change]) -> None:
+    """Raises ValueError, naming the fields, if a run of `config` cannot go on from the checkpoints in `workdir`."""
+    saved = type_of_record(metadata.config)
+    if saved not in (None, type(config)):
+        raise ValueError(
+            f"workdir = '{workdir}' is not valid: its checkpoints are of a {saved.__name__}, this run is of a "
+            f"{type(config).__name__}; give it a workdir of its own, and the model that it starts from as init_from."
+        )
+    if lines := [f"{c.field}: {c.now} is {c.before} in them" for c in changes if c.effect == "refused"]:
+        raise ValueError(f"The checkpoints in '{workdir}' are of another run; these fields differ: {'; '.join(lines)}.")
 
 
 def print_changes(console: Console, changes: Sequence[Change]) -> None:

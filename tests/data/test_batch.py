@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +15,8 @@ from hypothesis import strategies as st
 from bc2_jax.config import DataConfig, MeshConfig, SourceConfig
 from bc2_jax.data.batch import FIELDS, abstract_batch, batch_part, make_put, row_to_example
 from bc2_jax.sharding import DEFAULT_RULES, MESH_AXES, Mesh, make_mesh
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "align"
 
 
 def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
@@ -110,3 +114,64 @@ def test_a_batch_is_placed_row_by_row(mesh: dict[str, int]):
     assert placed.sharding.spec == DEFAULT_RULES.spec(None, "batch", "sequence")
     for abstract in abstract_batch(data, make_mesh(MeshConfig(**mesh))).values():
         assert (abstract.shape, abstract.sharding) == (placed.shape, placed.sharding)
+
+
+def test_rows_of_conversations_have_the_released_labels():
+    """One sample a row, padded, and all that fit in one row: ids and targets of the released rule, exactly."""
+    cases = json.loads((GOLDEN / "sft_text.json").read_text())
+    sft = np.load(GOLDEN / "sft.npz")
+    samples = [(case["input_ids"], case["targets"]) for case in cases]
+    for ids, mask, labels in zip(sft["input_ids"], sft["attention_mask"], sft["labels"], strict=True):
+        length = int(mask.sum())
+        samples.append((ids[:length].tolist(), [*labels[1:length].tolist(), -100]))
+    assert len(samples) == len(cases) + 6
+    for ids, targets in samples:
+        example = row_to_example(chat_row([(ids, targets)], len(ids) + 3))
+        assert example["input_ids"].tolist() == [*ids, 0, 0, 0]
+        assert example["labels"].tolist() == [*targets, -100, -100, -100]
+    packed = row_to_example(chat_row(samples, sum(len(ids) for ids, _ in samples)))
+    assert packed["labels"].tolist() == [target for _, targets in samples for target in targets]
+    assert packed["segment_ids"].max() == len(samples)
+
+
+TOKENS = st.sampled_from([1, 2, 195, 196, 7, 125_695])
+SAMPLES = st.lists(st.lists(st.tuples(TOKENS, st.booleans()), min_size=1, max_size=9), min_size=1, max_size=5)
+KINDS = st.one_of(SAMPLES, st.lists(st.sampled_from([2, 5, 0]), max_size=12))
+
+
+@given(st.lists(KINDS, min_size=1, max_size=4))
+def test_a_batch_of_both_kinds_gives_each_row_as_it_is_alone(contents: list) -> None:
+    """A row of samples has each one's ids, targets and positions in a segment of its own, whatever stands beside it."""
+    length = 46
+    rows, expected = [], []
+    for content in contents:
+        if not content or isinstance(content[0], int):
+            rows.append(np.pad(np.array(content, np.uint32), (0, length + 1 - len(content))))
+            expected.append(reference_example(rows[-1].tolist()))
+            continue
+        samples = [([token for token, _ in sample], targets_of(sample)) for sample in content]
+        rows.append(chat_row(samples, length))
+        whole: dict[str, list[int]] = {key: [] for key in FIELDS}
+        for segment, (ids, targets) in enumerate(samples, 1):
+            for key, values in zip(FIELDS, (ids, targets, [segment] * len(ids), range(len(ids))), strict=True):
+                whole[key] += values
+        padding = length - len(whole["labels"])
+        expected.append({key: values + [-100 if key == "labels" else 0] * padding for key, values in whole.items()})
+    batch = row_to_example(np.stack(rows))
+    for index, row in enumerate(expected):
+        assert {key: batch[key][index].tolist() for key in FIELDS} == row
+        assert_same({key: batch[key][index] for key in FIELDS}, row_to_example(rows[index]))
+
+
+def targets_of(sample: list[tuple[int, bool]]) -> list[int]:
+    return [(2 if token == 195 else token) if is_target else -100 for token, is_target in sample[1:]] + [-100]
+
+
+def chat_row(samples: list[tuple[list[int], list[int]]], length: int) -> np.ndarray:
+    """A row of `length` inputs as it stands in a file: an answer's tokens and the token after it are marked."""
+    row = [
+        token | (1 << 30) * (place == 0) | (1 << 31) * (place > 0 and targets[place - 1] != -100)
+        for ids, targets in samples
+        for place, token in enumerate(ids)
+    ]
+    return np.array(row + [0] * (length + 1 - len(row)), np.uint32)

@@ -16,7 +16,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bc2_jax.data import documents
+from bc2_jax.data import documents, records
 from bc2_jax.data.documents import Document, Fields, InvalidDocument, read_span, scan_file, why_invalid
 
 
@@ -125,7 +125,7 @@ def test_bad_lines_are_named_and_reading_goes_on(tmp_path: Path, compressed: boo
 
 
 def test_a_line_that_is_too_long_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "LONGEST_LINE", 100)
+    monkeypatch.setattr(records, "LONGEST_LINE", 100)
     path = tmp_path / "a.jsonl"
     long = json.dumps({"text": "x" * 1000}).encode()
     path.write_bytes(b'{"text": "a"}\n' + long + b'\n{"text": "b"}\n' + long)

@@ -1,0 +1,322 @@
+r"""Conversations of files, in every common format, told apart by the shape of each record.
+
+    released, ShareGPT     conversations: [{from: human | gpt | system, value}], or a system text beside them
+    OpenAI messages        messages: [{role: system | user | assistant, content}]; content a text, or a list of such
+    Alpaca                 instruction, output, and perhaps input, system, history: [[question, answer]]
+    prompt-completion      prompt, completion; each a text or messages
+    preference             chosen, rejected, and the prompt: as a field (text, messages or one of the above), or
+                           repeated by both, as messages or as text with "\n\nHuman:" and "\n\nAssistant:"
+
+A field that is null is not there. Other fields are left aside, unless they say that the record means something else:
+tools, pictures, answers marked as bad. What can't be used becomes an `Invalid` with its file and line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from bc2_jax.align.chat import Message, find_problem
+from bc2_jax.data.records import Invalid, read_records
+from bc2_jax.data.text_files import TextFile, TextFiles, find_text_files, printable
+from bc2_jax.validation import choices, show
+
+LEGAL_FILES = ".jsonl, .ndjson or .json, each plain, .zst or .gz, and .parquet"
+LEGAL_SHAPES = (
+    "conversations [{from, value}], messages [{role, content}], instruction + output, prompt + completion, "
+    "[prompt +] chosen + rejected"
+)
+_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+_TOOL_ROLES = ("tool", "function", "function_call", "function_response", "observation", "ipython")
+# What a conversation in text can't show: without it the answers are to something else.
+_TOOLS = ("tools", "functions", "tool_calls", "function_call")
+_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+# Marks of single messages: other values than these say that an answer is not to be learned.
+_WEIGHTS = ("weight", "train", "loss")
+_TOOLS_FOUND = "tools, for which Baichuan 2 has no role"
+# By one of these a record is known.
+_FIELDS = {"messages", "conversations", "chosen", "prompt", "instruction"}
+_TURN = re.compile(r"(?:^|\n\n)\s*(Human|Assistant):")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sample:
+    """A conversation to train on: `check_messages` finds nothing wrong with it."""
+
+    messages: list[Message]
+    """Of a preference pair, with the chosen answer."""
+    where: str
+    """File and line or row, from 1."""
+    format: str
+    rejected: list[Message] | None = None
+    """Of a preference pair: the messages that the other answer has in place of messages[shared:]."""
+    shared: int = 0
+    """Of a preference pair: how many messages both answers follow."""
+    cut: bool = False
+    """Whether a last user message was left out because it has no answer."""
+
+
+class _Unusable(Exception):
+    """Why a record is no sample. `kind` is the same for all records with the same fault."""
+
+    def __init__(self, kind: str, detail: str = "") -> None:
+        super().__init__(kind + (f" ({detail})" if detail else ""))
+
+
+def find_files(paths: Sequence[str | os.PathLike[str]], field: str = "DATA") -> TextFiles:
+    """The files of conversations among and below `paths`; raises as `find_text_files`, naming `field`."""
+    return find_text_files(paths, field, ("jsonl", "parquet"), LEGAL_FILES)
+
+
+def read_samples(paths: Sequence[str | os.PathLike[str]], field: str = "DATA") -> Iterator[Sample | Invalid]:
+    """The samples of all files of conversations among and below `paths`, in order."""
+    for file in find_files(paths, field).files:
+        yield from read_file(file)
+
+
+def read_file(file: TextFile) -> Iterator[Sample | Invalid]:
+    """The samples of one file in order; nothing in it stops the reading of what follows."""
+    for record in read_records(file.path, printable(file.path)):
+        if isinstance(record, Invalid):
+            yield record
+        else:
+            yield from read_record(record.value, record.where)
+
+
+def read_record(value: Any, where: str) -> Iterator[Sample | Invalid]:
+    """The sample of a record; several of an object that only holds a list of records."""
+    inner = _inner_list(value)
+    if inner is None:
+        yield _read_one(value, where)
+        return
+    key, items = inner
+    for number, item in enumerate(items, 1):
+        yield _read_one(item, f"{where} (item {number} of {key!r})")
+
+
+def _read_one(value: Any, where: str) -> Sample | Invalid:
+    try:
+        return _sample(value, where)
+    except _Unusable as error:
+        return Invalid(str(error), where)
+
+
+def _sample(value: Any, where: str) -> Sample:
+    if not isinstance(value, Mapping):
+        raise _Unusable("no object", show(value))
+    record = _present(value)
+    for fields, kind in ((_TOOLS, _TOOLS_FOUND), (_MEDIA, "pictures, sound or video, which Baichuan 2 does not take")):
+        if field := next((field for field in fields if _holds_any(record.get(field))), None):
+            raise _Unusable(kind, f"field {field!r}")
+    if record.keys() >= {"chosen", "rejected"}:
+        return _pair(record, where)
+    found = _dialogue(record) or _completion(record) or _alpaca(record)
+    if found is None:
+        kind = "no answer at all" if record.keys() & {"prompt", "instruction"} else "unknown shape"
+        raise _Unusable(kind, f"its fields are {choices(record) or 'none'}; legal are {LEGAL_SHAPES}")
+    messages = _normalise(found.messages, record)
+    roles = [message["role"] for message in messages]
+    if "user" in roles and "assistant" not in roles:
+        raise _Unusable("no answer at all")
+    cut = roles[-2:] == ["assistant", "user"]
+    messages = messages[:-1] if cut else messages
+    _check(messages)
+    return Sample(messages, where, found.format, cut=cut)
+
+
+class _Found(NamedTuple):
+    """What a record holds, before it was checked."""
+
+    format: str
+    messages: list[Message]
+
+
+# ----------------------------------------------------------------------------------------------- one reader for a shape
+
+
+def _dialogue(record: Mapping[str, Any]) -> _Found | None:
+    field = next((field for field in ("messages", "conversations") if field in record), None)
+    if field is None:
+        return None
+    messages = _messages(record[field], field)
+    spelled = [item.keys() for item in record[field] if isinstance(item, Mapping)]
+    if spelled and "from" not in spelled[0]:
+        return _Found("OpenAI messages", messages)
+    has_system = "system" in record or any(message["role"] == "system" for message in messages)
+    return _Found("ShareGPT" if has_system else "released", messages)
+
+
+def _completion(record: Mapping[str, Any]) -> _Found | None:
+    if not record.keys() >= {"prompt", "completion"}:
+        return None
+    if record.get("label") in (False, 0):
+        raise _Unusable("an answer that is marked as bad", f"label = {record['label']!r}")
+    prompt, completion = record["prompt"], record["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        if _has_turns(prompt):
+            return _Found("prompt-completion (text)", _turns(prompt + completion))
+        return _Found("prompt-completion (text)", [_user(prompt), _assistant(completion)])
+    return _Found("prompt-completion (messages)", _messages(prompt, "prompt") + _messages(completion, "completion"))
+
+
+def _alpaca(record: Mapping[str, Any]) -> _Found | None:
+    if not record.keys() >= {"instruction", "output"}:
+        return None
+    return _Found("Alpaca", [*_instruction(record), _assistant(record["output"])])
+
+
+def _instruction(record: Mapping[str, Any]) -> list[Message]:
+    """History and question of a record of Alpaca."""
+    history = record.get("history", [])
+    legal = isinstance(history, Sequence) and not isinstance(history, str)
+    if not legal or not all(isinstance(turn, Sequence) and len(turn) == 2 for turn in history):
+        raise _Unusable("history is no list of [question, answer]", show(history))
+    before = [message for question, answer in history for message in (_user(question), _assistant(answer))]
+    parts = [record["instruction"], record.get("input", "")]
+    for field, part in zip(("instruction", "input"), parts, strict=True):
+        if not isinstance(part, str):
+            raise _Unusable("content is no text", f"{field} = {show(part)}")
+    return [*before, _user("\n".join(part for part in parts if part))]
+
+
+def _pair(record: Mapping[str, Any], where: str) -> Sample:
+    answers = [record["chosen"], record["rejected"]]
+    if all(isinstance(answer, str) for answer in answers):
+        prompt = record.get("prompt", "")
+        if isinstance(prompt, str) and all(_has_turns(prompt + answer) for answer in answers):
+            form, (chosen, rejected) = "text", [_turns(prompt + answer) for answer in answers]
+        else:
+            form, (chosen, rejected) = "text", [[*_question(record), _assistant(answer)] for answer in answers]
+    else:
+        form, (chosen, rejected) = (
+            "messages",
+            [_messages(answer, name) for name, answer in zip(("chosen", "rejected"), answers, strict=True)],
+        )
+        if all(answer and answer[0]["role"] == "assistant" for answer in (chosen, rejected)):
+            question = _question(record)
+            chosen, rejected = [*question, *chosen], [*question, *rejected]
+    chosen, rejected = _normalise(chosen, record), _normalise(rejected, record)
+    _check(chosen)
+    _check(rejected, "in rejected, ")
+    if chosen == rejected:
+        raise _Unusable("chosen and rejected are equal")
+    shared = next(i for i, both in enumerate(itertools.zip_longest(chosen, rejected)) if both[0] != both[1])
+    if any(answer[shared:][:1] == [] or answer[shared]["role"] != "assistant" for answer in (chosen, rejected)):
+        kind = "chosen and rejected are not two answers to the same messages"
+        raise _Unusable(kind, f"they part at messages[{shared}]")
+    return Sample(chosen, where, f"preference ({form})", rejected[shared:], shared)
+
+
+def _question(record: Mapping[str, Any]) -> list[Message]:
+    """What both answers of a preference pair follow, where they do not repeat it."""
+    prompt = record.get("prompt")
+    if isinstance(prompt, str):
+        turns = _turns(prompt) if _has_turns(prompt) else [_user(prompt)]
+        # Text that ends in "Assistant:" has an answer there that is still to come.
+        return turns[:-1] if turns[-1] == _assistant("") else turns
+    if prompt is not None:
+        return _messages(prompt, "prompt")
+    if found := _dialogue(record):
+        return found.messages
+    if "instruction" in record:
+        return _instruction(record)
+    raise _Unusable("chosen and rejected without a prompt", f"the fields are {choices(record)}")
+
+
+# --------------------------------------------------------------------------------------------------------------- pieces
+
+
+def _present(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables have every field in every row, with null where a row has none."""
+    return {field: value for field, value in record.items() if value is not None}
+
+
+def _holds_any(value: Any) -> bool:
+    return value.strip() not in ("", "[]", "{}", "null", "None") if isinstance(value, str) else bool(value)
+
+
+def _user(content: Any) -> Message:
+    return {"role": "user", "content": content}
+
+
+def _assistant(content: Any) -> Message:
+    return {"role": "assistant", "content": content}
+
+
+def _messages(value: Any, field: str) -> list[Message]:
+    """A list of messages, or one, of field `field`."""
+    items = [value] if isinstance(value, Mapping) else value
+    if not isinstance(items, Sequence) or isinstance(items, str):
+        raise _Unusable(f"{field} is no list of messages", show(value))
+    return [_message(item, f"{field}[{place}]") for place, item in enumerate(items)]
+
+
+def _message(item: Any, name: str) -> Message:
+    if not isinstance(item, Mapping):
+        raise _Unusable("a message that is no object", f"{name} = {show(item)}")
+    item = _present(item)
+    role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
+    if role in _TOOL_ROLES or any(_holds_any(item.get(field)) for field in _TOOLS):
+        raise _Unusable(_TOOLS_FOUND, f"{name} has the role {show(role)}")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise _Unusable("unknown role", f"{name}: {show(role)}; legal are {choices(_ROLES)}")
+    for field in _WEIGHTS:
+        if item.get(field, 1) != 1:
+            raise _Unusable("a message with a weight of its own", f"{name}: {field} = {show(item[field])}")
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        texts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
+        if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
+            raise _Unusable("content that is not text alone", f"{name} = {show(content)}")
+        content = "".join(map(str, texts))
+    if not isinstance(content, str):
+        raise _Unusable("content is no text", f"{name}: {show(content)}")
+    return {"role": _ROLES[role], "content": content}
+
+
+def _has_turns(text: str) -> bool:
+    """Whether text is a whole conversation, as in hh-rlhf."""
+    return _TURN.match(text) is not None
+
+
+def _turns(text: str) -> list[Message]:
+    """The messages of such text, without the space around them."""
+    parts = _TURN.split(text)[1:]
+    makers = {"Human": _user, "Assistant": _assistant}
+    return [makers[name](content.strip()) for name, content in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def _normalise(messages: list[Message], record: Mapping[str, Any]) -> list[Message]:
+    """With the system text that stands beside the messages; blank text is no text."""
+    system = record.get("system", "")
+    if not isinstance(system, str):
+        raise _Unusable("content is no text", f"system = {show(system)}")
+    if system.strip():
+        if [message["role"] for message in messages[:1]] == ["system"] and messages[0]["content"] != system:
+            raise _Unusable("two system texts", "one as a field, one as a message")
+        if [message["role"] for message in messages[:1]] != ["system"]:
+            messages = [{"role": "system", "content": system}, *messages]
+    blank = [not isinstance(m["content"], str) or bool(m["content"].strip()) for m in messages]
+    return [
+        message if filled else {**message, "content": ""}
+        for message, filled in zip(messages, blank, strict=True)
+        if filled or message["role"] != "system"
+    ]
+
+
+def _check(messages: list[Message], of: str = "") -> None:
+    if problem := find_problem(messages):
+        name = f"messages[{problem.place}]" if problem.place is not None else ""
+        raise _Unusable(of + problem.kind, "; ".join(filter(None, (name, problem.detail))))
+
+
+def _inner_list(value: Any) -> tuple[str, list[Any]] | None:
+    """The field of an object that is no record itself, and the records that it holds."""
+    if not isinstance(value, Mapping) or value.keys() & _FIELDS:
+        return None
+    lists = [(field, items) for field, items in value.items() if isinstance(items, list)]
+    lists = [(field, items) for field, items in lists if any(isinstance(item, Mapping) for item in items)]
+    return lists[0] if len(lists) == 1 else None

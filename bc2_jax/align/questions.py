@@ -1,0 +1,166 @@
+"""Held-out questions that a model answers while it is trained: does it end, and is it right?"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from rich.text import Text
+
+from bc2_jax.align.chat import Message, fit_prompt
+from bc2_jax.align.formats import Sample, read_samples
+from bc2_jax.config import FineTuneConfig, QuestionsConfig
+from bc2_jax.files import replaced
+from bc2_jax.infer import engine
+from bc2_jax.infer.generate import continue_prompts
+from bc2_jax.infer.sampling import Settings
+from bc2_jax.model.baichuan import Baichuan2
+from bc2_jax.terminal import make_table
+from bc2_jax.tokenizer import Tokenizer
+from bc2_jax.train.job import Progress
+from bc2_jax.train.loop import Start
+from bc2_jax.validation import require
+
+FOLDER = "answers"
+"""In the workdir: step_N.jsonl of each evaluation."""
+AT_ONCE = 64
+"""Questions that are answered together."""
+
+
+class Question(NamedTuple):
+    """A conversation up to where the model is to answer."""
+
+    messages: list[Message]
+    expected: str
+    ids: list[int]
+    """The prompt."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What the model said, as it is written to step_N.jsonl."""
+
+    messages: list[Message]
+    expected: str
+    answer: str
+    ended: bool
+    """By itself, not at max_new_tokens."""
+    right: bool
+    """It ended and is what was expected, but for blanks around it."""
+    tokens: int
+    """Of the answer, its eos included."""
+
+
+def read_questions(config: FineTuneConfig, tokenizer: Tokenizer) -> list[Question]:
+    """Those of `config.questions`, none without a path; any format of `formats` will do.
+
+    Raises ValueError or FileNotFoundError, naming the field or the place, for a file without questions, for what is no
+    conversation that ends with an answer, and for answers that leave no room for a question.
+    """
+    questions = config.questions
+    if questions.path is None:
+        return []
+    most = config.model.model_max_length
+    require(
+        questions.max_new_tokens < most, "questions.max_new_tokens", questions.max_new_tokens,
+        f"it must be below model.model_max_length = {most}",
+    )  # fmt: skip
+    found = []
+    for sample in itertools.islice(read_samples([questions.path], "questions.path"), questions.limit or None):
+        if not isinstance(sample, Sample):
+            raise ValueError(f"questions.path: {sample.where}: {sample.reason}.")
+        *messages, expected = sample.messages
+        require(
+            any(message["role"] == "user" for message in messages), "questions.path", questions.path,
+            f"the conversation at {sample.where} has no question before its answer",
+        )  # fmt: skip
+        ids = fit_prompt(tokenizer, messages, questions.max_new_tokens, most).ids
+        found.append(Question(messages, expected["content"], ids))
+    require(bool(found), "questions.path", questions.path, "it holds no conversation")
+    return found
+
+
+def answer_questions(
+    model: Baichuan2, tokenizer: Tokenizer, questions: Sequence[Question], max_new_tokens: int, progress: Progress
+) -> list[Answer] | None:  # fmt: skip
+    """The most likely answers; None if `progress` stops it. All processes call it and get the same.
+
+    All calls with the same questions share one compiled program.
+    """
+    settings = Settings(
+        max_new_tokens, temperature=0, top_k=0, top_p=1.0, repetition_penalty=1.0, vocab_size=tokenizer.vocab_size
+    )
+    prepared = engine.prepare(model)
+    answers: list[Answer] = []
+    for batch in _batches(questions):
+        # Every batch has one longest prompt and as many: one shape.
+        longest = max(questions, key=lambda question: len(question.ids))
+        filled = [*batch, *[longest] * (min(len(questions), AT_ONCE) - len(batch))]
+        found = continue_prompts(prepared, [question.ids for question in filled], settings)
+        for question, continuation in zip(batch, found, strict=False):
+            ended = continuation.reason == "eos"
+            text = tokenizer.decode(continuation.tokens[: -1 if ended else None])
+            right = ended and text.strip() == question.expected.strip()
+            answers.append(Answer(question.messages, question.expected, text, ended, right, len(continuation.tokens)))
+        if not progress(f"answer {len(answers)} of {len(questions)}"):
+            return None
+    return answers
+
+
+def _batches(questions: Sequence[Question]) -> list[Sequence[Question]]:
+    size = AT_ONCE if len(questions) <= AT_ONCE else AT_ONCE - 1  # with room for the longest
+    return [questions[i : i + size] for i in range(0, len(questions), size)]
+
+
+def summarize(answers: Sequence[Answer]) -> dict[str, float]:
+    """Metrics: shares of answers that end and that are right, and the mean length in tokens."""
+    count = len(answers)
+    return {
+        "answers_ended": sum(a.ended for a in answers) / count,
+        "answers_right": sum(a.right for a in answers) / count,
+        "answer_tokens": sum(a.tokens for a in answers) / count,
+    }
+
+
+def report(answers: Sequence[Answer], step: int, config: QuestionsConfig, start: Start) -> None:
+    """Says how good they are, prints the first ones and writes all to the workdir."""
+    values = summarize(answers)
+    start.say(
+        f"step {step}  answers: {values['answers_right']:.1%} right, {values['answers_ended']:.1%} end by themselves, "
+        f"{values['answer_tokens']:.1f} tokens each"
+    )
+    for answer in answers[: config.show]:
+        start.say(f"--- {_last(answer)}\n{answer.answer}" + ("" if answer.ended else " ..."))
+    if jax.process_index() == 0:
+        with start.expendable.attempt("answers"):
+            path = start.workdir / FOLDER / f"step_{step}.jsonl"
+            path.parent.mkdir(exist_ok=True)
+            lines = [json.dumps(dataclasses.asdict(answer), ensure_ascii=False) + "\n" for answer in answers]
+            with replaced(path) as partial:
+                partial.write_text("".join(lines), encoding="utf-8")
+
+
+def read_answers(workdir: Path, step: int) -> list[dict[str, Any]]:
+    """What `report` wrote at a step, none if nothing was."""
+    path = workdir / FOLDER / f"step_{step}.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def compare(workdir: Path, first: int, last: int, config: QuestionsConfig, start: Start) -> None:
+    """Prints the first answers of two steps side by side."""
+    before, after = read_answers(workdir, first), read_answers(workdir, last)
+    if not before or not after or first == last:
+        return
+    table = make_table("question", "expected", f"step {first}", f"step {last}", title="Answers")
+    for old, new in list(zip(before, after, strict=False))[: config.show]:
+        table.add_row(*map(Text, (old["messages"][-1]["content"], old["expected"], old["answer"], new["answer"])))
+    start.console.print(table)
+
+
+def _last(answer: Answer) -> str:
+    return " ".join(str(answer.messages[-1]["content"]).split())

@@ -1,0 +1,129 @@
+"""What a fine-tuning run prints at its start and makes at its end: plan, export, answers before and after, hints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+
+from bc2_jax.align.questions import compare
+from bc2_jax.config import FineTuneConfig
+from bc2_jax.convert.folder import check_free
+from bc2_jax.model.baichuan import Baichuan2, Params
+from bc2_jax.terminal import command, make_table
+from bc2_jax.train.loop import Start
+from bc2_jax.train.metrics import read_metrics
+from bc2_jax.train.results import Ending, export_hf, print_how_to_go_on, print_places, show_curve
+
+ADAPTER_NAME = "adapter"
+"""Where a run of adapters exports them to, in its workdir."""
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def check_adapter_export(workdir: Path) -> None:
+    """Raises FileExistsError if the export at the end could not replace what is in its place."""
+    check_free(workdir / ADAPTER_NAME, True, lambda path: sorted({p.name for p in path.iterdir()} - {*ADAPTER_FILES}))
+
+
+def print_plan(config: FineTuneConfig, num_questions: int, start: Start) -> None:
+    """How the run learns."""
+    optimizer, model, lora = config.optimizer, config.model, config.lora
+    low, high = optimizer.min_learning_rate, optimizer.peak_learning_rate
+    rate = f"{high:g}, constant" if low == high else f"{high:g}, by a cosine to {low:g} at step {optimizer.decay_steps}"
+    warmup = f"after {optimizer.warmup_steps} steps of warm-up" if optimizer.warmup_steps else "no warm-up"
+    rows = {
+        "starts from": str(config.init_from),
+        "trained": "all parameters",
+        "steps": f"{config.num_steps:,}" + (f" (up to {config.num_epochs:g} epochs)" if config.num_epochs else ""),
+        "learning rate": f"{rate}, {warmup}",
+        "weight of the loss": f"the same for each {'target' if config.loss_weighting == 'token' else 'sample'}",
+        "NEFTune": f"alpha {config.neftune_alpha:g}" if config.neftune_alpha else "no",
+        "max-z loss": f"{model.z_loss_weight:g}: not used for fine-tuning by the authors"
+        if model.z_loss_weight
+        else "no",
+        "questions": f"{num_questions} at each evaluation" if num_questions else "none",
+    }
+    if lora.rank:
+        kind = "".join(name for name, used in ((", rsLoRA", lora.rslora), (", DoRA", lora.dora)) if used)
+        rows["trained"] = (
+            f"adapters of rank {lora.rank}{kind} on {', '.join(lora.targets)}; dropout {lora.dropout:g}; the base in "
+            f"{config.compute.dtype}"
+        )
+    table = make_table("", "", title="Fine-tuning")
+    for name, value in rows.items():
+        table.add_row(name, Text(value))
+    start.console.print(table)
+
+
+def make_ending(
+    config: FineTuneConfig, checkpoint: Path, params: Params, model: Callable[[], Baichuan2], start: Start
+) -> Ending:  # fmt: skip
+    """The end of a run whose checkpoint is the last one; `model` gives the trained model."""
+    workdir = checkpoint.parent.parent
+
+    def draw() -> None:
+        show_curve(workdir, {}, start.say)
+        metrics = [m for m in read_metrics(workdir / "metrics.jsonl") if m.get("validation_answers_right") is not None]
+        if metrics:
+            plot_answers(metrics, workdir / "answers.png")
+            compare(workdir, metrics[0]["step"], metrics[-1]["step"], config.questions, start)
+
+    return Ending(
+        model=model,
+        export=lambda: export_adapter(config, workdir, params) if config.lora.rank else export_hf(config, checkpoint),
+        draw=draw,
+        print_hints=lambda exported: print_hints(config, checkpoint, exported, start),
+    )
+
+
+def export_adapter(config: FineTuneConfig, workdir: Path, params: Params) -> Path | None:
+    """WORKDIR/adapter as PEFT reads it, written by the first process."""
+    raise NotImplementedError
+
+
+def plot_answers(metrics: list[dict[str, Any]], path: Path) -> None:
+    """A picture of the loss on held-out answers and of the share of questions answered right, by step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 6))
+    steps = [m["step"] for m in metrics]
+    losses = [m.get("validation_cross_entropy", math.nan) for m in metrics]
+    above.plot(steps, losses, marker="o", markersize=4)
+    above.set(ylabel="loss on held-out answers\n(nats a token)")
+    for name, label in (("answers_right", "right"), ("answers_ended", "end by themselves")):
+        below.plot(steps, [100 * m[f"validation_{name}"] for m in metrics], label=label, marker="o", markersize=4)
+    below.set(xlabel="step", ylabel="held-out questions (%)", ylim=(-3, 103))
+    below.legend()
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def print_hints(config: FineTuneConfig, checkpoint: Path, exported: Path | None, start: Start) -> None:
+    """Where everything is and what to type next."""
+    workdir, say = checkpoint.parent.parent, start.say
+    print_places(checkpoint, exported if not config.lora.rank else None, start)
+    if config.questions.path is not None:
+        say(f"answers      {workdir / 'answers'}, {workdir / 'answers.png'}")
+    longer = f"--num-steps {config.num_steps + config.checkpoint.save_every}"
+    if config.num_epochs is not None:  # these end it too
+        longer += f" --num-epochs {2 * config.num_epochs:g}"
+    print_how_to_go_on(workdir, longer, start)
+    if not config.lora.rank:
+        say(f"to chat      {command('tools/generate.py', workdir, '--chat')}")
+        target = workdir / ("hf-bfloat16" if config.export_hf else "hf")
+        say(f"to convert   {command('tools/convert.py', 'to-hf', checkpoint, target)}")
+        return
+    if exported is not None:
+        say(f"adapter      {exported}, as PEFT reads it")
+    adapter, merged = workdir / ADAPTER_NAME, workdir / "merged"
+    say(f"to merge     {command('tools/convert.py', 'merge-lora', config.init_from, adapter, merged)}")
+    say(f"to chat      {command('tools/generate.py', merged, '--chat')}, after that")

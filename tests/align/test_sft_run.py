@@ -1,0 +1,137 @@
+"""Whole runs of fine-tuning, of all parameters and of adapters: resume, replay, answers, what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import runpy
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from bc2_jax.align import sft
+from bc2_jax.config import (
+    CheckpointConfig,
+    ComputeConfig,
+    DataConfig,
+    FineTuneConfig,
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    QuestionsConfig,
+    SourceConfig,
+)
+from bc2_jax.convert.pretrained import load_params, save_params
+from bc2_jax.data.packing import pack_documents
+from bc2_jax.metadata import read_metadata
+from bc2_jax.model.baichuan import init_params
+from bc2_jax.sharding import make_mesh
+from bc2_jax.train import pretrain
+from bc2_jax.train.loop import RunResult
+from bc2_jax.train.metrics import read_metrics
+
+replay = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "replay.py"))["main"]
+QUESTIONS = [("Is it?", "yes"), ("What is a module of Python, in few words?", "a file")]
+MODEL = ModelConfig(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, position_embedding="alibi",
+    vocab_size=640, z_loss_weight=0.0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def config(modules, tokenizer, tmp_path_factory) -> FineTuneConfig:
+    folder = tmp_path_factory.mktemp("sft")
+    documents = [part for part in modules[0].split("\n\n") if part]
+    pack_documents(documents, tokenizer, folder / "rows", 32, validation_fraction=0.02)
+    save_params(init_params(MODEL, 1, make_mesh(MeshConfig())), MODEL, folder / "base", tokenizer.path)
+    conversations = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in QUESTIONS]
+    lines = [json.dumps({"messages": messages}) + "\n" for messages in conversations]
+    (folder / "questions.jsonl").write_text("".join(lines))
+    return FineTuneConfig(
+        name="test", model=MODEL, init_from=str(folder / "base"),
+        data=DataConfig(
+            sources=(SourceConfig(path=str(folder / "rows")),), tokenizer=str(tokenizer.path), sequence_length=32,
+            global_batch_size=8, accumulation_steps=2,
+        ),
+        compute=ComputeConfig(attention="reference", loss_chunk=32, remat="none"),
+        mesh=MeshConfig(data=2, fsdp=2, tensor=2),
+        optimizer=OptimizerConfig(peak_learning_rate=1e-2, min_learning_rate=1e-2, warmup_steps=0),
+        checkpoint=CheckpointConfig(save_every=2, keep_last=9),
+        questions=QuestionsConfig(path=str(folder / "questions.jsonl"), max_new_tokens=8, show=1),
+        num_steps=4, eval_every=4, eval_batches=1, verify_resume_steps=2,
+    )  # fmt: skip
+
+
+def run(config: FineTuneConfig, folder: Path, **changes) -> RunResult:
+    return sft.train(dataclasses.replace(config, workdir=str(folder / "run"), **changes))
+
+
+@pytest.fixture(scope="module")
+def full(config, tmp_path_factory) -> RunResult:
+    return run(config, tmp_path_factory.mktemp("full"), neftune_alpha=5.0, loss_weighting="sample")
+
+
+ADAPTERS = {"lora": LoraConfig(rank=2, targets=("q_proj", "v_proj", "down_proj"), dropout=0.2)}
+
+
+@pytest.fixture(scope="module")
+def adapted(config, tmp_path_factory) -> RunResult:
+    return run(config, tmp_path_factory.mktemp("adapted"), **ADAPTERS)
+
+
+@pytest.mark.parametrize("name", ["full", "adapted"])
+def test_steps_with_noise_are_identical_when_they_are_done_again(name: str, request, capsys):
+    """The run itself has resumed at step 2 and compared the parameters (verify_resume_steps)."""
+    result = request.getfixturevalue(name)
+    assert replay([str(result.workdir), "--step", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "identical" in out and "parameters sha256" in out
+
+
+def test_answers_are_asked_before_and_after(full):
+    metrics = [m for m in read_metrics(full.workdir / "metrics.jsonl") if "validation_answers_right" in m]
+    assert [m["step"] for m in metrics] == [0, 4]
+    for step in (0, 4):
+        lines = [json.loads(line) for line in (full.workdir / "answers" / f"step_{step}.jsonl").open()]
+        assert [line["messages"][-1]["content"] for line in lines] == [q for q, _ in QUESTIONS]
+        assert all(line["tokens"] == 8 or line["ended"] for line in lines)
+    assert (full.workdir / "answers.png").stat().st_size > 1000
+
+
+def test_adapters_alone_are_trained_and_saved(config, full, adapted):
+    def size(result):
+        return sum(p.stat().st_size for p in (result.workdir / "checkpoints" / "4").rglob("*") if p.is_file())
+
+    assert size(adapted) < size(full) / 3
+    first, *_, last = [m["loss"] for m in read_metrics(adapted.workdir / "metrics.jsonl") if "loss" in m]
+    assert last < first
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+    with jax.set_mesh(mesh):  # of another layout
+        again = sft.checksum(load_params(config.init_from, "bfloat16", mesh)[0])
+    assert read_metadata(adapted.workdir / "checkpoints" / "4")["base_checksum"] == f"{again:08x}"
+
+
+def test_what_cannot_go_on_is_refused(config, full, adapted, tmp_path):
+    again = dataclasses.replace(config, workdir=str(adapted.workdir), resume="auto", num_steps=6)
+    with pytest.raises(ValueError, match="these fields differ: lora.rank: 3 is 2 in them"):
+        sft.train(dataclasses.replace(again, lora=dataclasses.replace(ADAPTERS["lora"], rank=3)))
+    params, found = load_params(config.init_from)
+    params["norm"]["weight"] = params["norm"]["weight"].at[3].add(2**-6)
+    save_params(params, MODEL, tmp_path / "other")
+    with pytest.raises(ValueError, match="its parameters are not those beside which the adapters in"):
+        sft.train(dataclasses.replace(again, init_from=str(tmp_path / "other"), **ADAPTERS))
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(pretrain.TrainConfig)}
+    other = pretrain.TrainConfig(**(fields | {"workdir": str(full.workdir), "resume": "auto", "num_steps": 6}))
+    with pytest.raises(ValueError, match="its checkpoints are of a FineTuneConfig, this run is of a TrainConfig"):
+        pretrain.train(other)
+
+
+def test_the_checksum_sees_a_bit_and_a_place():
+    params = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float32)}
+    swapped = {"a": params["a"][::-1].copy(), "b": params["b"]}
+    moved = {"a": params["a"], "b": np.nextafter(params["b"], np.float32(2))}
+    renamed = {"b": params["a"], "a": params["b"]}
+    assert len({sft.checksum(p) for p in (params, swapped, moved, renamed)}) == 4
