@@ -207,7 +207,7 @@ def _replicated(arrays: Any) -> tuple[tuple[str, int], ...]:
     for path, x in jax.tree_util.tree_leaves_with_path(arrays):
         size = x.size * x.dtype.itemsize
         if x.sharding.is_fully_replicated and size >= 2**20 and x.sharding.num_devices > 1:
-            found.append((jax.tree_util.keystr(path), size))
+            found.append((jax.tree_util.keystr(path, simple=True, separator="."), size))
     return tuple(found)
 
 

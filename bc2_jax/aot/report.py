@@ -140,8 +140,11 @@ def _warnings(step: CompiledStep, program: Program, estimate: Estimate, found: A
             f"The count is not complete: {gib(found.gathered_bytes)} gathered of {gib(found.gathered_needed)} "
             f"needed, {gib(found.reduced_bytes)} reduced of {gib(found.reduced_needed)}."
         )
-    for name, size in step.replicated:
-        lines.append(f"Every device holds the whole of {name}, {gib(size)}.")
+    if step.replicated:
+        name, size = max(step.replicated, key=lambda found: found[1])
+        more, total = len(step.replicated) - 1, sum(size for _, size in step.replicated)
+        others = f", and of {more} more arrays, {gib(total)} in all" if more else ""
+        lines.append(f"Every device holds the whole of {name}, {gib(size)}{others}.")
     return lines + _of_program(program) + synchronous_warnings(estimate) + log_warnings(step.log)
 
 

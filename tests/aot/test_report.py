@@ -105,6 +105,9 @@ def test_json():
 def test_warnings():
     warnings = " ".join(make_report(STEP).warnings)
     assert "Every device holds the whole of params.norm, 2 MiB." in warnings
+    several = dataclasses.replace(STEP, replicated=(("params.a", 2**20), ("params.b", 2**21)))
+    said = "Every device holds the whole of params.b, 2 MiB, and of 1 more arrays, 3 MiB in all."
+    assert said in make_report(several).warnings
     assert "1 tensors are gathered whole to change their layout" in warnings
     # Less gathered than the parameters need: the count is not complete.
     large = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, hidden_size=4096))
