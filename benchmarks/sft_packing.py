@@ -1,6 +1,6 @@
 """Fine-tuning on packed rows against one padded sample a row: targets a second of the same samples, on this CPU.
 
-python benchmarks/sft_packing.py [--rows ROWS] [--samples 256] [--turns 2]
+python benchmarks/sft_packing.py [--rows ROWS] [--samples 128] [--length 256] [--turns 2]
 
 Both train the same model with the same step (`bc2_jax.align.sft`), compiled once for batches of 4 rows of --length
 tokens; what differs is how many samples a row holds. Packed and padded take turns, each over all samples, so that both
@@ -76,8 +76,8 @@ def make_batches(samples: list[np.ndarray], places: list[list[int]], length: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path)
-    parser.add_argument("--samples", type=int, default=256)
-    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--turns", type=int, default=2)
     args = parser.parse_args()
     keep_heap()
