@@ -21,16 +21,31 @@ from bc2_jax.convert.hf_config import read_config
 from bc2_jax.model.baichuan import Params
 from bc2_jax.sharding import Mesh, make_mesh, use_cpu_devices
 from bc2_jax.tokenizer import Tokenizer, train_tokenizer
+from tests.compiler import QUICK_COMPILE
 from tests.convert.models import from_torch, read_params
 
 use_cpu_devices(8)  # before any test can start the backend
 
-# Programs that several tests, workers or subprocesses compile are compiled once; the user's own cache is left alone.
+# Workers and subprocesses inherit this. What several of them compile is compiled once; the user's own cache is
+# left alone. Small programs that run a few times take far longer to compile than to run: see tests/compiler.py.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     compiled = tempfile.TemporaryDirectory()
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["XLA_FLAGS"] = f"{QUICK_COMPILE} {os.environ.get('XLA_FLAGS', '')}"
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+jax.config.update(
+    "jax_persistent_cache_min_compile_time_secs", float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
+)
+
+_LONG = ("faults", "train", "infer", "model", "kernels")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The folders with the longest files first: a file is never cut, so that none of those should be the last."""
+    order = {folder: number for number, folder in enumerate(_LONG)}
+    items.sort(key=lambda item: order.get(item.path.parent.name, len(order)))
+
 
 settings.register_profile("bc2_jax", deadline=None, derandomize=True, database=None, max_examples=25)
 settings.load_profile("bc2_jax")

@@ -1,9 +1,11 @@
-"""Compiles the training step, or inference, for a TPU pod, on any machine, and says what the pod would do.
+"""Compiles the training step of any kind of run, or inference, for a TPU pod, on any machine; says what it would do.
 
 python tools/aot_compile.py configs/baichuan2_13b.py --topology v5p:4x4x8
 python tools/aot_compile.py CONFIG.py --topology v5p:4x4x8 --num-slices 2 --batch-per-chip 2 --compute.remat save_dots
 python tools/aot_compile.py CONFIG.py --topology v5e:16x16 --search
 python tools/aot_compile.py configs/baichuan2_13b.py --topology v5e:2x4 --inference --batch 8 --prompt-length 1024
+
+python tools/aot_compile.py configs/baichuan2_13b_chat.py --topology v5e:2x4 --lora.rank 16
 
 Needs `pip install -e '.[tpu]'` but no TPU. Memory, collectives and their bytes are what the compiler decides; times and
 MFU are compile-time estimates (docs/tpu.md). Any field of the config can be overridden as in train.py.
@@ -18,7 +20,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from bc2_jax.terminal import make_console, make_table, use_utf8
 
@@ -78,11 +80,12 @@ def load_config(args: argparse.Namespace, overrides: list[str], topology: Topolo
 
     import tyro
 
-    from bc2_jax.config import TrainConfig
     from bc2_jax.config.file import read_config_file
+    from bc2_jax.train.kinds import KINDS
 
-    file = read_config_file(args.config, TrainConfig)
-    config = tyro.cli(TrainConfig, default=file.config, args=overrides, description=file.doc)
+    file = read_config_file(args.config, *KINDS)
+    # All kinds there are read rows, which a batch is made of.
+    config = cast("TrainConfig", tyro.cli(type(file.config), default=file.config, args=overrides, description=file.doc))
     names = [arg.split("=")[0].replace("_", "-") for arg in overrides]
     given = "--data.global-batch-size" in names
     if given and args.batch_per_chip is not None:

@@ -85,6 +85,7 @@ def make_step(config: FineTuneConfig, mesh: Mesh) -> StepParts:
     return parts._replace(
         state=abstract_state(abstract_adapter(config.lora, model, mesh), parts.optimizer),
         frozen=abstract_params(model, mesh, dtype),
+        flops_per_step=adapter_flops(config)[0],
         load_frozen=lambda: load_params(str(config.init_from), dtype, mesh)[0],
     )
 
@@ -131,13 +132,12 @@ def _with_adapters(job: Job, config: FineTuneConfig, start: Start, step: StepPar
             f"'{start.workdir}' were trained (checksum {base}, then {start.metadata.job.get(BASE)}); the same model "
             "in the same compute.dtype is needed."
         )
-    flops, formula = adapter_flops(config)
     return job._replace(
         frozen=frozen,
         init_state=lambda: init_state(
             init_adapter(config.lora, config.model, frozen, config.seed, start.mesh), step.optimizer
         ),
-        flops_per_step=flops, flops_formula=formula,
+        flops_per_step=step.flops_per_step, flops_formula=adapter_flops(config)[1],
         metadata=job.metadata | {BASE: base},
     )  # fmt: skip
 

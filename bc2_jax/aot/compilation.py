@@ -23,13 +23,11 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from bc2_jax.config import TrainConfig
-from bc2_jax.data.batch import abstract_batch
 from bc2_jax.sharding import make_mesh
 from bc2_jax.tpu.chips import Topology
 from bc2_jax.tpu.options import Value
-from bc2_jax.train.job import TrainState, lower_train_step
-from bc2_jax.train.optimizer import make_optimizer
-from bc2_jax.train.pretrain import make_abstract_state, make_objective
+from bc2_jax.train.job import StepParts, lower_train_step
+from bc2_jax.train.kinds import kind_of
 
 # Without these libtpu asks a metadata server what machine this is, and two processes cannot use it at one time.
 _ENVIRONMENT = {
@@ -58,7 +56,7 @@ class Memory:
     """HBM of one device in bytes, as the compiler lays it out."""
 
     arguments: int
-    """State and batch."""
+    """State, frozen parameters and batch."""
     outputs: int
     aliased: int
     """Outputs that take the place of arguments: the donated state."""
@@ -103,7 +101,12 @@ class CompiledStep(CompiledProgram):
     coordinates: tuple[tuple[int, ...], ...]
     """(slice, x, y, ...) of each device, in the order in which the program numbers them."""
     replicated: tuple[tuple[str, int], ...]
-    """Arrays of the state that every device holds whole: name and bytes, 1 MiB and larger."""
+    """Arrays of the state and of the frozen parameters that every device holds whole: name and bytes, 1 MiB and
+    larger."""
+    flops: int
+    """Model FLOPs of the step, on all devices."""
+    adapter_parameters: int = 0
+    """Those that are trained beside frozen ones; 0 where all parameters of the model are trained."""
 
 
 def use_topologies() -> None:
@@ -137,7 +140,9 @@ def topology_devices(topology: Topology) -> list[Any]:
 
 
 def compile_step(config: TrainConfig, topology: Topology, options: dict[str, Value]) -> CompiledStep:
-    """Compiles the training step of `config` for every device of `topology`.
+    """Compiles the training step of `config`, a run of any kind, for every device of `topology`.
+
+    Frozen parameters are arguments that are not donated, in the dtype in which a run holds them.
 
     Raises DoesNotFit where the chip's memory is too small, and ValueError for a mesh that does not suit the model or
     the number of devices, or an option that the compiler does not know.
@@ -146,13 +151,16 @@ def compile_step(config: TrainConfig, topology: Topology, options: dict[str, Val
     config = config.resolve(len(devices))
     mesh = make_mesh(config.mesh, devices)
     with jax.set_mesh(mesh):
-        objective, optimizer = make_objective(config.model, config.compute), make_optimizer(config.optimizer)
-        state, batch = make_abstract_state(config, mesh, optimizer), abstract_batch(config.data, mesh)
-        lower = functools.partial(lower_train_step, objective, optimizer, state, {}, batch, norms=config.health.norms)
+        parts: StepParts = kind_of(config).make_step(config, mesh)
+        lower = functools.partial(
+            lower_train_step, parts.objective, parts.optimizer, parts.state, parts.frozen, parts.batch,
+            norms=config.health.norms,
+        )  # fmt: skip
         program = compile_program("step", lower, options)
     return CompiledStep(
         **vars(program), topology=topology, config=config, coordinates=device_coordinates(mesh),
-        replicated=_replicated(state),
+        replicated=_replicated({"state": parts.state, "frozen": parts.frozen}), flops=parts.flops_per_step,
+        adapter_parameters=sum(x.size for x in jax.tree.leaves(parts.state.params)) if parts.frozen else 0,
     )  # fmt: skip
 
 
@@ -194,12 +202,12 @@ def device_coordinates(mesh: Mesh) -> tuple[tuple[int, ...], ...]:
     return tuple((getattr(d, "slice_index", 0) or 0, *d.coords) for d in mesh.devices.flat)
 
 
-def _replicated(state: TrainState) -> tuple[tuple[str, int], ...]:
+def _replicated(arrays: Any) -> tuple[tuple[str, int], ...]:
     found = []
-    for path, x in jax.tree_util.tree_leaves_with_path(state):
+    for path, x in jax.tree_util.tree_leaves_with_path(arrays):
         size = x.size * x.dtype.itemsize
         if x.sharding.is_fully_replicated and size >= 2**20 and x.sharding.num_devices > 1:
-            found.append((jax.tree_util.keystr(path), size))
+            found.append((jax.tree_util.keystr(path, simple=True, separator="."), size))
     return tuple(found)
 
 

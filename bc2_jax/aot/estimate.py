@@ -343,14 +343,19 @@ def estimate_step(
     return Simulation(program, topology, coordinates, streams_weights).estimate
 
 
-def audit(collectives: dict[str, Traffic], matmul_parameters: int, is_gathered: bool, is_reduced: bool) -> Audit:
-    """Compares what was counted with what `matmul_parameters` (of one device, gathered) need at least, in bf16."""
+def audit(
+    collectives: dict[str, Traffic], matmul_parameters: int, is_gathered: bool, is_reduced: bool,
+    trained_parameters: int | None = None,
+) -> Audit:  # fmt: skip
+    """Compares what was counted with what `matmul_parameters` (of one device, gathered) need at least, in bf16.
 
-    needed = 2 * matmul_parameters
+    All of them have gradients, unless `trained_parameters` says how many have.
+    """
     gathered = sum(t.bytes for kind, t in collectives.items() if kind == "all-gather")
     reduced = sum(t.bytes for kind, t in collectives.items() if kind in ("reduce-scatter", "all-reduce"))
     as_reductions = sum(t.gather_bytes for t in collectives.values())
+    reducible = matmul_parameters if trained_parameters is None else trained_parameters
     return Audit(
-        gathered + as_reductions, needed if is_gathered else 0,
-        reduced - as_reductions, needed if is_reduced else 0,
+        gathered + as_reductions, 2 * matmul_parameters if is_gathered else 0,
+        reduced - as_reductions, 2 * reducible if is_reduced else 0,
     )  # fmt: skip

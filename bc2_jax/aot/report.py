@@ -10,6 +10,7 @@ from typing import Any
 from bc2_jax.aot.compilation import CompiledStep, Memory
 from bc2_jax.aot.estimate import Audit, Estimate, audit, estimate_step
 from bc2_jax.aot.program import Program
+from bc2_jax.config import TrainConfig
 from bc2_jax.tpu.chips import GIB
 
 PAPER_TOKENS = 2.6e12
@@ -39,6 +40,8 @@ class Report:
     peak_flops: float
     audit: Audit
     warnings: tuple[str, ...]
+    is_pretraining: bool
+    """Whether it makes sense to ask how long the paper's tokens take."""
 
     @property
     def hbm_bytes_used(self) -> int:
@@ -80,7 +83,7 @@ class Report:
             "estimated_mfu": self.mfu,
             "estimated_mfu_low": self.mfu_low,
             "tokens_per_second_per_chip": self.tokens_per_second,
-            "days_for_2_6_trillion_tokens": self.days,
+            "days_for_2_6_trillion_tokens": self.days if self.is_pretraining else None,
             "collectives": collectives_json(estimate),
             "audit": dataclasses.asdict(self.audit) | {"complete": self.audit.complete},
             "warnings": list(self.warnings),
@@ -94,15 +97,19 @@ def make_report(step: CompiledStep) -> Report:
     estimate = estimate_step(program, topology, step.coordinates)
     length, model = config.data.sequence_length, config.model
     sequences = config.data.global_batch_size / topology.num_chips
-    flops = sequences * model.flops_per_sequence(length)
     matmul_parameters = (
         model.flops_per_sequence(length) // (6 * length)
         - model.num_hidden_layers * model.hidden_size * (length + 1)
     )  # fmt: skip
-    mesh = config.mesh
+    mesh, adapters = config.mesh, step.adapter_parameters
+    trained = f"6 x {matmul_parameters:,} matmul parameters x {length}"
+    if adapters:
+        trained = f"4 x {matmul_parameters:,} frozen matmul parameters x {length} + 6 x {adapters:,} adapter parameters"
+        trained += f" x {length}"
     found = audit(
         estimate.collectives, matmul_parameters // mesh.tensor,
         is_gathered=mesh.parameter_shards[1] > 1, is_reduced=mesh.data * mesh.parameter_shards[1] > 1,
+        trained_parameters=adapters // mesh.tensor if adapters else None,
     )  # fmt: skip
     return Report(
         topology=str(topology),
@@ -112,9 +119,9 @@ def make_report(step: CompiledStep) -> Report:
         hbm_bytes=topology.chip.hbm_bytes,
         lower_seconds=step.lower_seconds,
         compile_seconds=step.compile_seconds,
-        flops=flops,
+        flops=step.flops / topology.num_chips,
         flops_formula=(
-            f"{sequences:g} sequences x (6 x {matmul_parameters:,} matmul parameters x {length} "
+            f"{sequences:g} sequences x ({trained} "
             f"+ 6 x {model.num_hidden_layers} layers x {model.hidden_size} x {length} x {length + 1})"
         ),
         tokens=sequences * length,
@@ -122,6 +129,7 @@ def make_report(step: CompiledStep) -> Report:
         peak_flops=topology.chip.peak_flops,
         audit=found,
         warnings=tuple(_warnings(step, program, estimate, found)),
+        is_pretraining=type(config) is TrainConfig,
     )
 
 
@@ -132,8 +140,11 @@ def _warnings(step: CompiledStep, program: Program, estimate: Estimate, found: A
             f"The count is not complete: {gib(found.gathered_bytes)} gathered of {gib(found.gathered_needed)} "
             f"needed, {gib(found.reduced_bytes)} reduced of {gib(found.reduced_needed)}."
         )
-    for name, size in step.replicated:
-        lines.append(f"Every device holds the whole of {name}, {gib(size)}.")
+    if step.replicated:
+        name, size = max(step.replicated, key=lambda found: found[1])
+        more, total = len(step.replicated) - 1, sum(size for _, size in step.replicated)
+        others = f", and of {more} more arrays, {gib(total)} in all" if more else ""
+        lines.append(f"Every device holds the whole of {name}, {gib(size)}{others}.")
     return lines + _of_program(program) + synchronous_warnings(estimate) + log_warnings(step.log)
 
 
@@ -211,8 +222,9 @@ def render(report: Report) -> list[tuple[str, str]]:
             f"{report.flops / report.peak_flops:.3f} s at {report.peak_flops / 1e12:g} TFLOP/s",
         ),
         ("estimated tokens/s per chip", f"{report.tokens_per_second:,.0f}"),
-        ("estimated days for 2.6 T tokens", f"{report.days:,.1f} on {report.chips} chips"),
     ]
+    if report.is_pretraining:
+        rows.append(("estimated days for 2.6 T tokens", f"{report.days:,.1f} on {report.chips} chips"))
     rows += collective_rows(estimate)
     a = report.audit
     rows.append((

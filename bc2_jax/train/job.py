@@ -78,6 +78,8 @@ class StepParts(NamedTuple):
     """Shapes and shardings."""
     batch: Batch
     """Shapes and shardings, of every field."""
+    flops_per_step: int
+    """Model FLOPs of an update."""
     frozen: Params = {}
     """Shapes and shardings of the parameters that are not trained."""
     load_frozen: Callable[[], Params] = dict

@@ -60,6 +60,7 @@ def make_step(config: TrainConfig, mesh: Mesh) -> StepParts:
         optimizer=optimizer,
         state=make_abstract_state(config, mesh, optimizer),
         batch=abstract_batch(config.data, mesh),
+        flops_per_step=flops_per_step(config),
     )
 
 
@@ -116,7 +117,7 @@ def make_job(config: TrainConfig, start: Start, step: StepParts | None = None) -
         finish=lambda checkpoint, params: show_results(
             config, make_ending(config, checkpoint, params, baselines, start), tokenizer, start
         ),
-        flops_per_step=flops_per_step(config),
+        flops_per_step=step.flops_per_step,
         metadata={"row_order": record_row_order(config.data), "tokenizer_sha256": tokenizer_sha256},
     )
 

@@ -5,13 +5,25 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 from pathlib import Path
 
+import jax
 import pytest
 
+from bc2_jax.align import sft
 from bc2_jax.aot.compilation import CompiledStep, Memory
 from bc2_jax.aot.report import make_report, render
-from bc2_jax.config import DataConfig, MeshConfig, ModelConfig, SourceConfig, TrainConfig
+from bc2_jax.config import (
+    DataConfig,
+    FineTuneConfig,
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    SourceConfig,
+    TrainConfig,
+)
+from bc2_jax.model.lora import abstract_adapter
 from bc2_jax.tpu.chips import parse_topology
 
 CONFIG = TrainConfig(
@@ -34,6 +46,7 @@ STEP = CompiledStep(
     log="W spmd: Involuntary full rematerialization. The compiler cannot go from ...",
     coordinates=tuple((0, *place) for place in itertools.product(range(2), range(2), range(1))),
     replicated=(("params.norm", 2**21),),
+    flops=8 * CONFIG.model.flops_per_sequence(128),
     lower_seconds=0.5,
     compile_seconds=40.0,
 )
@@ -49,12 +62,28 @@ def test_figures():
     assert report.days == pytest.approx(2.6e12 / (4 * 256 / report.estimate.seconds) / 86400)
 
 
+FINE_TUNING = FineTuneConfig(**{f.name: getattr(CONFIG, f.name) for f in dataclasses.fields(CONFIG)})
+
+
 def test_the_formula_gives_the_figure():
-    report = make_report(STEP)
-    formula = report.flops_formula
-    for word in (" matmul parameters", " layers", " sequences", ","):
-        formula = formula.replace(word, "")
-    assert eval(formula.replace("x", "*")) == report.flops
+    """Of training all parameters, and of adapters beside frozen ones."""
+    adapters = dataclasses.replace(FINE_TUNING, lora=LoraConfig(rank=4))
+    flops = sft.adapter_flops(adapters)[0]
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_adapter(adapters.lora, CONFIG.model, None)))
+    for step in (STEP, dataclasses.replace(STEP, config=adapters, flops=flops, adapter_parameters=count)):
+        report = make_report(step)
+        formula = report.flops_formula
+        for word in (" frozen", " adapter", " matmul", " parameters", " layers", " sequences", ","):
+            formula = formula.replace(word, "")
+        assert eval(formula.replace("x", "*")) == report.flops
+    assert report.flops < make_report(STEP).flops
+    # Gradients are those of the adapters alone.
+    assert report.audit.reduced_needed == 2 * count < report.audit.gathered_needed
+
+
+def test_the_papers_tokens_are_for_pretraining():
+    names = [dict(render(make_report(dataclasses.replace(STEP, config=c)))) for c in (CONFIG, FINE_TUNING)]
+    assert ["estimated days for 2.6 T tokens" in lines for lines in names] == [True, False]
 
 
 def test_json():
@@ -76,6 +105,9 @@ def test_json():
 def test_warnings():
     warnings = " ".join(make_report(STEP).warnings)
     assert "Every device holds the whole of params.norm, 2 MiB." in warnings
+    several = dataclasses.replace(STEP, replicated=(("params.a", 2**20), ("params.b", 2**21)))
+    said = "Every device holds the whole of params.b, 2 MiB, and of 1 more arrays, 3 MiB in all."
+    assert said in make_report(several).warnings
     assert "1 tensors are gathered whole to change their layout" in warnings
     # Less gathered than the parameters need: the count is not complete.
     large = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, hidden_size=4096))

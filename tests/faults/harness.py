@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from bc2_jax.train.metrics import read_metrics
+from tests.compiler import QUICK_COMPILE
 
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -162,7 +163,7 @@ def launch(
             "RECORDED_PHASES": str(logs[-1].with_suffix(".phases")), "HOLD_AT": (hold or {}).get(process, ""),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             # On a CPU JAX keeps the programs of process 0 alone: the others compile at every start.
-            "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+            "XLA_FLAGS": QUICK_COMPILE,
         }  # fmt: skip
         with logs[-1].open("w") as log:
             popens.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment))

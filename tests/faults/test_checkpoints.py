@@ -102,7 +102,7 @@ def inflict(files: list[Path], index: int, damage: tuple) -> None:
     file.write_bytes(content)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(which=st.floats(0, 1, exclude_max=True), damage=damages)
 def test_any_damage_is_detected_or_harmless(intact, tmp_path_factory, which, damage):
     directory = tmp_path_factory.mktemp("damaged") / "checkpoints"
@@ -145,7 +145,7 @@ def test_a_run_killed_while_saving_goes_on_from_a_whole_checkpoint(tmp_path):
     rng, command = random.Random(0), [sys.executable, str(WRITER), str(tmp_path / "c"), "40"]
     environment = os.environ | {"PYTHONPATH": str(Path(checkpoint.__file__).parents[1]), "JAX_PLATFORMS": "cpu"}
     before = 0
-    for kills in range(6):
+    for kills in range(4):
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         start = int(process.stdout.readline().split()[1])

@@ -23,7 +23,7 @@ damages = st.lists(st.builds(Damage, kind=st.sampled_from(DAMAGES), where=st.int
 
 
 # A failing example is not made smaller: each takes seconds, and the message says which one it is.
-@settings(max_examples=4, phases=[Phase.generate])
+@settings(max_examples=2, phases=[Phase.generate])
 @given(schedule=st.lists(st.tuples(faults, damages), min_size=2, max_size=3), last=damages)
 def test_any_schedule_ends_like_the_run_without_faults(tiny, alone, tmp_path_factory, schedule, last):
     left = list(schedule)

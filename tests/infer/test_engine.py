@@ -21,15 +21,6 @@ PROMPTS = [[5, 6, 7], [11, 300, 42, 9, 9, 17, 250], [3], [8, 1, 4, 4]]
 ON_ROWS, ON_BOTH, ON_CONTEXT = (2, 1, 2), (1, 2, 2), (1, 2, 1, 1, 2)  # data, fsdp, tensor, fsdp_inner, context
 
 
-# The compiler takes far longer than these programs do.
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
-@pytest.fixture(autouse=True)
-def fast_compile(monkeypatch):
-    monkeypatch.setattr(engine, "programs", lambda compute: engine.make_programs(**FAST_COMPILE))
-
-
 def prepare(golden, mesh=None) -> Prepared:
     graphdef = split_model(golden.config, ComputeConfig(dtype="float32", attention_block=16, scan_layers=True))[0]
     shardings = None if mesh is None else param_shardings(golden.config, mesh)

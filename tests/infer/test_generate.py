@@ -42,13 +42,6 @@ def small() -> Baichuan2:
     return Baichuan2(config, ComputeConfig(dtype="float32"), rngs=nnx.Rngs(0))
 
 
-@pytest.fixture
-def fast_compile(monkeypatch) -> None:
-    """For what does not depend on how well programs are optimised: the compiler takes far longer than they do."""
-    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    monkeypatch.setattr(engine, "programs", lambda compute: engine.make_programs(**options))
-
-
 # -------------------------------------------------------------------------------------------------------------- values
 
 
@@ -213,7 +206,7 @@ def test_any_of_several_ids_ends_a_row(model):
 
 
 @pytest.mark.parametrize("answer", [True, [False, True, False], np.array([True, False, True])], ids=repr)
-def test_on_token_stops(small, fast_compile, answer):
+def test_on_token_stops(small, answer):
     prompts = [[5, 6, 7], [11, 42, 9, 9, 17], [3]]
     options = dict(max_new_tokens=9, eos_token_id=[], **GREEDY)
     full = generate(small, prompts, **options)
@@ -224,7 +217,7 @@ def test_on_token_stops(small, fast_compile, answer):
     assert [c.reason for c in found] == ["stopped" if stop else "length" for stop in stopped]
 
 
-def test_on_token_does_not_stop_what_has_ended(small, fast_compile):
+def test_on_token_does_not_stop_what_has_ended(small):
     (eos,) = generate(small, [[5, 6, 7]], max_new_tokens=1, eos_token_id=[], **GREEDY)[0]
     settings = Settings(max_new_tokens=9, eos_token_id=eos, **GREEDY)
     found = continue_prompts(small, [[5, 6, 7], [3]], settings, on_token=lambda step, tokens: step == 2)
@@ -233,7 +226,7 @@ def test_on_token_does_not_stop_what_has_ended(small, fast_compile):
 
 
 @pytest.mark.parametrize("answer", ["stop", 1, [True], [True, 1], {}])
-def test_on_token_must_answer_with_bools(small, fast_compile, answer):
+def test_on_token_must_answer_with_bools(small, answer):
     with pytest.raises(ValueError, match="it must return None, a bool, or 2 bools, one a prompt"):
         generate(small, [[5], [6]], max_new_tokens=4, on_token=lambda step, tokens: answer)
 
@@ -255,7 +248,7 @@ def test_absent_ids_are_never_chosen(small, options):
     assert seen <= {*range(7), 40}
 
 
-def test_a_vocabulary_that_is_whole_changes_nothing(small, fast_compile):
+def test_a_vocabulary_that_is_whole_changes_nothing(small):
     options = dict(max_new_tokens=20, temperature=1.0, top_k=0)
     expected = generate(small, [[5, 6, 7]], **options)
     for size in (64, 1000):
@@ -384,7 +377,7 @@ def test_whole_numbers_are_whole(name, value):
         Settings(**{name: value}).check(BAICHUAN2_7B)
 
 
-def test_numbers_and_prompts_of_numpy_and_jax_are_numbers(small, fast_compile):
+def test_numbers_and_prompts_of_numpy_and_jax_are_numbers(small):
     plain = generate(small, [[5, 6, 7]], max_new_tokens=4, temperature=1.0, top_k=5, seed=3)
     for array in (np.array, jnp.array):
         options = {"max_new_tokens": array(4), "temperature": array(1.0), "top_k": array(5), "seed": array(3)}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,8 +13,6 @@ from bc2_jax.kernels.attention import Tokens, chunked_attention, reference_atten
 from bc2_jax.model.position import alibi_slopes
 
 Arrays = tuple[np.ndarray, ...]
-# The compiler takes far longer than such small cases do.
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def numpy_attention(q, k, v, tokens: Tokens, slopes, d_out) -> tuple[np.ndarray, Arrays]:
@@ -48,7 +44,7 @@ def attend(implementation: str, q, k, v, tokens: Tokens, slopes, block: int):
 
 
 def with_gradients(implementation: str, q, k, v, tokens, slopes, d_out, block: int) -> tuple[np.ndarray, Arrays]:
-    @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+    @jax.jit
     def run(q, k, v, tokens, d_out):
         out, pull = jax.vjp(lambda *qkv: attend(implementation, *qkv, tokens, slopes, block), q, k, v)
         return out, pull(d_out.astype(out.dtype))

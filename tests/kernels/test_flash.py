@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 
 import jax
@@ -18,7 +17,7 @@ from bc2_jax.kernels.blocks import TABLE, BlockSizes, choose_blocks
 from bc2_jax.kernels.flash import flash_attention
 from bc2_jax.kernels.flash_tokens import SKIP, alibi_positions, fetched, kind, kind_of, plan_backward, plan_forward
 from bc2_jax.model.position import alibi_slopes
-from tests.kernels.test_attention import FAST_COMPILE, KINDS, make_tokens, random_inputs
+from tests.kernels.test_attention import KINDS, make_tokens, random_inputs
 
 SMALL = BlockSizes(16, 8, 16, 16, 8, span=1024, vmem_mib=16)
 
@@ -26,7 +25,7 @@ SMALL = BlockSizes(16, 8, 16, 16, 8, span=1024, vmem_mib=16)
 def with_gradients(attend, q, k, v, d_out) -> tuple[np.ndarray, ...]:
     """The result and the gradients of q, k and v, in fp64."""
 
-    @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+    @jax.jit
     def run(q, k, v, d_out):
         out, pull = jax.vjp(attend, q, k, v)
         return out, *pull(d_out.astype(out.dtype))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bc2_jax.aot import compilation, report
-from bc2_jax.config import DataConfig, ModelConfig, SourceConfig, TrainConfig
+from bc2_jax.config import DataConfig, FineTuneConfig, LoraConfig, ModelConfig, SourceConfig, TrainConfig
 from bc2_jax.tpu.chips import CHIPS, parse_topology
 from bc2_jax.tpu.options import compiler_options
 
@@ -52,6 +52,20 @@ def test_state_and_batch_take_what_they_must():
     assert step.memory.aliased > 0.95 * 3 * TINY.model.num_parameters()
     assert len(step.coordinates) == 4
     assert step.replicated == ()
+
+
+def test_frozen_parameters_take_what_they_must_and_are_not_donated():
+    """Adapters: the base in bf16 and only theirs in fp32, three times."""
+    fields = {f.name: getattr(TINY, f.name) for f in dataclasses.fields(TINY)}
+    config = FineTuneConfig(**fields, lora=LoraConfig(rank=16, dropout=0.1), neftune_alpha=5.0)
+    step = compilation.compile_step(config, parse_topology("v5p:2x2x1"), compiler_options("v5p"))
+    state = 3 * 4 * step.adapter_parameters / 4
+    assert 0 < step.adapter_parameters < TINY.model.num_parameters() / 4
+    assert step.memory.arguments == pytest.approx(2 * TINY.model.num_parameters() / 4 + state, rel=0.1)
+    assert 0.9 * state < step.memory.aliased < 1.3 * state
+    result = report.make_report(step)
+    assert result.audit.complete, result.audit
+    assert 0 < result.mfu < 1 and result.flops == step.flops / 4
 
 
 def test_an_unknown_option_is_refused():

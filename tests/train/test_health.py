@@ -28,11 +28,9 @@ from bc2_jax.train.distributed import Preempted
 from bc2_jax.train.expendable import Expendable
 from bc2_jax.train.metrics import read_metrics
 from bc2_jax.train.optimizer import make_optimizer
+from tests.compiler import OPTIMIZED
 from tests.train import poisoning
 from tests.train.poisoning import POISON
-
-# The compiler takes far longer than these steps do.
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @pytest.fixture
@@ -41,7 +39,6 @@ def poisoned(monkeypatch):
 
     def poison(factors: dict[int, float]):
         poisoning.poison(factors, monkeypatch.setattr)
-        monkeypatch.setattr(loop, "tuned_options", lambda *_: FAST_COMPILE)
 
     return poison
 
@@ -80,7 +77,7 @@ def test_a_finite_update_is_the_one_without_the_check(small_run, monkeypatch, me
         with jax.set_mesh(mesh):
             state, train_step = start(config, mesh)
             for _ in range(2):
-                state, metrics = jax.jit(train_step)(state, {}, placed(config, mesh))
+                state, metrics = jax.jit(train_step, compiler_options=OPTIMIZED)(state, {}, placed(config, mesh))
         return jax.tree.map(np.asarray, state), {name: float(x) for name, x in metrics.items()}
 
     checked, metrics = run()
@@ -96,7 +93,7 @@ def test_an_update_that_is_not_finite_changes_nothing(small_run, poisoned):
     mesh = make_mesh(small_run.mesh)
     with jax.set_mesh(mesh):
         state, train_step = start(small_run, mesh)
-        train_step = jax.jit(train_step, compiler_options=FAST_COMPILE)
+        train_step = jax.jit(train_step)
         batch = placed(small_run, mesh)
         state, good = train_step(state, {}, batch)
         bad = batch | {"positions": jnp.full_like(batch["positions"], POISON)}
@@ -110,7 +107,7 @@ def test_metrics_of_norms_are_those_of_the_arrays(small_run):
     mesh = make_mesh(small_run.mesh)
     with jax.set_mesh(mesh):
         before, train_step = start(small_run, mesh)
-        after, metrics = jax.jit(train_step, compiler_options=FAST_COMPILE)(before, {}, placed(small_run, mesh))
+        after, metrics = jax.jit(train_step)(before, {}, placed(small_run, mesh))
     old, new = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(s.params)]) for s in (before, after))
     norm = np.linalg.norm(new.astype(np.float64))
     rows = np.linalg.norm(np.asarray(after.params["lm_head"]["weight"], np.float64), axis=-1)
