@@ -135,4 +135,4 @@ def print_hints(config: FineTuneConfig, checkpoint: Path, exported: Path | None,
         say(f"adapter      {exported}, as PEFT reads it")
     adapter, merged = workdir / ADAPTER_NAME, workdir / "merged"
     say(f"to merge     {command('tools/convert.py', 'merge-lora', config.init_from, adapter, merged)}")
-    say(f"to chat      {command('tools/generate.py', merged, '--chat')}, after that")
+    say(f"to chat      {command('tools/generate.py', config.init_from, '--adapter', adapter, '--chat')}")
