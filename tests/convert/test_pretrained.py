@@ -87,8 +87,12 @@ def test_where_no_model_is_one_sentence_says_why(tmp_path, load):
     refused(file, "is a file: give the folder of a model, of a checkpoint or of a run.")
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter_config.json").write_text("{}")
-    refused(tmp_path / "lora", "is an adapter without its model: merge it into its base model first (PEFT's "
-            "merge_and_unload).")  # fmt: skip
+    lora = tmp_path / "lora"
+    refused(lora, "has neither adapter_model.safetensors nor adapter_model.bin.")
+    (lora / "adapter_model.safetensors").touch()
+    refused(lora, "is a LoRA adapter, which needs the model it was made of: merge the two with `python tools/convert.py "
+            f"merge-lora BASE {lora} OUT`, or load them together with load_pretrained('BASE', adapter={str(lora)!r}).",
+    )  # fmt: skip
     run = make_run(tmp_path / "run", 7)
     cut_short(run / "checkpoints" / "7")
     refused(run / "checkpoints" / "7", "is a checkpoint that is not complete: it was not written to its end, or files "
