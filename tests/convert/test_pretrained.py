@@ -90,8 +90,9 @@ def test_where_no_model_is_one_sentence_says_why(tmp_path, load):
     lora = tmp_path / "lora"
     refused(lora, "has neither adapter_model.safetensors nor adapter_model.bin.")
     (lora / "adapter_model.safetensors").touch()
-    refused(lora, "is a LoRA adapter, which needs the model it was made of: merge the two with `python tools/convert.py "
-            f"merge-lora BASE {lora} OUT`, or load them together with load_pretrained('BASE', adapter={str(lora)!r}).",
+    refused(lora, "is a LoRA adapter, which needs the model it was made of: merge the two with `python "
+            f"tools/convert.py merge-lora BASE {lora} OUT`, or load them together with load_pretrained('BASE', "
+            f"adapter={str(lora)!r}).",
     )  # fmt: skip
     run = make_run(tmp_path / "run", 7)
     cut_short(run / "checkpoints" / "7")
