@@ -17,6 +17,7 @@ from bc2_jax.align import sft
 from bc2_jax.config import ComputeConfig, DataConfig, FineTuneConfig, OptimizerConfig, SourceConfig
 from bc2_jax.convert.hf_config import read_config
 from bc2_jax.data.batch import IGNORED
+from bc2_jax.data.loader import PartUse
 from bc2_jax.model.baichuan import param_shardings
 from bc2_jax.sharding import DEFAULT_RULES
 from bc2_jax.train.job import init_state, make_train_step
@@ -224,7 +225,7 @@ def test_noise_is_of_training_only():
 
 
 def test_epochs_become_steps(monkeypatch):
-    uses = [sft.describe_mixture.__globals__["PartUse"]("a", rows, (0.5,), 0) for rows in (30, 11)]
+    uses = [PartUse("a", rows, (0.5,), 0, "chat") for rows in (30, 11)]
     monkeypatch.setattr(sft, "describe_mixture", lambda data, rows: uses)
     config = with_(num_epochs=1.5, num_steps=1000, optimizer=OptimizerConfig(warmup_steps=2))
     done = sft.complete(config)
