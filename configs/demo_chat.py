@@ -59,8 +59,6 @@ def prepare(config: FineTuneConfig) -> FineTuneConfig:
     """
     if config.init_from == BASE:
         _require_demo(config)
-    if config.lora.rank:  # the run writes its adapter, not a model
-        config = dataclasses.replace(config, export_hf=False)
     if config.data.sources != (SourceConfig(path=PREPARED),) or config.data.tokenizer != PREPARED:
         return config
     from bc2_jax.align.demo import prepare_chat_demo

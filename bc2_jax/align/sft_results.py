@@ -12,13 +12,16 @@ from rich.text import Text
 
 from bc2_jax.align.questions import compare, find_questions
 from bc2_jax.config import FineTuneConfig
+from bc2_jax.convert.conversion import Options
 from bc2_jax.convert.folder import check_free
+from bc2_jax.convert.merging import merge_lora
 from bc2_jax.convert.ownership import foreign_in_adapter
 from bc2_jax.convert.peft import save_peft
 from bc2_jax.model.baichuan import Baichuan2, Params
 from bc2_jax.model.lora import Adapter
 from bc2_jax.sharding import to_host
 from bc2_jax.terminal import command, make_table
+from bc2_jax.train.checks import EXPORT_NAME
 from bc2_jax.train.loop import Start
 from bc2_jax.train.metrics import read_metrics
 from bc2_jax.train.results import Ending, export_hf, print_how_to_go_on, print_places, show_curve
@@ -76,20 +79,27 @@ def make_ending(
 
     return Ending(
         model=model,
-        export=lambda: export_adapter(config, workdir, params) if config.lora.rank else export_hf(config, checkpoint),
+        export=lambda: (
+            export_adapter(config, workdir, params, start) if config.lora.rank else export_hf(config, checkpoint)
+        ),
         draw=draw,
         print_hints=lambda exported: print_hints(config, checkpoint, exported, start),
     )
 
 
-def export_adapter(config: FineTuneConfig, workdir: Path, params: Params) -> Path | None:
-    """WORKDIR/adapter as PEFT reads it, written by the first process."""
+def export_adapter(config: FineTuneConfig, workdir: Path, params: Params, start: Start) -> Path | None:
+    """WORKDIR/adapter as PEFT reads it, and with export_hf WORKDIR/hf, the base model with the adapter in its weights,
+    in the base model's dtype; written by the first process."""
     params = jax.tree.map(to_host, params)  # each process has a part
     if jax.process_index() != 0:
         return None
-    exported = workdir / ADAPTER_NAME
-    # Ours to replace: an earlier end of this same run wrote it.
-    save_peft(exported, Adapter(config.lora, params), config.model, base=config.init_from, overwrite=True)
+    # Ours to replace: an earlier end of this same run wrote them.
+    exported, base = workdir / ADAPTER_NAME, str(config.init_from)
+    save_peft(exported, Adapter(config.lora, params), config.model, base=base, overwrite=True)
+    if config.export_hf:
+        options = Options(overwrite=True, allow_unused_rows=True)
+        for note in merge_lora(base, exported, workdir / EXPORT_NAME, options).notes:
+            start.say(f"{EXPORT_NAME}: {note}")
     return exported
 
 
@@ -133,6 +143,9 @@ def print_hints(config: FineTuneConfig, checkpoint: Path, exported: Path | None,
         return
     if exported is not None:
         say(f"adapter      {exported}, as PEFT reads it")
-    adapter, merged = workdir / ADAPTER_NAME, workdir / "merged"
-    say(f"to merge     {command('tools/convert.py', 'merge-lora', config.init_from, adapter, merged)}")
+    adapter, merged = workdir / ADAPTER_NAME, workdir / EXPORT_NAME
+    if config.export_hf:
+        say(f"PyTorch      {merged}, the base model with the adapter in its weights")
+    else:
+        say(f"to merge     {command('tools/convert.py', 'merge-lora', config.init_from, adapter, merged)}")
     say(f"to chat      {command('tools/generate.py', config.init_from, '--adapter', adapter, '--chat')}")

@@ -52,9 +52,5 @@ class FineTuneConfig(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.neftune_alpha >= 0, "neftune_alpha", self.neftune_alpha, "it must be at least 0")
-        require(
-            not (self.lora.rank and self.export_hf), "export_hf", self.export_hf,
-            "with lora.rank the model is base and adapters, which tools/convert.py merge-lora makes one",
-        )  # fmt: skip
         epochs = self.num_epochs
         require(epochs is None or epochs > 0, "num_epochs", epochs, "it must be positive, or None")
