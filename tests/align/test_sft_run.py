@@ -91,7 +91,7 @@ def adapted(config, tmp_path_factory) -> RunResult:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sft, "load_params", load)
-        return run(config, tmp_path_factory.mktemp("adapted"), **ADAPTERS)
+        return run(config, tmp_path_factory.mktemp("adapted"), export_hf=True, **ADAPTERS)
 
 
 @pytest.mark.parametrize("name", ["full", "adapted"])
@@ -128,6 +128,17 @@ def test_adapters_alone_are_trained_and_saved(config, full, adapted):
     with jax.set_mesh(mesh):
         again = sft.checksum(base)
     assert read_metadata(adapted.workdir / "checkpoints" / "4")["base_checksum"] == f"{again:08x}"
+
+
+def test_the_merged_model_is_exported(config, adapted):
+    """W + alpha / rank * A B in numpy, fp32 as the base is."""
+    adapter, merged = load_peft(adapted.workdir / "adapter", MODEL), load_params(adapted.workdir / "hf")[0]
+    arrays, base = adapter.params["layers"]["mlp"]["down_proj"], load_params(config.init_from)[0]
+    change = 32 / 2 * np.einsum("lfr,lrd->lfd", arrays["lora_a"], arrays["lora_b"])
+    down = [np.asarray(params["layers"]["mlp"]["down_proj"]["weight"]) for params in (base, merged)]
+    assert np.abs(down[1] - down[0]).max() > 1e-3
+    np.testing.assert_allclose(down[1], down[0] + change, atol=1e-6)
+    np.testing.assert_array_equal(*(params["layers"]["mlp"]["up_proj"]["weight"] for params in (base, merged)))
 
 
 def test_what_cannot_go_on_is_refused(config, full, adapted, tmp_path):
