@@ -12,7 +12,14 @@ all turns. They took 16 samples a device, each padded or cut to 512 tokens: 65,5
 devices. A step has as many here, 16 rows of 4,096; as samples are packed into them, nearly all positions are tokens,
 and a pass over the data takes fewer steps.
 
-Hardware: every axis of the mesh that cuts the batch must divide the 16 rows; --mesh.context cuts the rows themselves.
+Hardware (compile-time estimates of tools/aot_compile.py, docs/tpu.md; 1 row a chip):
+    v5p-128 (v5p:4x4x4)  --data.global-batch-size 64
+                         28.9 GiB of 95, MFU 0.78, 4,220 tokens/s a chip
+    v5e-8 (v5e:2x4)      --lora.rank 16 --compute.remat full
+                         9.8 GiB of 16, MFU 0.53, 1,770 tokens/s a chip
+    v6e-4 (v6e:2x2)      --lora.rank 16 --compute.remat full
+                         14.2 GiB of 32, MFU 0.33, 5,260 tokens/s a chip
+Every axis of the mesh that cuts the batch must divide its rows; --mesh.context cuts the rows themselves.
 Not yet run on hardware.
 """
 

@@ -144,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     listed = f" (what was left out or cut: {options.out / PROBLEMS})" if (options.out / PROBLEMS).is_file() else ""
     print(f"{size:,.1f} MB read in {seconds:.1f} s; written to {options.out}{listed}")
     if counts.held_out:
-        print(f"held-out questions for --questions.path: {options.out / QUESTIONS}")
+        print(f"held-out questions, which a run on these rows asks at its evaluations: {options.out / QUESTIONS}")
     return 0
 
 
