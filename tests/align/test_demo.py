@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 import re
+import shutil
+import subprocess
 import zipfile
 from pathlib import Path
 
@@ -11,8 +15,12 @@ import pytest
 
 from bc2_jax.align import demo
 from bc2_jax.align.demo import make_tasks, read_dialogues
+from bc2_jax.config import DistributedConfig, FineTuneConfig, MeshConfig
+from bc2_jax.config.file import read_config_file
+from bc2_jax.data.packing import load_manifest
 from bc2_jax.data.pinned_package import Unreachable
 
+ROOT = Path(__file__).parents[2]
 DOCUMENTS = {
     "zh": ["却说玄德引军而行，天下大势。分久必合？云长曰：此言是也！"],
     "en": ["The name of a method is the first word of all\nAn attribute reference is a primary followed by a name"],
@@ -94,3 +102,45 @@ def test_tasks_are_different_and_their_answers_right():
     assert {"Chinese", "中文", "English", "英文", "Python", "提到了", "没有", "yes", "no"} <= {
         a["content"] for _, a in tasks
     }
+
+
+def test_conversations_are_packed_once_and_questions_are_tasks(tokenizer, tmp_path, monkeypatch):
+    answer = {"role": "assistant", "content": "Hello."}
+    dialogues = [[{"role": "user", "content": f"I am {i}."}, answer] for i in range(40)]
+    monkeypatch.setattr(demo, "read_dialogues", lambda cache: dialogues)
+    monkeypatch.setattr(demo, "demo_documents", lambda cache: DOCUMENTS)
+    monkeypatch.setattr(demo, "_TASKS", 300)
+    base = tmp_path / "base"
+    base.mkdir()
+    shutil.copyfile(tokenizer.path, base / "tokenizer.model")
+    rows = demo.prepare_chat_demo(base, 128, tmp_path)
+    assert [path.name for path in rows.sources] == ["dialogues", "tasks"]
+    assert rows.tokenizer == base / "tokenizer.model"
+    for path in rows.sources:
+        manifest = load_manifest(path)
+        assert manifest.kind == "chat" and manifest.sequence_length == 128 and manifest.validation.rows > 0
+    tasks = {question["content"]: answer["content"] for question, answer in make_tasks(DOCUMENTS, 300)}
+    asked = [json.loads(line)["messages"] for line in rows.questions.read_text(encoding="utf-8").splitlines()]
+    assert asked and all(tasks[question["content"]] == answer["content"] for question, answer in asked)
+    monkeypatch.setattr(demo, "prepare_chat", None)
+    assert demo.prepare_chat_demo(base, 128, tmp_path) == rows
+
+
+def test_the_demo_of_a_model_that_is_not_there_is_trained_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = read_config_file(ROOT / "configs" / "demo_chat.py", FineTuneConfig)
+    commands: list[list[str]] = []
+
+    def fail(command: list[str]) -> subprocess.CompletedProcess[bytes]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    with pytest.raises(ValueError, match="init_from = 'runs/demo' is not valid: the demo ended with exit code 3"):
+        file.prepare(file.config)
+    assert commands[0][1:] == [
+        str(ROOT / "train.py"), str(ROOT / "configs" / "demo.py"), "--workdir", "runs/demo", "--resume", "auto",
+    ]  # fmt: skip
+    several = DistributedConfig(coordinator_address="localhost:1", num_processes=2, process_id=0)
+    with pytest.raises(ValueError, match="init_from = 'runs/demo' is not valid: runs/demo does not exist. Run python"):
+        file.prepare(dataclasses.replace(file.config, distributed=several, mesh=MeshConfig(num_cpu_devices=1)))
