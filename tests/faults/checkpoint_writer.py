@@ -30,6 +30,7 @@ def shapes() -> dict:
 def main(folder: Path, last: int) -> None:
     checkpointer = Checkpointer(folder, CONFIG)
     step = checkpointer.latest_good() or 0
+    checkpointer.remove_leftovers()
     checkpointer.set_aside_after(step)
     state = {name: jnp.asarray(value) for name, value in state_after(0).items()}
     if step:
