@@ -74,14 +74,14 @@ def prepare(config: FineTuneConfig) -> FineTuneConfig:
 
 def _require_demo(config: FineTuneConfig) -> None:
     """Trains the demo where it has no checkpoint; raises ValueError if that fails."""
-    from bc2_jax.convert.pretrained import find_model
+    # Without reading the checkpoint: JAX must not start before the mesh and the processes of this run are known.
+    from bc2_jax.convert.checkpoints import newest_checkpoint
 
-    try:
-        find_model(BASE)
-    except FileNotFoundError as error:
-        if config.distributed.num_processes is not None:  # each of them would train it
-            raise ValueError(f"init_from = '{BASE}' is not valid: {error} Run python train.py first.") from error
-        demo = [str(ROOT / "train.py"), str(ROOT / "configs" / "demo.py"), "--workdir", BASE, "--resume", "auto"]
-        print(f"{BASE} has no model: training the demo first.\n{shlex.join([sys.executable, *demo])}", flush=True)
-        if code := subprocess.run([sys.executable, *demo]).returncode:
-            raise ValueError(f"init_from = '{BASE}' is not valid: the demo ended with exit code {code}.") from error
+    if newest_checkpoint(Path(BASE).absolute()) is not None:
+        return
+    if config.distributed.num_processes is not None:  # each of them would train it
+        raise ValueError(f"init_from = '{BASE}' is not valid: it has no checkpoint; run python train.py first.")
+    demo = [str(ROOT / "train.py"), str(ROOT / "configs" / "demo.py"), "--workdir", BASE, "--resume", "auto"]
+    print(f"{BASE} has no model: training the demo first.\n{shlex.join([sys.executable, *demo])}", flush=True)
+    if code := subprocess.run([sys.executable, *demo]).returncode:
+        raise ValueError(f"init_from = '{BASE}' is not valid: the demo ended with exit code {code}.")

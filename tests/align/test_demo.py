@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -142,5 +143,26 @@ def test_the_demo_of_a_model_that_is_not_there_is_trained_first(tmp_path, monkey
         str(ROOT / "train.py"), str(ROOT / "configs" / "demo.py"), "--workdir", "runs/demo", "--resume", "auto",
     ]  # fmt: skip
     several = DistributedConfig(coordinator_address="localhost:1", num_processes=2, process_id=0)
-    with pytest.raises(ValueError, match="init_from = 'runs/demo' is not valid: runs/demo does not exist. Run python"):
+    with pytest.raises(ValueError, match="init_from = 'runs/demo' is not valid: it has no checkpoint; run python"):
         file.prepare(dataclasses.replace(file.config, distributed=several, mesh=MeshConfig(num_cpu_devices=1)))
+
+
+def test_nothing_computes_before_the_mesh_is_made(tokenizer, tmp_path):
+    """JAX that runs already can have neither the devices nor the processes of the run."""
+    checkpoint = tmp_path / "runs" / "demo" / "checkpoints" / "1"
+    (checkpoint / "params").mkdir(parents=True)
+    (checkpoint / "_CHECKPOINT_METADATA").touch()
+    shutil.copyfile(tokenizer.path, tmp_path / "runs" / "demo" / "tokenizer.model")
+    program = f"""
+import dataclasses
+from bc2_jax.align import sft
+from bc2_jax.config import TOKENIZER_OF_BASE, FineTuneConfig, SourceConfig
+from bc2_jax.config.file import read_config_file
+from jax._src import xla_bridge
+file = read_config_file({str(ROOT / "configs" / "demo_chat.py")!r}, FineTuneConfig)
+data = dataclasses.replace(file.config.data, sources=(SourceConfig(path="mine"),), tokenizer=TOKENIZER_OF_BASE)
+config = sft.complete(file.prepare(dataclasses.replace(file.config, data=data)))
+print(config.data.tokenizer, xla_bridge.backends_are_initialized())
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split() == ["runs/demo/tokenizer.model", "False"], done.stderr
