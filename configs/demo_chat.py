@@ -39,14 +39,14 @@ def config() -> FineTuneConfig:
         compute=demo.compute,
         mesh=demo.mesh,
         optimizer=OptimizerConfig(
-            peak_learning_rate=3e-3, min_learning_rate=3e-4, warmup_steps=10, decay_steps=300, b2=0.98,
+            peak_learning_rate=3e-3, min_learning_rate=3e-4, warmup_steps=10, decay_steps=200, b2=0.98,
             weight_decay=1e-4, clip_norm=1.0,
         ),
-        checkpoint=dataclasses.replace(demo.checkpoint, save_every=150),
+        checkpoint=dataclasses.replace(demo.checkpoint, save_every=100),
         questions=QuestionsConfig(limit=100, max_new_tokens=24),
-        num_steps=300,
+        num_steps=200,
         log_every=25,
-        eval_every=100,
+        eval_every=50,
         verify_resume_steps=3,
         export_hf=True,
     )  # fmt: skip

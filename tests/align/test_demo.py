@@ -165,4 +165,4 @@ config = sft.complete(file.prepare(dataclasses.replace(file.config, data=data)))
 print(config.data.tokenizer, xla_bridge.backends_are_initialized())
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout.split() == ["runs/demo/tokenizer.model", "False"], done.stderr
+    assert done.stdout.split() == [str(tmp_path / "runs/demo/tokenizer.model"), "False"], done.stderr
