@@ -61,8 +61,10 @@ def test_frozen_parameters_take_what_they_must_and_are_not_donated():
     step = compilation.compile_step(config, parse_topology("v5p:2x2x1"), compiler_options("v5p"))
     state = 3 * 4 * step.adapter_parameters / 4
     assert 0 < step.adapter_parameters < TINY.model.num_parameters() / 4
-    assert step.memory.arguments == pytest.approx(2 * TINY.model.num_parameters() / 4 + state, rel=0.1)
-    assert 0.9 * state < step.memory.aliased < 1.3 * state
+    # A TPU pads the rank to its 128 lanes. What is not donated is the base and the batch.
+    assert state <= step.memory.aliased < 128 / 16 * state
+    kept = step.memory.arguments - step.memory.aliased
+    assert kept == pytest.approx(2 * TINY.model.num_parameters() / 4, rel=0.1)
     result = report.make_report(step)
     assert result.audit.complete, result.audit
     assert 0 < result.mfu < 1 and result.flops == step.flops / 4
