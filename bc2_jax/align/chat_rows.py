@@ -60,7 +60,6 @@ class _Texts:
 
     def __init__(self, tokenizer: Tokenizer, conversations: Iterable[Sequence[Message]]) -> None:
         texts = list(dict.fromkeys(message["content"] for messages in conversations for message in messages))
-        # Text by text it takes twice the CPU time: SentencePiece starts threads for every call.
         self.encode = dict(zip(texts, tokenizer.encode_batch(texts, num_threads=1), strict=True)).__getitem__
 
 
