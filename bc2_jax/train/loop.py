@@ -316,7 +316,9 @@ class _Loop:
             if values:
                 self.display.say(f"step {step}  validation {job.objective.summary(values)}")
             if values is not None and job.examine is not None:
-                more = job.examine(step, self.state.params, progress)
+                more: dict[str, float] | None = {}
+                with self.expendable.attempt("further evaluations"):  # the metrics above are kept
+                    more = job.examine(step, self.state.params, progress)
                 values = None if more is None else values | more
             if values is None:
                 self.display.say(f"step {step}  the run is stopping: this evaluation is postponed to the next start")

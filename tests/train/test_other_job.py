@@ -113,3 +113,18 @@ def test_it_rewinds_behind_a_spike(config, tmp_path, monkeypatch):
     size = run.data.global_batch_size
     assert [metrics[s]["first_row"] for s in range(1, 10)] == [i * size for i in (0, 1, 2, 3, 7, 8, 9, 10, 11)]
     assert max(m["loss"] for s, m in metrics.items() if s) < 10
+
+
+def test_a_further_evaluation_that_fails_costs_itself_alone(config, finished, tmp_path, caplog):
+    def fail(step, params, progress):
+        raise RuntimeError("nothing was answered")
+
+    result = loop.run(
+        dataclasses.replace(config, workdir=str(tmp_path / "run"), verify_resume_steps=0),
+        lambda config, start: make_regression_job(config, start)._replace(examine=fail),
+    )
+    assert result.fingerprint == finished.fingerprint
+    assert "further evaluations failed (nothing was answered); the run goes on" in caplog.text
+    losses = [[m["validation_loss"] for m in read_metrics(r.workdir / "metrics.jsonl") if "validation_loss" in m]
+              for r in (result, finished)]  # fmt: skip
+    assert losses[0] == losses[1] and len(losses[0]) > 1
