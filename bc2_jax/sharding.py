@@ -250,6 +250,6 @@ def use_mesh_of(x: jax.Array) -> Iterator[None]:
     if not isinstance(x, jax.core.Tracer):
         # Operations outside of jit need the devices too.
         with contextlib.suppress(ValueError):  # inside: the array is closed over
-            context = jax.set_mesh(x.sharding.mesh)  # type: ignore[union-attr,attr-defined,arg-type]
+            context = jax.set_mesh(x.sharding.mesh)  # type: ignore[union-attr,attr-defined,arg-type]  # as above
     with context:
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import logging
 import os
 import shlex
 import shutil
@@ -52,6 +53,16 @@ def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
         stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False, soft_wrap=True,
         width=None if is_known else _WIDTH,
     )  # fmt: skip
+
+
+def log_to_stderr() -> Console:
+    """Has log records of all levels from INFO on printed to the console on standard error that it returns."""
+    from rich.logging import RichHandler
+
+    console = make_console(stderr=True)
+    handler = RichHandler(console=console, show_path=False, show_time=False)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    return console
 
 
 def make_table(*headers: str, title: str | None = None, numbers_from: int | None = None) -> Table:

@@ -24,30 +24,14 @@ Not yet run on hardware.
 """
 
 import dataclasses
+import runpy
+from pathlib import Path
 
-from bc2_jax.config import (
-    BAICHUAN2_13B,
-    TOKENIZER_OF_BASE,
-    CheckpointConfig,
-    ComputeConfig,
-    DataConfig,
-    FineTuneConfig,
-    OptimizerConfig,
-    SourceConfig,
-)
+from bc2_jax.config import BAICHUAN2_13B, FineTuneConfig
+
+CHAT_7B = runpy.run_path(str(Path(__file__).with_name("baichuan2_7b_chat.py")))
 
 
 def config() -> FineTuneConfig:
-    return FineTuneConfig(
-        name="baichuan2_13b_chat",
-        model=dataclasses.replace(BAICHUAN2_13B, z_loss_weight=0.0),
-        data=DataConfig(sources=(SourceConfig(path="rows"),), tokenizer=TOKENIZER_OF_BASE, global_batch_size=16),
-        compute=ComputeConfig(attention="flash", remat="save_dots"),
-        optimizer=OptimizerConfig(
-            peak_learning_rate=2e-5, min_learning_rate=2e-5, warmup_steps=0, b2=0.98, weight_decay=1e-4, clip_norm=1.0,
-        ),
-        checkpoint=CheckpointConfig(save_every=100),
-        num_epochs=4,
-        num_steps=1_000_000,  # no other limit than the epochs
-        eval_every=100,
-    )  # fmt: skip
+    model = dataclasses.replace(BAICHUAN2_13B, z_loss_weight=0.0)
+    return dataclasses.replace(CHAT_7B["config"](), name="baichuan2_13b_chat", model=model)

@@ -85,6 +85,13 @@ def mesh_of() -> Callable[..., Mesh]:
     return make
 
 
+@pytest.fixture(scope="session")
+def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """490 pieces, of one sentence and five characters."""
+    texts = ["the cat sat on the mat and the dog sat on the log 白日依山尽 "] * 20
+    return train_tokenizer(texts, tmp_path_factory.mktemp("small_tokenizer") / "tokenizer.model", 490)
+
+
 _MODULES = ("argparse", "ast", "functools", "heapq", "json/decoder", "shutil", "random", "textwrap")
 
 

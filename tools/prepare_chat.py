@@ -15,19 +15,17 @@ ROWS/problems.txt, as is every sample that was cut. ROWS appears when it is comp
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from bc2_jax.align.chat_preparation import PROBLEMS, QUESTIONS, Conversations, Settings, prepare_chat
 from bc2_jax.data.processes import ends_at_signals, num_cores
-from bc2_jax.terminal import make_console, make_table, use_utf8
+from bc2_jax.terminal import log_to_stderr, make_console, make_table, use_utf8
 
 _FILES_SHOWN = 20
 
@@ -111,9 +109,7 @@ def print_tables(console: Console, counts: Conversations) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     use_utf8()
     options = parse_arguments(arguments)
-    console = make_console(stderr=True)
-    handler = RichHandler(console=console, show_path=False, show_time=False)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    console = log_to_stderr()
     begin = time.perf_counter()
     try:
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())

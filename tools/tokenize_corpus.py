@@ -15,12 +15,10 @@ the same command goes on where it was.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.logging import RichHandler
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
@@ -29,7 +27,7 @@ from bc2_jax.data.documents import Fields
 from bc2_jax.data.packing import load_manifest
 from bc2_jax.data.processes import ends_at_signals, num_cores
 from bc2_jax.data.tokenization import Settings, tokenize_corpus
-from bc2_jax.terminal import make_console, make_table, use_utf8
+from bc2_jax.terminal import log_to_stderr, make_console, make_table, use_utf8
 
 
 def summarize(corpus: Corpus, out: Path) -> Table:
@@ -71,9 +69,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     use_utf8()
     options = parse_arguments(arguments)
-    console = make_console(stderr=True)
-    handler = RichHandler(console=console, show_path=False, show_time=False)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    console = log_to_stderr()
     columns = (
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
     )  # fmt: skip

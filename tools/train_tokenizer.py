@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from bc2_jax.data.processes import ends_at_signals
 from bc2_jax.files import lock
-from bc2_jax.terminal import make_console, make_table, use_utf8
+from bc2_jax.terminal import log_to_stderr, make_console, make_table, use_utf8
 
 if TYPE_CHECKING:
     from bc2_jax.data.documents import InvalidDocument
@@ -256,9 +255,7 @@ def run(options: argparse.Namespace, console: Console, errors: Console) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     use_utf8()
     options = parse_arguments(arguments)
-    errors = make_console(stderr=True)
-    handler = RichHandler(console=errors, show_path=False, show_time=False)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    errors = log_to_stderr()
     try:
         console = make_console()
         ends = ends_at_signals("no model was written; run the same command to start again.")

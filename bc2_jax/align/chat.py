@@ -2,9 +2,9 @@
 
 A conversation is a list of messages, `{"role": "system" | "user" | "assistant", "content": TEXT}`. Its tokens are the
 system text as it is, 195 and the text for each user message, 196 and the text for each answer; a conversation to train
-on ends with eos. There is no beginning-of-text token, and eos is no input between turns: that an answer ends is the
-target at its last token. Each text is encoded alone, so that no token reaches across a border, and as plain text, so
-that it can't forge a role.
+on ends with eos. There is no beginning-of-text token, and eos is not an input between turns: it is only the target at
+the last token of each answer. Each text is encoded alone, so that no token reaches across a border, and as plain
+text, so that it can't forge a role.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def find_problem(messages: Sequence[Any], to_train: bool = True) -> Problem | No
         if role not in ROLES:
             return Problem(i, "unknown role", f"{show(role)}; legal are {choices(ROLES)}")
         if not isinstance(content, str):
-            return Problem(i, "content is no text", show(content))
+            return Problem(i, "content is not text", show(content))
         if found := _SURROGATE.search(content):
             return Problem(i, f"a lone surrogate in the {_NAMES[role]}", f"at character {found.start()}")
         if role == "system" and i:

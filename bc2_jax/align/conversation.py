@@ -1,4 +1,4 @@
-"""Talking with a model: one answer, or a conversation that goes on turn by turn."""
+"""Chatting with a model: a single answer, or a conversation of several turns."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def default_max_new_tokens(config: ModelConfig) -> int:
 
 
 def answer_ends(eos_token_id: int | Sequence[int] | None, config: ModelConfig, tokenizer: Tokenizer) -> list[int]:
-    """The ids at which an answer ends: eos, and the roles, for what comes after one is no answer."""
+    """The ids at which an answer ends: eos, and the roles, because what follows a role token is another message."""
     given: Any = config.eos_token_id if eos_token_id is None else eos_token_id
     ends = [given] if is_whole(given) else list(given)
     return list(dict.fromkeys([*ends, tokenizer.user_id, tokenizer.assistant_id]))
@@ -102,8 +102,8 @@ class Conversation:
     def ask(self, text: str, on_text: OnText | None = None) -> Answer:
         """The answer to the next user message; both are then among the messages.
 
-        KeyboardInterrupt ends the answer there: what there is of it is kept, and without any the user message is
-        forgotten. If anything else is raised the conversation is as it was. Raises as `chat`.
+        KeyboardInterrupt stops the answer: the text so far is kept as the answer, or the user message is discarded if
+        there is none. Any other exception leaves the conversation unchanged. Raises as `chat`.
         """
         said: list[str] = []
 

@@ -62,7 +62,7 @@ class Sample:
 
 
 class _Unusable(Exception):
-    """Why a record is no sample. `kind` is the same for all records with the same fault."""
+    """Why a record cannot be used as a sample. `kind` is the same for all records with the same fault."""
 
     def __init__(self, kind: str, detail: str = "") -> None:
         super().__init__(kind + (f" ({detail})" if detail else ""))
@@ -174,12 +174,12 @@ def _instruction(record: Mapping[str, Any]) -> list[Message]:
     history = record.get("history", [])
     legal = isinstance(history, Sequence) and not isinstance(history, str)
     if not legal or not all(isinstance(turn, Sequence) and len(turn) == 2 for turn in history):
-        raise _Unusable("history is no list of [question, answer]", show(history))
+        raise _Unusable("history is not a list of [question, answer]", show(history))
     before = [message for question, answer in history for message in (_user(question), _assistant(answer))]
     parts = [record["instruction"], record.get("input", "")]
     for field, part in zip(("instruction", "input"), parts, strict=True):
         if not isinstance(part, str):
-            raise _Unusable("content is no text", f"{field} = {show(part)}")
+            raise _Unusable("content is not text", f"{field} = {show(part)}")
     return [*before, _user("\n".join(part for part in parts if part))]
 
 
@@ -251,13 +251,13 @@ def _messages(value: Any, field: str) -> list[Message]:
     """A list of messages, or one, of field `field`."""
     items = [value] if isinstance(value, Mapping) else value
     if not isinstance(items, Sequence) or isinstance(items, str):
-        raise _Unusable(f"{field} is no list of messages", show(value))
+        raise _Unusable(f"{field} is not a list of messages", show(value))
     return [_message(item, f"{field}[{place}]") for place, item in enumerate(items)]
 
 
 def _message(item: Any, name: str) -> Message:
     if not isinstance(item, dict):
-        raise _Unusable("a message that is no object", f"{name} = {show(item)}")
+        raise _Unusable("a message that is not an object", f"{name} = {show(item)}")
     item = _present(item)
     role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
     others = item.keys() - _MESSAGE
@@ -274,7 +274,7 @@ def _message(item: Any, name: str) -> Message:
             raise _Unusable("content that is not text alone", f"{name} = {show(content)}")
         content = "".join(map(str, texts))
     if not isinstance(content, str):
-        raise _Unusable("content is no text", f"{name}: {show(content)}")
+        raise _Unusable("content is not text", f"{name}: {show(content)}")
     return {"role": _ROLES[role], "content": content}
 
 
@@ -291,10 +291,10 @@ def _turns(text: str) -> list[Message]:
 
 
 def _normalise(messages: list[Message], record: Mapping[str, Any]) -> list[Message]:
-    """With the system text that stands beside the messages; blank text is no text."""
+    """With the system text that stands beside the messages; blank text counts as none."""
     system = record.get("system", "")
     if not isinstance(system, str):
-        raise _Unusable("content is no text", f"system = {show(system)}")
+        raise _Unusable("content is not text", f"system = {show(system)}")
     if system.strip():
         if [message["role"] for message in messages[:1]] == ["system"] and messages[0]["content"] != system:
             raise _Unusable("two system texts", "one as a field, one as a message")
@@ -315,7 +315,7 @@ def _check(messages: list[Message], of: str = "") -> None:
 
 
 def _inner_list(value: Any) -> tuple[str, list[Any]] | None:
-    """The field of an object that is no record itself, and the records that it holds."""
+    """Name and items of the list in an object that only wraps a list of records; None for a record."""
     if not isinstance(value, Mapping) or value.keys() & _FIELDS:
         return None
     lists = [(field, items) for field, items in value.items() if isinstance(items, list)]

@@ -73,7 +73,7 @@ def make_step(config: FineTuneConfig, mesh: Mesh) -> StepParts:
     """The step of a run: of all parameters, or of adapters beside the frozen base model in the compute dtype."""
     model, dtype = config.model, config.compute.dtype
     shape, sharding = (config.data.accumulation_steps,), NamedSharding(mesh, spec(None))
-    seed: Batch = {SEED: jax.ShapeDtypeStruct(shape, jnp.uint32, sharding=sharding)}  # type: ignore[dict-item]
+    seed: Batch = {SEED: jax.ShapeDtypeStruct(shape, jnp.uint32, sharding=sharding)}  # type: ignore[dict-item]  # shapes stand in for arrays
     parts = pretrain.make_step(config, mesh)
     parts = parts._replace(
         objective=make_objective(config),
@@ -92,7 +92,7 @@ def make_step(config: FineTuneConfig, mesh: Mesh) -> StepParts:
 
 def make_job(config: FineTuneConfig, start: Start) -> Job:
     """The run of `config`, from `complete`. Raises as `pretrain.make_job`, and ValueError if what is asked at
-    evaluations can't be, or if adapters would go on beside another base model."""
+    evaluations is not valid, or if a run of adapters is resumed with another base model."""
     step = make_step(config, start.mesh)
     job = pretrain.make_job(config, start, step)
     tokenizer = Tokenizer(config.data.tokenizer)

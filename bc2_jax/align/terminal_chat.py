@@ -38,7 +38,7 @@ def talk(conversation: Conversation) -> None:
             _remark(HELP if command == "/help" else "the conversation begins anew")
             continue
         if command.startswith("/") and command[1:].isalpha():
-            _remark(f"{command} is no command: legal are {', '.join(_COMMANDS)}")
+            _remark(f"{command} is not a command: legal are {', '.join(_COMMANDS)}")
             continue
         found = conversation.ask(read_argument(line), lambda text: print(text, end="", flush=True))
         print(flush=True)
@@ -50,7 +50,7 @@ def _lines(stdin: TextIO, is_terminal: bool) -> Iterator[str]:
         yield from (line.rstrip("\r\n") for line in stdin)
         return
     with contextlib.suppress(ImportError):  # Windows has none; then lines can't be edited
-        import readline  # noqa: F401
+        import readline  # noqa: F401  # importing it is enough: input() then edits lines
     while True:
         try:
             yield input("> ")

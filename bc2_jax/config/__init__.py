@@ -56,7 +56,7 @@ __all__ = [
 def differing_fields(a: object, b: object, prefix: str = "") -> list[str]:
     """Lines "field: A is x, B is y" for every field in which two configs of one class differ."""
     lines = []
-    for field in dataclasses.fields(a):  # type: ignore[arg-type]
+    for field in dataclasses.fields(a):  # type: ignore[arg-type]  # any dataclass
         x, y = getattr(a, field.name), getattr(b, field.name)
         if dataclasses.is_dataclass(x):
             lines += differing_fields(x, y, f"{prefix}{field.name}.")

@@ -1,4 +1,4 @@
-"""An adapter on disk, in PEFT's files or a checkpoint of ours: found and loaded onto a mesh."""
+"""Adapters on disk, as a PEFT folder or a bc2_jax checkpoint: finding and loading them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class FoundAdapter:
     """Where the base model was in training, if that is known."""
 
     def explain(self) -> str:
-        """Why it is no model, and what to do with it, in one sentence."""
+        """One sentence for whoever takes it for a model: what it is, and how to use it."""
         base, name = self.base or "BASE", f" for {self.base}" if self.base else ", which needs the model it was made of"
         return (
             f"{self.path} is a LoRA adapter{name}: merge the two with `python tools/convert.py merge-lora {base} "
@@ -46,7 +46,7 @@ class FoundAdapter:
 
 
 def find_adapter(path: str | Path) -> FoundAdapter | None:
-    """The adapter in `path`: a PEFT folder, or a checkpoint or run of ours that trained one; None if it is none.
+    """The adapter in `path`, a PEFT folder or a bc2_jax LoRA run or checkpoint; None if there is none.
 
     Raises ValueError, in one sentence, if it is one that cannot be read.
     """
@@ -71,6 +71,15 @@ def adapter_of(checkpoint: Path, metadata: Mapping[str, Any]) -> FoundAdapter | 
     return FoundAdapter(checkpoint, lora, model, base if isinstance(base, str) else None)
 
 
+def require_adapter(path: str | Path) -> FoundAdapter:
+    """`find_adapter`; raises ValueError where there is none."""
+    found = find_adapter(path)
+    if found is None:
+        reason = "it has no adapter_config.json and is not a LoRA run or checkpoint"
+        raise ValueError(f"{path} is not an adapter: {reason}.")
+    return found
+
+
 def load_adapter(path: str | Path, config: ModelConfig) -> Adapter:
     """The adapter in `path` (`find_adapter`) for a model of `config`; fp32 numpy arrays.
 
@@ -78,9 +87,7 @@ def load_adapter(path: str | Path, config: ModelConfig) -> Adapter:
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"{path} does not exist.")
-    found = find_adapter(path)
-    if found is None:
-        raise ValueError(f"{path} is no adapter: it has no adapter_config.json and is no LoRA run or checkpoint of it.")
+    found = require_adapter(path)
     if found.config is None:
         return load_peft(path, config)
     arrays = open_params(found.path)

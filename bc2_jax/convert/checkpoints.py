@@ -1,4 +1,4 @@
-"""Checkpoints of ours by their folder, that of a run or of its checkpoints, and what they say of themselves."""
+"""Finding bc2_jax checkpoints in the folder of a run, and reading their metadata and array headers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters merged into models on disk, and carried between PEFT's files and checkpoints of ours."""
+"""Merging adapters into models on disk, and converting them between PEFT folders and bc2_jax checkpoints."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from bc2_jax.config import ModelConfig
 from bc2_jax.convert import orbax
-from bc2_jax.convert.adapter import find_adapter, load_adapter
+from bc2_jax.convert.adapter import load_adapter, require_adapter
 from bc2_jax.convert.conversion import Options, Summary, to_hf
 from bc2_jax.convert.folder import check_free, written_whole
 from bc2_jax.convert.hf_config import HFDType
@@ -86,17 +86,15 @@ def convert_adapter(
     adapter: str | Path, target: str | Path, *, to_peft: bool, base: str | None = None,
     layout: LoraLayout | None = None, overwrite: bool = False,
 ) -> Adapter:  # fmt: skip
-    """Writes an adapter, of a checkpoint or run of ours or in PEFT's files, in PEFT's files or as a checkpoint of ours
-    with its parameters alone; returns what it read.
+    """Converts an adapter, from a PEFT folder or a LoRA run or checkpoint, to a PEFT folder or a params-only
+    checkpoint; returns the adapter.
 
     `base` is the model that it is for, of which the config alone is read, and only where the adapter is in PEFT's
     files; by default what it says itself. `layout` as in `save_peft`. Raises FileNotFoundError, FileExistsError or
     ValueError, in one sentence, and then leaves nothing behind.
     """
     check_free(Path(target).absolute(), overwrite, foreign_in_adapter if to_peft else foreign_in_checkpoint)
-    found = find_adapter(adapter)
-    if found is None:
-        raise FileNotFoundError(f"{adapter} is no adapter: it has no adapter_config.json and is no LoRA run of ours.")
+    found = require_adapter(adapter)
     base = base or found.base
     config = found.model or _config_of(found.path, base)
     loaded = load_adapter(adapter, config)

@@ -141,11 +141,16 @@ def _run_stages(
     tasks.check_result(run, written)
     problems = number_lines((UnitReport.from_json(report), report["file"], report["start"]) for report in reports)
     out_folder.write_table("problems.parquet", problems_table(problems), "zstd")
-    notes = {"documents whose id an earlier one has": same_ids, "files that were skipped": len(inputs.skipped)}
-    notes |= {f"skipped: {name}": 1 for name in inputs.skipped[:20]}
-    facts = describe(notes, reports, problems, filtered, written, topics, matches, stages.seconds)
+    facts = describe(
+        _notes(same_ids, inputs.skipped), reports, problems, filtered, written, topics, matches, stages.seconds
+    )
     write_report(out_folder, facts)
     return facts
+
+
+def _notes(same_ids: int, skipped: Sequence[str]) -> dict[str, int]:
+    notes = {"documents whose id an earlier one has": same_ids, "files that were skipped": len(skipped)}
+    return notes | {f"skipped: {name}": 1 for name in skipped[:20]}
 
 
 def _frequencies(run: Run, stages: Stages, names: Sequence[str], folder: Folder) -> DocumentFrequencies:

@@ -208,7 +208,7 @@ def _row_groups(file: str, fields: Fields) -> tuple[list[Span], str | None]:
         with parquet.ParquetFile(file) as opened:
             metadata, columns = opened.metadata, opened.schema_arrow.names
     except (pyarrow.ArrowException, OSError) as error:
-        return [], f"{file}: it is no complete Parquet file ({first_line(error)})"
+        return [], f"{file}: it is not a complete Parquet file ({first_line(error)})"
     if fields.text not in columns:
         return [], f"{file}: it has no column {fields.text!r}, only {', '.join(columns)}"
     spans, row = [], 1

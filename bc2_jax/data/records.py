@@ -214,7 +214,7 @@ def _read_table(path: str, name: str) -> Iterator[Record | Invalid]:
         with parquet.ParquetFile(open_binary(path)) as opened:
             rows = [opened.metadata.row_group(i).num_rows for i in range(opened.metadata.num_row_groups)]
     except (pyarrow.ArrowException, OSError) as error:
-        yield Invalid(f"it is no complete Parquet file ({first_line(error)})", name)
+        yield Invalid(f"it is not a complete Parquet file ({first_line(error)})", name)
         return
     first = 1
     for group, count in enumerate(rows):

@@ -168,7 +168,7 @@ class RowFile:
             return reader, None
         try:
             (checksums,) = reader.read([self.rows])
-        except Exception as error:
+        except Exception as error:  # of any kind: it comes from C++
             raise ValueError(f"its checksums can't be read: {error}") from error
         if (found := zlib.crc32(checksums)) != self._crc32:
             raise ValueError(f"the CRC-32 of its checksums is {found:08x} where its manifest says {self._crc32:08x}")
@@ -179,7 +179,7 @@ class RowFile:
         try:
             reader, checksums = self._opened or self.open()
             (record,) = reader.read([row])
-        except Exception as error:
+        except Exception as error:  # of any kind: it comes from C++
             raise BadRow(self.path, row, str(error)) from error
         return self._checked(row, record, checksums)
 

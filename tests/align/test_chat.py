@@ -153,7 +153,7 @@ def test_a_prompt_says_what_it_lost():
         ([{"content": "hi"}], "messages[0]: no object with role and content ({'content': 'hi'})."),
         (talk(system="be kind"), "messages: a system text alone."),
         ([{"role": "tool", "content": "1"}], "messages[0]: unknown role ('tool'; legal are system, user, assistant)."),
-        ([{"role": "user", "content": 5}], "messages[0]: content is no text (5)."),
+        ([{"role": "user", "content": 5}], "messages[0]: content is not text (5)."),
         ([*talk("a", "b"), *talk(system="s")], "messages[2]: a system text that is not the first message."),
         (talk("a", "b\ud800"), "messages[1]: a lone surrogate in the answer (at character 1)."),
         (talk("", "b"), "messages[0]: the user message is empty."),

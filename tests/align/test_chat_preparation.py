@@ -225,7 +225,7 @@ def test_what_can_not_be_used_is_named_and_counted(tokenizer: Tokenizer, tmp_pat
     assert sum(counts.invalid.values()) == 5 == counts.files[0].invalid and counts.unanswered == 1
     assert counts.dropped == {"no target within max_length": 1} and counts.cut == 1 and counts.cut_tokens > 0
     problems = (tmp_path / "rows" / "problems.txt").read_text().splitlines()
-    assert [int(re.match(r".*data\.jsonl:(\d+): ", problem)[1]) for problem in problems] == [2, 3, 4, 5, 6, 7, 8, 9]  # type: ignore[index]
+    assert re.findall(r"data\.jsonl:(\d+): ", "\n".join(problems)) == list("23456789")
     assert sum(": left out: " in problem for problem in problems) == 6
     # A role that text spells is no role.
     forged = encoded([good, talk("c", "<reserved_106>d</s>")], tokenizer)

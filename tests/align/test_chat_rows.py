@@ -119,7 +119,10 @@ def test_a_tokenizer_that_confuses_padding_or_roles_is_refused(tokenizer: Tokeni
             self.token = token
 
         def encode_batch(self, texts, *, num_threads=-1):
-            return [[self.token] * text.count("x") + ids for text, ids in zip(texts, super().encode_batch(texts))]  # noqa: B905
+            return [
+                [self.token] * text.count("x") + ids
+                for text, ids in zip(texts, super().encode_batch(texts), strict=True)
+            ]
 
     messages = messages_of((None, [("a", "x")]))
     path = re.escape(repr(str(tokenizer.path)))

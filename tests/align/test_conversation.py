@@ -21,29 +21,16 @@ from bc2_jax.infer.generate import generate
 from bc2_jax.infer.prepared import Prepared
 from bc2_jax.infer.text import ContinuedText, find_chat_settings
 from bc2_jax.model.baichuan import Baichuan2
-from bc2_jax.tokenizer import Tokenizer, train_tokenizer
 
 spec = importlib.util.spec_from_file_location("generate_tool", Path(__file__).parents[2] / "tools" / "generate.py")
 assert spec is not None and spec.loader is not None
 tool = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tool)
 
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 CONFIG = ModelConfig(
     hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, position_embedding="alibi",
     vocab_size=512, model_max_length=64,
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def fast_compile(monkeypatch):
-    monkeypatch.setattr(engine, "programs", lambda compute: engine.make_programs(**FAST_COMPILE))
-
-
-@pytest.fixture(scope="module")
-def small_tokenizer(tmp_path_factory) -> Tokenizer:
-    texts = ["the cat sat on the mat and the dog sat on the log 白日依山尽 "] * 20
-    return train_tokenizer(texts, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", 490)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +131,7 @@ def test_a_conversation_from_a_pipe(asked, folder, small_tokenizer, capsys, monk
     out, err = capsys.readouterr()
     assert out == "1\n2\n3\n"
     assert err.splitlines() == [
-        "[/nothing is no command: legal are /clear, /exit, /help]",
+        "[/nothing is not a command: legal are /clear, /exit, /help]",
         "[the conversation begins anew]",
     ]
     first = [{"role": "system", "content": "the log"}, {"role": "user", "content": "the cat"}]

@@ -27,7 +27,6 @@ from tests.convert.models import GOLDEN, read_params
 SFT = dict(np.load(GOLDEN / "align" / "sft.npz"))
 MODEL = dataclasses.replace(read_config(GOLDEN / "rope-tiny"), z_loss_weight=0.0)
 PARAMS = read_params(GOLDEN / "rope-tiny", MODEL)
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 CONFIG = FineTuneConfig(
     name="test", model=MODEL, num_steps=1, init_from="base",
     data=DataConfig(sources=(SourceConfig(path="rows"),), tokenizer="none", sequence_length=64, global_batch_size=4),
@@ -74,7 +73,7 @@ def loss_and_gradients(config: FineTuneConfig, batch, mesh=None):
         value, parts = objective.loss(params, {}, batch)
         return value / objective.weight(batch), objective.metrics(parts)
 
-    compiled = jax.jit(jax.value_and_grad(mean, has_aux=True), compiler_options=FAST_COMPILE)
+    compiled = jax.jit(jax.value_and_grad(mean, has_aux=True))
     if mesh is None:
         (loss, metrics), gradients = compiled(PARAMS, batch)
     else:
@@ -149,7 +148,7 @@ def by_sample():
     config = with_(loss_weighting="sample")
     optimizer = make_optimizer(config.optimizer)
     step = make_train_step(sft.make_objective(config), optimizer, norms=False)
-    return init_state(jax.device_put(PARAMS), optimizer), jax.jit(step, compiler_options=FAST_COMPILE)
+    return init_state(jax.device_put(PARAMS), optimizer), jax.jit(step)
 
 
 def seeded(batch) -> dict[str, np.ndarray]:

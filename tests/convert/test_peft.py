@@ -33,7 +33,10 @@ MODEL = find_model(ROPE).config
 
 def random_adapter(config: LoraConfig, model: ModelConfig = TINY) -> Adapter:
     rng = np.random.default_rng(0)
-    draw = lambda s: rng.standard_normal(s.shape).astype(np.float32)  # noqa: E731
+
+    def draw(s: jax.ShapeDtypeStruct) -> np.ndarray:
+        return rng.standard_normal(s.shape).astype(np.float32)
+
     return Adapter(config, jax.tree.map(draw, abstract_adapter(config, model, None)))
 
 
@@ -204,10 +207,11 @@ def test_merged_on_disk_is_merged_in_memory(alibi, tmp_path):
     assert "bfloat16 loses at most" in summary.notes[0]
     params, config = load_params(alibi / "base", "bfloat16")
     expected = merge(params, load_peft(alibi / "adapter", config))
-    close = lambda a, b: np.testing.assert_allclose(  # noqa: E731
-        np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=2**-7
-    )
-    jax.tree.map(close, load_params(tmp_path / "out", "bfloat16")[0], expected)
+
+    def assert_close(a, b):
+        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=2**-7)
+
+    jax.tree.map(assert_close, load_params(tmp_path / "out", "bfloat16")[0], expected)
 
 
 def test_checkpoints_of_adapters(alibi, tmp_path):
@@ -225,7 +229,7 @@ def test_checkpoints_of_adapters(alibi, tmp_path):
 
 
 def test_what_is_no_adapter_is_refused(alibi, tmp_path):
-    with pytest.raises(ValueError, match="is no adapter"):
+    with pytest.raises(ValueError, match="is not an adapter"):
         load_pretrained(alibi / "base", adapter=alibi / "base")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_pretrained(alibi / "base", adapter=tmp_path / "nothing")

@@ -176,7 +176,7 @@ def test_damaged_parquet(tmp_path: Path) -> None:
     path.write_bytes(content[:-20])
     scan = scan_file(path, Fields(), 1)
     assert scan.spans == () and scan.problem is not None
-    assert scan.problem.startswith(f"{path}: it is no complete Parquet file (")
+    assert scan.problem.startswith(f"{path}: it is not a complete Parquet file (")
 
 
 def test_parquet_that_is_not_what_it_says(tmp_path: Path) -> None:

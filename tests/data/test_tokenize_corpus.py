@@ -372,7 +372,7 @@ def test_all_kinds_of_input(tokenizer: Tokenizer, tmp_path: Path) -> None:
     problems = (tmp_path / "rows" / "problems.txt").read_text().splitlines()
     assert len(problems) == 5
     for line, reason in zip(problems, (
-        "b.parquet: it is no complete Parquet file (", "a.jsonl:3: it is not JSON",
+        "b.parquet: it is not a complete Parquet file (", "a.jsonl:3: it is not JSON",
         "a.jsonl:7: it is not UTF-8 (invalid start byte at byte 10)",
         "c.txt: it is not UTF-8 (invalid start byte at byte 0)", "ignored.md: the file is not read",
     ), strict=True):  # fmt: skip

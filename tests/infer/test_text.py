@@ -17,23 +17,10 @@ from bc2_jax.infer.prepared import Prepared
 from bc2_jax.infer.stream import TextStream
 from bc2_jax.infer.text import find_eos_ids, generate_text
 from bc2_jax.model.baichuan import Baichuan2
-from bc2_jax.tokenizer import Tokenizer, train_tokenizer
 from tests.convert.models import random_folder
 
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 PROMPTS = ["the cat ", "白日", "on the log"]
 DRAWN = dict(max_new_tokens=24, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=[])
-
-
-@pytest.fixture(autouse=True)
-def fast_compile(monkeypatch):
-    monkeypatch.setattr(engine, "programs", lambda compute: engine.make_programs(**FAST_COMPILE))
-
-
-@pytest.fixture(scope="module")
-def small_tokenizer(tmp_path_factory) -> Tokenizer:
-    texts = ["the cat sat on the mat and the dog sat on the log 白日依山尽 "] * 20
-    return train_tokenizer(texts, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", 490)
 
 
 @pytest.fixture(scope="module")
