@@ -10,11 +10,12 @@ import dataclasses
 
 from bc2_jax.config.data import DataConfig, MixtureStage, SourceConfig
 from bc2_jax.config.distributed import DistributedConfig
-from bc2_jax.config.finetune import TOKENIZER_OF_BASE, FineTuneConfig, QuestionsConfig
+from bc2_jax.config.finetune import TOKENIZER_OF_BASE, FineTuneConfig, QuestionsConfig, TunedConfig
 from bc2_jax.config.health import HealthConfig
 from bc2_jax.config.lora import LORA_TARGETS, LoraConfig, LoraTarget
 from bc2_jax.config.mesh import MeshConfig, check_divisible
 from bc2_jax.config.model import BAICHUAN2_7B, BAICHUAN2_13B, ModelConfig
+from bc2_jax.config.preference import DPOConfig, DPOOptions, PreferenceLoss, RewardConfig, RewardOptions
 from bc2_jax.config.run import (
     CheckpointConfig,
     ComputeConfig,
@@ -50,6 +51,12 @@ __all__ = [
     "TrainConfig",
     "check_divisible",
     "differing_fields",
+    "TunedConfig",
+    "DPOConfig",
+    "DPOOptions",
+    "PreferenceLoss",
+    "RewardConfig",
+    "RewardOptions",
 ]
 
 

@@ -35,22 +35,32 @@ class QuestionsConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FineTuneConfig(TrainConfig):
-    """Fine-tuning on rows of tools/prepare_chat.py: all parameters, or adapters beside frozen ones."""
+class TunedConfig(TrainConfig):
+    """What all kinds of run have that train a model which is there on packed rows: all parameters, or adapters beside
+    frozen ones."""
 
     lora: LoraConfig = LoraConfig()
+    num_epochs: float | None = None
+    """Passes over the rows after which the run ends, if num_steps does not end it before, and with it the decay of the
+    learning rate at the latest. A pass is as many rows as all sources have together. None: num_steps alone counts."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        epochs = self.num_epochs
+        require(epochs is None or epochs > 0, "num_epochs", epochs, "it must be positive, or None")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FineTuneConfig(TunedConfig):
+    """Supervised fine-tuning on rows of tools/prepare_chat.py."""
+
     loss_weighting: Literal["token", "sample"] = "token"
     """What has the same weight in the loss: every target (token) of a batch, or every sample of it that has targets."""
     neftune_alpha: float = 0.0
     """NEFTune (arXiv 2310.05914): uniform noise of up to alpha / sqrt(n * hidden_size) on the embeddings of a sample of
     n tokens, in training only; 5 to 15 are usual, 0 is none."""
-    num_epochs: float | None = None
-    """Passes over the rows after which the run ends, if num_steps does not end it before, and with it the decay of the
-    learning rate at the latest. A pass is as many rows as all sources have together. None: num_steps alone counts."""
     questions: QuestionsConfig = QuestionsConfig()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.neftune_alpha >= 0, "neftune_alpha", self.neftune_alpha, "it must be at least 0")
-        epochs = self.num_epochs
-        require(epochs is None or epochs > 0, "num_epochs", epochs, "it must be positive, or None")
