@@ -46,8 +46,10 @@ class DecoderLayer(nnx.Module):
 
 
 class Backbone(nnx.Module):
-    """What the heads stand on: embedding, layers and final norm. Parameters are named as in PyTorch, without the leading
-    `model.`, with stacked layers."""
+    """What a head is applied to: embedding, layers and final norm.
+
+    Parameters are named as in PyTorch, without the leading `model.`, with stacked layers.
+    """
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig = DEFAULT_COMPUTE, *, rngs: nnx.Rngs):
         self.embed_tokens = Embedding(config, rngs=rngs)

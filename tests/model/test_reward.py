@@ -39,8 +39,8 @@ def golden_params() -> dict:
 
 
 @functools.cache
-def forward(compute: ComputeConfig = ComputeConfig(dtype="float32", attention="reference")):
-    graphdef, _, _ = split_reward_model(MODEL, compute)
+def forward():
+    graphdef, _, _ = split_reward_model(MODEL, ComputeConfig(dtype="float32", attention="reference"))
     return jax.jit(lambda params, *inputs: nnx.merge(graphdef, params).values(*inputs))
 
 
@@ -66,7 +66,8 @@ def test_left_padding_packing_and_a_mesh_change_nothing(mesh_of):
         params = jax.device_put(golden_params(), param_shardings(MODEL, mesh, RewardModel))
         rows = jax.device_put((left, mask), NamedSharding(mesh, DEFAULT_RULES.spec("batch", "sequence")))
         values = forward()(params, rows[0], None, rows[1])
-        gradient = jax.jit(jax.grad(lambda params: jnp.sum(forward()(params, rows[0], None, rows[1]) * rows[1])))(params)
+        total = lambda params: jnp.sum(forward()(params, rows[0], None, rows[1]) * rows[1])  # noqa: E731
+        gradient = jax.jit(jax.grad(total))(params)
     np.testing.assert_allclose(np.where(mask, values, 0), expected, atol=2e-5)
     assert jax.tree.map(lambda x: x.sharding.spec, gradient) == jax.tree.map(lambda x: x.sharding.spec, params)
 
