@@ -124,7 +124,7 @@ def place_adapter(adapter: Adapter, config: ModelConfig, mesh: Mesh | None) -> P
 
 def describe(found: FoundAdapter) -> tuple[str, ...]:
     """What the adapter is, a line each."""
-    lines = (f"adapter of {found.base or 'a model that is not named'}: {found.path}",)
+    lines: tuple[str, ...] = (f"adapter of {found.base or 'a model that is not named'}: {found.path}",)
     if found.part:
         lines += (f"that of the {found.part} of a run of reinforcement learning; all else stays in the checkpoint",)
     if found.config is not None:
