@@ -7,7 +7,7 @@ accumulation steps, cut by rows and, where the mesh says so, by tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -27,9 +27,10 @@ FIELDS = ("input_ids", "labels", "segment_ids", "positions")
 positions in the document."""
 
 Rows = dict[str, np.ndarray]
-"""Fields of some rows on the host, int32 [rows, T]."""
+"""Fields of some rows on the host, int32 [rows, T]; further fields, of numbers beside each row, are fp32 [rows, W]."""
 Batch = dict[str, jax.Array]
-"""Fields of a batch on the mesh, int32 [A, B / A, T]; [B, T] where a function takes one accumulation step of it."""
+"""Fields of a batch on the mesh, int32 [A, B / A, T]; [B, T] where a function takes one accumulation step of it.
+Further fields are [A, B / A, W], cut by rows alone."""
 
 
 def row_to_example(row: np.ndarray, eos_id: int = EOS_ID, pad_id: int = PAD_ID, user_id: int = USER_ID) -> Rows:
@@ -96,21 +97,20 @@ def batch_part(mesh: Mesh, process_index: int) -> BatchPart:
     return BatchPart(parts.index(held[process_index]), len(parts), held[process_index])
 
 
-def _layout(data: DataConfig, mesh: Mesh) -> tuple[tuple[int, int, int], NamedSharding]:
-    """Shape [A, B / A, T] and sharding of each field of a batch."""
-    shape = (data.accumulation_steps, data.global_batch_size // data.accumulation_steps, data.sequence_length)
-    return shape, NamedSharding(mesh, spec(None, "batch", "sequence"))
+def _layout(data: DataConfig, mesh: Mesh, name: str, width: int) -> tuple[tuple[int, int, int], NamedSharding]:
+    """Shape [A, B / A, width] and sharding of a field of a batch."""
+    shape = (data.accumulation_steps, data.global_batch_size // data.accumulation_steps, width)
+    return shape, NamedSharding(mesh, spec(None, "batch", "sequence" if name in FIELDS else None))
 
 
 def make_put(data: DataConfig, mesh: Mesh) -> Callable[[Rows], Batch]:
-    """Places this process's rows of a batch on the mesh."""
+    """Places this process's rows of a batch on the mesh: FIELDS, and others of any width."""
     blocks = batch_part(mesh, jax.process_index()).blocks
-    shape, sharding = _layout(data, mesh)
-    places = sharding.addressable_devices_indices_map(shape)
 
-    def place(x: np.ndarray) -> jax.Array:
+    def place(name: str, x: np.ndarray) -> jax.Array:
+        shape, sharding = _layout(data, mesh, name, x.shape[-1])
         rows, shards = x.reshape(shape[0], -1, shape[2]), []
-        for device, index in places.items():
+        for device, index in sharding.addressable_devices_indices_map(shape).items():
             assert index is not None
             start, stop, _ = index[1].indices(shape[1])
             first = blocks.index(start // (stop - start)) * (stop - start)
@@ -118,11 +118,15 @@ def make_put(data: DataConfig, mesh: Mesh) -> Callable[[Rows], Batch]:
             shards.append(jax.device_put(rows[:, first : first + stop - start, index[2]], device))
         return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
-    return lambda rows: {name: place(x) for name, x in rows.items()}
+    return lambda rows: {name: place(name, x) for name, x in rows.items()}
 
 
-def abstract_batch(data: DataConfig, mesh: Mesh) -> Batch:
-    """Shapes and shardings of one batch."""
-    shape, sharding = _layout(data, mesh)
-    # Shapes stand in for arrays.
-    return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name in FIELDS}  # type: ignore[misc]
+def abstract_batch(data: DataConfig, mesh: Mesh, fields: Mapping[str, int] | None = None) -> Batch:
+    """Shapes and shardings of one batch, with the further `fields` of these widths."""
+    widths = dict.fromkeys(FIELDS, data.sequence_length) | dict(fields or {})
+    batch = {}
+    for name, width in widths.items():
+        shape, sharding = _layout(data, mesh, name, width)
+        dtype = jnp.int32 if name in FIELDS else jnp.float32
+        batch[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    return batch  # type: ignore[return-value]  # shapes stand in for arrays

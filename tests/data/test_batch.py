@@ -112,8 +112,12 @@ def test_a_batch_is_placed_row_by_row(mesh: dict[str, int]):
     placed = make_put(data, make_mesh(MeshConfig(**mesh)))(batch)["labels"]
     np.testing.assert_array_equal(placed, batch["labels"].reshape(2, 8, 8))
     assert placed.sharding.spec == DEFAULT_RULES.spec(None, "batch", "sequence")
-    for abstract in abstract_batch(data, make_mesh(MeshConfig(**mesh))).values():
-        assert (abstract.shape, abstract.sharding) == (placed.shape, placed.sharding)
+    beside = np.arange(16 * 3, dtype=np.float32).reshape(16, 3)
+    values = make_put(data, make_mesh(MeshConfig(**mesh)))({"beside": beside})["beside"]
+    np.testing.assert_array_equal(values, beside.reshape(2, 8, 3))
+    for name, abstract in abstract_batch(data, make_mesh(MeshConfig(**mesh)), {"beside": 3}).items():
+        array = placed if name in FIELDS else values
+        assert (abstract.shape, abstract.dtype, abstract.sharding) == (array.shape, array.dtype, array.sharding)
 
 
 def test_rows_of_conversations_have_the_released_labels():
