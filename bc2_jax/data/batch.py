@@ -16,15 +16,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from bc2_jax.config import DataConfig
-from bc2_jax.data.row_file import START, TARGET, token_ids
+from bc2_jax.data.row_file import BRANCH, START, TARGET, token_ids
+from bc2_jax.kernels.segments import TRUNK_BITS
 from bc2_jax.sharding import mesh_axes, spec
 from bc2_jax.tokenizer import EOS_ID, PAD_ID, USER_ID
 
 IGNORED = -100
 """Label of a position that has no target."""
 FIELDS = ("input_ids", "labels", "segment_ids", "positions")
-"""Of a batch of text: token ids, the next token of each or IGNORED, documents counted from 1 in each row (0: padding),
-positions in the document."""
+"""Of a batch of text: token ids, the next token of each or IGNORED, segments (`kernels.segments`: documents counted
+from 1 in each row, and their branches; 0 is padding), positions in the document."""
 
 Rows = dict[str, np.ndarray]
 """Fields of some rows on the host, int32 [rows, T]; further fields, of numbers beside each row, are fp32 [rows, W]."""
@@ -39,7 +40,8 @@ def row_to_example(row: np.ndarray, eos_id: int = EOS_ID, pad_id: int = PAD_ID, 
     In a row of text labels are -100 after an eos, because the first token of a document has no context in it, and where
     there is padding. A document continued from the previous row is a new segment. In a row of conversations a label is
     the next token if that is a TARGET, eos in place of the user's role, and -100 otherwise; a segment begins at each
-    START. positions count from 0 in each segment; 0 for padding.
+    START and BRANCH. The k-th branch of document n is segment n + (k << TRUNK_BITS). positions count from 0 in each
+    document, and in each of its branches from the length of the trunk; 0 for padding.
     """
     # Rows of both kinds may stand in one batch.
     chat = row[..., 0] >= START
@@ -62,8 +64,26 @@ def row_to_example(row: np.ndarray, eos_id: int = EOS_ID, pad_id: int = PAD_ID, 
     first = np.flatnonzero(starts).astype(np.int32)
     offsets = np.repeat(first, np.diff(first, append=np.int32(starts.size)))
     positions = (np.arange(starts.size, dtype=np.int32) - offsets).reshape(starts.shape)
+    if has_chat and (branches := (row[chat][:, :-1] & BRANCH) > 0).any():
+        branch, moved = _place_branches(starts[chat], branches)
+        segment_ids[chat] += branch << TRUNK_BITS
+        positions[chat] -= moved
     segment_ids[padding] = positions[padding] = 0
     return {"input_ids": input_ids, "labels": labels, "segment_ids": segment_ids, "positions": positions}
+
+
+def _place_branches(starts: np.ndarray, branches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The branch that each token is in, and how far behind the trunk's end its branch begins, both int32 [rows, T].
+
+    `starts` and `branches` say where documents and branches begin, bool [rows, T].
+    """
+    count = np.cumsum(branches, axis=-1, dtype=np.int32)
+    branch = count - np.maximum.accumulate(np.where(starts, count - branches, 0), axis=-1)
+    index = np.arange(starts.shape[-1], dtype=np.int32)
+    begin, first = (
+        np.maximum.accumulate(np.where(places, index, 0), axis=-1) for places in (branches, branches & (branch == 1))
+    )
+    return branch, np.where(branch > 0, begin - first, 0)
 
 
 class BatchPart(NamedTuple):
