@@ -67,9 +67,14 @@ def reduce_tokens(loss: Array, mask: Array, reduction: Reduction, max_length: in
     mask = jnp.asarray(mask).astype(bool)
     loss = jnp.where(mask, jnp.asarray(loss).astype(jnp.float32), 0)
     length_B = jnp.sum(mask, axis=1, dtype=jnp.float32)
+    weight = weight_of(length_B, reduction, max_length)
     if reduction == "grpo":
-        return jnp.sum(loss / jnp.maximum(length_B, 1)[:, None]), jnp.sum(length_B > 0, dtype=jnp.float32)
+        loss = loss / jnp.maximum(length_B, 1)[:, None]
+    return jnp.sum(loss), weight
+
+
+def weight_of(lengths: Array, reduction: Reduction, max_length: int) -> Array:
+    """The weight of `reduce_tokens`, fp32 scalar, of answers of these lengths, fp32 [...]; 0 is no answer."""
     if reduction == "dapo":
-        return jnp.sum(loss), jnp.sum(length_B)
-    # Rows that only fill up a batch are no answers.
-    return jnp.sum(loss), jnp.sum(length_B > 0, dtype=jnp.float32) * max_length
+        return jnp.sum(lengths)
+    return jnp.sum(lengths > 0, dtype=jnp.float32) * (1 if reduction == "grpo" else max_length)

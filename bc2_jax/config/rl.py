@@ -198,6 +198,10 @@ class RLConfig(RunConfig):
             ppo.critic_warmup_steps, f"it must be less than num_steps = {self.num_steps}: the actor would never learn",
         )  # fmt: skip
         require(
+            self.questions.path != "auto", "questions.path", "auto",
+            "there are no rows beside which they could be: it must be a file, or None",
+        )  # fmt: skip
+        require(
             self.lora.dropout == 0, "lora.dropout", self.lora.dropout,
             "it must be 0: the probabilities of a token before and after an update must differ by the update alone",
         )  # fmt: skip
