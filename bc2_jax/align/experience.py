@@ -251,7 +251,7 @@ class Rollouts:
         if ppo.cut_penalty:
             parts["cut"] = np.where(answers.cut, -np.float32(ppo.cut_penalty), np.float32(0))
         parts = {name: part.astype(np.float32) for name, part in parts.items()}
-        return Scores(parts, np.sum(np.stack([*parts.values()]), axis=0, dtype=np.float32))
+        return Scores(parts, np.asarray(sum(parts.values()), np.float32))
 
     def _forward(self, state: TrainState, placed: Batch) -> dict[str, np.ndarray]:
         """fp32 [N, T]: log-probabilities of the actor, as the updates compute them, and of the reference; values."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from bc2_jax.train.loop import RunResult
 from bc2_jax.train.metrics import read_metrics
 from tests.align.rl_models import write_models
 
+replay = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "replay.py"))["main"]
 LORA = LoraConfig(rank=2, targets=("q_proj", "down_proj"))
 
 
@@ -104,6 +106,13 @@ def test_what_an_iteration_tells(config, ppo, grpo):
     assert metrics_of(grpo)[0]["groups_equal"] < 1 and "value_loss" not in metrics_of(grpo)[0]
     # The controller moved the coefficient once there was a KL.
     assert metrics_of(grpo)[2]["kl_coefficient"] != metrics_of(grpo)[1]["kl_coefficient"]
+
+
+def test_an_iteration_is_identical_when_it_is_done_again(grpo, capsys):
+    assert replay([str(grpo.workdir), "--step", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "identical" in out and "parameters sha256" in out
+    assert replay([str(grpo.workdir), "--step", "3", "--batch", "nowhere.npz"]) == 2
 
 
 class Killed(BaseException):
