@@ -310,9 +310,13 @@ def test_what_is_broken_stops_the_run(what, config, tmp_path, monkeypatch):
     elif what == "reward":
         changed = change(changed, reward_model=config.ppo.reward_model, reward_model_weight=1e39)
     else:
-        changed = change(changed, patience=2)
+        changed = dataclasses.replace(
+            change(changed, patience=2), checkpoint=dataclasses.replace(config.checkpoint, save_every=100)
+        )
         monkeypatch.setattr(
             Rollouts, "_score", lambda self, *args: (s := score(self, *args))._replace(total=np.zeros_like(s.total))
         )
     with pytest.raises(ArithmeticError, match=BROKEN[what]):
         run(changed, tmp_path / "run")
+    # What was learned before is kept.
+    assert len(list(tmp_path.glob("run/checkpoints/1"))) == (what == "equal")
