@@ -30,7 +30,9 @@ def make_rollout(config: RLConfig, mesh: Mesh) -> RolloutParts:
     read = abstract_held(config, critic, mesh)
     trained, frozen = abstract_trained(config, critic, mesh), frozen_of(config, read)
     with jax.set_mesh(mesh), use_rules(engine.decoding_rules()):
-        prepared = jax.eval_shape(lambda *params: engine.prepare(models.actor(*params)), trained, frozen)
+        prepared = jax.eval_shape(
+            lambda *params: engine.prepare(models.actor(*params), whole=rl.rollout_gathers_once), trained, frozen
+        )
         shapes = RolloutShapes.of(rl.rollout_rows, None, rl.max_prompt_tokens, rl.max_new_tokens)
     held: dict[str, Any] = {} if lora else {"reference": read.reference}
     has_reward_model = rl.reward_model is not None or not rl.reward_functions

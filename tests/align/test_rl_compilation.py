@@ -30,14 +30,15 @@ def of(config: RLConfig, **changes) -> RLConfig:
     return dataclasses.replace(config, ppo=dataclasses.replace(config.ppo, **changes))
 
 
-@pytest.mark.parametrize("config", [CONFIG, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("config", [CONFIG, of(LORA, rollout_gathers_once=True)], ids=["full", "lora"])
 def test_the_actor_is_laid_out_as_the_engine_has_it(mesh_of, config):
     mesh = mesh_of(1, 2, 2)
     with jax.set_mesh(mesh):
         critic = critic_model(config)
         shapes = abstract_trained(config, critic, mesh), frozen_of(config, abstract_held(config, critic, mesh))
         zeros = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), shapes)
-        real = engine.prepare(make_models(config, critic).actor(*zeros)).params
+        actor = make_models(config, critic).actor(*zeros)
+        real = engine.prepare(actor, whole=config.ppo.rollout_gathers_once).params
         parts = make_rollout(config, mesh)
     assert jax.tree.structure(real) == jax.tree.structure(parts.prepared.params)
     for mine, its in zip(jax.tree.leaves(parts.prepared.params), jax.tree.leaves(real), strict=True):
