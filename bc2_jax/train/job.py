@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from bc2_jax.data.batch import Batch
+from bc2_jax.data.batch import Batch, Rows
+from bc2_jax.data.row_batches import no_fields
 from bc2_jax.model.baichuan import Params
 from bc2_jax.sharding import place_shapes
 from bc2_jax.train.health import EMPTY, batch_checksum, keep_unless, norm_metrics
@@ -86,8 +87,14 @@ class StepParts(NamedTuple):
     """Shapes and shardings of the parameters that are not trained."""
     load_frozen: Callable[[], Params] = dict
     """Reads them."""
+    fields: Callable[[Rows], Rows] = no_fields
+    """Rows on the host -> what their batch has of them beside FIELDS, [rows, W] each; held-out ones too."""
     complete: Callable[[int, Batch], Batch] = lambda step, batch: batch
     """(step, fields that its rows have) -> the batch with all fields."""
+
+
+class BatchError(ArithmeticError):
+    """No further batch can be made, on any process: the run stops, once the step before is saved."""
 
 
 class Batches(Protocol):
@@ -98,7 +105,7 @@ class Batches(Protocol):
 
         Called once for each step, in their order, while the step before may still run on the devices. None if
         `Start.progress` said, to this process and so to all, that the run is to stop meanwhile: nothing of the batch
-        is kept, and `position` is what it was.
+        is kept, and `position` is what it was. Raises BatchError, on all processes, if there can't be one.
         """
 
     def position(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -25,7 +26,9 @@ from bc2_jax.train import distributed, loop
 from bc2_jax.train.loop import RunResult
 from bc2_jax.train.metrics import read_metrics
 from tests.align.rl_models import write_models
+from tests.faults import harness
 
+replay = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "replay.py"))["main"]
 LORA = LoraConfig(rank=2, targets=("q_proj", "down_proj"))
 
 
@@ -104,6 +107,13 @@ def test_what_an_iteration_tells(config, ppo, grpo):
     assert metrics_of(grpo)[0]["groups_equal"] < 1 and "value_loss" not in metrics_of(grpo)[0]
     # The controller moved the coefficient once there was a KL.
     assert metrics_of(grpo)[2]["kl_coefficient"] != metrics_of(grpo)[1]["kl_coefficient"]
+
+
+def test_an_iteration_is_identical_when_it_is_done_again(grpo, capsys):
+    assert replay([str(grpo.workdir), "--step", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "identical" in out and "parameters sha256" in out
+    assert replay([str(grpo.workdir), "--step", "3", "--batch", "nowhere.npz"]) == 2
 
 
 class Killed(BaseException):
@@ -226,6 +236,33 @@ def test_sharded_equals_unsharded(config, ppo, grpo, tmp_path):
                     assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-5), name
 
 
+def test_two_processes_do_what_one_does(config, tmp_path):
+    """One is stopped by SIGTERM in a rollout, and so both; they go on as one, with the same answers and rewards."""
+    changed = dataclasses.replace(
+        grpo_of(config), num_steps=4, verify_resume_steps=0, mesh=MeshConfig(), workdir=None, log_every=1
+    )
+    program = (
+        "import json\nfrom bc2_jax.config import RLConfig\nfrom bc2_jax.config.record import from_record\n\n\n"
+        f"def config():\n    return from_record(RLConfig, json.loads({json.dumps(dataclasses.asdict(changed))!r}))\n"
+    )
+    (tmp_path / "tiny.py").write_text(program)
+    both = harness.launch(tmp_path / "tiny.py", tmp_path / "two", processes=2, devices=2)
+    both.wait_for_step(1)
+    both.send(signal.SIGTERM, process=1)
+    codes = both.wait()
+    assert codes == [distributed.EXIT_PREEMPTED] * 2 or codes == [0, 0], both.text()
+    again = harness.launch(tmp_path / "tiny.py", tmp_path / "two", processes=2, devices=2)
+    alone = harness.launch(tmp_path / "tiny.py", tmp_path / "one", devices=4)
+    assert again.wait() == [0, 0], again.text()
+    assert alone.wait() == [0], alone.text()
+    found, expected = (
+        [m for m in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in m] for name in ("two", "one")
+    )
+    for a, b in zip(found, expected, strict=True):
+        for name in ("reward", "kl", "entropy", "answer_tokens", "loss", "grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-5), name
+
+
 WRONG = [
     ({"prompts": ()}, r"ppo.prompts = \(\) is not valid: at least one file"),
     ({"reward_model": None, "reward_functions": ()}, "ppo.reward_model = None is not valid: a reward model or"),
@@ -273,9 +310,13 @@ def test_what_is_broken_stops_the_run(what, config, tmp_path, monkeypatch):
     elif what == "reward":
         changed = change(changed, reward_model=config.ppo.reward_model, reward_model_weight=1e39)
     else:
-        changed = change(changed, patience=2)
+        changed = dataclasses.replace(
+            change(changed, patience=2), checkpoint=dataclasses.replace(config.checkpoint, save_every=100)
+        )
         monkeypatch.setattr(
             Rollouts, "_score", lambda self, *args: (s := score(self, *args))._replace(total=np.zeros_like(s.total))
         )
     with pytest.raises(ArithmeticError, match=BROKEN[what]):
         run(changed, tmp_path / "run")
+    # What was learned before is kept.
+    assert len(list(tmp_path.glob("run/checkpoints/1"))) == (what == "equal")
