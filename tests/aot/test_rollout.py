@@ -17,7 +17,9 @@ from bc2_jax.tpu.chips import GIB
 
 def program(seconds: float, arguments: int, temporaries: int) -> ProgramReport:
     estimate = Estimate(seconds, 0.0, 0.0, 0.0, 0.0, seconds, 0.0, collectives={}, warnings=("slow",))
-    memory = Memory(arguments * GIB, GIB, GIB, temporaries * GIB, peak=9 * GIB, laid_out=9 * GIB)
+    memory = Memory(
+        arguments * GIB, GIB, GIB, temporaries * GIB, peak=9 * GIB, laid_out=(arguments + temporaries) * GIB
+    )
     return ProgramReport(memory, 95 * GIB, 0.5, 10.0, estimate, ("a line",))
 
 
