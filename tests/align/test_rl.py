@@ -238,11 +238,9 @@ def test_sharded_equals_unsharded(config, ppo, grpo, tmp_path):
                     assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-5), name
 
 
-def test_two_processes_do_what_one_does(config, tmp_path):
-    """One is stopped by SIGTERM in a rollout, and so both; they go on as one, with the same answers and rewards."""
-    changed = dataclasses.replace(
-        grpo_of(config), num_steps=4, verify_resume_steps=0, mesh=MeshConfig(), workdir=None, log_every=1
-    )
+def test_two_processes_do_what_one_does(config, grpo, tmp_path):
+    """One gets SIGTERM, and both stop; they go on together, with the same answers and rewards."""
+    changed = dataclasses.replace(grpo_of(config), verify_resume_steps=0, mesh=MeshConfig())
     program = (
         "import json\nfrom bc2_jax.config import RLConfig\nfrom bc2_jax.config.record import from_record\n\n\n"
         f"def config():\n    return from_record(RLConfig, json.loads({json.dumps(dataclasses.asdict(changed))!r}))\n"
@@ -254,13 +252,9 @@ def test_two_processes_do_what_one_does(config, tmp_path):
     codes = both.wait()
     assert codes == [distributed.EXIT_PREEMPTED] * 2 or codes == [0, 0], both.text()
     again = harness.launch(tmp_path / "tiny.py", tmp_path / "two", processes=2, devices=2)
-    alone = harness.launch(tmp_path / "tiny.py", tmp_path / "one", devices=4)
     assert again.wait() == [0, 0], again.text()
-    assert alone.wait() == [0], alone.text()
-    found, expected = (
-        [m for m in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in m] for name in ("two", "one")
-    )
-    for a, b in zip(found, expected, strict=True):
+    found = [m for m in read_metrics(tmp_path / "two" / "metrics.jsonl") if "loss" in m]
+    for a, b in zip(found, metrics_of(grpo), strict=True):
         for name in ("reward", "kl", "entropy", "answer_tokens", "loss", "grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-5), name
 
