@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bc2_jax.config import DPOConfig, DPOOptions, OptimizerConfig, QuestionsConfig
 
+PREPARED = "prepared by configs/demo_dpo.py"
 REWARD = runpy.run_path(str(Path(__file__).with_name("demo_reward.py")))
 
 
@@ -29,7 +30,7 @@ def config() -> DPOConfig:
             peak_learning_rate=1e-4, min_learning_rate=1e-5, warmup_steps=5, decay_steps=40, b2=0.98, weight_decay=0.0,
             clip_norm=1.0,
         ),
-        questions=QuestionsConfig(path=None, limit=100, max_new_tokens=24),
+        questions=QuestionsConfig(path=PREPARED, limit=100, max_new_tokens=24),
         checkpoint=dataclasses.replace(reward.checkpoint, save_every=40),
         num_steps=40,
         log_every=20,
@@ -40,7 +41,7 @@ def config() -> DPOConfig:
 def prepare(config: DPOConfig) -> DPOConfig:
     """As that of configs/demo_reward.py; asks the held-out questions of the chat demo."""
     config = REWARD["prepare"](config)
-    if config.questions.path is not None:
+    if config.questions.path != PREPARED:
         return config
     path = str(REWARD["preferences"]().questions)
     return dataclasses.replace(config, questions=dataclasses.replace(config.questions, path=path))

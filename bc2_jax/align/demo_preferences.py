@@ -124,5 +124,10 @@ def language_of(text: str) -> str:
     return "zh" if "\u4e00" <= next(letters, "a") <= "\u9fff" else "en"
 
 
+def is_right(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """A reward function: 1 for the answer that the prompt's record has, but for blanks around it, else 0."""
+    return [float(answer.strip() == row["answer"]) for answer, row in zip(answers, rows, strict=True)]
+
+
 def _question(conversation: Mapping[str, Any]) -> str:
     return next(message["content"] for message in conversation["messages"] if message["role"] == "user")
