@@ -1,0 +1,84 @@
+"""What shows that a run of reinforcement learning is broken, or has nothing left to learn; it stops with a sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from bc2_jax.config import RLConfig
+
+TOLERANCES = {"float32": 1e-4, "bfloat16": 0.03}
+"""By compute dtype: mean distance of log-probabilities that differ by rounding alone, nats a token."""
+SAMPLER_TOLERANCES = {"float32": 1e-3, "bfloat16": 0.1}
+"""The same between decoding and the training forward pass: other programs, in another layout."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checks:
+    """Looks at each iteration before anything is learned from it."""
+
+    config: RLConfig
+    say: Callable[[str], None] = dataclasses.field(compare=False)
+    without_eos: int = 0
+    """Iterations in a row in which no answer ended."""
+    without_contrast: int = 0
+    """Iterations in a row in which all scores that are compared were equal."""
+
+    def state(self) -> dict[str, int]:
+        """For the checkpoint."""
+        return {"without_eos": self.without_eos, "without_contrast": self.without_contrast}
+
+    def with_state(self, state: dict[str, Any]) -> Checks:
+        return dataclasses.replace(self, **state)
+
+    def updated(self, step: int, metrics: dict[str, float]) -> Checks:
+        """After the iteration of a step with these metrics. Raises ArithmeticError if the run is to stop."""
+        dtype = self.config.compute.dtype
+        if not metrics["kl_k3"] >= -1e-9:  # not a number either
+            raise ArithmeticError(
+                f"step {step}: the KL to the reference (k3) is {metrics['kl_k3']}: it can't be negative, so the "
+                "log-probabilities of actor or reference are wrong; nothing of this iteration was learned."
+            )
+        distance = metrics["reference_distance"]
+        if step == 1 and distance > TOLERANCES[dtype]:
+            raise ArithmeticError(
+                f"The actor is not the reference before the first update: their log-probabilities differ by "
+                f"{distance:.2g} nats a token (with compute.dtype {dtype} at most {TOLERANCES[dtype]:g}). Both are "
+                f"made of init_from = {self.config.init_from!r}; the KL penalty would pull towards another model."
+            )
+        distance = metrics["sampler_distance"]
+        if distance > SAMPLER_TOLERANCES[dtype]:
+            self.say(
+                f"step {step}  WARNING: decoding and the training forward pass give tokens log-probabilities that "
+                f"differ by {distance:.2g} nats (with compute.dtype {dtype} at most {SAMPLER_TOLERANCES[dtype]:g})"
+            )
+        without_eos = self.without_eos + 1 if metrics["share_cut"] == 1 else 0
+        without_contrast = self.without_contrast + 1 if metrics["groups_equal"] == 1 else 0
+        most = self.config.ppo.max_new_tokens
+        self._count(step, without_eos, f"no answer ended: an eos was never sampled within {most} tokens", (
+            "the chat model does not end its answers, or ppo.max_new_tokens is too small"))  # fmt: skip
+        self._count(step, without_contrast, "all scores that are compared are equal", (
+            "nothing is left to learn: the prompts are too easy or too hard, or the reward does not tell answers apart"
+        ))  # fmt: skip
+        return dataclasses.replace(self, without_eos=without_eos, without_contrast=without_contrast)
+
+    def _count(self, step: int, count: int, what: str, why: str) -> None:
+        if not count:
+            return
+        patience = self.config.ppo.patience
+        if patience and count >= patience:
+            raise ArithmeticError(f"step {step}: {what}, for the {count}th iteration in a row (ppo.patience): {why}.")
+        self.say(f"step {step}  WARNING: {what}" + (f", {count} iterations in a row" if count > 1 else ""))
+
+
+def check_ratio(config: RLConfig, step: int, metrics: dict[str, float]) -> None:
+    """Before the first update of an iteration the ratio of new and old probability is 1. Raises ArithmeticError if the
+    update itself computes other probabilities than those that were computed before it."""
+    distance, dtype = metrics["first_log_ratio"], config.compute.dtype
+    if distance > TOLERANCES[dtype]:
+        raise ArithmeticError(
+            f"step {step}: before its first update the log-probabilities of the update differ by {distance:.2g} nats "
+            f"a token from those that were computed for it (with compute.dtype {dtype} at most {TOLERANCES[dtype]:g}):"
+            " the ratio of new and old probability is not 1; the step is not saved."
+        )

@@ -1,0 +1,297 @@
+"""Reinforcement learning of a chat model (paper section 3.3): PPO with a critic, or GRPO. `make_job` is what it adds to
+a run; a step of the run is an iteration: answers, their scores, and some updates in one program."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+
+from bc2_jax.align import grpo, ppo
+from bc2_jax.align.actor_critic import (
+    Held,
+    abstract_held,
+    abstract_trained,
+    actor_log_probs,
+    critic_model,
+    critic_values,
+    frozen_of,
+    init_trained,
+    load_held,
+    make_models,
+    make_programs,
+)
+from bc2_jax.align.experience import Rollouts
+from bc2_jax.align.experience_checks import check_ratio
+from bc2_jax.align.prompts import load_prompts
+from bc2_jax.align.questions import answer_questions, read_questions, report, summarize
+from bc2_jax.align.reward_functions import load_reward_function
+from bc2_jax.align.rl_results import check_exports, make_ending, print_plan
+from bc2_jax.align.shaping import ADVANTAGE, COEFFICIENT, OLD, REFERENCE, RETURN, UPDATE, VALUE, fields_of
+from bc2_jax.align.tuning import checksum
+from bc2_jax.config import TOKENIZER_OF_BASE, ModelConfig, RLConfig
+from bc2_jax.convert.checkpoints import ACTOR, CRITIC
+from bc2_jax.convert.pretrained import find_tokenizer
+from bc2_jax.convert.reward import find_reward_model
+from bc2_jax.data.batch import FIELDS, IGNORED, Batch
+from bc2_jax.model.baichuan import Params
+from bc2_jax.model.lora import abstract_adapter
+from bc2_jax.sharding import spec
+from bc2_jax.tokenizer import Tokenizer, file_sha256
+from bc2_jax.train.checks import check_initial_model, check_same_model
+from bc2_jax.train.job import Job, Objective, Parts, Progress, StepParts, abstract_state, init_state
+from bc2_jax.train.loop import RunResult, Start, run
+from bc2_jax.train.optimizer import Optimizer, combine_optimizers, make_optimizer
+from bc2_jax.train.pretrain import keep_tokenizer
+from bc2_jax.train.resume import check_changes, list_changes, print_changes
+from bc2_jax.train.start import tuned_options
+from bc2_jax.validation import require
+
+CHECKSUMS = "checksums"
+"""In the metadata of a checkpoint: those of the models that are only read, in hex."""
+
+
+def train(config: RLConfig, command: str = "train.py", started: float | None = None) -> RunResult:
+    """Trains as `config` says; as `loop.run`."""
+    return run(complete(config), make_job, command, started)
+
+
+def complete(config: RLConfig) -> RLConfig:
+    """`config` with the tokenizer of the chat model, if it asks for that.
+
+    Raises ValueError, naming the field, without a model to begin from, without prompts and without rewards, and
+    FileNotFoundError if no tokenizer is there.
+    """
+    rl = config.ppo
+    require(
+        config.init_from is not None, "init_from", config.init_from,
+        "reinforcement learning needs the chat model: a PyTorch folder, a checkpoint or a run",
+    )  # fmt: skip
+    require(len(rl.prompts) > 0, "ppo.prompts", rl.prompts, "at least one file or folder of prompts is needed")
+    require(
+        rl.reward_model is not None or len(rl.reward_functions) > 0, "ppo.reward_model", rl.reward_model,
+        "a reward model or ppo.reward_functions are needed: the answers must have a reward",
+    )  # fmt: skip
+    if config.tokenizer == TOKENIZER_OF_BASE:
+        config = dataclasses.replace(config, tokenizer=str(find_tokenizer(str(config.init_from))))
+    return config
+
+
+def make_step(config: RLConfig, mesh: Mesh) -> StepParts:
+    """The updates of an iteration, of all parameters or of adapters. Only a reward model's config is read."""
+    critic = critic_model(config)
+    optimizer = make_optimizers(config)
+    return StepParts(
+        objective=make_objective(config, critic),
+        optimizer=optimizer,
+        state=abstract_state(abstract_trained(config, critic, mesh), optimizer),
+        batch=abstract_batch(config, mesh),
+        flops_per_step=flops_per_step(config, critic),
+        updates=config.ppo.updates,
+        frozen=frozen_of(config, abstract_held(config, critic, mesh)),
+        load_frozen=lambda: frozen_of(config, load_held(config, mesh)),
+    )
+
+
+def abstract_batch(config: RLConfig, mesh: Mesh) -> Batch:
+    """Shapes and shardings of the batch of a step."""
+    rl = config.ppo
+    steps = rl.updates * rl.accumulation_steps
+
+    def place(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        axes = (None,) if len(shape) == 1 else (None, "batch", "sequence")
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec(*axes)))
+
+    rows = steps, rl.micro_rows, rl.row_tokens
+    batch = {name: place(rows, jnp.int32) for name in FIELDS}
+    batch |= {name: place(rows, jnp.float32) for name in fields_of(rl)}
+    return batch | {UPDATE: place((steps,), jnp.int32), COEFFICIENT: place((steps,), jnp.float32)}  # type: ignore[return-value]  # shapes stand in for arrays
+
+
+def make_optimizers(config: RLConfig) -> Optimizer:
+    """Actor and critic, each clipped on its own; the actor waits for the critic's warm-up."""
+    rl = config.ppo
+    parts = {ACTOR: make_optimizer(config.optimizer)}
+    if not rl.has_critic:
+        return combine_optimizers(parts)
+    parts[CRITIC] = make_optimizer(config.critic_optimizer)
+    return combine_optimizers(parts, wait={ACTOR: rl.critic_warmup_steps * rl.updates})
+
+
+def flops_per_step(config: RLConfig, critic: ModelConfig) -> int:
+    """Model FLOPs of the updates of an iteration; decoding and the forward passes before them are not counted."""
+    rl, length = config.ppo, config.ppo.row_tokens
+
+    def of(model: ModelConfig) -> int:
+        if not config.lora.rank:
+            return model.flops_per_sequence(length)
+        attention = 6 * model.num_hidden_layers * model.hidden_size * length * (length + 1)
+        frozen = (model.flops_per_sequence(length) - attention) * 4 // 6
+        shapes = jax.tree.leaves(abstract_adapter(config.lora, model, None))
+        return frozen + attention + 6 * length * sum(math.prod(x.shape) for x in shapes)
+
+    return rl.epochs * rl.answers * (of(config.model) + (of(critic) if rl.has_critic else 0))
+
+
+# ----------------------------------------------------------------------------------------------------------- objective
+
+
+def make_objective(config: RLConfig, critic: ModelConfig) -> Objective:
+    """The losses of actor and critic; their parameters are apart, so one sum has the gradients of both."""
+    rl, models, chunk = config.ppo, make_models(config, critic), config.compute.loss_chunk
+
+    def actor_loss(new: Array, mask: Array, batch: Batch) -> tuple[Array, ppo.TokenLoss]:
+        if rl.has_critic:
+            found = ppo.policy_token_loss(new, batch[OLD], batch[ADVANTAGE], mask, rl.clip)
+            return jnp.sum(found.loss), found
+        found = grpo.token_loss(
+            new, batch[OLD], batch[REFERENCE], batch[ADVANTAGE], mask, rl.clip, batch[COEFFICIENT]
+        )  # fmt: skip
+        return grpo.reduce_tokens(found.loss, mask, rl.reduction, rl.max_new_tokens)[0], found
+
+    def weight(batch: Batch) -> Array:
+        mask = batch["labels"] != IGNORED
+        if rl.has_critic:
+            return jnp.sum(mask, dtype=jnp.float32)
+        return grpo.weight_of(jnp.sum(mask, axis=-1, dtype=jnp.float32), rl.reduction, rl.max_new_tokens)
+
+    def loss(params: Params, frozen: Params, batch: Batch) -> tuple[Array, Parts]:
+        mask = batch["labels"] != IGNORED
+        with jax.named_scope("actor"):
+            new = actor_log_probs(models.actor(params, frozen), batch, chunk)
+            value, found = actor_loss(new, mask, batch)
+        kl = ppo.kl_estimates(batch[OLD], new, mask)
+        distance = jnp.sum(jnp.where(mask, jnp.abs(new - batch[OLD]), 0))
+        tokens = jnp.sum(mask, dtype=jnp.float32)
+        is_first = batch[UPDATE] == 0
+        sums = {
+            "tokens": tokens, "actor_loss": value, "weight": weight(batch), "clipped": jnp.sum(found.clipped),
+            "kl_old_new": jnp.sum(kl.k3), "first_distance": jnp.where(is_first, distance, 0),
+            "first_tokens": jnp.where(is_first, tokens, 0),
+        }  # fmt: skip
+        if rl.has_critic:
+            with jax.named_scope("critic"):
+                values = critic_values(models.critic(params, frozen), batch)
+                of_values = ppo.value_token_loss(values, batch[VALUE], batch[RETURN], mask, rl.value_clip)
+            sums |= {"critic_loss": jnp.sum(of_values.loss), "value_clipped": jnp.sum(of_values.clipped)}
+            value += sums["critic_loss"]
+        return value, Parts(jax.lax.stop_gradient(sums), {})
+
+    return Objective(loss=loss, weight=weight, metrics=_metrics, summary=lambda metrics: f"loss {metrics['loss']:.4f}")
+
+
+def _metrics(parts: Parts) -> dict[str, Array]:
+    """Means over the updates of an iteration. The ratio of its first update is apart: there it has to be 1."""
+    sums = parts.sums
+    tokens, weight = jnp.maximum(sums["tokens"], 1.0), jnp.maximum(sums["weight"], 1.0)
+    metrics = {
+        "loss": sums["actor_loss"] / weight, "policy_loss": sums["actor_loss"] / weight,
+        "clip_fraction": sums["clipped"] / tokens, "kl_old_new": sums["kl_old_new"] / tokens,
+        "first_log_ratio": sums["first_distance"] / jnp.maximum(sums["first_tokens"], 1.0), "tokens": sums["tokens"],
+    }  # fmt: skip
+    if "critic_loss" in sums:
+        value_loss = sums["critic_loss"] / weight
+        metrics |= {"value_loss": value_loss, "value_clip_fraction": sums["value_clipped"] / tokens}
+        metrics["loss"] += value_loss
+    return metrics
+
+
+# ----------------------------------------------------------------------------------------------------------------- job
+
+
+def make_job(config: RLConfig, start: Start) -> Job:
+    """The run of `config`, from `complete`. Raises ValueError or FileNotFoundError, naming the field, for one that
+    cannot start."""
+    rl, metadata = config.ppo, start.metadata
+    check_initial_model(config)  # at a resume too: it is the reference
+    changes = []
+    if metadata is not None:
+        changes = list_changes(config, metadata)
+        check_same_model(config, metadata, start.workdir)
+        check_changes(config, metadata, start.workdir, changes)
+    tokenizer, sha256 = Tokenizer(config.tokenizer), file_sha256(config.tokenizer)
+    _check_tokenizers(config, start, tokenizer, sha256)
+    check_exports(config, start.workdir)
+    functions = [load_reward_function(name, "ppo.reward_functions") for name in rl.reward_functions]
+    prompts = load_prompts(rl.prompts, tokenizer, rl.max_prompt_tokens, "ppo.prompts")
+    questions = read_questions(config, tokenizer)  # type: ignore[arg-type]  # it has the fields that are read
+    critic = critic_model(config)
+    step, models, held = make_step(config, start.mesh), make_models(config, critic), load_held(config, start.mesh)
+    checksums = _check_held(held, start)
+    frozen = frozen_of(config, held)
+    programs = make_programs(config, models, tuned_options(config, start.mesh))
+    batches = Rollouts(config, start, prompts, tokenizer, models, programs, held, frozen, functions)
+
+    def begin(workdir: Path) -> None:
+        if jax.process_index() == 0:
+            keep_tokenizer(workdir, config.tokenizer, sha256, start.step)
+        print_plan(config, critic, prompts, functions, len(questions), start)
+        print_changes(start.console, changes)
+
+    def examine(number: int, params: Params, progress: Progress) -> dict[str, float] | None:
+        model, most = models.actor(params, frozen), config.questions.max_new_tokens
+        answers = answer_questions(model, tokenizer, questions, most, progress)
+        if answers is None:
+            return None
+        report(answers, number, config.questions, start)
+        return summarize(answers)
+
+    return Job(
+        objective=step.objective,
+        optimizer=step.optimizer,
+        abstract_state=step.state,
+        init_state=lambda: init_state(init_trained(config, critic, held, start.mesh), step.optimizer),
+        batches=batches,
+        begin=begin,
+        finish=lambda checkpoint, params: make_ending(config, checkpoint, params, start),
+        flops_per_step=step.flops_per_step,
+        flops_formula="those of actor and critic in all updates of an iteration, without its decoding",
+        frozen=frozen,
+        examine=examine if questions else None,
+        metadata={"tokenizer_sha256": sha256, CHECKSUMS: checksums},
+        updates=step.updates,
+        check=lambda number, metrics: check_ratio(config, number, metrics),
+        batch_phase="rollout",
+    )
+
+
+def _check_tokenizers(config: RLConfig, start: Start, tokenizer: Tokenizer, sha256: str) -> None:
+    """Raises ValueError for a tokenizer that is not that of the actor, or another one than the reward model's."""
+    for name, legal in (("vocab_size", tokenizer.vocab_size), ("eos_token_id", tokenizer.eos_id)):
+        value = getattr(config.model, name)
+        right = value >= legal if name == "vocab_size" else value == legal
+        require(right, f"model.{name}", value, f"the tokenizer {config.tokenizer} has {legal}")
+    others: list[tuple[str, str]] = []
+    if start.metadata is not None:
+        others.append(("the checkpoints of this run", start.metadata.job.get("tokenizer_sha256", sha256)))
+    if config.ppo.reward_model is not None:
+        found = find_reward_model(config.ppo.reward_model).tokenizer
+        if found is not None:
+            others.append((f"ppo.reward_model = '{config.ppo.reward_model}'", file_sha256(found)))
+    for whose, other in others:
+        if other != sha256 and not config.allow_other_tokenizer:
+            raise ValueError(
+                f"tokenizer = '{config.tokenizer}' is not valid: its SHA-256 is {sha256[:12]}, that of the tokenizer "
+                f"of {whose} is {other[:12]}, so that the same ids mean other text; if that is meant, set "
+                "allow_other_tokenizer."
+            )
+
+
+def _check_held(held: Held, start: Start) -> dict[str, str]:
+    """Checksums of the models that are only read. Raises ValueError if a resumed run had others."""
+    fields = {"init_from": held.reference, "ppo.reward_model": held.reward}
+    found = {name: f"{checksum(params):08x}" for name, params in fields.items() if params is not None}
+    before = found if start.metadata is None else start.metadata.job.get(CHECKSUMS, found)
+    for name, value in found.items():
+        require(
+            before.get(name, value) == value, name, value,
+            f"it is the checksum of another model than that with which the run in '{start.workdir}' began, "
+            f"{before.get(name)}; the same model in the same compute.dtype is needed",
+        )  # fmt: skip
+    return found
