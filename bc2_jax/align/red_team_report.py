@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
@@ -23,7 +23,8 @@ _BY = {"secret": "secret in the answer", "word": "word said", "judge": "judge", 
 _WORST_CATEGORIES = 15
 
 
-class Share(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Share:
     """So many of so many, with the ends of Wilson's 95 % interval."""
 
     count: int
@@ -159,7 +160,7 @@ def _change(measure: str, name: str, pairs: list[tuple[float, float]]) -> Change
     return Change(measure, name, before, after, better, worse, equal, sign_test(better, worse), pairs)
 
 
-# ------------------------------------------------------------------------------------------------------ tables and files
+# ----------------------------------------------------------------------------------------------------- tables and files
 
 
 def class_table(rows: Sequence[Row], title: str, first: str = "class") -> Table:
@@ -246,7 +247,7 @@ def write_report(
 
 
 def _json_of(row: Row) -> dict[str, Any]:
-    shares = {name: getattr(row, name)._asdict() for name in ("success", "refused", "ended")}
+    shares = {name: dataclasses.asdict(getattr(row, name)) for name in ("success", "refused", "ended")}
     return {"name": row.name, "by": row.by, **shares, "empty": row.empty, **row.scores}
 
 
