@@ -236,7 +236,30 @@ def place_shapes(mesh: Mesh, tree: Any) -> Any:
 def to_host(x: jax.Array) -> np.ndarray:
     """The whole of `x`, however it is laid out; where it spans processes, all of them call this and all get it."""
     within = x.is_fully_addressable or x.is_fully_replicated
-    return np.asarray(x if within else multihost_utils.process_allgather(x, tiled=True))
+    # Explicitly: what a run does between its steps is under a transfer guard.
+    return np.asarray(jax.device_get(x) if within else multihost_utils.process_allgather(x, tiled=True))
+
+
+def from_host(tree: Any) -> Any:
+    """`tree` with its arrays of numpy whole on every device of the mesh in use, or on the default device without one.
+
+    Each process gives the same values. Other leaves, and all of them where a function is traced, stay as they are.
+    """
+    try:
+        mesh = jax.sharding.get_mesh()
+    except ValueError:  # inside of jit
+        return tree
+
+    def put(x: Any) -> Any:
+        if not isinstance(x, np.ndarray | np.generic):
+            return x
+        if mesh.empty:
+            return jax.device_put(x)
+        sharding = NamedSharding(mesh, PartitionSpec())
+        shards = [jax.device_put(x, device) for device in sharding.addressable_devices]
+        return jax.make_array_from_single_device_arrays(np.shape(x), sharding, shards)
+
+    return jax.tree.map(put, tree)
 
 
 @contextlib.contextmanager

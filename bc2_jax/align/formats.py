@@ -7,6 +7,9 @@ r"""Conversations of files, in every common format, told apart by the shape of e
     preference             chosen, rejected, and the prompt: as a field (text, messages or one of the above), or
                            repeated by both, as messages or as text with "\n\nHuman:" and "\n\nAssistant:"
 
+A prompt alone (`read_prompt`) is any of these up to its last answer, if it has one; a `prompt` (text or messages); an
+`instruction`; a text in a field `question`, `problem` or `query`; or a text in the place of a record.
+
 A field that is null is not there. Other fields are left aside, unless they say that the record means something else:
 tools, pictures, answers marked as bad. What can't be used becomes an `Invalid` with its file and line.
 """
@@ -40,6 +43,8 @@ _WEIGHTS = ("weight", "train", "loss")
 _TOOLS_FOUND = "tools, for which Baichuan 2 has no role"
 # By one of these a record is known.
 _FIELDS = {"messages", "conversations", "chosen", "prompt", "instruction"}
+# Texts that ask, beside those.
+_QUESTIONS = ("question", "problem", "query")
 _MESSAGE = {"role", "content", "from", "value"}
 _TURN = re.compile(r"(?:^|\n\n)\s*(Human|Assistant):")
 
@@ -90,13 +95,30 @@ def read_file(file: TextFile) -> Iterator[Sample | Invalid]:
 
 def read_record(value: Any, where: str) -> Iterator[Sample | Invalid]:
     """The sample of a record; several of an object that only holds a list of records."""
+    for item, its_place in inner_records(value, where):
+        yield _read_one(item, its_place)
+
+
+def inner_records(value: Any, where: str) -> Iterator[tuple[Any, str]]:
+    """A record and its place; those of an object that only holds a list of records."""
     inner = _inner_list(value)
     if inner is None:
-        yield _read_one(value, where)
+        yield value, where
         return
     key, items = inner
     for number, item in enumerate(items, 1):
-        yield _read_one(item, f"{where} (item {number} of {key!r})")
+        yield item, f"{where} (item {number} of {key!r})"
+
+
+def read_prompt(value: Any, where: str) -> list[Message] | Invalid:
+    """What a record asks: its messages without the answer that it may have to the last of them.
+
+    The last message is the user's; of a `prompt` it may be the beginning of an answer.
+    """
+    try:
+        return _prompt(value)
+    except _Unusable as error:
+        return Invalid(str(error), where)
 
 
 def _read_one(value: Any, where: str) -> Sample | Invalid:
@@ -106,13 +128,19 @@ def _read_one(value: Any, where: str) -> Sample | Invalid:
         return Invalid(str(error), where)
 
 
-def _sample(value: Any, where: str) -> Sample:
+def _record(value: Any) -> dict[str, Any]:
+    """The fields that an object has; what it needs must be no more than text."""
     if not isinstance(value, Mapping):
         raise _Unusable("no object", show(value))
     record = _present(value)
     for fields, kind in ((_TOOLS, _TOOLS_FOUND), (_MEDIA, "pictures, sound or video, which Baichuan 2 does not take")):
         if field := next((field for field in fields if _holds_any(record.get(field))), None):
             raise _Unusable(kind, f"field {field!r}")
+    return record
+
+
+def _sample(value: Any, where: str) -> Sample:
+    record = _record(value)
     if record.keys() >= {"chosen", "rejected"}:
         return _pair(record, where)
     found = _dialogue(record) or _completion(record) or _alpaca(record)
@@ -227,6 +255,30 @@ def _question(record: Mapping[str, Any]) -> list[Message]:
     raise _Unusable("chosen and rejected without a prompt", f"the fields are {choices(record)}")
 
 
+def _prompt(value: Any) -> list[Message]:
+    record = {"prompt": value} if isinstance(value, str) else _record(value)
+    if record.get("prompt") is not None or "instruction" in record:
+        messages, has_answer = _question(record), False
+    elif found := _dialogue(record):
+        messages, has_answer = found.messages, True
+    elif "chosen" in record:
+        chosen = record["chosen"]
+        messages = _turns(chosen) if isinstance(chosen, str) else _messages(chosen, "chosen")
+        has_answer = True
+    elif field := next((field for field in _QUESTIONS if field in record), None):
+        messages, has_answer = [_user(record[field])], False
+    else:
+        legal = "prompt, messages, conversations, instruction, chosen, " + ", ".join(_QUESTIONS)
+        raise _Unusable("no prompt", f"its fields are {choices(record) or 'none'}; one of these is needed: {legal}")
+    messages = _normalise(messages, record)
+    if has_answer and [message["role"] for message in messages[-1:]] == ["assistant"]:
+        messages = messages[:-1]
+    if "user" not in [message["role"] for message in messages]:
+        raise _Unusable("no question", "no message is the user's")
+    _check(messages if messages[-1]["role"] == "assistant" else [*messages, _assistant("?")])
+    return messages
+
+
 # --------------------------------------------------------------------------------------------------------------- pieces
 
 
@@ -316,7 +368,7 @@ def _check(messages: list[Message], of: str = "") -> None:
 
 def _inner_list(value: Any) -> tuple[str, list[Any]] | None:
     """Name and items of the list in an object that only wraps a list of records; None for a record."""
-    if not isinstance(value, Mapping) or value.keys() & _FIELDS:
+    if not isinstance(value, Mapping) or value.keys() & _FIELDS.union(_QUESTIONS):
         return None
     lists = [(field, items) for field, items in value.items() if isinstance(items, list)]
     lists = [(field, items) for field, items in lists if any(isinstance(item, Mapping) for item in items)]

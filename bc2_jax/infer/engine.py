@@ -2,8 +2,8 @@
 
 A row of the batch has its own length, settings, step and end, so rows may start and end at different times. `prefill`
 makes a `Decoding` of prompts, with a model that `prepare` has laid out; `decode` gives each of its rows some tokens
-more; `insert` copies rows of one `Decoding` into another, over rows that have ended or were cancelled. All three work
-with any mesh and without one.
+more; `insert` copies rows of one `Decoding` into another, over rows that have ended or were cancelled; `allocate` makes
+one without prompts. All work with any mesh and without one, and move the arrays of the host explicitly.
 """
 
 from __future__ import annotations
@@ -28,12 +28,21 @@ from bc2_jax.kernels.attention import Tokens
 from bc2_jax.kernels.blocks import current_chip
 from bc2_jax.model.attention import CACHE_AXES, KVCache
 from bc2_jax.model.baichuan import Baichuan2
-from bc2_jax.sharding import ShardingRules, named_sharding, reshard, rules_in_use, spec, use_mesh_of, use_rules
+from bc2_jax.sharding import (
+    ShardingRules,
+    from_host,
+    named_sharding,
+    reshard,
+    rules_in_use,
+    spec,
+    use_mesh_of,
+    use_rules,
+)
 from bc2_jax.tpu.options import Value, compiler_options
 
 __all__ = [
-    "Decoding", "Prepared", "Programs", "Reason", "decode", "decoding_rules", "insert", "make_programs", "prefill",
-    "prepare", "programs",
+    "Decoding", "Prepared", "Programs", "Reason", "allocate", "decode", "decoding_rules", "insert", "make_programs",
+    "prefill", "prepare", "programs",
 ]  # fmt: skip
 
 
@@ -65,8 +74,8 @@ class Decoding(NamedTuple):
     output_BS: Array
     """int32: the new tokens of a row in its first step_B columns, its eos included."""
     log_probs_BS: Array | None
-    """fp32, beside output_BS: log_softmax of the logits as the model gave them, before penalty, temperature and cuts.
-    None where they were not asked for."""
+    """fp32, beside output_BS: log_softmax of the logits as the model gave them, divided by `log_prob_temperature`:
+    before penalty, temperature and cuts. None where they were not asked for."""
     token_B: Array
     """int32: the newest token."""
     position_B: Array
@@ -82,11 +91,13 @@ class Programs(NamedTuple):
     """The jitted functions behind `prefill`, `insert` and `decode`; to run with `decoding_rules()` and the mesh in use.
 
     prefill(prepared, ids_BT, segments_BT, sampling, length=, top_k=, log_probs=),
-    insert(decoding, prefilled, rows_from, rows_to), decode(prepared, decoding, steps, top_k=). All arguments but
-    `prepared` are arrays.
+    allocate(prepared, sampling, length=, log_probs=), insert(decoding, prefilled, rows_from, rows_to),
+    decode(prepared, decoding, steps, top_k=). All arguments but `prepared` are arrays; rows_to of insert is as long as
+    `decoding` has rows, and ends in -1 where there is nothing to insert.
     """
 
     prefill: Any
+    allocate: Any
     insert: Any
     decode: Any
 
@@ -110,20 +121,31 @@ def prefill(
     """
     with _runs_on(prepared.params["norm"]["weight"]):
         run = programs(prepared.compute).prefill
-        return run(prepared, ids_BT, segments_BT, sampling, length=length, top_k=top_k, log_probs=log_probs)
+        arrays = from_host((ids_BT, segments_BT, sampling))
+        return run(prepared, *arrays, length=length, top_k=top_k, log_probs=log_probs)
+
+
+def allocate(prepared: Prepared, sampling: Sampling, *, length: int, log_probs: bool = False) -> Decoding:
+    """Rows of no prompt with an empty cache of `length` slots, one for each of `sampling`, into which to `insert`.
+
+    `sampling` must have the settings that are None in that of the rows to insert, and no others.
+    """
+    with _runs_on(prepared.params["norm"]["weight"]):
+        return make_programs().allocate(prepared, from_host(sampling), length=length, log_probs=log_probs)
 
 
 def insert(decoding: Decoding, prefilled: Decoding, rows_from: Sequence[int], rows_to: Sequence[int]) -> Decoding:
     """`decoding`, which is used up, with rows `rows_from` of `prefilled` in the place of its rows `rows_to`.
 
-    A row goes on as it would have gone on where it was. The cache of `prefilled` may have fewer slots. Raises
-    ValueError if it has more, if only one of both has log-probabilities or a setting that is not None, and for rows
-    that do not exist.
+    A row goes on as it would have gone on where it was. The cache of `prefilled` may have fewer slots. Compiled once
+    for the shapes of both, however many rows are inserted. Raises ValueError if `prefilled` has more slots, if only one
+    of both has log-probabilities or a setting that is not None, and for rows that do not exist.
     """
     _check_insert(decoding, prefilled, rows_from, rows_to)
     with _runs_on(decoding.cache.k):
-        rows = (np.asarray(rows, np.int32) for rows in (rows_from, rows_to))
-        return make_programs().insert(decoding, prefilled, *rows)
+        padding = [-1] * (len(decoding.step_B) - len(rows_to))
+        rows = (np.array([*rows, *padding], np.int32) for rows in (rows_from, rows_to))
+        return make_programs().insert(decoding, prefilled, *from_host(tuple(rows)))
 
 
 def decode(prepared: Prepared, decoding: Decoding, *, top_k: int, steps: int) -> Decoding:
@@ -132,7 +154,7 @@ def decode(prepared: Prepared, decoding: Decoding, *, top_k: int, steps: int) ->
     Compiled once for each shape of `decoding` and each `top_k`.
     """
     with _runs_on(prepared.params["norm"]["weight"]):
-        return programs(prepared.compute).decode(prepared, decoding, np.int32(steps), top_k=top_k)
+        return programs(prepared.compute).decode(prepared, decoding, from_host(np.int32(steps)), top_k=top_k)
 
 
 def decoding_rules() -> ShardingRules:
@@ -174,11 +196,10 @@ def _run_prefill(
     prepared: Prepared, ids_BT: Array, segments_BT: Array, sampling: Sampling, *, length: int, top_k: int,
     log_probs: bool,
 ) -> Decoding:  # fmt: skip
-    model = prepared.merge()
-    V, (B, _) = prepared.config.vocab_size, ids_BT.shape
+    model, V = prepared.merge(), prepared.config.vocab_size
     count_B = (segments_BT != 0).sum(axis=1)
-    cache = init_cache(prepared.config, prepared.compute, B, length)
-    h_BTD, appended = model.hidden_states(ids_BT, None, segments_BT, cache)
+    empty = _run_allocate(prepared, sampling, length=length, log_probs=log_probs)
+    h_BTD, appended = model.hidden_states(ids_BT, None, segments_BT, empty.cache)
     assert appended is not None  # as the cache was
 
     def last_token(h_BTD: Array, length_B: Array) -> Array:
@@ -190,19 +211,29 @@ def _run_prefill(
         mark = jax.vmap(lambda ids: jnp.zeros(V, bool).at[ids].set(True, mode="drop"))
         return mark(ids_BT)
 
-    start = Decoding(
+    start = empty._replace(
         cache=appended,
         seen_BV=_by_rows(mark_seen, ids_BT, segments_BT),
+        position_B=count_B - 1,
+        reason_B=jnp.where(count_B == 0, Reason.NO_PROMPT, Reason.RUNNING).astype(jnp.int8),
+    )
+    return _choose_next(start, model.lm_head(_by_rows(last_token, h_BTD, appended.length)), top_k)
+
+
+def _run_allocate(prepared: Prepared, sampling: Sampling, *, length: int, log_probs: bool) -> Decoding:
+    B, V = len(sampling.place), prepared.config.vocab_size
+    return Decoding(
+        cache=init_cache(prepared.config, prepared.compute, B, length),
+        seen_BV=reshard(jnp.zeros((B, V), bool), "batch", None),
         output_BS=jnp.zeros((B, length), jnp.int32),
         log_probs_BS=jnp.zeros((B, length), jnp.float32) if log_probs else None,
         token_B=jnp.zeros(B, jnp.int32),
-        position_B=count_B - 1,
+        position_B=jnp.full(B, -1, jnp.int32),
         step_B=jnp.zeros(B, jnp.int32),
-        reason_B=jnp.where(count_B == 0, Reason.NO_PROMPT, Reason.RUNNING).astype(jnp.int8),
+        reason_B=jnp.full(B, Reason.NO_PROMPT, jnp.int8),
         # Arrays of the host have no layout until they are given one.
         sampling=jax.tree.map(lambda x: reshard(x, None), sampling),
     )
-    return _choose_next(start, model.lm_head(_by_rows(last_token, h_BTD, appended.length)), top_k)
 
 
 def _run_decode(prepared: Prepared, decoding: Decoding, steps: Array, *, top_k: int) -> Decoding:
@@ -245,7 +276,9 @@ def _choose_next(decoding: Decoding, logits_BTV: Array, top_k: int) -> Decoding:
         token_B = sample_tokens(penalized_BV, keys_B, temperature=temperature, top_k=top_k, top_p=top_p)
         log_prob_B = None
         if decoding.log_probs_BS is not None:
-            log_prob_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BV), token_B[:, None], axis=1)[:, 0]
+            divisor = 1.0 if sampling.log_prob_temperature is None else sampling.log_prob_temperature[:, None]
+            log_probs_BV = jax.nn.log_softmax(logits_BV / divisor)
+            log_prob_B = jnp.take_along_axis(log_probs_BV, token_B[:, None], axis=1)[:, 0]
         drawn_B = jnp.where(runs_B, token_B, logits_BV.shape[1])
         seen_BV = seen_BV.at[jnp.arange(len(drawn_B)), drawn_B].set(True, mode="drop")
         return seen_BV, (token_B, log_prob_B)
@@ -321,11 +354,11 @@ def _put_rows(target: Array, source: Array, own: Array, rows_from: Array, rows_t
         old = jax.lax.dynamic_slice(target, start, new.shape)
         return jax.lax.dynamic_update_slice(target, jnp.where(row == start[dim], new, old), start)
 
-    return jax.lax.fori_loop(0, len(rows_to), put, target)
+    return jax.lax.fori_loop(0, (rows_to >= 0).sum(), put, target)
 
 
 def programs(compute: ComputeConfig) -> Programs:
-    """The three programs, on a TPU with the compiler options that `compute` chooses."""
+    """The programs, on a TPU with the compiler options that `compute` chooses."""
     chip = current_chip()
     if chip is None or compute.compiler_options == "default":
         return make_programs()
@@ -334,9 +367,10 @@ def programs(compute: ComputeConfig) -> Programs:
 
 @functools.cache
 def make_programs(**options: Value) -> Programs:
-    """The three programs, jitted once for these compiler options; inserting is copying and needs none."""
+    """The programs, jitted once for these compiler options; to allocate and to insert is to copy, and needs none."""
     return Programs(
         prefill=jax.jit(_run_prefill, static_argnames=("length", "top_k", "log_probs"), compiler_options=options),
+        allocate=jax.jit(_run_allocate, static_argnames=("length", "log_probs")),
         insert=jax.jit(_run_insert, donate_argnums=0),
         decode=jax.jit(_run_decode, static_argnames="top_k", donate_argnums=1, compiler_options=options),
     )

@@ -43,7 +43,8 @@ class Continuation:
     """Why it ended: at an eos, at max_new_tokens, or because on_token stopped it."""
     log_probs: list[float] | None
     """Of each token, nats: log_softmax of the fp32 logits as the model gave them, before repetition penalty,
-    temperature, top_k and top_p. None where they were not asked for."""
+    temperature, top_k and top_p; divided by `log_prob_temperature` where that was given. None where they were not asked
+    for."""
 
 
 def generate(
@@ -200,13 +201,19 @@ def _stop(decoding: Decoding, answer: Any, count: int) -> Decoding:
 
 
 def _continuations(decoding: Decoding) -> list[Continuation]:
-    output_BS, step_B, reason_B = (to_host(x) for x in (decoding.output_BS, decoding.step_B, decoding.reason_B))
+    rows = range(len(decoding.step_B))
+    return read_rows(decoding, rows, to_host(decoding.step_B), to_host(decoding.reason_B))
+
+
+def read_rows(decoding: Decoding, rows: Sequence[int], step_B: np.ndarray, reason_B: np.ndarray) -> list[Continuation]:
+    """What `rows` of `decoding` hold; its step_B and reason_B are already on the host."""
+    output_BS = to_host(decoding.output_BS)
     log_probs_BS = None if decoding.log_probs_BS is None else to_host(decoding.log_probs_BS)
     return [
         Continuation(
-            tokens=output_BS[row, :count].tolist(),
-            reason=_REASONS.get(reason, "length"),
-            log_probs=None if log_probs_BS is None else log_probs_BS[row, :count].tolist(),
+            tokens=output_BS[row, : step_B[row]].tolist(),
+            reason=_REASONS.get(reason_B[row], "length"),
+            log_probs=None if log_probs_BS is None else log_probs_BS[row, : step_B[row]].tolist(),
         )
-        for row, (count, reason) in enumerate(zip(step_B, reason_B, strict=True))
+        for row in rows
     ]

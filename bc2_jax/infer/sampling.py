@@ -141,9 +141,11 @@ class Sampling(NamedTuple):
     """int32 [B]: of the prompt in its caller's list. Seed, step and place together choose the key of a draw."""
     limit: Rows
     """int32 [B]: the most new tokens."""
+    log_prob_temperature: Rows | None = None
+    """fp32 [B]: what logits are divided by for the log-probabilities that are kept; None is 1 for all rows."""
 
 
-def sampling_of(settings: Sequence[Settings], places: Sequence[int]) -> Sampling:
+def sampling_of(settings: Sequence[Settings], places: Sequence[int], log_prob_temperature: float = 1.0) -> Sampling:
     """The arrays, on the host, for rows with these checked settings and places.
 
     Without a top_k, a row whose top_p is 1 draws other tokens beside rows that have a smaller one than it does alone:
@@ -172,6 +174,9 @@ def sampling_of(settings: Sequence[Settings], places: Sequence[int]) -> Sampling
         seed=column("seed", np.uint32),
         place=np.array(places, np.int32),
         limit=column("max_new_tokens", np.int32),
+        log_prob_temperature=None
+        if log_prob_temperature == 1
+        else np.full(len(settings), log_prob_temperature, np.float32),
     )
 
 
