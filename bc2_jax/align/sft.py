@@ -5,41 +5,31 @@ What a row's targets are is in the rows (tools/prepare_chat.py). This adds which
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
+from bc2_jax.align import tuning
 from bc2_jax.align.questions import answer_questions, read_questions, report, summarize
-from bc2_jax.align.sft_results import check_adapter_export, make_ending, print_plan
-from bc2_jax.config import TOKENIZER_OF_BASE, FineTuneConfig
-from bc2_jax.convert.pretrained import find_tokenizer, load_params
+from bc2_jax.align.sft_results import make_ending, print_plan
+from bc2_jax.config import FineTuneConfig
 from bc2_jax.data.batch import IGNORED, Batch
-from bc2_jax.data.loader import describe_mixture
-from bc2_jax.model.baichuan import Baichuan2, Params, abstract_params, split_model
-from bc2_jax.model.lora import abstract_adapter, init_adapter, with_adapter
+from bc2_jax.model.baichuan import Baichuan2, Params, split_model
 from bc2_jax.sharding import reshard, spec
 from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.train import pretrain
-from bc2_jax.train.checks import check_initial_model
-from bc2_jax.train.health import mix
-from bc2_jax.train.job import Job, Objective, Parts, Progress, StepParts, abstract_state, init_state
+from bc2_jax.train.job import Job, Objective, Parts, Progress, StepParts
 from bc2_jax.train.loop import RunResult, Start, run
 from bc2_jax.train.loss import count_targets
 from bc2_jax.train.results import show_results
-from bc2_jax.validation import require
 
 SEED = "seed"
 """Field of a training batch, uint32 [A], whole everywhere: what the noise of each accumulation step is drawn from. A
 batch without it is held out, and has none."""
-BASE = "base_checksum"
-"""In the metadata of a checkpoint of adapters: that of the base model, in hex."""
 
 
 def train(config: FineTuneConfig, command: str = "train.py", started: float | None = None) -> RunResult:
@@ -48,57 +38,28 @@ def train(config: FineTuneConfig, command: str = "train.py", started: float | No
 
 
 def complete(config: FineTuneConfig) -> FineTuneConfig:
-    """`config` with the tokenizer of the base model, if it asks for that, and the steps of its `num_epochs`.
-
-    Run and schedule end with the epochs at the latest; one is as many rows as all sources have together. Raises
-    ValueError without a model to begin from, FileNotFoundError if that has no tokenizer and none is named, and as
-    `make_train_loader` for rows that are not there.
-    """
-    require(
-        config.init_from is not None, "init_from", config.init_from,
-        "fine-tuning needs the base model: a PyTorch folder, a checkpoint or a run",
-    )  # fmt: skip
-    if config.data.tokenizer == TOKENIZER_OF_BASE:
-        data = dataclasses.replace(config.data, tokenizer=str(find_tokenizer(str(config.init_from))))
-        config = dataclasses.replace(config, data=data)
-    if config.num_epochs is None:
-        return config
-    rows = sum(part.rows for part in describe_mixture(config.data, 0))
-    steps = math.ceil(config.num_epochs * rows / config.data.global_batch_size)
-    optimizer = dataclasses.replace(config.optimizer, decay_steps=min(config.optimizer.decay_steps, steps))
-    return dataclasses.replace(config, num_steps=min(config.num_steps, steps), optimizer=optimizer)
+    """`config` with what depends on the base model and on the rows; raises as `tuning.complete`."""
+    return tuning.complete(config)
 
 
 def make_step(config: FineTuneConfig, mesh: Mesh) -> StepParts:
-    """The step of a run: of all parameters, or of adapters beside the frozen base model in the compute dtype."""
-    model, dtype = config.model, config.compute.dtype
+    """The step of a run, whose batches have the seeds of their noise."""
     shape, sharding = (config.data.accumulation_steps,), NamedSharding(mesh, spec(None))
     seed: Batch = {SEED: jax.ShapeDtypeStruct(shape, jnp.uint32, sharding=sharding)}  # type: ignore[dict-item]  # shapes stand in for arrays
-    parts = pretrain.make_step(config, mesh)
-    parts = parts._replace(
-        objective=make_objective(config),
+    parts = tuning.make_step(config, mesh, make_objective(config))
+    return parts._replace(
         batch=parts.batch | seed,
         complete=lambda step, batch: batch | {SEED: place_seeds(config, mesh, step)},
-    )
-    if not config.lora.rank:
-        return parts
-    return parts._replace(
-        state=abstract_state(abstract_adapter(config.lora, model, mesh), parts.optimizer),
-        frozen=abstract_params(model, mesh, dtype),
-        flops_per_step=adapter_flops(config)[0],
-        load_frozen=lambda: load_params(str(config.init_from), dtype, mesh)[0],
     )
 
 
 def make_job(config: FineTuneConfig, start: Start) -> Job:
-    """The run of `config`, from `complete`. Raises as `pretrain.make_job`, and ValueError if what is asked at
-    evaluations is not valid, or if a run of adapters is resumed with another base model."""
+    """The run of `config`, from `complete`. Raises as `tuning.make_job`, and ValueError if what is asked at evaluations
+    is not valid."""
     step = make_step(config, start.mesh)
-    job = pretrain.make_job(config, start, step)
+    job = tuning.make_job(config, start, step)
     tokenizer = Tokenizer(config.data.tokenizer)
     questions, build = read_questions(config, tokenizer), make_build(config)
-    if config.lora.rank:
-        job = _with_adapters(job, config, start, step)
     frozen = job.frozen
 
     def begin(workdir: Path) -> None:
@@ -120,56 +81,6 @@ def make_job(config: FineTuneConfig, start: Start) -> Job:
     return job._replace(begin=begin, finish=finish, examine=examine if questions else None)
 
 
-def _with_adapters(job: Job, config: FineTuneConfig, start: Start, step: StepParts) -> Job:
-    """`job` with the base model frozen, and adapters as all that is trained and saved."""
-    check_initial_model(config)  # at a resume too: the checkpoint does not hold it
-    check_adapter_export(start.workdir)
-    frozen = step.load_frozen()
-    base = f"{checksum(frozen):08x}"
-    if start.metadata is not None and start.metadata.job.get(BASE) != base:
-        raise ValueError(
-            f"init_from = {config.init_from!r} is not valid: its parameters are not those beside which the adapters in "
-            f"'{start.workdir}' were trained (checksum {base}, then {start.metadata.job.get(BASE)}); the same model "
-            "in the same compute.dtype is needed."
-        )
-    return job._replace(
-        frozen=frozen,
-        init_state=lambda: init_state(
-            init_adapter(config.lora, config.model, frozen, config.seed, start.mesh), step.optimizer
-        ),
-        flops_per_step=step.flops_per_step, flops_formula=adapter_flops(config)[1],
-        metadata=job.metadata | {BASE: base},
-    )  # fmt: skip
-
-
-def adapter_flops(config: FineTuneConfig) -> tuple[int, str]:
-    """Model FLOPs of an update of adapters, and what they are made of: frozen weights have no gradients."""
-    model, data = config.model, config.data
-    length = data.sequence_length
-    attention = 6 * model.num_hidden_layers * model.hidden_size * length * (length + 1)
-    matmuls = (model.flops_per_sequence(length) - attention) * 4 // 6
-    shapes = jax.tree.leaves(abstract_adapter(config.lora, model, None))
-    adapters = 6 * length * sum(math.prod(x.shape) for x in shapes)
-    formula = "(4 x frozen matmul parameters + 6 x adapter parameters) x tokens + causal attention"
-    return data.global_batch_size * (matmuls + adapters + attention), formula
-
-
-def checksum(params: Params) -> int:
-    """uint32 of all bits of the parameters, of their places and of their names, the same on every mesh."""
-    return int(jax.jit(_checksum)(params))
-
-
-def _checksum(params: Params) -> Array:
-    total = jnp.uint32(0)
-    for index, x in enumerate(jax.tree.leaves(params)):
-        bits = jax.lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32).astype(jnp.uint32)
-        while bits.ndim:  # sums of integers wrap and have no order
-            places = 2 * jax.lax.broadcasted_iota(jnp.uint32, (bits.shape[-1],), 0) + 1
-            bits = jnp.sum(mix(bits) * places, axis=-1, dtype=jnp.uint32)
-        total = total * jnp.uint32(0x01000193) + (bits ^ jnp.uint32(index))
-    return total
-
-
 def place_seeds(config: FineTuneConfig, mesh: Mesh, step: int) -> Array:
     """SEED of the batch of a step: the same on every mesh, and whenever the step is done again."""
     seeds = np.random.SeedSequence((config.seed, step)).generate_state(config.data.accumulation_steps)
@@ -184,7 +95,7 @@ def place_seeds(config: FineTuneConfig, mesh: Mesh, step: int) -> Array:
 
 def make_objective(config: FineTuneConfig) -> Objective:
     """Cross entropy of the targets, each with the weight that `config.loss_weighting` gives it."""
-    by_sample, has_adapters = config.loss_weighting == "sample", config.lora.rank > 0
+    by_sample = config.loss_weighting == "sample"
     head_loss = pretrain.make_loss(
         config.model, config.compute, make_build(config), weigh_by_sample if by_sample else None
     )
@@ -200,11 +111,7 @@ def make_objective(config: FineTuneConfig) -> Objective:
         targets, samples = sums.pop("targets"), sums.pop("samples")
         return plain.metrics(parts._replace(sums=sums)) | {"tokens": targets, "samples": samples}
 
-    return plain._replace(
-        loss=loss, metrics=metrics,
-        weight=count_samples if by_sample else plain.weight,
-        norms=(lambda params: {}) if has_adapters else plain.norms,  # those of the head are of a head that is trained
-    )  # fmt: skip
+    return plain._replace(loss=loss, metrics=metrics, weight=count_samples if by_sample else plain.weight)
 
 
 def make_build(config: FineTuneConfig) -> pretrain.Build:
@@ -212,14 +119,12 @@ def make_build(config: FineTuneConfig) -> pretrain.Build:
     graphdef, _, _ = split_model(config.model, config.compute)
 
     def build(params: Params, frozen: Params, batch: Batch) -> Baichuan2:
-        module = nnx.merge(graphdef, frozen if config.lora.rank else params)
         noise_key = dropout_key = None
         if SEED in batch:
             noise_key, dropout_key = jax.random.split(jax.random.key(batch[SEED]))
-        if config.lora.rank:
-            module = with_adapter(module, config.lora, params, dropout_key if config.lora.dropout else None)
+        module = tuning.merge_model(graphdef, config.lora, params, frozen, dropout_key)
         if config.neftune_alpha and noise_key is not None:
-            module.embed_tokens = NoisyEmbedding(
+            module.embed_tokens = NoisyEmbedding(  # type: ignore[assignment]  # stands in for an Embedding
                 module.embed_tokens, noise_key, config.neftune_alpha, batch["segment_ids"]
             )
         return module

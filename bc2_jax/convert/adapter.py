@@ -15,7 +15,14 @@ from bc2_jax.config import ModelConfig
 from bc2_jax.config.lora import LoraConfig
 from bc2_jax.config.record import from_record
 from bc2_jax.convert import hf, orbax
-from bc2_jax.convert.checkpoints import newest_checkpoint, open_metadata, open_params
+from bc2_jax.convert.checkpoints import (
+    explain_reward_model,
+    holds_reward_model,
+    newest_checkpoint,
+    open_metadata,
+    open_params,
+    policy_part,
+)
 from bc2_jax.convert.peft import is_peft_folder, load_peft, open_peft
 from bc2_jax.convert.table import flatten, unflatten
 from bc2_jax.metadata import parse_model_config
@@ -35,6 +42,8 @@ class FoundAdapter:
     """Architecture of the base model; None of a PEFT folder, which does not say."""
     base: str | None
     """Where the base model was in training, if that is known."""
+    part: str = ""
+    """Which part of the checkpoint's parameters it is (`checkpoints.policy_part`)."""
 
     def explain(self) -> str:
         """One sentence for whoever takes it for a model: what it is, and how to use it."""
@@ -48,13 +57,16 @@ class FoundAdapter:
 def find_adapter(path: str | Path) -> FoundAdapter | None:
     """The adapter in `path`, a PEFT folder or a bc2_jax LoRA run or checkpoint; None if there is none.
 
-    Raises ValueError, in one sentence, if it is one that cannot be read.
+    Raises ValueError, in one sentence, if it is one that cannot be read, or that of a reward model.
     """
     path = Path(path)
     checkpoint = newest_checkpoint(path.absolute())
     if checkpoint is None:
         return FoundAdapter(path, None, None, open_peft(path).base) if is_peft_folder(path) else None
-    return adapter_of(checkpoint, open_metadata(checkpoint))
+    metadata = open_metadata(checkpoint)
+    if holds_reward_model(metadata):
+        raise ValueError(explain_reward_model(checkpoint))
+    return adapter_of(checkpoint, metadata)
 
 
 def adapter_of(checkpoint: Path, metadata: Mapping[str, Any]) -> FoundAdapter | None:
@@ -68,7 +80,7 @@ def adapter_of(checkpoint: Path, metadata: Mapping[str, Any]) -> FoundAdapter | 
         raise ValueError(f"The adapter config of {checkpoint} is not valid: {str(error).rstrip('.')}.") from error
     base = metadata["config"].get("init_from")
     model = parse_model_config(dict(metadata), checkpoint)
-    return FoundAdapter(checkpoint, lora, model, base if isinstance(base, str) else None)
+    return FoundAdapter(checkpoint, lora, model, base if isinstance(base, str) else None, policy_part(metadata))
 
 
 def require_adapter(path: str | Path) -> FoundAdapter:
@@ -90,11 +102,15 @@ def load_adapter(path: str | Path, config: ModelConfig) -> Adapter:
     found = require_adapter(path)
     if found.config is None:
         return load_peft(path, config)
-    arrays = open_params(found.path)
-    expected = {name: array.shape for name, array in flatten(abstract_adapter(found.config, config, None)).items()}
-    hf.check_shapes(f"arrays of {found.path}", expected, {name: array.shape for name, array in arrays.items()})
+    return read_adapter(open_params(found.path, part=found.part), found.config, config, found.path)
+
+
+def read_adapter(arrays: Mapping[str, Any], lora: LoraConfig, config: ModelConfig, checkpoint: Path) -> Adapter:
+    """The adapter of `lora` that the arrays of a checkpoint are, fp32; ValueError if they do not fit the model."""
+    expected = {name: array.shape for name, array in flatten(abstract_adapter(lora, config, None)).items()}
+    hf.check_shapes(f"arrays of {checkpoint}", expected, {name: array.shape for name, array in arrays.items()})
     flat = {name: np.asarray(orbax.read_part(array, None), np.float32) for name, array in arrays.items()}
-    return Adapter(found.config, unflatten(flat))
+    return Adapter(lora, unflatten(flat))
 
 
 def place_adapter(adapter: Adapter, config: ModelConfig, mesh: Mesh | None) -> Params:
@@ -108,7 +124,9 @@ def place_adapter(adapter: Adapter, config: ModelConfig, mesh: Mesh | None) -> P
 
 def describe(found: FoundAdapter) -> tuple[str, ...]:
     """What the adapter is, a line each."""
-    lines = (f"adapter of {found.base or 'a model that is not named'}: {found.path}",)
+    lines: tuple[str, ...] = (f"adapter of {found.base or 'a model that is not named'}: {found.path}",)
+    if found.part:
+        lines += (f"that of the {found.part} of a run of reinforcement learning; all else stays in the checkpoint",)
     if found.config is not None:
         return (*lines, found.config.describe())
     raw = open_peft(found.path).raw

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from bc2_jax.convert import orbax
 from bc2_jax.manifest import DamagedCheckpoint
 from bc2_jax.metadata import is_complete, read_metadata
 from bc2_jax.validation import check_path
+
+ACTOR, CRITIC = "actor", "critic"
+"""The two models that are trained by reinforcement learning, as their parts of `params` are called."""
 
 
 def newest_checkpoint(path: Path) -> Path | None:
@@ -42,12 +46,45 @@ def open_metadata(checkpoint: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{file} is damaged: {orbax.explain(error)}.") from error
 
 
-def open_params(checkpoint: Path, process: int = 0, count: int = 1) -> dict[str, Any]:
-    """Our path -> array of its parameters, whose bytes are what its manifest says, if it has one.
+def policy_part(metadata: Mapping[str, Any]) -> str:
+    """Which part of a checkpoint's `params` is its language model, or the adapter of one: ACTOR where it was trained by
+    reinforcement learning, else "", all of them."""
+    return ACTOR if isinstance(metadata["config"].get("ppo"), dict) else ""
+
+
+def holds_reward_model(metadata: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is of a run that trains a reward model."""
+    return isinstance(metadata["config"].get("reward"), dict)
+
+
+def explain_reward_model(checkpoint: Path) -> str:
+    """One sentence for whoever takes it for a language model: what it is, and how to use it."""
+    return (
+        f"{checkpoint} is a reward model, which scores conversations and writes no text: measure it with `python "
+        f"tools/reward_report.py {checkpoint} PAIRS`, score with bc2_jax.align.scoring.Scorer, train with it by "
+        f"--ppo.reward-model {checkpoint}, or train it further by --init-from of a run of a reward model."
+    )
+
+
+def take_part(arrays: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """Those of the arrays, by our path, that are in a `part` of `params`, by their path in it; all of them for ""."""
+    prefix = f"{part}." if part else ""
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def describe_rest(arrays: Mapping[str, Any], part: str) -> tuple[str, ...]:
+    """Names of the other parts of `params`, as conversions list what they leave out."""
+    prefix = f"{part}." if part else ""
+    return tuple(sorted({f"params/{name.split('.')[0]}" for name in arrays if not name.startswith(prefix)}))
+
+
+def open_params(checkpoint: Path, process: int = 0, count: int = 1, part: str = "") -> dict[str, Any]:
+    """Our path -> array of its parameters, or of a `part` of them (`take_part`), whose bytes are what its manifest
+    says, if it has one.
 
     Raises `manifest.DamagedCheckpoint`. Not through Orbax: of several damaged arrays it reports one, and its threads
     print a traceback for each other one.
     """
     if (checkpoint / manifest.MANIFEST_NAME).is_file():
         manifest.verify(checkpoint, process, count, below="params/")
-    return orbax.open_arrays(checkpoint)
+    return take_part(orbax.open_arrays(checkpoint), part)

@@ -10,7 +10,8 @@ import numpy as np
 
 from bc2_jax.config import ModelConfig
 from bc2_jax.convert import orbax
-from bc2_jax.convert.adapter import load_adapter, require_adapter
+from bc2_jax.convert.adapter import find_adapter, load_adapter, require_adapter
+from bc2_jax.convert.checkpoints import describe_rest
 from bc2_jax.convert.conversion import Options, Summary, to_hf
 from bc2_jax.convert.folder import check_free, written_whole
 from bc2_jax.convert.hf_config import HFDType
@@ -23,7 +24,7 @@ from bc2_jax.convert.source import Source
 from bc2_jax.convert.stream import Part
 from bc2_jax.convert.table import Layout, cast, flatten
 from bc2_jax.model.lora import SLOTS, Adapter, adapted_weights, equation_of, lost, merge_weight, part_of
-from bc2_jax.validation import check_path
+from bc2_jax.validation import check_path, join_some
 
 DEFAULTS = Options()
 
@@ -72,14 +73,25 @@ def merge_lora(
     `adapter` is as in `load_adapter`; all else is as in `to_hf`. The summary's notes tell what the dtype loses.
     """
     merging: list[Merging] = []
+    left: list[str] = []
 
     def add(source: Source, dtype: np.dtype) -> Source:
         loaded = load_adapter(adapter, source.config)
+        left.extend(_left_out(adapter))
         merging.append(Merging(source, loaded, dtype))
         return merging[0].source
 
     summary = to_hf(base, folder, options, dtype, layout, file_format, max_shard_bytes, add)
-    return dataclasses.replace(summary, notes=(*merging[0].notes(), *summary.notes))
+    return dataclasses.replace(summary, notes=(*merging[0].notes(), *left, *summary.notes))
+
+
+def _left_out(adapter: str | Path) -> tuple[str, ...]:
+    """What is to be said of a checkpoint that holds more than the adapter."""
+    found = find_adapter(adapter)
+    if found is None or not found.part:
+        return ()
+    rest = describe_rest(orbax.open_arrays(found.path), found.part)
+    return (f"not carried over from the adapter's checkpoint: {join_some(rest)}",) if rest else ()
 
 
 def convert_adapter(

@@ -20,11 +20,18 @@ from bc2_jax.checkpoint import TOKENIZER_NAME, save_context
 from bc2_jax.config import ComputeConfig, DType, ModelConfig
 from bc2_jax.convert import hf, orbax
 from bc2_jax.convert.adapter import adapter_of, find_adapter, load_adapter, place_adapter
-from bc2_jax.convert.checkpoints import newest_checkpoint, open_metadata, open_params
+from bc2_jax.convert.checkpoints import (
+    explain_reward_model,
+    holds_reward_model,
+    newest_checkpoint,
+    open_metadata,
+    open_params,
+    policy_part,
+)
 from bc2_jax.convert.hf_config import read_config
 from bc2_jax.convert.peft import is_peft_folder
 from bc2_jax.convert.reading import AS_SAID, Reading
-from bc2_jax.convert.table import flatten, param_shapes, unflatten
+from bc2_jax.convert.table import Shape, flatten, param_shapes, unflatten
 from bc2_jax.convert.weights import check_weights
 from bc2_jax.metadata import is_complete, parse_model_config
 from bc2_jax.model.baichuan import Baichuan2, Params, param_shardings, split_model
@@ -44,15 +51,32 @@ class FoundModel:
     """tokenizer.model in a PyTorch folder; in a checkpoint's folder or its run's."""
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What was saved with a checkpoint; nothing in a PyTorch folder."""
+    part: str = ""
+    """Which part of the checkpoint's parameters it is (`checkpoints.policy_part`)."""
+
+    @property
+    def is_reward_model(self) -> bool:
+        """Whether it has a value for each token in place of a language model's head (`convert/reward.py` loads it)."""
+        return bool(self.metadata) and holds_reward_model(self.metadata)
 
 
 def find_model(path: str | Path, reading: Reading = AS_SAID) -> FoundModel:
     """Finds the model at `path`: a PyTorch folder in the layout of Baichuan or LLaMA, a bc2_jax checkpoint, or the
-    newest complete checkpoint of a run (its folder, or the `checkpoints` folder in it).
+    newest complete checkpoint of a run (its folder, or the `checkpoints` folder in it). Of a run of reinforcement
+    learning it is the actor.
 
-    Raises FileNotFoundError if there is no model, and ValueError if its config is not valid, a checkpoint is damaged or
-    has a link in it, or its path is none for Orbax (`validation.check_path`); in one sentence.
+    Raises FileNotFoundError if there is no model, and ValueError if it is a reward model or an adapter, its config is
+    not valid, a checkpoint is damaged or has a link in it, or its path is none for Orbax (`validation.check_path`); in
+    one sentence.
     """
+    found = find_any_model(path, reading)
+    if found.is_reward_model:
+        raise ValueError(explain_reward_model(found.path))
+    return found
+
+
+def find_any_model(path: str | Path, reading: Reading = AS_SAID) -> FoundModel:
+    """`find_model`, also of a reward model, whose trained parameters may be an adapter and its score."""
     path = Path(path)
     if is_hf_folder(path):
         tokenizer = path / TOKENIZER_NAME
@@ -65,11 +89,12 @@ def find_model(path: str | Path, reading: Reading = AS_SAID) -> FoundModel:
             f"{path} is a bc2_jax checkpoint, which records how to read it; {reading} applies to PyTorch folders only."
         )
     metadata = open_metadata(checkpoint)
-    if (adapter := adapter_of(checkpoint, metadata)) is not None:
+    if not holds_reward_model(metadata) and (adapter := adapter_of(checkpoint, metadata)) is not None:
         raise ValueError(adapter.explain())
     return FoundModel(
-        checkpoint, "orbax", parse_model_config(metadata, checkpoint), _tokenizer_near(checkpoint), metadata
-    )
+        checkpoint, "orbax", parse_model_config(metadata, checkpoint), _tokenizer_near(checkpoint), metadata,
+        policy_part(metadata),
+    )  # fmt: skip
 
 
 def find_tokenizer(path: str | Path) -> Path:
@@ -114,9 +139,8 @@ def load_params(
     Raises as `load_pretrained`.
     """
     found = find_model(path, reading)
-    if found.format == "pytorch":
-        return _load_torch(found, dtype, mesh, reading), found.config
-    return _load_orbax(found, dtype, mesh), found.config
+    shardings = None if mesh is None else flatten(param_shardings(found.config, mesh))
+    return place_params(param_shapes(found.config), shardings, dtype, open_reader(found, reading)), found.config
 
 
 def save_params(params: Params, config: ModelConfig, path: str | Path, tokenizer: Path | None = None) -> None:
@@ -178,30 +202,32 @@ def _tokenizer_near(path: Path) -> Path | None:
     return next((folder / TOKENIZER_NAME for folder in (path, *runs) if (folder / TOKENIZER_NAME).is_file()), None)
 
 
-def _load_torch(found: FoundModel, dtype: DType, mesh: Mesh | None, reading: Reading) -> Params:
-    config = found.config
-    weights = check_weights(found.path, config, hf.read_folder(found.path, reading.strip_prefix), reading)
-    return _place(config, dtype, mesh, weights.read_slice)
+Read = Callable[[str, tuple[slice, ...]], np.ndarray]
+"""(our path, index) -> that part of the array; all of it for an empty index."""
 
 
-def _load_orbax(found: FoundModel, dtype: DType, mesh: Mesh | None) -> Params:
-    arrays = open_params(found.path, jax.process_index(), jax.process_count())
-    hf.check_shapes(
-        f"arrays of {found.path}", param_shapes(found.config), {name: a.shape for name, a in arrays.items()}
-    )
-    return _place(found.config, dtype, mesh, lambda name, index: orbax.read_part(arrays[name], index or None))
+def open_reader(found: FoundModel, reading: Reading = AS_SAID) -> Read:
+    """What reads the parameters of a language model, after checking that they are those of its config."""
+    if found.format == "pytorch":
+        tensors = hf.read_folder(found.path, reading.strip_prefix)
+        return check_weights(found.path, found.config, tensors, reading).read_slice
+    arrays = open_params(found.path, jax.process_index(), jax.process_count(), found.part)
+    return reader_of(arrays, param_shapes(found.config), found.path)
 
 
-def _place(
-    config: ModelConfig, dtype: DType, mesh: Mesh | None, read: Callable[[str, tuple[slice, ...]], np.ndarray]
-) -> Params:
-    """Every parameter in `dtype`, each device reading its own part with `read(name, index)`."""
-    shardings = {} if mesh is None else flatten(param_shardings(config, mesh))
+def reader_of(arrays: Mapping[str, Any], shapes: Mapping[str, Shape], checkpoint: Path) -> Read:
+    """What reads arrays of a checkpoint (`open_params`), after checking that they have the `shapes`, by our path."""
+    hf.check_shapes(f"arrays of {checkpoint}", shapes, {name: array.shape for name, array in arrays.items()})
+    return lambda name, index: orbax.read_part(arrays[name], index or None)
 
-    def load(name: str, shape: tuple[int, ...]) -> jax.Array:
+
+def place_params(shapes: Mapping[str, Shape], shardings: Mapping[str, Any] | None, dtype: DType, read: Read) -> Params:
+    """Parameters of the `shapes` in `dtype`, each device reading its own part, or whole on the first device."""
+
+    def load(name: str, shape: Shape) -> jax.Array:
         def part(index: tuple[slice, ...] | None) -> np.ndarray:
             return read(name, index or ()).astype(jnp.dtype(dtype), copy=False)
 
-        return jax.make_array_from_callback(shape, shardings[name], part) if mesh else jnp.asarray(part(()))
+        return jax.make_array_from_callback(shape, shardings[name], part) if shardings else jnp.asarray(part(()))
 
-    return unflatten({name: load(name, shape) for name, shape in param_shapes(config).items()})
+    return unflatten({name: load(name, shape) for name, shape in shapes.items()})

@@ -14,6 +14,7 @@ from bc2_jax.checkpoint import TOKENIZER_NAME
 from bc2_jax.config import ModelConfig
 from bc2_jax.convert import hf, orbax
 from bc2_jax.convert.chat_template import CHAT_TEMPLATE_NAME, read_chat_template
+from bc2_jax.convert.checkpoints import describe_rest, take_part
 from bc2_jax.convert.checksums import SUMS_NAME
 from bc2_jax.convert.hf_config import read_generation_config
 from bc2_jax.convert.ownership import foreign_in_checkpoint
@@ -67,7 +68,7 @@ def open_contents(found: FoundModel, reading: Reading = AS_SAID) -> dict[str, An
     """Name -> tensor of a PyTorch folder or array of a checkpoint, unchecked; each has a shape and a dtype."""
     if found.format == "pytorch":
         return hf.read_folder(found.path, reading.strip_prefix)
-    return orbax.open_arrays(found.path)
+    return take_part(orbax.open_arrays(found.path), found.part)
 
 
 def make_source(found: FoundModel, contents: dict[str, Any], reading: Reading = AS_SAID) -> Source:
@@ -93,7 +94,8 @@ def _make_orbax(found: FoundModel, arrays: dict[str, Any]) -> Source:
         lambda name, layer: orbax.read_part(arrays[name], layer), found.tokenizer, found.metadata.get("generation"),
         template,
         tuple(hashes), hashes, (folder / "opt_state").is_dir(),
-        tuple(name for name in foreign_in_checkpoint(folder) if name not in training),
+        (*describe_rest(orbax.open_arrays(folder) if found.part else {}, found.part),
+         *(name for name in foreign_in_checkpoint(folder) if name not in training)),
     )  # fmt: skip
 
 

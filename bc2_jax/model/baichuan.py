@@ -1,4 +1,7 @@
-"""Baichuan 2 (paper section 2): embedding, L decoder layers, final norm, head; one code path for 7B and 13B."""
+"""Baichuan 2 (paper section 2): embedding, L decoder layers, final norm, head; one code path for 7B and 13B.
+
+`Backbone` is all but the head, for models with another one (`model/reward.py`).
+"""
 
 from __future__ import annotations
 
@@ -42,26 +45,17 @@ class DecoderLayer(nnx.Module):
             return h_BTD + self.mlp(self.post_attention_layernorm(h_BTD)), cache
 
 
-class Baichuan2(nnx.Module):
-    """The whole model. Parameters are named as in PyTorch, without the leading `model.`, with stacked layers."""
+class Backbone(nnx.Module):
+    """What a head is applied to: embedding, layers and final norm.
+
+    Parameters are named as in PyTorch, without the leading `model.`, with stacked layers.
+    """
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig = DEFAULT_COMPUTE, *, rngs: nnx.Rngs):
         self.embed_tokens = Embedding(config, rngs=rngs)
         self.layers = DecoderLayer(config, compute, rngs=rngs)
         self.norm = RMSNorm(config)
-        self.lm_head = Head(config, rngs=rngs)
         self.config, self.compute = config, compute
-
-    def __call__(self, input_ids: Array, positions: Array | None = None, segment_ids: Array | None = None) -> Array:
-        """Logits [B, T, V] in fp32 of token ids [B, T].
-
-        `segment_ids` int32 [B, T]: a token sees earlier tokens with the same non-zero segment; 0 is padding, left or
-        right (the released 13B code reads its attention mask so). `positions` int32 [B, T] default to the index within
-        the segment. Raises ValueError for shapes that do not agree.
-        """
-        with use_mesh_of(self.norm.weight[...]):
-            h_BTD, _ = self.hidden_states(input_ids, positions, segment_ids)
-            return self.lm_head(h_BTD)
 
     def hidden_states(
         self, input_ids: Array, positions: Array | None = None, segment_ids: Array | None = None,
@@ -124,6 +118,25 @@ class Baichuan2(nnx.Module):
         return h_BTD, cache, before
 
 
+class Baichuan2(Backbone):
+    """The language model."""
+
+    def __init__(self, config: ModelConfig, compute: ComputeConfig = DEFAULT_COMPUTE, *, rngs: nnx.Rngs):
+        super().__init__(config, compute, rngs=rngs)
+        self.lm_head = Head(config, rngs=rngs)
+
+    def __call__(self, input_ids: Array, positions: Array | None = None, segment_ids: Array | None = None) -> Array:
+        """Logits [B, T, V] in fp32 of token ids [B, T].
+
+        `segment_ids` int32 [B, T]: a token sees earlier tokens with the same non-zero segment; 0 is padding, left or
+        right (the released 13B code reads its attention mask so). `positions` int32 [B, T] default to the index within
+        the segment. Raises ValueError for shapes that do not agree.
+        """
+        with use_mesh_of(self.norm.weight[...]):
+            h_BTD, _ = self.hidden_states(input_ids, positions, segment_ids)
+            return self.lm_head(h_BTD)
+
+
 def _append_tokens(cache: KVCache, tokens: Tokens) -> Tokens:
     """Position and segment of each slot, those of the new tokens included."""
     if tokens.segments.shape[1] > 1:
@@ -167,29 +180,33 @@ def stack_layers(layers: list[Any]) -> Any:
     return jax.tree.map(lambda *xs: jnp.stack(xs), *layers)
 
 
-def split_model(config: ModelConfig, compute: ComputeConfig = DEFAULT_COMPUTE) -> tuple[Any, Params, Params]:
-    """(graphdef, abstract parameters, logical axes), without allocating anything.
+def split_model(
+    config: ModelConfig, compute: ComputeConfig = DEFAULT_COMPUTE, kind: type[Backbone] = Baichuan2
+) -> tuple[Any, Params, Params]:
+    """(graphdef, abstract parameters, logical axes) of a model of a `kind`, without allocating anything.
 
     `nnx.merge(graphdef, params)` gives the model for a nested dict `params` of arrays shaped as the abstract ones.
     """
 
-    model = nnx.eval_shape(lambda: Baichuan2(config, compute, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: kind(config, compute, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(model)
     axes = jax.tree.map(lambda p: p.axes, state, is_leaf=lambda p: isinstance(p, nnx.Variable))
     return graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
 
 
-def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
+def param_shardings(config: ModelConfig, mesh: Mesh, kind: type[Backbone] = Baichuan2) -> Params:
     """NamedSharding of every parameter on `mesh`."""
-    axes = split_model(config)[2]
+    axes = split_model(config, kind=kind)[2]
     return jax.tree.map(lambda a: NamedSharding(mesh, spec(*a)), axes, is_leaf=lambda a: isinstance(a, tuple))
 
 
-def abstract_params(config: ModelConfig, mesh: Mesh | None, dtype: DType = "float32") -> Params:
+def abstract_params(
+    config: ModelConfig, mesh: Mesh | None, dtype: DType = "float32", kind: type[Backbone] = Baichuan2
+) -> Params:
     """ShapeDtypeStructs of the parameters, sharded on `mesh` or whole on one device: what they are restored onto."""
-    shapes = split_model(config)[1]
+    shapes = split_model(config, kind=kind)[1]
     one_device = SingleDeviceSharding(jax.local_devices()[0])
-    shardings = jax.tree.map(lambda _: one_device, shapes) if mesh is None else param_shardings(config, mesh)
+    shardings = jax.tree.map(lambda _: one_device, shapes) if mesh is None else param_shardings(config, mesh, kind)
     return jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, dtype, sharding=s), shapes, shardings)
 
 

@@ -8,7 +8,7 @@ q_proj, k_proj and v_proj with one `lora_a` for all three; its out is 3, N, H.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from bc2_jax.config import ModelConfig
 from bc2_jax.config.lora import LORA_TARGETS, LoraConfig, LoraTarget
-from bc2_jax.model.baichuan import Baichuan2, Params
+from bc2_jax.model.baichuan import Backbone, Params
 from bc2_jax.model.layers import ACTIVATION_AXES, EQUATIONS, WEIGHT_AXES, Linear, linear, split_equation
 from bc2_jax.sharding import named_sharding, reshard, spec, use_mesh_of
 
@@ -47,6 +47,9 @@ SLOTS: dict[LoraTarget, Slot] = {
                  _QKV if target == "W_pack" else (target,))
     for target in LORA_TARGETS
 }  # fmt: skip
+
+
+Model = TypeVar("Model", bound=Backbone)
 
 
 def equation_of(target: LoraTarget) -> str:
@@ -155,7 +158,7 @@ def _changed(equation: str, w: Any, a: Any, b: Any, scaling: float) -> Any:
     return w + scaling * einsum(f"...{dims.into}R,...R{dims.out}->...{letters}", a, b)
 
 
-def with_adapter(model: Baichuan2, config: LoraConfig, params: Params, dropout_key: Array | None = None) -> Baichuan2:
+def with_adapter(model: Model, config: LoraConfig, params: Params, dropout_key: Array | None = None) -> Model:
     """`model` with the adapter of `config` and `params` beside its weights, all of whose arrays it shares.
 
     With a key, a share of config.dropout of the adapter's inputs is zero: for each key others, which the mesh does not

@@ -9,10 +9,10 @@ from pathlib import Path
 import jax
 
 from bc2_jax.checkpoint import TOKENIZER_NAME
-from bc2_jax.config import ModelConfig, RunConfig, TrainConfig, differing_fields
+from bc2_jax.config import ModelConfig, RewardConfig, RunConfig, TrainConfig, differing_fields
 from bc2_jax.convert.folder import check_free
 from bc2_jax.convert.ownership import foreign_in_export
-from bc2_jax.convert.pretrained import find_model
+from bc2_jax.convert.pretrained import find_any_model, find_model
 from bc2_jax.data.row_order import changed_row_order
 from bc2_jax.metadata import Metadata, parse_model_config
 from bc2_jax.tokenizer import Tokenizer, file_sha256
@@ -53,10 +53,12 @@ def warn_of_other_rows(config: TrainConfig, metadata: Metadata, step: int) -> No
 
 
 def check_initial_model(config: RunConfig) -> None:
-    """Raises ValueError, naming the fields that differ, if `init_from` is of another architecture."""
+    """Raises ValueError, naming the fields that differ, if `init_from` is of another architecture, or if it is a reward
+    model and the run is not of one."""
     if config.init_from is None:
         return
-    found = _with_free_fields(find_model(config.init_from).config, config.model)
+    find = find_any_model if isinstance(config, RewardConfig) else find_model
+    found = _with_free_fields(find(config.init_from).config, config.model)
     if lines := differing_fields(config.model, found, "model."):
         raise ValueError(
             f"init_from = '{config.init_from}' is of another architecture; these differ (the run's against its): "
@@ -82,7 +84,7 @@ def check_same_tokenizer(config: TrainConfig, start: Start, sha256: str) -> None
     unless `allow_other_tokenizer` says that this is meant: its ids would stand for other text."""
     if start.metadata is not None:
         before, known = start.workdir / TOKENIZER_NAME, start.metadata.job.get("tokenizer_sha256")
-    elif config.init_from is not None and (found := find_model(config.init_from).tokenizer) is not None:
+    elif config.init_from is not None and (found := find_any_model(config.init_from).tokenizer) is not None:
         before, known = found, None
     else:
         return

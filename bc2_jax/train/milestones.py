@@ -21,7 +21,8 @@ class Milestone(NamedTuple):
     tokens: int
     """Trained on so far."""
     loss: float | None
-    """Training cross entropy of its step, nats a token; None if metrics.jsonl does not say."""
+    """Of its step: training cross entropy, nats a token, or what else its kind of run minimises; None if metrics.jsonl
+    does not say."""
     validation_loss: float | None
     permanent: bool
     """Whether it is kept for ever."""
@@ -55,7 +56,7 @@ def _read(folder: Path, metrics: dict[str, Any], hashes: bool) -> Milestone:
         tokens, permanent = metadata.tokens, metadata.permanent
     except (OSError, ValueError) as error:
         problem = problem or f"{folder} is damaged: its metadata cannot be read ({error})."
-    loss, validation = metrics.get("cross_entropy"), metrics.get("validation_cross_entropy")
+    loss, validation = (metrics.get(f"{p}cross_entropy", metrics.get(f"{p}loss")) for p in ("", "validation_"))
     return Milestone(step, folder, tokens, loss, validation, permanent, problem)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from bc2_jax.checkpoint import load_state
 from bc2_jax.config import DistributedConfig, TrainConfig
+from bc2_jax.convert.checkpoints import newest_checkpoint
 from bc2_jax.convert.pretrained import find_model
 from bc2_jax.data.batch import FIELDS, batch_part, make_put
 from bc2_jax.data.loader import make_train_loader
@@ -71,7 +72,7 @@ def choose_checkpoint(path: str | Path, step: int) -> Path:
         if not earlier:
             raise ValueError(f"--step = {step} is not valid: {path} has no checkpoint before it.")
         return max(earlier, key=lambda p: int(p.name))
-    found = path if is_complete(path) else find_model(path).path
+    found = newest_checkpoint(path) or find_model(path).path  # which says what is there instead
     if not found.name.isdigit() or int(found.name) >= step or not (found / "opt_state").is_dir():
         raise ValueError(f"--step = {step} is not valid: {found} must be a training checkpoint of a step before it.")
     return found

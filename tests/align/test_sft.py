@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 
-from bc2_jax.align import sft
+from bc2_jax.align import sft, tuning
 from bc2_jax.config import ComputeConfig, DataConfig, FineTuneConfig, OptimizerConfig, SourceConfig
 from bc2_jax.convert.hf_config import read_config
 from bc2_jax.data.batch import IGNORED
@@ -225,7 +225,7 @@ def test_noise_is_of_training_only():
 
 def test_epochs_become_steps(monkeypatch):
     uses = [PartUse("a", rows, (0.5,), 0, "chat") for rows in (30, 11)]
-    monkeypatch.setattr(sft, "describe_mixture", lambda data, rows: uses)
+    monkeypatch.setattr(tuning, "describe_mixture", lambda data, rows: uses)
     config = with_(num_epochs=1.5, num_steps=1000, optimizer=OptimizerConfig(warmup_steps=2))
     done = sft.complete(config)
     assert (done.num_steps, done.optimizer.decay_steps) == (16, 16)  # 1.5 * 41 / 4

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from bc2_jax.align import sft
+from bc2_jax.align import sft, tuning
 from bc2_jax.config import (
     CheckpointConfig,
     ComputeConfig,
@@ -90,7 +90,7 @@ def adapted(config, tmp_path_factory) -> RunResult:
         return params, found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sft, "load_params", load)
+        patch.setattr(tuning, "load_params", load)
         return run(config, tmp_path_factory.mktemp("adapted"), export_hf=True, **ADAPTERS)
 
 
@@ -126,7 +126,7 @@ def test_adapters_alone_are_trained_and_saved(config, full, adapted):
     base = load_params(config.init_from, "bfloat16", mesh)[0]
     jax.tree.map(np.testing.assert_array_equal, frozen[0], base)
     with jax.set_mesh(mesh):
-        again = sft.checksum(base)
+        again = tuning.checksum(base)
     assert read_metadata(adapted.workdir / "checkpoints" / "4")["base_checksum"] == f"{again:08x}"
 
 
@@ -161,4 +161,4 @@ def test_the_checksum_sees_a_bit_and_a_place():
     swapped = {"a": params["a"][::-1].copy(), "b": params["b"]}
     moved = {"a": params["a"], "b": np.nextafter(params["b"], np.float32(2))}
     renamed = {"b": params["a"], "a": params["b"]}
-    assert len({sft.checksum(p) for p in (params, swapped, moved, renamed)}) == 4
+    assert len({tuning.checksum(p) for p in (params, swapped, moved, renamed)}) == 4

@@ -1,0 +1,161 @@
+"""What all kinds of run have in common that train a model which is there: all of its parameters, or adapters beside it.
+
+A kind of run adds its objective to `make_step`, and what it prints, asks and exports to `make_job`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh
+
+from bc2_jax.align.sft_results import check_adapter_export
+from bc2_jax.config import TOKENIZER_OF_BASE, LoraConfig, RunConfig, TunedConfig
+from bc2_jax.convert.pretrained import find_tokenizer, load_params
+from bc2_jax.data.loader import describe_mixture
+from bc2_jax.model.baichuan import Baichuan2, Params, abstract_params, split_model
+from bc2_jax.model.lora import abstract_adapter, init_adapter, with_adapter
+from bc2_jax.train import pretrain
+from bc2_jax.train.checks import check_initial_model
+from bc2_jax.train.health import mix
+from bc2_jax.train.job import Job, Objective, StepParts, abstract_state, init_state
+from bc2_jax.train.loop import Start
+from bc2_jax.validation import require
+
+Config = TypeVar("Config", bound=TunedConfig)
+
+BASE = "base_checksum"
+"""In the metadata of a checkpoint of adapters: that of the base model, in hex."""
+
+
+def complete(config: Config, purpose: str = "fine-tuning needs the base model") -> Config:
+    """`config` with the tokenizer of the base model, if it asks for that, and the steps of its `num_epochs`.
+
+    Run and schedule end with the epochs at the latest; one is as many rows as all sources have together. Raises
+    ValueError, with `purpose`, without a model to begin from, FileNotFoundError if that has no tokenizer and none is
+    named, and as `make_train_loader` for rows that are not there.
+    """
+    config = with_tokenizer_of_base(config, purpose)
+    if config.num_epochs is None:
+        return config
+    rows = sum(part.rows for part in describe_mixture(config.data, 0))
+    steps = math.ceil(config.num_epochs * rows / config.data.global_batch_size)
+    optimizer = dataclasses.replace(config.optimizer, decay_steps=min(config.optimizer.decay_steps, steps))
+    return dataclasses.replace(config, num_steps=min(config.num_steps, steps), optimizer=optimizer)
+
+
+def with_tokenizer_of_base(config: Config, purpose: str) -> Config:
+    """The first part of `complete`, for those who have to make rows before they can be counted."""
+    require(
+        config.init_from is not None, "init_from", config.init_from,
+        f"{purpose}: a PyTorch folder, a checkpoint or a run",
+    )  # fmt: skip
+    if config.data.tokenizer != TOKENIZER_OF_BASE:
+        return config
+    data = dataclasses.replace(config.data, tokenizer=str(find_tokenizer(str(config.init_from))))
+    return dataclasses.replace(config, data=data)
+
+
+def make_step(config: TunedConfig, mesh: Mesh, objective: Objective) -> StepParts:
+    """The step of a run: of all parameters, or of adapters beside the frozen base model in the compute dtype."""
+    model, dtype = config.model, config.compute.dtype
+    parts = pretrain.make_step(config, mesh)._replace(objective=objective)
+    if not config.lora.rank:
+        return parts
+    return parts._replace(
+        objective=objective._replace(norms=lambda params: {}),  # those of the head are of a head that is trained
+        state=abstract_state(abstract_adapter(config.lora, model, mesh), parts.optimizer),
+        frozen=abstract_params(model, mesh, dtype),
+        flops_per_step=adapter_flops(config)[0],
+        load_frozen=lambda: load_params(str(config.init_from), dtype, mesh)[0],
+    )
+
+
+def make_job(config: TunedConfig, start: Start, step: StepParts) -> Job:
+    """The job of pre-training with `step`, from `make_step`: its rows, its held-out rows, its checks.
+
+    Raises as `pretrain.make_job`, and ValueError if a run of adapters is resumed with another base model.
+    """
+    job = pretrain.make_job(config, start, step)
+    if not config.lora.rank:
+        return job
+    check_adapter_export(start.workdir)
+    frozen, base = load_base(config, start, step.load_frozen)
+    return job._replace(
+        frozen=frozen,
+        init_state=lambda: init_state(
+            init_adapter(config.lora, config.model, frozen, config.seed, start.mesh), step.optimizer
+        ),
+        flops_per_step=step.flops_per_step, flops_formula=adapter_flops(config)[1],
+        metadata=job.metadata | base,
+    )  # fmt: skip
+
+
+def load_base(config: RunConfig, start: Start, load: Callable[[], Params]) -> tuple[Params, dict[str, str]]:
+    """(the frozen base model that `load` reads, what a checkpoint says of it in its metadata).
+
+    Raises ValueError if `config.init_from` is of another architecture, or is not the model beside which the run that
+    is resumed has trained.
+    """
+    check_initial_model(config)  # at a resume too: the checkpoint does not hold it
+    frozen = load()
+    base = f"{checksum(frozen):08x}"
+    if start.metadata is not None and start.metadata.job.get(BASE) != base:
+        raise ValueError(
+            f"init_from = {config.init_from!r} is not valid: its parameters are not those beside which the adapters in "
+            f"'{start.workdir}' were trained (checksum {base}, then {start.metadata.job.get(BASE)}); the same model "
+            "in the same compute.dtype is needed."
+        )
+    return frozen, {BASE: base}
+
+
+def make_build(config: TunedConfig) -> pretrain.Build:
+    """What makes the model of the trained and the frozen parameters, without noise and dropout."""
+    graphdef, _, _ = split_model(config.model, config.compute)
+
+    return lambda params, frozen, batch: merge_model(graphdef, config.lora, params, frozen)
+
+
+def merge_model(
+    graphdef: nnx.GraphDef, lora: LoraConfig, params: Params, frozen: Params, dropout_key: Array | None = None
+) -> Baichuan2:  # fmt: skip
+    """The model of the trained parameters: all of them, or adapters beside the frozen ones; these drop what
+    `lora.dropout` says where there is a key."""
+    if not lora.rank:
+        return nnx.merge(graphdef, params)
+    return with_adapter(nnx.merge(graphdef, frozen), lora, params, dropout_key if lora.dropout else None)
+
+
+def adapter_flops(config: TunedConfig) -> tuple[int, str]:
+    """Model FLOPs of an update of adapters, and what they are made of: frozen weights have no gradients."""
+    model, data = config.model, config.data
+    length = data.sequence_length
+    attention = 6 * model.num_hidden_layers * model.hidden_size * length * (length + 1)
+    matmuls = (model.flops_per_sequence(length) - attention) * 4 // 6
+    shapes = jax.tree.leaves(abstract_adapter(config.lora, model, None))
+    adapters = 6 * length * sum(math.prod(x.shape) for x in shapes)
+    formula = "(4 x frozen matmul parameters + 6 x adapter parameters) x tokens + causal attention"
+    return data.global_batch_size * (matmuls + adapters + attention), formula
+
+
+def checksum(params: Params) -> int:
+    """uint32 of all bits of the parameters, of their places and of their names, the same on every mesh."""
+    return int(jax.jit(_checksum)(params))
+
+
+def _checksum(params: Params) -> Array:
+    total = jnp.uint32(0)
+    for index, x in enumerate(jax.tree.leaves(params)):
+        bits = jax.lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32).astype(jnp.uint32)
+        while bits.ndim:  # sums of integers wrap and have no order
+            places = 2 * jax.lax.broadcasted_iota(jnp.uint32, (bits.shape[-1],), 0) + 1
+            bits = jnp.sum(mix(bits) * places, axis=-1, dtype=jnp.uint32)
+        total = total * jnp.uint32(0x01000193) + (bits ^ jnp.uint32(index))
+    return total

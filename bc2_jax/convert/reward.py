@@ -1,0 +1,190 @@
+"""Reward models on disk, and the critics of runs of reinforcement learning: finding and loading them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from bc2_jax.config import DType, ModelConfig
+from bc2_jax.config.lora import LoraConfig
+from bc2_jax.config.record import from_record
+from bc2_jax.convert.adapter import place_adapter, read_adapter
+from bc2_jax.convert.checkpoints import (
+    ACTOR,
+    CRITIC,
+    newest_checkpoint,
+    open_metadata,
+    open_params,
+    policy_part,
+    take_part,
+)
+from bc2_jax.convert.pretrained import (
+    find_any_model,
+    find_tokenizer,
+    open_reader,
+    place_params,
+    reader_of,
+)
+from bc2_jax.convert.table import Shape, flatten, param_shapes
+from bc2_jax.metadata import parse_model_config
+from bc2_jax.model.baichuan import Params, param_shardings
+from bc2_jax.model.lora import Adapter, merge
+from bc2_jax.model.reward import HEAD, SCORE, RewardModel, backbone_of
+
+ADAPTER = "adapter"
+"""What else is in the parameters of a run that trains `score` and adapters."""
+STATISTICS_NAME = "rewards.json"
+"""In the folder of a run of a reward model: {"STEP": {"mean", "std", "answers"}} of its rewards of held-out answers."""
+_SCORE_PATH = f"{SCORE}.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundRewardModel:
+    """A reward model on disk of which nothing was read but its config."""
+
+    path: Path
+    """The absolute folder of one checkpoint."""
+    config: ModelConfig
+    tokenizer: Path | None
+    """tokenizer.model in the checkpoint's folder or its run's."""
+    lora: LoraConfig | None = None
+    """Of its adapter; None where all parameters were trained."""
+    base: str | None = None
+    """Where the model was, as the run was told, whose backbone the adapter is for."""
+    statistics: Mapping[str, float] | None = None
+    """"mean" and "std" of its rewards of held-out answers, and the number of "answers", where they are known."""
+    part: str = ""
+    """Which part of the checkpoint's parameters it is: all, or CRITIC."""
+
+
+def find_reward_model(path: str | Path) -> FoundRewardModel:
+    """The reward model in `path`: a checkpoint, or the newest complete checkpoint of a run.
+
+    Raises FileNotFoundError or ValueError, in one sentence, as `find_model`, and ValueError for a language model.
+    """
+    found = find_any_model(path)
+    if not found.is_reward_model:
+        raise ValueError(
+            f"{path} is a language model, not a reward model: train one with `python train.py "
+            f"configs/baichuan2_13b_reward.py --init-from {path}` on pairs of answers."
+        )
+    lora, base = _adapter(found.metadata, found.path), found.metadata["config"].get("init_from")
+    return FoundRewardModel(found.path, found.config, found.tokenizer, lora, base, read_statistics(found.path))
+
+
+def find_critic(path: str | Path) -> FoundRewardModel:
+    """The critic in a checkpoint or run of PPO, which is a reward model by its parameters: the value of every token.
+
+    Raises FileNotFoundError if there is no checkpoint, ValueError if it has no critic.
+    """
+    checkpoint = newest_checkpoint(Path(path).absolute())
+    if checkpoint is None:
+        raise FileNotFoundError(f"{path} is no bc2_jax run or checkpoint.")
+    metadata = open_metadata(checkpoint)
+    if policy_part(metadata) != ACTOR or not take_part(open_params(checkpoint), CRITIC):
+        raise ValueError(f"{path} has no critic: it is not a checkpoint or run of PPO.")
+    base = metadata["config"]["ppo"].get("reward_model")
+    config = parse_model_config(metadata, checkpoint) if base is None else find_reward_model(base).config
+    try:
+        tokenizer = find_tokenizer(checkpoint)
+    except FileNotFoundError:
+        tokenizer = None
+    return FoundRewardModel(checkpoint, config, tokenizer, _adapter(metadata, checkpoint), base, None, CRITIC)
+
+
+def _adapter(metadata: Mapping[str, Any], checkpoint: Path) -> LoraConfig | None:
+    record = metadata["config"].get("lora")
+    if not isinstance(record, dict) or not record.get("rank"):
+        return None
+    try:
+        return from_record(LoraConfig, record, "lora.")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The adapter config of {checkpoint} is not valid: {str(error).rstrip('.')}.") from error
+
+
+def read_statistics(checkpoint: Path) -> dict[str, float] | None:
+    """What the run of a checkpoint wrote of its rewards of held-out answers; None where there is nothing of use."""
+    try:
+        record = json.loads((checkpoint.parent.parent / STATISTICS_NAME).read_bytes())[checkpoint.name]
+        found = {name: float(record[name]) for name in ("mean", "std", "answers")}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return found if all(map(math.isfinite, found.values())) else None
+
+
+def load_reward_model(
+    path: str | Path, dtype: DType = "float32", mesh: Mesh | None = None
+) -> tuple[Params, ModelConfig, FoundRewardModel]:
+    """(parameters of a `model.reward.RewardModel`, its architecture, what was found) of the model that `path` means to
+    `find_reward_model`.
+
+    The backbone is in `dtype`, with the adapter, if there is one, merged into the weights of the model that the run
+    began from; `score` is fp32. With a mesh each device reads its own part. Raises FileNotFoundError or ValueError, in
+    one sentence.
+    """
+    found = find_reward_model(path)
+    return load_found(found, dtype, mesh), found.config, found
+
+
+def load_critic(
+    path: str | Path, dtype: DType = "float32", mesh: Mesh | None = None
+) -> tuple[Params, ModelConfig, FoundRewardModel]:
+    """`load_reward_model` of the critic that `path` means to `find_critic`."""
+    found = find_critic(path)
+    return load_found(found, dtype, mesh), found.config, found
+
+
+def load_found(found: FoundRewardModel, dtype: DType, mesh: Mesh | None) -> Params:
+    """The parameters of what was found, as in `load_reward_model`."""
+    shardings = None if mesh is None else flatten(param_shardings(found.config, mesh, RewardModel))
+    score: dict[str, Shape] = {_SCORE_PATH: (found.config.hidden_size,)}
+    arrays = open_params(found.path, jax.process_index(), jax.process_count(), found.part)
+    if found.lora is None:
+        backbone = _backbone_shapes(found.config)
+        read = reader_of(arrays, backbone | score, found.path)
+        params = place_params(backbone, shardings, dtype, read)
+    else:
+        adapted = take_part(arrays, ADAPTER)
+        rest = {name: array for name, array in arrays.items() if not name.startswith(f"{ADAPTER}.")}
+        read = reader_of(rest, score, found.path)
+        adapter = read_adapter(adapted, found.lora, found.config, found.path)
+        params = merge(_load_base(found, dtype, mesh), Adapter(found.lora, place_adapter(adapter, found.config, mesh)))
+    return params | place_params(score, shardings, "float32", read)
+
+
+def _load_base(found: FoundRewardModel, dtype: DType, mesh: Mesh | None) -> Params:
+    """The backbone that an adapter is for."""
+    what = f"{found.path} holds an adapter and the score of a reward model, and needs the model that its run began from"
+    if found.base is None:
+        raise ValueError(f"{what}, which it does not name.")
+    try:
+        params, config = load_backbone(found.base, dtype, mesh)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{what}: {error}") from error
+    if param_shapes(config) != param_shapes(found.config):
+        raise ValueError(f"{what}: {found.base} is of another architecture.")
+    return params
+
+
+def load_backbone(path: str | Path, dtype: DType = "float32", mesh: Mesh | None = None) -> tuple[Params, ModelConfig]:
+    """Embedding, layers and norm of the model in `path`, a language model, whose head is not read, or a reward model.
+
+    Placed as in `load_reward_model`, and raises as it does.
+    """
+    found = find_any_model(path)
+    if found.is_reward_model:
+        params, config, _ = load_reward_model(path, dtype, mesh)
+        return backbone_of(params), config
+    shardings = None if mesh is None else flatten(param_shardings(found.config, mesh))
+    return place_params(_backbone_shapes(found.config), shardings, dtype, open_reader(found)), found.config
+
+
+def _backbone_shapes(config: ModelConfig) -> dict[str, Shape]:
+    return {name: shape for name, shape in param_shapes(config).items() if not name.startswith(f"{HEAD}.")}

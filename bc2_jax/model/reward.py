@@ -1,0 +1,80 @@
+"""A reward model, or a critic: Baichuan 2 with one number for each token in place of its head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+
+from bc2_jax.config import ComputeConfig, DType, ModelConfig
+from bc2_jax.model.baichuan import DEFAULT_COMPUTE, Backbone, Params, abstract_params, split_model
+from bc2_jax.model.layers import Weight
+from bc2_jax.sharding import spec, use_mesh_of
+
+HEAD, SCORE = "lm_head", "score"
+"""What a language model has, and a reward model in its place."""
+_AXES = (None,)
+
+
+class RewardModel(Backbone):
+    """The backbone and `score`, a weight [D] without a bias.
+
+    The reward of a conversation is the value at its last token, the eos: as LlamaForSequenceClassification with one
+    label.
+    """
+
+    def __init__(self, config: ModelConfig, compute: ComputeConfig = DEFAULT_COMPUTE, *, rngs: nnx.Rngs):
+        super().__init__(config, compute, rngs=rngs)
+        self.score = Weight.normal(rngs, (config.hidden_size,), _AXES, score_stddev(config))
+
+    def values(self, input_ids: Array, positions: Array | None = None, segment_ids: Array | None = None) -> Array:
+        """fp32 [B, T]: the value at every token of [B, T] ids; arguments as those of `Baichuan2.__call__`.
+
+        The hidden states are in the compute dtype; their products with the weight and the sum are fp32.
+        """
+        with use_mesh_of(self.norm.weight[...]):
+            h_BTD, _ = self.hidden_states(input_ids, positions, segment_ids)
+            # No matmul: its operands would be rounded on a TPU.
+            return jnp.sum(h_BTD.astype(jnp.float32) * self.score.weight[...].astype(jnp.float32), axis=-1)
+
+
+def score_stddev(config: ModelConfig) -> float:
+    """Of the first weights, N(0, 1 / (D + 1)) (arXiv 2009.01325): rewards begin with a spread of about 1."""
+    return (config.hidden_size + 1) ** -0.5
+
+
+def split_reward_model(config: ModelConfig, compute: ComputeConfig = DEFAULT_COMPUTE) -> tuple[Any, Params, Params]:
+    """`split_model` of a reward model: the parameters are {"embed_tokens", "layers", "norm", "score": {"weight"}}."""
+    return split_model(config, compute, RewardModel)
+
+
+def abstract_reward_params(config: ModelConfig, mesh: Mesh | None, dtype: DType = "float32") -> Params:
+    """`abstract_params` of a reward model; `score` is fp32 whatever `dtype`."""
+    params = abstract_params(config, mesh, dtype, RewardModel)
+    score = params[SCORE]["weight"]
+    return params | {SCORE: {"weight": jax.ShapeDtypeStruct(score.shape, jnp.float32, sharding=score.sharding)}}
+
+
+def init_score(config: ModelConfig, seed: int, mesh: Mesh | None) -> Params:
+    """{"weight": fp32 [D]}, drawn; whole on every device of `mesh`, or on the first one. The mesh changes no value."""
+
+    def draw(seed: Array | int) -> Array:
+        return score_stddev(config) * jax.random.normal(jax.random.key(seed), (config.hidden_size,))
+
+    sharding = None if mesh is None else NamedSharding(mesh, spec(*_AXES))
+    return {"weight": jax.jit(draw, out_shardings=sharding)(seed)}
+
+
+def backbone_of(params: Params) -> Params:
+    """The parameters of a model of either kind without those of its head."""
+    return {name: part for name, part in params.items() if name not in (HEAD, SCORE)}
+
+
+def reward_params_from(params: Params, config: ModelConfig, seed: int, mesh: Mesh | None) -> Params:
+    """The parameters with which the training of a reward model begins: those of a reward model as they are; of a
+    language model the backbone, and a new `score` in place of its head."""
+    return params if SCORE in params else backbone_of(params) | {SCORE: init_score(config, seed, mesh)}
