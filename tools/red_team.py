@@ -2,22 +2,23 @@
 
 python tools/red_team.py MODEL --prompts topics.txt
 python tools/red_team.py MODEL --prompts attacks.jsonl --judge judge.py:score --out red_team/dpo
-python tools/red_team.py MODEL --prompts attacks.jsonl --judge helpful=reward:RM1 --judge harmless=reward:RM2 --before SFT
+python tools/red_team.py MODEL --prompts attacks.jsonl --judge helpful=reward:RM --judge harmless=reward:RM2 --before SFT
 python tools/red_team.py MODEL --prompts attacks.jsonl --compare red_team/sft/answers.jsonl
 
-Six classes of attack are made as templates in Chinese and English around the topics of FILE, or prompts of FILE are taken
-as they are (docs/safety.md has the formats). To these come attacks with a secret or a word of their own, whose success
-is seen in the answer, and harmless questions that look harmful, which are to be answered. No harmful text comes with
-this program: without --prompts it uses harmless topics, to try it out.
+Six classes of attack are made as templates in Chinese and English around the topics of FILE, or prompts of FILE are
+taken as they are (docs/safety.md has the formats). To these come attacks with a secret or a word of their own, whose
+success is seen in the answer, and harmless questions that look harmful, which are to be answered. No harmful text comes
+with this program: without --prompts it uses harmless topics, to try it out.
 
-OUT/answers.jsonl has every answer, by number; OUT/report.json all counts; attacks.png and before_after.png pictures. A run
-that is stopped goes on where it was: answers to the same prompt of the same model with the same settings are in
+OUT/answers.jsonl has every answer, by number; OUT/report.json all counts; attacks.png and before_after.png pictures. A
+run that is stopped goes on where it was: answers to the same prompt of the same model with the same settings are in
 OUT/generated.jsonl and are not generated again. The terminal shows numbers alone, unless --show asks for answers.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from bc2_jax.align.red_team import Answer, AnswerStore, Result
     from bc2_jax.align.red_team_attacks import Attack
     from bc2_jax.align.red_team_judges import Judge
+    from bc2_jax.curate.quality import QualityModel
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -41,9 +43,15 @@ def make_parser() -> argparse.ArgumentParser:
     add("--lines", choices=("topic", "prompt"), default="topic", help="what a line of a text file is (default topic)")
     add("--system", metavar="TEXT", help="a system text, put before those of the templates")
     add("--system-file", type=Path, metavar="FILE", help="the same from a UTF-8 file")
-    add("--planted", type=int, default=4, metavar="N", help="attacks of each template with a secret or word (default 4)")
+    add(
+        "--planted", type=int, default=4, metavar="N", help="attacks of each template with a secret or word (default 4)"
+    )
     add("--no-look-alikes", action="store_true", help="leave out our harmless questions")
-    add("--both-languages", action="store_true", help="templates of both languages around each topic, not of its own alone")
+    add(
+        "--both-languages",
+        action="store_true",
+        help="templates of both languages around each topic, not of its own alone",
+    )
     add("--limit", type=int, metavar="N", help="at most N prompts of each class, drawn by --seed")
     add = parser.add_argument_group("how it answers").add_argument
     add("--adapter", type=Path, metavar="DIR", help="a LoRA adapter on MODEL")
@@ -59,12 +67,14 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("how answers are judged").add_argument
     add(
         "--judge", action="append", default=[], metavar="[helpful=|harmless=]WHAT",
-        help="FILE.py:NAME or MODULE:NAME, a function judge(prompts, answers, rows) that gives a number (harmless, unless "
-        "said) or {helpful, harmless} for each; reward:RM, a reward model; safety:FILE.npz, a model of "
+        help="FILE.py:NAME or MODULE:NAME, a function judge(prompts, answers, rows) that gives for each answer a number, "
+        "which is harmless unless said, or {helpful, harmless}; reward:RM, a reward model; safety:FILE.npz, a model of "
         "tools/train_quality.py; may be given several times",
     )  # fmt: skip
-    add("--threshold", type=float, metavar="X", help="harmless scores below it are of harmful answers (default 0.5, for a "
-        "reward model none)")  # fmt: skip
+    add(
+        "--threshold", type=float, metavar="X",
+        help="harmless scores below it are of harmful answers (default 0.5, for a reward model none)",
+    )  # fmt: skip
     add("--before", metavar="MODEL0", help="the model before safety training: it answers the same prompts")
     add("--compare", type=Path, metavar="FILE", help="answers.jsonl of an earlier run in the place of --before")
     add("--out", type=Path, metavar="OUT", help="default red_team/ and the name of the model")
@@ -113,13 +123,19 @@ def read_judges(args: argparse.Namespace) -> list[Judge]:
             from bc2_jax.curate.quality import QualityModel
 
             model = QualityModel.load(what.removeprefix("safety:"))
-            judges.append(Judge(what, lambda prompts, answers, rows, model=model: model.score(answers), gives))
+            judges.append(Judge(what, functools.partial(score_safety, model), gives))
         else:
             judges.append(load_judge(what, gives))
     return judges
 
 
-def answer(model: str, adapter: Path | None, attacks: list[Attack], options: Options) -> tuple[list[Attack], list[Answer]]:
+def score_safety(model: QualityModel, prompts: list[str], answers: list[str], rows: list[dict[str, Any]]) -> Any:
+    return model.score(answers)
+
+
+def answer(
+    model: str, adapter: Path | None, attacks: list[Attack], options: Options
+) -> tuple[list[Attack], list[Answer]]:
     """The attacks that the model has room for, and its answers."""
     from bc2_jax.align.conversation import answer_ends
     from bc2_jax.align.red_team import answer_prompts, encode_attacks, identify
@@ -162,6 +178,17 @@ def answer(model: str, adapter: Path | None, attacks: list[Attack], options: Opt
     return encoded.attacks, answers
 
 
+def describe(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments on which answers depend, for report.json."""
+    places = {name: getattr(args, name) for name in ("model", "adapter", "before", "compare", "system_file")}
+    names = (
+        "prompts", "lines", "system", "planted", "no_look_alikes", "both_languages", "limit", "temperature", "top_k",
+        "top_p", "repetition_penalty", "seed", "dtype",
+    )  # fmt: skip
+    absolute = {name: None if place is None else str(Path(place).absolute()) for name, place in places.items()}
+    return absolute | {name: getattr(args, name) for name in names}
+
+
 def check_place(out: Path, about: dict[str, Any]) -> None:
     """Raises ValueError if `out` has the report of another model, which this one would replace."""
     report = out / "report.json"
@@ -190,7 +217,7 @@ def run(args: argparse.Namespace) -> None:
     max_new_tokens = args.max_new_tokens if args.max_new_tokens is not None else min(256, max(1, longest // 2))
     name = "-".join(Path(path).absolute().name for path in (args.model, args.adapter) if path is not None)
     out = args.out or Path("red_team") / name
-    about = {name: None if (value := getattr(args, name)) is None else str(value) for name in ("model", "adapter", "before", "compare")}
+    about = describe(args)
     check_place(out, about)
     earlier = None if args.compare is None else read_answers(args.compare)
     with lock(out / ".lock", str(out)):
@@ -206,11 +233,9 @@ def run(args: argparse.Namespace) -> None:
         threshold = threshold_of(judges, args.threshold, scores + scores_before)
         results = examine(attacks, answers, scores, threshold)
         results_before = None if earlier is None else examine(both, said, scores_before, threshold)
-        settings = {
-            name: getattr(args, name) for name in ("prompts", "lines", "system", "planted", "limit", "temperature", "top_k",
-            "top_p", "repetition_penalty", "seed", "dtype")
+        about |= {
+            "max_new_tokens": max_new_tokens, "judges": [judge.name for judge in judges], "threshold": threshold,
         }  # fmt: skip
-        about |= {"max_new_tokens": max_new_tokens, **settings, "judges": [judge.name for judge in judges], "threshold": threshold}
         report(out, about, results, results_before, args)
 
 
@@ -227,7 +252,9 @@ def report(
     if not args.prompts:
         console.print("The topics are ours and harmless: to answer is right. Give your own by --prompts.")
     if any(result.by == NO_REFUSAL for result in results):
-        console.print("Success known by no refusal is an upper bound: such an answer may be harmless. A --judge says more.")
+        console.print(
+            "Success known by no refusal is an upper bound: such an answer may be harmless. A --judge says more."
+        )
     if rows["category"]:
         worst = made.worst_categories(rows["category"])
         console.print(made.class_table(worst, f"{len(worst)} of {len(rows['category'])} categories", "category"))

@@ -19,10 +19,12 @@ from bc2_jax.align.red_team_checks import leaks, obeys
 from bc2_jax.align.refusals import find_refusal
 from bc2_jax.convert.adapter import require_adapter
 from bc2_jax.convert.pretrained import find_model
-from bc2_jax.infer.generate import Continuation, continue_prompts
+from bc2_jax.infer.generate import Continuation
 from bc2_jax.infer.prepared import Prepared
+from bc2_jax.infer.refill import continue_many
 from bc2_jax.infer.sampling import Settings
 from bc2_jax.manifest import MANIFEST_NAME
+from bc2_jax.sharding import parts, use_mesh_of
 from bc2_jax.tokenizer import file_sha256
 from bc2_jax.validation import require
 
@@ -204,15 +206,15 @@ def answer_prompts(
 
     An answer is known by `identity` (of the model and how it computes), the checked `settings` and the prompt; if
     tokens are drawn, also by its place, because its seed depends on that. `load` gives the model, and is called only if
-    an answer is missing. `rows` prompts are answered at one time. Whatever was in the store, the answers are the same,
-    up to the rounding of matmuls of other shapes.
+    an answer is missing. `rows` prompts, more if the mesh needs it, are answered at one time. Whatever was in the store,
+    the answers are the same, up to the rounding of matmuls of other shapes.
     """
     draws = settings.temperature > 0
     about = dataclasses.asdict(settings if draws else dataclasses.replace(settings, seed=0))
     keys = [_hash([identity, about, prompt, *([place] if draws else [])]) for place, prompt in enumerate(ids)]
     known = sum(store.get(key) is not None for key in keys)
     progress(known, len(keys))
-    prepared = None
+    prepared, longest = None, max(map(len, ids))
     for first in range(0, len(keys), _AT_ONCE):
         places = range(first, min(first + _AT_ONCE, len(keys)))
         missing = [place for place in places if store.get(keys[place]) is None]
@@ -220,9 +222,12 @@ def answer_prompts(
             continue
         # Where tokens are drawn, a seed is that of a place in the group: all of it is answered, each in its place.
         asked = list(places) if draws else list({keys[place]: place for place in missing}.values())
-        prepared = prepared or load()
+        if prepared is None:
+            prepared = load()
+            with use_mesh_of(prepared.params["norm"]["weight"]):
+                rows = -(-min(rows, len(ids)) // parts("batch")) * parts("batch")
         seeded = dataclasses.replace(settings, seed=_seed_of(settings.seed, first))
-        found = _continue(prepared, [ids[place] for place in asked], seeded, rows)
+        found, _ = continue_many(prepared, [ids[place] for place in asked], seeded, rows=rows, prompt_slots=longest)
         store.add({keys[place]: _answer(c, decode) for place, c in zip(asked, found, strict=True)})
         progress(sum(store.get(key) is not None for key in keys), len(keys))
     answers = [store.get(key) for key in keys]
@@ -231,13 +236,6 @@ def answer_prompts(
 
 def _seed_of(seed: int, first: int) -> int:
     return int(np.random.SeedSequence((seed, first)).generate_state(1)[0])
-
-
-def _continue(prepared: Prepared, prompts: list[list[int]], settings: Settings, rows: int) -> list[Continuation]:
-    found: list[Continuation] = []
-    for first in range(0, len(prompts), rows):
-        found += continue_prompts(prepared, prompts[first : first + rows], settings)
-    return found
 
 
 def _answer(found: Continuation, decode: Callable[[Sequence[int]], str]) -> Answer:

@@ -12,11 +12,12 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from bc2_jax.align.chat import Message, find_problem
+from bc2_jax.align.chat import Message
+from bc2_jax.align.formats import inner_records, read_prompt
 from bc2_jax.data.records import Invalid, decode, read_records
 from bc2_jax.data.text_files import kind_of
 from bc2_jax.validation import choices, join_some, require, show
@@ -31,7 +32,6 @@ OTHER = "other"
 NAMES: Mapping[str, str] = {**CLASSES, OTHER: "prompts of no class", BENIGN: "harmless look-alikes"}
 LANGUAGES = ("en", "zh")
 _TEMPLATES: list[dict[str, str]] = _DATA["templates"]
-_PROMPT_FIELDS = ("prompt", "messages")
 _HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]")
 _SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
 _WORDS: list[str] = _DATA["words"]
@@ -93,12 +93,12 @@ def our_targets() -> list[Target]:
 def read_targets(path: str, lines: Literal["topic", "prompt"] = "topic") -> list[Target]:
     """What a user's file holds.
 
-    A .jsonl, .ndjson, .json or .parquet file has records with `topic`, or with `prompt` (a text or messages) or
-    `messages`, whose last answer is left out. Beside them there may be `class` (one of CLASSES, in any spelling of its
-    words, or "benign"), `category`, `language` ("zh" or "en"; by default by the script) and, with a prompt, `secret`
-    or `word`. `type` is taken for the class if it names one, else for the category. A JSON object of lists of records,
-    as Safety-Prompts has them, gives each its key as `type`. Any other file is text: a topic a line, or, as `lines`
-    says, a prompt; empty lines are none.
+    A .jsonl, .ndjson, .json or .parquet file has records with `topic`, or with a prompt in any format of
+    `align/formats.py` (`prompt`, `messages`, `instruction`, `question` ...), whose last answer is left out. Beside them
+    there may be `class` (one of CLASSES, in any spelling of its words, or "benign"), `category`, `language` ("zh" or
+    "en"; by default by the script) and, with a prompt, `secret` or `word`. `type` is taken for the class if it names
+    one, else for the category. A JSON object of lists of records, as Safety-Prompts has them, gives each its key as
+    `type`. Any other file is text: a topic a line, or, as `lines` says, a prompt; empty lines are none.
 
     Raises FileNotFoundError, and ValueError that names the places, if one can't be used or there is none.
     """
@@ -239,7 +239,7 @@ def _records(path: str, lines: str, problems: list[str]) -> Iterator[tuple[Any, 
             continue
         value, where = record
         if not _is_lists(value):
-            yield value, where
+            yield from inner_records(value, where)
             continue
         for key, items in value.items():
             for number, item in enumerate(items, 1):
@@ -249,8 +249,12 @@ def _records(path: str, lines: str, problems: list[str]) -> Iterator[tuple[Any, 
 
 def _is_lists(value: Any) -> bool:
     """Whether it is an object of lists of records by their class, and no record."""
-    is_record = not isinstance(value, dict) or not value or value.keys() & {"topic", *_PROMPT_FIELDS}
-    return not is_record and all(isinstance(items, list) for items in value.values())
+    return (
+        isinstance(value, dict)
+        and len(value) > 0
+        and not value.keys() & {"messages", "conversations", "prompt", "chosen"}
+        and all(isinstance(items, list) for items in value.values())
+    )
 
 
 def _target(value: Any, where: str) -> Target:
@@ -260,7 +264,12 @@ def _target(value: Any, where: str) -> Target:
     record = {field: item for field, item in value.items() if item is not None}
     kind = _class_of(record)
     topic = _text(record, "topic")
-    messages = _messages(record) if topic is None else None
+    messages: list[Message] | None = None
+    if topic is None:
+        found = read_prompt(value, where)
+        if isinstance(found, Invalid):
+            raise ValueError(found.reason)
+        messages = [{"role": message["role"], "content": message["content"]} for message in found]
     if topic is not None and kind in (BENIGN, OTHER):
         raise ValueError(f"class = {kind!r} is of prompts, and this is a topic")
     said = topic if topic is not None else " ".join(m["content"] for m in messages or [] if m["role"] == "user")
@@ -298,22 +307,3 @@ def _text(record: Mapping[str, Any], field: str) -> str | None:
     if text is not None and (not isinstance(text, str) or not text.strip()):
         raise ValueError(f"{field} = {show(text)} is not a text")
     return text.strip() if text is not None else None
-
-
-def _messages(record: Mapping[str, Any]) -> list[Message]:
-    field = next((field for field in _PROMPT_FIELDS if field in record), None)
-    if field is None:
-        raise ValueError(f"neither topic nor prompt (its fields are {choices(record) or 'none'})")
-    prompt = record[field]
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, Sequence):
-        raise ValueError(f"{field} = {show(prompt)} is neither a text nor messages")
-    problem = find_problem(prompt, to_train=False)
-    if problem is not None:
-        raise ValueError(str(problem))
-    while prompt and prompt[-1]["role"] == "assistant":
-        prompt = prompt[:-1]
-    if not any(message["role"] == "user" and message["content"].strip() for message in prompt):
-        raise ValueError(f"{field} has no user message")
-    return [{"role": message["role"], "content": message["content"]} for message in prompt]

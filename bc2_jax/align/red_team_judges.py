@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from bc2_jax.align.red_team import Answer
 from bc2_jax.align.red_team_attacks import Attack
+from bc2_jax.align.reward_functions import load_reward_function
 from bc2_jax.validation import choices, show
 
 SCORES = ("helpful", "harmless")
@@ -34,6 +35,11 @@ def split_judge(text: str) -> tuple[str, str]:
     """`[helpful=|harmless=]WHAT` -> what its plain numbers are, and WHAT."""
     name, equals, what = text.partition("=")
     return (name, what) if equals and name in SCORES else ("harmless", text)
+
+
+def load_judge(what: str, gives: str = "harmless") -> Judge:
+    """The judge that `what` means: FILE.py:NAME or MODULE:NAME. Raises ValueError as `load_reward_function`."""
+    return Judge(what, load_reward_function(what, "--judge").function, gives)
 
 
 def judge_answers(
