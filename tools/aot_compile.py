@@ -6,6 +6,9 @@ python tools/aot_compile.py CONFIG.py --topology v5e:16x16 --search
 python tools/aot_compile.py configs/baichuan2_13b.py --topology v5e:2x4 --inference --batch 8 --prompt-length 1024
 
 python tools/aot_compile.py configs/baichuan2_13b_chat.py --topology v5e:2x4 --lora.rank 16
+python tools/aot_compile.py configs/baichuan2_13b_ppo.py --topology v5p:4x4x4
+
+For reinforcement learning the rollout is compiled too, and what an iteration holds is added up.
 
 Needs `pip install -e '.[tpu]'` but no TPU. Memory, collectives and their bytes are what the compiler decides; times and
 MFU are compile-time estimates (docs/tpu.md). Any field of the config can be overridden as in train.py.
@@ -18,15 +21,16 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
 from bc2_jax.terminal import make_console, make_table, use_utf8
 
 if TYPE_CHECKING:
+    from bc2_jax.aot.compilation import CompiledProgram
     from bc2_jax.aot.search import Candidate, Result
-    from bc2_jax.config import TrainConfig
+    from bc2_jax.config import RunConfig
     from bc2_jax.tpu.chips import Topology
 
 out = make_console()
@@ -74,7 +78,7 @@ def check_options(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is an option of inference: give --inference as well.")
 
 
-def load_config(args: argparse.Namespace, overrides: list[str], topology: Topology) -> TrainConfig:
+def load_config(args: argparse.Namespace, overrides: list[str], topology: Topology) -> RunConfig:
     """The config file with the overrides and the batch; raises ValueError for what does not suit each other."""
     import dataclasses
 
@@ -84,42 +88,70 @@ def load_config(args: argparse.Namespace, overrides: list[str], topology: Topolo
     from bc2_jax.train.kinds import KINDS
 
     file = read_config_file(args.config, *KINDS)
-    # All kinds there are read rows, which a batch is made of.
-    config = cast("TrainConfig", tyro.cli(type(file.config), default=file.config, args=overrides, description=file.doc))
+    config: RunConfig = tyro.cli(type(file.config), default=file.config, args=overrides, description=file.doc)
     names = [arg.split("=")[0].replace("_", "-") for arg in overrides]
+    config = dataclasses.replace(config, **set_batch(args, config, names, topology))
+    mesh = dataclasses.replace(config.mesh, num_cpu_devices=0)
+    if args.inference and not any(name.startswith("--mesh.") for name in names):
+        from bc2_jax.aot.inference import whole_slice_mesh
+
+        mesh = whole_slice_mesh(topology)
+    return dataclasses.replace(config, mesh=mesh)
+
+
+def set_batch(args: argparse.Namespace, config: RunConfig, names: list[str], topology: Topology) -> dict[str, Any]:
+    """The fields of the config that give each chip its batch; none where the batch is not made of packed rows."""
+    import dataclasses
+
+    from bc2_jax.config import TrainConfig
+
+    if not isinstance(config, TrainConfig):
+        if args.batch_per_chip is not None:
+            raise ValueError(
+                f"--batch-per-chip is not for a {type(config).__name__}, whose own fields give the batch: leave it out."
+            )
+        return {}
     given = "--data.global-batch-size" in names
     if given and args.batch_per_chip is not None:
         raise ValueError("--batch-per-chip and --data.global-batch-size both give the batch: leave one out.")
     batch = config.data.global_batch_size
     if not given:
         batch = (args.batch_per_chip or 1) * topology.num_chips * config.data.accumulation_steps
-    mesh = dataclasses.replace(config.mesh, num_cpu_devices=0)
-    if args.inference and not any(name.startswith("--mesh.") for name in names):
-        from bc2_jax.aot.inference import whole_slice_mesh
-
-        mesh = whole_slice_mesh(topology)
-    return dataclasses.replace(
-        config,
-        mesh=mesh,
-        data=dataclasses.replace(config.data, global_batch_size=batch),
-    )
+    return {"data": dataclasses.replace(config.data, global_batch_size=batch)}
 
 
-def compile_and_report(args: argparse.Namespace, config: TrainConfig, topology: Topology) -> None:
-    from bc2_jax.aot import compilation, report
+def compile_and_report(args: argparse.Namespace, config: RunConfig, topology: Topology) -> None:
+    from bc2_jax.aot import compilation, report, rollout
     from bc2_jax.tpu.options import compiler_options
 
     compilation.use_topologies()
-    step = compilation.compile_step(config, topology, compiler_options(topology.chip.name, tuple(args.xla)))
-    if args.hlo:
-        args.hlo.write_text(step.hlo, encoding="utf-8")
+    name, xla = topology.chip.name, tuple(args.xla)
+    step = compilation.compile_step(config, topology, compiler_options(name, xla))
+    sampled = rollout.compile_rollout(config, topology, compiler_options(name, xla, inference=True))
+    programs: dict[str, compilation.CompiledProgram] = {"": step}
+    if sampled is not None:
+        programs |= {"_prefill": sampled.prefill, "_decode": sampled.decode}
+    write_hlo(args.hlo, programs)
     result = report.make_report(step)
+    values, rows, warnings = result.as_json(), report.render(result), result.warnings
+    if sampled is not None:
+        beside, used = rollout.make_report(sampled), result.hbm_bytes_used
+        values["rollout"] = beside.as_json(used)
+        rows = [(f"update: {name}", text) for name, text in rows] + rollout.render(beside, used)
+        warnings = (*(f"update: {line}" for line in warnings), *beside.warnings)
     if args.json:
-        args.json.write_text(json.dumps(result.as_json(), indent=1) + "\n", encoding="utf-8")
-    print_table(f"{config.name} on {topology}", report.render(result), result.warnings)
+        args.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    print_table(f"{config.name} on {topology}", rows, warnings)
 
 
-def compile_and_report_inference(args: argparse.Namespace, config: TrainConfig, topology: Topology) -> None:
+def write_hlo(path: Path | None, programs: Mapping[str, CompiledProgram]) -> None:
+    """Each program's text beside `path`, its name with what stands for the program; nothing without a path."""
+    for ending, program in programs.items() if path else ():
+        assert path is not None
+        path.with_name(f"{path.stem}{ending}{path.suffix}").write_text(program.hlo, encoding="utf-8")
+
+
+def compile_and_report_inference(args: argparse.Namespace, config: RunConfig, topology: Topology) -> None:
     from bc2_jax.aot import compilation, inference
     from bc2_jax.tpu.options import compiler_options
 
@@ -128,10 +160,7 @@ def compile_and_report_inference(args: argparse.Namespace, config: TrainConfig, 
     request = inference.Request(**given)
     options = compiler_options(topology.chip.name, tuple(args.xla), inference=True)
     compiled = inference.compile_inference(config, topology, request, options)
-    if args.hlo:
-        for name in ("prefill", "decode"):
-            path = args.hlo.with_name(f"{args.hlo.stem}_{name}{args.hlo.suffix}")
-            path.write_text(getattr(compiled, name).hlo, encoding="utf-8")
+    write_hlo(args.hlo, {"_prefill": compiled.prefill, "_decode": compiled.decode})
     result = inference.make_report(compiled)
     if args.json:
         args.json.write_text(json.dumps(result.as_json(), indent=1) + "\n", encoding="utf-8")
@@ -147,10 +176,13 @@ def print_table(title: str, rows: list[tuple[str, str]], warnings: Sequence[str]
         out.print(f"warning: {line}")
 
 
-def search(args: argparse.Namespace, overrides: list[str], config: TrainConfig, topology: Topology) -> None:
+def search(args: argparse.Namespace, overrides: list[str], config: RunConfig, topology: Topology) -> None:
     """Compiles every candidate in its own process, one at a time: a compile holds gigabytes and may die."""
     from bc2_jax.aot.search import candidates, choose, pareto
+    from bc2_jax.config import TrainConfig
 
+    if not isinstance(config, TrainConfig):
+        raise ValueError(f"--search is for runs on packed rows, not for a {type(config).__name__}: leave it out.")
     results = []
     for candidate in candidates(config, topology):
         results.append(result := try_candidate(args, overrides, candidate))

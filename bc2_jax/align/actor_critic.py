@@ -54,7 +54,7 @@ class Models(NamedTuple):
 
 
 class Held(NamedTuple):
-    """Models that are only read, in the compute dtype; the norms and the score of the reward model count in fp32."""
+    """Models that are only read, in the compute dtype; the score of the reward model is fp32."""
 
     reference: Params
     reward: Params | None

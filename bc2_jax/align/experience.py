@@ -46,7 +46,7 @@ from bc2_jax.infer.sampling import Settings
 from bc2_jax.model.baichuan import Params
 from bc2_jax.sharding import spec, to_host
 from bc2_jax.tokenizer import Tokenizer
-from bc2_jax.train.job import TrainState
+from bc2_jax.train.job import BatchError, TrainState
 from bc2_jax.train.loop import Start
 
 FOLDER = "rollouts"
@@ -133,6 +133,8 @@ class Rollouts:
                 return self._make(step, state)
         except Stopped:
             return None
+        except (ValueError, ArithmeticError) as error:  # every process has it: of a reward, or of the checks
+            raise BatchError(str(error)) from error
 
     def position(self) -> dict[str, Any]:
         """The next iteration, those that are left out, and what depends on the iterations before."""
@@ -251,7 +253,7 @@ class Rollouts:
         if ppo.cut_penalty:
             parts["cut"] = np.where(answers.cut, -np.float32(ppo.cut_penalty), np.float32(0))
         parts = {name: part.astype(np.float32) for name, part in parts.items()}
-        return Scores(parts, np.sum(np.stack([*parts.values()]), axis=0, dtype=np.float32))
+        return Scores(parts, np.asarray(sum(parts.values()), np.float32))
 
     def _forward(self, state: TrainState, placed: Batch) -> dict[str, np.ndarray]:
         """fp32 [N, T]: log-probabilities of the actor, as the updates compute them, and of the reference; values."""

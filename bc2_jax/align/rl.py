@@ -4,6 +4,9 @@ a run; a step of the run is an iteration: answers, their scores, and some update
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -53,8 +56,9 @@ from bc2_jax.train.resume import check_changes, list_changes, print_changes
 from bc2_jax.train.start import tuned_options
 from bc2_jax.validation import require
 
-CHECKSUMS = "checksums"
-"""In the metadata of a checkpoint: those of the models that are only read, in hex."""
+CHECKSUMS, PROMPTS = "checksums", "prompts_sha256"
+"""In the metadata of a checkpoint: those of the models that are only read, in hex; that of the prompts' tokens."""
+_log = logging.getLogger(__name__)
 
 
 def train(config: RLConfig, command: str = "train.py", started: float | None = None) -> RunResult:
@@ -220,6 +224,9 @@ def make_job(config: RLConfig, start: Start) -> Job:
     check_exports(config, start.workdir)
     functions = [load_reward_function(name, "ppo.reward_functions") for name in rl.reward_functions]
     prompts = load_prompts(rl.prompts, tokenizer, rl.max_prompt_tokens, "ppo.prompts")
+    digest = hashlib.sha256(json.dumps(prompts.ids).encode()).hexdigest()
+    if metadata is not None and metadata.job.get(PROMPTS, digest) != digest and jax.process_index() == 0:
+        _log.warning("The prompts are not those of the checkpoint of step %d, which it goes on from.", start.step)
     questions = read_questions(config, tokenizer)  # type: ignore[arg-type]  # it has the fields that are read
     critic = critic_model(config)
     step, models, held = make_step(config, start.mesh), make_models(config, critic), load_held(config, start.mesh)
@@ -254,7 +261,7 @@ def make_job(config: RLConfig, start: Start) -> Job:
         flops_formula="those of actor and critic in all updates of an iteration, without its decoding",
         frozen=frozen,
         examine=examine if questions else None,
-        metadata={"tokenizer_sha256": sha256, CHECKSUMS: checksums},
+        metadata={"tokenizer_sha256": sha256, CHECKSUMS: checksums, PROMPTS: digest},
         updates=step.updates,
         check=lambda number, metrics: check_ratio(config, number, metrics),
         batch_phase="rollout",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import re
 import sys
@@ -22,7 +23,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from bc2_jax.config import TrainConfig
+from bc2_jax.config import RunConfig
 from bc2_jax.sharding import make_mesh
 from bc2_jax.tpu.chips import Topology
 from bc2_jax.tpu.options import Value
@@ -96,15 +97,19 @@ class CompiledStep(CompiledProgram):
     """What the compiler made of one training step."""
 
     topology: Topology
-    config: TrainConfig
+    config: RunConfig
     """With the mesh filled in."""
+    sequences: int
+    """Rows of a step, on all devices."""
+    length: int
+    """Tokens of a row."""
     coordinates: tuple[tuple[int, ...], ...]
     """(slice, x, y, ...) of each device, in the order in which the program numbers them."""
     replicated: tuple[tuple[str, int], ...]
     """Arrays of the state and of the frozen parameters that every device holds whole: name and bytes, 1 MiB and
     larger."""
     flops: int
-    """Model FLOPs of the step, on all devices."""
+    """Model FLOPs of the step, all its updates, on all devices."""
     adapter_parameters: int = 0
     """Those that are trained beside frozen ones; 0 where all parameters of the model are trained."""
 
@@ -139,7 +144,7 @@ def topology_devices(topology: Topology) -> list[Any]:
     return devices
 
 
-def compile_step(config: TrainConfig, topology: Topology, options: dict[str, Value]) -> CompiledStep:
+def compile_step(config: RunConfig, topology: Topology, options: dict[str, Value]) -> CompiledStep:
     """Compiles the training step of `config`, a run of any kind, for every device of `topology`.
 
     Frozen parameters are arguments that are not donated, in the dtype in which a run holds them.
@@ -154,11 +159,13 @@ def compile_step(config: TrainConfig, topology: Topology, options: dict[str, Val
         parts: StepParts = kind_of(config).make_step(config, mesh)
         lower = functools.partial(
             lower_train_step, parts.objective, parts.optimizer, parts.state, parts.frozen, parts.batch,
-            norms=config.health.norms,
+            norms=config.health.norms, updates=parts.updates,
         )  # fmt: skip
         program = compile_program("step", lower, options)
+    *steps, rows, length = parts.batch["input_ids"].shape
     return CompiledStep(
         **vars(program), topology=topology, config=config, coordinates=device_coordinates(mesh),
+        sequences=math.prod(steps) * rows, length=length,
         replicated=_replicated({"state": parts.state, "frozen": parts.frozen}), flops=parts.flops_per_step,
         adapter_parameters=sum(x.size for x in jax.tree.leaves(parts.state.params)) if parts.frozen else 0,
     )  # fmt: skip

@@ -32,7 +32,7 @@ from bc2_jax.aot.report import (
     synchronous_warnings,
 )
 from bc2_jax.aot.search import HBM_LIMIT
-from bc2_jax.config import MeshConfig, ModelConfig, TrainConfig
+from bc2_jax.config import MeshConfig, ModelConfig, RunConfig
 from bc2_jax.infer import engine
 from bc2_jax.infer.generate import bucket
 from bc2_jax.infer.refill import RolloutShapes
@@ -79,7 +79,7 @@ class CompiledInference:
     """Both programs, and the bytes one device holds."""
 
     topology: Topology
-    config: TrainConfig
+    config: RunConfig
     """With the mesh filled in."""
     request: Request
     prefill: CompiledProgram
@@ -99,7 +99,7 @@ def whole_slice_mesh(topology: Topology) -> MeshConfig:
 
 
 def compile_inference(
-    config: TrainConfig, topology: Topology, request: Request, options: dict[str, Value]
+    config: RunConfig, topology: Topology, request: Request, options: dict[str, Value]
 ) -> CompiledInference:
     """Compiles the engine's prefill and decoding loop for every device of `topology`.
 

@@ -10,7 +10,7 @@ from typing import Any
 from bc2_jax.aot.compilation import CompiledStep, Memory
 from bc2_jax.aot.estimate import Audit, Estimate, audit, estimate_step
 from bc2_jax.aot.program import Program
-from bc2_jax.config import TrainConfig
+from bc2_jax.config import FineTuneConfig, TrainConfig
 from bc2_jax.tpu.chips import GIB
 
 PAPER_TOKENS = 2.6e12
@@ -95,8 +95,8 @@ def make_report(step: CompiledStep) -> Report:
     topology, config = step.topology, step.config
     program = Program(step.hlo)
     estimate = estimate_step(program, topology, step.coordinates)
-    length, model = config.data.sequence_length, config.model
-    sequences = config.data.global_batch_size / topology.num_chips
+    length, model = step.length, config.model
+    sequences = step.sequences / topology.num_chips
     matmul_parameters = (
         model.flops_per_sequence(length) // (6 * length)
         - model.num_hidden_layers * model.hidden_size * (length + 1)
@@ -123,6 +123,8 @@ def make_report(step: CompiledStep) -> Report:
         flops_formula=(
             f"{sequences:g} sequences x ({trained} "
             f"+ 6 x {model.num_hidden_layers} layers x {model.hidden_size} x {length} x {length + 1})"
+            if type(config) in (TrainConfig, FineTuneConfig)
+            else f"as this kind of run counts them, of {sequences:g} sequences of {length}"
         ),
         tokens=sequences * length,
         estimate=estimate,

@@ -93,6 +93,10 @@ class StepParts(NamedTuple):
     """(step, fields that its rows have) -> the batch with all fields."""
 
 
+class BatchError(ArithmeticError):
+    """No further batch can be made, on any process: the run stops, once the step before is saved."""
+
+
 class Batches(Protocol):
     """Where the batches of training steps come from: rows of files, pairs, rollouts."""
 
@@ -101,7 +105,7 @@ class Batches(Protocol):
 
         Called once for each step, in their order, while the step before may still run on the devices. None if
         `Start.progress` said, to this process and so to all, that the run is to stop meanwhile: nothing of the batch
-        is kept, and `position` is what it was.
+        is kept, and `position` is what it was. Raises BatchError, on all processes, if there can't be one.
         """
 
     def position(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from bc2_jax.train.evaluation import evaluate
 from bc2_jax.train.expendable import Expendable, Profiler
 from bc2_jax.train.goodput import Goodput, goodput_table, read_sessions
 from bc2_jax.train.health import HealthMonitor, Steps
-from bc2_jax.train.job import Batch, Job, Progress, Say, lower_train_step, make_eval_step, restore_state
+from bc2_jax.train.job import Batch, BatchError, Job, Progress, Say, lower_train_step, make_eval_step, restore_state
 from bc2_jax.train.metrics import MetricsWriter, ProgressDisplay, Throughput, fingerprint, memory_metrics
 from bc2_jax.train.start import check_attention, describe_start, tuned_options, use_compilation_cache
 from bc2_jax.train.workdir import own_workdir
@@ -200,7 +200,7 @@ class _Loop:
         """Trains up to num_steps. Raises Preempted, with the last step saved, if it is stopped from outside."""
         config, checkpointer = self.config, self.checkpointer
         pending: tuple[int, dict[str, jax.Array]] | None = None
-        stopping = False
+        stopping, failed = False, None  # the error instead of a next batch
         self.preemption.catch_interrupt()
         try:
             self._evaluate_if_due()
@@ -216,13 +216,16 @@ class _Loop:
                     saved_position = self.position
                     # Asked before too: to make a batch may take longer than is left after SIGTERM.
                     if step < config.num_steps and not self.preemption.reached():
-                        self._next_batch(step + 1)
+                        try:
+                            self._next_batch(step + 1)
+                        except BatchError as error:  # raised when this step is saved
+                            failed = error
                     if pending is not None:
                         self.writer.write(pending[0], self._finish_step(*pending))
                     pending = step, metrics
                 self.profiler.after(step, metrics)
                 is_eval = self._is_evaluated(step)
-                stopping = self.preemption.reached()
+                stopping = self.preemption.reached() or failed is not None
                 is_save = stopping or self._is_saved(step)
                 if is_eval or is_save:
                     # Nothing is saved before its step is known to be finite, nor what a rewind will discard.
@@ -247,7 +250,7 @@ class _Loop:
         finally:
             self._end_steps()
         if stopping:
-            raise self.preemption.stopped(step, checkpointer.directory)
+            raise failed or self.preemption.stopped(step, checkpointer.directory)
 
     def _tokens(self, step: int) -> int:
         """Trained on up to a step, the last resume or a later one: before it, batches may have had other sizes."""

@@ -232,7 +232,8 @@ class ProgressDisplay:
             self._bar.start()
 
     def show(self, step: int, metrics: dict[str, float]) -> None:
-        text = f"loss {metrics['loss']:.4f}  "
+        text = f"reward {metrics['reward']:.3f}  KL {metrics['kl']:.3f}  " if "reward" in metrics else ""
+        text += f"loss {metrics['loss']:.4f}  "
         if "tokens_per_second" in metrics:
             text += f"{metrics['tokens_per_second']:,.0f} tokens/s"
         else:

@@ -10,27 +10,34 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from bc2_jax.checkpoint import load_state
-from bc2_jax.config import DistributedConfig, TrainConfig
+from bc2_jax.config import DistributedConfig, RunConfig, TrainConfig
 from bc2_jax.convert.checkpoints import newest_checkpoint
 from bc2_jax.convert.pretrained import find_model
-from bc2_jax.data.batch import FIELDS, batch_part, make_put
+from bc2_jax.data.batch import FIELDS, Batch, batch_part, make_put
 from bc2_jax.data.loader import make_train_loader
 from bc2_jax.manifest import verify
-from bc2_jax.metadata import is_complete, read_metadata
+from bc2_jax.metadata import is_complete, read_metadata, read_training_metadata
+from bc2_jax.model.baichuan import Params
 from bc2_jax.sharding import make_mesh
+from bc2_jax.terminal import make_console
 from bc2_jax.train import distributed
-from bc2_jax.train.job import StepParts, TrainStep, lower_train_step, restore_state
+from bc2_jax.train.expendable import Expendable
+from bc2_jax.train.job import StepParts, TrainState, TrainStep, lower_train_step, restore_state
 from bc2_jax.train.kinds import kind_of, read_config
+from bc2_jax.train.loop import Start
 from bc2_jax.train.metrics import fingerprint, read_metrics
 from bc2_jax.train.start import check_attention, tuned_options
+from bc2_jax.validation import require
 
 
 class Comparison(NamedTuple):
@@ -139,33 +146,22 @@ def replay(path: str | Path, step: int, batch: Sequence[str | Path] = ()) -> Ite
     config = config.resolve(jax.device_count())
     mesh = make_mesh(config.mesh)
     check_attention(config, mesh)
-    part = batch_part(mesh, jax.process_index())
-    make_loader = functools.cache(
-        functools.partial(
-            make_train_loader, config.data, process_index=part.process_index, process_count=part.process_count
-        )
-    )
-    size = config.data.global_batch_size
-    put = make_put(config.data, mesh)
-
     with jax.set_mesh(mesh):
         parts: StepParts = kind_of(config).make_step(config, mesh)
-        frozen = parts.load_frozen()
+        if hasattr(config, "data"):
+            frozen, next_batch = parts.load_frozen(), _reader(config, mesh, parts, records, saved, step)
+        else:
+            require(saved is None, "--batch", list(map(str, batch)), "the batches of this run are made anew, not read")
+            frozen, next_batch = _maker(config, mesh, checkpoint)
         state = restore_state(Folder(checkpoint), start, parts.state)
         train_step: TrainStep | None = None
         for now in range(start + 1, step + 1):
-            record = records[now]
-            # Earlier versions recorded the number of the batch, where it was not the step's.
-            first = int(record.get("first_row", record.get("data_index", now - 1) * size))
-            rows = make_loader(first_row=first % size)[first // size]
-            rows = rows | parts.fields(rows)
-            if saved is not None and now == step:
-                rows = _own_rows(saved[0], len(rows["labels"]))
-            placed = parts.complete(now, put(rows))
+            record, placed = records[now], next_batch(now, state)
             if train_step is None:
                 lowered = lower_train_step(
-                    parts.objective, parts.optimizer, state, frozen, placed, norms=config.health.norms
-                )
+                    parts.objective, parts.optimizer, state, frozen, placed, norms=config.health.norms,
+                    updates=parts.updates,
+                )  # fmt: skip
                 train_step = lowered.compile(compiler_options=tuned_options(config, mesh))
             state, metrics = train_step(state, frozen, placed)
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -177,6 +173,47 @@ def replay(path: str | Path, step: int, batch: Sequence[str | Path] = ()) -> Ite
                 then = restore_state(Folder(after), now, parts.state)
                 compared["parameters sha256"] = fingerprint(then.params), fingerprint(state.params)
             yield Comparison(now, compared)
+
+
+NextBatch = Callable[[int, TrainState], Batch]
+"""(step, state before it) -> its batch, as the run had it."""
+
+
+def _reader(
+    config: TrainConfig, mesh: Mesh, parts: StepParts, records: dict[int, dict[str, Any]],
+    saved: tuple[list[dict[str, np.ndarray]], dict[str, float]] | None, last: int,
+) -> NextBatch:  # fmt: skip
+    """Of a run on rows: those that its record names; of the step `last` those that were saved, if they were."""
+    part, put = batch_part(mesh, jax.process_index()), make_put(config.data, mesh)
+    make_loader = functools.cache(
+        functools.partial(
+            make_train_loader, config.data, process_index=part.process_index, process_count=part.process_count
+        )
+    )
+    size = config.data.global_batch_size
+
+    def next_batch(now: int, state: TrainState) -> Batch:
+        # Earlier versions recorded the number of the batch, where it was not the step's.
+        first = int(records[now].get("first_row", records[now].get("data_index", now - 1) * size))
+        rows = make_loader(first_row=first % size)[first // size]
+        rows = rows | parts.fields(rows)
+        if saved is not None and now == last:
+            rows = _own_rows(saved[0], len(rows["labels"]))
+        return parts.complete(now, put(rows))
+
+    return next_batch
+
+
+def _maker(config: RunConfig, mesh: Mesh, checkpoint: Path) -> tuple[Params, NextBatch]:
+    """(frozen parameters, batches) of a run that makes them from its own parameters; its folder stays as it is."""
+    step = int(checkpoint.name)
+    metadata = read_training_metadata(checkpoint)
+    console = make_console(quiet=True)
+    with tempfile.TemporaryDirectory() as folder:
+        start = Start(mesh, Path(folder), step, metadata, console, console.print, "", Expendable())
+        job = kind_of(config).make_job(config, start)
+    job.batches.seek(metadata.data)
+    return job.frozen, job.batches.next
 
 
 def _own_rows(parts: list[dict[str, np.ndarray]], count: int) -> dict[str, np.ndarray]:

@@ -23,14 +23,20 @@ Effect = Literal["harmless", "changes what is learnt", "refused"]
 # The first that a field is, or begins with, counts; another field of a kind of run changes what is learnt.
 _EFFECTS: tuple[tuple[Effect, tuple[str, ...]], ...] = (
     ("harmless", ("model.initializer_range", "model.model_max_length", "data.accumulation_steps", "health.norms")),
-    ("changes what is learnt", ("model.z_loss_weight", "compute.dtype", "lora.dropout")),
-    ("refused", ("model.", "lora.")),
+    (
+        "changes what is learnt",
+        ("model.z_loss_weight", "compute.dtype", "lora.dropout", "ppo.prompts_per_step", "ppo.reward_model_weight"),
+    ),
+    ("refused", ("model.", "lora.", "ppo.algorithm")),
     (
         "harmless",
         (
             "name", "compute.", "mesh.", "distributed.", "checkpoint.", "num_steps", "workdir", "init_from", "seed",
             "compilation_cache", "log_every", "eval_", "verify_resume_steps", "profile_", "sample.", "ngram_baselines",
             "export_hf", "data.max_bad_rows", "data.tokenizer", "allow_other_tokenizer", "questions.", "num_epochs",
+            # Told apart by what is in them.
+            "tokenizer", "ppo.prompts", "ppo.reward_model", "ppo.rollout_rows", "ppo.patience",
+            "ppo.keep_rollouts_every",
         ),
     ),
 )  # fmt: skip

@@ -45,7 +45,7 @@ def write_models(folder: Path, tokenizer: Tokenizer, mesh: Mesh) -> RLConfig:
     model = model_of(tokenizer)
     params = jax.tree.map(np.array, init_params(model, 1, mesh))
     direction = np.random.default_rng(0).normal(size=model.hidden_size).astype(np.float32)
-    params["embed_tokens"]["weight"] += 0.6 * direction
+    params["embed_tokens"]["weight"] += 2.0 * direction
     params["lm_head"]["weight"][EOS_ID] = direction
     params = jax.tree.map(jnp.asarray, params)
     save_params(params, model, folder / "chat", tokenizer.path)

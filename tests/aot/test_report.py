@@ -41,6 +41,8 @@ CONFIG = TrainConfig(
 STEP = CompiledStep(
     topology=parse_topology("v5p:2x2x1"),
     config=CONFIG,
+    sequences=8,
+    length=128,
     memory=Memory(arguments=4000, outputs=3900, aliased=3800, temporaries=10_000, peak=12_000, laid_out=12_500),
     hlo=(Path(__file__).parent / "data" / "scan_v5p_2x2x1.txt").read_text(),
     log="W spmd: Involuntary full rematerialization. The compiler cannot go from ...",
