@@ -18,7 +18,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
 from bc2_jax.align import tuning
-from bc2_jax.align.pairs import CHOSEN, REJECTED, branch_last, has_pair, most_pairs
+from bc2_jax.align.pairs import CHOSEN, REJECTED, branch_last, has_pair
 from bc2_jax.align.preference import reward_loss
 from bc2_jax.align.reward_results import print_plan, show_rewards
 from bc2_jax.align.sft import SEED, place_seeds
@@ -70,7 +70,7 @@ def complete(config: RewardConfig) -> RewardConfig:
 
 def make_step(config: RewardConfig, mesh: Mesh) -> StepParts:
     """The step of a run: of all parameters, or of adapters and the score beside a frozen backbone."""
-    places = count_places(config)
+    places = tuning.count_places(config.data)
     parts = tuning.make_step(config, mesh, make_objective(config, places))
     model, dtype = config.model, config.compute.dtype
     head = 2 * model.vocab_size * model.hidden_size * config.data.sequence_length * config.data.global_batch_size
@@ -102,15 +102,6 @@ def with_seeds(config: RewardConfig, mesh: Mesh, batch: Batch) -> dict[str, Any]
     return {"batch": batch | seed, "complete": lambda step, batch: batch | {SEED: place_seeds(config, mesh, step)}}
 
 
-def count_places(config: RewardConfig) -> int:
-    """Pairs that a row may hold: of the row that has most; before the rows are there, as when a step is compiled for a
-    pod, of rows of pairs of 512 tokens."""
-    try:
-        return most_pairs(config.data)
-    except FileNotFoundError:
-        return max(1, config.data.sequence_length // 512)
-
-
 def find_margins(config: RewardConfig, places: int) -> Callable[[Rows], Rows]:
     """`StepParts.fields`: MARGIN of rows, from what was kept beside them when they were packed; 0 where nothing was."""
     parts = [part.path / MARGINS_NAME for source in config.data.sources for part in list_parts(source.path)]
@@ -139,7 +130,7 @@ def make_job(config: RewardConfig, start: Start) -> Job:
 
     def begin(workdir: Path) -> None:
         job.begin(workdir)
-        print_plan(config, count_places(config), start)
+        print_plan(config, tuning.count_places(config.data), start)
 
     return job._replace(
         init_state=lambda: init_state(init_trained(config, job.frozen, start.mesh), step.optimizer),

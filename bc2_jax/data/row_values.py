@@ -42,6 +42,10 @@ class RowValues:
     def __len__(self) -> int:
         return len(self._digests)
 
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """(digests, uint64 [n] in order; values, fp32 [n, W])."""
+        return self._digests, self._values
+
     @property
     def width(self) -> int:
         """W."""
