@@ -6,6 +6,7 @@ value at its last token, its eos.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,13 +105,18 @@ def with_seeds(config: RewardConfig, mesh: Mesh, batch: Batch) -> dict[str, Any]
 
 def find_margins(config: RewardConfig, places: int) -> Callable[[Rows], Rows]:
     """`StepParts.fields`: MARGIN of rows, from what was kept beside them when they were packed; 0 where nothing was."""
-    parts = [part.path / MARGINS_NAME for source in config.data.sources for part in list_parts(source.path)]
-    kept = [RowValues.load(path) for path in parts if path.is_file()]
+
+    @functools.cache
+    def kept() -> list[RowValues]:  # when it is asked for: a step may be compiled before its rows are there
+        folders = [part.path for source in config.data.sources for part in list_parts(source.path)]
+        paths = [folder / MARGINS_NAME for folder in dict.fromkeys(folders)]
+        return [RowValues.load(path) for path in paths if path.is_file()]
 
     def fields(rows: Rows) -> Rows:
         margins = np.zeros((len(rows["input_ids"]), places), np.float32)
-        for values in kept:
-            margins[:, : values.width] += values.find(rows)[0]  # a row is in one of them
+        for values in kept():
+            found, missing = values.find(rows)
+            margins[~missing, : values.width] = found[~missing]
         return {MARGIN: margins}
 
     return fields
