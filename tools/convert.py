@@ -131,6 +131,13 @@ def convert(args: argparse.Namespace, options: Options) -> Summary:
         return conversion.to_orbax(args.source, args.target, options, args.dtype)
     if args.command in ("to-hf", "merge-lora"):
         how = (options, args.dtype, args.layout, args.format, args.max_shard_size)
+        if args.command == "to-hf" and args.layout == "llama":
+            from bc2_jax.convert.reward_export import export_reward_model, is_reward_model
+
+            if is_reward_model(args.source):
+                return export_reward_model(
+                    args.source, args.target, options, args.dtype or "bfloat16", args.max_shard_size
+                )
         if args.command == "to-hf":
             return conversion.to_hf(args.source, args.target, *how)
         from bc2_jax.convert.merging import merge_lora

@@ -62,10 +62,13 @@ def complete(config: RewardConfig) -> RewardConfig:
     """`config` with what depends on the model that it begins from and on the pairs; raises as `tuning.complete`, and
     ValueError for what only a language model does at its end."""
     for field, value, none in (
-        ("sample.prompts", config.sample.prompts, ()), ("ngram_baselines", config.ngram_baselines, False),
-        ("export_hf", config.export_hf, False),
+        ("sample.prompts", config.sample.prompts, ()), ("ngram_baselines", config.ngram_baselines, False)
     ):  # fmt: skip
         require(value == none, field, value, f"it must be {none!r}: a reward model scores answers and writes no text")
+    require(
+        not config.export_hf or config.model.position_embedding == "rope", "export_hf", config.export_hf,
+        "it must be False for a model with ALiBi, which LlamaForSequenceClassification does not have",
+    )  # fmt: skip
     return tuning.complete(config, "a reward model begins from a chat or base model, or an earlier reward model")
 
 

@@ -37,7 +37,7 @@ REWARD = backbone_of(random_params(TINY, np.float32, 1)) | {"score": {"weight": 
 
 def write(folder: Path, params: dict, **config) -> Path:
     """A params-only checkpoint whose run had these further fields in its config."""
-    metadata = {"config": {"model": dataclasses.asdict(TINY), **config}}
+    metadata = {"config": {"model": dataclasses.asdict(TINY)} | config}
     with save_context():
         ocp.save_checkpointables(folder.absolute(), {"params": params}, custom_metadata=metadata)
     return folder
