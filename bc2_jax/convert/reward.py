@@ -90,13 +90,18 @@ def find_critic(path: str | Path) -> FoundRewardModel:
     metadata = open_metadata(checkpoint)
     if policy_part(metadata) != ACTOR or not take_part(open_params(checkpoint), CRITIC):
         raise ValueError(f"{path} has no critic: it is not a checkpoint or run of PPO.")
-    base = metadata["config"]["ppo"].get("reward_model")
-    config = parse_model_config(metadata, checkpoint) if base is None else find_reward_model(base).config
+    reward_model = metadata["config"]["ppo"].get("reward_model")
+    lora = _adapter(metadata, checkpoint)
+    # Without a reward model it began from the actor's own.
+    base = metadata["config"].get("init_from") if reward_model is None else reward_model
+    config = parse_model_config(metadata, checkpoint)
+    if reward_model is not None:
+        config = find_reward_model(reward_model).config
     try:
         tokenizer = find_tokenizer(checkpoint)
     except FileNotFoundError:
         tokenizer = None
-    return FoundRewardModel(checkpoint, config, tokenizer, _adapter(metadata, checkpoint), base, None, CRITIC)
+    return FoundRewardModel(checkpoint, config, tokenizer, lora, base, None, CRITIC)
 
 
 def _adapter(metadata: Mapping[str, Any], checkpoint: Path) -> LoraConfig | None:

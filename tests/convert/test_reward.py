@@ -170,6 +170,14 @@ def test_the_critic_of_a_ppo_run_is_loaded_as_a_reward_model(places):
     assert same(numpy(params), numpy(merged))
 
 
+def test_the_critic_of_a_run_without_a_reward_model_began_from_its_actor(places, tmp_path: Path):
+    trained = {"actor": adapter_params(), "critic": {"adapter": adapter_params(), "score": REWARD["score"]}}
+    config = {"lora": dataclasses.asdict(LORA), "init_from": str(places["base"]), "ppo": {"reward_model": None}}
+    params, _, _ = load_critic(write(tmp_path / "rl", trained, **config))
+    merged = backbone_of(merge(LM, Adapter(LORA, adapter_params())))
+    assert same(numpy(params), numpy(merged) | {"score": REWARD["score"]})
+
+
 def test_the_adapter_of_an_actor_is_merged_and_what_stays_is_said(places, tmp_path: Path):
     found = find_adapter(places["rl_lora"])
     assert found is not None and found.config == LORA
