@@ -2,6 +2,7 @@
 
 python tools/convert.py to-orbax HF_DIR CKPT
 python tools/convert.py to-hf CKPT HF_DIR [--layout baichuan2|baichuan1|llama] [--format safetensors|bin]
+python tools/convert.py to-hf REWARD_MODEL HF_DIR --layout llama
 python tools/convert.py to-gguf CKPT OUT.gguf [--type f16|bf16|q8_0]
 python tools/convert.py merge-lora BASE ADAPTER HF_DIR [--layout baichuan2|baichuan1|llama] [--format safetensors|bin]
 python tools/convert.py to-peft ADAPTER PEFT_DIR [--layout baichuan2|llama]
@@ -198,8 +199,13 @@ def run_adapter(args: argparse.Namespace) -> int:
 def run_inspect(args: argparse.Namespace) -> int:
     from bc2_jax.convert.adapter import describe, find_adapter
     from bc2_jax.convert.report import inspect
+    from bc2_jax.convert.reward import describe_reward_model
     from bc2_jax.validation import join_some
 
+    if lines := describe_reward_model(args.source):
+        for line in lines:
+            out.print(line)
+        return 0
     if (adapter := find_adapter(args.source)) is not None:
         for line in describe(adapter):
             out.print(line)

@@ -37,7 +37,7 @@ from bc2_jax.train.metrics import read_metrics
 
 replay = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "replay.py"))["main"]
 MODEL = ModelConfig(
-    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, position_embedding="rope",
+    hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, position_embedding="rope",
     vocab_size=490, z_loss_weight=0.0,
 )  # fmt: skip
 PLACES = ("mat", "log", "cat", "dog")

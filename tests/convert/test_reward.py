@@ -19,6 +19,7 @@ from bc2_jax.convert.merging import merge_lora
 from bc2_jax.convert.pretrained import find_model, load_params
 from bc2_jax.convert.report import inspect
 from bc2_jax.convert.reward import (
+    describe_reward_model,
     find_critic,
     find_reward_model,
     load_backbone,
@@ -102,6 +103,12 @@ def test_one_with_an_adapter_is_merged_into_the_model_it_began_from(places, mesh
     np.testing.assert_allclose(
         on_mesh["layers"]["mlp"]["down_proj"]["weight"], params["layers"]["mlp"]["down_proj"]["weight"], atol=1e-6
     )
+
+
+def test_what_it_is_is_said(places):
+    assert describe_reward_model(places["base"]) == describe_reward_model(places["rl"]) == ()
+    assert any("mean 0.5000" in line for line in describe_reward_model(places["run"]))
+    assert any("rank 2" in line for line in describe_reward_model(places["reward_lora"]))
 
 
 def test_backbones_of_every_kind(places):

@@ -37,12 +37,14 @@ def assert_holds(folder: Path, params: dict) -> None:
         np.testing.assert_allclose(tensors[f"model.layers.{i}.mlp.down_proj.weight"], down, atol=1e-6)
 
 
-def test_a_folder_has_every_tensor(tmp_path: Path):
+def test_a_folder_has_every_tensor(tmp_path: Path, capsys):
     path = write(tmp_path / "rm", REWARD, reward={})
     assert CONVERT(["to-hf", str(path), str(tmp_path / "hf"), "--layout", "llama", "--dtype", "float32"]) == 0
     assert_holds(tmp_path / "hf", REWARD)
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForSequenceClassification"] and len(config["id2label"]) == 1
+    assert CONVERT(["inspect", str(path)]) == 0
+    assert "reward model" in capsys.readouterr().out
     summary = export_reward_model(path, tmp_path / "hf", Options(overwrite=True))
     assert summary.tensors == len(flatten(REWARD))
     assert {tensor.dtype.name for tensor in hf.open_folder(tmp_path / "hf").values()} == {"bfloat16"}
