@@ -202,8 +202,8 @@ def run_inspect(args: argparse.Namespace) -> int:
     from bc2_jax.convert.reward import describe_reward_model
     from bc2_jax.validation import join_some
 
-    if lines := describe_reward_model(args.source):
-        for line in lines:
+    if told := describe_reward_model(args.source):
+        for line in told:
             out.print(line)
         return 0
     if (adapter := find_adapter(args.source)) is not None:
