@@ -6,6 +6,7 @@ value at its last token, its eos.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
 from bc2_jax.align import tuning
-from bc2_jax.align.pairs import CHOSEN, REJECTED, branch_last, has_pair, most_pairs
+from bc2_jax.align.pairs import CHOSEN, REJECTED, branch_last, has_pair
 from bc2_jax.align.preference import reward_loss
 from bc2_jax.align.reward_results import print_plan, show_rewards
 from bc2_jax.align.sft import SEED, place_seeds
@@ -61,16 +62,19 @@ def complete(config: RewardConfig) -> RewardConfig:
     """`config` with what depends on the model that it begins from and on the pairs; raises as `tuning.complete`, and
     ValueError for what only a language model does at its end."""
     for field, value, none in (
-        ("sample.prompts", config.sample.prompts, ()), ("ngram_baselines", config.ngram_baselines, False),
-        ("export_hf", config.export_hf, False),
+        ("sample.prompts", config.sample.prompts, ()), ("ngram_baselines", config.ngram_baselines, False)
     ):  # fmt: skip
         require(value == none, field, value, f"it must be {none!r}: a reward model scores answers and writes no text")
+    require(
+        not config.export_hf or config.model.position_embedding == "rope", "export_hf", config.export_hf,
+        "it must be False for a model with ALiBi, which LlamaForSequenceClassification does not have",
+    )  # fmt: skip
     return tuning.complete(config, "a reward model begins from a chat or base model, or an earlier reward model")
 
 
 def make_step(config: RewardConfig, mesh: Mesh) -> StepParts:
     """The step of a run: of all parameters, or of adapters and the score beside a frozen backbone."""
-    places = count_places(config)
+    places = tuning.count_places(config.data)
     parts = tuning.make_step(config, mesh, make_objective(config, places))
     model, dtype = config.model, config.compute.dtype
     head = 2 * model.vocab_size * model.hidden_size * config.data.sequence_length * config.data.global_batch_size
@@ -102,24 +106,20 @@ def with_seeds(config: RewardConfig, mesh: Mesh, batch: Batch) -> dict[str, Any]
     return {"batch": batch | seed, "complete": lambda step, batch: batch | {SEED: place_seeds(config, mesh, step)}}
 
 
-def count_places(config: RewardConfig) -> int:
-    """Pairs that a row may hold: of the row that has most; before the rows are there, as when a step is compiled for a
-    pod, of rows of pairs of 512 tokens."""
-    try:
-        return most_pairs(config.data)
-    except FileNotFoundError:
-        return max(1, config.data.sequence_length // 512)
-
-
 def find_margins(config: RewardConfig, places: int) -> Callable[[Rows], Rows]:
     """`StepParts.fields`: MARGIN of rows, from what was kept beside them when they were packed; 0 where nothing was."""
-    parts = [part.path / MARGINS_NAME for source in config.data.sources for part in list_parts(source.path)]
-    kept = [RowValues.load(path) for path in parts if path.is_file()]
+
+    @functools.cache
+    def kept() -> list[RowValues]:  # when it is asked for: a step may be compiled before its rows are there
+        folders = [part.path for source in config.data.sources for part in list_parts(source.path)]
+        paths = [folder / MARGINS_NAME for folder in dict.fromkeys(folders)]
+        return [RowValues.load(path) for path in paths if path.is_file()]
 
     def fields(rows: Rows) -> Rows:
         margins = np.zeros((len(rows["input_ids"]), places), np.float32)
-        for values in kept:
-            margins[:, : values.width] += values.find(rows)[0]  # a row is in one of them
+        for values in kept():
+            found, missing = values.find(rows)
+            margins[~missing, : values.width] = found[~missing]
         return {MARGIN: margins}
 
     return fields
@@ -139,7 +139,7 @@ def make_job(config: RewardConfig, start: Start) -> Job:
 
     def begin(workdir: Path) -> None:
         job.begin(workdir)
-        print_plan(config, count_places(config), start)
+        print_plan(config, tuning.count_places(config.data), start)
 
     return job._replace(
         init_state=lambda: init_state(init_trained(config, job.frozen, start.mesh), step.optimizer),

@@ -14,7 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import Console
 
+from bc2_jax.align.chat import EncodedPair, encode_pair
+from bc2_jax.align.formats import Sample, read_samples
+from bc2_jax.align.pair_rows import as_pair
+from bc2_jax.align.scoring import Scorer
 from bc2_jax.align.taxonomy import LEVELS, Taxonomy
+from bc2_jax.data.records import Invalid
 from bc2_jax.terminal import make_table
 
 PAPER_ACCURACY = {1: 0.545, 2: 0.611, 3: 0.702, 4: 0.778, 5: 0.815}
@@ -23,6 +28,8 @@ CLASS_FIELDS, GAP_FIELDS = ("class", "category"), ("gap",)
 """Where a record says its class and its gap, if the user names no other field: the first that is there."""
 SCORE_FIELDS = ("score_chosen", "score_rejected")
 """Their difference is the gap of a record that does not say it."""
+HELD_OUT_NAME = "pairs.jsonl"
+"""In a folder of packed pairs: those that are held out, as records."""
 NO_CLASS, NO_GAP = "no class", "no gap"
 
 
@@ -145,6 +152,56 @@ def _number(value: Any) -> float | None:
     except ValueError:
         return None
     return number if math.isfinite(number) else None
+
+
+def read_pairs(paths: Sequence[Path], limit: int = 0) -> tuple[list[Sample], list[Invalid]]:
+    """(preference pairs of files and of folders, what else is there); only the first `limit` pairs if it is not 0.
+
+    Of a folder of packed pairs they are those that are held out. Raises as `formats.read_samples`.
+    """
+    files = [path / HELD_OUT_NAME if (path / "manifest.json").is_file() else path for path in paths]
+    pairs: list[Sample] = []
+    invalid: list[Invalid] = []
+    for found in map(as_pair, read_samples(files, "PAIRS")):
+        if isinstance(found, Invalid):
+            invalid.append(found)
+        elif len(pairs) < limit or not limit:
+            pairs.append(found)
+        else:
+            break
+    return pairs, invalid
+
+
+def judge(
+    scorer: Scorer, samples: Sequence[Sample], class_fields: Sequence[str] = CLASS_FIELDS,
+    gap_fields: Sequence[str] = GAP_FIELDS, score_fields: Sequence[str] = SCORE_FIELDS,
+) -> tuple[list[JudgedPair], int, int]:  # fmt: skip
+    """(pairs with their rewards, how many were cut to the longest that the model takes, how many are left out).
+
+    They are cut as in training, the oldest rounds of the prompt first, and left out where nothing is then left of an
+    answer or both are the same. Raises ValueError if there is no tokenizer.
+    """
+    if scorer.tokenizer is None:
+        raise ValueError("The reward model has no tokenizer beside it: put tokenizer.model into the folder of its run.")
+    limit, cut = scorer.config.model_max_length, 0
+    kept: list[tuple[Sample, EncodedPair]] = []
+    for sample in samples:
+        assert sample.rejected is not None  # of a pair
+        prompt, chosen = sample.messages[: sample.shared], sample.messages[sample.shared :]
+        pair = encode_pair(scorer.tokenizer, prompt, chosen, sample.rejected, limit, 2 * limit)
+        if all(pair.answers) and pair.answers[0] != pair.answers[1]:
+            kept.append((sample, pair))
+            cut += bool(pair.dropped_rounds or pair.cut_tokens)
+    # Side by side, both answers of a pair are mostly scored in one batch.
+    rewards = scorer.score([pair.prompt + answer for _, pair in kept for answer in pair.answers]).reshape(-1, 2)
+    judged = [
+        JudgedPair(
+            float(chosen), float(rejected), len(pair.answers[0]), len(pair.answers[1]),
+            read_class(sample.fields, class_fields), read_gap(sample.fields, gap_fields, score_fields),
+        )
+        for (sample, pair), (chosen, rejected) in zip(kept, rewards, strict=True)
+    ]  # fmt: skip
+    return judged, cut, len(samples) - len(kept)
 
 
 def summarize(pairs: Sequence[JudgedPair], taxonomy: Taxonomy) -> Report:

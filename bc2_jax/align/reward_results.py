@@ -11,10 +11,13 @@ import jax
 
 from bc2_jax.align.sft_results import print_tuning
 from bc2_jax.config import RewardConfig
+from bc2_jax.convert.conversion import Options
 from bc2_jax.convert.pretrained import find_any_model
 from bc2_jax.convert.reward import STATISTICS_NAME
+from bc2_jax.convert.reward_export import export_reward_model
 from bc2_jax.files import replaced
 from bc2_jax.terminal import command
+from bc2_jax.train.checks import EXPORT_NAME
 from bc2_jax.train.loop import Start
 from bc2_jax.train.metrics import read_metrics
 from bc2_jax.train.results import print_how_to_go_on
@@ -41,6 +44,11 @@ def show_rewards(config: RewardConfig, checkpoint: Path, start: Start) -> None:
     """Writes the statistics of the held-out rewards, draws, and says where everything is and what to type next."""
     if jax.process_index() != 0:
         return
+    exported, failed = None, None
+    try:
+        exported = export(config, checkpoint)
+    except (ValueError, OSError) as error:  # raised when all else is done
+        failed = error
     workdir, say = checkpoint.parent.parent, start.say
     metrics = read_metrics(workdir / "metrics.jsonl")
     evaluated = [m for m in metrics if m.get("validation_reward_mean") is not None]
@@ -63,6 +71,20 @@ def show_rewards(config: RewardConfig, checkpoint: Path, start: Start) -> None:
     print_how_to_go_on(workdir, longer, start)
     pairs = config.data.sources[0].path
     say(f"to measure   {command('tools/reward_report.py', workdir, pairs)}")
+    if exported is not None:
+        say(f"PyTorch      {exported}, LlamaForSequenceClassification")
+    if failed is not None:
+        raise failed
+
+
+def export(config: RewardConfig, checkpoint: Path) -> Path | None:
+    """WORKDIR/hf, if the config asks for it."""
+    if not config.export_hf:
+        return None
+    # Ours to replace: an earlier end of this same run wrote it.
+    target = checkpoint.parent.parent / EXPORT_NAME
+    export_reward_model(checkpoint, target, Options(overwrite=True), "float32")
+    return target
 
 
 def write_statistics(workdir: Path, evaluated: list[dict[str, Any]]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -15,6 +17,7 @@ from bc2_jax.align import reward
 from bc2_jax.config import (
     ComputeConfig,
     DataConfig,
+    LoraConfig,
     OptimizerConfig,
     RewardConfig,
     RewardOptions,
@@ -22,8 +25,10 @@ from bc2_jax.config import (
 )
 from bc2_jax.convert.hf_config import read_config
 from bc2_jax.data.batch import IGNORED
+from bc2_jax.data.row_values import RowValues, digest_rows
 from bc2_jax.kernels.segments import TRUNK_BITS
 from bc2_jax.model.baichuan import param_shardings
+from bc2_jax.model.lora import init_adapter
 from bc2_jax.model.reward import RewardModel, backbone_of
 from bc2_jax.sharding import DEFAULT_RULES
 from tests.convert.models import GOLDEN, read_params
@@ -40,6 +45,12 @@ CONFIG = RewardConfig(
     reward=RewardOptions(centring=0.0),
 )  # fmt: skip
 PLACES = 3
+
+
+class Part(NamedTuple):
+    """What is looked at of a part of a source."""
+
+    path: Path
 
 
 def pack(places: list[list[int]], share: bool = True, length: int = 96) -> dict[str, np.ndarray]:
@@ -72,8 +83,9 @@ def with_(config: RewardConfig = CONFIG, **changes) -> RewardConfig:
     return dataclasses.replace(config, **changes)
 
 
-def loss_and_gradients(config: RewardConfig, batch, params=PARAMS, frozen=None, mesh=None):
-    """(metrics, gradients) of one batch [B, T]."""
+@functools.cache
+def compile_loss(config: RewardConfig):
+    """(trained, frozen, batch [B, T]) -> ((loss, metrics), gradients)."""
     objective = reward.make_objective(config, PLACES)
 
     def mean(params, frozen, batch):
@@ -81,7 +93,12 @@ def loss_and_gradients(config: RewardConfig, batch, params=PARAMS, frozen=None, 
         weight = objective.weight(jax.tree.map(lambda x: x[None], batch))
         return value / weight, objective.metrics(parts) | {"weight": weight}
 
-    compiled = jax.jit(jax.value_and_grad(mean, has_aux=True))
+    return jax.jit(jax.value_and_grad(mean, has_aux=True))
+
+
+def loss_and_gradients(config: RewardConfig, batch, params=PARAMS, frozen=None, mesh=None):
+    """(metrics, gradients) of one batch."""
+    compiled = compile_loss(config)
     if mesh is None:
         (loss, metrics), gradients = compiled(params, frozen or {}, batch)
     else:
@@ -134,3 +151,55 @@ def test_metrics_are_those_of_the_rewards():
     }  # fmt: skip
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(float(value), abs=5e-5), name
+
+
+def assert_close(ours, expected, tolerance: float) -> None:
+    def compare(path, x, y):
+        assert np.abs(x - y).max() <= tolerance * np.abs(y).max(), jax.tree_util.keystr(path)
+
+    jax.tree_util.tree_map_with_path(compare, ours, expected)
+
+
+def test_another_packing_on_a_mesh_equals_it(mesh_of):
+    batch = pack([[2], [0, 1, 3], [], [4]])
+    padding = batch["segment_ids"] == 0
+    batch["input_ids"] = np.where(padding, np.arange(96) % MODEL.vocab_size, batch["input_ids"]).astype(np.int32)
+    config = with_(reward=RewardOptions(centring=0.01))
+    metrics, gradients = loss_and_gradients(config, batch, mesh=mesh_of(1, 2, 2, context=2))
+    expected = packed(0.01)
+    assert metrics == pytest.approx(expected[0], rel=1e-5, abs=1e-6)
+    assert_close(gradients, expected[1], 1e-4)
+
+
+def test_adapters_that_change_nothing_have_the_same_loss_and_the_scores_gradient():
+    config = with_(lora=LoraConfig(rank=2, targets=("q_proj", "up_proj")))
+    trained = {"adapter": init_adapter(config.lora, MODEL, PARAMS, 0, None), "score": PARAMS["score"]}
+    metrics, gradients = loss_and_gradients(config, pack(PACKED), trained, backbone_of(PARAMS))
+    expected = packed()
+    assert metrics == pytest.approx(expected[0], rel=1e-5, abs=1e-6)
+    assert_close(gradients["score"], expected[1]["score"], 1e-4)
+    assert norm(gradients["adapter"]["layers"]["mlp"]["up_proj"]["lora_b"]) > 0
+
+
+def test_a_batch_without_pairs_has_no_weight_and_no_nan():
+    objective = reward.make_objective(CONFIG, PLACES)
+    batch = pack([[], [], [], []])
+    assert float(objective.weight(jax.tree.map(lambda x: x[None], batch))) == 0
+    (_, parts), gradients = jax.jit(jax.value_and_grad(objective.loss, has_aux=True))(PARAMS, {}, batch)
+    assert all(np.isfinite(x) for x in objective.metrics(parts).values())
+    assert norm(gradients) == 0
+
+
+def test_margins_are_those_kept_beside_the_rows(tmp_path, monkeypatch):
+    kept, other = pack([[0, 1], [2]]), pack([[3], [4]])
+    folders = {name: tmp_path / name for name in ("kept", "none")}
+    for folder in folders.values():
+        folder.mkdir()
+    values = np.array([[0.5, 1.5], [2, 0]], np.float32)
+    RowValues(digest_rows(kept), values).save(folders["kept"] / "margins.npz")
+    monkeypatch.setattr(reward, "list_parts", lambda path: [Part(folders[path])])
+    sources = tuple(SourceConfig(path=path) for path in ("none", "kept", "kept"))
+    config = with_(data=dataclasses.replace(CONFIG.data, sources=sources))
+    rows = {name: np.concatenate([other[name], kept[name]]) for name in ("input_ids", "labels", "segment_ids")}
+    found = reward.find_margins(config, PLACES)(rows)["margin"]
+    np.testing.assert_array_equal(found, [[0, 0, 0], [0, 0, 0], [0.5, 1.5, 0], [2, 0, 0]])
