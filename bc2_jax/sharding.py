@@ -112,7 +112,7 @@ def reshard(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def gather(x: jax.Array, *axes: str | None) -> jax.Array:
-    """A stored weight `x` with these logical axes, its `embed` dimension whole if it has one.
+    """A stored weight `x` with these logical axes, its `embed` dimension whole if it has one and is not yet.
 
     One gather for each mesh axis in use, the innermost first, when there is least to send: each then lies along whole
     dimensions of the torus, and stays a gather where the compiler makes an all-reduce of a single large one.
@@ -121,8 +121,9 @@ def gather(x: jax.Array, *axes: str | None) -> jax.Array:
     if sharding is None or "embed" not in axes:
         return x
     dim, cut = axes.index("embed"), mesh_axes("embed")
+    is_whole = jax.typeof(x).sharding.spec[dim] is None  # type: ignore[attr-defined]  # jax declares the base class
     for count in reversed(range(len(cut))):
-        if count == 0 or sharding.mesh.shape[cut[count]] > 1:
+        if count == 0 or (sharding.mesh.shape[cut[count]] > 1 and not is_whole):
             stage = (*sharding.spec[:dim], cut[:count] or None, *sharding.spec[dim + 1 :])
             x = jax.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*stage)))
     return x

@@ -135,7 +135,7 @@ def compile_and_report(args: argparse.Namespace, config: RunConfig, topology: To
     result = report.make_report(step)
     values, rows, warnings = result.as_json(), report.render(result), result.warnings
     if sampled is not None:
-        beside, used = rollout.make_report(sampled), result.hbm_bytes_used
+        beside, used = rollout.make_report(sampled), result.memory.laid_out
         values["rollout"] = beside.as_json(used)
         rows = [(f"update: {name}", text) for name, text in rows] + rollout.render(beside, used)
         warnings = (*(f"update: {line}" for line in warnings), *beside.warnings)

@@ -226,7 +226,8 @@ class Rollouts:
             ppo.max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, seed=seed,
             vocab_size=self._tokenizer.vocab_size,
         )  # fmt: skip
-        prepared = engine.prepare(self._models.actor(state.params, self._frozen))
+        actor = self._models.actor(state.params, self._frozen)
+        prepared = engine.prepare(actor, whole=ppo.rollout_gathers_once)
         found, stats = continue_many(
             prepared, ids, settings, rows=ppo.rollout_rows, log_probs=True, prompt_slots=ppo.max_prompt_tokens,
             progress=lambda done: self._start.progress(f"{done} of step {step}"),

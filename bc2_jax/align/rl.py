@@ -35,6 +35,7 @@ from bc2_jax.align.experience_checks import check_ratio
 from bc2_jax.align.prompts import load_prompts
 from bc2_jax.align.questions import answer_questions, read_questions, report, summarize
 from bc2_jax.align.reward_functions import load_reward_function
+from bc2_jax.align.rl_compilation import make_rollout as make_rollout  # of a kind that samples (aot/rollout.py)
 from bc2_jax.align.rl_results import check_exports, make_ending, print_plan
 from bc2_jax.align.shaping import ADVANTAGE, COEFFICIENT, OLD, REFERENCE, RETURN, UPDATE, VALUE, fields_of
 from bc2_jax.align.tuning import checksum

@@ -112,11 +112,11 @@ class RolloutReport:
 
         While prompts are run the cache of the rows is there too, beside the prefill's own.
         """
-        prefill = self.prefill.memory.total + self.cache_bytes
-        return sum(self.held.values()) + max(prefill, self.decode.memory.total)
+        prefill = self.prefill.memory.laid_out + self.cache_bytes
+        return sum(self.held.values()) + max(prefill, self.decode.memory.laid_out)
 
     def update_bytes(self, step_bytes: int) -> int:
-        """At the peak of the update, whose program takes `step_bytes`, its arguments included."""
+        """At the peak of the update, whose program is laid out in `step_bytes`, its arguments included."""
         return step_bytes + sum(self.held.values()) - self.update_holds
 
     @property
@@ -163,7 +163,8 @@ def make_report(compiled: CompiledRollout) -> RolloutReport:
 
 
 def render(report: RolloutReport, step_bytes: int) -> list[tuple[str, str]]:
-    """The report as lines (name, text); `step_bytes` is what the update's program takes on a chip."""
+    """The report as lines (name, text); the update's program is laid out in `step_bytes` of a
+    chip."""
     shapes = report.shapes
     held = ", ".join(f"{name} {gib(size)}" for name, size in report.held.items())
     peaks = (("rollout", report.rollout_bytes), ("update", report.update_bytes(step_bytes)))

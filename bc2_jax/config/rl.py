@@ -38,6 +38,9 @@ class PPOConfig:
     """Longest answer in tokens, its eos included; a longer one is cut."""
     rollout_rows: int = 64
     """Answers that are sampled at one time; the next prompt takes the place of an answer that has ended."""
+    rollout_gathers_once: bool = False
+    """Gather the actor's weights once for a rollout, instead of at every step of decoding where the mesh cuts
+    parameters (fsdp). Each device then holds all of them in the compute dtype, over mesh.tensor, while it lasts."""
     epochs: int = 1
     """How often the answers of an iteration are learned from."""
     minibatches: int = 4

@@ -35,7 +35,7 @@ class Prepared:
         return nnx.merge(self.graphdef, self.params)
 
 
-def prepare(model: Baichuan2, donate: bool = False) -> Prepared:
+def prepare(model: Baichuan2, donate: bool = False, whole: bool = False) -> Prepared:
     """`model` as decoding reads it, so that nothing is done again for every token.
 
     Weights are in the compute dtype, but for those of the norms, which scale in fp32; the rows of the head are
@@ -43,6 +43,10 @@ def prepare(model: Baichuan2, donate: bool = False) -> Prepared:
     multiply the hidden states have the model dimension behind, q, k and v as [L, N, D, H], gate and up as [L, F, D]: in
     their stored order the TPU compiler copies them before the first step of each call, gate and up where a chip's part
     of F does not fill its tiles, q, k and v for a single sequence.
+
+    With `whole` the weights of the layers are whole along the model dimension too: gathered here once instead of at
+    every step. Each device then holds all of them in the compute dtype, over mesh.tensor. For long decoding on a mesh
+    that cuts parameters, where there is room.
 
     The given model stays as it is, and what need not change is shared with it. With `donate` it is used up: its arrays
     are deleted one by one as they are replaced, so that beside the prepared parameters never more than one stored
@@ -57,14 +61,14 @@ def prepare(model: Baichuan2, donate: bool = False) -> Prepared:
                 module.fix_row_scale()  # of the weights as they are stored
         for module in modules:
             stored = module.weight[...]
-            _lay_out(module, model.compute.dtype)
+            _lay_out(module, model.compute.dtype, whole)
             if donate and module.weight[...] is not stored:
                 stored.delete()
     graphdef, state = nnx.split(prepared)
     return Prepared(graphdef, model.config, model.compute, nnx.to_pure_dict(state))
 
 
-def _lay_out(module: Weight, dtype: str) -> None:
+def _lay_out(module: Weight, dtype: str, whole: bool) -> None:
     """What `prepare` does to the weight of one module."""
     stored = module.weight[...]
     if isinstance(module, Embedding | Head):
@@ -77,6 +81,9 @@ def _lay_out(module: Weight, dtype: str) -> None:
             module.weight = nnx.Param(_cast(stored, dtype), axes=module.stacked_axes)
         if "D" in split_equation(module.equation)[0]:
             module.move_model_axis_behind()
+        if whole:
+            axes = tuple(None if axis == "embed" else axis for axis in module.stacked_axes)
+            module.weight = nnx.Param(reshard(module.weight[...], *axes), axes=axes)
 
 
 @functools.partial(jax.jit, static_argnums=1)

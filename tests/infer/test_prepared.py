@@ -75,3 +75,15 @@ def test_a_model_that_is_not_donated_stays(mesh_of):
     prepare(model)
     assert not any(x.is_deleted() for x in given)
     assert model.lm_head.normalize and model.layers.mlp.up_proj.equation == "BTD,DF->BTF"
+
+
+def test_weights_are_whole_where_it_is_asked_for(mesh_of):
+    """Along the model dimension; heads and feed-forward units stay cut."""
+    mesh = mesh_of(1, 2, 2)
+    cut, whole = (prepare(build("bfloat16", "float32", mesh), whole=whole).params["layers"] for whole in (False, True))
+    for name, weight in whole["mlp"].items():
+        assert [weight["weight"].sharding.spec.count(axis) for axis in ("tensor",)] == [1]
+        assert cut["mlp"][name]["weight"].nbytes == weight["weight"].nbytes
+        sizes = [x.addressable_shards[0].data.nbytes for x in (cut["mlp"][name]["weight"], weight["weight"])]
+        assert sizes[1] == 2 * sizes[0]
+    jax.tree.map(np.testing.assert_array_equal, cut, whole)

@@ -87,10 +87,13 @@ def test_greedy_rollouts_are_those_of_pytorch(temperature):
         np.testing.assert_allclose(continuation.log_probs, log_probs[row, :count], atol=2e-5)
 
 
-@pytest.mark.parametrize(("shape", "rows"), [(None, 3), ((1, 2, 2), 4), ((1, 2, 1, 1, 2), 2)])
-def test_continuations_are_those_of_all_at_one_time(small, mesh_of, shape, rows):
-    """On every mesh, under the loop's transfer guard; other prompts and another seed compile nothing."""
-    prepared = small if shape is None else engine.prepare(make_model(mesh_of(*shape)))
+@pytest.mark.parametrize(
+    ("shape", "whole", "rows", "prefills"),
+    [(None, False, 3, 11), ((1, 2, 2), False, 4, 6), ((1, 2, 1, 2), True, 4, 3), ((1, 1, 2, 1, 2), True, 1, 11)],
+)
+def test_continuations_are_those_of_all_at_one_time(small, mesh_of, shape, whole, rows, prefills):
+    """With weights cut or whole, under the loop's transfer guard; other prompts and another seed compile nothing."""
+    prepared = small if shape is None else engine.prepare(make_model(mesh_of(*shape)), whole=whole)
     prompts = make_prompts(11, seed=1)
     expected = continue_prompts(small, prompts, DRAWN, log_probs=True)
     programs = engine.programs(prepared.compute)
@@ -105,7 +108,7 @@ def test_continuations_are_those_of_all_at_one_time(small, mesh_of, shape, rows)
     for one, alone in zip(found + other, expected, strict=True):
         assert (one.tokens, one.reason) == (alone.tokens, alone.reason)
         np.testing.assert_allclose(one.log_probs, alone.log_probs, atol=1e-5)
-    assert stats.prefills == -(-11 // {3: 1, 4: 2, 2: 2}[rows])
+    assert stats.prefills == prefills
 
 
 @hypothesis_settings(max_examples=5)

@@ -1,0 +1,105 @@
+"""Rollouts against decoding in fixed batches: the same prompts, the same answers, one process.
+
+python benchmarks/rollout.py [--rows 16] [--answers 128] [--groups 1 4 8 16 32]
+
+A small model with random weights, whose answers end at random: lengths are geometric, as those of a chat model are
+about. Rounds of all ways alternate and the fastest of each counts, so that other work on the machine hits all alike.
+`used` is the share of row steps that gave a token. On an accelerator a step costs the same however many rows run, so
+that `used` is what counts there; here the ratio of tokens/s follows it as far as a step's time is not the host's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from flax import nnx
+
+from bc2_jax.config import ComputeConfig, ModelConfig
+from bc2_jax.infer import engine
+from bc2_jax.infer.generate import Continuation, bucket, read_rows
+from bc2_jax.infer.refill import continue_many
+from bc2_jax.infer.sampling import MOST_EOS, Settings, sampling_of
+from bc2_jax.model.baichuan import Baichuan2
+from bc2_jax.sharding import to_host
+from bc2_jax.terminal import make_console, make_table
+
+MEAN_LENGTH, MOST, PROMPT = 64, 256, 64
+CONFIG = ModelConfig(
+    hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4, position_embedding="alibi",
+    vocab_size=MEAN_LENGTH * MOST_EOS, model_max_length=512,
+)  # fmt: skip
+
+
+def continue_in_batches(
+    prepared: engine.Prepared, prompts: list[list[int]], settings: Settings, rows: int
+) -> tuple[list[Continuation], float]:
+    """What `continue_many` gives, of batches that end with their longest answer; and the share of row steps used."""
+    found: list[Continuation] = []
+    taken = 0
+    for first in range(0, len(prompts), rows):
+        ids, segments = np.zeros((2, rows, PROMPT), np.int32)
+        for row, prompt in enumerate(prompts[first : first + rows]):
+            ids[row, : len(prompt)], segments[row, : len(prompt)] = prompt, 1
+        sampling = sampling_of([settings] * rows, range(first, first + rows))
+        decoding = engine.prefill(
+            prepared, ids, segments, sampling, length=bucket(PROMPT + MOST), top_k=0, log_probs=True
+        )
+        decoding = engine.decode(prepared, decoding, top_k=0, steps=MOST)
+        steps = to_host(decoding.step_B)
+        taken += rows * (int(steps.max()) - 1)
+        count = min(rows, len(prompts) - first)
+        found += read_rows(decoding, range(count), steps, to_host(decoding.reason_B))
+    return found, sum(len(continuation.tokens) - 1 for continuation in found) / taken
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=16, help="answers at one time")
+    parser.add_argument("--answers", type=int, default=128)
+    parser.add_argument("--groups", type=int, nargs="+", default=[1, 4, 8, 16, 32], help="steps between refills")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    prepared = engine.prepare(Baichuan2(CONFIG, ComputeConfig(dtype="float32"), rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(MOST_EOS, CONFIG.vocab_size, rng.integers(8, PROMPT)).tolist() for _ in range(args.answers)]
+    settings = Settings(
+        MOST, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, seed=1, eos_token_id=range(MOST_EOS)
+    ).check(CONFIG)
+
+    def refilled(group: int) -> tuple[list[Continuation], float]:
+        found, stats = continue_many(
+            prepared, prompts, settings, rows=args.rows, log_probs=True, prompt_slots=PROMPT, group=group
+        )
+        return found, stats.share_used
+
+    ways: dict[str, Callable[[], tuple[list[Continuation], float]]] = {
+        "fixed batches": lambda: continue_in_batches(prepared, prompts, settings, args.rows)
+    }
+    ways |= {f"refilled every {group} steps": lambda group=group: refilled(group) for group in args.groups}  # type: ignore[misc]
+    results = {name: way() for name, way in ways.items()}  # compiles
+    answers = [continuation.tokens for continuation in results["fixed batches"][0]]
+    assert all([c.tokens for c in found] == answers for found, _ in results.values())
+    seconds = dict.fromkeys(ways, float("inf"))
+    for _ in range(args.rounds):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            seconds[name] = min(seconds[name], time.perf_counter() - start)
+    tokens = sum(map(len, answers))
+    title = (
+        f"{args.answers} answers of {tokens / args.answers:.0f} tokens on average, over {args.rows} rows, on "
+        f"{jax.devices()[0].device_kind}"
+    )
+    table = make_table("", "used", "tokens/s", "ratio", title=title, numbers_from=1)
+    for name in ways:
+        rate, plain = tokens / seconds[name], tokens / seconds["fixed batches"]
+        table.add_row(name, f"{results[name][1]:.3f}", f"{rate:,.0f}", f"{rate / plain:.2f}")
+    make_console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""The arithmetic and words of a rollout's report, on made-up figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from bc2_jax.aot.compilation import Memory
+from bc2_jax.aot.estimate import Estimate
+from bc2_jax.aot.inference import ProgramReport
+from bc2_jax.aot.rollout import RolloutReport, render
+from bc2_jax.infer.refill import RolloutShapes
+from bc2_jax.tpu.chips import GIB
+
+
+def program(seconds: float, arguments: int, temporaries: int) -> ProgramReport:
+    estimate = Estimate(seconds, 0.0, 0.0, 0.0, 0.0, seconds, 0.0, collectives={}, warnings=("slow",))
+    memory = Memory(
+        arguments * GIB, GIB, GIB, temporaries * GIB, peak=9 * GIB, laid_out=(arguments + temporaries) * GIB
+    )
+    return ProgramReport(memory, 95 * GIB, 0.5, 10.0, estimate, ("a line",))
+
+
+REPORT = RolloutReport(
+    shapes=RolloutShapes(rows=64, prefill_rows=16, prompt_slots=512, slots=1024), answers=100, max_new_tokens=501,
+    held={"actor's parameters": 4 * GIB, "optimizer": 8 * GIB, "reference": 2 * GIB}, update_holds=12 * GIB,
+    prepared_bytes=3 * GIB, cache_bytes=5 * GIB, hbm_bytes=95 * GIB,
+    prefill=program(0.5, 3, 4), decode=program(0.01, 8, 1),
+)  # fmt: skip
+
+
+def test_peaks():
+    """14 GiB are held. The decoding loop takes 9 GiB beside them; a prefill 7 GiB, and the cache is there too."""
+    assert REPORT.rollout_bytes == (14 + 7 + 5) * GIB
+    larger = dataclasses.replace(REPORT, decode=program(0.01, 8, 6))
+    assert larger.rollout_bytes == (14 + 14) * GIB
+    # Of what is held, 12 GiB are arguments of the update.
+    assert REPORT.update_bytes(30 * GIB) == 32 * GIB
+
+
+def test_time_is_that_of_the_longest_answers():
+    """100 answers over 64 rows are two rounds of 500 steps after the first token, and 7 prefills."""
+    assert REPORT.seconds == pytest.approx(2 * 500 * 0.01 + 7 * 0.5)
+
+
+def test_json_and_words():
+    values = json.loads(json.dumps(REPORT.as_json(30 * GIB)))
+    assert values["rollout_peak_bytes_per_chip"] == 26 * GIB and values["update_peak_bytes_per_chip"] == 32 * GIB
+    assert values["rows"] == 64 and values["held_bytes_per_chip"]["reference"] == 2 * GIB
+    rows = dict(render(REPORT, 30 * GIB))
+    assert rows["HBM per chip, rollout"] == "26.00 GiB = 27% of 95.00 GiB"
+    assert rows["HBM per chip, update"] == "32.00 GiB = 34% of 95.00 GiB"
+    assert rows["held through an iteration"].startswith("14.00 GiB per chip: actor's parameters 4.00 GiB, ")
+    assert "prepared actor 3.00 GiB, cache 5.00 GiB" in rows["held during the rollout"]
+    assert all("estimated" in name for name in rows if "time" in name)
+    assert REPORT.warnings == ["prefill: a line", "decoding: a line"]
