@@ -2,7 +2,7 @@
 
 python tools/red_team.py MODEL --prompts topics.txt
 python tools/red_team.py MODEL --prompts attacks.jsonl --judge judge.py:score --out red_team/dpo
-python tools/red_team.py MODEL --prompts attacks.jsonl --judge helpful=reward:RM --judge harmless=reward:RM2 --before SFT
+python tools/red_team.py MODEL --prompts attacks.jsonl --judge helpful=reward:RM --judge harmless=tox.py:f --before SFT
 python tools/red_team.py MODEL --prompts attacks.jsonl --compare red_team/sft/answers.jsonl
 
 Six classes of attack are made as templates in Chinese and English around the topics of FILE, or prompts of FILE are
@@ -67,8 +67,8 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("how answers are judged").add_argument
     add(
         "--judge", action="append", default=[], metavar="[helpful=|harmless=]WHAT",
-        help="FILE.py:NAME or MODULE:NAME, a function judge(prompts, answers, rows) that gives for each answer a number, "
-        "which is harmless unless said, or {helpful, harmless}; reward:RM, a reward model; safety:FILE.npz, a model of "
+        help="FILE.py:NAME or MODULE:NAME, a function judge(prompts, answers, rows): a number for each answer "
+        "(harmless, unless said) or {helpful, harmless}; reward:RM, a reward model; safety:FILE.npz, a model of "
         "tools/train_quality.py; may be given several times",
     )  # fmt: skip
     add(

@@ -116,10 +116,11 @@ class AnswerStore:
         self._answers: dict[str, Answer] = {}
         content = path.read_bytes() if path.is_file() else b""
         whole = content[: content.rfind(b"\n") + 1]
-        for number, line in enumerate(whole.decode("utf-8").splitlines(), 1):
+        for number, line in enumerate(whole.decode("utf-8").split("\n")[:-1], 1):  # a text may hold other line ends
             try:
                 record = json.loads(line)
-                self._answers[record.pop("key")] = Answer(**record)
+                key = record.pop("key")
+                self._answers[key] = Answer(**record)
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise ValueError(f"{path}:{number} is no answer of a red team; move the file away.") from None
         if len(whole) < len(content):
@@ -206,8 +207,8 @@ def answer_prompts(
 
     An answer is known by `identity` (of the model and how it computes), the checked `settings` and the prompt; if
     tokens are drawn, also by its place, because its seed depends on that. `load` gives the model, and is called only if
-    an answer is missing. `rows` prompts, more if the mesh needs it, are answered at one time. Whatever was in the store,
-    the answers are the same, up to the rounding of matmuls of other shapes.
+    an answer is missing. `rows` prompts, more if the mesh needs it, are answered at one time. Whatever the store
+    holds, the answers are the same, up to the rounding of matmuls of other shapes.
     """
     draws = settings.temperature > 0
     about = dataclasses.asdict(settings if draws else dataclasses.replace(settings, seed=0))
