@@ -22,6 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jax
 import numpy as np
 
 from bc2_jax.agreement import first_decides
@@ -44,7 +45,8 @@ class RewardFunction:
         All processes call it, process 0 alone calls the function, and all get what it returns. Raises ValueError on all
         of them if the function raises, naming the line, or does not return as many finite numbers as there are answers.
         """
-        return np.array(first_decides(lambda: self._decide(prompts, answers, rows)), np.float32)
+        with jax.transfer_guard("allow"):  # that of the loop is not the function's business
+            return np.array(first_decides(lambda: self._decide(prompts, answers, rows)), np.float32)
 
     def _decide(self, prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
         try:
@@ -102,6 +104,7 @@ def load_reward_function(name: str, field: str = "reward function") -> RewardFun
     defined = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
     legal = f"'{place}' has no function {attribute!r}; it has {', '.join(defined) or 'none'}"
     require(callable(function), field, name, legal)
+    assert callable(function)
     return RewardFunction(name, function)
 
 

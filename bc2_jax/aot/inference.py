@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from bc2_jax.aot.compilation import CompiledProgram, Memory, compile_program, device_coordinates, topology_devices
 from bc2_jax.aot.estimate import HBM_SHARE, Estimate, estimate_step
@@ -33,7 +35,8 @@ from bc2_jax.aot.search import HBM_LIMIT
 from bc2_jax.config import MeshConfig, ModelConfig, TrainConfig
 from bc2_jax.infer import engine
 from bc2_jax.infer.generate import bucket
-from bc2_jax.infer.sampling import DEFAULT_SETTINGS, sampling_of
+from bc2_jax.infer.refill import RolloutShapes
+from bc2_jax.infer.sampling import DEFAULT_SETTINGS, Settings, sampling_of
 from bc2_jax.model.baichuan import abstract_params, split_model
 from bc2_jax.sharding import make_mesh, place_shapes, use_rules
 from bc2_jax.tpu.chips import Topology
@@ -107,38 +110,65 @@ def compile_inference(
     config = config.resolve(len(devices))
     request.check(config.model, config.mesh)
     mesh = make_mesh(config.mesh, devices)
-    place = functools.partial(place_shapes, mesh)
     # Nothing is rematerialised without a backward pass; the caller gives the compiler options.
     compute = dataclasses.replace(config.compute, remat="none", compiler_options="default")
-    programs = engine.programs(compute)
     with jax.set_mesh(mesh), use_rules(engine.decoding_rules()):
         graphdef = split_model(config.model, compute)[0]
         stored = abstract_params(config.model, mesh, compute.dtype)
-        prepared = place(jax.eval_shape(lambda params: engine.prepare(nnx.merge(graphdef, params)), stored))
-        ids = place(jax.ShapeDtypeStruct((request.batch, request.prompt_length), jnp.int32))
-        settings = DEFAULT_SETTINGS.check(config.model)
-        sampling = place(jax.eval_shape(lambda: sampling_of([settings] * request.batch, range(request.batch))))
-        static = {"length": request.cache_length, "top_k": settings.top_k, "log_probs": False}
-        prompts = (prepared, ids, ids, sampling)
-        state = place(jax.eval_shape(functools.partial(programs.prefill, **static), *prompts))
-        steps = place(jax.ShapeDtypeStruct((), jnp.int32))
-        prefill = functools.partial(programs.prefill.lower, *prompts, **static)
-        decode = functools.partial(programs.decode.lower, prepared, state, steps, top_k=settings.top_k)
-        params = prepared.params
-        return CompiledInference(
-            topology=topology,
-            config=config,
-            request=request,
-            prefill=compile_program("prefill", prefill, options),
-            decode=compile_program("decoding loop", decode, options),
-            coordinates=device_coordinates(mesh),
-            parameter_bytes=_device_bytes(params),
-            read_bytes=_device_bytes(params) - _device_bytes(params["embed_tokens"]),
-            cache_bytes=_device_bytes((state.cache.k, state.cache.v)),
+        prepared = place_shapes(
+            mesh, jax.eval_shape(lambda params: engine.prepare(nnx.merge(graphdef, params)), stored)
         )
+    shapes = RolloutShapes(request.batch, request.batch, request.prompt_length, request.cache_length)
+    prefill, decode, cache_bytes = compile_engine(
+        prepared, mesh, shapes, DEFAULT_SETTINGS, options, prefill_slots=request.cache_length
+    )
+    params = prepared.params
+    return CompiledInference(
+        topology=topology,
+        config=config,
+        request=request,
+        prefill=prefill,
+        decode=decode,
+        coordinates=device_coordinates(mesh),
+        parameter_bytes=device_bytes(params),
+        read_bytes=device_bytes(params) - device_bytes(params["embed_tokens"]),
+        cache_bytes=cache_bytes,
+    )
 
 
-def _device_bytes(tree: Any) -> int:
+def compile_engine(
+    prepared: engine.Prepared, mesh: Mesh, shapes: RolloutShapes, settings: Settings, options: dict[str, Value], *,
+    prefill_slots: int, log_probs: bool = False,
+) -> tuple[CompiledProgram, CompiledProgram, int]:  # fmt: skip
+    """Prefill into a cache of `prefill_slots` and the decoding loop, and the bytes of keys and values on a device.
+
+    `prepared` is abstract. Raises as `compile_inference`.
+    """
+    place = functools.partial(place_shapes, mesh)
+    programs, settings = engine.programs(prepared.compute), settings.check(prepared.config)
+    top_k = settings.top_k
+
+    def sampling(rows: int) -> Any:
+        return place(jax.eval_shape(lambda: sampling_of([settings] * rows, range(rows))))
+
+    with jax.set_mesh(mesh), use_rules(engine.decoding_rules()):
+        ids = place(jax.ShapeDtypeStruct((shapes.prefill_rows, shapes.prompt_slots), jnp.int32))
+        allocate = functools.partial(programs.allocate, length=shapes.slots, log_probs=log_probs)
+        state = place(jax.eval_shape(allocate, prepared, sampling(shapes.rows)))
+        steps = place(jax.ShapeDtypeStruct((), jnp.int32))
+        prefill = functools.partial(
+            programs.prefill.lower, prepared, ids, ids, sampling(shapes.prefill_rows), length=prefill_slots,
+            top_k=top_k, log_probs=log_probs,
+        )  # fmt: skip
+        decode = functools.partial(programs.decode.lower, prepared, state, steps, top_k=top_k)
+        return (
+            compile_program("prefill", prefill, options), compile_program("decoding loop", decode, options),
+            device_bytes((state.cache.k, state.cache.v)),
+        )  # fmt: skip
+
+
+def device_bytes(tree: Any) -> int:
+    """Of one device, of arrays or their shapes."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
@@ -247,15 +277,6 @@ def make_report(compiled: CompiledInference) -> InferenceReport:
     topology = compiled.topology
     devices = topology.chip.devices
 
-    def read(program: CompiledProgram) -> ProgramReport:
-        parsed = Program(program.hlo, open_trips=1)
-        estimate = estimate_step(parsed, topology, compiled.coordinates, streams_weights=True)
-        found = copy_warnings(parsed) + synchronous_warnings(estimate) + log_warnings(program.log)
-        return ProgramReport(
-            program.memory.of(devices), topology.chip.hbm_bytes, program.lower_seconds, program.compile_seconds,
-            estimate, (*estimate.warnings, *found),
-        )  # fmt: skip
-
     return InferenceReport(
         topology=str(topology),
         chips=topology.num_chips,
@@ -265,9 +286,22 @@ def make_report(compiled: CompiledInference) -> InferenceReport:
         read_bytes=devices * compiled.read_bytes,
         cache_bytes=devices * compiled.cache_bytes,
         hbm_bandwidth=topology.chip.hbm_bandwidth,
-        prefill=read(compiled.prefill),
-        decode=read(compiled.decode),
+        prefill=report_program(compiled.prefill, topology, compiled.coordinates),
+        decode=report_program(compiled.decode, topology, compiled.coordinates),
     )
+
+
+def report_program(
+    program: CompiledProgram, topology: Topology, coordinates: Sequence[tuple[int, ...]]
+) -> ProgramReport:
+    """Reads one program of inference; of a loop whose length is data, one pass."""
+    parsed = Program(program.hlo, open_trips=1)
+    estimate = estimate_step(parsed, topology, coordinates, streams_weights=True)
+    found = copy_warnings(parsed) + synchronous_warnings(estimate) + log_warnings(program.log)
+    return ProgramReport(
+        program.memory.of(topology.chip.devices), topology.chip.hbm_bytes, program.lower_seconds,
+        program.compile_seconds, estimate, (*estimate.warnings, *found),
+    )  # fmt: skip
 
 
 def copy_warnings(program: Program) -> list[str]:
@@ -299,9 +333,9 @@ def render(report: InferenceReport) -> list[tuple[str, str]]:
             f"{report.largest_batch} by arithmetic on these bytes and the prefill's temporaries, in {HBM_LIMIT:.0%} of "
             f"{gib(report.prefill.hbm_bytes)}; not compiled",
         ),
-        *_program_rows("prefill", report.prefill),
+        *program_rows("prefill", report.prefill),
         ("prefill: estimated tokens/s", f"{report.prefill_tokens_per_second:,.0f} of all chips together"),
-        *_program_rows("decoding step", report.decode),
+        *program_rows("decoding step", report.decode),
         (
             "decoding step: floor",
             f"{_milliseconds(report.floor_seconds)} for {gib(report.read_bytes)} of parameters and "
@@ -317,7 +351,8 @@ def render(report: InferenceReport) -> list[tuple[str, str]]:
     ]
 
 
-def _program_rows(name: str, report: ProgramReport) -> list[tuple[str, str]]:
+def program_rows(name: str, report: ProgramReport) -> list[tuple[str, str]]:
+    """One program as lines (name, text)."""
     e = report.estimate
     rows = [
         ("HBM per chip", memory_text(report.memory, report.hbm_bytes)),

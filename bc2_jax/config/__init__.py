@@ -16,6 +16,7 @@ from bc2_jax.config.lora import LORA_TARGETS, LoraConfig, LoraTarget
 from bc2_jax.config.mesh import MeshConfig, check_divisible
 from bc2_jax.config.model import BAICHUAN2_7B, BAICHUAN2_13B, ModelConfig
 from bc2_jax.config.preference import DPOConfig, DPOOptions, PreferenceLoss, RewardConfig, RewardOptions
+from bc2_jax.config.rl import PPOConfig, RLConfig
 from bc2_jax.config.run import (
     CheckpointConfig,
     ComputeConfig,
@@ -57,6 +58,8 @@ __all__ = [
     "PreferenceLoss",
     "RewardConfig",
     "RewardOptions",
+    "PPOConfig",
+    "RLConfig",
 ]
 
 

@@ -53,6 +53,31 @@ class RefillStats(NamedTuple):
         return self.row_steps_used / max(self.row_steps_in_batches, 1)
 
 
+@dataclasses.dataclass(frozen=True)
+class RolloutShapes:
+    """What decides the shapes of all programs."""
+
+    rows: int
+    """Prompts that are continued at one time."""
+    prefill_rows: int
+    """Prompts that are run together to start them."""
+    prompt_slots: int
+    """Tokens of a prompt, rounded up."""
+    slots: int
+    """Of the cache: prompt and answer, rounded up."""
+
+    @classmethod
+    def of(cls, rows: int, prefill_rows: int | None, prompt_slots: int, max_new_tokens: int) -> RolloutShapes:
+        """Those of `continue_many` on the mesh in use. Raises ValueError as it does."""
+        cut = parts("batch")
+        if prefill_rows is None:
+            prefill_rows = max(rows // 4 // cut, 1) * cut if is_whole(rows) else cut
+        for name, count in (("rows", rows), ("prefill_rows", prefill_rows)):
+            legal = f"it must be a positive multiple of {cut}, the parts of a batch on this mesh"
+            require(is_whole(count) and count > 0 and count % cut == 0, name, count, legal)
+        return cls(rows, prefill_rows, bucket(prompt_slots), bucket(prompt_slots + max_new_tokens))
+
+
 def continue_many(
     prepared: Prepared,
     prompts: Sequence[Sequence[int]],
@@ -95,16 +120,7 @@ def continue_many(
     require(is_whole(group) and group >= 1, "group", group, "it must be a whole number, at least 1")
     require(log_prob_temperature > 0, "log_prob_temperature", log_prob_temperature, "it must be positive")
     with use_mesh_of(prepared.params["norm"]["weight"]):
-        cut = parts("batch")
-        if prefill_rows is None:
-            prefill_rows = max(rows // 4 // cut, 1) * cut if is_whole(rows) else cut
-        for name, count in (("rows", rows), ("prefill_rows", prefill_rows)):
-            legal = f"it must be a positive multiple of {cut}, the parts of a batch on this mesh"
-            require(is_whole(count) and count > 0 and count % cut == 0, name, count, legal)
-        shapes = _Shapes(
-            rows=rows, prefill_rows=prefill_rows, prompt_slots=bucket(prompt_slots),
-            slots=max(bucket(prompt_slots), bucket(prompt_slots + settings.max_new_tokens)),
-        )  # fmt: skip
+        shapes = RolloutShapes.of(rows, prefill_rows, prompt_slots, settings.max_new_tokens)
         rollout = _Rollout(prepared, prompts, settings, shapes, log_prob_temperature if log_probs else None)
         while rollout.done < len(prompts):
             rollout.refill()
@@ -114,19 +130,11 @@ def continue_many(
         return rollout.result()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Shapes:
-    rows: int
-    prefill_rows: int
-    prompt_slots: int
-    slots: int
-
-
 class _Rollout:
     """The rows, and which prompt each of them continues."""
 
     def __init__(
-        self, prepared: Prepared, prompts: list[Sequence[int]], settings: Settings, shapes: _Shapes,
+        self, prepared: Prepared, prompts: list[Sequence[int]], settings: Settings, shapes: RolloutShapes,
         log_prob_temperature: float | None,
     ):  # fmt: skip
         self._prepared, self._prompts, self._settings, self._shapes = prepared, prompts, settings, shapes

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -195,7 +196,8 @@ class Preemption:
     def stopped(self, step: int, directory: Path) -> Preempted:
         """What ends the run whose `step` is saved in `directory`."""
         cause, code = ("Ctrl-C", EXIT_INTERRUPTED) if self._interrupted else ("SIGTERM", EXIT_PREEMPTED)
-        return Preempted(f"Stopped by {cause}: step {step} is saved in {directory}; go on with --resume auto.", code)
+        saved = f"step {step} is saved in {directory}" if step else "no step was done yet"
+        return Preempted(f"Stopped by {cause}: {saved}; go on with --resume auto.", code)
 
 
 class Watchdog:
@@ -248,3 +250,13 @@ class Watchdog:
             file=sys.stderr, flush=True,
         )  # fmt: skip
         os._exit(EXIT_HUNG)
+
+
+def make_progress(preemption: Preemption, watchdog: Watchdog, where: str = "") -> Callable[[str], bool]:
+    """What is told how far something is, `done + where`; False as soon as the run is to stop."""
+
+    def progress(done: str) -> bool:
+        watchdog.beat(done + where)
+        return not preemption.reached()
+
+    return progress

@@ -28,6 +28,7 @@ PHASES = {
     "step": "productive steps",
     "repeated": "repeated steps",
     "data_wait": "data wait, at most",
+    "rollout": "rollouts and scores",
     "save": "blocked by saving",
     "evaluation": "evaluation",
     "other": "other",

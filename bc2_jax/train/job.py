@@ -79,7 +79,9 @@ class StepParts(NamedTuple):
     batch: Batch
     """Shapes and shardings, of every field."""
     flops_per_step: int
-    """Model FLOPs of an update."""
+    """Model FLOPs of a step: of all its updates."""
+    updates: int = 1
+    """As `Job.updates`."""
     frozen: Params = {}
     """Shapes and shardings of the parameters that are not trained."""
     load_frozen: Callable[[], Params] = dict
@@ -91,10 +93,12 @@ class StepParts(NamedTuple):
 class Batches(Protocol):
     """Where the batches of training steps come from: rows of files, pairs, rollouts."""
 
-    def next(self, step: int, state: TrainState) -> Batch:
+    def next(self, step: int, state: TrainState) -> Batch | None:
         """The batch of a step on the mesh, [A, B, ...] each field; `state` is that before the step.
 
-        Called once for each step, in their order, while the step before may still run on the devices.
+        Called once for each step, in their order, while the step before may still run on the devices. None if
+        `Start.progress` said, to this process and so to all, that the run is to stop meanwhile: nothing of the batch
+        is kept, and `position` is what it was.
         """
 
     def position(self) -> dict[str, Any]:
@@ -139,7 +143,7 @@ class Job(NamedTuple):
     finish: Callable[[Path, Params], None]
     """Called at the end with the last checkpoint and its parameters: exports, samples, pictures."""
     flops_per_step: int
-    """Model FLOPs of an update."""
+    """Model FLOPs of a step: of all its updates."""
     flops_formula: str = "6 x matmul parameters x tokens + causal attention"
     """What they are made of, for the reader of the log."""
     frozen: Params = {}
@@ -150,6 +154,13 @@ class Job(NamedTuple):
     """A further evaluation of the parameters, after that of the held-out batches."""
     metadata: dict[str, Any] = {}
     """JSON values saved with each checkpoint, beside those that the loop saves."""
+    updates: int = 1
+    """Updates of a step: the leading dimension of its batch is as many groups of accumulation steps."""
+    check: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
+    """Given the metrics of every step once they are known; raises ArithmeticError, on every process, if they show that
+    the run is broken. Nothing has been saved of the step then."""
+    batch_phase: str = "data_wait"
+    """Of `goodput.PHASES`: what the time is called in which batches are made."""
 
 
 # --------------------------------------------------------------------------------------------------------------- state
@@ -188,14 +199,19 @@ def restore_state(checkpointer: Restorer, step: int, abstract: TrainState) -> Tr
 TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, Array]]]
 
 
-def make_train_step(objective: Objective, optimizer: Optimizer, norms: bool = True) -> TrainStep:
-    """(state, frozen parameters, batch [A, B, ...]) -> (state after one update, metrics).
+def make_train_step(objective: Objective, optimizer: Optimizer, norms: bool = True, updates: int = 1) -> TrainStep:
+    """(state, frozen parameters, batch [updates * A, B, ...]) -> (state after the updates, metrics).
 
-    If the loss or the gradients' norm is not finite, or the batch has the weight 0 (nothing to learn from: an update
-    would decay the weights and follow old moments), the state is returned as it was.
+    Each update is from its own A accumulation steps. If the loss or the gradients' norm is not finite, or they have the
+    weight 0 (nothing to learn from: an update would decay the weights and follow old moments), the state is returned as
+    it was before it.
+
+    Metrics of several updates: those of the objective are of all their parts, norms and the learning rate are of the
+    last one, but grad_norm and update_ratio are the largest; a batch is empty if all of its updates are.
     """
 
-    def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    def update(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Parts, dict[str, Array]]:
+        """One update: the state after it, what it adds up, and its other metrics."""
         weight = objective.weight(batch)
         empty = weight == 0
         weight = jnp.where(weight > 0, weight, 1.0)
@@ -215,26 +231,47 @@ def make_train_step(objective: Objective, optimizer: Optimizer, norms: bool = Tr
             grads, stacked = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, state.params), batch)
             parts = _add_up(stacked)
         with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, changes)
             grad_norm = optax.tree.norm(grads)
-            metrics = objective.metrics(parts)
-            metrics |= {"grad_norm": grad_norm, "learning_rate": optimizer.learning_rate(state.step)}
-            done = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm) & ~empty
+            metrics = {"grad_norm": grad_norm, "learning_rate": optimizer.learning_rate(state.step)}
+            done = jnp.isfinite(objective.metrics(parts)["loss"]) & jnp.isfinite(grad_norm) & ~empty
             new_state = keep_unless(done, TrainState(params, opt_state, state.step + 1), state)
-        metrics |= {"batch_checksum": batch_checksum(batch), EMPTY: empty}
+        metrics |= {EMPTY: empty}
         if norms:
-            metrics |= norm_metrics(new_state.params, updates, done) | objective.norms(new_state.params)
-        return new_state, metrics
+            metrics |= norm_metrics(new_state.params, changes, done)
+        return new_state, parts, metrics
+
+    def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        if updates == 1:
+            state, parts, metrics = update(state, frozen, batch)
+        else:
+
+            def run(state: TrainState, group: Batch) -> tuple[TrainState, tuple[Parts, dict[str, Array]]]:
+                state, parts, metrics = update(state, frozen, group)
+                return state, (parts, metrics)
+
+            groups = jax.tree.map(lambda x: x.reshape(updates, -1, *x.shape[1:]), batch)
+            state, (stacked, each) = jax.lax.scan(run, state, groups)
+            parts = _add_up(stacked)
+            metrics = {name: _OF_SEVERAL.get(name, lambda x: x[-1])(x) for name, x in each.items()}
+        metrics = objective.metrics(parts) | metrics | {"batch_checksum": batch_checksum(batch)}
+        return state, metrics | (objective.norms(state.params) if norms else {})
 
     return train_step
 
 
+# What is not finite once stays so.
+_OF_SEVERAL: dict[str, Callable[[Array], Array]] = {"grad_norm": jnp.max, "update_ratio": jnp.max, EMPTY: jnp.all}
+
+
 def lower_train_step(
-    objective: Objective, optimizer: Optimizer, state: TrainState, frozen: Params, batch: Batch, *, norms: bool = True
-) -> jax.stages.Lowered:
+    objective: Objective, optimizer: Optimizer, state: TrainState, frozen: Params, batch: Batch, *, norms: bool = True,
+    updates: int = 1,
+) -> jax.stages.Lowered:  # fmt: skip
     """The step for arguments like these, arrays or their shapes, to be compiled; it donates the state alone."""
-    return jax.jit(make_train_step(objective, optimizer, norms), donate_argnums=0).lower(state, frozen, batch)
+    step = make_train_step(objective, optimizer, norms, updates)
+    return jax.jit(step, donate_argnums=0).lower(state, frozen, batch)
 
 
 def make_eval_step(objective: Objective) -> Callable[[Params, Params, Batch], Parts]:

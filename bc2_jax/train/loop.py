@@ -25,7 +25,7 @@ from bc2_jax.train.evaluation import evaluate
 from bc2_jax.train.expendable import Expendable, Profiler
 from bc2_jax.train.goodput import Goodput, goodput_table, read_sessions
 from bc2_jax.train.health import HealthMonitor, Steps
-from bc2_jax.train.job import Job, Say, lower_train_step, make_eval_step, restore_state
+from bc2_jax.train.job import Batch, Job, Progress, Say, lower_train_step, make_eval_step, restore_state
 from bc2_jax.train.metrics import MetricsWriter, ProgressDisplay, Throughput, fingerprint, memory_metrics
 from bc2_jax.train.start import check_attention, describe_start, tuned_options, use_compilation_cache
 from bc2_jax.train.workdir import own_workdir
@@ -62,6 +62,8 @@ class Start(NamedTuple):
     """What the printed hints tell the user to run with Python."""
     expendable: Expendable
     """Takes what a job does that must not end the run."""
+    progress: Progress = lambda done: True
+    """Told how far a batch is that takes long; False if the run is to stop. All processes call it equally often."""
 
 
 MakeJob = Callable[[Config, Start], Job]
@@ -98,7 +100,9 @@ def run(
         goodput = Goodput(workdir / "goodput.jsonl", started)
         display = ProgressDisplay(config, expendable)
         step, metadata = _find_checkpoint(config, saved, goodput)
-        job = make_job(config, Start(mesh, workdir, step, metadata, display.console, display.say, command, expendable))
+        progress = distributed.make_progress(preemption, watchdog)
+        start = Start(mesh, workdir, step, metadata, display.console, display.say, command, expendable, progress)
+        job = make_job(config, start)
         require_agreement(job.metadata)
         loop = _Loop(config, job, mesh, saved, preemption, watchdog, goodput, display, expendable)
         loop.start(step, metadata)
@@ -180,11 +184,13 @@ class _Loop:
         self.eval_step = jax.jit(make_eval_step(job.objective))
         if self.steps.done == config.num_steps:
             return  # nothing is left but to finish
-        self._next_batch(self.steps.done + 1)
+        if (batch := self._next_batch(self.steps.done + 1)) is None:
+            return
         with self.goodput.phase("compile"):
             lowered = lower_train_step(
-                job.objective, job.optimizer, self.state, job.frozen, self.batch, norms=config.health.norms
-            )
+                job.objective, job.optimizer, self.state, job.frozen, batch, norms=config.health.norms,
+                updates=job.updates,
+            )  # fmt: skip
             self.train_step = lowered.compile(compiler_options=tuned_options(config, self.mesh))
         self.watchdog.beat("compilation")
 
@@ -201,14 +207,16 @@ class _Loop:
             self.throughput.restart()
             self.goodput.enter("step")
             for step in self.steps:
+                if self.batch is None:  # stopped before the first one was made
+                    raise self.preemption.stopped(step - 1, checkpointer.directory)
                 self.profiler.before(step)
                 # Metrics of a step are fetched after the next one was dispatched: the devices never wait for the host.
                 with jax.transfer_guard("disallow"):
                     self.state, metrics = self.train_step(self.state, self.job.frozen, self.batch)
                     saved_position = self.position
-                    if step < config.num_steps:
-                        with self.goodput.phase("data_wait"):
-                            self._next_batch(step + 1)
+                    # Asked before too: to make a batch may take longer than is left after SIGTERM.
+                    if step < config.num_steps and not self.preemption.reached():
+                        self._next_batch(step + 1)
                     if pending is not None:
                         self.writer.write(pending[0], self._finish_step(*pending))
                     pending = step, metrics
@@ -233,6 +241,7 @@ class _Loop:
                     pending = None
                     with self.goodput.phase("restore"):
                         step = self._rewind()
+                    stopping |= self.preemption.noticed
                 if stopping:
                     break
         finally:
@@ -273,9 +282,12 @@ class _Loop:
         self.goodput.enter("other")
         self.preemption.close()
 
-    def _next_batch(self, step: int) -> None:
-        self.batch = self.job.batches.next(step, self.state)
+    def _next_batch(self, step: int) -> Batch | None:
+        """Makes the batch of a step; None if the run is to stop."""
+        with self.goodput.phase(self.job.batch_phase):
+            self.batch = self.job.batches.next(step, self.state)
         self.position: dict[str, Any] = self.job.batches.position()
+        return self.batch
 
     def _finish_step(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, float]:
         """Waits for a step's metrics, judges and shows them."""
@@ -285,6 +297,7 @@ class _Loop:
         if self.monitor.stop is not None:
             self._stop(step, values, self.monitor.stop)
         values |= judged | self.throughput.step() | self.job.batches.metrics(step) | self.expendable.metrics()
+        self.job.check(step, values)
         if self.config.tokens_per_step:
             values["trained_tokens"] = float(self._tokens(step))
         self.goodput.steps_done += 1
@@ -305,12 +318,7 @@ class _Loop:
 
         An evaluation that fails leaves no metrics.
         """
-
-        def progress(done: str) -> bool:
-            self.watchdog.beat(f"{done} at step {step}")
-            return not self.preemption.reached()
-
-        job = self.job
+        job, progress = self.job, distributed.make_progress(self.preemption, self.watchdog, f" at step {step}")
         with self.goodput.phase("evaluation"), self.expendable.attempt("evaluations"):
             values = evaluate(job, self.eval_step, self.state.params, self.config.eval_batches, progress)
             if values:
@@ -396,7 +404,10 @@ class _Loop:
         again = restore_state(self.checkpointer, step, self.job.abstract_state)
         batches.seek(self.checkpointer.metadata(step).data)
         for number in range(step + 1, self.config.num_steps + 1):
-            again, _ = self.train_step(again, self.job.frozen, batches.next(number, again))
+            if (batch := batches.next(number, again)) is None:
+                self.display.say("Exact resume is not verified: the run is stopping.")
+                return
+            again, _ = self.train_step(again, self.job.frozen, batch)
         resumed = fingerprint(again.params)
         if resumed != uninterrupted:
             raise ArithmeticError(

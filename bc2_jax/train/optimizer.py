@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 
 from bc2_jax.config import OptimizerConfig
 
@@ -63,3 +65,37 @@ def make_optimizer(config: OptimizerConfig) -> Optimizer:
         optax.scale_by_learning_rate(schedule),
     )
     return Optimizer(chain.init, chain.update, schedule)
+
+
+class PartsState(NamedTuple):
+    """The state of an optimizer of parts."""
+
+    count: Array  # type: ignore[assignment]  # tuples have a method of this name
+    """Updates, int32 scalar; it stands before the counts of the parts."""
+    parts: dict[str, Any]
+
+
+def combine_optimizers(parts: Mapping[str, Optimizer], wait: Mapping[str, int] | None = None) -> Optimizer:
+    """An optimizer of parameters {name: tree}, each with the optimizer of its name: its own clip, moments and rate.
+
+    A part that has to `wait` for so many updates keeps its parameters and its own state until then. The learning rate
+    that is told is that of the first part, also while it waits.
+    """
+    wait = {} if wait is None else wait
+
+    def init(params: Any) -> PartsState:
+        return PartsState(jnp.zeros((), jnp.int32), {name: part.init(params[name]) for name, part in parts.items()})
+
+    def update(updates: Any, state: PartsState, params: Any = None) -> tuple[Any, PartsState]:
+        changes, states = {}, {}
+        for name, part in parts.items():
+            change, new = part.update(updates[name], state.parts[name], params[name])
+            if name in wait:
+                acts = state.count >= wait[name]
+                change = jax.tree.map(lambda x, acts=acts: jnp.where(acts, x, 0), change)
+                new = jax.tree.map(lambda x, old, acts=acts: jnp.where(acts, x, old), new, state.parts[name])
+            changes[name], states[name] = change, new
+        return changes, PartsState(state.count + 1, states)
+
+    first = next(iter(parts.values()))
+    return Optimizer(init, update, first.learning_rate)  # type: ignore[arg-type]  # optax's types know no parts

@@ -25,6 +25,7 @@ from bc2_jax.config import (
 from bc2_jax.data.batch import IGNORED
 from bc2_jax.model.baichuan import init_params, param_shardings
 from bc2_jax.sharding import DEFAULT_RULES, single_device_mesh
+from bc2_jax.train.health import EMPTY
 from bc2_jax.train.job import Objective, Parts, TrainState, init_state, make_eval_step, make_train_step
 from bc2_jax.train.optimizer import make_optimizer
 from bc2_jax.train.pretrain import make_objective
@@ -215,3 +216,36 @@ def test_the_loss_is_divided_by_any_positive_weight(weight: float, expected: flo
     batch = {"z": jnp.ones((1, 1, 1))}
     _, metrics = jax.jit(make_train_step(objective, optimizer))(state, {"y": jnp.full(1, 2.0)}, batch)
     assert float(metrics["grad_norm"]) == expected
+
+
+def test_several_updates_in_one_step():
+    """They are those of as many steps; one that is not finite, or has nothing to learn from, is left out alone."""
+
+    def loss(params, frozen, batch):
+        errors = params["w"] - batch["y"]
+        return jnp.sum(batch["n"] * errors**2), Parts({"loss": jnp.sum(errors**2)}, {"most": jnp.max(batch["y"])})
+
+    objective = Objective(
+        loss=loss,
+        weight=lambda batch: jnp.sum(batch["n"]),
+        metrics=lambda parts: {"loss": parts.sums["loss"], "most": parts.maxima["most"]},
+    )
+    optimizer = make_optimizer(OptimizerConfig(peak_learning_rate=0.1, min_learning_rate=0.01, warmup_steps=1))
+    start = init_state({"w": jnp.ones(3)}, optimizer)
+    y = jnp.array([[1.0, 2, 3], [4, 5, 6], [7, 8, 9], [1, jnp.nan, 0], [3, 3, 1], [2, 2, 2]])
+    n = jnp.array([[1.0] * 3] * 4 + [[0.0] * 3] * 2)
+    for stop, count in ((4, 2), (6, 3)):
+        batch = {"y": y[:stop], "n": n[:stop]}
+        state, metrics = jax.jit(make_train_step(objective, optimizer, updates=count))(start, {}, batch)
+        expected, single = start, jax.jit(make_train_step(objective, optimizer))
+        each = []
+        for group in range(count):
+            expected, found = single(expected, {}, jax.tree.map(lambda x, g=group: x[2 * g : 2 * g + 2], batch))
+            each.append(found)
+        jax.tree.map(np.testing.assert_array_equal, state, expected)
+        assert int(state.step) == 1  # of the first group: the second has a NaN, the third no weight
+        assert np.isnan(metrics["loss"]) and np.isnan(metrics["grad_norm"]) and not metrics[EMPTY]
+        assert float(metrics["learning_rate"]) == float(each[-1]["learning_rate"])
+        assert float(metrics["batch_checksum"]) != float(each[0]["batch_checksum"])
+    clean = jax.jit(make_train_step(objective, optimizer, updates=2))(start, {}, {"y": y[:2], "n": n[:2]})
+    assert int(clean[0].step) == 2 and float(clean[1]["most"]) == 6

@@ -13,7 +13,7 @@ import pytest
 
 from bc2_jax.config import OptimizerConfig
 from bc2_jax.model.baichuan import split_model
-from bc2_jax.train.optimizer import is_decayed, make_optimizer, make_schedule
+from bc2_jax.train.optimizer import combine_optimizers, is_decayed, make_optimizer, make_schedule
 
 CONFIG = OptimizerConfig(peak_learning_rate=1e-2, min_learning_rate=1e-3, warmup_steps=3, decay_steps=10)
 PAPER = OptimizerConfig()
@@ -127,3 +127,27 @@ def test_bf16_moments():
     travelled = sum(learning_rate(CONFIG, i) for i in range(10))
     for a, b in zip(jax.tree.leaves(close[-1]), jax.tree.leaves(exact[-1]), strict=True):
         assert 0 < np.abs(a - b).max() < 0.02 * travelled
+
+
+def test_parts_are_clipped_and_moved_on_their_own_and_one_waits():
+    """Each part is, bit for bit, what its optimizer alone makes of it from the update on for which it waited."""
+    slow = dataclasses.replace(CONFIG, peak_learning_rate=2e-3, clip_norm=0.05)
+    parts = {"actor": make_optimizer(CONFIG), "critic": make_optimizer(slow)}
+    optimizer = combine_optimizers(parts, wait={"actor": 2})
+    params = {name: make_params() for name in parts}
+    state = optimizer.init(params)
+    first = jax.tree_util.keystr(jax.tree.leaves_with_path(state)[0][0])
+    assert first == ".count"  # `restore_state` takes the first count for that of all updates
+    alone = {name: (make_params(), parts[name].init(make_params())) for name in parts}
+    for number, gradients in enumerate(make_gradients(4)):
+        both = {name: jax.tree.map(lambda x, f=f: f * x, gradients) for name, f in (("actor", 1.0), ("critic", 3.0))}
+        updates, state = optimizer.update(both, state, params)
+        params = optax.apply_updates(params, updates)
+        for name in parts:
+            if name == "actor" and number < 2:
+                continue
+            mine, own = alone[name]
+            change, own = parts[name].update(both[name], own, mine)
+            alone[name] = optax.apply_updates(mine, change), own
+        jax.tree.map(np.testing.assert_array_equal, params, {name: alone[name][0] for name in parts})
+    assert int(state.count) == 4

@@ -1,0 +1,222 @@
+"""Proximal policy optimization (arXiv 1707.06347) of answers token by token, as in InstructGPT (arXiv 2203.02155).
+
+Pure functions of arrays. Token t of an answer is an action: arrays [B, S] hold what belongs to the t-th new token of
+each answer, `mask` [B, S] is 1 (or True) for its real tokens and 0 for padding, on either side or between. Everything
+is computed and returned in fp32, whatever comes in. What stands at padding, NaN and infinities too, changes no value
+and no gradient: it is masked before it is used. Results at padding are 0, and so are means over no token at all.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+WHITENING_EPSILON = 1e-8
+"""Added to the variance."""
+_SMALL = 0.1
+"""Log-ratio below which k3 is computed as a series, which does not cancel."""
+
+
+class KLEstimates(NamedTuple):
+    """Of the KL divergence of the sampling policy from the reference, from one sampled token each (Schulman 2020,
+    "Approximating KL divergence"). Their means over samples of the policy are k1 and k3: the KL, k2: close to it."""
+
+    k1: Array
+    """r = log policy - log reference; may be negative."""
+    k2: Array
+    """r^2 / 2."""
+    k3: Array
+    """exp(-r) - 1 + r, never negative."""
+
+
+def kl_estimates(old: Array, reference: Array, mask: Array | None = None) -> KLEstimates:
+    """fp32 [B, S] each, from the log-probabilities [B, S] that the policy and the reference give the sampled tokens.
+
+    Differentiable. With a `mask` they are 0 at padding; without, whatever the rubbish there gives.
+    """
+    r = _difference(old, reference, mask)
+    small = jnp.abs(r) < _SMALL
+    s, large = jnp.where(small, r, 0), jnp.where(small, 1, r)
+    # exp(-r) - 1 + r: its first two terms cancel, and in fp32 little of a small one would be left.
+    series = s * s * (1 / 2 - s * (1 / 6 - s * (1 / 24 - s * (1 / 120 - s * (1 / 720 - s / 5040)))))
+    return KLEstimates(r, jnp.square(r) / 2, jnp.where(small, series, jnp.expm1(-large) + large))
+
+
+def shape_rewards(scores: Array, kl: Array, mask: Array, coefficient: Array | float) -> Array:
+    """Rewards of each token, fp32 [B, S]: -coefficient * kl, and at an answer's last real token its score as well.
+
+    `scores` [B] of whole answers, integers too; `kl` [B, S] is one of `kl_estimates`. An answer without tokens has no
+    place for its score.
+    """
+    mask = _is_real(mask)
+    reward = jnp.where(mask, -_float(coefficient) * _real(kl, mask), 0)
+    return reward + jnp.where(_is_last(mask), _float(scores)[:, None], 0)
+
+
+def advantages(
+    rewards: Array, values: Array, mask: Array, gamma: float, lam: float, bootstrap: Array | None = None
+) -> tuple[Array, Array]:  # fmt: skip
+    """(advantages, returns), fp32 [B, S]: generalized advantage estimation (arXiv 1506.02438).
+
+    With t + 1 the next real token: delta_t = rewards_t + gamma * values_(t+1) - values_t and A_t = delta_t + gamma *
+    lam * A_(t+1); returns = A + values, before any whitening. `values` [B, S] are those at the position that predicts
+    each token. Behind the last token there is nothing: value 0, or `bootstrap` [B], the critic's value of an answer
+    that was cut there (0 for those that ended).
+    """
+    mask = _is_real(mask)
+    r, v = _real(rewards, mask), _real(values, mask)
+    after = jnp.zeros_like(v[:, 0]) if bootstrap is None else jnp.where(mask.any(1), _float(bootstrap), 0)
+
+    def back(carry: tuple[Array, Array], token: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
+        next_value, next_advantage = carry
+        reward, value, is_real = token
+        advantage = reward + gamma * next_value - value + gamma * lam * next_advantage
+        carry = jnp.where(is_real, value, next_value), jnp.where(is_real, advantage, next_advantage)
+        return carry, jnp.where(is_real, advantage, 0)
+
+    columns = r.T, v.T, mask.T
+    _, found = jax.lax.scan(back, (after, jnp.zeros_like(after)), columns, reverse=True)
+    return found.T, found.T + v
+
+
+def whiten(x: Array, mask: Array) -> Array:
+    """fp32 [B, S]: (x - mean) / sqrt(variance + 1e-8) over all real tokens; the variance divides by their number - 1.
+
+    A single token becomes 0.
+    """
+    mask = _is_real(mask)
+    x = _real(x, mask)
+    count = jnp.sum(mask, dtype=jnp.float32)
+    deviation = jnp.where(mask, x - jnp.sum(x) / jnp.maximum(count, 1), 0)
+    variance = jnp.sum(jnp.square(deviation)) / jnp.maximum(count - 1, 1)
+    return deviation * jax.lax.rsqrt(variance + WHITENING_EPSILON)
+
+
+class TokenLoss(NamedTuple):
+    """fp32 [B, S], 0 at padding."""
+
+    loss: Array
+    ratio: Array
+    """new / old probability; of values, 0."""
+    clipped: Array
+    """1 where the clipped term is the larger one, and so stops the gradient."""
+
+
+def policy_token_loss(new: Array, old: Array, advantages: Array, mask: Array, clip: float) -> TokenLoss:
+    """max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)) of each token, ratio = exp(new - old)."""
+    mask = _is_real(mask)
+    advantage = _real(advantages, mask)
+    ratio = jnp.exp(_difference(new, old, mask))
+    plain, bounded = -advantage * ratio, -advantage * jnp.clip(ratio, 1 - clip, 1 + clip)
+    return TokenLoss(
+        jnp.maximum(plain, bounded), jnp.where(mask, ratio, 0), jnp.where(mask, bounded > plain, 0).astype(jnp.float32)
+    )
+
+
+def policy_loss(new: Array, old: Array, advantages: Array, mask: Array, clip: float) -> Array:
+    """fp32 scalar: the mean of `policy_token_loss` over real tokens (arXiv 1707.06347, equation 7).
+
+    `new` and `old` [B, S] are log-probabilities of the tokens under the policy that is trained and the one that
+    sampled them; `advantages` [B, S]. The gradient is that with respect to `new`.
+    """
+    return token_mean(policy_token_loss(new, old, advantages, mask, clip).loss, mask)
+
+
+def clip_fraction(new: Array, old: Array, advantages: Array, mask: Array, clip: float) -> Array:
+    """fp32 scalar: share of real tokens whose gradient the clip of `policy_loss` stops."""
+    return token_mean(policy_token_loss(new, old, advantages, mask, clip).clipped, mask)
+
+
+def value_token_loss(new: Array, old: Array, returns: Array, mask: Array, clip: float | None) -> TokenLoss:
+    """max((new - R)^2, (clip(new, old - clip, old + clip) - R)^2) / 2 of each token; without a clip, the first."""
+    mask = _is_real(mask)
+    v, target = _real(new, mask), _real(returns, mask)
+    plain = jnp.square(v - target)
+    if clip is None:
+        return TokenLoss(plain / 2, jnp.zeros_like(v), jnp.zeros_like(v))
+    before = _real(old, mask)
+    bounded = jnp.square(jnp.clip(v, before - clip, before + clip) - target)
+    return TokenLoss(jnp.maximum(plain, bounded) / 2, jnp.zeros_like(v), (bounded > plain).astype(jnp.float32))
+
+
+def value_loss(new: Array, old: Array, returns: Array, mask: Array, clip: float | None) -> Array:
+    """fp32 scalar: the mean of `value_token_loss` over real tokens.
+
+    `new` and `old` [B, S] are the values of the critic that is trained and of the one that the `returns` [B, S] were
+    estimated with. clip None does not clip.
+    """
+    return token_mean(value_token_loss(new, old, returns, mask, clip).loss, mask)
+
+
+def token_mean(x: Array, mask: Array) -> Array:
+    """fp32 scalar: the mean of `x` [B, S] over real tokens, 0 if there are none."""
+    mask = _is_real(mask)
+    return jnp.sum(_real(x, mask)) / jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1)
+
+
+def explained_variance(values: Array, returns: Array, mask: Array) -> Array:
+    """fp32 scalar: 1 - var(returns - values) / var(returns) over real tokens; 1 is a perfect critic, 0 one that knows
+    the mean alone, below 0 one that is worse. 0 where the returns do not vary."""
+    mask = _is_real(mask)
+
+    def variance(x: Array) -> Array:
+        return token_mean(jnp.square(x - token_mean(x, mask)), mask)
+
+    total = variance(_real(returns, mask))
+    left = variance(_real(returns, mask) - _real(values, mask))
+    return jnp.where(total > 0, 1 - left / jnp.where(total > 0, total, 1), 0)
+
+
+# --------------------------------------------------------------------------------------------------- the coefficient
+
+
+def scheduled_coefficient(shape: str, start: float, end: float, step: int, steps: int) -> float:
+    """The KL coefficient of iteration `step`, from 0: `start` there, `end` at `steps` and after.
+
+    `shape` is geometric (by the same factor at each step), linear or constant (always `start`). The paper gives 0.2 and
+    0.005 alone (section 3.3).
+    """
+    share = min(step / steps, 1.0) if steps else 1.0
+    if shape == "constant":
+        return start
+    if shape == "linear":
+        return start + (end - start) * share
+    return start * (end / start) ** share
+
+
+def adapted_coefficient(coefficient: float, kl: float, target: float, answers: int, horizon: float) -> float:
+    """The next coefficient of a controller that keeps an answer's KL, the sum over its tokens, at `target` nats.
+
+    coefficient * (1 + clip(kl / target - 1, -0.2, 0.2) * answers / horizon) (arXiv 1909.08593, section 2.2).
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return coefficient * (1 + error * answers / horizon)
+
+
+# -------------------------------------------------------------------------------------------------------------- masks
+
+
+def _float(x: Array | float) -> Array:
+    return jnp.asarray(x).astype(jnp.float32)
+
+
+def _is_real(mask: Array) -> Array:
+    return jnp.asarray(mask).astype(bool)
+
+
+def _real(x: Array, mask: Array) -> Array:
+    return jnp.where(mask, _float(x), 0)
+
+
+def _difference(a: Array, b: Array, mask: Array | None) -> Array:
+    difference = _float(a) - _float(b)
+    return difference if mask is None else jnp.where(_is_real(mask), difference, 0)
+
+
+def _is_last(mask: Array) -> Array:
+    """bool [B, S]: the last real token of each row."""
+    place = jnp.arange(1, mask.shape[1] + 1)
+    return mask & (place == jnp.max(jnp.where(mask, place, 0), axis=1, keepdims=True))

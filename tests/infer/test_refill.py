@@ -1,0 +1,174 @@
+"""Many prompts over few rows: the same continuations as all at one time, with less waiting than in fixed batches."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from bc2_jax.config import ComputeConfig, ModelConfig
+from bc2_jax.config.lora import LoraConfig
+from bc2_jax.convert.hf_config import read_config
+from bc2_jax.infer import engine
+from bc2_jax.infer.engine import Prepared
+from bc2_jax.infer.generate import continue_prompts
+from bc2_jax.infer.refill import Stopped, continue_many
+from bc2_jax.infer.sampling import Settings
+from bc2_jax.model.baichuan import Baichuan2, param_shardings, split_model
+from bc2_jax.model.lora import init_adapter, with_adapter
+from tests.convert.models import read_params
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+FP32 = ComputeConfig(dtype="float32", attention_block=16)
+CONFIG = ModelConfig(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, position_embedding="rope",
+    vocab_size=512, model_max_length=512,
+)  # fmt: skip
+# A thirtieth of the vocabulary ends an answer: lengths of all kinds.
+DRAWN = Settings(
+    max_new_tokens=40, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, seed=5, eos_token_id=range(16)
+)  # fmt: skip
+
+
+def make_prompts(count: int, seed: int) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(3, 500, rng.integers(1, 20)).tolist() for _ in range(count)]
+
+
+def make_model(mesh=None, dtype: str = "float32") -> Baichuan2:
+    graphdef, state = nnx.split(Baichuan2(CONFIG, dataclasses.replace(FP32, dtype=dtype), rngs=nnx.Rngs(0)))
+    params = nnx.to_pure_dict(state)
+    return nnx.merge(graphdef, jax.device_put(params, None if mesh is None else param_shardings(CONFIG, mesh)))
+
+
+@pytest.fixture(scope="module")
+def small() -> Prepared:
+    return engine.prepare(make_model())
+
+
+def scheduled_steps(lengths: list[int], rows: int, group: int) -> int:
+    """Decoding steps for answers of these lengths, which need length - 1 each, counted without a model."""
+    waiting, running, steps = [length - 1 for length in lengths], [], 0
+    while waiting or running:
+        free = rows - len(running)
+        running, waiting = running + waiting[:free], waiting[free:]
+        taken = min(group, max(running))
+        steps += taken
+        running = [left - taken for left in running if left > taken]
+    return steps
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_greedy_rollouts_are_those_of_pytorch(temperature):
+    """Two rows for four prompts, refilled after the first that ends."""
+    config = read_config(GOLDEN / "rope-tiny")
+    graphdef = split_model(config, FP32)[0]
+    prepared = engine.prepare(nnx.merge(graphdef, jax.device_put(read_params(GOLDEN / "rope-tiny", config))))
+    expected = dict(np.load(GOLDEN / "align/rollout.npz"))
+    prompts = [row[:n].tolist() for row, n in zip(expected["prompts"], expected["prompt_lengths"], strict=True)]
+    settings = Settings(
+        max_new_tokens=12, temperature=0, repetition_penalty=1, eos_token_id=int(expected["eos_token_id"])
+    )
+    found, _ = continue_many(
+        prepared, prompts, settings, rows=2, log_probs=True, log_prob_temperature=temperature, group=3
+    )
+    log_probs = expected["logps_t1" if temperature == 1 else "logps_t07"]
+    for row, continuation in enumerate(found):
+        count = expected["length"][row]
+        assert continuation.tokens == expected["tokens"][row, :count].tolist()
+        assert continuation.reason == ("eos" if expected["ended"][row] else "length")
+        np.testing.assert_allclose(continuation.log_probs, log_probs[row, :count], atol=2e-5)
+
+
+@pytest.mark.parametrize(("shape", "rows"), [(None, 3), ((1, 2, 2), 4), ((1, 2, 1, 1, 2), 2)])
+def test_continuations_are_those_of_all_at_one_time(small, mesh_of, shape, rows):
+    """On every mesh, under the loop's transfer guard; other prompts and another seed compile nothing."""
+    prepared = small if shape is None else engine.prepare(make_model(mesh_of(*shape)))
+    prompts = make_prompts(11, seed=1)
+    expected = continue_prompts(small, prompts, DRAWN, log_probs=True)
+    programs = engine.programs(prepared.compute)
+    with jax.transfer_guard("disallow"):
+        found, stats = continue_many(prepared, prompts, DRAWN, rows=rows, log_probs=True, prompt_slots=32, group=4)
+        counts = [program._cache_size() for program in programs]
+        others = make_prompts(5, seed=2)
+        again = dataclasses.replace(DRAWN, seed=6)
+        other, _ = continue_many(prepared, others, again, rows=rows, log_probs=True, prompt_slots=32, group=3)
+        assert [program._cache_size() for program in programs] == counts
+    expected += continue_prompts(small, others, again, log_probs=True)
+    for one, alone in zip(found + other, expected, strict=True):
+        assert (one.tokens, one.reason) == (alone.tokens, alone.reason)
+        np.testing.assert_allclose(one.log_probs, alone.log_probs, atol=1e-5)
+    assert stats.prefills == -(-11 // {3: 1, 4: 2, 2: 2}[rows])
+
+
+@hypothesis_settings(max_examples=5)
+@given(count=st.integers(1, 12), group=st.integers(1, 9), seed=st.integers(0, 2**31))
+def test_rows_are_used_as_a_schedule_of_the_lengths_says(small, count, group, seed):
+    settings = dataclasses.replace(DRAWN, seed=seed)
+    prompts = make_prompts(count, seed)
+    runs = [continue_many(small, prompts, settings, rows=3, log_probs=True, prompt_slots=32, group=group) for _ in "ab"]
+    assert runs[0] == runs[1]  # bit for bit
+    found, stats = runs[0]
+    lengths = [len(continuation.tokens) for continuation in found]
+    assert stats.decode_steps == scheduled_steps(lengths, 3, group)
+    assert stats.row_steps_used == sum(lengths) - count
+    assert stats.row_steps_total == 3 * stats.decode_steps
+    assert stats.row_steps_in_batches == sum(3 * (max(lengths[i : i + 3]) - 1) for i in range(0, count, 3))
+
+
+def test_adapters_and_the_actors_own_arrays():
+    """A model with adapters is prepared beside its own arrays, which stay and are shared where they need no change."""
+    model = make_model(dtype="bfloat16")
+    adapter = LoraConfig(rank=2)
+    params = init_adapter(adapter, CONFIG, nnx.to_pure_dict(nnx.split(model)[1]), 0, None)
+    params = jax.tree.map(lambda x: x + 0.1, params)
+    actor = with_adapter(model, adapter, params)
+    held = jax.tree.leaves(nnx.split(actor)[1])
+    prepared = engine.prepare(actor)
+    prompts = make_prompts(5, seed=3)
+    settings = dataclasses.replace(DRAWN, max_new_tokens=6, temperature=0)
+    found, _ = continue_many(prepared, prompts, settings, rows=2)
+    assert [c.tokens for c in found] == [c.tokens for c in continue_prompts(actor, prompts, settings)]
+    assert found != continue_many(engine.prepare(model), prompts, settings, rows=2)[0]
+    assert not any(x.is_deleted() for x in held)
+
+
+def test_it_stops_when_it_is_told_to(small):
+    told: list[str] = []
+
+    def progress(text: str) -> bool:
+        told.append(text)
+        return len(told) < 2
+
+    with pytest.raises(Stopped):
+        continue_many(small, make_prompts(9, seed=1), DRAWN, rows=3, prompt_slots=32, progress=progress)
+    assert len(told) == 2 and told[0].startswith("answer ") and told[0].endswith(" of 9")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(rows=0), "rows = 0 is not valid: it must be a positive multiple of 1, the parts of a batch"),
+        (dict(rows=2.0), "rows = 2.0 is not valid"),
+        (dict(prefill_rows=-1), "prefill_rows = -1 is not valid"),
+        (dict(group=0), "group = 0 is not valid"),
+        (dict(prompt_slots=3), "prompt_slots = 3 is not valid: .* at least the 4 tokens of the longest prompt"),
+        (dict(log_prob_temperature=0.0), "log_prob_temperature = 0.0 is not valid"),
+    ],
+)
+def test_it_refuses(small, change, message):
+    with pytest.raises(ValueError, match=message):
+        continue_many(small, [[5, 6, 7, 8]], DRAWN, **{"rows": 2, **change})
+
+
+def test_rows_must_suit_the_mesh(mesh_of):
+    prepared = engine.prepare(make_model(mesh_of(2, 2, 1)))
+    with pytest.raises(ValueError, match="rows = 6 is not valid: it must be a positive multiple of 4"):
+        continue_many(prepared, [[5]], DRAWN, rows=6)
