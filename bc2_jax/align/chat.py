@@ -61,6 +61,21 @@ class EncodedConversation(NamedTuple):
     """Tokens that were then cut off on the right, the final eos among them."""
 
 
+class EncodedPair(NamedTuple):
+    """A prompt with a chosen and a rejected answer, and what was lost of them."""
+
+    prompt: list[int]
+    """Without the role of the answers, where they begin: one token can't have two targets."""
+    answers: tuple[list[int], list[int]]
+    """Each from its 196 on, with all that follows, to the final eos."""
+    targets: tuple[list[int], list[int]]
+    """At each id of an answer the token that is learned there, after the one before it, or IGNORED."""
+    dropped_rounds: int
+    """Oldest rounds of the prompt that were left out."""
+    cut_tokens: int
+    """Tokens that were then cut off both answers on the right."""
+
+
 class EncodedPrompt(NamedTuple):
     """What a model is asked with, and what was lost of the conversation."""
 
@@ -96,6 +111,40 @@ def fit_conversation(tokenizer: Encoder, messages: Sequence[Message], max_length
     ids, labels = _encode_labelled(tokenizer, [messages[i] for i in kept], [encoded[i] for i in kept])
     targets = [*labels[1:max_length], IGNORED]
     return EncodedConversation(ids[:max_length], targets, dropped, max(0, len(ids) - max_length))
+
+
+def encode_pair(
+    tokenizer: Encoder, prompt: Sequence[Message], chosen: Sequence[Message], rejected: Sequence[Message],
+    max_length: int, most_tokens: int, drop_rounds: bool = True,
+) -> EncodedPair:  # fmt: skip
+    """A pair of answers to the same messages; each begins with an assistant's message and may go on.
+
+    Prompt and longer answer have at most `max_length` tokens, prompt and both at most `most_tokens`. To fit, the oldest
+    rounds of the prompt go (`drop_rounds`), but never its last; then the ends of the answers, of the longer one first.
+    Where the prompt alone is too long, nothing is left of them. Raises ValueError as `encode_conversation`.
+    """
+    answers: list[list[int]] = []
+    targets: list[list[int]] = []
+    check_messages([*prompt, *chosen])
+    check_messages([*prompt, *rejected])
+    for answer in (chosen, rejected):
+        ids, labels = _encode_labelled(tokenizer, answer, _encode_each(tokenizer, answer, check=False))
+        answers.append(ids)
+        targets.append(labels)
+    encoded = _encode_each(tokenizer, prompt, check=False)
+    longest, both, dropped = max(map(len, answers)), sum(map(len, answers)), 0
+    if drop_rounds and any(message["role"] != "system" for message in prompt):
+        kept, dropped = _keep_newest(prompt, encoded, min(max_length - longest, most_tokens - both))
+        encoded = [encoded[i] for i in kept]
+    prompt_ids = [token for ids in encoded for token in ids]
+    most_both = max(0, most_tokens - len(prompt_ids))
+    first, second = (max(0, min(len(ids), max_length - len(prompt_ids))) for ids in answers)
+    half = most_both // 2
+    first, second = min(first, max(half, most_both - second)), min(second, max(half, most_both - first))
+    return EncodedPair(
+        prompt_ids, (answers[0][:first], answers[1][:second]), (targets[0][:first], targets[1][:second]), dropped,
+        both - first - second,
+    )  # fmt: skip
 
 
 def drop_oldest_rounds(tokenizer: Encoder, messages: Sequence[Message], max_length: int) -> tuple[list[Message], int]:

@@ -17,6 +17,8 @@ from bc2_jax.tokenizer import Tokenizer
 Truncation = Literal["rounds", "right", "drop"]
 """Of a conversation that is too long: its oldest rounds go, and of a last round that alone is too long its end; its end
 goes; or all of it."""
+TOO_LONG, NO_TARGET = "longer than max_length", "no target within max_length"
+"""Reasons why nothing is left of a sample."""
 
 
 def pack_best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
@@ -53,7 +55,7 @@ def pack_best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[li
     return sorted(sorted(places) for places in bins)
 
 
-class _Texts:
+class Texts:
     """The encoder of `align.chat` for texts whose ids are known."""
 
     user_id, assistant_id, eos_id = Tokenizer.user_id, Tokenizer.assistant_id, Tokenizer.eos_id
@@ -64,12 +66,14 @@ class _Texts:
 
 
 class EncodedSamples(NamedTuple):
-    """Conversations as the tokens of rows; arrays have an entry for each, int64 [N]."""
+    """Samples as the tokens of rows; arrays have an entry for each, int64 [N]."""
 
     tokens: np.ndarray
     """uint32 [sum of lengths], with flags."""
     lengths: np.ndarray
-    """0 where nothing is left: there is no target, or it is too long."""
+    """0 where nothing is left."""
+    reasons: list[str]
+    """Why nothing is left; empty where something is."""
     dropped_rounds: np.ndarray
     cut_tokens: np.ndarray
     characters: np.ndarray
@@ -86,9 +90,10 @@ def encode_samples(
 
     Raises ValueError if the tokenizer can't spell a text without the id of padding, or its text makes a role.
     """
-    texts = _Texts(tokenizer, conversations)
+    texts = Texts(tokenizer, conversations)
     ids: list[int] = []
     targets: list[int] = []
+    reasons: list[str] = []
     counts: list[tuple[int, ...]] = []
     """The fields of each from lengths to bytes."""
     for messages in conversations:
@@ -99,29 +104,26 @@ def encode_samples(
             here, labels = encode_conversation(texts, messages)
             dropped, cut = 0, max(0, len(here) - max_length)
         if not dropped and not cut:
-            _check_roles(here, messages, tokenizer)
+            check_roles(here, messages, tokenizer)
         keep = 0 if truncation == "drop" and cut else max_length
         here, labels = here[:keep], labels[:keep]
+        reason = "" if here else TOO_LONG
         # The last target is of a token that was cut off.
-        if not any(label != IGNORED for label in labels[:-1]):
-            here, labels = [], []
+        if here and not any(label != IGNORED for label in labels[:-1]):
+            here, labels, reason = [], [], NO_TARGET
+        reasons.append(reason)
         ids += here
         targets += labels
         text = "".join(message["content"] for message in messages)
         counts.append((len(here), dropped, cut, len(text), len(text.encode())))
     lengths, dropped_rounds, cut_tokens, characters, octets = np.array(counts, np.int64).reshape(-1, 5).T
-    hashes = np.array([_hash_question(messages) for messages in conversations], np.uint64)
+    hashes = np.array([hash_question(messages) for messages in conversations], np.uint64)
     tokens = _mark(ids, targets, lengths, tokenizer)
-    return EncodedSamples(tokens, lengths, dropped_rounds, cut_tokens, characters, octets, hashes)
+    return EncodedSamples(tokens, lengths, reasons, dropped_rounds, cut_tokens, characters, octets, hashes)
 
 
 def _mark(ids: list[int], targets: list[int], lengths: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-    tokens = np.fromiter(ids, "<u4", len(ids))
-    if not tokens.all():  # pad is 0
-        raise ValueError(
-            f"tokenizer = {str(tokenizer.path)!r} can't spell all of the text: packing needs byte fallback, because id "
-            f"{tokenizer.pad_id} marks padding."
-        )
+    tokens = as_tokens(ids, tokenizer)
     learned = np.flatnonzero(np.fromiter(targets, np.int32, len(targets)) != IGNORED)
     starts = np.cumsum(lengths) - lengths
     is_end = np.zeros(len(tokens) + 1, bool)
@@ -132,7 +134,18 @@ def _mark(ids: list[int], targets: list[int], lengths: np.ndarray, tokenizer: To
     return tokens
 
 
-def _check_roles(ids: list[int], messages: Sequence[Message], tokenizer: Tokenizer) -> None:
+def as_tokens(ids: list[int], tokenizer: Tokenizer) -> np.ndarray:
+    """uint32 [N]. Raises ValueError if one is the id of padding."""
+    tokens = np.fromiter(ids, "<u4", len(ids))
+    if not tokens.all():  # pad is 0
+        raise ValueError(
+            f"tokenizer = {str(tokenizer.path)!r} can't spell all of the text: packing needs byte fallback, because id "
+            f"{tokenizer.pad_id} marks padding."
+        )
+    return tokens
+
+
+def check_roles(ids: list[int], messages: Sequence[Message], tokenizer: Tokenizer) -> None:
     """Raises ValueError unless each turn has its role in `ids`, and no text has one."""
     for role, token in (("user", tokenizer.user_id), ("assistant", tokenizer.assistant_id)):
         turns = sum(message["role"] == role for message in messages)
@@ -143,7 +156,8 @@ def _check_roles(ids: list[int], messages: Sequence[Message], tokenizer: Tokeniz
             )
 
 
-def _hash_question(messages: Sequence[Message]) -> int:
+def hash_question(messages: Sequence[Message]) -> int:
+    """64 bits of what stands before the first answer, by which samples are held out."""
     answers = (i for i, message in enumerate(messages) if message["role"] == "assistant")
     first = next(answers, 0)
     question = messages[:first] or messages  # that begins with an answer

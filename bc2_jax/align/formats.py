@@ -5,7 +5,8 @@ r"""Conversations of files, in every common format, told apart by the shape of e
     Alpaca                 instruction, output, and perhaps input, system, history: [[question, answer]]
     prompt-completion      prompt, completion; each a text or messages
     preference             chosen, rejected, and the prompt: as a field (text, messages or one of the above), or
-                           repeated by both, as messages or as text with "\n\nHuman:" and "\n\nAssistant:"
+                           repeated by both, as messages or as text with "\n\nHuman:" and "\n\nAssistant:"; how
+                           much better one is as `margin`, or as score_chosen and score_rejected
 
 A prompt alone (`read_prompt`) is any of these up to its last answer, if it has one; a `prompt` (text or messages); an
 `instruction`; a text in a field `question`, `problem` or `query`; or a text in the place of a record.
@@ -45,6 +46,10 @@ _TOOLS_FOUND = "tools, for which Baichuan 2 has no role"
 _FIELDS = {"messages", "conversations", "chosen", "prompt", "instruction"}
 # Texts that ask, beside those.
 _QUESTIONS = ("question", "problem", "query")
+# Those that hold the messages of a preference pair.
+_OF_A_PAIR = {
+    "chosen", "rejected", "prompt", "messages", "conversations", "instruction", "input", "output", "history", "system"
+}  # fmt: skip
 _MESSAGE = {"role", "content", "from", "value"}
 _TURN = re.compile(r"(?:^|\n\n)\s*(Human|Assistant):")
 
@@ -64,6 +69,10 @@ class Sample:
     """Of a preference pair: how many messages both answers follow."""
     cut: bool = False
     """Whether a last user message was left out because it has no answer."""
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Of a preference pair: the fields of the record besides those that hold the messages."""
+    margin: float | None = None
+    """Of a preference pair from `as_pair`: by how much the chosen answer is better, if the record says."""
 
 
 class _Unusable(Exception):
@@ -236,7 +245,8 @@ def _pair(record: Mapping[str, Any], where: str) -> Sample:
     if any(answer[shared:][:1] == [] or answer[shared]["role"] != "assistant" for answer in (chosen, rejected)):
         kind = "chosen and rejected are not two answers to the same messages"
         raise _Unusable(kind, f"they part at messages[{shared}]")
-    return Sample(chosen, where, f"preference ({form})", rejected[shared:], shared)
+    further = {field: value for field, value in record.items() if field not in _OF_A_PAIR}
+    return Sample(chosen, where, f"preference ({form})", rejected[shared:], shared, fields=further)
 
 
 def _question(record: Mapping[str, Any]) -> list[Message]:

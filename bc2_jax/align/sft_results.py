@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import jax
 from rich.text import Text
 
 from bc2_jax.align.questions import compare, find_questions
-from bc2_jax.config import FineTuneConfig
+from bc2_jax.config import FineTuneConfig, TunedConfig
 from bc2_jax.convert.conversion import Options
 from bc2_jax.convert.folder import check_free
 from bc2_jax.convert.merging import merge_lora
@@ -37,7 +37,19 @@ def check_adapter_export(workdir: Path) -> None:
 
 def print_plan(config: FineTuneConfig, num_questions: int, start: Start) -> None:
     """How the run learns."""
-    optimizer, model, lora = config.optimizer, config.model, config.lora
+    z_loss = config.model.z_loss_weight
+    rows = {
+        "weight of the loss": f"the same for each {'target' if config.loss_weighting == 'token' else 'sample'}",
+        "NEFTune": f"alpha {config.neftune_alpha:g}" if config.neftune_alpha else "no",
+        "max-z loss": f"{z_loss:g}: not used for fine-tuning by the authors" if z_loss else "no",
+        "questions": f"{num_questions} at each evaluation" if num_questions else "none",
+    }
+    print_tuning("Fine-tuning", config, rows, start)
+
+
+def print_tuning(title: str, config: TunedConfig, rows: Mapping[str, str], start: Start) -> None:
+    """A table of how a run learns that begins from a model: what all such runs have, and `rows` of its kind."""
+    optimizer, lora = config.optimizer, config.lora
     low, high = optimizer.min_learning_rate, optimizer.peak_learning_rate
     rate = f"{high:g}, constant" if low == high else f"{high:g}, by a cosine to {low:g} at step {optimizer.decay_steps}"
     warmup = f"after {optimizer.warmup_steps} steps of warm-up" if optimizer.warmup_steps else "no warm-up"
@@ -46,19 +58,14 @@ def print_plan(config: FineTuneConfig, num_questions: int, start: Start) -> None
         "trained": "all parameters",
         "steps": f"{config.num_steps:,}" + (f" (num_epochs {config.num_epochs:g})" if config.num_epochs else ""),
         "learning rate": f"{rate}, {warmup}",
-        "weight of the loss": f"the same for each {'target' if config.loss_weighting == 'token' else 'sample'}",
-        "NEFTune": f"alpha {config.neftune_alpha:g}" if config.neftune_alpha else "no",
-        "max-z loss": f"{model.z_loss_weight:g}: not used for fine-tuning by the authors"
-        if model.z_loss_weight
-        else "no",
-        "questions": f"{num_questions} at each evaluation" if num_questions else "none",
+        **rows,
     }
     if lora.rank:
         rank = ", ".join(map(str, lora.ranks)) or str(lora.rank)
         kind = "".join(name for name, used in ((", rsLoRA", lora.rslora), (", DoRA", lora.dora)) if used)
         rows["trained"] = f"adapters of rank {rank}{kind}, dropout {lora.dropout:g}, on {', '.join(lora.targets)}"
         rows["frozen"] = f"the base model, in {config.compute.dtype}"
-    table = make_table("", "", title="Fine-tuning")
+    table = make_table("", "", title=title)
     for name, value in rows.items():
         table.add_row(name, Text(value))
     start.console.print(table)

@@ -173,6 +173,16 @@ def _load_base(found: FoundRewardModel, dtype: DType, mesh: Mesh | None) -> Para
     return params
 
 
+def load_score(path: str | Path, mesh: Mesh | None = None) -> Params:
+    """{"weight": fp32 [D]} of the reward model that `path` means to `find_reward_model`; the rest is not read."""
+    found = find_reward_model(path)
+    score: dict[str, Shape] = {_SCORE_PATH: (found.config.hidden_size,)}
+    arrays = open_params(found.path, jax.process_index(), jax.process_count(), found.part)
+    read = reader_of({name: array for name, array in arrays.items() if name in score}, score, found.path)
+    shardings = None if mesh is None else flatten(param_shardings(found.config, mesh, RewardModel))
+    return place_params(score, shardings, "float32", read)[SCORE]
+
+
 def load_backbone(path: str | Path, dtype: DType = "float32", mesh: Mesh | None = None) -> tuple[Params, ModelConfig]:
     """Embedding, layers and norm of the model in `path`, a language model, whose head is not read, or a reward model.
 

@@ -7,7 +7,7 @@ accumulation steps, cut by rows and, where the mesh says so, by tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -16,20 +16,22 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from bc2_jax.config import DataConfig
-from bc2_jax.data.row_file import START, TARGET, token_ids
+from bc2_jax.data.row_file import BRANCH, START, TARGET, token_ids
+from bc2_jax.kernels.segments import TRUNK_BITS
 from bc2_jax.sharding import mesh_axes, spec
 from bc2_jax.tokenizer import EOS_ID, PAD_ID, USER_ID
 
 IGNORED = -100
 """Label of a position that has no target."""
 FIELDS = ("input_ids", "labels", "segment_ids", "positions")
-"""Of a batch of text: token ids, the next token of each or IGNORED, documents counted from 1 in each row (0: padding),
-positions in the document."""
+"""Of a batch of text: token ids, the next token of each or IGNORED, segments (`kernels.segments`: documents counted
+from 1 in each row, and their branches; 0 is padding), positions in the document."""
 
 Rows = dict[str, np.ndarray]
-"""Fields of some rows on the host, int32 [rows, T]."""
+"""Fields of some rows on the host, int32 [rows, T]; further fields, of numbers beside each row, are fp32 [rows, W]."""
 Batch = dict[str, jax.Array]
-"""Fields of a batch on the mesh, int32 [A, B / A, T]; [B, T] where a function takes one accumulation step of it."""
+"""Fields of a batch on the mesh, int32 [A, B / A, T]; [B, T] where a function takes one accumulation step of it.
+Further fields are [A, B / A, W], cut by rows alone."""
 
 
 def row_to_example(row: np.ndarray, eos_id: int = EOS_ID, pad_id: int = PAD_ID, user_id: int = USER_ID) -> Rows:
@@ -38,7 +40,8 @@ def row_to_example(row: np.ndarray, eos_id: int = EOS_ID, pad_id: int = PAD_ID, 
     In a row of text labels are -100 after an eos, because the first token of a document has no context in it, and where
     there is padding. A document continued from the previous row is a new segment. In a row of conversations a label is
     the next token if that is a TARGET, eos in place of the user's role, and -100 otherwise; a segment begins at each
-    START. positions count from 0 in each segment; 0 for padding.
+    START and BRANCH. The k-th branch of document n is segment n + (k << TRUNK_BITS). positions count from 0 in each
+    document, and in each of its branches from the length of the trunk; 0 for padding.
     """
     # Rows of both kinds may stand in one batch.
     chat = row[..., 0] >= START
@@ -61,8 +64,26 @@ def row_to_example(row: np.ndarray, eos_id: int = EOS_ID, pad_id: int = PAD_ID, 
     first = np.flatnonzero(starts).astype(np.int32)
     offsets = np.repeat(first, np.diff(first, append=np.int32(starts.size)))
     positions = (np.arange(starts.size, dtype=np.int32) - offsets).reshape(starts.shape)
+    if has_chat and (branches := (row[chat][:, :-1] & BRANCH) > 0).any():
+        branch, moved = _place_branches(starts[chat], branches)
+        segment_ids[chat] += branch << TRUNK_BITS
+        positions[chat] -= moved
     segment_ids[padding] = positions[padding] = 0
     return {"input_ids": input_ids, "labels": labels, "segment_ids": segment_ids, "positions": positions}
+
+
+def _place_branches(starts: np.ndarray, branches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The branch that each token is in, and how far behind the trunk's end its branch begins, both int32 [rows, T].
+
+    `starts` and `branches` say where documents and branches begin, bool [rows, T].
+    """
+    count = np.cumsum(branches, axis=-1, dtype=np.int32)
+    branch = count - np.maximum.accumulate(np.where(starts, count - branches, 0), axis=-1)
+    index = np.arange(starts.shape[-1], dtype=np.int32)
+    begin, first = (
+        np.maximum.accumulate(np.where(places, index, 0), axis=-1) for places in (branches, branches & (branch == 1))
+    )
+    return branch, np.where(branch > 0, begin - first, 0)
 
 
 class BatchPart(NamedTuple):
@@ -96,21 +117,20 @@ def batch_part(mesh: Mesh, process_index: int) -> BatchPart:
     return BatchPart(parts.index(held[process_index]), len(parts), held[process_index])
 
 
-def _layout(data: DataConfig, mesh: Mesh) -> tuple[tuple[int, int, int], NamedSharding]:
-    """Shape [A, B / A, T] and sharding of each field of a batch."""
-    shape = (data.accumulation_steps, data.global_batch_size // data.accumulation_steps, data.sequence_length)
-    return shape, NamedSharding(mesh, spec(None, "batch", "sequence"))
+def _layout(data: DataConfig, mesh: Mesh, name: str, width: int) -> tuple[tuple[int, int, int], NamedSharding]:
+    """Shape [A, B / A, width] and sharding of a field of a batch."""
+    shape = (data.accumulation_steps, data.global_batch_size // data.accumulation_steps, width)
+    return shape, NamedSharding(mesh, spec(None, "batch", "sequence" if name in FIELDS else None))
 
 
 def make_put(data: DataConfig, mesh: Mesh) -> Callable[[Rows], Batch]:
-    """Places this process's rows of a batch on the mesh."""
+    """Places this process's rows of a batch on the mesh: FIELDS, and others of any width."""
     blocks = batch_part(mesh, jax.process_index()).blocks
-    shape, sharding = _layout(data, mesh)
-    places = sharding.addressable_devices_indices_map(shape)
 
-    def place(x: np.ndarray) -> jax.Array:
+    def place(name: str, x: np.ndarray) -> jax.Array:
+        shape, sharding = _layout(data, mesh, name, x.shape[-1])
         rows, shards = x.reshape(shape[0], -1, shape[2]), []
-        for device, index in places.items():
+        for device, index in sharding.addressable_devices_indices_map(shape).items():
             assert index is not None
             start, stop, _ = index[1].indices(shape[1])
             first = blocks.index(start // (stop - start)) * (stop - start)
@@ -118,11 +138,15 @@ def make_put(data: DataConfig, mesh: Mesh) -> Callable[[Rows], Batch]:
             shards.append(jax.device_put(rows[:, first : first + stop - start, index[2]], device))
         return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
-    return lambda rows: {name: place(x) for name, x in rows.items()}
+    return lambda rows: {name: place(name, x) for name, x in rows.items()}
 
 
-def abstract_batch(data: DataConfig, mesh: Mesh) -> Batch:
-    """Shapes and shardings of one batch."""
-    shape, sharding = _layout(data, mesh)
-    # Shapes stand in for arrays.
-    return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name in FIELDS}  # type: ignore[misc]
+def abstract_batch(data: DataConfig, mesh: Mesh, fields: Mapping[str, int] | None = None) -> Batch:
+    """Shapes and shardings of one batch, with the further `fields` of these widths."""
+    widths = dict.fromkeys(FIELDS, data.sequence_length) | dict(fields or {})
+    batch = {}
+    for name, width in widths.items():
+        shape, sharding = _layout(data, mesh, name, width)
+        dtype = jnp.int32 if name in FIELDS else jnp.float32
+        batch[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    return batch  # type: ignore[return-value]  # shapes stand in for arrays

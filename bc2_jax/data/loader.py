@@ -92,11 +92,21 @@ def make_validation_batches(
     data: DataConfig, batch_size: int, *, process_index: int = 0, process_count: int = 1,
     bad_rows: BadRows | None = None,
 ) -> grain.MapDataset[Rows]:  # fmt: skip
-    """All held-out rows of all sources once, in the order of the text, as `len()` batches of int32 [B, T].
+    """All held-out rows of all sources once: as `make_batches_of`."""
+    return make_batches_of(
+        ("validation",), data, batch_size, process_index=process_index, process_count=process_count, bad_rows=bad_rows
+    )
+
+
+def make_batches_of(
+    splits: Sequence[Split], data: DataConfig, batch_size: int, *, process_index: int = 0, process_count: int = 1,
+    bad_rows: BadRows | None = None,
+) -> grain.MapDataset[Rows]:  # fmt: skip
+    """All rows of `splits` of all sources once, in the order of the text, as `len()` batches of int32 [B, T].
 
     B = batch_size / process_count. The last batch is filled with rows of padding, whose labels are all -100, so that
-    every batch has one shape; so are places of `bad_rows`. Raises as `make_train_loader` does, and ValueError if
-    nothing is held out.
+    every batch has one shape; so are places of `bad_rows`. Raises as `make_train_loader` does, and ValueError if there
+    are none.
     """
     import grain
 
@@ -105,13 +115,15 @@ def make_validation_batches(
     bad_rows = BadRows(data.max_bad_rows) if bad_rows is None else bad_rows
     sources = [
         grain.MapDataset.source(rows)
+        for split in splits
         for source in data.sources
         for folder in list_parts(source.path)
-        if len(rows := _open_rows(folder, data, "validation", tokenizer_sha256, bad_rows))
+        if len(rows := _open_rows(folder, data, split, tokenizer_sha256, bad_rows))
     ]
     if not sources:
         paths = ", ".join(source.path for source in data.sources)
-        raise ValueError(f"data.sources = {paths} are not valid: none has held-out rows; pack with a larger fraction.")
+        lack = "rows" if "train" in splits else "held-out rows; pack with a larger fraction"
+        raise ValueError(f"data.sources = {paths} are not valid: none has {lack}.")
     missing = -sum(map(len, sources)) % batch_size
     if missing:
         sources.append(grain.MapDataset.source([_padding_row(data.sequence_length)] * missing))

@@ -36,8 +36,9 @@ from bc2_jax.validation import choices, is_inside, require
 logger = logging.getLogger(__name__)
 
 Split = Literal["train", "validation"]
-Kind = Literal["text", "chat"]
-"""What rows hold: a stream of text, or conversations (see `row_file` for how rows differ)."""
+Kind = Literal["text", "chat", "pairs"]
+"""What rows hold: a stream of text, conversations, or prompts with a chosen and a rejected answer as branches (see
+`row_file` for how rows differ)."""
 SPLITS: tuple[Split, ...] = ("train", "validation")
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -50,7 +51,7 @@ _BUFFERED_TOKENS = 1 << 18
 _OPENING_THREADS = 32
 _NAMED_PROBLEMS = 3
 _WRITTEN = re.compile(
-    r"manifest\.json|corpus\.json|conversations\.json|questions\.jsonl|problems\.txt|"
+    r"manifest\.json|corpus\.json|conversations\.json|questions\.jsonl|pairs\.jsonl|margins\.npz|problems\.txt|"
     r"(?:train|validation)-\d{5}(?:-of-\d{5})?\.array_record"
 )
 
@@ -94,6 +95,8 @@ class Manifest:
     validation: SplitInfo
     format: int = _FORMAT
     kind: Kind = "text"
+    most_pairs: int = 0
+    """Pairs of the row that has most of them; 0 in rows of another kind."""
 
     def split(self, split: Split) -> SplitInfo:
         return self.train if split == "train" else self.validation

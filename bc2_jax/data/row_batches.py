@@ -23,6 +23,11 @@ BATCHES_KEPT = 3
 """The metrics of a step are known when the batch after it is placed and the one after that may be at hand."""
 
 
+def no_fields(rows: Rows) -> Rows:
+    """Rows have FIELDS alone."""
+    return {}
+
+
 class RowBatches:
     """`Batches` of `bc2_jax.train.job` from the training rows of `data`, this process's part of them.
 
@@ -33,9 +38,10 @@ class RowBatches:
     def __init__(
         self, data: DataConfig, mesh: Mesh, num_steps: int, bad_rows: BadRows, done: tuple[int, int] = (0, 0),
         complete: Callable[[int, Batch], Batch] = lambda step, batch: batch,
+        fields: Callable[[Rows], Rows] = no_fields,
     ):  # fmt: skip
-        """Raises as `make_train_loader` for a run that has `done` (steps, rows). `complete` makes the batch of a step
-        of the fields that its rows have."""
+        """Raises as `make_train_loader` for a run that has `done` (steps, rows). `fields` gives further fields of rows,
+        [b, W] each; `complete` makes the batch of a step of the fields that its rows have."""
         part = batch_part(mesh, jax.process_index())
         self._make_loader = functools.partial(
             make_train_loader, data, process_index=part.process_index, process_count=part.process_count,
@@ -44,7 +50,7 @@ class RowBatches:
         self._size, self._length, self._bad_rows = data.global_batch_size, data.sequence_length, bad_rows
         self._offset = 0
         self._iterator = make_train_iterator(self._make_loader(num_steps=num_steps, done=done))
-        self._put, self._complete = make_put(data, mesh), complete
+        self._put, self._complete, self._fields = make_put(data, mesh), complete, fields
         self._stretches = [Stretch(1, 0, self._size)]
         self._next_row = 0
         self._windows: list[tuple[int, int]] = []
@@ -63,6 +69,7 @@ class RowBatches:
         if self._iterator.get_state()["next_index"] != index:
             self._iterator.set_state({"next_index": index})
         rows = next(self._iterator)
+        rows = rows | self._fields(rows)
         self._next_row = row + self._size
         self._recent[step] = rows
         for old in [s for s in self._recent if s <= step - BATCHES_KEPT]:
@@ -118,20 +125,23 @@ class RowBatches:
 class ValidationBatches(Sequence[Batch]):
     """All held-out rows once, as batches that are placed on the mesh when they are asked for."""
 
-    def __init__(self, data: DataConfig, mesh: Mesh, bad_rows: BadRows):
-        """Raises as `make_validation_batches`."""
+    def __init__(
+        self, data: DataConfig, mesh: Mesh, bad_rows: BadRows, fields: Callable[[Rows], Rows] = no_fields
+    ):  # fmt: skip
+        """Raises as `make_validation_batches`; `fields` as those of `RowBatches`."""
         part = batch_part(mesh, jax.process_index())
         self._rows: grain.MapDataset[Rows] = make_validation_batches(
             data, data.global_batch_size, bad_rows=bad_rows, process_index=part.process_index,
             process_count=part.process_count,
         )  # fmt: skip
-        self._put = make_put(data, mesh)
+        self._put, self._fields = make_put(data, mesh), fields
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._put(self._rows[index])
+        rows = self._rows[index]
+        return self._put(rows | self._fields(rows))
 
 
 class Stretch(NamedTuple):

@@ -4,8 +4,10 @@ It is an ArrayRecord file whose records are the rows, T + 1 little-endian uint32
 record with the CRC-32 of each row, little-endian uint32. The CRC-32 of that record stands in the manifest. The hashes
 of ArrayRecord find flipped bits, but not a file, or a part of one, in the place of another.
 
-A row of text is token ids. In a row of conversations the two highest bits of a token are flags, TARGET and START: its
-samples stand one after another, the first at the row's beginning, and padding follows the last.
+A row of text is token ids. In a row of conversations the highest bits of a token are flags, TARGET, START and BRANCH:
+its samples stand one after another, the first at the row's beginning, and padding follows the last. A sample with
+branches is a beginning that is there once, its trunk, and several ways to go on from it, such as a prompt with the
+chosen and the rejected answer; the trunk may be empty.
 """
 
 from __future__ import annotations
@@ -32,11 +34,13 @@ TARGET = np.uint32(1 << 31)
 """This token is a target: of an answer, the user's role after one (as eos), or the eos of a sample."""
 START = np.uint32(1 << 30)
 """A sample begins with this token. The first token of every row of conversations has it, none of a row of text."""
+BRANCH = np.uint32(1 << 29)
+"""A branch of the sample begins with this token, which is no TARGET: the token before it is not what it follows."""
 
 
 def token_ids(rows: np.ndarray) -> np.ndarray:
     """The tokens of rows of either kind, uint32 of any shape, without flags."""
-    return rows & (START - np.uint32(1))
+    return rows & (BRANCH - np.uint32(1))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,15 +47,16 @@ def batch_checksum(batch: Batch) -> Array:
     Fields are [A, B] or [A, B, ...] of 32-bit numbers, or [A] of what holds for all rows. Sums of integers wrap and
     have no order: the value is the same on every mesh and number of processes.
     """
-    groups: dict[int, Array] = {}
+    # Fields of one length are mixed first; FIELDS by themselves, which the mesh may cut along their length.
+    groups: dict[tuple[bool, int], Array] = {}
     for index, name in enumerate(sorted(batch, key=lambda name: (*FIELDS, name).index(name))):
         x = jax.lax.bitcast_convert_type(batch[name], jnp.uint32)
         x = x[:, None] if x.ndim == 1 else x
         x = x if x.ndim == 3 else x.reshape(*x.shape[:2], -1)
-        before = groups.get(x.shape[-1], jnp.uint32(0))
-        groups[x.shape[-1]] = before * jnp.uint32(0x01000193) + (x ^ jnp.uint32(index))
+        group = name in FIELDS, x.shape[-1]
+        groups[group] = groups.get(group, jnp.uint32(0)) * jnp.uint32(0x01000193) + (x ^ jnp.uint32(index))
     rows = jnp.uint32(0)
-    for length, mixed in groups.items():
+    for (_, length), mixed in groups.items():
         places = 2 * jax.lax.broadcasted_iota(jnp.uint32, (length,), 0) + 1
         rows += jnp.sum(mix(mixed) * places, axis=-1, dtype=jnp.uint32)
     return jnp.sum(mix(rows), dtype=jnp.uint32)

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from bc2_jax.data.batch import Batch
+from bc2_jax.data.batch import Batch, Rows
+from bc2_jax.data.row_batches import no_fields
 from bc2_jax.model.baichuan import Params
 from bc2_jax.sharding import place_shapes
 from bc2_jax.train.health import EMPTY, batch_checksum, keep_unless, norm_metrics
@@ -86,6 +87,8 @@ class StepParts(NamedTuple):
     """Shapes and shardings of the parameters that are not trained."""
     load_frozen: Callable[[], Params] = dict
     """Reads them."""
+    fields: Callable[[Rows], Rows] = no_fields
+    """Rows on the host -> what their batch has of them beside FIELDS, [rows, W] each; held-out ones too."""
     complete: Callable[[int, Batch], Batch] = lambda step, batch: batch
     """(step, fields that its rows have) -> the batch with all fields."""
 

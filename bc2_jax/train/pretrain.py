@@ -111,8 +111,10 @@ def make_job(config: TrainConfig, start: Start, step: StepParts | None = None) -
         optimizer=step.optimizer,
         abstract_state=step.state,
         init_state=init,
-        batches=RowBatches(config.data, start.mesh, config.num_steps, bad_rows, (start.step, row), step.complete),
-        validation=ValidationBatches(config.data, start.mesh, bad_rows),
+        batches=RowBatches(
+            config.data, start.mesh, config.num_steps, bad_rows, (start.step, row), step.complete, step.fields
+        ),
+        validation=ValidationBatches(config.data, start.mesh, bad_rows, step.fields),
         begin=begin,
         finish=lambda checkpoint, params: show_results(
             config, make_ending(config, checkpoint, params, baselines, start), tokenizer, start

@@ -107,7 +107,8 @@ def load_batch(paths: Sequence[str | Path], step: int) -> tuple[list[dict[str, n
             reason = f"it has no {missing[0]}" if missing else f"it is of step {int(parts[-1]['step'])}, not {step}"
             raise ValueError(f"--batch = {str(path)!r} is not valid: {reason}.")
     metrics = {name.removeprefix("metric_"): float(x) for name, x in parts[0].items() if name.startswith("metric_")}
-    return [{name: part[name] for name in FIELDS} for part in parts], metrics
+    # What is beside the rows is numbers of the step.
+    return [{name: x for name, x in part.items() if x.ndim == 2} for part in parts], metrics
 
 
 def replay(path: str | Path, step: int, batch: Sequence[str | Path] = ()) -> Iterator[Comparison]:
@@ -128,6 +129,7 @@ def replay(path: str | Path, step: int, batch: Sequence[str | Path] = ()) -> Ite
         ) from error
     distributed.start(_on_these_devices(last))  # before Orbax asks JAX for devices
     config = _on_these_devices(recorded_config(checkpoint, step, last))
+    config = dataclasses.replace(config, workdir=str(run))  # it may have been moved; what it keeps is there
     records = {line["step"]: line for line in read_metrics(run / "metrics.jsonl")}
     if saved is not None and step not in records:
         records[step] = saved[1]
@@ -156,6 +158,7 @@ def replay(path: str | Path, step: int, batch: Sequence[str | Path] = ()) -> Ite
             # Earlier versions recorded the number of the batch, where it was not the step's.
             first = int(record.get("first_row", record.get("data_index", now - 1) * size))
             rows = make_loader(first_row=first % size)[first // size]
+            rows = rows | parts.fields(rows)
             if saved is not None and now == step:
                 rows = _own_rows(saved[0], len(rows["labels"]))
             placed = parts.complete(now, put(rows))
@@ -179,7 +182,7 @@ def replay(path: str | Path, step: int, batch: Sequence[str | Path] = ()) -> Ite
 def _own_rows(parts: list[dict[str, np.ndarray]], count: int) -> dict[str, np.ndarray]:
     """Those of this process: its file's, or of all files where it is alone."""
     several = jax.process_count() > 1 and len(parts) == jax.process_count()
-    mine = parts[jax.process_index()] if several else {n: np.concatenate([p[n] for p in parts]) for n in FIELDS}
+    mine = parts[jax.process_index()] if several else {n: np.concatenate([p[n] for p in parts]) for n in parts[0]}
     if len(mine["labels"]) != count:
         raise ValueError(
             f"--batch has {len(mine['labels'])} rows of a step, not {count}: give the file of each process."

@@ -112,8 +112,12 @@ def test_a_batch_is_placed_row_by_row(mesh: dict[str, int]):
     placed = make_put(data, make_mesh(MeshConfig(**mesh)))(batch)["labels"]
     np.testing.assert_array_equal(placed, batch["labels"].reshape(2, 8, 8))
     assert placed.sharding.spec == DEFAULT_RULES.spec(None, "batch", "sequence")
-    for abstract in abstract_batch(data, make_mesh(MeshConfig(**mesh))).values():
-        assert (abstract.shape, abstract.sharding) == (placed.shape, placed.sharding)
+    beside = np.arange(16 * 3, dtype=np.float32).reshape(16, 3)
+    values = make_put(data, make_mesh(MeshConfig(**mesh)))({"beside": beside})["beside"]
+    np.testing.assert_array_equal(values, beside.reshape(2, 8, 3))
+    for name, abstract in abstract_batch(data, make_mesh(MeshConfig(**mesh)), {"beside": 3}).items():
+        array = placed if name in FIELDS else values
+        assert (abstract.shape, abstract.dtype, abstract.sharding) == (array.shape, array.dtype, array.sharding)
 
 
 def test_rows_of_conversations_have_the_released_labels():
@@ -135,31 +139,41 @@ def test_rows_of_conversations_have_the_released_labels():
 
 
 TOKENS = st.sampled_from([1, 2, 195, 196, 7, 125_695])
-SAMPLES = st.lists(st.lists(st.tuples(TOKENS, st.booleans()), min_size=1, max_size=9), min_size=1, max_size=5)
+STRETCH = st.lists(st.tuples(TOKENS, st.booleans()), min_size=1, max_size=9)
+# A trunk, which may be empty where there are branches.
+BRANCHING = st.tuples(st.just([]) | STRETCH, st.lists(STRETCH, min_size=1, max_size=3))
+SAMPLES = st.lists(st.tuples(STRETCH, st.just([])) | BRANCHING, min_size=1, max_size=5)
 KINDS = st.one_of(SAMPLES, st.lists(st.sampled_from([2, 5, 0]), max_size=12))
 
 
 @given(st.lists(KINDS, min_size=1, max_size=4))
-def test_a_batch_of_both_kinds_gives_each_row_as_it_is_alone(contents: list) -> None:
-    """A row of samples has each one's ids, targets and positions in a segment of its own, whatever stands beside it."""
-    length = 46
+def test_a_batch_of_all_kinds_gives_each_row_as_it_is_alone(contents: list) -> None:
+    """Each sample has its ids, targets and positions in a segment of its own, whatever stands beside it; each of its
+    branches has those of trunk and branch alone."""
+    length = 5 * 4 * 9
     rows, expected = [], []
     for content in contents:
         if not content or isinstance(content[0], int):
             rows.append(np.pad(np.array(content, np.uint32), (0, length + 1 - len(content))))
             expected.append(reference_example(rows[-1].tolist()))
             continue
-        samples = [([token for token, _ in sample], targets_of(sample)) for sample in content]
-        rows.append(chat_row(samples, length))
+        row: list[int] = []
         whole: dict[str, list[int]] = {key: [] for key in FIELDS}
-        for segment, (ids, targets) in enumerate(samples, 1):
-            for key, values in zip(FIELDS, (ids, targets, [segment] * len(ids), range(len(ids))), strict=True):
-                whole[key] += values
+        for document, (trunk, branches) in enumerate(content, 1):
+            parts = [(document, 0, trunk)] if trunk else []
+            parts += [(document + k * 2**24, len(trunk), branch) for k, branch in enumerate(branches, 1)]
+            for number, (segment, first, part) in enumerate(parts):
+                ids, targets = [token for token, _ in part], targets_of(part)
+                row += marked(ids, targets, (1 << 30) * (number == 0) | (1 << 29) * (segment >= 2**24))
+                values = (ids, targets, [segment] * len(ids), range(first, first + len(ids)))
+                for key, value in zip(FIELDS, values, strict=True):
+                    whole[key] += value
+        rows.append(np.array(row + [0] * (length + 1 - len(row)), np.uint32))
         padding = length - len(whole["labels"])
         expected.append({key: values + [-100 if key == "labels" else 0] * padding for key, values in whole.items()})
     batch = row_to_example(np.stack(rows))
-    for index, row in enumerate(expected):
-        assert {key: batch[key][index].tolist() for key in FIELDS} == row
+    for index, example in enumerate(expected):
+        assert {key: batch[key][index].tolist() for key in FIELDS} == example
         assert_same({key: batch[key][index] for key in FIELDS}, row_to_example(rows[index]))
 
 
@@ -169,9 +183,13 @@ def targets_of(sample: list[tuple[int, bool]]) -> list[int]:
 
 def chat_row(samples: list[tuple[list[int], list[int]]], length: int) -> np.ndarray:
     """A row of `length` inputs as it stands in a file: an answer's tokens and the token after it are marked."""
-    row = [
-        token | (1 << 30) * (place == 0) | (1 << 31) * (place > 0 and targets[place - 1] != -100)
-        for ids, targets in samples
+    row = [token for ids, targets in samples for token in marked(ids, targets, 1 << 30)]
+    return np.array(row + [0] * (length + 1 - len(row)), np.uint32)
+
+
+def marked(ids: list[int], targets: list[int], begins: int) -> list[int]:
+    """Tokens with their flags; `begins` are those of the first."""
+    return [
+        token | begins * (place == 0) | (1 << 31) * (place > 0 and targets[place - 1] != -100)
         for place, token in enumerate(ids)
     ]
-    return np.array(row + [0] * (length + 1 - len(row)), np.uint32)

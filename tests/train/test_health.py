@@ -148,6 +148,23 @@ def test_the_checksum_covers_a_field_of_each_part_of_a_batch(small_run):
     assert len({int(health.batch_checksum(batch | {"seed": s})) for s in seeds}) == 3
 
 
+def test_the_checksum_covers_numbers_beside_rows_on_any_mesh(small_run, mesh_of):
+    """Of any width, also that of the rows themselves."""
+    rows = make_train_loader(small_run.data, process_index=0, process_count=1)[0]
+    size, length = rows["labels"].shape
+
+    def on(mesh, values):
+        with jax.set_mesh(mesh):
+            return int(jax.jit(health.batch_checksum)(make_put(small_run.data, mesh)(rows | {"beside": values})))
+
+    for width in (2, length):
+        values = np.random.default_rng(0).normal(size=(size, width)).astype(np.float32)
+        changed = values.copy()
+        changed[3, 1] = np.nextafter(changed[3, 1], np.float32(9))
+        expected = on(mesh_of(1, 1, 1), values)
+        assert on(mesh_of(1, 2, 1, 2, 2), values) == expected != on(mesh_of(1, 1, 1), changed)
+
+
 def test_a_batch_without_targets_is_told_and_is_no_loss_to_compare_with(tmp_path):
     said: list[str] = []
     monitor = health.HealthMonitor(HealthConfig(spike_deviations=5.0), tmp_path, said.append, Expendable())

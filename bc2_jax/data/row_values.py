@@ -1,0 +1,86 @@
+"""Numbers that belong to packed rows and are kept beside them: log-probabilities of a reference, margins of pairs.
+
+A row is found by the digest of what it holds, so they hold whatever the order, the batch or the file of the rows is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bc2_jax.data.batch import Rows
+from bc2_jax.files import replaced
+
+DIGESTED = ("input_ids", "labels", "segment_ids")
+"""Fields that say all that a row holds."""
+
+
+def digest_rows(rows: Rows) -> np.ndarray:
+    """uint64 [b]: a hash of DIGESTED of each of `rows`, the same on every machine."""
+    together = np.concatenate([np.asarray(rows[name], "<i4") for name in DIGESTED], axis=-1)
+    digests = b"".join(hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in together)
+    return np.frombuffer(digests, "<u8")
+
+
+class RowValues:
+    """fp32 [W] for each of some rows."""
+
+    def __init__(self, digests: np.ndarray, values: np.ndarray, about: dict[str, Any] | None = None):
+        """`values` [n, W] of the rows with `digests` [n]; of equal ones the first counts. `about` is what the file says
+        of them, JSON values. Raises ValueError for shapes that do not agree."""
+        if values.ndim != 2 or digests.shape != values.shape[:1]:
+            raise ValueError(f"values have shape {values.shape}; for digests {digests.shape} it must be [n, W].")
+        self._digests, first = np.unique(digests.astype(np.uint64), return_index=True)
+        self._values = np.ascontiguousarray(values[first], np.float32)
+        self.about = about or {}
+
+    def __len__(self) -> int:
+        return len(self._digests)
+
+    @property
+    def width(self) -> int:
+        """W."""
+        return self._values.shape[1]
+
+    def find(self, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+        """(fp32 [b, W] of each of `rows`, bool [b]: whether it has none here); 0 for those and for rows of padding."""
+        digests = digest_rows(rows)
+        empty = np.all(rows["segment_ids"] == 0, axis=-1, keepdims=True)[:, 0]
+        if not len(self):
+            return np.zeros((len(digests), self.width), np.float32), ~empty
+        places = np.minimum(np.searchsorted(self._digests, digests), len(self) - 1)
+        missing = (self._digests[places] != digests) & ~empty
+        return np.where((empty | missing)[:, None], np.float32(0), self._values[places]), missing
+
+    def lookup(self, rows: Rows) -> np.ndarray:
+        """fp32 [b, W] of each of `rows`; 0 for rows of padding. Raises ValueError if a row has no values."""
+        found, missing = self.find(rows)
+        if missing.any():
+            raise ValueError(
+                f"{missing.sum()} of {len(missing)} rows are none of the {len(self)} whose values are kept: the rows "
+                "were made anew, or one that can be read now could not be read then."
+            )
+        return found
+
+    def save(self, path: Path) -> None:
+        """Writes them to a .npz, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        about = np.frombuffer(json.dumps(self.about).encode(), np.uint8)
+        with replaced(path) as partial, partial.open("wb") as file:
+            np.savez(file, digests=self._digests, values=self._values, about=about)
+
+    @classmethod
+    def load(cls, path: Path) -> RowValues:
+        """Those that `save` wrote. Raises FileNotFoundError without a file, ValueError for a damaged or another one."""
+        try:
+            with np.load(path, allow_pickle=False) as file:  # data: nothing in it is executed
+                return cls(file["digests"], file["values"], json.loads(file["about"].tobytes()))
+        except FileNotFoundError:
+            raise
+        except (ValueError, KeyError, TypeError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} holds no values of rows, or is damaged: {str(error).rstrip('.')}.") from error
