@@ -14,6 +14,7 @@ from bc2_jax.align.red_team_attacks import Attack
 from bc2_jax.align.reward_functions import load_reward_function
 from bc2_jax.align.scoring import Scorer
 from bc2_jax.convert.reward import find_reward_model
+from bc2_jax.sharding import Mesh
 from bc2_jax.validation import choices, show
 
 SCORES = ("helpful", "harmless")
@@ -41,18 +42,20 @@ def split_judge(text: str) -> tuple[str, str]:
     return (name, what) if equals and name in SCORES else ("harmless", text)
 
 
-def load_judge(what: str, gives: str = "harmless") -> Judge:
+def load_judge(what: str, gives: str = "harmless", mesh: Callable[[], Mesh | None] = lambda: None) -> Judge:
     """The judge that `what` means: FILE.py:NAME, MODULE:NAME or reward:PATH.
 
-    A reward model is found here and loaded when it is first asked, so that it need not share the memory with the model
-    that answers. Raises ValueError as `load_reward_function` and as `find_reward_model`.
+    A reward model is found here and loaded, onto `mesh`, when it is first asked, so that it need not share the memory
+    with the model that answers. Raises ValueError as `load_reward_function` and as `find_reward_model`.
     """
     if not what.startswith("reward:"):
         return Judge(what, load_reward_function(what, "--judge").function, gives)
     path = what.removeprefix("reward:")
     if find_reward_model(path).tokenizer is None:
         raise ValueError(f"--judge = {what!r} is not valid: the reward model has no tokenizer beside it.")
-    return Judge(what, functools.partial(_score_by_reward, functools.cache(lambda: Scorer.load(path))), gives, None)
+    return Judge(
+        what, functools.partial(_score_by_reward, functools.cache(lambda: Scorer.load(path, mesh=mesh()))), gives, None
+    )
 
 
 def _score_by_reward(

@@ -98,7 +98,7 @@ def test_a_reward_model_scores_whole_conversations(small_tokenizer, monkeypatch,
             return np.arange(len(conversations), dtype=np.float32)
 
     monkeypatch.setattr(red_team_judges, "find_reward_model", lambda path: SimpleNamespace(tokenizer="there"))
-    monkeypatch.setattr(red_team_judges.Scorer, "load", lambda path: Scripted())
+    monkeypatch.setattr(red_team_judges.Scorer, "load", lambda path, mesh: Scripted())
     judge = load_judge("reward:RM", "helpful")
     assert judge.threshold is None
     assert judge_answers([judge], ATTACKS, ANSWERS) == [{"helpful": 0.0}, {"helpful": 1.0}]
