@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import numbers
@@ -148,4 +149,4 @@ def _row(attack: Attack) -> dict[str, Any]:
         "id": attack.id, "class": attack.kind, "category": attack.category, "language": attack.language,
         "topic": attack.topic, "messages": [dict(message) for message in attack.messages],
     }  # fmt: skip
-    return {**attack.fields, **about}
+    return copy.deepcopy({**attack.fields, **about})  # whatever the judge does to it
