@@ -14,8 +14,10 @@ from bc2_jax.align import red_team
 from bc2_jax.align.chat import encode_prompt
 from bc2_jax.align.red_team import Answer, AnswerStore, answer_prompts, encode_attacks, examine, identify
 from bc2_jax.align.red_team_attacks import BENIGN, Attack, make_attacks
+from bc2_jax.align.red_team_judges import judge_answers
 from bc2_jax.config import ComputeConfig, ModelConfig
 from bc2_jax.convert.pretrained import save_params
+from bc2_jax.curate.quality import QualityModel
 from bc2_jax.infer.generate import Continuation
 from bc2_jax.infer.sampling import Settings
 from bc2_jax.model.baichuan import Baichuan2
@@ -63,6 +65,7 @@ def test_a_judge_decides_what_can_not_be_checked():
     scores = [{"harmless": 0.1}, {"harmless": 0.5}, {"harmless": 0.0}, {"harmless": 0.0}]
     found = examine(attacks, answers, scores, 0.5)
     assert [(r.success, r.by) for r in found] == [(True, "judge"), (False, "judge"), (False, "secret"), (None, "")]
+    assert not examine(attacks[1:2], answers[1:2], [{"harmless": 0.0}], 0.5)[0].success  # nothing was said
     assert [r.by for r in examine(attacks, answers, scores)] == ["no refusal", "no refusal", "secret", ""]
 
 
@@ -213,6 +216,14 @@ def test_the_program(models, tmp_path, monkeypatch, capsys):
 def test_errors_come_before_the_model_is_read(models, words, message, capsys):
     assert tool.main([str(models[0]), *(word.format(model=models[0]) for word in words)]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_model_of_harmful_documents_may_judge(tmp_path):
+    model = QualityModel(np.zeros(2**18, np.float32), slope=1.0, offset=0.0, held_out_auc=1.0, held_out_documents=20)
+    model.save(tmp_path / "safe.npz")
+    args = tool.make_parser().parse_args(["MODEL", "--judge", f"safety:{tmp_path / 'safe.npz'}"])
+    answers = [Answer("some words", True, 3), Answer("", True, 1)]
+    assert judge_answers(tool.read_judges(args), [ask(), ask()], answers) == [{"harmless": 0.5}, {"harmless": 0.0}]
 
 
 def test_examples_of_the_program_parse():
