@@ -2,7 +2,7 @@
 
 python tools/red_team.py MODEL --prompts topics.txt
 python tools/red_team.py MODEL --prompts attacks.jsonl --judge judge.py:score --out red_team/dpo
-python tools/red_team.py MODEL --prompts attacks.jsonl --judge helpful=reward:RM --judge harmless=reward:RM2 --before SFT
+python tools/red_team.py MODEL --prompts attacks.jsonl --judge helpful=reward:RM --judge harmless=tox.py:f --before SFT
 python tools/red_team.py MODEL --prompts attacks.jsonl --compare red_team/sft/answers.jsonl
 
 Six classes of attack are made as templates in Chinese and English around the topics of FILE, or prompts of FILE are
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from bc2_jax.align.red_team_attacks import Attack
     from bc2_jax.align.red_team_judges import Judge
     from bc2_jax.curate.quality import QualityModel
+    from bc2_jax.sharding import Mesh
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -67,8 +68,8 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("how answers are judged").add_argument
     add(
         "--judge", action="append", default=[], metavar="[helpful=|harmless=]WHAT",
-        help="FILE.py:NAME or MODULE:NAME, a function judge(prompts, answers, rows) that gives for each answer a number, "
-        "which is harmless unless said, or {helpful, harmless}; reward:RM, a reward model; safety:FILE.npz, a model of "
+        help="FILE.py:NAME or MODULE:NAME, a function judge(prompts, answers, rows): a number for each answer "
+        "(harmless, unless said) or {helpful, harmless}; reward:RM, a reward model; safety:FILE.npz, a model of "
         "tools/train_quality.py; may be given several times",
     )  # fmt: skip
     add(
@@ -125,8 +126,16 @@ def read_judges(args: argparse.Namespace) -> list[Judge]:
             model = QualityModel.load(what.removeprefix("safety:"))
             judges.append(Judge(what, functools.partial(score_safety, model), gives))
         else:
-            judges.append(load_judge(what, gives))
+            judges.append(load_judge(what, gives, lambda: find_mesh(args)))
     return judges
+
+
+def find_mesh(args: argparse.Namespace) -> Mesh | None:
+    """That of --tensor: models are cut over all devices."""
+    from bc2_jax.config import MeshConfig
+    from bc2_jax.sharding import make_mesh
+
+    return None if args.tensor is None else make_mesh(MeshConfig(tensor=args.tensor))
 
 
 def score_safety(model: QualityModel, prompts: list[str], answers: list[str], rows: list[dict[str, Any]]) -> Any:
@@ -139,12 +148,10 @@ def answer(
     """The attacks that the model has room for, and its answers."""
     from bc2_jax.align.conversation import answer_ends
     from bc2_jax.align.red_team import answer_prompts, encode_attacks, identify
-    from bc2_jax.config import MeshConfig
     from bc2_jax.convert.pretrained import find_model, find_tokenizer, load_pretrained
     from bc2_jax.infer.prepared import Prepared, prepare
     from bc2_jax.infer.sampling import Settings
     from bc2_jax.infer.text import find_eos_ids
-    from bc2_jax.sharding import make_mesh
     from bc2_jax.tokenizer import Tokenizer
 
     args, console = options.args, make_console(stderr=True)
@@ -162,9 +169,8 @@ def answer(
         )
 
     def load() -> Prepared:
-        mesh = None if args.tensor is None else make_mesh(MeshConfig(tensor=args.tensor))
         adapted: dict[str, Any] = {} if adapter is None else {"adapter": adapter}
-        return prepare(load_pretrained(model, dtype=args.dtype, mesh=mesh, **adapted), donate=True)
+        return prepare(load_pretrained(model, dtype=args.dtype, mesh=find_mesh(args), **adapted), donate=True)
 
     def show_progress(done: int, count: int) -> None:
         console.print(f"{model}: {done} of {count} answers")
@@ -204,8 +210,8 @@ def check_place(out: Path, about: dict[str, Any]) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    attacks, judges = read_attacks(args), read_judges(args)
     choose_cpu_without_tpu()
+    attacks, judges = read_attacks(args), read_judges(args)
     # Imported here so that --help and a typo answer at once.
     from bc2_jax.align.red_team import AnswerStore, examine
     from bc2_jax.align.red_team_judges import judge_answers, threshold_of

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import random
 import re
@@ -18,8 +19,9 @@ from typing import Any, Literal, NamedTuple
 
 from bc2_jax.align.chat import Message
 from bc2_jax.align.formats import inner_records, read_prompt
+from bc2_jax.data.decompression import Decompressed
 from bc2_jax.data.records import Invalid, decode, read_records
-from bc2_jax.data.text_files import kind_of
+from bc2_jax.data.text_files import kind_of, open_binary
 from bc2_jax.validation import choices, join_some, require, show
 
 _DATA: dict[str, Any] = json.loads(Path(__file__).with_name("red_team.json").read_text(encoding="utf-8"))
@@ -224,8 +226,11 @@ def _with_system(system: str, attack: Attack) -> list[Message]:
 
 def _records(path: str, lines: str, problems: list[str]) -> Iterator[tuple[Any, str]]:
     """The records of a file, each line of a text file as one; adds what can't be read to `problems`."""
-    if kind_of(path) is None:
-        text = decode(Path(path).read_bytes(), path)
+    kind, compression = kind_of(path) or ("text", None)
+    if kind == "text":
+        with open_binary(path) as file:
+            raw: Any = Decompressed(file, compression) if compression else file
+            text = decode(io.BufferedReader(raw).read(), path)
         if isinstance(text, Invalid):
             problems.append(str(text))
             return

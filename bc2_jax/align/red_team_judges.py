@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from bc2_jax.align.chat import fit_prompt
 from bc2_jax.align.red_team import Answer
 from bc2_jax.align.red_team_attacks import Attack
 from bc2_jax.align.reward_functions import load_reward_function
+from bc2_jax.align.scoring import Scorer
+from bc2_jax.convert.reward import find_reward_model
+from bc2_jax.sharding import Mesh
 from bc2_jax.validation import choices, show
 
 SCORES = ("helpful", "harmless")
@@ -37,9 +43,34 @@ def split_judge(text: str) -> tuple[str, str]:
     return (name, what) if equals and name in SCORES else ("harmless", text)
 
 
-def load_judge(what: str, gives: str = "harmless") -> Judge:
-    """The judge that `what` means: FILE.py:NAME or MODULE:NAME. Raises ValueError as `load_reward_function`."""
-    return Judge(what, load_reward_function(what, "--judge").function, gives)
+def load_judge(what: str, gives: str = "harmless", mesh: Callable[[], Mesh | None] = lambda: None) -> Judge:
+    """The judge that `what` means: FILE.py:NAME, MODULE:NAME or reward:PATH.
+
+    A reward model is found here and loaded, onto `mesh`, when it is first asked, so that it need not share the memory
+    with the model that answers. Raises ValueError as `load_reward_function` and as `find_reward_model`.
+    """
+    if not what.startswith("reward:"):
+        return Judge(what, load_reward_function(what, "--judge").function, gives)
+    path = what.removeprefix("reward:")
+    if find_reward_model(path).tokenizer is None:
+        raise ValueError(f"--judge = {what!r} is not valid: the reward model has no tokenizer beside it.")
+    return Judge(
+        what, functools.partial(_score_by_reward, functools.cache(lambda: Scorer.load(path, mesh=mesh()))), gives, None
+    )
+
+
+def _score_by_reward(
+    load: Callable[[], Scorer], prompts: list[str], answers: list[str], rows: list[dict[str, Any]]
+) -> list[float]:
+    """The rewards of the whole conversations; their oldest rounds are left out where there is no room."""
+    scorer = load()
+    tokenizer, longest = scorer.tokenizer, scorer.config.model_max_length
+    assert tokenizer is not None  # as load_judge saw
+    conversations = []
+    for answer, row in zip(answers, rows, strict=True):
+        said = [*tokenizer.encode(answer), tokenizer.eos_id][-longest + 1 :]
+        conversations.append([*fit_prompt(tokenizer, row["messages"], len(said), longest).ids, *said])
+    return [float(reward) for reward in scorer.score(conversations)]
 
 
 def judge_answers(
@@ -118,4 +149,4 @@ def _row(attack: Attack) -> dict[str, Any]:
         "id": attack.id, "class": attack.kind, "category": attack.category, "language": attack.language,
         "topic": attack.topic, "messages": [dict(message) for message in attack.messages],
     }  # fmt: skip
-    return {**attack.fields, **about}
+    return copy.deepcopy({**attack.fields, **about})  # whatever the judge does to it

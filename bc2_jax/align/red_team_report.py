@@ -35,7 +35,7 @@ class Share:
     def __str__(self) -> str:
         if not self.of:
             return "-"
-        return f"{self.count}/{self.of} = {self.count / self.of:.1%} [{self.low:.1%}, {self.high:.1%}]"
+        return f"{self.count / self.of:.1%} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,19 +128,25 @@ class Change:
 def compare(before: Mapping[str, Result], after: Sequence[Result]) -> list[Change]:
     """The changes over all prompts, and of each class; `before` are the results of the same attacks by their id.
 
-    Harmless scores and success are of attacks, over-refusal of harmless questions, helpful scores of all.
+    Success is of attacks, over-refusal of harmless questions, scores are of both.
     """
     pairs = [(before[result.attack.id], result) for result in after if result.attack.id in before]
     kinds = [kind for kind in NAMES if any(new.attack.kind == kind for _, new in pairs)]
     found = []
     for measure in ("helpful", "harmless", "attack success", "over-refusal"):
-        for name, chosen in [("all", kinds), *((NAMES[kind], [kind]) for kind in kinds)]:
-            group = [(old, new) for old, new in pairs if new.attack.kind in chosen]
-            values = [(_value(old, measure), _value(new, measure)) for old, new in group]
-            known = [(old, new) for old, new in values if old is not None and new is not None]
-            if known:
-                found.append(_change(measure, name, known))
+        groups = {kind: _values([pair for pair in pairs if pair[1].attack.kind == kind], measure) for kind in kinds}
+        groups = {kind: values for kind, values in groups.items() if values}
+        if groups:
+            found.append(_change(measure, "all", [pair for values in groups.values() for pair in values]))
+        if len(groups) > 1:
+            found += [_change(measure, NAMES[kind], values) for kind, values in groups.items()]
     return found
+
+
+def _values(pairs: Sequence[tuple[Result, Result]], measure: str) -> list[tuple[float, float]]:
+    """(before, after) of the prompts that have the measure both times."""
+    values = [(_value(old, measure), _value(new, measure)) for old, new in pairs]
+    return [(old, new) for old, new in values if old is not None and new is not None]
 
 
 def _value(result: Result, measure: str) -> float | None:
@@ -166,12 +172,13 @@ def _change(measure: str, name: str, pairs: list[tuple[float, float]]) -> Change
 def class_table(rows: Sequence[Row], title: str, first: str = "class") -> Table:
     """Shares with their intervals, a row a group."""
     scores = [score for score in SCORES if any(score in row.scores for row in rows)]
-    headers = (first, "success known by", "attacks succeeded", "refused", "end by themselves", "empty", *scores)
+    shares = ("attacks succeeded", "refused", "end by themselves")
+    headers = (first, "success known by", "prompts", *shares, "empty", *scores)
     table = make_table(*headers, title=title, numbers_from=2)
     for row in rows:
         means = [f"{row.scores[score]:.3f}" if score in row.scores else "-" for score in scores]
-        shares = map(str, (row.success, row.refused, row.ended, row.empty))
-        table.add_row(*map(Text, (row.name, _BY.get(row.by, row.by), *shares, *means)))
+        numbers = map(str, (row.ended.of, row.success, row.refused, row.ended, row.empty))
+        table.add_row(*map(Text, (row.name, _BY.get(row.by, row.by), *numbers, *means)))
     return table
 
 
@@ -224,7 +231,7 @@ def _record(number: int, result: Result) -> dict[str, Any]:
 def read_answers(path: Path) -> dict[str, Answer]:
     """The answers that `write_results` wrote, by the id of their attack. Raises ValueError for another file."""
     answers = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
         try:
             record = json.loads(line)
             answers[record["id"]] = Answer(record["answer"], record["ended"], record["tokens"])
@@ -288,7 +295,7 @@ def plot_changes(path: Path, changes: Sequence[Change]) -> bool:
     figure, panels = pyplot.subplots(1, len(scored), figsize=(4.6 * len(scored), 4.6), squeeze=False)
     for axes, one in zip(panels[0], scored, strict=True):
         parts = [part for part in changes if part.measure == one.measure and part.name != "all"]
-        for part in parts:
+        for part in parts or [one]:
             axes.scatter(*zip(*part.pairs, strict=True), s=12, alpha=0.5, label=part.name)
         values = [value for pair in one.pairs for value in pair]
         ends = [min(values), max(values)]
