@@ -4,10 +4,10 @@ checked by rules.
 python train.py configs/demo_rl.py            # at most 6 minutes on 2 cores, after the chat demo
 python train.py configs/demo_rl.py --ppo.algorithm grpo --ppo.answers-per-prompt 8 --ppo.prompts-per-step 8
 
-Takes the model of runs/demo_chat, and trains it if it is not there. First configs/demo_reward.py and configs/demo_dpo.py
-run, if their runs are not there; then PPO begins with the chat model. Its rewards are the reward model's score, whether
-the answer is right, and whether it is in the language of the question. Prints the share of held-out questions that are
-answered right before and after, and draws rewards and KL.
+Takes the model of runs/demo_chat, and trains it if it is not there. First configs/demo_reward.py and
+configs/demo_dpo.py run, if their runs are not there; then PPO begins with the chat model. Its rewards are the reward
+model's score, whether the answer is right, and whether it is in the language of the question. Prints the share of
+held-out questions that are answered right before and after, and draws rewards and KL.
 """
 
 import dataclasses
@@ -50,8 +50,10 @@ def config() -> RLConfig:
 
 
 def prepare(config: RLConfig) -> RLConfig:
-    """Makes what is not there: the chat model, the reward model, DPO, prompts. What is named on the command line is used
-    instead."""
+    """Makes what is not there: the chat model, the reward model, DPO, prompts.
+
+    What is named on the command line is used instead.
+    """
     from bc2_jax.align.demo_runs import require_run
 
     if config.init_from == REWARD["BASE"]:
