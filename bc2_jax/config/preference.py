@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from bc2_jax.config.finetune import QuestionsConfig, TunedConfig
 from bc2_jax.validation import require, require_literals, require_positive, require_types
@@ -42,6 +42,7 @@ class DPOOptions:
 class DPOConfig(TunedConfig):
     """Preference tuning on pairs of answers."""
 
+    row_kinds: ClassVar[tuple[str, ...]] = ("pairs",)
     dpo: DPOOptions = DPOOptions()
     questions: QuestionsConfig = QuestionsConfig()
 
@@ -64,4 +65,5 @@ class RewardOptions:
 class RewardConfig(TunedConfig):
     """Training of a reward model on pairs of answers."""
 
+    row_kinds: ClassVar[tuple[str, ...]] = ("pairs",)
     reward: RewardOptions = RewardOptions()
