@@ -32,8 +32,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         require(self.max_length >= 1, "max_length", self.max_length, "it must be positive")
-        legal = f"it must be at least max_length = {self.max_length}"
-        require(self.inputs >= self.max_length, "row_length", self.row_length, legal)
+        require(
+            self.inputs >= self.max_length, "row_length", self.row_length,
+            f"it must be at least max_length = {self.max_length}",
+        )  # fmt: skip
         check_packing(self.inputs, self.validation_fraction, self.rows_per_file)
         legal = get_args(Truncation)
         require(self.truncation in legal, "truncation", self.truncation, f"it must be {choices(legal)}")
