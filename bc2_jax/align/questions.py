@@ -15,7 +15,7 @@ from rich.text import Text
 from bc2_jax.align.chat import Message, fit_prompt
 from bc2_jax.align.chat_preparation import QUESTIONS
 from bc2_jax.align.formats import Sample, read_samples
-from bc2_jax.config import FineTuneConfig, QuestionsConfig
+from bc2_jax.config import AskedConfig, QuestionsConfig
 from bc2_jax.files import replaced
 from bc2_jax.infer import engine
 from bc2_jax.infer.generate import continue_prompts
@@ -57,7 +57,7 @@ class Answer:
     """Of the answer, its eos included."""
 
 
-def read_questions(config: FineTuneConfig, tokenizer: Tokenizer) -> list[Question]:
+def read_questions(config: AskedConfig, tokenizer: Tokenizer) -> list[Question]:
     """Those of `config.questions`, none without a path; any format of `formats` will do.
 
     Raises ValueError or FileNotFoundError, naming the field or the place, for a file without questions, for what is no
@@ -87,7 +87,7 @@ def read_questions(config: FineTuneConfig, tokenizer: Tokenizer) -> list[Questio
     return found
 
 
-def find_questions(config: FineTuneConfig) -> str | None:
+def find_questions(config: AskedConfig) -> str | None:
     """The file of `config.questions`; of "auto", that beside the rows of the first source that has one, or None."""
     if config.questions.path != "auto":
         return config.questions.path

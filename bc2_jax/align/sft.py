@@ -5,8 +5,6 @@ What a row's targets are is in the rows (tools/prepare_chat.py). This adds which
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,18 +12,15 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
 from bc2_jax.align import tuning
-from bc2_jax.align.questions import answer_questions, read_questions, report, summarize
 from bc2_jax.align.sft_results import make_ending, print_plan
-from bc2_jax.config import FineTuneConfig
+from bc2_jax.config import FineTuneConfig, TunedConfig
 from bc2_jax.data.batch import IGNORED, Batch
 from bc2_jax.model.baichuan import Baichuan2, Params, split_model
 from bc2_jax.sharding import reshard, spec
-from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.train import pretrain
-from bc2_jax.train.job import Job, Objective, Parts, Progress, StepParts
+from bc2_jax.train.job import Job, Objective, Parts, StepParts
 from bc2_jax.train.loop import RunResult, Start, run
 from bc2_jax.train.loss import count_targets
-from bc2_jax.train.results import show_results
 
 SEED = "seed"
 """Field of a training batch, uint32 [A], whole everywhere: what the noise of each accumulation step is drawn from. A
@@ -57,31 +52,14 @@ def make_job(config: FineTuneConfig, start: Start) -> Job:
     """The run of `config`, from `complete`. Raises as `tuning.make_job`, and ValueError if what is asked at evaluations
     is not valid."""
     step = make_step(config, start.mesh)
-    job = tuning.make_job(config, start, step)
-    tokenizer = Tokenizer(config.data.tokenizer)
-    questions, build = read_questions(config, tokenizer), make_build(config)
-    frozen = job.frozen
-
-    def begin(workdir: Path) -> None:
-        job.begin(workdir)
-        print_plan(config, len(questions), start)
-
-    def examine(number: int, params: Params, progress: Progress) -> dict[str, float] | None:
-        model, most = build(params, frozen, {}), config.questions.max_new_tokens
-        answers = answer_questions(model, tokenizer, questions, most, progress)
-        if answers is None:
-            return None
-        report(answers, number, config.questions, start)
-        return summarize(answers)
-
-    def finish(checkpoint: Path, params: Params) -> None:
-        ending = make_ending(config, checkpoint, params, lambda: build(params, frozen, {}), start)
-        show_results(config, ending, tokenizer, start)
-
-    return job._replace(begin=begin, finish=finish, examine=examine if questions else None)
+    return tuning.with_answers(
+        tuning.make_job(config, start, step), config, start, make_build(config),
+        lambda questions: print_plan(config, questions, start),
+        lambda checkpoint, params, model: make_ending(config, checkpoint, params, model, start),
+    )  # fmt: skip
 
 
-def place_seeds(config: FineTuneConfig, mesh: Mesh, step: int) -> Array:
+def place_seeds(config: TunedConfig, mesh: Mesh, step: int) -> Array:
     """SEED of the batch of a step: the same on every mesh, and whenever the step is done again."""
     seeds = np.random.SeedSequence((config.seed, step)).generate_state(config.data.accumulation_steps)
     sharding = NamedSharding(mesh, spec(None))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import jax
 from rich.text import Text
 
 from bc2_jax.align.questions import compare, find_questions
-from bc2_jax.config import FineTuneConfig
+from bc2_jax.config import AskedConfig, FineTuneConfig, TunedConfig
 from bc2_jax.convert.conversion import Options
 from bc2_jax.convert.folder import check_free
 from bc2_jax.convert.merging import merge_lora
@@ -22,6 +22,7 @@ from bc2_jax.model.lora import Adapter
 from bc2_jax.sharding import to_host
 from bc2_jax.terminal import command, make_table
 from bc2_jax.train.checks import EXPORT_NAME
+from bc2_jax.train.job import Say
 from bc2_jax.train.loop import Start
 from bc2_jax.train.metrics import read_metrics
 from bc2_jax.train.results import Ending, export_hf, print_how_to_go_on, print_places, show_curve
@@ -37,7 +38,19 @@ def check_adapter_export(workdir: Path) -> None:
 
 def print_plan(config: FineTuneConfig, num_questions: int, start: Start) -> None:
     """How the run learns."""
-    optimizer, model, lora = config.optimizer, config.model, config.lora
+    z_loss = config.model.z_loss_weight
+    rows = {
+        "weight of the loss": f"the same for each {'target' if config.loss_weighting == 'token' else 'sample'}",
+        "NEFTune": f"alpha {config.neftune_alpha:g}" if config.neftune_alpha else "no",
+        "max-z loss": f"{z_loss:g}: not used for fine-tuning by the authors" if z_loss else "no",
+        "questions": f"{num_questions} at each evaluation" if num_questions else "none",
+    }
+    print_tuning("Fine-tuning", config, rows, start)
+
+
+def print_tuning(title: str, config: TunedConfig, rows: Mapping[str, str], start: Start) -> None:
+    """A table of how a run learns that begins from a model: what all such runs have, and `rows` of its kind."""
+    optimizer, lora = config.optimizer, config.lora
     low, high = optimizer.min_learning_rate, optimizer.peak_learning_rate
     rate = f"{high:g}, constant" if low == high else f"{high:g}, by a cosine to {low:g} at step {optimizer.decay_steps}"
     warmup = f"after {optimizer.warmup_steps} steps of warm-up" if optimizer.warmup_steps else "no warm-up"
@@ -46,35 +59,35 @@ def print_plan(config: FineTuneConfig, num_questions: int, start: Start) -> None
         "trained": "all parameters",
         "steps": f"{config.num_steps:,}" + (f" (num_epochs {config.num_epochs:g})" if config.num_epochs else ""),
         "learning rate": f"{rate}, {warmup}",
-        "weight of the loss": f"the same for each {'target' if config.loss_weighting == 'token' else 'sample'}",
-        "NEFTune": f"alpha {config.neftune_alpha:g}" if config.neftune_alpha else "no",
-        "max-z loss": f"{model.z_loss_weight:g}: not used for fine-tuning by the authors"
-        if model.z_loss_weight
-        else "no",
-        "questions": f"{num_questions} at each evaluation" if num_questions else "none",
+        **rows,
     }
     if lora.rank:
         rank = ", ".join(map(str, lora.ranks)) or str(lora.rank)
         kind = "".join(name for name, used in ((", rsLoRA", lora.rslora), (", DoRA", lora.dora)) if used)
         rows["trained"] = f"adapters of rank {rank}{kind}, dropout {lora.dropout:g}, on {', '.join(lora.targets)}"
         rows["frozen"] = f"the base model, in {config.compute.dtype}"
-    table = make_table("", "", title="Fine-tuning")
+    table = make_table("", "", title=title)
     for name, value in rows.items():
         table.add_row(name, Text(value))
     start.console.print(table)
 
 
 def make_ending(
-    config: FineTuneConfig, checkpoint: Path, params: Params, model: Callable[[], Baichuan2], start: Start
+    config: AskedConfig, checkpoint: Path, params: Params, model: Callable[[], Baichuan2], start: Start,
+    draw_curve: Callable[[Path, Say], None] | None = None, loss: str = "cross_entropy",
 ) -> Ending:  # fmt: skip
-    """The end of a run whose checkpoint is the last one; `model` gives the trained model."""
+    """The end of a run whose checkpoint is the last one; `model` gives the trained model. `draw_curve` draws loss.png
+    in the workdir and says what came out, by default of cross entropy; `loss` is the metric drawn above answers."""
     workdir = checkpoint.parent.parent
 
     def draw() -> None:
-        show_curve(workdir, {}, start.say)
+        if draw_curve is None:
+            show_curve(workdir, {}, start.say)
+        else:
+            draw_curve(workdir, start.say)
         metrics = [m for m in read_metrics(workdir / "metrics.jsonl") if m.get("validation_answers_right") is not None]
         if metrics:
-            plot_answers(metrics, workdir / "answers.png")
+            plot_answers(metrics, workdir / "answers.png", loss)
             compare(workdir, metrics[0]["step"], metrics[-1]["step"], config.questions, start)
 
     return Ending(
@@ -87,7 +100,7 @@ def make_ending(
     )
 
 
-def export_adapter(config: FineTuneConfig, workdir: Path, params: Params, start: Start) -> Path | None:
+def export_adapter(config: TunedConfig, workdir: Path, params: Params, start: Start) -> Path | None:
     """WORKDIR/adapter as PEFT reads it, and with export_hf WORKDIR/hf, the base model with the adapter in its weights,
     in the base model's dtype; written by the first process."""
     params = jax.tree.map(to_host, params)  # each process has a part
@@ -103,8 +116,8 @@ def export_adapter(config: FineTuneConfig, workdir: Path, params: Params, start:
     return exported
 
 
-def plot_answers(metrics: list[dict[str, Any]], path: Path) -> None:
-    """A picture of the loss on held-out answers and of the share of questions answered right, by step."""
+def plot_answers(metrics: list[dict[str, Any]], path: Path, loss: str = "cross_entropy") -> None:
+    """A picture of the loss on held-out rows, a metric, and of the share of questions answered right, by step."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -112,9 +125,9 @@ def plot_answers(metrics: list[dict[str, Any]], path: Path) -> None:
 
     figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 6))
     steps = [m["step"] for m in metrics]
-    losses = [m.get("validation_cross_entropy", math.nan) for m in metrics]
+    losses = [m.get(f"validation_{loss}", math.nan) for m in metrics]
     above.plot(steps, losses, marker="o", markersize=4)
-    above.set(ylabel="loss on held-out answers\n(nats a token)")
+    above.set(ylabel="loss on held-out pairs" if loss == "loss" else "loss on held-out answers\n(nats a token)")
     for name, label in (("answers_right", "right"), ("answers_ended", "end by themselves")):
         below.plot(steps, [100 * m[f"validation_{name}"] for m in metrics], label=label, marker="o", markersize=4)
     below.set(xlabel="step", ylabel="held-out questions (%)", ylim=(-3, 103))
@@ -126,7 +139,7 @@ def plot_answers(metrics: list[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def print_hints(config: FineTuneConfig, checkpoint: Path, exported: Path | None, start: Start) -> None:
+def print_hints(config: AskedConfig, checkpoint: Path, exported: Path | None, start: Start) -> None:
     """Where everything is and what to type next."""
     workdir, say = checkpoint.parent.parent, start.say
     print_places(checkpoint, exported if not config.lora.rank else None, start)

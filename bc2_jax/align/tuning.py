@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import jax
@@ -16,17 +17,21 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
+from bc2_jax.align.pairs import most_pairs
+from bc2_jax.align.questions import answer_questions, read_questions, report, summarize
 from bc2_jax.align.sft_results import check_adapter_export
-from bc2_jax.config import TOKENIZER_OF_BASE, LoraConfig, RunConfig, TunedConfig
+from bc2_jax.config import TOKENIZER_OF_BASE, AskedConfig, DataConfig, LoraConfig, RunConfig, TunedConfig
 from bc2_jax.convert.pretrained import find_tokenizer, load_params
 from bc2_jax.data.loader import describe_mixture
 from bc2_jax.model.baichuan import Baichuan2, Params, abstract_params, split_model
 from bc2_jax.model.lora import abstract_adapter, init_adapter, with_adapter
+from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.train import pretrain
 from bc2_jax.train.checks import check_initial_model
 from bc2_jax.train.health import mix
-from bc2_jax.train.job import Job, Objective, StepParts, abstract_state, init_state
+from bc2_jax.train.job import Job, Objective, Progress, StepParts, abstract_state, init_state
 from bc2_jax.train.loop import Start
+from bc2_jax.train.results import Ending, show_results
 from bc2_jax.validation import require
 
 Config = TypeVar("Config", bound=TunedConfig)
@@ -98,6 +103,37 @@ def make_job(config: TunedConfig, start: Start, step: StepParts) -> Job:
     )  # fmt: skip
 
 
+def with_answers(
+    job: Job, config: AskedConfig, start: Start, build: pretrain.Build, print_plan: Callable[[int], None],
+    make_ending: Callable[[Path, Params, Callable[[], Baichuan2]], Ending],
+) -> Job:  # fmt: skip
+    """`job` with the questions of `config` at its evaluations, a table of how it learns (`print_plan`, given how many
+    questions there are) and an end, `make_ending(last checkpoint, its parameters, what gives their model)`.
+
+    Raises ValueError or FileNotFoundError if what is asked is not valid.
+    """
+    tokenizer = Tokenizer(config.data.tokenizer)
+    questions = read_questions(config, tokenizer)
+
+    def begin(workdir: Path) -> None:
+        job.begin(workdir)
+        print_plan(len(questions))
+
+    def examine(number: int, params: Params, progress: Progress) -> dict[str, float] | None:
+        model, most = build(params, job.frozen, {}), config.questions.max_new_tokens
+        answers = answer_questions(model, tokenizer, questions, most, progress)
+        if answers is None:
+            return None
+        report(answers, number, config.questions, start)
+        return summarize(answers)
+
+    def finish(checkpoint: Path, params: Params) -> None:
+        ending = make_ending(checkpoint, params, lambda: build(params, job.frozen, {}))
+        show_results(config, ending, tokenizer, start)
+
+    return job._replace(begin=begin, finish=finish, examine=examine if questions else None)
+
+
 def load_base(config: RunConfig, start: Start, load: Callable[[], Params]) -> tuple[Params, dict[str, str]]:
     """(the frozen base model that `load` reads, what a checkpoint says of it in its metadata).
 
@@ -131,6 +167,15 @@ def merge_model(
     if not lora.rank:
         return nnx.merge(graphdef, params)
     return with_adapter(nnx.merge(graphdef, frozen), lora, params, dropout_key if lora.dropout else None)
+
+
+def count_places(data: DataConfig) -> int:
+    """Pairs that a row may hold: of the row that has most; before the rows are there, as when a step is compiled for a
+    pod, of rows of pairs of 512 tokens."""
+    try:
+        return most_pairs(data)
+    except FileNotFoundError:
+        return max(1, data.sequence_length // 512)
 
 
 def adapter_flops(config: TunedConfig) -> tuple[int, str]:

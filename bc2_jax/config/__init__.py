@@ -10,7 +10,7 @@ import dataclasses
 
 from bc2_jax.config.data import DataConfig, MixtureStage, SourceConfig
 from bc2_jax.config.distributed import DistributedConfig
-from bc2_jax.config.finetune import TOKENIZER_OF_BASE, FineTuneConfig, QuestionsConfig, TunedConfig
+from bc2_jax.config.finetune import TOKENIZER_OF_BASE, AskedConfig, FineTuneConfig, QuestionsConfig, TunedConfig
 from bc2_jax.config.health import HealthConfig
 from bc2_jax.config.lora import LORA_TARGETS, LoraConfig, LoraTarget
 from bc2_jax.config.mesh import MeshConfig, check_divisible
@@ -31,6 +31,7 @@ __all__ = [
     "BAICHUAN2_7B",
     "LORA_TARGETS",
     "TOKENIZER_OF_BASE",
+    "AskedConfig",
     "CheckpointConfig",
     "ComputeConfig",
     "DType",

@@ -51,7 +51,14 @@ class TunedConfig(TrainConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FineTuneConfig(TunedConfig):
+class AskedConfig(TunedConfig):
+    """What those of them have whose model is asked questions at each evaluation."""
+
+    questions: QuestionsConfig = QuestionsConfig()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FineTuneConfig(AskedConfig):
     """Supervised fine-tuning on rows of tools/prepare_chat.py."""
 
     loss_weighting: Literal["token", "sample"] = "token"
@@ -59,7 +66,6 @@ class FineTuneConfig(TunedConfig):
     neftune_alpha: float = 0.0
     """NEFTune (arXiv 2310.05914): uniform noise of up to alpha / sqrt(n * hidden_size) on the embeddings of a sample of
     n tokens, in training only; 5 to 15 are usual, 0 is none."""
-    questions: QuestionsConfig = QuestionsConfig()
 
     def __post_init__(self) -> None:
         super().__post_init__()

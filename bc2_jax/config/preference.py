@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, Literal
 
-from bc2_jax.config.finetune import QuestionsConfig, TunedConfig
+from bc2_jax.config.finetune import AskedConfig, TunedConfig
 from bc2_jax.validation import require, require_literals, require_positive, require_types
 
-PreferenceLoss = Literal["sigmoid", "cdpo", "ipo", "ipo_mean", "hinge", "robust"]
+PreferenceLoss = Literal["sigmoid", "cdpo", "ipo", "ipo_mean", "hinge", "robust", "sigmoid_norm"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,11 @@ class DPOOptions:
     label_smoothing: float = 0.0
     """Share of pairs whose labels are taken to be wrong: for cdpo and robust."""
     sft_weight: float = 0.0
-    """Weight of the cross entropy of the chosen answers beside the loss; 0 is none."""
+    """Weight of the cross entropy of the chosen answers beside the loss: of each pair, the mean over the tokens of its
+    chosen answer; 0 is none."""
+    reference_cache: str = "~/.cache/bc2_jax/reference"
+    """Folder in which the reference's log-probabilities are kept for other runs from the same model on the same pairs;
+    the run's own copy is in its workdir."""
 
     def __post_init__(self) -> None:
         require_literals(self, "dpo.")
@@ -39,12 +43,19 @@ class DPOOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DPOConfig(TunedConfig):
+class DPOConfig(AskedConfig):
     """Preference tuning on pairs of answers."""
 
     row_kinds: ClassVar[tuple[str, ...]] = ("pairs",)
     dpo: DPOOptions = DPOOptions()
-    questions: QuestionsConfig = QuestionsConfig()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        dropout = self.lora.dropout
+        require(
+            dropout == 0, "lora.dropout", dropout,
+            "it must be 0: with some of it left out the policy would not be its reference even before the first step",
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

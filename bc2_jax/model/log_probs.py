@@ -40,9 +40,10 @@ def token_log_probs(h_BTD: Array, rows_VD: Array, labels_BT: Array, chunk: int) 
     cast to the dtype of `h_BTD` and gathered here, once in each direction. `chunk` is in tokens per device: memory
     grows with chunk * V. fp64 hidden states give fp64 results.
 
-    `log_prob` and `largest_logit` have gradients with respect to `h_BTD` and `rows_VD`, for any weight of each token. A
-    position with the label IGNORED gives none through `log_prob`. Equal largest logits share the gradient of
-    `largest_logit`. Raises ValueError for shapes that do not agree and for a chunk of no tokens.
+    `log_prob` and `largest_logit` have gradients with respect to `h_BTD` and `rows_VD`, for any weight of each token,
+    and none is computed of rows that are not differentiated. A position with the label IGNORED gives none through
+    `log_prob`. Equal largest logits share the gradient of `largest_logit`. Raises ValueError for shapes that do not
+    agree and for a chunk of no tokens.
     """
     require(chunk > 0, "chunk", chunk, "it must be positive")
     if labels_BT.shape != h_BTD.shape[:2] or rows_VD.shape[1:] != h_BTD.shape[2:]:
@@ -102,34 +103,40 @@ class _ForBackward(NamedTuple):
 
 
 def _forward(h_BTD, rows_VD, labels_BT, chunk, rules):
+    # Of a head that is frozen no gradient is computed: a matmul and, for 7B, 2 GiB. Known from the structure of what is
+    # kept, which is not traced.
+    asked = () if rows_VD.perturbed else None
     h_BTD, rows_VD, labels_BT = h_BTD.value, rows_VD.value, labels_BT.value
     found, log_total_BT = _run_forward(h_BTD, rows_VD, labels_BT, chunk, rules)
-    return found, (h_BTD, rows_VD, _ForBackward(labels_BT, found.largest_logit, log_total_BT))
+    return found, (h_BTD, rows_VD, _ForBackward(labels_BT, found.largest_logit, log_total_BT), asked)
 
 
 def _backward(chunk, rules, kept, cotangents):
-    h_BTD, rows_VD, tokens = kept
+    h_BTD, rows_VD, tokens, asked = kept
     d_log_prob, d_largest_logit, _ = (None if isinstance(d, SymbolicZero) else d for d in cotangents)
     if d_log_prob is None:
         d_log_prob = jnp.zeros_like(tokens.log_total)
     tokens = tokens._replace(d_log_prob=d_log_prob, d_largest_logit=d_largest_logit)
+    local = functools.partial(_local_backward, chunk=chunk, with_rows=asked is not None)
     with jax.named_scope("log_probs"), use_rules(rules):
         used_VD = rows_VD.astype(h_BTD.dtype)
         if named_sharding() is None:
-            d_h_BTD, d_rows_VD = _local_backward(h_BTD, used_VD, tokens, chunk=chunk)
+            d_h_BTD, d_rows_VD = local(h_BTD, used_VD, tokens)
         else:
             hidden, stored = spec("batch", "sequence", "hidden"), spec("vocab", "embed")
             d_h_BTD, d_rows_VD = jax.shard_map(
-                functools.partial(_local_backward, chunk=chunk, on_mesh=True),
+                functools.partial(local, on_mesh=True),
                 in_specs=(hidden, stored, spec("batch", "sequence")),
-                out_specs=(hidden, stored),
+                out_specs=(hidden, None if asked is None else stored),
             )(h_BTD, used_VD, tokens)
+        if d_rows_VD is not None:
+            d_rows_VD = d_rows_VD.astype(rows_VD.dtype)
         # The gradient of the whole head must be gone before the layers run backward: 2 GiB for 7B.
-        return *jax.lax.optimization_barrier((d_h_BTD, d_rows_VD.astype(rows_VD.dtype))), None
+        return *jax.lax.optimization_barrier((d_h_BTD, d_rows_VD)), None
 
 
-def _local_backward(h_BTD, rows_VD, tokens, *, chunk, on_mesh=False):
-    """Gradients of one device's hidden states and of its stored part of the head."""
+def _local_backward(h_BTD, rows_VD, tokens, *, chunk, with_rows, on_mesh=False):
+    """Gradients of one device's hidden states and, where asked for, of its stored part of the head."""
     h_CTD = cut_tokens(h_BTD, chunk)
     # Padding has the gradient 0.
     tokens = jax.tree.map(lambda x_BT: cut_tokens(x_BT, chunk), tokens)
@@ -152,9 +159,9 @@ def _local_backward(h_BTD, rows_VD, tokens, *, chunk, on_mesh=False):
         # In the place of h, which nothing else needs: peak memory is in this loop.
         return (d_rows_DV, jax.lax.dynamic_update_index_in_dim(h_CTD, d_h_TD, index, 0)), None
 
-    start = head.zero_gradient(), h_CTD
+    start = head.zero_gradient() if with_rows else None, h_CTD
     (d_rows_DV, d_h_CTD), _ = jax.lax.scan(run_chunk, start, (jnp.arange(h_CTD.shape[0]), tokens))
-    return join_tokens(d_h_CTD, *h_BTD.shape[:2]), head.stored_gradient(d_rows_DV)
+    return join_tokens(d_h_CTD, *h_BTD.shape[:2]), head.stored_gradient(d_rows_DV) if with_rows else None
 
 
 _token_log_probs.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -24,7 +24,7 @@ def evaluate(
     count = min(most or len(job.validation), len(job.validation))
     parts: list[Parts] = []
     for i in range(count):
-        parts.append(eval_step(params, job.frozen, _read(job, i)))
+        parts.append(eval_step(params, job.frozen, read_together(job.validation.__getitem__, i)))
         jax.block_until_ready(parts[max(i - 1, 0)])  # not the newest: the devices have work meanwhile
         if not progress(f"validation batch {i + 1} of {count}"):
             return None
@@ -34,10 +34,11 @@ def evaluate(
     return {name: float(value) for name, value in job.objective.metrics(total).items()}
 
 
-def _read(job: Job, index: int) -> Batch:
+def read_together(read: Callable[[int], Batch], index: int) -> Batch:
+    """What `read` gives at `index`. All processes call it; if one of them cannot read, all raise ValueError."""
     problem = ""
     try:
-        batch = job.validation[index]
+        batch = read(index)
     except (ValueError, OSError) as error:
         problem = str(error) or type(error).__name__
     if problem := any_text(problem):  # alone, the others would wait in the step for ever
