@@ -22,7 +22,7 @@ from bc2_jax.tokenizer import Tokenizer
 QUESTIONS = "questions.jsonl"
 
 
-def _encode(tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]], settings: Settings) -> EncodedSamples:
+def _encode(tokenizer: Tokenizer, settings: Settings, conversations: Sequence[Sequence[Message]]) -> EncodedSamples:
     return encode_samples(tokenizer, conversations, settings.max_length, settings.truncation)
 
 

@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 Config = TypeVar("Config", bound=TrainConfig)
 
 
-def _encode(tokenizer: Tokenizer, pairs: Sequence[Pair], settings: Settings) -> EncodedSamples:
+def _encode(tokenizer: Tokenizer, settings: Settings, pairs: Sequence[Pair]) -> EncodedSamples:
     return encode_pairs(tokenizer, pairs, settings.max_length, settings.inputs, settings.truncation)
 
 
@@ -97,7 +97,10 @@ def _prepare_once(inputs: list[str], field: str, tokenizer: str, cache: Path, se
     while not (folder / MANIFEST).is_file():
         try:
             counts = prepare_pairs(inputs, tokenizer, folder, settings)
-        except (InUse, FileExistsError) as error:  # of another process of this run, or of another one
+        except FileExistsError:
+            if not (folder / MANIFEST).is_file():  # others make a folder whole or not at all
+                raise
+        except InUse as error:  # by another process of this run, or another run
             if not said:
                 _log.info("%s: waiting for the rows of the pairs (%s)", field, error)
             said = True

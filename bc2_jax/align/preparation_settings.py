@@ -56,7 +56,7 @@ class Content(NamedTuple):
     """What was read of a record, or Invalid where that is of another kind."""
     text: Callable[[Sample], Any]
     """What is encoded of a sample."""
-    encode: Callable[[Tokenizer, Sequence[Any], Settings], EncodedSamples]
+    encode: Callable[[Tokenizer, Settings, Sequence[Any]], EncodedSamples]
     """Encodes texts; a function of a module, for it runs in other processes."""
     held_out: str
     """Name of the file of the held-out samples."""

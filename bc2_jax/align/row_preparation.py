@@ -95,9 +95,9 @@ def prepare(
     if sum(file.size for file in files.files) < _SHARED_BYTES:
         processes = 1
     encode: Callable[[Sequence[Any]], EncodedSamples] = (
-        functools.partial(content.encode, model, settings=settings)
+        functools.partial(content.encode, model, settings)
         if processes == 1
-        else functools.partial(_encode_in_process, content.encode, model.path, settings=settings)
+        else functools.partial(_encode_in_process, content.encode, model.path, settings)
     )
     with lock(out.with_name(f".{out.name}.lock"), f"out_dir = {str(out)!r}"), ProcessPool(processes) as pool:
         check_out_dir(out, overwrite)
@@ -123,12 +123,12 @@ def prepare(
 
 
 def _encode_in_process(
-    encode: Callable[[Tokenizer, Sequence[Any], Settings], EncodedSamples],
+    encode: Callable[[Tokenizer, Settings, Sequence[Any]], EncodedSamples],
     tokenizer: Path,
-    texts: Sequence[Any],
     settings: Settings,
+    texts: Sequence[Any],
 ) -> EncodedSamples:
-    return encode(_tokenizer(tokenizer), texts, settings)
+    return encode(_tokenizer(tokenizer), settings, texts)
 
 
 @functools.cache
