@@ -310,7 +310,7 @@ def plot_report(report: Report, taxonomy: Taxonomy, path: Path) -> None:
 
     classes = [c for c in taxonomy.classes if c.level <= 2 and c.id in report.by_class[c.level]]
     # In English: fonts with Chinese characters are not everywhere.
-    by_class = {"  " * (c.level - 1) + c.en: report.by_class[c.level][c.id] for c in classes} | {
+    by_class = {c.en: report.by_class[c.level][c.id] for c in classes} | {
         name: accuracy for name, accuracy in report.unknown.items() if name.isascii()
     }
     figure, (left, right) = pyplot.subplots(
@@ -329,6 +329,8 @@ def plot_report(report: Report, taxonomy: Taxonomy, path: Path) -> None:
     left.axhline(50, color="gray", linestyle="--", linewidth=1)
     left.set(xlabel="gap of the scores", ylabel="chosen answer wins (%)", ylim=(0, 103))
     _bars(right, list(by_class), list(by_class.values()), horizontal=True)
+    for bar, c in zip(right.patches, classes, strict=False):
+        bar.set_alpha(0.9 if c.level == 1 else 0.5)
     right.axvline(50, color="gray", linestyle="--", linewidth=1)
     right.invert_yaxis()
     right.set(xlabel="chosen answer wins (%)", xlim=(0, 103), title="by class of the prompt")

@@ -30,6 +30,7 @@ from bc2_jax.convert.pretrained import load_params, save_params
 from bc2_jax.data.row_values import RowValues
 from bc2_jax.model.baichuan import init_params
 from bc2_jax.sharding import make_mesh
+from bc2_jax.train import distributed
 from bc2_jax.train.loop import RunResult
 from bc2_jax.train.metrics import read_metrics
 
@@ -46,7 +47,10 @@ def config(tokenizer, tmp_path_factory) -> DPOConfig:
     folder = tmp_path_factory.mktemp("dpo")
     save_params(init_params(MODEL, 1, make_mesh(MeshConfig())), MODEL, folder / "base", tokenizer.path)
     records = [
-        {"prompt": f"Is {i} a number" + "?" * (i % 5), "chosen": "yes" + "!" * (i % 3), "rejected": "no, never" * (1 + i % 2)}
+        {
+            "prompt": f"Is {i} a number" + "?" * (i % 5), "chosen": "yes" + "!" * (i % 3),
+            "rejected": "no, never" * (1 + i % 2),
+        }
         for i in range(40)
     ]  # fmt: skip
     (folder / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -144,6 +148,31 @@ def test_a_policy_that_is_not_its_reference_stops_the_run(config, full, tmp_path
     with pytest.raises(ArithmeticError, match="policy is not its reference before the first step: .* nats a token"):
         run(config, tmp_path)
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_a_reference_that_is_stopped_is_gone_on_with(config, full, tmp_path, monkeypatch):
+    options = dataclasses.replace(config.dpo, reference_cache=str(tmp_path / "cache"))
+    changes = {"dpo": options, "num_steps": 1, "verify_resume_steps": 0, "eval_every": 9}
+
+    def stop_at_2(*args):
+        return lambda done: not done.startswith("reference of batch 2 ")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "make_progress", stop_at_2)
+        with pytest.raises(
+            distributed.Preempted, match="the reference of 2 of [0-9]+ batches is computed; go on"
+        ) as told:
+            run(config, tmp_path, **changes)
+    (path,) = (tmp_path / "cache").iterdir()
+    assert RowValues.load(path).about["next_batch"] == 2
+    calls: list[int] = []
+    digest_rows = reference.digest_rows
+    monkeypatch.setattr(reference, "digest_rows", lambda rows: calls.append(1) or digest_rows(rows))
+    run(config, tmp_path, **changes)
+    whole, copy = RowValues.load(full.workdir / "reference.npz"), RowValues.load(tmp_path / "run" / "reference.npz")
+    for ours, theirs in zip(copy.arrays(), whole.arrays(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert len(calls) == int(str(told.value).split(" batches")[0].split()[-1]) - 2
 
 
 def test_another_model_cannot_take_the_place_of_the_reference(config, full, tmp_path):
