@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 from typing import Any, Protocol
 
-from bc2_jax.config import DPOConfig, FineTuneConfig, RunConfig, TrainConfig
+from bc2_jax.config import DPOConfig, FineTuneConfig, RewardConfig, RunConfig, TrainConfig
 from bc2_jax.config.record import from_record
 
 # By name: a kind may stand anywhere in the package, and a config is read before anything is loaded that it needs.
@@ -14,6 +14,7 @@ KINDS: dict[type[RunConfig], str] = {
     TrainConfig: "bc2_jax.train.pretrain",
     FineTuneConfig: "bc2_jax.align.sft",
     DPOConfig: "bc2_jax.align.dpo",
+    RewardConfig: "bc2_jax.align.reward",
 }
 
 
