@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import runpy
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -159,9 +160,7 @@ def test_a_reference_that_is_stopped_is_gone_on_with(config, full, tmp_path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(distributed, "make_progress", stop_at_2)
-        with pytest.raises(
-            distributed.Preempted, match="the reference of 2 of [0-9]+ batches is computed; go on"
-        ) as told:
+        with pytest.raises(distributed.Preempted, match="the reference of 2 of [0-9]+ batches is computed") as told:
             run(config, tmp_path, **changes)
     (path,) = (tmp_path / "cache").iterdir()
     assert RowValues.load(path).about["next_batch"] == 2
@@ -189,3 +188,26 @@ def test_another_model_cannot_take_the_place_of_the_reference(config, full, tmp_
                 dpo=options,
             )
         )  # fmt: skip
+
+
+def test_the_key_is_of_what_the_numbers_depend_on(config, tmp_path):
+    change = dataclasses.replace
+    known = reference.describe(config, "0a", 3)
+    assert json.loads(json.dumps(known)) == known
+    for same in (
+        change(config, dpo=DPOOptions(loss="hinge", beta=2.0)), change(config, mesh=MeshConfig(), seed=5),
+        change(config, optimizer=OptimizerConfig(warmup_steps=1), data=change(config.data, accumulation_steps=1)),
+        change(config, model=change(MODEL, z_loss_weight=0.5), workdir=str(tmp_path)),
+    ):  # fmt: skip
+        assert reference.describe(same, "0a", 3) == known
+    shutil.copytree(config.data.sources[0].path, tmp_path / "rows")
+    manifest = json.loads((tmp_path / "rows" / "manifest.json").read_text())
+    manifest["train"]["files"][0]["rows_crc32"] = 7
+    (tmp_path / "rows" / "manifest.json").write_text(json.dumps(manifest))
+    rows = change(config.data, sources=(SourceConfig(path=str(tmp_path / "rows")),))
+    others = [
+        (config, "0b", 3), (config, "0a", 4), (change(config, data=rows), "0a", 3),
+        (change(config, compute=change(config.compute, dtype="float32")), "0a", 3),
+        (change(config, model=change(MODEL, rms_norm_eps=1e-5)), "0a", 3),
+    ]  # fmt: skip
+    assert all(reference.describe(*other) != known for other in others)
