@@ -27,6 +27,7 @@ from bc2_jax.model.baichuan import (
     unstack_layers,
 )
 from bc2_jax.sharding import DEFAULT_RULES, single_device_mesh
+from tests.kernels.test_attention import make_branches
 
 FP32 = ComputeConfig(dtype="float32", attention_block=8)
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2), (1, 2, 2, 2, 1), (1, 2, 1, 2, 2), (2, 1, 1, 1, 2)]
@@ -161,6 +162,9 @@ def test_default_positions_restart_with_each_segment():
     segments = jnp.array([[0, 0, 1, 1, 1, 2, 2], [1, 1, 3, 3, 3, 0, 0]])
     tokens = place_tokens(jnp.zeros_like(segments), None, segments)
     np.testing.assert_array_equal(tokens.positions, [[0, 1, 0, 1, 2, 0, 1], [0, 1, 0, 1, 2, 0, 1]])
+    positions, segments = make_branches(4, 60, np.random.default_rng(0))
+    found = np.asarray(place_tokens(segments, None, jnp.asarray(segments)).positions)
+    np.testing.assert_array_equal(found[segments > 0], positions[segments > 0])
     plain = place_tokens(jnp.zeros((2, 3), jnp.int32), None, None)
     np.testing.assert_array_equal(plain.positions, [[0, 1, 2]] * 2)
     np.testing.assert_array_equal(plain.segments, np.ones((2, 3)))
