@@ -90,7 +90,8 @@ def wilson(right: float, count: int, z: float = 1.959964) -> tuple[float, float]
     share, square = right / count, z * z / count
     middle = (share + square / 2) / (1 + square)
     half = z / (1 + square) * math.sqrt(share * (1 - share) / count + square / (4 * count))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # The share is in it, however the roundings fall.
+    return min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))
 
 
 class Report(NamedTuple):
