@@ -19,9 +19,11 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
 from bc2_jax.align import tuning
+from bc2_jax.align.pair_preparation import prepare_sources
 from bc2_jax.align.pairs import CHOSEN, REJECTED, branch_last, has_pair
 from bc2_jax.align.preference import reward_loss
 from bc2_jax.align.reward_results import print_plan, show_rewards
+from bc2_jax.align.row_preparation import MARGINS
 from bc2_jax.align.sft import SEED, place_seeds
 from bc2_jax.config import RewardConfig
 from bc2_jax.convert.pretrained import find_any_model
@@ -46,8 +48,7 @@ from bc2_jax.train.job import Job, Objective, Parts, StepParts, abstract_state, 
 from bc2_jax.train.loop import RunResult, Start, run
 from bc2_jax.validation import require
 
-MARGINS_NAME = "margins.npz"
-"""Beside the rows of a folder whose pairs have margins."""
+PURPOSE = "a reward model begins from a chat or base model, or an earlier reward model"
 MARGIN = "margin"
 """Field of a batch, fp32 [A, B, P]: by how much the chosen answer of each pair should win."""
 _SUMMED = ("loss", "pairs", "right", "chosen", "rejected", "chosen_square", "rejected_square", "square", "asked")
@@ -59,8 +60,9 @@ def train(config: RewardConfig, command: str = "train.py", started: float | None
 
 
 def complete(config: RewardConfig) -> RewardConfig:
-    """`config` with what depends on the model that it begins from and on the pairs; raises as `tuning.complete`, and
-    ValueError for what only a language model does at its end."""
+    """`config` with what depends on the model that it begins from and on the pairs, which are packed into rows where
+    its sources name files of pairs. Raises as `tuning.complete` and `prepare_sources`, and ValueError for what only a
+    language model does at its end."""
     for field, value, none in (
         ("sample.prompts", config.sample.prompts, ()), ("ngram_baselines", config.ngram_baselines, False)
     ):  # fmt: skip
@@ -69,7 +71,7 @@ def complete(config: RewardConfig) -> RewardConfig:
         not config.export_hf or config.model.position_embedding == "rope", "export_hf", config.export_hf,
         "it must be False for a model with ALiBi, which LlamaForSequenceClassification does not have",
     )  # fmt: skip
-    return tuning.complete(config, "a reward model begins from a chat or base model, or an earlier reward model")
+    return tuning.complete(prepare_sources(tuning.with_tokenizer_of_base(config, PURPOSE)), PURPOSE)
 
 
 def make_step(config: RewardConfig, mesh: Mesh) -> StepParts:
@@ -112,7 +114,7 @@ def find_margins(config: RewardConfig, places: int) -> Callable[[Rows], Rows]:
     @functools.cache
     def kept() -> list[RowValues]:  # when it is asked for: a step may be compiled before its rows are there
         folders = [part.path for source in config.data.sources for part in list_parts(source.path)]
-        paths = [folder / MARGINS_NAME for folder in dict.fromkeys(folders)]
+        paths = [folder / MARGINS for folder in dict.fromkeys(folders)]
         return [RowValues.load(path) for path in paths if path.is_file()]
 
     def fields(rows: Rows) -> Rows:

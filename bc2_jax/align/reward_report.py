@@ -16,9 +16,11 @@ from rich.console import Console
 
 from bc2_jax.align.chat import EncodedPair, encode_pair
 from bc2_jax.align.formats import Sample, read_samples
+from bc2_jax.align.pair_preparation import PAIRS, split_pair
 from bc2_jax.align.pair_rows import as_pair
 from bc2_jax.align.scoring import Scorer
 from bc2_jax.align.taxonomy import LEVELS, Taxonomy
+from bc2_jax.data.packing import MANIFEST
 from bc2_jax.data.records import Invalid
 from bc2_jax.terminal import make_table
 
@@ -28,8 +30,6 @@ CLASS_FIELDS, GAP_FIELDS = ("class", "category"), ("gap",)
 """Where a record says its class and its gap, if the user names no other field: the first that is there."""
 SCORE_FIELDS = ("score_chosen", "score_rejected")
 """Their difference is the gap of a record that does not say it."""
-HELD_OUT_NAME = "pairs.jsonl"
-"""In a folder of packed pairs: those that are held out, as records."""
 NO_CLASS, NO_GAP = "no class", "no gap"
 
 
@@ -90,7 +90,8 @@ def wilson(right: float, count: int, z: float = 1.959964) -> tuple[float, float]
     share, square = right / count, z * z / count
     middle = (share + square / 2) / (1 + square)
     half = z / (1 + square) * math.sqrt(share * (1 - share) / count + square / (4 * count))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # The share is in it, however the roundings fall.
+    return min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))
 
 
 class Report(NamedTuple):
@@ -159,7 +160,7 @@ def read_pairs(paths: Sequence[Path], limit: int = 0) -> tuple[list[Sample], lis
 
     Of a folder of packed pairs they are those that are held out. Raises as `formats.read_samples`.
     """
-    files = [path / HELD_OUT_NAME if (path / "manifest.json").is_file() else path for path in paths]
+    files = [path / PAIRS if (path / MANIFEST).is_file() else path for path in paths]
     pairs: list[Sample] = []
     invalid: list[Invalid] = []
     for found in map(as_pair, read_samples(files, "PAIRS")):
@@ -186,9 +187,7 @@ def judge(
     limit, cut = scorer.config.model_max_length, 0
     kept: list[tuple[Sample, EncodedPair]] = []
     for sample in samples:
-        assert sample.rejected is not None  # of a pair
-        prompt, chosen = sample.messages[: sample.shared], sample.messages[sample.shared :]
-        pair = encode_pair(scorer.tokenizer, prompt, chosen, sample.rejected, limit, 2 * limit)
+        pair = encode_pair(scorer.tokenizer, *split_pair(sample), limit, 2 * limit)
         if all(pair.answers) and pair.answers[0] != pair.answers[1]:
             kept.append((sample, pair))
             cut += bool(pair.dropped_rounds or pair.cut_tokens)
