@@ -32,8 +32,8 @@ def config() -> RLConfig:
         model=dataclasses.replace(BAICHUAN2_13B, z_loss_weight=0.0),
         ppo=PPOConfig(
             prompts_per_step=256, answers_per_prompt=1, max_prompt_tokens=1024, max_new_tokens=1024, rollout_rows=256,
-            rollout_gathers_once=True, epochs=1, minibatches=4, clip=0.1, kl_schedule="geometric", kl_start=0.2, kl_end=0.005, kl_steps=350,
-            critic_warmup_steps=20,
+            rollout_gathers_once=True, epochs=1, minibatches=4, clip=0.1, kl_schedule="geometric", kl_start=0.2,
+            kl_end=0.005, kl_steps=350, critic_warmup_steps=20,
         ),
         compute=ComputeConfig(attention="flash", remat="save_dots"),
         optimizer=OptimizerConfig(
