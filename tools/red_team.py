@@ -266,7 +266,10 @@ def report(
         console.print(made.class_table(worst, f"{len(worst)} of {len(rows['category'])} categories", "category"))
     made.write_results(out / "answers.jsonl", results)
     runs, changes = {"after": rows["class"]}, []
-    if before is not None:
+    (out / "before_after.png").unlink(missing_ok=True)  # of an earlier run
+    if before is None:
+        (out / "answers_before.jsonl").unlink(missing_ok=True)
+    else:
         made.write_results(out / "answers_before.jsonl", before)
         changes = made.compare({result.attack.id: result for result in before}, results)
         runs = {"before": made.summarize(before)["class"], **runs}

@@ -64,7 +64,10 @@ def summarize(results: Sequence[Result]) -> dict[str, list[Row]]:
     rows = [_row(name, by, group) for (name, by), group in by_class.items()]
     if attacks:
         ways = {result.by for result in attacks}
-        rows.append(_row("all attacks", ways.pop() if len(ways) == 1 else "as above", attacks))
+        everything = _row("all attacks", min(ways) if len(ways) == 1 else "as above", attacks)
+        if len(ways) > 1 and NO_REFUSAL in ways:  # facts and upper bounds together are neither
+            everything = dataclasses.replace(everything, success=_share([]))
+        rows.append(everything)
     found = {"class": rows}
     for field, of in (("category", attacks), ("language", results)):
         named = [result for result in of if getattr(result.attack, field) is not None]
@@ -264,10 +267,12 @@ def _json_of(row: Row) -> dict[str, Any]:
 def plot_shares(path: Path, runs: Mapping[str, Sequence[Row]]) -> None:
     """Attacks that succeeded and harmless questions that were refused, by class with intervals; a colour a run."""
     pyplot = _pyplot()
-    labels = list(dict.fromkeys(_label(row) for rows in runs.values() for row in rows))
+    every = (row for rows in runs.values() for row in rows if row.success.of or row.name == NAMES[BENIGN])
+    labels = list(dict.fromkeys(map(_label, every)))
     figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.42 * len(labels)))
     for place, (name, rows) in enumerate(runs.items()):
-        shown = [(labels.index(_label(row)), row.success if row.success.of else row.refused) for row in rows]
+        named = [row for row in rows if _label(row) in labels]
+        shown = [(labels.index(_label(row)), row.success if row.success.of else row.refused) for row in named]
         heights = [y + (place - (len(runs) - 1) / 2) * 0.25 for y, _ in shown]
         values = [100 * share.count / share.of for _, share in shown]
         below = [max(0.0, value - 100 * share.low) for value, (_, share) in zip(values, shown, strict=True)]

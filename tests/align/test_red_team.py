@@ -191,8 +191,9 @@ def test_the_program(models, tmp_path, monkeypatch, capsys):
         line["answer"] in printed.out for line in lines if len(line["answer"]) > 6
     )
     # Again, with what is there, and against what is there: no model is loaded.
+    (tmp_path / "before.jsonl").write_bytes((out / "answers_before.jsonl").read_bytes())
     monkeypatch.setattr(red_team, "continue_many", None)
-    other = [*words[:5], "--compare", str(out / "answers_before.jsonl"), *words[7:]]
+    other = [*words[:5], "--compare", "before.jsonl", *words[7:]]
     assert tool.main(other) == 0
     assert f"{len(lines)} answers were there already" in capsys.readouterr().err
     again = json.loads((out / "report.json").read_text(encoding="utf-8"))

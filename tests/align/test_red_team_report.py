@@ -41,6 +41,12 @@ def test_counts_and_intervals_by_class_and_category():
     assert [row.ended.of for row in rows["language"]] == [16]
 
 
+def test_facts_and_upper_bounds_are_not_added_up():
+    unsure = result(20, True, by="no refusal", kind="other")
+    assert report.summarize([*RESULTS, unsure])["class"][-1].success.of == 0
+    assert report.summarize([unsure])["class"][-1].success.of == 1
+
+
 def test_the_worst_come_first():
     # Known for sure by the lowest score, then upper bounds, then refused questions.
     unsure = result(20, True, by="no refusal", kind="other")
