@@ -25,8 +25,9 @@ from bc2_jax.train.evaluation import evaluate
 from bc2_jax.train.expendable import Expendable, Profiler
 from bc2_jax.train.goodput import Goodput, goodput_table, read_sessions
 from bc2_jax.train.health import HealthMonitor, Steps
-from bc2_jax.train.job import Batch, BatchError, Job, Progress, Say, lower_train_step, make_eval_step, restore_state
+from bc2_jax.train.job import Batch, BatchError, Job, Progress, Say, lower_train_step, make_eval_step
 from bc2_jax.train.metrics import MetricsWriter, ProgressDisplay, Throughput, fingerprint, memory_metrics
+from bc2_jax.train.restore import restore_state, verify_resume
 from bc2_jax.train.start import check_attention, describe_start, tuned_options, use_compilation_cache
 from bc2_jax.train.workdir import own_workdir
 
@@ -381,11 +382,11 @@ class _Loop:
 
     def finish(self, start_step: int) -> RunResult:
         """Verifies the resume if configured, then hands the trained parameters to the job."""
-        config, say = self.config, self.display.say
+        config, job, say = self.config, self.job, self.display.say
         digest = fingerprint(self.state.params)
         if (verified := self.checkpointer.pinned) is not None:
             if start_step < verified:
-                self._verify_resume(verified, digest)
+                verify_resume(job, self.train_step, self.checkpointer, verified, config.num_steps, digest, say)
             else:
                 say(f"Exact resume is not verified: this start began at step {start_step}, not before {verified}.")
             self.checkpointer.unpin()
@@ -400,20 +401,3 @@ class _Loop:
             say(summary)
         self.job.batches.close()
         return RunResult(config.num_steps, digest, self.last, self.workdir)
-
-    def _verify_resume(self, step: int, uninterrupted: str) -> None:
-        """Raises ArithmeticError unless the steps after the checkpoint of `step`, done again, give the same bits."""
-        batches = self.job.batches
-        again = restore_state(self.checkpointer, step, self.job.abstract_state)
-        batches.seek(self.checkpointer.metadata(step).data)
-        for number in range(step + 1, self.config.num_steps + 1):
-            if (batch := batches.next(number, again)) is None:
-                self.display.say("Exact resume is not verified: the run is stopping.")
-                return
-            again, _ = self.train_step(again, self.job.frozen, batch)
-        resumed = fingerprint(again.params)
-        if resumed != uninterrupted:
-            raise ArithmeticError(
-                f"Resumed at step {step}, the run ended in {resumed}, not in {uninterrupted}: it is not exact."
-            )
-        self.display.say(f"Resumed at step {step} and repeated: the parameters are the same bit for bit.")
