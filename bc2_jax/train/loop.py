@@ -27,7 +27,7 @@ from bc2_jax.train.goodput import Goodput, goodput_table, read_sessions
 from bc2_jax.train.health import HealthMonitor, Steps
 from bc2_jax.train.job import Batch, BatchError, Job, Progress, Say, lower_train_step, make_eval_step
 from bc2_jax.train.metrics import MetricsWriter, ProgressDisplay, Throughput, fingerprint, memory_metrics
-from bc2_jax.train.restore import restore_state, verify_resume
+from bc2_jax.train.restore import find_checkpoint, restore_state, verify_resume
 from bc2_jax.train.start import check_attention, describe_start, tuned_options, use_compilation_cache
 from bc2_jax.train.workdir import own_workdir
 
@@ -100,7 +100,7 @@ def run(
         watchdog.beat("the start")
         goodput = Goodput(workdir / "goodput.jsonl", started)
         display = ProgressDisplay(config, expendable)
-        step, metadata = _find_checkpoint(config, saved, goodput)
+        step, metadata = find_checkpoint(config, saved, goodput)
         progress = distributed.make_progress(preemption, watchdog)
         start = Start(mesh, workdir, step, metadata, display.console, display.say, command, expendable, progress)
         job = make_job(config, start)
@@ -115,22 +115,6 @@ def run(
 def _make_checkpointer(config: RunConfig, workdir: Path) -> Checkpointer:
     verified = config.num_steps - config.verify_resume_steps if config.verify_resume_steps else None
     return Checkpointer(workdir / "checkpoints", config.checkpoint, verified)
-
-
-def _find_checkpoint(config: RunConfig, checkpointer: Checkpointer, goodput: Goodput) -> tuple[int, Metadata | None]:
-    """Step and metadata of the checkpoint to go on from, or (0, None). Raises ValueError if the run may not go on."""
-    workdir = goodput.path.parent
-    saved = first_decides(checkpointer.steps)
-    if saved and config.resume == "never":
-        raise ValueError(
-            f"workdir = '{workdir}' already holds checkpoints up to step {saved[-1]}; "
-            "pass --resume auto to go on from there, or another --workdir."
-        )
-    with goodput.phase("restore"):
-        step = goodput.start_step = checkpointer.latest_good() or 0
-    if step > config.num_steps:
-        raise ValueError(f"num_steps = {config.num_steps} is not valid: the run in '{workdir}' is at {step}.")
-    return step, checkpointer.metadata(step) if step else None
 
 
 class _Loop:
