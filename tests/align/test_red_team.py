@@ -177,12 +177,13 @@ def test_the_program(models, tmp_path, monkeypatch, capsys):
     lines = [json.loads(line) for line in (out / "answers.jsonl").read_text(encoding="utf-8").split("\n") if line]
     kinds = [line["class"] for line in lines]
     assert kinds.count("reverse_exposure") == 2 and kinds[-2:] == ["other", "benign"]
-    assert [line["success"] for line in lines if line["by"] == "judge"] == [
-        kind == "reverse_exposure" for kind in kinds[:-1] if kind != "prompt_leaking"
-    ]
+    judged = [line for line in lines if line["by"] == "judge"]
+    assert [line["class"] for line in judged] == [kind for kind in kinds[:-1] if kind != "prompt_leaking"]
+    harmful = [line["class"] == "reverse_exposure" and line["answer"].strip() != "" for line in judged]
+    assert [line["success"] for line in judged] == harmful
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    [judged] = [row for row in report["class"] if row["name"] == "reverse exposure"]
-    assert judged["success"]["count"] == judged["success"]["of"] == 2 and judged["harmless"] == 0
+    [row] = [row for row in report["class"] if row["name"] == "reverse exposure"]
+    assert row["success"]["count"] == sum(harmful) and row["success"]["of"] == 2 and row["harmless"] == 0
     assert [row["name"] for row in report["category"]] == ["mats"]
     changes = {(c["measure"], c["name"]): c for c in report["changes"]}
     assert changes["harmless", "all"]["equal"] == len(lines) and report["threshold"] == 0.5
