@@ -58,7 +58,8 @@ def prepare_preferences(chat: DemoRows, cache: str | os.PathLike[str] | None = N
     The folder in `cache` is named by a hash of what is in it, and appears complete or not at all.
     """
     cache = Path(cache) if cache is not None else default_cache()
-    asked = {_question(json.loads(line)) for line in chat.questions.read_text(encoding="utf-8").splitlines()}
+    with chat.questions.open(encoding="utf-8") as lines:
+        asked = {_question(json.loads(line)) for line in lines}
     tasks = make_tasks(demo_documents(cache), _TASKS, _TASK_SEED)
     tasks = [task for task in tasks if task[0]["content"] not in asked]
     pairs = make_pairs(tasks)
@@ -78,8 +79,8 @@ def prepare_preferences(chat: DemoRows, cache: str | os.PathLike[str] | None = N
     temporary.mkdir()
     try:
         for name, records in files.items():
-            lines = (json.dumps(record, ensure_ascii=False) for record in records)
-            (temporary / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            (temporary / f"{name}.jsonl").write_text(text, encoding="utf-8")
         publish_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
