@@ -25,7 +25,7 @@ def config() -> DPOConfig:
         data=reward.data,
         compute=reward.compute,
         mesh=reward.mesh,
-        dpo=DPOOptions(beta=0.1),
+        dpo=DPOOptions(beta=0.1, sft_weight=0.2),
         optimizer=OptimizerConfig(
             peak_learning_rate=1e-4, min_learning_rate=1e-5, warmup_steps=5, decay_steps=40, b2=0.98, weight_decay=0.0,
             clip_norm=1.0,

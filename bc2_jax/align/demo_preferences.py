@@ -25,7 +25,7 @@ from bc2_jax.data.pinned_package import default_cache, publish_folder, require_w
 _FORMAT = 1
 _TASKS, _TASK_SEED = 6000, 1
 """Other ones than those of supervised fine-tuning."""
-_HELD_OUT_PAIRS = 300
+_PAIRS, _HELD_OUT_PAIRS = 3000, 300
 GAPS = {"repeats itself": 1, "other language": 3, "wrong": 5}
 """How much better the preferred answer is, by what is the matter with the other: the scale of the reward report."""
 
@@ -67,7 +67,7 @@ def prepare_preferences(chat: DemoRows, cache: str | os.PathLike[str] | None = N
         {"prompt": question["content"], "answer": answer["content"], "language": language_of(question["content"])}
         for question, answer in tasks
     ]
-    files = {"pairs": pairs[_HELD_OUT_PAIRS:], "held_out": pairs[:_HELD_OUT_PAIRS], "prompts": prompts}
+    files = {"pairs": pairs[_HELD_OUT_PAIRS:][:_PAIRS], "held_out": pairs[:_HELD_OUT_PAIRS], "prompts": prompts}
     key = hashlib.sha256(json.dumps([files, _FORMAT]).encode()).hexdigest()[:16]
     folder = cache / f"demo-preferences-{key}"
     pairs_file, held_out, prompts_file = (folder / f"{name}.jsonl" for name in files)
