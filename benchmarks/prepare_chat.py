@@ -27,7 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bc2_jax.align.chat import encode_conversation
-from bc2_jax.align.chat_preparation import Settings, prepare_chat
+from bc2_jax.align.chat_preparation import prepare_chat
+from bc2_jax.align.preparation_settings import Settings
 from bc2_jax.data.processes import num_cores
 from bc2_jax.tokenizer import Tokenizer
 

@@ -9,15 +9,12 @@ share of held-out questions that it answers right, and how to chat with it.
 
 import dataclasses
 import runpy
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 from bc2_jax.config import DataConfig, FineTuneConfig, OptimizerConfig, QuestionsConfig, SourceConfig
 
-ROOT = Path(__file__).parents[1]
-DEMO = runpy.run_path(str(Path(__file__).with_name("demo.py")))
+FILE = Path(__file__)
+DEMO = runpy.run_path(str(FILE.with_name("demo.py")))
 BASE = "runs/demo"
 PREPARED = "prepared by configs/demo_chat.py"
 # About the share of rows each has, so that they end together.
@@ -57,8 +54,10 @@ def prepare(config: FineTuneConfig) -> FineTuneConfig:
 
     Rows and tokenizer given on the command line are used instead.
     """
+    from bc2_jax.align.demo_runs import require_run
+
     if config.init_from == BASE:
-        _require_demo(config)
+        require_run(config, "init_from", BASE, FILE.with_name("demo.py"))
     if config.data.sources != (SourceConfig(path=PREPARED),) or config.data.tokenizer != PREPARED:
         return config
     from bc2_jax.align.demo import prepare_chat_demo
@@ -70,18 +69,3 @@ def prepare(config: FineTuneConfig) -> FineTuneConfig:
         questions = dataclasses.replace(questions, path=str(rows.questions))
     data = dataclasses.replace(config.data, sources=sources, tokenizer=str(rows.tokenizer))
     return dataclasses.replace(config, data=data, questions=questions)
-
-
-def _require_demo(config: FineTuneConfig) -> None:
-    """Trains the demo where it has no checkpoint; raises ValueError if that fails."""
-    # Without reading the checkpoint: JAX must not start before the mesh and the processes of this run are known.
-    from bc2_jax.convert.checkpoints import newest_checkpoint
-
-    if newest_checkpoint(Path(BASE).absolute()) is not None:
-        return
-    if config.distributed.num_processes is not None:  # each of them would train it
-        raise ValueError(f"init_from = '{BASE}' is not valid: it has no checkpoint; run python train.py first.")
-    demo = [str(ROOT / "train.py"), str(ROOT / "configs" / "demo.py"), "--workdir", BASE, "--resume", "auto"]
-    print(f"{BASE} has no model: training the demo first.\n{shlex.join([sys.executable, *demo])}", flush=True)
-    if code := subprocess.run([sys.executable, *demo]).returncode:
-        raise ValueError(f"init_from = '{BASE}' is not valid: the demo ended with exit code {code}.")

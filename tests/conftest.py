@@ -38,7 +38,7 @@ jax.config.update(
     "jax_persistent_cache_min_compile_time_secs", float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
 )
 
-_LONG = ("faults", "train", "infer", "model", "kernels")
+_LONG = ("faults", "train", "align", "infer", "model", "kernels")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

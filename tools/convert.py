@@ -2,6 +2,7 @@
 
 python tools/convert.py to-orbax HF_DIR CKPT
 python tools/convert.py to-hf CKPT HF_DIR [--layout baichuan2|baichuan1|llama] [--format safetensors|bin]
+python tools/convert.py to-hf REWARD_MODEL HF_DIR --layout llama
 python tools/convert.py to-gguf CKPT OUT.gguf [--type f16|bf16|q8_0]
 python tools/convert.py merge-lora BASE ADAPTER HF_DIR [--layout baichuan2|baichuan1|llama] [--format safetensors|bin]
 python tools/convert.py to-peft ADAPTER PEFT_DIR [--layout baichuan2|llama]
@@ -131,6 +132,13 @@ def convert(args: argparse.Namespace, options: Options) -> Summary:
         return conversion.to_orbax(args.source, args.target, options, args.dtype)
     if args.command in ("to-hf", "merge-lora"):
         how = (options, args.dtype, args.layout, args.format, args.max_shard_size)
+        if args.command == "to-hf" and args.layout == "llama":
+            from bc2_jax.convert.reward_export import export_reward_model, is_reward_model
+
+            if is_reward_model(args.source):
+                return export_reward_model(
+                    args.source, args.target, options, args.dtype or "bfloat16", args.max_shard_size
+                )
         if args.command == "to-hf":
             return conversion.to_hf(args.source, args.target, *how)
         from bc2_jax.convert.merging import merge_lora
@@ -191,8 +199,13 @@ def run_adapter(args: argparse.Namespace) -> int:
 def run_inspect(args: argparse.Namespace) -> int:
     from bc2_jax.convert.adapter import describe, find_adapter
     from bc2_jax.convert.report import inspect
+    from bc2_jax.convert.reward import describe_reward_model
     from bc2_jax.validation import join_some
 
+    if told := describe_reward_model(args.source):
+        for line in told:
+            out.print(line)
+        return 0
     if (adapter := find_adapter(args.source)) is not None:
         for line in describe(adapter):
             out.print(line)

@@ -3,9 +3,9 @@
     python tools/inspect_data.py ROWS --tokenizer tokenizer.model --benchmarks ceval.jsonl --json inspection.json
 
 ROWS is a folder written by tools/tokenize_corpus.py or tools/prepare_chat.py, or one that holds several; a document of
-the latter is a conversation. Without --tokenizer nothing is shown as text. A held-out document is a duplicate if
-training has it too, a near one if training has most of its n-grams; a benchmark item is hit if training has one of its
-n-grams.
+the latter is a conversation, or a prompt with a chosen and a rejected answer. Without --tokenizer nothing is shown as
+text. A held-out document is a duplicate if training has it too, a near one if training has most of its n-grams; a
+benchmark item is hit if training has one of its n-grams.
 """
 
 from __future__ import annotations

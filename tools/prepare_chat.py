@@ -1,15 +1,22 @@
-"""Conversations -> packed rows for fine-tuning.
+"""Conversations -> packed rows for fine-tuning; preference pairs -> packed rows for preference tuning.
 
     python tools/prepare_chat.py DATA... --tokenizer Baichuan2-7B-Base --out ROWS
     python train.py configs/baichuan2_7b_chat.py --init-from Baichuan2-7B-Base --data.sources.0.path ROWS
 
+    python tools/prepare_chat.py DATA... --pairs --tokenizer Baichuan2-7B-Chat --out PAIRS
+    python train.py configs/baichuan2_7b_dpo.py --init-from Baichuan2-7B-Chat --data.sources.0.path PAIRS
+
 DATA are .jsonl, .ndjson, .json (plain, .zst or .gz) and .parquet files and folders of them, in any of these formats:
 the released one and ShareGPT (conversations: [{from, value}]), OpenAI messages ([{role, content}]), Alpaca
-(instruction, input, output), prompt and completion, preference pairs (the chosen answer is trained on).
+(instruction, input, output), prompt and completion, preference pairs ([prompt,] chosen, rejected; without --pairs the
+chosen answer is trained on).
 
-ROWS becomes a source for `DataConfig`: rows of --max-length tokens, each with as many whole samples as fit, and
-questions.jsonl with the conversations that are held out. What can't be used is left out and listed by file and line in
-ROWS/problems.txt, as is every sample that was cut. ROWS appears when it is complete.
+ROWS becomes a source for `DataConfig`: rows of --row-length tokens, each with as many whole samples as fit, and
+questions.jsonl with the conversations that are held out, or pairs.jsonl with the pairs. What can't be used is left out
+and listed by file and line in ROWS/problems.txt, as is every sample that was cut. ROWS appears when it is complete.
+
+A pair is in one row: the prompt once, then both answers. How much better the chosen one is may stand beside them as
+margin, or as score_chosen and score_rejected; other fields are kept in pairs.jsonl.
 """
 
 from __future__ import annotations
@@ -23,7 +30,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from bc2_jax.align.chat_preparation import PROBLEMS, QUESTIONS, Conversations, Settings, prepare_chat
+from bc2_jax.align.chat_preparation import QUESTIONS, prepare_chat
+from bc2_jax.align.pair_preparation import PAIRS, prepare_pairs
+from bc2_jax.align.preparation_settings import Conversations, Settings
+from bc2_jax.align.row_preparation import PROBLEMS
 from bc2_jax.data.processes import ends_at_signals, num_cores
 from bc2_jax.terminal import log_to_stderr, make_console, make_table, use_utf8
 
@@ -38,8 +48,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path, metavar="ROWS", help="folder to make")
     parser.add_argument(
         "--max-length", type=int, default=default.max_length, metavar="N",
-        help="tokens of the longest sample and of a row (default %(default)s)",
+        help="tokens of the longest sample; of a pair those of the prompt with the longer answer (default %(default)s)",
     )  # fmt: skip
+    parser.add_argument("--row-length", type=int, metavar="T", help="tokens of a row (default: --max-length)")
+    parser.add_argument("--pairs", action="store_true", help="rows of preference pairs, not of conversations")
     parser.add_argument(
         "--truncation", choices=("rounds", "right", "drop"), default=default.truncation,
         help="of a longer conversation: leave out its oldest rounds, and cut what is still too long (rounds, the "
@@ -64,7 +76,7 @@ def find_model(path: Path) -> Path:
     return find_tokenizer(path)
 
 
-def print_tables(console: Console, counts: Conversations) -> None:
+def print_tables(console: Console, counts: Conversations, of_pairs: bool) -> None:
     """What each file holds, and what became of all of it."""
     files = make_table("file", "format", "samples", "can't be used", title="Read", numbers_from=2)
     for file in counts.files[:_FILES_SHOWN]:
@@ -90,8 +102,10 @@ def print_tables(console: Console, counts: Conversations) -> None:
         add(f"  left out: {reason}", number, records)
     if counts.unanswered:
         add("  last user message left out: no answer", counts.unanswered, records)
-    add("samples", counts.samples, records)
-    if counts.pairs:
+    add("pairs" if of_pairs else "samples", counts.samples, records)
+    if counts.margins:
+        add("  of a known margin", counts.margins, counts.samples)
+    elif counts.pairs and not of_pairs:
         add("  preference pairs, trained on the chosen answer", counts.pairs, counts.samples)
     add("  held out", counts.held_out, counts.samples)
     add("  without their oldest rounds", counts.shortened, counts.samples)
@@ -102,7 +116,7 @@ def print_tables(console: Console, counts: Conversations) -> None:
     add("  targets", counts.targets, counts.tokens)
     add("  cut off, beside these", counts.cut_tokens, counts.tokens + counts.cut_tokens)
     add("rows", counts.rows)
-    add("padding", counts.padding, counts.rows * counts.settings.max_length)
+    add("padding", counts.padding, counts.rows * counts.settings.inputs)
     console.print(table)
 
 
@@ -116,12 +130,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         advice = "nothing was written; run the same command again."
         with ends_at_signals(advice), Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task("reading", total=None)
-            counts = prepare_chat(
+            counts = (prepare_pairs if options.pairs else prepare_chat)(
                 options.data,
                 find_model(options.tokenizer),
                 options.out,
                 Settings(
                     max_length=options.max_length,
+                    row_length=options.row_length,
                     validation_fraction=options.validation_fraction,
                     truncation=options.truncation,
                     rows_per_file=options.rows_per_file,
@@ -135,11 +150,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"error: {error}", style="red")
         return 1
     seconds = time.perf_counter() - begin
-    print_tables(make_console(), counts)
+    print_tables(make_console(), counts, options.pairs)
     size = sum(file.size for file in counts.files) / 1e6
     listed = f" (what was left out or cut: {options.out / PROBLEMS})" if (options.out / PROBLEMS).is_file() else ""
     print(f"{size:,.1f} MB read in {seconds:.1f} s; written to {options.out}{listed}")
-    if counts.held_out:
+    if counts.held_out and options.pairs:
+        print(f"held-out pairs, for tools/reward_report.py: {options.out / PAIRS}")
+    elif counts.held_out:
         print(f"held-out questions, which a run on these rows asks at its evaluations: {options.out / QUESTIONS}")
     return 0
 

@@ -21,7 +21,8 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from bc2_jax.align.chat_preparation import QUESTIONS, Settings, prepare_chat
+from bc2_jax.align.chat_preparation import QUESTIONS, prepare_chat
+from bc2_jax.align.preparation_settings import Settings
 from bc2_jax.convert.pretrained import find_tokenizer
 from bc2_jax.data.demo_corpus import demo_documents
 from bc2_jax.data.pinned_package import (

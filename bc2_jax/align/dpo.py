@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from bc2_jax.align import tuning
 from bc2_jax.align.dpo_results import draw_preferences, print_plan
+from bc2_jax.align.pair_preparation import prepare_sources
 from bc2_jax.align.pairs import CHOSEN, REJECTED, branch_lengths, has_pair
 from bc2_jax.align.preference import dpo_loss
 from bc2_jax.align.reference import NAME, REFERENCE, answer_log_probs, find_or_compute
@@ -43,8 +44,9 @@ def train(config: DPOConfig, command: str = "train.py", started: float | None = 
 
 
 def complete(config: DPOConfig) -> DPOConfig:
-    """`config` with what depends on the model that it begins from and on the pairs; raises as `tuning.complete`."""
-    return tuning.complete(config, PURPOSE)
+    """`config` with what depends on the model that it begins from and on the pairs, which are packed into rows where
+    its sources name files of pairs. Raises as `tuning.complete` and `prepare_sources`."""
+    return tuning.complete(prepare_sources(tuning.with_tokenizer_of_base(config, PURPOSE)), PURPOSE)
 
 
 Fields = Callable[[Rows], Rows]

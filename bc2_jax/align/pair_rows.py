@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -66,7 +65,7 @@ def as_pair(found: Sample | Invalid) -> Sample | Invalid:
 
 def _is_finite(value: Any) -> bool:
     """Whether it is a number that fp32 holds."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) <= _LARGEST
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def encode_pairs(

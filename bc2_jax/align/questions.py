@@ -158,7 +158,10 @@ def report(answers: Sequence[Answer], step: int, config: QuestionsConfig, start:
 def read_answers(workdir: Path, step: int) -> list[dict[str, Any]]:
     """What `report` wrote at a step, none if nothing was."""
     path = workdir / FOLDER / f"step_{step}.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    if not path.is_file():
+        return []
+    # Not splitlines: an answer may hold a line separator of Unicode, which JSON leaves as it is.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def compare(workdir: Path, first: int, last: int, config: QuestionsConfig, start: Start) -> None:

@@ -149,11 +149,13 @@ def compute(
 
     def read(index: int) -> Batch:
         rows: Rows = batches[index]
-        return put(rows | {_DIGEST: digest_rows(rows).view(np.uint32).reshape(-1, 2)})
+        there = (rows["segment_ids"] > 0).any(-1)  # rows that fill the last batch are none
+        return put(rows | {_DIGEST: (digest_rows(rows) * there).view(np.uint32).reshape(-1, 2)})
 
     def gather(result: tuple[Array, Array]) -> None:
-        values.append(np.asarray(result[0]))
-        digests.append(np.ascontiguousarray(np.asarray(result[1])).view(np.uint64)[:, 0])
+        digest = np.ascontiguousarray(np.asarray(result[1])).view(np.uint64)[:, 0]
+        digests.append(digest[digest != 0])
+        values.append(np.asarray(result[0])[digest != 0])
         if not np.isfinite(values[-1]).all():
             raise ValueError(f"init_from = {config.init_from!r} is not valid: it gives log-probabilities not finite.")
 

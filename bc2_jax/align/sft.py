@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from bc2_jax.align import tuning
 from bc2_jax.align.sft_results import make_ending, print_plan
-from bc2_jax.config import FineTuneConfig
+from bc2_jax.config import FineTuneConfig, TunedConfig
 from bc2_jax.data.batch import IGNORED, Batch
 from bc2_jax.model.baichuan import Baichuan2, Params, split_model
 from bc2_jax.sharding import reshard, spec
@@ -59,7 +59,7 @@ def make_job(config: FineTuneConfig, start: Start) -> Job:
     )  # fmt: skip
 
 
-def place_seeds(config: FineTuneConfig, mesh: Mesh, step: int) -> Array:
+def place_seeds(config: TunedConfig, mesh: Mesh, step: int) -> Array:
     """SEED of the batch of a step: the same on every mesh, and whenever the step is done again."""
     seeds = np.random.SeedSequence((config.seed, step)).generate_state(config.data.accumulation_steps)
     sharding = NamedSharding(mesh, spec(None))

@@ -1,6 +1,6 @@
 """The classes of prompts of a reward model's data, in three levels with names and quotas.
 
-The paper's data has 6 classes, 30 below them and more than 200 below those (section 3.2), which it does not name; these
+The paper's data has 6 classes, 30 below them and more than 200 below those (section 3), which it does not name; these
 are ours. A file of the user's in the same form may take their place.
 """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from bc2_jax.config.finetune import AskedConfig, TunedConfig
 from bc2_jax.validation import require, require_literals, require_positive, require_types
@@ -46,6 +46,7 @@ class DPOOptions:
 class DPOConfig(AskedConfig):
     """Preference tuning on pairs of answers."""
 
+    row_kinds: ClassVar[tuple[str, ...]] = ("pairs",)
     dpo: DPOOptions = DPOOptions()
 
     def __post_init__(self) -> None:
@@ -75,4 +76,5 @@ class RewardOptions:
 class RewardConfig(TunedConfig):
     """Training of a reward model on pairs of answers."""
 
+    row_kinds: ClassVar[tuple[str, ...]] = ("pairs",)
     reward: RewardOptions = RewardOptions()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from bc2_jax.config.data import DataConfig
 from bc2_jax.config.distributed import DistributedConfig
@@ -236,6 +236,8 @@ class RunConfig:
 class TrainConfig(RunConfig):
     """Pre-training: a run on packed rows of text."""
 
+    row_kinds: ClassVar[tuple[str, ...]] = ("text", "chat")
+    """Kinds of rows that it can train on."""
     data: DataConfig
     sample: SampleConfig = SampleConfig()
     ngram_baselines: bool = False

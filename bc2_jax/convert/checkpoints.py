@@ -62,7 +62,8 @@ def explain_reward_model(checkpoint: Path) -> str:
     return (
         f"{checkpoint} is a reward model, which scores conversations and writes no text: measure it with `python "
         f"tools/reward_report.py {checkpoint} PAIRS`, score with bc2_jax.align.scoring.Scorer, train with it by "
-        f"--ppo.reward-model {checkpoint}, or train it further by --init-from of a run of a reward model."
+        f"--ppo.reward-model {checkpoint}, or train it further by --init-from of a run of a reward model; for PyTorch, "
+        f"`python tools/convert.py to-hf {checkpoint} OUT --layout llama` writes it."
     )
 
 

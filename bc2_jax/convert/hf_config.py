@@ -191,7 +191,7 @@ def write_config(
     config: ModelConfig, folder: str | Path, dtype: HFDType = "bfloat16", layout: Layout = "baichuan2"
 ) -> None:
     """Writes config.json. In the Baichuan layouts it has the keys of a release and our own, so that `read_config` gives
-    back exactly `config`; in the llama layout it is that of LlamaForCausalLM.
+    back exactly `config`; in the llama layouts it is that of LlamaForCausalLM or LlamaForSequenceClassification.
     """
     raw = {
         "hidden_act": "silu",
@@ -212,8 +212,12 @@ def write_config(
     }
     if config.position_embedding == "rope":  # its presence is how other engines tell RoPE from ALiBi
         raw["max_position_embeddings"] = config.model_max_length
-    if layout == "llama":
-        raw |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    if layout.startswith("llama"):
+        is_reward_model = layout == "llama_reward"
+        name = "LlamaForSequenceClassification" if is_reward_model else "LlamaForCausalLM"
+        raw |= {"architectures": [name], "model_type": "llama"}
+        if is_reward_model:  # one label: a number
+            raw |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
         raw |= {"num_key_value_heads": config.num_attention_heads, "head_dim": config.head_dim}
         # Without a version transformers 4.57 takes a large vocabulary's tokenizer for one with a known mistake.
         raw |= {"attention_bias": False, "mlp_bias": False, "transformers_version": "4.29.2"}

@@ -34,11 +34,17 @@ FILE_FORMATS: tuple[FileFormat, ...] = get_args(FileFormat)
 
 def check_layout(config: ModelConfig, layout: Layout) -> None:
     """Raises ValueError if engines that read `layout` cannot run the model."""
-    if layout == "llama" and config.position_embedding != "rope":
+    if config.position_embedding == "rope" or not layout.startswith("llama"):
+        return
+    if layout == "llama_reward":
         raise ValueError(
-            f"layout = 'llama' is not valid for position_embedding = {config.position_embedding!r}: LlamaForCausalLM "
-            "has no ALiBi; legal layouts are baichuan2, baichuan1, and to-gguf for llama.cpp."
+            f"A reward model with position_embedding = {config.position_embedding!r} has no PyTorch layout that other "
+            "programs read: LlamaForSequenceClassification has no ALiBi."
         )
+    raise ValueError(
+        f"layout = 'llama' is not valid for position_embedding = {config.position_embedding!r}: LlamaForCausalLM "
+        "has no ALiBi; legal layouts are baichuan2, baichuan1, and to-gguf for llama.cpp."
+    )
 
 
 def write_folder(
@@ -65,7 +71,7 @@ def write_folder(
             write(folder / name, DTYPES[dtype], shard, _take(tensors, len(shard)))
             weight_map |= dict.fromkeys(shard, name)
             digests[name] = pool.submit(file_sha256, folder / name)
-    total = config.num_parameters() * DTYPES[dtype].itemsize
+    total = sum(map(math.prod, torch_shapes(config, layout).values())) * DTYPES[dtype].itemsize
     if has_index:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(folder / f"{stem}.{file_format}.index.json", index)
@@ -77,7 +83,7 @@ def write_folder(
     (folder / CHAT_TEMPLATE_NAME).write_text(chat_template, encoding="utf-8", newline="")
     if stream.source.tokenizer is not None:
         shutil.copyfile(stream.source.tokenizer, folder / TOKENIZER_NAME)
-        if layout == "llama":
+        if layout.startswith("llama"):
             write_llama_tokenizer(stream.source.tokenizer, config, folder, chat_template)
     others = {file.name: file_sha256(file) for file in folder.iterdir() if file.name not in digests}
     write_sha256sums(folder, others | {name: digest.result() for name, digest in digests.items()})

@@ -19,6 +19,7 @@ from bc2_jax.convert.adapter import place_adapter, read_adapter
 from bc2_jax.convert.checkpoints import (
     ACTOR,
     CRITIC,
+    holds_reward_model,
     newest_checkpoint,
     open_metadata,
     open_params,
@@ -79,6 +80,29 @@ def find_reward_model(path: str | Path) -> FoundRewardModel:
     return FoundRewardModel(found.path, found.config, found.tokenizer, lora, base, read_statistics(found.path))
 
 
+def describe_reward_model(path: str | Path) -> tuple[str, ...]:
+    """What the reward model in `path` is, a line each; nothing if there is none. Raises as `find_reward_model` for one
+    that cannot be read."""
+    checkpoint = newest_checkpoint(Path(path).absolute())
+    if checkpoint is None or not holds_reward_model(open_metadata(checkpoint)):
+        return ()
+    found = find_reward_model(checkpoint)
+    model, known = found.config, found.statistics
+    lines = [
+        f"reward model: {found.path}",
+        f"{model.num_hidden_layers} layers, hidden size {model.hidden_size}, {model.position_embedding}; a score in "
+        "place of the head",
+        f"trained: all parameters, from {found.base}" if found.lora is None else f"beside {found.base}, the score and "
+        f"{found.lora.describe()}",
+    ]  # fmt: skip
+    if known is not None:
+        lines.append(
+            f"rewards of {known['answers']:,.0f} held-out answers: mean {known['mean']:.4f}, standard deviation "
+            f"{known['std']:.4f}"
+        )
+    return tuple(lines)
+
+
 def find_critic(path: str | Path) -> FoundRewardModel:
     """The critic in a checkpoint or run of PPO, which is a reward model by its parameters: the value of every token.
 
@@ -90,13 +114,18 @@ def find_critic(path: str | Path) -> FoundRewardModel:
     metadata = open_metadata(checkpoint)
     if policy_part(metadata) != ACTOR or not take_part(open_params(checkpoint), CRITIC):
         raise ValueError(f"{path} has no critic: it is not a checkpoint or run of PPO.")
-    base = metadata["config"]["ppo"].get("reward_model")
-    config = parse_model_config(metadata, checkpoint) if base is None else find_reward_model(base).config
+    reward_model = metadata["config"]["ppo"].get("reward_model")
+    lora = _adapter(metadata, checkpoint)
+    # Without a reward model it began from the actor's own.
+    base = metadata["config"].get("init_from") if reward_model is None else reward_model
+    config = parse_model_config(metadata, checkpoint)
+    if reward_model is not None:
+        config = find_reward_model(reward_model).config
     try:
         tokenizer = find_tokenizer(checkpoint)
     except FileNotFoundError:
         tokenizer = None
-    return FoundRewardModel(checkpoint, config, tokenizer, _adapter(metadata, checkpoint), base, None, CRITIC)
+    return FoundRewardModel(checkpoint, config, tokenizer, lora, base, None, CRITIC)
 
 
 def _adapter(metadata: Mapping[str, Any], checkpoint: Path) -> LoraConfig | None:
@@ -171,6 +200,16 @@ def _load_base(found: FoundRewardModel, dtype: DType, mesh: Mesh | None) -> Para
     if param_shapes(config) != param_shapes(found.config):
         raise ValueError(f"{what}: {found.base} is of another architecture.")
     return params
+
+
+def load_score(path: str | Path, mesh: Mesh | None = None) -> Params:
+    """{"weight": fp32 [D]} of the reward model that `path` means to `find_reward_model`; the rest is not read."""
+    found = find_reward_model(path)
+    score: dict[str, Shape] = {_SCORE_PATH: (found.config.hidden_size,)}
+    arrays = open_params(found.path, jax.process_index(), jax.process_count(), found.part)
+    read = reader_of({name: array for name, array in arrays.items() if name in score}, score, found.path)
+    shardings = None if mesh is None else flatten(param_shardings(found.config, mesh, RewardModel))
+    return place_params(score, shardings, "float32", read)[SCORE]
 
 
 def load_backbone(path: str | Path, dtype: DType = "float32", mesh: Mesh | None = None) -> tuple[Params, ModelConfig]:

@@ -1,8 +1,8 @@
 """The one table between our parameters and the PyTorch names, used in both directions.
 
 Each rule says how the axes of a PyTorch tensor become ours, in the shape letters of docs/design.md: D hidden, N heads,
-H head size, F ffn, V vocabulary. `Rule.view` shows a PyTorch array in our axes without copying it; reading copies out
-of that view and writing copies into it, so the two directions cannot disagree.
+H head size, F ffn, V vocabulary, O one. `Rule.view` shows a PyTorch array in our axes without copying it; reading
+copies out of that view and writing copies into it, so the two directions cannot disagree.
 
 Ours is a nested dict of arrays; a path such as "layers.self_attn.q_proj.weight" names one of them. Paths that start
 with "layers." are stacked on a leading axis L; each layer is a PyTorch tensor (or a part of one) of its own.
@@ -13,16 +13,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from bc2_jax.config import ModelConfig
 
 Shape = tuple[int, ...]
-Layout = Literal["baichuan2", "baichuan1", "llama"]
-"""baichuan2: as released. baichuan1: the same names, rows of the head normalised. llama: also W_pack in three parts."""
-LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+Layout = Literal["baichuan2", "baichuan1", "llama", "llama_reward"]
+"""baichuan2: as released. baichuan1: the same names, rows of the head normalised. llama: also W_pack in three parts.
+llama_reward: with a score in place of the head."""
+LAYOUTS: tuple[Layout, ...] = ("baichuan2", "baichuan1", "llama")
+"""Of language models."""
 
 
 Reader = Callable[[str, int | None], np.ndarray]
@@ -73,6 +75,7 @@ def _sizes(config: ModelConfig, letters: str) -> Shape:
         "H": config.head_dim,
         "F": config.intermediate_size,
         "V": config.vocab_size,
+        "O": 1,
     }
     return tuple(size[letter] for letter in letters)
 
@@ -101,9 +104,14 @@ _LLAMA_TABLE = tuple(
     else rule
     for rule in TABLE
 )
-_TABLES: dict[Layout, dict[str, Rule]] = {
-    layout: {rule.path: rule for rule in (_LLAMA_TABLE if layout == "llama" else TABLE)} for layout in LAYOUTS
+_RULES: dict[Layout, tuple[Rule, ...]] = {
+    "baichuan2": TABLE,
+    "baichuan1": TABLE,
+    "llama": _LLAMA_TABLE,
+    # LlamaForSequenceClassification with one label.
+    "llama_reward": (*_LLAMA_TABLE[:-1], Rule("score.weight", "score.weight", "O D", "OD")),
 }
+_TABLES = {layout: {rule.path: rule for rule in rules} for layout, rules in _RULES.items()}
 
 
 class TorchTensor(NamedTuple):

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from bc2_jax.config import DataConfig
-from bc2_jax.data.row_file import BRANCH, START, TARGET, token_ids
+from bc2_jax.data.row_file import BRANCH, START, TARGET, find_branches, token_ids
 from bc2_jax.kernels.segments import TRUNK_BITS
 from bc2_jax.sharding import mesh_axes, spec
 from bc2_jax.tokenizer import EOS_ID, PAD_ID, USER_ID
@@ -64,26 +64,12 @@ def row_to_example(row: np.ndarray, eos_id: int = EOS_ID, pad_id: int = PAD_ID, 
     first = np.flatnonzero(starts).astype(np.int32)
     offsets = np.repeat(first, np.diff(first, append=np.int32(starts.size)))
     positions = (np.arange(starts.size, dtype=np.int32) - offsets).reshape(starts.shape)
-    if has_chat and (branches := (row[chat][:, :-1] & BRANCH) > 0).any():
-        branch, moved = _place_branches(starts[chat], branches)
+    if has_chat and (flags & BRANCH).any():
+        branch, moved = find_branches(flags[:, :-1])
         segment_ids[chat] += branch << TRUNK_BITS
         positions[chat] -= moved
     segment_ids[padding] = positions[padding] = 0
     return {"input_ids": input_ids, "labels": labels, "segment_ids": segment_ids, "positions": positions}
-
-
-def _place_branches(starts: np.ndarray, branches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The branch that each token is in, and how far behind the trunk's end its branch begins, both int32 [rows, T].
-
-    `starts` and `branches` say where documents and branches begin, bool [rows, T].
-    """
-    count = np.cumsum(branches, axis=-1, dtype=np.int32)
-    branch = count - np.maximum.accumulate(np.where(starts, count - branches, 0), axis=-1)
-    index = np.arange(starts.shape[-1], dtype=np.int32)
-    begin, first = (
-        np.maximum.accumulate(np.where(places, index, 0), axis=-1) for places in (branches, branches & (branch == 1))
-    )
-    return branch, np.where(branch > 0, begin - first, 0)
 
 
 class BatchPart(NamedTuple):

@@ -11,6 +11,7 @@ import numpy as np
 from rich.text import Text
 
 from bc2_jax.data.batch import IGNORED, Rows
+from bc2_jax.kernels.segments import branch_of, trunk_of
 from bc2_jax.tokenizer import Tokenizer
 
 _COLOURS = ("green", "cyan")
@@ -28,7 +29,7 @@ class Run:
     start: int
     stop: int
     segment: int
-    """segment_ids of the tokens; 0 is padding."""
+    """segment_ids of the tokens (`kernels.segments`); 0 is padding."""
     ignored: bool
     """The tokens have no target."""
     special: bool
@@ -60,14 +61,34 @@ def row_title(row: Rows) -> str:
     """What a row is made of, in one line."""
     targets, tokens = int((row["labels"] != IGNORED).sum()), int((row["segment_ids"] > 0).sum())
     return (
-        f"{int(row['segment_ids'].max())} segments, {tokens:,} tokens, {targets:,} targets, {tokens - targets:,} "
+        f"{len(_segments(row))} segments, {tokens:,} tokens, {targets:,} targets, {tokens - targets:,} "
         f"tokens without, {len(row['labels']) - tokens:,} padding"
     )
 
 
+def _segments(row: Rows) -> list[int]:
+    """The segments of a row in their order, without padding."""
+    return [segment for segment in dict.fromkeys(row["segment_ids"].tolist()) if segment]
+
+
+def segment_name(segment: int) -> str:
+    """The number of a document, with that of a branch behind it: 3, 3.1, 3.2."""
+    branch = branch_of(segment)
+    return f"{trunk_of(segment)}.{branch}" if branch else str(segment)
+
+
+def _colour(segment: int) -> int:
+    """0 or 1, one for a document and each second of its branches."""
+    return (trunk_of(segment) + branch_of(segment)) % 2
+
+
 def row_arrays(row: Rows) -> str:
     """The first entries of each array, a line an array."""
-    lines = (f"{name:<12}" + " ".join(f"{value:>6}" for value in row[name][:_FIRST]) for name in row)
+
+    def show(name: str, value: int) -> str:
+        return segment_name(value) if name == "segment_ids" else str(value)
+
+    lines = (f"{name:<12}" + " ".join(f"{show(name, v):>6}" for v in row[name][:_FIRST].tolist()) for name in row)
     return "\n".join(lines)
 
 
@@ -77,7 +98,7 @@ def _segment_title(row: Rows, segment: int) -> str:
         return f"padding, {int(here.sum()):,} tokens"
     positions = row["positions"][here]
     targets = int((row["labels"][here] != IGNORED).sum())
-    return f"segment {segment}, positions {positions[0]}..{positions[-1]}, {targets:,} targets"
+    return f"segment {segment_name(segment)}, positions {positions[0]}..{positions[-1]}, {targets:,} targets"
 
 
 def read_answers(row: Rows, segment: int, tokenizer: Tokenizer) -> list[str]:
@@ -85,7 +106,8 @@ def read_answers(row: Rows, segment: int, tokenizer: Tokenizer) -> list[str]:
     None of a document, whose tokens are all targets but the first."""
     labels = row["labels"][row["segment_ids"] == segment]
     is_target = labels != IGNORED
-    if segment == 0 or np.count_nonzero(~is_target) <= 1:
+    is_document = branch_of(segment) == 0 and np.count_nonzero(~is_target) <= 1
+    if segment == 0 or is_document:
         return []
     stretches = np.split(labels, np.flatnonzero(np.diff(is_target)) + 1)
     return [_spell(stretch.tolist(), tokenizer) for stretch in stretches if stretch[0] != IGNORED]
@@ -105,7 +127,7 @@ def render_row(row: Rows, tokenizer: Tokenizer) -> Text:
     for segment, runs in itertools.groupby(read_runs(row, tokenizer), lambda run: run.segment):
         text.append("\n" * bool(text) + f"[{_segment_title(row, segment)}]\n", "bold")
         for run in runs:
-            colour = "magenta" if run.special else _COLOURS[segment % 2]
+            colour = "magenta" if run.special else _COLOURS[_colour(segment)]
             text.append(run.text.translate(_VISIBLE), f"dim {colour}" if run.ignored else colour)
         for answer in read_answers(row, segment, tokenizer):
             text.append("\n[targets] ", "bold")
@@ -135,25 +157,25 @@ def render_html(rows: Iterable[tuple[str, Rows]], tokenizer: Tokenizer) -> str:
     for name, row in rows:
         parts.append(f"<h3>{html.escape(name)}: {row_title(row)}</h3>\n<div class=arrays>{row_arrays(row)}</div>")
         parts.append(f"<div class=row>{''.join(_html_run(run, row) for run in read_runs(row, tokenizer))}</div>")
-        for segment in range(1, int(row["segment_ids"].max()) + 1):
+        for segment in _segments(row):
             for answer in read_answers(row, segment, tokenizer):
                 shown = html.escape(answer.translate(_VISIBLE))
-                parts.append(f"<div class=row>targets of segment {segment}: <b>{shown}</b></div>")
+                parts.append(f"<div class=row>targets of segment {segment_name(segment)}: <b>{shown}</b></div>")
     return _PAGE.format(ignored=IGNORED, rows="\n".join(parts))
 
 
 def _html_run(run: Run, row: Rows) -> str:
-    classes = ["pad" if run.segment == 0 else f"s{run.segment % 2}"]
+    classes = ["pad" if run.segment == 0 else f"s{_colour(run.segment)}"]
     classes += ["special"] * run.special + ["ignored"] * run.ignored
     # Of a long stretch of padding the first token tells all.
     shown = slice(run.start, run.stop if run.segment else run.start + 1)
     title = "; ".join(
-        f"{name} {' '.join(map(str, np.asarray(row[key])[shown].tolist()))}"
-        for name, key in (
-            ("id", "input_ids"),
-            ("label", "labels"),
-            ("segment", "segment_ids"),
-            ("position", "positions"),
+        f"{name} {' '.join(map(show, np.asarray(row[key])[shown].tolist()))}"
+        for name, key, show in (
+            ("id", "input_ids", str),
+            ("label", "labels", str),
+            ("segment", "segment_ids", segment_name),
+            ("position", "positions", str),
         )
     )
     text = html.escape(run.text.translate(_VISIBLE))

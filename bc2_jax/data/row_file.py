@@ -43,6 +43,19 @@ def token_ids(rows: np.ndarray) -> np.ndarray:
     return rows & (BRANCH - np.uint32(1))
 
 
+def find_branches(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The branch that each token of rows of conversations [rows, T] is in, 0 for the trunk, and how many tokens stand
+    between that branch and its trunk; both int32 [rows, T]."""
+    starts, branches = (rows & START) > 0, (rows & BRANCH) > 0
+    count = np.cumsum(branches, axis=-1, dtype=np.int32)
+    branch = count - np.maximum.accumulate(np.where(starts, count - branches, 0), axis=-1)
+    index = np.arange(rows.shape[-1], dtype=np.int32)
+    begin, first = (
+        np.maximum.accumulate(np.where(places, index, 0), axis=-1) for places in (branches, branches & (branch == 1))
+    )
+    return branch, np.where(branch > 0, begin - first, 0)
+
+
 @dataclasses.dataclass(frozen=True)
 class FileInfo:
     """One file, as the manifest describes it."""

@@ -1,7 +1,8 @@
 """Packed rows as what they were made of: streams of tokens, and documents.
 
 A place is a position in the stream of a split: position p is an input of row p // T. The stream of rows of
-conversations is the inputs of one row after another, without the padding; its documents are the samples.
+conversations is the inputs of one row after another, without the padding; its documents are the samples, those of rows
+of pairs a prompt with both answers.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 
 from bc2_jax.data.overlap import hash_positions, mix
 from bc2_jax.data.packing import MANIFEST, SPLITS, Manifest, Split, check_files, iterate_rows, load_manifest
-from bc2_jax.data.row_file import START, RowFile, token_ids
+from bc2_jax.data.row_file import BRANCH, START, RowFile, token_ids
 from bc2_jax.validation import require
 
 
@@ -67,7 +68,7 @@ def stream_tokens(source: RowSource, split: Split) -> Iterator[tuple[int, np.nda
     length, pad_id = source.manifest.sequence_length, source.manifest.pad_id
     start = seen = 0
     for rows in iterate_rows(source.path, split):
-        if source.manifest.kind == "chat":
+        if source.manifest.kind != "text":
             for row in rows[:, :length]:
                 yield seen * length, row[row != pad_id]
                 seen += 1
@@ -99,9 +100,11 @@ def read_document(source: RowSource, split: Split, position: int, max_tokens: in
                 row, offset = row + 1, 1
         row -= info.rows
     tokens = np.concatenate(parts)
-    starts, tokens = (tokens & START) > 0, token_ids(tokens)
+    starts, branches, tokens = (tokens & START) > 0, (tokens & BRANCH) > 0, token_ids(tokens)
     starts[:1] = False
-    ends = np.flatnonzero((tokens == manifest.eos_id) | (tokens == manifest.pad_id) | starts)
+    is_last = tokens == manifest.eos_id
+    is_last[:-1] &= ~branches[1:]  # of the branch before the last one
+    ends = np.flatnonzero(is_last | (tokens == manifest.pad_id) | starts)
     return tokens[: ends[0]] if ends.size else tokens
 
 
@@ -157,6 +160,6 @@ class DocumentScan:
         starts, ids = np.flatnonzero(tokens & START), token_ids(tokens)
         stops = np.append(starts[1:], len(tokens))
         hashes = hash_positions(ids, np.arange(len(ids)) - np.repeat(starts, stops - starts))
-        is_end = ids == self._eos_id  # one that was cut has none
+        is_end = ids == self._eos_id  # one that was cut has none, a pair has two
         hashes[is_end] = 0
         return Documents(start + starts, stops - starts - is_end[stops - 1], mix(np.add.reduceat(hashes, starts)))

@@ -51,19 +51,22 @@ class RowValues:
         """W."""
         return self._values.shape[1]
 
-    def lookup(self, rows: Rows) -> np.ndarray:
-        """fp32 [b, W] of each of `rows`; 0 for rows of padding. Raises ValueError if a row has no values."""
+    def find(self, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+        """(fp32 [b, W] of each of `rows`, bool [b]: whether it has none here); 0 for those and for rows of padding."""
         digests = digest_rows(rows)
         empty = np.all(rows["segment_ids"] == 0, axis=-1, keepdims=True)[:, 0]
         if not len(self):
-            found, missing = np.zeros((len(digests), self.width), np.float32), ~empty
-        else:
-            places = np.minimum(np.searchsorted(self._digests, digests), len(self) - 1)
-            missing = (self._digests[places] != digests) & ~empty
-            found = np.where(empty[:, None], np.float32(0), self._values[places])
+            return np.zeros((len(digests), self.width), np.float32), ~empty
+        places = np.minimum(np.searchsorted(self._digests, digests), len(self) - 1)
+        missing = (self._digests[places] != digests) & ~empty
+        return np.where((empty | missing)[:, None], np.float32(0), self._values[places]), missing
+
+    def lookup(self, rows: Rows) -> np.ndarray:
+        """fp32 [b, W] of each of `rows`; 0 for rows of padding. Raises ValueError if a row has no values."""
+        found, missing = self.find(rows)
         if missing.any():
             raise ValueError(
-                f"{missing.sum()} of {len(digests)} rows are none of the {len(self)} whose values are kept: the rows "
+                f"{missing.sum()} of {len(missing)} rows are none of the {len(self)} whose values are kept: the rows "
                 "were made anew, or one that can be read now could not be read then."
             )
         return found

@@ -1,8 +1,8 @@
 """Causal attention with segments and ALiBi, one interface and two implementations in plain JAX.
 
 All functions work on one device's batch rows and heads; `model/attention.py` places them on the mesh. Shapes: B batch,
-T query, S key, N heads, H head size. Token t sees key s if s is not later in the sequence and both have the same
-non-zero segment; a query that sees nothing (padding) gives zeros, never NaN.
+T query, S key, N heads, H head size. Token t sees key s if s is not later in the sequence and in the segment of t, or
+in that of its trunk (`segments`), and no padding; a query that sees nothing (padding) gives zeros, never NaN.
 
 ALiBi (paper section 2.3) adds slope * (key position - query position), in fp32 and in this relative form: the form
 slope * key position is equal in exact arithmetic but wrong by up to 8 in bf16 at 4k.
@@ -19,12 +19,14 @@ import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from bc2_jax.kernels.segments import can_see
+
 # Finite, so that a row in which everything is masked never computes inf - inf.
 MASKED = -1e30
 
 
 class Tokens(NamedTuple):
-    """Where each token stands: position and segment, both int32 [B, T]; segment 0 is padding."""
+    """Where each token stands: position and segment (`segments`), both int32 [B, T]; segment 0 is padding."""
 
     positions: Array
     segments: Array
@@ -42,8 +44,7 @@ def _scores(
     if slopes_N is not None:
         distance_BTS = (k.positions[:, None, :] - q.positions[:, :, None]).astype(jnp.float32)
         s_BNTS += slopes_N.astype(jnp.float32)[:, None, None] * distance_BTS[:, None]
-    same_BTS = (q.segments[:, :, None] == k.segments[:, None, :]) & (k.segments[:, None, :] != 0)
-    mask = (same_BTS & causal)[:, None]
+    mask = (can_see(q.segments[:, :, None], k.segments[:, None, :]) & causal)[:, None]
     return jnp.where(mask, s_BNTS, MASKED), mask
 
 

@@ -1,7 +1,7 @@
 """Flash attention in Pallas for TPU, with ALiBi and documents computed inside the kernels.
 
 The same function as `attention.chunked_attention`, and the same conventions: one device's rows and heads; token t sees
-key s if s is not later and both have the same non-zero segment; a query that sees nothing gives zeros. No tensor of
+key s if s is not later and in the segment of t or its trunk; a query that sees nothing gives zeros. No tensor of
 scores ever reaches device memory. ALiBi costs one fp32 addition a score: under the causal softmax
 slope * (key position - query position) equals slope * key position plus a constant of the row.
 """

@@ -19,7 +19,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from bc2_jax.kernels.flash_tiles import LOG2_E, broadcast_columns, keep_causal, keep_same_segment, matmul, output
+from bc2_jax.kernels.flash_tiles import LOG2_E, broadcast_columns, keep_causal, keep_visible, matmul, output
 from bc2_jax.kernels.flash_tokens import Plan, fetched, kind, kind_of, plan_backward
 
 
@@ -70,7 +70,7 @@ def _kernel(
             if alibi:
                 s_ST += jnp.tile(bias_ref[keys], (1, size // bias_ref.shape[1]))
             if mixed:
-                s_ST = keep_same_segment(s_ST, rows_ref[j, :1, keys], rows_ref[i, :1, queries])
+                s_ST = keep_visible(s_ST, rows_ref[i, :1, queries], rows_ref[j, :1, keys], key_axis=0)
             if diagonal:
                 s_ST = keep_causal(s_ST, first, key_axis=0)
             p_ST = jnp.exp2(s_ST - lse_1T[:, queries])

@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from bc2_jax.kernels.attention import MASKED, Tokens
 from bc2_jax.kernels.flash_tiles import LOG2_E, matmul, output
+from bc2_jax.kernels.segments import can_see
 
 BLOCK_BYTES = 2**21
 """Keys that one grid step takes at most: four of these, two of them on their way, fit the VMEM of every chip."""
@@ -42,13 +43,13 @@ def flash_decode(
     """Attention of one new token a row to itself and to slots 0..length_B[b] - 1 of `layer`, and the cache with it.
 
     Its keys and values go to slot length_B[b], or nowhere where that is behind the last slot. `q` is [B, 1] tokens, `k`
-    those of the slots [B, S]. Token and slot must have the same non-zero segment; a token of segment 0 gives zeros.
+    those of the slots [B, S]. The slot must be in the token's segment or its trunk's; a token of segment 0 gives zeros.
     Scores, ALiBi, softmax and sums are fp32. `layer` is an int32 scalar. Returns [B, N, H] in the dtype of v, and both
     caches, in place where the caller's are donated.
     """
     B, N, H = q_BNH.shape
     S, dtype = k_LBNSH.shape[3], k_LBNSH.dtype
-    visible_BS = (q.segments == k.segments) & (k.segments != 0) & (jnp.arange(S) < length_B[:, None])
+    visible_BS = can_see(q.segments, k.segments) & (jnp.arange(S) < length_B[:, None])
     distance_BS = jnp.where(visible_BS, (k.positions - q.positions).astype(jnp.float32), MASKED)
     slopes = jnp.zeros(N, jnp.float32) if slopes_N is None else slopes_N.astype(jnp.float32) * LOG2_E
     block, tile = block_length(S, N * H * dtype.itemsize), TILE_BYTES // dtype.itemsize

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from bc2_jax.kernels.attention import MASKED
-from bc2_jax.kernels.flash_tiles import LOG2_E, keep_causal, keep_same_segment, matmul, output
+from bc2_jax.kernels.flash_tiles import LOG2_E, keep_causal, keep_visible, matmul, output
 from bc2_jax.kernels.flash_tokens import Plan, fetched, kind, kind_of
 
 
@@ -55,7 +55,7 @@ def _kernel(
             if bias_1S is not None:
                 s_TS += bias_1S[:, :S]
             if mixed:
-                s_TS = keep_same_segment(s_TS, rows_ref[i, :1, queries], rows_ref[j, :1, :S])
+                s_TS = keep_visible(s_TS, rows_ref[i, :1, queries], rows_ref[j, :1, :S], key_axis=1)
             if diagonal:
                 s_TS = keep_causal(s_TS, first, key_axis=1)
             old_peak = peak_ref[queries]

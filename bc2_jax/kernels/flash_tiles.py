@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from bc2_jax.kernels.attention import MASKED
+from bc2_jax.kernels.segments import trunk_of
 
 # The hardware has 2^x and no e^x: the factor goes into the scale of the scores.
 LOG2_E = math.log2(math.e)
@@ -28,13 +29,20 @@ def broadcast_columns(row_1S: Array, lanes: int) -> Array:
     return jnp.broadcast_to(row_1S, (lanes, row_1S.shape[1])).T
 
 
-def keep_same_segment(s_XY: Array, down_1X: Array, across_1Y: Array) -> Array:
-    """Scores of tokens in one segment; MASKED elsewhere and for padding."""
-    lanes = min(128, s_XY.shape[1])
-    down_XY = jnp.tile(broadcast_columns(down_1X, lanes), (1, s_XY.shape[1] // lanes))
-    # One row is cheaper to change than the mask: padding across takes a segment that nothing down has.
-    across_1Y = jnp.where(across_1Y == 0, _NO_SEGMENT, across_1Y)
-    return jnp.where(down_XY == across_1Y, s_XY, MASKED)
+def keep_visible(s: Array, queries_1T: Array, keys_1S: Array, key_axis: int) -> Array:
+    """Scores of keys in the query's own segment or its trunk's; MASKED elsewhere and for padding."""
+    down, across = (queries_1T, keys_1S) if key_axis == 1 else (keys_1S, queries_1T)
+    lanes = min(128, s.shape[1])
+    down_XL, is_padding = broadcast_columns(down, lanes), across == 0
+    own, trunk = (down_XL, trunk_of(down_XL)) if key_axis == 1 else (across, trunk_of(across))
+
+    def find(segments: Array, others: Array) -> Array:
+        down_XL, across = (segments, others) if key_axis == 1 else (others, segments)
+        # One row is cheaper to change than the mask: padding across takes a segment that nothing down has.
+        return jnp.tile(down_XL, (1, s.shape[1] // lanes)) == jnp.where(is_padding, _NO_SEGMENT, across)
+
+    keys = across if key_axis == 1 else down_XL
+    return jnp.where(find(own, keys) | find(trunk, keys), s, MASKED)
 
 
 def keep_causal(s: Array, first: int, key_axis: int) -> Array:

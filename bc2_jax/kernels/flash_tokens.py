@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from bc2_jax.kernels.attention import Tokens
+from bc2_jax.kernels.segments import branch_of, trunk_of
 
 SKIP = 0
-"""The step has nothing to do: the blocks share no document."""
+"""The step has nothing to do: no query of the block sees a key of the other."""
 _KIND_BITS = 3
 
 _LOWEST, _HIGHEST = np.iinfo(np.int32).min, np.iinfo(np.int32).max
@@ -37,7 +39,7 @@ def kind_of(step):
 
 
 def kind(diagonal, mixed):
-    """What a step has to mask. mixed: not all tokens of the two blocks are in one segment."""
+    """What a step has to mask. mixed: not every query of the block sees the segment of every key."""
     return 1 + 2 * diagonal + mixed
 
 
@@ -49,20 +51,22 @@ def fetched(step):
 
 
 def alibi_positions(tokens: Tokens) -> Array:
-    """int32 [B, T]: positions that differ from the given ones by one constant per segment, which a softmax ignores.
+    """int32 [B, T]: positions that differ from the given ones by one constant per document, which a softmax ignores.
 
-    Where every document is one stretch of consecutive positions, the index in the row. Two documents in one block then
+    Where every document is one stretch of tokens, it begins at its index in the row. Two documents in one block then
     have no jump of thousands of positions between them, which fp32 would pay for with digits of the scores.
     """
-    positions, segments = tokens
-    before, after = segments[:, :-1], segments[:, 1:]
-    real = segments != 0
+    positions, documents = tokens.positions, trunk_of(tokens.segments)
+    before, after = documents[:, :-1], documents[:, 1:]
+    real = documents != 0
     stretches = jnp.sum(real[:, 1:] & ~real[:, :-1], axis=1) + real[:, 0]
     in_order = jnp.all((before == 0) | (after == 0) | (after >= before), axis=1) & (stretches <= 1)
-    step = positions[:, 1:] - positions[:, :-1]
-    consecutive = jnp.all((before != after) | (after == 0) | (step == 1), axis=1)
-    index = jnp.arange(segments.shape[1], dtype=positions.dtype)
-    return jnp.where((in_order & consecutive)[:, None], index, positions)
+    moved = jnp.arange(documents.shape[1], dtype=positions.dtype) - positions
+    starts = real & jnp.pad(before != after, ((0, 0), (1, 0)), constant_values=True)
+    of_document = jax.lax.cummax(jnp.where(starts, moved, _LOWEST), axis=1)
+    # The largest so far is that of the document if none before it has a larger one.
+    is_largest = jnp.all(~starts | (of_document == moved), axis=1)
+    return positions + jnp.where(real & (in_order & is_largest)[:, None], of_document, 0)
 
 
 def plan_forward(segments_BT: Array, positions_BT: Array, block: int) -> Plan:
@@ -86,25 +90,35 @@ def plan_backward(segments_BT: Array, positions_BT: Array, block: int, start: in
 
 class _Blocks(NamedTuple):
     shared: Array
-    """Whether the blocks of queries [B, i] and keys [B, i, j] may share a segment; True only for j <= i."""
+    """Whether a query of block [B, i] may see a key of block [B, i, j]; True only for j <= i."""
     mixed: Array
-    """[B, i, j]: not all tokens of both are in one segment."""
+    """[B, i, j]: not every query sees the segment of every key."""
     anchors: Array
 
 
 def _inspect(segments_BT: Array, positions_BT: Array, block: int) -> _Blocks:
     B = segments_BT.shape[0]
     segments, positions = (x.reshape(B, -1, block) for x in (segments_BT, positions_BT))
+    documents, branches = trunk_of(segments), branch_of(segments)
     real = segments != 0
 
     def extent(x: Array) -> tuple[Array, Array]:
         return jnp.where(real, x, _HIGHEST).min(2), jnp.where(real, x, _LOWEST).max(2)
 
-    low, high = extent(segments)  # [B, blocks]
-    # Ranges that overlap may still have no segment in common: then the mask leaves nothing, which is slow but right.
-    shared = (low[:, :, None] <= high[:, None]) & (low[:, None] <= high[:, :, None]) & np.tri(low.shape[1], dtype=bool)
-    least, most = segments.min(2), segments.max(2)
-    mixed = (least != most)[:, :, None] | (least != most)[:, None] | (least[:, :, None] != least[:, None])
+    def overlap(low: Array, high: Array) -> Array:
+        return (low[:, :, None] <= high[:, None]) & (low[:, None] <= high[:, :, None])
+
+    # Ranges that overlap may still have nothing in common: then the mask leaves nothing, which is slow but right.
+    branch_low, branch_high = extent(branches)
+    shared = overlap(*extent(documents)) & (overlap(branch_low, branch_high) | (branch_low == 0)[:, None])
+    shared &= np.tri(shared.shape[1], dtype=bool)
+    # The one segment of all keys must be that of all queries, or their trunk.
+    least, most, document = segments.min(2), segments.max(2), documents.min(2)
+    is_one, is_document = least == most, document == documents.max(2)
+    is_own = (is_one[:, :, None] & (least[:, :, None] == least[:, None])) | (
+        is_document[:, :, None] & (document[:, :, None] == least[:, None])
+    )
+    mixed = ~(is_one[:, None] & is_own)
     nearest, farthest = extent(positions)
     anchors = jnp.where(nearest <= farthest, nearest + (farthest - nearest) // 2, 0)
     return _Blocks(shared, mixed, anchors)

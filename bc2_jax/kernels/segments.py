@@ -10,6 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 TRUNK_BITS = 24
 """Of a segment id, the lowest bits: the number of the document. Above them is that of the branch, 0 for the trunk."""
 
@@ -28,3 +31,17 @@ def can_see(query_segments: Any, key_segments: Any) -> Any:
     """Whether a token of one segment sees earlier ones of another: its own or its trunk's; bool, shapes broadcast."""
     same = (key_segments == query_segments) | (key_segments == trunk_of(query_segments))
     return same & (key_segments != 0)
+
+
+def positions_of(segment_ids_BT: jax.Array) -> jax.Array:
+    """int32 [B, T]: positions from the start of each segment on, in a branch from the length of its trunk on."""
+    index = jnp.broadcast_to(jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32), segment_ids_BT.shape)
+    previous = jnp.pad(segment_ids_BT, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+
+    def last(places_BT: jax.Array) -> jax.Array:
+        return jax.lax.cummax(jnp.where(places_BT, index, 0), axis=1)
+
+    starts, branch = segment_ids_BT != previous, branch_of(segment_ids_BT)
+    is_new = trunk_of(segment_ids_BT) != trunk_of(previous)
+    first_branch = starts & (branch > 0) & (is_new | (branch_of(previous) == 0))
+    return index - last(starts) + jnp.where(branch > 0, last(first_branch) - last(is_new), 0)

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from bc2_jax.config import ComputeConfig, DType, ModelConfig
 from bc2_jax.kernels.attention import Tokens
+from bc2_jax.kernels.segments import positions_of
 from bc2_jax.model.attention import KVCache, SelfAttention
 from bc2_jax.model.head import Head
 from bc2_jax.model.layers import MLP, Embedding, RMSNorm, remat
@@ -128,9 +129,10 @@ class Baichuan2(Backbone):
     def __call__(self, input_ids: Array, positions: Array | None = None, segment_ids: Array | None = None) -> Array:
         """Logits [B, T, V] in fp32 of token ids [B, T].
 
-        `segment_ids` int32 [B, T]: a token sees earlier tokens with the same non-zero segment; 0 is padding, left or
-        right (the released 13B code reads its attention mask so). `positions` int32 [B, T] default to the index within
-        the segment. Raises ValueError for shapes that do not agree.
+        `segment_ids` int32 [B, T]: a token sees earlier tokens of its segment and of its trunk's (`kernels.segments`);
+        0 is padding, left or right (the released 13B code reads its attention mask so). `positions` int32 [B, T]
+        default to the index within the segment, in a branch counted from the length of its trunk. Raises ValueError for
+        shapes that do not agree.
         """
         with use_mesh_of(self.norm.weight[...]):
             h_BTD, _ = self.hidden_states(input_ids, positions, segment_ids)
@@ -162,11 +164,7 @@ def place_tokens(input_ids: Array, positions: Array | None, segment_ids: Array |
         if value is not None and value.shape != input_ids.shape:
             raise ValueError(f"{name} has shape {value.shape}; it must be that of input_ids, {input_ids.shape}.")
     segment_ids = jnp.ones_like(input_ids, jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
-    if positions is None:
-        index = jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
-        previous = jnp.pad(segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
-        positions = index - jax.lax.cummax(jnp.where(segment_ids != previous, index, 0), axis=1)
-    return Tokens(positions.astype(jnp.int32), segment_ids)
+    return Tokens((positions_of(segment_ids) if positions is None else positions).astype(jnp.int32), segment_ids)
 
 
 def unstack_layers(stacked: Any) -> list[Any]:

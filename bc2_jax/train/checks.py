@@ -13,12 +13,14 @@ from bc2_jax.config import ModelConfig, RewardConfig, RunConfig, TrainConfig, di
 from bc2_jax.convert.folder import check_free
 from bc2_jax.convert.ownership import foreign_in_export
 from bc2_jax.convert.pretrained import find_any_model, find_model
+from bc2_jax.data.corpus import list_parts
 from bc2_jax.data.row_order import changed_row_order
 from bc2_jax.metadata import Metadata, parse_model_config
 from bc2_jax.tokenizer import Tokenizer, file_sha256
 from bc2_jax.train.loop import Start
 from bc2_jax.validation import require
 
+_CONTENTS = {"text": "text", "chat": "conversations", "pairs": "pairs of answers (tools/prepare_chat.py --pairs)"}
 EXPORT_NAME = "hf"
 """Where a run exports to, in its workdir."""
 _log = logging.getLogger(__name__)
@@ -77,6 +79,17 @@ def check_tokenizer(config: TrainConfig, tokenizer: Tokenizer) -> None:
         raise ValueError(
             f"model.eos_token_id = {config.model.eos_token_id} is not valid: the tokenizer has {tokenizer.eos_id}."
         )
+
+
+def check_row_kinds(config: TrainConfig) -> None:
+    """Raises ValueError if a source has rows of a kind that this kind of run does not train on."""
+    for index, source in enumerate(config.data.sources):
+        for part in list_parts(source.path):
+            kind = part.manifest.kind
+            legal = f"it has rows of {_CONTENTS[kind]}, and a {type(config).__name__} trains on " + " or ".join(
+                _CONTENTS[legal] for legal in config.row_kinds
+            )
+            require(kind in config.row_kinds, f"data.sources.{index}.path", str(part.path), legal)
 
 
 def check_same_tokenizer(config: TrainConfig, start: Start, sha256: str) -> None:

@@ -185,22 +185,6 @@ def abstract_state(params: Params, optimizer: Optimizer) -> TrainState:
     return TrainState(params, *place_shapes(mesh, rest))
 
 
-class Restorer(Protocol):
-    """A Checkpointer, or another reader of its checkpoints."""
-
-    def restore(self, step: int, params: Params, opt_state: Any) -> tuple[Params, Any]: ...
-
-
-def restore_state(checkpointer: Restorer, step: int, abstract: TrainState) -> TrainState:
-    """The state saved at a step, on the mesh of `abstract` whatever the mesh it was saved from."""
-    params, opt_state = checkpointer.restore(step, abstract.params, abstract.opt_state)
-    # Updates done are fewer than steps where some were skipped. A copy: the step donates both.
-    count = next(
-        leaf for path, leaf in jax.tree.leaves_with_path(opt_state) if jax.tree_util.keystr(path).endswith(".count")
-    )
-    return TrainState(params, opt_state, jax.device_put(jnp.copy(count), abstract.step.sharding))
-
-
 # ---------------------------------------------------------------------------------------------------------------- step
 
 TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, Array]]]

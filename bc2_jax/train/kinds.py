@@ -6,13 +6,14 @@ import dataclasses
 import importlib
 from typing import Any, Protocol
 
-from bc2_jax.config import DPOConfig, FineTuneConfig, RLConfig, RunConfig, TrainConfig
+from bc2_jax.config import DPOConfig, FineTuneConfig, RewardConfig, RLConfig, RunConfig, TrainConfig
 from bc2_jax.config.record import from_record
 
 # By name: a kind may stand anywhere in the package, and a config is read before anything is loaded that it needs.
 KINDS: dict[type[RunConfig], str] = {
     TrainConfig: "bc2_jax.train.pretrain",
     FineTuneConfig: "bc2_jax.align.sft",
+    RewardConfig: "bc2_jax.align.reward",
     DPOConfig: "bc2_jax.align.dpo",
     RLConfig: "bc2_jax.align.rl",
 }

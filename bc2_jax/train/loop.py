@@ -25,8 +25,9 @@ from bc2_jax.train.evaluation import evaluate
 from bc2_jax.train.expendable import Expendable, Profiler
 from bc2_jax.train.goodput import Goodput, goodput_table, read_sessions
 from bc2_jax.train.health import HealthMonitor, Steps
-from bc2_jax.train.job import Batch, BatchError, Job, Progress, Say, lower_train_step, make_eval_step, restore_state
+from bc2_jax.train.job import Batch, BatchError, Job, Progress, Say, lower_train_step, make_eval_step
 from bc2_jax.train.metrics import MetricsWriter, ProgressDisplay, Throughput, fingerprint, memory_metrics
+from bc2_jax.train.restore import find_checkpoint, restore_state, verify_resume
 from bc2_jax.train.start import check_attention, describe_start, tuned_options, use_compilation_cache
 from bc2_jax.train.workdir import own_workdir
 
@@ -99,7 +100,7 @@ def run(
         watchdog.beat("the start")
         goodput = Goodput(workdir / "goodput.jsonl", started)
         display = ProgressDisplay(config, expendable)
-        step, metadata = _find_checkpoint(config, saved, goodput)
+        step, metadata = find_checkpoint(config, saved, goodput)
         progress = distributed.make_progress(preemption, watchdog)
         start = Start(mesh, workdir, step, metadata, display.console, display.say, command, expendable, progress)
         job = make_job(config, start)
@@ -114,22 +115,6 @@ def run(
 def _make_checkpointer(config: RunConfig, workdir: Path) -> Checkpointer:
     verified = config.num_steps - config.verify_resume_steps if config.verify_resume_steps else None
     return Checkpointer(workdir / "checkpoints", config.checkpoint, verified)
-
-
-def _find_checkpoint(config: RunConfig, checkpointer: Checkpointer, goodput: Goodput) -> tuple[int, Metadata | None]:
-    """Step and metadata of the checkpoint to go on from, or (0, None). Raises ValueError if the run may not go on."""
-    workdir = goodput.path.parent
-    saved = first_decides(checkpointer.steps)
-    if saved and config.resume == "never":
-        raise ValueError(
-            f"workdir = '{workdir}' already holds checkpoints up to step {saved[-1]}; "
-            "pass --resume auto to go on from there, or another --workdir."
-        )
-    with goodput.phase("restore"):
-        step = goodput.start_step = checkpointer.latest_good() or 0
-    if step > config.num_steps:
-        raise ValueError(f"num_steps = {config.num_steps} is not valid: the run in '{workdir}' is at {step}.")
-    return step, checkpointer.metadata(step) if step else None
 
 
 class _Loop:
@@ -381,11 +366,11 @@ class _Loop:
 
     def finish(self, start_step: int) -> RunResult:
         """Verifies the resume if configured, then hands the trained parameters to the job."""
-        config, say = self.config, self.display.say
+        config, job, say = self.config, self.job, self.display.say
         digest = fingerprint(self.state.params)
         if (verified := self.checkpointer.pinned) is not None:
             if start_step < verified:
-                self._verify_resume(verified, digest)
+                verify_resume(job, self.train_step, self.checkpointer, verified, config.num_steps, digest, say)
             else:
                 say(f"Exact resume is not verified: this start began at step {start_step}, not before {verified}.")
             self.checkpointer.unpin()
@@ -400,20 +385,3 @@ class _Loop:
             say(summary)
         self.job.batches.close()
         return RunResult(config.num_steps, digest, self.last, self.workdir)
-
-    def _verify_resume(self, step: int, uninterrupted: str) -> None:
-        """Raises ArithmeticError unless the steps after the checkpoint of `step`, done again, give the same bits."""
-        batches = self.job.batches
-        again = restore_state(self.checkpointer, step, self.job.abstract_state)
-        batches.seek(self.checkpointer.metadata(step).data)
-        for number in range(step + 1, self.config.num_steps + 1):
-            if (batch := batches.next(number, again)) is None:
-                self.display.say("Exact resume is not verified: the run is stopping.")
-                return
-            again, _ = self.train_step(again, self.job.frozen, batch)
-        resumed = fingerprint(again.params)
-        if resumed != uninterrupted:
-            raise ArithmeticError(
-                f"Resumed at step {step}, the run ended in {resumed}, not in {uninterrupted}: it is not exact."
-            )
-        self.display.say(f"Resumed at step {step} and repeated: the parameters are the same bit for bit.")

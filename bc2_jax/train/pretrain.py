@@ -26,6 +26,7 @@ from bc2_jax.tokenizer import Tokenizer, file_sha256
 from bc2_jax.train.checks import (
     check_export,
     check_initial_model,
+    check_row_kinds,
     check_same_model,
     check_same_tokenizer,
     check_samples,
@@ -77,6 +78,7 @@ def make_job(config: TrainConfig, start: Start, step: StepParts | None = None) -
         check_same_model(config, start.metadata, start.workdir)
         check_changes(config, start.metadata, start.workdir, changes)
         warn_of_other_rows(config, start.metadata, start.step)
+    check_row_kinds(config)
     tokenizer = Tokenizer(config.data.tokenizer)
     check_tokenizer(config, tokenizer)
     tokenizer_sha256 = file_sha256(config.data.tokenizer)

@@ -32,10 +32,11 @@ from bc2_jax.sharding import make_mesh
 from bc2_jax.terminal import make_console
 from bc2_jax.train import distributed
 from bc2_jax.train.expendable import Expendable
-from bc2_jax.train.job import StepParts, TrainState, TrainStep, lower_train_step, restore_state
+from bc2_jax.train.job import StepParts, TrainState, TrainStep, lower_train_step
 from bc2_jax.train.kinds import kind_of, read_config
 from bc2_jax.train.loop import Start
 from bc2_jax.train.metrics import fingerprint, read_metrics
+from bc2_jax.train.restore import restore_state
 from bc2_jax.train.start import check_attention, tuned_options
 from bc2_jax.validation import require
 

@@ -60,7 +60,7 @@ def print_mixture(console: Console, config: TrainConfig, step: int = 0, row: int
     add_column(table, "epochs", is_number=True)
     for part in describe_mixture(data, row + (config.num_steps - step) * data.global_batch_size):
         shares = (f"{share:.2%}" for share in part.shares)
-        answers = " (conversations: the answers)" if part.kind == "chat" else ""
+        answers = {"text": "", "chat": " (conversations: the answers)", "pairs": " (pairs of answers)"}[part.kind]
         table.add_row(f"{part.path}{answers}", f"{part.rows:,}", *shares, f"{part.epochs:.2f}")
     console.print(table)
 

@@ -20,9 +20,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from bc2_jax.align import chat_preparation
+from bc2_jax.align import row_preparation
 from bc2_jax.align.chat import encode_conversation
-from bc2_jax.align.chat_preparation import Settings, prepare_chat
+from bc2_jax.align.chat_preparation import prepare_chat
+from bc2_jax.align.preparation_settings import Settings
 from bc2_jax.config import DataConfig, SourceConfig
 from bc2_jax.data.inspection import inspect_sources
 from bc2_jax.data.loader import describe_mixture, make_train_loader, make_validation_batches
@@ -271,8 +272,8 @@ def test_the_same_bytes_again_and_on_two_processes(
     settings = Settings(max_length=LENGTH, validation_fraction=0.2)
     prepare_chat([file], tokenizer.path, tmp_path / "rows", settings)
     before = content(tmp_path / "rows")
-    monkeypatch.setattr(chat_preparation, "_SHARED_BYTES", 0)
-    monkeypatch.setattr(chat_preparation, "_BATCH_CHARACTERS", 300)
+    monkeypatch.setattr(row_preparation, "_SHARED_BYTES", 0)
+    monkeypatch.setattr(row_preparation, "_BATCH_CHARACTERS", 300)
     prepare_chat([file], tokenizer.path, tmp_path / "rows", settings, processes=2, overwrite=True)
     assert content(tmp_path / "rows") == before
 

@@ -137,13 +137,13 @@ def test_the_demo_of_a_model_that_is_not_there_is_trained_first(tmp_path, monkey
         return subprocess.CompletedProcess(command, 3)
 
     monkeypatch.setattr(subprocess, "run", fail)
-    with pytest.raises(ValueError, match="init_from = 'runs/demo' is not valid: the demo ended with exit code 3"):
+    with pytest.raises(ValueError, match="init_from = 'runs/demo' is not valid: its run ended with exit code 3"):
         file.prepare(file.config)
     assert commands[0][1:] == [
         str(ROOT / "train.py"), str(ROOT / "configs" / "demo.py"), "--workdir", "runs/demo", "--resume", "auto",
     ]  # fmt: skip
     several = DistributedConfig(coordinator_address="localhost:1", num_processes=2, process_id=0)
-    with pytest.raises(ValueError, match="init_from = 'runs/demo' is not valid: it has no checkpoint; run python"):
+    with pytest.raises(ValueError, match="init_from = 'runs/demo' is not valid: it has no model; run python"):
         file.prepare(dataclasses.replace(file.config, distributed=several, mesh=MeshConfig(num_cpu_devices=1)))
 
 

@@ -13,11 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 
-from bc2_jax.align import sft, tuning
+from bc2_jax.align import sft
 from bc2_jax.config import ComputeConfig, DataConfig, FineTuneConfig, OptimizerConfig, SourceConfig
 from bc2_jax.convert.hf_config import read_config
 from bc2_jax.data.batch import IGNORED
-from bc2_jax.data.loader import PartUse
 from bc2_jax.model.baichuan import param_shardings
 from bc2_jax.sharding import DEFAULT_RULES
 from bc2_jax.train.job import init_state, make_train_step
@@ -221,17 +220,3 @@ def test_noise_is_of_training_only():
     assert isinstance(noisy.embed_tokens, sft.NoisyEmbedding)
     h, clean = (m.embed_tokens(batch["input_ids"], jnp.float32) for m in (noisy, model))
     assert np.abs(np.asarray(h - clean)).max() > 1e-3
-
-
-def test_epochs_become_steps(monkeypatch):
-    uses = [PartUse("a", rows, (0.5,), 0, "chat") for rows in (30, 11)]
-    monkeypatch.setattr(tuning, "describe_mixture", lambda data, rows: uses)
-    config = with_(num_epochs=1.5, num_steps=1000, optimizer=OptimizerConfig(warmup_steps=2))
-    done = sft.complete(config)
-    assert (done.num_steps, done.optimizer.decay_steps) == (16, 16)  # 1.5 * 41 / 4
-    assert sft.complete(with_(config, num_steps=7)).num_steps == 7
-    assert sft.complete(with_(config, num_epochs=None)) == with_(config, num_epochs=None)
-    with pytest.raises(ValueError, match="optimizer.warmup_steps = 20 is not valid: it must be less than decay_steps"):
-        sft.complete(with_(config, optimizer=OptimizerConfig(warmup_steps=20)))
-    with pytest.raises(ValueError, match="init_from = None is not valid: fine-tuning needs the base model"):
-        sft.complete(with_(config, init_from=None))

@@ -19,6 +19,7 @@ from bc2_jax.convert.merging import merge_lora
 from bc2_jax.convert.pretrained import find_model, load_params
 from bc2_jax.convert.report import inspect
 from bc2_jax.convert.reward import (
+    describe_reward_model,
     find_critic,
     find_reward_model,
     load_backbone,
@@ -37,7 +38,7 @@ REWARD = backbone_of(random_params(TINY, np.float32, 1)) | {"score": {"weight": 
 
 def write(folder: Path, params: dict, **config) -> Path:
     """A params-only checkpoint whose run had these further fields in its config."""
-    metadata = {"config": {"model": dataclasses.asdict(TINY), **config}}
+    metadata = {"config": {"model": dataclasses.asdict(TINY)} | config}
     with save_context():
         ocp.save_checkpointables(folder.absolute(), {"params": params}, custom_metadata=metadata)
     return folder
@@ -104,6 +105,12 @@ def test_one_with_an_adapter_is_merged_into_the_model_it_began_from(places, mesh
     )
 
 
+def test_what_it_is_is_said(places):
+    assert describe_reward_model(places["base"]) == describe_reward_model(places["rl"]) == ()
+    assert any("mean 0.5000" in line for line in describe_reward_model(places["run"]))
+    assert any("rank 2" in line for line in describe_reward_model(places["reward_lora"]))
+
+
 def test_backbones_of_every_kind(places):
     for name, expected in (("base", LM), ("reward", REWARD), ("rl", LM)):
         params, _ = load_backbone(places[name])
@@ -168,6 +175,14 @@ def test_the_critic_of_a_ppo_run_is_loaded_as_a_reward_model(places):
     params, _, _ = load_critic(places["rl_lora"])
     merged = merge(REWARD, Adapter(LORA, adapter_params()))
     assert same(numpy(params), numpy(merged))
+
+
+def test_the_critic_of_a_run_without_a_reward_model_began_from_its_actor(places, tmp_path: Path):
+    trained = {"actor": adapter_params(), "critic": {"adapter": adapter_params(), "score": REWARD["score"]}}
+    config = {"lora": dataclasses.asdict(LORA), "init_from": str(places["base"]), "ppo": {"reward_model": None}}
+    params, _, _ = load_critic(write(tmp_path / "rl", trained, **config))
+    merged = backbone_of(merge(LM, Adapter(LORA, adapter_params())))
+    assert same(numpy(params), numpy(merged) | {"score": REWARD["score"]})
 
 
 def test_the_adapter_of_an_actor_is_merged_and_what_stays_is_said(places, tmp_path: Path):

@@ -74,3 +74,18 @@ def test_a_conversation_shows_its_targets(tokenizer: Tokenizer) -> None:
 
 def test_a_text_has_no_list_of_targets(row: Rows, tokenizer: Tokenizer) -> None:
     assert [read_answers(row, segment, tokenizer) for segment in (0, 1, 2)] == [[], [], []]
+
+
+def test_branches_are_numbered_and_their_answers_shown(tokenizer: Tokenizer) -> None:
+    target, start, branch = 1 << 31, 1 << 30, 1 << 29
+    marked = [[196 | branch, *(token | target for token in (*tokenizer.encode(text), 2))] for text in ("yes", "no")]
+    ids = [195 | start, *tokenizer.encode("if"), *marked[0], *marked[1], 195 | start, 0, 0]
+    row = row_to_example(np.array(ids, np.uint32))
+    assert row_title(row).startswith("4 segments, ")
+    begin = 1 + len(tokenizer.encode("if"))
+    lines = dict(line.split(maxsplit=1) for line in row_arrays(row).splitlines())
+    assert lines["segment_ids"].split()[begin - 1 : begin + 1] == ["1", "1.1"]
+    text, page = render_row(row, tokenizer).plain, render_html([("row", row)], tokenizer)
+    for name, answer in (("1.1", "yes"), ("1.2", "no")):
+        assert f"[segment {name}, positions {begin}.." in text and f"[targets] {answer}</s>" in text
+        assert f"targets of segment {name}: <b>{answer}&lt;/s&gt;</b>" in page

@@ -22,7 +22,8 @@ Rows = list[dict[str, object]]
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "1000"}
-    command = [sys.executable, str(ROOT / "tools" / "train_tokenizer.py"), *map(str, arguments)]
+    program = [str(ROOT / "tests" / "data" / "few_code_points.py"), str(ROOT / "tools" / "train_tokenizer.py")]
+    command = [sys.executable, *program, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 

@@ -161,8 +161,6 @@ def launch(
         environment = os.environ | {
             "RECORDED_ROWS": str(logs[-1].with_suffix(".rows")), "STEP_SECONDS": str(step_seconds),
             "RECORDED_PHASES": str(logs[-1].with_suffix(".phases")), "HOLD_AT": (hold or {}).get(process, ""),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            # On a CPU JAX keeps the programs of process 0 alone: the others compile at every start.
             "XLA_FLAGS": QUICK_COMPILE,
         }  # fmt: skip
         with logs[-1].open("w") as log:

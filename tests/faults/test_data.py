@@ -94,11 +94,11 @@ def test_bad_rows_are_padding_and_the_killed_run_goes_on(config, rows, tokenizer
     row, lost = damage_row_of_step(rows, tokenizer, 8)
     flip(files(rows, "validation")[0], read_rows(rows, "validation")[1].tobytes())
     arguments = ("--checkpoint.save-every=2", "--data.max-bad-rows=2")
-    job = harness.launch(config, tmp_path / "run", *arguments, devices=4, step_seconds=0.1)
+    job = harness.launch(config, tmp_path / "run", *arguments, devices=2, step_seconds=0.1)
     harness.wait_until(lambda: 10 in harness.checkpoints(job.workdir), job.text())
     job.send(signal.SIGKILL, process=0)  # it sleeps most of the time, about to read
     assert job.wait() == [-signal.SIGKILL]
-    again = harness.launch(config, tmp_path / "run", *arguments, devices=4)
+    again = harness.launch(config, tmp_path / "run", *arguments, devices=2)
     assert again.wait() == [0], again.text()
 
     named = [f"row {row} of '{files(rows)[0]}'", f"row 1 of '{files(rows, 'validation')[0]}'"]

@@ -47,6 +47,8 @@ class JumpingClock:
 
 clock = JumpingClock()
 
+from jax._src import compilation_cache, compiler  # noqa: E402
+
 import train  # noqa: E402
 from bc2_jax import manifest  # noqa: E402
 from bc2_jax.checkpoint import Checkpointer  # noqa: E402
@@ -102,6 +104,13 @@ def announce(owner, name: str, phase: str, after: str = "", step_of=lambda *_: 0
     setattr(owner, name, announced)
 
 
+def keep_program(key: str, seconds: float, name: str, backend, executable, host_callbacks) -> None:
+    """JAX's own function writes nothing but what process 0 compiled; on a CPU the keys of the others are their own."""
+    if not host_callbacks:
+        compilation_cache.put_executable_and_time(key, name, executable, backend, int(seconds))
+
+
+compiler._cache_write = keep_program
 row_batches.make_train_iterator = make_recorded_iterator
 if "POISON" in os.environ:
     poison({int(index): factor for index, factor in json.loads(os.environ["POISON"]).items()})

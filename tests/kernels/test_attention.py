@@ -23,7 +23,9 @@ def numpy_attention(q, k, v, tokens: Tokens, slopes, d_out) -> tuple[np.ndarray,
     s = np.einsum("btnh,bsnh->bnts", q, k) * scale
     if slopes is not None:
         s += np.asarray(slopes, np.float64)[:, None, None] * (positions[:, None, None] - positions[:, None, :, None])
-    seen = (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] != 0) & np.tri(T, dtype=bool)
+    own, trunk = segments[:, :, None], segments[:, :, None] % 2**24
+    seen = (segments[:, None] == own) | (segments[:, None] == trunk)
+    seen &= (segments[:, None] != 0) & np.tri(T, dtype=bool)
     s = np.where(seen[:, None], s, -np.inf)
     p = np.exp(s - s.max(-1, keepdims=True, initial=-1e9))
     p /= np.maximum(p.sum(-1, keepdims=True), 1e-300)
@@ -63,6 +65,8 @@ def make_tokens(B: int, T: int, kind: str, seed: int = 0) -> Tokens:
     if kind == "packed":  # documents, then padding
         segments = np.sort(rng.integers(1, 5, (B, T)), axis=1)
         segments[:, T - rng.integers(0, T) :] = 0
+    elif kind == "branches":
+        return Tokens(*(jnp.asarray(x, jnp.int32) for x in make_branches(B, T, rng)))
     elif kind == "left":
         segments = np.where(np.arange(T) < rng.integers(0, T + 1, (B, 1)), 0, 1)
     elif kind == "right":
@@ -77,11 +81,27 @@ def make_tokens(B: int, T: int, kind: str, seed: int = 0) -> Tokens:
     return Tokens(jnp.asarray(positions, jnp.int32), jnp.asarray(segments, jnp.int32))
 
 
+def make_branches(B: int, T: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and segments [B, T] of documents with up to three branches, then padding."""
+    positions, segments = np.zeros((2, B, T), np.int32)
+    for row in range(B):
+        start, document, end = 0, 0, rng.integers(0, T + 1)
+        while start < end:
+            document, trunk = document + 1, rng.integers(0, 9)
+            for branch in range(rng.integers(1, 5)):
+                size = rng.integers(1, 9) if branch else trunk
+                part = slice(start, min(start + size, end))
+                segments[row, part] = document + (branch << 24)
+                positions[row, part] = np.arange(part.stop - part.start) + (trunk if branch else 0)
+                start = part.stop
+    return positions, segments
+
+
 def largest_difference(a, b) -> float:
     return max(float(np.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-KINDS = ("full", "packed", "left", "right", "interleaved")
+KINDS = ("full", "packed", "left", "right", "interleaved", "branches")
 
 
 @settings(max_examples=16)
@@ -191,3 +211,33 @@ def test_chunked_needs_far_less_than_all_scores():
     scores = 4 * B * N * T * T
     assert temporary_bytes("reference") > scores  # the figure measures what it should
     assert temporary_bytes("chunked") < scores / 8
+
+
+def check_branches_alone(run, tolerance: float = 1e-5) -> None:
+    """`run(q, k, v, tokens, d_out)` gives the result and the gradients of q, k and v; what a branch has in a row it has
+    alone with its trunk, and what a trunk has is the sum over its branches."""
+    before, trunk, branch = 7, 13, 10
+    positions = np.concatenate([np.arange(n) for n in (before, trunk)] + 2 * [trunk + np.arange(branch)])
+    segments = np.repeat([1, 2, 2 + (1 << 24), 2 + (2 << 24)], [before, trunk, branch, branch])
+    tokens = Tokens(*(jnp.asarray(x[None], jnp.int32) for x in (positions, segments)))
+    q, k, v, d_out = random_inputs((1, len(segments), 3, 8))
+    d_out *= (tokens.segments >> 24 > 0)[:, :, None, None]  # the trunk's would come once with each branch
+    out, gradients = run(q, k, v, tokens, d_out)
+    totals = [np.zeros_like(gradient) for gradient in gradients]
+    for first in (before + trunk, before + trunk + branch):
+        places = np.r_[before : before + trunk, first : first + branch]
+        alone = make_tokens(1, len(places), "full")
+        result, parts = run(*(x[:, places] for x in (q, k, v)), alone, d_out[:, places])
+        np.testing.assert_allclose(out[:, places], result, atol=tolerance)
+        for total, part in zip(totals, parts, strict=True):
+            total[:, places] += part
+    for gradient, total in zip(gradients, totals, strict=True):
+        np.testing.assert_allclose(gradient, total, atol=tolerance)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_a_branch_is_as_with_its_trunk_alone(implementation: str):
+    def run(q, k, v, tokens, d_out):
+        return with_gradients(implementation, q, k, v, tokens, alibi_slopes(3), d_out, 16)
+
+    check_branches_alone(run)

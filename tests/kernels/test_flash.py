@@ -17,7 +17,7 @@ from bc2_jax.kernels.blocks import TABLE, BlockSizes, choose_blocks
 from bc2_jax.kernels.flash import flash_attention
 from bc2_jax.kernels.flash_tokens import SKIP, alibi_positions, fetched, kind, kind_of, plan_backward, plan_forward
 from bc2_jax.model.position import alibi_slopes
-from tests.kernels.test_attention import KINDS, make_tokens, random_inputs
+from tests.kernels.test_attention import KINDS, check_branches_alone, make_tokens, random_inputs
 
 SMALL = BlockSizes(16, 8, 16, 16, 8, span=1024, vmem_mib=16)
 
@@ -162,8 +162,43 @@ def test_alibi_positions_change_only_where_documents_are_whole():
     segments = jnp.asarray([[0, 1, 1, 2, 2, 0], [1, 2, 1, 2, 0, 0], [2, 2, 1, 1, 0, 0], [1, 1, 0, 1, 1, 0]], jnp.int32)
     positions = jnp.asarray([[0, 7, 8, 0, 1, 0], *[[0, 1, 2, 3, 4, 5]] * 2, [0, 1, 0, 2, 3, 0]], jnp.int32)
     expected = np.asarray(positions).copy()
-    expected[0] = np.arange(6)
+    expected[0, 1:5] = np.arange(1, 5)
     np.testing.assert_array_equal(alibi_positions(Tokens(positions, segments)), expected)
+
+
+def test_alibi_positions_of_branches_are_those_of_their_document_moved():
+    """A block holds the ends of two documents and no jump; a branch is as far from its trunk as without the others."""
+    positions, segments = (np.asarray(x) for x in make_tokens(1, 60, "branches", seed=3))
+    moved = np.asarray(alibi_positions(Tokens(jnp.asarray(positions + 777 * (segments > 0)), jnp.asarray(segments))))
+    for document in range(1, segments[0].max() % 2**24 + 1):
+        here = segments % 2**24 == document
+        if here.any():
+            np.testing.assert_array_equal(moved[here], positions[here] + np.flatnonzero(here[0])[0])
+
+
+def test_plan_of_branches_is_tight():
+    """What is masked, skipped or neither is exactly what the tokens say, where blocks hold whole parts of a document.
+
+    Blocks of two: trunk 1, its branch, another one, trunk 2 with its branch, the rest of that one, padding.
+    """
+    a, b = 1 << 24, 2 << 24
+    segments = jnp.asarray([[1, 1, 1 + a, 1 + a, 1 + b, 1 + b, 2, 2 + a, 2 + a, 2 + a, 0, 0]], jnp.int32)
+    plain, diagonal, mixed = kind(False, False), kind(True, False), kind(False, True)
+    expected = {
+        (0, 0): diagonal, (1, 0): plain, (1, 1): diagonal, (2, 0): plain, (2, 2): diagonal, (3, 3): kind(True, True),
+        (4, 3): mixed, (4, 4): diagonal,
+    }  # fmt: skip
+    for plan in (plan_forward(segments, segments, 2), plan_backward(segments, segments, 2, 0, 6)):
+        pairs = zip(plan.query_blocks.tolist(), plan.key_blocks.tolist(), strict=True)
+        assert [expected.get(pair, SKIP) for pair in pairs] == kind_of(plan.steps).tolist()
+
+
+def test_a_branch_is_as_with_its_trunk_alone():
+    def run(q, k, v, tokens, d_out):
+        out, *gradients = with_gradients(flash(tokens, alibi_slopes(3)), q, k, v, d_out)
+        return out, gradients
+
+    check_branches_alone(run)
 
 
 def test_plan_of_the_steps():
@@ -211,10 +246,10 @@ def on_mesh(tokens: Tokens, slopes, interpret: bool):
     return lambda q, k, v: placed(q, k, v, tokens, slopes)
 
 
-@pytest.mark.parametrize("alibi", [False, True])
-def test_sharded_over_rows_and_heads_equals_unsharded(alibi: bool):
+@pytest.mark.parametrize(("kind", "alibi"), [("packed", False), ("branches", True)])
+def test_sharded_over_rows_and_heads_equals_unsharded(kind: str, alibi: bool):
     inputs = random_inputs((2, 24, 4, 8))
-    tokens, slopes = make_tokens(2, 24, "packed"), jnp.asarray(alibi_slopes(4)) if alibi else None
+    tokens, slopes = make_tokens(2, 24, kind), jnp.asarray(alibi_slopes(4)) if alibi else None
     expected = with_gradients(flash(tokens, slopes), *inputs)
     for got, wanted in zip(with_gradients(on_mesh(tokens, slopes, True), *inputs), expected, strict=True):
         np.testing.assert_allclose(got, wanted, atol=1e-6)

@@ -34,11 +34,12 @@ def compare(lengths: list[int], N: int, S: int, alibi: bool, dtype, seed: int = 
     """The caches are those of the reference bit for bit; returns the largest difference of the results."""
     inputs = make_inputs(lengths, N, S, dtype, seed)
     slopes = jnp.asarray(alibi_slopes(N)) if alibi else None
-    out, *caches = flash_decode(*inputs, slopes, interpret=True)
-    for cache, expected in zip(caches, reference_decode(*inputs, slopes)[1:], strict=True):
+    out, *caches = jax.jit(lambda *inputs: flash_decode(*inputs, slopes, interpret=True))(*inputs)
+    reference = jax.jit(lambda *inputs: reference_decode(*inputs, slopes))
+    for cache, expected in zip(caches, reference(*inputs)[1:], strict=True):
         np.testing.assert_array_equal(cache, expected)
     exact = [x.astype(jnp.float32) for x in inputs[:5]]
-    expected = reference_decode(*exact, *inputs[5:], slopes)[0]
+    expected = reference(*exact, *inputs[5:])[0]
     assert out.dtype == dtype
     assert np.all(np.asarray(out[-1]) == 0)
     return float(np.abs(np.asarray(out, np.float32) - np.asarray(expected)).max())

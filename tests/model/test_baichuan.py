@@ -27,6 +27,7 @@ from bc2_jax.model.baichuan import (
     unstack_layers,
 )
 from bc2_jax.sharding import DEFAULT_RULES, single_device_mesh
+from tests.kernels.test_attention import make_branches
 
 FP32 = ComputeConfig(dtype="float32", attention_block=8)
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2), (1, 2, 2, 2, 1), (1, 2, 1, 2, 2), (2, 1, 1, 1, 2)]
@@ -120,21 +121,26 @@ def random_ids(config: ModelConfig, *shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(3, config.vocab_size, shape)
 
 
-def test_packed_equals_unpacked(golden):
-    """Three documents in one row, with padding at the end, and each alone."""
-    lengths, T = (9, 1, 14), 30
+def test_packed_equals_unpacked(golden, mesh_of):
+    """A document, and one with two branches, in a row with padding at the end; and each alone, the branches with their
+    trunk. A mesh that cuts the row in tokens gives the same."""
+    parts, T = ((1, 9), (2, 8), (2 + (1 << 24), 6), (2 + (2 << 24), 5)), 32
     ids, segments = random_ids(golden.config, 1, T), np.zeros((1, T), np.int32)
-    alone, row = np.zeros((3, T), np.int64), []
-    start = 0
-    for i, length in enumerate(lengths):
-        segments[0, start : start + length] = i + 1
-        alone[i, :length] = ids[0, start : start + length]
-        start += length
+    segments[0, :28] = np.repeat(*zip(*parts, strict=True))
+    places = [np.flatnonzero(segments[0] == 1)]
+    places += [np.flatnonzero((segments[0] == 2) | (segments[0] == branch)) for branch, _ in parts[2:]]
+    alone = np.zeros((3, T), np.int64)
+    for row, here in zip(alone, places, strict=True):
+        row[: len(here)] = ids[0, here]
     packed = np.asarray(forward(golden.config)(golden.params, ids, None, segments))
     unpacked = np.asarray(forward(golden.config)(golden.params, alone))
-    row = np.concatenate([unpacked[i, :length] for i, length in enumerate(lengths)])
-    np.testing.assert_allclose(packed[0, : len(row)], row, atol=2e-5)
+    for row, here in zip(unpacked, places, strict=True):
+        np.testing.assert_allclose(packed[0, here], row[: len(here)], atol=2e-5)
     assert np.isfinite(packed).all()
+    mesh = mesh_of(1, 1, 1, 1, 2)
+    params = jax.device_put(golden.params, param_shardings(golden.config, mesh))
+    placed = jax.device_put((ids, segments), NamedSharding(mesh, DEFAULT_RULES.spec("batch")))
+    np.testing.assert_allclose(forward(golden.config)(params, placed[0], None, placed[1]), packed, atol=2e-5)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -161,6 +167,9 @@ def test_default_positions_restart_with_each_segment():
     segments = jnp.array([[0, 0, 1, 1, 1, 2, 2], [1, 1, 3, 3, 3, 0, 0]])
     tokens = place_tokens(jnp.zeros_like(segments), None, segments)
     np.testing.assert_array_equal(tokens.positions, [[0, 1, 0, 1, 2, 0, 1], [0, 1, 0, 1, 2, 0, 1]])
+    positions, segments = make_branches(4, 60, np.random.default_rng(0))
+    found = np.asarray(place_tokens(segments, None, jnp.asarray(segments)).positions)
+    np.testing.assert_array_equal(found[segments > 0], positions[segments > 0])
     plain = place_tokens(jnp.zeros((2, 3), jnp.int32), None, None)
     np.testing.assert_array_equal(plain.positions, [[0, 1, 2]] * 2)
     np.testing.assert_array_equal(plain.segments, np.ones((2, 3)))

@@ -53,6 +53,14 @@ def finished(config, tmp_path_factory) -> loop.RunResult:
     return pretrain.train(dataclasses.replace(config, workdir=str(tmp_path_factory.mktemp("run") / "whole")))
 
 
+@pytest.fixture(scope="module")
+def half(config, tmp_path_factory) -> Path:
+    """The folder of a run of the first 4 of its 8 steps; to be copied."""
+    return pretrain.train(
+        dataclasses.replace(config, workdir=str(tmp_path_factory.mktemp("half") / "run"), num_steps=4)
+    ).workdir
+
+
 def test_learns_and_writes_everything(config, finished):
     metrics = read_metrics(finished.workdir / "metrics.jsonl")
     assert [m["step"] for m in metrics] == list(range(1, 9))
@@ -154,10 +162,9 @@ def test_a_checkpoint_is_written_before_its_evaluation_begins(config, tmp_path, 
     assert order == [0, "save", 4]
 
 
-def test_a_resume_with_another_batch_counts_what_was_trained_on(config, tokenizer, tmp_path, capsys):
-    workdir = tmp_path / "run"
+def test_a_resume_with_another_batch_counts_what_was_trained_on(config, half, tmp_path, capsys):
+    workdir = shutil.copytree(half, tmp_path / "run")
     run = dataclasses.replace(config, workdir=str(workdir), num_steps=4)
-    pretrain.train(run)
     data = dataclasses.replace(config.data, global_batch_size=16)
     kept = CheckpointConfig(save_every=4, keep_last=1, keep_every_tokens=1536)
     more = dataclasses.replace(run, resume="auto", num_steps=8, data=data, checkpoint=kept)
@@ -212,9 +219,9 @@ def test_another_tokenizer_is_refused_unless_it_is_meant(config, finished, token
     assert (workdir / "tokenizer_until_step_8.model").read_bytes() == tokenizer.path.read_bytes()
 
 
-@pytest.mark.parametrize("name", ["exp%20a b#1", "x:y;z=1,|'\"$& 実験"])
-def test_names_with_special_characters_are_plain_names(config, finished, tokenizer, tmp_path, name):
+def test_names_with_special_characters_are_plain_names(config, finished, tokenizer, tmp_path):
     """Of the run's folder, of its rows and of its tokenizer; the last part and one above."""
+    name = "exp%20a b#1 x:y;z=1,|'\"$& 実験"
     place = tmp_path / name / name
     rows = shutil.copytree(config.data.sources[0].path, place / "rows" / name)
     (place / "tokenizer").mkdir()
@@ -269,12 +276,11 @@ def test_the_resume_that_is_verified_at_the_end_keeps_its_checkpoint(config, fin
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(fsdp=4, tensor=2), MeshConfig(fsdp=2, fsdp_inner=2, context=2)], ids=str)
-def test_resumes_on_another_mesh(config, finished, tmp_path, mesh, capsys):
+def test_resumes_on_another_mesh(config, half, finished, tmp_path, mesh, capsys):
     """Also one that cuts sequences, on which it writes its samples too."""
-    part = dataclasses.replace(config, workdir=str(tmp_path / "run"), num_steps=4)
-    pretrain.train(part)
+    workdir = shutil.copytree(half, tmp_path / "run")
     sample = SampleConfig(prompts=("def ",), max_new_tokens=4)
-    other = dataclasses.replace(part, num_steps=8, resume="auto", mesh=mesh, sample=sample)
+    other = dataclasses.replace(config, workdir=str(workdir), resume="auto", mesh=mesh, sample=sample)
     result = pretrain.train(other)
     assert "--- 'def ' goes on:" in capsys.readouterr().out
     metrics, whole = (read_metrics(r.workdir / "metrics.jsonl") for r in (result, finished))

@@ -1,0 +1,134 @@
+"""Preferences and checkable rewards for the demo: pairs of answers of which one is known to be better, and prompts.
+
+All are made of the tasks of `align.demo`. What is preferred is a rule that a reward model of a few million parameters
+can learn in minutes: the right answer to a wrong one, an answer in the language of the question to one in another, a
+short answer to one that repeats itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bc2_jax.align.demo import DemoRows, make_tasks
+from bc2_jax.data.demo_corpus import demo_documents
+from bc2_jax.data.pinned_package import default_cache, publish_folder, require_writable
+
+_FORMAT = 1
+_TASKS, _TASK_SEED = 6000, 1
+"""Other ones than those of supervised fine-tuning."""
+_PAIRS, _HELD_OUT_PAIRS = 3000, 300
+GAPS = {"repeats itself": 1, "other language": 3, "wrong": 5}
+"""How much better the preferred answer is, by what is the matter with the other: the scale of the reward report."""
+
+_OPPOSITE = {"even": "odd", "单数": "双数", "yes": "no", "提到了": "没有"}
+_OPPOSITE |= {wrong: right for right, wrong in _OPPOSITE.items()}
+_TRANSLATION = {
+    "even": "双数", "odd": "单数", "yes": "提到了", "no": "没有", "Chinese": "中文", "English": "英文",
+}  # fmt: skip
+_TRANSLATION |= {chinese: english for english, chinese in _TRANSLATION.items()}
+_LANGUAGES = {"en": ("Chinese", "English", "Python"), "zh": ("中文", "英文", "Python")}
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoPreferences:
+    """Files made by `prepare_preferences`, JSON Lines."""
+
+    pairs: Path
+    """Pairs to train on: prompt, chosen, rejected, class, gap."""
+    held_out: Path
+    """Pairs of other tasks."""
+    prompts: Path
+    """Prompts with what their answers are checked by: answer, language."""
+    questions: Path
+    """The held-out questions of the chat demo."""
+
+
+def prepare_preferences(chat: DemoRows, cache: str | os.PathLike[str] | None = None) -> DemoPreferences:
+    """Makes the files, once; none of their tasks is among the held-out questions of the chat demo.
+
+    The folder in `cache` is named by a hash of what is in it, and appears complete or not at all.
+    """
+    cache = Path(cache) if cache is not None else default_cache()
+    with chat.questions.open(encoding="utf-8") as lines:
+        asked = {_question(json.loads(line)) for line in lines}
+    tasks = make_tasks(demo_documents(cache), _TASKS, _TASK_SEED)
+    tasks = [task for task in tasks if task[0]["content"] not in asked]
+    pairs = make_pairs(tasks)
+    prompts = [
+        {"prompt": question["content"], "answer": answer["content"], "language": language_of(question["content"])}
+        for question, answer in tasks
+    ]
+    files = {"pairs": pairs[_HELD_OUT_PAIRS:][:_PAIRS], "held_out": pairs[:_HELD_OUT_PAIRS], "prompts": prompts}
+    key = hashlib.sha256(json.dumps([files, _FORMAT]).encode()).hexdigest()[:16]
+    folder = cache / f"demo-preferences-{key}"
+    pairs_file, held_out, prompts_file = (folder / f"{name}.jsonl" for name in files)
+    made = DemoPreferences(pairs_file, held_out, prompts_file, chat.questions)
+    if folder.is_dir():
+        return made
+    require_writable(cache)
+    temporary = cache / f".{folder.name}.{uuid.uuid4().hex}.incomplete"
+    temporary.mkdir()
+    try:
+        for name, records in files.items():
+            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            (temporary / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        publish_folder(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return made
+
+
+def make_pairs(tasks: Sequence[Sequence[Mapping[str, str]]], seed: int = 0) -> list[dict[str, Any]]:
+    """A pair for each task, a question and its right answer; the same arguments give the same ones."""
+    rng = random.Random(seed)
+    pairs = []
+    for question, answer in tasks:
+        text, right = question["content"], answer["content"]
+        # None where there is no such answer.
+        worse = {
+            "wrong": wrong_answer(text, right, rng),
+            "other language": _TRANSLATION.get(right),
+            "repeats itself": " ".join([right] * rng.randrange(3, 7)),
+        }
+        names = rng.sample(list(worse), k=len(worse))
+        if rng.random() < 0.5:  # the hardest to tell: most pairs are of it
+            names.insert(0, "wrong")
+        name = next(name for name in names if worse[name] is not None)
+        pairs.append({"prompt": text, "chosen": right, "rejected": worse[name], "class": name, "gap": GAPS[name]})
+    return pairs
+
+
+def wrong_answer(question: str, right: str, rng: random.Random) -> str:
+    """An answer of the same kind as the right one."""
+    if right.isdecimal():
+        return str(max(0, int(right) + rng.choice([-3, -2, -1, 1, 2, 3])) if right != "0" else rng.randrange(1, 4))
+    if right in _OPPOSITE:
+        return _OPPOSITE[right]
+    return rng.choice([other for other in _LANGUAGES[language_of(question)] if other != right])
+
+
+def language_of(text: str) -> str:
+    """zh for text that begins with Chinese, en for other: tasks ask in one language, perhaps about a text in another.
+
+    A number may stand in front.
+    """
+    letters = (character for character in text if character.isalpha())
+    return "zh" if "\u4e00" <= next(letters, "a") <= "\u9fff" else "en"
+
+
+def is_right(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """A reward function: 1 for the answer that the prompt's record has, but for blanks around it, else 0."""
+    return [float(answer.strip() == row["answer"]) for answer, row in zip(answers, rows, strict=True)]
+
+
+def _question(conversation: Mapping[str, Any]) -> str:
+    return next(message["content"] for message in conversation["messages"] if message["role"] == "user")

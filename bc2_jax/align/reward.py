@@ -1,0 +1,241 @@
+"""Reward models (InstructGPT, arXiv 2203.02155): one number for each answer, trained on which of two is preferred.
+
+The rows are pairs (`align/pairs.py`): a prompt once, and both answers as branches of it. The reward of an answer is the
+value at its last token, its eos.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+
+from bc2_jax.align import tuning
+from bc2_jax.align.pair_preparation import prepare_sources
+from bc2_jax.align.pairs import CHOSEN, REJECTED, branch_last, has_pair
+from bc2_jax.align.preference import reward_loss
+from bc2_jax.align.reward_results import print_plan, show_rewards
+from bc2_jax.align.row_preparation import MARGINS
+from bc2_jax.align.sft import SEED, place_seeds
+from bc2_jax.config import RewardConfig
+from bc2_jax.convert.pretrained import find_any_model
+from bc2_jax.convert.reward import ADAPTER, load_backbone, load_reward_model, load_score
+from bc2_jax.data.batch import Batch, Rows, abstract_batch
+from bc2_jax.data.corpus import list_parts
+from bc2_jax.data.row_values import RowValues
+from bc2_jax.model.baichuan import Params
+from bc2_jax.model.lora import abstract_adapter, init_adapter, with_adapter
+from bc2_jax.model.reward import (
+    SCORE,
+    RewardModel,
+    abstract_reward_params,
+    backbone_of,
+    init_score,
+    reward_params_from,
+    split_reward_model,
+)
+from bc2_jax.sharding import spec
+from bc2_jax.train import pretrain
+from bc2_jax.train.job import Job, Objective, Parts, StepParts, abstract_state, init_state
+from bc2_jax.train.loop import RunResult, Start, run
+from bc2_jax.validation import require
+
+PURPOSE = "a reward model begins from a chat or base model, or an earlier reward model"
+MARGIN = "margin"
+"""Field of a batch, fp32 [A, B, P]: by how much the chosen answer of each pair should win."""
+_SUMMED = ("loss", "pairs", "right", "chosen", "rejected", "chosen_square", "rejected_square", "square", "asked")
+
+
+def train(config: RewardConfig, command: str = "train.py", started: float | None = None) -> RunResult:
+    """Trains a reward model as `config` says; as `loop.run`."""
+    return run(complete(config), make_job, command, started)
+
+
+def complete(config: RewardConfig) -> RewardConfig:
+    """`config` with what depends on the model that it begins from and on the pairs, which are packed into rows where
+    its sources name files of pairs. Raises as `tuning.complete` and `prepare_sources`, and ValueError for what only a
+    language model does at its end."""
+    for field, value, none in (
+        ("sample.prompts", config.sample.prompts, ()), ("ngram_baselines", config.ngram_baselines, False)
+    ):  # fmt: skip
+        require(value == none, field, value, f"it must be {none!r}: a reward model scores answers and writes no text")
+    require(
+        not config.export_hf or config.model.position_embedding == "rope", "export_hf", config.export_hf,
+        "it must be False for a model with ALiBi, which LlamaForSequenceClassification does not have",
+    )  # fmt: skip
+    return tuning.complete(prepare_sources(tuning.with_tokenizer_of_base(config, PURPOSE)), PURPOSE)
+
+
+def make_step(config: RewardConfig, mesh: Mesh) -> StepParts:
+    """The step of a run: of all parameters, or of adapters and the score beside a frozen backbone."""
+    places = tuning.count_places(config.data)
+    parts = tuning.make_step(config, mesh, make_objective(config, places))
+    model, dtype = config.model, config.compute.dtype
+    head = 2 * model.vocab_size * model.hidden_size * config.data.sequence_length * config.data.global_batch_size
+    abstract = abstract_reward_params(model, mesh)
+    parts = parts._replace(
+        state=abstract_state(abstract, parts.optimizer),
+        flops_per_step=parts.flops_per_step - (2 if config.lora.rank else 3) * head,  # there is no head
+    )
+    if config.reward.use_margins:
+        fields = find_margins(config, places)
+        parts = parts._replace(batch=abstract_batch(config.data, mesh, {MARGIN: places}), fields=fields)
+    if not config.lora.rank:
+        return parts
+    trained = {ADAPTER: abstract_adapter(config.lora, model, mesh), SCORE: abstract[SCORE]}
+    return parts._replace(
+        state=abstract_state(trained, parts.optimizer),
+        frozen=backbone_of(abstract_reward_params(model, mesh, dtype)),
+        load_frozen=lambda: load_backbone(str(config.init_from), dtype, mesh)[0],
+        **with_seeds(config, mesh, parts.batch),
+    )
+
+
+def with_seeds(config: RewardConfig, mesh: Mesh, batch: Batch) -> dict[str, Any]:
+    """What makes batches have the seeds of the adapters' dropout; nothing without it."""
+    if not config.lora.dropout:
+        return {}
+    sharding = NamedSharding(mesh, spec(None))
+    seed = {SEED: jax.ShapeDtypeStruct((config.data.accumulation_steps,), jnp.uint32, sharding=sharding)}
+    return {"batch": batch | seed, "complete": lambda step, batch: batch | {SEED: place_seeds(config, mesh, step)}}
+
+
+def find_margins(config: RewardConfig, places: int) -> Callable[[Rows], Rows]:
+    """`StepParts.fields`: MARGIN of rows, from what was kept beside them when they were packed; 0 where nothing was."""
+
+    @functools.cache
+    def kept() -> list[RowValues]:  # when it is asked for: a step may be compiled before its rows are there
+        folders = [part.path for source in config.data.sources for part in list_parts(source.path)]
+        paths = [folder / MARGINS for folder in dict.fromkeys(folders)]
+        return [RowValues.load(path) for path in paths if path.is_file()]
+
+    def fields(rows: Rows) -> Rows:
+        margins = np.zeros((len(rows["input_ids"]), places), np.float32)
+        for values in kept():
+            found, missing = values.find(rows)
+            margins[~missing, : values.width] = found[~missing]
+        return {MARGIN: margins}
+
+    return fields
+
+
+def make_job(config: RewardConfig, start: Start) -> Job:
+    """The run of `config`, from `complete`. Raises as `pretrain.make_job`, and ValueError if a run of adapters is
+    resumed with another base model."""
+    step = make_step(config, start.mesh)
+    job = pretrain.make_job(config, start, step)
+    if config.lora.rank:
+        frozen, base = tuning.load_base(config, start, step.load_frozen)
+        job = job._replace(
+            frozen=frozen, metadata=job.metadata | base, flops_per_step=step.flops_per_step,
+            flops_formula=tuning.adapter_flops(config)[1],
+        )  # fmt: skip
+
+    def begin(workdir: Path) -> None:
+        job.begin(workdir)
+        print_plan(config, tuning.count_places(config.data), start)
+
+    return job._replace(
+        init_state=lambda: init_state(init_trained(config, job.frozen, start.mesh), step.optimizer),
+        begin=begin,
+        finish=lambda checkpoint, params: show_rewards(config, checkpoint, start),
+    )
+
+
+def init_trained(config: RewardConfig, frozen: Params, mesh: Mesh) -> Params:
+    """The parameters that are trained, as they begin: those of `config.init_from` in fp32, with a new score where it is
+    a language model; or new adapters, and a score, beside `frozen`."""
+    base, model = str(config.init_from), config.model
+    is_reward_model = find_any_model(base).is_reward_model
+    if not config.lora.rank:
+        load = load_reward_model if is_reward_model else load_backbone
+        params = load(base, "float32", mesh)[0]
+        return reward_params_from(params, model, config.seed, mesh)
+    score = load_score(base, mesh) if is_reward_model else init_score(model, config.seed, mesh)
+    return {ADAPTER: init_adapter(config.lora, model, frozen, config.seed, mesh), SCORE: score}
+
+
+# ----------------------------------------------------------------------------------------------------------- objective
+
+
+def make_objective(config: RewardConfig, most_pairs: int) -> Objective:
+    """`reward_loss` of pairs, of which a row holds at most `most_pairs`; every pair of a batch has the same weight."""
+    centring, build = config.reward.centring, make_build(config)
+
+    def count_pairs(segments_BT: Array) -> Array:
+        return jnp.sum(has_pair(segments_BT, most_pairs), dtype=jnp.float32)
+
+    def loss(params: Params, frozen: Params, batch: Batch) -> tuple[Array, Parts]:
+        segments_BT = batch["segment_ids"]
+        values_BT = build(params, frozen, batch).values(batch["input_ids"], batch["positions"], segments_BT)
+        rewards = branch_last(values_BT, segments_BT, most_pairs)
+        chosen, rejected, counts = rewards[..., CHOSEN], rewards[..., REJECTED], has_pair(segments_BT, most_pairs)
+        margin = batch[MARGIN] if MARGIN in batch else jnp.zeros_like(chosen)
+        losses = reward_loss(chosen, rejected, margin, centring)
+        values = {
+            "loss": losses, "pairs": jnp.ones_like(losses),
+            "right": (chosen > rejected) + 0.5 * (chosen == rejected),
+            "chosen": chosen, "rejected": rejected, "chosen_square": chosen**2, "rejected_square": rejected**2,
+            "square": (chosen - rejected) ** 2, "asked": margin,
+        }  # fmt: skip
+        sums = {name: jnp.sum(jnp.where(counts, x, 0), dtype=jnp.float32) for name, x in values.items()}
+        largest = jnp.max(jnp.where(counts[..., None], jnp.abs(rewards), 0))
+        return sums["loss"], Parts(sums, {"largest_reward": largest})
+
+    return Objective(
+        loss=loss,
+        weight=lambda batch: jnp.sum(jax.vmap(count_pairs)(batch["segment_ids"])),
+        metrics=mean_metrics,
+        summary=lambda metrics: (
+            f"loss {metrics['loss']:.4f}, accuracy {metrics['accuracy']:.1%}, reward {metrics['chosen_reward']:.3f} "
+            f"chosen, {metrics['rejected_reward']:.3f} rejected"
+        ),
+    )
+
+
+def mean_metrics(parts: Parts) -> dict[str, Array]:
+    """Sums over pairs -> means, and spreads (standard deviations): of rewards, and of the margin between the two."""
+    total = jnp.maximum(parts.sums["pairs"], 1.0)
+    means = {name: parts.sums[name] / total for name in _SUMMED}
+    margin, mean = means["chosen"] - means["rejected"], (means["chosen"] + means["rejected"]) / 2
+
+    def spread(square: Array, mean: Array) -> Array:
+        return jnp.sqrt(jnp.maximum(square - mean**2, 0))
+
+    return {
+        "loss": means["loss"],
+        "accuracy": means["right"],
+        "chosen_reward": means["chosen"],
+        "rejected_reward": means["rejected"],
+        "chosen_reward_std": spread(means["chosen_square"], means["chosen"]),
+        "rejected_reward_std": spread(means["rejected_square"], means["rejected"]),
+        "reward_margin": margin,
+        "reward_margin_std": spread(means["square"], margin),
+        "reward_mean": mean,
+        "reward_std": spread((means["chosen_square"] + means["rejected_square"]) / 2, mean),
+        "margin_asked": means["asked"],
+        "pairs": parts.sums["pairs"],
+        "largest_reward": parts.maxima["largest_reward"],
+    }
+
+
+def make_build(config: RewardConfig) -> Callable[[Params, Params, Batch], RewardModel]:
+    """(trained parameters, frozen ones, a micro-batch) -> the reward model."""
+    graphdef, _, _ = split_reward_model(config.model, config.compute)
+
+    def build(params: Params, frozen: Params, batch: Batch) -> RewardModel:
+        if not config.lora.rank:
+            return nnx.merge(graphdef, params)
+        model = nnx.merge(graphdef, frozen | {SCORE: params[SCORE]})
+        key = jax.random.key(batch[SEED]) if SEED in batch else None  # held-out pairs have none
+        return with_adapter(model, config.lora, params[ADAPTER], key)
+
+    return build
