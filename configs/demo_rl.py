@@ -33,7 +33,7 @@ def config() -> RLConfig:
         ppo=PPOConfig(
             prompts=(PREPARED,), reward_model=REWARD_MODEL, reward_model_weight=0.2,
             reward_functions=("bc2_jax.align.demo_preferences:is_right", "bc2_jax.align.checkable:same_language"),
-            prompts_per_step=64, max_prompt_tokens=72, max_new_tokens=24, rollout_rows=64, minibatches=4,
+            prompts_per_step=64, max_prompt_tokens=50, max_new_tokens=24, rollout_rows=64, minibatches=4,
             kl_start=0.1, kl_end=0.02, kl_steps=40, critic_warmup_steps=4, cut_penalty=1.0, critic_learning_rate=3e-4,
         ),
         optimizer=OptimizerConfig(
