@@ -191,7 +191,7 @@ def make_objective(config: DPOConfig, most_pairs: int) -> Objective:
     plain = pretrain.make_objective(config.model, config.compute)
     return Objective(
         loss=loss,
-        weight=lambda batch: jnp.sum(jax.lax.map(count_pairs, batch["segment_ids"])),
+        weight=lambda batch: jnp.sum(jax.vmap(count_pairs)(batch["segment_ids"])),
         metrics=lambda parts: mean_metrics(parts, options.beta),
         norms=plain.norms,
         summary=lambda metrics: (
