@@ -27,14 +27,14 @@ def config() -> DPOConfig:
         mesh=reward.mesh,
         dpo=DPOOptions(beta=0.1, sft_weight=0.2),
         optimizer=OptimizerConfig(
-            peak_learning_rate=1e-4, min_learning_rate=1e-5, warmup_steps=5, decay_steps=40, b2=0.98, weight_decay=0.0,
+            peak_learning_rate=1e-4, min_learning_rate=1e-5, warmup_steps=5, decay_steps=30, b2=0.98, weight_decay=0.0,
             clip_norm=1.0,
         ),
         questions=QuestionsConfig(path=PREPARED, limit=100, max_new_tokens=24),
-        checkpoint=dataclasses.replace(reward.checkpoint, save_every=40),
-        num_steps=40,
-        log_every=20,
-        eval_every=40,
+        checkpoint=dataclasses.replace(reward.checkpoint, save_every=30),
+        num_steps=30,
+        log_every=10,
+        eval_every=30,
     )  # fmt: skip
 
 

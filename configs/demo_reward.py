@@ -9,7 +9,7 @@ import dataclasses
 import runpy
 from pathlib import Path
 
-from bc2_jax.config import DataConfig, OptimizerConfig, RewardConfig, SourceConfig
+from bc2_jax.config import DataConfig, MeshConfig, OptimizerConfig, RewardConfig, SourceConfig
 
 FILE = Path(__file__)
 CHAT = runpy.run_path(str(FILE.with_name("demo_chat.py")))
@@ -29,15 +29,15 @@ def config() -> RewardConfig:
             sources=(SourceConfig(path=PREPARED),), tokenizer=TOKENIZER, sequence_length=256, global_batch_size=8,
         ),
         compute=chat.compute,
-        mesh=chat.mesh,
+        mesh=MeshConfig(fsdp=2, num_cpu_devices=2),
         optimizer=OptimizerConfig(
-            peak_learning_rate=3e-4, min_learning_rate=3e-5, warmup_steps=5, decay_steps=60, b2=0.98, weight_decay=1e-4,
+            peak_learning_rate=3e-4, min_learning_rate=3e-5, warmup_steps=5, decay_steps=40, b2=0.98, weight_decay=1e-4,
             clip_norm=1.0,
         ),
-        checkpoint=dataclasses.replace(chat.checkpoint, save_every=60),
-        num_steps=60,
+        checkpoint=dataclasses.replace(chat.checkpoint, save_every=40),
+        num_steps=40,
         log_every=20,
-        eval_every=30,
+        eval_every=20,
     )  # fmt: skip
 
 

@@ -31,21 +31,21 @@ def config() -> RLConfig:
         compute=reward.compute,
         mesh=reward.mesh,
         ppo=PPOConfig(
-            prompts=(PREPARED,), reward_model=REWARD_MODEL, reward_model_weight=0.2,
+            prompts=(PREPARED,), reward_model=REWARD_MODEL, reward_model_weight=0.1,
             reward_functions=("bc2_jax.align.demo_preferences:is_right", "bc2_jax.align.checkable:same_language"),
             prompts_per_step=64, max_prompt_tokens=50, max_new_tokens=24, rollout_rows=64, minibatches=4,
-            kl_start=0.1, kl_end=0.02, kl_steps=40, critic_warmup_steps=4, cut_penalty=1.0, critic_learning_rate=3e-4,
+            kl_start=0.1, kl_end=0.02, kl_steps=24, critic_warmup_steps=3, cut_penalty=1.0, critic_learning_rate=6e-4,
         ),
         optimizer=OptimizerConfig(
-            peak_learning_rate=5e-5, min_learning_rate=5e-5, warmup_steps=0, decay_steps=1, weight_decay=0.0,
+            peak_learning_rate=3e-4, min_learning_rate=3e-4, warmup_steps=0, decay_steps=1, weight_decay=0.0,
             clip_norm=0.5,
         ),
         health=HealthConfig(spike_deviations=0.0),
         questions=QuestionsConfig(path=PREPARED, limit=100, max_new_tokens=24),
-        checkpoint=dataclasses.replace(reward.checkpoint, save_every=20),
-        num_steps=40,
+        checkpoint=dataclasses.replace(reward.checkpoint, save_every=12),
+        num_steps=24,
         log_every=4,
-        eval_every=20,
+        eval_every=24,
     )  # fmt: skip
 
 
