@@ -154,7 +154,7 @@ def test_continuations_say_what_is_known(model):
         assert c.tokens == (tokens[: tokens.index(eos) + 1] if eos in tokens else tokens)
         assert c.reason == ("eos" if eos in tokens else "length")
         assert len(c.log_probs) == len(c.tokens)
-    logits = jax.jit(lambda ids: model(ids))(jnp.array([PROMPTS[0] + found[0].tokens]))[0, len(PROMPTS[0]) - 1 : -1]
+    logits = model(jnp.array([PROMPTS[0] + found[0].tokens]))[0, len(PROMPTS[0]) - 1 : -1]
     expected = jax.nn.log_softmax(logits)[jnp.arange(len(found[0].tokens)), jnp.array(found[0].tokens)]
     np.testing.assert_allclose(found[0].log_probs, expected, atol=1e-5)
     assert continue_prompts(model, PROMPTS[:1], settings)[0].log_probs is None
@@ -166,7 +166,7 @@ def test_log_probs_are_of_the_logits_before_sampling(small):
         max_new_tokens=12, temperature=2.0, top_k=8, top_p=0.9, repetition_penalty=1.5, seed=4, vocab_size=20
     )
     (found,) = continue_prompts(small, [[5, 6, 7]], settings, log_probs=True)
-    logits = jax.jit(lambda ids: small(ids))(jnp.array([[5, 6, 7, *found.tokens]]))[0, 2:-1]
+    logits = small(jnp.array([[5, 6, 7, *found.tokens]]))[0, 2:-1]
     expected = jax.nn.log_softmax(logits)[jnp.arange(len(found.tokens)), jnp.array(found.tokens)]
     np.testing.assert_allclose(found.log_probs, expected, atol=1e-5)
 
