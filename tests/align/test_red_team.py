@@ -158,6 +158,7 @@ def test_a_model_is_known_by_its_files(models):
 
 def test_the_program(models, tmp_path, monkeypatch, capsys):
     """Answers, scores, before and after, files; again without a model."""
+    monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "judge.py").write_text(
         "def judge(prompts, answers, rows):\n"

@@ -106,7 +106,8 @@ def places(tmp_path_factory, small_tokenizer) -> tuple[Path, Path]:
     return run, folder / "pairs.jsonl"
 
 
-def test_the_tool(places, tmp_path, capsys):
+def test_the_tool(places, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
     run, pairs = places
     picture, file = tmp_path / "a.png", tmp_path / "a.json"
     assert TOOL([str(run), str(pairs), "--picture", str(picture), "--json", str(file)]) == 0
