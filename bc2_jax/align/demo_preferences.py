@@ -125,9 +125,16 @@ def language_of(text: str) -> str:
     return "zh" if "\u4e00" <= next(letters, "a") <= "\u9fff" else "en"
 
 
-def is_right(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    """A reward function: 1 for the answer that the prompt's record has, but for blanks around it, else 0."""
-    return [float(answer.strip() == row["answer"]) for answer, row in zip(answers, rows, strict=True)]
+def nearness(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """A reward function: 1 for the answer that the prompt's record has; of numbers the less the farther they are, 0 from
+    twice the right one on."""
+    return [_nearness(answer.strip(), row["answer"]) for answer, row in zip(answers, rows, strict=True)]
+
+
+def _nearness(answer: str, right: str) -> float:
+    if not (answer.isdecimal() and right.isdecimal()):
+        return float(answer == right)
+    return max(0.0, 1 - abs(int(answer) - int(right)) / max(int(right), 1))
 
 
 def _question(conversation: Mapping[str, Any]) -> str:

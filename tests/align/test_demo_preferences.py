@@ -69,3 +69,11 @@ def test_no_task_is_among_the_held_out_questions(tmp_path, monkeypatch):
         made.pairs.stat().st_mtime_ns == times
         and [path.name for path in tmp_path.iterdir() if ".inc" in path.name] == []
     )
+
+
+def test_nearness_is_of_the_right_answer():
+    answers = ["12", " 12\n", "18", "24", "999", "even", "-12", ""]
+    found = demo_preferences.nearness([""] * 8, answers, [{"answer": "12"}] * 8)
+    assert found == [1, 1, 0.5, 0, 0, 0, 0, 0]
+    assert demo_preferences.nearness(["", ""], ["even", "odd"], [{"answer": "even"}] * 2) == [1, 0]
+    assert demo_preferences.nearness(["", ""], ["0", "1"], [{"answer": "0"}] * 2) == [1, 0]
