@@ -6,8 +6,8 @@ python train.py configs/demo_rl.py --ppo.algorithm grpo --ppo.answers-per-prompt
 
 Takes the model of runs/demo_chat, and trains it if it is not there. First configs/demo_reward.py and
 configs/demo_dpo.py run, if their runs are not there; then PPO begins with the chat model. Its rewards are the reward
-model's score, how near the answer is to the right one, and whether it is in the language of the question. Prints the share of
-held-out questions that are answered right before and after, and draws rewards and KL.
+model's score, how near the answer is to the right one, and whether it is in the language of the question. Prints the
+share of held-out questions that are answered right before and after, and draws rewards and KL.
 """
 
 import dataclasses
@@ -33,19 +33,19 @@ def config() -> RLConfig:
         ppo=PPOConfig(
             prompts=(PREPARED,), reward_model=REWARD_MODEL, reward_model_weight=0.1,
             reward_functions=("bc2_jax.align.demo_preferences:nearness", "bc2_jax.align.checkable:same_language"),
-            prompts_per_step=64, max_prompt_tokens=50, max_new_tokens=24, rollout_rows=64, minibatches=8,
-            kl_start=0.1, kl_end=0.02, kl_steps=24, critic_warmup_steps=3, cut_penalty=1.0, critic_learning_rate=6e-4,
+            prompts_per_step=64, max_prompt_tokens=50, max_new_tokens=24, rollout_rows=64, minibatches=4,
+            kl_start=0.1, kl_end=0.02, kl_steps=20, critic_warmup_steps=3, cut_penalty=1.0, critic_learning_rate=6e-4,
         ),
         optimizer=OptimizerConfig(
-            peak_learning_rate=1e-4, min_learning_rate=1e-4, warmup_steps=0, decay_steps=1, weight_decay=0.0,
+            peak_learning_rate=2e-4, min_learning_rate=2e-4, warmup_steps=0, decay_steps=1, weight_decay=0.0,
             clip_norm=0.5,
         ),
         health=HealthConfig(spike_deviations=0.0),
         questions=QuestionsConfig(path=PREPARED, limit=100, max_new_tokens=24),
-        checkpoint=dataclasses.replace(reward.checkpoint, save_every=12),
-        num_steps=24,
+        checkpoint=dataclasses.replace(reward.checkpoint, save_every=10),
+        num_steps=20,
         log_every=4,
-        eval_every=24,
+        eval_every=20,
     )  # fmt: skip
 
 

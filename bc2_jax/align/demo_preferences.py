@@ -126,7 +126,7 @@ def language_of(text: str) -> str:
 
 
 def nearness(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    """A reward function: 1 for the answer that the prompt's record has; of numbers the less the farther they are, 0 from
+    """A reward function: 1 for the answer that the prompt's record has; of a number the less the farther it is, 0 from
     twice the right one on."""
     return [_nearness(answer.strip(), row["answer"]) for answer, row in zip(answers, rows, strict=True)]
 
