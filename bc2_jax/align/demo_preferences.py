@@ -137,5 +137,13 @@ def _nearness(answer: str, right: str) -> float:
     return max(0.0, 1 - abs(int(answer) - int(right)) / max(int(right), 1))
 
 
+def fits_language(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """A reward function: 1 for an answer in the language of its question, and for a number, else 0."""
+    return [
+        float(not any(map(str.isalpha, answer)) or language_of(answer) == row["language"])
+        for answer, row in zip(answers, rows, strict=True)
+    ]
+
+
 def _question(conversation: Mapping[str, Any]) -> str:
     return next(message["content"] for message in conversation["messages"] if message["role"] == "user")

@@ -77,3 +77,9 @@ def test_nearness_is_of_the_right_answer():
     assert found == [1, 1, 0.5, 0, 0, 0, 0, 0]
     assert demo_preferences.nearness(["", ""], ["even", "odd"], [{"answer": "even"}] * 2) == [1, 0]
     assert demo_preferences.nearness(["", ""], ["0", "1"], [{"answer": "0"}] * 2) == [1, 0]
+
+
+def test_a_number_fits_every_language():
+    rows = [{"language": "zh"}] * 4 + [{"language": "en"}] * 3
+    answers = ["没有", "12", "", "no", "no", "没有", "Python"]
+    assert demo_preferences.fits_language([""] * 7, answers, rows) == [1, 1, 1, 0, 1, 0, 1]
