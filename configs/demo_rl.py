@@ -19,6 +19,7 @@ from bc2_jax.config import HealthConfig, OptimizerConfig, PPOConfig, QuestionsCo
 FILE = Path(__file__)
 REWARD = runpy.run_path(str(FILE.with_name("demo_reward.py")))
 PREPARED = "prepared by configs/demo_rl.py"
+RULES = "bc2_jax.align.demo_preferences"
 REWARD_MODEL, DPO = "runs/demo_reward", "runs/demo_dpo"
 
 
@@ -32,7 +33,7 @@ def config() -> RLConfig:
         mesh=reward.mesh,
         ppo=PPOConfig(
             prompts=(PREPARED,), reward_model=REWARD_MODEL, reward_model_weight=0.1,
-            reward_functions=("bc2_jax.align.demo_preferences:nearness", "bc2_jax.align.demo_preferences:fits_language"),
+            reward_functions=(f"{RULES}:nearness", f"{RULES}:fits_language"),
             prompts_per_step=64, max_prompt_tokens=50, max_new_tokens=24, rollout_rows=64, minibatches=4,
             kl_start=0.1, kl_end=0.02, kl_steps=20, critic_warmup_steps=3, cut_penalty=1.0, critic_learning_rate=6e-4,
         ),
