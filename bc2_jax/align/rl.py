@@ -220,6 +220,11 @@ def make_job(config: RLConfig, start: Start) -> Job:
         changes = list_changes(config, metadata)
         check_same_model(config, metadata, start.workdir)
         check_changes(config, metadata, start.workdir, changes)
+        require(
+            config.seed == metadata.config["seed"], "seed", config.seed,
+            f"prompts and sampling follow from it, and the run in '{start.workdir}' began with "
+            f"{metadata.config['seed']}",
+        )  # fmt: skip
     tokenizer, sha256 = Tokenizer(config.tokenizer), file_sha256(config.tokenizer)
     _check_tokenizers(config, start, tokenizer, sha256)
     check_exports(config, start.workdir)

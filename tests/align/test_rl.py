@@ -118,6 +118,11 @@ def test_an_iteration_is_identical_when_it_is_done_again(grpo, capsys):
     assert replay([str(grpo.workdir), "--step", "3", "--batch", "nowhere.npz"]) == 2
 
 
+def test_a_run_goes_on_with_its_own_seed(config, grpo):
+    with pytest.raises(ValueError, match="seed = 5 is not valid: prompts and sampling follow from it"):
+        run(grpo_of(config), grpo.workdir, seed=5, num_steps=9, verify_resume_steps=0)
+
+
 class Killed(BaseException):
     """Nothing catches it: what is not on disk is gone."""
 
