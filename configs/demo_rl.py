@@ -35,7 +35,7 @@ def config() -> RLConfig:
             prompts=(PREPARED,), reward_model=REWARD_MODEL, reward_model_weight=0.1,
             reward_functions=(f"{RULES}:nearness", f"{RULES}:fits_language"),
             prompts_per_step=64, max_prompt_tokens=50, max_new_tokens=24, rollout_rows=64, minibatches=4,
-            kl_start=0.1, kl_end=0.02, kl_steps=20, critic_warmup_steps=3, cut_penalty=1.0, critic_learning_rate=6e-4,
+            kl_start=0.1, kl_end=0.02, kl_steps=16, critic_warmup_steps=2, cut_penalty=1.0, critic_learning_rate=6e-4,
         ),
         optimizer=OptimizerConfig(
             peak_learning_rate=2e-4, min_learning_rate=2e-4, warmup_steps=0, decay_steps=1, weight_decay=0.0,
@@ -43,10 +43,10 @@ def config() -> RLConfig:
         ),
         health=HealthConfig(spike_deviations=0.0),
         questions=QuestionsConfig(path=PREPARED, limit=100, max_new_tokens=24),
-        checkpoint=dataclasses.replace(reward.checkpoint, save_every=10),
-        num_steps=20,
+        checkpoint=dataclasses.replace(reward.checkpoint, save_every=8),
+        num_steps=16,
         log_every=4,
-        eval_every=20,
+        eval_every=16,
     )  # fmt: skip
 
 
