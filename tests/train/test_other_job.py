@@ -78,7 +78,7 @@ def finished(config, tmp_path_factory) -> loop.RunResult:
 
 def test_only_the_head_is_trained_and_saved(config, finished):
     losses = [line["validation_loss"] for line in read_metrics(finished.workdir / "metrics.jsonl")[:: config.num_steps]]
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
     with jax.set_mesh(jax.tree.leaves(frozen_models[0])[0].sharding.mesh):
         expected = init_params(config.model, config.seed, jax.sharding.get_mesh())
     jax.tree.map(np.testing.assert_array_equal, frozen_models[0], expected)
