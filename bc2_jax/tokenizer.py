@@ -14,7 +14,7 @@ import operator
 import os
 import re
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import SupportsIndex
 
@@ -88,6 +88,10 @@ class Tokenizer:
         # The released model holds reserved pieces as user-defined symbols, which SentencePiece finds in any text.
         self._forgeable = {piece for i, piece in reserved.items() if not self._model.is_control(i)}
         self._special_ids = {PAD_ID, BOS_ID, EOS_ID, *reserved}
+
+    def __reduce__(self) -> tuple[Callable[[Path], Tokenizer], tuple[Path]]:
+        """Another process is given the path, and reads the file once, however often it is given this tokenizer."""
+        return _read_once, (self.path,)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -200,6 +204,11 @@ class Tokenizer:
                     parts.append(text[start : match.start() + 1])
                     start = match.start() + 1
         return [*parts, text[start:]]
+
+
+@functools.cache
+def _read_once(path: Path) -> Tokenizer:
+    return Tokenizer(path)
 
 
 def _check_texts(texts: Sequence[str]) -> None:

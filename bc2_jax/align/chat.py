@@ -37,7 +37,7 @@ class Encoder(Protocol):
 
 
 class Problem(NamedTuple):
-    """Why messages are no conversation."""
+    """Why messages are not a conversation."""
 
     place: int | None
     """Of the message; None if it is not about one."""
@@ -117,9 +117,10 @@ def encode_pair(
     tokenizer: Encoder, prompt: Sequence[Message], chosen: Sequence[Message], rejected: Sequence[Message],
     max_length: int, most_tokens: int, drop_rounds: bool = True,
 ) -> EncodedPair:  # fmt: skip
-    """A pair of answers to the same messages; each begins with an assistant's message and may go on.
+    """Encodes a prompt with its chosen and its rejected answer.
 
-    Prompt and longer answer have at most `max_length` tokens, prompt and both at most `most_tokens`. To fit, the oldest
+    An answer is a list of messages that begins with the assistant's; further rounds may follow. Prompt and longer
+    answer have at most `max_length` tokens, prompt and both at most `most_tokens`. To fit, the oldest
     rounds of the prompt go (`drop_rounds`), but never its last; then the ends of the answers, of the longer one first.
     Where the prompt alone is too long, nothing is left of them. Raises ValueError as `encode_conversation`.
     """

@@ -27,10 +27,9 @@ from bc2_jax.validation import show
 
 EQUAL = "chosen and rejected are the same tokens"
 """Reason why nothing is left of a pair; what told them apart may have been cut off."""
-
-
 _SCORES = ("score_chosen", "score_rejected")
 _LARGEST = 3.4e38
+"""Of fp32, nearly."""
 
 
 class Pair(NamedTuple):
@@ -42,24 +41,24 @@ class Pair(NamedTuple):
 
 
 def as_pair(found: Sample | Invalid) -> Sample | Invalid:
-    """A preference pair with its margin; Invalid where that is no finite number, or what was found is no pair.
+    """A preference pair with its margin: the field `margin`, or else score_chosen - score_rejected.
 
-    The margin is the field `margin`, or else score_chosen - score_rejected.
+    Returns Invalid for a sample that is not a preference pair, and if the margin or a score is not a finite number.
     """
     if isinstance(found, Invalid):
         return found
     if found.rejected is None:
-        return Invalid("no preference pair (chosen and rejected are needed)", found.where)
+        return Invalid("not a preference pair (chosen and rejected are needed)", found.where)
     record = found.fields
     for field in ("margin", *_SCORES):
         if not _is_finite(record.get(field, 0)):
-            return Invalid(f"{field} is no finite number ({show(record[field])})", found.where)
+            return Invalid(f"{field} is not a finite number ({show(record[field])})", found.where)
     scores = [record[field] for field in _SCORES if field in record]
     if len(scores) == 1:
         return Invalid(f"only one of {' and '.join(_SCORES)} (both or neither are needed)", found.where)
     margin = record.get("margin", scores[0] - scores[1] if scores else None)
     if not _is_finite(margin or 0):
-        return Invalid(f"{' - '.join(_SCORES)} is no finite number", found.where)
+        return Invalid(f"{' - '.join(_SCORES)} is not a finite number", found.where)
     return dataclasses.replace(found, margin=None if margin is None else float(margin))
 
 

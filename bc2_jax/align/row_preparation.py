@@ -26,7 +26,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -34,20 +33,13 @@ from bc2_jax.align.chat_rows import EncodedSamples, pack_best_fit
 from bc2_jax.align.formats import Sample, find_files, read_file
 from bc2_jax.align.preparation_settings import Content, Conversations, FileCounts, Settings
 from bc2_jax.data.batch import row_to_example
-from bc2_jax.data.packing import (
-    Manifest,
-    Split,
-    SplitInfo,
-    check_out_dir,
-    publish,
-    write_manifest,
-)
+from bc2_jax.data.out_folder import own_folder
+from bc2_jax.data.packing import Split, SplitInfo, make_manifest, write_manifest
 from bc2_jax.data.processes import ProcessPool
 from bc2_jax.data.records import Invalid
 from bc2_jax.data.row_file import TARGET, RowFilesWriter, token_ids
 from bc2_jax.data.row_values import RowValues, digest_rows
 from bc2_jax.data.text_files import TextFile, printable
-from bc2_jax.files import lock
 from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.validation import require
 
@@ -83,30 +75,24 @@ def prepare(
 
     It appears complete or not at all, and depends on the input, the settings and the tokenizer alone, not on the number
     of processes. Memory grows by about 500 bytes a sample, not with its length; the tokens are twice on disk meanwhile.
-    Raises FileExistsError if `out_dir` is there, unless `overwrite`, which only ever replaces packed rows; InUse if
+    Raises FileExistsError if `out_dir` exists, unless `overwrite`, which only ever replaces packed rows; InUse if
     another process is making it; FileNotFoundError or ValueError for an argument that is not legal, for more invalid
     records than settings.max_invalid, or if nothing can be learned; RuntimeError if a process dies.
     """
     require(processes >= 1, "processes", processes, "it must be positive")
     out = Path(out_dir)
-    check_out_dir(out, overwrite)
-    model = Tokenizer(tokenizer)
-    files = find_files(inputs)
-    if sum(file.size for file in files.files) < _SHARED_BYTES:
-        processes = 1
-    encode: Callable[[Sequence[Any]], EncodedSamples] = (
-        functools.partial(content.encode, model, settings)
-        if processes == 1
-        else functools.partial(_encode_in_process, content.encode, model.path, settings)
-    )
-    with lock(out.with_name(f".{out.name}.lock"), f"out_dir = {str(out)!r}"), ProcessPool(processes) as pool:
-        check_out_dir(out, overwrite)
+    with own_folder(out, overwrite) as publish:
+        model = Tokenizer(tokenizer)
+        files = find_files(inputs)
+        if sum(file.size for file in files.files) < _SHARED_BYTES:
+            processes = 1
         folder = out.with_name(f".{out.name}.conversations.incomplete")
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
         folder.mkdir()
         try:
             counts = Conversations(settings, skipped=files.skipped)
-            with _Samples(folder, counts, content) as samples:
+            encode = functools.partial(content.encode, model, settings)
+            with ProcessPool(processes) as pool, _Samples(folder, counts, content) as samples:
                 batches = _batches(_read(files.files, counts, content))
                 while group := list(itertools.islice(batches, _BATCHES_A_PROCESS * processes)):
                     tasks = [[content.text(found) for found in batch if isinstance(found, Sample)] for batch in group]
@@ -114,26 +100,11 @@ def prepare(
                         samples.add(batch, encoded)
                     advance("encoding", samples.read)
             _write(folder, samples, model, advance)
-            check_out_dir(out, overwrite)  # again: that may be hours later
-            publish(folder, out)
+            publish(folder)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
     return counts
-
-
-def _encode_in_process(
-    encode: Callable[[Tokenizer, Settings, Sequence[Any]], EncodedSamples],
-    tokenizer: Path,
-    settings: Settings,
-    texts: Sequence[Any],
-) -> EncodedSamples:
-    return encode(_tokenizer(tokenizer), settings, texts)
-
-
-@functools.cache
-def _tokenizer(path: Path) -> Tokenizer:
-    return Tokenizer(path)
 
 
 def _read(files: Sequence[TextFile], counts: Conversations, content: Content) -> Iterator[Sample | Invalid]:
@@ -308,21 +279,11 @@ def _write(folder: Path, samples: _Samples, model: Tokenizer, advance: Advance) 
     text = json.dumps(dataclasses.asdict(counts), indent=1) + "\n"
     (folder / CONVERSATIONS).write_text(text, "utf-8")
     invalid, dropped = sum(counts.invalid.values()), sum(counts.dropped.values())
-    manifest = Manifest(
-        sequence_length=settings.inputs,
-        vocab_size=model.vocab_size,
-        eos_id=model.eos_id,
-        pad_id=model.pad_id,
-        tokenizer_sha256=model.fingerprint,
-        validation_fraction=settings.validation_fraction,
-        documents=counts.samples + invalid + dropped,
-        empty_documents=dropped,
-        invalid_documents=invalid,
-        train=splits["train"],
-        validation=splits["validation"],
-        kind=samples.content.kind,
+    manifest = make_manifest(
+        model, settings.inputs, settings.validation_fraction, splits,
+        empty_documents=dropped, invalid_documents=invalid, kind=samples.content.kind,
         most_pairs=most if samples.content.kind == "pairs" else 0,
-    )
+    )  # fmt: skip
     write_manifest(folder, manifest)
     for name in ("tokens", "texts", *[PROBLEMS] * (not (folder / PROBLEMS).stat().st_size)):
         (folder / name).unlink()
@@ -342,4 +303,14 @@ class _Margins:
         self._values.append(np.pad(self._of_samples[samples], (0, self._most_pairs - len(samples))))
 
     def save(self, path: Path) -> None:
-        RowValues(np.concatenate(self._digests), np.stack(self._values)).save(path)
+        """Writes them; says how many rows get other margins than their own, because they equal an earlier row."""
+        digests, values = np.concatenate(self._digests), np.stack(self._values)
+        kept = RowValues(digests, values)
+        known, kept_values = kept.arrays()
+        differ = np.any(kept_values[np.searchsorted(known, digests)] != values, axis=-1)
+        if differ.any():
+            logger.warning(
+                "%d of %d rows have the same pairs as an earlier row with other margins: they are trained on with the "
+                "margins of the first", np.count_nonzero(differ), len(digests),
+            )  # fmt: skip
+        kept.save(path)

@@ -13,15 +13,13 @@ The last row is filled with pad. Nothing of a document is dropped.
 from __future__ import annotations
 
 import dataclasses
-import glob
 import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import uuid
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -29,6 +27,7 @@ from typing import Any, Literal, TypeVar, get_args
 import numpy as np
 
 from bc2_jax.data.documents import InvalidDocument, why_invalid
+from bc2_jax.data.out_folder import own_folder
 from bc2_jax.data.row_file import FileInfo, RowFile, RowFilesWriter
 from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.validation import choices, is_inside, require
@@ -50,10 +49,6 @@ _PART_CHARACTERS = 1 << 10
 _BUFFERED_TOKENS = 1 << 18
 _OPENING_THREADS = 32
 _NAMED_PROBLEMS = 3
-_WRITTEN = re.compile(
-    r"manifest\.json|corpus\.json|conversations\.json|questions\.jsonl|pairs\.jsonl|margins\.npz|problems\.txt|"
-    r"(?:train|validation)-\d{5}(?:-of-\d{5})?\.array_record"
-)
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -300,32 +295,26 @@ def check_packing(sequence_length: int, validation_fraction: float, rows_per_fil
         raise ValueError(f"rows_per_file = {rows_per_file} is not valid: it must be positive.")
 
 
-def check_out_dir(out: Path, overwrite: bool, marker: str = MANIFEST) -> None:
-    """Raises FileExistsError if `out` is there, unless it may be replaced: it is empty, or holds the file `marker` and
-    nothing but what packing writes."""
-    if not out.exists():
-        return
-    legal = "only a folder of packed rows can be overwritten" if overwrite else "choose another or pass overwrite"
-    ours = overwrite and out.is_dir() and (not any(out.iterdir()) or (out / marker).is_file())
-    files = sorted(path for path in out.rglob("*") if path.is_symlink() or not path.is_dir()) if ours else []
-    foreign = [str(path.relative_to(out)) for path in files if path.is_symlink() or not _WRITTEN.fullmatch(path.name)]
-    if foreign:
-        legal = f"it also has {choices(foreign[:_NAMED_PROBLEMS])}, which packing did not write"
-    if foreign or not ours:
-        raise FileExistsError(f"out_dir = {str(out)!r} is not valid: it exists; {legal}.")
-
-
-def publish(temporary: Path, out: Path) -> None:
-    """Gives a finished folder its final name, replacing what is there."""
-    if out.exists():
-        replaced = out.with_name(f".{out.name}.{uuid.uuid4().hex}.replaced")
-        out.rename(replaced)
-        temporary.rename(out)
-        # With those of runs that were killed here.
-        for folder in out.parent.glob(f".{glob.escape(out.name)}.*.replaced"):
-            shutil.rmtree(folder, ignore_errors=True)
-    else:
-        temporary.rename(out)
+def make_manifest(
+    tokenizer: Tokenizer, sequence_length: int, validation_fraction: float, splits: Mapping[Split, SplitInfo], *,
+    empty_documents: int, invalid_documents: int, kind: Kind = "text", most_pairs: int = 0,
+) -> Manifest:  # fmt: skip
+    """The manifest of rows of `splits` that were made with `tokenizer`; all else as the fields of `Manifest`."""
+    return Manifest(
+        sequence_length=sequence_length,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        tokenizer_sha256=tokenizer.fingerprint,
+        validation_fraction=validation_fraction,
+        documents=sum(info.documents for info in splits.values()) + empty_documents + invalid_documents,
+        empty_documents=empty_documents,
+        invalid_documents=invalid_documents,
+        train=splits["train"],
+        validation=splits["validation"],
+        kind=kind,
+        most_pairs=most_pairs,
+    )
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -346,59 +335,47 @@ def pack_documents(
 
     About `validation_fraction` of the documents, chosen by a hash of their text, are held out whole. Empty documents
     are counted; invalid ones are counted and logged with the reason. The folder appears complete or not at all. Raises
-    FileExistsError if it is there, unless `overwrite`, which only ever replaces packed rows; ValueError for a bad
-    argument, or if no document can be packed.
+    FileExistsError if it exists, unless `overwrite`, which only ever replaces packed rows; InUse if another process is
+    making it; ValueError for a bad argument, or if no document can be packed.
     """
     check_packing(sequence_length, validation_fraction, rows_per_file)
     out = Path(out_dir)
-    check_out_dir(out, overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}.incomplete")
-    temporary.mkdir()
-    counts = {"documents": 0, "empty_documents": 0, "invalid_documents": 0}
+    counts = {"empty": 0, "invalid": 0}
     texts: dict[Split, TextCounts] = {"train": TextCounts(), "validation": TextCounts()}
-    try:
-        writers: dict[Split, RowWriter] = {
-            split: RowWriter(temporary, split, sequence_length, rows_per_file) for split in texts
-        }
-        routed = _route(_checked(documents, counts), texts, validation_fraction)
-        for split, ids in encode_texts(routed, tokenizer):
-            texts[split].tokens += len(ids)
-            writers[split].add(ids)
-        if not any(split.documents for split in texts.values()):
-            raise ValueError(f"documents are not valid: none of the {counts['documents']} has any text.")
-        manifest = Manifest(
-            sequence_length=sequence_length,
-            vocab_size=tokenizer.vocab_size,
-            eos_id=tokenizer.eos_id,
-            pad_id=tokenizer.pad_id,
-            tokenizer_sha256=tokenizer.fingerprint,
-            validation_fraction=validation_fraction,
-            documents=counts["documents"],
-            empty_documents=counts["empty_documents"],
-            invalid_documents=counts["invalid_documents"],
-            train=writers["train"].close(texts["train"], tokenizer.pad_id),
-            validation=writers["validation"].close(texts["validation"], tokenizer.pad_id),
-        )
-        write_manifest(temporary, manifest)
-        publish(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with own_folder(out, overwrite) as publish:
+        temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}.incomplete")
+        temporary.mkdir()
+        try:
+            writers = {split: RowWriter(temporary, split, sequence_length, rows_per_file) for split in texts}
+            routed = _route(_checked(documents, counts), texts, validation_fraction)
+            for split, ids in encode_texts(routed, tokenizer):
+                texts[split].tokens += len(ids)
+                writers[split].add(ids)
+            if not any(split.documents for split in texts.values()):
+                raise ValueError(f"documents are not valid: none of the {sum(counts.values())} has any text.")
+            splits = {split: writer.close(texts[split], tokenizer.pad_id) for split, writer in writers.items()}
+            manifest = make_manifest(
+                tokenizer, sequence_length, validation_fraction, splits, empty_documents=counts["empty"],
+                invalid_documents=counts["invalid"],
+            )  # fmt: skip
+            write_manifest(temporary, manifest)
+            publish(temporary)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
     return manifest
 
 
 def _checked(documents: Iterable[str | InvalidDocument], counts: dict[str, int]) -> Iterator[str]:
-    """The documents that can be packed; counts all of them."""
+    """The documents that can be packed; counts the others."""
     for index, document in enumerate(documents):
-        counts["documents"] += 1
         if not isinstance(document, str) or why_invalid(document):
-            counts["invalid_documents"] += 1
+            counts["invalid"] += 1
             logger.warning("document %d is left out: %s", index, why_invalid(document))
         elif document:
             yield document
         else:
-            counts["empty_documents"] += 1
+            counts["empty"] += 1
 
 
 def _route(

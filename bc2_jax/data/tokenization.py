@@ -50,23 +50,22 @@ from bc2_jax.data.documents import (
     read_span,
     scan_file,
 )
+from bc2_jax.data.out_folder import own_folder
 from bc2_jax.data.packing import (
     MANIFEST,
-    Manifest,
     RowWriter,
     Split,
+    SplitInfo,
     TextCounts,
-    check_out_dir,
     check_packing,
     encode_texts,
     load_manifest,
-    publish,
+    make_manifest,
     split_of,
     write_manifest,
 )
 from bc2_jax.data.processes import ProcessPool
 from bc2_jax.data.text_files import TextFiles, find_text_files
-from bc2_jax.files import lock
 from bc2_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -104,7 +103,7 @@ class _Job:
     """What every process needs to know."""
 
     folder: Path
-    tokenizer: Path
+    tokenizer: Tokenizer
     settings: Settings
 
 
@@ -145,22 +144,18 @@ def tokenize_corpus(
     """Tokenizes and packs the files of `inputs` (see `documents`) into the corpus `out_dir` (see `corpus`).
 
     The folder appears complete or not at all. What can't be read is counted, logged and listed in problems.txt. Raises
-    FileExistsError if `out_dir` is there, unless `overwrite`, which only ever replaces packed rows; InUse if another
+    FileExistsError if `out_dir` exists, unless `overwrite`, which only ever replaces packed rows; InUse if another
     process is making it; FileNotFoundError or ValueError for an argument that is not legal, or if no document has text;
     RuntimeError if a process dies.
     """
     if processes < 1:
         raise ValueError(f"processes = {processes} is not valid: it must be positive.")
     out = Path(out_dir)
-    _check_out(out, overwrite)
-    model = Tokenizer(tokenizer)
-    files = find_text_files(inputs, "INPUT")
     # Another process would write the same units, or publish its own corpus meanwhile.
-    with lock(out.with_name(f".{out.name}.lock"), f"out_dir = {str(out)!r}"), ProcessPool(processes) as pool:
-        _check_out(out, overwrite)
-        corpus, folder = _make_corpus(files, model, out, settings, pool, advance)
-        _check_out(out, overwrite)  # again: that may be hours later
-        publish(folder / "parts", out)
+    with own_folder(out, overwrite) as publish, ProcessPool(processes) as pool:
+        model = Tokenizer(tokenizer)
+        corpus, folder = _make_corpus(find_text_files(inputs, "INPUT"), model, out, settings, pool, advance)
+        publish(folder / "parts")
         shutil.rmtree(folder)
     log_missing_rows(out, corpus)
     return corpus
@@ -181,7 +176,7 @@ def _make_corpus(
     (folder / "units").mkdir(parents=True, exist_ok=True)
     for unfinished in [*folder.glob("part-*"), *(p for p in (folder / "units").iterdir() if len(p.suffix) == 33)]:
         shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
-    job = _Job(folder, model.path, settings)
+    job = _Job(folder, model, settings)
 
     units = _cut_units(scans, unit_bytes)
     missing = [unit for unit in units if not _unit_file(folder, unit.index, "json").is_file()]
@@ -231,11 +226,6 @@ def _make_corpus(
     return corpus, folder
 
 
-def _check_out(out: Path, overwrite: bool) -> None:
-    # A folder of rows without parts may be replaced, too.
-    check_out_dir(out, overwrite, MANIFEST if (out / MANIFEST).is_file() else CORPUS)
-
-
 # ---------------------------------------------------------------------------------------------------------------- units
 
 
@@ -263,11 +253,6 @@ def _cut_units(scans: Iterable[ScannedFile], unit_bytes: int) -> list[_Unit]:
 
 def _unit_file(folder: Path, index: int, suffix: str) -> Path:
     return folder / "units" / f"{index:05d}.{suffix}"
-
-
-@functools.cache
-def _tokenizer(path: Path) -> Tokenizer:
-    return Tokenizer(path)
 
 
 def _tokenize_unit(job: _Job, unit: _Unit) -> None:
@@ -307,7 +292,7 @@ def _tokenize_unit(job: _Job, unit: _Unit) -> None:
             held.clear()
             num_held = 0
 
-        for key, ids in encode_texts(texts(), _tokenizer(job.tokenizer), num_threads=1):
+        for key, ids in encode_texts(texts(), job.tokenizer, num_threads=1):
             streams[key].counts.tokens += len(ids)
             held.setdefault(key, []).append(ids)
             num_held += len(ids)
@@ -356,10 +341,10 @@ def _pack_part(job: _Job, task: tuple[str, dict[Split, list[tuple[int, _Stream]]
     out = job.folder / "parts" / path
     if (out / MANIFEST).is_file():
         return
-    settings, tokenizer = job.settings, _tokenizer(job.tokenizer)
+    settings, tokenizer = job.settings, job.tokenizer
     temporary = job.folder / f"part-{uuid.uuid4().hex}"
     temporary.mkdir()
-    splits = {}
+    splits: dict[Split, SplitInfo] = {}
     for split, found in streams.items():
         writer = RowWriter(temporary, split, settings.sequence_length, settings.rows_per_file)
         for unit, stream in found:
@@ -370,19 +355,10 @@ def _pack_part(job: _Job, task: tuple[str, dict[Split, list[tuple[int, _Stream]]
                         writer.add(np.fromfile(file, "<u4", size, offset=4 * first - file.tell()))
         splits[split] = writer.close(_sum_counts(found), tokenizer.pad_id)
     empty = sum(stream.empty_documents for found in streams.values() for _, stream in found)
-    manifest = Manifest(
-        sequence_length=settings.sequence_length,
-        vocab_size=tokenizer.vocab_size,
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
-        tokenizer_sha256=tokenizer.fingerprint,
-        validation_fraction=settings.validation_fraction,
-        documents=sum(split.documents for split in splits.values()) + empty,
-        empty_documents=empty,
+    manifest = make_manifest(
+        tokenizer, settings.sequence_length, settings.validation_fraction, splits, empty_documents=empty,
         invalid_documents=0,
-        train=splits["train"],
-        validation=splits["validation"],
-    )
+    )  # fmt: skip
     write_manifest(temporary, manifest)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary.rename(out)

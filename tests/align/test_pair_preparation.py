@@ -141,8 +141,8 @@ def test_margins_stand_beside_the_rows(folder: Path, tokenizer: Tokenizer) -> No
 def test_what_was_lost_is_named(folder: Path) -> None:
     problems = (folder / "problems.txt").read_text()
     name = folder.parent / "data.jsonl"
-    assert f"{name}:1: left out: no preference pair (chosen and rejected are needed)\n" in problems
-    assert f"{name}:2: left out: margin is no finite number ('much')\n" in problems
+    assert f"{name}:1: left out: not a preference pair (chosen and rejected are needed)\n" in problems
+    assert f"{name}:2: left out: margin is not a finite number ('much')\n" in problems
     assert f"{name}:63: left out: chosen and rejected are the same tokens (max_length = 56; " in problems
 
 
@@ -185,7 +185,7 @@ def test_rows_of_another_kind_are_refused(folder: Path, tokenizer: Tokenizer, tm
     legal = "it has rows of pairs of answers .* and a TrainConfig trains on text or conversations"
     with pytest.raises(ValueError, match=f"data.sources.0.path = {str(folder)!r} is not valid: {legal}"):
         check_row_kinds(text)
-    with pytest.raises(ValueError, match=r"no sample is left to train on \(9 x no preference pair\)"):
+    with pytest.raises(ValueError, match=r"no sample is left to train on \(9 x not a preference pair\)"):
         chat = dataclasses.replace(data, sources=(SourceConfig(path=str(tmp_path / "chat.jsonl")),))
         prepare_sources(DPOConfig(**RUN, data=chat, init_from="x"), tmp_path / "cache")
     with pytest.raises(ValueError, match="data.sources.0.path = .*nothing.* is not valid: there is no such file"):

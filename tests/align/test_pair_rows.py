@@ -137,12 +137,12 @@ def test_a_pair_has_the_margin_that_its_record_says(further: dict[str, Any], mar
 
 @pytest.mark.parametrize(
     ("record", "problem"),
-    [({**RECORD, "margin": math.nan}, "margin is no finite number (nan)"),
-     ({**RECORD, "margin": "1"}, "margin is no finite number ('1')"),
-     ({**RECORD, "margin": True}, "margin is no finite number (True)"),
-     ({**RECORD, "score_chosen": 1e39, "score_rejected": 1}, "score_chosen is no finite number (1e+39)"),
+    [({**RECORD, "margin": math.nan}, "margin is not a finite number (nan)"),
+     ({**RECORD, "margin": "1"}, "margin is not a finite number ('1')"),
+     ({**RECORD, "margin": True}, "margin is not a finite number (True)"),
+     ({**RECORD, "score_chosen": 1e39, "score_rejected": 1}, "score_chosen is not a finite number (1e+39)"),
      ({**RECORD, "score_rejected": 1}, "only one of score_chosen and score_rejected (both or neither are needed)"),
-     ({"prompt": "a", "completion": "b"}, "no preference pair (chosen and rejected are needed)"),
+     ({"prompt": "a", "completion": "b"}, "not a preference pair (chosen and rejected are needed)"),
      ({**RECORD, "rejected": "So."}, "chosen and rejected are equal")],
 )  # fmt: skip
 def test_what_is_no_pair_is_named(record: dict[str, Any], problem: str) -> None:
