@@ -35,26 +35,24 @@ def same_language(prompts: Sequence[str], answers: Sequence[str], rows: Sequence
 
 
 def right_length(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    """1 for an answer of as many characters as the field `length` of its record says, falling to 0 at none and at twice
-    as many.
-
-    Raises ValueError for a record without it.
-    """
+    """1 for an answer of as many characters as the field `length` of its record says, falling to 0 for an empty answer
+    and for one twice as long. Raises ValueError for a record whose `length` is missing or not positive."""
     return [max(0.0, 1 - abs(len(answer) - n) / n) for answer, n in zip(answers, map(_length, rows), strict=True)]
 
 
 def right_number(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
     """1 if the last number of the answer is the right one, else 0.
 
-    That is the field `answer` of a record that has one, else the value of the arithmetic in the question. Raises
-    ValueError where there is neither.
+    The right one is that in the field `answer` of a record that has one, else the value of the arithmetic in the
+    question. Raises ValueError for a record with neither.
     """
     rewards = []
     for prompt, answer, row in zip(prompts, answers, rows, strict=True):
         given = row.get("answer")
         wanted = calculate(prompt) if given is None else last_number(str(given))
         if wanted is None:
-            raise ValueError(f"there is no number to compare with: answer = {given!r}, the question is {prompt!r}")
+            found = f"answer = {given!r}" if given is not None else f"no field `answer`, and its question is {prompt!r}"
+            raise ValueError(f"the right number of a record is not known: it has {found}")
         rewards.append(float(last_number(answer) == wanted))
     return rewards
 
@@ -80,8 +78,8 @@ def last_number(text: str) -> Fraction | None:
 
 
 def calculate(text: str) -> Fraction | None:
-    """The value of the first arithmetic in a text, such as "12 + 3 * (4 - 1)" or "12加3"; None if there
-    is none that has a value. Exact: decimals and quotients are fractions."""
+    """The value of the first arithmetic in a text, such as "12 + 3 * (4 - 1)" or "12加3", or None. Exact: decimals and
+    quotients are fractions. Arithmetic without a value, such as "1 / 0", is passed over."""
     text = unicodedata.normalize("NFKC", text)
     for word, sign in _SIGNS.items():
         text = text.replace(word, sign)
@@ -106,7 +104,7 @@ def _value(node: ast.expr) -> Fraction:
         return _value(node.operand) * (-1 if isinstance(node.op, ast.USub) else 1)
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
         return _OPERATIONS[type(node.op)](_value(node.left), _value(node.right))
-    raise ValueError(f"{ast.unparse(node)} is no arithmetic")
+    raise ValueError(f"{ast.unparse(node)} is not arithmetic")
 
 
 def _length(row: Mapping[str, Any]) -> float:

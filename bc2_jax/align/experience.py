@@ -1,8 +1,8 @@
 """The batches of reinforcement learning: answers are sampled, scored and laid out for the updates of an iteration.
 
-What the answers to a prompt are, and all that follows, depends on the seed, the number of the iteration and the trained
-parameters alone. So a run goes on bit for bit from a checkpoint between two iterations, and nothing of a rollout that
-was under way needs to be kept.
+The answers to a prompt, and all that follows, depend only on the seed, the number of the iteration and the trained
+parameters. Checkpoints are therefore between two iterations: one that was interrupted is done again from its start and
+gives the same bits, so that no part of it has to be saved.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from bc2_jax.align.shaping import (
 )
 from bc2_jax.config import RLConfig
 from bc2_jax.data.batch import FIELDS, IGNORED, Batch, Rows
-from bc2_jax.data.row_batches import BATCHES_KEPT, Stretch, merge, row_of_step
+from bc2_jax.data.row_batches import BATCHES_KEPT, Stretch, merge, row_of_step, save_batch
 from bc2_jax.files import replaced
 from bc2_jax.infer import engine
 from bc2_jax.infer.generate import Continuation
@@ -107,7 +107,7 @@ class Scores(NamedTuple):
 
 
 class Rollouts:
-    """`Batches` of `bc2_jax.train.job`: the batch of a step is an iteration's experience, all of its updates."""
+    """`Batches` of `bc2_jax.train.job`: the batch of a step is the experience for all updates of an iteration."""
 
     def __init__(
         self, config: RLConfig, start: Start, prompts: PromptSet, tokenizer: Tokenizer, models: Models,
@@ -137,7 +137,7 @@ class Rollouts:
             raise BatchError(str(error)) from error
 
     def position(self) -> dict[str, Any]:
-        """The next iteration, those that are left out, and what depends on the iterations before."""
+        """The next iteration, the skipped ones, and what depends on the iterations before."""
         return {
             "iteration": self._next, "skipped_iterations": [list(window) for window in self._windows],
             "kl_coefficient": self._coefficient, "scores": self._scores.state(), "checks": self._checks.state(),
@@ -162,9 +162,7 @@ class Rollouts:
         """Writes FOLDER/bad_batch_step_STEP.npz: the answers and all that was made of them, once for all processes."""
         if step not in self._recent or jax.process_index() != 0:
             return None
-        path = folder / f"bad_batch_step_{step}.npz"
-        np.savez(path, **self._recent[step], **{"step": step, **about})  # type: ignore[arg-type]  # the stub's
-        return path
+        return save_batch(folder, step, self._recent[step], about)
 
     def close(self) -> None:
         self._recent.clear()
@@ -175,10 +173,9 @@ class Rollouts:
     # -------------------------------------------------------------------------------------------------- experience
 
     def _make(self, step: int, state: TrainState) -> Batch:
-        """The batch of a step. What depends on it is changed at the very end: a rollout may be stopped."""
+        """The batch of a step. Nothing of the object changes before the very end, as the run may be stopped."""
         ppo, clock = self._config.ppo, time.perf_counter
-        jax.block_until_ready(state.params)
-        begin = clock()
+        begin = clock()  # the loop has waited for the update before
         if step - 1 in self._metrics:
             self._metrics[step - 1]["update_seconds"] = begin - self._handed_over
         iteration = self._iteration(step)
@@ -188,16 +185,16 @@ class Rollouts:
         scores = self._score(answers, placed)
         running = self._scores.updated(scores.total)
         learned = running.normalized(scores.total) if ppo.normalize_rewards else scores.total
-        self._go_on(f"the scores of step {step}")
+        self._check_progress(f"the scores of step {step}")
         found = self._forward(state, placed)
         coefficient = coefficient_of(ppo, iteration, self._coefficient)
         fields, shaped = shape(ppo, answers.mask, answers.last, answers.cut, found, learned, coefficient)
         metrics = shaped | measure(ppo, answers, scores, found) | _rollout_metrics(stats, answers)
         metrics["kl_coefficient"] = coefficient
         metrics |= {"rollout_seconds": sampled - begin, "scoring_seconds": clock() - sampled, "iteration": iteration}
-        self._go_on(f"the log-probabilities of step {step}")
+        self._check_progress(f"the log-probabilities of step {step}")
         checks = self._checks.updated(step, metrics)
-        # From here on nothing can be stopped.
+        # Past this point the run is not stopped until the batch is made.
         self._checks, self._scores, self._next = checks, running, iteration + 1
         self._coefficient = adapt(ppo, coefficient, metrics["kl_per_answer"])
         self._metrics[step] = {name: float(value) for name, value in metrics.items()}
@@ -210,18 +207,18 @@ class Rollouts:
         self._handed_over = clock()
         return batch
 
-    def _go_on(self, done: str) -> None:
+    def _check_progress(self, done: str) -> None:
         if not self._start.progress(done):
             raise Stopped
 
     def _roll_out(self, iteration: int, step: int, state: TrainState) -> tuple[Answers, RefillStats]:
-        """Answers of the actor as it is. Its copy for decoding is gone when they are there."""
+        """Answers of the actor. Its copy for decoding exists only meanwhile."""
         config, ppo = self._config, self._config.ppo
         which = prompts_of(iteration, len(self._prompts.ids), ppo.prompts_per_step, config.seed)
         which = [index for index in which for _ in range(ppo.answers_per_prompt)]
         ids = [self._prompts.ids[index] for index in which]
         seed = int(np.random.SeedSequence((config.seed, iteration)).generate_state(1)[0])
-        # As the model is: a filter would change what is sampled from, and the ratios with it.
+        # No filter and no temperature: the ratios of the updates are of the distribution that was sampled from.
         settings = Settings(
             ppo.max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, seed=seed,
             vocab_size=self._tokenizer.vocab_size,
@@ -237,24 +234,17 @@ class Rollouts:
         return lay_out([self._prompts.prompts[i] for i in which], ids, found, texts, ppo.row_tokens), stats
 
     def _score(self, answers: Answers, placed: Batch) -> Scores:
-        """The scores of whole answers. Raises ArithmeticError for a reward that is not finite."""
+        """The scores of whole answers. Raises ArithmeticError for a reward that is not finite in fp32."""
         ppo, parts = self._config.ppo, {}
         if self._held.reward is not None:
             values = self._whole(self._programs.rewards(self._held.reward, placed))
-            score = ppo.reward_model_weight * values[np.arange(len(values)), answers.last]
-            if not np.isfinite(score).all():
-                raise ArithmeticError(
-                    f"ppo.reward_model = {ppo.reward_model!r} gives {score[~np.isfinite(score)][0]} to an answer: "
-                    "rewards must be finite; nothing of this iteration was learned."
-                )
-            parts["model"] = score
+            parts["model"] = ppo.reward_model_weight * values[np.arange(len(values)), answers.last].astype(np.float64)
         questions, records = [p.question for p in answers.prompts], [p.fields for p in answers.prompts]
         for name, function in self._functions.items():
             parts[name] = function(questions, answers.texts, records)
         if ppo.cut_penalty:
-            parts["cut"] = np.where(answers.cut, -np.float32(ppo.cut_penalty), np.float32(0))
-        parts = {name: part.astype(np.float32) for name, part in parts.items()}
-        return Scores(parts, np.asarray(sum(parts.values()), np.float32))
+            parts["cut"] = np.where(answers.cut, -ppo.cut_penalty, 0.0)
+        return add_up(parts)
 
     def _forward(self, state: TrainState, placed: Batch) -> dict[str, np.ndarray]:
         """fp32 [N, T]: log-probabilities of the actor, as the updates compute them, and of the reference; values."""
@@ -313,8 +303,21 @@ class Rollouts:
                 partial.write_text("".join(lines), encoding="utf-8")
 
 
+def add_up(parts: Mapping[str, np.ndarray]) -> Scores:
+    """The scores that parts [N] give together. Raises ArithmeticError if a part or a sum is not finite in fp32."""
+    total = np.sum([part.astype(np.float64) for part in parts.values()], axis=0)
+    for name, part in (*parts.items(), (f"sum ({' + '.join(parts)})", total)):
+        wrong = part[~(np.abs(part) <= np.finfo(np.float32).max)]
+        if len(wrong):
+            raise ArithmeticError(
+                f"The reward of an answer has the {name} {wrong[0]:g}: rewards must be finite in fp32; nothing was "
+                "learned from this iteration."
+            )
+    return Scores({name: part.astype(np.float32) for name, part in parts.items()}, total.astype(np.float32))
+
+
 def short_names(functions: Sequence[RewardFunction]) -> dict[str, RewardFunction]:
-    """Reward functions by the name of the function alone; of several with one name, with their number."""
+    """Reward functions by the name of the function alone, with their number added where that name is taken."""
     named: dict[str, RewardFunction] = {}
     for number, function in enumerate(functions):
         short = function.name.rpartition(":")[2]

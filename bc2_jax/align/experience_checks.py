@@ -1,8 +1,9 @@
-"""What shows that a run of reinforcement learning is broken, or has nothing left to learn; it stops with a sentence."""
+"""Checks that stop a run of reinforcement learning that is broken, or that has nothing left to learn from."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,28 +36,28 @@ class Checks:
     def updated(self, step: int, metrics: dict[str, float]) -> Checks:
         """After the iteration of a step with these metrics. Raises ArithmeticError if the run is to stop."""
         dtype = self.config.compute.dtype
-        if not metrics["kl_k3"] >= -1e-9:  # not a number either
+        if not -1e-9 <= metrics["kl_k3"] < math.inf:  # nor NaN
             raise ArithmeticError(
-                f"step {step}: the KL to the reference (k3) is {metrics['kl_k3']}: it can't be negative, so the "
-                "log-probabilities of actor or reference are wrong; nothing of this iteration was learned."
+                f"step {step}: the KL to the reference (k3) is {metrics['kl_k3']}: it must be finite and not negative, "
+                "so the log-probabilities of actor or reference are wrong; nothing was learned from this iteration."
             )
         distance = metrics["reference_distance"]
         if step == 1 and distance > TOLERANCES[dtype]:
             raise ArithmeticError(
-                f"The actor is not the reference before the first update: their log-probabilities differ by "
-                f"{distance:.2g} nats a token (with compute.dtype {dtype} at most {TOLERANCES[dtype]:g}). Both are "
-                f"made of init_from = {self.config.init_from!r}; the KL penalty would pull towards another model."
+                f"step {step}: before the first update the actor must equal the reference, as both are init_from = "
+                f"{self.config.init_from!r}, but their log-probabilities differ by {distance:.2g} nats a token (with "
+                f"compute.dtype {dtype} at most {TOLERANCES[dtype]:g}); nothing was learned from this iteration."
             )
         distance = metrics["sampler_distance"]
         if distance > SAMPLER_TOLERANCES[dtype]:
             self.say(
-                f"step {step}  WARNING: decoding and the training forward pass give tokens log-probabilities that "
-                f"differ by {distance:.2g} nats (with compute.dtype {dtype} at most {SAMPLER_TOLERANCES[dtype]:g})"
+                f"step {step}  WARNING: the log-probabilities of decoding and of the training forward pass differ by "
+                f"{distance:.2g} nats a token (with compute.dtype {dtype} at most {SAMPLER_TOLERANCES[dtype]:g})"
             )
         without_eos = self.without_eos + 1 if metrics["share_cut"] == 1 else 0
         without_contrast = self.without_contrast + 1 if metrics["groups_equal"] == 1 else 0
         most = self.config.ppo.max_new_tokens
-        self._count(step, without_eos, f"no answer ended: an eos was never sampled within {most} tokens", (
+        self._count(step, without_eos, f"no answer ended: no eos was sampled within {most} tokens", (
             "the chat model does not end its answers, or ppo.max_new_tokens is too small"))  # fmt: skip
         self._count(step, without_contrast, "all scores that are compared are equal", (
             "nothing is left to learn: the prompts are too easy or too hard, or the reward does not tell answers apart"
@@ -68,7 +69,9 @@ class Checks:
             return
         patience = self.config.ppo.patience
         if patience and count >= patience:
-            raise ArithmeticError(f"step {step}: {what}, for the {count}th iteration in a row (ppo.patience): {why}.")
+            raise ArithmeticError(
+                f"step {step}: {what}, {count} iterations in a row (ppo.patience = {patience}): {why}."
+            )
         self.say(f"step {step}  WARNING: {what}" + (f", {count} iterations in a row" if count > 1 else ""))
 
 
@@ -78,7 +81,7 @@ def check_ratio(config: RLConfig, step: int, metrics: dict[str, float]) -> None:
     distance, dtype = metrics["first_log_ratio"], config.compute.dtype
     if distance > TOLERANCES[dtype]:
         raise ArithmeticError(
-            f"step {step}: before its first update the log-probabilities of the update differ by {distance:.2g} nats "
-            f"a token from those that were computed for it (with compute.dtype {dtype} at most {TOLERANCES[dtype]:g}):"
-            " the ratio of new and old probability is not 1; the step is not saved."
+            f"step {step}: in its first update the ratio of new and old probability is not 1: the log-probabilities "
+            f"differ by {distance:.2g} nats a token from those that were computed after the rollout (with "
+            f"compute.dtype {dtype} at most {TOLERANCES[dtype]:g}); the step is not saved."
         )

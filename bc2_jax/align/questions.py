@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +20,10 @@ from bc2_jax.files import replaced
 from bc2_jax.infer import engine
 from bc2_jax.infer.generate import continue_prompts
 from bc2_jax.infer.sampling import Settings
-from bc2_jax.model.baichuan import Baichuan2
+from bc2_jax.model.baichuan import Baichuan2, Params
 from bc2_jax.terminal import make_table
 from bc2_jax.tokenizer import Tokenizer
-from bc2_jax.train.job import Progress
+from bc2_jax.train.job import Examine, Progress
 from bc2_jax.train.loop import Start
 from bc2_jax.validation import require
 
@@ -57,23 +57,20 @@ class Answer:
     """Of the answer, its eos included."""
 
 
-def read_questions(config: AskedConfig, tokenizer: Tokenizer) -> list[Question]:
-    """Those of `config.questions`, none without a path; any format of `formats` will do.
+def read_questions(path: str | None, config: QuestionsConfig, most: int, tokenizer: Tokenizer) -> list[Question]:
+    """The questions of a file in any format of `formats`, none without a `path`; `most` is model.model_max_length.
 
     Raises ValueError or FileNotFoundError, naming the field or the place, for a file without questions, for what is no
     conversation that ends with an answer, and for answers that leave no room for a question.
     """
-    questions = config.questions
-    path = find_questions(config)
     if path is None:
         return []
-    most = config.model.model_max_length
     require(
-        questions.max_new_tokens < most, "questions.max_new_tokens", questions.max_new_tokens,
+        config.max_new_tokens < most, "questions.max_new_tokens", config.max_new_tokens,
         f"it must be below model.model_max_length = {most}",
     )  # fmt: skip
     found = []
-    for sample in itertools.islice(read_samples([path], "questions.path"), questions.limit or None):
+    for sample in itertools.islice(read_samples([path], "questions.path"), config.limit or None):
         if not isinstance(sample, Sample):
             raise ValueError(f"questions.path: {sample.where}: {sample.reason}.")
         *messages, expected = sample.messages
@@ -81,7 +78,7 @@ def read_questions(config: AskedConfig, tokenizer: Tokenizer) -> list[Question]:
             any(message["role"] == "user" for message in messages), "questions.path", path,
             f"the conversation at {sample.where} has no question before its answer",
         )  # fmt: skip
-        ids = fit_prompt(tokenizer, messages, questions.max_new_tokens, most).ids
+        ids = fit_prompt(tokenizer, messages, config.max_new_tokens, most).ids
         found.append(Question(messages, expected["content"], ids))
     require(bool(found), "questions.path", path, "it holds no conversation")
     return found
@@ -125,6 +122,22 @@ def answer_questions(
 def _batches(questions: Sequence[Question]) -> list[Sequence[Question]]:
     size = AT_ONCE if len(questions) <= AT_ONCE else AT_ONCE - 1  # with room for the longest
     return [questions[i : i + size] for i in range(0, len(questions), size)]
+
+
+def make_examine(
+    build: Callable[[Params], Baichuan2], tokenizer: Tokenizer, questions: Sequence[Question], config: QuestionsConfig,
+    start: Start,
+) -> Examine | None:  # fmt: skip
+    """What asks the model that `build` makes of the trained parameters, for `Job.examine`; None without questions."""
+
+    def examine(step: int, params: Params, progress: Progress) -> dict[str, float] | None:
+        answers = answer_questions(build(params), tokenizer, questions, config.max_new_tokens, progress)
+        if answers is None:
+            return None
+        report(answers, step, config, start)
+        return summarize(answers)
+
+    return examine if questions else None
 
 
 def summarize(answers: Sequence[Answer]) -> dict[str, float]:

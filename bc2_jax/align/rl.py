@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +32,28 @@ from bc2_jax.align.actor_critic import (
 from bc2_jax.align.experience import Rollouts
 from bc2_jax.align.experience_checks import check_ratio
 from bc2_jax.align.prompts import load_prompts
-from bc2_jax.align.questions import answer_questions, read_questions, report, summarize
+from bc2_jax.align.questions import make_examine, read_questions
 from bc2_jax.align.reward_functions import load_reward_function
 from bc2_jax.align.rl_compilation import make_rollout as make_rollout  # of a kind that samples (aot/rollout.py)
 from bc2_jax.align.rl_results import check_exports, make_ending, print_plan
 from bc2_jax.align.shaping import ADVANTAGE, COEFFICIENT, OLD, REFERENCE, RETURN, UPDATE, VALUE, fields_of
-from bc2_jax.align.tuning import checksum
+from bc2_jax.align.tuning import checksum, tuned_flops_per_sequence
 from bc2_jax.config import TOKENIZER_OF_BASE, ModelConfig, RLConfig
 from bc2_jax.convert.checkpoints import ACTOR, CRITIC
 from bc2_jax.convert.pretrained import find_tokenizer
 from bc2_jax.convert.reward import find_reward_model
 from bc2_jax.data.batch import FIELDS, IGNORED, Batch
 from bc2_jax.model.baichuan import Params
-from bc2_jax.model.lora import abstract_adapter
 from bc2_jax.sharding import spec
 from bc2_jax.tokenizer import Tokenizer, file_sha256
-from bc2_jax.train.checks import check_initial_model, check_same_model
-from bc2_jax.train.job import Job, Objective, Parts, Progress, StepParts, abstract_state, init_state
+from bc2_jax.train.checks import (
+    check_initial_model,
+    check_same_model,
+    check_same_tokenizer,
+    check_tokenizer,
+    require_same_tokenizer,
+)
+from bc2_jax.train.job import Job, Objective, Parts, StepParts, abstract_state, init_state
 from bc2_jax.train.loop import RunResult, Start, run
 from bc2_jax.train.optimizer import Optimizer, combine_optimizers, make_optimizer
 from bc2_jax.train.pretrain import keep_tokenizer
@@ -131,17 +135,9 @@ def make_optimizers(config: RLConfig) -> Optimizer:
 
 def flops_per_step(config: RLConfig, critic: ModelConfig) -> int:
     """Model FLOPs of the updates of an iteration; decoding and the forward passes before them are not counted."""
-    rl, length = config.ppo, config.ppo.row_tokens
-
-    def of(model: ModelConfig) -> int:
-        if not config.lora.rank:
-            return model.flops_per_sequence(length)
-        attention = 6 * model.num_hidden_layers * model.hidden_size * length * (length + 1)
-        frozen = (model.flops_per_sequence(length) - attention) * 4 // 6
-        shapes = jax.tree.leaves(abstract_adapter(config.lora, model, None))
-        return frozen + attention + 6 * length * sum(math.prod(x.shape) for x in shapes)
-
-    return rl.epochs * rl.answers * (of(config.model) + (of(critic) if rl.has_critic else 0))
+    rl, models = config.ppo, [config.model, critic] if config.ppo.has_critic else [config.model]
+    each = (tuned_flops_per_sequence(config.lora, model, rl.row_tokens) for model in models)
+    return rl.epochs * rl.answers * sum(each)
 
 
 # ----------------------------------------------------------------------------------------------------------- objective
@@ -225,15 +221,16 @@ def make_job(config: RLConfig, start: Start) -> Job:
             f"prompts and sampling follow from it, and the run in '{start.workdir}' began with "
             f"{metadata.config['seed']}",
         )  # fmt: skip
-    tokenizer, sha256 = Tokenizer(config.tokenizer), file_sha256(config.tokenizer)
-    _check_tokenizers(config, start, tokenizer, sha256)
+    tokenizer = Tokenizer(config.tokenizer)
+    _check_tokenizers(config, start, tokenizer)
     check_exports(config, start.workdir)
     functions = [load_reward_function(name, "ppo.reward_functions") for name in rl.reward_functions]
     prompts = load_prompts(rl.prompts, tokenizer, rl.max_prompt_tokens, "ppo.prompts")
     digest = hashlib.sha256(json.dumps(prompts.ids).encode()).hexdigest()
     if metadata is not None and metadata.job.get(PROMPTS, digest) != digest and jax.process_index() == 0:
-        _log.warning("The prompts are not those of the checkpoint of step %d, which it goes on from.", start.step)
-    questions = read_questions(config, tokenizer)  # type: ignore[arg-type]  # it has the fields that are read
+        _log.warning("The prompts are not those with which the checkpoint of step %d was saved.", start.step)
+    asked = config.questions
+    questions = read_questions(asked.path, asked, config.model.model_max_length, tokenizer)
     critic = critic_model(config)
     step, models, held = make_step(config, start.mesh), make_models(config, critic), load_held(config, start.mesh)
     checksums = _check_held(held, start)
@@ -243,17 +240,9 @@ def make_job(config: RLConfig, start: Start) -> Job:
 
     def begin(workdir: Path) -> None:
         if jax.process_index() == 0:
-            keep_tokenizer(workdir, config.tokenizer, sha256, start.step)
+            keep_tokenizer(workdir, config.tokenizer, tokenizer.fingerprint, start.step)
         print_plan(config, critic, prompts, functions, len(questions), start)
         print_changes(start.console, changes)
-
-    def examine(number: int, params: Params, progress: Progress) -> dict[str, float] | None:
-        model, most = models.actor(params, frozen), config.questions.max_new_tokens
-        answers = answer_questions(model, tokenizer, questions, most, progress)
-        if answers is None:
-            return None
-        report(answers, number, config.questions, start)
-        return summarize(answers)
 
     return Job(
         objective=step.objective,
@@ -266,34 +255,21 @@ def make_job(config: RLConfig, start: Start) -> Job:
         flops_per_step=step.flops_per_step,
         flops_formula="those of actor and critic in all updates of an iteration, without its decoding",
         frozen=frozen,
-        examine=examine if questions else None,
-        metadata={"tokenizer_sha256": sha256, CHECKSUMS: checksums, PROMPTS: digest},
+        examine=make_examine(lambda params: models.actor(params, frozen), tokenizer, questions, asked, start),
+        metadata={"tokenizer_sha256": tokenizer.fingerprint, CHECKSUMS: checksums, PROMPTS: digest},
         updates=step.updates,
         check=lambda number, metrics: check_ratio(config, number, metrics),
-        batch_phase="rollout",
+        samples=True,
     )
 
 
-def _check_tokenizers(config: RLConfig, start: Start, tokenizer: Tokenizer, sha256: str) -> None:
-    """Raises ValueError for a tokenizer that is not that of the actor, or another one than the reward model's."""
-    for name, legal in (("vocab_size", tokenizer.vocab_size), ("eos_token_id", tokenizer.eos_id)):
-        value = getattr(config.model, name)
-        right = value >= legal if name == "vocab_size" else value == legal
-        require(right, f"model.{name}", value, f"the tokenizer {config.tokenizer} has {legal}")
-    others: list[tuple[str, str]] = []
-    if start.metadata is not None:
-        others.append(("the checkpoints of this run", start.metadata.job.get("tokenizer_sha256", sha256)))
-    if config.ppo.reward_model is not None:
-        found = find_reward_model(config.ppo.reward_model).tokenizer
-        if found is not None:
-            others.append((f"ppo.reward_model = '{config.ppo.reward_model}'", file_sha256(found)))
-    for whose, other in others:
-        if other != sha256 and not config.allow_other_tokenizer:
-            raise ValueError(
-                f"tokenizer = '{config.tokenizer}' is not valid: its SHA-256 is {sha256[:12]}, that of the tokenizer "
-                f"of {whose} is {other[:12]}, so that the same ids mean other text; if that is meant, set "
-                "allow_other_tokenizer."
-            )
+def _check_tokenizers(config: RLConfig, start: Start, tokenizer: Tokenizer) -> None:
+    """Raises ValueError for another tokenizer than the chat model, the checkpoints or the reward model have."""
+    check_tokenizer(config.model, tokenizer)
+    check_same_tokenizer(config, "tokenizer", tokenizer, start)
+    path = config.ppo.reward_model
+    if path is not None and (found := find_reward_model(path).tokenizer) is not None:
+        require_same_tokenizer(config, "tokenizer", tokenizer, f"of ppo.reward_model = '{path}'", file_sha256(found))
 
 
 def _check_held(held: Held, start: Start) -> dict[str, str]:
@@ -304,7 +280,7 @@ def _check_held(held: Held, start: Start) -> dict[str, str]:
     for name, value in found.items():
         require(
             before.get(name, value) == value, name, value,
-            f"it is the checksum of another model than that with which the run in '{start.workdir}' began, "
+            f"this is the checksum of its parameters, and the run in '{start.workdir}' began with a model of checksum "
             f"{before.get(name)}; the same model in the same compute.dtype is needed",
         )  # fmt: skip
     return found

@@ -17,6 +17,7 @@ from bc2_jax.align.sft_results import ADAPTER_NAME, check_adapter_export, export
 from bc2_jax.config import ModelConfig, RLConfig
 from bc2_jax.convert.checkpoints import ACTOR
 from bc2_jax.model.baichuan import Params
+from bc2_jax.model.lora import Adapter
 from bc2_jax.terminal import command, make_table
 from bc2_jax.train.checks import EXPORT_NAME, check_export
 from bc2_jax.train.loop import Start
@@ -29,7 +30,7 @@ PICTURE = "rl.png"
 
 def check_exports(config: RLConfig, workdir: Path) -> None:
     """Raises FileExistsError if an export at the end could not replace what is in its place."""
-    check_export(config, workdir)  # type: ignore[arg-type]  # it has the field that is read
+    check_export(config, workdir)
     if config.lora.rank:
         check_adapter_export(workdir)
 
@@ -77,9 +78,9 @@ def make_ending(config: RLConfig, checkpoint: Path, params: Params, start: Start
     exported = None
     try:
         if config.lora.rank:
-            exported = export_adapter(config, workdir, params[ACTOR], start)  # type: ignore[arg-type]  # as above
+            exported = export_adapter(config, Adapter(config.lora, params[ACTOR]), workdir, start)
         else:
-            exported = export_hf(config, checkpoint)  # type: ignore[arg-type]
+            exported = export_hf(config, checkpoint)
     except (ValueError, OSError) as error:
         failed = error
     if jax.process_index() == 0:

@@ -11,7 +11,7 @@ import jax
 from rich.text import Text
 
 from bc2_jax.align.questions import compare, find_questions
-from bc2_jax.config import AskedConfig, FineTuneConfig, TunedConfig
+from bc2_jax.config import AskedConfig, FineTuneConfig, RunConfig, TunedConfig
 from bc2_jax.convert.conversion import Options
 from bc2_jax.convert.folder import check_free
 from bc2_jax.convert.merging import merge_lora
@@ -93,22 +93,24 @@ def make_ending(
     return Ending(
         model=model,
         export=lambda: (
-            export_adapter(config, workdir, params, start) if config.lora.rank else export_hf(config, checkpoint)
+            export_adapter(config, Adapter(config.lora, params), workdir, start)
+            if config.lora.rank
+            else export_hf(config, checkpoint)
         ),
         draw=draw,
         print_hints=lambda exported: print_hints(config, checkpoint, exported, start),
     )
 
 
-def export_adapter(config: TunedConfig, workdir: Path, params: Params, start: Start) -> Path | None:
+def export_adapter(config: RunConfig, adapter: Adapter, workdir: Path, start: Start) -> Path | None:
     """WORKDIR/adapter as PEFT reads it, and with export_hf WORKDIR/hf, the base model with the adapter in its weights,
     in the base model's dtype; written by the first process."""
-    params = jax.tree.map(to_host, params)  # each process has a part
+    adapter = adapter._replace(params=jax.tree.map(to_host, adapter.params))  # each process has a part
     if jax.process_index() != 0:
         return None
     # Ours to replace: an earlier end of this same run wrote them.
     exported, base = workdir / ADAPTER_NAME, str(config.init_from)
-    save_peft(exported, Adapter(config.lora, params), config.model, base=base, overwrite=True)
+    save_peft(exported, adapter, config.model, base=base, overwrite=True)
     if config.export_hf:
         options = Options(overwrite=True, allow_unused_rows=True)
         for note in merge_lora(base, exported, workdir / EXPORT_NAME, options).notes:

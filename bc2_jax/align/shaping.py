@@ -71,7 +71,7 @@ def _shape(x: dict[str, Array], coefficient: Array, *, config: PPOConfig) -> tup
 
 
 def measure(config: PPOConfig, answers: Answers, scores: Scores, found: dict[str, np.ndarray]) -> dict[str, float]:
-    """Health metrics of an iteration, from before its updates.
+    """Health metrics of an iteration, as it is before its updates.
 
     entropy is the estimate from the sampled tokens, the mean of -log p, not the sum over the vocabulary.
     """
@@ -79,6 +79,9 @@ def measure(config: PPOConfig, answers: Answers, scores: Scores, found: dict[str
     old, reference, sampled = (np.where(mask, x, 0).astype(np.float64) for x in (
         found[OLD], found[REFERENCE], answers.sampled))  # fmt: skip
     k1 = old - reference
+    with np.errstate(over="ignore"):  # an infinite KL is told by `Checks`
+        k3 = np.expm1(-k1) + k1
+    total = scores.total.astype(np.float64)
     groups = scores.total.reshape(-1, config.answers_per_prompt)
     if not config.has_critic or config.answers_per_prompt > 1:
         equal = float(np.mean(groups.max(1) == groups.min(1)))
@@ -86,14 +89,14 @@ def measure(config: PPOConfig, answers: Answers, scores: Scores, found: dict[str
         equal = float(scores.total.max() == scores.total.min())
     distance = np.abs(sampled - old)
     return {
-        "reward": float(scores.total.mean()), "reward_deviation": float(scores.total.std()),
-        **{f"reward_{name}": float(part.mean()) for name, part in scores.parts.items()},
-        "kl": float(k1.sum() / count), "kl_k3": float((np.expm1(-k1) + k1).sum() / count),
+        "reward": float(total.mean()), "reward_deviation": float(total.std()),
+        **{f"reward_{name}": float(part.mean(dtype=np.float64)) for name, part in scores.parts.items()},
+        "kl": float(k1.sum() / count), "kl_k3": float(k3.sum() / count),
         "kl_per_answer": float(k1.sum(1).mean()), "reference_distance": float(np.abs(k1).sum() / count),
         "entropy": float(-old.sum() / count),
         "answer_tokens": float(answers.tokens.mean()), "answer_tokens_longest": float(answers.tokens.max()),
         "share_cut": float(answers.cut.mean()), "groups_equal": equal,
-        "length_reward_correlation": _correlation(answers.tokens, scores.total),
+        "length_reward_correlation": _correlation(answers.tokens, total),
         "sampler_distance": float(distance.sum() / count), "sampler_distance_largest": float(distance.max()),
     }  # fmt: skip
 

@@ -18,9 +18,9 @@ from jax import Array
 from jax.sharding import Mesh
 
 from bc2_jax.align.pairs import most_pairs
-from bc2_jax.align.questions import answer_questions, read_questions, report, summarize
+from bc2_jax.align.questions import find_questions, make_examine, read_questions
 from bc2_jax.align.sft_results import check_adapter_export
-from bc2_jax.config import TOKENIZER_OF_BASE, AskedConfig, DataConfig, LoraConfig, RunConfig, TunedConfig
+from bc2_jax.config import TOKENIZER_OF_BASE, AskedConfig, DataConfig, LoraConfig, ModelConfig, RunConfig, TunedConfig
 from bc2_jax.convert.pretrained import find_tokenizer, load_params
 from bc2_jax.data.loader import describe_mixture
 from bc2_jax.model.baichuan import Baichuan2, Params, abstract_params, split_model
@@ -29,7 +29,7 @@ from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.train import pretrain
 from bc2_jax.train.checks import check_initial_model
 from bc2_jax.train.health import mix
-from bc2_jax.train.job import Job, Objective, Progress, StepParts, abstract_state, init_state
+from bc2_jax.train.job import Job, Objective, StepParts, abstract_state, init_state
 from bc2_jax.train.loop import Start
 from bc2_jax.train.results import Ending, show_results
 from bc2_jax.validation import require
@@ -113,25 +113,19 @@ def with_answers(
     Raises ValueError or FileNotFoundError if what is asked is not valid.
     """
     tokenizer = Tokenizer(config.data.tokenizer)
-    questions = read_questions(config, tokenizer)
+    asked, most = config.questions, config.model.model_max_length
+    questions = read_questions(find_questions(config), asked, most, tokenizer)
 
     def begin(workdir: Path) -> None:
         job.begin(workdir)
         print_plan(len(questions))
 
-    def examine(number: int, params: Params, progress: Progress) -> dict[str, float] | None:
-        model, most = build(params, job.frozen, {}), config.questions.max_new_tokens
-        answers = answer_questions(model, tokenizer, questions, most, progress)
-        if answers is None:
-            return None
-        report(answers, number, config.questions, start)
-        return summarize(answers)
-
     def finish(checkpoint: Path, params: Params) -> None:
         ending = make_ending(checkpoint, params, lambda: build(params, job.frozen, {}))
         show_results(config, ending, tokenizer, start)
 
-    return job._replace(begin=begin, finish=finish, examine=examine if questions else None)
+    examine = make_examine(lambda params: build(params, job.frozen, {}), tokenizer, questions, asked, start)
+    return job._replace(begin=begin, finish=finish, examine=examine)
 
 
 def load_base(config: RunConfig, start: Start, load: Callable[[], Params]) -> tuple[Params, dict[str, str]]:
@@ -180,14 +174,19 @@ def count_places(data: DataConfig) -> int:
 
 def adapter_flops(config: TunedConfig) -> tuple[int, str]:
     """Model FLOPs of an update of adapters, and what they are made of: frozen weights have no gradients."""
-    model, data = config.model, config.data
-    length = data.sequence_length
+    data = config.data
+    formula = "(4 x frozen matmul parameters + 6 x adapter parameters) x tokens + causal attention"
+    return data.global_batch_size * tuned_flops_per_sequence(config.lora, config.model, data.sequence_length), formula
+
+
+def tuned_flops_per_sequence(lora: LoraConfig, model: ModelConfig, length: int) -> int:
+    """As `ModelConfig.flops_per_sequence`, where adapters alone are trained; with rank 0, all parameters."""
+    if not lora.rank:
+        return model.flops_per_sequence(length)
     attention = 6 * model.num_hidden_layers * model.hidden_size * length * (length + 1)
     matmuls = (model.flops_per_sequence(length) - attention) * 4 // 6
-    shapes = jax.tree.leaves(abstract_adapter(config.lora, model, None))
-    adapters = 6 * length * sum(math.prod(x.shape) for x in shapes)
-    formula = "(4 x frozen matmul parameters + 6 x adapter parameters) x tokens + causal attention"
-    return data.global_batch_size * (matmuls + adapters + attention), formula
+    shapes = jax.tree.leaves(abstract_adapter(lora, model, None))
+    return matmuls + 6 * length * sum(math.prod(x.shape) for x in shapes) + attention
 
 
 def checksum(params: Params) -> int:

@@ -167,10 +167,6 @@ class RLConfig(RunConfig):
     questions: QuestionsConfig = QuestionsConfig(path=None)
     tokenizer: str = TOKENIZER_OF_BASE
     """SentencePiece model of the chat model; by default found beside it."""
-    export_hf: bool = False
-    """At the end, also write the actor in the released PyTorch layout to WORKDIR/hf."""
-    allow_other_tokenizer: bool = False
-    """Go on where the tokenizer, or that of the reward model, is another one than the chat model's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -172,6 +172,8 @@ class RunConfig:
     init_from: str | None = None
     """Start from the parameters of this model, a PyTorch folder or a checkpoint, instead of random ones; the optimizer
     and the data start anew. Its architecture must be that of `model`."""
+    allow_other_tokenizer: bool = False
+    """Resume, or start from `init_from`, with another tokenizer than the model was trained with."""
     resume: Literal["never", "auto"] = "never"
     """auto: go on from the newest complete and undamaged checkpoint of the workdir, or start if there is none."""
     seed: int = 0
@@ -190,6 +192,8 @@ class RunConfig:
     """Step at which a profiler trace starts; 0 for never."""
     profile_steps: int = 3
     """Steps in the profiler trace."""
+    export_hf: bool = False
+    """At the end, also write the trained model in the released PyTorch layout to WORKDIR/hf."""
 
     def __post_init__(self) -> None:
         require_literals(self, "")
@@ -242,10 +246,6 @@ class TrainConfig(RunConfig):
     sample: SampleConfig = SampleConfig()
     ngram_baselines: bool = False
     """Also print the validation cross entropy of unigram and bigram models of the training rows (holds V^2 counts)."""
-    export_hf: bool = False
-    """At the end, also write the parameters in the released PyTorch layout to WORKDIR/hf."""
-    allow_other_tokenizer: bool = False
-    """Resume, or start from `init_from`, with another tokenizer than the model was trained with."""
 
     def __post_init__(self) -> None:
         require(

@@ -28,6 +28,13 @@ def no_fields(rows: Rows) -> Rows:
     return {}
 
 
+def save_batch(folder: Path, step: int, rows: Rows, about: dict[str, Any], suffix: str = "") -> Path:
+    """Writes FOLDER/bad_batch_step_STEP{suffix}.npz: the rows of a step and the values `about` it."""
+    path = folder / f"bad_batch_step_{step}{suffix}.npz"
+    np.savez(path, **rows, **{"step": step, **about})  # type: ignore[arg-type]  # the stub takes a name for a flag
+    return path
+
+
 class RowBatches:
     """`Batches` of `bc2_jax.train.job` from the training rows of `data`, this process's part of them.
 
@@ -113,10 +120,8 @@ class RowBatches:
         if step not in self._recent:
             return None
         suffix = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
-        path = folder / f"bad_batch_step_{step}{suffix}.npz"
-        about = {"step": step, "first_row": row_of_step(step, self._stretches, self._windows), **about}
-        np.savez(path, **self._recent[step], **about)  # type: ignore[arg-type]  # the stub takes a name for a flag
-        return path
+        about = {"first_row": row_of_step(step, self._stretches, self._windows), **about}
+        return save_batch(folder, step, self._recent[step], about, suffix)
 
     def close(self) -> None:
         self._iterator.close()

@@ -68,17 +68,16 @@ def check_initial_model(config: RunConfig) -> None:
         )  # fmt: skip
 
 
-def check_tokenizer(config: TrainConfig, tokenizer: Tokenizer) -> None:
-    """Raises ValueError if the tokenizer can produce ids the model does not have, or ends documents with another id."""
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ValueError(
-            f"model.vocab_size = {config.model.vocab_size} is not valid: the tokenizer {config.data.tokenizer} has "
-            f"{tokenizer.vocab_size} pieces."
-        )
-    if tokenizer.eos_id != config.model.eos_token_id:
-        raise ValueError(
-            f"model.eos_token_id = {config.model.eos_token_id} is not valid: the tokenizer has {tokenizer.eos_id}."
-        )
+def check_tokenizer(model: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Raises ValueError if the tokenizer can produce ids the model does not have, or ends texts with another id."""
+    require(
+        tokenizer.vocab_size <= model.vocab_size, "model.vocab_size", model.vocab_size,
+        f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} pieces",
+    )  # fmt: skip
+    require(
+        tokenizer.eos_id == model.eos_token_id, "model.eos_token_id", model.eos_token_id,
+        f"the tokenizer {tokenizer.path} has {tokenizer.eos_id}",
+    )  # fmt: skip
 
 
 def check_row_kinds(config: TrainConfig) -> None:
@@ -92,22 +91,29 @@ def check_row_kinds(config: TrainConfig) -> None:
             require(kind in config.row_kinds, f"data.sources.{index}.path", str(part.path), legal)
 
 
-def check_same_tokenizer(config: TrainConfig, start: Start, sha256: str) -> None:
-    """Raises ValueError if the model that training goes on from was trained with another tokenizer than the data's,
-    unless `allow_other_tokenizer` says that this is meant: its ids would stand for other text."""
+def check_same_tokenizer(config: RunConfig, field: str, tokenizer: Tokenizer, start: Start) -> None:
+    """Raises ValueError, naming `field`, if the model that training starts or resumes from was trained with another
+    tokenizer than this one."""
     if start.metadata is not None:
         before, known = start.workdir / TOKENIZER_NAME, start.metadata.job.get("tokenizer_sha256")
     elif config.init_from is not None and (found := find_any_model(config.init_from).tokenizer) is not None:
         before, known = found, None
     else:
         return
-    known = known or (file_sha256(before) if before.is_file() else sha256)
-    if known != sha256 and not config.allow_other_tokenizer:
-        raise ValueError(
-            f"data.tokenizer = '{config.data.tokenizer}' is not valid: its SHA-256 is {sha256[:12]}, that of the "
-            f"tokenizer which the model was trained with ({before}) is {known[:12]}, so that the same ids mean other "
-            "text; if that is meant, set allow_other_tokenizer."
-        )
+    known = known or (file_sha256(before) if before.is_file() else tokenizer.fingerprint)
+    require_same_tokenizer(config, field, tokenizer, f"that the model was trained with ({before})", known)
+
+
+def require_same_tokenizer(
+    config: RunConfig, field: str, tokenizer: Tokenizer, other: str, sha256: str
+) -> None:  # fmt: skip
+    """Raises ValueError, naming `field`, if this tokenizer is not the `other` one, whose file has this SHA-256: the
+    same ids would stand for other text. `allow_other_tokenizer` says that this is meant."""
+    require(
+        tokenizer.fingerprint == sha256 or config.allow_other_tokenizer, field, str(tokenizer.path),
+        f"its SHA-256 is {tokenizer.fingerprint[:12]}, that of the tokenizer {other} is {sha256[:12]}, so that the "
+        "same ids mean other text; if that is meant, set allow_other_tokenizer",
+    )  # fmt: skip
 
 
 def check_samples(config: TrainConfig, tokenizer: Tokenizer) -> None:
@@ -122,7 +128,7 @@ def check_samples(config: TrainConfig, tokenizer: Tokenizer) -> None:
         )  # fmt: skip
 
 
-def check_export(config: TrainConfig, workdir: Path) -> None:
+def check_export(config: RunConfig, workdir: Path) -> None:
     """Raises FileExistsError if the export at the end could not replace what is in its place."""
     if config.export_hf:
         check_free(workdir / EXPORT_NAME, True, foreign_in_export)

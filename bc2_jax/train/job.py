@@ -166,8 +166,9 @@ class Job(NamedTuple):
     check: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
     """Given the metrics of every step once they are known; raises ArithmeticError, on every process, if they show that
     the run is broken. Nothing has been saved of the step then."""
-    batch_phase: str = "data_wait"
-    """Of `goodput.PHASES`: what the time is called in which batches are made."""
+    samples: bool = False
+    """Batches are made with the parameters of the step before, by a rollout. The loop waits for that step first, so
+    that its time counts as productive and the rest as rollouts, not as waiting for data."""
 
 
 # --------------------------------------------------------------------------------------------------------------- state

@@ -272,7 +272,9 @@ class _Loop:
 
     def _next_batch(self, step: int) -> Batch | None:
         """Makes the batch of a step; None if the run is to stop."""
-        with self.goodput.phase(self.job.batch_phase):
+        if self.job.samples:
+            jax.block_until_ready(self.state)
+        with self.goodput.phase("rollout" if self.job.samples else "data_wait"):
             self.batch = self.job.batches.next(step, self.state)
         self.position: dict[str, Any] = self.job.batches.position()
         return self.batch

@@ -80,9 +80,8 @@ def make_job(config: TrainConfig, start: Start, step: StepParts | None = None) -
         warn_of_other_rows(config, start.metadata, start.step)
     check_row_kinds(config)
     tokenizer = Tokenizer(config.data.tokenizer)
-    check_tokenizer(config, tokenizer)
-    tokenizer_sha256 = file_sha256(config.data.tokenizer)
-    check_same_tokenizer(config, start, tokenizer_sha256)
+    check_tokenizer(config.model, tokenizer)
+    check_same_tokenizer(config, "data.tokenizer", tokenizer, start)
     check_samples(config, tokenizer)
     check_export(config, start.workdir)
     bad_rows = BadRows(config.data.max_bad_rows)
@@ -98,7 +97,7 @@ def make_job(config: TrainConfig, start: Start, step: StepParts | None = None) -
 
     def begin(workdir: Path) -> None:
         if jax.process_index() == 0:
-            keep_tokenizer(workdir, config.data.tokenizer, tokenizer_sha256, start.step)
+            keep_tokenizer(workdir, config.data.tokenizer, tokenizer.fingerprint, start.step)
         print_tables(start.console, config, start.mesh)
         print_mixture(start.console, config, start.step, row)
         print_changes(start.console, changes)
@@ -122,7 +121,7 @@ def make_job(config: TrainConfig, start: Start, step: StepParts | None = None) -
             config, make_ending(config, checkpoint, params, baselines, start), tokenizer, start
         ),
         flops_per_step=step.flops_per_step,
-        metadata={"row_order": record_row_order(config.data), "tokenizer_sha256": tokenizer_sha256},
+        metadata={"row_order": record_row_order(config.data), "tokenizer_sha256": tokenizer.fingerprint},
     )
 
 

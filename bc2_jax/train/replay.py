@@ -86,7 +86,7 @@ def choose_checkpoint(path: str | Path, step: int) -> Path:
     return found
 
 
-def recorded_config(checkpoint: Path, step: int, last: TrainConfig) -> TrainConfig:
+def recorded_config(checkpoint: Path, step: int, last: RunConfig) -> RunConfig:
     """The config with which `step` was done: a run may go on from `checkpoint` with another than it was saved with.
 
     It is in the next checkpoint; where there is none it is `last`, that of the last start.
@@ -97,7 +97,7 @@ def recorded_config(checkpoint: Path, step: int, last: TrainConfig) -> TrainConf
     return read_config(read_metadata(min(later, key=lambda p: int(p.name)))["config"])
 
 
-def _on_these_devices(config: TrainConfig) -> TrainConfig:
+def _on_these_devices(config: RunConfig) -> RunConfig:
     """On a pod the processes find each other again; simulated devices of several processes become those of one."""
     devices = config.mesh.num_cpu_devices * (config.distributed.num_processes or 1)
     mesh = dataclasses.replace(config.mesh, num_cpu_devices=devices)
@@ -147,13 +147,14 @@ def replay(path: str | Path, step: int, batch: Sequence[str | Path] = ()) -> Ite
     config = config.resolve(jax.device_count())
     mesh = make_mesh(config.mesh)
     check_attention(config, mesh)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as scratch:
         parts: StepParts = kind_of(config).make_step(config, mesh)
-        if hasattr(config, "data"):
+        if isinstance(config, TrainConfig):
             frozen, next_batch = parts.load_frozen(), _reader(config, mesh, parts, records, saved, step)
         else:
-            require(saved is None, "--batch", list(map(str, batch)), "the batches of this run are made anew, not read")
-            frozen, next_batch = _maker(config, mesh, checkpoint)
+            legal = f"a {type(config).__name__} makes its batches itself and reads none: leave it out"
+            require(saved is None, "--batch", list(map(str, batch)), legal)
+            frozen, next_batch = _maker(config, mesh, checkpoint, Path(scratch))
         state = restore_state(Folder(checkpoint), start, parts.state)
         train_step: TrainStep | None = None
         for now in range(start + 1, step + 1):
@@ -205,14 +206,14 @@ def _reader(
     return next_batch
 
 
-def _maker(config: RunConfig, mesh: Mesh, checkpoint: Path) -> tuple[Params, NextBatch]:
-    """(frozen parameters, batches) of a run that makes them from its own parameters; its folder stays as it is."""
+def _maker(config: RunConfig, mesh: Mesh, checkpoint: Path, scratch: Path) -> tuple[Params, NextBatch]:
+    """(frozen parameters, batches) of a run that makes them from its own parameters; what it writes meanwhile goes to
+    `scratch`, and its own folder stays as it is."""
     step = int(checkpoint.name)
     metadata = read_training_metadata(checkpoint)
     console = make_console(quiet=True)
-    with tempfile.TemporaryDirectory() as folder:
-        start = Start(mesh, Path(folder), step, metadata, console, console.print, "", Expendable())
-        job = kind_of(config).make_job(config, start)
+    start = Start(mesh, scratch, step, metadata, console, console.print, "", Expendable())
+    job = kind_of(config).make_job(config, start)
     job.batches.seek(metadata.data)
     return job.frozen, job.batches.next
 

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
-from bc2_jax.config import TrainConfig
+from bc2_jax.config import RunConfig, TrainConfig
 from bc2_jax.convert.conversion import Options, to_hf
 from bc2_jax.data import ngram
 from bc2_jax.data.corpus import list_parts
@@ -137,7 +137,7 @@ def make_ending(
     )
 
 
-def export_hf(config: TrainConfig, checkpoint: Path) -> Path | None:
+def export_hf(config: RunConfig, checkpoint: Path) -> Path | None:
     """WORKDIR/hf, if the config asks for it, written by the first process; from the files, as none has all arrays."""
     exported = checkpoint.parent.parent / EXPORT_NAME
     if not config.export_hf or jax.process_index() != 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -25,7 +24,7 @@ CONFIG = FineTuneConfig(
 def read(tokenizer, path, records, **changes):
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
     asked = QuestionsConfig(path=str(path), **({"max_new_tokens": 8} | changes))
-    return questions.read_questions(dataclasses.replace(CONFIG, questions=asked), tokenizer)
+    return questions.read_questions(asked.path, asked, 64, tokenizer)
 
 
 def conversation(*texts: str) -> dict:
@@ -44,7 +43,8 @@ def test_the_first_are_read_in_any_format(tokenizer, tmp_path):
     for question in (first, second):
         assert question.ids[0] == tokenizer.user_id and question.ids[-1] == tokenizer.assistant_id
     assert len(read(tokenizer, tmp_path / "q.jsonl", records, limit=0)) == 3
-    assert questions.read_questions(CONFIG, tokenizer) == []
+    assert questions.find_questions(CONFIG) is None
+    assert questions.read_questions(None, CONFIG.questions, 64, tokenizer) == []
 
 
 @pytest.mark.parametrize(
