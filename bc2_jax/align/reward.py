@@ -9,14 +9,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from bc2_jax.align import tuning
 from bc2_jax.align.pair_preparation import prepare_sources
@@ -24,7 +23,7 @@ from bc2_jax.align.pairs import CHOSEN, REJECTED, branch_last, has_pair
 from bc2_jax.align.preference import reward_loss
 from bc2_jax.align.reward_results import print_plan, show_rewards
 from bc2_jax.align.row_preparation import MARGINS
-from bc2_jax.align.sft import SEED, place_seeds
+from bc2_jax.align.tuning import SEED
 from bc2_jax.config import RewardConfig
 from bc2_jax.convert.pretrained import find_any_model
 from bc2_jax.convert.reward import ADAPTER, load_backbone, load_reward_model, load_score
@@ -42,7 +41,6 @@ from bc2_jax.model.reward import (
     reward_params_from,
     split_reward_model,
 )
-from bc2_jax.sharding import spec
 from bc2_jax.train import pretrain
 from bc2_jax.train.job import Job, Objective, Parts, StepParts, abstract_state, init_state
 from bc2_jax.train.loop import RunResult, Start, run
@@ -91,21 +89,12 @@ def make_step(config: RewardConfig, mesh: Mesh) -> StepParts:
     if not config.lora.rank:
         return parts
     trained = {ADAPTER: abstract_adapter(config.lora, model, mesh), SCORE: abstract[SCORE]}
-    return parts._replace(
+    parts = parts._replace(
         state=abstract_state(trained, parts.optimizer),
         frozen=backbone_of(abstract_reward_params(model, mesh, dtype)),
         load_frozen=lambda: load_backbone(str(config.init_from), dtype, mesh)[0],
-        **with_seeds(config, mesh, parts.batch),
     )
-
-
-def with_seeds(config: RewardConfig, mesh: Mesh, batch: Batch) -> dict[str, Any]:
-    """What makes batches have the seeds of the adapters' dropout; nothing without it."""
-    if not config.lora.dropout:
-        return {}
-    sharding = NamedSharding(mesh, spec(None))
-    seed = {SEED: jax.ShapeDtypeStruct((config.data.accumulation_steps,), jnp.uint32, sharding=sharding)}
-    return {"batch": batch | seed, "complete": lambda step, batch: batch | {SEED: place_seeds(config, mesh, step)}}
+    return tuning.with_seeds(parts, config, mesh) if config.lora.dropout else parts
 
 
 def find_margins(config: RewardConfig, places: int) -> Callable[[Rows], Rows]:

@@ -42,7 +42,7 @@ from bc2_jax.config import TOKENIZER_OF_BASE, ModelConfig, RLConfig
 from bc2_jax.convert.checkpoints import ACTOR, CRITIC
 from bc2_jax.convert.pretrained import find_tokenizer
 from bc2_jax.convert.reward import find_reward_model
-from bc2_jax.data.batch import FIELDS, IGNORED, Batch
+from bc2_jax.data.batch import FIELDS, IGNORED, AbstractBatch, Batch
 from bc2_jax.model.baichuan import Params
 from bc2_jax.sharding import spec
 from bc2_jax.tokenizer import Tokenizer, file_sha256
@@ -108,7 +108,7 @@ def make_step(config: RLConfig, mesh: Mesh) -> StepParts:
     )
 
 
-def abstract_batch(config: RLConfig, mesh: Mesh) -> Batch:
+def abstract_batch(config: RLConfig, mesh: Mesh) -> AbstractBatch:
     """Shapes and shardings of the batch of a step."""
     rl = config.ppo
     steps = rl.updates * rl.accumulation_steps
@@ -120,7 +120,7 @@ def abstract_batch(config: RLConfig, mesh: Mesh) -> Batch:
     rows = steps, rl.micro_rows, rl.row_tokens
     batch = {name: place(rows, jnp.int32) for name in FIELDS}
     batch |= {name: place(rows, jnp.float32) for name in fields_of(rl)}
-    return batch | {UPDATE: place((steps,), jnp.int32), COEFFICIENT: place((steps,), jnp.float32)}  # type: ignore[return-value]  # shapes stand in for arrays
+    return batch | {UPDATE: place((steps,), jnp.int32), COEFFICIENT: place((steps,), jnp.float32)}
 
 
 def make_optimizers(config: RLConfig) -> Optimizer:

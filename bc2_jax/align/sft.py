@@ -7,24 +7,20 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from bc2_jax.align import tuning
 from bc2_jax.align.sft_results import make_ending, print_plan
-from bc2_jax.config import FineTuneConfig, TunedConfig
+from bc2_jax.align.tuning import SEED
+from bc2_jax.config import FineTuneConfig
 from bc2_jax.data.batch import IGNORED, Batch
 from bc2_jax.model.baichuan import Baichuan2, Params, split_model
-from bc2_jax.sharding import reshard, spec
+from bc2_jax.sharding import reshard
 from bc2_jax.train import pretrain
 from bc2_jax.train.job import Job, Objective, Parts, StepParts
 from bc2_jax.train.loop import RunResult, Start, run
 from bc2_jax.train.loss import count_targets
-
-SEED = "seed"
-"""Field of a training batch, uint32 [A], whole everywhere: what the noise of each accumulation step is drawn from. A
-batch without it is held out, and has none."""
 
 
 def train(config: FineTuneConfig, command: str = "train.py", started: float | None = None) -> RunResult:
@@ -39,13 +35,7 @@ def complete(config: FineTuneConfig) -> FineTuneConfig:
 
 def make_step(config: FineTuneConfig, mesh: Mesh) -> StepParts:
     """The step of a run, whose batches have the seeds of their noise."""
-    shape, sharding = (config.data.accumulation_steps,), NamedSharding(mesh, spec(None))
-    seed: Batch = {SEED: jax.ShapeDtypeStruct(shape, jnp.uint32, sharding=sharding)}  # type: ignore[dict-item]  # shapes stand in for arrays
-    parts = tuning.make_step(config, mesh, make_objective(config))
-    return parts._replace(
-        batch=parts.batch | seed,
-        complete=lambda step, batch: batch | {SEED: place_seeds(config, mesh, step)},
-    )
+    return tuning.with_seeds(tuning.make_step(config, mesh, make_objective(config)), config, mesh)
 
 
 def make_job(config: FineTuneConfig, start: Start) -> Job:
@@ -57,15 +47,6 @@ def make_job(config: FineTuneConfig, start: Start) -> Job:
         lambda questions: print_plan(config, questions, start),
         lambda checkpoint, params, model: make_ending(config, checkpoint, params, model, start),
     )  # fmt: skip
-
-
-def place_seeds(config: TunedConfig, mesh: Mesh, step: int) -> Array:
-    """SEED of the batch of a step: the same on every mesh, and whenever the step is done again."""
-    seeds = np.random.SeedSequence((config.seed, step)).generate_state(config.data.accumulation_steps)
-    sharding = NamedSharding(mesh, spec(None))
-    # Explicitly, on the devices of this process: the loop runs under a transfer guard.
-    shards = [jax.device_put(seeds, device) for device in sharding.addressable_devices]
-    return jax.make_array_from_single_device_arrays(seeds.shape, sharding, shards)
 
 
 # ----------------------------------------------------------------------------------------------------------- objective

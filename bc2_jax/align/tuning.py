@@ -13,9 +13,10 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from bc2_jax.align.pairs import most_pairs
 from bc2_jax.align.questions import find_questions, make_examine, read_questions
@@ -25,6 +26,7 @@ from bc2_jax.convert.pretrained import find_tokenizer, load_params
 from bc2_jax.data.loader import describe_mixture
 from bc2_jax.model.baichuan import Baichuan2, Params, abstract_params, split_model
 from bc2_jax.model.lora import abstract_adapter, init_adapter, with_adapter
+from bc2_jax.sharding import spec
 from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.train import pretrain
 from bc2_jax.train.checks import check_initial_model
@@ -38,6 +40,9 @@ Config = TypeVar("Config", bound=TunedConfig)
 
 BASE = "base_checksum"
 """In the metadata of a checkpoint of adapters: that of the base model, in hex."""
+SEED = "seed"
+"""Field of a training batch, uint32 [A], whole everywhere: what the noise and the dropout of each accumulation step are
+drawn from. A batch without it is held out, and has neither."""
 
 
 def complete(config: Config, purpose: str = "fine-tuning needs the base model") -> Config:
@@ -81,6 +86,24 @@ def make_step(config: TunedConfig, mesh: Mesh, objective: Objective) -> StepPart
         flops_per_step=adapter_flops(config)[0],
         load_frozen=lambda: load_params(str(config.init_from), dtype, mesh)[0],
     )
+
+
+def with_seeds(parts: StepParts, config: TunedConfig, mesh: Mesh) -> StepParts:
+    """`parts` of a step whose batches have SEED."""
+    shape, sharding = (config.data.accumulation_steps,), NamedSharding(mesh, spec(None))
+    seed = {SEED: jax.ShapeDtypeStruct(shape, jnp.uint32, sharding=sharding)}
+    return parts._replace(
+        batch=parts.batch | seed, complete=lambda step, batch: batch | {SEED: _place_seeds(config, mesh, step)}
+    )
+
+
+def _place_seeds(config: TunedConfig, mesh: Mesh, step: int) -> Array:
+    """SEED of the batch of a step: the same on every mesh, and whenever the step is done again."""
+    seeds = np.random.SeedSequence((config.seed, step)).generate_state(config.data.accumulation_steps)
+    sharding = NamedSharding(mesh, spec(None))
+    # Explicitly, on the devices of this process: the loop runs under a transfer guard.
+    shards = [jax.device_put(seeds, device) for device in sharding.addressable_devices]
+    return jax.make_array_from_single_device_arrays(seeds.shape, sharding, shards)
 
 
 def make_job(config: TunedConfig, start: Start, step: StepParts) -> Job:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from bc2_jax.data.batch import Batch, Rows
+from bc2_jax.data.batch import AbstractBatch, Batch, Rows
 from bc2_jax.data.row_batches import no_fields
 from bc2_jax.model.baichuan import Params
 from bc2_jax.sharding import place_shapes
@@ -77,7 +77,7 @@ class StepParts(NamedTuple):
     optimizer: Optimizer
     state: TrainState
     """Shapes and shardings."""
-    batch: Batch
+    batch: AbstractBatch
     """Shapes and shardings, of every field."""
     flops_per_step: int
     """Model FLOPs of a step: of all its updates."""
@@ -258,7 +258,8 @@ _OF_SEVERAL: dict[str, Callable[[Array], Array]] = {"grad_norm": jnp.max, "updat
 
 
 def lower_train_step(
-    objective: Objective, optimizer: Optimizer, state: TrainState, frozen: Params, batch: Batch, *, norms: bool = True,
+    objective: Objective, optimizer: Optimizer, state: TrainState, frozen: Params, batch: Batch | AbstractBatch, *,
+    norms: bool = True,
     updates: int = 1,
 ) -> jax.stages.Lowered:  # fmt: skip
     """The step for arguments like these, arrays or their shapes, to be compiled; it donates the state alone."""
