@@ -41,7 +41,7 @@ def test_missing_rows_are_one_sentence(tmp_path):
     assert "compute.attention = 'flash' is not valid on cpu" in done.stderr
     done = run(*arguments, "--compute.attention", "chunked")
     assert done.returncode != 0 and "Traceback" not in done.stderr
-    assert "tokenizer.model" in done.stderr
+    assert "data.sources.path = 'rows' has no manifest.json" in done.stderr
 
 
 def test_fine_tuning_needs_a_model():

@@ -290,9 +290,9 @@ def test_what_cannot_be_is_told_before_anything_is_written(config, tmp_path, cha
 
 BROKEN = {
     "ratio": "the ratio of new and old probability is not 1",
-    "reference": "The actor is not the reference before the first update",
+    "reference": "before the first update the actor must equal the reference",
     "reward": "rewards must be finite",
-    "equal": r"all scores that are compared are equal, for the 2th iteration in a row \(ppo.patience\)",
+    "equal": r"all scores that are compared are equal, 2 iterations in a row \(ppo.patience = 2\)",
 }
 
 
