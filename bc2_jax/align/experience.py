@@ -156,7 +156,10 @@ class Rollouts:
         return {"skipped_iterations": list(window), "rows": (last - first + 1) * self._config.ppo.answers}
 
     def metrics(self, step: int) -> dict[str, float]:
-        return dict(self._metrics.get(step, {}))
+        found = self._metrics.get(step, {})
+        if found and step == max(self._metrics):  # asked for the first time as soon as the updates are done
+            found.setdefault("update_seconds", time.perf_counter() - self._handed_over)
+        return dict(found)
 
     def save(self, step: int, folder: Path, about: dict[str, Any]) -> Path | None:
         """Writes FOLDER/bad_batch_step_STEP.npz: the answers and all that was made of them, once for all processes."""
@@ -175,9 +178,7 @@ class Rollouts:
     def _make(self, step: int, state: TrainState) -> Batch:
         """The batch of a step. Nothing of the object changes before the very end, as the run may be stopped."""
         ppo, clock = self._config.ppo, time.perf_counter
-        begin = clock()  # the loop has waited for the update before
-        if step - 1 in self._metrics:
-            self._metrics[step - 1]["update_seconds"] = begin - self._handed_over
+        begin = clock()
         iteration = self._iteration(step)
         answers, stats = self._roll_out(iteration, step, state)
         sampled = clock()

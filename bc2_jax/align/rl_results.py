@@ -109,11 +109,11 @@ def make_ending(config: RLConfig, checkpoint: Path, params: Params, start: Start
 
 def show_course(workdir: Path, start: Start) -> None:
     """Draws WORKDIR/rl.png and says how reward, KL and lengths went."""
-    metrics = [m for m in read_metrics(workdir / "metrics.jsonl") if m.get("reward") is not None]
+    metrics = [m for m in read_metrics(workdir / "metrics.jsonl") if "step_seconds" in m]
     if not metrics:
         return
     plot_course(metrics, workdir / PICTURE)
-    few = max(len(metrics) // 10, 1)
+    few = max(len(metrics) // 4, 1)
 
     def change(name: str) -> str:
         first, last = (sum(m[name] for m in part) / len(part) for part in (metrics[:few], metrics[-few:]))

@@ -196,9 +196,11 @@ class _Loop:
                     raise self.preemption.stopped(step - 1, checkpointer.directory)
                 self.profiler.before(step)
                 # Metrics of a step are fetched after the next one was dispatched: the devices never wait for the host.
+                # A run that samples makes the next batch of this step's state, so it can only wait for it.
                 with jax.transfer_guard("disallow"):
                     self.state, metrics = self.train_step(self.state, self.job.frozen, self.batch)
                     saved_position = self.position
+                    values = self._finish_step(step, metrics) if self.job.samples else None
                     # Asked before too: to make a batch may take longer than is left after SIGTERM.
                     if step < config.num_steps and not self.preemption.reached():
                         try:
@@ -207,14 +209,16 @@ class _Loop:
                             failed = error
                     if pending is not None:
                         self.writer.write(pending[0], self._finish_step(*pending))
-                    pending = step, metrics
+                    pending = (step, metrics) if values is None else None
                 self.profiler.after(step, metrics)
                 is_eval = self._is_evaluated(step)
                 stopping = self.preemption.reached() or failed is not None
                 is_save = stopping or self._is_saved(step)
                 if is_eval or is_save:
                     # Nothing is saved before its step is known to be finite, nor what a rewind will discard.
-                    self.last, pending = self._finish_step(*pending) | memory_metrics(), None
+                    began = time.perf_counter()
+                    values, pending = values or self._finish_step(step, metrics), None
+                    self.last = values | memory_metrics()
                     self.writer.write(step, self.last | self.goodput.metrics())
                     is_sound = self.monitor.spike is None
                     if is_save and is_sound:
@@ -223,7 +227,9 @@ class _Loop:
                         stopping = not self._evaluate(step)
                         if stopping and not is_save:
                             self._save(step, saved_position)
-                    self.throughput.restart()
+                    self.throughput.leave_out(time.perf_counter() - began)
+                elif values is not None:
+                    self.writer.write(step, values)
                 if self.monitor.spike is not None:
                     del metrics  # before memory is needed for the state that is restored
                     pending = None
@@ -272,8 +278,6 @@ class _Loop:
 
     def _next_batch(self, step: int) -> Batch | None:
         """Makes the batch of a step; None if the run is to stop."""
-        if self.job.samples:
-            jax.block_until_ready(self.state)
         with self.goodput.phase("rollout" if self.job.samples else "data_wait"):
             self.batch = self.job.batches.next(step, self.state)
         self.position: dict[str, Any] = self.job.batches.position()

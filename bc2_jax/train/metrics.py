@@ -45,8 +45,12 @@ class Throughput:
         return f"{text}; MFU = FLOPs / step time / {self.peak:.3e} peak FLOP/s."
 
     def restart(self) -> None:
-        """Leaves out what happened since the last step: compilation, evaluation."""
+        """Leaves out what happened since the last step."""
         self.last = time.perf_counter()
+
+    def leave_out(self, seconds: float) -> None:
+        """Leaves out a part of the time since the last step: an evaluation, a save."""
+        self.last += seconds
 
     def step(self) -> dict[str, float]:
         """Metrics of the step that has just completed."""
