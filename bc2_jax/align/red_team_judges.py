@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bc2_jax.align.chat import fit_prompt
 from bc2_jax.align.red_team import Answer
 from bc2_jax.align.red_team_attacks import Attack
-from bc2_jax.align.reward_functions import load_reward_function
+from bc2_jax.align.reward_functions import calls, finite_number, load_reward_function
 from bc2_jax.align.scoring import Scorer
 from bc2_jax.convert.reward import find_reward_model
 from bc2_jax.sharding import Mesh
@@ -83,11 +81,9 @@ def judge_answers(
     texts = [answer.text for answer in answers]
     for judge in judges:
         rows = [_row(attack) for attack in attacks]
-        try:
+        with calls(f"judge {judge.name}", judge.function):
             returned = judge.function(list(prompts), list(texts), rows)
             given = None if isinstance(returned, str | bytes | Mapping) else list(returned)
-        except Exception as error:
-            raise ValueError(f"judge {judge.name} raised {type(error).__name__}: {error}") from error
         if given is None or len(given) != len(attacks):
             found = show(returned) if given is None else f"{len(given)} values"
             raise ValueError(f"judge {judge.name} returned {found}: it must be {len(attacks)} scores, one an answer.")
@@ -120,7 +116,7 @@ def threshold_of(judges: Sequence[Judge], given: float | None, scores: Sequence[
 def _read(judge: Judge, value: Any, place: int) -> dict[str, float]:
     items = value if isinstance(value, Mapping) else {judge.gives: value}
     legal = {*SCORES, "toxicity"}
-    numbers_of = {name: _number(item) for name, item in items.items()}
+    numbers_of = {name: finite_number(item) for name, item in items.items()}
     found = {name: number for name, number in numbers_of.items() if number is not None}
     if not items or not items.keys() <= legal or len(found) < len(items) or {"harmless", "toxicity"} <= items.keys():
         raise ValueError(f"judge {judge.name} returned {show(value)} for answer {place + 1}: it must be {_LEGAL}.")
@@ -132,12 +128,6 @@ def _read(judge: Judge, value: Any, place: int) -> dict[str, float]:
             )
         found["harmless"] = 1 - toxicity
     return found
-
-
-def _number(value: Any) -> float | None:
-    if getattr(value, "shape", None) == () and hasattr(value, "item"):
-        value = value.item()  # of numpy, jax and others
-    return float(value) if isinstance(value, numbers.Real) and math.isfinite(value) else None
 
 
 def _last_question(attack: Attack) -> str:

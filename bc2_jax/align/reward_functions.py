@@ -8,16 +8,16 @@ fields. All three are as long as the list to return. `align/checkable.py` has ex
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import importlib
 import importlib.util
 import itertools
-import math
 import numbers
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,13 +49,11 @@ class RewardFunction:
             return np.array(first_decides(lambda: self._decide(prompts, answers, rows)), np.float32)
 
     def _decide(self, prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
-        try:
+        with calls(f"reward function {self.name}", self.function):
             # Copies: what the function does to them must not change what it is given next time.
             returned = self.function(list(prompts), list(answers), copy.deepcopy(list(rows)))
             if isinstance(returned, Iterable) and not hasattr(returned, "__array__"):
                 returned = returned if isinstance(returned, str | bytes | Mapping) else list(returned)
-        except (Exception, SystemExit) as error:
-            raise ValueError(f"reward function {self.name} {_raised(error, self.function)}.") from error
         return self._check(returned, len(answers))
 
     def _check(self, returned: Any, count: int) -> list[float]:
@@ -69,22 +67,39 @@ class RewardFunction:
             raise ValueError(f"reward function {self.name} returned {show(returned)}: {legal}.")
         if len(returned) != count:
             raise ValueError(f"reward function {self.name} returned {len(returned)} values: {legal}.")
-        return [self._number(value, place) for place, value in enumerate(returned)]
+        values = returned if isinstance(returned, list) else returned.tolist()
+        return [self._number(value, place) for place, value in enumerate(values)]
 
     def _number(self, value: Any, place: int) -> float:
-        if getattr(value, "shape", None) == () and hasattr(value, "item"):
-            value = value.item()  # of numpy, jax and others
-        if isinstance(value, numbers.Real):
-            try:
-                number = float(value)
-            except OverflowError:
-                number = math.inf
-            if abs(number) <= float(np.finfo(np.float32).max):
-                return number
-        raise ValueError(
-            f"reward function {self.name} returned {show(value)} for answer {place}: each reward must be a number that "
-            "is finite in fp32."
-        )
+        number = finite_number(value)
+        if number is None:
+            raise ValueError(
+                f"reward function {self.name} returned {show(value)} for answer {place}: each reward must be a number "
+                "that is finite in fp32."
+            )
+        return number
+
+
+def finite_number(value: Any) -> float | None:
+    """`value` as a float; None if it is not a number that is finite in fp32."""
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()  # of numpy, jax and others
+    if not isinstance(value, numbers.Real):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if abs(number) <= float(np.finfo(np.float32).max) else None
+
+
+@contextlib.contextmanager
+def calls(name: str, function: Any = None) -> Iterator[None]:
+    """Around code of the user: raises ValueError, `name` and what it raised in which line, for whatever it raises."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{name} {_raised(error, function)}.") from error
 
 
 def load_reward_function(name: str, field: str = "reward function") -> RewardFunction:
@@ -96,10 +111,8 @@ def load_reward_function(name: str, field: str = "reward function") -> RewardFun
     require(bool(place) and attribute.isidentifier(), field, name, _LEGAL)
     if place.endswith(".py"):
         require(Path(place).is_file(), field, name, f"there is no file '{place}'")
-    try:
+    with calls(f"{field} = {name!r} can't be loaded: '{place}'"):
         module = _load_file(place) if place.endswith(".py") else importlib.import_module(place)
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"{field} = {name!r} can't be loaded: '{place}' {_raised(error)}.") from error
     function = getattr(module, attribute, None)
     defined = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
     legal = f"'{place}' has no function {attribute!r}; it has {', '.join(defined) or 'none'}"
