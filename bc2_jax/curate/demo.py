@@ -10,7 +10,6 @@ import os
 import shutil
 import sys
 import time
-import uuid
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -19,7 +18,7 @@ from bc2_jax.curate.config import CurationConfig
 from bc2_jax.curate.engine import Engine
 from bc2_jax.curate.pipeline import FORMAT, curate
 from bc2_jax.data.demo_corpus import demo_documents
-from bc2_jax.data.pinned_package import default_cache, publish_folder, require_writable
+from bc2_jax.data.pinned_package import default_cache, publishing
 from bc2_jax.data.tokenization import Settings, tokenize_corpus
 from bc2_jax.tokenizer import train_tokenizer
 
@@ -65,10 +64,8 @@ def prepare_demo(
         logger.info("demo corpus: found in %s", folder)
         return corpus
 
-    require_writable(cache)
     begin = time.perf_counter()
-    temporary = cache / f".{folder.name}.{uuid.uuid4().hex}.incomplete"
-    try:
+    with publishing(folder) as temporary:
         raw, curated = temporary / "raw", temporary / "curated"
         raw.mkdir(parents=True)
         for source, texts in documents.items():
@@ -91,8 +88,5 @@ def prepare_demo(
             logger.info(
                 "demo corpus: %s has %d documents and %d tokens for training", part.path, part.documents, part.tokens
             )
-        publish_folder(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     logger.info("demo corpus: written to %s in %.1f s", folder, time.perf_counter() - begin)
     return corpus

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -32,13 +36,24 @@ def require_writable(cache: Path) -> None:
         ) from error
 
 
-def publish_folder(temporary: Path, folder: Path) -> None:
-    """Renames; if another process was first, its folder has the same content and stays."""
+@contextlib.contextmanager
+def publishing(folder: Path) -> Iterator[Path]:
+    """A temporary folder to write to, which becomes `folder` at the end: that appears complete or not at all.
+
+    If another process was first, its folder has the same content and stays. Raises as `require_writable`.
+    """
+    require_writable(folder.parent)
+    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.incomplete"
+    temporary.mkdir()
     try:
-        temporary.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
+        yield temporary
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def fetch_wheel(package: str, sha256: str, folder: Path) -> Path:
