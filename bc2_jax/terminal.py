@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import codecs
 import io
 import logging
@@ -9,6 +10,7 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -28,6 +30,26 @@ def use_utf8() -> None:
         if isinstance(stream, io.TextIOWrapper):  # not where a test or a notebook has put its own
             is_ascii = codecs.lookup(stream.encoding).name == "ascii" and "PYTHONIOENCODING" not in os.environ
             stream.reconfigure(encoding="utf-8" if is_ascii else None, errors="backslashreplace")
+
+
+def run_program(
+    run: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> int:
+    """The exit code of a program that is `run` with its parsed arguments (`argv`, or those of the command line).
+
+    ValueError and OSError are its messages, printed without a traceback: 1. Ctrl-C: 130.
+    """
+    use_utf8()
+    args = parser.parse_args(argv)
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print()
+        return 130
+    return 0
 
 
 def read_argument(text: str) -> str:

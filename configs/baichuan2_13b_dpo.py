@@ -22,32 +22,26 @@ Not yet run on hardware.
 """
 
 import dataclasses
+import runpy
+from pathlib import Path
 
-from bc2_jax.config import (
-    BAICHUAN2_13B,
-    TOKENIZER_OF_BASE,
-    CheckpointConfig,
-    ComputeConfig,
-    DataConfig,
-    DPOConfig,
-    DPOOptions,
-    OptimizerConfig,
-    SourceConfig,
-)
+from bc2_jax.config import DPOConfig, DPOOptions, SourceConfig
+
+CHAT_13B = runpy.run_path(str(Path(__file__).with_name("baichuan2_13b_chat.py")))
 
 
 def config() -> DPOConfig:
+    chat = CHAT_13B["config"]()
+    rates = {"peak_learning_rate": 5e-7, "min_learning_rate": 5e-7, "warmup_steps": 20}
     return DPOConfig(
         name="baichuan2_13b_dpo",
-        model=dataclasses.replace(BAICHUAN2_13B, z_loss_weight=0.0),
-        data=DataConfig(sources=(SourceConfig(path="pairs"),), tokenizer=TOKENIZER_OF_BASE, global_batch_size=16),
-        compute=ComputeConfig(attention="flash", remat="save_dots"),
-        optimizer=OptimizerConfig(
-            peak_learning_rate=5e-7, min_learning_rate=5e-7, warmup_steps=20, b2=0.95, weight_decay=0.0, clip_norm=1.0,
-        ),
+        model=chat.model,
+        data=dataclasses.replace(chat.data, sources=(SourceConfig(path="pairs"),)),
+        compute=chat.compute,
+        optimizer=dataclasses.replace(chat.optimizer, b2=0.95, weight_decay=0.0, **rates),
         dpo=DPOOptions(loss="sigmoid", beta=0.1),
-        checkpoint=CheckpointConfig(save_every=100),
+        checkpoint=chat.checkpoint,
         num_epochs=1,
-        num_steps=1_000_000,  # no other limit than the epochs
+        num_steps=chat.num_steps,  # no other limit than the epochs
         eval_every=50,
-    )  # fmt: skip
+    )

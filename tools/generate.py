@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from bc2_jax.cpu import choose_cpu_without_tpu
-from bc2_jax.terminal import read_argument, use_utf8
+from bc2_jax.terminal import read_argument, run_program
 
 ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
 
@@ -184,17 +184,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    use_utf8()
-    args = make_parser().parse_args(argv)
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print()
-        return 130
-    return 0
+    return run_program(run, make_parser(), argv)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bc2_jax.cpu import choose_cpu_without_tpu
-from bc2_jax.terminal import here, make_console, read_argument, use_utf8
+from bc2_jax.terminal import here, make_console, read_argument, run_program
 
 if TYPE_CHECKING:
     from bc2_jax.align.red_team import Answer, AnswerStore, Result
@@ -293,17 +293,7 @@ def report(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    use_utf8()
-    args = make_parser().parse_args(argv)
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print()
-        return 130
-    return 0
+    return run_program(run, make_parser(), argv)
 
 
 if __name__ == "__main__":

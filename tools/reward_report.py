@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bc2_jax.cpu import choose_cpu_without_tpu
-from bc2_jax.terminal import make_console, use_utf8
+from bc2_jax.terminal import make_console, run_program
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -116,14 +116,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    use_utf8()
-    args = make_parser().parse_args(argv)
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_program(run, make_parser(), argv)
 
 
 if __name__ == "__main__":
