@@ -110,28 +110,23 @@ def print_lengths(console: Console, splits: Sequence[SplitCounts]) -> None:
 
 
 def plot_lengths(splits: Sequence[SplitCounts], file: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     from bc2_jax.data.inspection import BINS_PER_OCTAVE
+    from bc2_jax.train.pictures import picture
 
-    figure, axes = plt.subplots(figsize=(8, 4.5))
-    # The largest, for more lines can't be told apart.
-    for counts in sorted(splits, key=lambda counts: -counts.tokens)[:12]:
-        if counts.documents:
-            edges = [2 ** (index / BINS_PER_OCTAVE) for index in range(len(counts.length_histogram) + 1)]
-            shares = [count / counts.documents for count in counts.length_histogram]
-            style = "-" if counts.split == "train" else ":"
-            label = f"{counts.split} {counts.source}".replace("$", r"\$")  # which would begin a formula
-            axes.stairs(shares, edges, label=label, linestyle=style)
-    axes.set(xscale="log", xlabel="tokens a document", ylabel=f"share of documents, bins of 1/{BINS_PER_OCTAVE} octave")
-    axes.set_xscale("log", base=2)
-    axes.legend(fontsize="small")
-    figure.tight_layout()
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+    with picture(file, figsize=(8, 4.5)) as axes:
+        # The largest, for more lines can't be told apart.
+        for counts in sorted(splits, key=lambda counts: -counts.tokens)[:12]:
+            if counts.documents:
+                edges = [2 ** (index / BINS_PER_OCTAVE) for index in range(len(counts.length_histogram) + 1)]
+                shares = [count / counts.documents for count in counts.length_histogram]
+                style = "-" if counts.split == "train" else ":"
+                label = f"{counts.split} {counts.source}".replace("$", r"\$")  # which would begin a formula
+                axes.stairs(shares, edges, label=label, linestyle=style)
+        axes.set(
+            xscale="log", xlabel="tokens a document", ylabel=f"share of documents, bins of 1/{BINS_PER_OCTAVE} octave"
+        )
+        axes.set_xscale("log", base=2)
+        axes.legend(fontsize="small")
 
 
 class Report:

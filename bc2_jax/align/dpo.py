@@ -77,9 +77,7 @@ def make_job(config: DPOConfig, start: Start) -> Job:
     job = tuning.with_answers(
         job, config, start, tuning.make_build(config),
         lambda questions: print_plan(config, places, questions, start),
-        lambda checkpoint, params, model: make_ending(
-            config, checkpoint, params, model, start, draw_preferences, loss="loss"
-        ),
+        lambda checkpoint, params: make_ending(config, checkpoint, params, start, draw_preferences, loss="loss"),
     )  # fmt: skip
     initial = _Initial(config, start, job)
     checksum = initial.checksum()

@@ -10,6 +10,7 @@ from bc2_jax.config import DPOConfig
 from bc2_jax.train.job import Say
 from bc2_jax.train.loop import Start
 from bc2_jax.train.metrics import read_metrics
+from bc2_jax.train.pictures import add_grid_and_legend, picture, plot_metric
 
 NAMES = {
     "sigmoid": "sigmoid (DPO)", "cdpo": "cdpo (conservative DPO)", "robust": "robust (DPO)", "hinge": "hinge (SLiC)",
@@ -55,38 +56,24 @@ def draw_preferences(workdir: Path, say: Say) -> None:
 def plot_preferences(metrics: list[dict[str, Any]], path: Path) -> None:
     """A picture by step: loss, share of pairs with the higher reward for the chosen answer, rewards of both answers,
     and their log-probabilities."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, 2, sharex=True, figsize=(11, 7))
-    held_out: dict[str, Any] = {"marker": "o", "markersize": 4}
-
-    def draw(place, name: str, label: str, factor: float = 1, **style: Any) -> None:
-        points = [(m["step"], factor * m[name]) for m in metrics if m.get(name) is not None]
-        if points:
-            place.plot(*zip(*points, strict=True), label=label, **style)
-
-    loss, accuracy, rewards, log_probs = axes.flat
-    draw(loss, "loss", "training", linewidth=0.8)
-    draw(loss, "validation_loss", "held out", **held_out)
-    loss.set(ylabel="loss of a pair")
-    draw(accuracy, "accuracy", "training", 100, linewidth=0.8)
-    draw(accuracy, "validation_accuracy", "held out", 100, **held_out)
-    accuracy.axhline(50, color="gray", linestyle="--", linewidth=1)
-    accuracy.set(ylabel="chosen answer has the higher reward (%)", ylim=(-3, 103))
-    for answer, color in (("chosen", "tab:green"), ("rejected", "tab:red")):
-        draw(rewards, f"{answer}_reward", f"{answer}, training", color=color, linewidth=0.6, alpha=0.5)
-        draw(rewards, f"validation_{answer}_reward", f"{answer}, held out", color=color, **held_out)
-        draw(log_probs, f"validation_{answer}_log_prob", f"{answer}, held out", color=color, **held_out)
-    rewards.axhline(0, color="gray", linestyle="--", linewidth=1)
-    rewards.set(xlabel="step", ylabel="reward: beta (policy - reference)")
-    log_probs.set(xlabel="step", ylabel="log-probability of an answer (nats)")
-    for place in axes.flat:
-        place.grid(alpha=0.3)
-        if place.get_legend_handles_labels()[0]:
-            place.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with picture(path, 2, 2, sharex=True, figsize=(11, 7)) as axes:
+        trained: dict[str, Any] = {"linewidth": 0.6, "alpha": 0.5}
+        held_out: dict[str, Any] = {"marker": "o", "markersize": 4}
+        loss, accuracy, rewards, log_probs = axes.flat
+        plot_metric(loss, metrics, "loss", "training", linewidth=0.8)
+        plot_metric(loss, metrics, "validation_loss", "held out", **held_out)
+        loss.set(ylabel="loss of a pair")
+        plot_metric(accuracy, metrics, "accuracy", "training", 100, linewidth=0.8)
+        plot_metric(accuracy, metrics, "validation_accuracy", "held out", 100, **held_out)
+        accuracy.axhline(50, color="gray", linestyle="--", linewidth=1)
+        accuracy.set(ylabel="chosen answer has the higher reward (%)", ylim=(-3, 103))
+        for answer, color in (("chosen", "tab:green"), ("rejected", "tab:red")):
+            in_training, measured = f"{answer}, training", f"{answer}, held out"
+            plot_metric(rewards, metrics, f"{answer}_reward", in_training, color=color, **trained)
+            plot_metric(rewards, metrics, f"validation_{answer}_reward", measured, color=color, **held_out)
+            plot_metric(log_probs, metrics, f"validation_{answer}_log_prob", measured, color=color, **held_out)
+        rewards.axhline(0, color="gray", linestyle="--", linewidth=1)
+        rewards.set(xlabel="step", ylabel="reward: beta (policy - reference)")
+        log_probs.set(xlabel="step", ylabel="log-probability of an answer (nats)")
+        for place in axes.flat:
+            add_grid_and_legend(place)

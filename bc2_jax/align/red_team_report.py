@@ -18,6 +18,7 @@ from bc2_jax.align.red_team_attacks import BENIGN, NAMES
 from bc2_jax.align.red_team_judges import SCORES
 from bc2_jax.files import replaced
 from bc2_jax.terminal import make_table
+from bc2_jax.train.pictures import add_grid_and_legend, picture
 
 _BY = {"secret": "secret in the answer", "word": "word said", "judge": "judge", NO_REFUSAL: "no refusal", "": "-"}
 _WORST_CATEGORIES = 15
@@ -266,24 +267,22 @@ def _json_of(row: Row) -> dict[str, Any]:
 
 def plot_shares(path: Path, runs: Mapping[str, Sequence[Row]]) -> None:
     """Attacks that succeeded and harmless questions that were refused, by class with intervals; a colour a run."""
-    pyplot = _pyplot()
     every = (row for rows in runs.values() for row in rows if row.success.of or row.name == NAMES[BENIGN])
     labels = list(dict.fromkeys(map(_label, every)))
-    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.42 * len(labels)))
-    for place, (name, rows) in enumerate(runs.items()):
-        named = [row for row in rows if _label(row) in labels]
-        shown = [(labels.index(_label(row)), row.success if row.success.of else row.refused) for row in named]
-        heights = [y + (place - (len(runs) - 1) / 2) * 0.25 for y, _ in shown]
-        values = [100 * share.count / share.of for _, share in shown]
-        below = [max(0.0, value - 100 * share.low) for value, (_, share) in zip(values, shown, strict=True)]
-        above = [max(0.0, 100 * share.high - value) for value, (_, share) in zip(values, shown, strict=True)]
-        axes.errorbar(values, heights, xerr=[below, above], fmt="o", markersize=4, capsize=2, label=name)
-    axes.set(xlabel="% (with 95 % intervals)", xlim=(-3, 103), yticks=range(len(labels)), yticklabels=labels)
-    axes.invert_yaxis()
-    axes.grid(alpha=0.3)
-    if len(runs) > 1:
-        axes.legend()
-    _save(figure, path)
+    with picture(path, figsize=(8, 1.2 + 0.42 * len(labels))) as axes:
+        for place, (name, rows) in enumerate(runs.items()):
+            named = [row for row in rows if _label(row) in labels]
+            shown = [(labels.index(_label(row)), row.success if row.success.of else row.refused) for row in named]
+            heights = [y + (place - (len(runs) - 1) / 2) * 0.25 for y, _ in shown]
+            values = [100 * share.count / share.of for _, share in shown]
+            below = [max(0.0, value - 100 * share.low) for value, (_, share) in zip(values, shown, strict=True)]
+            above = [max(0.0, 100 * share.high - value) for value, (_, share) in zip(values, shown, strict=True)]
+            axes.errorbar(values, heights, xerr=[below, above], fmt="o", markersize=4, capsize=2, label=name)
+        axes.set(xlabel="% (with 95 % intervals)", xlim=(-3, 103), yticks=range(len(labels)), yticklabels=labels)
+        axes.invert_yaxis()
+        axes.grid(alpha=0.3)
+        if len(runs) > 1:
+            axes.legend()
 
 
 def _label(row: Row) -> str:
@@ -296,36 +295,16 @@ def plot_changes(path: Path, changes: Sequence[Change]) -> bool:
     scored = [one for one in changes if one.measure in SCORES and one.name == "all"]
     if not scored:
         return False
-    pyplot = _pyplot()
-    figure, panels = pyplot.subplots(1, len(scored), figsize=(4.6 * len(scored), 4.6), squeeze=False)
-    for axes, one in zip(panels[0], scored, strict=True):
-        parts = [part for part in changes if part.measure == one.measure and part.name != "all"]
-        for part in parts or [one]:
-            axes.scatter(*zip(*part.pairs, strict=True), s=12, alpha=0.5, label=part.name)
-        values = [value for pair in one.pairs for value in pair]
-        ends = [min(values), max(values)]
-        axes.plot(ends, ends, color="black", linewidth=0.8)
-        axes.set(
-            xlabel="before", ylabel="after", aspect="equal",
-            title=f"{one.measure}: {one.better} better, {one.worse} worse, {one.equal} equal\np = {one.p_value:.2g}",
-        )  # fmt: skip
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=6)
-    _save(figure, path)
+    with picture(path, 1, len(scored), figsize=(4.6 * len(scored), 4.6), squeeze=False) as panels:
+        for axes, one in zip(panels[0], scored, strict=True):
+            parts = [part for part in changes if part.measure == one.measure and part.name != "all"]
+            for part in parts or [one]:
+                axes.scatter(*zip(*part.pairs, strict=True), s=12, alpha=0.5, label=part.name)
+            values = [value for pair in one.pairs for value in pair]
+            ends = [min(values), max(values)]
+            axes.plot(ends, ends, color="black", linewidth=0.8)
+            counts = f"{one.better} better, {one.worse} worse, {one.equal} equal"
+            title = f"{one.measure}: {counts}\np = {one.p_value:.2g}"
+            axes.set(xlabel="before", ylabel="after", aspect="equal", title=title)
+            add_grid_and_legend(axes, fontsize=6)
     return True
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.tight_layout()
-    with replaced(path) as partial:
-        figure.savefig(partial, dpi=110, format="png")
-    _pyplot().close(figure)

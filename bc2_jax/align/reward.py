@@ -21,7 +21,7 @@ from bc2_jax.align import tuning
 from bc2_jax.align.pair_preparation import prepare_sources
 from bc2_jax.align.pairs import CHOSEN, REJECTED, branch_last, has_pair
 from bc2_jax.align.preference import reward_loss
-from bc2_jax.align.reward_results import print_plan, show_rewards
+from bc2_jax.align.reward_results import make_ending, print_plan
 from bc2_jax.align.row_preparation import MARGINS
 from bc2_jax.align.tuning import SEED
 from bc2_jax.config import RewardConfig
@@ -44,6 +44,7 @@ from bc2_jax.model.reward import (
 from bc2_jax.train import pretrain
 from bc2_jax.train.job import Job, Objective, Parts, StepParts, abstract_state, init_state
 from bc2_jax.train.loop import RunResult, Start, run
+from bc2_jax.train.results import end_run
 from bc2_jax.validation import require
 
 PURPOSE = "a reward model begins from a chat or base model, or an earlier reward model"
@@ -135,7 +136,7 @@ def make_job(config: RewardConfig, start: Start) -> Job:
     return job._replace(
         init_state=lambda: init_state(init_trained(config, job.frozen, start.mesh), step.optimizer),
         begin=begin,
-        finish=lambda checkpoint, params: show_rewards(config, checkpoint, start),
+        finish=lambda checkpoint, params: end_run(make_ending(config, checkpoint, start), start),
     )
 
 

@@ -23,6 +23,7 @@ from bc2_jax.align.taxonomy import LEVELS, Taxonomy
 from bc2_jax.data.packing import MANIFEST
 from bc2_jax.data.records import Invalid
 from bc2_jax.terminal import make_table
+from bc2_jax.train.pictures import picture
 
 PAPER_ACCURACY = {1: 0.545, 2: 0.611, 3: 0.702, 4: 0.778, 5: 0.815}
 """By gap."""
@@ -302,40 +303,31 @@ def _cells(accuracy: Accuracy) -> tuple[str, ...]:
 
 def plot_report(report: Report, taxonomy: Taxonomy, path: Path) -> None:
     """A picture: accuracy by gap beside the paper's, and by class of the first two levels, with intervals."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     classes = [c for c in taxonomy.classes if c.level <= 2 and c.id in report.by_class[c.level]]
     # In English: fonts with Chinese characters are not everywhere.
     by_class = {c.en: report.by_class[c.level][c.id] for c in classes} | {
         name: accuracy for name, accuracy in report.unknown.items() if name.isascii()
     }
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(12, max(4.5, 1.5 + 0.26 * len(by_class))), width_ratios=(1, 1.4)
-    )
-    gaps = {"all": report.overall, **report.by_gap}
-    _bars(left, list(gaps), list(gaps.values()), horizontal=False)
-    paper = [
-        (i, 100 * PAPER_ACCURACY[int(gap)])
-        for i, gap in enumerate(gaps)
-        if gap.isdigit() and int(gap) in PAPER_ACCURACY
-    ]
-    if paper:
-        left.plot(*zip(*paper, strict=True), "D", color="black", label="the paper's reward model")
-        left.legend()
-    left.axhline(50, color="gray", linestyle="--", linewidth=1)
-    left.set(xlabel="gap of the scores", ylabel="chosen answer wins (%)", ylim=(0, 103))
-    _bars(right, list(by_class), list(by_class.values()), horizontal=True)
-    for bar, c in zip(right.patches, classes, strict=False):
-        bar.set_alpha(0.9 if c.level == 1 else 0.5)
-    right.axvline(50, color="gray", linestyle="--", linewidth=1)
-    right.invert_yaxis()
-    right.set(xlabel="chosen answer wins (%)", xlim=(0, 103), title="by class of the prompt")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    height = max(4.5, 1.5 + 0.26 * len(by_class))
+    with picture(path, 1, 2, figsize=(12, height), width_ratios=(1, 1.4)) as (left, right):
+        gaps = {"all": report.overall, **report.by_gap}
+        _bars(left, list(gaps), list(gaps.values()), horizontal=False)
+        paper = [
+            (i, 100 * PAPER_ACCURACY[int(gap)])
+            for i, gap in enumerate(gaps)
+            if gap.isdigit() and int(gap) in PAPER_ACCURACY
+        ]
+        if paper:
+            left.plot(*zip(*paper, strict=True), "D", color="black", label="the paper's reward model")
+            left.legend()
+        left.axhline(50, color="gray", linestyle="--", linewidth=1)
+        left.set(xlabel="gap of the scores", ylabel="chosen answer wins (%)", ylim=(0, 103))
+        _bars(right, list(by_class), list(by_class.values()), horizontal=True)
+        for bar, c in zip(right.patches, classes, strict=False):
+            bar.set_alpha(0.9 if c.level == 1 else 0.5)
+        right.axvline(50, color="gray", linestyle="--", linewidth=1)
+        right.invert_yaxis()
+        right.set(xlabel="chosen answer wins (%)", xlim=(0, 103), title="by class of the prompt")
 
 
 def _bars(axes: Any, names: list[str], groups: list[Accuracy], horizontal: bool) -> None:

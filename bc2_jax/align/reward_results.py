@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import jax
 
-from bc2_jax.align.sft_results import print_tuning
+from bc2_jax.align.sft_results import longer, print_tuning
 from bc2_jax.config import RewardConfig
 from bc2_jax.convert.conversion import Options
 from bc2_jax.convert.pretrained import find_any_model
@@ -20,7 +21,8 @@ from bc2_jax.terminal import command
 from bc2_jax.train.checks import EXPORT_NAME
 from bc2_jax.train.loop import Start
 from bc2_jax.train.metrics import read_metrics
-from bc2_jax.train.results import print_how_to_go_on
+from bc2_jax.train.pictures import add_grid_and_legend, picture, plot_metric
+from bc2_jax.train.results import Ending, print_how_to_go_on
 
 PICTURE_NAME = "rewards.png"
 
@@ -40,46 +42,39 @@ def print_plan(config: RewardConfig, most_pairs: int, start: Start) -> None:
     print_tuning("Reward model", config, rows, start)
 
 
-def show_rewards(config: RewardConfig, checkpoint: Path, start: Start) -> None:
-    """Writes the statistics of the held-out rewards, draws, and says where everything is and what to type next."""
-    if jax.process_index() != 0:
-        return
-    exported, failed = None, None
-    try:
-        exported = export(config, checkpoint)
-    except (ValueError, OSError) as error:  # raised when all else is done
-        failed = error
+def make_ending(config: RewardConfig, checkpoint: Path, start: Start) -> Ending:
+    """The end of a run whose checkpoint is the last one; with its hints go the statistics of the held-out rewards."""
     workdir, say = checkpoint.parent.parent, start.say
-    metrics = read_metrics(workdir / "metrics.jsonl")
-    evaluated = [m for m in metrics if m.get("validation_reward_mean") is not None]
-    if evaluated:
-        write_statistics(workdir, evaluated)
-        first, last = evaluated[0], evaluated[-1]
-        say(
-            f"Held-out pairs: accuracy {first['validation_accuracy']:.1%} at step {first['step']}, "
-            f"{last['validation_accuracy']:.1%} now; rewards {last['validation_reward_mean']:.4f} on average, with a "
-            f"spread of {last['validation_reward_std']:.4f} ({STATISTICS_NAME})."
-        )
-    with start.expendable.attempt("pictures"):
-        plot_rewards(metrics, workdir / PICTURE_NAME)
-    say(f"checkpoint   {checkpoint}")
-    say(f"metrics      {workdir / 'metrics.jsonl'}, tensorboard --logdir {workdir / 'tensorboard'}")
-    say(f"picture      {workdir / PICTURE_NAME}")
-    longer = f"--num-steps {config.num_steps + config.checkpoint.save_every}"
-    if config.num_epochs is not None:  # these end it too
-        longer += f" --num-epochs {2 * config.num_epochs:g}"
-    print_how_to_go_on(workdir, longer, start)
-    pairs = config.data.sources[0].path
-    say(f"to measure   {command('tools/reward_report.py', workdir, pairs)}")
-    if exported is not None:
-        say(f"PyTorch      {exported}, LlamaForSequenceClassification")
-    if failed is not None:
-        raise failed
+    metrics = functools.cache(lambda: read_metrics(workdir / "metrics.jsonl"))
+
+    def print_hints(exported: Path | None) -> None:
+        evaluated = [m for m in metrics() if m.get("validation_reward_mean") is not None]
+        if evaluated:
+            write_statistics(workdir, evaluated)
+            first, last = evaluated[0], evaluated[-1]
+            say(
+                f"Held-out pairs: accuracy {first['validation_accuracy']:.1%} at step {first['step']}, "
+                f"{last['validation_accuracy']:.1%} now; rewards {last['validation_reward_mean']:.4f} on average, with "
+                f"a spread of {last['validation_reward_std']:.4f} ({STATISTICS_NAME})."
+            )
+        say(f"checkpoint   {checkpoint}")
+        say(f"metrics      {workdir / 'metrics.jsonl'}, tensorboard --logdir {workdir / 'tensorboard'}")
+        say(f"picture      {workdir / PICTURE_NAME}")
+        print_how_to_go_on(workdir, longer(config), start)
+        say(f"to measure   {command('tools/reward_report.py', workdir, config.data.sources[0].path)}")
+        if exported is not None:
+            say(f"PyTorch      {exported}, LlamaForSequenceClassification")
+
+    return Ending(
+        export=lambda: export(config, checkpoint),
+        draw=lambda: plot_rewards(metrics(), workdir / PICTURE_NAME),
+        print_hints=print_hints,
+    )
 
 
 def export(config: RewardConfig, checkpoint: Path) -> Path | None:
-    """WORKDIR/hf, if the config asks for it."""
-    if not config.export_hf:
+    """WORKDIR/hf, if the config asks for it, written by the first process."""
+    if not config.export_hf or jax.process_index() != 0:
         return None
     # Ours to replace: an earlier end of this same run wrote it.
     target = checkpoint.parent.parent / EXPORT_NAME
@@ -101,34 +96,18 @@ def write_statistics(workdir: Path, evaluated: list[dict[str, Any]]) -> None:
 
 def plot_rewards(metrics: list[dict[str, Any]], path: Path) -> None:
     """A picture by step: the loss, the share of pairs whose chosen answer has the higher reward, and both rewards."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (top, middle, bottom) = pyplot.subplots(3, 1, sharex=True, figsize=(8, 8))
-
-    def draw(axes, name: str, label: str, factor: float = 1, **style: Any) -> None:
-        points = [(m["step"], factor * m[name]) for m in metrics if m.get(name) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, **style)
-
-    held_out: dict[str, Any] = {"marker": "o", "markersize": 4}
-    draw(top, "loss", "training", linewidth=0.8)
-    draw(top, "validation_loss", "held out", **held_out)
-    top.axhline(math.log(2), color="gray", linestyle="--", linewidth=1, label="log 2: knows nothing")
-    top.set(ylabel="loss (nats a pair)")
-    draw(middle, "accuracy", "training", 100, linewidth=0.8)
-    draw(middle, "validation_accuracy", "held out", 100, **held_out)
-    middle.axhline(50, color="gray", linestyle="--", linewidth=1)
-    middle.set(ylabel="chosen answer wins (%)", ylim=(-3, 103))
-    for answer in ("chosen", "rejected"):
-        draw(bottom, f"validation_{answer}_reward", f"{answer}, held out", **held_out)
-    bottom.set(xlabel="step", ylabel="mean reward")
-    for axes in (top, middle, bottom):
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with picture(path, 3, sharex=True, figsize=(8, 8)) as (top, middle, bottom):
+        held_out: dict[str, Any] = {"marker": "o", "markersize": 4}
+        plot_metric(top, metrics, "loss", "training", linewidth=0.8)
+        plot_metric(top, metrics, "validation_loss", "held out", **held_out)
+        top.axhline(math.log(2), color="gray", linestyle="--", linewidth=1, label="log 2: knows nothing")
+        top.set(ylabel="loss (nats a pair)")
+        plot_metric(middle, metrics, "accuracy", "training", 100, linewidth=0.8)
+        plot_metric(middle, metrics, "validation_accuracy", "held out", 100, **held_out)
+        middle.axhline(50, color="gray", linestyle="--", linewidth=1)
+        middle.set(ylabel="chosen answer wins (%)", ylim=(-3, 103))
+        for answer in ("chosen", "rejected"):
+            plot_metric(bottom, metrics, f"validation_{answer}_reward", f"{answer}, held out", **held_out)
+        bottom.set(xlabel="step", ylabel="mean reward")
+        for axes in (top, middle, bottom):
+            add_grid_and_legend(axes)

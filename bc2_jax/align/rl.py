@@ -57,6 +57,7 @@ from bc2_jax.train.job import Job, Objective, Parts, StepParts, abstract_state, 
 from bc2_jax.train.loop import RunResult, Start, run
 from bc2_jax.train.optimizer import Optimizer, combine_optimizers, make_optimizer
 from bc2_jax.train.pretrain import keep_tokenizer
+from bc2_jax.train.results import end_run
 from bc2_jax.train.resume import check_changes, list_changes, print_changes
 from bc2_jax.train.start import tuned_options
 from bc2_jax.validation import require
@@ -251,7 +252,7 @@ def make_job(config: RLConfig, start: Start) -> Job:
         init_state=lambda: init_state(init_trained(config, critic, held, start.mesh), step.optimizer),
         batches=batches,
         begin=begin,
-        finish=lambda checkpoint, params: make_ending(config, checkpoint, params, start),
+        finish=lambda checkpoint, params: end_run(make_ending(config, checkpoint, params, start), start),
         flops_per_step=step.flops_per_step,
         flops_formula="those of actor and critic in all updates of an iteration, without its decoding",
         frozen=frozen,

@@ -6,23 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.text import Text
 
 from bc2_jax.align.experience import FOLDER
 from bc2_jax.align.prompts import PromptSet
 from bc2_jax.align.questions import compare
 from bc2_jax.align.reward_functions import RewardFunction
-from bc2_jax.align.sft_results import ADAPTER_NAME, check_adapter_export, export_adapter
+from bc2_jax.align.sft_results import check_adapter_export, export_policy, print_uses
 from bc2_jax.config import ModelConfig, RLConfig
 from bc2_jax.convert.checkpoints import ACTOR
 from bc2_jax.model.baichuan import Params
-from bc2_jax.model.lora import Adapter
-from bc2_jax.terminal import command, make_table
-from bc2_jax.train.checks import EXPORT_NAME, check_export
+from bc2_jax.terminal import make_table
+from bc2_jax.train.checks import check_export
 from bc2_jax.train.loop import Start
 from bc2_jax.train.metrics import read_metrics
-from bc2_jax.train.results import export_hf, print_how_to_go_on
+from bc2_jax.train.pictures import add_grid_and_legend, picture, plot_metric
+from bc2_jax.train.results import Ending, print_how_to_go_on
 
 PICTURE = "rl.png"
 """In the workdir."""
@@ -72,39 +71,26 @@ def print_plan(
     start.console.print(table)
 
 
-def make_ending(config: RLConfig, checkpoint: Path, params: Params, start: Start) -> None:
-    """Exports the actor, draws and says what to type next. Raises what made the export fail when all else is done."""
-    workdir, say, failed = checkpoint.parent.parent, start.say, None
-    exported = None
-    try:
-        if config.lora.rank:
-            exported = export_adapter(config, Adapter(config.lora, params[ACTOR]), workdir, start)
-        else:
-            exported = export_hf(config, checkpoint)
-    except (ValueError, OSError) as error:
-        failed = error
-    if jax.process_index() == 0:
-        with start.expendable.attempt("pictures"):
-            show_course(workdir, start)
-            evaluated = [m["step"] for m in read_metrics(workdir / "metrics.jsonl") if "validation_answers_right" in m]
-            if evaluated:
-                compare(workdir, evaluated[0], evaluated[-1], config.questions, start)
+def make_ending(config: RLConfig, checkpoint: Path, params: Params, start: Start) -> Ending:
+    """The end of a run whose checkpoint is the last one."""
+    workdir, say = checkpoint.parent.parent, start.say
+
+    def draw() -> None:
+        show_course(workdir, start)
+        evaluated = [m["step"] for m in read_metrics(workdir / "metrics.jsonl") if "validation_answers_right" in m]
+        if evaluated:
+            compare(workdir, evaluated[0], evaluated[-1], config.questions, start)
+
+    def print_hints(exported: Path | None) -> None:
         say(f"checkpoint   {checkpoint}, actor and critic")
         say(f"metrics      {workdir / 'metrics.jsonl'}, {workdir / PICTURE}")
         say(f"answers      {workdir / FOLDER}")
         print_how_to_go_on(workdir, f"--num-steps {config.num_steps + config.checkpoint.save_every}", start)
-        if config.lora.rank:
-            adapter, base = workdir / ADAPTER_NAME, config.init_from
-            say(f"adapter      {exported}, as PEFT reads it")
-            merged = workdir / EXPORT_NAME
-            say(f"to merge     {command('tools/convert.py', 'merge-lora', base, adapter, merged)}")
-            say(f"to chat      {command('tools/generate.py', base, '--adapter', adapter, '--chat')}")
-        else:
-            say(f"to chat      {command('tools/generate.py', workdir, '--chat')}")
-            target = workdir / ("hf-bfloat16" if config.export_hf else EXPORT_NAME)
-            say(f"to convert   {command('tools/convert.py', 'to-hf', checkpoint, target)}")
-    if failed is not None:
-        raise failed
+        print_uses(config, checkpoint, exported, start)
+
+    return Ending(
+        export=lambda: export_policy(config, checkpoint, params[ACTOR], start), draw=draw, print_hints=print_hints
+    )
 
 
 def show_course(workdir: Path, start: Start) -> None:
@@ -148,26 +134,13 @@ _PANELS = (
 
 def plot_course(metrics: list[dict[str, Any]], path: Path) -> None:
     """A picture of the health of a run by iteration."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     parts = sorted({name for m in metrics for name in m if name.startswith("reward_") and name != "reward_deviation"})
     rewards = [("reward", "all")] + [(name, name.removeprefix("reward_")) for name in parts]
-    figure, grid = pyplot.subplots(3, 3, sharex=True, figsize=(15, 9))
-    for axes, (title, names) in zip(grid.flat, _PANELS, strict=True):
-        for name, label in rewards if names is None else names:
-            points = [(m["step"], m[name]) for m in metrics if m.get(name) is not None]
-            if points:
-                marker = "o" if len(points) < 30 else None
-                axes.plot(*zip(*points, strict=True), label=label or None, marker=marker, markersize=3)
-        axes.set_title(title, fontsize=10)
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8)
-    for axes in grid[-1]:
-        axes.set_xlabel("iteration")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with picture(path, 3, 3, sharex=True, figsize=(15, 9)) as grid:
+        for axes, (title, names) in zip(grid.flat, _PANELS, strict=True):
+            for name, label in rewards if names is None else names:
+                plot_metric(axes, metrics, name, label or None, dots_below=30, markersize=3)
+            axes.set_title(title, fontsize=10)
+            add_grid_and_legend(axes, fontsize=8)
+        for axes in grid[-1]:
+            axes.set_xlabel("iteration")

@@ -45,7 +45,7 @@ def make_job(config: FineTuneConfig, start: Start) -> Job:
     return tuning.with_answers(
         tuning.make_job(config, start, step), config, start, make_build(config),
         lambda questions: print_plan(config, questions, start),
-        lambda checkpoint, params, model: make_ending(config, checkpoint, params, model, start),
+        lambda checkpoint, params: make_ending(config, checkpoint, params, start),
     )  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,13 @@ import jax
 from rich.text import Text
 
 from bc2_jax.align.questions import compare, find_questions
-from bc2_jax.config import AskedConfig, FineTuneConfig, RunConfig, TunedConfig
+from bc2_jax.config import AskedConfig, FineTuneConfig, RLConfig, RunConfig, TunedConfig
 from bc2_jax.convert.conversion import Options
 from bc2_jax.convert.folder import check_free
 from bc2_jax.convert.merging import merge_lora
 from bc2_jax.convert.ownership import foreign_in_adapter
 from bc2_jax.convert.peft import save_peft
-from bc2_jax.model.baichuan import Baichuan2, Params
+from bc2_jax.model.baichuan import Params
 from bc2_jax.model.lora import Adapter
 from bc2_jax.sharding import to_host
 from bc2_jax.terminal import command, make_table
@@ -25,6 +24,7 @@ from bc2_jax.train.checks import EXPORT_NAME
 from bc2_jax.train.job import Say
 from bc2_jax.train.loop import Start
 from bc2_jax.train.metrics import read_metrics
+from bc2_jax.train.pictures import add_grid_and_legend, picture, plot_metric
 from bc2_jax.train.results import Ending, export_hf, print_how_to_go_on, print_places, show_curve
 
 ADAPTER_NAME = "adapter"
@@ -73,11 +73,11 @@ def print_tuning(title: str, config: TunedConfig, rows: Mapping[str, str], start
 
 
 def make_ending(
-    config: AskedConfig, checkpoint: Path, params: Params, model: Callable[[], Baichuan2], start: Start,
+    config: AskedConfig, checkpoint: Path, params: Params, start: Start,
     draw_curve: Callable[[Path, Say], None] | None = None, loss: str = "cross_entropy",
 ) -> Ending:  # fmt: skip
-    """The end of a run whose checkpoint is the last one; `model` gives the trained model. `draw_curve` draws loss.png
-    in the workdir and says what came out, by default of cross entropy; `loss` is the metric drawn above answers."""
+    """The end of a run whose checkpoint is the last one. `draw_curve` draws loss.png in the workdir and says what came
+    out, by default of cross entropy; `loss` is the metric drawn above answers."""
     workdir = checkpoint.parent.parent
 
     def draw() -> None:
@@ -91,15 +91,17 @@ def make_ending(
             compare(workdir, metrics[0]["step"], metrics[-1]["step"], config.questions, start)
 
     return Ending(
-        model=model,
-        export=lambda: (
-            export_adapter(config, Adapter(config.lora, params), workdir, start)
-            if config.lora.rank
-            else export_hf(config, checkpoint)
-        ),
+        export=lambda: export_policy(config, checkpoint, params, start),
         draw=draw,
         print_hints=lambda exported: print_hints(config, checkpoint, exported, start),
     )
+
+
+def export_policy(config: AskedConfig | RLConfig, checkpoint: Path, params: Params, start: Start) -> Path | None:
+    """The adapter that `params` are, or else the model of the checkpoint, for other programs; where, if anywhere."""
+    if config.lora.rank:
+        return export_adapter(config, Adapter(config.lora, params), checkpoint.parent.parent, start)
+    return export_hf(config, checkpoint)
 
 
 def export_adapter(config: RunConfig, adapter: Adapter, workdir: Path, start: Start) -> Path | None:
@@ -120,25 +122,14 @@ def export_adapter(config: RunConfig, adapter: Adapter, workdir: Path, start: St
 
 def plot_answers(metrics: list[dict[str, Any]], path: Path, loss: str = "cross_entropy") -> None:
     """A picture of the loss on held-out rows, a metric, and of the share of questions answered right, by step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 6))
-    steps = [m["step"] for m in metrics]
-    losses = [m.get(f"validation_{loss}", math.nan) for m in metrics]
-    above.plot(steps, losses, marker="o", markersize=4)
-    above.set(ylabel="loss on held-out pairs" if loss == "loss" else "loss on held-out answers\n(nats a token)")
-    for name, label in (("answers_right", "right"), ("answers_ended", "end by themselves")):
-        below.plot(steps, [100 * m[f"validation_{name}"] for m in metrics], label=label, marker="o", markersize=4)
-    below.set(xlabel="step", ylabel="held-out questions (%)", ylim=(-3, 103))
-    below.legend()
-    for axes in (above, below):
-        axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with picture(path, 2, sharex=True, figsize=(8, 6)) as (above, below):
+        plot_metric(above, metrics, f"validation_{loss}", None, marker="o", markersize=4)
+        above.set(ylabel="loss on held-out pairs" if loss == "loss" else "loss on held-out answers\n(nats a token)")
+        for name, label in (("answers_right", "right"), ("answers_ended", "end by themselves")):
+            plot_metric(below, metrics, f"validation_{name}", label, 100, marker="o", markersize=4)
+        below.set(xlabel="step", ylabel="held-out questions (%)", ylim=(-3, 103))
+        for axes in (above, below):
+            add_grid_and_legend(axes)
 
 
 def print_hints(config: AskedConfig, checkpoint: Path, exported: Path | None, start: Start) -> None:
@@ -147,10 +138,19 @@ def print_hints(config: AskedConfig, checkpoint: Path, exported: Path | None, st
     print_places(checkpoint, exported if not config.lora.rank else None, start)
     if find_questions(config) is not None:
         say(f"answers      {workdir / 'answers'}, {workdir / 'answers.png'}")
-    longer = f"--num-steps {config.num_steps + config.checkpoint.save_every}"
-    if config.num_epochs is not None:  # these end it too
-        longer += f" --num-epochs {2 * config.num_epochs:g}"
-    print_how_to_go_on(workdir, longer, start)
+    print_how_to_go_on(workdir, longer(config), start)
+    print_uses(config, checkpoint, exported, start)
+
+
+def longer(config: TunedConfig) -> str:
+    """The arguments that make a finished run longer."""
+    steps = f"--num-steps {config.num_steps + config.checkpoint.save_every}"
+    return steps if config.num_epochs is None else f"{steps} --num-epochs {2 * config.num_epochs:g}"  # these end it too
+
+
+def print_uses(config: AskedConfig | RLConfig, checkpoint: Path, exported: Path | None, start: Start) -> None:
+    """How to talk with the trained model, or with the base model and its adapter, and how to convert it."""
+    workdir, say = checkpoint.parent.parent, start.say
     if not config.lora.rank:
         say(f"to chat      {command('tools/generate.py', workdir, '--chat')}")
         target = workdir / ("hf-bfloat16" if config.export_hf else "hf")

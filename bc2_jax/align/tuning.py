@@ -128,10 +128,10 @@ def make_job(config: TunedConfig, start: Start, step: StepParts) -> Job:
 
 def with_answers(
     job: Job, config: AskedConfig, start: Start, build: pretrain.Build, print_plan: Callable[[int], None],
-    make_ending: Callable[[Path, Params, Callable[[], Baichuan2]], Ending],
+    make_ending: Callable[[Path, Params], Ending],
 ) -> Job:  # fmt: skip
     """`job` with the questions of `config` at its evaluations, a table of how it learns (`print_plan`, given how many
-    questions there are) and an end, `make_ending(last checkpoint, its parameters, what gives their model)`.
+    questions there are) and an end, `make_ending(last checkpoint, its parameters)`.
 
     Raises ValueError or FileNotFoundError if what is asked is not valid.
     """
@@ -144,8 +144,8 @@ def with_answers(
         print_plan(len(questions))
 
     def finish(checkpoint: Path, params: Params) -> None:
-        ending = make_ending(checkpoint, params, lambda: build(params, job.frozen, {}))
-        show_results(config, ending, tokenizer, start)
+        ending = make_ending(checkpoint, params)
+        show_results(config, ending, lambda: build(params, job.frozen, {}), tokenizer, start)
 
     examine = make_examine(lambda params: build(params, job.frozen, {}), tokenizer, questions, asked, start)
     return job._replace(begin=begin, finish=finish, examine=examine)

@@ -118,7 +118,11 @@ def make_job(config: TrainConfig, start: Start, step: StepParts | None = None) -
         validation=ValidationBatches(config.data, start.mesh, bad_rows, step.fields),
         begin=begin,
         finish=lambda checkpoint, params: show_results(
-            config, make_ending(config, checkpoint, params, baselines, start), tokenizer, start
+            config,
+            make_ending(config, checkpoint, baselines, start),
+            lambda: nnx.merge(split_model(config.model, config.compute)[0], params),
+            tokenizer,
+            start,
         ),
         flops_per_step=step.flops_per_step,
         metadata={"row_order": record_row_order(config.data), "tokenizer_sha256": tokenizer.fingerprint},

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -20,13 +19,14 @@ from bc2_jax.data.corpus import list_parts
 from bc2_jax.data.loader import describe_mixture
 from bc2_jax.data.packing import read_rows
 from bc2_jax.infer.text import generate_text
-from bc2_jax.model.baichuan import Baichuan2, Params, split_model
+from bc2_jax.model.baichuan import Baichuan2
 from bc2_jax.terminal import add_column, command, interpreter, make_table
 from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.train.checks import EXPORT_NAME
 from bc2_jax.train.job import Say
 from bc2_jax.train.loop import Start
 from bc2_jax.train.metrics import read_metrics
+from bc2_jax.train.pictures import add_grid_and_legend, picture, plot_metric
 
 
 def print_tables(console: Console, config: TrainConfig, mesh: Mesh) -> None:
@@ -96,8 +96,6 @@ def make_baselines(config: TrainConfig, console: Console) -> dict[str, float]:
 class Ending(NamedTuple):
     """What the end of a run makes, beside samples."""
 
-    model: Callable[[], Baichuan2]
-    """The trained model."""
     export: Callable[[], Path | None]
     """Writes it for other programs and says where, None for nowhere; every process calls it."""
     draw: Callable[[], None]
@@ -106,18 +104,25 @@ class Ending(NamedTuple):
     """Where everything is and what to type next, given what `export` returned."""
 
 
-def show_results(config: TrainConfig, ending: Ending, tokenizer: Tokenizer, start: Start) -> None:
+def show_results(
+    config: TrainConfig, ending: Ending, model: Callable[[], Baichuan2], tokenizer: Tokenizer, start: Start
+) -> None:
+    """`end_run` of a run whose trained model, which `model` gives, writes samples."""
+    prompts = config.sample.prompts
+    end_run(ending, start, (lambda: show_samples(model(), config, tokenizer, start.say)) if prompts else None)
+
+
+def end_run(ending: Ending, start: Start, write_samples: Callable[[], None] | None = None) -> None:
     """Exports, writes samples, draws and prints hints. Raises what made the export fail when all else is done."""
-    is_first = jax.process_index() == 0
     exported, failed = None, None
     try:
         exported = ending.export()
     except (ValueError, OSError) as error:
         failed = error
-    if config.sample.prompts:
+    if write_samples is not None:
         with start.expendable.attempt("samples"):
-            show_samples(ending.model(), config, tokenizer, start.say)
-    if is_first:
+            write_samples()
+    if jax.process_index() == 0:
         with start.expendable.attempt("pictures"):
             ending.draw()
         ending.print_hints(exported)
@@ -125,12 +130,9 @@ def show_results(config: TrainConfig, ending: Ending, tokenizer: Tokenizer, star
         raise failed
 
 
-def make_ending(
-    config: TrainConfig, checkpoint: Path, params: Params, baselines: dict[str, float], start: Start
-) -> Ending:
+def make_ending(config: TrainConfig, checkpoint: Path, baselines: dict[str, float], start: Start) -> Ending:
     """That of a run which trains all parameters."""
     return Ending(
-        model=lambda: nnx.merge(split_model(config.model, config.compute)[0], params),
         export=lambda: export_hf(config, checkpoint),
         draw=lambda: show_curve(checkpoint.parent.parent, baselines, start.say),
         print_hints=lambda exported: print_hints(config, checkpoint, exported, start),
@@ -197,22 +199,10 @@ def show_samples(model, config: TrainConfig, tokenizer: Tokenizer, say: Say) -> 
 
 def plot_loss_curve(metrics: list[dict[str, Any]], baselines: dict[str, float], path: Path) -> None:
     """A picture of training and validation cross entropy by step, with the baselines as lines."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
-    for name, label in (("cross_entropy", "training"), ("validation_cross_entropy", "validation")):
-        points = [(m["step"], m[name]) for m in metrics if m.get(name) is not None]
-        if points:
-            marker = "o" if len(points) < 50 else None
-            axes.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=4)
-    for label, value in baselines.items():
-        axes.axhline(value, label=label, linestyle="--", color="gray" if "uni" in label else "black", linewidth=1)
-    axes.set(xlabel="step", ylabel="cross entropy (nats a token)")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with picture(path, figsize=(8, 4.5)) as axes:
+        for name, label in (("cross_entropy", "training"), ("validation_cross_entropy", "validation")):
+            plot_metric(axes, metrics, name, label, dots_below=50, markersize=4)
+        for label, value in baselines.items():
+            axes.axhline(value, label=label, linestyle="--", color="gray" if "uni" in label else "black", linewidth=1)
+        axes.set(xlabel="step", ylabel="cross entropy (nats a token)")
+        add_grid_and_legend(axes)

@@ -1,0 +1,49 @@
+"""Pictures of what was measured."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bc2_jax.files import replaced
+
+
+@contextlib.contextmanager
+def picture(path: Path, rows: int = 1, columns: int = 1, **settings: Any) -> Iterator[Any]:
+    """The axes of `pyplot.subplots`, to draw in; then the picture is in `path`, whole or not at all."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(rows, columns, **settings)
+    try:
+        yield axes
+        figure.tight_layout()
+        with replaced(path) as partial:
+            figure.savefig(partial, dpi=110, format=path.suffix.removeprefix(".") or "png")
+    finally:
+        pyplot.close(figure)
+
+
+def plot_metric(
+    axes: Any, metrics: Sequence[Mapping[str, Any]], name: str, label: str | None, factor: float = 1, **style: Any
+) -> None:
+    """A line of the metric `name` by step, times `factor`; nothing if no step has it.
+
+    `dots_below` is a style of ours: a dot on each point if there are fewer than so many.
+    """
+    points = [(m["step"], factor * m[name]) for m in metrics if m.get(name) is not None]
+    if len(points) < style.pop("dots_below", 0):
+        style["marker"] = "o"
+    if points:
+        axes.plot(*zip(*points, strict=True), label=label, **style)
+
+
+def add_grid_and_legend(axes: Any, **style: Any) -> None:
+    """A grid, and a legend in this style where something has a label."""
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(**style)
