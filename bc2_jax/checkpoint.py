@@ -108,7 +108,7 @@ class Checkpointer:
             return step
         if problems:
             raise DamagedCheckpoint(
-                f"{self.directory} has no good checkpoint: {' '.join(problems)} Move them away to start anew, or take "
+                f"{self.directory} has no good checkpoint: {' '.join(problems)} Move them away to start again, or take "
                 "one as it is with tools/checkpoints.py --seal."
             )
         return None

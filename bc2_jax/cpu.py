@@ -14,7 +14,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 
 
 def keep_heap() -> bool:
-    """Keeps freed memory in the process for good, so that large buffers are not page-faulted anew each step.
+    """Keeps freed memory in the process for good, so that large buffers are not page-faulted again each step.
 
     XLA:CPU allocates every temporary and output with malloc; glibc maps those above 32 MB afresh each time. One arena
     for all threads is needed for it (only the main one grows without bound) and makes the compiler's threads wait for

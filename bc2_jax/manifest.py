@@ -70,9 +70,9 @@ def read_manifest(folder: Path) -> dict[str, FileState]:
             f"{folder} has no {MANIFEST_NAME}: it was not written to its end, or by an older version."
         ) from None
     except (ValueError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{path} is damaged: it is no JSON ({error}).") from None
+        raise DamagedCheckpoint(f"{path} is damaged: it is not JSON ({error}).") from None
     if not isinstance(value, dict) or value.get("format") != _FORMAT or not isinstance(value.get("files"), dict):
-        raise DamagedCheckpoint(f"{path} is damaged: it is no manifest of format {_FORMAT}.")
+        raise DamagedCheckpoint(f"{path} is damaged: it is not a manifest of format {_FORMAT}.")
     files = {}
     for name, entry in value["files"].items():
         if not is_inside(name):
@@ -169,7 +169,7 @@ def _regular_size(folder: Path, name: str) -> int:
     except (FileNotFoundError, NotADirectoryError):
         raise DamagedCheckpoint(f"{folder / name} is missing.") from None
     if not stat.S_ISREG(status.st_mode):
-        raise DamagedCheckpoint(f"{path} is no file.")
+        raise DamagedCheckpoint(f"{path} is not a file.")
     return status.st_size
 
 

@@ -71,7 +71,7 @@ class ShardingRules:
 
 
 DEFAULT_RULES = ShardingRules()
-# A context of JAX's own: what is traced under other rules is traced anew, as it is under another mesh.
+# A context of JAX's own: what is traced under other rules is traced again, as it is under another mesh.
 use_rules = jax.make_user_context(DEFAULT_RULES)
 
 
@@ -164,7 +164,7 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     """A mesh with the axes MESH_AXES over `devices` (all by default).
 
     tensor varies fastest, so that its collectives stay between neighbours; data is outermost, and where there are
-    several slices it alone goes across them. Raises ValueError if data is no multiple of the slices, or an axis does
+    several slices it alone goes across them. Raises ValueError if data is not a multiple of the slices, or an axis does
     not lie along whole dimensions of the torus.
     """
     devices = jax.devices() if devices is None else devices

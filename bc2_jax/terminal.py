@@ -55,7 +55,7 @@ def run_program(
 def read_argument(text: str) -> str:
     """An argument of the command line that is a text: UTF-8 also where the locale knows ASCII alone.
 
-    Paths stay as they are: Python finds their bytes again. Raises ValueError for bytes that are no UTF-8.
+    Paths stay as they are: Python finds their bytes again. Raises ValueError for bytes that are not UTF-8.
     """
     if not any("\udc80" <= character <= "\udcff" for character in text):
         return text
@@ -66,7 +66,7 @@ def read_argument(text: str) -> str:
 
 
 def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
-    """A console that prints text as it is: `[v1]` is no markup and `:x:` no picture, long lines are not broken.
+    """A console that prints text as it is: `[v1]` is not markup and `:x:` not a picture, long lines are not broken.
 
     Where neither a terminal nor COLUMNS says how wide it is, a table has 160 columns.
     """

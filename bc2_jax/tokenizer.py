@@ -40,7 +40,7 @@ _MAX_ITEM_BYTES = 16_384
 _MAX_ITEM_CHARACTERS = _MAX_ITEM_BYTES // 4
 # Characters that are looked through for a place where no merge can reach across.
 _LONGEST_MERGED = 65_536
-_NO_TEXT = "text is not valid: it has a lone surrogate, which is no character in UTF-8."
+_NO_TEXT = "text is not valid: it has a lone surrogate, which is not a character in UTF-8."
 # How a piece spells a space.
 _SPACE = "\u2581"
 # SentencePiece's own marker for unknown pieces: a training item that contains it is skipped.
@@ -56,8 +56,8 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 class Tokenizer:
     """A SentencePiece model with Baichuan 2's layout of ids.
 
-    Raises FileNotFoundError if there is no such file, ValueError if it is no SentencePiece model or if one of the five
-    ids with a meaning is another piece.
+    Raises FileNotFoundError if there is no such file, ValueError if it is not a SentencePiece model or if one of the
+    five ids with a meaning is another piece.
     """
 
     pad_id = PAD_ID
@@ -106,7 +106,7 @@ class Tokenizer:
         `</s>` and `<reserved_N>` into their ids, as the released tokenizer class does; only for trusted text.
 
         The ids decode to `text` again, but U+2581 is taken for a space, as by every SentencePiece model. Raises
-        ValueError for what is no text, or has a lone surrogate.
+        ValueError for what is not text, or has a lone surrogate.
         """
         _check_texts([text])
         if not parse_special:
@@ -168,9 +168,9 @@ class Tokenizer:
         """The text of `ids`, a list or an array of one dimension.
 
         Special ids (pad, bos, eos, reserved, roles) have no text and are left out; so are ids from vocab_size on, which
-        a model may have whose vocabulary was padded or grown. Bytes that are no UTF-8 become U+FFFD. What was U+2581
+        a model may have whose vocabulary was padded or grown. Bytes that are not UTF-8 become U+FFFD. What was U+2581
         before `encode` comes back as a space, because pieces spell a space so; all other text comes back as it was.
-        Raises ValueError for what is no token id.
+        Raises ValueError for what is not a token id.
         """
         if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
             raise ValueError(f"ids = {ids!r} is not valid: it must be a list of token ids.")

@@ -42,7 +42,7 @@ def show(value: object) -> str:
 def require_types(config: Any, prefix: str) -> None:
     """Python does not check types either: each field that is declared int, float, bool or str must hold one.
 
-    A bool is no number, an integer is a float too, and a float must be finite.
+    A bool is not a number, an integer is a float too, and a float must be finite.
     """
     for field, declared in get_type_hints(type(config)).items():
         if declared not in _KINDS:

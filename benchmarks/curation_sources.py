@@ -29,7 +29,7 @@ Document = tuple[str, str]
 """Path inside the package, and text."""
 
 SHORTEST = 200
-"""Characters; what is shorter (index pages, man pages that only name another) is no document."""
+"""Characters; what is shorter (index pages, man pages that only name another) is not a document."""
 
 HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
 _POEMS_PAGE = 1_500

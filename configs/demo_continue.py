@@ -27,7 +27,7 @@ def config() -> TrainConfig:
             sources=(SourceConfig(path="rows"),), tokenizer="runs/demo/tokenizer.model",
             sequence_length=demo.data.sequence_length, global_batch_size=demo.data.global_batch_size,
         ),
-        # The moments start anew: a short warm-up, and a lower peak than that of the first training.
+        # The moments start again: a short warm-up, and a lower peak than that of the first training.
         optimizer=OptimizerConfig(
             peak_learning_rate=1e-3, min_learning_rate=1e-4, warmup_steps=10, decay_steps=100,
         ),

@@ -63,7 +63,7 @@ def test_what_is_missing_cut_off_or_longer_is_named_without_reading(folder: Path
         (lambda: target.write_bytes(b"abc" * 999), "has 2997 bytes, 3000 were written"),
         (lambda: target.write_bytes(b"abc" * 1001), "has 3003 bytes"),
         (target.unlink, "a is missing"),
-        (target.mkdir, "a is no file"),
+        (target.mkdir, "a is not a file"),
     ):
         change()
         with pytest.raises(DamagedCheckpoint, match=message):

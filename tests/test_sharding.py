@@ -122,7 +122,7 @@ def test_too_late_for_more_devices():
     jax.devices()
     with pytest.raises(ValueError, match="num_cpu_devices = 5 is not possible.*runs on 8 devices"):
         use_cpu_devices(5)
-    use_cpu_devices(8)  # what is already so is no error
+    use_cpu_devices(8)  # what is already so is not an error
 
 
 def test_use_mesh_of(mesh_of):

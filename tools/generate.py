@@ -65,7 +65,7 @@ def unescape(text: str) -> str:
     def read(match: re.Match[str]) -> str:
         if match.group() not in ESCAPES:
             legal = ", ".join(ESCAPES)
-            raise ValueError(f"{text!r} has {match.group()!r}, which is no escape: legal with --escapes are {legal}.")
+            raise ValueError(f"{text!r} has {match.group()!r}, not an escape: legal with --escapes are {legal}.")
         return ESCAPES[match.group()]
 
     return re.sub(r"\\(.|$)", read, text, flags=re.DOTALL)

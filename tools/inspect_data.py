@@ -236,7 +236,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         plot_lengths(found.splits, options.out / "lengths.png")
     if options.json is not None:
         text = json.dumps(dataclasses.asdict(found), indent=2, ensure_ascii=False) + "\n"
-        options.json.write_text(text, encoding="utf-8", errors="backslashreplace")  # of paths that are no UTF-8
+        options.json.write_text(text, encoding="utf-8", errors="backslashreplace")  # of paths that are not UTF-8
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

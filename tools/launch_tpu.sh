@@ -193,7 +193,7 @@ train_on_workers() { # Workers whose run is going on are left as they are.
 }
 
 # Deletes a booking whose only slice was taken away: it may stay ACTIVE, but the slice does not come back. Of several
-# slices Cloud TPU makes a lost one anew (Google: "Cloud TPU Multislice overview", auto repair).
+# slices Cloud TPU makes a lost one again (Google: "Cloud TPU Multislice overview", auto repair).
 taken_away() {
   local now
   ((slices == 1)) && now=$(vm describe "$name" "${place[@]}" '--format=value(state)') || return 1
@@ -220,7 +220,7 @@ watch() {
     [[ -z $dry_run ]] || answer="worker dry ended 0"
     code=$(awk '$1 == "worker" && $3 == "ended" && $4 != 0 && $5 == "" {print $4}' <<<"$answer" | sort -n | head -n 1)
     [[ -z $code ]] || return 0
-    if grep -qE '^worker .* (idle|ended .* stopped)' <<<"$answer"; then # a worker that is new, or was started anew
+    if grep -qE '^worker .* (idle|ended .* stopped)' <<<"$answer"; then # a worker that is new, or was started again
       failed "a worker does not train" && return 1
     elif ! grep -qE '^worker .* running' <<<"$answer"; then
       code=0 && return 0

@@ -11,7 +11,7 @@ success is seen in the answer, and harmless questions that look harmful, which a
 with this program: without --prompts it uses harmless topics, to try it out.
 
 OUT/answers.jsonl has every answer, by number; OUT/report.json all counts; attacks.png and before_after.png pictures. A
-run that is stopped goes on where it was: answers to the same prompt of the same model with the same settings are in
+run that was interrupted resumes: answers to the same prompt of the same model with the same settings are in
 OUT/generated.jsonl and are not generated again. The terminal shows numbers alone, unless --show asks for answers.
 """
 
@@ -204,7 +204,7 @@ def check_place(out: Path, about: dict[str, Any]) -> None:
         found = json.loads(report.read_text(encoding="utf-8"))
         other = {name: found.get(name) for name in ("model", "adapter")}
     except (ValueError, AttributeError):
-        raise ValueError(f"{report} is no report of a red team: choose another --out.") from None
+        raise ValueError(f"{report} is not a report of a red team: choose another --out.") from None
     if other != {name: about[name] for name in other}:
         raise ValueError(f"{report} is of {other['model']}, adapter {other['adapter']}: choose another --out.")
 

@@ -13,7 +13,7 @@ from bc2_jax.convert.checkpoints import newest_checkpoint
 
 
 def require_run(config: RunConfig, field: str, workdir: str, file: Path) -> None:
-    """Runs the config file `file` in `workdir` if no finished run is there; one that was stopped goes on.
+    """Runs the config file `file` in `workdir` if no finished run is there; an interrupted one resumes.
 
     `config` is that of the run whose `field` needs it. Raises ValueError if the run fails, or if it would be started by
     each of several processes.

@@ -69,7 +69,7 @@ def make_step(config: DPOConfig, mesh: Mesh, fields: Fields | None = None) -> St
 
 def make_job(config: DPOConfig, start: Start) -> Job:
     """The run of `config`, from `complete`, with its reference computed. Raises as `tuning.make_job`, and ValueError
-    for questions that are not valid, and where a reference has to be computed anew that is no longer there."""
+    for questions that are not valid, and where a deleted reference has to be computed again."""
     reference: list[RowValues] = []
     step = make_step(config, start.mesh, lambda rows: {REFERENCE: reference[0].lookup(rows)})
     places = tuning.count_places(config.data)
@@ -127,7 +127,7 @@ class _Initial:
         if checksum is not None and (found := f"{tuning.checksum(params):08x}") != checksum:
             raise ValueError(
                 f"init_from = {self._config.init_from!r} is not valid: the reference's log-probabilities have to be "
-                f"computed anew, and its parameters are not those that the run began from (checksum {found}, then "
+                f"computed again, and its parameters are not those that the run began from (checksum {found}, then "
                 f"{checksum})."
             )
         return params

@@ -109,7 +109,7 @@ class Conversations:
     targets: int = 0
     rows: int = 0
     padding: int = 0
-    """Inputs of the rows that are no token."""
+    """Inputs of the rows that are not tokens."""
     held_out: int = 0
     """Samples for validation."""
     format: int = _FORMAT

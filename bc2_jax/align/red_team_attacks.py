@@ -189,7 +189,7 @@ def _fill(template: Mapping[str, str], target: Target | None, seed: str, where: 
     word = _make_word(random.Random(f"{seed}/{name}"), template["language"]) if check else None
     values = {"topic": topic, "secret": word, "word": word}
 
-    def fill(text: str) -> str:  # at once: what a topic holds is no placeholder
+    def fill(text: str) -> str:  # at once: what a topic holds is not a placeholder
         return re.sub(r"\{(topic|secret|word)\}", lambda match: str(values[match[1]]), text)
 
     roles = [role for role in ("system", "user") if role in template]

@@ -240,7 +240,9 @@ def read_answers(path: Path) -> dict[str, Answer]:
             record = json.loads(line)
             answers[record["id"]] = Answer(record["answer"], record["ended"], record["tokens"])
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}:{number} is no answer of a red team, as tools/red_team.py writes them.") from None
+            raise ValueError(
+                f"{path}:{number} is not an answer of a red team as tools/red_team.py writes it."
+            ) from None
     return answers
 
 

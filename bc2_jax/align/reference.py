@@ -1,7 +1,7 @@
 """The reference of preference tuning: what the model that a run begins from thinks of both answers of every pair.
 
 Its log-probabilities are computed once, before the first step, by the forward pass of training, and kept in files: in
-the workdir, so that the run goes on bit for bit, and in a cache for other runs from the same model on the same pairs.
+the workdir, so that the run resumes bit for bit, and in a cache for other runs from the same model on the same pairs.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _find(paths: list[Path], about: dict[str, Any]) -> tuple[RowValues | None, s
             continue
         if found.about.get("of") == about:
             return found, str(path)
-        if path.name != NAME:  # the run may have gone on with other pairs
+        if path.name != NAME:  # the run may have been resumed with other pairs
             _log.warning("%s is of another model or of other pairs than its name says. It is not used.", path)
     return None, ""
 

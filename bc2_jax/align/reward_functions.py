@@ -122,7 +122,7 @@ def load_reward_function(name: str, field: str = "reward function") -> RewardFun
 
 
 def _load_file(path: str) -> ModuleType:
-    # Under a name of its own: files of other folders may be called the same, and like modules that are there.
+    # Under a name of its own: files of other folders may be called the same, and like existing modules.
     name = f"_reward_function_{next(_numbers_of_files)}_{Path(path).stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None  # as for any path that ends in .py

@@ -28,7 +28,7 @@ from bc2_jax.train.pictures import picture
 PAPER_ACCURACY = {1: 0.545, 2: 0.611, 3: 0.702, 4: 0.778, 5: 0.815}
 """By gap."""
 CLASS_FIELDS, GAP_FIELDS = ("class", "category"), ("gap",)
-"""Where a record says its class and its gap, if the user names no other field: the first that is there."""
+"""Where a record says its class and its gap, if the user names no other field: the first that it has."""
 SCORE_FIELDS = ("score_chosen", "score_rejected")
 """Their difference is the gap of a record that does not say it."""
 NO_CLASS, NO_GAP = "no class", "no gap"

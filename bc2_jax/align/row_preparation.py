@@ -9,7 +9,7 @@
 
 beside a file of the held-out samples (`Content.held_out`). A sample never crosses a row. Which samples share a row
 depends on the lengths of all of a split; rows are in the order of their first samples in the files (training shuffles
-them anew in every epoch). About `validation_fraction` of the samples are held out, at least one, chosen by a hash of
+them again in every epoch). About `validation_fraction` of the samples are held out, at least one, chosen by a hash of
 the messages before the first answer, so that other answers to the same question are on the same side.
 """
 

@@ -42,7 +42,7 @@ def make_score(config: ModelConfig, compute: ComputeConfig) -> Score:
 
 
 def last_values(model: RewardModel, batch: Mapping[str, Array]) -> Array:
-    """fp32 [B]: the value at the last token of each row that is no padding; `make_score` says of what."""
+    """fp32 [B]: the value at the last token of each row that is not padding; `make_score` says of what."""
     segments_BT = batch["segment_ids"]
     ids_BT = jnp.where(segments_BT != 0, batch["input_ids"], model.config.pad_token_id)  # rubbish may be no id at all
     with use_mesh_of(model.norm.weight[...]):

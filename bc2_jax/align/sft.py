@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the loop, the loss and the rows of pre-training, from a model that is there.
+"""Supervised fine-tuning: the loop, the loss and the rows of pre-training, from an existing model.
 
 What a row's targets are is in the rows (tools/prepare_chat.py). This adds which weight each has, and noise.
 """

@@ -35,7 +35,7 @@ def talk(conversation: Conversation) -> None:
             if command == "/clear":
                 conversation.clear()
                 dropped = 0
-            _remark(HELP if command == "/help" else "the conversation begins anew")
+            _remark(HELP if command == "/help" else "the conversation begins again")
             continue
         if command.startswith("/") and command[1:].isalpha():
             _remark(f"{command} is not a command: legal are {', '.join(_COMMANDS)}")

@@ -1,4 +1,4 @@
-"""What all kinds of run have in common that train a model which is there: all of its parameters, or adapters beside it.
+"""What all kinds of run have in common that train an existing model: all of its parameters, or adapters beside it.
 
 A kind of run adds its objective to `make_step`, and what it prints, asks and exports to `make_job`.
 """

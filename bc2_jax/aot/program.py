@@ -82,7 +82,7 @@ class Instruction:
 
     @functools.cached_property
     def backend_config(self) -> dict:
-        """The compiler's own notes on the instruction; empty where there are none or they are no JSON."""
+        """The compiler's own notes on the instruction; empty where there are none or they are not JSON."""
         start = self.attributes.find("backend_config={")
         if start < 0:
             return {}

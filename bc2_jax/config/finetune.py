@@ -36,7 +36,7 @@ class QuestionsConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TunedConfig(TrainConfig):
-    """What all kinds of run have that train a model which is there on packed rows: all parameters, or adapters beside
+    """What all kinds of run have that train an existing model on packed rows: all parameters, or adapters beside
     frozen ones."""
 
     lora: LoraConfig = LoraConfig()

@@ -28,7 +28,7 @@ class MeshConfig:
     tensor: int = 1
     """Devices that share heads, feed-forward columns and vocabulary."""
     num_cpu_devices: int = 0
-    """Simulate this many devices on the CPU, in each process; 0 uses the accelerators that are there."""
+    """Simulate this many devices on the CPU, in each process; 0 uses the available accelerators."""
 
     def __post_init__(self) -> None:
         require_types(self, "mesh.")

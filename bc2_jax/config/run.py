@@ -171,7 +171,7 @@ class RunConfig:
     """Where checkpoints, metrics and pictures go; by default runs/NAME, or runs/NAME-2, ... if that holds a run."""
     init_from: str | None = None
     """Start from the parameters of this model, a PyTorch folder or a checkpoint, instead of random ones; the optimizer
-    and the data start anew. Its architecture must be that of `model`."""
+    and the data start again. Its architecture must be that of `model`."""
     allow_other_tokenizer: bool = False
     """Resume, or start from `init_from`, with another tokenizer than the model was trained with."""
     resume: Literal["never", "auto"] = "never"

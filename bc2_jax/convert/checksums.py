@@ -50,7 +50,7 @@ def _statements(file: Path) -> Iterator[tuple[str, str]]:
         yield blob.name, f"the name of {blob}"
     metadata = file.parent / ".cache" / "huggingface" / "download" / f"{file.name}.metadata"
     if metadata.is_file():
-        # Commit, etag, time. The etag of a file that is not in large-file storage is no SHA-256, but git's SHA-1.
+        # Commit, etag, time. The etag of a file that is not in large-file storage is not a SHA-256, but git's SHA-1.
         etag = "".join(metadata.read_text(encoding="utf-8", errors="replace").splitlines()[1:2]).strip()
         if _SHA256.fullmatch(etag):
             yield etag, str(metadata)

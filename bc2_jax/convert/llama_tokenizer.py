@@ -46,7 +46,7 @@ def llama_tokenizer(tokenizer: Path) -> dict[str, Any]:
     """tokenizer.json of a SentencePiece model, for the `tokenizers` library: the same ids for any text.
 
     As in the released class, literal control and user-defined pieces in a text become their ids. Raises
-    FileNotFoundError, or ValueError if it is no tokenizer of Baichuan 2's kind.
+    FileNotFoundError, or ValueError if it is not a tokenizer of Baichuan 2's kind.
     """
     model = read_sentencepiece(tokenizer, "tokenizer.json")
     kinds = model.SentencePiece

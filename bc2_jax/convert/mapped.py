@@ -26,7 +26,7 @@ class MappedTensor:
     def read(self) -> np.ndarray:
         """A read-only array that maps the file while it lives: a slice of it reads only its own pages.
 
-        The mapping is made anew by each call and goes with the array, so a walk over all tensors never holds more
+        The mapping is made again by each call and goes with the array, so a walk over all tensors never holds more
         than one of them in memory.
         """
         if math.prod(self.shape) == 0:

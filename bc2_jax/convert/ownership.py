@@ -13,7 +13,7 @@ _EXPORT = re.compile(
     r"(model|pytorch_model)(-[0-9]{5}-of-[0-9]{5})?\.(safetensors|bin)(\.index\.json)?"
 )
 _ADAPTER = re.compile(r"SHA256SUMS|adapter_config\.json|adapter_model\.safetensors")
-# _strings.json and the like are not ours: Orbax writes them for values that are no arrays.
+# _strings.json and the like are not ours: Orbax writes them for values that are not arrays.
 _CHECKPOINT = re.compile(
     r"_CHECKPOINT_METADATA|orbax\.checkpoint|commit_success\.txt|tokenizer\.model|"
     r"params/(_METADATA|_sharding|array_metadatas/process_[0-9]+|(ocdbt\.process_[0-9]+/)?(manifest\.ocdbt|d/[0-9a-f]+)|"

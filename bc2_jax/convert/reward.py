@@ -110,7 +110,7 @@ def find_critic(path: str | Path) -> FoundRewardModel:
     """
     checkpoint = newest_checkpoint(Path(path).absolute())
     if checkpoint is None:
-        raise FileNotFoundError(f"{path} is no bc2_jax run or checkpoint.")
+        raise FileNotFoundError(f"{path} is not a bc2_jax run or checkpoint.")
     metadata = open_metadata(checkpoint)
     if policy_part(metadata) != ACTOR or not take_part(open_params(checkpoint), CRITIC):
         raise ValueError(f"{path} has no critic: it is not a checkpoint or run of PPO.")

@@ -12,12 +12,12 @@ from bc2_jax.validation import require
 def read_sentencepiece(path: Path, engine: str) -> Any:
     """The ModelProto of a tokenizer of Baichuan 2's kind.
 
-    Raises FileNotFoundError, or ValueError if it is no such tokenizer or has a setting with which `engine` would give a
-    text other ids.
+    Raises FileNotFoundError, or ValueError if it is not such a tokenizer or has a setting with which `engine` would
+    give a text other ids.
     """
     from sentencepiece import sentencepiece_model_pb2
 
-    Tokenizer(path)  # refuses what is no SentencePiece model or has other special ids
+    Tokenizer(path)  # refuses what is not a SentencePiece model or has other special ids
     protos: Any = sentencepiece_model_pb2  # made when it is imported, so unknown to type checkers
     model = protos.ModelProto.FromString(path.read_bytes())
     trainer, normalizer = model.trainer_spec, model.normalizer_spec

@@ -87,7 +87,7 @@ def _make_orbax(found: FoundModel, arrays: dict[str, Any]) -> Source:
         hashes = {folder / name: state.sha256 for name, state in states if name.startswith("params/")}
     template = found.metadata.get("chat_template")
     if not isinstance(template, str | None):
-        raise ValueError(f"{folder}: chat_template = {template!r} of its metadata is no text.")
+        raise ValueError(f"{folder}: chat_template = {template!r} of its metadata is not text.")
     training = {"opt_state/", manifest.MANIFEST_NAME}
     return Source(
         folder, config, {name: array.dtype.numpy_dtype for name, array in arrays.items()},

@@ -92,7 +92,7 @@ def _check_buffers(config: ModelConfig, buffers: Mapping[str, MappedTensor], is_
                 theta = f"rope_theta = {config.rope_theta}"
                 notes.append(f"{name} holds other frequencies than {theta} of config.json gives; the latter are used.")
     names = sorted({re.sub(r"\.\d+\.", ".{}.", name) for name in buffers})
-    return [*notes, f"left out, as they are no parameters: {join_some(names)}."]
+    return [*notes, f"left out, as they are not parameters: {join_some(names)}."]
 
 
 def _scheme_of_buffer(name: str, tensor: MappedTensor) -> str | None:

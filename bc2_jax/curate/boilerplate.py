@@ -48,7 +48,7 @@ class BoilerplateConfig:
     phrases: tuple[str, ...] = _PHRASES
     """A line that consists of them goes."""
     notices: tuple[str, ...] = _NOTICES
-    """Beside these a name may stand, in a line that is no sentence."""
+    """Beside these a name may stand, in a line that is not a sentence."""
     around: tuple[str, ...] = _AROUND
     """What counts as theirs in a line that has one of them."""
     min_share: float = 0.6

@@ -1,7 +1,7 @@
 """Documents that contain test questions: n-grams of 13 tokens shared with benchmark files.
 
 The procedure is GPT-3's (Brown et al. 2020, arXiv 2005.14165, Appendix C): n-grams of 13 words, fewer for a benchmark
-of short items but at least 8, and n-grams found in many documents are no evidence. A token here is a word or one Han
+of short items but at least 8, and n-grams found in many documents are not evidence. A token here is a word or one Han
 character; a Chinese word has about 1.6 of these, so where they are written together an n-gram has 1.6 times as many.
 What differs: case counts, and documents are reported or dropped whole instead of being cut.
 """
@@ -39,7 +39,7 @@ class ContaminationConfig:
     """Benchmarks: .jsonl with one item a line, or .txt with one a line. None switches the test off."""
     fields: tuple[str, ...] = ("question", "prompt", "text", "input", "choices", "answer")
     """Fields of a .jsonl item that are read, where it has them; lists and objects with all they contain. Not the
-    passages that questions are about: those are public text, and to know them is no contamination."""
+    passages that questions are about: those are public text, and to know them is not contamination."""
     n: int = 13
     """Words of an n-gram, 13 or 21 characters of Chinese. A file whose items are short is searched with fewer, the 5th
     percentile of their lengths but at least 8, or 13 characters; an item shorter than that can't be found."""

@@ -117,7 +117,7 @@ class HashedNgrams:
     """An Embedder without a model: a signed count sketch of tokens and pairs of neighbours (arXiv 0902.2206).
 
     Every token adds its weight, with a sign, to one of `dim` dimensions, both chosen by its hash. The square root of
-    each dimension, sign kept, is what counts: a token that is repeated a hundred times is no hundred times as
+    each dimension, sign kept, is what counts: a token that is repeated a hundred times is not a hundred times as
     important. With `frequencies` tokens weigh by their inverse document frequency, so that documents are near each
     other by what they are about and not by the words of their language; without, all tokens weigh the same.
     """

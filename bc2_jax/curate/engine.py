@@ -25,7 +25,7 @@ Task = dict[str, Any]
 
 
 class Engine:
-    """`runner` is "native", "ray" (a cluster on this machine) or ray://HOST:PORT (one that is there).
+    """`runner` is "native", "ray" (a cluster on this machine) or ray://HOST:PORT (an existing one).
 
     A process has one runner for its life: Daft can't change it. Raises ValueError for another name or another runner
     than before, and ImportError, naming the extra, without Daft or Ray.

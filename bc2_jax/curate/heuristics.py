@@ -53,11 +53,11 @@ class Limits:
     max_tokens: int | None = None
     """Gopher drops pages above 100,000 words."""
     min_letter_share: float | None = 0.4
-    """Letters of any script, of the characters that are no space."""
+    """Letters of any script, of the characters that are not spaces."""
     max_symbol_share: float | None = 0.25
-    """Neither letter, digit, space nor punctuation of prose, of the characters that are no space."""
+    """Neither letter, digit, space nor punctuation of prose, of the characters that are not spaces."""
     max_digit_share: float | None = 0.5
-    """Of the characters that are no space."""
+    """Of the characters that are not spaces."""
     max_space_share: float | None = 0.6
     """Spaces, tabs and line ends, of all characters."""
     max_garbled_share: float | None = 0.01
@@ -170,7 +170,7 @@ class HeuristicsConfig:
     stop_word_tokens: int = 40
     """Shorter documents need no stop words: a question and its answer may have none."""
     repetition_tokens: int = 50
-    """Shorter documents are not tested for repeated n-grams: a refrain is no spam. Gopher has no shorter ones."""
+    """Shorter documents are not tested for repeated n-grams: a refrain is not spam. Gopher has no shorter ones."""
 
     def __post_init__(self) -> None:
         for field in ("stop_word_tokens", "repetition_tokens"):

@@ -180,7 +180,7 @@ def _character_counts(samples: Sequence[str]) -> np.ndarray:
 
 
 def _code_shares(samples: Sequence[str]) -> np.ndarray:
-    """float64 [D]: lines that look like code among those that are no comments; 0 for fewer than two lines of code."""
+    """float64 [D]: lines that look like code among those that are not comments; 0 for fewer than two lines of code."""
     import pyarrow.compute as pc
 
     column = large_strings(samples)

@@ -77,7 +77,7 @@ def _strip(text: str) -> str:
 
 
 def large_strings(texts: Sequence[str], encoded: Sequence[bytes] | None = None) -> Any:
-    """A pyarrow LargeStringArray. encoded: the texts in UTF-8, if that is there already."""
+    """A pyarrow LargeStringArray. encoded: the texts in UTF-8, if they are available."""
     import numpy as np
     import pyarrow as pa
 

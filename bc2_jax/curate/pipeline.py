@@ -42,7 +42,7 @@ def curate(
 ) -> dict[str, Any]:
     """Runs what is not yet done and returns the report, which is also in OUT/report.json.
 
-    `show(stage, done, all)` is called on the way. Raises ValueError for inputs that are no files of a known kind,
+    `show(stage, done, all)` is called on the way. Raises ValueError for inputs that are not files of a known kind,
     before anything is written; InUse if another process writes to OUT; OSError if what lies in OUT in the end is not
     what was written.
     """

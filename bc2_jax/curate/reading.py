@@ -14,7 +14,7 @@ from bc2_jax.curate.problems import UnitReport
 from bc2_jax.data.encodings import BYTE_ORDER_MARK, hint, is_utf8, is_wide, transcoded
 from bc2_jax.data.text_files import TextFile, open_binary
 
-# A longer id, source or language is no name.
+# A longer id, source or language is not a name.
 _NAME_CHARACTERS = 500
 # Text bytes of a batch, about: what looks at a batch has a cost a batch.
 _BATCH_BYTES = 4 << 20

@@ -1,4 +1,4 @@
-"""Sentences that are no language, cut out of running text (the paper removes 3.06 % at this level)."""
+"""Sentences that are not language, cut out of running text (the paper removes 3.06 % at this level)."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _LAYOUT = [ord(c) for c in "-=~*_#.+^|─━═…·—"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SentenceConfig:
-    """What makes a sentence garbage; None switches a rule off. Shares are of its characters that are no space."""
+    """What makes a sentence garbage; None switches a rule off. Shares are of its characters that are not spaces."""
 
     min_characters: int = 40
-    """Sentences with fewer characters that are no space stay."""
+    """Sentences with fewer characters that are not spaces stay."""
     max_symbol_share: float | None = 0.6
     """Neither letter, digit, space nor punctuation of prose."""
     max_digit_share: float | None = 0.8
@@ -63,7 +63,7 @@ def low_quality_spans(
     """For each document the (start, end) of its garbage sentences, in characters, ascending and apart.
 
     A sentence ends at a newline, at 。！？；!? or at a full stop before white space. A document has none if what is
-    left is no running text, or less than a quarter: rows of a table and formulas have few letters.
+    left is not running text, or less than a quarter: rows of a table and formulas have few letters.
     """
     spans: list[list[tuple[int, int]]] = [[] for _ in texts]
     chosen = [i for i, language in enumerate(languages) if language not in config.skip]

@@ -1,4 +1,4 @@
-"""Pages that are no text though their characters are: advertising, rows of search terms, menus.
+"""Pages that are not text though their characters are: advertising, rows of search terms, menus.
 
 advertising  The share of a document's letters that phrases of advertising cover (gambling, pornography, loans, forged
              papers, pills, "add me on WeChat ..."), plus .12 for a messenger's handle or number, .1 for a row of
@@ -9,7 +9,7 @@ search terms A row of short items, or of words, most of which share the same wor
              "near me" (哪家好, 价格) between them.
 menu         Short items without sentences, many of which are what menus of web sites say (Home, Log in, 联系我们).
 
-The lists are short and made for what was seen often; they are no filter for safety (`safety`).
+The lists are short and made for what was seen often; they are not a filter for safety (`safety`).
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def advertising_share(text: str) -> float:
 
 
 def search_term_share(text: str) -> float:
-    """Share of the items that have the commonest word of all, 0 for what is no row of search terms."""
+    """Share of the items that have the commonest word of all, 0 for what is not a row of search terms."""
     text = text[:_READ_CHARACTERS].lower()
     if len(_COMMERCE.findall(text)) < 2:
         return 0.0

@@ -18,7 +18,7 @@ DIGIT, SPACE, SYMBOL, HAN, SUSPECT, LETTER = range(6)
 # One gather counts all six kinds: ten bits each, so stretches have fewer than 1024 characters.
 _BITS = 10
 _STRETCH = 1 << 9
-# Punctuation of prose; every other character that is no letter, mark, digit or space is a symbol.
+# Punctuation of prose; every other character that is not a letter, mark, digit or space is a symbol.
 _PROSE = ".,;:!?'\"()-–—‘’“”…、。，；：！？「」『』《》〈〉（）【】〔〕·～﹏￥$%&/"
 _HAN = ((0x3005, 0x3007), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF))
 _BULLETS = "-*+•●○■□◆◇▪▫‣⁃·–—※★☆►▶"
@@ -46,11 +46,11 @@ class Statistics:
     characters: np.ndarray
     tokens: np.ndarray
     letter_share: np.ndarray
-    """Letters and marks of any script, of the characters that are no space."""
+    """Letters and marks of any script, of the characters that are not spaces."""
     symbol_share: np.ndarray
-    """Neither letter, mark, digit, space nor punctuation of prose, of the characters that are no space."""
+    """Neither letter, mark, digit, space nor punctuation of prose, of the characters that are not spaces."""
     digit_share: np.ndarray
-    """Of the characters that are no space."""
+    """Of the characters that are not spaces."""
     space_share: np.ndarray
     han_share: np.ndarray
     """Of the letters."""

@@ -34,7 +34,7 @@ _URI_SYNTAX = re.compile("[?#%]")
 class Folder:
     """A folder by its path, any that the system allows, or by a URI that pyarrow knows: file://, gs://, s3://.
 
-    Raises ValueError for a path that is no UTF-8 (the dataframe engine takes only text) and, in an object store, for
+    Raises ValueError for a path that is not UTF-8 (the dataframe engine takes only text) and, in an object store, for
     names with ?, # or %, which stand for themselves in one program and not in another.
     """
 

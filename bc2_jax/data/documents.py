@@ -145,7 +145,7 @@ def why_invalid(document: object) -> str | None:
     if isinstance(document, InvalidDocument):
         return document.reason
     if not isinstance(document, str):
-        return f"it is no string but {type(document).__name__}"
+        return f"it is not a string but {type(document).__name__}"
     try:
         for start in range(0, len(document), _BLOCK):
             document[start : start + _BLOCK].encode()
@@ -180,7 +180,7 @@ def _read_lines(span: Span, compression: str | None) -> Iterator[Record | Invali
 
 def _document(record: Any, fields: Fields, file: str, where: str) -> Document | InvalidDocument:
     if not isinstance(record, dict) or fields.text not in record:
-        return InvalidDocument(f"{where}: it is no object with a field {fields.text!r}")
+        return InvalidDocument(f"{where}: it is not an object with a field {fields.text!r}")
     text, source = record[fields.text], record.get(fields.source)
     if reason := why_invalid(text):
         return InvalidDocument(f"{where}: in field {fields.text!r}, {reason}")

@@ -16,7 +16,7 @@ _LEAST_COMMON = 4
 
 
 def check_encoding(field: str, encoding: str) -> None:
-    """Raises ValueError, naming the field, for what is no encoding of text."""
+    """Raises ValueError, naming the field, for what is not an encoding of text."""
     legal = "it must name an encoding of text that Python knows, such as utf-8, gb18030, big5, utf-16 or latin-1"
     try:
         known = codecs.lookup(encoding)
@@ -44,8 +44,8 @@ def is_utf8(encoding: str) -> bool:
 def transcoded(read: Callable[[int], bytes], encoding: str) -> Callable[[int], bytes]:
     """read(n), of the same text as UTF-8: about n bytes, b"" at the end.
 
-    Half a surrogate pair is passed on, as bytes that are no UTF-8, for whoever decodes its line to name. Raises OSError
-    where nothing that follows can be read.
+    Half a surrogate pair is passed on, as bytes that are not UTF-8, for whoever decodes its line to name. Raises
+    OSError where nothing that follows can be read.
     """
     decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
     done = False
@@ -67,7 +67,7 @@ def transcoded(read: Callable[[int], bytes], encoding: str) -> Callable[[int], b
 
 
 def hint(data: bytes) -> str:
-    """What to say of bytes that are no UTF-8 text: what they look like, or ""."""
+    """What to say of bytes that are not UTF-8 text: what they look like, or ""."""
     encoding = _guess(data[:_LOOKED_AT])
     return f" (it looks like {encoding.upper()}: --encoding {encoding} of tools/curate.py reads it)" if encoding else ""
 

@@ -37,7 +37,7 @@ def make_train_loader(
 
     B = global_batch_size / process_count. Batch 0 begins with row `first_row` of the run. A process holds a contiguous
     slice of the global batch, so the batches of all processes, put together in order, are the same for every
-    process_count. Each part of a source is shuffled anew in every epoch; parts are interleaved by their shares of
+    process_count. Each part of a source is shuffled again in every epoch; parts are interleaved by their shares of
     tokens (see `mixture.Interleave` for how exactly).
 
     A row that can't be read is padding while `bad_rows`, by default as many as data.max_bad_rows, allows it; so all

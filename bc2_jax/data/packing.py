@@ -84,8 +84,8 @@ class Manifest:
     """Documents read: those of both splits, the empty and the invalid ones."""
     empty_documents: int
     invalid_documents: int
-    """Documents that are no string, or no UTF-8 text; each was logged. In a corpus of several parts they have no part:
-    there corpus.json counts them."""
+    """Documents that are not strings, or not UTF-8 text; each was logged. In a corpus of several parts they have no
+    part: there corpus.json counts them."""
     train: SplitInfo
     validation: SplitInfo
     format: int = _FORMAT

@@ -6,7 +6,7 @@ of ArrayRecord find flipped bits, but not a file, or a part of one, in the place
 
 A row of text is token ids. In a row of conversations the highest bits of a token are flags, TARGET, START and BRANCH:
 its samples stand one after another, the first at the row's beginning, and padding follows the last. A sample with
-branches is a beginning that is there once, its trunk, and several ways to go on from it, such as a prompt with the
+branches is a beginning that is stored once, its trunk, and several ways to go on from it, such as a prompt with the
 chosen and the rejected answer; the trunk may be empty.
 """
 
@@ -35,7 +35,7 @@ TARGET = np.uint32(1 << 31)
 START = np.uint32(1 << 30)
 """A sample begins with this token. The first token of every row of conversations has it, none of a row of text."""
 BRANCH = np.uint32(1 << 29)
-"""A branch of the sample begins with this token, which is no TARGET: the token before it is not what it follows."""
+"""A branch of the sample begins with this token, which is not a TARGET: the token before it is not what it follows."""
 
 
 def token_ids(rows: np.ndarray) -> np.ndarray:

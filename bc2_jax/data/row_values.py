@@ -67,7 +67,7 @@ class RowValues:
         if missing.any():
             raise ValueError(
                 f"{missing.sum()} of {len(missing)} rows are none of the {len(self)} whose values are kept: the rows "
-                "were made anew, or one that can be read now could not be read then."
+                "were made again, or one that can be read now could not be read then."
             )
         return found
 

@@ -52,7 +52,8 @@ class TextFiles(NamedTuple):
     files: list[TextFile]
     skipped: list[str]
     """What is not read of the folders: files of no legal kind, hidden ones (name with a leading dot or underscore),
-    what is no file, and links to a folder that is read anyway; each with the reason where the name does not say it."""
+    what is not a file, and links to a folder that is read anyway; each with the reason where the name does not say
+    it."""
 
 
 class _Found(NamedTuple):

@@ -21,7 +21,7 @@ T = TypeVar("T")
 Encode = Callable[[list[str]], list[list[int]]]
 ALL = "all"
 _BATCH = 256
-# The code points of UTF-16's surrogates are no characters.
+# The code points of UTF-16's surrogates are not characters.
 _SURROGATES = range(0xD800, 0xE000)
 _HARD = {
     "emoji joined by zero-width joiners": "👩‍👩‍👧‍👦👨🏽‍🚀🏳️‍🌈🇨🇳1️⃣",
@@ -99,7 +99,7 @@ def _open_json(name: str) -> Encode:
     try:
         found = tokenizers.Tokenizer.from_file(name)
     except Exception as error:  # the library raises nothing more precise
-        raise ValueError(f"--compare = {name!r} is not valid: it is no tokenizer.json ({error}).") from error
+        raise ValueError(f"--compare = {name!r} is not valid: it is not a tokenizer.json ({error}).") from error
     return lambda texts: [encoding.ids for encoding in found.encode_batch(texts, add_special_tokens=False)]
 
 

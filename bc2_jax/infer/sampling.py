@@ -181,7 +181,7 @@ def sampling_of(settings: Sequence[Settings], places: Sequence[int], log_prob_te
 
 
 def mask_absent(logits_BV: Array, vocab_size_B: Array | None, eos_BE: Array) -> Array:
-    """Logits with -inf for ids from `vocab_size_B` on that are none of a row's eos; -1 in `eos_BE` is no id."""
+    """Logits with -inf for ids from `vocab_size_B` on that are none of a row's eos; -1 in `eos_BE` is not an id."""
     if vocab_size_B is None:
         return logits_BV
     B, V = logits_BV.shape

@@ -20,7 +20,7 @@ class TextStream:
         self._ids: list[int] = []
         self._given = 0
         self.stopped = False
-        """Whether a stop string was found: what comes after it is no text."""
+        """Whether a stop string was found: what comes after it is not text."""
 
     def add(self, token_id: int) -> str:
         """The text that is new and final; empty while a character or a stop string may be incomplete."""

@@ -45,7 +45,7 @@ def generate_text(
     reserved tokens, and no id is chosen that the tokenizer has no piece for. With `on_text` it is given piece by piece
     as it grows; what may still become a stop text or a character is held back until it is settled.
 
-    Raises ValueError as `generate`, for prompts that are no texts and for stop texts that are none or empty.
+    Raises ValueError as `generate`, for prompts that are not texts and for stop texts that are none or empty.
     """
     stop = _stop_texts(stop)
     ids = tokenizer.encode_batch(_texts("prompts", prompts))

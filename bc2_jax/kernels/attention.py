@@ -176,7 +176,7 @@ def _flash_backward(residuals, d_out):
 
     start = tuple(jnp.zeros_like(x, jnp.float32) for x in (q, k, v))
     grads, _ = jax.lax.scan(visit, start, _causal_pairs(q.shape[0]))
-    # Positions, segments and slopes are no parameters.
+    # Positions, segments and slopes are not parameters.
     return *(g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)), None, None, None
 
 

@@ -111,7 +111,7 @@ def _backward(static: _Static, residuals, d_out: Array):
         diagonal_chunk=sizes.backward_diagonal_chunk, alibi=static.alibi, scale=static.scale,
         vmem_bytes=sizes.vmem_mib << 20, interpret=static.interpret,
     )  # fmt: skip
-    # Segments, positions and slopes are no parameters.
+    # Segments, positions and slopes are not parameters.
     return *gradients, None, None, None
 
 

@@ -65,7 +65,7 @@ class Backbone(nnx.Module):
         """What the head is applied to, [B, T, D] in the compute dtype, and the cache with these tokens appended.
 
         With a cache, T is the whole prompt of an empty cache, padded on either side, or 1. A row's length is then the
-        slot behind its last token that is no padding; a single token always takes a slot.
+        slot behind its last token that is not padding; a single token always takes a slot.
         """
         h_BTD, cache, _ = self._run_layers(input_ids, positions, segment_ids, cache)
         return self.norm(h_BTD), cache
@@ -148,7 +148,7 @@ def _append_tokens(cache: KVCache, tokens: Tokens) -> Tokens:
 
 
 def _slots_taken(segments_BT: Array) -> Array:
-    """int32 [B], whole everywhere: the slots that each row's new tokens take, up to the last that is no padding."""
+    """int32 [B], whole everywhere: the slots that each row's new tokens take, up to the last that is not padding."""
     T = segments_BT.shape[1]
     if T == 1:
         return jnp.ones((), jnp.int32)

@@ -35,7 +35,7 @@ class Statistics(NamedTuple):
     total_T: Array
     """Sum of `exp_TV`."""
     label_logit_T: Array
-    """0 where the label is no token."""
+    """0 where the label is not a token."""
     ties_T: Array
     """How many logits are the largest."""
 

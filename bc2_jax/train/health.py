@@ -220,7 +220,7 @@ class HealthMonitor:
         )
 
     def _record(self, event: dict[str, Any]) -> None:
-        """Appends to WORKDIR/health.jsonl, which stays when the lines of metrics.jsonl are written anew."""
+        """Appends to WORKDIR/health.jsonl, which stays when the lines of metrics.jsonl are written again."""
         if jax.process_index() == 0:
             with (
                 self._expendable.attempt("health"),

@@ -78,7 +78,7 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Path, start_step: int, expendable: Expendable):
-        """Lines of steps after `start_step`, where the run is taken up again, are removed: they will come anew."""
+        """Lines of steps after `start_step`, where the run is taken up again, are removed: they will come again."""
         self.path, self._expendable = workdir / "metrics.jsonl", expendable
         self._file: BinaryIO | None = None
         self._is_torn = False
@@ -188,7 +188,7 @@ class EventFiles:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """What a metrics.jsonl says of each step, in their order; where lines of a step repeat a value, the last counts.
 
-    A last line cut off by a killed run is left out; other lines that are no metrics are too, with a warning that names
+    A last line cut off by a killed run is left out; other lines that are not metrics are too, with a warning that names
     them.
     """
     lines, bad = _parse_metrics(path)

@@ -76,7 +76,7 @@ def export(run: Path, steps: list[int] | None, folder: Path) -> Iterator[Summary
     bf16, one pytorch_model.bin with the master rows of the head.
 
     Raises ValueError for a step that has no checkpoint or a damaged one, before anything is written, and
-    FileExistsError for a revision that is there already.
+    FileExistsError for an existing revision.
     """
     milestones = list_milestones(run)
     found = {milestone.step: milestone for milestone in milestones}

@@ -228,7 +228,7 @@ def test_what_can_not_be_used_is_named_and_counted(tokenizer: Tokenizer, tmp_pat
     problems = (tmp_path / "rows" / "problems.txt").read_text().splitlines()
     assert re.findall(r"data\.jsonl:(\d+): ", "\n".join(problems)) == list("23456789")
     assert sum(": left out: " in problem for problem in problems) == 6
-    # A role that text spells is no role.
+    # A role that text spells is not a role.
     forged = encoded([good, talk("c", "<reserved_106>d</s>")], tokenizer)
     assert all(sample in samples_of(tmp_path / "rows", tokenizer) for sample in forged)
     manifest = load_manifest(tmp_path / "rows")

@@ -132,7 +132,7 @@ def test_a_conversation_from_a_pipe(asked, folder, small_tokenizer, capsys, monk
     assert out == "1\n2\n3\n"
     assert err.splitlines() == [
         "[/nothing is not a command: legal are /clear, /exit, /help]",
-        "[the conversation begins anew]",
+        "[the conversation begins again]",
     ]
     first = [{"role": "system", "content": "the log"}, {"role": "user", "content": "the cat"}]
     second = [*first, {"role": "assistant", "content": "1"}, {"role": "user", "content": "the dog"}]

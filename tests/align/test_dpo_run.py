@@ -176,7 +176,7 @@ def test_a_reference_that_is_stopped_is_gone_on_with(config, full, tmp_path, mon
 
 
 def test_another_model_cannot_take_the_place_of_the_reference(config, full, tmp_path):
-    """Where it has to be computed anew; with the run's own copy the model that it began from is not needed."""
+    """Where it has to be computed again; with the run's own copy the model that it began from is not needed."""
     params, _ = load_params(config.init_from)
     params["norm"]["weight"] = params["norm"]["weight"].at[3].add(2**-6)
     save_params(params, MODEL, tmp_path / "other", config.data.tokenizer)

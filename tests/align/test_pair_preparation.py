@@ -61,7 +61,7 @@ def write(path: Path, records: list[Any]) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
-    """Rows of the records and of some that are no pairs, beside the file."""
+    """Rows of the records and of some that are not pairs, beside the file."""
     folder = tmp_path_factory.mktemp("pairs")
     bad = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "much"}]
     same = [{"prompt": "a", "chosen": "x " * 40 + end, "rejected": "x " * 40 + "no"} for end in ("yes", "so")]

@@ -104,7 +104,7 @@ NUMBER = 3
 
 @pytest.fixture
 def file(tmp_path: Path) -> str:
-    (tmp_path / "json.py").write_text(FILE)  # named as a module that is there
+    (tmp_path / "json.py").write_text(FILE)  # named as an existing module
     return str(tmp_path / "json.py")
 
 

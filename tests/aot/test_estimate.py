@@ -149,7 +149,7 @@ def test_rings():
     # Half of a ring does not close.
     assert seconds("all-gather", (0, 1), "v5p:4x4x4") == pytest.approx(1e9 / 2 / 90e9)
     assert seconds("all-gather", tuple(range(256)), "v5e:16x16") == pytest.approx(1e9 * 255 / 256 / (4 * 45e9))
-    # 8 x 16: eight chips in a row are no ring.
+    # 8 x 16: eight chips in a row are not a ring.
     assert seconds("all-gather", tuple(range(128)), "v5e:8x16") == pytest.approx(1e9 * 127 / 128 / (3 * 45e9))
     assert seconds("collective-permute", (0, 1), "v5e:16x16") == pytest.approx(1e9 / 45e9)
     assert seconds("all-gather", (5,), "v5p:4x4x4") == 0

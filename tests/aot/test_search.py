@@ -23,7 +23,7 @@ def test_candidates_suit_the_model_and_the_topology():
     assert {c.remat for c in found} == set(POLICIES)
     assert {(c.data, c.tensor) for c in found} == {(1, 1), (2, 1), (4, 1), (1, 2)}
     assert len(found) == len(set(found))
-    # 5120 is no multiple of 4096 chips: only meshes with fewer parameter shards remain.
+    # 5120 is not a multiple of 4096 chips: only meshes with fewer parameter shards remain.
     few = {(c.data, c.tensor) for c in candidates(CONFIG, parse_topology("v5p:16x16x16"))}
     assert few == {(4, 1)}
 

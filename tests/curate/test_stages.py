@@ -61,7 +61,7 @@ def test_finished_shards_of_an_interrupted_stage_are_kept(tmp_path):
 
 
 def test_a_marker_goes_before_what_it_stands_for(tmp_path):
-    """Stopped anywhere while an old result is removed, the next start of either settings begins anew."""
+    """Stopped anywhere while an old result is removed, the next start of either settings begins again."""
 
     def attempt(settings, clear):
         stages = Stages(Folder(tmp_path / "work"), ENGINE, "k", lambda *_: None)

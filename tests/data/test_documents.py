@@ -98,12 +98,12 @@ def test_spans_cover_a_file_once_and_know_their_lines(records: list[tuple[str, s
 
 BAD = {
     b"{not json": "it is not JSON",
-    b'{"title": "no text"}': "it is no object with a field 'text'",
-    b'["text"]': "it is no object with a field 'text'",
-    b'{"text": 7}': "in field 'text', it is no string but int",
+    b'{"title": "no text"}': "it is not an object with a field 'text'",
+    b'["text"]': "it is not an object with a field 'text'",
+    b'{"text": 7}': "in field 'text', it is not a string but int",
     b'{"text": "a\\ud800"}': "in field 'text', it has a lone surrogate at character 1",
     b'{"text": "\xff"}': "it is not UTF-8 (invalid start byte at byte 10)",
-    b'{"text": "x", "source": 1}': "in field 'source', it is no string but int",
+    b'{"text": "x", "source": 1}': "in field 'source', it is not a string but int",
     b'{"text": "x", "score": 1.5}': "score = 1.5 is not valid: it must be in 0..1",
     b'{"text": "x", "score": NaN}': "score = nan is not valid: it must be in 0..1",
     b'{"text": "x", "score": true}': "score = True is not valid: it must be in 0..1",

@@ -110,7 +110,7 @@ def test_invalid_documents_are_counted_and_logged(
     messages = [record.getMessage() for record in caplog.records]
     assert messages == [
         "document 2 is left out: it has a lone surrogate at character 1",
-        "document 3 is left out: it is no string but NoneType",
+        "document 3 is left out: it is not a string but NoneType",
         "document 4 is left out: file.jsonl:3: it is not JSON",
     ]
 

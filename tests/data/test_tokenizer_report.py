@@ -99,7 +99,7 @@ def test_tokenizer_json(tmp_path: Path) -> None:
     model.save(str(tmp_path / "tokenizer.json"))
     assert open_encoder(str(tmp_path / "tokenizer.json"))(["a b", "b c a"]) == [[1, 2], [2, 0, 1]]  # no [CLS]
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(ValueError, match="other.json' is not valid: it is no tokenizer.json"):
+    with pytest.raises(ValueError, match="other.json' is not valid: it is not a tokenizer.json"):
         open_encoder(str(tmp_path / "other.json"))
 
 

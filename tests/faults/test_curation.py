@@ -101,7 +101,7 @@ def again(raw: Path, out: Path, jsonl: bool = True) -> dict:
 
 
 def test_killed_in_write(raw: Path, whole: dict[str, str], tmp_path: Path) -> None:
-    """A finished run with other settings is written anew; each start is killed a little later than the one before."""
+    """A finished run with other settings is written again; each start is killed a little later than the one before."""
     out = tmp_path / "out"
     again(raw, out, jsonl=False)
     assert len(list((out / "documents").iterdir())) > 8

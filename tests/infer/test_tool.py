@@ -156,7 +156,7 @@ def test_every_text_can_be_written_with_escapes(wanted):
 
 @pytest.mark.parametrize("written", [r"a\x", "a\\", "\\\n", r"\\\d"])
 def test_other_escapes_are_refused(written):
-    with pytest.raises(ValueError, match="which is no escape: legal with --escapes are"):
+    with pytest.raises(ValueError, match="not an escape: legal with --escapes are"):
         tool.unescape(written)
 
 

@@ -213,7 +213,7 @@ def test_plan_of_the_steps():
         assert sorted(pairs) == [(i, j) for i in range(5) for j in range(i + 1)]
         assert [expected.get(pair, SKIP) for pair in pairs] == kind_of(plan.steps).tolist()
         np.testing.assert_array_equal(plan.anchors, [0, 2, 4, 6, 0])
-    # Skipped steps name the block that is there already, or the next one.
+    # Skipped steps name the current block, or the next one.
     forward, backward = plans
     assert fetched(forward.steps).tolist() == [0, 0, 1, 1, 1, 2, 3, 3, 3, 3, 4, 4, 4, 4, 4]
     assert fetched(backward.steps).tolist() == [0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 3, 3, 4]

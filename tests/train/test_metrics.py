@@ -114,7 +114,7 @@ def test_what_finds_no_room_is_counted_and_nothing_else_is_lost(tmp_path):
 def test_a_killed_line_at_the_end_does_not_swallow_the_next(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
     writer = MetricsWriter(tmp_path / "other", 0, Expendable())
-    writer.path = tmp_path / "metrics.jsonl"  # as if it could not be written anew at the start
+    writer.path = tmp_path / "metrics.jsonl"  # as if it could not be written again at the start
     writer.write(3, {"loss": 3.0})
     writer.close()
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 3]
