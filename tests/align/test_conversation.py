@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import sys
 from pathlib import Path
@@ -21,11 +20,9 @@ from bc2_jax.infer.generate import generate
 from bc2_jax.infer.prepared import Prepared
 from bc2_jax.infer.text import ContinuedText, find_chat_settings
 from bc2_jax.model.baichuan import Baichuan2
+from tests.programs import load_program
 
-spec = importlib.util.spec_from_file_location("generate_tool", Path(__file__).parents[2] / "tools" / "generate.py")
-assert spec is not None and spec.loader is not None
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
+tool = load_program("generate")
 
 CONFIG = ModelConfig(
     hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, position_embedding="alibi",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -21,11 +20,9 @@ from bc2_jax.curate.quality import QualityModel
 from bc2_jax.infer.generate import Continuation
 from bc2_jax.infer.sampling import Settings
 from bc2_jax.model.baichuan import Baichuan2
+from tests.programs import load_program
 
-spec = importlib.util.spec_from_file_location("red_team_tool", Path(__file__).parents[2] / "tools" / "red_team.py")
-assert spec is not None and spec.loader is not None
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
+tool = load_program("red_team")
 
 CONFIG = ModelConfig(
     hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, position_embedding="alibi",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import shutil
 import sys
@@ -18,11 +17,10 @@ import bc2_jax.convert
 from bc2_jax.convert import conversion, hf, parity
 from bc2_jax.convert.parity import Outputs, compare, read_reference
 from tests.convert.models import GOLDEN, TINY, write_tensors
+from tests.programs import load_program
 
 ROOT = Path(__file__).parents[2]
-spec = importlib.util.spec_from_file_location("check_parity_tool", ROOT / "tools" / "check_parity.py")
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
+tool = load_program("check_parity")
 
 
 def random_outputs(shape: tuple[int, ...] = (2, 5, 24), layers: int = 3) -> Outputs:

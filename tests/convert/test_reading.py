@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -14,11 +13,10 @@ from bc2_jax.config import ModelConfig
 from bc2_jax.convert import hf
 from bc2_jax.convert.pretrained import find_model
 from tests.convert.models import GOLDEN, write_by_dtype
+from tests.programs import load_program
 
 ROOT = Path(__file__).parents[2]
-spec = importlib.util.spec_from_file_location("convert_tool_for_reading", ROOT / "tools" / "convert.py")
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
+tool = load_program("convert")
 
 
 def make_folder(folder: Path, golden: str, prefix: str = "", **keys) -> Path:

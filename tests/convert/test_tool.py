@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -18,13 +17,12 @@ from bc2_jax.convert.hf_config import read_config
 from bc2_jax.convert.pretrained import find_model
 from bc2_jax.convert.safetensors import write_safetensors
 from bc2_jax.terminal import make_console
+from tests.programs import load_program
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 
-spec = importlib.util.spec_from_file_location("convert_tool", ROOT / "tools" / "convert.py")
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
+tool = load_program("convert")
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import importlib.util
 import re
 import shlex
 import sys
@@ -22,10 +21,9 @@ from bc2_jax.infer import prepared, text
 from bc2_jax.infer.stream import TextStream
 from bc2_jax.model.baichuan import Baichuan2
 from bc2_jax.tokenizer import Tokenizer, train_tokenizer
+from tests.programs import load_program
 
-spec = importlib.util.spec_from_file_location("generate_tool", Path(__file__).parents[2] / "tools" / "generate.py")
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
+tool = load_program("generate")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -22,11 +21,10 @@ from bc2_jax.convert.source import open_source
 from bc2_jax.convert.stream import Stream
 from bc2_jax.convert.torch_model import forward, to_tensor
 from tests.convert.models import TINY, random_folder
+from tests.programs import load_program
 
 ROOT = Path(__file__).parents[2]
-spec = importlib.util.spec_from_file_location("check_parity_with_torch", ROOT / "tools" / "check_parity.py")
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
+tool = load_program("check_parity")
 
 
 def run_ours(folder: Path, input_ids: np.ndarray) -> Outputs:
