@@ -125,7 +125,7 @@ def f(self):
     assert set(private_names(source)) == {f"bc2_jax.{name}" for name in names}
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if top(p) in ("train", "infer", "model")], ids=str)
+@pytest.mark.parametrize("path", FILES, ids=str)
 def test_functions_are_short(path: Path):
     nodes = ast.walk(ast.parse(path.read_text()))
     functions = [node for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]

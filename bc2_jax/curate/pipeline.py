@@ -63,13 +63,9 @@ def _run_stages(
     run = Run(out_folder / "work", out_folder, config)
     files = [(*file, modified(file.path)) for file in inputs.files]
     stages = Stages(run.work, engine, fingerprint(FORMAT, files), show)
-    shards = run.work / "filter" / "shards"
 
     def settings(*names: str) -> dict[str, Any]:
         return {name: dataclasses.asdict(getattr(config, name)) for name in names}
-
-    def per_shard(stage: str, function: Callable[..., dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
-        return stages.map(stage, functools.partial(function, run), _named(names))
 
     # ---------------------------------------------------------------- raw files -> normalised documents
     def read(folder: Folder) -> list[dict[str, Any]]:
@@ -83,14 +79,7 @@ def _run_stages(
                          f"{sorted({reason for report in reports for reason in report['reasons']})[:3]}.")  # fmt: skip
 
     # ---------------------------------------------------------------- exact copies
-    def exact(folder: Folder) -> dict[str, int]:
-        source = run.work / "read" / "shards"
-        same_ids = later_copies(_table(source, ["id_hash", "doc"]), ["id_hash"], "doc", engine).count_rows()
-        copies = None
-        if config.copies.exact:
-            copies = later_copies(_table(source, ["h1", "h2", "doc"]), ["h1", "h2"], "doc", engine)
-        return {"copies": _decide(copies, _table(source, ["doc", "id"]), folder), "same_ids": same_ids}
-
+    exact = functools.partial(_find_exact_copies, run, engine)
     same_ids = stages.run("exact", config.copies.exact, exact)["same_ids"]
 
     # ---------------------------------------------------------------- what a document tells about itself
@@ -101,36 +90,23 @@ def _run_stages(
         return stages.map("filter", functools.partial(filtering.filter_documents, run, sketch), _named(names))
 
     filtered = stages.run("filter", filtering.settings(config), filter_)
-    documents = run.work / "filter" / "features"
 
     # ---------------------------------------------------------------- near copies
-    def near(folder: Folder) -> int:
-        copies = None
-        if config.copies.near:
-            edges = band_edges(_table(run.work / "filter" / "bands", ["key", "doc"]), engine)
-            signatures = _table(documents, ["doc", "signature"])
-            copies = resolve(edges, signatures, config.copies.least_similarity, engine)
-        return _decide(copies, _table(shards, ["doc", "id"]), folder)
-
-    stages.run("near", settings("copies"), near)
+    stages.run("near", settings("copies"), functools.partial(_find_near_copies, run, engine))
 
     # ---------------------------------------------------------------- overlap with benchmarks
-    def overlap(folder: Folder) -> list[list[Any]]:
-        return _find_overlap(run, stages, names, folder)
-
+    overlap = functools.partial(_find_overlap, run, stages, names)
     benchmarks = [file_sha256(path) for path in config.contamination.files]
     matches = stages.run("contamination", [settings("contamination"), benchmarks], overlap)
 
     # ---------------------------------------------------------------- near copies by dense features, clusters, weights
-    def dense(folder: Folder) -> list[dict[str, Any]]:
-        return _group(run, stages, names, folder, engine)
-
+    dense = functools.partial(_group, run, stages, names, engine)
     model = filtering.model_state(config.embedding.model)
     topics = stages.run("dense", [settings("embedding", "clusters", "dense", "weights"), model], dense)
 
     # ---------------------------------------------------------------- copied paragraphs and sentences
     def spans(folder: Folder) -> int:
-        results = per_shard("spans", tasks.find_spans, names)
+        results = stages.map("spans", functools.partial(tasks.find_spans, run), _named(names))
         _copied_spans(folder, config, engine)
         return sum(result["spans"] for result in results)
 
@@ -151,6 +127,26 @@ def _run_stages(
 def _notes(same_ids: int, skipped: Sequence[str]) -> dict[str, int]:
     notes = {"documents whose id an earlier one has": same_ids, "files that were skipped": len(skipped)}
     return notes | {f"skipped: {name}": 1 for name in skipped[:20]}
+
+
+def _find_exact_copies(run: Run, engine: Engine, folder: Folder) -> dict[str, int]:
+    """Decides which documents are copies; returns how many, and how many have the id of an earlier one."""
+    source = run.work / "read" / "shards"
+    same_ids = later_copies(_table(source, ["id_hash", "doc"]), ["id_hash"], "doc", engine).count_rows()
+    copies = None
+    if run.config.copies.exact:
+        copies = later_copies(_table(source, ["h1", "h2", "doc"]), ["h1", "h2"], "doc", engine)
+    return {"copies": _decide(copies, _table(source, ["doc", "id"]), folder), "same_ids": same_ids}
+
+
+def _find_near_copies(run: Run, engine: Engine, folder: Folder) -> int:
+    """Decides which documents are near copies; returns how many."""
+    copies, source = None, run.work / "filter"
+    if run.config.copies.near:
+        edges = band_edges(_table(source / "bands", ["key", "doc"]), engine)
+        signatures = _table(source / "features", ["doc", "signature"])
+        copies = resolve(edges, signatures, run.config.copies.least_similarity, engine)
+    return _decide(copies, _table(source / "shards", ["doc", "id"]), folder)
 
 
 def _frequencies(run: Run, stages: Stages, names: Sequence[str], folder: Folder) -> DocumentFrequencies:
@@ -183,7 +179,7 @@ def _find_overlap(run: Run, stages: Stages, names: Sequence[str], folder: Folder
     return matches
 
 
-def _group(run: Run, stages: Stages, names: Sequence[str], folder: Folder, engine: Engine) -> list[dict[str, Any]]:
+def _group(run: Run, stages: Stages, names: Sequence[str], engine: Engine, folder: Folder) -> list[dict[str, Any]]:
     """Decides which documents are near copies by dense features, writes clusters and weights; returns the topics."""
     config, shards = run.config, run.work / "filter" / "shards"
     documents = run.work / "filter" / "features"

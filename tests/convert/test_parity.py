@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shutil
 import sys
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -19,7 +18,6 @@ from bc2_jax.convert.parity import Outputs, compare, read_reference
 from tests.convert.models import GOLDEN, TINY, write_tensors
 from tests.programs import load_program
 
-ROOT = Path(__file__).parents[2]
 tool = load_program("check_parity")
 
 

@@ -15,7 +15,6 @@ from bc2_jax.convert.pretrained import find_model
 from tests.convert.models import GOLDEN, write_by_dtype
 from tests.programs import load_program
 
-ROOT = Path(__file__).parents[2]
 tool = load_program("convert")
 
 

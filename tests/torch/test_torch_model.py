@@ -23,7 +23,6 @@ from bc2_jax.convert.torch_model import forward, to_tensor
 from tests.convert.models import TINY, random_folder
 from tests.programs import load_program
 
-ROOT = Path(__file__).parents[2]
 tool = load_program("check_parity")
 
 
