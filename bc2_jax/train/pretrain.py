@@ -37,7 +37,7 @@ from bc2_jax.train.job import Job, Objective, Parts, StepParts, TrainState, abst
 from bc2_jax.train.loop import RunResult, Start, run
 from bc2_jax.train.loss import LossSums, count_targets, head_loss
 from bc2_jax.train.optimizer import Optimizer, make_optimizer
-from bc2_jax.train.results import make_baselines, make_ending, print_mixture, print_tables, show_results
+from bc2_jax.train.results import finish_run, make_baselines, print_mixture, print_tables
 from bc2_jax.train.resume import Change, check_changes, list_changes, print_changes
 
 _log = logging.getLogger(__name__)
@@ -117,13 +117,7 @@ def make_job(config: TrainConfig, start: Start, step: StepParts | None = None) -
         ),
         validation=ValidationBatches(config.data, start.mesh, bad_rows, step.fields),
         begin=begin,
-        finish=lambda checkpoint, params: show_results(
-            config,
-            make_ending(config, checkpoint, baselines, start),
-            lambda: nnx.merge(split_model(config.model, config.compute)[0], params),
-            tokenizer,
-            start,
-        ),
+        finish=lambda checkpoint, params: finish_run(config, checkpoint, params, baselines, tokenizer, start),
         flops_per_step=step.flops_per_step,
         metadata={"row_order": record_row_order(config.data), "tokenizer_sha256": tokenizer.fingerprint},
     )

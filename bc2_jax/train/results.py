@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -19,7 +20,7 @@ from bc2_jax.data.corpus import list_parts
 from bc2_jax.data.loader import describe_mixture
 from bc2_jax.data.packing import read_rows
 from bc2_jax.infer.text import generate_text
-from bc2_jax.model.baichuan import Baichuan2
+from bc2_jax.model.baichuan import Baichuan2, Params, split_model
 from bc2_jax.terminal import add_column, command, interpreter, make_table
 from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.train.checks import EXPORT_NAME
@@ -130,13 +131,17 @@ def end_run(ending: Ending, start: Start, write_samples: Callable[[], None] | No
         raise failed
 
 
-def make_ending(config: TrainConfig, checkpoint: Path, baselines: dict[str, float], start: Start) -> Ending:
-    """That of a run which trains all parameters."""
-    return Ending(
+def finish_run(
+    config: TrainConfig, checkpoint: Path, params: Params, baselines: dict[str, float], tokenizer: Tokenizer, start: Start
+) -> None:  # fmt: skip
+    """The end of a run that trains all parameters, `params`; `checkpoint` is its last one."""
+    ending = Ending(
         export=lambda: export_hf(config, checkpoint),
         draw=lambda: show_curve(checkpoint.parent.parent, baselines, start.say),
         print_hints=lambda exported: print_hints(config, checkpoint, exported, start),
     )
+    graphdef = split_model(config.model, config.compute)[0]
+    show_results(config, ending, lambda: nnx.merge(graphdef, params), tokenizer, start)
 
 
 def export_hf(config: RunConfig, checkpoint: Path) -> Path | None:
