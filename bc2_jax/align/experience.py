@@ -123,7 +123,6 @@ class Rollouts:
         self._next = 0
         self._metrics: dict[int, dict[str, float]] = {}
         self._recent: dict[int, Rows] = {}
-        self._handed_over = time.perf_counter()
 
     # ---------------------------------------------------------------------------------------------------- Batches
 
@@ -156,10 +155,7 @@ class Rollouts:
         return {"skipped_iterations": list(window), "rows": (last - first + 1) * self._config.ppo.answers}
 
     def metrics(self, step: int) -> dict[str, float]:
-        found = self._metrics.get(step, {})
-        if found and step == max(self._metrics):  # asked for the first time as soon as the updates are done
-            found.setdefault("update_seconds", time.perf_counter() - self._handed_over)
-        return dict(found)
+        return dict(self._metrics.get(step, {}))
 
     def save(self, step: int, folder: Path, about: dict[str, Any]) -> Path | None:
         """Writes FOLDER/bad_batch_step_STEP.npz: the answers and all that was made of them, once for all processes."""
@@ -204,9 +200,7 @@ class Rollouts:
             for old in [s for s in kept if s <= step - BATCHES_KEPT]:
                 del kept[old]
         self._write(step, answers, scores)
-        batch = self._lay_out_updates(answers.rows | fields, iteration, coefficient)
-        self._handed_over = clock()
-        return batch
+        return self._lay_out_updates(answers.rows | fields, iteration, coefficient)
 
     def _check_progress(self, done: str) -> None:
         if not self._start.progress(done):

@@ -197,10 +197,14 @@ class _Loop:
                 self.profiler.before(step)
                 # Metrics of a step are fetched after the next one was dispatched: the devices never wait for the host.
                 # A run that samples makes the next batch of this step's state, so it can only wait for it.
+                dispatched = time.perf_counter()
                 with jax.transfer_guard("disallow"):
                     self.state, metrics = self.train_step(self.state, self.job.frozen, self.batch)
                     saved_position = self.position
-                    values = self._finish_step(step, metrics) if self.job.samples else None
+                    values = None
+                    if self.job.samples:
+                        values = self._finish_step(step, metrics)
+                        values["update_seconds"] = time.perf_counter() - dispatched
                     # Asked before too: to make a batch may take longer than is left after SIGTERM.
                     if step < config.num_steps and not self.preemption.reached():
                         try:
@@ -216,8 +220,8 @@ class _Loop:
                 is_save = stopping or self._is_saved(step)
                 if is_eval or is_save:
                     # Nothing is saved before its step is known to be finite, nor what a rewind will discard.
-                    began = time.perf_counter()
                     values, pending = values or self._finish_step(step, metrics), None
+                    finished = time.perf_counter()
                     self.last = values | memory_metrics()
                     self.writer.write(step, self.last | self.goodput.metrics())
                     is_sound = self.monitor.spike is None
@@ -227,7 +231,7 @@ class _Loop:
                         stopping = not self._evaluate(step)
                         if stopping and not is_save:
                             self._save(step, saved_position)
-                    self.throughput.leave_out(time.perf_counter() - began)
+                    self.throughput.leave_out(time.perf_counter() - finished)
                 elif values is not None:
                     self.writer.write(step, values)
                 if self.monitor.spike is not None:

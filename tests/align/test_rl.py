@@ -92,7 +92,7 @@ def test_what_an_iteration_tells(config, ppo, grpo):
         assert all(0 < m["share_cut"] < 1 and m["kl_k3"] >= 0 for m in metrics)
         parts = [[m[f"{name}_seconds"] for name in ("rollout", "scoring", "update")] for m in metrics]
         assert all(min(seconds) > 0 for seconds in parts)
-        # The rollout of the first step is made before the steps are timed, and its update holds the compilation.
+        # The rollout of the first step is made before steps are timed.
         for m, seconds in zip(metrics[1:], parts[1:], strict=True):
             assert sum(seconds) * 0.9 < m["step_seconds"] < sum(seconds) + 3
         assert all(0 < m["rollout_efficiency"] <= 1 for m in metrics)
