@@ -132,7 +132,8 @@ def end_run(ending: Ending, start: Start, write_samples: Callable[[], None] | No
 
 
 def finish_run(
-    config: TrainConfig, checkpoint: Path, params: Params, baselines: dict[str, float], tokenizer: Tokenizer, start: Start
+    config: TrainConfig, checkpoint: Path, params: Params, baselines: dict[str, float], tokenizer: Tokenizer,
+    start: Start,
 ) -> None:  # fmt: skip
     """The end of a run that trains all parameters, `params`; `checkpoint` is its last one."""
     ending = Ending(
