@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -56,7 +58,9 @@ def test_what_a_judge_is_given():
         ([give({"harmless": 1, "toxicity": 0}, 1.0)], "for answer 1"),
         ([give({"toxicity": 1.5}, 1.0)], "toxicity 1.5"),
         ([give(1, 1), give(1, 1, name="twin")], "twin gives harmless, which another judge gives too"),
-        ([Judge("bad", lambda *given: 1 / 0)], "judge bad raised ZeroDivisionError"),
+        ([Judge("bad", lambda *given: 1 / 0)], r"judge bad raised ZeroDivisionError: .* \(line \d+ of .*judges.py\)"),
+        ([Judge("bad", lambda *given: sys.exit(3))], "judge bad raised SystemExit: 3"),
+        ([give(1.0, 10**400)], "for answer 2"),
         ([Judge("bad", lambda *given: "no")], "judge bad returned 'no'"),
     ],
 )
