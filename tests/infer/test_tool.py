@@ -206,7 +206,7 @@ def test_a_file_that_is_not_utf8_is_named(checkpoint, capsys, tmp_path, content,
         (["--prompts-file", __file__, "--encoding", "utf-99"], "--encoding = 'utf-99'"),
         (["--prompt", "\udcc4\udce3"], "it is not UTF-8"),
         (["--prompt", "\ud800"], "lone surrogate"),
-        (["--prompt", r"a\x", "--escapes"], "no escape"),
+        (["--prompt", r"a\x", "--escapes"], "not an escape"),
     ],
 )
 def test_errors_are_one_line_before_the_model_is_read(checkpoint, capsys, monkeypatch, arguments, message):
