@@ -10,14 +10,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bc2_jax.evaluate import scaling  # type: ignore[attr-defined]  # a package beside this file
     from bc2_jax.evaluate.scorer import Scorer
 
 __all__ = ["Scorer", "scaling"]
 
 
-# At first use: neither needs the other, and fitting a law needs no JAX.
 def __getattr__(name: str) -> Any:
+    # At first use: neither needs the other, and fitting a law needs no JAX.
     if name == "Scorer":
         return importlib.import_module("bc2_jax.evaluate.scorer").Scorer
     if name == "scaling":
