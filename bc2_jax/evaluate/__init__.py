@@ -1,0 +1,1 @@
+"""Evaluation: benchmarks, log-likelihoods, scaling laws."""
