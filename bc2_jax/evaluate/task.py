@@ -122,8 +122,8 @@ class Metric(NamedTuple):
     value: float
     stderr: float
     """Standard error, nan where it is not known."""
-    count: int
-    """Items it is made of."""
+    items: int
+    """How many it is made of."""
 
 
 def mean_of_items(right: Sequence[bool]) -> Metric:
@@ -140,10 +140,10 @@ def mean_of_groups(right: Mapping[str, Sequence[bool]]) -> Metric:
     """
     everything = mean_of_items([one for items in right.values() for one in items])
     means = [mean_of_items(items) for items in right.values()]
-    spread = everything.stderr * math.sqrt(everything.count)
+    spread = everything.stderr * math.sqrt(everything.items)
     errors = [spread if math.isnan(mean.stderr) else mean.stderr for mean in means]
     value = sum(mean.value for mean in means) / len(means) if means else math.nan
-    return Metric(value, math.hypot(*errors) / len(means) if means else math.nan, everything.count)
+    return Metric(value, math.hypot(*errors) / len(means) if means else math.nan, everything.items)
 
 
 def by_group(judged: Sequence[Judged], way: str) -> dict[str, list[bool]]:
