@@ -59,7 +59,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--checkpoints", metavar="WHICH", help="of a run: all, permanent, or steps such as 1000,2000")
     add("--adapter", type=Path, metavar="DIR", help="a LoRA adapter on MODEL")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and sums (default %(default)s)")
-    add("--max-length", type=int, metavar="N", help="longest prompt and answer in tokens (default: what the model takes)")
+    add(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="longest prompt and answer in tokens (default: what the model takes)",
+    )
     add("--rows", type=int, metavar="N", help="rows of tokens at one time (default: what suits the model)")
     add = parser.add_argument_group("what is made of it").add_argument
     add("--out", type=Path, metavar="EVALS", help="default evals/ and the name of the model")
@@ -67,7 +72,11 @@ def make_parser() -> argparse.ArgumentParser:
         "--letter", choices=("as_shown", "bare"), default="as_shown",
         help="which token of a letter leads: as the shots show it, or without what comes before it; both are reported",
     )  # fmt: skip
-    add("--judge", metavar="FILE.py:NAME", help="function (prompts, answers, rows) -> 0..1 each, for benchmarks without a judge")
+    add(
+        "--judge",
+        metavar="FILE.py:NAME",
+        help="function (prompts, answers, rows) -> 0..1 each, for benchmarks without a judge",
+    )
     add("--records", choices=("jsonl", "parquet"), default="jsonl", help="parquet: beside the jsonl (needs pyarrow)")
     add("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two folders of results, by paired bootstrap")
     add_device_options(parser)
@@ -142,9 +151,10 @@ def show_progress(console: Console) -> tuple[Any, Say]:
 
 
 def load_way(args: argparse.Namespace) -> Way:
-    from bc2_jax.evaluate.runner import Way, wrap_judge
+    from bc2_jax.align.reward_functions import load_reward_function
+    from bc2_jax.evaluate.runner import Way
 
-    return Way(args.letter, None if args.judge is None else wrap_judge(args.judge))
+    return Way(args.letter, None if args.judge is None else load_reward_function(args.judge, "--judge"))
 
 
 def start(args: argparse.Namespace, path: Path) -> Mesh | None:

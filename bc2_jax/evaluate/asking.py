@@ -104,7 +104,9 @@ def parts_of(examples: Sequence[Example], size: int) -> Iterator[Sequence[Exampl
             start = end
 
 
-def ask(task: Task, examples: Sequence[Example], scorer: Scorer, progress: Progress = lambda done, count: None) -> list[Record]:
+def ask(
+    task: Task, examples: Sequence[Example], scorer: Scorer, progress: Progress = lambda done, count: None
+) -> list[Record]:
     """The records of examples; of code, what was generated is not run yet. All processes call it and get the same.
 
     Raises ValueError if the model gives log-probabilities that are not finite.

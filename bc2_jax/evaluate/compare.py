@@ -103,7 +103,18 @@ def _pair(a: Path, b: Path, task: str) -> list[tuple[Record, Record]]:
 
 def print_differences(console: Console, differences: Sequence[Difference], a: str, b: str) -> None:
     """A table."""
-    headers = ("benchmark", "way", "items", "A", "B", "B - A", "95 % interval", "B better in", "right only in A, B", "p")
+    headers = (
+        "benchmark",
+        "way",
+        "items",
+        "A",
+        "B",
+        "B - A",
+        "95 % interval",
+        "B better in",
+        "right only in A, B",
+        "p",
+    )
     table = make_table(*headers, title=f"A = {a}\nB = {b}", numbers_from=2)
     for d in differences:
         table.add_row(

@@ -99,7 +99,9 @@ def plot_curve(path: Path, points: Sequence[Point]) -> None:
     by_tokens = all(point.tokens for point in points)
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
     for number, name in enumerate(names_of(points)):
-        known = [(point, metric) for point in points if (metric := _metric(point, name)) and metric["value"] is not None]
+        known = [
+            (point, metric) for point in points if (metric := _metric(point, name)) and metric["value"] is not None
+        ]
         title = next(point.tasks[name]["title"] for point in points if name in point.tasks)
         axes.errorbar(
             [point.tokens / 1e9 if by_tokens else point.step for point, _ in known],

@@ -12,12 +12,12 @@ from typing import Any
 import jax
 
 from bc2_jax.agreement import first_decides, require_agreement
+from bc2_jax.align.reward_functions import RewardFunction
 from bc2_jax.evaluate.asking import Questions, ask, parts_of
 from bc2_jax.evaluate.records import NAME, Record, RecordFile, judged_of
 from bc2_jax.evaluate.results import summarize
 from bc2_jax.evaluate.sandbox import SandboxError, require_sandbox
 from bc2_jax.evaluate.scorer import Scorer
-from bc2_jax.evaluate.task import Example
 from bc2_jax.files import replaced
 
 RESULTS = "results.json"
@@ -27,8 +27,6 @@ _AT_ONCE = {"letters": 512, "options": 256, "generation": 128, "code": 128}
 Results = dict[str, Any]
 Say = Callable[[str, int, int], object]
 """(name of the benchmark, items that are done, all items)."""
-Judge = Callable[[Sequence[Example], Sequence[str]], Sequence[bool]]
-"""Which of the texts that were generated are right, where the benchmark does not say."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +35,8 @@ class Way:
 
     letter: str = "as_shown"
     """Which way of scoring letters leads: "as_shown" or "bare"."""
-    judge: Judge | None = None
+    judge: RewardFunction | None = None
+    """judge(prompts, texts, rows) of the user, for benchmarks that have none: a text of 0.5 or more counts as right."""
 
 
 def run_task(
@@ -65,11 +64,15 @@ def run_task(
     say(task.name, done, len(examples))
     for number in missing:
         before = done
-        found = ask(task, parts[number], load(), lambda some, of, before=before: say(task.name, before + some, len(examples)))
+        found = ask(
+            task, parts[number], load(), lambda some, of, before=before: say(task.name, before + some, len(examples))
+        )
         done += len(parts[number])
         if jax.process_index() == 0:
             kept[0].add(found)
         say(task.name, done, len(examples))
+    if way.judge is not None and task.kind == "generation" and task.judge is None:
+        ask_judge(questions, kept, way.judge)
     results: Results = first_decides(lambda: _finish(questions, kept[0], folder, way, say))
     return results
 
@@ -77,7 +80,7 @@ def run_task(
 def _finish(questions: Questions, kept: RecordFile, folder: Path, way: Way, say: Say) -> Results:
     """What the first process does with the records: judging, the order of the file, results."""
     task = questions.task
-    judge_written(questions, kept, way, say)
+    run_code(questions, kept, say)
     kept.put_in_order(questions.items)
     records = [kept.records[example.id] for example in questions.examples]
     results = summarize(questions, records, way.letter)
@@ -88,13 +91,12 @@ def _finish(questions: Questions, kept: RecordFile, folder: Path, way: Way, say:
     return results
 
 
-def judge_written(questions: Questions, kept: RecordFile, way: Way, say: Say) -> None:
-    """Runs generated code in the sandbox, or asks the user's judge, where a record has no verdict yet."""
+def run_code(questions: Questions, kept: RecordFile, say: Say) -> None:
+    """Runs generated code in the sandbox where a record has no verdict yet."""
     task = questions.task
-    waiting = [e for e in questions.examples if not kept.records[e.id]["right"] and "text" in kept.records[e.id]]
-    if task.program is not None:
+    waiting = [example for example in questions.examples if not kept.records[example.id]["right"]]
+    if task.program is not None and waiting:
         program = task.program
-
         # Programs that run too long are stopped by the clock: more of them than cores would stop each other.
         workers = max(1, min(8, (os.cpu_count() or 1) // 2))
         held = require_sandbox()
@@ -106,13 +108,30 @@ def judge_written(questions: Questions, kept: RecordFile, way: Way, say: Say) ->
                 for example, outcome in zip(part, outcomes, strict=True)
             )
             say(f"{task.name}, running code", start + len(part), len(waiting))
-    elif way.judge is not None and task.judge is None and waiting:
-        texts = [kept.records[example.id]["text"] for example in waiting]
-        verdicts = way.judge(waiting, texts)
-        kept.add(
-            kept.records[example.id] | {"right": {"judged": bool(verdict)}}
-            for example, verdict in zip(waiting, verdicts, strict=True)
+
+
+def ask_judge(questions: Questions, kept: list[RecordFile], judge: RewardFunction) -> None:
+    """Gives what was written and has no verdict yet to the user's judge, by all processes."""
+
+    def find_waiting() -> list[list[str]]:
+        records = (kept[0].records[example.id] for example in questions.examples)
+        return [[r["id"], r["prompt"], r["text"]] for r in records if "text" in r and not r["right"]]
+
+    waiting = first_decides(find_waiting)
+    if not waiting:
+        return
+    facts = {e.id: {"id": e.id, "group": e.group, **e.facts} for e in questions.examples}
+    scores = judge(
+        [prompt for _, prompt, _ in waiting], [text for *_, text in waiting], [facts[item] for item, *_ in waiting]
+    )
+
+    def keep() -> None:
+        kept[0].add(
+            kept[0].records[item] | {"judge": float(score), "right": {"judged": bool(score >= 0.5)}}
+            for (item, *_), score in zip(waiting, scores, strict=True)
         )
+
+    first_decides(keep)
 
 
 def check_sandbox(asked: Sequence[Questions]) -> None:
