@@ -36,7 +36,7 @@ class Example:
     """Indices of `choices`, any of which counts as right. () if the answer is not published."""
     target: str = ""
     """For generation: the reference."""
-    facts: Mapping[str, Any] = _NOTHING
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What else judging needs (tests, entry point, ...): JSON-able."""
     drop: Drop = "first"
     """Which shots go when the prompt does not fit; "longest": all that have the length of the longest."""
@@ -169,6 +169,12 @@ def summarize(judged: Sequence[Judged]) -> dict[str, Metric]:
     return metrics
 
 
+def groups_first(judged: Sequence[Judged]) -> dict[str, Metric]:
+    """`summarize` for benchmarks whose figure is the mean over subjects: of each way, that one first."""
+    metrics = summarize(judged)
+    return {name: metrics[name] for way in metrics for name in (f"{way}, mean of groups", way) if name in metrics}
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """A benchmark."""
@@ -183,7 +189,7 @@ class Task:
     """Reads the released files below a folder, which holds them or a folder of them that has the task's name.
 
     Raises FileNotFoundError or ValueError with one sentence: the file, what is expected there and in which format."""
-    paper: Mapping[str, float] = _NOTHING
+    paper: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """"7B", "13B" -> the base model's figure in the paper, in the unit of Metric; only those that it prints."""
     paper_source: str = ""
     """Which table, and which metric of `summarize` it compares with."""
