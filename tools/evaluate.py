@@ -6,19 +6,18 @@ python tools/evaluate.py --compare EVALS_A EVALS_B
 python tools/evaluate.py MODEL --lm-eval TASK --include-path YAMLS --out EVALS
 python tools/evaluate.py --list
 
-MODEL is a folder in a PyTorch layout, a checkpoint, or a run, of which it is the newest checkpoint. DIR has a folder for
-each benchmark (--list says of which files); all of them are read before the weights are. EVALS/TASK/records.jsonl has
-every item: prompt, answer, log-probabilities; results.json the figures. A program that was stopped goes on with the
+MODEL is a folder in a PyTorch layout, a checkpoint, or a run, of which it is the newest checkpoint. DIR has a folder
+for each benchmark (--list says of which files); all of them are read before the weights are. EVALS/TASK/records.jsonl
+has every item: prompt, answer, log-probabilities; results.json the figures. A program that was stopped goes on with the
 same command. EVALS is of one model: another one, or other settings, are refused.
 
-With --checkpoints EVALS/step_N has the results of each checkpoint, EVALS/curve.png the curve. docs/evaluation.md has the
-rest.
+With --checkpoints EVALS/step_N has the results of each checkpoint, EVALS/curve.png the curve. docs/evaluation.md has
+the rest.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -31,9 +30,7 @@ from bc2_jax.terminal import here, make_console, use_utf8
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from bc2_jax.evaluate.asking import Questions
     from bc2_jax.evaluate.evaluation import Evaluated
-    from bc2_jax.evaluate.identity import Model
     from bc2_jax.evaluate.runner import Say, Way
     from bc2_jax.sharding import Mesh
 
@@ -63,7 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--max-length",
         type=int,
         metavar="N",
-        help="longest prompt and answer in tokens (default: what the model takes)",
+        help="tokens of a prompt and its answer (default: what the model takes)",
     )
     add("--rows", type=int, metavar="N", help="rows of tokens at one time (default: what suits the model)")
     add = parser.add_argument_group("what is made of it").add_argument
@@ -75,7 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--judge",
         metavar="FILE.py:NAME",
-        help="function (prompts, answers, rows) -> 0..1 each, for benchmarks without a judge",
+        help="judge(prompts, answers, rows) -> 0..1 each, where a benchmark has none",
     )
     add("--records", choices=("jsonl", "parquet"), default="jsonl", help="parquet: beside the jsonl (needs pyarrow)")
     add("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two folders of results, by paired bootstrap")
@@ -206,8 +203,8 @@ def report(console: Console, found: Evaluated, title: str, out: Path) -> None:
     if found.stats is not None and (seconds := found.stats.seconds):
         fed, alone = found.stats.tokens_fed, found.stats.tokens_unshared
         console.print(
-            f"{found.stats.requests:,} scores in {seconds:.1f} s, compiling included; {fed:,} tokens were fed where "
-            f"{alone:,} would have been without shared prefixes, {found.stats.padding_share:.0%} of the slots were padding"
+            f"{found.stats.requests:,} scores in {seconds:.1f} s, compiling included; {fed:,} tokens were fed, not "
+            f"{alone:,} as without shared prefixes; {found.stats.padding_share:.0%} of the slots were padding"
         )
     console.print(f"written to {here(out)}: results.json, TASK/records.jsonl")
 

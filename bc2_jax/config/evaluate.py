@@ -21,8 +21,8 @@ class EvaluateConfig:
     shots: int | None = None
     """Solved examples before each question, if fewer than the benchmark has."""
     every: int = 0
-    """Steps between them, a multiple of eval_every; 0 asks at every evaluation. At permanent checkpoints and at the last
-    step they are asked in any case."""
+    """Steps between them, a multiple of eval_every; 0 asks at every evaluation. At permanent checkpoints and at the
+    last step they are asked in any case."""
 
     def __post_init__(self) -> None:
         require_types(self, "evaluate.")

@@ -8,7 +8,6 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from bc2_jax.evaluate.encoding import Request, encode_pairs
 from bc2_jax.evaluate.records import Record, is_finite
@@ -83,7 +82,7 @@ def _read(task: Task, data_dir: Path, limit: int | None, shots: int | None) -> Q
 
 
 def choose_evenly(examples: Sequence[Example], limit: int | None) -> list[Example]:
-    """`limit` examples, all of them without one, in their order: the first of every group, then the second, and so on."""
+    """`limit` examples, without one all of them, in their order: the first of every group, then the second ones ..."""
     if limit is None or limit >= len(examples):
         return list(examples)
     seen: Counter[str] = Counter()
@@ -123,7 +122,9 @@ def ask(
 
 
 def _ask_choices(task: Task, examples: Sequence[Example], scorer: Scorer, progress: Progress) -> list[Record]:
-    fitted, pairs, places = [], [], []
+    fitted: list[Fitted] = []
+    pairs: list[tuple[str, str]] = []
+    places: list[dict[str, int]] = []  # of each example: a choice -> its place in pairs
     for example in examples:
         texts = list(dict.fromkeys((*example.choices, *example.bare)))
         longest = max(map(len, scorer.tokenizer.encode_batch(texts)))

@@ -58,8 +58,10 @@ def compare_scores(task: str, way: str, a: Sequence[float], b: Sequence[float], 
     better, worse = sum(y > x for x, y in zip(a, b, strict=True)), sum(y < x for x, y in zip(a, b, strict=True))
     first, second = math.fsum(a) / len(a), math.fsum(b) / len(b)
     share = float(np.mean(means > 0) + np.mean(means == 0) / 2)
-    scaled = (100 * x for x in (first, second, second - first, float(low), float(high)))
-    return Difference(task, way, len(a), *scaled, share, better, worse, sign_test(better, worse))
+    return Difference(
+        task, way, len(a), 100 * first, 100 * second, 100 * (second - first), 100 * float(low), 100 * float(high), share,
+        better, worse, sign_test(better, worse),
+    )  # fmt: skip
 
 
 def compare(a: Path, b: Path, letter: str | None = None, seed: int = 0) -> list[Difference]:
@@ -79,9 +81,9 @@ def compare(a: Path, b: Path, letter: str | None = None, seed: int = 0) -> list[
         ways = list(pairs[0][0]["right"]) if pairs else []
         if not ways:
             continue  # answers that are not published, or not judged
-        way = letter if letter in ways else ways[0]
-        scores = [[float(pair[side]["right"][way]) for pair in pairs] for side in (0, 1)]
-        found.append(compare_scores(name, way, *scores, seed=seed))
+        way = letter if letter is not None and letter in ways else ways[0]
+        of_a, of_b = ([float(pair[side]["right"][way]) for pair in pairs] for side in (0, 1))
+        found.append(compare_scores(name, way, of_a, of_b, seed))
     require(bool(found), "--compare", f"{a} {b}", "no item that both have is judged")
     return found
 
@@ -123,8 +125,8 @@ def print_differences(console: Console, differences: Sequence[Difference], a: st
         )  # fmt: skip
     console.print(table)
     console.print(
-        "Interval and share: paired bootstrap over items; p: sign test on the items that only one has right. Both treat "
-        "the items as a sample of more such items; neither knows of other runs of the same training."
+        "Interval and share: paired bootstrap over items; p: sign test on the items that only one has right. Both take "
+        "the items for a sample of more such items; neither knows of other runs of the same training."
     )
 
 

@@ -33,8 +33,8 @@ class Point(NamedTuple):
 def choose_checkpoints(run: Path, which: str) -> list[Milestone]:
     """The checkpoints of a run that `which` means, oldest first: "all", "permanent", or steps such as "1000,2000".
 
-    Raises ValueError for anything else, for a step without a checkpoint and for a damaged one, and FileNotFoundError for
-    a folder without checkpoints. Incomplete ones are left out of "all".
+    Raises ValueError for anything else, for a step without a checkpoint and for a damaged one, and FileNotFoundError
+    for a folder without checkpoints. Incomplete ones are left out of "all".
     """
     milestones = list_milestones(run)
     if which in ("all", "permanent"):

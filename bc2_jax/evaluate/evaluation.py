@@ -15,7 +15,7 @@ from bc2_jax.convert.pretrained import load_pretrained
 from bc2_jax.evaluate.asking import Questions
 from bc2_jax.evaluate.identity import Model, checksum_of, claim, read_identity, settle
 from bc2_jax.evaluate.records import NAME, read_records, write_parquet
-from bc2_jax.evaluate.runner import RESULTS, Results, Say, Way, run_task, write_json
+from bc2_jax.evaluate.runner import DEFAULT, RESULTS, Results, Say, Way, run_task, write_json
 from bc2_jax.evaluate.scorer import Scorer, ScorerStats
 from bc2_jax.files import lock
 from bc2_jax.tokenizer import Tokenizer
@@ -39,7 +39,7 @@ def load_scorer(model: Model, mesh: Mesh | None, **options: Any) -> Scorer:
 
 
 def evaluate_model(
-    model: Model, asked: Sequence[Questions], out: Path, mesh: Mesh | None = None, way: Way = Way(),
+    model: Model, asked: Sequence[Questions], out: Path, mesh: Mesh | None = None, way: Way = DEFAULT,
     say: Say = lambda name, done, count: None, *, parquet: bool = False, **options: Any,
 ) -> Evaluated:  # fmt: skip
     """Asks a model what OUT has no records of yet, and writes OUT/TASK/records.jsonl and results.json of each benchmark

@@ -82,9 +82,7 @@ def claim(folder: Path, about: Mapping[str, Any], asked: Sequence[Questions]) ->
     tasks = {q.task.name: {"shots": q.shots, "prompts_sha256": q.prompts_sha256} for q in asked}
     has_records = any(folder.glob(f"*/{RECORDS}"))
     if before is None and has_records:
-        raise ValueError(
-            f"{folder} has records but no {NAME}, so it is not known of which model: choose another --out."
-        )
+        raise ValueError(f"{folder} has records but no {NAME} that says of which model: choose another --out.")
     if before is None or not has_records:
         write_json(folder / NAME, {**about, "checksum": None, "tasks": tasks})
         return True

@@ -62,8 +62,8 @@ def with_tasks(config: RunConfig, start: Start, job: Job) -> Job:
 
 def ask_all(questions: Sequence[Questions], scorer: Scorer, progress: Progress) -> dict[str, float] | None:
     """Metrics of all benchmarks: TASK_accuracy, its standard error and, where there are choices, how likely the right
-    one is (TASK_gold_nats), which tells models apart before accuracy does; TASK_score where the figure is no share. None
-    if `progress` stops it."""
+    one is (TASK_gold_nats), which tells models apart before accuracy does; TASK_score where the figure is no share.
+    None if `progress` stops it."""
     metrics: dict[str, float] = {}
     for one in questions:
         name, records = one.task.name, list[Record]()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ import jax
 from bc2_jax.agreement import first_decides, require_agreement
 from bc2_jax.align.reward_functions import RewardFunction
 from bc2_jax.evaluate.asking import Questions, ask, parts_of
-from bc2_jax.evaluate.records import NAME, Record, RecordFile, judged_of
+from bc2_jax.evaluate.records import NAME, RecordFile, judged_of
 from bc2_jax.evaluate.results import summarize
 from bc2_jax.evaluate.sandbox import SandboxError, require_sandbox
 from bc2_jax.evaluate.scorer import Scorer
@@ -39,8 +40,11 @@ class Way:
     """judge(prompts, texts, rows) of the user, for benchmarks that have none: a text of 0.5 or more counts as right."""
 
 
+DEFAULT = Way()
+
+
 def run_task(
-    questions: Questions, load: Callable[[], Scorer], folder: Path, way: Way = Way(),
+    questions: Questions, load: Callable[[], Scorer], folder: Path, way: Way = DEFAULT,
     say: Say = lambda name, done, count: None,
 ) -> Results:  # fmt: skip
     """The results of a benchmark, with its records in FOLDER/records.jsonl and the figures in FOLDER/results.json.
@@ -63,18 +67,20 @@ def run_task(
     done = len(examples) - sum(len(parts[number]) for number in missing)
     say(task.name, done, len(examples))
     for number in missing:
-        before = done
-        found = ask(
-            task, parts[number], load(), lambda some, of, before=before: say(task.name, before + some, len(examples))
-        )
-        done += len(parts[number])
+        tell = functools.partial(_tell, say, task.name, done, len(examples))
+        found = ask(task, parts[number], load(), tell)
         if jax.process_index() == 0:
             kept[0].add(found)
+        done += len(parts[number])
         say(task.name, done, len(examples))
     if way.judge is not None and task.kind == "generation" and task.judge is None:
         ask_judge(questions, kept, way.judge)
     results: Results = first_decides(lambda: _finish(questions, kept[0], folder, way, say))
     return results
+
+
+def _tell(say: Say, name: str, before: int, count: int, done: int, of: int) -> None:
+    say(name, before + done, count)
 
 
 def _finish(questions: Questions, kept: RecordFile, folder: Path, way: Way, say: Say) -> Results:
