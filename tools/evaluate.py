@@ -18,7 +18,10 @@ the rest.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -117,9 +120,6 @@ def list_tasks(console: Console) -> None:
 
 def show_progress(console: Console) -> tuple[Any, Say]:
     """(a bar on a terminal, to be closed; what is told how far a benchmark is, which prints a line elsewhere)."""
-    import contextlib
-    import time
-
     import jax
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -129,8 +129,9 @@ def show_progress(console: Console) -> tuple[Any, Say]:
         told: dict[str, float] = {}
 
         def tell(name: str, done: int, count: int) -> None:
-            if done == count or time.monotonic() - told.get(name, 0) > 30:
-                told[name] = time.monotonic()
+            now, last = time.monotonic(), told.get(name, 0.0)
+            if last < math.inf and (done == count or now - last > 30):
+                told[name] = math.inf if done == count else now
                 console.print(f"{name}: {done} of {count}")
 
         return contextlib.nullcontext(), tell

@@ -59,8 +59,8 @@ def compare_scores(task: str, way: str, a: Sequence[float], b: Sequence[float], 
     first, second = math.fsum(a) / len(a), math.fsum(b) / len(b)
     share = float(np.mean(means > 0) + np.mean(means == 0) / 2)
     return Difference(
-        task, way, len(a), 100 * first, 100 * second, 100 * (second - first), 100 * float(low), 100 * float(high), share,
-        better, worse, sign_test(better, worse),
+        task, way, len(a), 100 * first, 100 * second, 100 * (second - first), 100 * float(low), 100 * float(high),
+        share, better, worse, sign_test(better, worse),
     )  # fmt: skip
 
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import NamedTuple, get_args, get_type_hints
-
-import jax
-from jax.sharding import Mesh
+from typing import TYPE_CHECKING, NamedTuple, get_args, get_type_hints
 
 from bc2_jax.config import DistributedConfig, MeshConfig, ModelConfig, RunConfig, check_divisible
-from bc2_jax.sharding import make_mesh
-from bc2_jax.train import distributed
-from bc2_jax.train.start import use_compilation_cache
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 _SECTIONS = {"mesh": MeshConfig, "distributed": DistributedConfig}
 
@@ -57,6 +54,13 @@ def start_devices(devices: Devices, model: ModelConfig) -> Mesh | None:
     Compiled programs are kept where train.py keeps them. To be called before any JAX computation. Raises ValueError for
     a mesh that the devices do not make or that does not divide the model.
     """
+    # Imported here so that --help and a typo answer at once.
+    import jax
+
+    from bc2_jax.sharding import make_mesh
+    from bc2_jax.train import distributed
+    from bc2_jax.train.start import use_compilation_cache
+
     distributed.start(devices)
     use_compilation_cache(RunConfig.compilation_cache)
     mesh = devices.mesh.resolve(jax.device_count())
