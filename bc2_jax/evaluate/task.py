@@ -64,24 +64,22 @@ def fit_shots(example: Example, room: int, count: Callable[[str], int]) -> Fitte
 
     Without any shot the header goes too if need be. `count` gives the tokens of a text.
     """
-    room = min(room, example.prompt_limit or room)
+    limit = min(room, example.prompt_limit or room)
     shots = list(example.shots)
     tail = example.question
 
     def text() -> str:
         return example.header + "".join(shots) + tail
 
-    while shots and count(text()) > room:
+    while shots and count(text()) > limit:
         if example.drop == "longest":
             sizes = [count(shot) for shot in shots]
             shots = [shot for shot, size in zip(shots, sizes, strict=True) if size < max(sizes)]
         else:
             shots.pop(0 if example.drop == "first" else -1)
     dropped = len(example.shots) - len(shots)
-    if shots or (fits := count(text()) <= room):
-        return Fitted(text(), dropped, False, True)
-    if not example.header:
-        return Fitted(tail, dropped, False, fits)
+    if shots or not example.header or count(text()) <= limit:
+        return Fitted(text(), dropped, False, bool(shots) or count(text()) <= room)
     return Fitted(tail, dropped, True, count(tail) <= room)
 
 
@@ -139,11 +137,17 @@ def mean_of_groups(right: Mapping[str, Sequence[bool]]) -> Metric:
     A group of one item says nothing of its spread: that of all items takes its place.
     """
     everything = mean_of_items([one for items in right.values() for one in items])
-    means = [mean_of_items(items) for items in right.values()]
     spread = everything.stderr * math.sqrt(everything.items)
-    errors = [spread if math.isnan(mean.stderr) else mean.stderr for mean in means]
-    value = sum(mean.value for mean in means) / len(means) if means else math.nan
-    return Metric(value, math.hypot(*errors) / len(means) if means else math.nan, everything.items)
+    means = [mean_of_items(items) for items in right.values()]
+    return mean_of_metrics([mean._replace(stderr=spread) if mean.items == 1 else mean for mean in means])
+
+
+def mean_of_metrics(means: Sequence[Metric]) -> Metric:
+    """Of independent figures, each of the same weight."""
+    if not means:
+        return Metric(math.nan, math.nan, 0)
+    value = sum(mean.value for mean in means) / len(means)
+    return Metric(value, math.hypot(*(mean.stderr for mean in means)) / len(means), sum(mean.items for mean in means))
 
 
 def by_group(judged: Sequence[Judged], way: str) -> dict[str, list[bool]]:

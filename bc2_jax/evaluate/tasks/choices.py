@@ -93,8 +93,8 @@ def choose(items: Iterable[Item], count: int) -> list[Item]:
 
 
 def partition(items: Sequence[Item], count: int) -> tuple[list[Item], list[Item]]:
-    """`count` random items as shots, and the others in their order."""
-    shots = choose(items, count)
+    """`count` random items as shots, fewer if nothing were left to ask, and the others in their order."""
+    shots = choose(items, min(count, max(len(items) - 1, 0)))
     chosen = {item.id for item in shots}
     return shots, [item for item in items if item.id not in chosen]
 

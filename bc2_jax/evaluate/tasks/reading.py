@@ -42,15 +42,38 @@ class Row(NamedTuple):
         return value
 
     def letter(self, field: str, letters: str) -> int:
-        """Which of `letters` a field holds, as an index."""
-        return self.letter_index(self.text(field), letters, field)
+        """Which of `letters` a field holds, as an index; blanks and lower case are forgiven."""
+        found = self.answers(field, letters)
+        if len(found) != 1:
+            raise ValueError(f"{self.where}: {field!r} is {show(self.values.get(field))}; {_legal(letters)}.")
+        return found[0]
 
-    def letter_index(self, value: Any, letters: str, field: str) -> int:
-        """Which of `letters` the value is, which the row has in `field`; blanks and lower case are forgiven."""
-        letter = value.strip().upper() if isinstance(value, str) else ""
-        if len(letter) != 1 or letter not in letters:
-            raise ValueError(f"{self.where}: {field!r} is {show(value)}; it must be one of {', '.join(letters)}.")
-        return letters.index(letter)
+    def answers(self, field: str, letters: str) -> list[int]:
+        """The indices of the letters that are right, from "A", "AC" or ["A", "C"]; [] if none are given."""
+        value = self.values.get(field)
+        parts = [] if value is None else value if isinstance(value, list) else [value]
+        if not all(isinstance(part, str) for part in parts):
+            raise ValueError(f"{self.where}: {field!r} is {show(value)}; {_legal(letters)}.")
+        found = [letters.find(letter) for part in parts for letter in "".join(part.split()).upper()]
+        if -1 in found:
+            raise ValueError(f"{self.where}: {field!r} is {show(value)}; {_legal(letters)}.")
+        return sorted(set(found))
+
+    def options(self, field: str) -> tuple[str, ...]:
+        """The options of an object {"A": text, ...} or a list [{"key": "A", "value": text}, ...], in their order."""
+        value = self.values.get(field)
+        if isinstance(value, list) and all(isinstance(one, dict) for one in value):
+            value = {one.get("key"): one.get("value") for one in value}
+        if not isinstance(value, dict) or "".join(sorted(map(str, value))) != "ABCDEFGH"[: len(value)]:
+            raise ValueError(f"{self.where}: {field!r} is {show(value)}; it must be an object with A, B, C, D, ...")
+        wrong = next((one for one in value.values() if not isinstance(one, str)), None)
+        if wrong is not None:
+            raise ValueError(f"{self.where}: {field!r} has the option {show(wrong)}, which is no text.")
+        return tuple(value[letter] for letter in sorted(value))
+
+
+def _legal(letters: str) -> str:
+    return f"it must be one of {', '.join(letters)}"
 
 
 # --------------------------------------------------------------------------------------------------------------- places
@@ -95,6 +118,15 @@ def require_file(path: Path, what: str) -> Path:
     close = difflib.get_close_matches(path.name, there, n=1, cutoff=0.7)
     like = f" {close[0]} is there: rename it if it is this file." if close else ""
     raise FileNotFoundError(f"{path} is missing: {what}.{like}")
+
+
+def missing_files(folder: Path, names: Sequence[str]) -> list[str]:
+    """A note that names those which are not there: what is computed is not the benchmark's figure then."""
+    missing = [name for name in names if not (folder / name).is_file()]
+    if not missing:
+        return []
+    found = f"{len(names) - len(missing)} of {len(names)} files are in {folder}"
+    return [f"Only {found} ({listing(folder)}), so this is not the benchmark's figure; missing: {', '.join(missing)}."]
 
 
 def files_by_name(folder: Path, pattern: str, known: Collection[str], what: str) -> dict[str, Path]:
