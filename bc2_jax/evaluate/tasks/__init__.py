@@ -21,6 +21,21 @@ TASKS = {
         "medqa_usmle": "medqa:USMLE",
         "medqa_mcmle": "medqa:MCMLE",
         "medmcqa": "medmcqa:TASK",
+        "bbh": "bbh:TASK",
+        "gsm8k": "gsm8k:TASK",
+        "math": "competition_math:TASK",
+        "humaneval": "humaneval:TASK",
+        "humaneval_instruction": "humaneval:INSTRUCTED",
+        "mbpp": "mbpp:TASK",
+        "flores_zh_en": "flores:ZH_EN",
+        "flores_zh_fr": "flores:ZH_FR",
+        "flores_zh_es": "flores:ZH_ES",
+        "flores_zh_ar": "flores:ZH_AR",
+        "flores_zh_ru": "flores:ZH_RU",
+        "flores_zh_ja": "flores:ZH_JA",
+        "flores_zh_de": "flores:ZH_DE",
+        "toxigen_like": "harm:TOXIGEN_LIKE",
+        "bhed_like": "harm:BHED_LIKE",
     }.items()
 }
 """Task name -> "module:attribute"."""

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from bc2_jax.evaluate.task import Loaded, Task
 from bc2_jax.evaluate.tasks.choices import CEVAL, SEED, Item, make_examples, partition, too_few
-from bc2_jax.evaluate.tasks.reading import find_folder, missing_files, read_rows
+from bc2_jax.evaluate.tasks.reading import find_folder, read_rows
 
 SHOTS = 5
-FILES = ("0_train.json", "1_train.json", "0_test.json", "1_test.json")
-"""0: questions of knowledge; 1: analysis of cases."""
+FILES = ("0_train.json", "1_train.json", "train.json", "0_test.json", "1_test.json", "test.json")
 SOURCE = (
     "0_train.json and 1_train.json (0_test.json and 1_test.json have no answers), JSON lines with id, statement, "
     "option_list {A, B, C, D}, answer [letters], type, subject, as jecqa.thunlp.org sends them, in DATA_DIR/jecqa."
@@ -23,11 +22,10 @@ def load(data_dir: Path) -> Loaded:
     """Of each kind five random questions as shots, and the others."""
     folder = find_folder(
         data_dir, ("jecqa", "JEC-QA"), ("", "data", "JEC-QA"),
-        lambda place: any((place / name).is_file() for name in _names(FILES[:2])), SOURCE,
+        lambda place: any((place / name).is_file() for name in _names(FILES[:3])), SOURCE,
     )  # fmt: skip
     groups, left_out = defaultdict(list), Counter[str]()
     paths = [path for path in (folder / name for name in _names(FILES)) if path.is_file()]
-    notes = missing_files(folder, FILES[:2]) if all(path.suffix == ".json" for path in paths) else []
     for path in paths:
         for number, row in enumerate(read_rows(path, needed=("statement", "option_list"))):
             options = row.options("option_list")
@@ -40,13 +38,15 @@ def load(data_dir: Path) -> Loaded:
                 left_out["not four options"] += 1
             else:
                 item = Item(f"{path.stem}/{number}", row.filled("statement"), options, gold[0])
-                groups[path.name[0]].append(item)
+                kind = str(row.values.get("type", path.name[0]))
+                groups[_KINDS.get(kind, "of no kind")].append(item)
+    notes = [f"No questions of the kind {kind!r} are in {folder}." for kind in _KINDS.values() if kind not in groups]
     examples = []
     for kind, items in sorted(groups.items()):
         shots, asked = partition(items, SHOTS)
-        notes += too_few(shots, SHOTS, f"{kind}_train.json")
-        examples += make_examples(asked, shots, CEVAL, "国家司法", _KINDS[kind])
-        left_out["shots of the others"] += len(shots)
+        notes += too_few(shots, SHOTS, kind)
+        examples += make_examples(asked, shots, CEVAL, "国家司法", kind)
+        left_out["used as shots"] += len(shots)
     return Loaded(examples, dict(left_out), tuple(notes))
 
 

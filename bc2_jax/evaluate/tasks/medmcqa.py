@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bc2_jax.evaluate.task import Loaded, Task
 from bc2_jax.evaluate.tasks.choices import MMLU, SEED, Item, choose, make_examples, too_few
-from bc2_jax.evaluate.tasks.reading import Row, find_folder, read_rows
+from bc2_jax.evaluate.tasks.reading import Row, find_folder, listing, read_rows
 from bc2_jax.validation import show
 
 SHOTS = 5
@@ -47,9 +47,8 @@ class _Split:
         self.left_out: Counter[str] = Counter()
         self._numbers: dict[int, str] = {}  # cop -> where it is first
         if not self.paths:
-            raise FileNotFoundError(
-                f"{folder} does not hold the {name} split ({' or '.join(_PATTERNS[name])}): {SOURCE}"
-            )
+            names = " or ".join(_PATTERNS[name])
+            raise FileNotFoundError(f"{folder} does not hold {names} ({listing(folder)} is there): {SOURCE}")
 
     def items(self) -> Iterator[Item]:
         """With `cop` as it stands in place of the index."""
