@@ -155,13 +155,13 @@ def load_way(args: argparse.Namespace) -> Way:
     return Way(args.letter, None if args.judge is None else load_reward_function(args.judge, "--judge"))
 
 
-def start(args: argparse.Namespace, path: Path) -> Mesh | None:
-    """The mesh, once all processes are there. Raises ValueError, before anything else is done, without a model."""
+def mesh_for(args: argparse.Namespace, path: Path) -> Mesh | None:
+    """Raises FileNotFoundError if there is no model, or no tokenizer beside it."""
     from bc2_jax.convert.pretrained import find_model, find_tokenizer
-    from bc2_jax.evaluate.devices import devices_of, start_devices
+    from bc2_jax.evaluate.devices import devices_of, make_device_mesh
 
     find_tokenizer(path)
-    return start_devices(devices_of(args), find_model(path).config)
+    return make_device_mesh(devices_of(args), find_model(path).config)
 
 
 def out_of(args: argparse.Namespace) -> Path:
@@ -177,7 +177,7 @@ def evaluate(args: argparse.Namespace, console: Console, path: Path, checkpoints
     from bc2_jax.evaluate.runner import check_sandbox
 
     asked = read_questions(names_in(args.tasks), args.data_dir, limit=args.limit, shots=args.shots)
-    way, mesh, out = load_way(args), start(args, path), out_of(args)
+    way, mesh, out = load_way(args), mesh_for(args, path), out_of(args)
     check_sandbox(asked)
     options = {} if args.rows is None else {"rows": args.rows}
 
@@ -238,7 +238,7 @@ def ask_lm_eval(args: argparse.Namespace, console: Console, path: Path) -> None:
     from bc2_jax.evaluate.evaluation import load_scorer
     from bc2_jax.evaluate.identity import Model
 
-    mesh = start(args, path)
+    mesh = mesh_for(args, path)
     options = {} if args.rows is None else {"rows": args.rows}
     model = Model(path, args.adapter, args.dtype, args.max_length)
     bar, say = show_progress(make_console(stderr=True))
@@ -269,14 +269,19 @@ def compare(args: argparse.Namespace, console: Console) -> None:
 
 def run(args: argparse.Namespace) -> None:
     check(args)
-    console = make_console()
     if args.list:
-        list_tasks(console)
+        list_tasks(make_console())
         return
     choose_cpu_without_tpu()
     if args.compare:
-        compare(args, console)
+        compare(args, make_console())
         return
+    import jax
+
+    from bc2_jax.evaluate.devices import devices_of, start_devices
+
+    start_devices(devices_of(args))
+    console = make_console(quiet=jax.process_index() != 0)
     path, checkpoints = Path(args.model), None
     if args.checkpoints is not None:
         from bc2_jax.evaluate.curve import choose_checkpoints

@@ -43,7 +43,7 @@ def read_questions(
     """The benchmarks of these names from their released files below `data_dir`.
 
     `limit` items of each are asked, taken evenly from its groups; those of a smaller limit are among those of a larger
-    one. With `shots` a prompt has only so many. Raises ValueError for a name that is none, for numbers out of range,
+    one. With `shots` a prompt has only the first of them. Raises ValueError for a name that is none, for numbers out of range,
     and, with a sentence for each benchmark, where files are missing or are not what they should be.
     """
     require(limit is None or limit > 0, "limit", limit, "it must be positive")
@@ -67,17 +67,19 @@ def _read(task: Task, data_dir: Path, limit: int | None, shots: int | None) -> Q
     counts = Counter(example.id for example in examples)
     twice = next((item for item, count in counts.items() if count > 1), None)
     require(twice is None, "data_dir", str(data_dir), f"two items are called {twice!r}")
+    notes = list(loaded.notes)
     if shots is not None:
         most = max(len(example.shots) for example in examples)
-        require(shots <= most, "shots", shots, f"a prompt of this benchmark has at most {most}")
+        if shots > most:
+            notes.append(f"There are only {most} shots, not {shots}.")
         examples = [dataclasses.replace(example, shots=example.shots[:shots]) for example in examples]
     digest = hashlib.sha256()
     for e in examples:
         about = (e.id, e.header, e.shots, e.question, e.choices, e.bare, e.gold, e.target, dict(e.facts))
         digest.update(json.dumps(about, sort_keys=True).encode() + b"\n")
     return Questions(
-        task, choose_evenly(examples, limit), [example.id for example in examples], loaded.left_out, loaded.notes,
-        task.shots if shots is None else shots, digest.hexdigest(),
+        task, choose_evenly(examples, limit), [example.id for example in examples], loaded.left_out, notes,
+        max(len(example.shots) for example in examples), digest.hexdigest(),
     )  # fmt: skip
 
 

@@ -48,21 +48,24 @@ def devices_of(args: argparse.Namespace) -> Devices:
     return Devices(MeshConfig(**given["mesh"]), DistributedConfig(**given["distributed"]))
 
 
-def start_devices(devices: Devices, model: ModelConfig) -> Mesh | None:
-    """Joins the other processes, if there are any, and makes the mesh of all devices; None for a single device.
-
-    Compiled programs are kept where train.py keeps them. To be called before any JAX computation. Raises ValueError for
-    a mesh that the devices do not make or that does not divide the model.
-    """
+def start_devices(devices: Devices) -> None:
+    """Joins the other processes, if there are any. To be called before any JAX computation, which opening a checkpoint
+    is too. Compiled programs are kept where train.py keeps them."""
     # Imported here so that --help and a typo answer at once.
-    import jax
-
-    from bc2_jax.sharding import make_mesh
     from bc2_jax.train import distributed
     from bc2_jax.train.start import use_compilation_cache
 
     distributed.start(devices)
     use_compilation_cache(RunConfig.compilation_cache)
+
+
+def make_device_mesh(devices: Devices, model: ModelConfig) -> Mesh | None:
+    """The mesh of all devices; None for a single one. Raises ValueError for a mesh that the devices do not make or that
+    does not divide the model."""
+    import jax
+
+    from bc2_jax.sharding import make_mesh
+
     mesh = devices.mesh.resolve(jax.device_count())
     check_divisible(model, mesh)
     return None if jax.device_count() == 1 else make_mesh(mesh)
