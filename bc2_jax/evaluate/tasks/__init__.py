@@ -7,6 +7,7 @@ import importlib
 
 from bc2_jax.evaluate.task import Task
 
+_FLORES = ("en", "fr", "es", "ar", "ru", "ja", "de")
 TASKS = {
     name: f"bc2_jax.evaluate.tasks.{place}"
     for name, place in {
@@ -27,13 +28,8 @@ TASKS = {
         "humaneval": "humaneval:TASK",
         "humaneval_instruction": "humaneval:INSTRUCTED",
         "mbpp": "mbpp:TASK",
-        "flores_zh_en": "flores:ZH_EN",
-        "flores_zh_fr": "flores:ZH_FR",
-        "flores_zh_es": "flores:ZH_ES",
-        "flores_zh_ar": "flores:ZH_AR",
-        "flores_zh_ru": "flores:ZH_RU",
-        "flores_zh_ja": "flores:ZH_JA",
-        "flores_zh_de": "flores:ZH_DE",
+        **{f"flores_zh_{code}": f"flores:ZH_{code.upper()}" for code in _FLORES},
+        **{f"flores_zh_{code}_all": f"flores:ALL_{code.upper()}" for code in _FLORES},
         "toxigen_like": "harm:TOXIGEN_LIKE",
         "bhed_like": "harm:BHED_LIKE",
     }.items()

@@ -73,7 +73,9 @@ def _items(path: Path) -> list[Row]:
         rows = [Row(value, f"{path} (example {n})") for n, value in enumerate(rows[0].values["examples"], 1)]
     for row in rows:
         if not isinstance(row.values, dict) or not {"input", "target"} <= row.values.keys():
-            raise ValueError(f"{row.where} is {show(row.values)}: it must be an object with {choices(['input', 'target'])}.")
+            raise ValueError(
+                f"{row.where} is {show(row.values)}: it must be an object with {choices(['input', 'target'])}."
+            )
     if not rows:
         raise ValueError(f"{path} holds no examples.")
     return rows

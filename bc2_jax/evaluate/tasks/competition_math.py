@@ -74,7 +74,7 @@ def _find_shots(folder: Path) -> tuple[tuple[str, ...], str]:
             f"and the solution), or the training problems in {folder / 'train'}."
         )
     # One of each category, so that the shots are not all of algebra.
-    short = []
+    short: list[Row] = []
     for _, found in itertools.groupby(_problems(folder / "train"), key=lambda pair: pair[0].partition("/")[0]):
         if len(short) < SHOTS:
             short += list(itertools.islice((row for _, row in found if _is_short(row)), 1))
@@ -117,8 +117,8 @@ TASK = Task(
     paper_source="Table 6, 4 shots by OpenCompass; compare exact",
     notes=(
         f"Answers are compared as strings after the rules {NORMALIZER} (docs/benchmarks.md), which are this package's; "
-        "those of other scripts differ by up to several points, and the paper does not say which it used. The wording is "
-        "that of OpenCompass's math_4shot_base_gen_db136b.",
+        "those of other scripts differ by up to several points, and the paper does not say which it used. The wording "
+        "is that of OpenCompass's math_4shot_base_gen_db136b.",
     ),
     stops=("Problem:",),
     max_new_tokens=1024,

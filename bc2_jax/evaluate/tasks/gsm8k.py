@@ -50,10 +50,10 @@ def _find_shots(test: Path) -> tuple[tuple[str, ...], str]:
     train = next((test.with_name(name) for name in names if test.with_name(name).is_file()), None)
     if train is None:
         raise FileNotFoundError(
-            f"The shots of GSM8K are missing: {own} (worked examples as text, each 'Question: ...', 'Let's think step by "
-            "step', 'Answer:' and the solution), or train.jsonl beside the test file."
+            f"The shots of GSM8K are missing: {own} (worked examples as text, each 'Question: ...', 'Let's think step "
+            "by step', 'Answer:' and the solution), or train.jsonl beside the test file."
         )
-    shots = []
+    shots: list[str] = []
     for row in read_rows(train, needed=_FIELDS):
         solution = _CALCULATION.sub("", row.filled("answer")).rpartition("####")[0].strip()
         if len(solution) <= LONGEST_SHOT and len(shots) < SHOTS:

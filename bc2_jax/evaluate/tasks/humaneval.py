@@ -57,11 +57,11 @@ def _make(name: str, title: str, instruction: str, config: str) -> Task:
         paper={"7B": 18.29, "13B": 17.07},
         paper_source="Table 6, 0 shots by OpenCompass; compare pass@1",
         notes=(
-            "The paper does not say which of OpenCompass's two prompts it used: the bare function (humaneval_gen_a82cae, "
-            "here humaneval) or after 'Complete the following python code:' (humaneval_gen_8e312c, here "
-            f"humaneval_instruction). This is {config}. One greedy completion each, cut where a new top-level statement "
-            "begins and then used as it is: OpenCompass strips the blanks at its beginning, which breaks the "
-            "indentation, and cuts fences, which are left here.",
+            "The paper does not say which of OpenCompass's two prompts it used: the bare function "
+            "(humaneval_gen_a82cae, here humaneval) or after 'Complete the following python code:' "
+            f"(humaneval_gen_8e312c, here humaneval_instruction). This is {config}. One greedy completion each, cut "
+            "where a new top-level statement begins and then used as it is: OpenCompass strips the blanks at its "
+            "beginning, which breaks the indentation, and cuts fences, which are left here.",
         ),
         summarize=summarize,
         stops=("\nclass", "\ndef", "\n#", "\nif", "\nprint"),

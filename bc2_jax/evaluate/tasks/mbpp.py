@@ -94,9 +94,9 @@ TASK = Task(
     paper={"7B": 24.20, "13B": 30.20},
     paper_source="Table 6, 3 shots by OpenCompass; compare pass@1",
     notes=(
-        "The wording is that of OpenCompass's mbpp_gen_1e1056, whose tests in the shots have irregular blanks; here all "
-        "are spelt alike. test_setup_code is run before the tests; OpenCompass leaves it out, so that no answer to the "
-        "few tasks with one can pass there.",
+        "The wording is that of OpenCompass's mbpp_gen_1e1056, whose tests in the shots have irregular blanks; here "
+        "all are spelt alike. test_setup_code, which few tasks have, is run before the tests; OpenCompass leaves it "
+        "out.",
     ),
     summarize=summarize,
     stops=("[DONE]",),
