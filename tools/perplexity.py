@@ -44,9 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", type=Path)
     parser.add_argument("files", metavar="FILES", nargs="+")
-    parser.add_argument(
-        "--stride", type=int, metavar="N", help="tokens by which windows move on (default: all)"
-    )
+    parser.add_argument("--stride", type=int, metavar="N", help="tokens by which windows move on (default: all)")
     parser.add_argument("--max-length", type=int, metavar="N", help="tokens a window (default: what the model takes)")
     parser.add_argument("--text-field", default="text", metavar="NAME", help="of a record (default %(default)s)")
     parser.add_argument(

@@ -244,12 +244,12 @@ def run_lm_eval(
 ) -> dict[str, Any]:  # fmt: skip
     """What lm-eval's `simple_evaluate` returns for `tasks`, the same on every process: results, samples, configs.
 
-    `tasks` are names of tasks, groups or tags of the YAML files below `include_path`, or of those that come with lm-eval
-    (only looked at if a name is not in `include_path`, as that takes a while). `shots` and `limit` are lm-eval's. `chat`
-    asks in our chat format, after the `system` text. `cache` is a folder in which answers are kept for the next call
-    with the same `identity`, which must say all that an answer depends on beside the request: lm-eval knows answers by
-    their request alone. Raises ValueError for tasks that there are not, data that is not there, and settings that we do
-    not have.
+    `tasks` are names of tasks, groups or tags of the YAML files below `include_path`, or of those that come with
+    lm-eval, which are only looked at if a name is not in `include_path`, as that takes a while. `shots` and `limit` are
+    lm-eval's. `chat` asks in our chat format, after the `system` text. `cache` is a folder in which answers are kept
+    for the next call with the same `identity`, which must say all that an answer depends on beside the request: lm-eval
+    knows answers by their request alone. Raises ValueError for tasks that there are not, data that is not there, and
+    settings that we do not have.
     """
     require(len(tasks) > 0, "tasks", list(tasks), "at least one is needed")
     require(cache is None or bool(identity), "identity", identity, "a cache needs to know what the answers are of")
@@ -259,14 +259,16 @@ def run_lm_eval(
 
     manager = _find_tasks(tasks, include_path)
     model = LmEvalModel(scorer, progress, name)
-    kept = None if cache is None else str(cache / hashlib.sha256(identity.encode()).hexdigest()[:32])
+    kept = None if cache is None else str(cache / hashlib.sha256(f"{identity} {chat}".encode()).hexdigest()[:32])
     try:
         return simple_evaluate(
             model=model, tasks=list(tasks), task_manager=manager, num_fewshot=shots, limit=limit, use_cache=kept,
             apply_chat_template=chat, system_instruction=system, log_samples=True,
         )  # fmt: skip
     except (FileNotFoundError, ConnectionError) as error:
-        offline = "" if os.environ["HF_DATASETS_OFFLINE"] == "0" else "; nothing is downloaded: HF_DATASETS_OFFLINE is set"
+        offline = (
+            "" if os.environ["HF_DATASETS_OFFLINE"] == "0" else "; nothing is downloaded: HF_DATASETS_OFFLINE is set"
+        )
         raise ValueError(f"lm-eval: the data of {', '.join(tasks)} can't be read ({error}){offline}.") from error
 
 
