@@ -74,10 +74,11 @@ def make_requests(subjects: int, questions: int, texts: int) -> dict[str, Any]:
 
 def make_models(folder: Path, requests: dict[str, Any], args: argparse.Namespace) -> None:
     """FOLDER/ours and FOLDER/llama, the same model."""
-    from bc2_jax.config import ModelConfig
+    from bc2_jax.config import MeshConfig, ModelConfig
     from bc2_jax.convert.conversion import to_hf
     from bc2_jax.convert.pretrained import save_params
     from bc2_jax.model.baichuan import init_params
+    from bc2_jax.sharding import make_mesh
     from bc2_jax.tokenizer import train_tokenizer
 
     train_tokenizer(requests["train"], folder / "tokenizer.model", _VOCABULARY)
@@ -86,7 +87,8 @@ def make_models(folder: Path, requests: dict[str, Any], args: argparse.Namespace
         num_attention_heads=args.hidden // 64, position_embedding="rope", vocab_size=_VOCABULARY,
         model_max_length=args.context,
     )  # fmt: skip
-    save_params(init_params(config, 0), config, folder / "ours", folder / "tokenizer.model")
+    params = init_params(config, 0, make_mesh(MeshConfig(num_cpu_devices=1)))
+    save_params(params, config, folder / "ours", folder / "tokenizer.model")
     to_hf(folder / "ours", folder / "llama", dtype="float32", layout="llama")
     (folder / "llama" / "generation_config.json").unlink(missing_ok=True)
 
@@ -182,7 +184,7 @@ def main() -> None:
 
 
 def report(args: argparse.Namespace, requests: dict[str, Any], found: dict[str, list[dict[str, Any]]]) -> None:
-    title = f"{args.layers} layers of {args.hidden}, context {args.context}, fp32, {args.threads} threads, batch {args.batch}"
+    title = f"{args.layers} layers of {args.hidden}, context {args.context}, fp32, {args.threads} threads"
     headers = ("requests", "first run, s", "s", "requests / s", "ratio", "shared", "padding")
     table = make_table("", "", *headers, title=title, numbers_from=2)
     for kind in ("letters", "rolling"):

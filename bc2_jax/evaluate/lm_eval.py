@@ -26,6 +26,9 @@ from bc2_jax.validation import choices, require
 
 for _name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ.setdefault(_name, "1")  # these libraries read it when they are imported
+os.environ.setdefault(
+    "DISABLE_MULTIPROC", "1"
+)  # for its bootstrap lm-eval would fork a process in which JAX has threads
 try:
     from lm_eval.api.model import TemplateLM
 except ImportError as error:
@@ -154,15 +157,16 @@ class LmEvalModel(TemplateLM):
         return texts
 
     def _generate_alike(
-        self, contexts: Sequence[str], stops: list[str], length: int, settings: Mapping[str, float]
+        self, contexts: Sequence[str], stops: list[str], length: int, settings: Mapping[str, Any]
     ) -> list[str]:
         tokenizer = self.scorer.tokenizer
-        prompts: list[str | list[int]] = list(contexts)
+        prompts: list[str | Sequence[int]] = list(contexts)
         if self._chats:
             settings = {**settings, "eos_token_id": answer_ends(None, self.scorer.model.config, tokenizer)}
             chats = [self._chats.get(context, _Chat([], context)) for context in contexts]
             prompts = [chat.head + tokenizer.encode(chat.tail) for chat in chats]
-        return [one.text for one in self.scorer.generate_texts([(p, stops, length) for p in prompts], **settings)]
+        asked = [(prompt, stops, length) for prompt in prompts]
+        return [generated.text for generated in self.scorer.generate_texts(asked, None, **settings)]
 
     # ------------------------------------------------------------------------------------------------------------- chat
 

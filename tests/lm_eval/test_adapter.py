@@ -15,6 +15,7 @@ os.environ["HF_HOME"] = _CACHE.name  # datasets writes its tables there
 
 import pytest  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
 
 import bc2_jax  # noqa: E402
 from bc2_jax.align.chat import encode_prompt  # noqa: E402
@@ -82,8 +83,9 @@ def test_generations_are_those_of_lm_evals_backend(scorer):
     ]
     texts = LmEvalModel(scorer).generate_until(requests("generate_until", *asked))
     for text, expected in zip(texts, GOLDEN["generations"], strict=True):
-        # A character of which only a part was generated is decoded in more than one way.
-        assert text.partition("\ufffd")[0] == expected["text"].partition("\ufffd")[0]
+        # The bytes of a character of which only a part was generated are decoded in more than one way.
+        broken = "\ufffd" in expected["text"]
+        assert text == (scorer.tokenizer.decode(expected["token_ids"]) if broken else expected["text"])
     pairs = [(prompt, row["text"]) for (prompt, _), row in zip(asked, GOLDEN["generations"], strict=True)]
     scores = LmEvalModel(scorer).loglikelihood(requests("loglikelihood", *[pair for pair in pairs if pair[1]]))
     for (log_prob, is_greedy), row in zip(scores, GOLDEN["scored_generations"], strict=True):
@@ -92,7 +94,7 @@ def test_generations_are_those_of_lm_evals_backend(scorer):
 
 PAIRS = [
     ("诸葛亮", "曰：“吾有一计。”"), ("The function returns ", "a list of strings"), ("The function returns", " a list"),
-    ("", "却说"), ("import os\n\n\n", "class Reader:"), ("第一回 " * 120, "宴桃园豪杰三结义"), ("for i in range(", "10):"),
+    ("", "却说"), ("import os\n\n\n", "class Reader:"), ("第一回 " * 120, "宴桃园三结义"), ("for i in range(", "10):"),
     ("What does it do?\nA. open\nB. close\nAnswer:", " B"), ("What does it do?\nA. open\nB. close\nAnswer:", " A"),
 ]  # fmt: skip
 TEXTS = [
@@ -185,7 +187,14 @@ def test_settings_of_generation():
         read_generation({"do_sample": True, "temperature": 0.0})
 
 
-def test_what_is_not_there_is_said(scorer, tasks, tmp_path):
+def test_what_is_not_there_is_said(scorer, tasks, tmp_path, monkeypatch):
+    class OnlyThese(TaskManager):
+        """Without lm-eval's own tasks, whose thousands of files take long to look at."""
+
+        def __init__(self, include_path=None, include_defaults=True):
+            super().__init__(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", OnlyThese)
     with pytest.raises(ValueError, match="no task 'g_clozes' among its own and below .*; did you mean 'g_cloze'"):
         run_lm_eval(scorer, ["g_clozes"], include_path=tasks)
     with pytest.raises(ValueError, match="include_path = .* is not valid: there is no such folder"):
