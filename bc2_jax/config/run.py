@@ -7,6 +7,7 @@ from typing import ClassVar, Literal, Self
 
 from bc2_jax.config.data import DataConfig
 from bc2_jax.config.distributed import DistributedConfig
+from bc2_jax.config.evaluate import EvaluateConfig
 from bc2_jax.config.health import HealthConfig
 from bc2_jax.config.mesh import MeshConfig, check_divisible
 from bc2_jax.config.model import ModelConfig
@@ -165,6 +166,7 @@ class RunConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     health: HealthConfig = HealthConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     num_steps: int
     """Step at which the run ends."""
     workdir: str | None = None
@@ -217,6 +219,10 @@ class RunConfig:
         tokens, every = self.tokens_per_step, self.checkpoint.keep_every_tokens
         legal = f"0 or at least a step, {tokens} tokens" if tokens else "0, as this kind of run does not count tokens"
         require(every == 0 or every >= tokens > 0, "checkpoint.keep_every_tokens", every, f"it must be {legal}")
+        require(
+            self.evaluate.every % self.eval_every == 0, "evaluate.every", self.evaluate.every,
+            f"it must be a multiple of eval_every = {self.eval_every}",
+        )  # fmt: skip
         self.health.check_checkpoints(self.checkpoint.save_every, self.checkpoint.keep_last)
         check_divisible(self.model, self.known_mesh)
 

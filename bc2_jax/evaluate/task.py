@@ -36,7 +36,7 @@ class Example:
     """Indices of `choices`, any of which counts as right. () if the answer is not published."""
     target: str = ""
     """For generation: the reference."""
-    facts: Mapping[str, Any] = _NOTHING
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What else judging needs (tests, entry point, ...): JSON-able."""
     drop: Drop = "first"
     """Which shots go when the prompt does not fit; "longest": all that have the length of the longest."""
@@ -64,24 +64,22 @@ def fit_shots(example: Example, room: int, count: Callable[[str], int]) -> Fitte
 
     Without any shot the header goes too if need be. `count` gives the tokens of a text.
     """
-    room = min(room, example.prompt_limit or room)
+    limit = min(room, example.prompt_limit or room)
     shots = list(example.shots)
     tail = example.question
 
     def text() -> str:
         return example.header + "".join(shots) + tail
 
-    while shots and count(text()) > room:
+    while shots and count(text()) > limit:
         if example.drop == "longest":
             sizes = [count(shot) for shot in shots]
             shots = [shot for shot, size in zip(shots, sizes, strict=True) if size < max(sizes)]
         else:
             shots.pop(0 if example.drop == "first" else -1)
     dropped = len(example.shots) - len(shots)
-    if shots or (fits := count(text()) <= room):
-        return Fitted(text(), dropped, False, True)
-    if not example.header:
-        return Fitted(tail, dropped, False, fits)
+    if shots or not example.header or count(text()) <= limit:
+        return Fitted(text(), dropped, False, bool(shots) or count(text()) <= room)
     return Fitted(tail, dropped, True, count(tail) <= room)
 
 
@@ -139,11 +137,17 @@ def mean_of_groups(right: Mapping[str, Sequence[bool]]) -> Metric:
     A group of one item says nothing of its spread: that of all items takes its place.
     """
     everything = mean_of_items([one for items in right.values() for one in items])
-    means = [mean_of_items(items) for items in right.values()]
     spread = everything.stderr * math.sqrt(everything.items)
-    errors = [spread if math.isnan(mean.stderr) else mean.stderr for mean in means]
-    value = sum(mean.value for mean in means) / len(means) if means else math.nan
-    return Metric(value, math.hypot(*errors) / len(means) if means else math.nan, everything.items)
+    means = [mean_of_items(items) for items in right.values()]
+    return mean_of_metrics([mean._replace(stderr=spread) if mean.items == 1 else mean for mean in means])
+
+
+def mean_of_metrics(means: Sequence[Metric]) -> Metric:
+    """Of independent figures, each of the same weight."""
+    if not means:
+        return Metric(math.nan, math.nan, 0)
+    value = sum(mean.value for mean in means) / len(means)
+    return Metric(value, math.hypot(*(mean.stderr for mean in means)) / len(means), sum(mean.items for mean in means))
 
 
 def by_group(judged: Sequence[Judged], way: str) -> dict[str, list[bool]]:
@@ -169,6 +173,12 @@ def summarize(judged: Sequence[Judged]) -> dict[str, Metric]:
     return metrics
 
 
+def groups_first(judged: Sequence[Judged]) -> dict[str, Metric]:
+    """`summarize` for benchmarks whose figure is the mean over subjects: of each way, that one first."""
+    metrics = summarize(judged)
+    return {name: metrics[name] for way in metrics for name in (f"{way}, mean of groups", way) if name in metrics}
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """A benchmark."""
@@ -183,7 +193,7 @@ class Task:
     """Reads the released files below a folder, which holds them or a folder of them that has the task's name.
 
     Raises FileNotFoundError or ValueError with one sentence: the file, what is expected there and in which format."""
-    paper: Mapping[str, float] = _NOTHING
+    paper: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """"7B", "13B" -> the base model's figure in the paper, in the unit of Metric; only those that it prints."""
     paper_source: str = ""
     """Which table, and which metric of `summarize` it compares with."""
@@ -195,7 +205,8 @@ class Task:
     max_new_tokens: int = 0
     judge: Callable[[Example, str], Verdict] | None = None
     """generation: of the text that was generated, cut at the stops. None: a judge that the user gives."""
-    program: Callable[[Example, str], str] | None = None
-    """code: the Python program that fails unless the text that was generated is right."""
+    program: Callable[[Example, str], tuple[str, str]] | None = None
+    """code: (program, tests) in Python, to be run one after the other, of which the tests fail unless the text that was
+    generated is right."""
     submission: Callable[[Sequence[Judged]], Any] | None = None
     """The predictions as the benchmark's site takes them (JSON-able), where it keeps the answers."""
