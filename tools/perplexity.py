@@ -6,8 +6,8 @@ python tools/perplexity.py MODEL zh.txt en.txt --language 'zh*=zh' --language 'e
 
 MODEL is a folder in the released PyTorch layout, or a checkpoint or run of ours. FILES are .jsonl, .json and .parquet,
 of which a record is a text, .txt, of which a file is one, all but .parquet also .gz and .zst, folders of them, or the
-folder that the curation wrote. The language of a text is the `language` of its record, else what --language says of its file, else it
-is identified (extra `data`).
+folder that the curation wrote. The language of a text is the `language` of its record, else what --language says of its
+file, else it is identified (extra `data`).
 
 A text longer than the model's context is cut into windows of that length as lm-eval does it: each begins with the last
 token of the one before, and only the last window is moved back to be full. With --stride N windows overlap: each moves
@@ -21,7 +21,7 @@ import argparse
 import fnmatch
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,9 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", type=Path)
     parser.add_argument("files", metavar="FILES", nargs="+")
-    parser.add_argument(
-        "--stride", type=int, metavar="N", help="tokens by which windows move on (default: all)"
-    )
+    parser.add_argument("--stride", type=int, metavar="N", help="tokens by which windows move on (default: all)")
     parser.add_argument("--max-length", type=int, metavar="N", help="tokens a window (default: what the model takes)")
     parser.add_argument("--text-field", default="text", metavar="NAME", help="of a record (default %(default)s)")
     parser.add_argument(
@@ -95,24 +93,26 @@ class Reading:
                     yield found
 
 
-def find_identifier() -> Callable[[list[str], list[str]], list[str]] | None:
-    """What gives the language of each text, by the text and what is said about it; None without the extra `data`."""
-    from bc2_jax.evaluate.perplexity import UNKNOWN
-
+def can_identify() -> bool:
+    """Whether the extra `data`, which identifies languages, is installed."""
     try:
         import fasttext  # noqa: F401
         import pyarrow  # noqa: F401
     except ImportError:
-        return None
+        return False
+    return True
+
+
+def identify(texts: list[str], said: list[str]) -> list[str]:
+    """The language of each text, by what is said about it, also where that is no code we know, else by the text."""
     from bc2_jax.curate import languages
 
-    def identify(texts: list[str], said: list[str]) -> list[str]:
-        # What the record says stays also where it is no code that is known.
-        known = [languages.known_language(one) or one for one in said]
-        found = iter(languages.identify_languages([text for text, one in zip(texts, known, strict=True) if not one]))
-        return [one or (UNKNOWN if (new := next(found)) == languages.UNKNOWN else new) for one in known]
-
-    return identify
+    found = [languages.known_language(one) or one for one in said]
+    places = [place for place, language in enumerate(found) if not language]
+    if places and can_identify():
+        for place, new in zip(places, languages.identify_languages([texts[place] for place in places]), strict=True):
+            found[place] = "" if new == languages.UNKNOWN else new
+    return found
 
 
 def load_scorer(args: argparse.Namespace) -> Scorer:
@@ -150,14 +150,13 @@ def run(args: argparse.Namespace) -> None:
     require(args.stride is None or args.stride <= longest, "--stride", args.stride, f"a window has {longest} tokens")
     others = jax.process_index() != 0
     errors, out = make_console(stderr=True, quiet=others), make_console(quiet=others)
-    identify = find_identifier()
     with errors.status("reading") as status:
 
         def show(texts: int, size: int) -> None:
             status.update(f"{texts:,} texts, {size / 1e6:,.1f} MB")
 
         measured = measure(scorer, reading, stride=args.stride, identify=identify, progress=show)
-    explain(reading, identify is not None, found.skipped, errors)
+    explain(reading, found.skipped, errors)
     if not measured:
         raise ValueError(f"FILES: there is no text in {', '.join(args.files)}.")
     files, languages, total = group_by(measured, "file"), group_by(measured, "language"), make_group("all", measured)
@@ -165,7 +164,7 @@ def run(args: argparse.Namespace) -> None:
     out.print(tabulate("language", [*sorted(languages, key=lambda group: -group.bytes), total]))
     if args.json is not None and not others:
         about: dict[str, Any] = {
-            "model": str(args.model), "adapter": None if args.adapter is None else str(args.adapter), "dtype": args.dtype,
+            "model": str(args.model), "adapter": str(args.adapter) if args.adapter else None, "dtype": args.dtype,
             "tokenizer_sha256": scorer.tokenizer.fingerprint, "window": longest, "stride": args.stride or longest,
             "files": [group.as_json() for group in files], "languages": [group.as_json() for group in languages],
             "total": total.as_json(), "empty": reading.empty, "problems": reading.problems, "skipped": found.skipped,
@@ -174,7 +173,7 @@ def run(args: argparse.Namespace) -> None:
         out.print(f"JSON      {args.json}")
 
 
-def explain(reading: Reading, identifies: bool, skipped: Sequence[str], errors: Console) -> None:
+def explain(reading: Reading, skipped: Sequence[str], errors: Console) -> None:
     """Says what was left out, and what the languages are worth."""
     for kind, lines in (("left out", reading.problems), ("not read", skipped)):
         for line in lines[:_SHOWN]:
@@ -183,7 +182,7 @@ def explain(reading: Reading, identifies: bool, skipped: Sequence[str], errors: 
             errors.print(f"{kind}: {len(lines):,} in all")
     if reading.empty:
         errors.print(f"empty: {reading.empty:,} texts")
-    if reading.unsaid and identifies:
+    if reading.unsaid and can_identify():
         errors.print(f"language: of {reading.unsaid:,} texts identified from the text itself")
     elif reading.unsaid:
         advice = "give --language, or pip install 'bc2_jax[data]' to have it identified"

@@ -26,6 +26,9 @@ from bc2_jax.validation import choices, require
 
 for _name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ.setdefault(_name, "1")  # these libraries read it when they are imported
+os.environ.setdefault(
+    "DISABLE_MULTIPROC", "1"
+)  # for its bootstrap lm-eval would fork a process in which JAX has threads
 try:
     from lm_eval.api.model import TemplateLM
 except ImportError as error:
@@ -154,15 +157,16 @@ class LmEvalModel(TemplateLM):
         return texts
 
     def _generate_alike(
-        self, contexts: Sequence[str], stops: list[str], length: int, settings: Mapping[str, float]
+        self, contexts: Sequence[str], stops: list[str], length: int, settings: Mapping[str, Any]
     ) -> list[str]:
         tokenizer = self.scorer.tokenizer
-        prompts: list[str | list[int]] = list(contexts)
+        prompts: list[str | Sequence[int]] = list(contexts)
         if self._chats:
             settings = {**settings, "eos_token_id": answer_ends(None, self.scorer.model.config, tokenizer)}
             chats = [self._chats.get(context, _Chat([], context)) for context in contexts]
             prompts = [chat.head + tokenizer.encode(chat.tail) for chat in chats]
-        return [one.text for one in self.scorer.generate_texts([(p, stops, length) for p in prompts], **settings)]
+        asked = [(prompt, stops, length) for prompt in prompts]
+        return [generated.text for generated in self.scorer.generate_texts(asked, None, **settings)]
 
     # ------------------------------------------------------------------------------------------------------------- chat
 
@@ -244,12 +248,12 @@ def run_lm_eval(
 ) -> dict[str, Any]:  # fmt: skip
     """What lm-eval's `simple_evaluate` returns for `tasks`, the same on every process: results, samples, configs.
 
-    `tasks` are names of tasks, groups or tags of the YAML files below `include_path`, or of those that come with lm-eval
-    (only looked at if a name is not in `include_path`, as that takes a while). `shots` and `limit` are lm-eval's. `chat`
-    asks in our chat format, after the `system` text. `cache` is a folder in which answers are kept for the next call
-    with the same `identity`, which must say all that an answer depends on beside the request: lm-eval knows answers by
-    their request alone. Raises ValueError for tasks that there are not, data that is not there, and settings that we do
-    not have.
+    `tasks` are names of tasks, groups or tags of the YAML files below `include_path`, or of those that come with
+    lm-eval, which are only looked at if a name is not in `include_path`, as that takes a while. `shots` and `limit` are
+    lm-eval's. `chat` asks in our chat format, after the `system` text. `cache` is a folder in which answers are kept
+    for the next call with the same `identity`, which must say all that an answer depends on beside the request: lm-eval
+    knows answers by their request alone. Raises ValueError for tasks that there are not, data that is not there, and
+    settings that we do not have.
     """
     require(len(tasks) > 0, "tasks", list(tasks), "at least one is needed")
     require(cache is None or bool(identity), "identity", identity, "a cache needs to know what the answers are of")
@@ -259,14 +263,16 @@ def run_lm_eval(
 
     manager = _find_tasks(tasks, include_path)
     model = LmEvalModel(scorer, progress, name)
-    kept = None if cache is None else str(cache / hashlib.sha256(identity.encode()).hexdigest()[:32])
+    kept = None if cache is None else str(cache / hashlib.sha256(f"{identity} {chat}".encode()).hexdigest()[:32])
     try:
         return simple_evaluate(
             model=model, tasks=list(tasks), task_manager=manager, num_fewshot=shots, limit=limit, use_cache=kept,
             apply_chat_template=chat, system_instruction=system, log_samples=True,
         )  # fmt: skip
     except (FileNotFoundError, ConnectionError) as error:
-        offline = "" if os.environ["HF_DATASETS_OFFLINE"] == "0" else "; nothing is downloaded: HF_DATASETS_OFFLINE is set"
+        offline = (
+            "" if os.environ["HF_DATASETS_OFFLINE"] == "0" else "; nothing is downloaded: HF_DATASETS_OFFLINE is set"
+        )
         raise ValueError(f"lm-eval: the data of {', '.join(tasks)} can't be read ({error}){offline}.") from error
 
 
