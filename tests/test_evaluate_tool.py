@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
-import random
 import re
 import runpy
 import subprocess
@@ -23,29 +21,12 @@ from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.train import pretrain
 from bc2_jax.train.loop import RunResult
 from bc2_jax.train.metrics import read_metrics
+from tests.evaluate.benchmark_files import write_ceval
 from tests.train.conftest import small_run as small_run  # a fixture
 
 TOOL = Path(__file__).parents[1] / "tools" / "evaluate.py"
 main = runpy.run_path(str(TOOL))["main"]
 MESH = ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")
-
-
-def write_ceval(folder: Path) -> Path:
-    """Two subjects in the released format, of our own questions."""
-    draw = random.Random(0)
-    for split, count in (("dev", 5), ("val", 6)):
-        for subject in ("logic", "law"):
-            path = folder / "ceval" / split / f"{subject}_{split}.csv"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            header = ["id", "question", "A", "B", "C", "D", "answer"] + ["explanation"] * (split == "dev")
-            rows = []
-            for number in range(count):
-                numbers = draw.sample(range(100), 4)
-                row = [number, f"def f{number}?", *numbers, "ABCD"[number % 4]]
-                rows.append([*row, "so"] if split == "dev" else row)
-            with path.open("w", encoding="utf-8", newline="") as file:
-                csv.writer(file).writerows([header, *rows])
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +67,7 @@ def test_a_run_asks_what_it_is_told_and_compiles_once(run):
     asked = [step for step, values in metrics.items() if "validation_ceval_accuracy" in values]
     assert asked == [0, 6, 8] and "validation_loss" in metrics[4]
     assert all(0 <= metrics[step]["validation_ceval_accuracy"] <= 1 for step in asked)
-    assert metrics[0]["validation_ceval_gold_nats"] == pytest.approx(np.log(640), abs=0.5)
+    assert 5 < metrics[0]["validation_ceval_gold_nats"] < 10  # about ln 640
     assert score.make_program()._cache_size() <= 2  # shapes of one evaluation, not of three
 
 
@@ -135,6 +116,10 @@ def test_the_same_command_goes_on_and_others_are_refused(run, data, curve, tmp_p
         ((other, *common, "--out", folder), "results of another model"),
         ((run.workdir, *common, "--dtype", "bfloat16", "--out", folder), "another dtype"),
         ((run.workdir, *common, "--shots", 2, "--out", folder), "other prompts of ceval .5 shots, now 2 shots"),
+        (
+            (run.workdir, "--checkpoints", 6, *common, "--shots", 2, "--out", curve),
+            "step_6 has records of other prompts",
+        ),
     ):
         capsys.readouterr()
         assert evaluate(*args) == 1
