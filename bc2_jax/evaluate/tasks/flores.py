@@ -145,8 +145,9 @@ def summarize(judged: Sequence[Judged], by_characters: bool = False) -> dict[str
 
 def _measure(measure: Any, said: list[str], wanted: list[str]) -> Metric:
     score = measure.corpus_score(said, [wanted], n_bootstrap=_RESAMPLED)
-    # Half of the 95 % interval, which has no public name but this.
-    half = json.loads(score.format(width=9, is_json=True))["confidence_var"]
+    # Half of the 95 % interval has no public name but this, and none where all resamplings have 0.
+    about = json.loads(score.format(width=9, signature=str(measure.get_signature()), is_json=True))
+    half = about.get("confidence_var", 0.0)
     return Metric(float(score.score), half / 1.96 if len(said) > 1 else math.nan, len(said))
 
 
