@@ -205,7 +205,8 @@ class Task:
     max_new_tokens: int = 0
     judge: Callable[[Example, str], Verdict] | None = None
     """generation: of the text that was generated, cut at the stops. None: a judge that the user gives."""
-    program: Callable[[Example, str], str] | None = None
-    """code: the Python program that fails unless the text that was generated is right."""
+    program: Callable[[Example, str], tuple[str, str]] | None = None
+    """code: (program, tests) in Python, to be run one after the other, of which the tests fail unless the text that was
+    generated is right."""
     submission: Callable[[Sequence[Judged]], Any] | None = None
     """The predictions as the benchmark's site takes them (JSON-able), where it keeps the answers."""

@@ -7,6 +7,7 @@ import importlib
 
 from bc2_jax.evaluate.task import Task
 
+_FLORES = ("en", "fr", "es", "ar", "ru", "ja", "de")
 TASKS = {
     name: f"bc2_jax.evaluate.tasks.{place}"
     for name, place in {
@@ -21,6 +22,16 @@ TASKS = {
         "medqa_usmle": "medqa:USMLE",
         "medqa_mcmle": "medqa:MCMLE",
         "medmcqa": "medmcqa:TASK",
+        "bbh": "bbh:TASK",
+        "gsm8k": "gsm8k:TASK",
+        "math": "competition_math:TASK",
+        "humaneval": "humaneval:TASK",
+        "humaneval_instruction": "humaneval:INSTRUCTED",
+        "mbpp": "mbpp:TASK",
+        **{f"flores_zh_{code}": f"flores:ZH_{code.upper()}" for code in _FLORES},
+        **{f"flores_zh_{code}_all": f"flores:ALL_{code.upper()}" for code in _FLORES},
+        "toxigen_like": "harm:TOXIGEN_LIKE",
+        "bhed_like": "harm:BHED_LIKE",
     }.items()
 }
 """Task name -> "module:attribute"."""
