@@ -181,7 +181,9 @@ def _make(target: str, first: int | None = FIRST) -> Task:
             "The shots of OpenCompass are the 8 pairs that a retriever with a sentence encoder finds to be the most "
             "alike; the paper does not say which encoder. Here they are the most alike by character bigrams and "
             "trigrams (tf-idf), so an exact match is impossible.",
-            *(("As in OpenCompass, the first 100 sentences of devtest; the paper does not say.",) if first else ()),
+            "As in OpenCompass, the first 100 sentences of devtest; the paper does not say how many it took."
+            if first
+            else "OpenCompass takes the first 100 sentences of devtest, so the paper's figure may be of those.",
             *artefact.get(target, ()),
         ),
         summarize=partial(summarize, by_characters=target == "ja"),
