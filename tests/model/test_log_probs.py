@@ -160,7 +160,7 @@ def test_bf16_hidden_states():
     h, rows = jnp.asarray(h / 2, jnp.bfloat16), jnp.asarray(rows / 4, jnp.bfloat16).astype(jnp.float32)
     rest = [jnp.asarray(x, jnp.int32 if x.dtype == np.int32 else jnp.float32) for x in rest]
     found, (d_h, d_rows) = run(token_log_probs, 32, [h, rows, *rest])
-    assert [x.dtype for x in found] == [jnp.float32, jnp.float32, jnp.int32]
+    assert [x.dtype for x in found] == [jnp.float32, jnp.float32, jnp.int32, jnp.float32]
     assert (d_h.dtype, d_rows.dtype) == (jnp.bfloat16, jnp.float32)
     expected, (expected_d_h, expected_d_rows) = run(whole_logits, None, [h.astype(jnp.float32), rows, *rest])
     assert_close(found, expected, 1e-6)
