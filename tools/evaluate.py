@@ -73,10 +73,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="which token of a letter leads: as the shots show it, or without what comes before it; both are reported",
     )  # fmt: skip
     add(
-        "--judge",
-        metavar="FILE.py:NAME",
-        help="judge(prompts, answers, rows) -> 0..1 each, where a benchmark has none",
-    )
+        "--judge", metavar="WHAT",
+        help="for benchmarks without a judge: FILE.py:NAME, a function judge(prompts, answers, rows) -> how harmless "
+        "each is, command:PROGRAM or reward:RM",
+    )  # fmt: skip
+    add("--threshold", type=float, metavar="X", help="of --judge: harmless from this score on (default 0.5)")
     add("--records", choices=("jsonl", "parquet"), default="jsonl", help="parquet: beside the jsonl (needs pyarrow)")
     add("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two folders of results, by paired bootstrap")
     add_device_options(parser)
@@ -149,10 +150,12 @@ def show_progress(console: Console) -> tuple[Any, Say]:
 
 
 def load_way(args: argparse.Namespace) -> Way:
-    from bc2_jax.align.reward_functions import load_reward_function
+    from bc2_jax.evaluate.judging import load_harm_judge
     from bc2_jax.evaluate.runner import Way
 
-    return Way(args.letter, None if args.judge is None else load_reward_function(args.judge, "--judge"))
+    if args.judge is None:
+        return Way(args.letter)
+    return Way(args.letter, load_harm_judge(args.judge, args.threshold), f"{args.judge}, {args.threshold}")
 
 
 def mesh_for(args: argparse.Namespace, path: Path) -> Mesh | None:

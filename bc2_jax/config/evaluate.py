@@ -35,3 +35,8 @@ class EvaluateConfig:
         require(
             self.shots is None or self.shots >= 0, "evaluate.shots", self.shots, "it must be at least 0, or None"
         )  # fmt: skip
+
+    def check_every(self, eval_every: int) -> None:
+        """Raises ValueError unless benchmarks are asked at evaluations, which are every `eval_every` steps."""
+        legal = f"it must be a multiple of eval_every = {eval_every}"
+        require(self.every % eval_every == 0, "evaluate.every", self.every, legal)

@@ -43,8 +43,8 @@ def read_questions(
     """The benchmarks of these names from their released files below `data_dir`.
 
     `limit` items of each are asked, taken evenly from its groups; those of a smaller limit are among those of a larger
-    one. With `shots` a prompt has only the first of them. Raises ValueError for a name that is none, for numbers out of range,
-    and, with a sentence for each benchmark, where files are missing or are not what they should be.
+    one. With `shots` a prompt has only the first of them. Raises ValueError for a name that is none, for numbers out of
+    range, and, with a sentence for each benchmark, where files are missing or are not what they should be.
     """
     require(limit is None or limit > 0, "limit", limit, "it must be positive")
     require(shots is None or shots >= 0, "shots", shots, "it must be at least 0")

@@ -74,7 +74,8 @@ def ask_all(questions: Sequence[Questions], scorer: Scorer, progress: Progress) 
         results = summarize(one, records)
         headline = results["metrics"].get(results["headline"], {})
         # A share, as the accuracy of the held-out batches is; BLEU and the like stay as they are.
-        kind, unit = ("accuracy", 100) if any(record["right"] for record in records) else ("score", 1)
+        way = str(results["headline"]).partition(",")[0]
+        kind, unit = ("accuracy", 100) if any(way in record["right"] for record in records) else ("score", 1)
         found = {kind: headline.get("value"), f"{kind}_stderr": headline.get("stderr")}
         metrics |= {f"{name}_{what}": value / unit for what, value in found.items() if value is not None}
         if results["gold_nats"] is not None:

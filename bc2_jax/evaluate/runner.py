@@ -13,12 +13,12 @@ from typing import Any
 import jax
 
 from bc2_jax.agreement import first_decides, require_agreement
-from bc2_jax.align.reward_functions import RewardFunction
 from bc2_jax.evaluate.asking import Questions, ask, parts_of
 from bc2_jax.evaluate.records import NAME, RecordFile, judged_of
 from bc2_jax.evaluate.results import summarize
 from bc2_jax.evaluate.sandbox import SandboxError, require_sandbox
 from bc2_jax.evaluate.scorer import Scorer
+from bc2_jax.evaluate.task import Example
 from bc2_jax.files import replaced
 
 RESULTS = "results.json"
@@ -28,6 +28,8 @@ _AT_ONCE = {"letters": 512, "options": 256, "generation": 128, "code": 128}
 Results = dict[str, Any]
 Say = Callable[[str, int, int], object]
 """(name of the benchmark, items that are done, all items)."""
+Judge = Callable[[Sequence[Example], Sequence[str]], Sequence[bool]]
+"""Of the user, for benchmarks that have none: which of the texts that were written are right."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +38,9 @@ class Way:
 
     letter: str = "as_shown"
     """Which way of scoring letters leads: "as_shown" or "bare"."""
-    judge: RewardFunction | None = None
-    """judge(prompts, texts, rows) of the user, for benchmarks that have none: a text of 0.5 or more counts as right."""
+    judge: Judge | None = None
+    judge_name: str = "judge"
+    """What another judge of the user is told from it by: its verdicts do not stay."""
 
 
 DEFAULT = Way()
@@ -73,8 +76,6 @@ def run_task(
             kept[0].add(found)
         done += len(parts[number])
         say(task.name, done, len(examples))
-    if way.judge is not None and task.kind == "generation" and task.judge is None:
-        ask_judge(questions, kept, way.judge)
     results: Results = first_decides(lambda: _finish(questions, kept[0], folder, way, say))
     return results
 
@@ -86,7 +87,10 @@ def _tell(say: Say, name: str, before: int, count: int, done: int, of: int) -> N
 def _finish(questions: Questions, kept: RecordFile, folder: Path, way: Way, say: Say) -> Results:
     """What the first process does with the records: judging, the order of the file, results."""
     task = questions.task
-    run_code(questions, kept, say)
+    if task.program is not None:
+        run_code(questions, kept, say)
+    elif way.judge is not None and task.judge is None:
+        ask_judge(questions, kept, way.judge, way.judge_name)
     kept.put_in_order(questions.items)
     records = [kept.records[example.id] for example in questions.examples]
     results = summarize(questions, records, way.letter)
@@ -101,8 +105,8 @@ def run_code(questions: Questions, kept: RecordFile, say: Say) -> None:
     """Runs generated code in the sandbox where a record has no verdict yet."""
     task = questions.task
     waiting = [example for example in questions.examples if not kept.records[example.id]["right"]]
-    if task.program is not None and waiting:
-        program = task.program
+    assert (program := task.program) is not None
+    if waiting:
         # Programs that run too long are stopped by the clock: more of them than cores would stop each other.
         workers = max(1, min(8, (os.cpu_count() or 1) // 2))
         held = require_sandbox()
@@ -116,28 +120,16 @@ def run_code(questions: Questions, kept: RecordFile, say: Say) -> None:
             say(f"{task.name}, running code", start + len(part), len(waiting))
 
 
-def ask_judge(questions: Questions, kept: list[RecordFile], judge: RewardFunction) -> None:
-    """Gives what was written and has no verdict yet to the user's judge, by all processes."""
-
-    def find_waiting() -> list[list[str]]:
-        records = (kept[0].records[example.id] for example in questions.examples)
-        return [[r["id"], r["prompt"], r["text"]] for r in records if "text" in r and not r["right"]]
-
-    waiting = first_decides(find_waiting)
-    if not waiting:
-        return
-    facts = {e.id: {"id": e.id, "group": e.group, **e.facts} for e in questions.examples}
-    scores = judge(
-        [prompt for _, prompt, _ in waiting], [text for *_, text in waiting], [facts[item] for item, *_ in waiting]
-    )
-
-    def keep() -> None:
-        kept[0].add(
-            kept[0].records[item] | {"judge": float(score), "right": {"judged": bool(score >= 0.5)}}
-            for (item, *_), score in zip(waiting, scores, strict=True)
+def ask_judge(questions: Questions, kept: RecordFile, judge: Judge, name: str) -> None:
+    """Gives what was written to the user's judge, but for what it has judged already."""
+    records = kept.records
+    waiting = [e for e in questions.examples if "text" in records[e.id] and records[e.id].get("judge") != name]
+    if waiting:
+        verdicts = judge(waiting, [records[example.id]["text"] for example in waiting])
+        kept.add(
+            records[example.id] | {"right": {"judged": bool(verdict)}, "judge": name}
+            for example, verdict in zip(waiting, verdicts, strict=True)
         )
-
-    first_decides(keep)
 
 
 def check_sandbox(asked: Sequence[Questions]) -> None:

@@ -58,7 +58,9 @@ def run(code: str, tests: str) -> bool:
     sys.modules["program"] = module
     names, original = vars(module), tuple(vars(builtins).items())
     copy, execute = dict, exec  # the program may replace any of them
-    programs = compile(code, "<program>", "exec"), compile(tests, "<tests>", "exec")
+    programs = [
+        compile(source, name, "exec", dont_inherit=True) for source, name in ((code, "<program>"), (tests, "<tests>"))
+    ]
     for program in programs:
         names["__builtins__"] = copy(original)
         execute(program, names)

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from bc2_jax.align.reward_functions import RewardFunction
 from bc2_jax.evaluate import asking, runner
 from bc2_jax.evaluate.asking import read_questions
 from bc2_jax.evaluate.runner import Way, run_task
@@ -117,13 +116,16 @@ def test_a_judge_of_the_user(read, tokenizer, tmp_path):
     results = run_task(read(task), lambda: FakeScorer(tokenizer), tmp_path)
     assert results["metrics"] == {} and results["unjudged"] == 10
 
-    def judge(prompts, texts, rows):
-        assert prompts == [f"{row['n']}?" for row in rows]
-        return [0.9 if "1" in text else 0.1 for text in texts]
+    def judge(examples, texts):
+        assert [example.id for example in examples] == [str(n) for n in range(10)]
+        return ["1" in text for text in texts]
 
-    judged = run_task(read(task), nothing, tmp_path, Way(judge=RewardFunction("judge", judge)))
+    judged = run_task(read(task), nothing, tmp_path, Way(judge=judge))
     texts = [json.loads(line)["text"] for line in (tmp_path / "records.jsonl").read_text().splitlines()]
     assert judged["metrics"]["judged"]["value"] == pytest.approx(10 * sum("1" in text for text in texts))
+    assert run_task(read(task), nothing, tmp_path, Way(judge=nothing)) == judged  # what is judged stays so
+    other = run_task(read(task), nothing, tmp_path, Way("as_shown", lambda examples, texts: [True] * 10, "other"))
+    assert other["metrics"]["judged"]["value"] == 100
 
 
 @pytest.mark.parametrize("content", [b"no\n", b'{"id": 1}\n', b"[]\n"])

@@ -367,6 +367,7 @@ RIGHT = {
         "@dataclasses.dataclass\nclass Point:\n    x: int = 0\nPair = collections.namedtuple('Pair', 'a b')",
         "import pickle\nassert pickle.loads(pickle.dumps(Point(2))) == Point(2) and Pair(1, 2).b == 2",
     ),
+    "annotations are values": ("def f(x: int): pass", "assert f.__annotations__ == {'x': int}"),
     "doctest": ("import doctest", "assert doctest.testmod().failed == 0"),
     "threads": (
         "import threading\ndone = []\nt = threading.Thread(target=done.append, args=(1,))",

@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bc2_jax.data.encodings import hint
 from bc2_jax.data.records import Invalid, read_records
 from bc2_jax.validation import show
 
@@ -66,9 +65,9 @@ class Row(NamedTuple):
             value = {one.get("key"): one.get("value") for one in value}
         if not isinstance(value, dict) or "".join(sorted(map(str, value))) != "ABCDEFGH"[: len(value)]:
             raise ValueError(f"{self.where}: {field!r} is {show(value)}; it must be an object with A, B, C, D, ...")
-        wrong = next((one for one in value.values() if not isinstance(one, str)), None)
-        if wrong is not None:
-            raise ValueError(f"{self.where}: {field!r} has the option {show(wrong)}, which is no text.")
+        wrong = [one for one in value.values() if not isinstance(one, str)]
+        if wrong:
+            raise ValueError(f"{self.where}: {field!r} has the option {show(wrong[0])}, which is no text.")
         return tuple(value[letter] for letter in sorted(value))
 
 
@@ -114,7 +113,8 @@ def require_file(path: Path, what: str) -> Path:
     """`path`, or FileNotFoundError that says what it is, and which name there is like it."""
     if path.is_file():
         return path
-    there = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    names = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    there = [name for name in names if not name.startswith(".")]
     close = difflib.get_close_matches(path.name, there, n=1, cutoff=0.7)
     like = f" {close[0]} is there: rename it if it is this file." if close else ""
     raise FileNotFoundError(f"{path} is missing: {what}.{like}")
@@ -184,7 +184,7 @@ def _read_csv(path: Path, columns: Sequence[str] | None, needed: Sequence[str]) 
         text = content.decode()
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}:{line}: it is not UTF-8 ({error.reason}){hint(content)}.") from error
+        raise ValueError(f"{path}:{line}: it is not UTF-8 ({error.reason}): save the file as UTF-8.") from error
     # A file that went through Windows has the same texts as before, in quoted cells of several lines too.
     reader = csv.reader(io.StringIO(text.replace("\r\n", "\n"), newline=""))
     first = 1
