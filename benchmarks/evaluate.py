@@ -5,7 +5,8 @@ python benchmarks/evaluate.py [--threads 2] [--subjects 2] [--questions 40] [--t
 Both score the same requests with the same model (RoPE, random weights, fp32; theirs on the llama layout that
 tools/convert.py writes): questions with four letters after the five shots of their subject, and whole texts. They take
 turns, one process a turn, so both meet the same state of the machine; each turn runs everything once to warm up, which
-compiles, and then several times, of which the fastest counts. --torch-python is a Python with lm-eval, transformers and
+compiles, and then several times, of which the fastest counts; CPU seconds are what other work on the machine changes
+least. --torch-python is a Python with lm-eval, transformers and
 torch (by default this one). lm-eval runs a question once for its four letters; the shots of a subject are run anew for
 each question, where ours stand once in the rows of all of them.
 """
@@ -136,13 +137,16 @@ def run_turn(args: argparse.Namespace) -> dict[str, Any]:
     letters, rolling, stats = {"ours": run_ours, "theirs": run_theirs}[args.turn[0]](folder, args)
     found: dict[str, Any] = {}
     for name, run in (("letters", letters), ("rolling", rolling)):
-        seconds = []
+        seconds, cpu_seconds = [], []
         before = (stats.tokens_fed, stats.tokens_unshared, stats.slots) if stats else (0, 0, 0)
         for _ in range(args.rounds + 1):
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             answers = run(requests[name])
             seconds.append(time.perf_counter() - start)
-        found[name] = {"first": seconds[0], "seconds": min(seconds[1:]), "answers": answers}
+            cpu_seconds.append(time.process_time() - cpu)
+        found[name] = {
+            "first": seconds[0], "seconds": min(seconds[1:]), "cpu": min(cpu_seconds[1:]), "answers": answers
+        }  # fmt: skip
         if stats:
             after = (stats.tokens_fed, stats.tokens_unshared, stats.slots)
             fed, unshared, slots = (a - b for a, b in zip(after, before, strict=True))
@@ -185,19 +189,23 @@ def main() -> None:
 
 def report(args: argparse.Namespace, requests: dict[str, Any], found: dict[str, list[dict[str, Any]]]) -> None:
     title = f"{args.layers} layers of {args.hidden}, context {args.context}, fp32, {args.threads} threads"
-    headers = ("requests", "first run, s", "s", "requests / s", "ratio", "shared", "padding")
+    headers = ("requests", "first run, s", "s", "CPU s", "requests / s", "ratio", "of CPU s", "shared", "padding")
     table = make_table("", "", *headers, title=title, numbers_from=2)
     for kind in ("letters", "rolling"):
         count = len(requests[kind])
-        rates = {who: count / min(turn[kind]["seconds"] for turn in turns) for who, turns in found.items()}
+        wall, cpu = (
+            {who: min(turn[kind][clock] for turn in turns) for who, turns in found.items()}
+            for clock in ("seconds", "cpu")
+        )
         for who, turns in found.items():
             last = turns[-1][kind]
-            sharing = [f"{last['unshared']:.1f}x", f"{last['padding']:.0%}"] if who == "ours" else ["", ""]
-            first = statistics.median(turn[kind]["first"] for turn in turns)
-            ratio = f"{rates['ours'] / rates['theirs']:.2f}" if who == "ours" else ""
+            ours = who == "ours"
+            ratios = [f"{clock['theirs'] / clock[who]:.2f}" if ours else "" for clock in (wall, cpu)]
+            sharing = [f"{last['unshared']:.1f}x", f"{last['padding']:.0%}"] if ours else ["", ""]
             table.add_row(
-                kind, {"ours": "bc2_jax", "theirs": "lm-eval, transformers"}[who], f"{count:,}", f"{first:.1f}",
-                f"{count / rates[who]:.2f}", f"{rates[who]:,.1f}", ratio, *sharing,
+                kind, "bc2_jax" if ours else "lm-eval, transformers", f"{count:,}",
+                f"{statistics.median(turn[kind]['first'] for turn in turns):.1f}", f"{wall[who]:.2f}",
+                f"{cpu[who]:.2f}", f"{count / wall[who]:,.2f}", *ratios, *sharing,
             )  # fmt: skip
     make_console().print(table)
     for kind in ("letters", "rolling"):

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bc2_jax.cpu import choose_cpu_without_tpu
+from bc2_jax.evaluate.devices import add_device_options, devices_of, make_device_mesh, start_devices
 from bc2_jax.terminal import make_console, make_table, use_utf8
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from bc2_jax.data.documents import Fields
     from bc2_jax.data.text_files import TextFile
     from bc2_jax.evaluate.perplexity import Group, Text
-    from bc2_jax.evaluate.scorer import Scorer
 
 _SHOWN = 5
 
@@ -54,8 +54,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, metavar="N", help="at most N texts of each file")
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="a LoRA adapter on MODEL")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default %(default)s")
-    parser.add_argument("--tensor", type=int, metavar="N", help="use all devices, cutting heads and vocabulary in N")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    add_device_options(parser)
     return parser
 
 
@@ -115,27 +115,17 @@ def identify(texts: list[str], said: list[str]) -> list[str]:
     return found
 
 
-def load_scorer(args: argparse.Namespace) -> Scorer:
-    from bc2_jax.config import MeshConfig
-    from bc2_jax.convert.pretrained import find_tokenizer, load_pretrained
-    from bc2_jax.evaluate.scorer import Scorer
-    from bc2_jax.sharding import make_mesh
-    from bc2_jax.tokenizer import Tokenizer
-
-    tokenizer = Tokenizer(find_tokenizer(args.model))
-    mesh = None if args.tensor is None else make_mesh(MeshConfig(tensor=args.tensor))
-    model = load_pretrained(args.model, dtype=args.dtype, mesh=mesh, adapter=args.adapter)
-    return Scorer(model, tokenizer, max_length=args.max_length)
-
-
 def run(args: argparse.Namespace) -> None:
     choose_cpu_without_tpu()
+    start_devices(devices_of(args))
     # Imported here so that --help and a typo answer at once.
     import jax
 
     from bc2_jax.convert.pretrained import find_model
     from bc2_jax.data.documents import Fields
     from bc2_jax.data.text_files import find_text_files
+    from bc2_jax.evaluate.evaluation import load_scorer
+    from bc2_jax.evaluate.identity import Model
     from bc2_jax.evaluate.perplexity import group_by, make_group, measure
     from bc2_jax.validation import require
 
@@ -144,10 +134,11 @@ def run(args: argparse.Namespace) -> None:
         require(value is None or value > 0, f"--{name.replace('_', '-')}", value, "it must be positive")
     found = find_text_files(args.files, "FILES")
     reading = Reading(found.files, Fields(text=args.text_field), args.language, args.limit)
-    find_model(args.model)
-    scorer = load_scorer(args)
-    longest = scorer.max_length
+    model = Model(args.model, args.adapter, args.dtype, args.max_length)
+    about = model.describe()
+    longest = about["max_length"]
     require(args.stride is None or args.stride <= longest, "--stride", args.stride, f"a window has {longest} tokens")
+    scorer = load_scorer(model, make_device_mesh(devices_of(args), find_model(args.model).config))
     others = jax.process_index() != 0
     errors, out = make_console(stderr=True, quiet=others), make_console(quiet=others)
     with errors.status("reading") as status:
@@ -163,13 +154,12 @@ def run(args: argparse.Namespace) -> None:
     out.print(tabulate("file", files))
     out.print(tabulate("language", [*sorted(languages, key=lambda group: -group.bytes), total]))
     if args.json is not None and not others:
-        about: dict[str, Any] = {
-            "model": str(args.model), "adapter": str(args.adapter) if args.adapter else None, "dtype": args.dtype,
-            "tokenizer_sha256": scorer.tokenizer.fingerprint, "window": longest, "stride": args.stride or longest,
-            "files": [group.as_json() for group in files], "languages": [group.as_json() for group in languages],
-            "total": total.as_json(), "empty": reading.empty, "problems": reading.problems, "skipped": found.skipped,
+        figures: dict[str, Any] = {
+            **about, "stride": args.stride or longest, "files": [group.as_json() for group in files],
+            "languages": [group.as_json() for group in languages], "total": total.as_json(), "empty": reading.empty,
+            "problems": reading.problems, "skipped": found.skipped,
         }  # fmt: skip
-        args.json.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         out.print(f"JSON      {args.json}")
 
 
@@ -208,6 +198,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        jax = sys.modules.get("jax")
+        if jax is not None and jax.distributed.is_initialized():
+            from bc2_jax.train import distributed
+
+            distributed.leave(1, "nothing was written")
         return 1
     return 0
 
