@@ -21,7 +21,8 @@ GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.
 
 
 class Prompt(NamedTuple):
-    text: str
+    text: str | Sequence[int]
+    """Or the token ids of one, where text can't say them: the roles of a conversation."""
     stops: Sequence[str]
     """The text ends before the first of them; none of them may be empty."""
     max_new_tokens: int
@@ -79,8 +80,8 @@ def generate_texts(
 def _checked(number: int, prompt: Prompt, tokenizer: Tokenizer, max_length: int) -> list[int]:
     """The prompt's ids."""
     name = f"prompts[{number}]"
-    if not isinstance(prompt.text, str) or not prompt.text:
-        raise ValueError(f"{name} = {prompt.text!r} is not valid: it must be a text that is not empty.")
+    if not isinstance(prompt.text, Sequence) or not prompt.text:
+        raise ValueError(f"{name} = {prompt.text!r} is not valid: it must be a text or token ids, and not empty.")
     if isinstance(prompt.stops, str) or not all(isinstance(stop, str) and stop for stop in prompt.stops):
         raise ValueError(f"{name} has stops = {prompt.stops!r}: it must be a list of texts, none of them empty.")
     if not is_whole(prompt.max_new_tokens) or not 0 < prompt.max_new_tokens < max_length:
@@ -88,7 +89,7 @@ def _checked(number: int, prompt: Prompt, tokenizer: Tokenizer, max_length: int)
             f"{name} has max_new_tokens = {prompt.max_new_tokens!r}: it must be a whole number in 1..{max_length - 1}, "
             "so that there is room for the prompt."
         )
-    return tokenizer.encode(prompt.text)
+    return tokenizer.encode(prompt.text) if isinstance(prompt.text, str) else list(prompt.text)
 
 
 def _rows(prepared: Prepared, length: int, prompts: int) -> int:

@@ -173,12 +173,15 @@ class Scorer:
         self.stats.seconds += time.perf_counter() - start
         return [found[number] for number in range(len(items))]
 
-    def generate(self, prompts: Sequence[tuple[str, Sequence[str], int]]) -> list[str]:
+    def generate(self, prompts: Sequence[tuple[str | Sequence[int], Sequence[str], int]]) -> list[str]:
         """The text that follows on each (prompt, stop texts, max_new_tokens), greedily; as `generate_texts`."""
         return [generated.text for generated in self.generate_texts(prompts)]
 
     def generate_texts(
-        self, prompts: Sequence[tuple[str, Sequence[str], int]], progress: Progress | None = None, **settings: Any
+        self,
+        prompts: Sequence[tuple[str | Sequence[int], Sequence[str], int]],
+        progress: Progress | None = None,
+        **settings: Any,
     ) -> list[Generated]:
         """`generation.generate_texts` of (prompt, stop texts, max_new_tokens)."""
         if not prompts:
