@@ -24,7 +24,6 @@ from bc2_jax.model.log_probs import token_log_probs
 from bc2_jax.sharding import from_host, named_sharding, parts, reshard, spec, use_mesh_of
 from bc2_jax.tpu.options import Value, compiler_options
 
-
 ATTENTION_BLOCK = 128
 """Of the chunked attention, at most: small enough that blocks of other branches are left out."""
 
