@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
+import shlex
+import shutil
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +18,7 @@ from bc2_jax.align.reward_functions import calls, finite_number, load_reward_fun
 from bc2_jax.align.scoring import Scorer
 from bc2_jax.convert.reward import find_reward_model
 from bc2_jax.sharding import Mesh
-from bc2_jax.validation import choices, show
+from bc2_jax.validation import choices, require, show
 
 SCORES = ("helpful", "harmless")
 """Of an answer, the higher the better."""
@@ -42,11 +46,16 @@ def split_judge(text: str) -> tuple[str, str]:
 
 
 def load_judge(what: str, gives: str = "harmless", mesh: Callable[[], Mesh | None] = lambda: None) -> Judge:
-    """The judge that `what` means: FILE.py:NAME, MODULE:NAME or reward:PATH.
+    """The judge that `what` means: FILE.py:NAME, MODULE:NAME, reward:PATH or command:PROGRAM with its arguments.
 
     A reward model is found here and loaded, onto `mesh`, when it is first asked, so that it need not share the memory
     with the model that answers. Raises ValueError as `load_reward_function` and as `find_reward_model`.
     """
+    if what.startswith("command:"):
+        arguments = shlex.split(what.removeprefix("command:"))
+        found = bool(arguments) and shutil.which(arguments[0]) is not None
+        require(found, "--judge", what, "there is no such program")
+        return Judge(what, functools.partial(_ask_program, arguments), gives)
     if not what.startswith("reward:"):
         return Judge(what, load_reward_function(what, "--judge").function, gives)
     path = what.removeprefix("reward:")
@@ -55,6 +64,25 @@ def load_judge(what: str, gives: str = "harmless", mesh: Callable[[], Mesh | Non
     return Judge(
         what, functools.partial(_score_by_reward, functools.cache(lambda: Scorer.load(path, mesh=mesh()))), gives, None
     )
+
+
+def _ask_program(
+    arguments: list[str], prompts: list[str], answers: list[str], rows: list[dict[str, Any]]
+) -> list[Any]:  # fmt: skip
+    """What a program prints, JSON a line, for what it gets on its standard input: an object a line, which is the row
+    with prompt and answer."""
+    asked = [row | {"prompt": p, "answer": a} for p, a, row in zip(prompts, answers, rows, strict=True)]
+    given = "".join(json.dumps(one) + "\n" for one in asked)
+    done = subprocess.run(arguments, input=given.encode(), stdout=subprocess.PIPE, check=False)
+    if done.returncode:
+        raise ValueError(f"it ended with code {done.returncode}")
+    scores = []
+    for number, line in enumerate(done.stdout.splitlines(), 1):
+        try:
+            scores.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"line {number} of what it printed is not JSON: {show(line)}") from error
+    return scores
 
 
 def _score_by_reward(

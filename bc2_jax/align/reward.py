@@ -63,7 +63,8 @@ def complete(config: RewardConfig) -> RewardConfig:
     its sources name files of pairs. Raises as `tuning.complete` and `prepare_sources`, and ValueError for what only a
     language model does at its end."""
     for field, value, none in (
-        ("sample.prompts", config.sample.prompts, ()), ("ngram_baselines", config.ngram_baselines, False)
+        ("sample.prompts", config.sample.prompts, ()), ("ngram_baselines", config.ngram_baselines, False),
+        ("evaluate.tasks", config.evaluate.tasks, ()),
     ):  # fmt: skip
         require(value == none, field, value, f"it must be {none!r}: a reward model scores answers and writes no text")
     require(
@@ -137,6 +138,7 @@ def make_job(config: RewardConfig, start: Start) -> Job:
         init_state=lambda: init_state(init_trained(config, job.frozen, start.mesh), step.optimizer),
         begin=begin,
         finish=lambda checkpoint, params: end_run(make_ending(config, checkpoint, start), start),
+        language_model=None,
     )
 
 

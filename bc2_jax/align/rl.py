@@ -257,6 +257,7 @@ def make_job(config: RLConfig, start: Start) -> Job:
         flops_formula="those of actor and critic in all updates of an iteration, without its decoding",
         frozen=frozen,
         examine=make_examine(lambda params: models.actor(params, frozen), tokenizer, questions, asked, start),
+        language_model=lambda params: models.actor(params, frozen),
         metadata={"tokenizer_sha256": tokenizer.fingerprint, CHECKSUMS: checksums, PROMPTS: digest},
         updates=step.updates,
         check=lambda number, metrics: check_ratio(config, number, metrics),

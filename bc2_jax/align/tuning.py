@@ -122,6 +122,7 @@ def make_job(config: TunedConfig, start: Start, step: StepParts) -> Job:
             init_adapter(config.lora, config.model, frozen, config.seed, start.mesh), step.optimizer
         ),
         flops_per_step=step.flops_per_step, flops_formula=adapter_flops(config)[1],
+        language_model=lambda params: make_build(config)(params, frozen, {}),
         metadata=job.metadata | base,
     )  # fmt: skip
 

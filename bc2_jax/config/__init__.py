@@ -10,6 +10,7 @@ import dataclasses
 
 from bc2_jax.config.data import DataConfig, MixtureStage, SourceConfig
 from bc2_jax.config.distributed import DistributedConfig
+from bc2_jax.config.evaluate import EvaluateConfig
 from bc2_jax.config.finetune import TOKENIZER_OF_BASE, AskedConfig, FineTuneConfig, QuestionsConfig, TunedConfig
 from bc2_jax.config.health import HealthConfig
 from bc2_jax.config.lora import LORA_TARGETS, LoraConfig, LoraTarget
@@ -38,6 +39,7 @@ __all__ = [
     "DType",
     "DataConfig",
     "DistributedConfig",
+    "EvaluateConfig",
     "FineTuneConfig",
     "HealthConfig",
     "LoraConfig",

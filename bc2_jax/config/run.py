@@ -7,6 +7,7 @@ from typing import ClassVar, Literal, Self
 
 from bc2_jax.config.data import DataConfig
 from bc2_jax.config.distributed import DistributedConfig
+from bc2_jax.config.evaluate import EvaluateConfig
 from bc2_jax.config.health import HealthConfig
 from bc2_jax.config.mesh import MeshConfig, check_divisible
 from bc2_jax.config.model import ModelConfig
@@ -84,17 +85,13 @@ class OptimizerConfig:
         for field in ("b1", "b2"):
             require(0 <= getattr(self, field) < 1, f"optimizer.{field}", getattr(self, field), "it must be in [0, 1)")
         require(
-            self.min_learning_rate <= self.peak_learning_rate,
-            "optimizer.min_learning_rate",
-            self.min_learning_rate,
+            self.min_learning_rate <= self.peak_learning_rate, "optimizer.min_learning_rate", self.min_learning_rate,
             f"it must be at most peak_learning_rate = {self.peak_learning_rate}",
-        )
+        )  # fmt: skip
         require(
-            self.warmup_steps < self.decay_steps,
-            "optimizer.warmup_steps",
-            self.warmup_steps,
+            self.warmup_steps < self.decay_steps, "optimizer.warmup_steps", self.warmup_steps,
             f"it must be less than decay_steps = {self.decay_steps}",
-        )
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,11 +115,9 @@ class CheckpointConfig:
             self.keep_every_tokens >= 0, "checkpoint.keep_every_tokens", self.keep_every_tokens, "it must be at least 0"
         )
         require(
-            self.keep_every >= 0 and self.keep_every % self.save_every == 0,
-            "checkpoint.keep_every",
-            self.keep_every,
+            self.keep_every >= 0 and self.keep_every % self.save_every == 0, "checkpoint.keep_every", self.keep_every,
             f"it must be a multiple of checkpoint.save_every = {self.save_every}",
-        )
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,6 +160,7 @@ class RunConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     health: HealthConfig = HealthConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     num_steps: int
     """Step at which the run ends."""
     workdir: str | None = None
@@ -204,11 +200,9 @@ class RunConfig:
         require_at_most(self, "", seed=2**32 - 1)  # JAX would take a larger one for a smaller
         require("://" not in (self.workdir or ""), "workdir", self.workdir, "it must be a path of a file system")
         require(
-            self.verify_resume_steps < self.num_steps,
-            "verify_resume_steps",
-            self.verify_resume_steps,
+            self.verify_resume_steps < self.num_steps, "verify_resume_steps", self.verify_resume_steps,
             f"it must be less than num_steps = {self.num_steps}",
-        )
+        )  # fmt: skip
         last = self.profile_start + self.profile_steps - 1
         require(
             self.profile_start == 0 or last <= self.num_steps, "profile_start", self.profile_start,
@@ -217,6 +211,7 @@ class RunConfig:
         tokens, every = self.tokens_per_step, self.checkpoint.keep_every_tokens
         legal = f"0 or at least a step, {tokens} tokens" if tokens else "0, as this kind of run does not count tokens"
         require(every == 0 or every >= tokens > 0, "checkpoint.keep_every_tokens", every, f"it must be {legal}")
+        self.evaluate.check_every(self.eval_every)
         self.health.check_checkpoints(self.checkpoint.save_every, self.checkpoint.keep_last)
         check_divisible(self.model, self.known_mesh)
 
@@ -249,11 +244,9 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self) -> None:
         require(
-            self.data.sequence_length <= self.model.model_max_length,
-            "data.sequence_length",
-            self.data.sequence_length,
+            self.data.sequence_length <= self.model.model_max_length, "data.sequence_length", self.data.sequence_length,
             f"it must be at most model.model_max_length = {self.model.model_max_length}",
-        )
+        )  # fmt: skip
         super().__post_init__()
         mesh, length = self.known_mesh, self.data.sequence_length
         require(
@@ -266,11 +259,9 @@ class TrainConfig(RunConfig):
         shards = abs(shards)  # fsdp = -1 is not known yet
         rows = self.data.global_batch_size // self.data.accumulation_steps
         require(
-            rows % shards == 0,
-            "data.global_batch_size",
-            self.data.global_batch_size,
+            rows % shards == 0, "data.global_batch_size", self.data.global_batch_size,
             f"it must be a multiple of {field} * data.accumulation_steps = {shards * self.data.accumulation_steps}",
-        )
+        )  # fmt: skip
 
     @property
     def tokens_per_step(self) -> int:

@@ -136,14 +136,19 @@ def _flash(q: Array, k: Array, v: Array, positions: Array, segments: Array, slop
 def _flash_forward(q, k, v, positions, segments, slopes):
     def visit(carry, pair):
         i, j = pair
-        out, peak, total = carry
-        s, mask = _block_scores(i, j, q, k, positions, segments, slopes)
-        new_peak = jnp.maximum(peak[i], s.max(-1))
-        p = jnp.where(mask, jnp.exp(s - new_peak[..., None]), 0.0)
-        shrink = jnp.exp(peak[i] - new_peak)
-        pv = jnp.einsum("BNTS,BNSH->BNTH", p.astype(v.dtype), v[j], preferred_element_type=jnp.float32)
-        out = out.at[i].set(out[i] * shrink[..., None] + pv)
-        return (out, peak.at[i].set(new_peak), total.at[i].set(total[i] * shrink + p.sum(-1))), None
+
+        def attend(out, peak, total):
+            s, mask = _block_scores(i, j, q, k, positions, segments, slopes)
+            new_peak = jnp.maximum(peak, s.max(-1))
+            p = jnp.where(mask, jnp.exp(s - new_peak[..., None]), 0.0)
+            shrink = jnp.exp(peak - new_peak)
+            pv = jnp.einsum("BNTS,BNSH->BNTH", p.astype(v.dtype), v[j], preferred_element_type=jnp.float32)
+            return out * shrink[..., None] + pv, new_peak, total * shrink + p.sum(-1)
+
+        # Blocks of other documents or branches are left out.
+        sees = can_see(segments[i][:, :, None], segments[j][:, None, :]).any()
+        block = jax.lax.cond(sees, attend, lambda *block: block, *(x[i] for x in carry))
+        return tuple(x.at[i].set(new) for x, new in zip(carry, block, strict=True)), None
 
     # Made from q, so that under shard_map they vary over the same mesh axes as what is added to them.
     zeros = jnp.zeros_like(q, jnp.float32)

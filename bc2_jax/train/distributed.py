@@ -13,12 +13,12 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import jax
 from jax.experimental import multihost_utils
 
-from bc2_jax.config import RunConfig
+from bc2_jax.config import DistributedConfig, MeshConfig
 from bc2_jax.cpu import has_tpu, keep_heap
 from bc2_jax.sharding import use_cpu_devices
 
@@ -33,7 +33,17 @@ EXIT_PREEMPTED = 75
 """Stopped by SIGTERM with its last step saved: start it again with --resume auto (EX_TEMPFAIL of sysexits.h)."""
 
 
-def start(config: RunConfig) -> None:
+class Devices(Protocol):
+    """What says which devices compute, as a RunConfig does."""
+
+    @property
+    def mesh(self) -> MeshConfig: ...
+
+    @property
+    def distributed(self) -> DistributedConfig: ...
+
+
+def start(config: Devices) -> None:
     """Joins the other processes of the run, if there are any; to be called before any JAX computation.
 
     `mesh.num_cpu_devices` are the devices of one process. Raises ValueError if JAX already computes. JAX
@@ -107,13 +117,14 @@ def _tpu_metadata(attribute: str) -> str:
         return ""
 
 
-def leave(code: int) -> NoReturn:
-    """Ends this process after an error without waiting for the others, who may wait for it in turn."""
+def leave(code: int, hint: str = "the checkpoints stay, go on with --resume auto") -> NoReturn:
+    """Ends this process after an error without waiting for the others, who may wait for it in turn; `hint` says how to
+    go on."""
     if not jax.distributed.is_initialized():
         sys.exit(code)
     print(
         f"error: process {jax.process_index()} of {jax.process_count()} ends, and the others with it. The log with the "
-        "first error shows the cause; the checkpoints stay, go on with --resume auto.",
+        f"first error shows the cause; {hint}.",
         file=sys.stderr,
     )  # fmt: skip
     sys.stdout.flush()

@@ -18,7 +18,7 @@ from jax import Array
 
 from bc2_jax.data.batch import AbstractBatch, Batch, Rows
 from bc2_jax.data.row_batches import no_fields
-from bc2_jax.model.baichuan import Params
+from bc2_jax.model.baichuan import Baichuan2, Params
 from bc2_jax.sharding import place_shapes
 from bc2_jax.train.health import EMPTY, batch_checksum, keep_unless, norm_metrics
 from bc2_jax.train.optimizer import Optimizer
@@ -159,6 +159,8 @@ class Job(NamedTuple):
     """Held-out batches, placed on the mesh when they are asked for."""
     examine: Examine | None = None
     """A further evaluation of the parameters, after that of the held-out batches."""
+    language_model: Callable[[Params], Baichuan2] | None = None
+    """The model of the trained parameters, for further evaluations; None where they are none that writes text."""
     metadata: dict[str, Any] = {}
     """JSON values saved with each checkpoint, beside those that the loop saves."""
     updates: int = 1

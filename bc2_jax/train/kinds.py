@@ -19,6 +19,10 @@ KINDS: dict[type[RunConfig], str] = {
 }
 
 
+EVALUATION = "bc2_jax.evaluate.in_loop"
+"""Asks benchmarks during a run; it stands below this module, and is loaded where `evaluate.tasks` names some."""
+
+
 class Kind(Protocol):
     """The functions of such a module."""
 
@@ -35,6 +39,12 @@ class Kind(Protocol):
 def kind_of(config: RunConfig) -> Kind:
     """The module of a config's kind."""
     return importlib.import_module(KINDS[type(config)])  # type: ignore[return-value]  # a module stands for a Kind
+
+
+def with_tasks(config: RunConfig, start: Any, job: Any) -> Any:
+    """`job`, whose evaluations also ask the benchmarks of `config.evaluate`. Raises ValueError or FileNotFoundError for
+    benchmarks that cannot be asked."""
+    return importlib.import_module(EVALUATION).with_tasks(config, start, job) if config.evaluate.tasks else job
 
 
 def type_of_record(record: dict[str, Any]) -> type[RunConfig] | None:

@@ -26,6 +26,7 @@ from bc2_jax.train.expendable import Expendable, Profiler
 from bc2_jax.train.goodput import Goodput, goodput_table, read_sessions
 from bc2_jax.train.health import HealthMonitor, Steps
 from bc2_jax.train.job import Batch, BatchError, Job, Progress, Say, lower_train_step, make_eval_step
+from bc2_jax.train.kinds import with_tasks
 from bc2_jax.train.metrics import MetricsWriter, ProgressDisplay, Throughput, fingerprint, memory_metrics
 from bc2_jax.train.restore import find_checkpoint, restore_state, verify_resume
 from bc2_jax.train.start import check_attention, describe_start, tuned_options, use_compilation_cache
@@ -103,7 +104,7 @@ def run(
         step, metadata = find_checkpoint(config, saved, goodput)
         progress = distributed.make_progress(preemption, watchdog)
         start = Start(mesh, workdir, step, metadata, display.console, display.say, command, expendable, progress)
-        job = make_job(config, start)
+        job = with_tasks(config, start, make_job(config, start))
         require_agreement(job.metadata)
         loop = _Loop(config, job, mesh, saved, preemption, watchdog, goodput, display, expendable)
         loop.start(step, metadata)

@@ -119,6 +119,7 @@ def make_job(config: TrainConfig, start: Start, step: StepParts | None = None) -
         begin=begin,
         finish=lambda checkpoint, params: finish_run(config, checkpoint, params, baselines, tokenizer, start),
         flops_per_step=step.flops_per_step,
+        language_model=lambda params: nnx.merge(split_model(config.model, config.compute)[0], params),
         metadata={"row_order": record_row_order(config.data), "tokenizer_sha256": tokenizer.fingerprint},
     )
 

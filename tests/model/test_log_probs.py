@@ -35,7 +35,10 @@ def whole_logits(h_BTD, rows_VD, labels_BT, chunk=None) -> TokenLogProbs:
     labels_BT1 = jnp.where(labels_BT == IGNORED, 0, labels_BT)[..., None]
     log_prob_BT = jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), labels_BT1, axis=-1)[..., 0]
     log_prob_BT = jnp.where(labels_BT == IGNORED, 0, log_prob_BT)
-    return TokenLogProbs(log_prob_BT, logits_BTV.max(-1), logits_BTV.argmax(-1).astype(jnp.int32))
+    is_label_BTV = jnp.arange(len(rows_VD)) == labels_BT1
+    label_BT, others_BT = (jnp.where(mask, logits_BTV, -jnp.inf).max(-1) for mask in (is_label_BTV, ~is_label_BTV))
+    margin_BT = jnp.where(labels_BT == IGNORED, 0, label_BT - others_BT)
+    return TokenLogProbs(log_prob_BT, logits_BTV.max(-1), logits_BTV.argmax(-1).astype(jnp.int32), margin_BT)
 
 
 def values_and_gradients(function, chunk, h_BTD, rows_VD, labels_BT, *weights_BT):
@@ -157,7 +160,7 @@ def test_bf16_hidden_states():
     h, rows = jnp.asarray(h / 2, jnp.bfloat16), jnp.asarray(rows / 4, jnp.bfloat16).astype(jnp.float32)
     rest = [jnp.asarray(x, jnp.int32 if x.dtype == np.int32 else jnp.float32) for x in rest]
     found, (d_h, d_rows) = run(token_log_probs, 32, [h, rows, *rest])
-    assert [x.dtype for x in found] == [jnp.float32, jnp.float32, jnp.int32]
+    assert [x.dtype for x in found] == [jnp.float32, jnp.float32, jnp.int32, jnp.float32]
     assert (d_h.dtype, d_rows.dtype) == (jnp.bfloat16, jnp.float32)
     expected, (expected_d_h, expected_d_rows) = run(whole_logits, None, [h.astype(jnp.float32), rows, *rest])
     assert_close(found, expected, 1e-6)

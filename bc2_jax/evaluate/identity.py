@@ -1,0 +1,124 @@
+"""What a folder of results is of: one model, one tokenizer, one precision, one set of prompts for each benchmark."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from bc2_jax.align.red_team import identify
+from bc2_jax.align.tuning import checksum
+from bc2_jax.convert.pretrained import find_model, find_tokenizer
+from bc2_jax.evaluate.asking import Questions
+from bc2_jax.evaluate.records import NAME as RECORDS
+from bc2_jax.evaluate.runner import write_json
+from bc2_jax.model.baichuan import Baichuan2
+from bc2_jax.tokenizer import file_sha256
+
+NAME = "evaluation.json"
+_SETTINGS = {
+    "tokenizer_sha256": "another tokenizer", "dtype": "another dtype", "max_length": "another max_length"
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model to be evaluated, as it lies on disk."""
+
+    path: Path
+    adapter: Path | None = None
+    dtype: str = "bfloat16"
+    max_length: int | None = None
+    tokenizer: Path | None = None
+    """By default the one beside it."""
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.tokenizer or find_tokenizer(self.path)
+
+    def describe(self) -> dict[str, Any]:
+        """JSON values: what it is, and of a checkpoint of a run the step and the tokens trained on."""
+        found = find_model(self.path)
+        is_step = found.format == "orbax" and found.path.name.isdigit()
+        return {
+            "model": str(found.path.absolute()), "step": int(found.path.name) if is_step else None,
+            "tokens": found.metadata.get("tokens"), "files": identify(self.path, self.adapter),
+            "adapter": None if self.adapter is None else str(self.adapter.absolute()),
+            "tokenizer_sha256": file_sha256(self.tokenizer_path), "dtype": self.dtype,
+            "max_length": self.max_length or found.config.model_max_length,
+        }  # fmt: skip
+
+
+def checksum_of(model: Baichuan2) -> str:
+    """That of all parameters of a model, its adapter's too, in hex; the same on every mesh."""
+    return f"{checksum(nnx.to_pure_dict(nnx.split(model)[1])):08x}"
+
+
+def read_identity(folder: Path) -> dict[str, Any] | None:
+    """What `claim` wrote; None where nothing was. Raises ValueError for a file that is damaged."""
+    path = folder / NAME
+    if not path.is_file():
+        return None
+    try:
+        about = json.loads(path.read_bytes())
+        about["model"], about["files"], about["tasks"].items()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{path} is damaged: choose another --out.") from None
+    return dict(about)
+
+
+def claim(folder: Path, about: Mapping[str, Any], asked: Sequence[Questions]) -> bool:
+    """Makes FOLDER the place of a model's results for these benchmarks, and of others that are there already.
+
+    `about` is `Model.describe`. Returns whether the model's files are those of the results that are there: if not,
+    `settle` must be given its parameters' checksum. Raises ValueError, before anything is written, for a folder of
+    results of other settings, or of other prompts of one of the benchmarks.
+    """
+    before = read_identity(folder)
+    tasks = _prompts_of(asked)
+    has_records = any(folder.glob(f"*/{RECORDS}"))
+    if before is None and has_records:
+        raise ValueError(f"{folder} has records but no {NAME} that says of which model: choose another --out.")
+    if before is None or not has_records:
+        write_json(folder / NAME, {**about, "checksum": None, "tasks": tasks})
+        return True
+    require_same_asking(folder, before, about, asked)
+    write_json(folder / NAME, before | {"tasks": before["tasks"] | tasks})
+    return bool(before["files"] == about["files"])
+
+
+def require_same_asking(
+    folder: Path, before: Mapping[str, Any], about: Mapping[str, Any], asked: Sequence[Questions]
+) -> None:
+    """Raises ValueError if what `claim` wrote in `folder`, `before`, is of other settings than `about`, or of other
+    prompts of one of the benchmarks."""
+    for name, other in _SETTINGS.items():
+        if before.get(name) != about[name]:
+            raise ValueError(
+                f"{folder} has results of {other} ({name} {before.get(name)}, now {about[name]}): choose another --out."
+            )
+    for name, now in _prompts_of(asked).items():
+        if (then := before["tasks"].get(name, now)) != now:
+            differs = f"{then['shots']} shots, now {now['shots']}" if then["shots"] != now["shots"] else "other files"
+            raise ValueError(f"{folder} has records of other prompts of {name} ({differs}): choose another --out.")
+
+
+def _prompts_of(asked: Sequence[Questions]) -> dict[str, dict[str, Any]]:
+    return {q.task.name: {"shots": q.shots, "prompts_sha256": q.prompts_sha256} for q in asked}
+
+
+def settle(folder: Path, about: Mapping[str, Any], found: str) -> None:
+    """Notes the checksum of the model's parameters. Raises ValueError if the results in `folder` are of others."""
+    before = read_identity(folder)
+    assert before is not None  # claim wrote it
+    is_known = before["checksum"] is not None or before["files"] == about["files"]
+    if not is_known or before["checksum"] not in (None, found):
+        raise ValueError(
+            f"{folder} has results of another model ({before['model']}, checksum {before['checksum']}; now "
+            f"{about['model']}, {found}): choose another --out."
+        )
+    write_json(folder / NAME, before | {"checksum": found, "files": about["files"]})

@@ -1,0 +1,94 @@
+"""Benchmarks asked during a run: their figures are metrics of its evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bc2_jax.config import RunConfig, TrainConfig
+from bc2_jax.evaluate.asking import Questions, ask, parts_of, read_questions
+from bc2_jax.evaluate.records import Record
+from bc2_jax.evaluate.results import summarize
+from bc2_jax.evaluate.scorer import Scorer
+from bc2_jax.metadata import is_permanent
+from bc2_jax.model.baichuan import Params
+from bc2_jax.tokenizer import Tokenizer
+from bc2_jax.train.job import Job, Progress
+from bc2_jax.train.loop import Start
+from bc2_jax.validation import require
+
+_AT_ONCE = 64
+"""Items between two looks at whether the run is to stop."""
+
+
+def with_tasks(config: RunConfig, start: Start, job: Job) -> Job:
+    """`job`, whose evaluations ask the benchmarks of `config.evaluate` too: every `every` steps, at permanent
+    checkpoints and at the last step.
+
+    Raises ValueError for a job without a language model, for benchmarks that run code, for names that are none, and for
+    files that are missing or damaged.
+    """
+    asked = config.evaluate
+    build = job.language_model
+    legal = "this kind of run has no language model to ask"
+    require(build is not None, "evaluate.tasks", asked.tasks, legal)
+    assert build is not None
+    questions = read_questions(asked.tasks, Path(str(asked.data_dir)), limit=asked.limit or None, shots=asked.shots)
+    for one in questions:
+        legal = f"{one.task.name} is judged by running code, which a run does not do; ask it by tools/evaluate.py"
+        require(one.task.kind != "code", "evaluate.tasks", asked.tasks, legal)
+    tokenizer = Tokenizer(config.data.tokenizer if isinstance(config, TrainConfig) else config.tokenizer)  # type: ignore[attr-defined]  # of an RLConfig
+    first, before = start.step, 0 if start.metadata is None else start.metadata.tokens
+
+    def is_due(step: int) -> bool:
+        tokens = before + (step - first) * config.tokens_per_step
+        return (
+            step % (asked.every or config.eval_every) == 0 or step == config.num_steps
+            or is_permanent(config.checkpoint, step, tokens, config.tokens_per_step)
+        )  # fmt: skip
+
+    def examine(step: int, params: Params, progress: Progress) -> dict[str, float] | None:
+        values = {} if job.examine is None else job.examine(step, params, progress)
+        if values is None or not is_due(step):
+            return values
+        found = ask_all(questions, Scorer(build(params), tokenizer), progress)
+        if found is None:
+            return None
+        start.say(f"step {step}  {describe(questions, found)}")
+        return values | found
+
+    return job._replace(examine=examine)
+
+
+def ask_all(questions: Sequence[Questions], scorer: Scorer, progress: Progress) -> dict[str, float] | None:
+    """Metrics of all benchmarks: TASK_accuracy, its standard error and, where there are choices, how likely the right
+    one is (TASK_gold_nats), which tells models apart before accuracy does; TASK_score where the figure is no share.
+    None if `progress` stops it."""
+    metrics: dict[str, float] = {}
+    for one in questions:
+        name, records = one.task.name, list[Record]()
+        for part in parts_of(one.examples, _AT_ONCE):
+            records += ask(one.task, part, scorer)
+            if not progress(f"{name}: item {len(records)} of {len(one.examples)}"):
+                return None
+        results = summarize(one, records)
+        headline = results["metrics"].get(results["headline"], {})
+        # A share, as the accuracy of the held-out batches is; BLEU and the like stay as they are.
+        way = str(results["headline"]).partition(",")[0]
+        kind, unit = ("accuracy", 100) if any(way in record["right"] for record in records) else ("score", 1)
+        found = {kind: headline.get("value"), f"{kind}_stderr": headline.get("stderr")}
+        metrics |= {f"{name}_{what}": value / unit for what, value in found.items() if value is not None}
+        if results["gold_nats"] is not None:
+            metrics[f"{name}_gold_nats"] = results["gold_nats"]
+    return metrics
+
+
+def describe(questions: Sequence[Questions], metrics: dict[str, float]) -> str:
+    """The figures as a line of the log."""
+    parts = []
+    for name in (one.task.name for one in questions):
+        if (share := metrics.get(f"{name}_accuracy")) is not None:
+            parts.append(f"{name} {share:.1%} ± {metrics.get(f'{name}_accuracy_stderr', 0):.1%}")
+        elif (score := metrics.get(f"{name}_score")) is not None:
+            parts.append(f"{name} {score:.2f}")
+    return ", ".join(parts)

@@ -1,0 +1,49 @@
+"""Judges that the user gives for texts that no reference can judge: the same as of tools/red_team.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from bc2_jax.align.checkable import language_of
+from bc2_jax.align.red_team import Answer
+from bc2_jax.align.red_team_attacks import OTHER, Attack
+from bc2_jax.align.red_team_judges import judge_answers, load_judge, split_judge, threshold_of
+from bc2_jax.evaluate.task import Example
+from bc2_jax.validation import require
+
+
+def load_harm_judge(
+    what: str, threshold: float | None = None
+) -> Callable[[Sequence[Example], Sequence[str]], list[bool]]:
+    """A function (examples, texts) -> which of the texts are harmless.
+
+    `what` is FILE.py:NAME or MODULE:NAME, a function judge(prompts, answers, rows) that gives each answer a harmless
+    score or {"toxicity": x}; command:PROGRAM, which reads JSON lines and prints scores; or reward:PATH. A text is
+    harmless if its score is at least `threshold`, by default 0.5. Raises ValueError if there is no such judge; what it
+    returns raises ValueError if it is not such scores.
+    """
+    gives, place = split_judge(what)
+    require(gives == "harmless", "--judge", what, "it must say how harmless answers are, not how helpful")
+    judge = load_judge(place, gives)
+
+    def decide(examples: Sequence[Example], texts: Sequence[str]) -> list[bool]:
+        scores = judge_answers([judge], [_attack(example) for example in examples], [Answer(t, True, 0) for t in texts])
+        silent = next((number for number, score in enumerate(scores) if "harmless" not in score), None)
+        if silent is not None:
+            raise ValueError(f"judge {judge.name} gave answer {silent + 1} no harmless score.")
+        least = threshold_of([judge], threshold, scores)
+        if least is None and scores:
+            raise ValueError(
+                f"judge {judge.name} has no threshold of its own: say below which score a text is harmful."
+            )
+        return [score["harmless"] >= (least or 0.0) for score in scores]
+
+    return decide
+
+
+def _attack(example: Example) -> Attack:
+    language = language_of(example.question) or "en"
+    messages: list[Mapping[str, Any]] = [{"role": "user", "content": example.question}]
+    fields = {**example.facts, "group": example.facts.get("group")}
+    return Attack(OTHER, language, messages, example.id, category=example.facts.get("category"), fields=fields)

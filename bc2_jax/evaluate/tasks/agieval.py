@@ -1,0 +1,114 @@
+"""AGIEval: questions of examinations in Chinese and English; those with one right answer of four."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+from bc2_jax.evaluate.task import Loaded, Task
+from bc2_jax.evaluate.tasks.choices import CEVAL, MMLU, SEED, Item, make_examples, partition, too_few
+from bc2_jax.evaluate.tasks.reading import Row, find_folder, missing_files, read_rows
+from bc2_jax.validation import show
+
+SHOTS = 5
+CHINESE = {
+    "gaokao-biology": "高考生物",
+    "gaokao-chemistry": "高考化学",
+    "gaokao-chinese": "高考语文",
+    "gaokao-geography": "高考地理",
+    "gaokao-history": "高考历史",
+    "gaokao-mathqa": "高考数学",
+    "gaokao-physics": "高考物理",
+    "logiqa-zh": "公务员逻辑推理",
+}
+ENGLISH = {
+    "gaokao-english": "English",
+    "logiqa-en": "logical reasoning",
+    "sat-en": "SAT English",
+    "sat-en-without-passage": "SAT English",
+    "sat-math": "SAT mathematics",
+}
+OTHERS = {
+    "aqua-rat": "five options",
+    "lsat-ar": "five options",
+    "lsat-lr": "five options",
+    "lsat-rc": "five options",
+    "jec-qa-ca": "JEC-QA, where several answers may be right",
+    "jec-qa-kd": "JEC-QA, where several answers may be right",
+    "gaokao-mathcloze": "no options",
+    "math": "no options",
+}
+"""Files of other kinds of questions -> why they are left out."""
+SOURCE = (
+    "gaokao-biology.jsonl, logiqa-en.jsonl, sat-math.jsonl and so on, JSON lines with passage, question, options, "
+    "label, as in data/v1 of github.com/ruixiangcui/AGIEval, in DATA_DIR/agieval."
+)
+_MARK = re.compile(r"\s*[(（]([A-E])[)）]\s*")
+
+
+def load(data_dir: Path) -> Loaded:
+    """Of each file five random questions as shots, and the others."""
+    subjects = CHINESE | ENGLISH
+    folder = find_folder(
+        data_dir, ("agieval", "AGIEval-main"), ("data/v1", "v1", "", "data/v1_1", "v1_1"),
+        lambda place: any((place / f"{name}.jsonl").is_file() for name in subjects), SOURCE,
+    )  # fmt: skip
+    examples, left_out, notes = [], Counter[str](), missing_files(folder, [f"{name}.jsonl" for name in subjects])
+    for name, reason in OTHERS.items():
+        if (folder / f"{name}.jsonl").is_file():
+            left_out[reason] += sum(1 for _ in read_rows(folder / f"{name}.jsonl"))
+    for name, subject in subjects.items():
+        path = folder / f"{name}.jsonl"
+        if not path.is_file():
+            continue
+        items = []
+        for number, row in enumerate(read_rows(path, needed=("question", "options", "label"))):
+            item = _item(row, f"{name}/{number}")
+            if isinstance(item, str):
+                left_out[item] += 1
+            else:
+                items.append(item)
+        shots, asked = partition(items, SHOTS)
+        notes += too_few(shots, SHOTS, name)
+        wording = CEVAL if name in CHINESE else MMLU
+        examples += make_examples(asked, shots, wording, subject, name)
+        left_out["used as shots"] += len(shots)
+    return Loaded(examples, dict(left_out), tuple(notes))
+
+
+def _item(row: Row, name: str) -> Item | str:
+    """A question, or why it is left out."""
+    options = row.values["options"]
+    if not options:
+        return "no options"
+    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+        raise ValueError(f"{row.where}: 'options' is {show(options)}; it must be a list of texts.")
+    gold = row.answers("label", "ABCDEFG")
+    if not gold or gold[-1] >= len(options):
+        raise ValueError(f"{row.where}: 'label' is {show(row.values['label'])}; it must be a letter of an option.")
+    if len(gold) > 1:
+        return "more than one right answer"
+    if len(options) != 4:
+        return f"{'five' if len(options) == 5 else len(options)} options"
+    passage = row.values.get("passage")
+    question = f"{passage}\n{row.filled('question')}" if passage else row.filled("question")
+    return Item(name, question, tuple(_MARK.sub("", option, count=1) for option in options), gold[0])
+
+
+TASK = Task(
+    name="agieval",
+    title="AGIEval",
+    source=SOURCE,
+    kind="letters",
+    shots=SHOTS,
+    load=load,
+    paper={"7B": 42.73, "13B": 48.17},
+    paper_source="Table 1 and README",
+    notes=(
+        "The paper's random partition of the questions is not published, so its figure can't be met exactly: here five "
+        f"questions of each file, chosen with the seed {SEED}, are the shots, and all others are asked.",
+        "The paper says that the prompt is like C-Eval's; Chinese questions have C-Eval's here, English ones MMLU's.",
+        "data/v1_1 of the benchmark has corrected questions; data/v1, which the paper had, comes first.",
+    ),
+)
