@@ -76,4 +76,3 @@ def test_records_of_no_known_model_are_not_added_to(model, asked, tmp_path):
     (tmp_path / "evaluation.json").write_text(json.dumps({"model": "x"}))
     with pytest.raises(ValueError, match="evaluation.json is damaged"):
         claim(tmp_path, model.describe(), asked("quiz"))
-
