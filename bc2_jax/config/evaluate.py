@@ -12,8 +12,8 @@ class EvaluateConfig:
     """Benchmarks at some of the evaluations; their figures are metrics validation_TASK_accuracy and the like."""
 
     tasks: tuple[str, ...] = ()
-    """Names of benchmarks (docs/evaluation.md), such as ceval,mmlu, with commas or blanks between them; none by default.
-    Those that run code are not possible here."""
+    """Names of benchmarks (docs/evaluation.md), such as ceval,mmlu, with commas or blanks between them. Those that run
+    code are not possible here."""
     data_dir: str | None = None
     """Folder of the benchmarks' released files."""
     limit: int = 200
