@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bc2_jax.config import ModelConfig
-from bc2_jax.evaluate.sharing import Plan, plan_rows
+from bc2_jax.evaluate.sharing import Plan, find_leaves, plan_rows
 from bc2_jax.infer.generate import bucket
 from bc2_jax.infer.score import Rows, empty_rows
 from bc2_jax.kernels.segments import TRUNK_BITS
@@ -19,9 +19,9 @@ LONGEST_ROW = 8192
 TOKENS_AT_ONCE = 8192
 """Tokens of a batch on each device that has rows of its own."""
 FEWEST_PLACES = 16
-ATTENTION_COST = 2.0
-"""Time of attention's work beside that of the same number of multiplications in the layers' matmuls: its softmax, and
-blocks above the diagonal."""
+ATTENTION_COST = 1.0
+"""Time of attention beside that of the same number of multiplications in the layers' matmuls, were it to look at every
+earlier token of the row: its softmax costs more, and blocks of other branches are left out."""
 NEW_SHAPE_COST = 1.25
 """How much slower than a row length that was used before a new one may be estimated: it must be compiled."""
 
@@ -69,14 +69,14 @@ class Shapes:
 
         Long rows share their trunks among more requests; in short ones attention costs less.
         """
-        sequences = [item.fed for item in items]
-        longest = max(map(len, sequences))
+        leaves = find_leaves([item.fed for item in items])
+        longest = max(map(len, leaves.ids))
         if self.row_length is not None:
-            return plan_rows(sequences, self._fit(max(self.row_length, longest)))
+            return plan_rows(leaves, self._fit(max(self.row_length, longest)))
         best, least = None, np.inf
         length = self._fit(bucket(longest))
         while True:
-            plan = plan_rows(sequences, length)
+            plan = plan_rows(leaves, length)
             rows = len(plan.rows)
             cost = _round_up(rows, self.rows_of(plan)) * self._row_cost(length)
             cost *= 1 if length in self.used else NEW_SHAPE_COST

@@ -48,6 +48,16 @@ class Place(NamedTuple):
         return tokens + np.where(in_trunk, self.trunk_start, self.branch_start - self.trunk_length)
 
 
+class Leaves(NamedTuple):
+    """Sequences that no other one begins with, sorted and each once, and how alike neighbours begin."""
+
+    ids: list[np.ndarray]
+    leaf_of: list[int]
+    """Of each sequence, a leaf that begins with it."""
+    common: list[int]
+    """Tokens that each leaf and the next begin with alike."""
+
+
 class Plan(NamedTuple):
     """Rows of at most `length` tokens, and where each sequence stands in them."""
 
@@ -61,37 +71,35 @@ class Plan(NamedTuple):
         return sum(document.length for row in self.rows for document in row)
 
 
-def plan_rows(sequences: Sequence[np.ndarray], length: int) -> Plan:
-    """Rows for `sequences` of int32 ids, each of 1..length tokens.
+def plan_rows(leaves: Leaves, length: int) -> Plan:
+    """Rows for the sequences of `leaves`, each of at most `length` tokens.
 
     A sequence that another one begins with takes no room of its own. The rows depend on what is among the sequences,
     not on their order.
     """
-    leaves, leaf_of = _find_leaves(sequences)
-    chunks = []  # (first leaf's trunk length, leaves) of each document
-    for first, end, trunk in _choose_trunks([len(leaf) for leaf in leaves], _common_lengths(leaves), length):
-        branches = [len(leaves[i]) - trunk for i in range(first, end)]
+    lengths = [len(ids) for ids in leaves.ids]
+    chunks = []  # (tokens of the trunk, leaves) of each document
+    for first, end, trunk in _choose_trunks(lengths, leaves.common, length):
         if end - first == 1:
             chunks.append((trunk, [first]))
             continue
-        packed = pack_bins(branches, length - trunk, MOST_BRANCHES)
+        packed = pack_bins([lengths[i] - trunk for i in range(first, end)], length - trunk, MOST_BRANCHES)
         chunks += [(trunk, [first + i for i in numbers]) for numbers in packed]
-    sizes = [trunk + sum(len(leaves[i]) - trunk for i in numbers) for trunk, numbers in chunks]
+    sizes = [trunk + sum(lengths[i] - trunk for i in numbers) for trunk, numbers in chunks]
     rows: list[list[Document]] = []
-    leaf_places: dict[int, Place] = {}
+    places: dict[int, Place] = {}
     for row, in_row in enumerate(pack_bins(sizes, length)):
-        rows.append([])
-        start = 0
-        for chunk in in_row:
-            trunk, numbers = chunks[chunk]
+        start, documents = 0, []
+        for trunk, numbers in (chunks[chunk] for chunk in in_row):
             column = start + trunk
             for i in numbers:
-                leaf_places[i] = Place(row, start, trunk, column)
-                column += len(leaves[i]) - trunk
-            branches_of = [leaves[i][trunk:] for i in numbers if len(leaves[i]) > trunk]
-            rows[-1].append(Document(leaves[numbers[0]][:trunk], branches_of))
+                places[i] = Place(row, start, trunk, column)
+                column += lengths[i] - trunk
+            branches = [leaves.ids[i][trunk:] for i in numbers if lengths[i] > trunk]
+            documents.append(Document(leaves.ids[numbers[0]][:trunk], branches))
             start = column
-    return Plan(length, rows, [leaf_places[leaf] for leaf in leaf_of])
+        rows.append(documents)
+    return Plan(length, rows, [places[leaf] for leaf in leaves.leaf_of])
 
 
 def pack_bins(sizes: Sequence[int], capacity: int, most: int | None = None) -> list[list[int]]:
@@ -111,28 +119,25 @@ def pack_bins(sizes: Sequence[int], capacity: int, most: int | None = None) -> l
     return bins
 
 
-def _find_leaves(sequences: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[int]]:
-    """The sequences that no other one begins with, sorted and each once; and for each sequence one that begins so."""
+def find_leaves(sequences: Sequence[np.ndarray]) -> Leaves:
+    """The leaves of sequences of int32 ids, at least one token each."""
     keys = [np.asarray(ids, ">i4").tobytes() for ids in sequences]  # ids are not negative, so bytes sort as they do
-    leaves: list[int] = []
+    found: list[int] = []
     leaf_of = [0] * len(keys)
     for number in sorted(range(len(keys)), key=lambda number: keys[number], reverse=True):
         # Whatever stands between a beginning and what begins so, begins so too.
-        if not leaves or not keys[leaves[-1]].startswith(keys[number]):
-            leaves.append(number)
-        leaf_of[number] = len(leaves) - 1
-    last = len(leaves) - 1
-    return [np.asarray(sequences[leaf]) for leaf in reversed(leaves)], [last - leaf for leaf in leaf_of]
+        if not found or not keys[found[-1]].startswith(keys[number]):
+            found.append(number)
+        leaf_of[number] = len(found) - 1
+    ids = [np.asarray(sequences[leaf]) for leaf in reversed(found)]
+    common = [_common_length(a, b) for a, b in zip(ids, ids[1:], strict=False)]
+    return Leaves(ids, [len(found) - 1 - leaf for leaf in leaf_of], common)
 
 
-def _common_lengths(leaves: Sequence[np.ndarray]) -> list[int]:
-    """How many tokens each leaf and the next begin with alike."""
-    found = []
-    for a, b in zip(leaves, leaves[1:], strict=False):
-        shorter = min(len(a), len(b))
-        differs = a[:shorter] != b[:shorter]
-        found.append(int(differs.argmax()) if differs.any() else shorter)
-    return found
+def _common_length(a: np.ndarray, b: np.ndarray) -> int:
+    """Of two sequences of which neither begins with the other."""
+    shorter = min(len(a), len(b))
+    return int((a[:shorter] != b[:shorter]).argmax())
 
 
 class _Node:
@@ -151,9 +156,9 @@ class _Node:
         return node
 
     def add(self, child: _Node) -> None:
-        self.tokens, self.count, self.cost = (
-            self.tokens + child.tokens, self.count + child.count, self.cost + child.cost,
-        )  # fmt: skip
+        self.tokens += child.tokens
+        self.count += child.count
+        self.cost += child.cost
         self.groups += child.groups
 
     def close(self, row: int) -> _Node:
