@@ -16,6 +16,7 @@ os.environ["HF_HOME"] = _CACHE.name  # datasets writes its tables there
 import pytest  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # noqa: E402
 
 import bc2_jax  # noqa: E402
 from bc2_jax.align.chat import encode_prompt  # noqa: E402
@@ -131,6 +132,16 @@ def test_as_lm_evals_backend_on_the_llama_layout(scorer, tmp_path):
         assert math.isclose(found, expected, rel_tol=2e-6)
     asked = requests("generate_until", *PROMPTS)
     assert ours.generate_until(asked) == theirs.generate_until(asked)
+
+
+def test_a_stride_is_lm_evals_context_of_its_windows(scorer):
+    text = json.loads((EVALS / "data" / "ppl.jsonl").read_text("utf-8").splitlines()[4])["text"]
+    ids = scorer.tokenizer.encode(text)
+    windows = get_rolling_token_windows(ids, scorer.prefix_id, 256, context_len=256 - 100 + 1)
+    requests = [Request(*pair) for pair in map(make_disjoint_window, windows)]
+    assert len(requests) == 1 + -(-(len(ids) - 256) // 100)
+    expected = sum(score.log_prob for score in scorer.score(requests))
+    assert math.isclose(scorer.rolling([text], stride=100)[0], expected, rel_tol=1e-6)
 
 
 def test_chat_is_asked_with_the_ids_of_a_chat_model(scorer):
