@@ -174,7 +174,9 @@ def out_of(args: argparse.Namespace) -> Path:
 
 def evaluate(args: argparse.Namespace, console: Console, path: Path, checkpoints: list[Path] | None) -> None:
     """--tasks, of the model in `path` or of these checkpoints of a run."""
+    from bc2_jax.agreement import first_decides
     from bc2_jax.evaluate.asking import read_questions
+    from bc2_jax.evaluate.curve import check_points
     from bc2_jax.evaluate.evaluation import evaluate_model
     from bc2_jax.evaluate.identity import Model
     from bc2_jax.evaluate.runner import check_sandbox
@@ -184,9 +186,12 @@ def evaluate(args: argparse.Namespace, console: Console, path: Path, checkpoints
     check_sandbox(asked)
     options = {} if args.rows is None else {"rows": args.rows}
 
+    def model_in(path: Path) -> Model:
+        return Model(path, args.adapter, args.dtype, args.max_length)
+
     def put(path: Path, folder: Path, say: Say) -> Evaluated:
-        model = Model(path, args.adapter, args.dtype, args.max_length)
-        return evaluate_model(model, asked, folder, mesh, way, say, parquet=args.records == "parquet", **options)
+        parquet = args.records == "parquet"
+        return evaluate_model(model_in(path), asked, folder, mesh, way, say, parquet=parquet, **options)
 
     if checkpoints is None:
         bar, say = show_progress(make_console(stderr=True))
@@ -194,6 +199,7 @@ def evaluate(args: argparse.Namespace, console: Console, path: Path, checkpoints
             found = put(path, out, say)
         report(console, found, f"{args.model}, {args.dtype}", out)
         return
+    first_decides(lambda: check_points(out, model_in(path), asked))
     draw_curve(console, out, checkpoints, put)
 
 

@@ -73,7 +73,7 @@ def last_number(text: str) -> Fraction | None:
     found = _NUMBER.findall(unicodedata.normalize("NFKC", text).replace("−", "-"))
     try:
         return Fraction(found[-1].replace(",", "")) if found else None
-    except ZeroDivisionError:
+    except (ZeroDivisionError, ValueError):  # Python refuses to read numbers of thousands of digits
         return None
 
 

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from bc2_jax.evaluate.asking import Questions
 from bc2_jax.evaluate.evaluation import read_results
-from bc2_jax.evaluate.identity import read_identity
+from bc2_jax.evaluate.identity import Model, read_identity, require_same_asking
 from bc2_jax.evaluate.report import show_metric
 from bc2_jax.evaluate.runner import Results
 from bc2_jax.files import replaced
@@ -19,6 +20,7 @@ from bc2_jax.train.milestones import Milestone, list_milestones
 from bc2_jax.validation import choices, require
 
 FOLDER = "step_{}"
+_UNITS = ((1e9, " (billions)"), (1e6, " (millions)"), (1e3, " (thousands)"), (1, ""))
 
 
 class Point(NamedTuple):
@@ -64,6 +66,19 @@ def read_points(out: Path) -> list[Point]:
     return sorted(points, key=lambda point: point.step)
 
 
+def check_points(out: Path, first: Model, asked: Sequence[Questions]) -> None:
+    """Raises ValueError if OUT has checkpoints of another run than that of `first`, or that were asked otherwise: they
+    would be points of the same curve."""
+    about = first.describe()
+    for folder in sorted(out.glob(FOLDER.format("*"))):
+        if (before := read_identity(folder)) is None:
+            continue
+        if Path(before["model"]).parent != Path(about["model"]).parent:
+            run = Path(before["model"]).parent
+            raise ValueError(f"{folder} is of a checkpoint in {run}, which is another run: choose another --out.")
+        require_same_asking(folder, before, about, asked)
+
+
 def names_of(points: Sequence[Point]) -> list[str]:
     """The benchmarks that some of the points have a figure of."""
     return list(dict.fromkeys(name for point in points for name, one in point.tasks.items() if one["headline"]))
@@ -96,7 +111,9 @@ def plot_curve(path: Path, points: Sequence[Point]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    by_tokens = all(point.tokens for point in points)
+    what = "tokens" if all(point.tokens for point in points) else "step"
+    xs = {point.step: getattr(point, what) for point in points}
+    unit, named = next((size, name) for size, name in _UNITS if size <= max(1, *xs.values()))
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
     for number, name in enumerate(names_of(points)):
         known = [
@@ -104,12 +121,12 @@ def plot_curve(path: Path, points: Sequence[Point]) -> None:
         ]
         title = next(point.tasks[name]["title"] for point in points if name in point.tasks)
         axes.errorbar(
-            [point.tokens / 1e9 if by_tokens else point.step for point, _ in known],
+            [xs[point.step] / unit for point, _ in known],
             [metric["value"] for _, metric in known], yerr=[metric["stderr"] or 0 for _, metric in known],
             label=title, color=f"C{number % 10}", marker="o", markersize=4, capsize=3, linewidth=1.2,
         )  # fmt: skip
-    axes.set(xlabel="tokens (billions)" if by_tokens else "step", ylabel="percent, ± one standard error")
-    axes.legend()
+    axes.set(xlabel=f"{what}{named}", ylabel="percent, ± one standard error")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     axes.grid(alpha=0.3)
     figure.tight_layout()
     with replaced(path) as partial:

@@ -79,24 +79,36 @@ def claim(folder: Path, about: Mapping[str, Any], asked: Sequence[Questions]) ->
     results of other settings, or of other prompts of one of the benchmarks.
     """
     before = read_identity(folder)
-    tasks = {q.task.name: {"shots": q.shots, "prompts_sha256": q.prompts_sha256} for q in asked}
+    tasks = _prompts_of(asked)
     has_records = any(folder.glob(f"*/{RECORDS}"))
     if before is None and has_records:
         raise ValueError(f"{folder} has records but no {NAME} that says of which model: choose another --out.")
     if before is None or not has_records:
         write_json(folder / NAME, {**about, "checksum": None, "tasks": tasks})
         return True
+    require_same_asking(folder, before, about, asked)
+    write_json(folder / NAME, before | {"tasks": before["tasks"] | tasks})
+    return bool(before["files"] == about["files"])
+
+
+def require_same_asking(
+    folder: Path, before: Mapping[str, Any], about: Mapping[str, Any], asked: Sequence[Questions]
+) -> None:
+    """Raises ValueError if what `claim` wrote in `folder`, `before`, is of other settings than `about`, or of other
+    prompts of one of the benchmarks."""
     for name, other in _SETTINGS.items():
         if before.get(name) != about[name]:
             raise ValueError(
                 f"{folder} has results of {other} ({name} {before.get(name)}, now {about[name]}): choose another --out."
             )
-    for name, now in tasks.items():
+    for name, now in _prompts_of(asked).items():
         if (then := before["tasks"].get(name, now)) != now:
             differs = f"{then['shots']} shots, now {now['shots']}" if then["shots"] != now["shots"] else "other files"
             raise ValueError(f"{folder} has records of other prompts of {name} ({differs}): choose another --out.")
-    write_json(folder / NAME, before | {"tasks": before["tasks"] | tasks})
-    return bool(before["files"] == about["files"])
+
+
+def _prompts_of(asked: Sequence[Questions]) -> dict[str, dict[str, Any]]:
+    return {q.task.name: {"shots": q.shots, "prompts_sha256": q.prompts_sha256} for q in asked}
 
 
 def settle(folder: Path, about: Mapping[str, Any], found: str) -> None:

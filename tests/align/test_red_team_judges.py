@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+
 import numpy as np
 import pytest
 
@@ -106,3 +109,17 @@ def test_a_reward_model_scores_whole_conversations(small_tokenizer, monkeypatch,
     assert scored[0] == whole and scored[1][-2:] == [small_tokenizer.assistant_id, small_tokenizer.eos_id]
     judge_answers([judge], ATTACKS[:1], [Answer("the cat " * 60, False, 99)])
     assert len(scored[-1]) == 64 and scored[-1][-1] == small_tokenizer.eos_id
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("print('x')", "line 1 of what it printed is not JSON: b'x'"),
+        ("import sys; sys.exit(3)", "it ended with code 3"),
+        ("print(1)", "returned 1 values: it must be 2 scores"),
+    ],
+)
+def test_a_program_that_gives_no_scores_is_named(program, message):
+    judge = load_judge(f"command:{sys.executable} -c {shlex.quote(program)}")
+    with pytest.raises(ValueError, match=f"judge command:.* {message}"):
+        judge_answers([judge], ATTACKS, ANSWERS)

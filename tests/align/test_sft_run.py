@@ -16,6 +16,7 @@ from bc2_jax.config import (
     CheckpointConfig,
     ComputeConfig,
     DataConfig,
+    EvaluateConfig,
     FineTuneConfig,
     LoraConfig,
     MeshConfig,
@@ -25,14 +26,18 @@ from bc2_jax.config import (
     SourceConfig,
 )
 from bc2_jax.convert.peft import load_peft
-from bc2_jax.convert.pretrained import load_params, save_params
+from bc2_jax.convert.pretrained import load_params, load_pretrained, save_params
 from bc2_jax.data.packing import pack_documents
+from bc2_jax.evaluate.asking import ask, read_questions
+from bc2_jax.evaluate.scorer import Scorer
 from bc2_jax.metadata import read_metadata
 from bc2_jax.model.baichuan import init_params
 from bc2_jax.sharding import make_mesh
+from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.train import pretrain
 from bc2_jax.train.loop import RunResult
 from bc2_jax.train.metrics import read_metrics
+from tests.evaluate.benchmark_files import write_ceval
 
 replay = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "replay.py"))["main"]
 QUESTIONS = [("Is it?", "yes"), ("What is a module of Python, in few words?", "a file")]
@@ -91,7 +96,9 @@ def adapted(config, tmp_path_factory) -> RunResult:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuning, "load_params", load)
-        return run(config, tmp_path_factory.mktemp("adapted"), export_hf=True, **ADAPTERS)
+        folder = tmp_path_factory.mktemp("adapted")
+        asked = EvaluateConfig(tasks=("ceval",), data_dir=str(write_ceval(folder)), limit=4, shots=0)
+        return run(config, folder, export_hf=True, evaluate=asked, **ADAPTERS)
 
 
 @pytest.mark.parametrize("name", ["full", "adapted"])
@@ -128,6 +135,18 @@ def test_adapters_alone_are_trained_and_saved(config, full, adapted):
     with jax.set_mesh(mesh):
         again = tuning.checksum(base)
     assert read_metadata(adapted.workdir / "checkpoints" / "4")["base_checksum"] == f"{again:08x}"
+
+
+def test_benchmarks_are_asked_of_the_model_with_its_adapters(adapted):
+    """The merged model, which other code makes, gives what the run saw."""
+    metrics = read_metrics(adapted.workdir / "metrics.jsonl")
+    found = {m["step"]: m["validation_ceval_gold_nats"] for m in metrics if "validation_ceval_gold_nats" in m}
+    assert set(found) == {0, 4} and found[0] != found[4]
+    (asked,) = read_questions(["ceval"], adapted.workdir.parent, limit=4, shots=0)
+    merged = load_pretrained(adapted.workdir / "hf", mesh=make_mesh(MeshConfig()))
+    records = ask(asked.task, asked.examples, Scorer(merged, Tokenizer(adapted.workdir / "hf" / "tokenizer.model")))
+    nats = -np.mean([record["log_probs"][record["gold"][0]] for record in records])
+    assert found[4] == pytest.approx(nats, abs=0.05)  # the run computes in bf16
 
 
 def test_the_merged_model_is_exported(config, adapted):

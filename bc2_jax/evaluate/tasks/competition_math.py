@@ -26,6 +26,9 @@ def load(data_dir: Path) -> Loaded:
     """The test problems after 4 worked examples: of shots.txt, else short ones of the training problems."""
     names = ("math", "competition_math", "hendrycks_math")
     folder = find_folder(data_dir, names, ("", "MATH"), lambda place: (place / "test").is_dir(), _SOURCE)
+    problems = [(name, row, _boxed(row)) for name, row in _problems(folder / "test")]
+    if not problems:
+        raise FileNotFoundError(f"{folder / 'test'} holds no CATEGORY/NUMBER.json: {_SOURCE}")
     shots, note = _find_shots(folder)
     examples = [
         Example(
@@ -34,13 +37,11 @@ def load(data_dir: Path) -> Loaded:
             header="",
             shots=shots,
             question=f"Problem:\n{row.filled('problem')}\nSolution:",
-            target=_boxed(row),
+            target=answer,
             facts={"level": str(row.values.get("level", ""))},
         )
-        for name, row in _problems(folder / "test")
+        for name, row, answer in problems
     ]
-    if not examples:
-        raise FileNotFoundError(f"{folder / 'test'} holds no CATEGORY/NUMBER.json: {_SOURCE}")
     short = len(examples) != TEST_ITEMS
     return Loaded(examples, notes=(note, *([f"{len(examples)} problems instead of {TEST_ITEMS}."] if short else ())))
 

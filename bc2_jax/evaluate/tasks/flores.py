@@ -145,8 +145,9 @@ def summarize(judged: Sequence[Judged], by_characters: bool = False) -> dict[str
 
 def _measure(measure: Any, said: list[str], wanted: list[str]) -> Metric:
     score = measure.corpus_score(said, [wanted], n_bootstrap=_RESAMPLED)
-    # Half of the 95 % interval, which has no public name but this.
-    half = json.loads(score.format(width=9, is_json=True))["confidence_var"]
+    # Half of the 95 % interval has no public name but this, and none where all resamplings have 0.
+    about = json.loads(score.format(width=9, signature=str(measure.get_signature()), is_json=True))
+    half = about.get("confidence_var", 0.0)
     return Metric(float(score.score), half / 1.96 if len(said) > 1 else math.nan, len(said))
 
 
@@ -180,7 +181,9 @@ def _make(target: str, first: int | None = FIRST) -> Task:
             "The shots of OpenCompass are the 8 pairs that a retriever with a sentence encoder finds to be the most "
             "alike; the paper does not say which encoder. Here they are the most alike by character bigrams and "
             "trigrams (tf-idf), so an exact match is impossible.",
-            *(("As in OpenCompass, the first 100 sentences of devtest; the paper does not say.",) if first else ()),
+            "As in OpenCompass, the first 100 sentences of devtest; the paper does not say how many it took."
+            if first
+            else "OpenCompass takes the first 100 sentences of devtest, so the paper's figure may be of those.",
             *artefact.get(target, ()),
         ),
         summarize=partial(summarize, by_characters=target == "ja"),
