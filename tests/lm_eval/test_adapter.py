@@ -25,6 +25,7 @@ from bc2_jax.evaluate import Scorer  # noqa: E402
 from bc2_jax.evaluate.encoding import Request  # noqa: E402
 from bc2_jax.evaluate.lm_eval import LmEvalModel, read_generation, run_lm_eval, tabulate, write_results  # noqa: E402
 from bc2_jax.tokenizer import Tokenizer  # noqa: E402
+from tools import evaluate  # noqa: E402
 
 EVALS = Path(__file__).parents[1] / "golden" / "evals"
 GOLDEN = json.loads((EVALS / "golden.json").read_text("utf-8"))
@@ -178,6 +179,20 @@ def test_a_cache_is_of_one_model(scorer, tasks, tmp_path):
         run("")
 
 
+def test_the_program(tasks, tmp_path, capsys):
+    """It goes on where it was."""
+    shutil.copytree(EVALS / "model", tmp_path / "model")
+    shutil.copy(EVALS / "tokenizer" / "tokenizer.model", tmp_path / "model")
+    options = ["--lm-eval", "g_cloze", "--include-path", str(tasks), "--out", str(tmp_path / "out")]
+    for _ in range(2):
+        assert evaluate.main([str(tmp_path / "model"), *options]) == 0, capsys.readouterr().err
+    assert len(list((tmp_path / "out" / "lm_eval" / "cache").iterdir())) == 1
+    written = json.loads((tmp_path / "out" / "lm_eval" / "results.json").read_text("utf-8"))
+    found = {name.split(",")[0]: value for name, value in written["results"]["g_cloze"].items()}
+    assert found.items() >= GOLDEN["results"]["g_cloze"].items()
+    assert written["config"]["model"] == str(tmp_path / "model")
+
+
 def test_results_are_written_and_shown(results, tmp_path):
     paths = write_results(results, tmp_path / "out")
     assert [path.name for path in paths] == ["results.json", *(f"samples_{task}.jsonl" for task in results["samples"])]
@@ -207,7 +222,7 @@ def test_what_is_not_there_is_said(scorer, tasks, tmp_path, monkeypatch):
 
     monkeypatch.setattr("lm_eval.tasks.TaskManager", OnlyThese)
     with pytest.raises(ValueError, match="no task 'g_clozes' among its own and below .*; did you mean 'g_cloze'"):
-        run_lm_eval(scorer, ["g_clozes"], include_path=tasks)
+        run_lm_eval(lambda: pytest.fail("the model is loaded"), ["g_clozes"], include_path=tasks)
     with pytest.raises(ValueError, match="include_path = .* is not valid: there is no such folder"):
         run_lm_eval(scorer, ["g_cloze"], include_path=tmp_path / "none")
     (tmp_path / "a.yaml").write_text((EVALS / "tasks" / "g_ppl.yaml").read_text("utf-8"), "utf-8")
