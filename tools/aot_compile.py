@@ -1,9 +1,11 @@
-"""Compiles the training step of any kind of run, or inference, for a TPU pod, on any machine; says what it would do.
+"""Compiles the training step of any kind of run, inference or scoring for a TPU pod, on any machine; says what it would
+do.
 
 python tools/aot_compile.py configs/baichuan2_13b.py --topology v5p:4x4x8
 python tools/aot_compile.py CONFIG.py --topology v5p:4x4x8 --num-slices 2 --batch-per-chip 2 --compute.remat save_dots
 python tools/aot_compile.py CONFIG.py --topology v5e:16x16 --search
 python tools/aot_compile.py configs/baichuan2_13b.py --topology v5e:2x4 --inference --batch 8 --prompt-length 1024
+python tools/aot_compile.py configs/baichuan2_13b.py --topology v5e:2x4 --score --batch 2 --row-length 4096
 
 python tools/aot_compile.py configs/baichuan2_13b_chat.py --topology v5e:2x4 --lora.rank 16
 python tools/aot_compile.py configs/baichuan2_13b_ppo.py --topology v5p:4x4x4
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 out = make_console()
 INFERENCE_OPTIONS = ("batch", "prompt_length", "cache_length")
+SCORING_OPTIONS = ("batch", "row_length", "benchmark")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -60,22 +63,42 @@ def make_parser() -> argparse.ArgumentParser:
         help="compile prefill and decoding instead of the step; every chip holds a part of each layer unless --mesh.* "
         "says otherwise; --hlo writes one file for each",
     )  # fmt: skip
-    parser.add_argument("--batch", type=int, help="with --inference: sequences at one time, 8 by default")
+    parser.add_argument(
+        "--score", action="store_true",
+        help="compile the scoring of evaluations instead of the step, on the mesh of --inference; says how long a "
+        "pass over benchmarks takes",
+    )  # fmt: skip
+    parser.add_argument(
+        "--batch",
+        type=int,
+        help="with --inference: sequences at one time, 8 by default; with --score: rows, 2 by default",
+    )
     parser.add_argument("--prompt-length", type=int, help="with --inference: tokens of each prompt, 1024 by default")
     parser.add_argument("--cache-length", type=int, help="with --inference: slots of the cache, 4096 by default")
+    parser.add_argument("--row-length", type=int, help="with --score: tokens of a row, 4096 by default")
+    parser.add_argument(
+        "--benchmark", action="append", metavar="NAME:ITEMS:SUBJECTS:SHOTS:QUESTION",
+        help="with --score: a benchmark to estimate, with the tokens of all its shots and of a question; by default "
+        "the tests of C-Eval and MMLU with rough numbers of tokens",
+    )  # fmt: skip
     return parser
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Raises ValueError for options of training given with --inference, or the other way round."""
-    if args.inference:
-        for name, value in (("--search", args.search), ("--batch-per-chip", args.batch_per_chip)):
-            if value:
-                raise ValueError(f"{name} is an option of training: leave it out with --inference.")
-        return
-    for name in INFERENCE_OPTIONS:
-        if getattr(args, name) is not None:
-            raise ValueError(f"--{name.replace('_', '-')} is an option of inference: give --inference as well.")
+    """Raises ValueError for options of training, inference and scoring that are mixed."""
+    kinds = {"inference": INFERENCE_OPTIONS, "score": SCORING_OPTIONS}
+    chosen = [kind for kind in kinds if getattr(args, kind)]
+    if len(chosen) > 1:
+        raise ValueError("--inference and --score compile different programs: leave one out.")
+    for name, value in (("--search", args.search), ("--batch-per-chip", args.batch_per_chip)):
+        if chosen and value:
+            raise ValueError(f"{name} is an option of training: leave it out with --{chosen[0]}.")
+    legal = kinds[chosen[0]] if chosen else ()
+    for kind, names in kinds.items():
+        for name in names:
+            if getattr(args, name) is not None and name not in legal:
+                what = {"score": "scoring"}.get(kind, kind)
+                raise ValueError(f"--{name.replace('_', '-')} is an option of {what}: give --{kind} as well.")
 
 
 def load_config(args: argparse.Namespace, overrides: list[str], topology: Topology) -> RunConfig:
@@ -92,7 +115,7 @@ def load_config(args: argparse.Namespace, overrides: list[str], topology: Topolo
     names = [arg.split("=")[0].replace("_", "-") for arg in overrides]
     config = dataclasses.replace(config, **set_batch(args, config, names, topology))
     mesh = dataclasses.replace(config.mesh, num_cpu_devices=0)
-    if args.inference and not any(name.startswith("--mesh.") for name in names):
+    if (args.inference or args.score) and not any(name.startswith("--mesh.") for name in names):
         from bc2_jax.aot.inference import whole_slice_mesh
 
         mesh = whole_slice_mesh(topology)
@@ -167,6 +190,23 @@ def compile_and_report_inference(args: argparse.Namespace, config: RunConfig, to
     print_table(f"{config.name}, inference on {topology}", inference.render(result), result.warnings)
 
 
+def compile_and_report_scoring(args: argparse.Namespace, config: RunConfig, topology: Topology) -> None:
+    from bc2_jax.aot import compilation, scoring
+    from bc2_jax.tpu.options import compiler_options
+
+    compilation.use_topologies()
+    benchmarks = tuple(map(scoring.Benchmark.parse, args.benchmark or ())) or scoring.DEFAULT_BENCHMARKS
+    given = {"rows": args.batch, "row_length": args.row_length}
+    shapes = scoring.ScoringShapes(**{name: value for name, value in given.items() if value is not None})
+    options = compiler_options(topology.chip.name, tuple(args.xla), inference=True)
+    compiled = scoring.compile_scoring(config, topology, shapes, options)
+    write_hlo(args.hlo, {"": compiled.program})
+    result = scoring.make_report(compiled, benchmarks)
+    if args.json:
+        args.json.write_text(json.dumps(result.as_json(), indent=1) + "\n", encoding="utf-8")
+    print_table(f"{config.name}, scoring on {topology}", scoring.render(result), result.warnings)
+
+
 def print_table(title: str, rows: list[tuple[str, str]], warnings: Sequence[str]) -> None:
     table = make_table("", "", title=f"{title}: compile-time estimate, nothing was run")
     for name, text in rows:
@@ -237,6 +277,8 @@ def main() -> None:
             search(args, overrides, config, topology)
         elif args.inference:
             compile_and_report_inference(args, config, topology)
+        elif args.score:
+            compile_and_report_scoring(args, config, topology)
         else:
             compile_and_report(args, config, topology)
     except (ValueError, OSError, ImportError) as error:

@@ -7,6 +7,7 @@ with is computed once. Only the hidden states of the places that are scored meet
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -22,6 +23,9 @@ from bc2_jax.model.baichuan import Baichuan2, Params
 from bc2_jax.model.log_probs import token_log_probs
 from bc2_jax.sharding import from_host, named_sharding, parts, reshard, spec, use_mesh_of
 from bc2_jax.tpu.options import Value, compiler_options
+
+ATTENTION_BLOCK = 128
+"""Of the chunked attention, at most: small enough that blocks of other branches are left out."""
 
 
 class Rows(NamedTuple):
@@ -87,6 +91,9 @@ def make_program(**options: Value) -> Any:
 
 def _run(graphdef: Any, params: Params, rows: Rows) -> Scores:
     model = nnx.merge(graphdef, params)
+    attention = model.layers.self_attn
+    block = min(attention.compute.attention_block, ATTENTION_BLOCK)
+    attention.compute = dataclasses.replace(attention.compute, attention_block=block)
     h_BTD, _ = model.hidden_states(rows.ids_BT, None, rows.segments_BT)
     places_BS, labels_BS = (reshard(x, "batch", "sequence") for x in (rows.places_BS, rows.labels_BS))
     found = token_log_probs(_take(h_BTD, places_BS), model.lm_head.rows(), labels_BS, model.compute.loss_chunk)

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import functools
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bc2_jax.evaluate import Scorer
+from bc2_jax.evaluate.encoding import Request
+from bc2_jax.model.baichuan import Baichuan2
 from tests.evaluate import golden
+from tests.infer.test_score import load
 
 TASKS = [task for task in golden.GOLDEN["requests"] if task != "g_ppl"]
 
@@ -59,3 +66,139 @@ def test_scored_generations_are_those_of_lm_eval():
         [log_prob for log_prob, _ in found], [e["loglikelihood"] for e in expected], rtol=1e-5, atol=1e-4
     )
     assert [is_greedy for _, is_greedy in found] == [e["is_greedy"] for e in expected]
+
+
+# ------------------------------------------------------------------------------------------- what must change nothing
+
+LIMIT = 24
+SHORT = st.lists(st.integers(3, 6), min_size=1, max_size=14)
+REQUESTS = st.lists(st.tuples(SHORT, SHORT), min_size=1, max_size=12)
+
+
+@functools.cache
+def tiny(name: str, mesh=None) -> Baichuan2:
+    return load(name, mesh)
+
+
+@functools.cache
+def logits_of(name: str):
+    return jax.jit(tiny(name))
+
+
+def alone(name: str, request: Request) -> tuple[np.ndarray, bool]:
+    """Log-probabilities and greediness by the logits of one request alone."""
+    whole = [*request.context, *request.continuation][-LIMIT - 1 :]
+    ids = np.zeros((1, LIMIT), np.int32)
+    ids[0, : len(whole) - 1] = whole[:-1]
+    n = len(request.continuation)
+    logits = np.array(logits_of(name)(ids), np.float64)[0, len(whole) - 1 - n : len(whole) - 1]
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    labels = np.array(request.continuation)
+    return log_probs[np.arange(n), labels], bool((logits.argmax(-1) == labels).all())
+
+
+@functools.cache
+def tiny_scorer(name: str, rows: int | None = 2, row_length: int | None = 64, mesh=None) -> Scorer:
+    model = tiny(name, mesh)
+    return Scorer(model, golden.tokenizer(), max_length=LIMIT, rows=rows, row_length=row_length)
+
+
+def check(name: str, scorer: Scorer, requests) -> None:
+    for request, score in zip(requests, scorer.score(requests), strict=True):
+        expected, is_greedy = alone(name, Request(*request))
+        np.testing.assert_allclose(score.log_probs, expected, atol=1e-5)
+        np.testing.assert_allclose(score.log_prob, expected.sum(), atol=1e-5 * len(expected))
+        assert score.is_greedy == is_greedy or score.near_tie
+        assert score.cut == max(len(request[0]) + len(request[1]) - LIMIT - 1, 0)
+
+
+@pytest.mark.parametrize("name", ["rope-tiny", "alibi-tiny"])
+def test_packed_with_shared_beginnings_is_as_alone(name):
+    @settings(max_examples=8)
+    @given(REQUESTS, REQUESTS, SHORT)
+    def run(requests, others, shots):
+        behind_shots = [(shots + context, continuation) for context, continuation in others]
+        check(name, tiny_scorer(name), requests + behind_shots)
+
+    run()
+
+
+def test_order_rows_and_row_length_change_nothing(mesh_of):
+    rng = np.random.default_rng(0)
+    shots = rng.integers(3, 100, 9).tolist()
+    requests = [(shots + rng.integers(3, 100, rng.integers(1, 9)).tolist(), [n + 3]) for n in range(20)]
+    requests += [(context, rng.integers(3, 100, rng.integers(1, 6)).tolist()) for context, _ in requests[:8]]
+    expected = [score.log_prob for score in tiny_scorer("alibi-tiny").score(requests)]
+    order = rng.permutation(len(requests))
+    for scorer, tolerance in (
+        (tiny_scorer("alibi-tiny"), 1e-5), (tiny_scorer("alibi-tiny", 1, 40), 1e-5),
+        (tiny_scorer("alibi-tiny", None, None), 1e-5), (tiny_scorer("alibi-tiny", 3, 64, mesh_of(2, 2, 2)), 2e-5),
+    ):  # fmt: skip
+        found = scorer.score([requests[i] for i in order])
+        np.testing.assert_allclose([score.log_prob for score in found], np.array(expected)[order], atol=tolerance)
+    stats = tiny_scorer("alibi-tiny", 1, 40).stats
+    assert stats.tokens_fed < stats.tokens_unshared / 2
+    assert stats.slots == 40 * stats.batches
+    assert 0 <= stats.padding_share < 0.3
+
+
+def test_one_letter_more_costs_no_token():
+    """Letters behind the same question, as the shots show them and bare, are places of the same hidden states."""
+    scorer = Scorer(golden.model(), golden.tokenizer(), rows=1, row_length=64)
+    context = [700, 701, 702, 703]
+    one = scorer.score([Request(context, [5])])[0]
+    fed = scorer.stats.tokens_fed
+    all_ = scorer.score([Request(context, [n]) for n in range(3, 11)])
+    assert all_[2].log_prob == pytest.approx(one.log_prob, abs=1e-6)
+    assert (fed, scorer.stats.tokens_fed) == (4, 8)
+
+
+def test_near_ties_are_told():
+    """Two rows of the head are one: the first of both is greedy, and neither is sure."""
+    graphdef, state = nnx.split(tiny("rope-tiny"))
+    params = nnx.to_pure_dict(state)
+    context = [3, 4, 5]
+    best = int(np.argmax(logits_of("rope-tiny")(np.array([context]))[0, -1]))
+    twin = best + 1
+    weight = params["lm_head"]["weight"]
+    params["lm_head"]["weight"] = weight.at[twin].set(weight[best])
+    scorer = Scorer(nnx.merge(graphdef, params), golden.tokenizer(), rows=2, row_length=64)
+    first, second, far = scorer.score([(context, [best]), (context, [twin]), (context, [best - 1])])
+    assert (first.is_greedy, second.is_greedy, far.is_greedy) == (True, False, False)
+    assert (first.near_tie, second.near_tie, far.near_tie) == (True, True, False)
+    assert scorer.stats.near_ties == 2
+
+
+def test_a_text_is_scored_once_a_token_with_any_stride():
+    scorer = tiny_scorer("rope-tiny")
+    text = "却说曹操引兵至许昌，" * 5
+    ids = golden.tokenizer().encode(text)
+    tiny_ids = [i % 90 + 3 for i in ids]
+    scorer_tokens = []
+    for stride in (1, 7, LIMIT):
+        from bc2_jax.evaluate.encoding import cut_windows
+
+        windows = list(cut_windows(tiny_ids, 1, LIMIT, stride))
+        assert [i for window in windows for i in window.continuation] == tiny_ids
+        scorer_tokens.append(sum(score.log_prob for score in scorer.score(windows)))
+    assert len(set(np.round(scorer_tokens, 3))) == 3  # another context, another number
+
+
+def test_what_cannot_be_scored_is_named():
+    scorer = tiny_scorer("rope-tiny")
+    most = scorer.model.config.vocab_size
+    for request, told in (
+        (([], [5]), "no context"),
+        (([5], []), "no continuation"),
+        (([5], [most]), "continuation that is not in"),
+        (([-1], [5]), "context that is not in"),
+        (([5], [5] * (LIMIT + 1)), f"{LIMIT + 1} tokens; max_length = {LIMIT}"),
+    ):
+        with pytest.raises(ValueError, match=rf"requests\[1\].*{told}"):
+            scorer.score([([3], [4]), request])
+    for name, value in (("max_length", 0), ("rows", 1.5), ("row_length", -1), ("prefix_id", most)):
+        with pytest.raises(ValueError, match=name):
+            Scorer(scorer.model, scorer.tokenizer, **{name: value})
+    with pytest.raises(ValueError, match="stride"):
+        scorer.roll(["a"], stride=LIMIT + 1)
+    assert scorer.score([]) == [] and scorer.generate([]) == [] and scorer.rolling([]) == []

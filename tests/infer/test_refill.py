@@ -175,3 +175,22 @@ def test_rows_must_suit_the_mesh(mesh_of):
     prepared = engine.prepare(make_model(mesh_of(2, 2, 1)))
     with pytest.raises(ValueError, match="rows = 6 is not valid: it must be a positive multiple of 4"):
         continue_many(prepared, [[5]], DRAWN, rows=6)
+
+
+def test_rows_end_where_the_caller_stops_them(small):
+    """Every second answer is stopped at 10 tokens: it is the beginning of the whole one, and its row is free."""
+    prompts, settings = make_prompts(9, seed=1), dataclasses.replace(DRAWN, eos_token_id=())
+    whole, all_steps = continue_many(small, prompts, settings, rows=3, prompt_slots=32, group=4)
+
+    def stops(so_far):
+        assert len(so_far) <= 3
+        return {place for place, tokens in so_far.items() if place % 2 and len(tokens) >= 10}
+
+    found, steps = continue_many(small, prompts, settings, rows=3, prompt_slots=32, group=4, stops=stops)
+    for place, (one, other) in enumerate(zip(found, whole, strict=True)):
+        if place % 2:
+            assert one.reason == "stopped" and 10 <= len(one.tokens) < 14
+            assert one.tokens == other.tokens[: len(one.tokens)]
+        else:
+            assert one == other
+    assert steps.decode_steps < all_steps.decode_steps
