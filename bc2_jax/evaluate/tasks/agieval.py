@@ -44,7 +44,8 @@ SOURCE = (
     "gaokao-biology.jsonl, logiqa-en.jsonl, sat-math.jsonl and so on, JSON lines with passage, question, options, "
     "label, as in data/v1 of github.com/ruixiangcui/AGIEval, in DATA_DIR/agieval."
 )
-_MARK = re.compile(r"\s*[(（]([A-E])[)）]\s*")
+_MARK = re.compile(r"\s*(?:[(（]([A-E])[)）]|([A-E])[\s.．、])\s*")
+_NOT_JSON = "not JSON, as the benchmark released it"
 
 
 def load(data_dir: Path) -> Loaded:
@@ -55,15 +56,16 @@ def load(data_dir: Path) -> Loaded:
         lambda place: any((place / f"{name}.jsonl").is_file() for name in subjects), SOURCE,
     )  # fmt: skip
     examples, left_out, notes = [], Counter[str](), missing_files(folder, [f"{name}.jsonl" for name in subjects])
+    broken: list[str] = []
     for name, reason in OTHERS.items():
         if (folder / f"{name}.jsonl").is_file():
-            left_out[reason] += sum(1 for _ in read_rows(folder / f"{name}.jsonl"))
+            left_out[reason] += sum(1 for _ in read_rows(folder / f"{name}.jsonl", broken=broken))
     for name, subject in subjects.items():
         path = folder / f"{name}.jsonl"
         if not path.is_file():
             continue
         items = []
-        for number, row in enumerate(read_rows(path, needed=("question", "options", "label"))):
+        for number, row in enumerate(read_rows(path, needed=("question", "options", "label"), broken=broken)):
             item = _item(row, f"{name}/{number}")
             if isinstance(item, str):
                 left_out[item] += 1
@@ -74,6 +76,9 @@ def load(data_dir: Path) -> Loaded:
         wording = CEVAL if name in CHINESE else MMLU
         examples += make_examples(asked, shots, wording, subject, name)
         left_out["used as shots"] += len(shots)
+    if broken:
+        left_out[_NOT_JSON] += len(broken)
+        notes += [f"{line}: it is left out." for line in broken]
     return Loaded(examples, dict(left_out), tuple(notes))
 
 
@@ -85,15 +90,23 @@ def _item(row: Row, name: str) -> Item | str:
     if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
         raise ValueError(f"{row.where}: 'options' is {show(options)}; it must be a list of texts.")
     gold = row.answers("label", "ABCDEFG")
-    if not gold or gold[-1] >= len(options):
-        raise ValueError(f"{row.where}: 'label' is {show(row.values['label'])}; it must be a letter of an option.")
     if len(gold) > 1:
         return "more than one right answer"
-    if len(options) != 4:
-        return f"{'five' if len(options) == 5 else len(options)} options"
+    if len(options) != 4:  # five by intention; other numbers are slips of the release
+        return "five options" if len(options) == 5 else "neither four nor five options"
+    if not gold or gold[0] > 3:
+        raise ValueError(f"{row.where}: 'label' is {show(row.values['label'])}; it must be one of A, B, C, D.")
     passage = row.values.get("passage")
     question = f"{passage}\n{row.filled('question')}" if passage else row.filled("question")
-    return Item(name, question, tuple(_MARK.sub("", option, count=1) for option in options), gold[0])
+    return Item(name, question, _without_marks(options), gold[0])
+
+
+def _without_marks(options: list[str]) -> tuple[str, ...]:
+    """The options without the letters at their beginnings, if all have theirs: "(A)", or "A" in some of logiqa-zh."""
+    marks = [_MARK.match(option) for option in options]
+    if "".join((mark[1] or mark[2]) if mark else "" for mark in marks) != "ABCD":
+        return tuple(options)
+    return tuple(option[mark.end() :] for option, mark in zip(options, marks, strict=True) if mark)
 
 
 TASK = Task(
@@ -109,6 +122,7 @@ TASK = Task(
         "The paper's random partition of the questions is not published, so its figure can't be met exactly: here five "
         f"questions of each file, chosen with the seed {SEED}, are the shots, and all others are asked.",
         "The paper says that the prompt is like C-Eval's; Chinese questions have C-Eval's here, English ones MMLU's.",
+        "Some rows of data/v1 are not JSON or lost an option: they are left out and counted.",
         "data/v1_1 of the benchmark has corrected questions; data/v1, which the paper had, comes first.",
     ),
 )

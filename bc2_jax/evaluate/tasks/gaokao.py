@@ -46,7 +46,7 @@ def load(data_dir: Path) -> Loaded:
     """Of each subject five random questions as shots, and the others."""
     folder = find_folder(
         data_dir, ("gaokao", "GAOKAO-Bench", "GAOKAO-Bench-main"),
-        ("Data/Objective_Questions", "Objective_Questions", ""),
+        ("Data/Objective_Questions", "Objective_Questions", "", "data/Multiple-choice_Questions"),
         lambda place: any((place / f"{name}.json").is_file() for name in SUBJECTS), SOURCE,
     )  # fmt: skip
     examples, left_out, notes = [], Counter[str](), missing_files(folder, [f"{name}.json" for name in SUBJECTS])

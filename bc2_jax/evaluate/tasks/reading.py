@@ -153,13 +153,19 @@ def files_by_name(folder: Path, pattern: str, known: Collection[str], what: str)
 # ----------------------------------------------------------------------------------------------------------------- rows
 
 
-def read_rows(path: Path, columns: Sequence[str] | None = None, needed: Sequence[str] = ()) -> Iterator[Row]:
+def read_rows(
+    path: Path,
+    columns: Sequence[str] | None = None,
+    needed: Sequence[str] = (),
+    broken: list[str] | None = None,
+) -> Iterator[Row]:
     """The rows of a .csv file, or the objects of .jsonl, .json and .parquet.
 
     `columns` names those of a .csv file without a header. Each row has the fields `needed`. Raises ValueError for the
-    first row that can't be used, and for a file without any.
+    first row that can't be used, and for a file without any. `broken` is for files that were released with lines which
+    are not JSON: these are left out, and named there.
     """
-    rows = _read_csv(path, columns, needed) if path.suffix == ".csv" else _read_objects(path, needed)
+    rows = _read_csv(path, columns, needed) if path.suffix == ".csv" else _read_objects(path, needed, broken)
     first = next(rows, None)
     if first is None:
         raise ValueError(f"{path} holds no rows.")
@@ -167,9 +173,12 @@ def read_rows(path: Path, columns: Sequence[str] | None = None, needed: Sequence
     yield from rows
 
 
-def _read_objects(path: Path, needed: Sequence[str]) -> Iterator[Row]:
+def _read_objects(path: Path, needed: Sequence[str], broken: list[str] | None) -> Iterator[Row]:
     for record in read_records(str(path)):
         if isinstance(record, Invalid):
+            if broken is not None and record.kind == "it is not JSON" and path.suffix == ".jsonl":
+                broken.append(str(record))
+                continue
             raise ValueError(f"{record}.")
         if not isinstance(record.value, dict):
             raise ValueError(f"{record.where}: it is {show(record.value)}, not an object with {', '.join(needed)}.")

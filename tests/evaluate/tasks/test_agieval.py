@@ -56,8 +56,8 @@ def test_the_first_version_comes_first(tmp_path):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"label": "E"}, "'label' is 'E'; it must be a letter of an option"),
-        ({"label": None}, "'label' is None; it must be a letter of an option"),
+        ({"label": "E"}, "'label' is 'E'; it must be one of A, B, C, D"),
+        ({"label": None}, "'label' is None; it must be one of A, B, C, D"),
         ({"label": 2}, "'label' is 2; it must be one of A, B"),
         ({"options": ["(A)1", 2, "(C)3", "(D)4"]}, "it must be a list of texts"),
         ({"question": ""}, "'question' is empty"),
@@ -67,6 +67,29 @@ def test_damaged_rows(tmp_path, more, said):
     write_lines(tmp_path / "agieval" / "logiqa-zh.jsonl", [row(0), row(1, **more)])
     with pytest.raises(ValueError, match=f"logiqa-zh.jsonl:2: .*{said}"):
         TASK.load(tmp_path)
+
+
+def test_slips_of_the_release_are_left_out_and_named(tmp_path):
+    """Lines with a single backslash before a letter, lost options and letters without brackets are in data/v1."""
+    three = row(11, options=["(A)1", "(B)2", "(C)3"], label="D")
+    unbracketed = [row(n, options=[f"{letter} {letter}{n}" for letter in "ABCD"]) for n in range(3)]
+    path = write_lines(tmp_path / "agieval" / "data" / "v1" / "logiqa-zh.jsonl", [*unbracketed, three])
+    path.write_text(path.read_text() + '{"question": "$\\mathrm{x}", "options": []}\n')
+    loaded = TASK.load(tmp_path)
+    assert loaded.left_out == {
+        "neither four nor five options": 1,
+        "used as shots": 2,
+        "not JSON, as the benchmark released it": 1,
+    }
+    assert any(f"{path}:5: it is not JSON" in note and note.endswith("it is left out.") for note in loaded.notes)
+    number = loaded.examples[0].id[-1]
+    assert f"\nA. A{number}\nB. B{number}\n" in loaded.examples[0].question
+
+
+@pytest.mark.parametrize("options", [["A lot", "B", "C", "D"], ["(B)1", "(A)2", "(C)3", "(D)4"]])
+def test_options_that_only_look_marked_stay(tmp_path, options):
+    write_lines(tmp_path / "agieval" / "sat-en.jsonl", [row(n, options=options) for n in range(2)])
+    assert f"\nA. {options[0]}\nB. {options[1]}\n" in TASK.load(tmp_path).examples[0].question
 
 
 def test_every_file_of_the_benchmark_is_known():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from bc2_jax.evaluate.task import Judged
@@ -76,11 +78,10 @@ def test_what_is_wrong_is_named(data, path, content, said):
 
 
 def test_fewer_shots_and_the_released_dataset_of_hugging_face(tmp_path):
-    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
     for split, count in (("dev", 3), ("val", 2)):
         rows = [dict(zip(HEADER, map(str, row), strict=True)) for row in table(sums(count))[1:]]
         path = write(tmp_path / "ceval-exam" / "law" / f"{split}-00000-of-00001.parquet", "")
-        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        pq.write_table(pa.Table.from_pylist(rows), path)
     loaded = VAL.load(tmp_path)
     assert [len(one.shots) for one in loaded.examples] == [3, 3]
     assert loaded.examples[1].question.startswith("1 加 2 等于多少？\nA. 2\n")

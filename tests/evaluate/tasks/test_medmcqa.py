@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from bc2_jax.evaluate.tasks.medmcqa import TASK
@@ -45,11 +47,10 @@ def test_several_answers_are_left_out_and_what_may_be_either_is_said(tmp_path):
 
 
 def test_the_dataset_of_hugging_face(tmp_path):
-    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
     folder = tmp_path / "medmcqa" / "data"
     for split, numbers in (("validation", (1, 2)), ("train", range(8))):
         path = write(folder / f"{split}-00000-of-00001.parquet", "")
-        parquet.write_table(pyarrow.Table.from_pylist([row(n, 0) for n in numbers]), path)
+        pq.write_table(pa.Table.from_pylist([row(n, 0) for n in numbers]), path)
     loaded = TASK.load(tmp_path)
     assert [one.gold for one in loaded.examples] == [(1,), (2,)]
     assert "dev split is taken to count from 0, as usual in such files" in loaded.notes[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from bc2_jax.evaluate.task import fit_shots
@@ -38,7 +40,6 @@ def test_the_prompt_is_the_official_one(data):
 
 
 def test_the_dataset_of_hugging_face_is_the_same(data, tmp_path):
-    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
     there = TASK.load(data)
     records = [
         [{"question": question, "subject": "abstract_algebra", "choices": list(options), "answer": gold}
@@ -46,7 +47,7 @@ def test_the_dataset_of_hugging_face_is_the_same(data, tmp_path):
     ]  # fmt: skip
     folder = tmp_path / "hub" / "mmlu" / "abstract_algebra"
     path = write(folder / "dev-00000-of-00001.parquet", "")
-    parquet.write_table(pyarrow.Table.from_pylist(records[0]), path)
+    pq.write_table(pa.Table.from_pylist(records[0]), path)
     write_lines(folder / "test.jsonl", records[1])
     write(folder.parent / "all" / "test-00000-of-00001.parquet", "")
     assert TASK.load(tmp_path / "hub") == there

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from bc2_jax.evaluate.tasks.reading import (
@@ -81,11 +83,10 @@ def test_damaged_records(tmp_path, content, said):
 
 
 def test_records_of_every_kind_are_the_same(tmp_path):
-    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
     values = [{"question": "一", "answer": 1}, {"question": "b", "answer": 0}]
     write(tmp_path / "t.json", json.dumps(values))
     write(tmp_path / "t.jsonl", "\r\n".join(map(json.dumps, values)))
-    parquet.write_table(pyarrow.Table.from_pylist(values), tmp_path / "t.parquet")
+    pq.write_table(pa.Table.from_pylist(values), tmp_path / "t.parquet")
     for suffix in ("json", "jsonl", "parquet"):
         assert rows(tmp_path / f"t.{suffix}", needed=("question", "answer")) == values
 
