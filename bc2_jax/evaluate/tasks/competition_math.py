@@ -18,15 +18,16 @@ LONGEST_SHOT = 400
 _FIELDS = ("problem", "solution")
 _SOURCE = (
     "test/CATEGORY/NUMBER.json (and train/... for the shots, or shots.txt), each a JSON object with problem, level, "
-    "type and solution, as in MATH.tar of github.com/hendrycks/math, unpacked to DATA_DIR/math."
+    "type and solution, as in MATH.tar of github.com/hendrycks/math, unpacked to DATA_DIR/math; or "
+    "CATEGORY/test-*.parquet and CATEGORY/train-*.parquet of the Hugging Face dataset EleutherAI/hendrycks_math there."
 )
 
 
 def load(data_dir: Path) -> Loaded:
     """The test problems after 4 worked examples: of shots.txt, else short ones of the training problems."""
     names = ("math", "competition_math", "hendrycks_math")
-    folder = find_folder(data_dir, names, ("", "MATH"), lambda place: (place / "test").is_dir(), _SOURCE)
-    problems = [(name, row, _boxed(row)) for name, row in _problems(folder / "test")]
+    folder = find_folder(data_dir, names, ("", "MATH"), lambda place: _is_there(place, "test"), _SOURCE)
+    problems = [(name, row, _boxed(row)) for name, row in _problems(folder, "test")]
     if not problems:
         raise FileNotFoundError(f"{folder / 'test'} holds no CATEGORY/NUMBER.json: {_SOURCE}")
     shots, note = _find_shots(folder)
@@ -46,9 +47,16 @@ def load(data_dir: Path) -> Loaded:
     return Loaded(examples, notes=(note, *([f"{len(examples)} problems instead of {TEST_ITEMS}."] if short else ())))
 
 
-def _problems(folder: Path) -> Iterator[tuple[str, Row]]:
+def _is_there(folder: Path, split: str) -> bool:
+    return (folder / split).is_dir() or any(folder.glob(f"*/{split}-*.parquet"))
+
+
+def _problems(folder: Path, split: str) -> Iterator[tuple[str, Row]]:
     """(CATEGORY/NUMBER, problem), by category and number."""
-    for category in sorted(path for path in folder.iterdir() if path.is_dir()):
+    for category, tables in itertools.groupby(sorted(folder.glob(f"*/{split}-*.parquet")), lambda path: path.parent):
+        rows = itertools.chain.from_iterable(read_rows(table, needed=_FIELDS) for table in tables)
+        yield from ((f"{category.name}/{number}", row) for number, row in enumerate(rows))
+    for category in sorted(path for path in folder.glob(f"{split}/*") if path.is_dir()):
         files = [path for path in category.iterdir() if path.suffix == ".json" and not path.name.startswith(".")]
         for path in sorted(files, key=lambda path: (not path.stem.isdecimal(), path.stem.zfill(9))):
             rows = list(read_rows(path, needed=_FIELDS))
@@ -69,14 +77,14 @@ def _find_shots(folder: Path) -> tuple[tuple[str, ...], str]:
     if own.is_file():
         _, texts = read_shots(own, "Problem:", "Solution:", SHOTS)
         return tuple(f"{text}\n\n" for text in texts), f"Shots: the first {SHOTS} of {own}."
-    if not (folder / "train").is_dir():
+    if not _is_there(folder, "train"):
         raise FileNotFoundError(
             f"The shots of MATH are missing: {own} (worked examples as text, each 'Problem:', the problem, 'Solution:' "
             f"and the solution), or the training problems in {folder / 'train'}."
         )
     # One of each category, so that the shots are not all of algebra.
     short: list[Row] = []
-    for _, found in itertools.groupby(_problems(folder / "train"), key=lambda pair: pair[0].partition("/")[0]):
+    for _, found in itertools.groupby(_problems(folder, "train"), key=lambda pair: pair[0].partition("/")[0]):
         if len(short) < SHOTS:
             short += list(itertools.islice((row for _, row in found if _is_short(row)), 1))
     if len(short) < SHOTS:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from bc2_jax.evaluate.task import Example
 from bc2_jax.evaluate.tasks.competition_math import TASK, judge
@@ -48,6 +50,18 @@ def test_examples(tmp_path):
         "Final Answer: The final answer is $2$. I hope it is correct.\n\n"
     )
     assert "not Minerva's four" in loaded.notes[0] and loaded.notes[1] == "15 problems instead of 5000."
+
+
+def test_tables(tmp_path):
+    for category in CATEGORIES:
+        for split, count in (("test", 2), ("train", 1)):
+            rows = [json.loads(problem(n, r"\boxed{PLACE}")) for n in range(count)]
+            (tmp_path / "hendrycks_math" / category).mkdir(parents=True, exist_ok=True)
+            table = pyarrow.Table.from_pylist(rows)
+            parquet.write_table(table, tmp_path / "hendrycks_math" / category / f"{split}-00000-of-00001.parquet")
+    examples = TASK.load(tmp_path).examples
+    assert [example.id for example in examples[:3]] == ["algebra/0", "algebra/1", "counting_and_probability/0"]
+    assert len(examples) == 10 and len(examples[0].shots) == 4 and examples[1].target == "1"
 
 
 def test_shots_of_the_user(tmp_path):
