@@ -261,7 +261,10 @@ def ask_lm_eval(args: argparse.Namespace, console: Console, path: Path) -> None:
     model = Model(path, args.adapter, args.dtype, args.max_length)
     bar, say = show_progress(make_console(stderr=True))
     # Answers are kept as they come, so that the same command goes on where it was; by one process only.
-    kept = {"cache": out_of(args) / "lm_eval" / "cache", "identity": json.dumps(model.describe(), sort_keys=True)}
+    kept: dict[str, Any] = {
+        "cache": out_of(args) / "lm_eval" / "cache",
+        "identity": json.dumps(model.describe(), sort_keys=True),
+    }
     with bar:
         results = lm_eval.run_lm_eval(
             lambda: load_scorer(model, mesh, **options), names_in(args.lm_eval), include_path=args.include_path,
