@@ -155,7 +155,8 @@ def test_the_program_without_the_extra(model, tmp_path, capsys, monkeypatch):
         (["--stride", "257"], "--stride = 257 is not valid: a window has 256 tokens"),
         (["--language", "*.en=en"], "--language = '*.en=en' is not valid"),
         (["--limit", "0"], "--limit = 0 is not valid"),
-        (["--text-field", "body"], "FILES: there is no text in"),
     ):
         assert perplexity.main([str(model), *files, *wrong]) == 1
         assert message in capsys.readouterr().err
+    assert perplexity.main([str(model), files[0], "--text-field", "body"]) == 1
+    assert "FILES: there is no text in" in capsys.readouterr().err
