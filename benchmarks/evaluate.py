@@ -53,7 +53,7 @@ def make_requests(subjects: int, questions: int, texts: int) -> dict[str, Any]:
     lines = [line.strip() for text in source for line in text.splitlines() if len(line) > 30]
 
     def question() -> str:
-        options = "".join(f"\n{letter}. {random.choice(lines)[:60]}" for letter in "ABCD")
+        options = "".join(f"\n{letter}. {random.choice(lines)[:40]}" for letter in "ABCD")
         return f"{random.choice(lines)} {random.choice(lines)}{options}\nAnswer:"
 
     letters = []

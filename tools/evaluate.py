@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import math
 import sys
 import time
@@ -54,6 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--shots", type=int, metavar="N", help="the first N solved examples of each prompt (default: all it has)")
     add("--lm-eval", metavar="A,B,...", help="tasks of lm-eval instead (pip install -e '.[eval]')")
     add("--include-path", type=Path, metavar="YAMLS", help="with --lm-eval: a folder of tasks of your own")
+    add("--chat", action="store_true", default=None, help="with --lm-eval: ask in the format of our chat models")
     add("--list", action="store_true", help="the benchmarks there are, and which files they need")
     add = parser.add_argument_group("of which model").add_argument
     add("--checkpoints", metavar="WHICH", help="of a run: all, permanent, or steps such as 1000,2000")
@@ -93,7 +95,12 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"one of --tasks, --lm-eval, --compare and --list says what to do: {found}.")
     if (args.model is None) != (given[0] in ("--compare", "--list")):
         raise ValueError(f"{given[0]} needs {'a MODEL' if args.model is None else 'no MODEL'}.")
-    for name, needs in (("data_dir", "--tasks"), ("checkpoints", "--tasks"), ("include_path", "--lm-eval")):
+    for name, needs in (
+        ("data_dir", "--tasks"),
+        ("checkpoints", "--tasks"),
+        ("include_path", "--lm-eval"),
+        ("chat", "--lm-eval"),
+    ):
         if getattr(args, name) is not None and needs != given[0]:
             raise ValueError(f"--{name.replace('_', '-')} goes with {needs} alone.")
     if args.tasks and args.data_dir is None:
@@ -243,6 +250,8 @@ def draw_curve(
 
 
 def ask_lm_eval(args: argparse.Namespace, console: Console, path: Path) -> None:
+    import jax
+
     from bc2_jax.evaluate import lm_eval
     from bc2_jax.evaluate.evaluation import load_scorer
     from bc2_jax.evaluate.identity import Model
@@ -251,14 +260,18 @@ def ask_lm_eval(args: argparse.Namespace, console: Console, path: Path) -> None:
     options = {} if args.rows is None else {"rows": args.rows}
     model = Model(path, args.adapter, args.dtype, args.max_length)
     bar, say = show_progress(make_console(stderr=True))
+    # Answers are kept as they come, so that the same command goes on where it was; by one process only.
+    kept: dict[str, Any] = {
+        "cache": out_of(args) / "lm_eval" / "cache",
+        "identity": json.dumps(model.describe(), sort_keys=True),
+    }
     with bar:
         results = lm_eval.run_lm_eval(
-            load_scorer(model, mesh, **options), names_in(args.lm_eval), include_path=args.include_path,
-            shots=args.shots, limit=args.limit, progress=lambda done, count: say("lm-eval", done, count),
+            lambda: load_scorer(model, mesh, **options), names_in(args.lm_eval), include_path=args.include_path,
+            name=str(path), shots=args.shots, limit=args.limit, chat=bool(args.chat),
+            progress=lambda done, count: say("lm-eval", done, count), **(kept if jax.process_count() == 1 else {}),
         )  # fmt: skip
     console.print(lm_eval.tabulate(results))
-    import jax
-
     if jax.process_index() == 0:
         paths = lm_eval.write_results(results, out_of(args) / "lm_eval")
         console.print(f"written to {', '.join(here(path) for path in paths)}")

@@ -12,8 +12,8 @@ class EvaluateConfig:
     """Benchmarks at some of the evaluations; their figures are metrics validation_TASK_accuracy and the like."""
 
     tasks: tuple[str, ...] = ()
-    """Names of benchmarks (docs/evaluation.md), such as ceval; none by default. Those that run code are not possible
-    here."""
+    """Names of benchmarks (docs/evaluation.md), such as ceval,mmlu, with commas or blanks between them. Those that run
+    code are not possible here."""
     data_dir: str | None = None
     """Folder of the benchmarks' released files."""
     limit: int = 200
@@ -35,6 +35,11 @@ class EvaluateConfig:
         require(
             self.shots is None or self.shots >= 0, "evaluate.shots", self.shots, "it must be at least 0, or None"
         )  # fmt: skip
+
+    @property
+    def names(self) -> list[str]:
+        """Those of `tasks`, one by one."""
+        return [name.strip() for text in self.tasks for name in text.split(",") if name.strip()]
 
     def check_every(self, eval_every: int) -> None:
         """Raises ValueError unless benchmarks are asked at evaluations, which are every `eval_every` steps."""

@@ -212,8 +212,8 @@ def _ask_to_write(task: Task, examples: Sequence[Example], scorer: Scorer, progr
     records = []
     for example, prompt, one in zip(examples, fitted, written, strict=True):
         record = _about(example, prompt) | {
-            "cut": one.cut, "text": one.text, "reason": one.reason, "tokens": one.tokens, "target": example.target,
-            "answers": {}, "right": {}, "near_tie": False,
+            "cut": one.cut, "text": one.text, "reason": one.reason, "tokens": one.tokens, "most_tokens": most,
+            "target": example.target, "answers": {}, "right": {}, "near_tie": False,
         }  # fmt: skip
         if task.kind == "generation" and task.judge is not None:
             verdict = task.judge(example, one.text)

@@ -33,7 +33,7 @@ def with_tasks(config: RunConfig, start: Start, job: Job) -> Job:
     legal = "this kind of run has no language model to ask"
     require(build is not None, "evaluate.tasks", asked.tasks, legal)
     assert build is not None
-    questions = read_questions(asked.tasks, Path(str(asked.data_dir)), limit=asked.limit or None, shots=asked.shots)
+    questions = read_questions(asked.names, Path(str(asked.data_dir)), limit=asked.limit or None, shots=asked.shots)
     for one in questions:
         legal = f"{one.task.name} is judged by running code, which a run does not do; ask it by tools/evaluate.py"
         require(one.task.kind != "code", "evaluate.tasks", asked.tasks, legal)

@@ -242,7 +242,8 @@ def read_generation(given: Mapping[str, Any]) -> tuple[list[str], int, dict[str,
 
 
 def run_lm_eval(
-    scorer: Scorer, tasks: Sequence[str], *, include_path: str | Path | Sequence[str | Path] | None = None,
+    scorer: Scorer | Callable[[], Scorer], tasks: Sequence[str], *,
+    include_path: str | Path | Sequence[str | Path] | None = None,
     name: str = "bc2_jax", shots: int | None = None, limit: float | None = None, chat: bool = False,
     system: str | None = None, cache: Path | None = None, identity: str = "", progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
@@ -252,8 +253,8 @@ def run_lm_eval(
     lm-eval, which are only looked at if a name is not in `include_path`, as that takes a while. `shots` and `limit` are
     lm-eval's. `chat` asks in our chat format, after the `system` text. `cache` is a folder in which answers are kept
     for the next call with the same `identity`, which must say all that an answer depends on beside the request: lm-eval
-    knows answers by their request alone. Raises ValueError for tasks that there are not, data that is not there, and
-    settings that we do not have.
+    knows answers by their request alone. A `scorer` that is still to be loaded is called once the tasks are known to be
+    there. Raises ValueError for tasks that there are not, data that is not there, and settings that we do not have.
     """
     require(len(tasks) > 0, "tasks", list(tasks), "at least one is needed")
     require(cache is None or bool(identity), "identity", identity, "a cache needs to know what the answers are of")
@@ -262,7 +263,7 @@ def run_lm_eval(
     from lm_eval import simple_evaluate
 
     manager = _find_tasks(tasks, include_path)
-    model = LmEvalModel(scorer, progress, name)
+    model = LmEvalModel(scorer if isinstance(scorer, Scorer) else scorer(), progress, name)
     kept = None if cache is None else str(cache / hashlib.sha256(f"{identity} {chat}".encode()).hexdigest()[:32])
     try:
         return simple_evaluate(

@@ -9,7 +9,7 @@ from typing import Any
 
 from bc2_jax.evaluate.asking import Questions
 from bc2_jax.evaluate.records import Record, gold_log_prob, judged_of
-from bc2_jax.evaluate.task import Metric
+from bc2_jax.evaluate.task import Metric, Task
 
 
 def summarize(questions: Questions, records: Sequence[Record], letter: str = "as_shown") -> dict[str, Any]:
@@ -44,8 +44,16 @@ def summarize(questions: Questions, records: Sequence[Record], letter: str = "as
         "unjudged": sum(not record["right"] for record in records),
         "left_out": dict(questions.left_out),
         "paper": dict(task.paper), "paper_source": task.paper_source,
-        "notes": [*task.notes, *questions.notes],
+        "notes": [*task.notes, *questions.notes, *_shorter(task, records)],
     }  # fmt: skip
+
+
+def _shorter(task: Task, records: Sequence[Record]) -> list[str]:
+    """Whether answers had less room than the benchmark gives them."""
+    most = min((record.get("most_tokens", task.max_new_tokens) for record in records), default=0)
+    if most >= task.max_new_tokens:
+        return []
+    return [f"Answers have at most {most} tokens, half of the model's length, instead of {task.max_new_tokens}."]
 
 
 def mean(values: Iterable[float]) -> float | None:

@@ -18,6 +18,7 @@ from bc2_jax.config import (
     CheckpointConfig,
     ComputeConfig,
     DataConfig,
+    EvaluateConfig,
     LoraConfig,
     MeshConfig,
     ModelConfig,
@@ -147,6 +148,7 @@ def test_what_is_not_valid_is_refused(config, full, adapted, tmp_path):
         ({"init_from": None}, "a reward model begins from"),
         ({"sample": SampleConfig(prompts=("a",))}, "sample.prompts"),
         ({"ngram_baselines": True}, "ngram_baselines"),
+        ({"evaluate": EvaluateConfig(tasks=("ceval",), data_dir="x")}, "evaluate.tasks"),
         ({"model": dataclasses.replace(MODEL, position_embedding="alibi")}, "export_hf"),
     ):
         with pytest.raises(ValueError, match=told):

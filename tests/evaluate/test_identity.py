@@ -48,7 +48,7 @@ def test_a_folder_is_of_one_model_and_one_set_of_prompts(model, asked, tmp_path)
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             claim(out, about | change, asked("quiz"))
-    with pytest.raises(ValueError, match="records of other prompts of quiz .2 shots, now 1 shots"):
+    with pytest.raises(ValueError, match="records of other prompts of quiz .2 shots, now 1.: choose"):
         claim(out, about, asked("third", "quiz", shots=1))
     assert (out / "evaluation.json").read_bytes() == before
 

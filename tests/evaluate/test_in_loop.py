@@ -32,7 +32,7 @@ def config(small_run, monkeypatch):
     monkeypatch.setattr(asking, "find_task", tasks.__getitem__)
     monkeypatch.setattr(in_loop, "Scorer", lambda model, tokenizer: FakeScorer(tokenizer, seed=model))
     return dataclasses.replace(
-        small_run, eval_every=2, num_steps=9, evaluate=EvaluateConfig(tasks=("quiz", "written"), data_dir="x", every=4)
+        small_run, eval_every=2, num_steps=9, evaluate=EvaluateConfig(tasks=("quiz,written",), data_dir="x", every=4)
     )
 
 

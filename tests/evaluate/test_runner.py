@@ -128,6 +128,12 @@ def test_a_judge_of_the_user(read, tokenizer, tmp_path):
     assert other["metrics"]["judged"]["value"] == 100
 
 
+def test_less_room_than_the_benchmark_gives_is_told(read, tokenizer, tmp_path):
+    results = run_task(read(to_write(3)), lambda: FakeScorer(tokenizer, max_length=6), tmp_path)
+    assert results["notes"] == ["Answers have at most 3 tokens, half of the model's length, instead of 4."]
+    assert run_task(read(to_write(3)), lambda: FakeScorer(tokenizer), tmp_path / "long")["notes"] == []
+
+
 @pytest.mark.parametrize("content", [b"no\n", b'{"id": 1}\n', b"[]\n"])
 def test_a_file_that_holds_something_else_is_named(content, read, tokenizer, tmp_path):
     (tmp_path / "records.jsonl").write_bytes(content)

@@ -16,6 +16,7 @@ os.environ["HF_HOME"] = _CACHE.name  # datasets writes its tables there
 import pytest  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # noqa: E402
 
 import bc2_jax  # noqa: E402
 from bc2_jax.align.chat import encode_prompt  # noqa: E402
@@ -24,6 +25,7 @@ from bc2_jax.evaluate import Scorer  # noqa: E402
 from bc2_jax.evaluate.encoding import Request  # noqa: E402
 from bc2_jax.evaluate.lm_eval import LmEvalModel, read_generation, run_lm_eval, tabulate, write_results  # noqa: E402
 from bc2_jax.tokenizer import Tokenizer  # noqa: E402
+from tools import evaluate  # noqa: E402
 
 EVALS = Path(__file__).parents[1] / "golden" / "evals"
 GOLDEN = json.loads((EVALS / "golden.json").read_text("utf-8"))
@@ -133,6 +135,16 @@ def test_as_lm_evals_backend_on_the_llama_layout(scorer, tmp_path):
     assert ours.generate_until(asked) == theirs.generate_until(asked)
 
 
+def test_a_stride_is_lm_evals_context_of_its_windows(scorer):
+    text = json.loads((EVALS / "data" / "ppl.jsonl").read_text("utf-8").splitlines()[4])["text"]
+    ids = scorer.tokenizer.encode(text)
+    windows = get_rolling_token_windows(ids, scorer.prefix_id, 256, context_len=256 - 100 + 1)
+    requests = [Request(*pair) for pair in map(make_disjoint_window, windows)]
+    assert len(requests) == 1 + -(-(len(ids) - 256) // 100)
+    expected = sum(score.log_prob for score in scorer.score(requests))
+    assert math.isclose(scorer.rolling([text], stride=100)[0], expected, rel_tol=1e-6)
+
+
 def test_chat_is_asked_with_the_ids_of_a_chat_model(scorer):
     model = LmEvalModel(scorer)
     history = [{"role": "system", "content": "简短。"}, {"role": "user", "content": "曹操 <reserved_107>"}]
@@ -167,6 +179,20 @@ def test_a_cache_is_of_one_model(scorer, tasks, tmp_path):
         run("")
 
 
+def test_the_program(tasks, tmp_path, capsys):
+    """It goes on where it was."""
+    shutil.copytree(EVALS / "model", tmp_path / "model")
+    shutil.copy(EVALS / "tokenizer" / "tokenizer.model", tmp_path / "model")
+    options = ["--lm-eval", "g_cloze", "--include-path", str(tasks), "--out", str(tmp_path / "out")]
+    for _ in range(2):
+        assert evaluate.main([str(tmp_path / "model"), *options]) == 0, capsys.readouterr().err
+    assert len(list((tmp_path / "out" / "lm_eval" / "cache").iterdir())) == 1
+    written = json.loads((tmp_path / "out" / "lm_eval" / "results.json").read_text("utf-8"))
+    found = {name.split(",")[0]: value for name, value in written["results"]["g_cloze"].items()}
+    assert found.items() >= GOLDEN["results"]["g_cloze"].items()
+    assert written["config"]["model"] == str(tmp_path / "model")
+
+
 def test_results_are_written_and_shown(results, tmp_path):
     paths = write_results(results, tmp_path / "out")
     assert [path.name for path in paths] == ["results.json", *(f"samples_{task}.jsonl" for task in results["samples"])]
@@ -196,7 +222,7 @@ def test_what_is_not_there_is_said(scorer, tasks, tmp_path, monkeypatch):
 
     monkeypatch.setattr("lm_eval.tasks.TaskManager", OnlyThese)
     with pytest.raises(ValueError, match="no task 'g_clozes' among its own and below .*; did you mean 'g_cloze'"):
-        run_lm_eval(scorer, ["g_clozes"], include_path=tasks)
+        run_lm_eval(lambda: pytest.fail("the model is loaded"), ["g_clozes"], include_path=tasks)
     with pytest.raises(ValueError, match="include_path = .* is not valid: there is no such folder"):
         run_lm_eval(scorer, ["g_cloze"], include_path=tmp_path / "none")
     (tmp_path / "a.yaml").write_text((EVALS / "tasks" / "g_ppl.yaml").read_text("utf-8"), "utf-8")
