@@ -7,7 +7,7 @@ at most for the end of a group of decoding steps, and at the very end for each o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,13 +16,18 @@ from bc2_jax.infer import engine
 from bc2_jax.infer.engine import Decoding, Prepared, Reason
 from bc2_jax.infer.generate import Continuation, bucket, check_prompts, read_rows
 from bc2_jax.infer.sampling import Sampling, Settings, is_whole, sampling_of
-from bc2_jax.sharding import parts, to_host, use_mesh_of
+from bc2_jax.sharding import from_host, parts, to_host, use_mesh_of
 from bc2_jax.validation import require
 
 GROUP = 8
 """Decoding steps after which rows that have ended are given new prompts, by default. A row waits for half of them on
 average, so of answers of n tokens 4 / n of the work is lost; and the host, which looks at the rows between two groups,
 takes less than a step's time for it."""
+
+
+Stops = Callable[[dict[int, list[int]]], Collection[int]]
+"""Called after each group with the new tokens so far of the prompts that are being continued, by their places; answers
+which of them need no more."""
 
 
 class Stopped(Exception):
@@ -90,6 +95,7 @@ def continue_many(
     prefill_rows: int | None = None,
     group: int = GROUP,
     progress: Callable[[str], bool] | None = None,
+    stops: Stops | None = None,
 ) -> tuple[list[Continuation], RefillStats]:
     """The continuation of each prompt, as `continue_prompts` gives it, and how well the rows were used.
 
@@ -106,7 +112,8 @@ def continue_many(
     `log_probs` are of the logits as the model gave them, divided by `log_prob_temperature`: give the temperature of
     `settings` to have the log-probabilities of what is sampled from, if settings cut nothing off.
 
-    `progress` is told after each group how many continuations are done; all processes must return the same.
+    `progress` is told after each group how many continuations are done; all processes must return the same. `stops` may
+    end continuations after each group: their reason is "stopped", their tokens are all that there are by then.
 
     Raises ValueError as `continue_prompts`, for a prompt longer than prompt_slots, and for rows, prefill_rows or group
     that are not valid; `Stopped` as soon as progress returns False.
@@ -124,7 +131,7 @@ def continue_many(
         rollout = _Rollout(prepared, prompts, settings, shapes, log_prob_temperature if log_probs else None)
         while rollout.done < len(prompts):
             rollout.refill()
-            rollout.decode(group)
+            rollout.decode(group, stops)
             if progress is not None and not progress(f"answer {rollout.done} of {len(prompts)}"):
                 raise Stopped
         return rollout.result()
@@ -173,18 +180,32 @@ class _Rollout:
             self._prompt_of |= {row: prompt for row, (_, prompt) in zip(rows_to, taken, strict=True)}
             self._step_B[rows_to] = 1
 
-    def decode(self, steps: int) -> None:
-        """At most so many tokens more of each row; takes the continuations of those that end."""
+    def decode(self, steps: int, stops: Stops | None) -> None:
+        """At most so many tokens more of each row; takes the continuations of those that end or that `stops` names."""
         decoding = engine.decode(self._prepared, self._decoding, top_k=self._top_k, steps=steps)
         self._decoding = decoding
         step_B, reason_B = np.array(to_host(decoding.step_B)), to_host(decoding.reason_B)
         gained_B, self._step_B = step_B - self._step_B, step_B
         self._decode_steps += int(gained_B.max())
         self._row_steps_used += int(gained_B.sum())
+        if stops is not None:
+            reason_B = self._stop(stops, step_B, reason_B)
         ended = [row for row in self._prompt_of if reason_B[row] != Reason.RUNNING]
         if ended:
             found = read_rows(decoding, ended, step_B, reason_B)
             self._found |= {self._prompt_of.pop(row): c for row, c in zip(ended, found, strict=True)}
+
+    def _stop(self, stops: Stops, step_B: np.ndarray, reason_B: np.ndarray) -> np.ndarray:
+        """`reason_B` with the rows that `stops` names cancelled, here and on the device."""
+        running = [row for row in self._prompt_of if reason_B[row] == Reason.RUNNING]
+        so_far = read_rows(self._decoding, running, step_B, reason_B) if running else []
+        named = stops({self._prompt_of[row]: c.tokens for row, c in zip(running, so_far, strict=True)})
+        stopped = [row for row in running if self._prompt_of[row] in named]
+        if stopped:
+            reason_B = reason_B.copy()
+            reason_B[stopped] = Reason.CANCELLED
+            self._decoding = self._decoding._replace(reason_B=from_host(reason_B))
+        return reason_B
 
     def result(self) -> tuple[list[Continuation], RefillStats]:
         """All continuations in the order of their prompts, once all have ended."""

@@ -30,6 +30,8 @@ class TokenLogProbs(NamedTuple):
     """fp32, of every position, its label IGNORED or not."""
     argmax: Array
     """int32: the token with the largest logit, the first of equals, of every position; 2^31 - 1 if a logit is NaN."""
+    margin: Array
+    """fp32: the label's logit less the largest of all others, 0 where it is IGNORED; has no gradient."""
 
 
 def token_log_probs(h_BTD: Array, rows_VD: Array, labels_BT: Array, chunk: int) -> TokenLogProbs:
@@ -80,12 +82,16 @@ def _local_forward(h_BTD, rows_VD, labels_BT, *, chunk, on_mesh=False):
 
     def run_chunk(_, inputs):
         h_TD, labels_T = inputs
-        logits = head.statistics(head.logits(h_TD), labels_T)
+        logits_TV = head.logits(h_TD)
+        logits = head.statistics(logits_TV, labels_T)
         log_total_T = jnp.log(logits.total_T)
         log_prob_T = jnp.where(labels_T == IGNORED, 0, logits.label_logit_T - logits.max_T - log_total_T)
         argmax_T = jnp.where(logits.is_max_TV, head.ids_V, NO_TOKEN).min(-1).astype(jnp.int32)
         argmax_T = over(jax.lax.pmin, argmax_T, head.vocab_axes)
-        return None, (TokenLogProbs(log_prob_T, logits.max_T, argmax_T), log_total_T)
+        # Where nothing uses it, the compiler leaves it out.
+        others_T = head.largest(jnp.where(logits.is_label_TV, -jnp.inf, logits_TV))
+        margin_T = jnp.where(labels_T == IGNORED, 0, logits.label_logit_T - others_T)
+        return None, (TokenLogProbs(log_prob_T, logits.max_T, argmax_T, margin_T), log_total_T)
 
     _, chunks = jax.lax.scan(run_chunk, None, (cut_tokens(h_BTD, chunk), cut_tokens(labels_BT, chunk, IGNORED)))
     return jax.tree.map(lambda x_CT: join_tokens(x_CT, *labels_BT.shape), chunks)
@@ -113,7 +119,9 @@ def _forward(h_BTD, rows_VD, labels_BT, chunk, rules):
 
 def _backward(chunk, rules, kept, cotangents):
     h_BTD, rows_VD, tokens, asked = kept
-    d_log_prob, d_largest_logit, _ = (None if isinstance(d, SymbolicZero) else d for d in cotangents)
+    d_log_prob, d_largest_logit, _, d_margin = (None if isinstance(d, SymbolicZero) else d for d in cotangents)
+    if d_margin is not None:
+        raise ValueError("TokenLogProbs.margin has no gradient: stop it before.")
     if d_log_prob is None:
         d_log_prob = jnp.zeros_like(tokens.log_total)
     tokens = tokens._replace(d_log_prob=d_log_prob, d_largest_logit=d_largest_logit)

@@ -35,7 +35,10 @@ def whole_logits(h_BTD, rows_VD, labels_BT, chunk=None) -> TokenLogProbs:
     labels_BT1 = jnp.where(labels_BT == IGNORED, 0, labels_BT)[..., None]
     log_prob_BT = jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), labels_BT1, axis=-1)[..., 0]
     log_prob_BT = jnp.where(labels_BT == IGNORED, 0, log_prob_BT)
-    return TokenLogProbs(log_prob_BT, logits_BTV.max(-1), logits_BTV.argmax(-1).astype(jnp.int32))
+    is_label_BTV = jnp.arange(len(rows_VD)) == labels_BT1
+    label_BT, others_BT = (jnp.where(mask, logits_BTV, -jnp.inf).max(-1) for mask in (is_label_BTV, ~is_label_BTV))
+    margin_BT = jnp.where(labels_BT == IGNORED, 0, label_BT - others_BT)
+    return TokenLogProbs(log_prob_BT, logits_BTV.max(-1), logits_BTV.argmax(-1).astype(jnp.int32), margin_BT)
 
 
 def values_and_gradients(function, chunk, h_BTD, rows_VD, labels_BT, *weights_BT):

@@ -1,0 +1,28 @@
+"""Evaluation: scores of texts under a model, the benchmarks of the paper, scaling laws.
+
+scorer = Scorer(bc2_jax.load_pretrained(path), tokenizer)
+[(log_prob, is_greedy)] = scorer.loglikelihood([("白日依山尽，", "黄河入海流")])
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bc2_jax.evaluate.scorer import Scorer
+
+__all__ = ["Scorer", "scaling"]
+
+
+def __getattr__(name: str) -> Any:
+    # At first use: neither needs the other, and fitting a law needs no JAX.
+    if name == "Scorer":
+        return importlib.import_module("bc2_jax.evaluate.scorer").Scorer
+    if name == "scaling":
+        return importlib.import_module("bc2_jax.evaluate.scaling")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,184 @@
+"""Sequences of tokens -> rows in which what several of them begin with stands once.
+
+A row holds documents of `kernels.segments`: a trunk, and branches that go on from it. Sequences are compared by their
+ids alone, so nobody has to say which requests belong together: the shots of a subject, or a question with several
+continuations, become trunks by themselves.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from bc2_jax.kernels.segments import TRUNK_BITS
+
+MOST_BRANCHES = 2 ** (31 - TRUNK_BITS) - 1
+"""Of one trunk in a row, as an int32 segment counts them; more of them have the trunk again."""
+
+
+class Document(NamedTuple):
+    """A trunk and its branches, a part of a row."""
+
+    trunk: np.ndarray
+    branches: list[np.ndarray]
+
+    @property
+    def length(self) -> int:
+        return len(self.trunk) + sum(map(len, self.branches))
+
+
+class Place(NamedTuple):
+    """Where a sequence stands: its first tokens in a trunk, the others in a branch of it."""
+
+    row: int
+    trunk_start: int
+    """Column of its first token."""
+    trunk_length: int
+    branch_start: int
+    """Column of its token number `trunk_length`."""
+
+    def columns(self, first: int, end: int) -> np.ndarray:
+        """Of its tokens first..end - 1."""
+        tokens = np.arange(first, end)
+        in_trunk = tokens < self.trunk_length
+        return tokens + np.where(in_trunk, self.trunk_start, self.branch_start - self.trunk_length)
+
+
+class Plan(NamedTuple):
+    """Rows of at most `length` tokens, and where each sequence stands in them."""
+
+    length: int
+    rows: list[list[Document]]
+    places: list[Place]
+
+    @property
+    def tokens(self) -> int:
+        """Without padding."""
+        return sum(document.length for row in self.rows for document in row)
+
+
+def plan_rows(sequences: Sequence[np.ndarray], length: int) -> Plan:
+    """Rows for `sequences` of int32 ids, each of 1..length tokens.
+
+    A sequence that another one begins with takes no room of its own. The rows depend on what is among the sequences,
+    not on their order.
+    """
+    leaves, leaf_of = _find_leaves(sequences)
+    chunks = []  # (first leaf's trunk length, leaves) of each document
+    for first, end, trunk in _choose_trunks([len(leaf) for leaf in leaves], _common_lengths(leaves), length):
+        branches = [len(leaves[i]) - trunk for i in range(first, end)]
+        if end - first == 1:
+            chunks.append((trunk, [first]))
+            continue
+        packed = pack_bins(branches, length - trunk, MOST_BRANCHES)
+        chunks += [(trunk, [first + i for i in numbers]) for numbers in packed]
+    sizes = [trunk + sum(len(leaves[i]) - trunk for i in numbers) for trunk, numbers in chunks]
+    rows: list[list[Document]] = []
+    leaf_places: dict[int, Place] = {}
+    for row, in_row in enumerate(pack_bins(sizes, length)):
+        rows.append([])
+        start = 0
+        for chunk in in_row:
+            trunk, numbers = chunks[chunk]
+            column = start + trunk
+            for i in numbers:
+                leaf_places[i] = Place(row, start, trunk, column)
+                column += len(leaves[i]) - trunk
+            branches_of = [leaves[i][trunk:] for i in numbers if len(leaves[i]) > trunk]
+            rows[-1].append(Document(leaves[numbers[0]][:trunk], branches_of))
+            start = column
+    return Plan(length, rows, [leaf_places[leaf] for leaf in leaf_of])
+
+
+def pack_bins(sizes: Sequence[int], capacity: int, most: int | None = None) -> list[list[int]]:
+    """The numbers of the items in each bin, best fit by decreasing size; at most `most` items in a bin."""
+    bins: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (room, bin), sorted
+    for item in sorted(range(len(sizes)), key=lambda item: -sizes[item]):
+        at = bisect.bisect_left(free, (sizes[item], -1))
+        if at == len(free):
+            bins.append([])
+            room, chosen = capacity, len(bins) - 1
+        else:
+            room, chosen = free.pop(at)
+        bins[chosen].append(item)
+        if room > sizes[item] and (most is None or len(bins[chosen]) < most):
+            bisect.insort(free, (room - sizes[item], chosen))
+    return bins
+
+
+def _find_leaves(sequences: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[int]]:
+    """The sequences that no other one begins with, sorted and each once; and for each sequence one that begins so."""
+    keys = [np.asarray(ids, ">i4").tobytes() for ids in sequences]  # ids are not negative, so bytes sort as they do
+    leaves: list[int] = []
+    leaf_of = [0] * len(keys)
+    for number in sorted(range(len(keys)), key=lambda number: keys[number], reverse=True):
+        # Whatever stands between a beginning and what begins so, begins so too.
+        if not leaves or not keys[leaves[-1]].startswith(keys[number]):
+            leaves.append(number)
+        leaf_of[number] = len(leaves) - 1
+    last = len(leaves) - 1
+    return [np.asarray(sequences[leaf]) for leaf in reversed(leaves)], [last - leaf for leaf in leaf_of]
+
+
+def _common_lengths(leaves: Sequence[np.ndarray]) -> list[int]:
+    """How many tokens each leaf and the next begin with alike."""
+    found = []
+    for a, b in zip(leaves, leaves[1:], strict=False):
+        shorter = min(len(a), len(b))
+        differs = a[:shorter] != b[:shorter]
+        found.append(int(differs.argmax()) if differs.any() else shorter)
+    return found
+
+
+class _Node:
+    """Neighbouring leaves that begin alike with `depth` tokens, and the cheapest way found to group them."""
+
+    def __init__(self, depth: int):
+        self.depth, self.tokens, self.count = depth, 0, 0
+        self.cost = 0
+        self.groups: list[tuple[int, int, int]] = []
+        """(first leaf, end, trunk)."""
+
+    @classmethod
+    def leaf(cls, number: int, length: int) -> _Node:
+        node = cls(length)
+        node.tokens, node.count, node.cost, node.groups = length, 1, length, [(number, number + 1, length)]
+        return node
+
+    def add(self, child: _Node) -> None:
+        self.tokens, self.count, self.cost = (
+            self.tokens + child.tokens, self.count + child.count, self.cost + child.cost,
+        )  # fmt: skip
+        self.groups += child.groups
+
+    def close(self, row: int) -> _Node:
+        """With its leaves as branches of one trunk, if that takes fewer tokens; every row of them has the trunk."""
+        branches = self.tokens - self.count * self.depth
+        rows = max(math.ceil(branches / (row - self.depth)), math.ceil(self.count / MOST_BRANCHES))
+        cost = branches + rows * self.depth
+        if cost < self.cost:
+            self.cost, self.groups = cost, [(self.groups[0][0], self.groups[-1][1], self.depth)]
+        return self
+
+
+def _choose_trunks(lengths: list[int], common: list[int], row: int) -> Iterator[tuple[int, int, int]]:
+    """(first leaf, end, tokens of their trunk) of each group of neighbouring leaves; of one leaf all is trunk.
+
+    Goes once over the tree of common beginnings, whose inner nodes on the way to the newest leaf are `open`.
+    """
+    root = _Node(0)
+    open_ = [root]
+    for number, (length, depth) in enumerate(zip(lengths, [*common, 0], strict=True)):
+        node = _Node.leaf(number, length)
+        while open_[-1].depth > depth:
+            open_[-1].add(node)
+            node = open_.pop().close(row)
+        if open_[-1].depth < depth:
+            open_.append(_Node(depth))
+        open_[-1].add(node)
+    yield from root.groups

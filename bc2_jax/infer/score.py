@@ -1,0 +1,115 @@
+"""What scoring does on the device: rows of tokens -> log-probabilities of given tokens at given places, one program.
+
+A row may hold several documents, each with a trunk and branches (`kernels.segments`), so that what many requests begin
+with is computed once. Only the hidden states of the places that are scored meet the head, chunk by chunk: no
+[B, T, V] tensor exists.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from bc2_jax.data.batch import IGNORED
+from bc2_jax.kernels.blocks import current_chip
+from bc2_jax.model.baichuan import Baichuan2, Params
+from bc2_jax.model.log_probs import token_log_probs
+from bc2_jax.sharding import from_host, named_sharding, parts, reshard, spec, use_mesh_of
+from bc2_jax.tpu.options import Value, compiler_options
+
+
+class Rows(NamedTuple):
+    """B rows of T tokens, of each of which S places are scored; arrays of the host or of the device, int32.
+
+    B must be a multiple of the parts into which the mesh cuts the batch, T and S of those of a sequence.
+    """
+
+    ids_BT: Any
+    segments_BT: Any
+    """As `kernels.segments` reads them; 0 is padding."""
+    places_BS: Any
+    """Columns, 0..T-1, whose next token is scored; one place may be there several times with different labels."""
+    labels_BS: Any
+    """The tokens to score, IGNORED where there is none."""
+
+
+class Scores(NamedTuple):
+    """[B, S], whole on every device and process."""
+
+    log_prob: Array
+    """log p(label), nats, fp32; 0 where the label is IGNORED."""
+    is_argmax: Array
+    """bool: whether the label has the largest logit, the first of equals."""
+    margin: Array
+    """fp32: the label's logit less the largest of all others."""
+
+
+def score_rows(model: Baichuan2, rows: Rows) -> Scores:
+    """Scores of `rows` by `model`, on any mesh or none; logits and what is made of them are fp32.
+
+    Compiled once for the shapes of the rows and the kind of model, whatever its parameters. With several processes all
+    of them call it with the same rows. Raises ValueError for shapes that the mesh does not cut evenly.
+    """
+    graphdef, state = nnx.split(model)
+    weight = model.norm.weight[...]
+    with use_mesh_of(weight):
+        check_shapes(rows)
+        return program(model)(graphdef, nnx.to_pure_dict(state), from_host(rows))
+
+
+def check_shapes(rows: Rows) -> None:
+    """Raises ValueError for rows that the mesh in use does not cut evenly."""
+    (B, T), S = rows.ids_BT.shape, rows.places_BS.shape[1]
+    for name, size, axis in (("rows", B, "batch"), ("columns", T, "sequence"), ("places", S, "sequence")):
+        if size % parts(axis):
+            raise ValueError(f"{size} {name} are not valid: the mesh needs a multiple of {parts(axis)}.")
+
+
+def program(model: Baichuan2) -> Any:
+    """The jitted function (graphdef, parameters, rows) -> Scores; on a TPU with the compiler options of `model`."""
+    chip = current_chip()
+    if chip is None or model.compute.compiler_options == "default":
+        return make_program()
+    return make_program(**compiler_options(chip, inference=True))
+
+
+@functools.cache
+def make_program(**options: Value) -> Any:
+    """The program, jitted once for these compiler options."""
+    return jax.jit(_run, static_argnums=0, compiler_options=options)
+
+
+def _run(graphdef: Any, params: Params, rows: Rows) -> Scores:
+    model = nnx.merge(graphdef, params)
+    h_BTD, _ = model.hidden_states(rows.ids_BT, None, rows.segments_BT)
+    places_BS, labels_BS = (reshard(x, "batch", "sequence") for x in (rows.places_BS, rows.labels_BS))
+    found = token_log_probs(_take(h_BTD, places_BS), model.lm_head.rows(), labels_BS, model.compute.loss_chunk)
+    is_argmax = (found.argmax == labels_BS) & (labels_BS != IGNORED)
+    return Scores(*(reshard(x, None, None) for x in (found.log_prob, is_argmax, found.margin)))
+
+
+def _take(h_BTD: Array, places_BS: Array) -> Array:
+    """[B, S, D]: the hidden states at the places, on each device those of its own rows."""
+
+    def take(h_BTD: Array, places_BS: Array) -> Array:
+        return jnp.take_along_axis(h_BTD, places_BS[..., None], axis=1)
+
+    h_BTD = reshard(h_BTD, "batch", None, "hidden")
+    if named_sharding() is None:
+        return take(h_BTD, places_BS)
+    rows, hidden = spec("batch", "sequence"), "hidden"
+    return jax.shard_map(
+        take, in_specs=(spec("batch", None, hidden), rows), out_specs=spec("batch", "sequence", hidden)
+    )(h_BTD, places_BS)
+
+
+def empty_rows(rows: int, columns: int, places: int) -> Rows:
+    """Rows of padding, on the host, to be filled in."""
+    ids, segments = (np.zeros((rows, columns), np.int32) for _ in "is")
+    return Rows(ids, segments, np.zeros((rows, places), np.int32), np.full((rows, places), IGNORED, np.int32))
