@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -89,12 +89,12 @@ class Fit:
         """Runs minus parameters."""
         return int(np.count_nonzero(self.problem.weights)) - len(self.theta)
 
-    def predict(self, *at: ArrayLike) -> np.ndarray | float:
+    def predict(self, *at: ArrayLike) -> Any:
         """The loss at these quantities: (N, D) or (C,), each a number or an array of one shape, all positive."""
         x, shape = self._places(at)
         return _shaped(np.exp(log_loss(self.theta[None], x)[0]), shape)
 
-    def interval(self, *at: ArrayLike, level: float = 0.95) -> tuple | dict[str, tuple[float, float]]:
+    def interval(self, *at: ArrayLike | str, level: float = 0.95) -> Any:
         """(low, high): the loss of one more run at these quantities, its own noise included, in their shape.
 
         With the name of a parameter instead, the ends of that; with nothing, {name: ends} of all. Those of parameters
@@ -180,7 +180,7 @@ class Fit:
         with np.errstate(over="ignore"):
             return np.concatenate([np.exp(theta[:, : num + 1]), self.law.sign * theta[:, num + 1 :]], axis=1)
 
-    def _places(self, at: tuple[ArrayLike, ...]) -> tuple[np.ndarray, tuple[int, ...]]:
+    def _places(self, at: tuple[Any, ...]) -> tuple[np.ndarray, tuple[int, ...]]:
         """[places, F] relative to the middle, and the shape that the caller's arrays have."""
         names = self.law.quantities
         if len(at) != len(names):
@@ -206,6 +206,11 @@ class HeldOut(NamedTuple):
     def error(self) -> float:
         """As a share of the actual loss."""
         return self.predicted / self.actual - 1
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % of runs."""
+        return self.fit.interval(*self.at)
 
 
 def fit_surface(
@@ -282,6 +287,3 @@ def _numbers(name: str, values: ArrayLike) -> np.ndarray:
 
 def _shaped(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | float:
     return values.reshape(shape) if shape else float(values[0])
-
-
-FitFunction = Callable[..., Fit]

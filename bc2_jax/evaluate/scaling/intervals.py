@@ -22,8 +22,9 @@ CLIP = 2.0
 """Standard deviations of the noise beyond which a residual counts as an outlier."""
 _CLIPPED_VARIANCE = 0.9205
 """Of a standard normal variable that is clipped at CLIP."""
-_PIN = 1e6
-"""Weight of the point that holds a prediction at a value."""
+_PULL = 30.0
+"""Weight, in runs, of the point that pulls the law away from the fit. What it gets to is on the profile whatever its
+weight is: a heavy one would only make the problem stiff."""
 _FARTHEST = 40.0
 """In logarithms, from the fit; an end beyond it is at infinity (or 0)."""
 _BISECTIONS = 12
@@ -89,29 +90,29 @@ def profile(targets: list[Target], problem: Problem, noise: Noise, allowed: floa
     sign_B, limit = np.array([sign for _, sign in both]), allowed * noise.unit
     step_B = np.full(len(both), 0.5 * noise.deviation)
     inner_B, outer_B = np.zeros(len(both)), np.full(len(both), np.inf)
-    grown_B = np.zeros(len(both))  # at the inner end
+    ends_B = sign_B * np.inf
     while True:  # outwards, until the objective has grown too much
         todo = np.flatnonzero(np.isinf(outer_B) & (step_B < _FARTHEST))
         if not len(todo):
             break
-        grown = held.growth(todo, sign_B[todo] * step_B[todo], limit)
-        is_out = grown > limit
-        outer_B[todo[is_out]] = step_B[todo[is_out]]
-        inner_B[todo[~is_out]], grown_B[todo[~is_out]] = step_B[todo[~is_out]], grown[~is_out]
+        is_out, reached = held.pull(todo, sign_B[todo] * step_B[todo], limit)
+        outer_B[todo[is_out]], ends_B[todo[is_out]] = step_B[todo[is_out]], reached[is_out]
+        inner_B[todo[~is_out]] = step_B[todo[~is_out]]
         step_B[todo] *= 2
     todo = np.flatnonzero(np.isfinite(outer_B))
     for _ in range(_BISECTIONS):
         if not len(todo):
             break
         middle = 0.5 * (inner_B[todo] + outer_B[todo])
-        is_out = held.growth(todo, sign_B[todo] * middle, limit) > limit
-        outer_B[todo[is_out]], inner_B[todo[~is_out]] = middle[is_out], middle[~is_out]
-    ends = (held.values_B + sign_B * outer_B).reshape(-1, 2)
+        is_out, reached = held.pull(todo, sign_B[todo] * middle, limit)
+        outer_B[todo[is_out]], ends_B[todo[is_out]] = middle[is_out], reached[is_out]
+        inner_B[todo[~is_out]] = middle[~is_out]
+    ends = ends_B.reshape(-1, 2)
     return ends[:, 0], ends[:, 1]
 
 
 class _Held:
-    """Problems with a target each, which is held at a value while the other coefficients are fitted."""
+    """Problems with a target each, which is pulled away from the fit while all else is fitted."""
 
     def __init__(self, targets: list[Target], problem: Problem, noise: Noise):
         count, (n, num), size = len(targets), problem.x.shape, len(noise.theta_P)
@@ -124,7 +125,7 @@ class _Held:
         )
         self._y = np.concatenate([np.broadcast_to(problem.y, (count, n)), np.zeros((count, 1))], axis=1)
         share = problem.weights * np.count_nonzero(problem.weights) / problem.weights.sum()
-        self._weights = np.concatenate([np.broadcast_to(share, (count, n)), _PIN * is_loss[:, None]], axis=1)
+        self._weights = np.concatenate([np.broadcast_to(share, (count, n)), _PULL * is_loss[:, None]], axis=1)
         self._delta = np.append(np.full(n, noise.delta), np.inf)
         theta = np.repeat(noise.theta_P[None], count, axis=0)
         theta[:, :num] -= theta[:, num + 1 :] * origin
@@ -141,17 +142,19 @@ class _Held:
         residuals = (log_loss(theta, self._x[rows]) - self._y[rows])[:, :-1]
         return np.sum(self._weights[rows, :-1] * huber(residuals, self._delta[:-1]), axis=1)
 
-    def growth(self, rows: np.ndarray, distance: np.ndarray, limit: float) -> np.ndarray:
-        """By how much the objective grows where the targets of these rows lie at this distance from the fit."""
-        values = self.values_B[rows] + distance
-        y, theta, fixed = self._y[rows].copy(), self._theta[rows].copy(), self.fixed_BP[rows]
-        y[:, -1] = values
-        theta = np.where(fixed, values[:, None], theta)
+    def pull(self, rows: np.ndarray, distance: np.ndarray, limit: float) -> tuple[np.ndarray, np.ndarray]:
+        """The targets of these rows pulled so far from the fit -> (whether the objective grows by more than `limit`,
+        the values that the targets then have)."""
+        wanted, is_loss = self.values_B[rows] + distance, self._is_loss[rows]
+        y, theta, fixed = self._y[rows].copy(), self._theta[rows], self.fixed_BP[rows]
+        y[:, -1] = wanted
+        theta = np.where(fixed, wanted[:, None], theta)
         problem = Problem(self._x[rows], y, self._weights[rows], self._delta)
-        theta, _ = minimise(theta, problem, 60, fixed)
-        grown = self._objective(rows, theta) - self._base[rows]
-        self._theta[rows[grown <= limit]] = theta[grown <= limit]
-        return grown
+        theta, _ = minimise(theta, problem, 150, fixed)
+        is_out = self._objective(rows, theta) - self._base[rows] > limit
+        self._theta[rows[~is_out]] = theta[~is_out]
+        reached = np.where(is_loss, log_loss(theta, self._x[rows])[:, -1], wanted)
+        return is_out, reached
 
 
 def resample(theta_P: np.ndarray, problem: Problem, replicates: int, seed: int) -> np.ndarray:
