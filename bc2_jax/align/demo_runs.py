@@ -21,7 +21,7 @@ def require_run(config: RunConfig, field: str, workdir: str, file: Path, argumen
     """
     if is_finished(Path(workdir)):
         return
-    program = file.parents[1] / "train.py"
+    program = next(path for folder in file.absolute().parents if (path := folder / "train.py").is_file())
     if config.distributed.num_processes is not None:  # each of them would start it
         raise ValueError(f"{field} = '{workdir}' is not valid: it has no model; run python train.py {file} first.")
     command = [sys.executable, str(program), str(file), "--workdir", workdir, "--resume", "auto", *arguments]

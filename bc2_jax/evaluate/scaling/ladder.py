@@ -18,6 +18,7 @@ from bc2_jax.config import (
 from bc2_jax.config.file import read_config_file
 from bc2_jax.evaluate.scaling.collection import Point
 from bc2_jax.evaluate.scaling.flops import matmul_parameters, training_compute
+from bc2_jax.kernels.flash import HEAD_SIZES
 from bc2_jax.train.kinds import KINDS
 
 PAPER_TOKENS = 1e12
@@ -37,6 +38,7 @@ TARGETS = {"7b": BAICHUAN2_7B, "13b": BAICHUAN2_13B}
 def paper_rung(hidden: int, tokens: float = PAPER_TOKENS) -> TrainConfig:
     """The rung with this hidden size, one of RUNGS; its schedule ends at its own last step.
 
+    TPU's attention kernel takes head sizes 64 and 128; the rungs with 88, 104, 144, 152 and 160 compute it in plain JAX.
     Layers, heads, the feed-forward layer of 3 x hidden and the tokens are the paper's; positions, batch and learning
     rate, which falls with the root of the hidden size to 7B's, are ours.
     """
@@ -53,7 +55,9 @@ def paper_rung(hidden: int, tokens: float = PAPER_TOKENS) -> TrainConfig:
             sources=(SourceConfig(path="rows"),), tokenizer="tokenizer.model", sequence_length=LENGTH,
             global_batch_size=_BATCH,
         ),
-        compute=ComputeConfig(attention="flash", remat="save_dots"),
+        compute=ComputeConfig(
+            attention="flash" if hidden // heads in HEAD_SIZES else "chunked", remat="save_dots"
+        ),
         optimizer=OptimizerConfig(
             peak_learning_rate=peak, min_learning_rate=peak / 10, warmup_steps=min(2000, steps // 10),
             decay_steps=steps,

@@ -72,12 +72,15 @@ def cost_rungs(
     require(chip in CHIPS, "--chip", chip, f"legal values are {choices(CHIPS)}")
     costs, can_compile = [], True
     for hidden in RUNGS:
-        say(f"rung h{hidden}: compiling for {chip}" if can_compile else f"rung h{hidden}")
+        if can_compile:
+            say(f"rung h{hidden}: compiling for {chip}")
         found = estimate(hidden, chip) if can_compile else None
         can_compile = found is not None
         mfu, note = (ASSUMED_MFU, "assumed") if found is None else found
         model = paper_rung(hidden, tokens).model
         compute = training_compute(model, tokens, LENGTH)
+        if can_compile:
+            say(f"rung h{hidden}: estimated MFU {mfu:.3f} on {note}")
         hours = compute.total / mfu / CHIPS[chip].peak_flops / 3600
         costs.append(Cost(hidden, model.head_dim, compute, mfu, hours, found is not None, note))
     return costs
