@@ -38,9 +38,9 @@ TARGETS = {"7b": BAICHUAN2_7B, "13b": BAICHUAN2_13B}
 def paper_rung(hidden: int, tokens: float = PAPER_TOKENS) -> TrainConfig:
     """The rung with this hidden size, one of RUNGS; its schedule ends at its own last step.
 
-    TPU's attention kernel takes head sizes 64 and 128; the rungs with 88, 104, 144, 152 and 160 compute it in plain JAX.
     Layers, heads, the feed-forward layer of 3 x hidden and the tokens are the paper's; positions, batch and learning
-    rate, which falls with the root of the hidden size to 7B's, are ours.
+    rate, which falls with the root of the hidden size to 7B's, are ours. TPU's attention kernel takes head sizes 64 and
+    128: the rungs with 88, 104, 144, 152 and 160 do without it.
     """
     layers, heads = _SHAPES[hidden]
     steps = round(tokens / (_BATCH * LENGTH))
