@@ -52,8 +52,8 @@ def make_parser() -> argparse.ArgumentParser:
 def check_options(args: argparse.Namespace) -> None:
     """Raises ValueError for options that do not go together or have no sense."""
     if args.plan is None and bool(args.runs) == bool(args.points):
-        raise ValueError("give the folders of runs, or --points FILE.csv, or --plan CHIP_HOURS.")
-    if args.runs and args.points:
+        raise ValueError("give the folders of runs, or --points FILE.csv, or --plan CHIP_HOURS; not several of them.")
+    if args.runs and args.points:  # what a plan simulates
         raise ValueError("runs and --points are both given: leave one out.")
     if (args.fit_on or args.compare) and not args.points:
         raise ValueError("--fit-on and --compare are for the rows of --points.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -190,7 +190,8 @@ class Fit:
         return x - self.middle, arrays[0].shape
 
 
-class HeldOut(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
     """The largest run, predicted from the others."""
 
     fit: Fit
@@ -207,7 +208,7 @@ class HeldOut(NamedTuple):
         """As a share of the actual loss."""
         return self.predicted / self.actual - 1
 
-    @property
+    @functools.cached_property
     def interval(self) -> tuple[float, float]:
         """95 % of runs."""
         return self.fit.interval(*self.at)

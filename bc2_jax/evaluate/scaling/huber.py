@@ -91,11 +91,16 @@ def _derivatives(theta_BP: np.ndarray, problem: Problem) -> tuple[np.ndarray, np
 
 
 def minimise(
-    theta_BP: np.ndarray, problem: Problem, iterations: int = ITERATIONS, fixed_BP: np.ndarray | None = None
+    theta_BP: np.ndarray,
+    problem: Problem,
+    iterations: int = ITERATIONS,
+    fixed_BP: np.ndarray | None = None,
+    tolerance: float = 1e-14,
 ) -> tuple[np.ndarray, np.ndarray]:
     """From these coefficients [B, P] to the nearest minimum of each problem -> (coefficients [B, P], objective [B]).
 
-    Coefficients that are `fixed_BP` stay as they are. A step that does not go down is tried again with more damping;
+    Coefficients that are `fixed_BP` stay as they are. It ends when an almost undamped step gains no more than the share
+    `tolerance` of the objective. A step that does not go down is tried again with more damping;
     directions of negative curvature are followed down.
     """
     count, (n, num) = len(theta_BP), problem.x.shape[-2:]
@@ -122,7 +127,7 @@ def minimise(
         better = new < value_B[todo]
         gain = np.where(better, value_B[todo] - new, 0.0)
         theta_BP[todo[better]] += step[better]
-        is_done = (damping_B[todo] > 1e12) | (better & (gain <= 1e-14 * new) & (damping_B[todo] < 1e-6))
+        is_done = (damping_B[todo] > 1e12) | (better & (gain <= tolerance * new) & (damping_B[todo] < 1e-4))
         value_B[todo[better]] = new[better]
         damping_B[todo] *= np.where(better, 0.1, 6.0)
         damping_B[todo] = np.maximum(damping_B[todo], 1e-14)

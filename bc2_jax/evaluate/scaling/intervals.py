@@ -27,7 +27,7 @@ _PULL = 30.0
 weight is: a heavy one would only make the problem stiff."""
 _FARTHEST = 40.0
 """In logarithms, from the fit; an end beyond it is at infinity (or 0)."""
-_BISECTIONS = 12
+_BISECTIONS = 10
 
 
 class Noise(NamedTuple):
@@ -150,7 +150,7 @@ class _Held:
         y[:, -1] = wanted
         theta = np.where(fixed, wanted[:, None], theta)
         problem = Problem(self._x[rows], y, self._weights[rows], self._delta)
-        theta, _ = minimise(theta, problem, 150, fixed)
+        theta, _ = minimise(theta, problem, 150, fixed, 1e-8)
         is_out = self._objective(rows, theta) - self._base[rows] > limit
         self._theta[rows[~is_out]] = theta[~is_out]
         reached = np.where(is_loss, log_loss(theta, self._x[rows])[:, -1], wanted)
@@ -169,4 +169,4 @@ def resample(theta_P: np.ndarray, problem: Problem, replicates: int, seed: int) 
                 break
         weights[row] = counts
     theta = np.repeat(theta_P[None], replicates, axis=0)
-    return minimise(theta, problem._replace(weights=weights * problem.weights), 60)[0]
+    return minimise(theta, problem._replace(weights=weights * problem.weights), 60, tolerance=1e-8)[0]

@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -60,6 +59,8 @@ class Analysis:
     fit: Fit
     held_out: HeldOut | None
     predictions: tuple[Prediction, ...]
+    parameter_ends: dict[str, tuple[float, float]] | None
+    """95 %; None as in `Prediction`."""
     warnings: tuple[str, ...]
 
 
@@ -88,8 +89,10 @@ def analyse(points: Points, targets: Sequence[Point] = (), law: str = "auto", de
         fit = fit_surface(column(known, "N"), column(known, "D"), column(known, "loss"), delta=delta)
     else:
         fit = fit_compute(column(known, "C"), column(known, "loss"), delta=delta)
-    predictions = tuple(_predict(fit, target) for target in targets)
-    return Analysis(points, fit, fit.without_largest(), predictions, (*points.warnings, *_doubts(fit, predictions)))
+    predictions = tuple(_predict(fit, targets))
+    ends = fit.interval() if fit.freedom >= 1 else None
+    warnings = (*points.warnings, *_doubts(fit, predictions))
+    return Analysis(points, fit, fit.without_largest(), predictions, ends, warnings)
 
 
 def place(fit: Fit, point: Point) -> tuple[float, ...]:
@@ -97,11 +100,19 @@ def place(fit: Fit, point: Point) -> tuple[float, ...]:
     return tuple(getattr(point, name) for name in fit.law.quantities)
 
 
-def _predict(fit: Fit, target: Point) -> Prediction:
-    at = place(fit, target)
-    intervals = None if fit.freedom < 1 else tuple(fit.interval(*at, level=level) for level in LEVELS)
-    actual = None if math.isnan(target.loss) else target.loss
-    return Prediction(target.name, target.N, target.D, target.C, float(fit.predict(*at)), intervals, actual)  # type: ignore[arg-type]
+def _predict(fit: Fit, targets: Sequence[Point]) -> list[Prediction]:
+    if not targets:
+        return []
+    at = [column(targets, name) for name in fit.law.quantities]
+    ends = [[] if fit.freedom < 1 else list(zip(*fit.interval(*at, level=level), strict=True)) for level in LEVELS]
+    return [
+        Prediction(
+            target.name, target.N, target.D, target.C, float(loss),
+            tuple((float(low), float(high)) for low, high in (level[index] for level in ends)) if ends[0] else None,
+            None if math.isnan(target.loss) else target.loss,
+        )
+        for index, (target, loss) in enumerate(zip(targets, fit.predict(*at), strict=True))
+    ]  # fmt: skip
 
 
 def _doubts(fit: Fit, predictions: Sequence[Prediction]) -> list[str]:
@@ -147,7 +158,7 @@ def print_analysis(analysis: Analysis, console: Console) -> None:
         numbers = [f"{getattr(point, name):.5g}" for name in fit.law.quantities]
         table.add_row(point.name, *numbers, f"{point.loss:.5f}", *bits, f"{fitted:.5f}", f"{residual:+.3%}")
     console.print(table)
-    _print_parameters(console, fit)
+    _print_parameters(console, fit, analysis.parameter_ends or {})
 
 
 def _print_predictions(console: Console, analysis: Analysis, title: str) -> None:
@@ -166,8 +177,7 @@ def _print_predictions(console: Console, analysis: Analysis, title: str) -> None
     console.print(table)
 
 
-def _print_parameters(console: Console, fit: Fit) -> None:
-    ends: dict[str, Any] = fit.interval() if fit.freedom >= 1 else {}  # type: ignore[assignment]
+def _print_parameters(console: Console, fit: Fit, ends: dict[str, tuple[float, float]]) -> None:
     title = (
         f"{fit.law.formula}; objective {fit.objective:.7g} (sum of Huber's loss, delta {float(fit.problem.delta):g})"
     )
@@ -198,7 +208,7 @@ def save_analysis(analysis: Analysis, out: Path) -> None:
             "predicted": held.predicted, "actual": held.actual, "error": held.error,
             "interval_95": held.interval,
         },
-        "parameters": fit.parameters, "parameters_95": fit.interval() if fit.freedom >= 1 else None,
+        "parameters": fit.parameters, "parameters_95": analysis.parameter_ends,
         "objective": fit.objective, "delta": float(fit.problem.delta), "noise": fit.noise if fit.freedom >= 1 else None,
         "bits_per_byte_of_a_nat": analysis.points.bits_per_byte, "warnings": list(analysis.warnings),
     }  # fmt: skip

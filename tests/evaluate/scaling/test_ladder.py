@@ -55,7 +55,7 @@ def test_a_rung_of_another_ladder_is_not_taken(tmp_path: Path):
 
 
 def test_what_a_ladder_costs_and_tells(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(plan, "_DRAWS", 2)
+    monkeypatch.setattr(plan, "_DRAWS", 1)
     said: list[str] = []
     costs = plan.cost_rungs("v5p", 1e12, lambda hidden, chip: (0.4, "here"), said.append)
     assert [cost.hidden for cost in costs] == list(RUNGS)

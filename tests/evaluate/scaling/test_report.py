@@ -41,7 +41,7 @@ def test_predictions_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     ("args", "message"),
     (
         ((), "give the folders of runs"),
-        (("a", "--points", POINTS), "leave one out"),
+        (("a", "--points", POINTS), "give the folders of runs"),
         (("a", "--compare", "x"), "rows of --points"),
         (("a", "--noise", "0.1"), "--plan"),
         (("--plan", "-1"), "--plan = -1"),
