@@ -185,10 +185,11 @@ def _print_parameters(console: Console, fit: Fit, ends: dict[str, tuple[float, f
     for name, value in fit.parameters.items():
         table.add_row(name, f"{value:.7g}", "{:.5g} to {:.5g}".format(*ends[name]) if ends else "not known")
     console.print(table)
-    console.print(
-        f"Noise of a run about the law: {fit.noise:.3%}. Few runs hardly determine the parameters, which can make up "
-        "for each other; what they predict is far better known."
-    )
+    if ends:
+        console.print(
+            f"Noise of a run about the law: {fit.noise:.3%}. Few runs hardly determine the parameters, which can "
+            "make up for each other; what they predict is far better known."
+        )
 
 
 def save_analysis(analysis: Analysis, out: Path) -> None:
