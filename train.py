@@ -60,7 +60,9 @@ def main() -> None:
         sys.exit(f"error: {error}")
     try:
         command = shlex.join([here(__file__), *without_where_and_how_long(sys.argv[1:])])
-        loop.run(config, kind.make_job, command, STARTED)
+        result = loop.run(config, kind.make_job, command, STARTED)
+        if jax.process_index() == 0:
+            file.finish(config, result.workdir)
     except distributed.Preempted as stop:
         print(stop, flush=True)
         sys.exit(stop.exit_code)

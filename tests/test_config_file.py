@@ -75,6 +75,15 @@ def test_prepare_completes_the_config(tmp_path):
         file.prepare(file.config)
 
 
+def test_finish_is_told_where_the_run_ended(tmp_path):
+    end = "def finish(config, workdir):\n    (workdir / str(config.vocab_size)).touch()\n    raise OSError('full')\n"
+    read_config_file(write(tmp_path, SMALL), ModelConfig).finish(None, tmp_path)  # without one, nothing
+    file = read_config_file(write(tmp_path, SMALL + end), ModelConfig)
+    with pytest.raises(ValueError, match=r"a config.py, line 7: full\."):
+        file.finish(file.config, tmp_path)
+    assert (tmp_path / "64").is_file()
+
+
 @pytest.mark.parametrize("program", ["train.py", "tools/aot_compile.py"])
 def test_programs_tell_it(tmp_path, program):
     path = write(tmp_path, "import no_such_module\n")

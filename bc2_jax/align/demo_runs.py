@@ -6,24 +6,25 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from bc2_jax.config import RunConfig
 from bc2_jax.convert.checkpoints import newest_checkpoint
 
 
-def require_run(config: RunConfig, field: str, workdir: str, file: Path) -> None:
+def require_run(config: RunConfig, field: str, workdir: str, file: Path, arguments: Sequence[str] = ()) -> None:
     """Runs the config file `file` in `workdir` if no finished run is there; an interrupted one resumes.
 
-    `config` is that of the run whose `field` needs it. Raises ValueError if the run fails, or if it would be started by
-    each of several processes.
+    `config` is that of the run whose `field` needs it; `arguments` say what differs from the file. Raises ValueError if
+    the run fails, or if it would be started by each of several processes.
     """
     if is_finished(Path(workdir)):
         return
-    program = file.parents[1] / "train.py"
+    program = next(path for folder in file.absolute().parents if (path := folder / "train.py").is_file())
     if config.distributed.num_processes is not None:  # each of them would start it
         raise ValueError(f"{field} = '{workdir}' is not valid: it has no model; run python train.py {file} first.")
-    command = [sys.executable, str(program), str(file), "--workdir", workdir, "--resume", "auto"]
+    command = [sys.executable, str(program), str(file), "--workdir", workdir, "--resume", "auto", *arguments]
     print(f"{workdir} has no finished run: it is made first.\n{shlex.join(command)}", flush=True)
     if code := subprocess.run(command).returncode:
         raise ValueError(f"{field} = '{workdir}' is not valid: its run ended with exit code {code}.")

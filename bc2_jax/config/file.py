@@ -34,6 +34,12 @@ class ConfigFile(Generic[C]):
         with _named_errors(self.path):
             return _checked(f"{self.path}: prepare()", self.names["prepare"](config), type(config))
 
+    def finish(self, config: C, workdir: Path) -> None:
+        """The file's own `finish(config, workdir)`, if it has one, when the run has ended in `workdir`."""
+        if "finish" in self.names:
+            with _named_errors(self.path):
+                self.names["finish"](config, workdir)
+
 
 def read_config_file(path: str | os.PathLike[str], *kinds: type[C]) -> ConfigFile[C]:
     """Runs the Python file `path` and its `config()`, which must return one of `kinds`.

@@ -1,0 +1,208 @@
+"""Final losses on held-out text: from the folders of runs, or from a table of points."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bc2_jax.checkpoint import TOKENIZER_NAME
+from bc2_jax.config import TrainConfig
+from bc2_jax.data.corpus import list_parts
+from bc2_jax.evaluate.scaling.flops import matmul_parameters, training_compute
+from bc2_jax.tokenizer import file_sha256
+from bc2_jax.train.kinds import read_config
+from bc2_jax.train.metrics import read_metrics
+from bc2_jax.validation import show
+
+LOSS = "validation_cross_entropy"
+"""Nats a token on held-out text at the end of the run, without the max-z loss; not the mean of the last steps."""
+_COLUMNS = ("N", "D", "C", "loss")
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A finished run."""
+
+    name: str
+    N: float
+    """Matmul parameters, the head's included, without the embedding."""
+    D: float
+    """Tokens."""
+    C: float
+    """FLOPs: layers, head and attention."""
+    loss: float
+    """Nats a token, final, on held-out text."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Points:
+    """Runs that can be compared."""
+
+    points: tuple[Point, ...]
+    bits_per_byte: float | None = None
+    """Of one nat a token, on the held-out text all have; None where its bytes are not known."""
+    warnings: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    path: Path
+    config: TrainConfig
+    tokenizer: str
+    held_out: tuple[Any, ...]
+    """What is the same for runs with the same held-out text."""
+    point: Point
+    bits_per_byte: float | None
+
+
+def collect(paths: Sequence[str | Path]) -> Points:
+    """The finished runs in these folders, smallest compute first.
+
+    What is not finished is left out with a warning; a learning rate whose schedule did not end at the run's own last
+    step is warned of. Raises ValueError for a folder without a run of pre-training, a run given twice, no finished
+    run, and runs with different tokenizers or held-out text, whose losses can't be compared.
+    """
+    runs, warnings, seen = [], [], dict[Path, str]()
+    for path in map(Path, paths):
+        if (real := path.resolve()) in seen:
+            raise ValueError(f"{path} is given twice: each run counts once.")
+        seen[real] = str(path)
+        found = _read_run(path)
+        if isinstance(found, str):
+            warnings.append(found)
+            continue
+        runs.append(found)
+        optimizer, steps = found.config.optimizer, found.config.num_steps
+        if optimizer.decay_steps != steps:
+            warnings.append(
+                f"{path}: the learning rate reaches its minimum at step {optimizer.decay_steps:,} and the run ends at "
+                f"{steps:,}: its loss is not that of a schedule of its own length."
+            )
+    if not runs:
+        raise ValueError(" ".join(warnings) or "no run is given.")
+    first = runs[0]
+    for run in runs[1:]:
+        if run.tokenizer != first.tokenizer:
+            raise ValueError(
+                f"{run.path} and {first.path} have different tokenizers: their losses a token can't be compared."
+            )
+        if run.held_out != first.held_out:
+            raise ValueError(
+                f"{run.path} and {first.path} are not evaluated on the same held-out text: "
+                f"{_describe(run)} and {_describe(first)}; their losses can't be compared."
+            )
+    runs.sort(key=lambda run: run.point.C)
+    return Points(tuple(run.point for run in runs), first.bits_per_byte, tuple(warnings))
+
+
+def _describe(run: _Run) -> str:
+    tokens, batches, length, digest = run.held_out
+    share = f", {batches} batches" if batches else ""
+    return f"{tokens:,.0f} targets in rows of {length:,}{share}" + (f" ({digest[:8]})" if digest else "")
+
+
+def _read_run(path: Path) -> _Run | str:
+    """A finished run, or why it is none."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{path} is not the folder of a run: it has no config.json.")
+    try:
+        config = read_config(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file} is not the config of a run of this version: {error}") from error
+    if type(config) is not TrainConfig:
+        raise ValueError(f"{path} is a run of {type(config).__name__}: a ladder is made of runs of pre-training.")
+    lines = read_metrics(path / "metrics.jsonl") if (path / "metrics.jsonl").is_file() else []
+    done = max((line["step"] for line in lines), default=0)
+    last = next((line for line in lines if line["step"] == config.num_steps and LOSS in line), None)
+    if done < config.num_steps:
+        return f"{path} is not finished, at step {done:,} of {config.num_steps:,}: left out."
+    if last is None or not isinstance(last[LOSS], int | float):
+        return f"{path} has no loss on held-out text at its last step, {config.num_steps:,}: left out."
+    tokens = last.get("trained_tokens") or config.num_steps * config.tokens_per_step
+    length, model = config.data.sequence_length, config.model
+    point = Point(
+        str(path), matmul_parameters(model), tokens, training_compute(model, tokens, length).total, float(last[LOSS])
+    )
+    kept = path / TOKENIZER_NAME
+    targets = float(last.get("validation_tokens", math.nan))
+    digest, size = _held_out_files(config)
+    per_nat = targets / size / math.log(2) if size and not config.eval_batches else None
+    held_out = (targets, config.eval_batches, length, digest)
+    return _Run(path, config, file_sha256(kept) if kept.is_file() else "", held_out, point, per_nat)
+
+
+def _held_out_files(config: TrainConfig) -> tuple[str, int]:
+    """What the held-out rows of a run are made of and their bytes of text; nothing where they are no longer there."""
+    names, size = [], 0
+    try:
+        for source in config.data.sources:
+            for part in list_parts(source.path):
+                names += [info.sha256 for info in part.manifest.validation.files]
+                size += part.manifest.validation.bytes
+    except (ValueError, OSError):
+        return "", 0
+    return "".join(sorted(names)), size
+
+
+def read_points(path: str | Path, chosen: str = "", compared: str | None = None) -> tuple[Points, tuple[Point, ...]]:
+    """Points of a CSV file with the columns N, D, C and loss, those the law needs, and a first one of names.
+
+    The fit is on rows whose names `chosen` matches (re.search; all by default), but for those that `compared` matches,
+    which come second: what was measured, to be held against predictions. C is 6 N D where the file has none.
+
+    Raises ValueError, naming file and line, for what is no number, and for a file without such columns or rows.
+    """
+    path = Path(path)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            rows, header = list(reader), reader.fieldnames or []
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error.reason}.") from error
+    if "loss" not in header or not ({"N", "D"} <= set(header) or "C" in header):
+        raise ValueError(f"{path} has the columns {', '.join(header)}: it must have loss, and N and D or C.")
+    label = next((name for name in header if name not in _COLUMNS), None)
+    fitted: list[Point] = []
+    others: list[Point] = []
+    for number, row in enumerate(rows, 2):
+        name = str(row[label]) if label else f"line {number}"
+        is_compared = compared is not None and _matches("--compare", compared, name)
+        if not is_compared and not _matches("--fit-on", chosen, name):
+            continue
+        values = {key: _number(path, number, key, row[key]) for key in _COLUMNS if key in header}
+        if "C" not in values:
+            values["C"] = 6 * values["N"] * values["D"]
+        values = {"N": math.nan, "D": math.nan} | values
+        (others if is_compared else fitted).append(Point(name, **values))
+    if not fitted:
+        raise ValueError(f"{path} has no row" + (f" whose {label} matches {chosen!r}." if chosen else "."))
+    return Points(tuple(sorted(fitted, key=lambda point: point.C))), tuple(others)
+
+
+def _matches(option: str, pattern: str, name: str) -> bool:
+    try:
+        return re.search(pattern, name) is not None
+    except re.error as error:
+        raise ValueError(f"{option} = {show(pattern)} is not valid: {error}.") from error
+
+
+def _number(path: Path, line: int, name: str, text: str | None) -> float:
+    try:
+        value = float(text or "")
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{path}, line {line}: {name} = {show(text)} is not valid: it must be a positive number.")
+    return value
+
+
+def column(points: Iterable[Point], name: str) -> list[float]:
+    """A field of all points."""
+    return [getattr(point, name) for point in points]
