@@ -64,6 +64,6 @@ def test_every_request_has_its_places(count, shots, labels, shape):
     assert sorted(seen) == list(range(len(items)))
 
 
-@pytest.mark.parametrize(("needed", "places"), [(1, 16), (17, 32), (256, 256), (257, 512)])
+@pytest.mark.parametrize(("needed", "places"), [(1, 64), (65, 128), (256, 256), (257, 512)])
 def test_places_are_powers_of_two(needed, places):
     assert Shapes(BAICHUAN2_7B, None, None, 1, 1).places_of(needed) == places
