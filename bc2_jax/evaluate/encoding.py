@@ -21,16 +21,17 @@ class Encoded(NamedTuple):
     context: list[int]
     continuation: list[int]
     fallback: bool
-    """Whether both were encoded alone, as together a token reaches across the border between them."""
+    """Whether a token of both together reaches across the border between them."""
 
 
 def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], prefix_id: int) -> list[Encoded]:
     """Each (context, continuation) as ids, cut as lm-eval cuts them.
 
     White space at the end of a context belongs to the continuation, as tokens begin with a space. Both are encoded
-    together and cut where the ids of the context alone end. Where the context's ids are not those that the whole begins
-    with, or nothing is left behind them, both are encoded alone (`Encoded.fallback`). A context without a token is
-    `prefix_id`. Raises ValueError for what is no pair of texts, and for an empty continuation.
+    together, and the continuation is what follows after as many ids as the context has alone. Where a token reaches
+    across the border (`Encoded.fallback`), these may be fewer than the continuation's own, as in lm-eval, so that
+    figures can be compared; where none is left, at which lm-eval fails, the continuation is encoded alone. A context
+    without a token is `prefix_id`. Raises ValueError for what is no pair of texts, and for an empty continuation.
     """
     moved = [_move_space(number, pair) for number, pair in enumerate(pairs)]
     contexts = list(dict.fromkeys(context for context, _ in moved))
@@ -39,9 +40,10 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], prefix_
     encoded = []
     for (context, continuation), whole in zip(moved, wholes, strict=True):
         before = ids_of[context]
-        joins = len(before) < len(whole) and whole[: len(before)] == before
-        after = whole[len(before) :] if joins else tokenizer.encode(continuation)
-        encoded.append(Encoded(list(before) or [prefix_id], after, not joins))
+        after = whole[len(before) :]
+        reaches_across = not after or whole[: len(before)] != before
+        after = after or tokenizer.encode(continuation)
+        encoded.append(Encoded(list(before) or [prefix_id], after, reaches_across))
     return encoded
 
 

@@ -58,7 +58,7 @@ def describe(results: Results) -> list[str]:
             dropped["items"],
         f"{dropped['headers']} prompts without their first line, which did not fit either": dropped["headers"],
         f"{cut['items']} prompts cut at their beginning, by {cut['tokens']} tokens in all": cut["items"],
-        f"{results['fallbacks']} items with a choice that is encoded apart from its prompt, as a token reaches across":
+        f"{results['fallbacks']} items with a token that reaches across the end of their prompt into a choice":
             results["fallbacks"],
         f"{results['near_ties']} items whose two best choices are so close that rounding decides": results["near_ties"],
         f"{results['unjudged']} items without a verdict" + (

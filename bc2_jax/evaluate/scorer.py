@@ -64,7 +64,7 @@ class ScorerStats:
     requests: int = 0
     """Scored, windows of texts included."""
     fallbacks: int = 0
-    """Pairs of texts that were encoded alone (`Encoded.fallback`)."""
+    """Pairs of texts with a token across their border (`Encoded.fallback`)."""
     truncated: int = 0
     """Requests whose context was cut."""
     near_ties: int = 0
