@@ -18,8 +18,8 @@ Record = dict[str, Any]
 beginning), answers and right by way of scoring, and near_tie.
 
 Of one with choices: choices and log_probs, for letters bare and bare_log_probs, gold (indices), fallback (whether a
-token reaches across the border of prompt and choice). Of one that was generated: text, reason, tokens, most_tokens, target, and of
-code why."""
+token reaches across the border of prompt and choice). Of one that was generated: text, reason, tokens, most_tokens,
+target, and of code why."""
 
 
 class RecordFile:
