@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bc2_jax.config import EvaluateConfig, TrainConfig
+from bc2_jax.config import ComputeConfig, EvaluateConfig, MeshConfig, TrainConfig
 from bc2_jax.infer import score
 from bc2_jax.train import pretrain
 from bc2_jax.train.loop import RunResult
@@ -36,7 +36,8 @@ def run(small_run: TrainConfig, data, tmp_path_factory) -> RunResult:
     """Asked at step 0, at 8, a multiple of `every`, and at 6, which is kept for ever; not at 4."""
     config = dataclasses.replace(
         small_run, workdir=str(tmp_path_factory.mktemp("runs") / "run"), eval_every=2, eval_batches=1,
-        compute=dataclasses.replace(small_run.compute, dtype="float32"),
+        compute=ComputeConfig(dtype="float32", attention="reference", remat="none", loss_chunk=32),
+        mesh=MeshConfig(data=8), data=dataclasses.replace(small_run.data, accumulation_steps=1),
         checkpoint=dataclasses.replace(small_run.checkpoint, save_every=6, keep_every=6),
         evaluate=EvaluateConfig(tasks=("ceval",), data_dir=str(data), every=8, limit=10),
     )  # fmt: skip

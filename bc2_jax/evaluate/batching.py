@@ -18,7 +18,8 @@ LONGEST_ROW = 8192
 """Tokens of a row, unless a request needs more."""
 TOKENS_AT_ONCE = 8192
 """Tokens of a batch on each device that has rows of its own."""
-FEWEST_PLACES = 16
+FEWEST_PLACES = 64
+"""Scored in a row, at least, so that few programs are compiled."""
 ATTENTION_COST = 1.0
 """Time of attention beside that of the same number of multiplications in the layers' matmuls, were it to look at every
 earlier token of the row: its softmax costs more, and blocks of other branches are left out."""

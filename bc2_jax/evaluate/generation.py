@@ -14,8 +14,8 @@ from bc2_jax.tokenizer import Tokenizer
 
 CACHE_BYTES = 2 * 2**30
 """Of the KV cache on a device, at most, while there is more than one row."""
-MOST_ROWS = 32
-"""Of each device that has rows of its own."""
+FEWEST_ROWS, MOST_ROWS = 4, 32
+"""Of each device that has rows of its own, if the cache has room for them."""
 GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 """How the benchmarks are generated: no sampling, and the model's own logits."""
 
@@ -98,8 +98,9 @@ def _rows(prepared: Prepared, length: int, prompts: int) -> int:
     with use_mesh_of(prepared.params["norm"]["weight"]):
         row = 2 * item * config.num_hidden_layers * config.hidden_size * bucket(length) // parts("attention_heads")
         cut = parts("batch")
-    rows = max(min(CACHE_BYTES // row, MOST_ROWS, -(-prompts // cut)), 1)
-    return cut * int(rows)
+    # Few numbers of rows, so that few programs are compiled.
+    needed = max(FEWEST_ROWS, 1 << (-(-prompts // cut) - 1).bit_length())
+    return cut * max(min(CACHE_BYTES // row, MOST_ROWS, needed), 1)
 
 
 class _StopFinder:

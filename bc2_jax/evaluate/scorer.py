@@ -196,7 +196,7 @@ class Scorer:
 
     def _item(self, number: int, request: Request) -> Item:
         context, continuation = (np.asarray(ids) for ids in request)
-        for name, ids in (("context", context), ("continuation", continuation)):
+        for name, ids in zip(Request._fields, (context, continuation), strict=True):
             if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu":
                 raise ValueError(f"requests[{number}] has no {name}: it must be a list of at least one token id.")
             if ids.min() < 0 or ids.max() >= self.model.config.vocab_size:

@@ -54,8 +54,8 @@ def _is_there(folder: Path, split: str) -> bool:
 def _problems(folder: Path, split: str) -> Iterator[tuple[str, Row]]:
     """(CATEGORY/NUMBER, problem), by category and number."""
     for category, tables in itertools.groupby(sorted(folder.glob(f"*/{split}-*.parquet")), lambda path: path.parent):
-        rows = itertools.chain.from_iterable(read_rows(table, needed=_FIELDS) for table in tables)
-        yield from ((f"{category.name}/{number}", row) for number, row in enumerate(rows))
+        found = itertools.chain.from_iterable(read_rows(table, needed=_FIELDS) for table in tables)
+        yield from ((f"{category.name}/{number}", row) for number, row in enumerate(found))
     for category in sorted(path for path in folder.glob(f"{split}/*") if path.is_dir()):
         files = [path for path in category.iterdir() if path.suffix == ".json" and not path.name.startswith(".")]
         for path in sorted(files, key=lambda path: (not path.stem.isdecimal(), path.stem.zfill(9))):
