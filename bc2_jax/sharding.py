@@ -180,7 +180,7 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
         if slices == 1:
             return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
         grid = mesh_utils.create_hybrid_device_mesh(shape, (slices, *[1] * len(shape[1:])), devices)
-    except NotImplementedError as error:
+    except NotImplementedError as error:  # what JAX raises for axes that the torus of the chips does not have
         torus = "x".join(str(1 + max(d.coords[i] for d in devices)) for i in range(len(devices[0].coords)))
         raise ValueError(
             f"mesh = {shape} ({', '.join(MESH_AXES)}) does not fit a slice of {torus} chips: each axis must be a "

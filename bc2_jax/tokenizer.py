@@ -56,8 +56,8 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 class Tokenizer:
     """A SentencePiece model with Baichuan 2's layout of ids.
 
-    Raises FileNotFoundError if there is no such file, ValueError if it is not a SentencePiece model or if one of the
-    five ids with a meaning is another piece.
+    Raises FileNotFoundError if the file does not exist, and ValueError if it is not a SentencePiece model or if the
+    piece of one of the five special ids is not the expected one.
     """
 
     pad_id = PAD_ID

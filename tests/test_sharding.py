@@ -157,7 +157,10 @@ def test_param_shardings_fit_the_parameters(mesh_of):
 def test_parameters_are_born_with_their_shardings_and_moments_inherit_them(mesh_of):
     mesh = mesh_of(2, 2, 2)
     wanted = jax.tree.map(lambda s: s.spec, param_shardings(TINY, mesh))
-    make = lambda: nnx.to_pure_dict(nnx.split(Baichuan2(TINY, rngs=nnx.Rngs(0)))[1])  # noqa: E731
+
+    def make():
+        return nnx.to_pure_dict(nnx.split(Baichuan2(TINY, rngs=nnx.Rngs(0)))[1])
+
     params = init_params(TINY, 0, mesh)
     optimizer = make_optimizer(OptimizerConfig())
     with jax.set_mesh(mesh):

@@ -167,7 +167,9 @@ class Program:
         for line in text.splitlines():
             if line.startswith(("%", "ENTRY ")) and line.rstrip().endswith("{"):
                 # A computation's first line always begins so.
-                name, lines = re.match(r"(?:ENTRY )?%?([\w.\-]+)", line)[1], []  # type: ignore[index]
+                header = re.match(r"(?:ENTRY )?%?([\w.\-]+)", line)
+                assert header is not None, line
+                name, lines = header[1], []
                 if line.startswith("ENTRY "):
                     self.entry = name
             elif line.startswith("}") and name:

@@ -6,8 +6,8 @@ of ArrayRecord find flipped bits, but not a file, or a part of one, in the place
 
 A row of text is token ids. In a row of conversations the highest bits of a token are flags, TARGET, START and BRANCH:
 its samples stand one after another, the first at the row's beginning, and padding follows the last. A sample with
-branches is a beginning that is stored once, its trunk, and several ways to go on from it, such as a prompt with the
-chosen and the rejected answer; the trunk may be empty.
+branches is a shared beginning, its trunk, stored once and followed by several continuations of it, such as a prompt
+followed by the chosen and the rejected answer; the trunk may be empty.
 """
 
 from __future__ import annotations

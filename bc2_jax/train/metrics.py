@@ -78,7 +78,7 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Path, start_step: int, expendable: Expendable):
-        """Lines of steps after `start_step`, where the run is taken up again, are removed: they will come again."""
+        """Removes the lines of steps after `start_step`, from which the run resumes: these steps will be done again."""
         self.path, self._expendable = workdir / "metrics.jsonl", expendable
         self._file: BinaryIO | None = None
         self._is_torn = False

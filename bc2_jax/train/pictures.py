@@ -33,7 +33,7 @@ def plot_metric(
 ) -> None:
     """A line of the metric `name` by step, times `factor`; nothing if no step has it.
 
-    `dots_below` is a style of ours: a dot on each point if there are fewer than so many.
+    `style` is passed to `Axes.plot`, except `dots_below`: lines of fewer points than that mark each point by a dot.
     """
     points = [(m["step"], factor * m[name]) for m in metrics if m.get(name) is not None]
     if len(points) < style.pop("dots_below", 0):

@@ -6,6 +6,7 @@ import logging
 import tempfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,9 +102,9 @@ def test_a_larger_fraction_only_adds_to_what_split_of() -> None:
 def test_invalid_documents_are_counted_and_logged(
     tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    documents = ["good", "", "a\ud800", None, InvalidDocument("file.jsonl:3: it is not JSON"), "also good"]
+    documents: list[Any] = ["good", "", "a\ud800", None, InvalidDocument("file.jsonl:3: it is not JSON"), "also good"]
     with caplog.at_level(logging.WARNING):
-        manifest = pack_documents(documents, tokenizer, tmp_path / "rows", 8, validation_fraction=0)  # type: ignore[arg-type]
+        manifest = pack_documents(documents, tokenizer, tmp_path / "rows", 8, validation_fraction=0)
     assert (manifest.documents, manifest.empty_documents, manifest.invalid_documents) == (6, 1, 3)
     assert manifest.train.documents == 2 and manifest.validation.documents == manifest.validation.rows == 0
     assert read_rows(tmp_path / "rows", "validation").shape == (0, 9)

@@ -10,8 +10,9 @@ from rich.console import Console
 
 from bc2_jax.config import DataConfig, MixtureStage, ModelConfig, SourceConfig, TrainConfig
 from bc2_jax.data.packing import load_manifest, pack_documents
+from bc2_jax.train import metrics
 from bc2_jax.train.expendable import Expendable
-from bc2_jax.train.metrics import MetricsWriter, read_metrics
+from bc2_jax.train.metrics import MetricsWriter, Throughput, read_metrics
 from bc2_jax.train.results import print_mixture
 
 
@@ -148,3 +149,15 @@ def test_tensorboard_reads_what_is_written_also_after_a_failure_and_a_rewind(tmp
     assert values == [(2, "loss", 2.0), (2, "loss", 3.0)]
     purged = [e.step for e in events() if e.HasField("session_log")]
     assert purged == [1, 2]
+
+
+def test_an_evaluation_is_left_out_of_the_time_of_the_step_after_it(mesh_of, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now)
+    throughput = Throughput(600, 10**12, "all", mesh_of(1, 1, 1))
+    now = 3.0
+    assert throughput.step() == {"step_seconds": 3.0, "tflops_per_second": 1 / 3, "tokens_per_second": 200.0}
+    now = 3.0 + 1.5 + 20.0  # half of the next step, then an evaluation
+    throughput.leave_out(20.0)
+    now += 0.5
+    assert throughput.step()["step_seconds"] == 2.0
