@@ -110,7 +110,7 @@ def read_texts(file: TextFile, fields: Fields, language: str = "") -> Iterator[T
         if isinstance(record, Invalid):
             yield str(record)
         elif not isinstance(record.value, dict) or fields.text not in record.value:
-            yield f"{record.where}: it is no object with a field {fields.text!r}"
+            yield f"{record.where}: it is not an object with a field {fields.text!r}"
         elif reason := why_invalid(text := record.value[fields.text]):
             yield f"{record.where}: in field {fields.text!r}, {reason}"
         else:

@@ -66,7 +66,13 @@ def test_what_can_not_be_read_is_named(tmp_path):
     found = list(read_texts(first, Fields()))
     assert [text.text for text in found if isinstance(text, Text)] == ["a", "c"]
     problems = [text for text in found if isinstance(text, str)]
-    expected = ["no object with a field 'text'", "not JSON", "no string but int", "lone surrogate", "no object with"]
+    expected = [
+        "not an object with a field 'text'",
+        "not JSON",
+        "not a string but int",
+        "lone surrogate",
+        "not an object with",
+    ]
     assert all(problem in line for problem, line in zip(expected, problems, strict=True))
     assert [line.partition(": ")[0] for line in problems] == [f"a.jsonl:{number}" for number in range(2, 7)]
     assert "not UTF-8" in str(list(read_texts(second, Fields())))
