@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from bc2_jax.cpu import choose_cpu_without_tpu
 from bc2_jax.terminal import here, make_console, use_utf8
+from bc2_jax.validation import require
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,7 +87,17 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check(args: argparse.Namespace) -> None:
+_ASKS = ("--tasks", "--lm-eval")
+_GOES_WITH = {
+    "data_dir": ("--tasks",), "checkpoints": ("--tasks",), "judge": ("--tasks",), "threshold": ("--tasks",),
+    "records": ("--tasks",), "letter": ("--tasks", "--compare"), "include_path": ("--lm-eval",),
+    "chat": ("--lm-eval",), "out": (*_ASKS, "--compare"),
+    **dict.fromkeys(("limit", "shots", "adapter", "dtype", "max_length", "rows"), _ASKS),
+}  # fmt: skip
+"""Option -> what it has an effect on; elsewhere it is refused, not ignored."""
+
+
+def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Raises ValueError for options that do not go together."""
     ways = {"--compare": args.compare, "--list": args.list, "--tasks": args.tasks, "--lm-eval": args.lm_eval}
     given = [name for name, value in ways.items() if value]
@@ -95,14 +106,15 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"one of --tasks, --lm-eval, --compare and --list says what to do: {found}.")
     if (args.model is None) != (given[0] in ("--compare", "--list")):
         raise ValueError(f"{given[0]} needs {'a MODEL' if args.model is None else 'no MODEL'}.")
-    for name, needs in (
-        ("data_dir", "--tasks"),
-        ("checkpoints", "--tasks"),
-        ("include_path", "--lm-eval"),
-        ("chat", "--lm-eval"),
-    ):
-        if getattr(args, name) is not None and needs != given[0]:
-            raise ValueError(f"--{name.replace('_', '-')} goes with {needs} alone.")
+    devices = {name: _ASKS for name in vars(args) if "." in name}
+    for name, goes_with in (_GOES_WITH | devices).items():
+        if getattr(args, name) != parser.get_default(name) and given[0] not in goes_with:
+            raise ValueError(f"--{name.replace('_', '-')} goes with {' and '.join(goes_with)}, not with {given[0]}.")
+    for name in ("limit", "rows", "max_length"):
+        value = getattr(args, name)
+        require(value is None or value > 0, f"--{name.replace('_', '-')}", value, "it must be positive")
+    if args.threshold is not None and args.judge is None:
+        raise ValueError("--threshold is that of a --judge, which is not given.")
     if args.tasks and args.data_dir is None:
         raise ValueError("--tasks needs --data-dir, the folder of the benchmarks' files; --list says which.")
     if args.checkpoints is not None and args.adapter is not None:
@@ -282,15 +294,16 @@ def compare(args: argparse.Namespace, console: Console) -> None:
     from bc2_jax.evaluate.runner import write_json
 
     a, b = args.compare
-    differences = comparing.compare(a, b, args.letter)
-    comparing.print_differences(console, differences, str(a), str(b))
+    differences, left_out = comparing.compare(a, b, args.letter)
+    comparing.print_differences(console, differences, left_out, str(a), str(b))
     if args.out is not None:
-        write_json(args.out / "compare.json", {"a": str(a), "b": str(b), "tasks": comparing.as_json(differences)})
+        tasks = comparing.as_json(differences)
+        write_json(args.out / "compare.json", {"a": str(a), "b": str(b), "tasks": tasks, "left_out": left_out})
         console.print(f"written to {here(args.out / 'compare.json')}")
 
 
-def run(args: argparse.Namespace) -> None:
-    check(args)
+def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    check(args, parser)
     if args.list:
         list_tasks(make_console())
         return
@@ -328,9 +341,10 @@ def leave(code: int) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     use_utf8()
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
     try:
-        run(args)
+        run(args, parser)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return leave(1)

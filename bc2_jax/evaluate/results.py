@@ -15,8 +15,9 @@ from bc2_jax.evaluate.task import Metric, Task
 def summarize(questions: Questions, records: Sequence[Record], letter: str = "as_shown") -> dict[str, Any]:
     """The results as JSON: `records` are those of `questions.examples`, in their order.
 
-    metrics: name -> {value, stderr, items}, in percent or points of BLEU, null where there is none; the first name is
-    `headline`, beside `paper`. answers: way of scoring -> letter -> how often it was answered, and of `gold`.
+    metrics: name -> {value, stderr, items}, in `unit` (percent, or points as of BLEU), null where there is none; the
+    first name is `headline`, beside `paper`. answers: way of scoring -> letter -> how often it was answered; under
+    "gold", how often it was right.
     """
     task = questions.task
     judged = [judged_of(e, record, letter) for e, record in zip(questions.examples, records, strict=True)]
@@ -26,7 +27,7 @@ def summarize(questions: Questions, records: Sequence[Record], letter: str = "as
         "task": task.name, "title": task.title, "kind": task.kind, "shots": questions.shots,
         "items": len(records), "items_of_files": len(questions.items), "groups": len({r["group"] for r in records}),
         "prompts_sha256": questions.prompts_sha256,
-        "headline": next(iter(metrics), None), "letter": letter if task.kind == "letters" else None,
+        "unit": task.unit, "headline": next(iter(metrics), None), "letter": letter if task.kind == "letters" else None,
         "metrics": {name: _as_json(metric) for name, metric in metrics.items()},
         "gold_nats": None if gold is None else -gold,
         "answers": _count_answers(records) if task.kind == "letters" else {},
