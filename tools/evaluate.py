@@ -8,8 +8,8 @@ python tools/evaluate.py --list
 
 MODEL is a folder in a PyTorch layout, a checkpoint, or a run, of which it is the newest checkpoint. DIR has a folder
 for each benchmark (--list says of which files); all of them are read before the weights are. EVALS/TASK/records.jsonl
-has every item: prompt, answer, log-probabilities; results.json the figures. A program that was stopped goes on with the
-same command. EVALS is of one model: another one, or other settings, are refused.
+has every item: prompt, answer, log-probabilities; results.json the figures. An evaluation that was stopped resumes with
+the same command. EVALS is of one model: another one, or other settings, are refused.
 
 With --checkpoints EVALS/step_N has the results of each checkpoint, EVALS/curve.png the curve. docs/evaluation.md has
 the rest.
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from bc2_jax.evaluate.runner import Say, Way
     from bc2_jax.sharding import Mesh
 
-HINT = "what is known stays; go on with the same command"
+HINT = "finished items are kept; the same command resumes"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -272,7 +272,7 @@ def ask_lm_eval(args: argparse.Namespace, console: Console, path: Path) -> None:
     options = {} if args.rows is None else {"rows": args.rows}
     model = Model(path, args.adapter, args.dtype, args.max_length)
     bar, say = show_progress(make_console(stderr=True))
-    # Answers are kept as they come, so that the same command goes on where it was; by one process only.
+    # Answers are kept as they come, so that the same command resumes; by one process only.
     kept: dict[str, Any] = {
         "cache": out_of(args) / "lm_eval" / "cache",
         "identity": json.dumps(model.describe(), sort_keys=True),
@@ -313,9 +313,13 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         return
     import jax
 
+    from bc2_jax.agreement import require_agreement
     from bc2_jax.evaluate.devices import devices_of, start_devices
 
     start_devices(devices_of(args))
+    # Paths may differ where hosts mount a file system at different places; what the files hold is compared later.
+    apart = ("distributed", "model", "adapter", "data_dir", "include_path", "out")
+    require_agreement({f"--{name}": str(value) for name, value in vars(args).items() if not name.startswith(apart)})
     console = make_console(quiet=jax.process_index() != 0)
     path, checkpoints = Path(args.model), None
     if args.checkpoints is not None:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from bc2_jax.agreement import any_text, require_agreement
 from bc2_jax.evaluate.encoding import Request, encode_pairs
 from bc2_jax.evaluate.records import Record, is_finite
 from bc2_jax.evaluate.scorer import NEAR_TIE, Progress, Scorer
@@ -32,6 +33,11 @@ class Questions:
     prompts_sha256: str
     """Of all items, whichever are asked."""
 
+    @property
+    def facts(self) -> dict[str, object]:
+        """What has to be the same on all processes."""
+        return {"shots": self.shots, "items": len(self.examples), "prompts (SHA-256)": self.prompts_sha256}
+
 
 def read_questions(
     names: Sequence[str], data_dir: Path, *, limit: int | None = None, shots: int | None = None
@@ -41,7 +47,7 @@ def read_questions(
     `limit` items of each are asked, taken evenly from its groups; those of a smaller limit are among those of a larger
     one. With `shots` a prompt has only the first of them. Raises ValueError without a name, for an unknown one, for
     numbers out of range, and, with a sentence for each benchmark, where files are missing or are not what they should
-    be.
+    be. All processes call it; it raises on all of them what it finds on one, or if they have read other prompts.
     """
     require(bool(names), "tasks", ",".join(names), "it must name at least one benchmark")
     require(limit is None or limit > 0, "limit", limit, "it must be positive")
@@ -53,8 +59,9 @@ def read_questions(
             found.append(_read(task, data_dir, limit, shots))
         except (OSError, ValueError) as error:
             problems.append(f"{task.name}: {error}")
-    if problems:
-        raise ValueError("\n".join(problems))
+    if problem := any_text("\n".join(problems)):
+        raise ValueError(problem)
+    require_agreement({one.task.name: one.facts for one in found})
     return found
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from bc2_jax.agreement import require_agreement
 from bc2_jax.config import RunConfig, TrainConfig
 from bc2_jax.evaluate.asking import Questions, ask, parts_of, read_questions
 from bc2_jax.evaluate.records import Record
@@ -39,7 +38,6 @@ def with_tasks(config: RunConfig, start: Start, job: Job) -> Job:
     for one in questions:
         problem = _why_not(one)
         require(not problem, "evaluate.tasks", asked.tasks, f"{one.task.name} {problem}; ask it by tools/evaluate.py")
-    require_agreement({f"prompts of {one.task.name} (SHA-256)": one.prompts_sha256 for one in questions})
     tokenizer = Tokenizer(config.data.tokenizer if isinstance(config, TrainConfig) else config.tokenizer)  # type: ignore[attr-defined]  # of an RLConfig
     first, before = start.step, 0 if start.metadata is None else start.metadata.tokens
 
