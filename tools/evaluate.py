@@ -169,12 +169,12 @@ def show_progress(console: Console) -> tuple[Any, Say]:
 
 
 def load_way(args: argparse.Namespace) -> Way:
-    from bc2_jax.evaluate.judging import load_harm_judge
+    from bc2_jax.evaluate.judging import load_harm_judge, name_judge
     from bc2_jax.evaluate.runner import Way
 
     if args.judge is None:
         return Way(args.letter)
-    return Way(args.letter, load_harm_judge(args.judge, args.threshold), f"{args.judge}, {args.threshold}")
+    return Way(args.letter, load_harm_judge(args.judge, args.threshold), name_judge(args.judge, args.threshold))
 
 
 def mesh_for(args: argparse.Namespace, path: Path) -> Mesh | None:

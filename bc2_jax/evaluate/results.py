@@ -45,7 +45,7 @@ def summarize(questions: Questions, records: Sequence[Record], letter: str = "as
         "unjudged": sum(not record["right"] for record in records),
         "left_out": dict(questions.left_out),
         "paper": dict(task.paper), "paper_source": task.paper_source,
-        "notes": [*task.notes, *questions.notes, *_shorter(task, records)],
+        "notes": [*task.notes, *questions.notes, *_shorter(task, records), *_judges(records)],
     }  # fmt: skip
 
 
@@ -55,6 +55,14 @@ def _shorter(task: Task, records: Sequence[Record]) -> list[str]:
     if most >= task.max_new_tokens:
         return []
     return [f"Answers have at most {most} tokens, half of the model's length, instead of {task.max_new_tokens}."]
+
+
+def _judges(records: Sequence[Record]) -> list[str]:
+    """Whose verdicts they are, where the user gave a judge."""
+    names = sorted({record["judge"] for record in records if "judge" in record})
+    if len(names) > 1:
+        return [f"Verdicts are of different judges ({'; '.join(names)}): give --judge again, to have one judge all."]
+    return [f"Judged by {name}." for name in names]
 
 
 def mean(values: Iterable[float]) -> float | None:

@@ -40,7 +40,7 @@ class Way:
     """Which way of scoring letters leads: "as_shown" or "bare"."""
     judge: Judge | None = None
     judge_name: str = "judge"
-    """What another judge of the user is told from it by: its verdicts do not stay."""
+    """Kept with its verdicts: those of a judge of another name are replaced."""
 
 
 DEFAULT = Way()
@@ -120,7 +120,7 @@ def run_code(questions: Questions, kept: RecordFile, say: Say) -> None:
 
 
 def ask_judge(questions: Questions, kept: RecordFile, judge: Judge, name: str) -> None:
-    """Gives what was written to the user's judge, but for what it has judged already."""
+    """Gives what was written to the user's judge, except what it has judged already."""
     records = kept.records
     waiting = [e for e in questions.examples if "text" in records[e.id] and records[e.id].get("judge") != name]
     if waiting:
