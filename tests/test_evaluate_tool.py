@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -84,7 +85,7 @@ def test_the_curve_is_what_the_run_saw(run, curve, capsys):
         assert seen[step]["validation_ceval_accuracy"] == pytest.approx(share)
 
 
-def test_the_same_command_goes_on_and_others_are_refused(run, data, curve, tmp_path, capsys, monkeypatch):
+def test_the_same_command_resumes_and_others_are_refused(run, data, curve, tmp_path, capsys, monkeypatch):
     common = ("--tasks", "ceval", "--data-dir", data, *MESH)
     folder = curve / "step_8"
     before = {path: path.read_bytes() for path in folder.rglob("*.json*")}
@@ -95,9 +96,15 @@ def test_the_same_command_goes_on_and_others_are_refused(run, data, curve, tmp_p
     assert "C-Eval (val): 12 items" in out and "54.00" in out and "paper 13B" in out and "test split" in out
     assert {path: path.read_bytes() for path in folder.rglob("*.json*")} == before
     assert (folder / "ceval" / "records.parquet").is_file()
+    # The same folder may hold results of lm-eval and of checkpoints, which are not benchmarks.
+    for other in ("lm_eval", "step_6"):
+        (folder / other).mkdir()
+        (folder / other / "results.json").write_text('{"tasks": {}}')
     with monkeypatch.context() as patch:  # all is known: no weights are read
         patch.setattr("bc2_jax.evaluate.evaluation.load_pretrained", None)
         assert evaluate(run.workdir, *common, "--out", folder) == 0
+    for other in ("lm_eval", "step_6"):
+        shutil.rmtree(folder / other)
     other = run.workdir / "checkpoints" / "6"
     for args, message in (
         ((other, *common, "--out", folder), "results of another model"),
