@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -84,7 +85,7 @@ def test_the_curve_is_what_the_run_saw(run, curve, capsys):
         assert seen[step]["validation_ceval_accuracy"] == pytest.approx(share)
 
 
-def test_the_same_command_goes_on_and_others_are_refused(run, data, curve, tmp_path, capsys, monkeypatch):
+def test_the_same_command_resumes_and_others_are_refused(run, data, curve, tmp_path, capsys, monkeypatch):
     common = ("--tasks", "ceval", "--data-dir", data, *MESH)
     folder = curve / "step_8"
     before = {path: path.read_bytes() for path in folder.rglob("*.json*")}
@@ -95,9 +96,15 @@ def test_the_same_command_goes_on_and_others_are_refused(run, data, curve, tmp_p
     assert "C-Eval (val): 12 items" in out and "54.00" in out and "paper 13B" in out and "test split" in out
     assert {path: path.read_bytes() for path in folder.rglob("*.json*")} == before
     assert (folder / "ceval" / "records.parquet").is_file()
+    # The same folder may hold results of lm-eval and of checkpoints, which are not benchmarks.
+    for other in ("lm_eval", "step_6"):
+        (folder / other).mkdir()
+        (folder / other / "results.json").write_text('{"tasks": {}}')
     with monkeypatch.context() as patch:  # all is known: no weights are read
         patch.setattr("bc2_jax.evaluate.evaluation.load_pretrained", None)
         assert evaluate(run.workdir, *common, "--out", folder) == 0
+    for other in ("lm_eval", "step_6"):
+        shutil.rmtree(folder / other)
     other = run.workdir / "checkpoints" / "6"
     for args, message in (
         ((other, *common, "--out", folder), "results of another model"),
@@ -131,7 +138,13 @@ def test_two_models_are_compared(curve, tmp_path, capsys):
         (["MODEL", "--tasks", "ceval"], "--tasks needs --data-dir"),
         (["--tasks", "ceval", "--data-dir", "x"], "--tasks needs a MODEL"),
         (["MODEL", "--list"], "--list needs no MODEL"),
-        (["MODEL", "--lm-eval", "x", "--data-dir", "y"], "--data-dir goes with --tasks alone"),
+        (["MODEL", "--lm-eval", "x", "--data-dir", "y"], "--data-dir goes with --tasks, not with --lm-eval"),
+        (["--compare", "A", "B", "--limit", "3"], "--limit goes with --tasks and --lm-eval, not with --compare"),
+        (["--compare", "A", "B", "--mesh.data", "2"], "--mesh.data goes with --tasks and --lm-eval"),
+        (["MODEL", "--tasks", ",", "--data-dir", "x"], "tasks = '' is not valid: it must name at least one benchmark"),
+        (["MODEL", "--tasks", "ceval", "--data-dir", "x", "--rows", "-1"], "--rows = -1 is not valid"),
+        (["MODEL", "--tasks", "ceval", "--data-dir", "x", "--max-length", "0"], "--max-length = 0 is not valid"),
+        (["MODEL", "--tasks", "ceval", "--data-dir", "x", "--threshold", "1"], "--threshold is that of a --judge"),
         (["MODEL", "--tasks", "cevla", "--data-dir", "x"], "There is no task 'cevla'. Did you mean 'ceval'"),
         (["MODEL", "--tasks", "ceval,mmlu", "--data-dir", "x"], "\nmmlu: x is no folder"),
         (["MODEL", "--checkpoints", "2,9", "--tasks", "ceval", "--data-dir", "x"], "it has no checkpoints/STEP"),

@@ -8,8 +8,8 @@ python tools/evaluate.py --list
 
 MODEL is a folder in a PyTorch layout, a checkpoint, or a run, of which it is the newest checkpoint. DIR has a folder
 for each benchmark (--list says of which files); all of them are read before the weights are. EVALS/TASK/records.jsonl
-has every item: prompt, answer, log-probabilities; results.json the figures. A program that was stopped goes on with the
-same command. EVALS is of one model: another one, or other settings, are refused.
+has every item: prompt, answer, log-probabilities; results.json the figures. An evaluation that was stopped resumes with
+the same command. EVALS is of one model: another one, or other settings, are refused.
 
 With --checkpoints EVALS/step_N has the results of each checkpoint, EVALS/curve.png the curve. docs/evaluation.md has
 the rest.
@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from bc2_jax.cpu import choose_cpu_without_tpu
 from bc2_jax.terminal import here, make_console, use_utf8
+from bc2_jax.validation import require
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from bc2_jax.evaluate.runner import Say, Way
     from bc2_jax.sharding import Mesh
 
-HINT = "what is known stays; go on with the same command"
+HINT = "finished items are kept; the same command resumes"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -86,7 +87,17 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check(args: argparse.Namespace) -> None:
+_ASKS = ("--tasks", "--lm-eval")
+_GOES_WITH = {
+    "data_dir": ("--tasks",), "checkpoints": ("--tasks",), "judge": ("--tasks",), "threshold": ("--tasks",),
+    "records": ("--tasks",), "letter": ("--tasks", "--compare"), "include_path": ("--lm-eval",),
+    "chat": ("--lm-eval",), "out": (*_ASKS, "--compare"),
+    **dict.fromkeys(("limit", "shots", "adapter", "dtype", "max_length", "rows"), _ASKS),
+}  # fmt: skip
+"""Option -> what it has an effect on; elsewhere it is refused, not ignored."""
+
+
+def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Raises ValueError for options that do not go together."""
     ways = {"--compare": args.compare, "--list": args.list, "--tasks": args.tasks, "--lm-eval": args.lm_eval}
     given = [name for name, value in ways.items() if value]
@@ -95,14 +106,15 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"one of --tasks, --lm-eval, --compare and --list says what to do: {found}.")
     if (args.model is None) != (given[0] in ("--compare", "--list")):
         raise ValueError(f"{given[0]} needs {'a MODEL' if args.model is None else 'no MODEL'}.")
-    for name, needs in (
-        ("data_dir", "--tasks"),
-        ("checkpoints", "--tasks"),
-        ("include_path", "--lm-eval"),
-        ("chat", "--lm-eval"),
-    ):
-        if getattr(args, name) is not None and needs != given[0]:
-            raise ValueError(f"--{name.replace('_', '-')} goes with {needs} alone.")
+    devices = {name: _ASKS for name in vars(args) if "." in name}
+    for name, goes_with in (_GOES_WITH | devices).items():
+        if getattr(args, name) != parser.get_default(name) and given[0] not in goes_with:
+            raise ValueError(f"--{name.replace('_', '-')} goes with {' and '.join(goes_with)}, not with {given[0]}.")
+    for name in ("limit", "rows", "max_length"):
+        value = getattr(args, name)
+        require(value is None or value > 0, f"--{name.replace('_', '-')}", value, "it must be positive")
+    if args.threshold is not None and args.judge is None:
+        raise ValueError("--threshold is that of a --judge, which is not given.")
     if args.tasks and args.data_dir is None:
         raise ValueError("--tasks needs --data-dir, the folder of the benchmarks' files; --list says which.")
     if args.checkpoints is not None and args.adapter is not None:
@@ -157,12 +169,12 @@ def show_progress(console: Console) -> tuple[Any, Say]:
 
 
 def load_way(args: argparse.Namespace) -> Way:
-    from bc2_jax.evaluate.judging import load_harm_judge
+    from bc2_jax.evaluate.judging import load_harm_judge, name_judge
     from bc2_jax.evaluate.runner import Way
 
     if args.judge is None:
         return Way(args.letter)
-    return Way(args.letter, load_harm_judge(args.judge, args.threshold), f"{args.judge}, {args.threshold}")
+    return Way(args.letter, load_harm_judge(args.judge, args.threshold), name_judge(args.judge, args.threshold))
 
 
 def mesh_for(args: argparse.Namespace, path: Path) -> Mesh | None:
@@ -260,7 +272,7 @@ def ask_lm_eval(args: argparse.Namespace, console: Console, path: Path) -> None:
     options = {} if args.rows is None else {"rows": args.rows}
     model = Model(path, args.adapter, args.dtype, args.max_length)
     bar, say = show_progress(make_console(stderr=True))
-    # Answers are kept as they come, so that the same command goes on where it was; by one process only.
+    # Answers are kept as they come, so that the same command resumes; by one process only.
     kept: dict[str, Any] = {
         "cache": out_of(args) / "lm_eval" / "cache",
         "identity": json.dumps(model.describe(), sort_keys=True),
@@ -282,15 +294,16 @@ def compare(args: argparse.Namespace, console: Console) -> None:
     from bc2_jax.evaluate.runner import write_json
 
     a, b = args.compare
-    differences = comparing.compare(a, b, args.letter)
-    comparing.print_differences(console, differences, str(a), str(b))
+    differences, left_out = comparing.compare(a, b, args.letter)
+    comparing.print_differences(console, differences, left_out, str(a), str(b))
     if args.out is not None:
-        write_json(args.out / "compare.json", {"a": str(a), "b": str(b), "tasks": comparing.as_json(differences)})
+        tasks = comparing.as_json(differences)
+        write_json(args.out / "compare.json", {"a": str(a), "b": str(b), "tasks": tasks, "left_out": left_out})
         console.print(f"written to {here(args.out / 'compare.json')}")
 
 
-def run(args: argparse.Namespace) -> None:
-    check(args)
+def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    check(args, parser)
     if args.list:
         list_tasks(make_console())
         return
@@ -300,9 +313,13 @@ def run(args: argparse.Namespace) -> None:
         return
     import jax
 
+    from bc2_jax.agreement import require_agreement
     from bc2_jax.evaluate.devices import devices_of, start_devices
 
     start_devices(devices_of(args))
+    # Paths may differ where hosts mount a file system at different places; what the files hold is compared later.
+    apart = ("distributed", "model", "adapter", "data_dir", "include_path", "out")
+    require_agreement({f"--{name}": str(value) for name, value in vars(args).items() if not name.startswith(apart)})
     console = make_console(quiet=jax.process_index() != 0)
     path, checkpoints = Path(args.model), None
     if args.checkpoints is not None:
@@ -328,9 +345,10 @@ def leave(code: int) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     use_utf8()
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
     try:
-        run(args)
+        run(args, parser)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return leave(1)

@@ -5,21 +5,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from bc2_jax.agreement import any_text, require_agreement
 from bc2_jax.evaluate.encoding import Request, encode_pairs
 from bc2_jax.evaluate.records import Record, is_finite
-from bc2_jax.evaluate.scorer import Scorer
+from bc2_jax.evaluate.scorer import NEAR_TIE, Progress, Scorer
 from bc2_jax.evaluate.task import Example, Fitted, Task, fit_shots
 from bc2_jax.evaluate.tasks import find_task
 from bc2_jax.validation import require
-
-Progress = Callable[[int, int], object]
-"""Told how many items are done, and of how many."""
-_NEAR = {"float32": 1e-4, "bfloat16": 1e-2}
-"""Nats by which the two best choices must differ, by compute dtype, for rounding not to decide between them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +33,11 @@ class Questions:
     prompts_sha256: str
     """Of all items, whichever are asked."""
 
+    @property
+    def facts(self) -> dict[str, object]:
+        """What has to be the same on all processes."""
+        return {"shots": self.shots, "items": len(self.examples), "prompts (SHA-256)": self.prompts_sha256}
+
 
 def read_questions(
     names: Sequence[str], data_dir: Path, *, limit: int | None = None, shots: int | None = None
@@ -43,9 +45,11 @@ def read_questions(
     """The benchmarks of these names from their released files below `data_dir`.
 
     `limit` items of each are asked, taken evenly from its groups; those of a smaller limit are among those of a larger
-    one. With `shots` a prompt has only the first of them. Raises ValueError for a name that is none, for numbers out of
-    range, and, with a sentence for each benchmark, where files are missing or are not what they should be.
+    one. With `shots` a prompt has only the first of them. Raises ValueError without a name, for an unknown one, for
+    numbers out of range, and, with a sentence for each benchmark, where files are missing or are not what they should
+    be. All processes call it; it raises on all of them what it finds on one, or if they have read other prompts.
     """
+    require(bool(names), "tasks", ",".join(names), "it must name at least one benchmark")
     require(limit is None or limit > 0, "limit", limit, "it must be positive")
     require(shots is None or shots >= 0, "shots", shots, "it must be at least 0")
     tasks = [find_task(name) for name in dict.fromkeys(names)]
@@ -55,8 +59,9 @@ def read_questions(
             found.append(_read(task, data_dir, limit, shots))
         except (OSError, ValueError) as error:
             problems.append(f"{task.name}: {error}")
-    if problems:
-        raise ValueError("\n".join(problems))
+    if problem := any_text("\n".join(problems)):
+        raise ValueError(problem)
+    require_agreement({one.task.name: one.facts for one in found})
     return found
 
 
@@ -141,7 +146,7 @@ def _ask_choices(task: Task, examples: Sequence[Example], scorer: Scorer, progre
         progress(done * len(examples) // max(count, 1), len(examples))
 
     scores = scorer.score(requests, progress=tell)
-    near = _NEAR[scorer.model.compute.dtype]
+    near = NEAR_TIE[scorer.model.compute.dtype]
     records = []
     for example, prompt, place in zip(examples, fitted, places, strict=True):
         log_probs = {text: float(scores[number].log_prob) for text, number in place.items()}
@@ -162,21 +167,25 @@ def _ask_choices(task: Task, examples: Sequence[Example], scorer: Scorer, progre
             each = zip(record["log_probs"], lengths, strict=True)
             ways = {"acc": record["log_probs"], "acc_norm": [value / max(length, 1) for value, length in each]}
             names = [text.strip() for text in example.choices]
-        records.append(record | _answers(ways, names, example.gold, near))
+        spellings = (record["log_probs"], record.get("bare_log_probs", ()))
+        record["near_tie"] = any(_lead(values) < near for values in spellings)
+        records.append(record | _answers(ways, names, example.gold))
     return records
 
 
-def _answers(
-    ways: Mapping[str, Sequence[float]], names: Sequence[str], gold: Sequence[int], near: float
-) -> Record:  # fmt: skip
+def _answers(ways: Mapping[str, Sequence[float]], names: Sequence[str], gold: Sequence[int]) -> Record:
     """What the scores of the choices, by way of scoring, say; of equal ones the first counts."""
     best = {way: max(range(len(scores)), key=scores.__getitem__) for way, scores in ways.items()}
-    top = sorted(next(iter(ways.values())), reverse=True)
     return {
         "answers": {way: names[place] for way, place in best.items()},
         "right": {way: place in gold for way, place in best.items()} if gold else {},
-        "near_tie": len(top) > 1 and top[0] - top[1] < near,
     }
+
+
+def _lead(scores: Sequence[float]) -> float:
+    """By how much the best is above the second."""
+    best = sorted(scores, reverse=True)[:2]
+    return best[0] - best[1] if len(best) == 2 else math.inf
 
 
 def _fit(example: Example, room: int, scorer: Scorer) -> Fitted:
@@ -200,14 +209,14 @@ def _about(example: Example, prompt: Fitted) -> Record:
 # ----------------------------------------------------------------------------------------------------------- generation
 
 
-def longest_answer(task: Task, scorer: Scorer) -> int:
+def _longest_answer(task: Task, scorer: Scorer) -> int:
     """New tokens at most: those of the benchmark, or half of the model's length if that is less."""
-    return min(task.max_new_tokens, max(1, scorer.max_length // 2))
+    return min(task.max_new_tokens, max(1, scorer.generation_length // 2))
 
 
 def _ask_to_write(task: Task, examples: Sequence[Example], scorer: Scorer, progress: Progress) -> list[Record]:
-    most = longest_answer(task, scorer)
-    fitted = [_fit(example, scorer.max_length - most, scorer) for example in examples]
+    most = _longest_answer(task, scorer)
+    fitted = [_fit(example, scorer.generation_length - most, scorer) for example in examples]
     written = scorer.generate_texts([(prompt.text, task.stops, most) for prompt in fitted], progress=progress)
     records = []
     for example, prompt, one in zip(examples, fitted, written, strict=True):

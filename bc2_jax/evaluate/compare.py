@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,28 +64,33 @@ def compare_scores(task: str, way: str, a: Sequence[float], b: Sequence[float], 
     )  # fmt: skip
 
 
-def compare(a: Path, b: Path, letter: str | None = None, seed: int = 0) -> list[Difference]:
-    """Every benchmark that both folders of results have, by its leading way of scoring, or by `letter` where it has
-    letters.
+def compare(a: Path, b: Path, letter: str | None = None, seed: int = 0) -> tuple[list[Difference], dict[str, str]]:
+    """(every benchmark that both folders of results have, by its leading way of scoring, or by `letter` where it has
+    letters; those that cannot be compared -> why).
 
-    Raises ValueError if they have none in common, and for a benchmark whose items were asked with other prompts, other
-    shots or other choices: such answers are no pairs.
+    Raises ValueError if they have none in common, if none can be compared, and for a benchmark whose items were asked
+    with other prompts, other shots or other choices: such answers are not pairs.
     """
     first, second = read_results(a), read_results(b)
     both = [name for name in first if name in second]
     names = ", ".join(first) or "none", ", ".join(second) or "none"
     require(bool(both), "--compare", f"{a} {b}", f"they have no benchmark in common ({names[0]}; {names[1]})")
-    found = []
+    found, left_out = [], {}
     for name in both:
+        if first[name]["unit"] != "percent":
+            left_out[name] = f"its figure ({first[name]['headline']}) is not a mean over items"
+            continue
         pairs = _pair(a, b, name)
         ways = list(pairs[0][0]["right"]) if pairs else []
         if not ways:
-            continue  # answers that are not published, or not judged
+            left_out[name] = "no item that both have is judged"
+            continue
         way = letter if letter is not None and letter in ways else ways[0]
         of_a, of_b = ([float(pair[side]["right"][way]) for pair in pairs] for side in (0, 1))
         found.append(compare_scores(name, way, of_a, of_b, seed))
-    require(bool(found), "--compare", f"{a} {b}", "no item that both have is judged")
-    return found
+    problems = "; ".join(f"{name}: {why}" for name, why in left_out.items())
+    require(bool(found), "--compare", f"{a} {b}", problems)
+    return found, left_out
 
 
 def _pair(a: Path, b: Path, task: str) -> list[tuple[Record, Record]]:
@@ -103,20 +108,13 @@ def _pair(a: Path, b: Path, task: str) -> list[tuple[Record, Record]]:
     return [(x, y) for x, y in pairs if x["right"] and y["right"]]
 
 
-def print_differences(console: Console, differences: Sequence[Difference], a: str, b: str) -> None:
-    """A table."""
+def print_differences(
+    console: Console, differences: Sequence[Difference], left_out: Mapping[str, str], a: str, b: str
+) -> None:  # fmt: skip
+    """A table, and what is not in it."""
     headers = (
-        "benchmark",
-        "way",
-        "items",
-        "A",
-        "B",
-        "B - A",
-        "95 % interval",
-        "B better in",
-        "right only in A, B",
-        "p",
-    )
+        "benchmark", "way", "items", "A", "B", "B - A", "95 % interval", "B better in", "right only in A, B", "p",
+    )  # fmt: skip
     table = make_table(*headers, title=f"A = {a}\nB = {b}", numbers_from=2)
     for d in differences:
         table.add_row(
@@ -124,9 +122,13 @@ def print_differences(console: Console, differences: Sequence[Difference], a: st
             f"{d.low:+.2f} to {d.high:+.2f}", f"{d.share:.1%}", f"{d.worse}, {d.better}", f"{d.p:.2g}",
         )  # fmt: skip
     console.print(table)
+    for name, why in left_out.items():
+        console.print(f"{name} is left out: {why}")
     console.print(
-        "Interval and share: paired bootstrap over items; p: sign test on the items that only one has right. Both take "
-        "the items for a sample of more such items; neither knows of other runs of the same training."
+        "A, B: percent of the items that are right, whatever mean leads in the table of a benchmark. Interval, and the "
+        "share of resamples in which B is better: paired bootstrap over items; p: sign test on the items that only one "
+        "has right. Both take the items for a sample of more such items; neither knows of other runs of the same "
+        "training."
     )
 
 

@@ -75,7 +75,10 @@ def check_points(out: Path, first: Model, asked: Sequence[Questions]) -> None:
             continue
         if Path(before["model"]).parent != Path(about["model"]).parent:
             run = Path(before["model"]).parent
-            raise ValueError(f"{folder} is of a checkpoint in {run}, which is another run: choose another --out.")
+            raise ValueError(
+                f"{folder} is of a checkpoint in {run}, not in {Path(about['model']).parent}: of another run or of one "
+                "that was moved; choose another --out."
+            )
         require_same_asking(folder, before, about, asked)
 
 
@@ -92,6 +95,23 @@ def print_curve(console: Console, points: Sequence[Point]) -> None:
         cells = (show_metric(_metric(point, name)) for name in names)
         table.add_row(f"{point.step:,}", f"{point.tokens:,}" if point.tokens else "-", *cells)
     console.print(table)
+    for line in find_breaks(points):
+        console.print(line)
+
+
+def find_breaks(points: Sequence[Point]) -> list[str]:
+    """A sentence for each benchmark whose points are of different items or metrics: they are not one curve."""
+    lines = []
+    for name in names_of(points):
+        kinds: dict[str, list[str]] = {}
+        for point in points:
+            if name in point.tasks:
+                results = point.tasks[name]
+                kinds.setdefault(f"{results['headline']} of {results['items']:,} items", []).append(str(point.step))
+        if len(kinds) > 1:
+            parts = "; ".join(f"{kind} at step {choices(steps)}" for kind, steps in kinds.items())
+            lines.append(f"{name}: the points differ in more than the checkpoint ({parts}); evaluate all alike.")
+    return lines
 
 
 def as_json(points: Sequence[Point]) -> list[dict[str, Any]]:
@@ -125,7 +145,8 @@ def plot_curve(path: Path, points: Sequence[Point]) -> None:
             [metric["value"] for _, metric in known], yerr=[metric["stderr"] or 0 for _, metric in known],
             label=title, color=f"C{number % 10}", marker="o", markersize=4, capsize=3, linewidth=1.2,
         )  # fmt: skip
-    axes.set(xlabel=f"{what}{named}", ylabel="percent, ± one standard error")
+    units = dict.fromkeys(point.tasks[name]["unit"] for point in points for name in point.tasks)
+    axes.set(xlabel=f"{what}{named}", ylabel=f"{' or '.join(units)}, ± one standard error")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     axes.grid(alpha=0.3)
     figure.tight_layout()

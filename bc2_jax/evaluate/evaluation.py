@@ -79,14 +79,19 @@ def collect(out: Path) -> dict[str, Any]:
 
 
 def read_results(out: Path) -> dict[str, Results]:
-    """Benchmark -> its results in OUT. Raises ValueError for a file that is damaged."""
+    """Benchmark -> its results in OUT. Raises ValueError for a file that is damaged.
+
+    Other folders in OUT, of checkpoints or of lm-eval, have no records.
+    """
     found = {}
     for path in sorted(out.glob(f"*/{RESULTS}")):
+        if not path.with_name(NAME).is_file():
+            continue
         try:
             results = json.loads(path.read_bytes())
             found[results["task"]] = results
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise ValueError(f"{path} is damaged: evaluate again, which makes it anew.") from None
+            raise ValueError(f"{path} is damaged: evaluate again, which rewrites it.") from None
     return found
 
 

@@ -18,6 +18,7 @@ from bc2_jax.evaluate.records import NAME as RECORDS
 from bc2_jax.evaluate.runner import write_json
 from bc2_jax.model.baichuan import Baichuan2
 from bc2_jax.tokenizer import file_sha256
+from bc2_jax.validation import require
 
 NAME = "evaluation.json"
 _SETTINGS = {
@@ -36,6 +37,9 @@ class Model:
     tokenizer: Path | None = None
     """By default the one beside it."""
 
+    def __post_init__(self) -> None:
+        require(self.max_length is None or self.max_length > 0, "max_length", self.max_length, "it must be positive")
+
     @property
     def tokenizer_path(self) -> Path:
         return self.tokenizer or find_tokenizer(self.path)
@@ -49,7 +53,7 @@ class Model:
             "tokens": found.metadata.get("tokens"), "files": identify(self.path, self.adapter),
             "adapter": None if self.adapter is None else str(self.adapter.absolute()),
             "tokenizer_sha256": file_sha256(self.tokenizer_path), "dtype": self.dtype,
-            "max_length": self.max_length or found.config.model_max_length,
+            "max_length": found.config.model_max_length if self.max_length is None else self.max_length,
         }  # fmt: skip
 
 

@@ -25,8 +25,9 @@ def with_tasks(config: RunConfig, start: Start, job: Job) -> Job:
     """`job`, whose evaluations ask the benchmarks of `config.evaluate` too: every `every` steps, at permanent
     checkpoints and at the last step.
 
-    Raises ValueError for a job without a language model, for benchmarks that run code, for names that are none, and for
-    files that are missing or damaged.
+    Raises ValueError for a job without a language model, for unknown names, for files that are missing, damaged or not
+    the same on all processes, and for benchmarks that have no figure without more than the model: those that run code,
+    need a judge of the user or have answers that are not published.
     """
     asked = config.evaluate
     build = job.language_model
@@ -35,8 +36,8 @@ def with_tasks(config: RunConfig, start: Start, job: Job) -> Job:
     assert build is not None
     questions = read_questions(asked.names, Path(str(asked.data_dir)), limit=asked.limit or None, shots=asked.shots)
     for one in questions:
-        legal = f"{one.task.name} is judged by running code, which a run does not do; ask it by tools/evaluate.py"
-        require(one.task.kind != "code", "evaluate.tasks", asked.tasks, legal)
+        problem = _why_not(one)
+        require(not problem, "evaluate.tasks", asked.tasks, f"{one.task.name} {problem}; ask it by tools/evaluate.py")
     tokenizer = Tokenizer(config.data.tokenizer if isinstance(config, TrainConfig) else config.tokenizer)  # type: ignore[attr-defined]  # of an RLConfig
     first, before = start.step, 0 if start.metadata is None else start.metadata.tokens
 
@@ -60,10 +61,21 @@ def with_tasks(config: RunConfig, start: Start, job: Job) -> Job:
     return job._replace(examine=examine)
 
 
+def _why_not(questions: Questions) -> str:
+    """Why a run could not report a figure of a benchmark, "" if it can."""
+    task = questions.task
+    if task.kind == "code":
+        return "is judged by running code, which a run does not do"
+    if task.kind == "generation":
+        return "" if task.judge is not None else "needs a judge of yours, which a run does not have"
+    return "" if any(example.gold for example in questions.examples) else "has answers that are not published"
+
+
 def ask_all(questions: Sequence[Questions], scorer: Scorer, progress: Progress) -> dict[str, float] | None:
     """Metrics of all benchmarks: TASK_accuracy, its standard error and, where there are choices, how likely the right
-    one is (TASK_gold_nats), which tells models apart before accuracy does; TASK_score where the figure is no share.
-    None if `progress` stops it."""
+    one is (TASK_gold_nats), which tells models apart before accuracy does; TASK_score where the figure is not a share;
+    TASK_shortened, the share of prompts without some of their shots or their beginning, where there are any. None if
+    `progress` stops it."""
     metrics: dict[str, float] = {}
     for one in questions:
         name, records = one.task.name, list[Record]()
@@ -72,14 +84,15 @@ def ask_all(questions: Sequence[Questions], scorer: Scorer, progress: Progress) 
             if not progress(f"{name}: item {len(records)} of {len(one.examples)}"):
                 return None
         results = summarize(one, records)
-        headline = results["metrics"].get(results["headline"], {})
-        # A share, as the accuracy of the held-out batches is; BLEU and the like stay as they are.
-        way = str(results["headline"]).partition(",")[0]
-        kind, unit = ("accuracy", 100) if any(way in record["right"] for record in records) else ("score", 1)
-        found = {kind: headline.get("value"), f"{kind}_stderr": headline.get("stderr")}
+        headline = results["metrics"][results["headline"]]
+        # A share in 0..1, as the accuracy of the held-out batches is; BLEU and the like stay as they are.
+        kind, unit = ("accuracy", 100) if one.task.unit == "percent" else ("score", 1)
+        found = {kind: headline["value"], f"{kind}_stderr": headline["stderr"]}
         metrics |= {f"{name}_{what}": value / unit for what, value in found.items() if value is not None}
         if results["gold_nats"] is not None:
             metrics[f"{name}_gold_nats"] = results["gold_nats"]
+        if shortened := sum(record["dropped_shots"] > 0 or record["cut"] > 0 for record in records):
+            metrics[f"{name}_shortened"] = shortened / len(records)
     return metrics
 
 

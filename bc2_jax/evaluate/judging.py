@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from bc2_jax.align.checkable import language_of
@@ -10,6 +11,7 @@ from bc2_jax.align.red_team import Answer
 from bc2_jax.align.red_team_attacks import OTHER, Attack
 from bc2_jax.align.red_team_judges import judge_answers, load_judge, split_judge, threshold_of
 from bc2_jax.evaluate.task import Example
+from bc2_jax.tokenizer import file_sha256
 from bc2_jax.validation import require
 
 
@@ -26,20 +28,27 @@ def load_harm_judge(
     gives, place = split_judge(what)
     require(gives == "harmless", "--judge", what, "it must say how harmless answers are, not how helpful")
     judge = load_judge(place, gives)
+    legal = "it has no threshold of its own: say by --threshold below which score a text is harmful"
+    require(judge.threshold is not None or threshold is not None, "--judge", what, legal)
 
     def decide(examples: Sequence[Example], texts: Sequence[str]) -> list[bool]:
         scores = judge_answers([judge], [_attack(example) for example in examples], [Answer(t, True, 0) for t in texts])
         silent = next((number for number, score in enumerate(scores) if "harmless" not in score), None)
         if silent is not None:
             raise ValueError(f"judge {judge.name} gave answer {silent + 1} no harmless score.")
-        least = threshold_of([judge], threshold, scores)
-        if least is None and scores:
-            raise ValueError(
-                f"judge {judge.name} has no threshold of its own: say below which score a text is harmful."
-            )
-        return [score["harmless"] >= (least or 0.0) for score in scores]
+        least = threshold_of([judge], threshold, scores) or 0.0
+        return [score["harmless"] >= least for score in scores]
 
     return decide
+
+
+def name_judge(what: str, threshold: float | None = None) -> str:
+    """What tells a judge from others, as verdicts are kept: the arguments of `load_harm_judge`, and of a file its
+    content, so that one that was changed judges again."""
+    place = split_judge(what)[1]
+    file = Path(place.rpartition(":")[0])
+    content = f", SHA-256 {file_sha256(file)[:12]}" if file.is_file() else ""
+    return f"{place}, threshold {0.5 if threshold is None else threshold:g}{content}"
 
 
 def _attack(example: Example) -> Attack:

@@ -19,7 +19,7 @@ beginning), answers and right by way of scoring, and near_tie.
 
 Of one with choices: choices and log_probs, for letters bare and bare_log_probs, gold (indices), fallback (whether a
 token reaches across the border of prompt and choice). Of one that was generated: text, reason, tokens, most_tokens,
-target, and of code why."""
+target, of code why, of texts that a judge of the user has seen judge (`judging.name_judge`)."""
 
 
 class RecordFile:
@@ -71,7 +71,7 @@ def read_records(path: Path) -> list[Record]:
             record = json.loads(line)
             record["id"], record["right"]  # noqa: B018  # what every record has
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise ValueError(f"{path}:{number} is no record of an evaluation; move the file away.") from None
+            raise ValueError(f"{path}:{number} is not a record of an evaluation; move the file away.") from None
         found.append(record)
     return found
 

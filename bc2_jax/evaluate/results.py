@@ -15,8 +15,9 @@ from bc2_jax.evaluate.task import Metric, Task
 def summarize(questions: Questions, records: Sequence[Record], letter: str = "as_shown") -> dict[str, Any]:
     """The results as JSON: `records` are those of `questions.examples`, in their order.
 
-    metrics: name -> {value, stderr, items}, in percent or points of BLEU, null where there is none; the first name is
-    `headline`, beside `paper`. answers: way of scoring -> letter -> how often it was answered, and of `gold`.
+    metrics: name -> {value, stderr, items}, in `unit` (percent, or points as of BLEU), null where there is none; the
+    first name is `headline`, beside `paper`. answers: way of scoring -> letter -> how often it was answered; under
+    "gold", how often it was right.
     """
     task = questions.task
     judged = [judged_of(e, record, letter) for e, record in zip(questions.examples, records, strict=True)]
@@ -26,7 +27,7 @@ def summarize(questions: Questions, records: Sequence[Record], letter: str = "as
         "task": task.name, "title": task.title, "kind": task.kind, "shots": questions.shots,
         "items": len(records), "items_of_files": len(questions.items), "groups": len({r["group"] for r in records}),
         "prompts_sha256": questions.prompts_sha256,
-        "headline": next(iter(metrics), None), "letter": letter if task.kind == "letters" else None,
+        "unit": task.unit, "headline": next(iter(metrics), None), "letter": letter if task.kind == "letters" else None,
         "metrics": {name: _as_json(metric) for name, metric in metrics.items()},
         "gold_nats": None if gold is None else -gold,
         "answers": _count_answers(records) if task.kind == "letters" else {},
@@ -44,7 +45,7 @@ def summarize(questions: Questions, records: Sequence[Record], letter: str = "as
         "unjudged": sum(not record["right"] for record in records),
         "left_out": dict(questions.left_out),
         "paper": dict(task.paper), "paper_source": task.paper_source,
-        "notes": [*task.notes, *questions.notes, *_shorter(task, records)],
+        "notes": [*task.notes, *questions.notes, *_shorter(task, records), *_judges(records)],
     }  # fmt: skip
 
 
@@ -54,6 +55,14 @@ def _shorter(task: Task, records: Sequence[Record]) -> list[str]:
     if most >= task.max_new_tokens:
         return []
     return [f"Answers have at most {most} tokens, half of the model's length, instead of {task.max_new_tokens}."]
+
+
+def _judges(records: Sequence[Record]) -> list[str]:
+    """Whose verdicts they are, where the user gave a judge."""
+    names = sorted({record["judge"] for record in records if "judge" in record})
+    if len(names) > 1:
+        return [f"Verdicts are of different judges ({'; '.join(names)}): give --judge again, to have one judge all."]
+    return [f"Judged by {name}." for name in names]
 
 
 def mean(values: Iterable[float]) -> float | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from bc2_jax.agreement import first_decides, require_agreement
+from bc2_jax.agreement import first_decides
 from bc2_jax.evaluate.asking import Questions, ask, parts_of
 from bc2_jax.evaluate.records import NAME, RecordFile, judged_of
 from bc2_jax.evaluate.results import summarize
@@ -40,7 +40,7 @@ class Way:
     """Which way of scoring letters leads: "as_shown" or "bare"."""
     judge: Judge | None = None
     judge_name: str = "judge"
-    """What another judge of the user is told from it by: its verdicts do not stay."""
+    """Kept with its verdicts: those of a judge of another name are replaced."""
 
 
 DEFAULT = Way()
@@ -52,13 +52,12 @@ def run_task(
 ) -> Results:  # fmt: skip
     """The results of a benchmark, with its records in FOLDER/records.jsonl and the figures in FOLDER/results.json.
 
-    Items are asked in parts that depend on which are asked alone. A part of which all records are there is not asked
-    again, so a program that was killed goes on, and ends with the bytes of one that was not; `load` gives the model,
-    and is called only if something is missing. All processes call it, with the same questions, and get the results; the
-    first one writes. Raises ValueError for records that are no records, and as `ask`.
+    Items are asked in parts, which depend on nothing but which items are asked. A part of which all records are there
+    is not asked again, so a program that was killed resumes, and ends with the results of one that was not; `load`
+    gives the model, and is called only if something is missing. All processes call it, with the same questions, and get
+    the results; the first one writes. Raises ValueError for a file that does not hold records, and as `ask`.
     """
     task, examples = questions.task, questions.examples
-    require_agreement({"prompts (SHA-256)": questions.prompts_sha256, "items": len(examples)})
     parts = list(parts_of(examples, _AT_ONCE[task.kind]))
     kept: list[RecordFile] = []
 
@@ -121,7 +120,7 @@ def run_code(questions: Questions, kept: RecordFile, say: Say) -> None:
 
 
 def ask_judge(questions: Questions, kept: RecordFile, judge: Judge, name: str) -> None:
-    """Gives what was written to the user's judge, but for what it has judged already."""
+    """Gives what was written to the user's judge, except what it has judged already."""
     records = kept.records
     waiting = [e for e in questions.examples if "text" in records[e.id] and records[e.id].get("judge") != name]
     if waiting:

@@ -187,8 +187,14 @@ class Scorer:
         if not prompts:
             return []
         asked = [Prompt(*prompt) for prompt in prompts]
-        limit = min(self.max_length, self.model.config.model_max_length)
-        return generate_texts(self._prepared, self.tokenizer, asked, max_length=limit, progress=progress, **settings)
+        return generate_texts(
+            self._prepared, self.tokenizer, asked, max_length=self.generation_length, progress=progress, **settings
+        )
+
+    @property
+    def generation_length(self) -> int:
+        """Tokens of a prompt and what is generated after it: max_length, or the model's where that is less."""
+        return min(self.max_length, self.model.config.model_max_length)
 
     @functools.cached_property
     def _prepared(self) -> Prepared:

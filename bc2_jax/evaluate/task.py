@@ -197,6 +197,8 @@ class Task:
     """"7B", "13B" -> the base model's figure in the paper, in the unit of Metric; only those that it prints."""
     paper_source: str = ""
     """Which table, and which metric of `summarize` it compares with."""
+    unit: Literal["percent", "points"] = "percent"
+    """Of the metrics: percent of items, or points of a measure of all of them together, such as BLEU."""
     notes: tuple[str, ...] = ()
     """What the paper leaves open, what differs from it: printed with the table."""
     summarize: Callable[[Sequence[Judged]], dict[str, Metric]] = summarize

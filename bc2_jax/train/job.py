@@ -160,7 +160,7 @@ class Job(NamedTuple):
     examine: Examine | None = None
     """A further evaluation of the parameters, after that of the held-out batches."""
     language_model: Callable[[Params], Baichuan2] | None = None
-    """The model of the trained parameters, for further evaluations; None where they are none that writes text."""
+    """The model of the trained parameters, for further evaluations; None where it does not write text."""
     metadata: dict[str, Any] = {}
     """JSON values saved with each checkpoint, beside those that the loop saves."""
     updates: int = 1

@@ -21,7 +21,8 @@ class FakeScorer:
     """`score`, `generate_texts` and what else is used of a `Scorer`. `asked` has how many requests each call had."""
 
     def __init__(self, tokenizer, max_length: int = 10_000, seed: int = 0) -> None:
-        self.tokenizer, self.max_length, self.prefix_id, self.seed = tokenizer, max_length, 1, seed
+        self.tokenizer, self.prefix_id, self.seed = tokenizer, 1, seed
+        self.max_length = self.generation_length = max_length
         self.model = SimpleNamespace(compute=SimpleNamespace(dtype="float32"))
         self.stats, self.asked = ScorerStats(), []
 

@@ -63,6 +63,28 @@ def test_options_are_also_scored_by_character(tokenizer, monkeypatch):
     assert second["answers"]["acc"] == "long one" and second["near_tie"]  # of equal ones the first counts
 
 
+def test_a_near_tie_of_either_spelling_counts(tokenizer, monkeypatch):
+    examples = letters(3, 1)
+    for far, expected in (
+        ((-1, -2, -3, -1, -2, -3), False),
+        ((-1, -1, -3, -1, -2, -3), True),
+        ((-1, -2, -3, -2, -1, -1.00001), True),
+    ):
+        values = iter(far * 3)
+        monkeypatch.setattr("tests.evaluate.fakes.noise", lambda *what, values=values: -next(values) / 10)
+        records = ask(task_of(examples), examples, FakeScorer(tokenizer))
+        assert [record["near_tie"] for record in records] == [expected] * 3
+
+
+def test_prompts_leave_room_for_what_is_written_in_a_model_that_is_shorter(tokenizer):
+    examples = to_write(1).load(Path()).examples
+    examples = [dataclasses.replace(examples[0], shots=("one two three\n",) * 9)]
+    scorer = FakeScorer(tokenizer, max_length=1000)
+    scorer.generation_length = 30
+    (record,) = ask(to_write(1), examples, scorer)
+    assert record["dropped_shots"] > 0 and len(tokenizer.encode(record["prompt"])) <= 30 - record["most_tokens"]
+
+
 def test_what_does_not_fit_is_left_out_and_counted(tokenizer):
     examples = letters(3, 1)
     sizes = [len(tokenizer.encode(example.prompt)) for example in examples]
@@ -108,6 +130,8 @@ def test_all_files_are_read_before_anything_is_asked(monkeypatch, tmp_path):
     assert hashes[0] == hashes[1] == questions.prompts_sha256 != hashes[2]
     (more,) = read_questions(["quiz"], tmp_path, shots=7)
     assert more.shots == 2 and more.notes == ["There are only 2 shots, not 7."]
+    with pytest.raises(ValueError, match="tasks = .* it must name at least one benchmark"):
+        read_questions([], tmp_path)
     for field in ("limit", "shots"):
         with pytest.raises(ValueError, match=f"{field} = -1 is not valid"):
             read_questions(["quiz"], tmp_path, **{field: -1})

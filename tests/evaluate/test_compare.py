@@ -44,13 +44,13 @@ def test_a_difference_that_is_there_is_seen():
     assert found.low > 10 and found.share > 0.999 and found.p == pytest.approx(2 / 2**20)
 
 
-def write(folder, name="quiz", count=12, **changes):
+def write(folder, name="quiz", count=12, unit="percent", **changes):
     records = []
     for n in range(count):
         right = {"as_shown": n % 2 == 0, "bare": n % 3 == 0}
         records.append({"id": str(n), "prompt": f"{n}?", "choices": ["A", "B"], "gold": [0], "right": right} | changes)
     RecordFile(folder / name / "records.jsonl").add(records)
-    write_json(folder / name / "results.json", {"task": name})
+    write_json(folder / name / "results.json", {"task": name, "unit": unit, "headline": "as_shown"})
 
 
 def test_folders_are_compared_on_the_items_that_both_have(tmp_path, capsys):
@@ -58,15 +58,20 @@ def test_folders_are_compared_on_the_items_that_both_have(tmp_path, capsys):
     write(a)
     write(a, "alone")
     write(b, count=9, right={"as_shown": True, "bare": False})
-    (found,) = compare(a, b)
+    for folder in (a, b):
+        write(folder, "bleu", unit="points")
+        write(folder, "unknown", right={})
+    (found,), left_out = compare(a, b)
+    assert set(left_out) == {"bleu", "unknown"} and "not a mean over items" in left_out["bleu"]
     assert (found.task, found.way, found.items, found.b) == ("quiz", "as_shown", 9, 100)
-    assert compare(a, b, "bare")[0].b == 0
-    print_differences(make_console(), [found], str(a), str(b))
-    assert "quiz" in capsys.readouterr().out
+    assert compare(a, b, "bare")[0][0].b == 0
+    print_differences(make_console(), [found], left_out, str(a), str(b))
+    out = capsys.readouterr().out
+    assert "quiz" in out and "unknown is left out: no item that both have is judged" in out
 
 
 @pytest.mark.parametrize("field, value", [("prompt", "x"), ("choices", ["A"]), ("gold", [1])])
-def test_other_prompts_are_no_pairs(field, value, tmp_path):
+def test_answers_to_other_prompts_are_not_compared(field, value, tmp_path):
     write(tmp_path / "a")
     write(tmp_path / "b", **{field: value})
     with pytest.raises(ValueError, match=f"quiz cannot be compared: '0' has another {field}"):

@@ -37,8 +37,9 @@ def test_all_that_was_evaluated_is_drawn_in_order(tmp_path, capsys):
         about = {"model": "m", "files": "f", "step": step, "tokens": step * 1000, "tasks": {}}
         write_json(folder / "evaluation.json", about)
         metric = {"value": 25.0 + step / 10, "stderr": None if step == 3 else 1.5, "items": 9}
-        results = {"task": "quiz", "title": "Quiz", "headline": "acc", "metrics": {"acc": metric}}
-        write_json(folder / "quiz" / "results.json", results)
+        results = {"task": "quiz", "title": "Quiz", "headline": "acc", "unit": "percent", "items": 9}
+        write_json(folder / "quiz" / "results.json", results | {"metrics": {"acc": metric}})
+        (folder / "quiz" / "records.jsonl").write_text("")
     write_json(tmp_path / "step_7" / "evaluation.json", about | {"step": 7})  # has no results yet
     points = curve.read_points(tmp_path)
     assert [(point.step, point.tokens) for point in points] == [(3, 3000), (20, 20000), (100, 100000)]
@@ -47,4 +48,10 @@ def test_all_that_was_evaluated_is_drawn_in_order(tmp_path, capsys):
     assert "25.30" in out and "27.00 ± 1.50" in out and out.index("25.30") < out.index("35.00")
     curve.plot_curve(tmp_path / "curve.png", points)
     assert (tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    assert curve.find_breaks(points) == []
+    points[2].tasks["quiz"]["items"] = 5
+    assert curve.find_breaks(points) == [
+        "quiz: the points differ in more than the checkpoint (acc of 9 items at step 3, 20; acc of 5 items at step "
+        "100); evaluate all alike."
+    ]
     assert curve.as_json(points)[1]["quiz"] == {"metric": "acc", "value": 27.0, "stderr": 1.5, "items": 9}

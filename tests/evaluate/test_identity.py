@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -67,6 +68,11 @@ def test_the_parameters_count_not_the_place_of_their_files(model, asked, tmp_pat
     # Killed before the first record: nothing is lost to another model.
     shutil.rmtree(out / "quiz")
     assert claim(out, about | {"files": "x", "dtype": "bfloat16"}, asked("quiz", shots=1))
+
+
+def test_a_length_is_positive(model):
+    with pytest.raises(ValueError, match="max_length = 0 is not valid"):
+        dataclasses.replace(model, max_length=0)
 
 
 def test_records_of_no_known_model_are_not_added_to(model, asked, tmp_path):

@@ -60,7 +60,7 @@ def test_benchmarks_are_due_at_some_steps(config, start):
     assert in_loop.with_tasks(every, start, job()).examine(6, 1, always)
 
 
-def test_metrics_are_those_of_all_items_and_stand_beside_others(config, start):
+def test_metrics_are_those_of_all_items_and_stand_beside_others(config, start, monkeypatch):
     limited = dataclasses.replace(config.evaluate, limit=6)
     with_tasks = in_loop.with_tasks(
         dataclasses.replace(config, evaluate=limited), start, job(examine=lambda *_: {"answers_right": 0.5})
@@ -76,6 +76,8 @@ def test_metrics_are_those_of_all_items_and_stand_beside_others(config, start):
         "written_accuracy_stderr",
     }  # fmt: skip
     assert with_tasks.examine(2, 7, always) == {"answers_right": 0.5}
+    monkeypatch.setattr(in_loop, "Scorer", lambda model, tokenizer: FakeScorer(tokenizer, max_length=16, seed=model))
+    assert with_tasks.examine(0, 7, always)["quiz_shortened"] == 1
 
 
 def test_a_run_that_is_stopping_stops_asking(config, start, monkeypatch):
@@ -92,22 +94,29 @@ def test_a_run_that_is_stopping_stops_asking(config, start, monkeypatch):
     assert in_loop.with_tasks(config, start, stopped).examine(0, 1, always) is None
 
 
-def test_a_figure_that_is_no_share_keeps_its_unit(config, start, monkeypatch):
+def test_a_figure_that_is_not_a_share_keeps_its_unit(config, start, monkeypatch):
     def bleu(judged: list[Judged]) -> dict[str, Metric]:
         return {"BLEU": Metric(23.5, 1.5, len(judged))}
 
-    monkeypatch.setattr(asking, "find_task", lambda name: to_write(5, name=name, summarize=bleu))
+    monkeypatch.setattr(asking, "find_task", lambda name: to_write(5, name=name, summarize=bleu, unit="points"))
     values = in_loop.with_tasks(config, start, job()).examine(0, 1, always)
     assert values["quiz_score"] == 23.5 and values["quiz_score_stderr"] == 1.5 and "quiz_accuracy" not in values
     assert "quiz 23.50" in start.said[0]
 
 
-def test_what_cannot_be_asked_is_told_at_the_start(config, start):
+def test_what_cannot_be_asked_is_told_at_the_start(config, start, monkeypatch):
     with pytest.raises(ValueError, match="evaluate.tasks = .*no language model"):
         in_loop.with_tasks(config, start, job(language_model=None))
     code = dataclasses.replace(config, evaluate=EvaluateConfig(tasks=("quiz", "code"), data_dir="x"))
     with pytest.raises(ValueError, match="code is judged by running code, which a run does not do"):
         in_loop.with_tasks(code, start, job())
+    for task, message in (
+        (to_write(2, judge=None), "quiz needs a judge of yours"),
+        (task_of(letters(5, gold=())), "quiz has answers that are not published"),
+    ):
+        monkeypatch.setattr(asking, "find_task", lambda name, task=task: task)
+        with pytest.raises(ValueError, match=message):
+            in_loop.with_tasks(config, start, job())
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from bc2_jax.evaluate.judging import load_harm_judge
+from bc2_jax.align.red_team_judges import Judge
+from bc2_jax.evaluate import judging
+from bc2_jax.evaluate.judging import load_harm_judge, name_judge
 from bc2_jax.evaluate.task import Example
 from tests.evaluate.tasks.files import write
 
@@ -31,6 +33,23 @@ def judge_file(folder, body: str) -> str:
 def test_a_function(tmp_path, body, threshold, harmless):
     decide = load_harm_judge(judge_file(tmp_path, body), threshold)
     assert decide(EXAMPLES, ["good", "bad", "fine"]) == harmless
+
+
+def test_a_judge_without_a_threshold_is_refused_before_anything_is_asked(monkeypatch):
+    judge = Judge("reward:RM", lambda *_: [3.0, -1.0, 2.0], "harmless", None)
+    monkeypatch.setattr(judging, "load_judge", lambda what, gives: judge)
+    with pytest.raises(ValueError, match="--judge = 'reward:RM' is not valid: it has no threshold of its own"):
+        load_harm_judge("reward:RM")
+    assert load_harm_judge("reward:RM", 1.0)(EXAMPLES, ["", "", ""]) == [True, False, True]
+
+
+def test_a_judge_that_was_changed_has_another_name(tmp_path):
+    what = judge_file(tmp_path, "return [1, 1, 1]")
+    first = name_judge(what)
+    assert first == name_judge(f"harmless={what}", 0.5) != name_judge(what, 0.4)
+    judge_file(tmp_path, "return [0, 0, 0]")
+    assert name_judge(what) != first
+    assert name_judge("command:python judge.py") == "command:python judge.py, threshold 0.5"
 
 
 def test_a_program(tmp_path):

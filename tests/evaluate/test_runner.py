@@ -124,8 +124,15 @@ def test_a_judge_of_the_user(read, tokenizer, tmp_path):
     texts = [json.loads(line)["text"] for line in (tmp_path / "records.jsonl").read_text().splitlines()]
     assert judged["metrics"]["judged"]["value"] == pytest.approx(10 * sum("1" in text for text in texts))
     assert run_task(read(task), nothing, tmp_path, Way(judge=nothing)) == judged  # what is judged stays so
-    other = run_task(read(task), nothing, tmp_path, Way("as_shown", lambda examples, texts: [True] * 10, "other"))
-    assert other["metrics"]["judged"]["value"] == 100
+    assert judged["notes"] == ["Judged by judge."]
+
+    def kind(examples, texts):
+        return [True] * len(texts)
+
+    few = run_task(read(task, limit=4), nothing, tmp_path, Way("as_shown", kind, "other"))
+    assert few["metrics"]["judged"]["value"] == 100 and few["notes"] == ["Judged by other."]
+    assert "different judges (judge; other)" in run_task(read(task), nothing, tmp_path)["notes"][0]
+    assert run_task(read(task), nothing, tmp_path, Way("as_shown", kind, "other"))["notes"] == ["Judged by other."]
 
 
 def test_less_room_than_the_benchmark_gives_is_told(read, tokenizer, tmp_path):
@@ -137,6 +144,6 @@ def test_less_room_than_the_benchmark_gives_is_told(read, tokenizer, tmp_path):
 @pytest.mark.parametrize("content", [b"no\n", b'{"id": 1}\n', b"[]\n"])
 def test_a_file_that_holds_something_else_is_named(content, read, tokenizer, tmp_path):
     (tmp_path / "records.jsonl").write_bytes(content)
-    with pytest.raises(ValueError, match="records.jsonl:1 is no record of an evaluation"):
+    with pytest.raises(ValueError, match="records.jsonl:1 is not a record of an evaluation"):
         run_task(read(task_of(letters(3))), nothing, tmp_path)
     assert (tmp_path / "records.jsonl").read_bytes() == content

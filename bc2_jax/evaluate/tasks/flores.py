@@ -177,6 +177,7 @@ def _make(target: str, first: int | None = FIRST) -> Task:
         load=partial(load, target=target, first=first),
         paper=dict(zip(("7B", "13B"), PAPER[target], strict=True)),
         paper_source="Table 7, 8 shots by OpenCompass; compare BLEU (13a)",
+        unit="points",
         notes=(
             "The shots of OpenCompass are the 8 pairs that a retriever with a sentence encoder finds to be the most "
             "alike; the paper does not say which encoder. Here they are the most alike by character bigrams and "
