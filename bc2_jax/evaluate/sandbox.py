@@ -7,8 +7,8 @@ threads, 32 MiB of files.
 
 The verdict: passed means that the interpreter came to the end of the program and its tests, in the process that it
 started, said so with a token that the program cannot see, and ended with code 0 in time. So none of sys.exit, os._exit,
-a fork, patched built-ins, a trace function, its callers' variables or something written to the pipe of the verdict makes
-a wrong program pass. But tests run in the program's interpreter: one that returns objects that claim to equal
+a fork, patched built-ins, a trace function, its callers' variables or something written to the pipe of the verdict
+makes a wrong program pass. But tests run in the program's interpreter: one that returns objects that claim to equal
 everything, replaces a library function that the tests call, or changes the tests' names from a thread while they run
 can still deceive them.
 """

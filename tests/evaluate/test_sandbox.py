@@ -68,6 +68,7 @@ assert False
 
 SEARCH = """
 import gc, os, re, sys, threading
+from collections.abc import Mapping
 ATTRIBUTES = ["__dict__", "__closure__", "__code__", "co_consts", "f_locals", "f_globals", "__defaults__", "args"]
 found = set()
 def look(value, depth=0):
@@ -76,7 +77,7 @@ def look(value, depth=0):
     if isinstance(value, str):
         found.update(re.findall("[0-9a-f]{64}", value))
     elif depth < 4:
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             inside = [*value, *value.values()]
         elif isinstance(value, (list, tuple, set, frozenset)):
             inside = list(value)
@@ -240,7 +241,7 @@ ATTACKS = {
         spec = importlib.util.spec_from_file_location("another._ctypes", place)
         importlib.util.module_from_spec(spec)
         """,
-        "there is no ctypes",
+        "there is no _ctypes",
     ),
     "another interpreter": attack(
         """
@@ -248,10 +249,9 @@ ATTACKS = {
             import _interpreters
         except ImportError:
             import _xxsubinterpreters as _interpreters
-        number = _interpreters.create()
-        _interpreters.run_string(number, "import ctypes")
+        _interpreters.create()
         """,
-        "",
+        "there is no _xxsubinterpreters",
     ),
     "a child that says it is its parent": attack(
         """
