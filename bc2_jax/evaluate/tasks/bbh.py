@@ -82,7 +82,7 @@ def _items(path: Path) -> list[Row]:
 
 
 def _prompt(path: Path) -> tuple[str, tuple[str, ...]]:
-    """Header and shots. A line of dashes ends the warning against training on the file, which is no part of it."""
+    """Header and shots. A line of dashes ends the warning against training on the file, which is not part of it."""
     before, shots = read_shots(path, "Q:", "A:", SHOTS)
     about = re.split(r"^-{3,}\s*$", before, flags=re.MULTILINE)[-1].strip()
     return f"{_HEADER}{about}\n\n", tuple(f"{shot}\n\n" for shot in shots)

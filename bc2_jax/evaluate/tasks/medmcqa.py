@@ -61,7 +61,7 @@ class _Split:
                 if str(row.values.get("choice_type", "single")).startswith("multi"):
                     self.left_out["several answers may be right (choice_type multi)"] += 1
                     continue
-                options = tuple(row.values[f"op{letter}"] or "" for letter in "abcd")
+                options = tuple(_option(row, f"op{letter}") for letter in "abcd")
                 yield Item(f"{self.name}/{number - 1}", row.filled("question"), options, cop)
 
     def _cop(self, row: Row) -> int:
@@ -92,6 +92,11 @@ class _Split:
     def numbered(self, item: Item) -> Item:
         assert item.gold is not None, "every item has its cop"
         return item._replace(gold=item.gold - self._first)
+
+
+def _option(row: Row, field: str) -> str:
+    """An option; a few are null in the release."""
+    return "" if row.values[field] is None else row.text(field)
 
 
 def _files(folder: Path, split: str) -> list[Path]:

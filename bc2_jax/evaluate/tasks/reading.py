@@ -67,7 +67,7 @@ class Row(NamedTuple):
             raise ValueError(f"{self.where}: {field!r} is {show(value)}; it must be an object with A, B, C, D, ...")
         wrong = [one for one in value.values() if not isinstance(one, str)]
         if wrong:
-            raise ValueError(f"{self.where}: {field!r} has the option {show(wrong[0])}, which is no text.")
+            raise ValueError(f"{self.where}: {field!r} has the option {show(wrong[0])}, which is not text.")
         return tuple(value[letter] for letter in sorted(value))
 
 
@@ -87,7 +87,7 @@ def find_folder(
     is expected), if `holds` is true of none.
     """
     if not data_dir.is_dir():
-        raise FileNotFoundError(f"{data_dir} is no folder; the benchmarks' files are expected there: {source}")
+        raise FileNotFoundError(f"{data_dir} is not a folder; the benchmarks' files are expected there: {source}")
     folders = sorted(path for path in data_dir.iterdir() if path.is_dir())
     named = [folder for folder in folders if _plain(folder.name) in {_plain(name) for name in names}]
     for base in [*named, data_dir]:

@@ -19,7 +19,7 @@ def test_every_task(name: str, tmp_path):
     assert bool(task.paper) <= bool(task.paper_source)
     with pytest.raises(FileNotFoundError, match=r"DATA_DIR|C-Eval"):
         task.load(tmp_path)
-    with pytest.raises(FileNotFoundError, match="is no folder"):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
         task.load(tmp_path / "nowhere")
 
 

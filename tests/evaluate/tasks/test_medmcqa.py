@@ -64,6 +64,7 @@ def test_what_is_wrong_is_named(tmp_path):
         (row(2, cop=None), "'cop' is None"),
         (row(2, cop=True), "'cop' is True"),
         (row(2, question=""), "'question' is empty"),
+        (row(2, opc=["5"]), "'opc' is .*; it must be text"),
     ):
         write_lines(folder / "dev.json", [row(1), bad])
         with pytest.raises(ValueError, match=f"dev.json:2: {said}"):

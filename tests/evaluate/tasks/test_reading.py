@@ -135,7 +135,7 @@ def test_what_is_not_there_is_described(tmp_path):
     write(tmp_path / "ceval" / "readme.md", "x")
     with pytest.raises(FileNotFoundError, match=r"ceval does not hold .* \(readme.md is there\): val, from there\."):
         find(tmp_path)
-    with pytest.raises(FileNotFoundError, match="nowhere is no folder"):
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         find(tmp_path / "nowhere")
     for n in range(20):
         write(tmp_path / "many" / f"{n:02}", "")
