@@ -86,9 +86,9 @@ class ScorerStats:
 class Scorer:
     """A model and its tokenizer, ready to score.
 
-    Results depend on neither the order of requests nor on what is scored with them, up to the rounding of fp32 sums
-    (1e-5), nor on the mesh of the model. What has most in common is fastest scored in one call. With several processes
-    all of them make the same calls and all get all results.
+    Results depend neither on the order of requests, nor on what is scored with them, nor on the mesh of the model, up
+    to the rounding of fp32 sums (1e-5). Give requests that begin alike in one call: what they share is computed once.
+    With several processes all of them make the same calls and all get all results.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class Scorer:
         return [found[number] for number in range(len(items))]
 
     def generate(self, prompts: Sequence[tuple[str | Sequence[int], Sequence[str], int]]) -> list[str]:
-        """The text that follows on each (prompt, stop texts, max_new_tokens), greedily; as `generate_texts`."""
+        """The text that follows each (prompt, stop texts, max_new_tokens), greedily; as `generate_texts`."""
         return [generated.text for generated in self.generate_texts(prompts)]
 
     def generate_texts(
