@@ -136,7 +136,7 @@ class Scorer:
         A text is scored in windows of max_length tokens, the first of which begins with the prefix id. Each scores
         `stride` tokens that no other scores, by default max_length of them, so that their context is short at the
         beginning of a window; a smaller stride takes longer (`encoding.cut_windows`). Raises ValueError for a stride
-        out of range.
+        out of range, and for one text instead of a list.
         """
         stride = self.max_length if stride is None else stride
         legal = f"it must be a whole number in 1..{self.max_length}, the longest window"
@@ -157,7 +157,7 @@ class Scorer:
         context or continuation, with an id that the model does not have, or with a continuation longer than max_length.
         """
         start = time.perf_counter()
-        items = [self._item(number, Request(*request)) for number, request in enumerate(requests)]
+        items = [self._item(number, request) for number, request in enumerate(requests)]
         found: dict[int, Score] = {}
         if items:
             plan = self._shapes.plan(items)
@@ -186,6 +186,9 @@ class Scorer:
         """`generation.generate_texts` of (prompt, stop texts, max_new_tokens)."""
         if not prompts:
             return []
+        for number, prompt in enumerate(prompts):
+            legal = "it must be a prompt, its stop texts and max_new_tokens"
+            require(_has(prompt, len(Prompt._fields)), f"prompts[{number}]", prompt, legal)
         asked = [Prompt(*prompt) for prompt in prompts]
         limit = min(self.max_length, self.model.config.model_max_length)
         return generate_texts(self._prepared, self.tokenizer, asked, max_length=limit, progress=progress, **settings)
@@ -195,10 +198,12 @@ class Scorer:
         return prepare(self.model)
 
     def _item(self, number: int, request: Request) -> Item:
+        legal = "it must be two lists of token ids, context and continuation"
+        require(_has(request, len(Request._fields)), f"requests[{number}]", request, legal)
         context, continuation = (np.asarray(ids) for ids in request)
         for name, ids in zip(Request._fields, (context, continuation), strict=True):
-            if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu":
-                raise ValueError(f"requests[{number}] has no {name}: it must be a list of at least one token id.")
+            right = ids.ndim == 1 and ids.size > 0 and ids.dtype.kind in "iu"
+            require(right, f"requests[{number}].{name}", ids.tolist(), "it must be a list of at least one token id")
             if ids.min() < 0 or ids.max() >= self.model.config.vocab_size:
                 most = self.model.config.vocab_size - 1
                 raise ValueError(f"requests[{number}] has a token id in its {name} that is not in 0..{most}.")
@@ -226,3 +231,8 @@ class Scorer:
                 total, bool(is_argmax[here].all()), log_prob[here].copy(), near_tie, items[number].cut
             )
         return found
+
+
+def _has(fields: object, count: int) -> bool:
+    """Whether a tuple or list has so many fields."""
+    return isinstance(fields, Sequence) and not isinstance(fields, str) and len(fields) == count

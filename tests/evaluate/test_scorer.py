@@ -182,9 +182,11 @@ def test_what_cannot_be_scored_is_named():
     scorer = tiny_scorer()
     most = scorer.model.config.vocab_size
     for request, told in (
-        (([], [5]), "no context"),
-        (([5], []), "no continuation"),
+        (([], [5]), r"\.context = \[\] is not valid: .* at least one token id"),
+        (([5], []), r"\.continuation = \[\] is not valid"),
         (([5], [most]), "continuation that is not in"),
+        (([0.5], [5]), r"\.context = \[0.5\] is not valid"),
+        (([5], [5], [5]), "two lists of token ids, context and continuation"),
         (([-1], [5]), "context that is not in"),
         (([5], [5] * (LIMIT + 1)), f"{LIMIT + 1} tokens; max_length = {LIMIT}"),
     ):
@@ -195,4 +197,6 @@ def test_what_cannot_be_scored_is_named():
             Scorer(scorer.model, scorer.tokenizer, **{name: value})
     with pytest.raises(ValueError, match="stride"):
         scorer.roll(["a"], stride=LIMIT + 1)
+    with pytest.raises(ValueError, match="texts is one text: it must be a list of texts"):
+        scorer.rolling("ab")
     assert scorer.score([]) == [] and scorer.generate([]) == [] and scorer.rolling([]) == []
