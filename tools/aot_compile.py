@@ -194,10 +194,12 @@ def compile_and_report_scoring(args: argparse.Namespace, config: RunConfig, topo
     from bc2_jax.aot import compilation, scoring
     from bc2_jax.tpu.options import compiler_options
 
-    compilation.use_topologies()
     benchmarks = tuple(map(scoring.Benchmark.parse, args.benchmark or ())) or scoring.DEFAULT_BENCHMARKS
     given = {"rows": args.batch, "row_length": args.row_length}
     shapes = scoring.ScoringShapes(**{name: value for name, value in given.items() if value is not None})
+    for benchmark in benchmarks:
+        benchmark.rows(shapes.row_length)  # raises where it does not fit, before the minutes of compilation
+    compilation.use_topologies()
     options = compiler_options(topology.chip.name, tuple(args.xla), inference=True)
     compiled = scoring.compile_scoring(config, topology, shapes, options)
     write_hlo(args.hlo, {"": compiled.program})

@@ -1,4 +1,4 @@
-"""The scoring program compiled for a slice that is not there, and what a pass over benchmarks would take.
+"""The scoring program compiled for a slice that this machine does not have, and what a pass over benchmarks would take.
 
 The program is that of `bc2_jax.infer.score`, in the compute dtype; arrays are abstract and nothing is allocated. How
 many tokens a benchmark has is an assumption (`Benchmark`), which the report names.
@@ -30,7 +30,7 @@ from bc2_jax.validation import require_positive
 class Benchmark:
     """Items that are scored behind the shots of their subject; tokens are means, and assumed.
 
-    Raises ValueError for what is not positive.
+    Raises ValueError for a number that is not positive.
     """
 
     name: str
@@ -59,7 +59,10 @@ class Benchmark:
         return f"{self.name}:{self.items}:{self.subjects}:{self.shot_tokens}:{self.question_tokens}"
 
     def rows(self, length: int) -> float:
-        """Rows of `length` tokens: each has the shots, and as many questions as fit; what is left over is packed."""
+        """Rows of `length` tokens: each has the shots, and as many questions as fit; what is left over is packed.
+
+        Raises ValueError if not even one question fits.
+        """
         room = length - self.shot_tokens
         if room < self.question_tokens:
             raise ValueError(
@@ -174,14 +177,12 @@ class ScoringReport:
 
 
 def make_report(compiled: CompiledScoring, benchmarks: tuple[Benchmark, ...] = DEFAULT_BENCHMARKS) -> ScoringReport:
-    """Reads the program. Raises ValueError for a benchmark that does not fit the rows."""
+    """Reads the program. Its `seconds` raise ValueError for a benchmark that does not fit the rows."""
     topology = compiled.topology
-    report = ScoringReport(
+    return ScoringReport(
         str(topology), topology.num_chips, compiled.shapes, topology.chip.devices * compiled.parameter_bytes,
         report_program(compiled.program, topology, compiled.coordinates), benchmarks,
     )  # fmt: skip
-    assert math.isfinite(report.total_seconds)
-    return report
 
 
 def render(report: ScoringReport) -> list[tuple[str, str]]:

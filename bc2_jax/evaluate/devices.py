@@ -24,7 +24,7 @@ class Devices(NamedTuple):
 def add_device_options(parser: argparse.ArgumentParser) -> None:
     """--mesh.* and --distributed.*, every field of their configs."""
     add = parser.add_argument_group(
-        "devices", "all that are there, unless fields of train.py's mesh and distributed say otherwise"
+        "devices", "all devices, cut as these fields of train.py's configuration say"
     ).add_argument
     for section, config in _SECTIONS.items():
         hints = get_type_hints(config)
@@ -36,7 +36,8 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
 
 
 def devices_of(args: argparse.Namespace) -> Devices:
-    """What the options of `add_device_options` say. Raises ValueError, naming the field, for what is not valid."""
+    """What the options of `add_device_options` say. Raises ValueError, naming the field, for a value that is
+    not valid."""
     given = {
         section: {
             field.name: value

@@ -29,9 +29,10 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], prefix_
 
     White space at the end of a context belongs to the continuation, as tokens begin with a space. Both are encoded
     together, and the continuation is what follows after as many ids as the context has alone. Where a token reaches
-    across the border (`Encoded.fallback`), these may be fewer than the continuation's own, as in lm-eval, so that
-    figures can be compared; where none is left, at which lm-eval fails, the continuation is encoded alone. A context
-    without a token is `prefix_id`. Raises ValueError for what is no pair of texts, and for an empty continuation.
+    across the border (`Encoded.fallback`), the ids that follow may not spell the whole continuation; they are taken all
+    the same, so that figures can be compared with lm-eval's. Where no id follows, which is an error in lm-eval, the
+    continuation is encoded alone. A context without a token is `prefix_id`. Raises ValueError for something other than
+    two texts, and for an empty continuation.
     """
     moved = [_move_space(number, pair) for number, pair in enumerate(pairs)]
     contexts = list(dict.fromkeys(context for context, _ in moved))

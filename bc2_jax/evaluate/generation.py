@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -47,34 +48,32 @@ def generate_texts(
 ) -> list[Generated]:  # fmt: skip
     """A text for each prompt, whose last max_length - max_new_tokens tokens are continued.
 
-    `settings` are those of `infer.sampling.Settings`, by default GREEDY, and end of text as the model's. Raises
-    ValueError for a prompt that is empty or not valid, and as `continue_many`.
+    `settings` are fields of `infer.sampling.Settings`, by default GREEDY and the model's own eos. `progress` is told
+    how many texts are done, and of how many. Raises ValueError for a prompt that is empty or not valid, and as
+    `continue_many`.
     """
     ids = [_checked(number, prompt, tokenizer, max_length) for number, prompt in enumerate(prompts)]
-    found: dict[int, Generated] = {}
-    # One call of `continue_many` has one max_new_tokens.
-    for most in sorted({prompt.max_new_tokens for prompt in prompts}):
-        numbers = [number for number, prompt in enumerate(prompts) if prompt.max_new_tokens == most]
-        kept = [ids[number][-(max_length - most) :] for number in numbers]
-        finder = _StopFinder(tokenizer, [prompts[number].stops for number in numbers])
-        done = len(found)
+    limits = [prompt.max_new_tokens for prompt in prompts]
+    kept = [of_prompt[-(max_length - limit) :] for of_prompt, limit in zip(ids, limits, strict=True)]
+    finder = _StopFinder(tokenizer, [prompt.stops for prompt in prompts])
 
-        def tell(so_far: str, done: int = done, count: int = len(numbers), finder: _StopFinder = finder) -> bool:
-            if progress is not None:
-                progress(done + min(int(so_far.split()[1]), count), len(prompts))
-            return True
+    def tell(so_far: str) -> bool:
+        if progress is not None:
+            progress(int(so_far.split()[1]), len(prompts))
+        return True
 
-        continued, _ = continue_many(
-            prepared, kept, Settings(**(GREEDY | settings), max_new_tokens=most, vocab_size=tokenizer.vocab_size),
-            rows=_rows(prepared, max(map(len, kept)) + most, len(kept)), stops=finder, progress=tell,
-        )  # fmt: skip
-        for place, (number, continuation) in enumerate(zip(numbers, continued, strict=True)):
-            tokens = continuation.tokens
-            text, used = finder.cut(place, tokens)
-            reason = continuation.reason if used is None else "stopped"
-            cut = len(ids[number]) - len(kept[place])
-            found[number] = Generated(text, reason, len(tokens) if used is None else used, cut)
-    return [found[number] for number in range(len(prompts))]
+    longest = max(len(prompt) + limit for prompt, limit in zip(kept, limits, strict=True))
+    checked = Settings(**(GREEDY | settings), max_new_tokens=max(limits), vocab_size=tokenizer.vocab_size)
+    continued, _ = continue_many(
+        prepared, kept, checked, rows=_rows(prepared, longest, len(kept)), limits=limits, stops=finder, progress=tell
+    )
+    found = []
+    for place, continuation in enumerate(continued):
+        text, used = finder.cut(place, continuation.tokens)
+        reason = continuation.reason if used is None else "stopped"
+        tokens = len(continuation.tokens) if used is None else used
+        found.append(Generated(text, reason, tokens, len(ids[place]) - len(kept[place])))
+    return found
 
 
 def _checked(number: int, prompt: Prompt, tokenizer: Tokenizer, max_length: int) -> list[int]:
@@ -115,12 +114,16 @@ class _StopFinder:
     def cut(self, place: int, ids: Sequence[int]) -> tuple[str, int | None]:
         """The text of `ids` up to a stop text, and how many tokens there are once one is complete; None without one.
 
-        Token by token, so that it does not matter how many more there are behind the first.
+        The fewest tokens that complete one, so that it does not matter how many more were written after them.
         """
         text = self._decode(ids)
         if self._find(place, text) is None:
             return text, None
-        used = next(n for n in range(1, len(ids) + 1) if self._find(place, self._decode(ids[:n])) is not None)
+
+        def is_complete(used: int) -> bool:
+            return self._find(place, self._decode(ids[:used])) is not None
+
+        used = bisect.bisect_left(range(len(ids)), True, lo=1, key=is_complete)
         text = self._decode(ids[:used])
         return text[: self._find(place, text)], used
 

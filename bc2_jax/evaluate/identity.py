@@ -24,6 +24,9 @@ NAME = "evaluation.json"
 _SETTINGS = {
     "tokenizer_sha256": "another tokenizer", "dtype": "another dtype", "max_length": "another max_length"
 }  # fmt: skip
+_NEEDED = {"model", "files", "checksum", "tasks", *_SETTINGS}
+_OF_TASK = {"shots", "prompts_sha256"}
+"""Fields of evaluation.json, and of each of its tasks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,18 +72,20 @@ def read_identity(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         about = json.loads(path.read_bytes())
-        about["model"], about["files"], about["tasks"].items()
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"{path} is damaged: choose another --out.") from None
+        is_whole = about.keys() >= _NEEDED and all(then.keys() >= _OF_TASK for then in about["tasks"].values())
+    except (ValueError, AttributeError, RecursionError):
+        is_whole = False
+    if not is_whole:
+        raise ValueError(f"{path} is damaged: choose another --out.")
     return dict(about)
 
 
 def claim(folder: Path, about: Mapping[str, Any], asked: Sequence[Questions]) -> bool:
-    """Makes FOLDER the place of a model's results for these benchmarks, and of others that are there already.
+    """Makes FOLDER the place of a model's results for these benchmarks, beside those that it already has.
 
-    `about` is `Model.describe`. Returns whether the model's files are those of the results that are there: if not,
-    `settle` must be given its parameters' checksum. Raises ValueError, before anything is written, for a folder of
-    results of other settings, or of other prompts of one of the benchmarks.
+    `about` is `Model.describe`. Returns whether the folder's results, if it has any, are of the same files of a model:
+    if not, `settle` must be given the checksum of the parameters. Raises ValueError, before anything is written, if
+    they are of other settings or of other prompts of one of the benchmarks.
     """
     before = read_identity(folder)
     tasks = _prompts_of(asked)
@@ -101,9 +106,9 @@ def require_same_asking(
     """Raises ValueError if what `claim` wrote in `folder`, `before`, is of other settings than `about`, or of other
     prompts of one of the benchmarks."""
     for name, other in _SETTINGS.items():
-        if before.get(name) != about[name]:
+        if before[name] != about[name]:
             raise ValueError(
-                f"{folder} has results of {other} ({name} {before.get(name)}, now {about[name]}): choose another --out."
+                f"{folder} has results of {other} ({name} {before[name]}, now {about[name]}): choose another --out."
             )
     for name, now in _prompts_of(asked).items():
         if (then := before["tasks"].get(name, now)) != now:

@@ -86,9 +86,9 @@ class ScorerStats:
 class Scorer:
     """A model and its tokenizer, ready to score.
 
-    Results depend on neither the order of requests nor on what is scored with them, up to the rounding of fp32 sums
-    (1e-5), nor on the mesh of the model. What has most in common is fastest scored in one call. With several processes
-    all of them make the same calls and all get all results.
+    Results depend neither on the order of requests, nor on what is scored with them, nor on the mesh of the model, up
+    to the rounding of fp32 sums (1e-5). Give requests that begin alike in one call: what they share is computed once.
+    With several processes all of them make the same calls and all get all results.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class Scorer:
         A text is scored in windows of max_length tokens, the first of which begins with the prefix id. Each scores
         `stride` tokens that no other scores, by default max_length of them, so that their context is short at the
         beginning of a window; a smaller stride takes longer (`encoding.cut_windows`). Raises ValueError for a stride
-        out of range.
+        out of range, and for one text instead of a list.
         """
         stride = self.max_length if stride is None else stride
         legal = f"it must be a whole number in 1..{self.max_length}, the longest window"
@@ -157,7 +157,7 @@ class Scorer:
         context or continuation, with an id that the model does not have, or with a continuation longer than max_length.
         """
         start = time.perf_counter()
-        items = [self._item(number, Request(*request)) for number, request in enumerate(requests)]
+        items = [self._item(number, request) for number, request in enumerate(requests)]
         found: dict[int, Score] = {}
         if items:
             plan = self._shapes.plan(items)
@@ -174,7 +174,7 @@ class Scorer:
         return [found[number] for number in range(len(items))]
 
     def generate(self, prompts: Sequence[tuple[str | Sequence[int], Sequence[str], int]]) -> list[str]:
-        """The text that follows on each (prompt, stop texts, max_new_tokens), greedily; as `generate_texts`."""
+        """The text that follows each (prompt, stop texts, max_new_tokens), greedily; as `generate_texts`."""
         return [generated.text for generated in self.generate_texts(prompts)]
 
     def generate_texts(
@@ -186,6 +186,9 @@ class Scorer:
         """`generation.generate_texts` of (prompt, stop texts, max_new_tokens)."""
         if not prompts:
             return []
+        for number, prompt in enumerate(prompts):
+            legal = "it must be a prompt, its stop texts and max_new_tokens"
+            require(_has(prompt, len(Prompt._fields)), f"prompts[{number}]", prompt, legal)
         asked = [Prompt(*prompt) for prompt in prompts]
         return generate_texts(
             self._prepared, self.tokenizer, asked, max_length=self.generation_length, progress=progress, **settings
@@ -201,10 +204,12 @@ class Scorer:
         return prepare(self.model)
 
     def _item(self, number: int, request: Request) -> Item:
+        legal = "it must be two lists of token ids, context and continuation"
+        require(_has(request, len(Request._fields)), f"requests[{number}]", request, legal)
         context, continuation = (np.asarray(ids) for ids in request)
         for name, ids in zip(Request._fields, (context, continuation), strict=True):
-            if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu":
-                raise ValueError(f"requests[{number}] has no {name}: it must be a list of at least one token id.")
+            right = ids.ndim == 1 and ids.size > 0 and ids.dtype.kind in "iu"
+            require(right, f"requests[{number}].{name}", ids.tolist(), "it must be a list of at least one token id")
             if ids.min() < 0 or ids.max() >= self.model.config.vocab_size:
                 most = self.model.config.vocab_size - 1
                 raise ValueError(f"requests[{number}] has a token id in its {name} that is not in 0..{most}.")
@@ -232,3 +237,8 @@ class Scorer:
                 total, bool(is_argmax[here].all()), log_prob[here].copy(), near_tie, items[number].cut
             )
         return found
+
+
+def _has(fields: object, count: int) -> bool:
+    """Whether a tuple or list has so many fields."""
+    return isinstance(fields, Sequence) and not isinstance(fields, str) and len(fields) == count

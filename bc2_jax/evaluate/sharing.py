@@ -1,6 +1,6 @@
 """Sequences of tokens -> rows in which what several of them begin with stands once.
 
-A row holds documents of `kernels.segments`: a trunk, and branches that go on from it. Sequences are compared by their
+A row holds documents of `kernels.segments`: a trunk, and branches that continue it. Sequences are compared by their
 ids alone, so nobody has to say which requests belong together: the shots of a subject, or a question with several
 continuations, become trunks by themselves.
 """

@@ -127,19 +127,24 @@ def bucket(length: int) -> int:
     return max(64, 2 ** math.ceil(math.log2(length))) if length <= 256 else -(-length // 256) * 256
 
 
-def check_prompts(config: ModelConfig, prompts: Any, max_new_tokens: int) -> list[Sequence[int]]:
-    """The prompts as they were given; raises ValueError as `generate` for one that is not valid."""
+def check_prompts(config: ModelConfig, prompts: Any, max_new_tokens: int | Sequence[int]) -> list[Sequence[int]]:
+    """The prompts as they were given; raises ValueError as `generate` for one that is not valid.
+
+    `max_new_tokens` are those of all prompts, or of each.
+    """
     if not isinstance(prompts, Iterable) or isinstance(prompts, str | bytes | dict):
         shown = show(prompts)
         raise ValueError(f"prompts = {shown} is not valid: it must be a list of prompts, each a list of token ids.")
     found = list(prompts)
     if not found:
         raise ValueError("prompts is empty: at least one prompt is needed.")
-    for i, prompt in enumerate(found):
+    limits = [max_new_tokens] * len(found) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    require(len(limits) == len(found), "max_new_tokens", limits, f"it must be one number or {len(found)}, one a prompt")
+    for i, (prompt, limit) in enumerate(zip(found, limits, strict=True)):
         _check_prompt(f"prompts[{i}]", prompt, config.vocab_size)
-        if len(prompt) + max_new_tokens > config.model_max_length:
+        if len(prompt) + limit > config.model_max_length:
             raise ValueError(
-                f"prompts[{i}] has {len(prompt)} tokens, which with max_new_tokens = {max_new_tokens} is more than "
+                f"prompts[{i}] has {len(prompt)} tokens, which with max_new_tokens = {limit} is more than "
                 f"model_max_length = {config.model_max_length}."
             )
     return found

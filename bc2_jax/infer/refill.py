@@ -1,4 +1,4 @@
-"""Continuing many prompts over a few rows: a row that has ended is given the next prompt while the others go on.
+"""Continuing many prompts over a few rows: a row that has ended is given the next prompt while the others run.
 
 Answers have very different lengths. In fixed batches every row waits for the longest one of its batch; here rows wait
 at most for the end of a group of decoding steps, and at the very end for each other.
@@ -96,6 +96,7 @@ def continue_many(
     group: int = GROUP,
     progress: Callable[[str], bool] | None = None,
     stops: Stops | None = None,
+    limits: Sequence[int] | None = None,
 ) -> tuple[list[Continuation], RefillStats]:
     """The continuation of each prompt, as `continue_prompts` gives it, and how well the rows were used.
 
@@ -109,26 +110,35 @@ def continue_many(
     matmuls of another shape; which row it gets is decided by the lengths of the answers, so that the same call gives
     the same bits. With several processes all of them call it with the same arguments and all get the same.
 
+    `limits` are the new tokens of each prompt, at most `settings.max_new_tokens`, which they all have by default.
+
     `log_probs` are of the logits as the model gave them, divided by `log_prob_temperature`: give the temperature of
     `settings` to have the log-probabilities of what is sampled from, if settings cut nothing off.
 
     `progress` is told after each group how many continuations are done; all processes must return the same. `stops` may
     end continuations after each group: their reason is "stopped", their tokens are all that there are by then.
 
-    Raises ValueError as `continue_prompts`, for a prompt longer than prompt_slots, and for rows, prefill_rows or group
-    that are not valid; `Stopped` as soon as progress returns False.
+    Raises ValueError as `continue_prompts`, for a prompt longer than prompt_slots, and for rows, prefill_rows, group or
+    limits that are not valid; `Stopped` as soon as progress returns False.
     """
     settings = settings.check(prepared.config)
-    prompts = check_prompts(prepared.config, prompts, settings.max_new_tokens)
+    most = settings.max_new_tokens
+    prompts = check_prompts(prepared.config, prompts, most if limits is None else limits)
+    limits = [most] * len(prompts) if limits is None else limits
+    require(all(1 <= limit <= most for limit in limits), "limits", limits, f"they must be in 1..{most}")
     longest = max(map(len, prompts))
+    if prompt_slots is None:
+        # Beyond the slots of the longest prompt, which may have fewer new tokens than a shorter one.
+        most = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)) - longest
     prompt_slots = longest if prompt_slots is None else prompt_slots
     legal = f"it must be a whole number, at least the {longest} tokens of the longest prompt"
     require(is_whole(prompt_slots) and prompt_slots >= longest, "prompt_slots", prompt_slots, legal)
     require(is_whole(group) and group >= 1, "group", group, "it must be a whole number, at least 1")
     require(log_prob_temperature > 0, "log_prob_temperature", log_prob_temperature, "it must be positive")
     with use_mesh_of(prepared.params["norm"]["weight"]):
-        shapes = RolloutShapes.of(rows, prefill_rows, prompt_slots, settings.max_new_tokens)
-        rollout = _Rollout(prepared, prompts, settings, shapes, log_prob_temperature if log_probs else None)
+        shapes = RolloutShapes.of(rows, prefill_rows, prompt_slots, most)
+        each = [dataclasses.replace(settings, max_new_tokens=limit) for limit in limits]
+        rollout = _Rollout(prepared, prompts, each, shapes, log_prob_temperature if log_probs else None)
         while rollout.done < len(prompts):
             rollout.refill()
             rollout.decode(group, stops)
@@ -141,13 +151,13 @@ class _Rollout:
     """The rows, and which prompt each of them continues."""
 
     def __init__(
-        self, prepared: Prepared, prompts: list[Sequence[int]], settings: Settings, shapes: RolloutShapes,
+        self, prepared: Prepared, prompts: list[Sequence[int]], settings: list[Settings], shapes: RolloutShapes,
         log_prob_temperature: float | None,
     ):  # fmt: skip
         self._prepared, self._prompts, self._settings, self._shapes = prepared, prompts, settings, shapes
         self._log_prob_temperature = log_prob_temperature
         # As in `continue_prompts`, so that all greedy calls share one compiled function.
-        self._top_k = 0 if settings.temperature == 0 else settings.top_k
+        self._top_k = 0 if settings[0].temperature == 0 else settings[0].top_k
         self._found: dict[int, Continuation] = {}
         self._prompt_of: dict[int, int] = {}
         """The prompt of each row that runs."""
@@ -234,4 +244,5 @@ class _Rollout:
 
     def _sampling(self, places: Sequence[int]) -> Sampling:
         temperature = 1.0 if self._log_prob_temperature is None else self._log_prob_temperature
-        return sampling_of([self._settings] * len(places), places, temperature)
+        last = len(self._settings) - 1  # rows of no prompt have its settings
+        return sampling_of([self._settings[min(place, last)] for place in places], places, temperature)

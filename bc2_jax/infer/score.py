@@ -40,7 +40,7 @@ class Rows(NamedTuple):
     places_BS: Any
     """Columns, 0..T-1, whose next token is scored; one place may be there several times with different labels."""
     labels_BS: Any
-    """The tokens to score, IGNORED where there is none."""
+    """The tokens to score, IGNORED where nothing is scored."""
 
 
 class Scores(NamedTuple):

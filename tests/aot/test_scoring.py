@@ -21,7 +21,7 @@ def test_benchmarks_are_read_as_they_are_written():
 
 
 @pytest.mark.parametrize("text", ["a", "a:1:2:3", "a:1:2:3:x", "a:1:2:3:-4", "a:0:2:3:4", "a:1:2:3:4:5"])
-def test_what_is_no_benchmark_is_named(text):
+def test_other_texts_are_refused(text):
     with pytest.raises(ValueError, match=r"benchmark|a\.items"):
         Benchmark.parse(text)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from bc2_jax.aot import compilation
 from bc2_jax.config import MeshConfig
 from bc2_jax.tpu.chips import parse_topology
-from tools.aot_compile import load_config, make_parser, search
+from tools.aot_compile import check_options, compile_and_report_scoring, load_config, make_parser, search
 
 TOPOLOGY = parse_topology("v5p:2x2x1")
 
@@ -30,3 +31,32 @@ def test_what_is_for_rows_alone():
     config, args = load("baichuan2_13b_ppo", "--search")
     with pytest.raises(ValueError, match="--search is for runs on packed rows, not for a RLConfig"):
         search(args, [], config, TOPOLOGY)
+
+
+def test_scoring_is_on_the_mesh_of_inference_and_refuses_before_it_compiles(monkeypatch):
+    monkeypatch.setattr(compilation, "use_topologies", lambda: pytest.fail("it compiles"))
+    for options, message in (
+        (("--row-length", "500"), "C-Eval test: shots of 450 tokens and a question of 80 do not fit a row of 500"),
+        (("--benchmark", "mine:10:1:4090:9"), "mine: shots of 4090 tokens .* do not fit a row of 4096"),
+        (("--benchmark", "mine:10"), "benchmark 'mine:10' is not valid: write NAME:ITEMS"),
+    ):
+        config, args = load("baichuan2_13b", "--score", *options)
+        assert config.mesh == MeshConfig(data=1, fsdp=1, tensor=4)
+        with pytest.raises(ValueError, match=message):
+            compile_and_report_scoring(args, config, TOPOLOGY)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--score", "--inference"), "--inference and --score compile different programs"),
+        (("--score", "--search"), "--search is an option of training: leave it out with --score"),
+        (("--row-length", "9"), "--row-length is an option of scoring: give --score as well"),
+        (("--inference", "--benchmark", "a:1:1:1:1"), "--benchmark is an option of scoring"),
+        (("--score", "--cache-length", "9"), "--cache-length is an option of inference: give --inference as well"),
+    ],
+)
+def test_options_of_different_programs_are_not_mixed(options, message):
+    with pytest.raises(ValueError, match=message):
+        check_options(load("baichuan2_13b", *options)[1])
+    check_options(load("baichuan2_13b", "--score", "--batch", "2")[1])

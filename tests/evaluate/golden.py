@@ -14,7 +14,7 @@ from bc2_jax.tokenizer import Tokenizer
 
 EVALS = Path(__file__).parents[1] / "golden" / "evals"
 GOLDEN: dict[str, Any] = json.loads((EVALS / "golden.json").read_text(encoding="utf-8"))
-COMPUTE = ComputeConfig(attention_block=64, remat="none", scan_layers=False)
+COMPUTE = ComputeConfig(attention="reference", remat="none")
 HEADERS = {
     "zh": "以下是单项选择题，请选出其中的正确答案。\n\n",
     "en": "The following are multiple choice questions (with answers).\n\n",

@@ -56,7 +56,7 @@ def test_both_together_say_the_whole(context, continuation):
 
 
 @pytest.mark.parametrize("pair", ["ab", ("a",), ("a", 3), ("a", "")])
-def test_what_is_no_pair_is_named(pair):
+def test_anything_but_two_texts_is_refused(pair):
     with pytest.raises(ValueError, match=r"pairs\[1\]"):
         encode_pairs(Pieces(), [("a", "b"), pair], 1)
 

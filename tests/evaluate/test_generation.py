@@ -41,7 +41,13 @@ def test_stop_texts_end_rows_and_are_cut(monkeypatch):
 
 @pytest.mark.parametrize(
     ("prompt", "told"),
-    [(("", (), 5), "not empty"), (("a", "b", 5), "stops"), (("a", [""], 5), "stops"), (("a", (), 256), r"1\.\.255")],
+    [
+        (("", (), 5), "not empty"),
+        (("a", 5), "a prompt, its stop texts and max_new_tokens"),
+        (("a", "b", 5), "stops"),
+        (("a", [""], 5), "stops"),
+        (("a", (), 256), r"1\.\.255"),
+    ],
 )
 def test_prompts_that_are_not_valid_are_named(prompt, told):
     with pytest.raises(ValueError, match=rf"prompts\[1\].*{told}"):

@@ -79,6 +79,9 @@ def test_records_of_no_known_model_are_not_added_to(model, asked, tmp_path):
     add_record(tmp_path)
     with pytest.raises(ValueError, match="records but no evaluation.json"):
         claim(tmp_path, model.describe(), asked("quiz"))
-    (tmp_path / "evaluation.json").write_text(json.dumps({"model": "x"}))
-    with pytest.raises(ValueError, match="evaluation.json is damaged"):
-        claim(tmp_path, model.describe(), asked("quiz"))
+    whole = {**model.describe(), "checksum": None, "tasks": {"quiz": {"shots": 2, "prompts_sha256": "x"}}}
+    damaged = [{key: value for key, value in whole.items() if key != gone} for gone in ("checksum", "tasks", "dtype")]
+    for about in (*damaged, [1], 3, whole | {"tasks": []}, whole | {"tasks": {"quiz": {"shots": 2}}}):
+        (tmp_path / "evaluation.json").write_text(json.dumps(about))
+        with pytest.raises(ValueError, match="evaluation.json is damaged"):
+            claim(tmp_path, model.describe(), asked("quiz"))

@@ -164,6 +164,9 @@ def test_it_stops_when_it_is_told_to(small):
         (dict(group=0), "group = 0 is not valid"),
         (dict(prompt_slots=3), "prompt_slots = 3 is not valid: .* at least the 4 tokens of the longest prompt"),
         (dict(log_prob_temperature=0.0), "log_prob_temperature = 0.0 is not valid"),
+        (dict(limits=[0]), r"limits = \[0\] is not valid: they must be in 1\.\.40"),
+        (dict(limits=[41]), r"limits = \[41\] is not valid"),
+        (dict(limits=[1, 1]), r"max_new_tokens = \[1, 1\] is not valid: it must be one number or 1, one a prompt"),
     ],
 )
 def test_it_refuses(small, change, message):
@@ -175,6 +178,20 @@ def test_rows_must_suit_the_mesh(mesh_of):
     prepared = engine.prepare(make_model(mesh_of(2, 2, 1)))
     with pytest.raises(ValueError, match="rows = 6 is not valid: it must be a positive multiple of 4"):
         continue_many(prepared, [[5]], DRAWN, rows=6)
+
+
+def test_each_prompt_may_have_its_own_number_of_new_tokens(small):
+    """The largest of the numbers would not fit behind the longest prompt; no slots are held for it."""
+    settings = dataclasses.replace(DRAWN, eos_token_id=())
+    prompts, limits = [[*range(5, 5 + count)] for count in (3, 20, 10)], [9, 2, 60]
+    expected, _ = continue_many(small, prompts, settings, rows=3, prompt_slots=32)
+    counts = [program._cache_size() for program in engine.programs(small.compute)]
+    most = dataclasses.replace(settings, max_new_tokens=500)
+    found, _ = continue_many(small, prompts, most, rows=3, limits=limits)
+    assert [program._cache_size() for program in engine.programs(small.compute)] == counts
+    assert [(len(one.tokens), one.reason) for one in found] == [(limit, "length") for limit in limits]
+    for one, other in zip(found, expected, strict=True):
+        assert one.tokens[:40] == other.tokens[: len(one.tokens)]
 
 
 def test_rows_end_where_the_caller_stops_them(small):

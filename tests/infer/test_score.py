@@ -17,7 +17,7 @@ from tests.convert.models import read_params
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 # The chunk cuts the places of a row.
-COMPUTE = ComputeConfig(dtype="float32", attention_block=16, remat="none", scan_layers=False, loss_chunk=10)
+COMPUTE = ComputeConfig(dtype="float32", attention_block=16, remat="none", loss_chunk=10)
 
 
 def load(name: str, mesh=None) -> Baichuan2:
