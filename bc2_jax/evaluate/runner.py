@@ -113,7 +113,7 @@ def run_code(questions: Questions, kept: RecordFile, say: Say) -> None:
             part = waiting[start : start + _AT_ONCE["code"]]
             outcomes = held.run_all([program(e, kept.records[e.id]["text"]) for e in part], workers=workers)
             kept.add(
-                kept.records[example.id] | {"right": {"passed": outcome.passed}, "why": outcome.why}
+                kept.records[example.id] | {"right": {"pass@1": outcome.passed}, "why": outcome.why}
                 for example, outcome in zip(part, outcomes, strict=True)
             )
             say(f"{task.name}, running code", start + len(part), len(waiting))

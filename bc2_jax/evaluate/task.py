@@ -106,7 +106,7 @@ class Judged(NamedTuple):
     right: Mapping[str, bool]
     """Way of scoring -> right or wrong, the leading way first; {} if the answer is not published.
 
-    letters: "as_shown", "bare"; options: "acc", "acc_norm"; generation: "exact"; code: "passed".
+    letters: "as_shown", "bare"; options: "acc", "acc_norm"; generation: "exact"; code: "pass@1".
     """
     answer: str
     """The letter, the option or the extracted answer of the leading way."""

@@ -99,7 +99,7 @@ def test_code_is_run_in_the_sandbox_alone_and_not_twice(read, tokenizer, tmp_pat
     task = to_write(10, kind="code", judge=None, program=lambda example, text: (text, "tests"))
     monkeypatch.setattr(runner, "require_sandbox", lambda: SimpleNamespace(run_all=run_all))
     results = run_task(read(task), lambda: FakeScorer(tokenizer), tmp_path)
-    assert len(ran) == 10 and results["unjudged"] == 0 and 0 < results["metrics"]["passed"]["value"] < 100
+    assert len(ran) == 10 and results["unjudged"] == 0 and 0 < results["metrics"]["pass@1"]["value"] < 100
     assert run_task(read(task), nothing, tmp_path) == results and len(ran) == 10
 
     def no_sandbox():

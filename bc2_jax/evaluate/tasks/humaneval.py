@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from bc2_jax.evaluate.pass_at_k import summarize
 from bc2_jax.evaluate.task import Example, Loaded, Task
 from bc2_jax.evaluate.tasks.files import find_file
 from bc2_jax.evaluate.tasks.reading import read_rows
@@ -55,7 +54,7 @@ def _make(name: str, title: str, instruction: str, config: str) -> Task:
         shots=0,
         load=partial(load, instruction=instruction),
         paper={"7B": 18.29, "13B": 17.07},
-        paper_source="Table 6, 0 shots by OpenCompass; compare pass@1",
+        paper_source="Table 6, 0 shots by OpenCompass",
         notes=(
             "The paper does not say which of OpenCompass's two prompts it used: the bare function "
             "(humaneval_gen_a82cae, here humaneval) or after 'Complete the following python code:' "
@@ -63,7 +62,6 @@ def _make(name: str, title: str, instruction: str, config: str) -> Task:
             "where a new top-level statement begins and then used as it is: OpenCompass strips the blanks at its "
             "beginning, which breaks the indentation, and cuts fences, which are left here.",
         ),
-        summarize=summarize,
         stops=("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
         max_new_tokens=512,
         program=program,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bc2_jax.evaluate.pass_at_k import summarize
 from bc2_jax.evaluate.task import Example, Loaded, Task
 from bc2_jax.evaluate.tasks.files import find_file
 from bc2_jax.evaluate.tasks.reading import Row, read_rows
@@ -92,13 +91,12 @@ TASK = Task(
     shots=len(SHOTS),
     load=load,
     paper={"7B": 24.20, "13B": 30.20},
-    paper_source="Table 6, 3 shots by OpenCompass; compare pass@1",
+    paper_source="Table 6, 3 shots by OpenCompass",
     notes=(
         "The wording is that of OpenCompass's mbpp_gen_1e1056, whose tests in the shots have irregular blanks; here "
         "all are spelt alike. test_setup_code, which few tasks have, is run before the tests; OpenCompass leaves it "
         "out.",
     ),
-    summarize=summarize,
     stops=("[DONE]",),
     max_new_tokens=512,
     program=program,
