@@ -7,7 +7,7 @@ tools/convert.py writes): questions with four letters after the five shots of th
 turns, one process a turn, so both meet the same state of the machine; each turn runs everything once to warm up, which
 compiles, and then several times, of which the fastest counts; CPU seconds are what other work on the machine changes
 least. --torch-python is a Python with lm-eval, transformers and
-torch (by default this one). lm-eval runs a question once for its four letters; the shots of a subject are run anew for
+torch (by default this one). lm-eval runs a question once for its four letters; the shots of a subject are run again for
 each question, where ours stand once in the rows of all of them.
 """
 

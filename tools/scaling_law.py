@@ -3,7 +3,7 @@
 python tools/scaling_law.py runs/tiny_ladder/h*
 python tools/scaling_law.py RUNS... --predict 7b,13b --tokens 2.6e12 --out DIR
 python tools/scaling_law.py --points points.csv --fit-on '^small' --compare '^large'
-python tools/scaling_law.py --plan 20000 --chip v5p          # chip-hours: which rungs, what each costs, what they tell
+python tools/scaling_law.py --plan 20000 --chip v5p          # chip-hours: which rungs, what each costs, what they say
 
 Takes the last loss on held-out text of each run (docs/scaling.md says what else is checked), in nats a token. Prints
 predictions first, then the largest run predicted from the others, then parameters; writes scaling.json and scaling.png.
@@ -32,7 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--points", type=Path, help="a CSV file with N and D or C, and loss, in place of runs")
     parser.add_argument("--fit-on", default="", help="with --points: only rows whose name this pattern finds")
     parser.add_argument("--compare", help="with --points: rows to predict, and to compare with their loss")
-    parser.add_argument("--predict", default="", help="7b, 13b or config files, separated by commas")
+    parser.add_argument("--predict", default="", help="7b, 13b or config files, separated by commas; 13b with --plan")
     parser.add_argument("--tokens", type=float, default=2.6e12, help="tokens of what is predicted; 2.6e12 by default")
     parser.add_argument(
         "--law", default="auto", choices=("auto", "compute", "surface"),
@@ -43,22 +43,30 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, help="folder for scaling.json and scaling.png; by default scaling_law")
     parser.add_argument("--plan", type=float, metavar="CHIP_HOURS", help="plan the paper's ladder for this budget")
-    parser.add_argument("--chip", default="v5p", help="with --plan: generation of TPU, v5p by default")
-    parser.add_argument("--ladder-tokens", type=float, default=1e12, help="with --plan: tokens of each rung")
+    parser.add_argument("--chip", help="with --plan: generation of TPU, v5p by default")
+    parser.add_argument("--ladder-tokens", type=float, help="with --plan: tokens of each rung, 1e12 by default")
     parser.add_argument("--noise", type=float, help="with --plan: scatter of a run's loss as a share; 0.001 by default")
     return parser
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Raises ValueError for options that do not go together or have no sense."""
+    """Raises ValueError for options that have no effect together, and for values that are not valid."""
     if args.plan is None and bool(args.runs) == bool(args.points):
         raise ValueError("give the folders of runs, or --points FILE.csv, or --plan CHIP_HOURS; not several of them.")
     if args.runs and args.points:  # what a plan simulates
         raise ValueError("runs and --points are both given: leave one out.")
     if (args.fit_on or args.compare) and not args.points:
         raise ValueError("--fit-on and --compare are for the rows of --points.")
-    if args.plan is None and args.noise is not None:
-        raise ValueError("--noise is an option of --plan.")
+    for name, value in (("chip", args.chip), ("ladder-tokens", args.ladder_tokens), ("noise", args.noise)):
+        if args.plan is None and value is not None:
+            raise ValueError(f"--{name} is an option of --plan.")
+    for name, is_given in (("out", args.out), ("compare", args.compare), ("law", args.law != "auto")):
+        if args.plan is not None and is_given:
+            raise ValueError(
+                f"--{name} has no effect with --plan, which simulates L = a C^b + L_inf and writes no file."
+            )
+    if args.noise is not None and not 0 < args.noise < 0.5:
+        raise ValueError(f"--noise = {args.noise:g} is not valid: it must be between 0 and 0.5, for instance 0.001.")
     for name in ("tokens", "ladder_tokens", "plan"):
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
@@ -87,18 +95,19 @@ def fit_and_report(args: argparse.Namespace) -> None:
 def plan(args: argparse.Namespace) -> None:
     from bc2_jax.evaluate.scaling import plan as planning
     from bc2_jax.evaluate.scaling.collection import collect, read_points
+    from bc2_jax.evaluate.scaling.ladder import PAPER_TOKENS, make_target
     from bc2_jax.evaluate.scaling.report import analyse
 
-    law = None
+    target = make_target(args.predict or "13b", args.tokens)
+    tokens = PAPER_TOKENS if args.ladder_tokens is None else args.ladder_tokens
+    chip, law = args.chip or "v5p", None
     if args.runs or args.points:
         points = collect(args.runs) if args.runs else read_points(args.points, args.fit_on)[0]
         law = analyse(points, law="compute", delta=args.delta).fit
-    costs = planning.cost_rungs(
-        args.chip, args.ladder_tokens, planning.compile_rung, lambda text: print(text, flush=True)
-    )
+    costs = planning.cost_rungs(chip, tokens, planning.compile_rung, lambda text: print(text, flush=True))
     table = make_table(
         "rung", "head size", "FLOPs", "head", "attention", "MFU", "chip-hours", "",
-        title=f"The paper's ladder, {args.ladder_tokens:.4g} tokens each, on {args.chip}", numbers_from=1,
+        title=f"The paper's ladder, {tokens:.4g} tokens each, on {chip}", numbers_from=1,
     )  # fmt: skip
     for cost in costs:
         c = cost.compute
@@ -113,10 +122,10 @@ def plan(args: argparse.Namespace) -> None:
             "all, also for head sizes that waste lanes. pip install -e '.[tpu]' for estimates."
         )
     noise = planning.ASSUMED_NOISE if args.noise is None else args.noise
-    choices = planning.choose(costs, law=law, noise=noise)
+    choices = planning.choose(costs, target, law, noise)
     table = make_table(
-        "ladder", "chip-hours", "95 % of 13B at 2.6 T tokens",
-        title=f"What it tells, by simulation: runs scatter about the law by {noise:.3%}", numbers_from=1,
+        "ladder", "chip-hours", f"95 % of {target.name} on {target.D:.4g} tokens",
+        title=f"How sure its prediction is, by simulation: runs scatter about the law by {noise:.3%}", numbers_from=1,
     )  # fmt: skip
     for choice in choices:
         table.add_row(

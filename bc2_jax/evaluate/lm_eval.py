@@ -52,7 +52,7 @@ class _Chat(NamedTuple):
 
     head: list[int]
     tail: str
-    """The beginning of the answer, which is to go on."""
+    """The beginning of the answer, which the model is to continue."""
 
 
 class LmEvalModel(TemplateLM):
@@ -173,7 +173,7 @@ class LmEvalModel(TemplateLM):
     def apply_chat_template(self, chat_history: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The conversation as text; what is asked with that text is asked with the ids of `bc2_jax.align.chat`.
 
-        Without `add_generation_prompt` the last message is the beginning of an answer, which is to go on. Raises
+        Without `add_generation_prompt` the last message is the beginning of an answer, which is to be continued. Raises
         ValueError as `encode_prompt`.
         """
         tokenizer = self.scorer.tokenizer
@@ -254,7 +254,7 @@ def run_lm_eval(
     lm-eval's. `chat` asks in our chat format, after the `system` text. `cache` is a folder in which answers are kept
     for the next call with the same `identity`, which must say all that an answer depends on beside the request: lm-eval
     knows answers by their request alone. A `scorer` that is still to be loaded is called once the tasks are known to be
-    there. Raises ValueError for tasks that there are not, data that is not there, and settings that we do not have.
+    there. Raises ValueError for unknown tasks, data that can't be read, and settings that we do not have.
     """
     require(len(tasks) > 0, "tasks", list(tasks), "at least one is needed")
     require(cache is None or bool(identity), "identity", identity, "a cache needs to know what the answers are of")

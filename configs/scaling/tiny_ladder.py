@@ -2,7 +2,7 @@
 
 python train.py configs/scaling/tiny_ladder.py      # about 7 minutes on 2 cores; no accelerator
 
-The five smaller rungs are trained first, each a run of its own in runs/tiny_ladder; those that are there are not
+The five smaller rungs are trained first, each a run of its own in runs/tiny_ladder; finished ones are not
 trained again. A law is fitted to their losses on held-out text and says what the largest will reach before that is
 trained; then both are shown, as a table and as a picture in runs/tiny_ladder/scaling. As in the paper's ladder all
 sizes see the same tokens, FFN is 3 x hidden, and each rung's learning rate reaches its minimum at its own last step.

@@ -105,7 +105,7 @@ def test_standard_errors(pairs):
     assert ratio(numerators, [d for _, d in pairs]).value <= max(n / d for n, d in pairs) * (1 + 1e-9)
 
 
-def test_standard_errors_against_drawing_texts_anew():
+def test_standard_errors_against_drawing_texts_again():
     random = np.random.default_rng(0)
     sizes = random.integers(20, 2000, 400)
     losses = sizes * random.normal(3, 0.5, 400)

@@ -180,7 +180,7 @@ def test_a_cache_is_of_one_model(scorer, tasks, tmp_path):
 
 
 def test_the_program(tasks, tmp_path, capsys):
-    """It goes on where it was."""
+    """A second call finds the answers of the first."""
     shutil.copytree(EVALS / "model", tmp_path / "model")
     shutil.copy(EVALS / "tokenizer" / "tokenizer.model", tmp_path / "model")
     options = ["--lm-eval", "g_cloze", "--include-path", str(tasks), "--out", str(tmp_path / "out")]

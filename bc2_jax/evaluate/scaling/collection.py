@@ -64,9 +64,11 @@ class _Run:
 def collect(paths: Sequence[str | Path]) -> Points:
     """The finished runs in these folders, smallest compute first.
 
-    What is not finished is left out with a warning; a learning rate whose schedule did not end at the run's own last
-    step is warned of. Raises ValueError for a folder without a run of pre-training, a run given twice, no finished
-    run, and runs with different tokenizers or held-out text, whose losses can't be compared.
+    What is not finished is left out with a warning. A learning rate whose schedule did not end at the run's own last
+    step, and a run that began from another model, are warned of.
+
+    Raises ValueError for a folder without a run of pre-training, a run given twice, no finished run, and runs with
+    different tokenizers or held-out text, whose losses can't be compared.
     """
     runs, warnings, seen = [], [], dict[Path, str]()
     for path in map(Path, paths):
@@ -84,21 +86,34 @@ def collect(paths: Sequence[str | Path]) -> Points:
                 f"{path}: the learning rate reaches its minimum at step {optimizer.decay_steps:,} and the run ends at "
                 f"{steps:,}: its loss is not that of a schedule of its own length."
             )
+        if found.config.init_from is not None:
+            warnings.append(
+                f"{path}: it began from {found.config.init_from}, whose training is not counted: its tokens and "
+                "compute are too few for its loss."
+            )
     if not runs:
         raise ValueError(" ".join(warnings) or "no run is given.")
-    first = runs[0]
-    for run in runs[1:]:
+    first = next((run for run in runs if run.held_out[-1]), runs[0])
+    for run in runs:
         if run.tokenizer != first.tokenizer:
             raise ValueError(
                 f"{run.path} and {first.path} have different tokenizers: their losses a token can't be compared."
             )
-        if run.held_out != first.held_out:
+        if not _is_same_text(run, first):
             raise ValueError(
                 f"{run.path} and {first.path} are not evaluated on the same held-out text: "
                 f"{_describe(run)} and {_describe(first)}; their losses can't be compared."
             )
     runs.sort(key=lambda run: run.point.C)
-    return Points(tuple(run.point for run in runs), first.bits_per_byte, tuple(warnings))
+    per_nat = next((run.bits_per_byte for run in runs if run.bits_per_byte is not None), None)
+    return Points(tuple(run.point for run in runs), per_nat, tuple(warnings))
+
+
+def _is_same_text(run: _Run, other: _Run) -> bool:
+    """As far as it is known: the rows of a run may have been deleted since."""
+    *counts, digest = run.held_out
+    *other_counts, other_digest = other.held_out
+    return counts == other_counts and (digest == other_digest or not digest or not other_digest)
 
 
 def _describe(run: _Run) -> str:
@@ -108,7 +123,7 @@ def _describe(run: _Run) -> str:
 
 
 def _read_run(path: Path) -> _Run | str:
-    """A finished run, or why it is none."""
+    """A finished run, or a sentence that says why it is left out."""
     file = path / "config.json"
     if not file.is_file():
         raise ValueError(f"{path} is not the folder of a run: it has no config.json.")
@@ -123,8 +138,8 @@ def _read_run(path: Path) -> _Run | str:
     last = next((line for line in lines if line["step"] == config.num_steps and LOSS in line), None)
     if done < config.num_steps:
         return f"{path} is not finished, at step {done:,} of {config.num_steps:,}: left out."
-    if last is None or not isinstance(last[LOSS], int | float):
-        return f"{path} has no loss on held-out text at its last step, {config.num_steps:,}: left out."
+    if last is None or not isinstance(last[LOSS], int | float) or not math.isfinite(last[LOSS]):
+        return f"{path} has no finite loss on held-out text at its last step, {config.num_steps:,}: left out."
     tokens = last.get("trained_tokens") or config.num_steps * config.tokens_per_step
     length, model = config.data.sequence_length, config.model
     point = Point(
@@ -139,7 +154,7 @@ def _read_run(path: Path) -> _Run | str:
 
 
 def _held_out_files(config: TrainConfig) -> tuple[str, int]:
-    """What the held-out rows of a run are made of and their bytes of text; nothing where they are no longer there."""
+    """What the held-out rows of a run are made of and their bytes of text; nothing where they have been deleted."""
     names, size = [], 0
     try:
         for source in config.data.sources:
@@ -157,7 +172,8 @@ def read_points(path: str | Path, chosen: str = "", compared: str | None = None)
     The fit is on rows whose names `chosen` matches (re.search; all by default), but for those that `compared` matches,
     which come second: what was measured, to be held against predictions. C is 6 N D where the file has none.
 
-    Raises ValueError, naming file and line, for what is no number, and for a file without such columns or rows.
+    Raises ValueError, naming file and line, for what is not a positive number, and for a file without such columns or
+    rows.
     """
     path = Path(path)
     try:

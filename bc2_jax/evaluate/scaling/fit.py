@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -103,7 +104,8 @@ class Fit:
         Raises ValueError for a level outside 0..1, an unknown name, and where there are no more runs than parameters:
         these say nothing about the noise.
         """
-        require(0 < level < 1, "level", level, "it must be between 0 and 1, for instance 0.95")
+        is_share = _is_number(level) and 0 < level < 1
+        require(is_share, "level", level, "it must be a number between 0 and 1, for instance 0.95")
         if self.freedom < 1:
             raise ValueError(
                 f"an interval of {self.law.formula} needs at least {len(self.theta) + 1} runs, one more than the law "
@@ -116,6 +118,8 @@ class Fit:
             require(at[0] in self.names, "parameter", at[0], legal)
             return self._parameter_intervals(level)[at[0]]
         x, shape = self._places(at)
+        if not len(x):
+            return np.empty(shape), np.empty(shape)
         t = float(stdtrit(self.freedom, 0.5 + level / 2))
         low, high = profile([Target(place) for place in x], self.problem, self._noise, t**2)
         sampled = log_loss(self._sample, x)
@@ -158,7 +162,7 @@ class Fit:
         """Coefficients [..., P] -> parameters in the order of `names`."""
         num = len(self.middle)
         c, e, s = theta[..., :num], theta[..., num : num + 1], theta[..., num + 1 :]
-        return np.concatenate([np.exp(c + s * self.middle), np.exp(e), self.law.sign * s], axis=-1)
+        return self._values_as_coefficients(np.concatenate([c + s * self.middle, e, s], axis=-1))
 
     def _parameter_intervals(self, level: float) -> dict[str, tuple[float, float]]:
         size = len(self.theta)
@@ -177,15 +181,20 @@ class Fit:
     def _values_as_coefficients(self, theta: np.ndarray) -> np.ndarray:
         """As `_values`, of coefficients whose origin is at 1."""
         num = len(self.middle)
-        with np.errstate(over="ignore"):
-            return np.concatenate([np.exp(theta[:, : num + 1]), self.law.sign * theta[:, num + 1 :]], axis=1)
+        with np.errstate(over="ignore"):  # the factor of a large exponent is inf
+            return np.concatenate([np.exp(theta[..., : num + 1]), self.law.sign * theta[..., num + 1 :]], axis=-1)
 
     def _places(self, at: tuple[Any, ...]) -> tuple[np.ndarray, tuple[int, ...]]:
         """[places, F] relative to the middle, and the shape that the caller's arrays have."""
         names = self.law.quantities
         if len(at) != len(names):
             raise ValueError(f"{self.law.formula} is predicted at {', '.join(names)}: {len(at)} values were given.")
-        arrays = np.broadcast_arrays(*(_numbers(name, value) for name, value in zip(names, at, strict=True)))
+        given = [_numbers(name, value) for name, value in zip(names, at, strict=True)]
+        try:
+            arrays = np.broadcast_arrays(*given)
+        except ValueError as error:
+            shapes = " and ".join(str(array.shape) for array in given)
+            raise ValueError(f"{' and '.join(names)} have the shapes {shapes}: they must have one shape.") from error
         x = np.stack([np.log(a).reshape(-1) for a in arrays], axis=1)
         return x - self.middle, arrays[0].shape
 
@@ -246,9 +255,12 @@ def _fit(
     for name, values in arrays.items():
         require(values.ndim == 1, f"the shape of {name}", values.shape, "it must have one dimension, the runs")
         require(values.size == count, f"the length of {name}", values.size, f"there are {count} losses")
-    require(delta > 0 and np.isfinite(delta), "delta", delta, "it must be finite and positive")
-    require(replicates >= 1, "replicates", replicates, "it must be at least 1")
-    shares = np.ones(count) if weights is None else np.asarray(weights, float)
+    is_right = _is_number(delta) and 0 < delta < np.inf
+    require(is_right, "delta", delta, "it must be a number, finite and positive")
+    for name, value, least in (("replicates", replicates, 1), ("seed", seed, 0)):
+        is_right = isinstance(value, numbers.Integral) and value >= least
+        require(is_right, name, value, f"it must be a whole number, at least {least}")
+    shares = np.ones(count) if weights is None else _floats("weights", weights)
     is_right = shares.shape == (count,) and bool(np.all(np.isfinite(shares) & (shares >= 0)))
     require(is_right, "weights", weights, f"they must be {count} finite numbers, at least 0")
     used = shares > 0
@@ -272,12 +284,21 @@ def _fit(
     return Fit(law, theta, middle, problem, objective, replicates, seed)
 
 
-def _numbers(name: str, values: ArrayLike) -> np.ndarray:
-    """As float64. Raises ValueError, naming the first that is not finite and positive."""
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _floats(name: str, values: ArrayLike) -> np.ndarray:
+    """As float64. Raises ValueError for what is not numbers."""
     try:
-        array = np.asarray(values, float)
+        return np.asarray(values, float)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} = {show(values)} is not valid: it must be numbers.") from error
+
+
+def _numbers(name: str, values: ArrayLike) -> np.ndarray:
+    """As float64. Raises ValueError, naming the first that is not finite and positive."""
+    array = _floats(name, values)
     wrong = np.flatnonzero(~(np.isfinite(array) & (array > 0)))
     if wrong.size:
         index = int(wrong[0])

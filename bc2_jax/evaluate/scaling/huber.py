@@ -2,7 +2,7 @@
 
 A law of F quantities x_1 .. x_F has 2F + 1 coefficients: log L = log(sum_k exp(c_k - s_k x_k) + exp(e)), where x are
 logarithms. The objective is the sum, not the mean, of Huber's loss of log L - log(loss): a sum of this size lets a
-minimiser go on where a mean of it looks like nothing to a tolerance.
+minimiser continue where it would take a mean of it for nothing.
 
 Minimised by Newton's method with exact second derivatives, from every start of a grid; problems (starts, or replicates
 of a bootstrap) are the leading axis of every array, so that thousands take seconds.
@@ -24,6 +24,8 @@ EXPONENTS = (0.05, 0.15, 0.3, 0.5, 0.9)
 """Exponents of the grid of starts."""
 FLOORS = (0.1, 0.5, 0.8, 0.95)
 """Shares of the loss at the middle of the points that the floor has in the grid of starts."""
+LEAST_SHARE = 0.01
+"""Share of the loss below which a term is lifted by `minimise_again`."""
 SPLITS = (0.15, 0.5, 0.85)
 """Shares of the first term in what is above the floor."""
 
@@ -121,7 +123,8 @@ def minimise(
         largest = np.maximum(sizes.max(axis=-1, keepdims=True), 1e-300)
         along = np.einsum("bpq,bp->bq", vectors, gradient) / (sizes + (damping_B[todo, None] + 1e-14) * largest)
         step = -np.einsum("bpq,bq->bp", vectors, along)
-        length = np.linalg.norm(step, axis=-1, keepdims=True)
+        with np.errstate(over="ignore"):  # where nothing bends: such a step is damped
+            length = np.linalg.norm(step, axis=-1, keepdims=True)
         step *= np.minimum(1.0, LONGEST_STEP / np.maximum(length, 1e-300))
         new = objective(theta_BP[todo] + step, part)
         better = new < value_B[todo]
@@ -135,6 +138,33 @@ def minimise(
         if not len(todo):
             break
     return theta_BP, value_B
+
+
+def minimise_again(
+    theta_BP: np.ndarray, problem: Problem, iterations: int = ITERATIONS, fixed_BP: np.ndarray | None = None,
+    tolerance: float = 1e-14,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """As `minimise`, from the minimum of a similar problem, where a term may have vanished.
+
+    Such a term has no derivatives that would bring it back. So each problem starts a second time with its negligible
+    terms lifted, and the better end is taken.
+    """
+    count, num = len(theta_BP), problem.x.shape[-1]
+    x_BF, s_BF = np.median(problem.x, axis=-2), theta_BP[:, num + 1 :]
+    least_B1 = (np.zeros(count) + np.median(problem.y, axis=-1))[:, None] + np.log(LEAST_SHARE)
+    c_BF = np.maximum(theta_BP[:, :num] - s_BF * x_BF, least_B1) + s_BF * x_BF
+    lifted_BP = np.concatenate([c_BF, np.maximum(theta_BP[:, num : num + 1], least_B1), s_BF], axis=1)
+    if fixed_BP is not None:
+        lifted_BP = np.where(fixed_BP, theta_BP, lifted_BP)
+    x, y, weights = (
+        np.concatenate([part] * 2) if part.ndim == own else part
+        for part, own in ((problem.x, 3), (problem.y, 2), (problem.weights, 2))
+    )
+    twice = Problem(x, y, weights, problem.delta)
+    fixed = None if fixed_BP is None else np.concatenate([fixed_BP] * 2)
+    theta, value = minimise(np.concatenate([theta_BP, lifted_BP]), twice, iterations, fixed, tolerance)
+    rows = np.arange(count) + count * (value[count:] < value[:count])
+    return theta[rows], value[rows]
 
 
 def starts(problem: Problem) -> np.ndarray:

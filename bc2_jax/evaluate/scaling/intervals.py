@@ -1,7 +1,7 @@
 """How sure a fit is: bootstrap over runs, and profiles of the objective with Student's t for few runs.
 
 Of a bootstrap of seven runs under a law of three parameters 95 % intervals hold the truth in 57 % of simulated ladders:
-they know nothing of the runs that are not there. So an end of an interval is the outer one of two:
+they know nothing of the runs that were not made. So an end of an interval is the outer one of two:
 
 - the percentile of a bootstrap over runs (not over checkpoints of a run, which are not independent), which follows
   outliers and noise that differs between runs;
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bc2_jax.evaluate.scaling.huber import Problem, huber, log_loss, minimise
+from bc2_jax.evaluate.scaling.huber import Problem, huber, log_loss, minimise_again
 
 CLIP = 2.0
 """Standard deviations of the noise beyond which a residual counts as an outlier."""
@@ -59,7 +59,7 @@ def estimate_noise(theta_P: np.ndarray, problem: Problem) -> Noise:
     deviation = np.sqrt(np.sum(share * residuals() ** 2) / freedom)
     for _ in range(30):
         deviation = max(deviation, 1e-9)  # of points that lie on the law
-        theta, _ = minimise(theta, problem._replace(weights=share, delta=CLIP * deviation), 100)
+        theta, _ = minimise_again(theta, problem._replace(weights=share, delta=CLIP * deviation), 100)
         clipped = np.minimum(residuals(), CLIP * deviation)
         new = np.sqrt(np.sum(share * clipped**2) / freedom / _CLIPPED_VARIANCE)
         is_done, deviation = abs(new - deviation) <= 1e-4 * deviation, new
@@ -150,7 +150,7 @@ class _Held:
         y[:, -1] = wanted
         theta = np.where(fixed, wanted[:, None], theta)
         problem = Problem(self._x[rows], y, self._weights[rows], self._delta)
-        theta, _ = minimise(theta, problem, 150, fixed, 1e-8)
+        theta, _ = minimise_again(theta, problem, 150, fixed, 1e-8)
         is_out = self._objective(rows, theta) - self._base[rows] > limit
         self._theta[rows[~is_out]] = theta[~is_out]
         reached = np.where(is_loss, log_loss(theta, self._x[rows])[:, -1], wanted)
@@ -169,4 +169,4 @@ def resample(theta_P: np.ndarray, problem: Problem, replicates: int, seed: int) 
                 break
         weights[row] = counts
     theta = np.repeat(theta_P[None], replicates, axis=0)
-    return minimise(theta, problem._replace(weights=weights * problem.weights), 60, tolerance=1e-8)[0]
+    return minimise_again(theta, problem._replace(weights=weights * problem.weights), 60, tolerance=1e-8)[0]

@@ -23,8 +23,6 @@ from bc2_jax.train.kinds import KINDS
 
 PAPER_TOKENS = 1e12
 """Of each rung, in the paper."""
-TARGET_TOKENS = 2.6e12
-"""Of 7B and 13B."""
 LENGTH = 4096
 _BATCH = 1024
 _SHAPES = {  # hidden size: layers, heads
@@ -71,6 +69,7 @@ def make_target(name: str, tokens: float) -> Point:
 
     Raises ValueError for another name, and as `read_config_file`.
     """
+    name = name.strip()
     if (model := TARGETS.get(name.lower())) is not None:
         length = LENGTH
     elif Path(name).suffix == ".py":

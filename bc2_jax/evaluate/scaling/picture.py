@@ -32,7 +32,7 @@ def draw(analysis: Analysis, path: Path) -> None:
         above.plot(C, fit.predict(*at), color=_COLOUR, linewidth=1, label=fit.law.formula if not index else None)
         if fit.freedom >= 1:
             for level, alpha in ((0.95, 0.15), (0.8, 0.25)):
-                low, high = fit.interval(*at, level=level)  # type: ignore[misc]
+                low, high = fit.interval(*at, level=level)
                 label = f"{level:.0%} of runs" if not index else None
                 above.fill_between(C, low, high, color=_COLOUR, alpha=alpha, linewidth=0, label=label)
     above.scatter(computes, [point.loss for point in points], color="black", s=16, zorder=3, label="runs")

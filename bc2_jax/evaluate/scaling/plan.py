@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from bc2_jax.evaluate.scaling.collection import Point
 from bc2_jax.evaluate.scaling.fit import Fit, fit_compute
 from bc2_jax.evaluate.scaling.flops import Compute, training_compute
-from bc2_jax.evaluate.scaling.ladder import LENGTH, RUNGS, TARGET_TOKENS, make_target, paper_rung
+from bc2_jax.evaluate.scaling.ladder import LENGTH, RUNGS, paper_rung
 from bc2_jax.tpu.chips import CHIPS
 from bc2_jax.validation import choices, require
 
@@ -113,24 +114,21 @@ def compile_rung(hidden: int, chip: str) -> tuple[float, str] | None:
 
 
 def choose(
-    costs: Sequence[Cost], target: str = "13b", law: Fit | None = None, noise: float = ASSUMED_NOISE, seed: int = 0,
-    target_tokens: float = TARGET_TOKENS,
-) -> list[Choice]:  # fmt: skip
-    """All ladders of the smallest rungs, FEWEST_RUNGS and more, with what they cost and what they will tell.
+    costs: Sequence[Cost], target: Point, law: Fit | None = None, noise: float = ASSUMED_NOISE, seed: int = 0
+) -> list[Choice]:
+    """All ladders of the smallest rungs, FEWEST_RUNGS and more, with what they cost and what they say of `target`.
 
     The truth of the simulated ladders is `law`, or ASSUMED_LAW; their runs scatter about it by `noise`.
     """
-    require(0 < noise < 0.5, "--noise", noise, "it must be a share of the loss between 0 and 0.5, for instance 0.001")
     rng, found = np.random.default_rng(seed), []
     a, b, floor = ASSUMED_LAW
-    goal = make_target(target, target_tokens).C
     for count in range(FEWEST_RUNGS, len(costs) + 1):
         C = np.array([cost.compute.total for cost in costs[:count]])
         truth = a * C**b + floor if law is None else law.predict(C)
         widths = []
         for _ in range(_DRAWS):
             fit = fit_compute(C, truth * np.exp(noise * rng.standard_normal(count)), replicates=40, seed=seed)
-            low, high = fit.interval(goal)
+            low, high = fit.interval(target.C)
             widths.append(high / low - 1)
         hours = sum(cost.chip_hours for cost in costs[:count])
         found.append(Choice(tuple(cost.hidden for cost in costs[:count]), hours, float(np.median(widths))))

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -86,6 +87,8 @@ def analyse(points: Points, targets: Sequence[Point] = (), law: str = "auto", de
     """
     known = points.points
     if choose_law(known, law) == "surface":
+        is_known = not any(math.isnan(point.N) for point in known)
+        require(is_known, "law", law, "a surface needs N and D of the runs, and only their C is known")
         fit = fit_surface(column(known, "N"), column(known, "D"), column(known, "loss"), delta=delta)
     else:
         fit = fit_compute(column(known, "C"), column(known, "loss"), delta=delta)
@@ -123,8 +126,8 @@ def _doubts(fit: Fit, predictions: Sequence[Prediction]) -> list[str]:
         times = math.prod(getattr(p, name) for name in fit.law.quantities) / largest
         if times > FAR:
             doubts.append(
-                f"{p.name} has {times:,.0f} times the compute of the largest run: the interval holds if the law "
-                "goes on as it is, which no smaller run can show."
+                f"{p.name} has {times:,.0f} times the compute of the largest run: what is predicted holds only if the "
+                "law holds that far, which no smaller run can show."
             )
     if fit.freedom < 1:
         doubts.append("There are as many runs as parameters: the law meets all of them whatever it is worth.")
@@ -193,7 +196,7 @@ def _print_parameters(console: Console, fit: Fit, ends: dict[str, tuple[float, f
 
 
 def save_analysis(analysis: Analysis, out: Path) -> None:
-    """OUT/scaling.json and OUT/scaling.png."""
+    """Writes OUT/scaling.json and OUT/scaling.png. In the JSON null stands for what is not known or not finite."""
     from bc2_jax.evaluate.scaling.picture import draw
 
     out.mkdir(parents=True, exist_ok=True)
@@ -214,5 +217,14 @@ def save_analysis(analysis: Analysis, out: Path) -> None:
         "bits_per_byte_of_a_nat": analysis.points.bits_per_byte, "warnings": list(analysis.warnings),
     }  # fmt: skip
     with replaced(out / "scaling.json") as partial:
-        partial.write_text(json.dumps(record, indent=1, ensure_ascii=False, default=float) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(_finite(record), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     draw(analysis, out / "scaling.png")
+
+
+def _finite(value: Any) -> Any:
+    """With None for nan and inf, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _finite(member) for name, member in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(member) for member in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

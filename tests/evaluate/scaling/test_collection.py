@@ -51,20 +51,40 @@ def test_runs_by_compute(tmp_path: Path):
 
 
 def test_bits_a_byte_are_of_the_held_out_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("bc2_jax.evaluate.scaling.collection._held_out_files", lambda config: ("abc", 3000))
-    found = collect([write_run(tmp_path / "a")])
+    kept = {"a": ("", 0), "b": ("abc", 3000), "c": ("abd", 3000)}  # of a the rows have been deleted
+    monkeypatch.setattr(
+        "bc2_jax.evaluate.scaling.collection._held_out_files",
+        lambda config: kept[Path(config.data.sources[0].path).parent.name],
+    )
+    runs = [write_run(tmp_path / name, size) for name, size in (("a", 32), ("b", 64), ("c", 48))]
+    found = collect(runs[:2])
+    assert len(found.points) == 2
     assert found.bits_per_byte == pytest.approx(1000 / 3000 / math.log(2))
+    with pytest.raises(ValueError, match=r"c and .*b are not evaluated on the same held-out text: .*\(abd\) and"):
+        collect(runs)
+
+
+def test_a_run_that_began_from_another_model_is_warned_of(tmp_path: Path):
+    run = write_run(tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"init_from": "runs/base"}))
+    (warning,) = collect([run]).warnings
+    assert "it began from runs/base" in warning
 
 
 def test_what_is_warned_of(tmp_path: Path):
     good = write_run(tmp_path / "good")
     stopped, early, blind = (
         write_run(tmp_path / "stopped", done=7), write_run(tmp_path / "early", 48, decay=100),
-        write_run(tmp_path / "blind", 64, loss=None),
+        write_run(tmp_path / "blind", 64, loss=math.nan),
     )  # fmt: skip
     found = collect([good, stopped, early, blind])
     assert [point.name for point in found.points] == [str(good), str(early)]
-    texts = ("not finished, at step 7 of 10", "minimum at step 100 and the run ends at 10", "no loss on held-out")
+    texts = (
+        "not finished, at step 7 of 10",
+        "at step 100 and the run ends at 10",
+        "no finite loss on held-out",
+    )
     assert all(text in warning for text, warning in zip(texts, found.warnings, strict=True))
     with pytest.raises(ValueError, match="not finished"):
         collect([stopped])

@@ -31,6 +31,17 @@ def test_what_is_fixed_stays():
     np.testing.assert_allclose(free[0], [0.0, np.log(2), 0.5], atol=1e-5)
 
 
+def test_a_term_that_vanished_comes_back():
+    """At a floor of exp(-20) the objective is flat: `minimise` stays there."""
+    x = np.linspace(-1, 1, 8)[:, None]
+    problem = huber.Problem(x, np.log(2 + np.exp(-0.5 * x[:, 0])), np.ones(8), 0.01)
+    start, fixed = np.array([[1.0, -20.0, 0.5]]), np.array([[False, False, True]])
+    assert huber.minimise(start, problem, fixed_BP=fixed)[0][0, 1] < -10
+    np.testing.assert_allclose(
+        huber.minimise_again(start, problem, fixed_BP=fixed)[0][0], [0, np.log(2), 0.5], atol=1e-5
+    )
+
+
 @settings(max_examples=6, deadline=None)
 @given(
     b=st.floats(0.05, 0.5), floor=st.floats(0.2, 3.0), above=st.floats(0.3, 3.0), unit=st.floats(1e6, 1e22),

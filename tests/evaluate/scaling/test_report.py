@@ -18,6 +18,19 @@ def call(monkeypatch: pytest.MonkeyPatch, *args: object) -> None:
     runpy.run_path(str(ROOT / "tools" / "scaling_law.py"), run_name="__main__")
 
 
+def test_what_is_not_known_is_null_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Four runs, one far off: their interval has no upper end, and without N there is no surface."""
+    monkeypatch.setattr("bc2_jax.evaluate.scaling.picture.draw", lambda analysis, path: None)
+    points, out = tmp_path / "p.csv", tmp_path / "out"
+    points.write_text("C,loss\n1e20,3.2\n3e20,4.5\n1e21,2.85\n3e21,2.75\n")
+    call(monkeypatch, "--points", points, "--out", out)
+    record = json.loads((out / "scaling.json").read_text(), parse_constant=pytest.fail)
+    assert record["runs"][0]["N"] is None
+    assert record["parameters_95"]["a"][1] is None
+    with pytest.raises(SystemExit, match="law = 'surface' is not valid: a surface needs N and D"):
+        call(monkeypatch, "--points", points, "--law", "surface")
+
+
 def test_predictions_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     call(
         monkeypatch, "--points", POINTS, "--fit-on", "paper_form:h", "--compare", "paper_form:[17]",
@@ -43,7 +56,11 @@ def test_predictions_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         ((), "give the folders of runs"),
         (("a", "--points", POINTS), "give the folders of runs"),
         (("a", "--compare", "x"), "rows of --points"),
-        (("a", "--noise", "0.1"), "--plan"),
+        (("a", "--noise", "0.1"), "--noise is an option of --plan"),
+        (("a", "--chip", "v4"), "--chip is an option of --plan"),
+        (("--plan", "100", "--out", "x"), "--out has no effect with --plan"),
+        (("--plan", "100", "--noise", "0.5"), "--noise = 0.5 is not valid"),
+        (("--plan", "100", "--predict", "70b"), "--predict 70b"),
         (("--plan", "-1"), "--plan = -1"),
         (("--plan", "100", "--chip", "v9"), "--chip = 'v9' is not valid: legal values are v4"),
         (("--points", POINTS, "--predict", "70b"), "--predict 70b"),
