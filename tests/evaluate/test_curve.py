@@ -32,9 +32,10 @@ def test_checkpoints_are_chosen(run):
 
 
 def test_all_that_was_evaluated_is_drawn_in_order(tmp_path, capsys):
+    settings = {"checksum": "c", "tokenizer_sha256": "t", "dtype": "float32", "max_length": 256}
     for step in (20, 3, 100):
         folder = tmp_path / f"step_{step}"
-        about = {"model": "m", "files": "f", "step": step, "tokens": step * 1000, "tasks": {}}
+        about = settings | {"model": "m", "files": "f", "step": step, "tokens": step * 1000, "tasks": {}}
         write_json(folder / "evaluation.json", about)
         metric = {"value": 25.0 + step / 10, "stderr": None if step == 3 else 1.5, "items": 9}
         results = {"task": "quiz", "title": "Quiz", "headline": "acc", "unit": "percent", "items": 9}

@@ -122,7 +122,8 @@ def model(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_program_gives_lm_evals_figures(model, tmp_path, capsys):
+def test_the_program_gives_lm_evals_figures(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
     shutil.copy(EVALS / "data" / "ppl.jsonl", tmp_path / "texts.jsonl")
     (tmp_path / "empty.jsonl").write_text('{"text": ""}\n{"no": 1}\n')
     out = tmp_path / "out.json"
