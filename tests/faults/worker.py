@@ -26,7 +26,7 @@ def begin(phase: str, step: int = 0) -> None:
 
 
 PHASES = os.open(os.environ["RECORDED_PHASES"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-begin("start")  # before JAX is imported
+begin("start")  # before JAX is imported, if the process is one of its own
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
