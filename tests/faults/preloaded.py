@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Iterator
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 MODULES = [
@@ -48,7 +49,7 @@ class Program:
         return self._process.pid
 
     @property
-    def returncode(self) -> int | None:
+    def returncode(self) -> int | Any:  # as typeshed has it of Popen: None before the end
         return self._process.exitcode
 
     def poll(self) -> int | None:
@@ -100,7 +101,7 @@ def _run(command: list[str], environment: dict[str, str], log: str) -> None:
     except BaseException:
         traceback.print_exc()
         code = 1
-    threading._shutdown()  # waits for threads, as the interpreter does before its exit functions
+    threading._shutdown()  # type: ignore[attr-defined]  # the interpreter's own wait for threads, pools' included
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
