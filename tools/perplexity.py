@@ -149,7 +149,7 @@ def run(args: argparse.Namespace) -> None:
         measured = measure(scorer, reading, stride=args.stride, identify=identify, progress=show)
     explain(reading, found.skipped, errors)
     if not measured:
-        raise ValueError(f"FILES: there is no text in {', '.join(args.files)}.")
+        raise ValueError(f"FILES: no text was found in {', '.join(args.files)}.")
     files, languages, total = group_by(measured, "file"), group_by(measured, "language"), make_group("all", measured)
     out.print(tabulate("file", files))
     out.print(tabulate("language", [*sorted(languages, key=lambda group: -group.bytes), total]))

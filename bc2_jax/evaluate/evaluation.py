@@ -34,7 +34,7 @@ class Evaluated(NamedTuple):
 def load_scorer(model: Model, mesh: Mesh | None, **options: Any) -> Scorer:
     """The model on a mesh, ready to be asked; `options` are those of `Scorer`. Raises as `load_pretrained`."""
     adapted: dict[str, Any] = {} if model.adapter is None else {"adapter": model.adapter}
-    loaded = load_pretrained(model.path, dtype=model.dtype, mesh=mesh, **adapted)  # type: ignore[arg-type]
+    loaded = load_pretrained(model.path, dtype=model.dtype, mesh=mesh, **adapted)
     return Scorer(loaded, Tokenizer(model.tokenizer_path), max_length=model.max_length, **options)
 
 

@@ -12,6 +12,7 @@ from flax import nnx
 
 from bc2_jax.align.red_team import identify
 from bc2_jax.align.tuning import checksum
+from bc2_jax.config import DType
 from bc2_jax.convert.pretrained import find_model, find_tokenizer
 from bc2_jax.evaluate.asking import Questions
 from bc2_jax.evaluate.records import NAME as RECORDS
@@ -35,7 +36,7 @@ class Model:
 
     path: Path
     adapter: Path | None = None
-    dtype: str = "bfloat16"
+    dtype: DType = "bfloat16"
     max_length: int | None = None
     tokenizer: Path | None = None
     """By default the one beside it."""

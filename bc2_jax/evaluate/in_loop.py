@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from bc2_jax.config import RunConfig, TrainConfig
+from bc2_jax.config import RLConfig, RunConfig, TrainConfig
 from bc2_jax.evaluate.asking import Questions, ask, parts_of, read_questions
 from bc2_jax.evaluate.records import Record
 from bc2_jax.evaluate.results import summarize
@@ -38,7 +38,8 @@ def with_tasks(config: RunConfig, start: Start, job: Job) -> Job:
     for one in questions:
         problem = _why_not(one)
         require(not problem, "evaluate.tasks", asked.tasks, f"{one.task.name} {problem}; ask it by tools/evaluate.py")
-    tokenizer = Tokenizer(config.data.tokenizer if isinstance(config, TrainConfig) else config.tokenizer)  # type: ignore[attr-defined]  # of an RLConfig
+    assert isinstance(config, TrainConfig | RLConfig)  # the kinds of run that train a language model
+    tokenizer = Tokenizer(config.data.tokenizer if isinstance(config, TrainConfig) else config.tokenizer)
     first, before = start.step, 0 if start.metadata is None else start.metadata.tokens
 
     def is_due(step: int) -> bool:

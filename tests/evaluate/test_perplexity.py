@@ -166,4 +166,4 @@ def test_the_program_without_the_extra(model, tmp_path, capsys, monkeypatch):
         assert perplexity.main([str(model), *files, *wrong]) == 1
         assert message in capsys.readouterr().err
     assert perplexity.main([str(model), files[0], "--text-field", "body"]) == 1
-    assert "FILES: there is no text in" in capsys.readouterr().err
+    assert "FILES: no text was found in" in capsys.readouterr().err

@@ -1,8 +1,8 @@
 """Processes that begin with their imports done: they are forked from one that has imported what train.py imports.
 
-An import of JAX, Flax, Orbax and Grain takes 3 s of a core, and the tests of this folder start 70 processes. The one
-they are forked from imports and nothing else: it has no JAX backend and no thread of ours. Everything of a run happens
-after the fork, in the same order as in a process of its own.
+An import of JAX, Flax, Orbax and Grain takes 3 s of a core, and the tests of this folder start 70 processes. The
+process they are forked from does nothing but import: no JAX backend is started in it and no thread. All that a run does
+happens after the fork, in the same order as in a process started by itself.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class Prediction:
     C: float
     loss: float
     intervals: tuple[tuple[float, float], ...] | None
-    """(low, high) of a run's loss at each of LEVELS; None where there are no more runs than parameters."""
+    """(low, high) of a run's loss at each of LEVELS; None for as many runs as parameters, or fewer."""
     actual: float | None = None
 
     @property

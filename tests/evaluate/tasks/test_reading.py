@@ -120,7 +120,9 @@ def test_options():
 
 
 def find(data_dir: Path) -> Path:
-    holds = lambda place: (place / "val").is_dir()  # noqa: E731
+    def holds(place: Path) -> bool:
+        return (place / "val").is_dir()
+
     return find_folder(data_dir, ("ceval", "ceval-exam"), ("", "inner"), holds, "val, from there.")
 
 
