@@ -76,7 +76,7 @@ def files():
     for name in ["/proc/self/environ", "/proc/self/cmdline", "/proc/1/environ", "/proc/1/cmdline"]:
         yield open(name, "rb").read()
 def pipes():
-    for number in range(64):
+    for number in range(1024):
         try:
             os.set_blocking(number, False)
             yield os.pread(number, 1 << 16, 0)
@@ -115,7 +115,7 @@ holder("".join(["ab"] * 32))
 print("found:", sorted(found))
 sys.stdout.flush()
 for token in [*found, "", "\\n"]:
-    for number in range(3, 64):
+    for number in range(3, 1024):
         try:
             os.write(number, token.encode())
         except OSError:
@@ -285,7 +285,7 @@ ATTACKS = {
                 signal.signal(number, signal.SIG_IGN)
             except (OSError, ValueError):
                 pass
-        os.closerange(0, 64)
+        os.closerange(0, 1024)
         while True:
             pass
         """,

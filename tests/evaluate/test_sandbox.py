@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import secrets
 import shutil
 import socket
@@ -25,8 +26,12 @@ SHORT_S = 1.0
 
 
 @pytest.fixture(scope="module")
-def sandbox() -> Sandbox:
-    return require_sandbox()
+def sandbox() -> Iterator[Sandbox]:
+    """Started by a process with many open files, as a long one has: those of the sandbox then have high numbers."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(100):
+            stack.enter_context(open(os.devnull))
+        yield require_sandbox()
 
 
 @pytest.fixture(scope="module")
