@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import importlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -96,8 +97,8 @@ class Reading:
 def can_identify() -> bool:
     """Whether the extra `data`, which identifies languages, is installed."""
     try:
-        import fasttext  # noqa: F401
-        import pyarrow  # noqa: F401
+        for name in ("fasttext", "pyarrow"):
+            importlib.import_module(name)
     except ImportError:
         return False
     return True

@@ -1,6 +1,6 @@
 """A ladder of six small models on the demo's text, which predicts its own largest one.
 
-python train.py configs/scaling/tiny_ladder.py      # about 13 minutes of one core; no accelerator
+python train.py configs/scaling/tiny_ladder.py      # about 13 CPU minutes; no accelerator
 
 The five smaller rungs are trained first, each a run of its own in runs/tiny_ladder; finished ones are not
 trained again. A law is fitted to their losses on held-out text and says what the largest will reach before that is

@@ -107,7 +107,7 @@ def search():
         try:
             for value in source():
                 look(value)
-        except Exception as error:
+        except Exception as error:  # whatever refuses this source, the next one is tried
             print(type(error).__name__, error)
 def holder(planted):
     search()

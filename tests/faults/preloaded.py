@@ -33,7 +33,7 @@ _context = multiprocessing.get_context("forkserver")
 
 
 class Program:
-    """A running Python program; what it has of subprocess.Popen is as there."""
+    """A running Python program, with those members of subprocess.Popen that a `Job` uses."""
 
     def __init__(self, command: list[str], environment: dict[str, str], log: Path):
         """`command`: a path and arguments; stdout and stderr go to `log`."""
@@ -49,7 +49,7 @@ class Program:
         return self._process.pid
 
     @property
-    def returncode(self) -> int | Any:  # as typeshed has it of Popen: None before the end
+    def returncode(self) -> int | Any:  # None before the end; typed as subprocess.Popen's
         return self._process.exitcode
 
     def poll(self) -> int | None:
@@ -101,7 +101,7 @@ def _run(command: list[str], environment: dict[str, str], log: str) -> None:
     except BaseException:
         traceback.print_exc()
         code = 1
-    threading._shutdown()  # type: ignore[attr-defined]  # the interpreter's own wait for threads, pools' included
+    threading._shutdown()  # type: ignore[attr-defined]  # private: only it also waits for the threads of pools
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

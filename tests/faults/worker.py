@@ -47,15 +47,16 @@ class JumpingClock:
 
 clock = JumpingClock()
 
-from jax._src import compilation_cache, compiler  # noqa: E402
+# Only now: what is imported here keeps a reference to `time.time`.
+from jax._src import compilation_cache, compiler
 
-import train  # noqa: E402
-from bc2_jax import manifest  # noqa: E402
-from bc2_jax.checkpoint import Checkpointer  # noqa: E402
-from bc2_jax.data import row_batches  # noqa: E402
-from bc2_jax.train import distributed, loop  # noqa: E402
-from tests.faults.harness import hash_row  # noqa: E402
-from tests.train.poisoning import poison  # noqa: E402
+import train
+from bc2_jax import manifest
+from bc2_jax.checkpoint import Checkpointer
+from bc2_jax.data import row_batches
+from bc2_jax.train import distributed, loop
+from tests.faults.harness import hash_row
+from tests.train.poisoning import poison
 
 
 class RecordedIterator:

@@ -81,8 +81,8 @@ class Fit:
 
     @property
     def noise(self) -> float:
-        """Scatter of a run about the law as a share of its loss (standard deviation, outliers clipped); inf where
-        runs are as many as parameters, or fewer."""
+        """Scatter of a run about the law as a share of its loss (standard deviation, outliers clipped); inf unless
+        there are more runs than parameters."""
         return self._noise.deviation if self.freedom > 0 else float("inf")
 
     @property
@@ -101,8 +101,8 @@ class Fit:
         With the name of a parameter instead, the ends of that; with nothing, {name: ends} of all. Those of parameters
         hold for all of them at one time.
 
-        Raises ValueError for a level outside 0..1, an unknown name, and for as many runs as parameters, or fewer:
-        they say nothing about the noise.
+        Raises ValueError for a level outside 0..1, an unknown name, and unless there are more runs than parameters:
+        fewer say nothing about the noise.
         """
         is_share = _is_number(level) and 0 < level < 1
         require(is_share, "level", level, "it must be a number between 0 and 1, for instance 0.95")

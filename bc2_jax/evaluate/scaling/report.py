@@ -33,7 +33,7 @@ class Prediction:
     C: float
     loss: float
     intervals: tuple[tuple[float, float], ...] | None
-    """(low, high) of a run's loss at each of LEVELS; None for as many runs as parameters, or fewer."""
+    """(low, high) of a run's loss at each of LEVELS; None unless there are more runs than parameters."""
     actual: float | None = None
 
     @property
