@@ -1,0 +1,161 @@
+"""One turn of the engine as plain arrays, and what runs it on the device."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from bc2_jax.infer import engine as device_engine
+from bc2_jax.infer.engine import Prepared
+from bc2_jax.infer.sampling import DEFAULT_SETTINGS, Sampling, Settings, sampling_of
+from bc2_jax.validation import require
+
+MOST_STEPS = 8
+"""The most tokens of a row in one turn."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """What the programs are compiled for."""
+
+    rows: int
+    """Requests that are decoded together, B."""
+    slots: int
+    """Tokens that a request may have, prompt and new ones, S."""
+    chunk: int = 256
+    """Tokens of a prompt in one turn, C."""
+    parts: int = 1
+    """Into how many parts the mesh cuts the batch."""
+    places: int = 1
+    """Prompts of each part of which a turn takes a chunk."""
+    steps: int = 4
+    """Tokens of a row in a turn while no prompt is being read."""
+    prefill_steps: int = 1
+    """The same while one is."""
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "slots", "chunk", "parts", "places"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "it must be at least 1")
+        require(self.rows % self.parts == 0, "rows", self.rows, f"it must be a multiple of the {self.parts} parts")
+        require(self.slots % self.chunk == 0, "slots", self.slots, f"it must be a multiple of chunk = {self.chunk}")
+        for name in ("steps", "prefill_steps"):
+            value = getattr(self, name)
+            require(1 <= value <= MOST_STEPS, name, value, f"it must be in 1..{MOST_STEPS}")
+
+
+class Kind(enum.IntEnum):
+    """What a turn is for."""
+
+    RUN = 0
+    IDLE = 1
+    """Nothing is to be done."""
+    STOP = 2
+    """It is the last."""
+
+
+class Turn(NamedTuple):
+    """What every process of the slice does in one turn, in this order: copies, a chunk of prompts, its scores, decoding.
+
+    Arrays of the host of fixed shapes, R = places * parts.
+    """
+
+    kind: np.ndarray
+    """int32, of `Kind`."""
+    copy_from_R: np.ndarray
+    """int32: the row whose first slots are copied to the row of this place."""
+    copy_count_R: np.ndarray
+    """int32: how many slots, whole chunks; 0 for none."""
+    chunk: Any
+    """`engine.Chunk`."""
+    sampling: Sampling
+    """Of R rows."""
+    labels_RC: np.ndarray
+    """int32: the token after each of the chunk, where it is to be scored, else -1."""
+    steps: np.ndarray
+    """int32: tokens to decode; 0 for none."""
+    cancel_B: np.ndarray
+    """bool: rows that must not decode."""
+
+
+class Results(NamedTuple):
+    """What a turn computed, still on its way to the host; None for what did not run."""
+
+    first: Any
+    """`engine.Emitted` of the R places: first tokens."""
+    scores: Any
+    """`engine.PromptScores` of the R places."""
+    new: Any
+    """`engine.Emitted` of the B rows."""
+
+
+def empty_turn(shapes: Shapes, kind: Kind = Kind.RUN, settings: list[Settings] | None = None,
+               places: list[int] | None = None, top: list[int] | None = None) -> Turn:  # fmt: skip
+    """A turn without work, its places with these settings, places in their callers' lists and numbers of top tokens."""
+    R, C, B = shapes.places * shapes.parts, shapes.chunk, shapes.rows
+
+    def zeros(*shape: int) -> np.ndarray:
+        return np.zeros(shape, np.int32)
+
+    rows_R = np.arange(R, dtype=np.int32) // shapes.places * (B // shapes.parts)  # any row of the part
+    return Turn(
+        kind=np.int32(kind), copy_from_R=rows_R.copy(), copy_count_R=zeros(R),
+        chunk=device_engine.Chunk(zeros(R, C), rows_R, zeros(R), zeros(R), np.zeros(R, bool)),
+        sampling=sampling_of(settings or [DEFAULT_SETTINGS] * R, places or [0] * R),
+        labels_RC=np.full((R, C), -1, np.int32), steps=np.int32(0), cancel_B=np.ones(B, bool),
+    )  # fmt: skip
+
+
+class Runner:
+    """Runs turns on the devices of this process; holds the state of the rows.
+
+    `engine` has the functions of `bc2_jax.infer.engine`.
+    """
+
+    def __init__(self, prepared: Prepared, shapes: Shapes, engine: Any = device_engine):
+        self._prepared, self._engine = prepared, engine
+        self.shapes = shapes
+        self._decoding: Any = None
+
+    def warm_up(self) -> dict[str, float]:
+        """Allocates the cache and runs each program once, without work: seconds of each by its name."""
+        seconds: dict[str, float] = {}
+        shapes, engine, prepared = self.shapes, self._engine, self._prepared
+        turn = empty_turn(shapes)
+
+        def timed(name: str, run: Any) -> Any:
+            start = time.monotonic()
+            result = jax.block_until_ready(run())
+            seconds[name] = round(time.monotonic() - start, 3)
+            return result
+
+        state = timed("allocate", lambda: engine.allocate(prepared, rows=shapes.rows, slots=shapes.slots))
+        state = timed("copy_slots", lambda: engine.copy_slots(state, 0, 0, 0))
+        state, _, h_RCD = timed("extend", lambda: engine.extend(prepared, state, turn.chunk, turn.sampling))
+        timed("score_chunk", lambda: engine.score_chunk(prepared, h_RCD, turn.labels_RC))
+        state, _ = timed("decode", lambda: engine.decode(prepared, state, 1, turn.cancel_B))
+        self._decoding = state
+        return seconds
+
+    def run(self, turn: Turn) -> Results:
+        """Dispatches a turn; waits for nothing."""
+        engine, prepared, chunk = self._engine, self._prepared, turn.chunk
+        first = scores = new = None
+        for row_from, row_to, count in zip(turn.copy_from_R, chunk.rows_R, turn.copy_count_R, strict=True):
+            if count:
+                self._decoding = engine.copy_slots(self._decoding, int(row_from), int(row_to), int(count))
+        if chunk.count_R.any():
+            self._decoding, first, h_RCD = engine.extend(prepared, self._decoding, chunk, turn.sampling)
+            if (turn.labels_RC >= 0).any():
+                scores = engine.score_chunk(prepared, h_RCD, turn.labels_RC)
+        if turn.steps:
+            self._decoding, new = engine.decode(prepared, self._decoding, int(turn.steps), turn.cancel_B)
+        results = Results(first, scores, new)
+        for x in jax.tree.leaves(results):
+            if isinstance(x, jax.Array):
+                x.copy_to_host_async()
+        return results
