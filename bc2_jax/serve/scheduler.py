@@ -16,8 +16,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from bc2_jax.infer.engine import Reason
-from bc2_jax.infer.sampling import DEFAULT_SETTINGS
+from bc2_jax.infer.engine import LogProbs, Reason
 from bc2_jax.serve.prefixes import Prefixes, hash_chunks
 from bc2_jax.serve.requests import Ended, Event, Failed, Handle, PromptScored, Started, Tokens, TokenScore
 from bc2_jax.serve.stats import Observe, Stats
@@ -38,10 +37,16 @@ class Runs(Protocol):
 class Served:
     """A request that has a row."""
 
-    def __init__(self, handle: Handle, row: int, hashes: list[bytes]):
-        self.handle, self.request, self.row = handle, handle.request, row
-        self.hashes = hashes
+    def __init__(self, handle: Handle, chunk: int):
+        self.handle, self.request = handle, handle.request
+        ids, owner = self.request.ids, self.request.owner
+        self.row = -1
+        self.hashes = hash_chunks(ids, chunk, owner)
         """Of the whole chunks of the prompt."""
+        self.reusable = self.hashes[: (len(ids) - 1) // chunk]
+        """Of those that may be copied: not the last, whose hidden states give the first token."""
+        if self.request.prompt_log_probs is not None:
+            self.reusable = []  # the hidden states of all are needed
         self.filled = self.cached = 0
         """Tokens of the prompt that are in the cache once all that was planned has run; of these, not computed."""
         self.asked = self.received = 0
@@ -54,6 +59,11 @@ class Served:
     @property
     def is_read(self) -> bool:
         return self.filled == len(self.request.ids)
+
+    def reuse(self, filled: int) -> None:
+        """The first `filled` tokens of the prompt are there without being computed."""
+        self.cached += filled - self.filled
+        self.filled = filled
 
 
 class Planned(NamedTuple):
@@ -73,9 +83,10 @@ class Planned(NamedTuple):
 class Scheduler:
     """The rows and their requests."""
 
-    def __init__(self, runner: Runs, stats: Stats, observe: Observe):
-        self._runner, self._stats, self._observe, self._shapes = runner, stats, observe, runner.shapes
-        shapes = runner.shapes
+    def __init__(self, runner: Runs, stats: Stats, observe: Observe | None = None):
+        self._runner, self._stats = runner, stats
+        self._observe: Observe = observe or (lambda name, value: None)
+        shapes = self._shapes = runner.shapes
         self._prefixes = Prefixes(shapes.rows, shapes.parts)
         self._free = list(range(shapes.rows))  # the one that ended longest ago first
         self._served: dict[Handle, Served] = {}
@@ -83,6 +94,8 @@ class Scheduler:
         self._not_run: deque[Planned] = deque()
         self._in_flight: deque[tuple[Planned, Results]] = deque()
         self._last_read = 0.0
+        self.row_s = 1.0
+        """Seconds that a request has its row, a running mean."""
         stats.rows, stats.slots = shapes.rows, shapes.rows * shapes.slots
 
     @property
@@ -101,14 +114,12 @@ class Scheduler:
 
     def admit(self, handle: Handle) -> None:
         """Gives the request a row, of which one must be free."""
-        request, C = handle.request, self._shapes.chunk
-        hashes = hash_chunks(request.ids, C, request.owner)
-        # Log-probabilities of the prompt need its hidden states, so that all of it is computed.
-        reusable = [] if request.prompt_log_probs is not None else hashes[: (len(request.ids) - 1) // C]
-        row = self._prefixes.choose(self._free, reusable)
+        served = self._served[handle] = Served(handle, self._shapes.chunk)
+        row = served.row = self._prefixes.choose(self._free, served.reusable)
         self._free.remove(row)
-        self._prefixes.hold(row, reusable[: self._prefixes.count_held(row, reusable)])
-        served = self._served[handle] = Served(handle, row, hashes)
+        own = self._prefixes.count_held(row, served.reusable)
+        self._prefixes.hold(row, served.reusable[:own])
+        served.reuse(own * self._shapes.chunk)
         self._to_read[self._prefixes.part_of(row)].append(served)
         self._observe("queue_s", served.admitted - handle.submitted)
         self._stats.running = len(self._served)
@@ -142,12 +153,7 @@ class Scheduler:
             for i in range(min(shapes.places, len(queue))):
                 at_place[part * shapes.places + i] = queue.popleft()
         requests = [at_place[i].request if i in at_place else None for i in range(shapes.parts * shapes.places)]
-        turn = empty_turn(
-            shapes,
-            settings=[request.settings if request else DEFAULT_SETTINGS for request in requests],
-            places=[request.place if request else 0 for request in requests],
-            top=[(request.top_log_probs or 0) if request else 0 for request in requests],
-        )
+        turn = empty_turn(shapes, requests=requests)
         chunks = {place: (served, self._take_chunk(turn, place, served)) for place, served in at_place.items()}
         for served in at_place.values():
             # Only now: copies come before the chunks that this turn computes.
@@ -170,16 +176,11 @@ class Scheduler:
         Returns the first token of the chunk.
         """
         request, row, C = served.request, served.row, self._shapes.chunk
-        reusable = [] if request.prompt_log_probs is not None else served.hashes[: (len(request.ids) - 1) // C]
-        source, count = self._prefixes.find(self._prefixes.part_of(row), reusable)
-        own = self._prefixes.count_held(row, reusable)
-        if count * C > served.filled:
-            # Also from a row to itself, whose length is then set.
-            turn.copy_from_R[place] = row if own == count else source
-            turn.copy_count_R[place] = count * C
-            served.cached += count * C - served.filled
-            served.filled = count * C
-            self._prefixes.hold(row, reusable[:count])
+        source, chunks = self._prefixes.find(self._prefixes.part_of(row), served.reusable)
+        if chunks * C > served.filled:
+            turn.copy_from_R[place], turn.copy_chunks_R[place] = source, chunks
+            served.reuse(chunks * C)
+            self._prefixes.hold(row, served.reusable[:chunks])
         start = served.filled
         ids = request.ids[start : start + C]
         served.filled += len(ids)
@@ -188,6 +189,7 @@ class Scheduler:
         chunk.rows_R[place], chunk.start_R[place], chunk.count_R[place] = row, start, len(ids)
         chunk.is_last_R[place] = served.is_read
         if served.is_read:
+            chunk.prompt_RS[place, : len(request.ids)] = request.ids
             served.asked = 1
         if request.prompt_log_probs is not None:
             labels = request.ids[start + 1 : start + 1 + C]
@@ -203,7 +205,7 @@ class Scheduler:
         for place, (served, start) in planned.chunks.items():
             if scores is not None and served.request.prompt_log_probs is not None:
                 labels = planned.turn.labels_RC[place]
-                served.scores += _scores(labels[labels >= 0], scores, place, served.request.prompt_log_probs)
+                served.scores += _score(labels[labels >= 0], scores, place, served.request.prompt_log_probs)
             if planned.turn.chunk.is_last_R[place] and not served.is_over:
                 self._begin(served)
                 self._hand_on(served, first, place)
@@ -231,7 +233,7 @@ class Scheduler:
         if served.is_over:
             return
         tokens_K = emitted.tokens_BK[index]
-        tokens_K = tokens_K[tokens_K >= 0]
+        tokens_K = tokens_K[tokens_K >= 0]  # they come first
         if len(tokens_K):
             now = time.monotonic()
             if served.received:
@@ -239,7 +241,7 @@ class Scheduler:
             served.received, served.newest = served.received + len(tokens_K), now
             self._stats.generated_tokens += len(tokens_K)
             top = served.request.top_log_probs
-            self._put(served, Tokens(tokens_K.tolist() if top is None else _scores(tokens_K, emitted, index, top)))
+            self._put(served, Tokens(tokens_K.tolist() if top is None else _score(tokens_K, emitted.log_probs, index, top)))
         reason = int(emitted.reason_B[index])
         if reason != Reason.RUNNING and not served.is_over:
             self._give_back(served, Ended(_REASONS[reason]))
@@ -256,7 +258,20 @@ class Scheduler:
             if served in queue:
                 queue.remove(served)
         self._stats.running = len(self._served)
-        self._stats.requests[event.reason if isinstance(event, Ended) else "failed"] += 1
+        self._stats.count(event)
+        now = time.monotonic()
+        self.row_s += 0.1 * (now - served.admitted - self.row_s)
         self._observe("generated_tokens", served.received)
-        self._observe("total_s", time.monotonic() - served.handle.submitted)
+        self._observe("total_s", now - served.handle.submitted)
         served.handle.put(event)
+
+
+def _score(ids: np.ndarray, log_probs: LogProbs, index: int, top: int) -> list[TokenScore]:
+    """The first tokens of one row of `log_probs`, each with the `top` most likely ones."""
+    count = len(ids)
+    chosen = log_probs.chosen_X[index][:count].tolist()
+    tops = zip(log_probs.top_ids_XP[index][:count, :top].tolist(), log_probs.top_XP[index][:count, :top].tolist())
+    return [
+        TokenScore(token, log_prob, tuple(zip(*likely, strict=True)))
+        for token, log_prob, likely in zip(ids.tolist(), chosen, tops, strict=True)
+    ]

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Literal
 
+from bc2_jax.serve.requests import Ended, Failed
+
 Observation = Literal[
     "queue_s", "first_token_s", "token_s", "total_s", "prompt_tokens", "generated_tokens", "step_s", "host_s"
 ]
@@ -39,3 +41,7 @@ class Stats:
     """Of all rows."""
     slots_used: int = 0
     """By tokens of the requests that have a row."""
+
+    def count(self, event: Ended | Failed) -> None:
+        """A request has ended so."""
+        self.requests[event.reason if isinstance(event, Ended) else "failed"] += 1

@@ -5,19 +5,17 @@ from __future__ import annotations
 import dataclasses
 import enum
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from bc2_jax.infer import engine as device_engine
-from bc2_jax.infer.engine import Prepared
-from bc2_jax.infer.sampling import DEFAULT_SETTINGS, Sampling, Settings, sampling_of
+from bc2_jax.infer.engine import STEPS, Chunk, Emitted, LogProbs
+from bc2_jax.infer.sampling import DEFAULT_SETTINGS, Sampling, sampling_of
+from bc2_jax.serve.requests import Request
 from bc2_jax.validation import require
-
-MOST_STEPS = 8
-"""The most tokens of a row in one turn."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
@@ -43,9 +41,11 @@ class Shapes:
             require(getattr(self, name) >= 1, name, getattr(self, name), "it must be at least 1")
         require(self.rows % self.parts == 0, "rows", self.rows, f"it must be a multiple of the {self.parts} parts")
         require(self.slots % self.chunk == 0, "slots", self.slots, f"it must be a multiple of chunk = {self.chunk}")
+        own, legal = self.rows // self.parts, "it must be less than the rows of a part, or 1"
+        require(self.places == 1 or self.places < own, "places", self.places, legal)
         for name in ("steps", "prefill_steps"):
             value = getattr(self, name)
-            require(1 <= value <= MOST_STEPS, name, value, f"it must be in 1..{MOST_STEPS}")
+            require(1 <= value <= STEPS, name, value, f"it must be in 1..{STEPS}")
 
 
 class Kind(enum.IntEnum):
@@ -67,11 +67,10 @@ class Turn(NamedTuple):
     kind: np.ndarray
     """int32, of `Kind`."""
     copy_from_R: np.ndarray
-    """int32: the row whose first slots are copied to the row of this place."""
-    copy_count_R: np.ndarray
-    """int32: how many slots, whole chunks; 0 for none."""
-    chunk: Any
-    """`engine.Chunk`."""
+    """int32: the row whose first slots are copied to the row of this place's chunk."""
+    copy_chunks_R: np.ndarray
+    """int32: how many chunks of slots; 0 for none."""
+    chunk: Chunk
     sampling: Sampling
     """Of R rows."""
     labels_RC: np.ndarray
@@ -85,27 +84,36 @@ class Turn(NamedTuple):
 class Results(NamedTuple):
     """What a turn computed, still on its way to the host; None for what did not run."""
 
-    first: Any
-    """`engine.Emitted` of the R places: first tokens."""
-    scores: Any
-    """`engine.PromptScores` of the R places."""
-    new: Any
-    """`engine.Emitted` of the B rows."""
+    first: Emitted | None
+    """Of the R places: first tokens."""
+    scores: LogProbs | None
+    """`engine.LogProbs` [R, C] of the labels."""
+    new: Emitted | None
+    """Of the B rows."""
 
 
-def empty_turn(shapes: Shapes, kind: Kind = Kind.RUN, settings: list[Settings] | None = None,
-               places: list[int] | None = None, top: list[int] | None = None) -> Turn:  # fmt: skip
-    """A turn without work, its places with these settings, places in their callers' lists and numbers of top tokens."""
+def empty_turn(shapes: Shapes, kind: Kind = Kind.RUN, requests: Sequence[Request | None] = ()) -> Turn:
+    """A turn without work yet, its R places with the settings of these requests."""
     R, C, B = shapes.places * shapes.parts, shapes.chunk, shapes.rows
+    requests = requests or [None] * R
 
     def zeros(*shape: int) -> np.ndarray:
         return np.zeros(shape, np.int32)
 
+    settings = [DEFAULT_SETTINGS if request is None else request.settings for request in requests]
+    sampling = sampling_of(
+        [dataclasses.replace(row, eos_token_id=row.eos_token_id or ()) for row in settings],
+        [0 if request is None else request.place for request in requests],
+        top_log_probs=[None if request is None else request.top_log_probs for request in requests],
+        full=True,
+    )
     rows_R = np.arange(R, dtype=np.int32) // shapes.places * (B // shapes.parts)  # any row of the part
+    chunk = Chunk(
+        ids_RC=zeros(R, C), rows_R=rows_R, start_R=zeros(R), count_R=zeros(R), is_last_R=np.zeros(R, bool),
+        prompt_RS=np.full((R, shapes.slots), -1, np.int32),
+    )  # fmt: skip
     return Turn(
-        kind=np.int32(kind), copy_from_R=rows_R.copy(), copy_count_R=zeros(R),
-        chunk=device_engine.Chunk(zeros(R, C), rows_R, zeros(R), zeros(R), np.zeros(R, bool)),
-        sampling=sampling_of(settings or [DEFAULT_SETTINGS] * R, places or [0] * R),
+        kind=np.int32(kind), copy_from_R=rows_R.copy(), copy_chunks_R=zeros(R), chunk=chunk, sampling=sampling,
         labels_RC=np.full((R, C), -1, np.int32), steps=np.int32(0), cancel_B=np.ones(B, bool),
     )  # fmt: skip
 
@@ -116,7 +124,7 @@ class Runner:
     `engine` has the functions of `bc2_jax.infer.engine`.
     """
 
-    def __init__(self, prepared: Prepared, shapes: Shapes, engine: Any = device_engine):
+    def __init__(self, prepared: Any, shapes: Shapes, engine: Any = device_engine):
         self._prepared, self._engine = prepared, engine
         self.shapes = shapes
         self._decoding: Any = None
@@ -126,6 +134,7 @@ class Runner:
         seconds: dict[str, float] = {}
         shapes, engine, prepared = self.shapes, self._engine, self._prepared
         turn = empty_turn(shapes)
+        rows = empty_turn(dataclasses.replace(shapes, parts=1, places=shapes.rows)).sampling
 
         def timed(name: str, run: Any) -> Any:
             start = time.monotonic()
@@ -133,25 +142,25 @@ class Runner:
             seconds[name] = round(time.monotonic() - start, 3)
             return result
 
-        state = timed("allocate", lambda: engine.allocate(prepared, rows=shapes.rows, slots=shapes.slots))
-        state = timed("copy_slots", lambda: engine.copy_slots(state, 0, 0, 0))
+        state = timed("allocate", lambda: engine.allocate(prepared, rows, slots=shapes.slots))
+        state = timed("copy_slots", lambda: engine.copy_slots(state, 0, 0, 0, shapes.chunk))
         state, _, h_RCD = timed("extend", lambda: engine.extend(prepared, state, turn.chunk, turn.sampling))
-        timed("score_chunk", lambda: engine.score_chunk(prepared, h_RCD, turn.labels_RC))
+        timed("score_chunk", lambda: engine.score_chunk(prepared, h_RCD, np.maximum(turn.labels_RC, 0)))
         state, _ = timed("decode", lambda: engine.decode(prepared, state, 1, turn.cancel_B))
         self._decoding = state
         return seconds
 
     def run(self, turn: Turn) -> Results:
         """Dispatches a turn; waits for nothing."""
-        engine, prepared, chunk = self._engine, self._prepared, turn.chunk
+        engine, prepared, chunk, C = self._engine, self._prepared, turn.chunk, self.shapes.chunk
         first = scores = new = None
-        for row_from, row_to, count in zip(turn.copy_from_R, chunk.rows_R, turn.copy_count_R, strict=True):
-            if count:
-                self._decoding = engine.copy_slots(self._decoding, int(row_from), int(row_to), int(count))
+        for row_from, row_to, chunks in zip(turn.copy_from_R, chunk.rows_R, turn.copy_chunks_R, strict=True):
+            if chunks:
+                self._decoding = engine.copy_slots(self._decoding, int(row_from), int(row_to), int(chunks), C)
         if chunk.count_R.any():
             self._decoding, first, h_RCD = engine.extend(prepared, self._decoding, chunk, turn.sampling)
             if (turn.labels_RC >= 0).any():
-                scores = engine.score_chunk(prepared, h_RCD, turn.labels_RC)
+                scores = engine.score_chunk(prepared, h_RCD, np.maximum(turn.labels_RC, 0))
         if turn.steps:
             self._decoding, new = engine.decode(prepared, self._decoding, int(turn.steps), turn.cancel_B)
         results = Results(first, scores, new)
