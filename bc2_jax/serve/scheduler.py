@@ -70,8 +70,8 @@ class Planned(NamedTuple):
     """A turn, and whose its results are."""
 
     turn: Turn
-    chunks: dict[int, tuple[Served, int]]
-    """By place, the first token of the chunk too."""
+    chunks: dict[int, Served]
+    """By place."""
     rows: Collection[Served]
     """Those that decode."""
 
@@ -154,7 +154,8 @@ class Scheduler:
                 at_place[part * shapes.places + i] = queue.popleft()
         requests = [at_place[i].request if i in at_place else None for i in range(shapes.parts * shapes.places)]
         turn = empty_turn(shapes, requests=requests)
-        chunks = {place: (served, self._take_chunk(turn, place, served)) for place, served in at_place.items()}
+        for place, served in at_place.items():
+            self._take_chunk(turn, place, served)
         for served in at_place.values():
             # Only now: copies come before the chunks that this turn computes.
             self._prefixes.hold(served.row, served.hashes[: served.filled // shapes.chunk])
@@ -166,15 +167,13 @@ class Scheduler:
         for served in running:
             turn.cancel_B[served.row] = False
             served.asked += steps
-        is_empty = not chunks and steps == 0
-        turn = turn._replace(steps=np.int32(steps), kind=np.int32(Kind.IDLE if is_empty else Kind.RUN))
-        return Planned(turn, chunks, running if steps else ())
+        is_empty = not at_place and steps == 0
+        kind = Kind.IDLE if is_empty else Kind.RUN
+        turn = turn._replace(steps=np.array(steps, np.int32), kind=np.array(kind, np.int32))
+        return Planned(turn, at_place, running if steps else ())
 
-    def _take_chunk(self, turn: Turn, place: int, served: Served) -> int:
-        """Writes the next chunk of a prompt into the turn, and a copy of what comes before it if another row holds it.
-
-        Returns the first token of the chunk.
-        """
+    def _take_chunk(self, turn: Turn, place: int, served: Served) -> None:
+        """Writes the next chunk of a prompt into the turn, and a copy of those before it if another row has them."""
         request, row, C = served.request, served.row, self._shapes.chunk
         source, chunks = self._prefixes.find(self._prefixes.part_of(row), served.reusable)
         if chunks * C > served.filled:
@@ -194,7 +193,6 @@ class Scheduler:
         if request.prompt_log_probs is not None:
             labels = request.ids[start + 1 : start + 1 + C]
             turn.labels_RC[place, : len(labels)] = labels
-        return start
 
     # ---------------------------------------------------------------------------------------------------------- reading
 
@@ -202,7 +200,7 @@ class Scheduler:
         """Waits for a turn and hands on what it has computed."""
         scores = None if results.scores is None else jax.device_get(results.scores)
         first = None if results.first is None else jax.device_get(results.first)
-        for place, (served, start) in planned.chunks.items():
+        for place, served in planned.chunks.items():
             if scores is not None and served.request.prompt_log_probs is not None:
                 labels = planned.turn.labels_RC[place]
                 served.scores += _score(labels[labels >= 0], scores, place, served.request.prompt_log_probs)
@@ -241,7 +239,9 @@ class Scheduler:
             served.received, served.newest = served.received + len(tokens_K), now
             self._stats.generated_tokens += len(tokens_K)
             top = served.request.top_log_probs
-            self._put(served, Tokens(tokens_K.tolist() if top is None else _score(tokens_K, emitted.log_probs, index, top)))
+            self._put(
+                served, Tokens(tokens_K.tolist() if top is None else _score(tokens_K, emitted.log_probs, index, top))
+            )
         reason = int(emitted.reason_B[index])
         if reason != Reason.RUNNING and not served.is_over:
             self._give_back(served, Ended(_REASONS[reason]))
@@ -270,7 +270,8 @@ def _score(ids: np.ndarray, log_probs: LogProbs, index: int, top: int) -> list[T
     """The first tokens of one row of `log_probs`, each with the `top` most likely ones."""
     count = len(ids)
     chosen = log_probs.chosen_X[index][:count].tolist()
-    tops = zip(log_probs.top_ids_XP[index][:count, :top].tolist(), log_probs.top_XP[index][:count, :top].tolist())
+    top_ids, top_log_probs = log_probs.top_ids_XP[index][:count, :top], log_probs.top_XP[index][:count, :top]
+    tops = zip(top_ids.tolist(), top_log_probs.tolist(), strict=True)
     return [
         TokenScore(token, log_prob, tuple(zip(*likely, strict=True)))
         for token, log_prob, likely in zip(ids.tolist(), chosen, tops, strict=True)

@@ -61,7 +61,7 @@ class Service:
         self._heartbeat = time.monotonic()
         self._thread = threading.Thread(target=self._live, name="engine", daemon=True)
 
-    # ----------------------------------------------------------------------------------------------- life and health
+    # -------------------------------------------------------------------------------------------------- life and health
 
     def start(self, wait: bool = True) -> None:
         """Starts the thread, which compiles everything and is ready then; `wait` waits for it.
@@ -120,7 +120,7 @@ class Service:
             copy = dataclasses.replace(self._stats, requests=self._stats.requests.copy(), waiting=len(self._waiting))
         return copy
 
-    # ---------------------------------------------------------------------------------------------------------- requests
+    # --------------------------------------------------------------------------------------------------------- requests
 
     def submit(self, request: Request) -> Handle:
         """Accepts a request; raises as `submit_all`."""
@@ -155,7 +155,7 @@ class Service:
             self._cancelled.append(handle)
             self._changed.notify_all()
 
-    # -------------------------------------------------------------------------------------------------- the engine thread
+    # ------------------------------------------------------------------------------------------------ the engine thread
 
     def _live(self) -> None:
         try:
@@ -229,6 +229,6 @@ class Service:
     def _is_to_do(self) -> bool:
         return bool(self._waiting or self._cancelled or self._is_stopping or self._state == "draining")
 
-    def _count_compilation(self, event: str, seconds: float, **_: object) -> None:
+    def _count_compilation(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event == _COMPILED and threading.get_ident() == self._thread.ident:
             self._stats.compilations += 1

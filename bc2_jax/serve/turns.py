@@ -13,9 +13,10 @@ import numpy as np
 
 from bc2_jax.infer import engine as device_engine
 from bc2_jax.infer.engine import STEPS, Chunk, Emitted, LogProbs
-from bc2_jax.infer.sampling import DEFAULT_SETTINGS, Sampling, sampling_of
+from bc2_jax.infer.settings import DEFAULT_SETTINGS, Sampling, sampling_of
 from bc2_jax.serve.requests import Request
 from bc2_jax.validation import require
+
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
@@ -59,7 +60,7 @@ class Kind(enum.IntEnum):
 
 
 class Turn(NamedTuple):
-    """What every process of the slice does in one turn, in this order: copies, a chunk of prompts, its scores, decoding.
+    """What every process does in one turn, in this order: copies, a chunk of prompts, its scores, decoding.
 
     Arrays of the host of fixed shapes, R = places * parts.
     """
@@ -113,8 +114,8 @@ def empty_turn(shapes: Shapes, kind: Kind = Kind.RUN, requests: Sequence[Request
         prompt_RS=np.full((R, shapes.slots), -1, np.int32),
     )  # fmt: skip
     return Turn(
-        kind=np.int32(kind), copy_from_R=rows_R.copy(), copy_chunks_R=zeros(R), chunk=chunk, sampling=sampling,
-        labels_RC=np.full((R, C), -1, np.int32), steps=np.int32(0), cancel_B=np.ones(B, bool),
+        kind=np.array(kind, np.int32), copy_from_R=rows_R.copy(), copy_chunks_R=zeros(R), chunk=chunk, sampling=sampling,
+        labels_RC=np.full((R, C), -1, np.int32), steps=np.array(0, np.int32), cancel_B=np.ones(B, bool),
     )  # fmt: skip
 
 
