@@ -5,8 +5,8 @@ of those that end there; `decode` gives each row that runs some tokens more; `co
 the same prompt. Shapes are those of the batch and the chunk, whatever the prompts: each program is compiled once.
 
 What is computed for a row depends on its tokens, settings, seed and place alone, to the last bit, as long as the shapes
-stay: not on the other rows, nor on which row it is, nor on what runs between its chunks. On a CPU the shapes may change
-as well, but for a single row, whose matmuls take another path there: callers use at least two.
+stay: not on the other rows, nor on which row it is, nor on what runs between its chunks. On a CPU the numbers of rows may
+change as well, from `least_rows()` on.
 
 All work with any mesh and without one, and move the arrays of the host explicitly.
 """
@@ -28,7 +28,7 @@ from bc2_jax.config import ComputeConfig
 from bc2_jax.infer.cache import init_cache
 from bc2_jax.infer.decoding import STEPS, Chunk, Decoding, Emitted, LogProbs, Reason
 from bc2_jax.infer.prepared import Prepared, prepare
-from bc2_jax.infer.sampling import MOST_LOG_PROBS, Sampling, chosen_log_probs, next_token, top_log_probs
+from bc2_jax.infer.sampling import MOST_TOP_LOG_PROBS, Sampling, chosen_log_probs, next_token, top_log_probs
 from bc2_jax.kernels.blocks import current_chip
 from bc2_jax.kernels.cached import KVCache, Place
 from bc2_jax.model.attention import CACHE_AXES
@@ -48,7 +48,7 @@ from bc2_jax.tpu.options import Value, compiler_options
 
 __all__ = [
     "Chunk", "Decoding", "Emitted", "LogProbs", "Prepared", "Programs", "Reason", "STEPS", "allocate", "chunk_length",
-    "copy_slots", "decode", "decoding_rules", "extend", "make_programs", "prepare", "programs", "score_chunk",
+    "copy_slots", "decode", "decoding_rules", "extend", "least_rows", "make_programs", "prepare", "programs", "score_chunk",
 ]  # fmt: skip
 
 SCORED = 32
@@ -77,6 +77,14 @@ def chunk_length() -> int:
     return 64 if platform() == "cpu" else 256
 
 
+def least_rows() -> int:
+    """Rows of a chunk or a batch that each part of the mesh should have, on the devices in use.
+
+    On a CPU matmuls of a single row take another path and give other bits than those of two or more.
+    """
+    return 2 if platform() == "cpu" else 1
+
+
 def allocate(prepared: Prepared, sampling: Sampling, *, slots: int) -> Decoding:
     """Rows of no prompt with an empty cache of `slots` slots, one for each of `sampling`.
 
@@ -87,9 +95,7 @@ def allocate(prepared: Prepared, sampling: Sampling, *, slots: int) -> Decoding:
         return make_programs().allocate(prepared, from_host(sampling), slots=slots)
 
 
-def extend(
-    prepared: Prepared, decoding: Decoding, chunk: Chunk, sampling: Sampling
-) -> tuple[Decoding, Emitted, Array]:
+def extend(prepared: Prepared, decoding: Decoding, chunk: Chunk, sampling: Sampling) -> tuple[Decoding, Emitted, Array]:
     """Runs one chunk of R prompts; `sampling` are the settings of its R places. `decoding` is used up.
 
     The row of a prompt that ends has its first new token, and the settings, afterwards. Returns also the hidden states
@@ -218,7 +224,7 @@ def _run_decode(prepared: Prepared, decoding: Decoding, steps: Array, cancel_B: 
     decoding = decoding._replace(reason_B=reason_B)
     log_probs = None
     if decoding.sampling.top_log_probs is not None:
-        zeros = jnp.zeros((B, STEPS, MOST_LOG_PROBS), jnp.float32)
+        zeros = jnp.zeros((B, STEPS, MOST_TOP_LOG_PROBS), jnp.float32)
         log_probs = LogProbs(zeros[..., 0], jnp.zeros_like(zeros, jnp.int32), zeros)
     chosen = (jnp.full((B, STEPS), -1, jnp.int32), log_probs)
 
@@ -328,7 +334,10 @@ def _run_score(prepared: Prepared, h_RCD: Array, labels_RC: Array) -> LogProbs:
 
         def score_rows(logits_RTV: Array, labels_RT: Array) -> LogProbs:
             logits_BV, labels_B = logits_RTV.reshape(-1, logits_RTV.shape[-1]), labels_RT.reshape(-1)
-            found = chosen_log_probs(logits_BV, labels_B, None), *top_log_probs(logits_BV, jnp.ones_like(labels_B, bool))
+            found = (
+                chosen_log_probs(logits_BV, labels_B, None),
+                *top_log_probs(logits_BV, jnp.ones_like(labels_B, bool)),
+            )
             return LogProbs(*(x.reshape(*labels_RT.shape, *x.shape[1:]) for x in found))
 
         logits_RTV = model.lm_head(h_RTD)

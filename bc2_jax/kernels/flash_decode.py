@@ -57,7 +57,9 @@ def flash_decode(
     def slots(size: int, width: int, index) -> pl.BlockSpec:
         """A block of a cache, [N, size, H], or of its scales, [N, size]."""
         if width:
-            return pl.BlockSpec((None, None, N, size, width), lambda b, j, *s: (s[0][0], b, 0, index(b, j, s[1], size), 0))
+            return pl.BlockSpec(
+                (None, None, N, size, width), lambda b, j, *s: (s[0][0], b, 0, index(b, j, s[1], size), 0)
+            )
         return pl.BlockSpec((None, None, N, size), lambda b, j, *s: (s[0][0], b, 0, index(b, j, s[1], size)))
 
     def read(b, j, start, size):
