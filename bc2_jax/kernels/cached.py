@@ -98,7 +98,7 @@ def cached_attention(
     if platform() == "cpu":  # where bf16 matmuls are slow
         q_RNTH = q_RNTH.astype(jnp.float32)
     positions_RT = place.start[:, None] + jnp.arange(T)
-    is_whole = R == cache.k.shape[1]
+    is_whole = cache.k.shape[1] == R
 
     def read(x: Array, j: Array) -> Array:
         """Block j of each of the R rows: [R, N, BLOCK, ...]."""

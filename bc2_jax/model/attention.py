@@ -15,7 +15,6 @@ from bc2_jax.model.layers import EQUATIONS, Linear
 from bc2_jax.model.position import alibi_slopes, apply_rope
 from bc2_jax.sharding import named_sharding, reshard, spec
 
-
 CACHE_AXES = ("layers", "batch", "attention_heads", None, "head_dim")
 """The logical axes of keys and values; their scales have the first four."""
 
