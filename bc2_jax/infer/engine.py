@@ -1,12 +1,12 @@
 """What generation does on the device: chunks of prompts, decoding steps and copies of slots, each one program.
 
-`allocate` makes the empty state of a batch; `extend` runs chunks of prompts into rows of it, and chooses the first token
-of those that end there; `decode` gives each row that runs some tokens more; `copy_slots` gives a row what another has of
-the same prompt. Shapes are those of the batch and the chunk, whatever the prompts: each program is compiled once.
+`allocate` makes the empty state of a batch; `extend` runs chunks of prompts into rows of it, and chooses the first
+token of those that end there; `decode` gives each row that runs some tokens more; `copy_slots` gives a row what another
+has of the same prompt. Shapes are those of the batch and the chunk, whatever the prompts: each program is compiled once.
 
 What is computed for a row depends on its tokens, settings, seed and place alone, to the last bit, as long as the shapes
-stay: not on the other rows, nor on which row it is, nor on what runs between its chunks. On a CPU the numbers of rows may
-change as well, from `least_rows()` on.
+stay: not on the other rows, nor on which row it is, nor on what runs between its chunks. On a CPU the numbers of rows
+may change as well, from `least_rows()` on.
 
 All work with any mesh and without one, and move the arrays of the host explicitly.
 """
@@ -48,7 +48,8 @@ from bc2_jax.tpu.options import Value, compiler_options
 
 __all__ = [
     "Chunk", "Decoding", "Emitted", "LogProbs", "Prepared", "Programs", "Reason", "STEPS", "allocate", "chunk_length",
-    "copy_slots", "decode", "decoding_rules", "extend", "least_rows", "make_programs", "prepare", "programs", "score_chunk",
+    "copy_slots", "decode", "decoding_rules", "extend", "least_rows", "make_programs", "prepare", "programs",
+    "score_chunk",
 ]  # fmt: skip
 
 SCORED = 32
@@ -59,7 +60,8 @@ class Programs(NamedTuple):
     """The jitted functions; to run with `decoding_rules()` and the mesh in use, and arrays of the device.
 
     allocate(prepared, sampling, slots=), extend(prepared, decoding, chunk, sampling), decode(prepared,
-    decoding, steps, cancel_B), copy_slots(decoding, row_from, row_to, chunks, size=), score(prepared, h_RCD, labels_RC).
+    decoding, steps, cancel_B), copy_slots(decoding, row_from, row_to, chunks, size=), score(prepared, h_RCD,
+    labels_RC).
     """
 
     allocate: Any
@@ -126,7 +128,7 @@ def copy_slots(decoding: Decoding, row_from: int, row_to: int, chunks: int, size
 
 
 def score_chunk(prepared: Prepared, h_RCD: Array, labels_RC: np.ndarray) -> LogProbs:
-    """Log-probabilities of the tokens that follow those of a chunk, and the most likely ones, from its hidden states."""
+    """Log-probabilities of the tokens that follow those of a chunk, and the most likely ones."""
     with _runs_on(prepared.params["norm"]["weight"]):
         return programs(prepared.compute).score(prepared, h_RCD, from_host(labels_RC))
 
@@ -303,12 +305,12 @@ def _run_copy_slots(decoding: Decoding, row_from: Array, row_to: Array, chunks: 
         is_here = rows[1] == row_to - own_B[0]
 
         def copy_chunk(i: Array, x: Array) -> Array:
-            tail = (0, i * size, *[0] * (x.ndim - 4))
+            tail: list[Any] = [0, i * size, *[0] * (x.ndim - 4)]
             shape = (x.shape[0], 1, x.shape[2], size, *x.shape[4:])
             new, old = (jax.lax.dynamic_slice(x, (0, row, *tail), shape) for row in rows)
             return jax.lax.dynamic_update_slice(x, jnp.where(is_here, new, old), (0, rows[1], *tail))
 
-        return jax.tree.map(lambda x: jax.lax.fori_loop(0, chunks, functools.partial(copy_chunk), x), cache)
+        return jax.tree.map(lambda x: jax.lax.fori_loop(0, chunks, copy_chunk, x), cache)
 
     own_B = reshard(jnp.arange(len(decoding.token_B)), "batch")
     arguments = (decoding.cache, own_B, *_whole((row_from, row_to, chunks)))

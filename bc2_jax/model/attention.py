@@ -108,7 +108,7 @@ class SelfAttention(nnx.Module):
         heads, row = spec("batch", None, "attention_heads", "head_dim"), spec("batch")
         slots = jax.tree.map(lambda x: spec(*CACHE_AXES[: x.ndim]), cache)
         slopes = None if slopes_RN is None else spec("batch", "attention_heads")
-        in_specs = (heads, heads, heads, slots, spec(), Place(row, row), slopes, row)
+        in_specs = (heads, heads, heads, slots, spec(), jax.tree.map(lambda _: row, place), slopes, row)
         return jax.shard_map(kernel, in_specs=in_specs, out_specs=(heads, slots))(*arguments)
 
     def _slopes(self) -> Array | None:
