@@ -18,7 +18,7 @@ from jax import Array
 from bc2_jax.infer.settings import (
     DEFAULT_SETTINGS,
     MOST_EOS,
-    MOST_LOG_PROBS,
+    MOST_TOP_LOG_PROBS,
     SEEDS,
     Sampling,
     Settings,
@@ -296,7 +296,7 @@ def chosen_log_probs(logits_BV: Array, token_B: Array, temperature_B: Array | No
     return logit_B - peak_B - log_total_B
 
 
-def top_log_probs(logits_BV: Array, want_B: Array, k: int = MOST_LOG_PROBS) -> tuple[Array, Array]:
+def top_log_probs(logits_BV: Array, want_B: Array, k: int = MOST_TOP_LOG_PROBS) -> tuple[Array, Array]:
     """The k most likely tokens, int32 [B, k], and their log-probabilities, fp32 [B, k], the most likely first.
 
     Equals are ordered by id. `want_B` (bool) marks the rows that ask; the others have zeros, and if no row asks,

@@ -18,7 +18,7 @@ MOST_EOS = 16
 """How many ids may end a row; the compiled functions have room for that many."""
 MOST_BIASES = 300
 """How many ids of a row may have a bias, as in OpenAI's API; the compiled functions have room for that many."""
-MOST_LOG_PROBS = 20
+MOST_TOP_LOG_PROBS = 20
 """How many of the most likely tokens may be reported beside each token, as in OpenAI's API."""
 SEEDS = range(2**32)
 """Whole 32-bit numbers: of a larger seed JAX would drop the upper bits."""
@@ -184,7 +184,7 @@ class Sampling(NamedTuple):
     log_prob_temperature: Rows | None = None
     """fp32 [B]: what logits are divided by for the log-probabilities that are kept; None is 1 for all rows."""
     top_log_probs: Rows | None = None
-    """int32 [B]: how many of the most likely tokens are reported, 0 to MOST_LOG_PROBS, and -1 where not even the
+    """int32 [B]: how many of the most likely tokens are reported, 0 to MOST_TOP_LOG_PROBS, and -1 where not even the
     log-probability of the chosen one is asked for; None is -1 for all rows."""
 
 
@@ -198,7 +198,7 @@ def sampling_of(
 ) -> Sampling:
     """The arrays, on the host, for rows with these checked settings and places.
 
-    `top_log_probs` has for each row a number in 0..MOST_LOG_PROBS, or None. What no row uses is None, unless `full`
+    `top_log_probs` has for each row a number in 0..MOST_TOP_LOG_PROBS, or None. What no row uses is None, unless `full`
     asks for every array that a request to a server can set (all but log_prob_temperature): then one compiled function
     serves all requests.
     """
