@@ -17,9 +17,7 @@ class PlacedPrompt(NamedTuple):
     ids: Sequence[int]
 
 
-def make_chunk(
-    placed: Sequence[PlacedPrompt | None], starts: int | Sequence[int], size: int, slots: int
-) -> Chunk:
+def make_chunk(placed: Sequence[PlacedPrompt | None], starts: int | Sequence[int], size: int, slots: int) -> Chunk:
     """The `size` tokens from `starts` on, one place or one for each prompt, of prompts in a cache of `slots` slots.
 
     None is a place without a prompt; one that has ended before `starts` has nothing to do.

@@ -1,12 +1,12 @@
 """What generation does on the device: chunks of prompts, decoding steps and copies of slots, each one program.
 
-`allocate` makes the empty state of a batch; `extend` runs chunks of prompts into rows of it, and chooses the first token
-of those that end there; `decode` gives each row that runs some tokens more; `copy_slots` gives a row what another has of
-the same prompt. Shapes are those of the batch and the chunk, whatever the prompts: each program is compiled once.
+`allocate` makes the empty state of a batch; `extend` runs chunks of prompts into rows of it, and chooses the first
+token of those that end there; `decode` gives each row that runs some tokens more; `copy_slots` gives a row what another
+has of the same prompt. Shapes are those of batch and chunk, whatever the prompts: each program is compiled once.
 
 What is computed for a row depends on its tokens, settings, seed and place alone, to the last bit, as long as the shapes
-stay: not on the other rows, nor on which row it is, nor on what runs between its chunks. On a CPU the shapes may change
-as well, but for a single row, whose matmuls take another path there: callers use at least two.
+stay: not on the other rows, nor on which row it is, nor on what runs between its chunks. On a CPU the numbers of rows
+may change as well, from `least_rows()` on.
 
 All work with any mesh and without one, and move the arrays of the host explicitly.
 """
@@ -28,7 +28,7 @@ from bc2_jax.config import ComputeConfig
 from bc2_jax.infer.cache import init_cache
 from bc2_jax.infer.decoding import STEPS, Chunk, Decoding, Emitted, LogProbs, Reason
 from bc2_jax.infer.prepared import Prepared, prepare
-from bc2_jax.infer.sampling import MOST_LOG_PROBS, Sampling, chosen_log_probs, next_token, top_log_probs
+from bc2_jax.infer.sampling import MOST_TOP_LOG_PROBS, Sampling, chosen_log_probs, next_token, top_log_probs
 from bc2_jax.kernels.blocks import current_chip
 from bc2_jax.kernels.cached import KVCache, Place
 from bc2_jax.model.attention import CACHE_AXES
@@ -48,7 +48,8 @@ from bc2_jax.tpu.options import Value, compiler_options
 
 __all__ = [
     "Chunk", "Decoding", "Emitted", "LogProbs", "Prepared", "Programs", "Reason", "STEPS", "allocate", "chunk_length",
-    "copy_slots", "decode", "decoding_rules", "extend", "make_programs", "prepare", "programs", "score_chunk",
+    "copy_slots", "decode", "decoding_rules", "extend", "least_rows", "make_programs", "prepare", "programs",
+    "score_chunk",
 ]  # fmt: skip
 
 SCORED = 32
@@ -59,7 +60,8 @@ class Programs(NamedTuple):
     """The jitted functions; to run with `decoding_rules()` and the mesh in use, and arrays of the device.
 
     allocate(prepared, sampling, slots=), extend(prepared, decoding, chunk, sampling), decode(prepared,
-    decoding, steps, cancel_B), copy_slots(decoding, row_from, row_to, chunks, size=), score(prepared, h_RCD, labels_RC).
+    decoding, steps, cancel_B), copy_slots(decoding, row_from, row_to, chunks, size=), score(prepared, h_RCD,
+    labels_RC).
     """
 
     allocate: Any
@@ -77,6 +79,14 @@ def chunk_length() -> int:
     return 64 if platform() == "cpu" else 256
 
 
+def least_rows() -> int:
+    """Rows of a chunk or a batch that each part of the mesh should have, on the devices in use.
+
+    On a CPU matmuls of a single row take another path and give other bits than those of two or more.
+    """
+    return 2 if platform() == "cpu" else 1
+
+
 def allocate(prepared: Prepared, sampling: Sampling, *, slots: int) -> Decoding:
     """Rows of no prompt with an empty cache of `slots` slots, one for each of `sampling`.
 
@@ -87,9 +97,7 @@ def allocate(prepared: Prepared, sampling: Sampling, *, slots: int) -> Decoding:
         return make_programs().allocate(prepared, from_host(sampling), slots=slots)
 
 
-def extend(
-    prepared: Prepared, decoding: Decoding, chunk: Chunk, sampling: Sampling
-) -> tuple[Decoding, Emitted, Array]:
+def extend(prepared: Prepared, decoding: Decoding, chunk: Chunk, sampling: Sampling) -> tuple[Decoding, Emitted, Array]:
     """Runs one chunk of R prompts; `sampling` are the settings of its R places. `decoding` is used up.
 
     The row of a prompt that ends has its first new token, and the settings, afterwards. Returns also the hidden states
@@ -120,7 +128,7 @@ def copy_slots(decoding: Decoding, row_from: int, row_to: int, chunks: int, size
 
 
 def score_chunk(prepared: Prepared, h_RCD: Array, labels_RC: np.ndarray) -> LogProbs:
-    """Log-probabilities of the tokens that follow those of a chunk, and the most likely ones, from its hidden states."""
+    """Log-probabilities of the tokens that follow those of a chunk, and the most likely ones."""
     with _runs_on(prepared.params["norm"]["weight"]):
         return programs(prepared.compute).score(prepared, h_RCD, from_host(labels_RC))
 
@@ -218,7 +226,7 @@ def _run_decode(prepared: Prepared, decoding: Decoding, steps: Array, cancel_B: 
     decoding = decoding._replace(reason_B=reason_B)
     log_probs = None
     if decoding.sampling.top_log_probs is not None:
-        zeros = jnp.zeros((B, STEPS, MOST_LOG_PROBS), jnp.float32)
+        zeros = jnp.zeros((B, STEPS, MOST_TOP_LOG_PROBS), jnp.float32)
         log_probs = LogProbs(zeros[..., 0], jnp.zeros_like(zeros, jnp.int32), zeros)
     chosen = (jnp.full((B, STEPS), -1, jnp.int32), log_probs)
 
@@ -297,12 +305,12 @@ def _run_copy_slots(decoding: Decoding, row_from: Array, row_to: Array, chunks: 
         is_here = rows[1] == row_to - own_B[0]
 
         def copy_chunk(i: Array, x: Array) -> Array:
-            tail = (0, i * size, *[0] * (x.ndim - 4))
+            tail: list[Any] = [0, i * size, *[0] * (x.ndim - 4)]
             shape = (x.shape[0], 1, x.shape[2], size, *x.shape[4:])
             new, old = (jax.lax.dynamic_slice(x, (0, row, *tail), shape) for row in rows)
             return jax.lax.dynamic_update_slice(x, jnp.where(is_here, new, old), (0, rows[1], *tail))
 
-        return jax.tree.map(lambda x: jax.lax.fori_loop(0, chunks, functools.partial(copy_chunk), x), cache)
+        return jax.tree.map(lambda x: jax.lax.fori_loop(0, chunks, copy_chunk, x), cache)
 
     own_B = reshard(jnp.arange(len(decoding.token_B)), "batch")
     arguments = (decoding.cache, own_B, *_whole((row_from, row_to, chunks)))
@@ -328,7 +336,10 @@ def _run_score(prepared: Prepared, h_RCD: Array, labels_RC: Array) -> LogProbs:
 
         def score_rows(logits_RTV: Array, labels_RT: Array) -> LogProbs:
             logits_BV, labels_B = logits_RTV.reshape(-1, logits_RTV.shape[-1]), labels_RT.reshape(-1)
-            found = chosen_log_probs(logits_BV, labels_B, None), *top_log_probs(logits_BV, jnp.ones_like(labels_B, bool))
+            found = (
+                chosen_log_probs(logits_BV, labels_B, None),
+                *top_log_probs(logits_BV, jnp.ones_like(labels_B, bool)),
+            )
             return LogProbs(*(x.reshape(*labels_RT.shape, *x.shape[1:]) for x in found))
 
         logits_RTV = model.lm_head(h_RTD)

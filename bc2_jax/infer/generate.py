@@ -20,7 +20,7 @@ from bc2_jax.infer.decoding import Decoding, Emitted, Reason
 from bc2_jax.infer.engine import Prepared
 from bc2_jax.infer.sampling import DEFAULT_SETTINGS, Sampling, Settings, is_whole, sampling_of
 from bc2_jax.model.baichuan import Baichuan2
-from bc2_jax.sharding import parts, platform, to_host, use_mesh_of
+from bc2_jax.sharding import parts, to_host, use_mesh_of
 from bc2_jax.validation import require, show
 
 _REASONS: dict[int, Literal["eos", "stopped"]] = {Reason.EOS: "eos", Reason.CANCELLED: "stopped"}
@@ -114,12 +114,8 @@ def continue_prompts(
 
 
 def batch_rows(count: int) -> int:
-    """Rows of a batch for so many prompts on the mesh in use.
-
-    Each part of the batch has at least two on a CPU: a single row's matmuls take another path there and give other bits.
-    """
-    least = 2 if platform() == "cpu" else 1
-    return parts("batch") * max(-(-count // parts("batch")), least)
+    """Rows of a batch for so many prompts on the mesh in use."""
+    return parts("batch") * max(-(-count // parts("batch")), engine.least_rows())
 
 
 class Continuations:
@@ -191,9 +187,7 @@ def _finish(prepared: Prepared, decoding: Decoding, max_new_tokens: int, found: 
         found.add(before)
 
 
-def _finish_with(
-    on_token: OnToken, prepared: Prepared, decoding: Decoding, count: int, found: Continuations
-) -> None:
+def _finish_with(on_token: OnToken, prepared: Prepared, decoding: Decoding, count: int, found: Continuations) -> None:
     """The same step by step; `on_token` sees each of them."""
     rows, step = len(decoding.token_B), 0
     while True:

@@ -38,9 +38,7 @@ class Prepared:
         return nnx.merge(self.graphdef, self.params)
 
 
-def prepare(
-    model: Baichuan2, donate: bool = False, whole: bool = False, kv: CacheDType = "compute"
-) -> Prepared:
+def prepare(model: Baichuan2, donate: bool = False, whole: bool = False, kv: CacheDType = "compute") -> Prepared:
     """`model` as decoding reads it, so that nothing is done again for every token.
 
     Weights are in the compute dtype, but for those of the norms, which scale in fp32; the rows of the head are

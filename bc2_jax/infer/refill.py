@@ -79,7 +79,8 @@ class RolloutShapes:
         """
         cut = parts("batch")
         if prefill_rows is None:
-            prefill_rows = max(rows // 4 // cut, 1) * cut if is_whole(rows) else cut
+            least = min(engine.least_rows(), max(rows // cut, 1)) if is_whole(rows) else 1
+            prefill_rows = max(rows // 4 // cut, least) * cut if is_whole(rows) else cut
         for name, count in (("rows", rows), ("prefill_rows", prefill_rows)):
             legal = f"it must be a positive multiple of {cut}, the parts of a batch on this mesh"
             require(is_whole(count) and count > 0 and count % cut == 0, name, count, legal)

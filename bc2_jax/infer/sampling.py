@@ -37,12 +37,10 @@ __all__ = [  # Those of `settings` are here until every caller has them from the
 ]  # fmt: skip
 
 _FEW = 64
-"""Up to this top_k a row's candidates are found by `lax.top_k`, which takes no number that is known only at run time."""
+"""Up to this top_k a row's candidates are found by `lax.top_k`, whose number must be known when it is compiled."""
 
 
-def next_token(
-    logits_BV: Array, seen_BV: Array, counts_BV: Array | None, step_B: Array, sampling: Sampling
-) -> Array:
+def next_token(logits_BV: Array, seen_BV: Array, counts_BV: Array | None, step_B: Array, sampling: Sampling) -> Array:
     """The next token of each row, int32 [B], from the logits as the model gave them, fp32.
 
     `seen_BV` (bool) marks the tokens of prompt and output, `counts_BV` (integers, needed only for presence and
@@ -193,9 +191,7 @@ def few_candidates(logits_BV: Array, temperature_B: Array, top_k_B: Array, top_p
     return ids_BK, jnp.where(keep, weights_BK, -jnp.inf)
 
 
-def all_candidates(
-    logits_BV: Array, temperature_B: Array, top_k_B: Array, top_p_B: Array, is_drawn_B: Array
-) -> Array:
+def all_candidates(logits_BV: Array, temperature_B: Array, top_k_B: Array, top_p_B: Array, is_drawn_B: Array) -> Array:
     """What rows with any top_k and top_p draw from: log-weights fp32 [B, V], -inf where cut off.
 
     Cuts only if a row of `is_drawn_B` (bool) needs it, and then without a sort: both cuts keep the first tokens of an
@@ -203,10 +199,9 @@ def all_candidates(
     """
     V = logits_BV.shape[1]
     top_k_B = jnp.where((top_k_B <= 0) | (top_k_B > V), V, top_k_B)
-    order_BV = _order(logits_BV)
 
     def cut_count(weights_BV: Array) -> Array:
-        keep_BV = _first_reaching(order_BV, lambda keep_BV: keep_BV.sum(axis=1, dtype=jnp.int32), top_k_B)
+        keep_BV = _first_reaching(logits_BV, lambda keep_BV: keep_BV.sum(axis=1, dtype=jnp.int32), top_k_B)
         return jnp.where(keep_BV, weights_BV, -jnp.inf)
 
     def cut_share(weights_BV: Array) -> Array:
@@ -214,7 +209,7 @@ def all_candidates(
         share = lambda keep_BV: _exact_sum(jnp.where(keep_BV, p_BV, 0))  # noqa: E731  # reads as what it is
         # At a tiny top_p the product is 0, which no token at all would reach.
         target_B = jnp.maximum(top_p_B * _exact_sum(p_BV), 1e-30)
-        keep_BV = _first_reaching(order_BV, share, target_B) | (top_p_B >= 1)[:, None]
+        keep_BV = _first_reaching(logits_BV, share, target_B) | (top_p_B >= 1)[:, None]
         return jnp.where(keep_BV, weights_BV, -jnp.inf)
 
     weights_BV = _log_weights(logits_BV, temperature_B)
@@ -245,13 +240,13 @@ def _order(x_BV: Array) -> Array:
     return jnp.where(bits_BV >= sign, ~bits_BV, bits_BV | sign)
 
 
-def _first_reaching(order_BV: Array, measure: Callable[[Array], Array], target_B: Array) -> Array:
-    """bool [B, V]: the fewest tokens whose measure reaches the target, the largest of `order_BV` first and among equals
-    the smaller id; all of them if it is never reached.
+def _first_reaching(logits_BV: Array, measure: Callable[[Array], Array], target_B: Array) -> Array:
+    """bool [B, V]: the fewest tokens whose measure reaches the target, taken by their logits, the largest first, and
+    among equals the smaller id first; all of them if it is never reached.
 
     `measure` ([B, V] bool -> [B]) must not fall when tokens are added.
     """
-    ids_V = jnp.arange(order_BV.shape[1], dtype=jnp.uint32)
+    order_BV, ids_V = _order(logits_BV), jnp.arange(logits_BV.shape[1], dtype=jnp.uint32)
 
     def largest(bits: int, is_legal: Callable[[Array], Array]) -> Array:
         """The largest number of so many bits that is legal, in each row, where all smaller ones are."""

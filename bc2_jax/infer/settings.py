@@ -80,10 +80,9 @@ class Settings:
         size = None if self.vocab_size is None else whole("vocab_size", lambda n: n >= 1, "at least 1")
         size = None if size is None or size >= V else size
         min_tokens = whole("min_tokens", lambda n: n >= 0, "at least 0")
-        others = any(i not in eos for i in range(min(size or V, MOST_EOS + 1)))
-        _require(
-            min_tokens == 0 or others, "min_tokens", min_tokens, "0 where every id that may be chosen is an eos_token_id"
-        )
+        has_others = any(i not in eos for i in range(min(size or V, MOST_EOS + 1)))
+        legal = "0 where every id that may be chosen is an eos_token_id"
+        _require(min_tokens == 0 or has_others, "min_tokens", min_tokens, legal)
         return Settings(
             max_new_tokens=whole("max_new_tokens", lambda n: n >= 1, "at least 1"),
             temperature=real("temperature", lambda x: 0 <= x < math.inf, "finite and at least 0, which is greedy"),

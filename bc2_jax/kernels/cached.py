@@ -1,9 +1,9 @@
 """Attention of new tokens to a KV cache, and their own place in it, in plain JAX.
 
-Each row of the cache holds one sequence: its token at position p in slot p. New tokens are written first and then attend
-to their row from its first slot to themselves. Keys are visited in blocks of BLOCK slots with an online softmax (Rabe &
-Staats, arXiv 2112.05682), up to the last slot in use: what is computed for a row, to the last bit, depends neither on
-the slots that the cache has nor on its other rows.
+Each row of the cache holds one sequence: its token at position p in slot p. New tokens are written first and then
+attend to their row from its first slot to themselves. Keys are visited in blocks of BLOCK slots with an online softmax
+(Rabe & Staats, arXiv 2112.05682), up to the last slot in use: what is computed for a row, to the last bit, depends
+neither on the slots that the cache has nor on its other rows.
 
 Shapes: R rows of new tokens, T tokens of each, B rows of the cache, S slots, N heads, H head size, L layers. All
 functions work on one device's rows and heads; `model/attention.py` places them on the mesh.
@@ -11,7 +11,7 @@ functions work on one device's rows and heads; `model/attention.py` places them 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ class Place(NamedTuple):
 
 
 def quantize_tokens(x: Array) -> tuple[Array, Array]:
-    """[..., H] -> int8 [..., H] and fp32 scales [...], symmetric: x is about q * scale, to half a step of absmax / 127."""
+    """[..., H] -> int8 [..., H] and fp32 scales [...]: x is q * scale to half a step; the largest |x| is 127 steps."""
     x = x.astype(jnp.float32)
     scale = jnp.max(jnp.abs(x), axis=-1) / 127
     q = jnp.round(x / jnp.where(scale == 0, 1.0, scale)[..., None])
@@ -68,18 +68,16 @@ def write_slots(cache: KVCache, layer: Array, place: Place, k_RTNH: Array, v_RTN
         S = cache.k.shape[3]
         slot_R = jnp.where(place.start < 0, S, place.start)
         at = (layer, place.rows, slice(None), slot_R)
-        return KVCache(*(x if new is None else x.at[at].set(new[:, 0], mode="drop") for x, new in zip(cache, news)))
+        return jax.tree.map(lambda x, new: x.at[at].set(new[:, 0], mode="drop"), cache, KVCache(*news))
 
     def put(r: Array | int, cache: KVCache) -> KVCache:
-        def put_one(x: Array | None, new: Array | None) -> Array | None:
-            if x is None or new is None:
-                return x
-            start = (layer, place.rows[r], 0, jnp.maximum(place.start[r], 0), *[0] * (x.ndim - 4))
+        def put_one(x: Array, new: Array) -> Array:
+            start: list[Any] = [layer, place.rows[r], 0, jnp.maximum(place.start[r], 0), *[0] * (x.ndim - 4)]
             block = jnp.swapaxes(new[r], 0, 1)[None, None]
             old = jax.lax.dynamic_slice(x, start, block.shape)
             return jax.lax.dynamic_update_slice(x, jnp.where(place.start[r] < 0, old, block), start)
 
-        return KVCache(*map(put_one, cache, news))
+        return jax.tree.map(put_one, cache, KVCache(*news))
 
     return put(0, cache) if R == 1 else jax.lax.fori_loop(0, R, put, cache)
 
@@ -98,7 +96,7 @@ def cached_attention(
     if platform() == "cpu":  # where bf16 matmuls are slow
         q_RNTH = q_RNTH.astype(jnp.float32)
     positions_RT = place.start[:, None] + jnp.arange(T)
-    is_whole = R == cache.k.shape[1]
+    is_whole = cache.k.shape[1] == R
 
     def read(x: Array, j: Array) -> Array:
         """Block j of each of the R rows: [R, N, BLOCK, ...]."""

@@ -1,9 +1,10 @@
 """Attention of one new token a row to the KV cache, and its own place there, in Pallas for TPU.
 
-The same function as `cached.cached_attention` of one token in each row. Left to itself the compiler multiplies and sums on the vector unit,
-for a matmul with one row is none, and reads every slot of the cache. Here the heads of a row are the rows of a matmul,
-the slots in use are read once, straight from the cache of all layers, and the rest are not read at all. The new keys
-and values are written by the same kernel, for the tile of slots they go to is on the chip then.
+The same function as `cached.cached_attention` of one token in each row. Left to itself the compiler multiplies and
+sums on the vector unit, for a matmul with one row is none, and reads every slot of the cache. Here the heads of a row
+are the rows of a matmul, the slots in use are read once, straight from the cache of all layers, and the rest are not
+read at all. The new keys and values are written by the same kernel, for the tile of slots they go to is on the chip
+then.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from bc2_jax.kernels.flash_tiles import LOG2_E, matmul, output
 BLOCK_BYTES = 2**21
 """Keys that one grid step takes at most: four of these, two of them on their way, fit the VMEM of every chip."""
 TILE_BYTES = 32
-"""Of one lane in a tile of the chip's memory, the least that can be written: 32 slots of int8, 16 of bf16, 8 of fp32."""
+"""Of one lane in a tile of the chip's memory, the least that is written: 32 slots of int8, 16 of bf16, 8 of fp32."""
 
 
 def flash_decode(
@@ -57,7 +58,9 @@ def flash_decode(
     def slots(size: int, width: int, index) -> pl.BlockSpec:
         """A block of a cache, [N, size, H], or of its scales, [N, size]."""
         if width:
-            return pl.BlockSpec((None, None, N, size, width), lambda b, j, *s: (s[0][0], b, 0, index(b, j, s[1], size), 0))
+            return pl.BlockSpec(
+                (None, None, N, size, width), lambda b, j, *s: (s[0][0], b, 0, index(b, j, s[1], size), 0)
+            )
         return pl.BlockSpec((None, None, N, size), lambda b, j, *s: (s[0][0], b, 0, index(b, j, s[1], size)))
 
     def read(b, j, start, size):

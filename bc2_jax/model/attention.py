@@ -15,7 +15,6 @@ from bc2_jax.model.layers import EQUATIONS, Linear
 from bc2_jax.model.position import alibi_slopes, apply_rope
 from bc2_jax.sharding import named_sharding, reshard, spec
 
-
 CACHE_AXES = ("layers", "batch", "attention_heads", None, "head_dim")
 """The logical axes of keys and values; their scales have the first four."""
 
@@ -109,7 +108,7 @@ class SelfAttention(nnx.Module):
         heads, row = spec("batch", None, "attention_heads", "head_dim"), spec("batch")
         slots = jax.tree.map(lambda x: spec(*CACHE_AXES[: x.ndim]), cache)
         slopes = None if slopes_RN is None else spec("batch", "attention_heads")
-        in_specs = (heads, heads, heads, slots, spec(), Place(row, row), slopes, row)
+        in_specs = (heads, heads, heads, slots, spec(), jax.tree.map(lambda _: row, place), slopes, row)
         return jax.shard_map(kernel, in_specs=in_specs, out_specs=(heads, slots))(*arguments)
 
     def _slopes(self) -> Array | None:
