@@ -84,7 +84,7 @@ class Failed:
 
     message: str
     status: int
-    """Of HTTP: 500 if the engine failed, 503 if the server stops or no row was free in time, 504 if it took too long."""
+    """500 if the engine failed, 503 if the server stops or no row was free in time, 504 if it took too long."""
 
 
 Event = Started | PromptScored | Tokens | Ended | Failed

@@ -101,22 +101,27 @@ def empty_turn(shapes: Shapes, kind: Kind = Kind.RUN, requests: Sequence[Request
     def zeros(*shape: int) -> np.ndarray:
         return np.zeros(shape, np.int32)
 
-    settings = [DEFAULT_SETTINGS if request is None else request.settings for request in requests]
-    sampling = sampling_of(
-        [dataclasses.replace(row, eos_token_id=row.eos_token_id or ()) for row in settings],
-        [0 if request is None else request.place for request in requests],
-        top_log_probs=[None if request is None else request.top_log_probs for request in requests],
-        full=True,
-    )
     rows_R = np.arange(R, dtype=np.int32) // shapes.places * (B // shapes.parts)  # any row of the part
     chunk = Chunk(
         ids_RC=zeros(R, C), rows_R=rows_R, start_R=zeros(R), count_R=zeros(R), is_last_R=np.zeros(R, bool),
         prompt_RS=np.full((R, shapes.slots), -1, np.int32),
     )  # fmt: skip
     return Turn(
-        kind=np.array(kind, np.int32), copy_from_R=rows_R.copy(), copy_chunks_R=zeros(R), chunk=chunk, sampling=sampling,
-        labels_RC=np.full((R, C), -1, np.int32), steps=np.array(0, np.int32), cancel_B=np.ones(B, bool),
+        kind=np.array(kind, np.int32), copy_from_R=rows_R.copy(), copy_chunks_R=zeros(R), chunk=chunk,
+        sampling=_sampling_of_all(requests), labels_RC=np.full((R, C), -1, np.int32), steps=np.array(0, np.int32),
+        cancel_B=np.ones(B, bool),
     )  # fmt: skip
+
+
+def _sampling_of_all(requests: Sequence[Request | None]) -> Sampling:
+    """Their settings, with an array for each that a request can have, whatever these have."""
+    no_eos = dataclasses.replace(DEFAULT_SETTINGS, eos_token_id=())
+    return sampling_of(
+        [no_eos if request is None else request.settings for request in requests],
+        [0 if request is None else request.place for request in requests],
+        top_log_probs=[None if request is None else request.top_log_probs for request in requests],
+        full=True,
+    )
 
 
 class Runner:
@@ -135,7 +140,7 @@ class Runner:
         seconds: dict[str, float] = {}
         shapes, engine, prepared = self.shapes, self._engine, self._prepared
         turn = empty_turn(shapes)
-        rows = empty_turn(dataclasses.replace(shapes, parts=1, places=shapes.rows)).sampling
+        rows = _sampling_of_all([None] * shapes.rows)
 
         def timed(name: str, run: Any) -> Any:
             start = time.monotonic()
