@@ -26,7 +26,7 @@ class LongContext(NamedTuple):
 def stretch_slopes(slopes_N: np.ndarray, stretch_R: Array) -> Array:
     """fp32 [R, N]: ALiBi's slopes, the steepest as it is, the flattest divided by stretch, geometrically between."""
     share_N = jnp.asarray(np.argsort(np.argsort(-slopes_N, kind="stable")) / max(len(slopes_N) - 1, 1), jnp.float32)
-    return slopes_N / stretch_R[:, None] ** share_N
+    return jnp.asarray(slopes_N) / stretch_R[:, None] ** share_N
 
 
 def stretch_rope(
