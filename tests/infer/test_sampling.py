@@ -203,6 +203,16 @@ def test_a_row_does_not_depend_on_the_others(one, other):
         assert run_next(*changed, sampling_of(two, [b, 9], full=True))[0] == tokens[b]
 
 
+def test_a_cut_is_the_same_whichever_rows_need_one():
+    logits, temperature = make_rows(6)[0], np.full(6, 0.8, np.float32)
+    top_k, top_p = np.int32([0, 0, 70, 300, 70, 301]), np.float32([1, 0.9, 1, 0.5, 0.97, 1])
+    together = all_candidates(logits, temperature, top_k, top_p, np.ones(6, bool))
+    assert (np.isfinite(together).sum(axis=1) < V).tolist() == [False, True, True, True, True, False]
+    for b in range(6):
+        alone = all_candidates(logits, temperature, top_k, top_p, np.arange(6) == b)
+        np.testing.assert_array_equal(alone[b], together[b])
+
+
 @given(st.lists(ROW, min_size=8, max_size=8))
 def test_what_no_row_uses_may_be_none(settings):
     """The neutral arrays of a server give the bits of arrays that are None."""
