@@ -2,7 +2,7 @@
 
 `allocate` makes the empty state of a batch; `extend` runs chunks of prompts into rows of it, and chooses the first
 token of those that end there; `decode` gives each row that runs some tokens more; `copy_slots` gives a row what another
-has of the same prompt. Shapes are those of the batch and the chunk, whatever the prompts: each program is compiled once.
+has of the same prompt. Shapes are those of batch and chunk, whatever the prompts: each program is compiled once.
 
 What is computed for a row depends on its tokens, settings, seed and place alone, to the last bit, as long as the shapes
 stay: not on the other rows, nor on which row it is, nor on what runs between its chunks. On a CPU the numbers of rows

@@ -46,7 +46,7 @@ class Place(NamedTuple):
 
 
 def quantize_tokens(x: Array) -> tuple[Array, Array]:
-    """[..., H] -> int8 [..., H] and fp32 scales [...]: x is q * scale to half a step, the largest |x| being 127 steps."""
+    """[..., H] -> int8 [..., H] and fp32 scales [...]: x is q * scale to half a step; the largest |x| is 127 steps."""
     x = x.astype(jnp.float32)
     scale = jnp.max(jnp.abs(x), axis=-1) / 127
     q = jnp.round(x / jnp.where(scale == 0, 1.0, scale)[..., None])
