@@ -1,4 +1,4 @@
-"""A server for the chat page that answers as a test tells it to: page_contract of docs/serving.md, without a model."""
+"""A server for the chat page that answers what a test tells it to, in the protocol of `bc2_jax/serve`, without a model."""
 
 from __future__ import annotations
 

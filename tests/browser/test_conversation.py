@@ -132,12 +132,13 @@ def test_conversations_are_listed_renamed_deleted_and_survive_a_reload(tab: Tab,
     tab.page.press("#chats input", "Enter")
     assert tab.texts(titles) == ["About dogs", "About 猫"]
     item = tab.page.locator("#chats li", has_text="dogs")
+    item.hover()
     item.get_by_role("button", name="Delete").click()
     assert tab.texts(titles) == ["About 猫"] and tab.questions() == []
     tab.page.click("#toast button")
     assert tab.texts(titles) == ["About dogs", "About 猫"]
-    tab.page.locator("#chats li", has_text="dogs").hover()
-    tab.page.locator("#chats li", has_text="dogs").get_by_role("button", name="Delete").click()
+    item.hover()
+    item.get_by_role("button", name="Delete").click()
     tab.page.reload()
     tab.page.wait_for_selector(titles)
     assert tab.texts(titles) == ["About 猫"]

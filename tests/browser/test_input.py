@@ -40,7 +40,8 @@ def test_enter_of_an_input_method_does_not_send(tab: Tab, server: MockServer) ->
 def test_enter_that_safari_sends_after_a_composition_does_not_send(tab: Tab, server: MockServer) -> None:
     """Its keydown is no longer marked as composing; the key code is."""
     tab.page.fill("#input", "你好")
-    press = "code => document.querySelector('#input').dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter', keyCode: code}))"
+    press = """code => document.querySelector('#input').dispatchEvent(
+        new KeyboardEvent('keydown', {key: 'Enter', keyCode: code}))"""
     tab.page.evaluate(press, 229)
     assert tab.questions() == []
     tab.page.evaluate(press, 13)
@@ -57,6 +58,7 @@ def test_input_methods_in_an_edited_message_and_a_title(tab: Tab, server: MockSe
     tab.page.press(".editor textarea", "Enter")
     tab.wait_idle()
     assert tab.questions() == ["你好"]
+    tab.page.hover("#chats .title")
     tab.page.get_by_role("button", name="Rename").click()
     tab.page.fill("#chats input", "")
     compose(tab, "#chats input", "问候")
@@ -135,7 +137,8 @@ def test_nothing_is_wider_than_the_screen(open_tab: Callable[..., Tab], server: 
     tab.send("w" * 300)
     widest = "Math.max(document.documentElement.scrollWidth, document.querySelector('#scroll').scrollWidth)"
     assert tab.page.evaluate(widest) <= width
-    sizes = "[...document.querySelectorAll('textarea, input:not([type=checkbox])')].map(e => parseFloat(getComputedStyle(e).fontSize))"
+    sizes = """[...document.querySelectorAll('textarea, input:not([type=checkbox])')]
+        .map((element) => parseFloat(getComputedStyle(element).fontSize))"""
     tab.page.click("#settings-button")
     assert min(tab.page.evaluate(sizes)) >= 16  # less makes a phone zoom in
     assert tab.page.evaluate(widest) <= width
@@ -164,7 +167,7 @@ def test_the_end_is_followed_until_the_user_scrolls_up(tab: Tab, server: MockSer
     lines = [f"line {number}\n\n" for number in range(60)]
     server.steps = [*lines, gates[0], *lines, "END", gates[1], *lines, gates[2]]
     tab.send("long", wait=False)
-    left = "(() => { const s = document.querySelector('#scroll'); return s.scrollHeight - s.scrollTop - s.clientHeight })()"
+    left = "(s => s.scrollHeight - s.scrollTop - s.clientHeight)(document.querySelector('#scroll'))"
     tab.wait_text(".assistant .body", "line 59")
     tab.page.wait_for_function(f"{left} < 2")
     tab.page.hover("#scroll")
@@ -185,7 +188,9 @@ def test_the_end_is_followed_until_the_user_scrolls_up(tab: Tab, server: MockSer
 def test_every_control_has_a_name_and_is_reached_by_tab(tab: Tab, server: MockServer) -> None:
     server.steps = ["```js\n1\n```"]
     tab.send("hi")
-    unnamed = "[...document.querySelectorAll('button, textarea, input')].filter(e => !(e.ariaLabel || e.textContent.trim() || e.labels?.length || e.getAttribute('aria-labelledby'))).map(e => e.outerHTML)"
+    unnamed = """[...document.querySelectorAll('button, textarea, input')]
+        .filter((e) => !(e.ariaLabel || e.textContent.trim() || e.labels?.length || e.getAttribute('aria-labelledby')))
+        .map((e) => e.outerHTML)"""
     assert tab.page.evaluate(unnamed) == []
     tab.page.focus("#new")
     names = set()

@@ -33,11 +33,12 @@ CASES = {
     # emphasis
     "**a** __b__ *c* _d_ ~~e~~": "<p><strong>a</strong> <strong>b</strong> <em>c</em> <em>d</em> <del>e</del></p>",
     "***a*** **a *b* c**": "<p><em><strong>a</strong></em> <strong>a <em>b</em> c</strong></p>",
-    "2 * 3 * 4, 2*3*4, snake_case_name, __init__.py": "<p>2 * 3 * 4, 2*3*4, snake_case_name, <strong>init</strong>.py</p>",
+    "2 * 3 * 4, 2*3*4, snake_case_name, __init__.py":
+    "<p>2 * 3 * 4, 2*3*4, snake_case_name, <strong>init</strong>.py</p>",
     "**“引用”**后，**重要：**看": "<p><strong>“引用”</strong>后，<strong>重要：</strong>看</p>",
     "这*很*好": "<p>这<em>很</em>好</p>",
     "**open *and": "<p>**open *and</p>",
-    "*a **b* c**": "<p><em>a **b</em> c**</p>",
+    "*a **b* c**": "<p><em>a <em><em>b</em> c</em></em></p>",
     r"\*a\* \\ \n \`": "<p>*a* \\ \\n `</p>",
     "~a~ ** **": "<p>~a~ ** **</p>",
     # code
@@ -45,7 +46,7 @@ CASES = {
     "`open": "<p>`open</p>",
     "```python\nx  = 1\n\n# y\n```\nz": CODE.format("python", "x  = 1\n\n# y") + "<p>z</p>",
     "text\n~~~\n```\n~~~": "<p>text</p>" + CODE.format("", "```"),
-    "````md title\n```\n````": CODE.format("md", "```"),
+    "````md title\n```\n````": CODE.format("md title", "```"),
     "```\nopen <b>\n": CODE.format("", "open &lt;b&gt;"),
     "```": CODE.format("", ""),
     "  ```\n    a\n  b\n  ```": CODE.format("", "  a\nb"),
@@ -56,8 +57,8 @@ CASES = {
     "![图](https://x.org/a.png)": "<p>" + LINK.format("https://x.org/a.png", "图") + "</p>",
     "[](https://x.org/)": "<p>" + LINK.format("https://x.org/", "https://x.org/") + "</p>",
     "见https://x.org/a。谢谢": "<p>见" + LINK.format("https://x.org/a", "https://x.org/a") + "。谢谢</p>",
-    "(https://x.org/a_(b)), <http://y.org/>": "<p>("
-    + LINK.format("https://x.org/a_(b)", "https://x.org/a_(b)") + "), " + LINK.format("http://y.org/", "http://y.org/") + "</p>",
+    "(https://x.org/a_(b)), <http://y.org/>": "<p>(" + LINK.format("https://x.org/a_(b)", "https://x.org/a_(b)") + "), "
+    + LINK.format("http://y.org/", "http://y.org/") + "</p>",
     "**https://x.org/**": "<p><strong>" + LINK.format("https://x.org/", "https://x.org/") + "</strong></p>",
     "[a](javascript:alert(1)) [b](x.html) [c] [d](": "<p>[a](javascript:alert(1)) [b](x.html) [c] [d](</p>",
     "[a [b](https://x.org/)](https://y.org/)": "<p>" + LINK.format("https://y.org/", "a [b](https://x.org/)") + "</p>",
@@ -67,16 +68,19 @@ CASES = {
     "text\n* a\n+ b": "<p>text</p><ul><li><span>a</span></li><li><span>b</span></li></ul>",
     "3. a\n4) b": '<ol start="3"><li><span>a</span></li><li><span>b</span></li></ol>',
     "- a\n\n- b": "<ul><li><p>a</p></li><li><p>b</p></li></ul>",
-    "1. a\n  - b\n    - c\n2. d": "<ol><li><span>a</span><ul><li><span>b</span><ul><li><span>c</span></li></ul></li></ul></li>"
+    "1. a\n  - b\n    - c\n2. d":
+    "<ol><li><span>a</span><ul><li><span>b</span><ul><li><span>c</span></li></ul></li></ul></li>"
     "<li><span>d</span></li></ol>",
     "1. a\n   ```\n   x\n     y\n   ```\n\n   b\n2. c": "<ol><li><span>a</span>" + CODE.format("", "x\n  y")
     + "<p>b</p></li><li><span>c</span></li></ol>",
     "- a\nlazy\n\nout": "<ul><li><span>a\nlazy</span></li></ul><p>out</p>",
-    "1. a\n- b\n2. c": '<ol><li><span>a</span></li></ol><ul><li><span>b</span></li></ul><ol start="2"><li><span>c</span></li></ol>',
+    "1. a\n- b\n2. c":
+    '<ol><li><span>a</span></li></ol><ul><li><span>b</span></li></ul><ol start="2"><li><span>c</span></li></ol>',
     "-\n**\n-a\n1.b": "<p>-\n**\n-a\n1.b</p>",
     "- # a\n- > b": "<ul><li><h1>a</h1></li><li><blockquote><p>b</p></blockquote></li></ul>",
     # quotes
-    "> a\n> > b\n>\n> - c\nd": "<blockquote><p>a</p><blockquote><p>b</p></blockquote><ul><li><span>c</span></li></ul></blockquote>"
+    "> a\n> > b\n>\n> - c\nd":
+    "<blockquote><p>a</p><blockquote><p>b</p></blockquote><ul><li><span>c</span></li></ul></blockquote>"
     "<p>d</p>",
     # tables
     "| a | b |\n|:-:|--:|\n| 1 | `2` |\n3\n\nx": TABLE.format(
@@ -158,9 +162,14 @@ def test_a_text_that_grows_renders_its_last_block_only(shared_tab: Tab) -> None:
     assert shared_tab.module("markdown", body) == [100, 100, True]
 
 
-@pytest.mark.parametrize("text", ["[" * 20000, "*a _b " * 4000, "> " * 5000, "- " * 5000, "`a``b" * 4000, "# " + " #" * 9000,
-                                  "(" * 9000 + "[a](" * 3000, "```" + " " * 20000 + "`", "|" * 9000 + "\n" + "|-" * 9000,
-                                  "https://x.org/" + "(" * 9000, "**" * 9000 + "a", "a\n" * 9000], ids=lambda text: text[:8])  # fmt: skip
+LONG = [
+    "[" * 20000, "*a _b " * 4000, "> " * 5000, "- " * 5000, "`a``b" * 4000, "# " + " #" * 9000, "**" * 9000 + "a",
+    "(" * 9000 + "[a](" * 3000, "```" + " " * 20000 + "`", "|" * 9000 + "\n" + "|-" * 9000, "a\n" * 9000,
+    "https://x.org/" + "(" * 9000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", LONG, ids=[text[:8] for text in LONG])
 def test_no_text_takes_long(shared_tab: Tab, text: str) -> None:
     body = """
       const element = document.createElement('div');

@@ -42,12 +42,12 @@ ATTACKS = [
 
 def test_attacks_as_answers_questions_and_titles(tab: Tab, server: MockServer) -> None:
     for attack in ATTACKS:
-        server.steps = list(attack)
+        server.steps = [attack[i : i + 5] for i in range(0, len(attack), 5)]
         tab.send(attack)
     assert tab.questions() == ATTACKS
     allowed = {
-        "P", "STRONG", "EM", "DEL", "A", "CODE", "PRE", "FIGURE", "FIGCAPTION", "SPAN", "BUTTON", "svg", "use", "DIV", "TABLE",
-        "THEAD", "TBODY", "TR", "TH", "TD", "UL", "LI", "BLOCKQUOTE", "H1",
+        "P", "STRONG", "EM", "DEL", "A", "CODE", "PRE", "FIGURE", "FIGCAPTION", "SPAN", "BUTTON", "svg", "use", "DIV",
+        "TABLE", "THEAD", "TBODY", "TR", "TH", "TD", "UL", "LI", "BLOCKQUOTE", "H1",
     }  # fmt: skip
     elements = "[...new Set([...document.querySelectorAll('.body *')].map((element) => element.tagName))]"
     assert set(tab.page.evaluate(elements)) <= allowed
@@ -78,7 +78,8 @@ def test_attacks_in_what_is_kept(open_tab: Callable[..., Tab], attack: str) -> N
     message = {"id": "m", "parent": None, "role": "user", "content": attack}
     answer = {
         "id": "n", "parent": "m", "role": "assistant", "content": attack, "status": "error",
-        "error": {"kind": "refused", "message": attack, "status": 400}, "seed": attack, "usage": {"prompt_tokens": attack},
+        "error": {"kind": "refused", "message": attack, "status": 400}, "seed": attack,
+        "usage": {"prompt_tokens": attack},
     }  # fmt: skip
     kept = {
         "id": "a",

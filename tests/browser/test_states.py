@@ -14,8 +14,8 @@ from tests.browser.tab import Tab
 def test_waiting_reading_and_writing_are_told_apart(tab: Tab, server: MockServer) -> None:
     gates = [threading.Event() for _ in range(4)]
     server.steps = [
-        Comment("queued 3"), gates[0], Comment("queued 0"), gates[1], Comment("ping"), Comment("prefill"), gates[2], "text",
-        gates[3],
+        Comment("queued 3"), gates[0], Comment("queued 0"), gates[1], Comment("ping"), Comment("prefill"), gates[2],
+        "text", gates[3],
     ]  # fmt: skip
     tab.send("hi", wait=False)
     shown = ["Waiting: 3 ahead", "Waiting: next in line", "Reading the conversation…", "Writing…"]
@@ -200,18 +200,14 @@ def test_blocked_and_foreign_storage_do_not_stop_the_page(open_tab: Callable[...
     tab.send("hi")
     assert tab.answers() == ["hi"]
     assert tab.page.is_visible("#full")
+    good = '"title":"t","system":"","changed":1,"messages"'
     values = [
-        "{",
-        "null",
-        "[]",
-        '{"id": "a"}',
-        '{"id":"a","title":"t","system":"","changed":1,"messages":{"b":{"id":"b","parent":"c"}}}',
-    ]
-    for value in values:
-        tab = open_tab(
-            before=f"localStorage.setItem('bc2.chat.a', {value!r}); localStorage.setItem('bc2.sampler', {value!r})"
-        )
-        tab.page.goto(tab.url + "#a")
-        tab.send("hi")
-        assert tab.answers() == ["hi"]
-        assert tab.page.evaluate("localStorage.getItem('bc2.chat.a')") == value  # it may be another program's
+        "{", "null", "[]", '{"id": "a"}', "{%s:{}}" % good, '{"id":"5",%s:{"b":{"id":"b","parent":"c"}}}' % good,
+    ]  # fmt: skip
+    lines = [f"localStorage.setItem('bc2.chat.{place}', {value!r});" for place, value in enumerate(values)]
+    tab = open_tab(before="".join(lines) + "localStorage.setItem('bc2.sampler', '[]');")
+    tab.page.goto(tab.url + "#3")
+    tab.send("hi")
+    assert tab.answers() == ["hi"] and len(tab.texts("#chats .title")) == 1
+    for place, value in enumerate(values):  # they may be another program's
+        assert tab.page.evaluate(f"localStorage.getItem('bc2.chat.{place}')") == value

@@ -62,7 +62,8 @@ class Page {
       }
     });
     addEventListener("hashchange", () => this.openAddress());
-    addEventListener("pagehide", () => this.generations.saveAll());
+    addEventListener("pagehide", () => this.generations.leave());
+    addEventListener("pageshow", () => (this.generations.left = false)); // the browser kept it: "back"
     this.store.watch((id) => this.onOtherTab(id));
   }
 

@@ -9,6 +9,7 @@ export class Generations {
   /** `changed(conversation, message)` after every part; `ended(conversation, message)` after the last. */
   constructor(server, store, { changed, ended }) {
     Object.assign(this, { server, store, changed, ended });
+    this.left = false;
     this.running = new Map(); // id of a conversation -> {controller, conversation, message}
   }
 
@@ -20,7 +21,9 @@ export class Generations {
     this.of(conversation)?.controller.abort();
   }
 
-  saveAll() {
+  /** The page is being closed: that breaks the connections, and is no fault of the server. */
+  leave() {
+    this.left = true;
     for (const { conversation } of this.running.values()) this.store.save(conversation);
   }
 
@@ -30,11 +33,12 @@ export class Generations {
     const controller = new AbortController();
     this.running.set(conversation.id, { controller, conversation, message });
     for (const name of ["error", "usage", "rate", "seed", "dropped"]) delete message[name];
-    message.status = "running";
+    Object.assign(message, { status: "running", phase: "connecting" });
     try {
       await this.stream(conversation, message, sampler, controller.signal);
     } catch (error) {
       if (controller.signal.aborted) message.status = "stopped";
+      else if (this.left) message.status = "interrupted";
       else if (error instanceof ServerError) setError(message, error);
       else throw error;
     } finally {

@@ -2,7 +2,8 @@
 // ever parsed, and the only attribute that comes from a text is the address of an http(s) link.
 
 const DEPTH = 16; // emphasis inside emphasis; deeper marks stay letters
-const LABEL = 1000; // longest text and longest address of a link, so that a row of "[" costs no quadratic time
+const LABEL = 300; // longest text of a link and
+const TARGET = 1500; // longest address: a row of "[" costs no quadratic time
 const PUNCTUATION = /[!-/:-@[-`{-~]/;
 const ADDRESS = /https?:\/\/[\w\-.~:/?#[\]@!$&'()*+,;=%]+/iy; // ASCII alone: Chinese text may follow without a space
 const TICKS = /`+/y;
@@ -30,10 +31,10 @@ function makeLink(href, children) {
 
 /** [text](address "title") at `start`, or null. Brackets and parentheses inside must be balanced. */
 function readLink(text, start) {
-  const end = balanced(text, start, "[", "]");
+  const end = balanced(text, start, "[", "]", LABEL);
   if (end < 0 || text[end + 1] !== "(") return null;
   const label = text.slice(start + 1, end);
-  const close = balanced(text, end + 1, "(", ")");
+  const close = balanced(text, end + 1, "(", ")", TARGET);
   if (close < 0) return null;
   const inside = text.slice(end + 2, close).trim();
   const match = /^<?([^\s<>]+)>?(?:\s+(?:"[^"]*"|'[^']*'))?$/.exec(inside);
@@ -41,9 +42,9 @@ function readLink(text, start) {
   return href ? { label, href, end: close + 1 } : null;
 }
 
-function balanced(text, start, open, close) {
+function balanced(text, start, open, close, most) {
   let depth = 0;
-  for (let i = start; i < Math.min(text.length, start + LABEL); i++) {
+  for (let i = start; i < Math.min(text.length, start + most); i++) {
     if (text[i] === "\\") i++;
     else if (text[i] === open) depth++;
     else if (text[i] === close && --depth === 0) return i;

@@ -85,7 +85,7 @@ function readCode(lines, at, [, indent, marks, language]) {
   while (to < lines.length && !end.test(lines[to])) to++;
   const text = lines.slice(at + 1, to).map((line) => dedent(line, indent.length));
   if (to === lines.length && text.at(-1) === "") text.pop(); // still written, and its newest line is empty
-  return { type: "code", language: language.trim().split(/\s/)[0], text: text.join("\n"), to: Math.min(to + 1, lines.length) };
+  return { type: "code", language: language.trim(), text: text.join("\n"), to: Math.min(to + 1, lines.length) };
 }
 
 function readQuote(lines, at, depth) {
@@ -104,7 +104,9 @@ function readList(lines, at, depth) {
     const item = to < lines.length ? readItem(lines[to]) : null;
     if (!item || item.ordered !== first.ordered || item.indent >= first.indent + 2 || item.indent + 2 <= first.indent) break;
     const end = endOfItem(lines, to, item);
-    const inner = lines.slice(to, end).map((line, number) => (number ? dedent(line, item.content) : line.slice(ITEM.exec(line)[0].length)));
+    const [line, ...more] = lines.slice(to, end);
+    const width = innerIndent(more, item);
+    const inner = [line.slice(ITEM.exec(line)[0].length), ...more.map((other) => dedent(other, width))];
     items.push(parseBlocks(inner, depth + 1));
     to = end;
     let next = to;
@@ -130,6 +132,12 @@ function endOfItem(lines, at, item) {
     end = next + 1;
   }
   return end;
+}
+
+/** What all indented lines of an item have before them: the width of its mark, or less if all have less. */
+function innerIndent(lines, item) {
+  const indents = lines.filter((line) => !isBlank(line)).map(indentOf);
+  return Math.min(item.content, ...indents.filter((indent) => indent >= item.indent + 2));
 }
 
 function splitRow(line) {

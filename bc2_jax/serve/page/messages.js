@@ -74,9 +74,8 @@ function openEditor(element, message, actions) {
 /** An answer; `update` shows what changed of its message while it is written. */
 export class AnswerView {
   /** `actions`: regenerate(message), resume(message), show(message). */
-  constructor(message, siblings, actions, contextTokens) {
+  constructor(message, siblings, actions) {
     this.message = message;
-    this.contextTokens = contextTokens;
     this.notice = make("p", { className: "notice", hidden: true });
     this.body = make("div", { className: "body markdown", dir: "auto" });
     this.markdown = new MarkdownView(this.body, codeTools);
