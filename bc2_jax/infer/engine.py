@@ -177,8 +177,10 @@ def _run_extend(
     place = Place(chunk.rows_R, jnp.where(has_R, chunk.start_R, -1))
     h_RCD, cache = model.extend(chunk.ids_RC, place, decoding.cache, chunk.stretch_R, prepared.method)
 
-    def last_token(h_RCD: Array, count_R: Array) -> Array:
-        return jnp.take_along_axis(h_RCD, jnp.maximum(count_R - 1, 0)[:, None, None], axis=1)
+    def last_two(h_RCD: Array, count_R: Array) -> Array:
+        # The last alone would be the only row of the head's matmul where R = 1, which has other bits on a CPU.
+        last_R = jnp.maximum(count_R - 1, 0)
+        return jnp.take_along_axis(h_RCD, jnp.stack([last_R, jnp.maximum(last_R - 1, 0)], axis=1)[..., None], axis=1)
 
     def mark_seen(prompt_RS: Array) -> Array:
         mark = jax.vmap(lambda ids: jnp.zeros(V, bool).at[ids].set(True, mode="drop"))
@@ -187,8 +189,8 @@ def _run_extend(
     seen_RV = _by_rows(mark_seen, chunk.prompt_RS)
     counts_RV = None if decoding.counts_BV is None else jnp.zeros_like(seen_RV, jnp.int16)
     step_R = jnp.zeros_like(chunk.count_R)
-    logits_R1V = model.lm_head(_by_rows(last_token, h_RCD, chunk.count_R))
-    token_R, seen_RV, counts_RV, log_probs = _choose(logits_R1V, seen_RV, counts_RV, step_R, starts_R, sampling)
+    logits_R2V = model.lm_head(_by_rows(last_two, h_RCD, chunk.count_R))
+    token_R, seen_RV, counts_RV, log_probs = _choose(logits_R2V, seen_RV, counts_RV, step_R, starts_R, sampling)
     step_R += 1
     reason_R = jnp.where(starts_R, _reason(token_R, step_R, sampling), Reason.NO_PROMPT).astype(jnp.int8)
     tokens_RK = jnp.where(starts_R, token_R, -1)[:, None]
@@ -373,7 +375,12 @@ def _whole(tree: Any) -> Any:
 
 
 def programs(compute: ComputeConfig) -> Programs:
-    """The programs, on a TPU with the compiler options that `compute` chooses."""
+    """The programs, on a TPU with the compiler options that `compute` chooses.
+
+    On a CPU sums are not handed to YNNPACK, which XLA does for some sizes of the batch: a row would get other bits.
+    """
+    if platform() == "cpu":
+        return make_programs(xla_cpu_experimental_ynn_fusion_type="LIBRARY_FUSION_TYPE_DOT")
     chip = current_chip()
     if chip is None or compute.compiler_options == "default":
         return make_programs()
