@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, get_args
 
 import jax
 from flax import nnx
@@ -12,10 +12,13 @@ from jax import Array
 
 from bc2_jax.config import ComputeConfig, ModelConfig
 from bc2_jax.model.baichuan import Baichuan2, Params
+from bc2_jax.model.equations import move_model_axis_behind, split_equation
 from bc2_jax.model.head import Head, normalize_rows
-from bc2_jax.model.layers import Embedding, Linear, Weight, split_equation
+from bc2_jax.model.layers import Embedding, Linear, Weight
 from bc2_jax.model.lora import LoraLinear
+from bc2_jax.model.quantized import Quantized, Scheme, quantize_linear, quantize_rows
 from bc2_jax.sharding import reshard, use_mesh_of
+from bc2_jax.validation import require
 
 
 @functools.partial(
@@ -35,7 +38,7 @@ class Prepared:
         return nnx.merge(self.graphdef, self.params)
 
 
-def prepare(model: Baichuan2, donate: bool = False, whole: bool = False) -> Prepared:
+def prepare(model: Baichuan2, donate: bool = False, whole: bool = False, quantize: Scheme | None = None) -> Prepared:
     """`model` as decoding reads it, so that nothing is done again for every token.
 
     Weights are in the compute dtype, but for those of the norms, which scale in fp32; the rows of the head are
@@ -48,42 +51,80 @@ def prepare(model: Baichuan2, donate: bool = False, whole: bool = False) -> Prep
     every step. Each device then holds all of them in the compute dtype, over mesh.tensor. For long decoding on a mesh
     that cuts parameters, where there is room.
 
+    With `quantize` the weights of the layers are int8, or int4, and the rows of the head int8 (`model.quantized`);
+    an adapter beside them stays as it is. A model that is quantized already, as `load_pretrained` gives it, keeps its
+    values.
+
     The given model stays as it is, and what need not change is shared with it. With `donate` it is used up: its arrays
     are deleted one by one as they are replaced, so that beside the prepared parameters never more than one stored
     weight exists.
+
+    Raises ValueError for a model that is quantized in another way than `quantize` says.
     """
+    schemes = get_args(Scheme)
+    require(quantize in (None, *schemes), "quantize", quantize, f"it must be {' or '.join(schemes)}")
+    found = scheme_of(model)
+    require(
+        None in (quantize, found) or quantize == found, "quantize", quantize,
+        f"the weights of this model are {found} already",
+    )  # fmt: skip
     graphdef, state = nnx.split(model)
     prepared = nnx.merge(graphdef, state)  # modules of its own around the same arrays
     with use_mesh_of(model.norm.weight[...]):
         modules = [module for _, module in nnx.iter_modules(prepared) if isinstance(module, Weight)]
         for module in modules:
-            if isinstance(module, LoraLinear):
+            if isinstance(module, LoraLinear) and found is None:
                 module.fix_row_scale()  # of the weights as they are stored
         for module in modules:
             stored = module.weight[...]
-            _lay_out(module, model.compute.dtype, whole)
-            if donate and module.weight[...] is not stored:
+            if found is None:
+                _lay_out(module, model.compute.dtype, quantize)
+            if whole and isinstance(module, Linear):
+                _gather(module)
+            if donate and found is None and module.weight[...] is not stored:
                 stored.delete()
     graphdef, state = nnx.split(prepared)
     return Prepared(graphdef, model.config, model.compute, nnx.to_pure_dict(state))
 
 
-def _lay_out(module: Weight, dtype: str, whole: bool) -> None:
+def scheme_of(model: Baichuan2) -> Scheme | None:
+    """How the weights of a model are quantized; None where they are not."""
+    values: list[Any] = [module.weight[...] for _, module in nnx.iter_modules(model) if isinstance(module, Weight)]
+    quantized = [value for value in values if isinstance(value, Quantized)]
+    return None if not quantized else "int8" if all(value.groups is None for value in quantized) else "int4"
+
+
+def _lay_out(module: Weight, dtype: str, quantize: Scheme | None) -> None:
     """What `prepare` does to the weight of one module."""
     stored = module.weight[...]
-    if isinstance(module, Embedding | Head):
-        normalize = isinstance(module, Head) and module.normalize
-        module.weight = nnx.Param(_table(stored, dtype, normalize), axes=("vocab", None))
-        if isinstance(module, Head):
-            module.normalize = False  # its rows are
+    if isinstance(module, Head):
+        value: Any = _table(stored, dtype, module.normalize) if quantize is None else _rows(stored, module.normalize)
+        module.weight = nnx.Param(value, axes=("vocab", None))
+        module.normalize = False  # its rows are
+    elif isinstance(module, Embedding):
+        module.weight = nnx.Param(_table(stored, dtype, False), axes=("vocab", None))
     elif isinstance(module, Linear):
+        x, w, _ = split_equation(module.equation)
+        if quantize is not None and "R" not in w:  # an adapter is small, and changes what rounding must not lose
+            used = move_model_axis_behind(module.equation) if "D" in x else module.equation
+            value = quantize_linear(stored, module.equation, used, quantize)
+            module.weight, module.equation = nnx.Param(value), used
+            return
         if stored.dtype != dtype:
             module.weight = nnx.Param(_cast(stored, dtype), axes=module.stacked_axes)
-        if "D" in split_equation(module.equation)[0]:
+        if "D" in x:
             module.move_model_axis_behind()
-        if whole:
-            axes = tuple(None if axis == "embed" else axis for axis in module.stacked_axes)
-            module.weight = nnx.Param(reshard(module.weight[...], *axes), axes=axes)
+
+
+def _gather(module: Linear) -> None:
+    """Makes a weight whole along the model dimension."""
+    weight: Any = module.weight[...]
+    if isinstance(weight, Quantized):
+        value: Any = weight.whole(module.equation)
+        module.weight = nnx.Param(value)
+        return
+    axes = tuple(None if axis == "embed" else axis for axis in module.stacked_axes)
+    module.weight = nnx.Param(reshard(weight, *axes), axes=axes)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -95,3 +136,9 @@ def _cast(w: Array, dtype: str) -> Array:
 def _table(w_VD: Array, dtype: str, normalize: bool) -> Array:
     rows_VD = normalize_rows(w_VD) if normalize else w_VD
     return reshard(rows_VD.astype(dtype), "vocab", None)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _rows(w_VD: Array, normalize: bool) -> Quantized:
+    # Whole before they are normalised: sums over a dimension that is cut would depend on the mesh.
+    return quantize_rows(_table(reshard(w_VD, "vocab", None), "float32", normalize))
