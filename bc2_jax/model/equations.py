@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from bc2_jax.sharding import platform
+
 # The logical axis that each letter of an equation names, in a weight and in an activation; None is never cut.
 WEIGHT_AXES = {"D": "embed", "N": "heads", "H": "head_dim", "F": "ffn", "V": "vocab", "R": None}
 ACTIVATION_AXES = {**WEIGHT_AXES, "B": "batch", "T": "sequence", "D": "hidden"}
@@ -70,8 +72,7 @@ def sum_dtype(equation: str, x: Array) -> jnp.dtype:
     Each chip's own sum is fp32 in either case.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    device = mesh.abstract_device
-    if device is None or device.platform != "tpu":
+    if mesh.empty or platform() != "tpu":
         return jnp.dtype(jnp.float32)
     x_dims, _, y_dims = split_equation(equation)
     spec = jax.typeof(x).sharding.spec  # type: ignore[attr-defined]  # jax declares the base class

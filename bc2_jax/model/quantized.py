@@ -1,4 +1,4 @@
-"""Weights in 8 or 4 bits, in the place of the weights of a model that is prepared for decoding (`infer/prepared.py`).
+"""Weights in 8 or 4 bits, in the place of the weights of a model that is prepared for decoding (`model/layout.py`).
 
 A weight is scale * q, with q rounded to nearest. int8 has one scale for each output; int4 has one for each output and
 group of 128 inputs, and the groups are the first dimension: of the layouts that were compiled for TPUs this is the one

@@ -15,8 +15,9 @@ from flax import nnx
 
 from bc2_jax.config import ComputeConfig, ModelConfig
 from bc2_jax.config.lora import LoraConfig
-from bc2_jax.infer.prepared import prepare, scheme_of
+from bc2_jax.infer.prepared import prepare
 from bc2_jax.model.baichuan import Baichuan2, abstract_params, param_shardings, split_model
+from bc2_jax.model.layout import scheme_of
 from bc2_jax.model.lora import init_adapter, with_adapter
 
 CONFIG = ModelConfig(
@@ -123,7 +124,7 @@ def test_quantized_logits_are_close(golden, scheme):
     jax.tree.map(np.testing.assert_array_equal, unpacked(again.params), unpacked(prepared.params))
     np.testing.assert_array_equal(again.merge()(ids), logits)
     # Scoring takes the head's rows apart from the hidden states.
-    h_BTD = merged.hidden_states(ids)[0]
+    h_BTD = merged.hidden_states(ids)
     np.testing.assert_allclose(h_BTD @ merged.lm_head.rows().T, logits, rtol=0, atol=1e-4)
 
 
