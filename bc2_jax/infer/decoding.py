@@ -39,9 +39,9 @@ class Decoding(NamedTuple):
     length_B: Array
     """int32: slots in use."""
     seen_BV: Array
-    """bool, cut by batch: tokens of the prompt or the output."""
+    """bool, cut by sampling (`engine.sampling_axis`): tokens of the prompt or the output."""
     counts_BV: Array | None
-    """int16, cut by batch: how often each token is in the output; None where no row may have a penalty for it."""
+    """int16, cut as well: how often each token is in the output; None where no row may have a penalty for it."""
     token_B: Array
     """int32: the newest token, at position length_B."""
     step_B: Array
