@@ -1,199 +1,96 @@
-"""From logits to the next token: what may be chosen, and pure functions on fp32 logits [B, V] of one device's rows.
+"""From logits to the next token: pure functions on fp32 logits [B, V] of one device's rows.
 
-The order is that of the released code (Hugging Face transformers): repetition penalty, temperature, top-k, top-p; ids
-that may not be chosen are masked before.
+The order is that of the released code (Hugging Face transformers) with that of OpenAI's fields before it: ids that may
+not be chosen are masked, then come logit bias, repetition penalty, presence and frequency penalty, temperature, top-k
+and top-p. Every setting is an array of the rows, so one compiled function serves all of them, and what none of the rows
+needs is not computed (`lax.cond`). No row's token depends on another row or on its settings, to the bit.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
-import operator
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from bc2_jax.config import ModelConfig
-from bc2_jax.validation import require
+from bc2_jax.infer.settings import (
+    DEFAULT_SETTINGS,
+    MOST_EOS,
+    MOST_TOP_LOG_PROBS,
+    SEEDS,
+    Sampling,
+    Settings,
+    is_whole,
+    sampling_of,
+)
 
-MOST_EOS = 16
-"""How many ids may end a row; the compiled functions have room for that many."""
-SEEDS = range(2**32)
-"""Whole 32-bit numbers: of a larger seed JAX would drop the upper bits."""
+__all__ = [  # Those of `settings` are here until every caller has them from there.
+    "DEFAULT_SETTINGS",
+    "MOST_EOS",
+    "SEEDS",
+    "Sampling",
+    "Settings",
+    "is_whole",
+    "sampling_of",
+]  # fmt: skip
 
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How one prompt is continued; the defaults are those of the released chat models."""
-
-    max_new_tokens: int = 2048
-    temperature: float = 0.3
-    """0 is greedy."""
-    top_k: int = 5
-    """0 keeps all."""
-    top_p: float = 0.85
-    """1 keeps all."""
-    repetition_penalty: float = 1.05
-    """1 does nothing."""
-    seed: int = 0
-    """0 to 2^32 - 1."""
-    eos_token_id: int | Sequence[int] | None = None
-    """The id, or any of the ids, that ends the continuation. None is the model's; an empty list ends at none."""
-    vocab_size: int | None = None
-    """Ids from this one on are never chosen, but for eos: a model's vocabulary may be padded or grown beyond the pieces
-    of its tokenizer, whose `vocab_size` belongs here. None, or more than the model's, leaves every id of the model."""
-
-    def check(self, config: ModelConfig) -> Settings:
-        """These settings as plain numbers, with the model's eos filled in, `eos_token_id` a tuple.
-
-        Raises ValueError for one of another type or out of range.
-        """
-        V = config.vocab_size
-        given: Any = config.eos_token_id if self.eos_token_id is None else self.eos_token_id
-        legal_eos = f"an id, or a list of at most {MOST_EOS} ids, in 0..{V - 1}"
-        eos = [given] if is_whole(given) else _items("eos_token_id", given, legal_eos)
-        _require(
-            all(is_whole(i) and 0 <= i < V for i in eos) and len(eos) <= MOST_EOS, "eos_token_id", given, legal_eos
-        )
-
-        def whole(name: str, ok: Callable[[int], bool], legal: str) -> int:
-            value = getattr(self, name)
-            _require(is_whole(value) and ok(value), name, value, f"a whole number, {legal}")
-            return operator.index(value)
-
-        def real(name: str, ok: Callable[[float], bool], legal: str) -> float:
-            value = getattr(self, name)
-            _require(_is_real(value) and ok(_as_float32(value)), name, value, f"a number, {legal}")
-            return float(value)
-
-        size = None if self.vocab_size is None else whole("vocab_size", lambda n: n >= 1, "at least 1")
-        return Settings(
-            max_new_tokens=whole("max_new_tokens", lambda n: n >= 1, "at least 1"),
-            temperature=real("temperature", lambda x: 0 <= x < math.inf, "finite and at least 0, which is greedy"),
-            top_k=whole("top_k", lambda n: n >= 0, "at least 0, which keeps all"),
-            top_p=real("top_p", lambda x: 0 < x <= 1, "in (0, 1]; 1 keeps all"),
-            repetition_penalty=real("repetition_penalty", lambda x: 0 < x < math.inf, "positive and finite"),
-            seed=whole("seed", lambda n: n in SEEDS, "0 to 2^32 - 1"),
-            eos_token_id=tuple(map(operator.index, eos)),
-            vocab_size=None if size is None or size >= V else size,
-        )
+_FEW = 64
+"""Up to this top_k a row's candidates are found by `lax.top_k`, whose number must be known when it is compiled."""
 
 
-def is_whole(value: object) -> bool:
-    """Whether `value` is an integer of Python, numpy or JAX; True and False are none."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) or _is_scalar(value, np.integer)
+def next_token(logits_BV: Array, seen_BV: Array, counts_BV: Array | None, step_B: Array, sampling: Sampling) -> Array:
+    """The next token of each row, int32 [B], from the logits as the model gave them, fp32.
 
-
-def _is_real(value: object) -> bool:
-    return is_whole(value) or isinstance(value, float | np.floating) or _is_scalar(value, np.floating)
-
-
-def _as_float32(value: Any) -> float:
-    """`value` as the device gets it: what is too large is infinite."""
-    try:
-        with np.errstate(over="ignore"):
-            return float(np.float32(value))
-    except OverflowError:  # a whole number beyond float64
-        return math.inf
-
-
-def _is_scalar(value: object, kind: type) -> bool:
-    return isinstance(value, np.ndarray | Array) and value.ndim == 0 and np.issubdtype(value.dtype, kind)
-
-
-def _items(name: str, value: Any, legal: str) -> list:
-    _require(isinstance(value, Iterable) and not isinstance(value, str | bytes | dict), name, value, legal)
-    return list(value)
-
-
-def _require(ok: bool, name: str, value: object, legal: str) -> None:
-    require(ok, name, value, f"it must be {legal}")
-
-
-_ALL = np.iinfo(np.int32).max
-DEFAULT_SETTINGS = Settings()
-Rows = Any
-"""An array of one value for each row: of JAX, or of numpy on its way to the device."""
-
-
-class Sampling(NamedTuple):
-    """The settings of each row, which do not shape the compiled functions; those that do are top_k, one for all rows,
-    and which of these are None.
+    `seen_BV` (bool) marks the tokens of prompt and output, `counts_BV` (integers, needed only for presence and
+    frequency penalties) tells how often the output has each. `step_B` (int32) is the number of new tokens so far. If
+    nothing may be chosen, it is 0.
     """
-
-    temperature: Rows | None
-    """fp32 [B], 0 is greedy; None is greedy for all rows."""
-    top_p: Rows | None
-    """fp32 [B]; None keeps all tokens of all rows."""
-    repetition_penalty: Rows
-    """fp32 [B]."""
-    eos_token_id: Rows
-    """int32 [B, MOST_EOS]: each of them ends the row; the rest is -1."""
-    vocab_size: Rows | None
-    """int32 [B]: ids from here on are chosen only as an eos; None leaves every id to all rows."""
-    seed: Rows
-    """uint32 [B]."""
-    place: Rows
-    """int32 [B]: of the prompt in its caller's list. Seed, step and place together choose the key of a draw."""
-    limit: Rows
-    """int32 [B]: the most new tokens."""
-    log_prob_temperature: Rows | None = None
-    """fp32 [B]: what logits are divided by for the log-probabilities that are kept; None is 1 for all rows."""
-
-
-def sampling_of(settings: Sequence[Settings], places: Sequence[int], log_prob_temperature: float = 1.0) -> Sampling:
-    """The arrays, on the host, for rows with these checked settings and places.
-
-    Without a top_k, a row whose top_p is 1 draws other tokens beside rows that have a smaller one than it does alone:
-    for these, candidates are sorted.
-    """
-
-    def column(name: str, dtype) -> np.ndarray:
-        return np.array([getattr(row, name) for row in settings], dtype)
-
-    def eos_of(row: Settings) -> list[int]:
-        assert isinstance(row.eos_token_id, tuple)  # as `check` leaves it
-        return [*row.eos_token_id, *[-1] * (MOST_EOS - len(row.eos_token_id))]
-
-    temperature, top_p = column("temperature", np.float32), column("top_p", np.float32)
-    sizes = [row.vocab_size for row in settings]
-    if any(sizes):
-        sizes = [_ALL if size is None else size for size in sizes]
-    return Sampling(
-        temperature=temperature if temperature.any() else None,
-        top_p=top_p if temperature.any() and (top_p < 1).any() else None,
-        repetition_penalty=column("repetition_penalty", np.float32),
-        eos_token_id=np.array([eos_of(row) for row in settings], np.int32),
-        vocab_size=None
-        if sizes == [None] * len(sizes)
-        else np.array([_ALL if s is None else s for s in sizes], np.int32),
-        seed=column("seed", np.uint32),
-        place=np.array(places, np.int32),
-        limit=column("max_new_tokens", np.int32),
-        log_prob_temperature=None
-        if log_prob_temperature == 1
-        else np.full(len(settings), log_prob_temperature, np.float32),
+    logits_BV = mask_absent(logits_BV, sampling.vocab_size, sampling.eos_token_id)
+    logits_BV = mask_early_eos(logits_BV, sampling.min_tokens, sampling.eos_token_id, step_B)
+    logits_BV = add_bias(logits_BV, sampling.bias_ids, sampling.bias)
+    logits_BV = penalize_repetition(logits_BV, seen_BV, sampling.repetition_penalty)
+    logits_BV = penalize_counts(logits_BV, counts_BV, sampling.presence_penalty, sampling.frequency_penalty)
+    keys_B = row_keys(sampling.seed, step_B, sampling.place)
+    return sample_tokens(
+        logits_BV, keys_B, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p
     )
+
+
+# ----------------------------------------------------------------------------------------- changes of single logits
 
 
 def mask_absent(logits_BV: Array, vocab_size_B: Array | None, eos_BE: Array) -> Array:
     """Logits with -inf for ids from `vocab_size_B` on that are none of a row's eos; -1 in `eos_BE` is not an id."""
     if vocab_size_B is None:
         return logits_BV
-    B, V = logits_BV.shape
-    is_there_BV = jnp.arange(V) < vocab_size_B[:, None]
-    is_there_BV = is_there_BV.at[jnp.arange(B)[:, None], jnp.where(eos_BE < 0, V, eos_BE)].set(True, mode="drop")
-    return jnp.where(is_there_BV, logits_BV, -jnp.inf)
+    ids_V = jnp.arange(logits_BV.shape[1])
+
+    def mask(logits_BV: Array) -> Array:
+        is_there_BV = (ids_V < vocab_size_B[:, None]) | _mark(logits_BV, eos_BE)
+        return jnp.where(is_there_BV, logits_BV, -jnp.inf)
+
+    return _if_any(vocab_size_B < len(ids_V), mask, logits_BV)
 
 
-def row_keys(seed_B: Array, step_B: Array, place_B: Array) -> Array:
-    """One key for each row: neither the mesh, nor the size of the batch, nor the other rows have a say."""
-    fold_in = jax.vmap(jax.random.fold_in)
-    return fold_in(fold_in(jax.vmap(jax.random.key)(seed_B), step_B), place_B)
+def mask_early_eos(logits_BV: Array, min_tokens_B: Array | None, eos_BE: Array, step_B: Array) -> Array:
+    """Logits with -inf for a row's eos while it has fewer than `min_tokens_B` new tokens."""
+    if min_tokens_B is None:
+        return logits_BV
+    is_early_B = step_B < min_tokens_B
+
+    def mask(logits_BV: Array) -> Array:
+        return jnp.where(_mark(logits_BV, eos_BE) & is_early_B[:, None], -jnp.inf, logits_BV)
+
+    return _if_any(is_early_B, mask, logits_BV)
+
+
+def add_bias(logits_BV: Array, ids_BE: Array | None, bias_BE: Array | None) -> Array:
+    """Adds `bias_BE` to the logits of `ids_BE`, of which -1 is not an id."""
+    if ids_BE is None or bias_BE is None:
+        return logits_BV
+    return _if_any(ids_BE >= 0, lambda logits: _at(logits, ids_BE).add(bias_BE, mode="drop"), logits_BV)
 
 
 def penalize_repetition(logits_BV: Array, seen_BV: Array, penalty: Array | float) -> Array:
@@ -207,34 +104,40 @@ def penalize_repetition(logits_BV: Array, seen_BV: Array, penalty: Array | float
     return jnp.where(seen_BV, penalized, logits_BV)
 
 
-def sampling_candidates(
-    logits_BV: Array, temperature: Array | float, top_k: int, top_p: Array | float | None
-) -> tuple[Array, Array]:
-    """What is sampled from: ids int32 [B, K] and their log-weights fp32 [B, K], -inf for those that are cut off.
+def penalize_counts(
+    logits_BV: Array, counts_BV: Array | None, presence_B: Array | None, frequency_B: Array | None
+) -> Array:
+    """Takes off the logits of tokens with a count `presence_B`, and `frequency_B` times the count (OpenAI's API)."""
+    if presence_B is None or frequency_B is None:
+        return logits_BV
+    if counts_BV is None:
+        raise ValueError("counts_BV = None is not valid: presence and frequency penalties need the counts.")
+    # Each product stands behind a `where`: joined with the difference in one instruction it would be rounded otherwise,
+    # and whether that happens depends on the program around it.
+    often_BV = jnp.where(counts_BV > 0, frequency_B[:, None] * counts_BV.astype(jnp.float32), 0)
+    return logits_BV - often_BV - jnp.where(counts_BV > 0, presence_B[:, None], 0)
 
-    temperature and top_p are one for all or [B]. The top_k most likely tokens are kept (all for 0), and of these the
-    fewest whose share of their probability reaches top_p (all for None or 1); the most likely always stays. Between
-    equal logits the smaller id comes first, so never more than top_k are kept. Sorts the vocabulary only for top_k = 0
-    with a top_p.
-    """
-    V = logits_BV.shape[-1]
-    k = min(top_k, V) if top_k else V
-    if k == V and top_p is None:
-        values_BK, ids_BK = logits_BV, jnp.broadcast_to(jnp.arange(V, dtype=jnp.int32), logits_BV.shape)
-    else:
-        values_BK, ids_BK = jax.lax.top_k(logits_BV, k)
-    # The peak is taken off before the division: a tiny temperature then gives -inf beside one 0, not inf - inf. Below
-    # the smallest normal number the device would flush it to zero.
-    temperature = jnp.reshape(jnp.maximum(temperature, jnp.finfo(jnp.float32).tiny), (-1, 1))
-    weights_BK = (values_BK - values_BK.max(-1, keepdims=True)) / temperature
-    if top_p is not None:
-        p_BK = jax.nn.softmax(weights_BK, axis=-1)
-        before_BK = jnp.cumsum(p_BK, axis=-1) - p_BK
-        top_p = jnp.reshape(top_p, (-1, 1))
-        # By name, for rounding of the sum says otherwise: the first at a tiny top_p, the last at 1.
-        keep = (before_BK < top_p) | (jnp.arange(k) == 0) | (top_p >= 1)
-        weights_BK = jnp.where(keep, weights_BK, -jnp.inf)
-    return ids_BK, weights_BK
+
+def _if_any(is_needed: Array, change: Callable[[Array], Array], x: Array) -> Array:
+    return jax.lax.cond(jnp.any(is_needed), change, lambda x: x, x)
+
+
+def _at(x_BV: Array, ids_BE: Array):
+    B, V = x_BV.shape
+    return x_BV.at[jnp.arange(B)[:, None], jnp.where(ids_BE < 0, V, ids_BE)]
+
+
+def _mark(like_BV: Array, ids_BE: Array) -> Array:
+    return _at(jnp.zeros_like(like_BV, bool), ids_BE).set(True, mode="drop")
+
+
+# ------------------------------------------------------------------------------------------------------------ draws
+
+
+def row_keys(seed_B: Array, step_B: Array, place_B: Array) -> Array:
+    """One key for each row: neither the mesh, nor the size of the batch, nor the other rows have a say."""
+    fold_in = jax.vmap(jax.random.fold_in)
+    return fold_in(fold_in(jax.vmap(jax.random.key)(seed_B), step_B), place_B)
 
 
 def sample_tokens(
@@ -242,19 +145,183 @@ def sample_tokens(
     keys_B: Array,
     *,
     temperature: Array | float | None,
-    top_k: int = 0,
+    top_k: Array | int = 0,
     top_p: Array | float | None = None,
 ) -> Array:
-    """The next tokens, int32 [B]; row b draws with `keys_B[b]`, so that it does not depend on the other rows.
+    """The next tokens, int32 [B]; row b draws with `keys_B[b]`.
 
-    temperature None is greedy, as 0 is: the largest logit, the smallest id among equals. temperature and top_p may be
-    arrays, of one value or [B], so that one compiled function serves all their values; top_k and which of them are None
-    shape the function.
+    temperature, top_k and top_p are one for all or [B]. temperature 0 or None is greedy: the largest logit, the
+    smallest id among equals. The top_k most likely tokens are kept (all for 0), and of these the fewest whose share of
+    their probability reaches top_p (all for None or 1); the most likely always stays. Between equal logits the smaller
+    id comes first, so never more than top_k are kept.
     """
+    logits_BV = _tame(logits_BV)
     greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     if temperature is None:
         return greedy_B
-    ids_BK, weights_BK = sampling_candidates(logits_BV, temperature, top_k, top_p)
-    chosen_B = jax.vmap(jax.random.categorical)(keys_B, weights_BK)
-    token_B = jnp.take_along_axis(ids_BK, chosen_B[:, None], axis=-1)[:, 0].astype(jnp.int32)
-    return jnp.where(jnp.asarray(temperature) == 0, greedy_B, token_B)
+    temperature_B, top_k_B, top_p_B = (
+        jnp.broadcast_to(jnp.asarray(x, dtype), greedy_B.shape)
+        for x, dtype in ((temperature, jnp.float32), (top_k, jnp.int32), (1 if top_p is None else top_p, jnp.float32))
+    )
+    is_few_B = (top_k_B > 0) & (top_k_B <= _FEW)
+
+    def draw_few(greedy_B: Array) -> Array:
+        ids_BK, weights_BK = few_candidates(logits_BV, temperature_B, top_k_B, top_p_B)
+        chosen_B = jax.vmap(jax.random.categorical)(keys_B, weights_BK)
+        return jnp.take_along_axis(ids_BK, chosen_B[:, None], axis=-1)[:, 0]
+
+    def draw_any(greedy_B: Array) -> Array:
+        weights_BV = all_candidates(logits_BV, temperature_B, top_k_B, top_p_B, ~is_few_B & (temperature_B > 0))
+        return jax.vmap(jax.random.categorical)(keys_B, weights_BV).astype(jnp.int32)
+
+    few_B = _if_any(is_few_B & (temperature_B > 0), draw_few, greedy_B)
+    any_B = _if_any(~is_few_B & (temperature_B > 0), draw_any, greedy_B)
+    return jnp.where(temperature_B > 0, jnp.where(is_few_B, few_B, any_B), greedy_B)
+
+
+def few_candidates(logits_BV: Array, temperature_B: Array, top_k_B: Array, top_p_B: Array) -> tuple[Array, Array]:
+    """What rows with top_k in 1..64 draw from: ids int32 [B, K] and log-weights fp32 [B, K], -inf where cut off."""
+    values_BK, ids_BK = jax.lax.top_k(logits_BV, min(_FEW, logits_BV.shape[-1]))
+    first_K = jnp.arange(values_BK.shape[1])
+    weights_BK = jnp.where(first_K < top_k_B[:, None], _log_weights(values_BK, temperature_B), -jnp.inf)
+    reached_BK = jnp.cumsum(jnp.exp(weights_BK), axis=-1)
+    before_BK = jnp.pad(reached_BK[:, :-1], ((0, 0), (1, 0)))
+    # By name, for rounding of the sum says otherwise: the first at a tiny top_p, the last at 1.
+    keep = (before_BK < top_p_B[:, None] * reached_BK[:, -1:]) | (first_K == 0) | (top_p_B >= 1)[:, None]
+    return ids_BK, jnp.where(keep, weights_BK, -jnp.inf)
+
+
+def all_candidates(logits_BV: Array, temperature_B: Array, top_k_B: Array, top_p_B: Array, is_drawn_B: Array) -> Array:
+    """What rows with any top_k and top_p draw from: log-weights fp32 [B, V], -inf where cut off.
+
+    Cuts only if a row of `is_drawn_B` (bool) needs it, and then without a sort: both cuts keep the first tokens of an
+    order, and where that ends is found by bisection.
+    """
+    V = logits_BV.shape[1]
+    top_k_B = jnp.where((top_k_B <= 0) | (top_k_B > V), V, top_k_B)
+
+    def cut_count(weights_BV: Array) -> Array:
+        keep_BV = _first_reaching(logits_BV, lambda keep_BV: keep_BV.sum(axis=1, dtype=jnp.int32), top_k_B)
+        return jnp.where(keep_BV, weights_BV, -jnp.inf)
+
+    def cut_share(weights_BV: Array) -> Array:
+        p_BV = jnp.exp(weights_BV)
+        share = lambda keep_BV: _exact_sum(jnp.where(keep_BV, p_BV, 0))  # noqa: E731  # reads as what it is
+        # At a tiny top_p the product is 0, which no token at all would reach.
+        target_B = jnp.maximum(top_p_B * _exact_sum(p_BV), 1e-30)
+        keep_BV = _first_reaching(logits_BV, share, target_B) | (top_p_B >= 1)[:, None]
+        return jnp.where(keep_BV, weights_BV, -jnp.inf)
+
+    weights_BV = _log_weights(logits_BV, temperature_B)
+    weights_BV = _if_any(is_drawn_B & (top_k_B < V), cut_count, weights_BV)
+    return _if_any(is_drawn_B & (top_p_B < 1), cut_share, weights_BV)
+
+
+def _tame(logits_BV: Array) -> Array:
+    """One zero, for -0.0 counts as smaller in some comparisons; and +inf, which a penalty can give, made finite."""
+    return jnp.where(logits_BV == 0, 0, jnp.minimum(logits_BV, jnp.finfo(jnp.float32).max))
+
+
+def _log_weights(logits_BV: Array, temperature_B: Array) -> Array:
+    """(logits - the row's largest) / temperature.
+
+    The peak is taken off before the division: a tiny temperature then gives -inf beside one 0, not inf - inf. Below the
+    smallest normal number the device would flush it to zero.
+    """
+    peak_B1 = logits_BV.max(axis=-1, keepdims=True)
+    peak_B1 = jnp.where(peak_B1 == -jnp.inf, 0, peak_B1)
+    return (logits_BV - peak_B1) / jnp.maximum(temperature_B, jnp.finfo(jnp.float32).tiny)[:, None]
+
+
+def _order(x_BV: Array) -> Array:
+    """uint32 [B, V] that are in the same order as these floats."""
+    bits_BV = jax.lax.bitcast_convert_type(x_BV, jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    return jnp.where(bits_BV >= sign, ~bits_BV, bits_BV | sign)
+
+
+def _first_reaching(logits_BV: Array, measure: Callable[[Array], Array], target_B: Array) -> Array:
+    """bool [B, V]: the fewest tokens whose measure reaches the target, taken by their logits, the largest first, and
+    among equals the smaller id first; all of them if it is never reached.
+
+    `measure` ([B, V] bool -> [B]) must not fall when tokens are added.
+    """
+    order_BV, ids_V = _order(logits_BV), jnp.arange(logits_BV.shape[1], dtype=jnp.uint32)
+
+    def largest(bits: int, is_legal: Callable[[Array], Array]) -> Array:
+        """The largest number of so many bits that is legal, in each row, where all smaller ones are."""
+
+        def step(i: Array, found_B: Array) -> Array:
+            larger_B = found_B | (jnp.uint32(1 << (bits - 1)) >> i.astype(jnp.uint32))
+            return jnp.where(is_legal(larger_B), larger_B, found_B)
+
+        return jax.lax.fori_loop(0, bits, step, jnp.zeros_like(order_BV[:, 0]))
+
+    last_B = largest(32, lambda x_B: measure(order_BV >= x_B[:, None]) >= target_B)
+    above_BV, equal_BV = order_BV > last_B[:, None], order_BV == last_B[:, None]
+    count_B = largest(
+        len(ids_V).bit_length(), lambda n_B: measure(above_BV | equal_BV & (ids_V < n_B[:, None])) < target_B
+    )
+    return above_BV | equal_BV & (ids_V <= count_B[:, None])
+
+
+def _exact_sum(p_BV: Array) -> Array:
+    """The sums of rows of numbers in 0..1, which, unlike those of floats, do not depend on the order of summation.
+
+    So they never fall when a number is added, and have the same bits for a batch of any size.
+    """
+    bits = 32 - p_BV.shape[1].bit_length()  # so that V ones do not overflow
+    total_B, scale = jnp.zeros_like(p_BV[:, 0]), np.float32(2.0**bits)
+    # Three times the next bits of each: 45 for a vocabulary of 125,696. All products are exact.
+    for place in range(1, 4):
+        p_BV = p_BV * scale
+        whole_BV = jnp.floor(p_BV)
+        p_BV = p_BV - whole_BV
+        total_B += whole_BV.astype(jnp.uint32).sum(axis=1).astype(jnp.float32) * np.float32(2.0 ** (-bits * place))
+    return total_B
+
+
+# ------------------------------------------------------------------------------------------------ log-probabilities
+
+
+def chosen_log_probs(logits_BV: Array, token_B: Array, temperature_B: Array | None = None) -> Array:
+    """fp32 [B]: log_softmax(logits / temperature) of the tokens; temperature None is 1.
+
+    The logits should be those of the model, before `next_token` changes them.
+    """
+    if temperature_B is not None:
+        logits_BV = logits_BV / temperature_B[:, None]
+    logit_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
+    peak_B, log_total_B = _normalizer(logits_BV)
+    return logit_B - peak_B - log_total_B
+
+
+def top_log_probs(logits_BV: Array, want_B: Array, k: int = MOST_TOP_LOG_PROBS) -> tuple[Array, Array]:
+    """The k most likely tokens, int32 [B, k], and their log-probabilities, fp32 [B, k], the most likely first.
+
+    Equals are ordered by id. `want_B` (bool) marks the rows that ask; the others have zeros, and if no row asks,
+    nothing is computed. Where V < k the rest is id -1 with -inf. A token's log-probability has the bits that
+    `chosen_log_probs` gives it.
+    """
+    peak_B, log_total_B = _normalizer(logits_BV)
+
+    def find(logits_BV: Array) -> tuple[Array, Array]:
+        K = min(k, logits_BV.shape[1])
+        values_BK, ids_BK = jax.lax.top_k(jnp.where(logits_BV == 0, 0, logits_BV), K)
+        found_BK = values_BK - peak_B[:, None] - log_total_B[:, None]
+        pad = ((0, 0), (0, k - K))
+        ids_BK = jnp.pad(ids_BK, pad, constant_values=-1)
+        found_BK = jnp.pad(found_BK, pad, constant_values=-jnp.inf)
+        return jnp.where(want_B[:, None], ids_BK, 0), jnp.where(want_B[:, None], found_BK, 0)
+
+    def leave(logits_BV: Array) -> tuple[Array, Array]:
+        none_BK = jnp.zeros_like(logits_BV, shape=(len(want_B), k))
+        return none_BK.astype(jnp.int32), none_BK
+
+    return jax.lax.cond(jnp.any(want_B), find, leave, logits_BV)
+
+
+def _normalizer(logits_BV: Array) -> tuple[Array, Array]:
+    """fp32 [B] each: the largest logit, and the log of the sum of exp(logit - largest)."""
+    peak_B = logits_BV.max(axis=1)
+    return peak_B, jnp.log(_exact_sum(jnp.exp(logits_BV - peak_B[:, None])))
