@@ -1,4 +1,4 @@
-"""What a client is told when a request is refused or fails: `{"error": {message, type, param, code}}`, as OpenAI's API."""
+"""What a client is told when a request is refused or fails: `{"error": {message, type, param, code}}`, as by OpenAI."""
 
 from __future__ import annotations
 

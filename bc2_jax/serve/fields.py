@@ -74,7 +74,7 @@ def text(most: int | None = None) -> Field:
 
 
 def unsupported(*neutral: Any) -> Field:
-    """A field that this server does not support: null and the `neutral` values ask for nothing, so they are accepted."""
+    """A field that this server does not support: null and `neutral` values ask for nothing, so they are accepted."""
     legal = "left out, because this server does not support it"
     if neutral:
         legal += f"; of its values only {choices(map(_json, neutral))} {'is' if len(neutral) == 1 else 'are'} accepted"
@@ -99,7 +99,9 @@ def read_fields(fields: Fields, given: Mapping[str, Any], path: str = "") -> dic
         if name not in fields:
             near = difflib.get_close_matches(name[:100], fields, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise invalid(f"{show(path + name)} is not a field that this server knows{hint}", path + name[:100], "unknown_field")
+            raise invalid(
+                f"{show(path + name)} is not a field that this server knows{hint}", path + name[:100], "unknown_field"
+            )
     return {name: check(fields[name], path + name, given[name]) for name in given if given[name] is not None}
 
 

@@ -30,8 +30,6 @@ class Limits:
     """The same of a completion."""
     body_seconds: float = 30.0
     """For a client to send its body."""
-    header_seconds: float = 15.0
-    """For a client to send the first request of a connection, up to the end of its headers."""
     unread_seconds: float = 30.0
     """For a client to read what it was sent; then its request is cancelled and the connection closed."""
     ping_seconds: float = 15.0

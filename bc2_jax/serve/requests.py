@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Literal, NamedTuple
 
-from bc2_jax.infer.sampling import Settings
+from bc2_jax.infer.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)

@@ -179,7 +179,9 @@ _MESSAGE: Fields = {
         {"type": ["string", "array"]},
     ),
     # A client may send back the message that it was answered with; these hold nothing there.
-    **dict.fromkeys(("annotations", "audio", "function_call", "name", "refusal", "tool_call_id", "tool_calls"), _NOTHING),
+    **dict.fromkeys(
+        ("annotations", "audio", "function_call", "name", "refusal", "tool_call_id", "tool_calls"), _NOTHING
+    ),
 }
 MESSAGE_SCHEMA: Mapping[str, Any] = {
     "type": "object",
@@ -237,7 +239,11 @@ def read_completion(given: Mapping[str, Any], limits: Limits) -> CompletionBody:
     options = _options({"max_tokens": 16} | values, values.get("logprobs"))
     echo = values.get("echo", False)
     if values.get("best_of", options.n) != options.n:
-        raise invalid(f"best_of = {values['best_of']} is not supported: it must be n = {options.n}.", "best_of", "unsupported_value")
+        raise invalid(
+            f"best_of = {values['best_of']} is not supported: it must be n = {options.n}.",
+            "best_of",
+            "unsupported_value",
+        )
     if options.max_tokens == 0 and not echo:
         raise invalid("max_tokens = 0 is not valid: without echo it must be at least 1.", "max_tokens")
     if len(prompts) * options.n > limits.choices:
