@@ -26,21 +26,21 @@ class Waiting(NamedTuple):
 class Begun(NamedTuple):
     """The prompt of a choice has been read."""
 
-    index: int
+    choice: int
     prompt_scores: Sequence[TokenScore | None] | None
 
 
 class New(NamedTuple):
     """Text of a choice."""
 
-    index: int
+    choice: int
     piece: Piece
 
 
 class Done(NamedTuple):
     """A choice is complete."""
 
-    index: int
+    choice: int
     piece: Piece
     reason: str
 
@@ -127,10 +127,10 @@ async def collect(answering: Answering) -> list[Choice]:
     async for update in answering.updates():
         match update:
             case Begun():
-                choices[update.index] = Choice([], "", update.prompt_scores)
+                choices[update.choice] = Choice([], "", update.prompt_scores)
             case New():
-                choices[update.index].pieces.append(update.piece)
+                choices[update.choice].pieces.append(update.piece)
             case Done():
-                choices[update.index].pieces.append(update.piece)
-                choices[update.index].reason = update.reason
+                choices[update.choice].pieces.append(update.piece)
+                choices[update.choice].reason = update.reason
     return [choices[index] for index in sorted(choices)]

@@ -43,8 +43,8 @@ async def read_body(request: Request, limits: Limits) -> bytes:
                 if not message.get("more_body", False):
                     return bytes(body)
     except TimeoutError:
-        message = f"the body did not arrive within {limits.body_seconds:g} seconds."
-        raise ApiError(408, message, code="timeout") from None
+        late = f"the body did not arrive within {limits.body_seconds:g} seconds."
+        raise ApiError(408, late, code="timeout") from None
 
 
 async def until_disconnect(receive: Receive) -> None:

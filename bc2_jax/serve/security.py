@@ -56,7 +56,7 @@ def read_keys(path: Path) -> list[tuple[str, str]]:
     Raises OSError if it can't be read, and ValueError, which never holds a key, for one that is short or not of
     printable ASCII, and for a file without any.
     """
-    found = []
+    found: list[tuple[str, str]] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         words = line.split()
         if not words or words[0].startswith("#"):

@@ -49,11 +49,11 @@ async def events(
                         yield f": {comment}\n\n".encode()
                     continue
                 case Begun():
-                    chunks = writer.start(update.index, update.prompt_scores)
+                    chunks = writer.start(update.choice, update.prompt_scores)
                 case New():
-                    chunks = writer.piece(update.index, update.piece)
+                    chunks = writer.piece(update.choice, update.piece)
                 case Done():
-                    chunks = writer.last(update.index, update.piece, update.reason)
+                    chunks = writer.last(update.choice, update.piece, update.reason)
             if chunks:
                 if options.has_continuous_usage:
                     for chunk in chunks:

@@ -54,8 +54,8 @@ def served_model(tokenizer: Tokenizer) -> ServedModel:
 
 @contextlib.contextmanager
 def running(
-    model: ServedModel, service: FakeService | None, *, keys: Any = (), limits: Limits | None = None, hosts: Hosts | None = None,
-    **options: Any,
+    model: ServedModel, service: FakeService | None, *, keys: Any = (), limits: Limits | None = None,
+    hosts: Hosts | None = None, **options: Any,
 ) -> Iterator[Running]:  # fmt: skip
     backend = Backend(service)
     api = Api(model, backend, keys=Keys(keys), hosts=hosts or Hosts("127.0.0.1"), limits=limits, **options)

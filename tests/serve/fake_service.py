@@ -1,4 +1,4 @@
-"""A service without an engine: each request is answered with the ids of a script, as fast or as badly as a test says."""
+"""A service without an engine: requests are answered with the ids of a script, as fast or as badly as a test says."""
 
 from __future__ import annotations
 
