@@ -220,6 +220,12 @@ def use_cpu_devices(count: int) -> None:
             ) from error
 
 
+def platform() -> str:
+    """Of the devices of the mesh in use, which may not be here, or of JAX's own: "cpu", "gpu" or "tpu"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def place_shapes(mesh: Mesh, tree: Any) -> Any:
     """A tree of ShapeDtypeStructs as `jax.eval_shape` gives them, with shardings on `mesh`.
 

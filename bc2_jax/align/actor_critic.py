@@ -155,7 +155,7 @@ def init_trained(config: RLConfig, critic: ModelConfig, held: Held, mesh: Mesh) 
 
 def actor_log_probs(module: Baichuan2, batch: Batch, chunk: int) -> Array:
     """fp32 [B, T]: log-probabilities of the labels of [B, T]; 0 where they are IGNORED."""
-    h_BTD, _ = module.hidden_states(batch["input_ids"], batch["positions"], batch["segment_ids"])
+    h_BTD = module.hidden_states(batch["input_ids"], batch["positions"], batch["segment_ids"])
     return token_log_probs(h_BTD, module.lm_head.rows(), batch["labels"], chunk).log_prob
 
 

@@ -50,7 +50,7 @@ _log = logging.getLogger(__name__)
 
 def answer_log_probs(model: Baichuan2, batch: Batch, most_pairs: int, chunk: int) -> Array:
     """fp32 [B, P, 2]: the sum of the log-probabilities of the tokens of each answer, eos included, nats."""
-    h_BTD, _ = model.hidden_states(batch["input_ids"], batch["positions"], batch["segment_ids"])
+    h_BTD = model.hidden_states(batch["input_ids"], batch["positions"], batch["segment_ids"])
     found = token_log_probs(h_BTD, model.lm_head.rows(), batch["labels"], chunk)
     return branch_sums(found.log_prob, batch, most_pairs)
 

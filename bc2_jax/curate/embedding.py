@@ -245,7 +245,7 @@ def _load(path: str, dtype: DType, mesh: Mesh | None) -> tuple[Any, Any, Callabl
 
     @jax.jit
     def mean(params: Any, ids_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
-        h_BTD, _ = nnx.merge(graphdef, params).hidden_states(ids_BT, segment_ids=segments_BT)
+        h_BTD = nnx.merge(graphdef, params).hidden_states(ids_BT, segment_ids=segments_BT)
         h_BTD = reshard(h_BTD.astype(jnp.float32), "batch", None, None)
         valid_BT = reshard(segments_BT, "batch", None) > 0
         sums_BD = jnp.where(valid_BT[:, :, None], h_BTD, 0).sum(axis=1)

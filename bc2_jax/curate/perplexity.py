@@ -40,7 +40,7 @@ def make_perplexity(path: str | Path, max_tokens: int = 512, *, batch_size: int 
     def bits(params, ids_BT):
         """fp32 [B, T - 1]: bits of each token but the first. Padding is on the right, where no token sees it."""
         model = nnx.merge(graphdef, params)
-        h_BTD, _ = model.hidden_states(ids_BT)
+        h_BTD = model.hidden_states(ids_BT)
         found = token_log_probs(h_BTD[:, :-1], model.lm_head.rows(), ids_BT[:, 1:], CHUNK)
         return -found.log_prob / jnp.log(2.0)
 

@@ -1,18 +1,22 @@
-"""What generation does on the device: prefill of prompts, insertion into a running batch, decoding, each one program.
+"""What generation does on the device: chunks of prompts, decoding steps and copies of slots, each one program.
 
-A row of the batch has its own length, settings, step and end, so rows may start and end at different times. `prefill`
-makes a `Decoding` of prompts, with a model that `prepare` has laid out; `decode` gives each of its rows some tokens
-more; `insert` copies rows of one `Decoding` into another, over rows that have ended or were cancelled; `allocate` makes
-one without prompts. All work with any mesh and without one, and move the arrays of the host explicitly.
+`allocate` makes the empty state of a batch; `extend` runs chunks of prompts into rows of it, and chooses the first
+token of those that end there; `decode` gives each row that runs some tokens more; `copy_slots` gives a row what another
+has of the same prompt. Shapes are those of batch and chunk, whatever the prompts: each program is compiled once.
+
+What is computed for a row depends on its tokens, settings, seed and place alone, to the last bit, as long as the shapes
+stay: not on the other rows, nor on which row it is, nor on what runs between its chunks. On a CPU the numbers of rows
+may change as well, from `least_rows()` on.
+
+All work with any mesh and without one, and move the arrays of the host explicitly.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import enum
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -22,16 +26,18 @@ from jax import Array
 
 from bc2_jax.config import ComputeConfig
 from bc2_jax.infer.cache import init_cache
+from bc2_jax.infer.decoding import STEPS, Chunk, Decoding, Emitted, LogProbs, Reason
 from bc2_jax.infer.prepared import Prepared, prepare
-from bc2_jax.infer.sampling import Sampling, mask_absent, penalize_repetition, row_keys, sample_tokens
-from bc2_jax.kernels.attention import Tokens
+from bc2_jax.infer.sampling import MOST_TOP_LOG_PROBS, Sampling, chosen_log_probs, next_token, top_log_probs
 from bc2_jax.kernels.blocks import current_chip
-from bc2_jax.model.attention import CACHE_AXES, KVCache
+from bc2_jax.kernels.cached import KVCache, Place
+from bc2_jax.model.attention import CACHE_AXES
 from bc2_jax.model.baichuan import Baichuan2
 from bc2_jax.sharding import (
     ShardingRules,
     from_host,
     named_sharding,
+    platform,
     reshard,
     rules_in_use,
     spec,
@@ -41,120 +47,90 @@ from bc2_jax.sharding import (
 from bc2_jax.tpu.options import Value, compiler_options
 
 __all__ = [
-    "Decoding", "Prepared", "Programs", "Reason", "allocate", "decode", "decoding_rules", "insert", "make_programs",
-    "prefill", "prepare", "programs",
+    "Chunk", "Decoding", "Emitted", "LogProbs", "Prepared", "Programs", "Reason", "STEPS", "allocate", "chunk_length",
+    "copy_slots", "decode", "decoding_rules", "extend", "least_rows", "make_programs", "prepare", "programs",
+    "score_chunk",
 ]  # fmt: skip
 
-
-class Reason(enum.IntEnum):
-    """Why a row has ended, if it has."""
-
-    RUNNING = 0
-    EOS = 1
-    """It has generated an eos of its own."""
-    LIMIT = 2
-    """It has as many new tokens as it may, or its slots of the cache are full."""
-    NO_PROMPT = 3
-    """It was padding of the batch."""
-    CANCELLED = 4
-    """Its caller wants no more of it, and has set this by `reason_B.at[row].set(...)`."""
-
-
-class Decoding(NamedTuple):
-    """The state of B rows between two steps.
-
-    Small arrays are whole on every device and process, so that each can read them. `decode` and `insert` consume the
-    one they are given.
-    """
-
-    cache: KVCache
-    """Of S slots; the keys and values of the newest token are not in it yet."""
-    seen_BV: Array
-    """bool, cut by batch: tokens of the prompt or the output."""
-    output_BS: Array
-    """int32: the new tokens of a row in its first step_B columns, its eos included."""
-    log_probs_BS: Array | None
-    """fp32, beside output_BS: log_softmax of the logits as the model gave them, divided by `log_prob_temperature`:
-    before penalty, temperature and cuts. None where they were not asked for."""
-    token_B: Array
-    """int32: the newest token."""
-    position_B: Array
-    """int32: its position."""
-    step_B: Array
-    """int32: new tokens of each row."""
-    reason_B: Array
-    """int8, of `Reason`."""
-    sampling: Sampling
+SCORED = 32
+"""Tokens whose logits are in memory at once where prompts are scored."""
 
 
 class Programs(NamedTuple):
-    """The jitted functions behind `prefill`, `insert` and `decode`; to run with `decoding_rules()` and the mesh in use.
+    """The jitted functions; to run with `decoding_rules()` and the mesh in use, and arrays of the device.
 
-    prefill(prepared, ids_BT, segments_BT, sampling, length=, top_k=, log_probs=),
-    allocate(prepared, sampling, length=, log_probs=), insert(decoding, prefilled, rows_from, rows_to),
-    decode(prepared, decoding, steps, top_k=). All arguments but `prepared` are arrays; rows_to of insert is as long as
-    `decoding` has rows, and ends in -1 where there is nothing to insert.
+    allocate(prepared, sampling, slots=), extend(prepared, decoding, chunk, sampling), decode(prepared,
+    decoding, steps, cancel_B), copy_slots(decoding, row_from, row_to, chunks, size=), score(prepared, h_RCD,
+    labels_RC).
     """
 
-    prefill: Any
     allocate: Any
-    insert: Any
+    extend: Any
     decode: Any
+    copy_slots: Any
+    score: Any
 
 
-def prefill(
-    prepared: Prepared,
-    ids_BT: Array | np.ndarray,
-    segments_BT: Array | np.ndarray,
-    sampling: Sampling,
-    *,
-    length: int,
-    top_k: int,
-    log_probs: bool = False,
-) -> Decoding:
-    """Runs prompts into an empty cache of `length` slots and chooses each one's first token.
+def chunk_length() -> int:
+    """Tokens of a prompt that one `extend` runs, on the devices in use. It divides the slots of every cache.
 
-    `ids_BT` and `segments_BT` are int32; segment 1 is a token and 0 padding, left or right; a row of padding alone is
-    no prompt. B must be a multiple of the parts into which the mesh cuts the batch. Left padding takes slots of the
-    cache, right padding does not. Compiled once for each B, T, `length`, `top_k`, `log_probs` and which settings are
-    None.
+    On a TPU reading the weights takes as long as 256 tokens compute; on a CPU small prompts should waste little.
+    """
+    return 64 if platform() == "cpu" else 256
+
+
+def least_rows() -> int:
+    """Rows of a chunk or a batch that each part of the mesh should have, on the devices in use.
+
+    On a CPU matmuls of a single row take another path and give other bits than those of two or more.
+    """
+    return 2 if platform() == "cpu" else 1
+
+
+def allocate(prepared: Prepared, sampling: Sampling, *, slots: int) -> Decoding:
+    """Rows of no prompt with an empty cache of `slots` slots, one for each of `sampling`.
+
+    The settings that are None in `sampling` must be None in those of every prompt. `slots` is a multiple of 128, and of
+    `chunk_length()`.
     """
     with _runs_on(prepared.params["norm"]["weight"]):
-        run = programs(prepared.compute).prefill
-        arrays = from_host((ids_BT, segments_BT, sampling))
-        return run(prepared, *arrays, length=length, top_k=top_k, log_probs=log_probs)
+        return make_programs().allocate(prepared, from_host(sampling), slots=slots)
 
 
-def allocate(prepared: Prepared, sampling: Sampling, *, length: int, log_probs: bool = False) -> Decoding:
-    """Rows of no prompt with an empty cache of `length` slots, one for each of `sampling`, into which to `insert`.
+def extend(prepared: Prepared, decoding: Decoding, chunk: Chunk, sampling: Sampling) -> tuple[Decoding, Emitted, Array]:
+    """Runs one chunk of R prompts; `sampling` are the settings of its R places. `decoding` is used up.
 
-    `sampling` must have the settings that are None in that of the rows to insert, and no others.
+    The row of a prompt that ends has its first new token, and the settings, afterwards. Returns also the hidden states
+    [R, C, D] of the chunk, for `score_chunk`.
     """
     with _runs_on(prepared.params["norm"]["weight"]):
-        return make_programs().allocate(prepared, from_host(sampling), length=length, log_probs=log_probs)
+        return programs(prepared.compute).extend(prepared, decoding, *from_host((chunk, sampling)))
 
 
-def insert(decoding: Decoding, prefilled: Decoding, rows_from: Sequence[int], rows_to: Sequence[int]) -> Decoding:
-    """`decoding`, which is used up, with rows `rows_from` of `prefilled` in the place of its rows `rows_to`.
+def decode(prepared: Prepared, decoding: Decoding, steps: int, cancel_B: np.ndarray) -> tuple[Decoding, Emitted]:
+    """At most `steps` tokens more, up to STEPS, of each row that runs; ends early when none does.
 
-    A row goes on as it would have gone on where it was. The cache of `prefilled` may have fewer slots. Compiled once
-    for the shapes of both, however many rows are inserted. Raises ValueError if `prefilled` has more slots, if only one
-    of both has log-probabilities or a setting that is not None, and for rows that do not exist.
+    The rows where bool `cancel_B` is True are cancelled first, if they run. `decoding` is used up.
     """
-    _check_insert(decoding, prefilled, rows_from, rows_to)
+    assert 1 <= steps <= STEPS, steps
+    with _runs_on(prepared.params["norm"]["weight"]):
+        return programs(prepared.compute).decode(prepared, decoding, *from_host((np.int32(steps), cancel_B)))
+
+
+def copy_slots(decoding: Decoding, row_from: int, row_to: int, chunks: int, size: int) -> Decoding:
+    """The first `chunks` * `size` slots of one row over those of another in the same part of the batch.
+
+    The row has no prompt then, and as many slots in use. `decoding` is used up.
+    """
     with _runs_on(decoding.cache.k):
-        padding = [-1] * (len(decoding.step_B) - len(rows_to))
-        rows = (np.array([*rows, *padding], np.int32) for rows in (rows_from, rows_to))
-        return make_programs().insert(decoding, prefilled, *from_host(tuple(rows)))
+        numbers = from_host(tuple(np.int32(x) for x in (row_from, row_to, chunks)))
+        return make_programs().copy_slots(decoding, *numbers, size=size)
 
 
-def decode(prepared: Prepared, decoding: Decoding, *, top_k: int, steps: int) -> Decoding:
-    """At most `steps` tokens more of each row that runs; ends early when none does. `decoding` is used up.
-
-    Compiled once for each shape of `decoding` and each `top_k`.
-    """
+def score_chunk(prepared: Prepared, h_RCD: Array, labels_RC: np.ndarray) -> LogProbs:
+    """Log-probabilities of the tokens that follow those of a chunk, and the most likely ones."""
     with _runs_on(prepared.params["norm"]["weight"]):
-        return programs(prepared.compute).decode(prepared, decoding, from_host(np.int32(steps)), top_k=top_k)
+        return programs(prepared.compute).score(prepared, h_RCD, from_host(labels_RC))
 
 
 def decoding_rules() -> ShardingRules:
@@ -172,136 +148,206 @@ def _runs_on(x: Array) -> Iterator[None]:
         yield
 
 
-def _check_insert(decoding: Decoding, prefilled: Decoding, rows_from: Sequence[int], rows_to: Sequence[int]) -> None:
-    if jax.tree.structure(decoding) != jax.tree.structure(prefilled):  # type: ignore[operator]  # jax's stub
-        raise ValueError(
-            "prefilled has not the arrays of decoding: both must have log_probs_BS, temperature, top_p and vocab_size, "
-            "or neither."
-        )
-    slots, most = prefilled.cache.k.shape[3], decoding.cache.k.shape[3]
-    if slots > most:
-        raise ValueError(f"prefilled has {slots} slots; it must have at most those of decoding, {most}.")
-    if len(rows_from) != len(rows_to) or len(rows_to) == 0 or len(set(rows_to)) != len(rows_to):
-        raise ValueError(f"rows_to = {rows_to!r} is not valid: it must be as many different rows as rows_from.")
-    for name, rows, state in (("rows_from", rows_from, prefilled), ("rows_to", rows_to, decoding)):
-        count = len(state.step_B)
-        if not all(0 <= row < count for row in rows):
-            raise ValueError(f"{name} = {rows!r} is not valid: rows must be in 0..{count - 1}.")
-
-
 # ------------------------------------------------------------------------------------------------------- the programs
 
 
-def _run_prefill(
-    prepared: Prepared, ids_BT: Array, segments_BT: Array, sampling: Sampling, *, length: int, top_k: int,
-    log_probs: bool,
-) -> Decoding:  # fmt: skip
-    model, V = prepared.merge(), prepared.config.vocab_size
-    count_B = (segments_BT != 0).sum(axis=1)
-    empty = _run_allocate(prepared, sampling, length=length, log_probs=log_probs)
-    h_BTD, appended = model.hidden_states(ids_BT, None, segments_BT, empty.cache)
-    assert appended is not None  # as the cache was
-
-    def last_token(h_BTD: Array, length_B: Array) -> Array:
-        return jnp.take_along_axis(h_BTD, jnp.maximum(length_B - 1, 0)[:, None, None], axis=1)
-
-    def mark_seen(ids_BT: Array, segments_BT: Array) -> Array:
-        # Padding counts as a token that is not there, so that the penalty does not see it.
-        ids_BT = jnp.where(segments_BT == 0, V, ids_BT)
-        mark = jax.vmap(lambda ids: jnp.zeros(V, bool).at[ids].set(True, mode="drop"))
-        return mark(ids_BT)
-
-    start = empty._replace(
-        cache=appended,
-        seen_BV=_by_rows(mark_seen, ids_BT, segments_BT),
-        position_B=count_B - 1,
-        reason_B=jnp.where(count_B == 0, Reason.NO_PROMPT, Reason.RUNNING).astype(jnp.int8),
-    )
-    return _choose_next(start, model.lm_head(_by_rows(last_token, h_BTD, appended.length)), top_k)
-
-
-def _run_allocate(prepared: Prepared, sampling: Sampling, *, length: int, log_probs: bool) -> Decoding:
+def _run_allocate(prepared: Prepared, sampling: Sampling, *, slots: int) -> Decoding:
     B, V = len(sampling.place), prepared.config.vocab_size
+    counts = sampling.presence_penalty is not None or sampling.frequency_penalty is not None
     return Decoding(
-        cache=init_cache(prepared.config, prepared.compute, B, length),
+        cache=init_cache(prepared.config, prepared.compute, B, slots, prepared.kv),
+        length_B=jnp.zeros(B, jnp.int32),
         seen_BV=reshard(jnp.zeros((B, V), bool), "batch", None),
-        output_BS=jnp.zeros((B, length), jnp.int32),
-        log_probs_BS=jnp.zeros((B, length), jnp.float32) if log_probs else None,
+        counts_BV=reshard(jnp.zeros((B, V), jnp.int16), "batch", None) if counts else None,
         token_B=jnp.zeros(B, jnp.int32),
-        position_B=jnp.full(B, -1, jnp.int32),
         step_B=jnp.zeros(B, jnp.int32),
         reason_B=jnp.full(B, Reason.NO_PROMPT, jnp.int8),
         # Arrays of the host have no layout until they are given one.
-        sampling=jax.tree.map(lambda x: reshard(x, None), sampling),
+        sampling=_whole(sampling),
     )
 
 
-def _run_decode(prepared: Prepared, decoding: Decoding, steps: Array, *, top_k: int) -> Decoding:
-    model = prepared.merge()
+def _run_extend(
+    prepared: Prepared, decoding: Decoding, chunk: Chunk, sampling: Sampling
+) -> tuple[Decoding, Emitted, Array]:
+    model, V, B = prepared.merge(), prepared.config.vocab_size, len(decoding.token_B)
+    has_R = chunk.count_R > 0
+    starts_R = has_R & chunk.is_last_R
+    place = Place(chunk.rows_R, jnp.where(has_R, chunk.start_R, -1))
+    h_RCD, cache = model.extend(chunk.ids_RC, place, decoding.cache)
 
-    def goes_on(carry: tuple[Array, Decoding]) -> Array:
-        done, decoding = carry
+    def last_token(h_RCD: Array, count_R: Array) -> Array:
+        return jnp.take_along_axis(h_RCD, jnp.maximum(count_R - 1, 0)[:, None, None], axis=1)
+
+    def mark_seen(prompt_RS: Array) -> Array:
+        mark = jax.vmap(lambda ids: jnp.zeros(V, bool).at[ids].set(True, mode="drop"))
+        return mark(jnp.where(prompt_RS < 0, V, prompt_RS))
+
+    seen_RV = _by_rows(mark_seen, chunk.prompt_RS)
+    counts_RV = None if decoding.counts_BV is None else jnp.zeros_like(seen_RV, jnp.int16)
+    step_R = jnp.zeros_like(chunk.count_R)
+    logits_R1V = model.lm_head(_by_rows(last_token, h_RCD, chunk.count_R))
+    token_R, seen_RV, counts_RV, log_probs = _choose(logits_R1V, seen_RV, counts_RV, step_R, starts_R, sampling)
+    step_R += 1
+    reason_R = jnp.where(starts_R, _reason(token_R, step_R, sampling), Reason.NO_PROMPT).astype(jnp.int8)
+    tokens_RK = jnp.where(starts_R, token_R, -1)[:, None]
+    log_probs = None if log_probs is None else LogProbs(*(x[:, None] for x in log_probs))
+    emitted = _whole(Emitted(tokens_RK, log_probs, jnp.where(starts_R, step_R, 0), reason_R))
+
+    def put(old: Any, new: Any, rows_R: Array) -> Any:
+        return jax.tree.map(lambda old, new: old.at[rows_R].set(new, mode="drop"), old, new)
+
+    def put_cut(old: Any, own_B: Array, new: Any, rows_R: Array, starts_R: Array) -> Any:
+        return put(old, new, jnp.where(starts_R, rows_R - own_B[0], len(own_B)))
+
+    used_R, begun_R = (jnp.where(x, chunk.rows_R, B) for x in (has_R, starts_R))
+    seen_BV, counts_BV = _by_rows(
+        put_cut, (decoding.seen_BV, decoding.counts_BV), jnp.arange(B), (seen_RV, counts_RV), chunk.rows_R, starts_R
+    )
+    small = (decoding.token_B, decoding.step_B, decoding.reason_B, decoding.sampling)
+    token_B, step_B, reason_B, settings = put(small, _whole((token_R, step_R, reason_R, sampling)), begun_R)
+    decoding = Decoding(
+        cache, put(decoding.length_B, chunk.start_R + chunk.count_R, used_R), seen_BV, counts_BV, token_B, step_B,
+        # Until its prompt ends a row has none: what was there before is over.
+        jnp.where(_is_in(B, used_R) & ~_is_in(B, begun_R), Reason.NO_PROMPT, reason_B).astype(jnp.int8), settings,
+    )  # fmt: skip
+    return decoding, emitted, h_RCD
+
+
+def _is_in(B: int, rows_R: Array) -> Array:
+    """bool [B]: the rows that are named."""
+    return (jnp.arange(B)[:, None] == rows_R).any(axis=1)
+
+
+def _run_decode(prepared: Prepared, decoding: Decoding, steps: Array, cancel_B: Array) -> tuple[Decoding, Emitted]:
+    model, B = prepared.merge(), len(decoding.token_B)
+    is_cancelled_B = cancel_B & (decoding.reason_B == Reason.RUNNING)
+    reason_B = jnp.where(is_cancelled_B, Reason.CANCELLED, decoding.reason_B).astype(jnp.int8)
+    decoding = decoding._replace(reason_B=reason_B)
+    log_probs = None
+    if decoding.sampling.top_log_probs is not None:
+        zeros = jnp.zeros((B, STEPS, MOST_TOP_LOG_PROBS), jnp.float32)
+        log_probs = LogProbs(zeros[..., 0], jnp.zeros_like(zeros, jnp.int32), zeros)
+    chosen = (jnp.full((B, STEPS), -1, jnp.int32), log_probs)
+
+    def runs(carry: tuple[Array, Decoding, Any]) -> Array:
+        done, decoding, _ = carry
         return (done < steps) & jnp.any(decoding.reason_B == Reason.RUNNING)
 
-    def step(carry: tuple[Array, Decoding]) -> tuple[Array, Decoding]:
-        done, decoding = carry
-        return done + 1, _decode_step(model, decoding, top_k)
+    def step(carry: tuple[Array, Decoding, Any]) -> tuple[Array, Decoding, Any]:
+        done, decoding, chosen = carry
+        decoding, new = _decode_step(model, decoding)
+        chosen = jax.tree.map(lambda all_BK, new_B: all_BK.at[:, done].set(new_B), chosen, new)
+        return done + 1, decoding, chosen
 
-    return jax.lax.while_loop(goes_on, step, (jnp.zeros((), jnp.int32), decoding))[1]
-
-
-def _decode_step(model: Baichuan2, decoding: Decoding, top_k: int) -> Decoding:
-    """One token more of each row that runs; the others compute along, and stay as they are."""
-    cache = decoding.cache
-    is_full_B = cache.length >= cache.k.shape[3]
-    reason_B = jnp.where(is_full_B & (decoding.reason_B == Reason.RUNNING), Reason.LIMIT, decoding.reason_B)
-    reason_B = reason_B.astype(jnp.int8)
-    ids_BT, positions_BT = (reshard(x[:, None], "batch", "sequence") for x in (decoding.token_B, decoding.position_B))
-    h_BTD, appended = model.hidden_states(ids_BT, positions_BT, None, cache)
-    assert appended is not None  # as the cache was
-    length = jnp.where(reason_B == Reason.RUNNING, appended.length, cache.length)
-    decoding = decoding._replace(cache=appended._replace(length=length), reason_B=reason_B)
-    return _choose_next(decoding, model.lm_head(h_BTD), top_k)
+    _, decoding, (tokens_BK, log_probs) = jax.lax.while_loop(
+        runs, step, (jnp.zeros((), jnp.int32), decoding, _whole(chosen))
+    )
+    # Copies: the state is consumed by the next program.
+    return decoding, Emitted(tokens_BK, log_probs, decoding.step_B + 0, decoding.reason_B + jnp.int8(0))
 
 
-def _choose_next(decoding: Decoding, logits_BTV: Array, top_k: int) -> Decoding:
-    """Draws the next token of each row that runs from logits [B, 1, V] and appends it."""
-    runs_B, step_B, limit_B = decoding.reason_B == Reason.RUNNING, decoding.step_B, decoding.sampling.limit
+def _decode_step(model: Baichuan2, decoding: Decoding) -> tuple[Decoding, tuple[Array, LogProbs | None]]:
+    """One token more of each row that runs, and the tokens, -1 for the others, which compute along."""
+    length_B, S = decoding.length_B, decoding.cache.k.shape[3]
+    was_running_B = decoding.reason_B == Reason.RUNNING
+    runs_B = was_running_B & (length_B < S)
+    place = Place(jnp.arange(len(length_B)), jnp.where(runs_B, length_B, -1))
+    h_BTD, cache = model.extend(decoding.token_B[:, None], place, decoding.cache)
+    token_B, seen_BV, counts_BV, log_probs = _choose(
+        model.lm_head(h_BTD), decoding.seen_BV, decoding.counts_BV, decoding.step_B, runs_B, decoding.sampling
+    )
+    step_B = decoding.step_B + runs_B
+    reason_B = jnp.where(runs_B, _reason(token_B, step_B, decoding.sampling), decoding.reason_B)
+    reason_B = jnp.where(was_running_B & ~runs_B, Reason.LIMIT, reason_B).astype(jnp.int8)
+    new_token_B = jnp.where(runs_B, token_B, decoding.token_B)
+    decoding = decoding._replace(
+        cache=cache, length_B=length_B + runs_B, seen_BV=seen_BV, counts_BV=counts_BV, token_B=new_token_B,
+        step_B=step_B, reason_B=reason_B,
+    )  # fmt: skip
+    return decoding, (jnp.where(runs_B, token_B, -1), log_probs)
 
-    def choose(logits_BV: Array, seen_BV: Array, runs_B: Array, step_B: Array, sampling: Sampling):
-        keys_B = row_keys(sampling.seed, step_B, sampling.place)
-        allowed_BV = mask_absent(logits_BV, sampling.vocab_size, sampling.eos_token_id)
-        penalized_BV = penalize_repetition(allowed_BV, seen_BV, sampling.repetition_penalty)
-        temperature, top_p = sampling.temperature, sampling.top_p
-        token_B = sample_tokens(penalized_BV, keys_B, temperature=temperature, top_k=top_k, top_p=top_p)
-        log_prob_B = None
-        if decoding.log_probs_BS is not None:
-            divisor = 1.0 if sampling.log_prob_temperature is None else sampling.log_prob_temperature[:, None]
-            log_probs_BV = jax.nn.log_softmax(logits_BV / divisor)
-            log_prob_B = jnp.take_along_axis(log_probs_BV, token_B[:, None], axis=1)[:, 0]
-        drawn_B = jnp.where(runs_B, token_B, logits_BV.shape[1])
-        seen_BV = seen_BV.at[jnp.arange(len(drawn_B)), drawn_B].set(True, mode="drop")
-        return seen_BV, (token_B, log_prob_B)
+
+def _choose(
+    logits_B1V: Array, seen_BV: Array, counts_BV: Array | None, step_B: Array, runs_B: Array, sampling: Sampling
+) -> tuple[Array, Array, Array | None, LogProbs | None]:
+    """Draws the next token of each row from logits [B, 1, V]; what was seen and counted has those of rows that run."""
+
+    def choose(logits_BV, seen_BV, counts_BV, step_B, runs_B, sampling):
+        token_B = next_token(logits_BV, seen_BV, counts_BV, step_B, sampling)
+        log_probs = None
+        if sampling.top_log_probs is not None:
+            chosen_B = chosen_log_probs(logits_BV, token_B, sampling.log_prob_temperature)
+            log_probs = LogProbs(chosen_B, *top_log_probs(logits_BV, sampling.top_log_probs > 0))
+        at = (jnp.arange(len(token_B)), jnp.where(runs_B, token_B, logits_BV.shape[1]))
+        seen_BV = seen_BV.at[at].set(True, mode="drop")
+        if counts_BV is not None:
+            counts_BV = counts_BV.at[at].add(jnp.int16(1), mode="drop")
+        return (seen_BV, counts_BV), (token_B, log_probs)
 
     with jax.named_scope("sample"):
         # Each device takes the whole vocabulary of its own rows: 0.5 MB a row, once per token.
-        rows = (decoding.seen_BV, runs_B, step_B, decoding.sampling)
-        seen_BV, drawn = _by_rows(choose, reshard(logits_BTV[:, 0], "batch", None), *rows)
-        token_B, log_prob_B = jax.tree.map(lambda x: reshard(x, None), drawn)
-    is_next_BS = runs_B[:, None] & (jnp.arange(decoding.output_BS.shape[1]) == step_B[:, None])
-    reason_B = jnp.where(step_B + 1 >= limit_B, Reason.LIMIT, Reason.RUNNING)
-    is_eos_B = (token_B[:, None] == decoding.sampling.eos_token_id).any(axis=1)
-    reason_B = jnp.where(is_eos_B, Reason.EOS, reason_B).astype(jnp.int8)
-    log_probs_BS = decoding.log_probs_BS
+        rows = (seen_BV, counts_BV, step_B, runs_B, sampling)
+        (seen_BV, counts_BV), drawn = _by_rows(choose, reshard(logits_B1V[:, 0], "batch", None), *rows)
+        token_B, log_probs = _whole(drawn)
+    return token_B, seen_BV, counts_BV, log_probs
+
+
+def _reason(token_B: Array, step_B: Array, sampling: Sampling) -> Array:
+    """Why a row that has this token as its newest one has ended, or that it runs."""
+    is_eos_B = (token_B[:, None] == sampling.eos_token_id).any(axis=1)
+    return jnp.where(is_eos_B, Reason.EOS, jnp.where(step_B >= sampling.limit, Reason.LIMIT, Reason.RUNNING))
+
+
+def _run_copy_slots(decoding: Decoding, row_from: Array, row_to: Array, chunks: Array, *, size: int) -> Decoding:
+    def copy(cache: KVCache, own_B: Array, row_from: Array, row_to: Array, chunks: Array) -> KVCache:
+        rows = [jnp.clip(row - own_B[0], 0, len(own_B) - 1) for row in (row_from, row_to)]
+        is_here = rows[1] == row_to - own_B[0]
+
+        def copy_chunk(i: Array, x: Array) -> Array:
+            tail: list[Any] = [0, i * size, *[0] * (x.ndim - 4)]
+            shape = (x.shape[0], 1, x.shape[2], size, *x.shape[4:])
+            new, old = (jax.lax.dynamic_slice(x, (0, row, *tail), shape) for row in rows)
+            return jax.lax.dynamic_update_slice(x, jnp.where(is_here, new, old), (0, rows[1], *tail))
+
+        return jax.tree.map(lambda x: jax.lax.fori_loop(0, chunks, copy_chunk, x), cache)
+
+    own_B = reshard(jnp.arange(len(decoding.token_B)), "batch")
+    arguments = (decoding.cache, own_B, *_whole((row_from, row_to, chunks)))
+    if named_sharding() is not None:
+        slots = jax.tree.map(lambda x: spec(*CACHE_AXES[: x.ndim]), decoding.cache)
+        in_specs = (slots, spec("batch"), spec(), spec(), spec())
+        copy = jax.shard_map(copy, in_specs=in_specs, out_specs=slots)  # type: ignore[assignment]  # what jax declares
+    is_row_B = jnp.arange(len(decoding.token_B)) == row_to
     return decoding._replace(
-        seen_BV=seen_BV,
-        output_BS=jnp.where(is_next_BS, token_B[:, None], decoding.output_BS),
-        log_probs_BS=None if log_probs_BS is None else jnp.where(is_next_BS, log_prob_B[:, None], log_probs_BS),
-        token_B=jnp.where(runs_B, token_B, decoding.token_B),
-        position_B=decoding.position_B + runs_B,
-        step_B=step_B + runs_B,
-        reason_B=jnp.where(runs_B, reason_B, decoding.reason_B),
+        cache=copy(*arguments),
+        length_B=jnp.where(is_row_B, chunks * size, decoding.length_B),
+        reason_B=jnp.where(is_row_B, Reason.NO_PROMPT, decoding.reason_B).astype(jnp.int8),
     )
+
+
+def _run_score(prepared: Prepared, h_RCD: Array, labels_RC: Array) -> LogProbs:
+    model = prepared.merge()
+    R, C, D = h_RCD.shape
+    size = min(SCORED, C)
+
+    def score(part: tuple[Array, Array]) -> LogProbs:
+        h_RTD, labels_RT = part
+
+        def score_rows(logits_RTV: Array, labels_RT: Array) -> LogProbs:
+            logits_BV, labels_B = logits_RTV.reshape(-1, logits_RTV.shape[-1]), labels_RT.reshape(-1)
+            found = (
+                chosen_log_probs(logits_BV, labels_B, None),
+                *top_log_probs(logits_BV, jnp.ones_like(labels_B, bool)),
+            )
+            return LogProbs(*(x.reshape(*labels_RT.shape, *x.shape[1:]) for x in found))
+
+        logits_RTV = model.lm_head(h_RTD)
+        return _whole(_by_rows(score_rows, reshard(logits_RTV, "batch", None, None), labels_RT))
+
+    parts = [h_RCD[:, i : i + size] for i in range(0, C, size)]
+    found = [score((h, labels_RC[:, i * size : (i + 1) * size])) for i, h in enumerate(parts)]
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=1), *found)
 
 
 def _by_rows(function: Callable, *trees: Any) -> Any:
@@ -318,43 +364,9 @@ def _by_rows(function: Callable, *trees: Any) -> Any:
     )
 
 
-def _run_insert(decoding: Decoding, prefilled: Decoding, rows_from: Array, rows_to: Array) -> Decoding:
-    rows = ("batch", None)
-    cut = KVCache(CACHE_AXES, CACHE_AXES, Tokens(rows, rows), (None,))  # type: ignore[arg-type]  # axes for arrays
-    axes = jax.tree.map(lambda x: (None,) * x.ndim, decoding)._replace(cache=cut, seen_BV=rows)
-    # Slots that the prefill has not are empty: of keys and values, whatever was there before may stay.
-    missing = decoding.output_BS.shape[1] - prefilled.output_BS.shape[1]
-    tokens = Tokens(*(jnp.pad(x, ((0, 0), (0, missing))) for x in prefilled.cache.tokens))
-    prefilled = prefilled._replace(cache=prefilled.cache._replace(tokens=tokens))
-
-    def put(target: Array, source: Array, axes: tuple[str | None, ...]) -> Array:
-        dim = axes.index("batch") if "batch" in axes else 0
-        own = reshard(jnp.arange(target.shape[dim]), axes[dim])
-        source = reshard(source, *(None if axis == "batch" else axis for axis in axes))
-        arguments = (target, source, own, rows_from, rows_to)
-        if named_sharding() is None:
-            return _put_rows(*arguments, dim=dim)
-        target_spec, whole = spec(*axes), spec(*(None if axis == "batch" else axis for axis in axes))
-        in_specs = (target_spec, whole, spec(axes[dim]), spec(), spec())
-        return jax.shard_map(functools.partial(_put_rows, dim=dim), in_specs=in_specs, out_specs=target_spec)(
-            *arguments
-        )
-
-    return jax.tree.map(put, decoding, prefilled, axes)
-
-
-def _put_rows(target: Array, source: Array, own: Array, rows_from: Array, rows_to: Array, *, dim: int) -> Array:
-    """Rows of `source` over those of one device's part of `target`, the rows `own`; rows are dimension `dim`."""
-
-    def put(i: Array, target: Array) -> Array:
-        row = rows_to[i] - own[0]
-        start: list[Any] = [0] * target.ndim
-        start[dim] = jnp.clip(row, 0, len(own) - 1)
-        new = jax.lax.dynamic_slice_in_dim(source, rows_from[i], 1, dim)
-        old = jax.lax.dynamic_slice(target, start, new.shape)
-        return jax.lax.dynamic_update_slice(target, jnp.where(row == start[dim], new, old), start)
-
-    return jax.lax.fori_loop(0, (rows_to >= 0).sum(), put, target)
+def _whole(tree: Any) -> Any:
+    """The arrays of `tree`, whole on every device."""
+    return jax.tree.map(lambda x: reshard(jnp.asarray(x), *[None] * jnp.ndim(x)), tree)
 
 
 def programs(compute: ComputeConfig) -> Programs:
@@ -367,10 +379,11 @@ def programs(compute: ComputeConfig) -> Programs:
 
 @functools.cache
 def make_programs(**options: Value) -> Programs:
-    """The programs, jitted once for these compiler options; to allocate and to insert is to copy, and needs none."""
+    """The programs, jitted once for these compiler options; to allocate and to copy needs none."""
     return Programs(
-        prefill=jax.jit(_run_prefill, static_argnames=("length", "top_k", "log_probs"), compiler_options=options),
-        allocate=jax.jit(_run_allocate, static_argnames=("length", "log_probs")),
-        insert=jax.jit(_run_insert, donate_argnums=0),
-        decode=jax.jit(_run_decode, static_argnames="top_k", donate_argnums=1, compiler_options=options),
+        allocate=jax.jit(_run_allocate, static_argnames="slots"),
+        extend=jax.jit(_run_extend, donate_argnums=1, compiler_options=options),
+        decode=jax.jit(_run_decode, donate_argnums=1, compiler_options=options),
+        copy_slots=jax.jit(_run_copy_slots, static_argnames="size", donate_argnums=0),
+        score=jax.jit(_run_score, compiler_options=options),
     )

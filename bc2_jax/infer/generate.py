@@ -1,25 +1,24 @@
-"""Continuing prompts, all at one time: one prefill, then one token of every prompt per step, all on the device.
+"""Continuing prompts, all at one time: chunk by chunk through the prompts, then one token of every prompt per step.
 
-Prompts are padded on the left to one length. Shapes are rounded up (`bucket`), so that calls of about the same size
-share their compiled functions: the prefill is compiled once per (batch, prompt bucket, cache bucket), the decode loop
-once per (batch, cache bucket).
+The slots of the cache are rounded up (`bucket`), so that calls of about the same size share their compiled functions:
+each program is compiled once per (batch, slots).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from bc2_jax.config import ModelConfig
 from bc2_jax.infer import engine
-from bc2_jax.infer.engine import Decoding, Prepared, Reason
-from bc2_jax.infer.sampling import DEFAULT_SETTINGS, Settings, is_whole, sampling_of
+from bc2_jax.infer.chunks import PlacedPrompt, make_chunk
+from bc2_jax.infer.decoding import Decoding, Emitted, Reason
+from bc2_jax.infer.engine import Prepared
+from bc2_jax.infer.sampling import DEFAULT_SETTINGS, Sampling, Settings, is_whole, sampling_of
 from bc2_jax.model.baichuan import Baichuan2
 from bc2_jax.sharding import parts, to_host, use_mesh_of
 from bc2_jax.validation import require, show
@@ -99,32 +98,117 @@ def continue_prompts(
     config = model.config
     settings = settings.check(config)
     prompts = check_prompts(config, prompts, settings.max_new_tokens)
-    # So that all greedy calls share one compiled function.
-    top_k = 0 if settings.temperature == 0 else settings.top_k
     prepared = engine.prepare(model) if isinstance(model, Baichuan2) else model
     with use_mesh_of(prepared.params["norm"]["weight"]):
-        ids_BT, segments_BT = _pad_prompts(prompts, parts("batch"), config.pad_token_id)
-        batch, length = len(ids_BT), bucket(ids_BT.shape[1] + settings.max_new_tokens)
-        sampling = sampling_of([settings] * batch, range(batch))
-        decoding = engine.prefill(
-            prepared, ids_BT, segments_BT, sampling, length=length, top_k=top_k, log_probs=log_probs
-        )
+        rows = batch_rows(len(prompts))
+        sampling = sampling_of([settings] * rows, range(rows))
+        if log_probs:
+            sampling = sampling._replace(top_log_probs=np.zeros(rows, np.int32))
+        found = Continuations(rows)
+        decoding = _start(prepared, prompts, settings, sampling, found)
         if on_token is None:
-            decoding = engine.decode(prepared, decoding, top_k=top_k, steps=settings.max_new_tokens)
+            _finish(prepared, decoding, settings.max_new_tokens, found)
         else:
-            for step in range(settings.max_new_tokens):
-                if step:
-                    decoding = engine.decode(prepared, decoding, top_k=top_k, steps=1)
-                tokens = _new_tokens(decoding, step)[: len(prompts)]
-                if all(token is None for token in tokens):
-                    break
-                decoding = _stop(decoding, on_token(step, tokens), len(prompts))
-        return _continuations(decoding)[: len(prompts)]
+            _finish_with(on_token, prepared, decoding, len(prompts), found)
+        return [found.get(row) for row in range(len(prompts))]
+
+
+def batch_rows(count: int) -> int:
+    """Rows of a batch for so many prompts on the mesh in use."""
+    return parts("batch") * max(-(-count // parts("batch")), engine.least_rows())
+
+
+class Continuations:
+    """What the rows of a batch have been given so far, on the host."""
+
+    def __init__(self, rows: int):
+        self.tokens: list[list[int]] = [[] for _ in range(rows)]
+        self.reasons = [int(Reason.NO_PROMPT)] * rows
+        self._log_probs: list[list[float] | None] = [None] * rows
+
+    def add(self, emitted: Emitted, rows: Sequence[int] | None = None) -> None:
+        """What a program chose, its place i being row rows[i] (by default row i); a negative row is no one's."""
+        tokens, reasons = to_host(emitted.tokens_BK).tolist(), to_host(emitted.reason_B).tolist()
+        scores = None if emitted.log_probs is None else to_host(emitted.log_probs.chosen_X).tolist()
+        for place, row in enumerate(range(len(tokens)) if rows is None else rows):
+            new = [token for token in tokens[place] if token >= 0]
+            if row >= 0 and (new or rows is None):
+                self.reasons[row] = reasons[place]
+                self.tokens[row] += new
+                if scores is not None:
+                    self._log_probs[row] = (self._log_probs[row] or []) + scores[place][: len(new)]
+
+    def clear(self, row: int) -> None:
+        """The row gets another prompt."""
+        self.tokens[row], self.reasons[row], self._log_probs[row] = [], int(Reason.NO_PROMPT), None
+
+    @property
+    def running(self) -> list[int]:
+        """The rows that have not ended."""
+        return [row for row, reason in enumerate(self.reasons) if reason == Reason.RUNNING]
+
+    def get(self, row: int) -> Continuation:
+        """What a row has been given."""
+        return Continuation(self.tokens[row], _REASONS.get(self.reasons[row], "length"), self._log_probs[row])
+
+
+def _start(
+    prepared: Prepared, prompts: Sequence[Sequence[int]], settings: Settings, sampling: Sampling, found: Continuations
+) -> Decoding:
+    """The state after all prompts, and the first token of each."""
+    rows, size = len(sampling.place), engine.chunk_length()
+    longest = max(map(len, prompts))
+    slots = bucket(longest + settings.max_new_tokens)
+    decoding = engine.allocate(prepared, sampling, slots=slots)
+    placed: list[PlacedPrompt | None] = [PlacedPrompt(row, prompt) for row, prompt in enumerate(prompts)]
+    placed += [None] * (rows - len(prompts))
+    chosen = []
+    for start in range(0, longest, size):
+        chunk = make_chunk(placed, start, size, slots)
+        decoding, emitted, _ = engine.extend(prepared, decoding, chunk, sampling)
+        chosen.append((emitted, [row if is_last else -1 for row, is_last in enumerate(chunk.is_last_R)]))
+    for emitted, ended in chosen:
+        found.add(emitted, ended)
+    return decoding
+
+
+def _finish(prepared: Prepared, decoding: Decoding, max_new_tokens: int, found: Continuations) -> None:
+    """Decodes to the end of all rows; what a program chose is read while the next one runs."""
+    nothing = np.zeros(len(decoding.token_B), bool)
+    before = None
+    for step in range(1, max_new_tokens, engine.STEPS):
+        decoding, emitted = engine.decode(prepared, decoding, min(engine.STEPS, max_new_tokens - step), nothing)
+        if before is not None:
+            found.add(before)
+        before = emitted
+        if not found.running:
+            break
+    if before is not None:
+        found.add(before)
+
+
+def _finish_with(on_token: OnToken, prepared: Prepared, decoding: Decoding, count: int, found: Continuations) -> None:
+    """The same step by step; `on_token` sees each of them."""
+    rows, step = len(decoding.token_B), 0
+    while True:
+        new = [found.tokens[row][step] if len(found.tokens[row]) > step else None for row in range(count)]
+        shown = [None if found.reasons[row] == Reason.EOS else token for row, token in enumerate(new)]
+        if all(token is None for token in shown):
+            return
+        stops = _stops(on_token(step, shown), count)
+        cancel_B = np.array([row < count and stops[row] and row in found.running for row in range(rows)])
+        for row in np.flatnonzero(cancel_B):
+            found.reasons[row] = int(Reason.CANCELLED)
+        if not found.running:
+            return
+        decoding, emitted = engine.decode(prepared, decoding, 1, cancel_B)
+        found.add(emitted)
+        step += 1
 
 
 def bucket(length: int) -> int:
-    """`length` rounded up: 64, 128, 256, then multiples of 256."""
-    return max(64, 2 ** math.ceil(math.log2(length))) if length <= 256 else -(-length // 256) * 256
+    """`length` rounded up to the slots that a cache may have: 128 or a multiple of 256."""
+    return 128 if length <= 128 else -(-length // 256) * 256
 
 
 def check_prompts(config: ModelConfig, prompts: Any, max_new_tokens: int | Sequence[int]) -> list[Sequence[int]]:
@@ -168,57 +252,11 @@ def _check_prompt(name: str, prompt: Any, vocab_size: int) -> None:
             raise ValueError(f"{name} has token id {token!r}: it must be a whole number in 0..{vocab_size - 1}.")
 
 
-def _pad_prompts(
-    prompts: Sequence[Sequence[int]], batch_multiple: int, pad_token_id: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and segments int32 [B, T]: tokens on the right with segment 1, padding and rows of no prompt segment 0."""
-    batch = -(-len(prompts) // batch_multiple) * batch_multiple
-    ids_BT = np.full((batch, bucket(max(map(len, prompts)))), pad_token_id, np.int32)
-    segments_BT = np.zeros_like(ids_BT)
-    for i, prompt in enumerate(prompts):
-        ids_BT[i, -len(prompt) :] = prompt
-        segments_BT[i, -len(prompt) :] = 1
-    return ids_BT, segments_BT
-
-
-def _new_tokens(decoding: Decoding, step: int) -> list[int | None]:
-    """The token of each row that was chosen in this step; None for the eos and for rows that had ended."""
-    token_B, step_B, reason_B = (to_host(x) for x in (decoding.token_B, decoding.step_B, decoding.reason_B))
-    is_text_B = (step_B == step + 1) & (reason_B != Reason.EOS)
-    return [int(token) if is_text else None for token, is_text in zip(token_B, is_text_B, strict=True)]
-
-
-def _stop(decoding: Decoding, answer: Any, count: int) -> Decoding:
-    """`decoding` without the rows that on_token's `answer` stops."""
-    if answer is None or answer is False:
-        return decoding
-    stops = np.zeros(len(decoding.step_B), bool)
-    if answer is True:
-        stops[:] = True
-    else:
-        legal = f"it must return None, a bool, or {count} bools, one a prompt"
-        right = isinstance(answer, Sequence | np.ndarray) and len(answer) == count
-        require(right and all(isinstance(a, bool | np.bool_) for a in answer), "on_token(...)", answer, legal)
-        stops[:count] = answer
-    runs_B = to_host(decoding.reason_B) == Reason.RUNNING
-    reason_B = jnp.where(stops & runs_B, np.int8(Reason.CANCELLED), decoding.reason_B)
-    return decoding._replace(reason_B=reason_B)
-
-
-def _continuations(decoding: Decoding) -> list[Continuation]:
-    rows = range(len(decoding.step_B))
-    return read_rows(decoding, rows, to_host(decoding.step_B), to_host(decoding.reason_B))
-
-
-def read_rows(decoding: Decoding, rows: Sequence[int], step_B: np.ndarray, reason_B: np.ndarray) -> list[Continuation]:
-    """What `rows` of `decoding` hold; its step_B and reason_B are already on the host."""
-    output_BS = to_host(decoding.output_BS)
-    log_probs_BS = None if decoding.log_probs_BS is None else to_host(decoding.log_probs_BS)
-    return [
-        Continuation(
-            tokens=output_BS[row, : step_B[row]].tolist(),
-            reason=_REASONS.get(reason_B[row], "length"),
-            log_probs=None if log_probs_BS is None else log_probs_BS[row, : step_B[row]].tolist(),
-        )
-        for row in rows
-    ]
+def _stops(answer: Any, count: int) -> list[bool]:
+    """Which of `count` prompts on_token's `answer` stops."""
+    if answer is None or isinstance(answer, bool | np.bool_):
+        return [bool(answer)] * count
+    legal = f"it must return None, a bool, or {count} bools, one a prompt"
+    right = isinstance(answer, Sequence | np.ndarray) and len(answer) == count
+    require(right and all(isinstance(a, bool | np.bool_) for a in answer), "on_token(...)", answer, legal)
+    return list(map(bool, answer))

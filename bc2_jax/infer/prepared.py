@@ -11,6 +11,7 @@ from flax import nnx
 from jax import Array
 
 from bc2_jax.config import ComputeConfig, ModelConfig
+from bc2_jax.infer.cache import CacheDType
 from bc2_jax.model.baichuan import Baichuan2, Params
 from bc2_jax.model.head import Head, normalize_rows
 from bc2_jax.model.layers import Embedding, Linear, Weight, split_equation
@@ -19,7 +20,7 @@ from bc2_jax.sharding import reshard, use_mesh_of
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["graphdef", "config", "compute"]
+    jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["graphdef", "config", "compute", "kv"]
 )
 @dataclasses.dataclass(frozen=True)
 class Prepared:
@@ -29,13 +30,15 @@ class Prepared:
     config: ModelConfig
     compute: ComputeConfig
     params: Params
+    kv: CacheDType = "compute"
+    """Of the keys and values that its programs keep."""
 
     def merge(self) -> Baichuan2:
         """The model, whose logits are those of the one that was prepared."""
         return nnx.merge(self.graphdef, self.params)
 
 
-def prepare(model: Baichuan2, donate: bool = False, whole: bool = False) -> Prepared:
+def prepare(model: Baichuan2, donate: bool = False, whole: bool = False, kv: CacheDType = "compute") -> Prepared:
     """`model` as decoding reads it, so that nothing is done again for every token.
 
     Weights are in the compute dtype, but for those of the norms, which scale in fp32; the rows of the head are
@@ -47,6 +50,8 @@ def prepare(model: Baichuan2, donate: bool = False, whole: bool = False) -> Prep
     With `whole` the weights of the layers are whole along the model dimension too: gathered here once instead of at
     every step. Each device then holds all of them in the compute dtype, over mesh.tensor. For long decoding on a mesh
     that cuts parameters, where there is room.
+
+    `kv` "int8" keeps keys and values in half the memory, each head of a token with its own scale.
 
     The given model stays as it is, and what need not change is shared with it. With `donate` it is used up: its arrays
     are deleted one by one as they are replaced, so that beside the prepared parameters never more than one stored
@@ -65,7 +70,7 @@ def prepare(model: Baichuan2, donate: bool = False, whole: bool = False) -> Prep
             if donate and module.weight[...] is not stored:
                 stored.delete()
     graphdef, state = nnx.split(prepared)
-    return Prepared(graphdef, model.config, model.compute, nnx.to_pure_dict(state))
+    return Prepared(graphdef, model.config, model.compute, nnx.to_pure_dict(state), kv)
 
 
 def _lay_out(module: Weight, dtype: str, whole: bool) -> None:

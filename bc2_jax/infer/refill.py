@@ -13,13 +13,15 @@ from typing import NamedTuple
 import numpy as np
 
 from bc2_jax.infer import engine
-from bc2_jax.infer.engine import Decoding, Prepared, Reason
-from bc2_jax.infer.generate import Continuation, bucket, check_prompts, read_rows
+from bc2_jax.infer.chunks import PlacedPrompt, make_chunk
+from bc2_jax.infer.decoding import STEPS, Reason
+from bc2_jax.infer.engine import Prepared
+from bc2_jax.infer.generate import Continuation, Continuations, bucket, check_prompts
 from bc2_jax.infer.sampling import Sampling, Settings, is_whole, sampling_of
-from bc2_jax.sharding import from_host, parts, to_host, use_mesh_of
+from bc2_jax.sharding import parts, to_host, use_mesh_of
 from bc2_jax.validation import require
 
-GROUP = 8
+GROUP = STEPS
 """Decoding steps after which rows that have ended are given new prompts, by default. A row waits for half of them on
 average, so of answers of n tokens 4 / n of the work is lost; and the host, which looks at the rows between two groups,
 takes less than a step's time for it."""
@@ -66,21 +68,25 @@ class RolloutShapes:
     """Prompts that are continued at one time."""
     prefill_rows: int
     """Prompts that are run together to start them."""
-    prompt_slots: int
-    """Tokens of a prompt, rounded up."""
     slots: int
     """Of the cache: prompt and answer, rounded up."""
 
     @classmethod
-    def of(cls, rows: int, prefill_rows: int | None, prompt_slots: int, max_new_tokens: int) -> RolloutShapes:
-        """Those of `continue_many` on the mesh in use. Raises ValueError as it does."""
+    def of(cls, rows: int, prefill_rows: int | None, length: int) -> RolloutShapes:
+        """Those of `continue_many` on the mesh in use, for prompts and answers of together `length` tokens.
+
+        Raises ValueError as it does.
+        """
         cut = parts("batch")
         if prefill_rows is None:
-            prefill_rows = max(rows // 4 // cut, 1) * cut if is_whole(rows) else cut
+            least = min(engine.least_rows(), max(rows // cut, 1)) if is_whole(rows) else 1
+            prefill_rows = max(rows // 4 // cut, least) * cut if is_whole(rows) else cut
         for name, count in (("rows", rows), ("prefill_rows", prefill_rows)):
             legal = f"it must be a positive multiple of {cut}, the parts of a batch on this mesh"
             require(is_whole(count) and count > 0 and count % cut == 0, name, count, legal)
-        return cls(rows, prefill_rows, bucket(prompt_slots), bucket(prompt_slots + max_new_tokens))
+        legal = f"it must be at most rows = {rows}"
+        require(prefill_rows <= rows, "prefill_rows", prefill_rows, legal)
+        return cls(rows, prefill_rows, bucket(length))
 
 
 def continue_many(
@@ -133,10 +139,10 @@ def continue_many(
     prompt_slots = longest if prompt_slots is None else prompt_slots
     legal = f"it must be a whole number, at least the {longest} tokens of the longest prompt"
     require(is_whole(prompt_slots) and prompt_slots >= longest, "prompt_slots", prompt_slots, legal)
-    require(is_whole(group) and group >= 1, "group", group, "it must be a whole number, at least 1")
+    require(is_whole(group) and 1 <= group <= STEPS, "group", group, f"it must be a whole number in 1..{STEPS}")
     require(log_prob_temperature > 0, "log_prob_temperature", log_prob_temperature, "it must be positive")
     with use_mesh_of(prepared.params["norm"]["weight"]):
-        shapes = RolloutShapes.of(rows, prefill_rows, prompt_slots, most)
+        shapes = RolloutShapes.of(rows, prefill_rows, prompt_slots + most)
         each = [dataclasses.replace(settings, max_new_tokens=limit) for limit in limits]
         rollout = _Rollout(prepared, prompts, each, shapes, log_prob_temperature if log_probs else None)
         while rollout.done < len(prompts):
@@ -156,19 +162,13 @@ class _Rollout:
     ):  # fmt: skip
         self._prepared, self._prompts, self._settings, self._shapes = prepared, prompts, settings, shapes
         self._log_prob_temperature = log_prob_temperature
-        # As in `continue_prompts`, so that all greedy calls share one compiled function.
-        self._top_k = 0 if settings[0].temperature == 0 else settings[0].top_k
         self._found: dict[int, Continuation] = {}
         self._prompt_of: dict[int, int] = {}
         """The prompt of each row that runs."""
-        self._prefilled: Decoding | None = None
-        self._ready: list[tuple[int, int]] = []
-        """Rows of `_prefilled` that are in no row yet, and their prompts."""
-        self._num_prefilled = self._decode_steps = self._row_steps_used = self._prefills = 0
-        self._step_B = np.zeros(shapes.rows, np.int32)
-        self._decoding = engine.allocate(
-            prepared, self._sampling([0] * shapes.rows), length=shapes.slots, log_probs=log_prob_temperature is not None
-        )
+        self._rows = Continuations(shapes.rows)
+        self._num_started = self._decode_steps = self._row_steps_used = self._prefills = 0
+        self._decoding = engine.allocate(prepared, self._sampling([0] * shapes.rows), slots=shapes.slots)
+        self._cancel_B = np.zeros(shapes.rows, bool)
 
     @property
     def done(self) -> int:
@@ -177,45 +177,30 @@ class _Rollout:
 
     def refill(self) -> None:
         """Gives the free rows the next prompts, in their order."""
-        free = [row for row in range(self._shapes.rows) if row not in self._prompt_of]
-        while free:
-            if not self._ready:
-                if self._num_prefilled == len(self._prompts):
-                    return
-                self._prefill()
-            assert self._prefilled is not None  # as something is ready
-            rows_to, free = free[: len(self._ready)], free[len(self._ready) :]
-            taken, self._ready = self._ready[: len(rows_to)], self._ready[len(rows_to) :]
-            self._decoding = engine.insert(self._decoding, self._prefilled, [row for row, _ in taken], rows_to)
-            self._prompt_of |= {row: prompt for row, (_, prompt) in zip(rows_to, taken, strict=True)}
-            self._step_B[rows_to] = 1
+        while self._num_started < len(self._prompts):
+            placed = self._place()
+            if not any(placed):
+                return
+            self._prefill(placed)
 
     def decode(self, steps: int, stops: Stops | None) -> None:
         """At most so many tokens more of each row; takes the continuations of those that end or that `stops` names."""
-        decoding = engine.decode(self._prepared, self._decoding, top_k=self._top_k, steps=steps)
-        self._decoding = decoding
-        step_B, reason_B = np.array(to_host(decoding.step_B)), to_host(decoding.reason_B)
-        gained_B, self._step_B = step_B - self._step_B, step_B
-        self._decode_steps += int(gained_B.max())
-        self._row_steps_used += int(gained_B.sum())
+        before = sum(map(len, self._rows.tokens))
+        if any(row in self._prompt_of for row in self._rows.running):
+            self._decoding, emitted = engine.decode(self._prepared, self._decoding, steps, self._cancel_B)
+            gained = to_host(emitted.tokens_BK)
+            self._rows.add(emitted)
+            self._decode_steps += int((gained >= 0).sum(axis=1).max())
+            self._cancel_B = np.zeros(self._shapes.rows, bool)
+        self._row_steps_used += sum(map(len, self._rows.tokens)) - before
+        running = [row for row in self._prompt_of if self._rows.reasons[row] == Reason.RUNNING]
         if stops is not None:
-            reason_B = self._stop(stops, step_B, reason_B)
-        ended = [row for row in self._prompt_of if reason_B[row] != Reason.RUNNING]
-        if ended:
-            found = read_rows(decoding, ended, step_B, reason_B)
-            self._found |= {self._prompt_of.pop(row): c for row, c in zip(ended, found, strict=True)}
-
-    def _stop(self, stops: Stops, step_B: np.ndarray, reason_B: np.ndarray) -> np.ndarray:
-        """`reason_B` with the rows that `stops` names cancelled, here and on the device."""
-        running = [row for row in self._prompt_of if reason_B[row] == Reason.RUNNING]
-        so_far = read_rows(self._decoding, running, step_B, reason_B) if running else []
-        named = stops({self._prompt_of[row]: c.tokens for row, c in zip(running, so_far, strict=True)})
-        stopped = [row for row in running if self._prompt_of[row] in named]
-        if stopped:
-            reason_B = reason_B.copy()
-            reason_B[stopped] = Reason.CANCELLED
-            self._decoding = self._decoding._replace(reason_B=from_host(reason_B))
-        return reason_B
+            named = stops({self._prompt_of[row]: list(self._rows.tokens[row]) for row in running})
+            for row in running:
+                if self._prompt_of[row] in named:
+                    self._rows.reasons[row], self._cancel_B[row] = int(Reason.CANCELLED), True
+        for row in [row for row in self._prompt_of if self._rows.reasons[row] != Reason.RUNNING]:
+            self._found[self._prompt_of.pop(row)] = self._rows.get(row)
 
     def result(self) -> tuple[list[Continuation], RefillStats]:
         """All continuations in the order of their prompts, once all have ended."""
@@ -225,24 +210,45 @@ class _Rollout:
         total = rows * self._decode_steps
         return found, RefillStats(self._decode_steps, self._row_steps_used, total, in_batches, self._prefills)
 
-    def _prefill(self) -> None:
-        """Runs the next prompts. They stand at the left, so that a row uses no slot for padding."""
-        shapes, pad = self._shapes, self._prepared.config.pad_token_id
-        first = self._num_prefilled
-        prompts = self._prompts[first : first + shapes.prefill_rows]
-        ids_BT = np.full((shapes.prefill_rows, shapes.prompt_slots), pad, np.int32)
-        segments_BT = np.zeros_like(ids_BT)
-        for row, prompt in enumerate(prompts):
-            ids_BT[row, : len(prompt)], segments_BT[row, : len(prompt)] = prompt, 1
-        self._prefilled = engine.prefill(
-            self._prepared, ids_BT, segments_BT, self._sampling(range(first, first + shapes.prefill_rows)),
-            length=shapes.prompt_slots, top_k=self._top_k, log_probs=self._log_prob_temperature is not None,
-        )  # fmt: skip
-        self._ready = [(row, first + row) for row in range(len(prompts))]
-        self._num_prefilled += len(prompts)
-        self._prefills += 1
+    def _place(self) -> list[PlacedPrompt | None]:
+        """The next prompts at the places of a chunk whose part of the batch has a free row; takes the rows."""
+        shapes = self._shapes
+        cut = parts("batch")
+        per_part, rows_per_part = shapes.prefill_rows // cut, shapes.rows // cut
+        placed: list[PlacedPrompt | None] = [None] * shapes.prefill_rows
+        for part in range(cut):
+            rows = range(part * rows_per_part, (part + 1) * rows_per_part)
+            free = [row for row in rows if row not in self._prompt_of]
+            # A chunk with a place for each row has row i at place i.
+            places = [row - rows[0] for row in free] if per_part == len(rows) else range(per_part)
+            for place, row in zip(places, free, strict=False):
+                if self._num_started < len(self._prompts):
+                    prompt = self._num_started
+                    placed[part * per_part + place] = PlacedPrompt(row, self._prompts[prompt])
+                    self._prompt_of[row], self._num_started = prompt, prompt + 1
+        return placed
 
-    def _sampling(self, places: Sequence[int]) -> Sampling:
-        temperature = 1.0 if self._log_prob_temperature is None else self._log_prob_temperature
-        last = len(self._settings) - 1  # rows of no prompt have its settings
-        return sampling_of([self._settings[min(place, last)] for place in places], places, temperature)
+    def _prefill(self, placed: list[PlacedPrompt | None]) -> None:
+        size = engine.chunk_length()
+        settings = self._sampling([0 if at is None else self._prompt_of[at.row] for at in placed])
+        longest = max(len(at.ids) for at in placed if at is not None)
+        for start in range(0, longest, size):
+            chunk = make_chunk(placed, start, size, self._shapes.slots)
+            self._decoding, emitted, _ = engine.extend(self._prepared, self._decoding, chunk, settings)
+            self._prefills += 1
+            ends = [at.row if at is not None and chunk.is_last_R[i] else -1 for i, at in enumerate(placed)]
+            for row in ends:
+                if row >= 0:
+                    self._rows.clear(row)
+            self._rows.add(emitted, ends)
+        # The row's last prompt may have been cancelled; the new one is not.
+        self._cancel_B[[at.row for at in placed if at is not None]] = False
+
+    def _sampling(self, prompts: Sequence[int]) -> Sampling:
+        temperature = self._log_prob_temperature
+        sampling = sampling_of(
+            [self._settings[prompt] for prompt in prompts], prompts, 1.0 if temperature is None else temperature
+        )
+        if temperature is None:
+            return sampling
+        return sampling._replace(top_log_probs=np.zeros(len(prompts), np.int32))

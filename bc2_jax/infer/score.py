@@ -94,7 +94,7 @@ def _run(graphdef: Any, params: Params, rows: Rows) -> Scores:
     attention = model.layers.self_attn
     block = min(attention.compute.attention_block, ATTENTION_BLOCK)
     attention.compute = dataclasses.replace(attention.compute, attention_block=block)
-    h_BTD, _ = model.hidden_states(rows.ids_BT, None, rows.segments_BT)
+    h_BTD = model.hidden_states(rows.ids_BT, None, rows.segments_BT)
     places_BS, labels_BS = (reshard(x, "batch", "sequence") for x in (rows.places_BS, rows.labels_BS))
     found = token_log_probs(_take(h_BTD, places_BS), model.lm_head.rows(), labels_BS, model.compute.loss_chunk)
     is_argmax = (found.argmax == labels_BS) & (labels_BS != IGNORED)

@@ -65,29 +65,6 @@ def reference_attention(
     return jnp.einsum("BNTS,BSNH->BTNH", p_BNTS.astype(v_BSNH.dtype), v_BSNH)
 
 
-def reference_decode(
-    q_BNH: Array,
-    k_BNH: Array,
-    v_BNH: Array,
-    k_LBNSH: Array,
-    v_LBNSH: Array,
-    layer: Array,
-    length_B: Array,
-    q: Tokens,
-    k: Tokens,
-    slopes_N: Array | None,
-) -> tuple[Array, Array, Array]:
-    """Attention of one new token a row to a layer of the cache, and the cache with its keys and values.
-
-    Row b's go to slot length_B[b], or nowhere where the cache is full; it sees slots 0..length_B[b]. `q` is [B, 1]
-    tokens, `k` those of the slots [B, S], the new ones included. Returns [B, N, H] in the dtype of v, and both caches.
-    """
-    slots = (layer, jnp.arange(len(length_B)), slice(None), length_B)
-    k_LBNSH, v_LBNSH = (cache.at[slots].set(new, mode="drop") for cache, new in ((k_LBNSH, k_BNH), (v_LBNSH, v_BNH)))
-    keys, values = (jnp.swapaxes(cache[layer], 1, 2) for cache in (k_LBNSH, v_LBNSH))
-    return reference_attention(q_BNH[:, None], keys, values, q, k, slopes_N, length_B)[:, 0], k_LBNSH, v_LBNSH
-
-
 def chunked_attention(
     q_BTNH: Array, k_BTNH: Array, v_BTNH: Array, tokens: Tokens, slopes_N: Array | None, *, block: int
 ) -> Array:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,26 +9,14 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from bc2_jax.config import ComputeConfig, ModelConfig
-from bc2_jax.kernels.attention import Tokens, chunked_attention, reference_attention, reference_decode
+from bc2_jax.kernels.attention import Tokens, chunked_attention, reference_attention
+from bc2_jax.kernels.cached import KVCache, Place, cached_attention
 from bc2_jax.model.layers import EQUATIONS, Linear
 from bc2_jax.model.position import alibi_slopes, apply_rope
 from bc2_jax.sharding import named_sharding, reshard, spec
 
-
-class KVCache(NamedTuple):
-    """Keys and values of the tokens seen so far; each row of the batch fills its slots from the first on."""
-
-    k: Array
-    """[L, B, N, S, H] in the compute dtype: slots and head size last, so that a TPU's tiles hold no padding."""
-    v: Array
-    tokens: Tokens
-    """Position and segment of each slot, int32 [B, S]; segment 0 is an empty slot or padding."""
-    length: Array
-    """Slots in use of each row, int32 [B]; its next token goes to the slot of this number."""
-
-
 CACHE_AXES = ("layers", "batch", "attention_heads", None, "head_dim")
-"""The logical axes of keys and values."""
+"""The logical axes of keys and values; their scales have the first four."""
 
 
 class SelfAttention(nnx.Module):
@@ -47,28 +32,35 @@ class SelfAttention(nnx.Module):
         self.o_proj = Linear.random(EQUATIONS["o_proj"], (L, N, H, D), std, rngs=rngs)
         self.config, self.compute = config, compute
 
-    def __call__(
-        self, x_BTD: Array, tokens: Tokens, rope: tuple[Array, Array] | None, cache: KVCache | None, layer: Array | int
-    ) -> tuple[Array, KVCache | None]:
-        """[B, T, D] -> [B, T, D]. With a cache, also writes the new keys and values to it and returns it.
+    def __call__(self, x_BTD: Array, tokens: Tokens, rope: tuple[Array, Array] | None) -> Array:
+        """[B, T, D] -> [B, T, D], of whole sequences."""
+        q, k, v = self._project(x_BTD, rope)
+        tokens = Tokens(*(reshard(x, "batch", None) for x in tokens))
+        with jax.named_scope("attention"):
+            out = self._attend(q, k, v, tokens)
+        return self._merge_heads(out)
 
-        T is then the whole prompt of an empty cache, or 1.
-        """
+    def extend(
+        self, x_RTD: Array, place: Place, rope: tuple[Array, Array] | None, slopes_RN: Array | None, cache: KVCache,
+        layer: Array | int,
+    ) -> tuple[Array, KVCache]:  # fmt: skip
+        """[R, T, D] -> [R, T, D] of new tokens, and the cache with their keys and values in one layer."""
+        q, k, v = self._project(x_RTD, rope)
+        with jax.named_scope("attention"):
+            out, cache = self._append_and_attend(q, k, v, place, slopes_RN, cache, layer)
+        return self._merge_heads(out), cache
+
+    def _project(self, x_BTD: Array, rope: tuple[Array, Array] | None) -> tuple[Array, Array, Array]:
         q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
         q, k, v = (reshard(x, "batch", None, "attention_heads", "head_dim") for x in (q, k, v))
-        tokens = Tokens(*(reshard(x, "batch", None) for x in tokens))
-        with jax.named_scope("attention"):
-            if cache is not None and q.shape[1] == 1:
-                out, cache = self._append_and_attend(q, k, v, tokens, cache, layer)
-            else:
-                # A prefill fills an empty cache, so its tokens see only each other.
-                out = self._attend(q, k, v, tokens)
-                cache = None if cache is None else _fill(cache, k, v, layer)
+        return q, k, v
+
+    def _merge_heads(self, out: Array) -> Array:
         out = reshard(out, "batch", "sequence", "heads", "head_dim")
-        return checkpoint_name(self.o_proj(out), "o"), cache
+        return checkpoint_name(self.o_proj(out), "o")
 
     def _attend(self, q: Array, k: Array, v: Array, tokens: Tokens) -> Array:
         """The kernel, on each device's own heads of whole sequences; slopes are cut with their heads."""
@@ -90,39 +82,37 @@ class SelfAttention(nnx.Module):
         return jax.shard_map(kernel, in_specs=in_specs, out_specs=heads)(*arguments)
 
     def _append_and_attend(
-        self, q: Array, k: Array, v: Array, tokens: Tokens, cache: KVCache, layer: Array | int
+        self, q: Array, k: Array, v: Array, place: Place, slopes_RN: Array | None, cache: KVCache, layer: Array | int
     ) -> tuple[Array, KVCache]:
-        """One token a row, [B, 1, N, H]: its keys and values go to one layer of the cache, which it then attends to.
+        """New tokens [R, T, N, H] go to one layer of the cache and attend to it.
 
-        The kernel has the whole cache and the number of the layer: a slice of it would be copied.
+        The kernels have the whole cache and the number of the layer: a slice of it would be copied.
         """
-        kernel: Callable[..., tuple[Array, Array, Array]] = reference_decode
-        if self.compute.attention == "flash":
-            from bc2_jax.kernels.flash_decode import flash_decode  # Pallas takes most of a second to import
+        is_flash = self.compute.attention == "flash" and q.shape[1] == 1
 
-            kernel = flash_decode
-        layer, length_B = jnp.asarray(layer, jnp.int32), reshard(cache.length, "batch")
-        new = (x[:, 0] for x in (q, k, v))
-        arguments = (*new, cache.k, cache.v, layer, length_B, tokens, cache.tokens, self._slopes())
-        if named_sharding() is not None:
-            heads, slots = spec("batch", "attention_heads", "head_dim"), spec(*CACHE_AXES)
-            rows = spec("batch", None)
-            in_specs = (heads, heads, heads, slots, slots, spec(), spec("batch"), rows, rows, spec("attention_heads"))
-            kernel = jax.shard_map(kernel, in_specs=in_specs, out_specs=(heads, slots, slots))
-        out, k, v = kernel(*arguments)
-        return out[:, None], cache._replace(k=k, v=v)
+        def kernel(q, k, v, cache, layer, place, slopes, rows):
+            # Rows are numbered within each part of the batch.
+            place = place._replace(rows=place.rows - rows[0])
+            if is_flash:
+                from bc2_jax.kernels.flash_decode import flash_decode  # Pallas takes most of a second to import
+
+                out, cache = flash_decode(q[:, 0], k[:, 0], v[:, 0], cache, layer, place.start, slopes)
+                return out[:, None], cache
+            return cached_attention(q, k, v, cache, layer, place, slopes)
+
+        rows = reshard(jnp.arange(cache.k.shape[1]), "batch")
+        place = Place(*(reshard(x, "batch") for x in place))
+        arguments = (q, k, v, cache, jnp.asarray(layer, jnp.int32), place, slopes_RN, rows)
+        if named_sharding() is None:
+            return kernel(*arguments)
+        heads, row = spec("batch", None, "attention_heads", "head_dim"), spec("batch")
+        slots = jax.tree.map(lambda x: spec(*CACHE_AXES[: x.ndim]), cache)
+        slopes = None if slopes_RN is None else spec("batch", "attention_heads")
+        in_specs = (heads, heads, heads, slots, spec(), jax.tree.map(lambda _: row, place), slopes, row)
+        return jax.shard_map(kernel, in_specs=in_specs, out_specs=(heads, slots))(*arguments)
 
     def _slopes(self) -> Array | None:
         """ALiBi's slopes, cut as the heads are; None where positions are rotated."""
         if self.config.position_embedding != "alibi":
             return None
         return reshard(jnp.asarray(alibi_slopes(self.config.num_attention_heads)), "attention_heads")
-
-
-def _fill(cache: KVCache, k_BTNH: Array, v_BTNH: Array, layer: Array | int) -> KVCache:
-    """The cache with one layer's keys and values in its first slots."""
-    start = (layer, 0, 0, 0, 0)
-    return cache._replace(
-        k=jax.lax.dynamic_update_slice(cache.k, jnp.swapaxes(k_BTNH, 1, 2)[None], start),
-        v=jax.lax.dynamic_update_slice(cache.v, jnp.swapaxes(v_BTNH, 1, 2)[None], start),
-    )

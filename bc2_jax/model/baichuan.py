@@ -15,11 +15,12 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from bc2_jax.config import ComputeConfig, DType, ModelConfig
 from bc2_jax.kernels.attention import Tokens
+from bc2_jax.kernels.cached import KVCache, Place
 from bc2_jax.kernels.segments import positions_of
-from bc2_jax.model.attention import KVCache, SelfAttention
+from bc2_jax.model.attention import SelfAttention
 from bc2_jax.model.head import Head
 from bc2_jax.model.layers import MLP, Embedding, RMSNorm, remat
-from bc2_jax.model.position import make_rope
+from bc2_jax.model.position import alibi_slopes, make_rope
 from bc2_jax.sharding import parts, reshard, spec, use_mesh_of
 
 Params = dict[str, Any]
@@ -36,14 +37,24 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config, stack)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(
-        self, h_BTD: Array, tokens: Tokens, rope: tuple[Array, Array] | None, cache: KVCache | None, layer: Array | int
-    ) -> tuple[Array, KVCache | None]:
+    def __call__(self, h_BTD: Array, tokens: Tokens, rope: tuple[Array, Array] | None) -> Array:
         with jax.named_scope("self_attn"):
-            y_BTD, cache = self.self_attn(self.input_layernorm(h_BTD), tokens, rope, cache, layer)
-            h_BTD += y_BTD
+            h_BTD += self.self_attn(self.input_layernorm(h_BTD), tokens, rope)
+        return self._feed_forward(h_BTD)
+
+    def extend(
+        self, h_RTD: Array, place: Place, rope: tuple[Array, Array] | None, slopes_RN: Array | None, cache: KVCache,
+        layer: Array,
+    ) -> tuple[Array, KVCache]:  # fmt: skip
+        """The same of new tokens, whose keys and values go to the cache."""
+        with jax.named_scope("self_attn"):
+            y_RTD, cache = self.self_attn.extend(self.input_layernorm(h_RTD), place, rope, slopes_RN, cache, layer)
+            h_RTD += y_RTD
+        return self._feed_forward(h_RTD), cache
+
+    def _feed_forward(self, h_BTD: Array) -> Array:
         with jax.named_scope("mlp"):
-            return h_BTD + self.mlp(self.post_attention_layernorm(h_BTD)), cache
+            return h_BTD + self.mlp(self.post_attention_layernorm(h_BTD))
 
 
 class Backbone(nnx.Module):
@@ -59,27 +70,47 @@ class Backbone(nnx.Module):
         self.config, self.compute = config, compute
 
     def hidden_states(
-        self, input_ids: Array, positions: Array | None = None, segment_ids: Array | None = None,
-        cache: KVCache | None = None,
-    ) -> tuple[Array, KVCache | None]:  # fmt: skip
-        """What the head is applied to, [B, T, D] in the compute dtype, and the cache with these tokens appended.
-
-        With a cache, T is the whole prompt of an empty cache, padded on either side, or 1. A row's length is then the
-        slot behind its last token that is not padding; a single token always takes a slot.
-        """
-        h_BTD, cache, _ = self._run_layers(input_ids, positions, segment_ids, cache)
-        return self.norm(h_BTD), cache
+        self, input_ids: Array, positions: Array | None = None, segment_ids: Array | None = None
+    ) -> Array:
+        """What the head is applied to, [B, T, D] in the compute dtype."""
+        return self.norm(self._run_layers(input_ids, positions, segment_ids)[0])
 
     def every_hidden_state(
         self, input_ids: Array, positions: Array | None = None, segment_ids: Array | None = None
     ) -> Array:
         """[L + 1, B, T, D]: after the embedding, after each layer but the last, after the final norm."""
         with use_mesh_of(self.norm.weight[...]):
-            h_BTD, _, before = self._run_layers(input_ids, positions, segment_ids, None, keep=True)
+            h_BTD, before = self._run_layers(input_ids, positions, segment_ids, keep=True)
             return jnp.concatenate([before, self.norm(h_BTD)[None]])
 
-    def _run_layers(self, input_ids, positions, segment_ids, cache, keep: bool = False):
-        if cache is None and input_ids.shape[1] % parts("sequence"):
+    def extend(self, ids_RT: Array, place: Place, cache: KVCache) -> tuple[Array, KVCache]:
+        """`hidden_states` of T new tokens of R sequences, whose earlier ones are in the cache, and the cache with them.
+
+        R is the rows of the cache, or fewer: as many of each part of the batch, the parts in their order. Inference
+        only: no gradient flows through the cache.
+        """
+        positions_RT = jnp.maximum(place.start, 0)[:, None] + jnp.arange(ids_RT.shape[1])
+        ids_RT, positions_RT = (reshard(x, "batch", "sequence") for x in (ids_RT, positions_RT))
+        rope = slopes_RN = None
+        if self.config.position_embedding == "rope":
+            rope = make_rope(positions_RT, self.config.head_dim, self.config.rope_theta)
+        else:
+            slopes = jnp.asarray(alibi_slopes(self.config.num_attention_heads))
+            slopes_RN = reshard(jnp.broadcast_to(slopes, (len(ids_RT), len(slopes))), "batch", "attention_heads")
+        graphdef, stacked = nnx.split(self.layers)
+
+        def run_layer(carry, layer):
+            index, params = layer
+            h_RTD, cache = carry
+            return nnx.merge(graphdef, params).extend(h_RTD, place, rope, slopes_RN, cache, index), None
+
+        carry = self.embed_tokens(ids_RT, jnp.dtype(self.compute.dtype)), cache
+        layers = (jnp.arange(self.config.num_hidden_layers), stacked)
+        h_RTD, cache = jax.lax.scan(run_layer, carry, layers)[0]
+        return self.norm(h_RTD), cache
+
+    def _run_layers(self, input_ids, positions, segment_ids, keep: bool = False):
+        if input_ids.shape[1] % parts("sequence"):
             raise ValueError(
                 f"input_ids has {input_ids.shape[1]} columns; the mesh needs a multiple of {parts('sequence')}."
             )
@@ -90,33 +121,24 @@ class Backbone(nnx.Module):
         given = (input_ids, *place_tokens(input_ids, positions, segment_ids))
         input_ids, positions, segment_ids = (reshard(x, "batch", "sequence") for x in given)
         tokens = Tokens(positions, segment_ids)
-        if cache is not None:
-            cache = cache._replace(tokens=_append_tokens(cache, Tokens(*(reshard(x, "batch", None) for x in tokens))))
         rope = None
         if self.config.position_embedding == "rope":
             rope = make_rope(tokens.positions, self.config.head_dim, self.config.rope_theta)
         graphdef, stacked = nnx.split(self.layers)
 
-        def run_layer(carry, layer):
-            h_BTD, cache = carry
-            index, params = layer
-            out = nnx.merge(graphdef, params)(h_BTD, tokens, rope, cache, index)
+        def run_layer(h_BTD, params):
+            out = nnx.merge(graphdef, params)(h_BTD, tokens, rope)
             return out, h_BTD if keep else None
 
         run_layer = remat(run_layer, self.compute)
-        carry = self.embed_tokens(input_ids, jnp.dtype(self.compute.dtype)), cache
-        indices = jnp.arange(self.config.num_hidden_layers)
+        h_BTD = self.embed_tokens(input_ids, jnp.dtype(self.compute.dtype))
         if self.compute.scan_layers:
-            (h_BTD, cache), before = jax.lax.scan(run_layer, carry, (indices, stacked))
-        else:
-            kept = []
-            for layer in enumerate(unstack_layers(stacked)):
-                carry, h_BTD = run_layer(carry, layer)
-                kept.append(h_BTD)
-            (h_BTD, cache), before = carry, stack_layers(kept)
-        if cache is not None:
-            cache = cache._replace(length=cache.length + _slots_taken(tokens.segments))
-        return h_BTD, cache, before
+            return jax.lax.scan(run_layer, h_BTD, stacked)
+        kept = []
+        for layer in unstack_layers(stacked):
+            h_BTD, before = run_layer(h_BTD, layer)
+            kept.append(before)
+        return h_BTD, stack_layers(kept)
 
 
 class Baichuan2(Backbone):
@@ -135,25 +157,7 @@ class Baichuan2(Backbone):
         shapes that do not agree.
         """
         with use_mesh_of(self.norm.weight[...]):
-            h_BTD, _ = self.hidden_states(input_ids, positions, segment_ids)
-            return self.lm_head(h_BTD)
-
-
-def _append_tokens(cache: KVCache, tokens: Tokens) -> Tokens:
-    """Position and segment of each slot, those of the new tokens included."""
-    if tokens.segments.shape[1] > 1:
-        return Tokens(*(jax.lax.dynamic_update_slice(c, t, (0, 0)) for c, t in zip(cache.tokens, tokens, strict=True)))
-    is_new_BS = jnp.arange(cache.tokens.segments.shape[1]) == cache.length[:, None]
-    return Tokens(*(jnp.where(is_new_BS, t, c) for c, t in zip(cache.tokens, tokens, strict=True)))
-
-
-def _slots_taken(segments_BT: Array) -> Array:
-    """int32 [B], whole everywhere: the slots that each row's new tokens take, up to the last that is not padding."""
-    T = segments_BT.shape[1]
-    if T == 1:
-        return jnp.ones((), jnp.int32)
-    used_BT = jnp.where(reshard(segments_BT, "batch", None) != 0, jnp.arange(1, T + 1), 0)
-    return reshard(used_BT.max(axis=1), None)
+            return self.lm_head(self.hidden_states(input_ids, positions, segment_ids))
 
 
 def place_tokens(input_ids: Array, positions: Array | None, segment_ids: Array | None) -> Tokens:

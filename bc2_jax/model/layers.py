@@ -17,6 +17,7 @@ from bc2_jax.sharding import (
     ShardingRules,
     gather,
     named_sharding,
+    platform,
     reduce_scatter,
     reshard,
     rules_in_use,
@@ -130,8 +131,7 @@ def _sum_dtype(equation: str, x: Array) -> jnp.dtype:
     Each chip's own sum is fp32 in either case.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    device = mesh.abstract_device
-    if device is None or device.platform != "tpu":
+    if mesh.empty or platform() != "tpu":
         return jnp.dtype(jnp.float32)
     x_dims, _, y_dims = split_equation(equation)
     spec = jax.typeof(x).sharding.spec  # type: ignore[attr-defined]  # jax declares the base class

@@ -37,7 +37,7 @@ class RewardModel(Backbone):
         The hidden states are in the compute dtype; their products with the weight and the sum are fp32.
         """
         with use_mesh_of(self.norm.weight[...]):
-            h_BTD, _ = self.hidden_states(input_ids, positions, segment_ids)
+            h_BTD = self.hidden_states(input_ids, positions, segment_ids)
             # No matmul: its operands would be rounded on a TPU.
             return jnp.sum(h_BTD.astype(jnp.float32) * self.score.weight[...].astype(jnp.float32), axis=-1)
 

@@ -84,7 +84,7 @@ class Failed:
 
     message: str
     status: int
-    """Of HTTP: 500 if the engine failed, 503 if the server stops or the queue was too slow, 504 after the total time."""
+    """500 if the engine failed, 503 if the server stops or no row was free in time, 504 if it took too long."""
 
 
 Event = Started | PromptScored | Tokens | Ended | Failed
@@ -128,7 +128,7 @@ class Handle:
         return self._is_complete
 
     def cancel(self) -> None:
-        """No more tokens are wanted; the last event is then Ended("cancelled"). From any thread, any number of times."""
+        """No more tokens are wanted: the last event will be Ended("cancelled"). From any thread, more than once too."""
         if not self._is_complete:
             self._on_cancel(self)
 

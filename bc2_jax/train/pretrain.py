@@ -165,7 +165,7 @@ def make_loss(
 
     def loss(params: Params, frozen: Params, batch: Batch) -> tuple[Array, Parts]:
         module = nnx.merge(graphdef, params) if build is None else build(params, frozen, batch)
-        h_BTD, _ = module.hidden_states(batch["input_ids"], batch["positions"], batch["segment_ids"])
+        h_BTD = module.hidden_states(batch["input_ids"], batch["positions"], batch["segment_ids"])
         value, sums = head_loss(
             h_BTD, module.lm_head.rows(), batch["labels"], model.z_loss_weight, compute.loss_chunk,
             None if weigh is None else weigh(batch),

@@ -168,7 +168,7 @@ def test_hidden_states_are_means_over_the_first_tokens(checkpoint: Path, tokeniz
         ids = tokenizer.encode(text)[:80]
         expected = np.zeros(32)
         if ids:
-            expected = np.asarray(model.hidden_states(jnp.array([ids]))[0][0]).mean(axis=0)
+            expected = np.asarray(model.hidden_states(jnp.array([ids]))[0]).mean(axis=0)
         np.testing.assert_allclose(mean, expected, atol=1e-5)
         np.testing.assert_array_equal(feature, unit_rows(mean))
     assert features.dtype == np.float16 and embed([]).shape == (0, 32)

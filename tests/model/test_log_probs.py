@@ -233,7 +233,7 @@ def model_case(golden) -> ModelCase:
 
     def weighed(params, ids, labels, weights, largest_weights, function):
         model = nnx.merge(graphdef, params)
-        h_BTD = model.hidden_states(ids)[0].astype(jnp.float64)
+        h_BTD = model.hidden_states(ids).astype(jnp.float64)
         found = function(h_BTD, model.lm_head.rows(), labels, 13)
         return jnp.sum(weights * found.log_prob + largest_weights * found.largest_logit), (found, h_BTD)
 

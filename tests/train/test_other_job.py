@@ -38,7 +38,7 @@ def make_regression_job(config: TrainConfig, start: loop.Start) -> Job:
 
     def loss(params, frozen, batch):
         model = nnx.merge(graphdef, frozen)
-        h_BTD, _ = model.hidden_states(batch["input_ids"], batch["positions"], batch["segment_ids"])
+        h_BTD = model.hidden_states(batch["input_ids"], batch["positions"], batch["segment_ids"])
         found_BT = jnp.einsum("BTD,D->BT", h_BTD.astype(jnp.float32), params["head"]["weight"])
         squares_BT = jnp.square(found_BT - batch["positions"] / config.data.sequence_length)
         valid_BT = batch["segment_ids"] > 0
