@@ -202,7 +202,7 @@ def test_blocked_and_foreign_storage_do_not_stop_the_page(open_tab: Callable[...
     assert tab.page.is_visible("#full")
     good = '"title":"t","system":"","changed":1,"messages"'
     values = [
-        "{", "null", "[]", '{"id": "a"}', "{%s:{}}" % good, '{"id":"5",%s:{"b":{"id":"b","parent":"c"}}}' % good,
+        "{", "null", "[]", '{"id": "a"}', "{" + good + ":{}}", '{"id":"5",' + good + ':{"b":{"id":"b","parent":"c"}}}',
     ]  # fmt: skip
     lines = [f"localStorage.setItem('bc2.chat.{place}', {value!r});" for place, value in enumerate(values)]
     tab = open_tab(before="".join(lines) + "localStorage.setItem('bc2.sampler', '[]');")
