@@ -89,9 +89,10 @@ class Api:
             Route("/detokenize", self.detokenize, methods=["POST"]),
             Route("/tokenizer_info", self.tokenizer_info),
         ]
-        names = {route.path.partition("{")[0]: route.path for route in routes}
         router = Router(routes, redirect_slashes=False)
-        self.app: ASGIApp = Guard(router, names, keys, hosts, self.metrics, log_prompts=log_prompts)
+        self.app: ASGIApp = Guard(
+            router, [route.path for route in routes], keys, hosts, self.metrics, log_prompts=log_prompts
+        )
 
     # -------------------------------------------------------------------------------------------- chats and completions
 

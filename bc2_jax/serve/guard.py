@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 from starlette.datastructures import Headers, MutableHeaders
@@ -31,17 +31,13 @@ class Guard:
     """An ASGI application around the routes' own."""
 
     def __init__(
-        self,
-        app: ASGIApp,
-        routes: Mapping[str, str],
-        keys: Keys,
-        hosts: Hosts,
-        metrics: Metrics,
-        *,
+        self, app: ASGIApp, routes: Sequence[str], keys: Keys, hosts: Hosts, metrics: Metrics, *,
         log_prompts: bool = False,
-    ):
-        """`routes` has the pattern of a route for each path, or for each beginning of one that ends with a slash."""
-        self._app, self._routes, self._keys, self._hosts, self._metrics = app, routes, keys, hosts, metrics
+    ):  # fmt: skip
+        """`routes` are the paths; one whose last part is a name in braces stands for all with another last part."""
+        self._app, self._keys, self._hosts, self._metrics = app, keys, hosts, metrics
+        self._routes = {route for route in routes if "{" not in route}
+        self._folders = {route.partition("{")[0]: route for route in routes if "{" in route}
         self._log_prompts = log_prompts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -93,7 +89,7 @@ class Guard:
             await _reply(reply, scope, receive, send, error.headers)
 
     def _route(self, path: str) -> str:
-        return self._routes.get(path) or self._routes.get(path[: path.rfind("/") + 1], "other")
+        return path if path in self._routes else self._folders.get(path[: path.rfind("/") + 1], "other")
 
 
 def _explain(scope: Scope, error: HTTPException) -> str:

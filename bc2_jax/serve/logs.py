@@ -41,8 +41,8 @@ class Record:
 
 
 def log_request(record: Record) -> None:
-    """One line; health checks and metrics only if they fail."""
-    if record.status < 400 and record.route in ("/health", "/metrics"):
+    """One line; none for health checks, which come every few seconds and say 503 as long as the model is loaded."""
+    if record.route == "/health" or (record.route == "/metrics" and record.status == 200):
         return
     logger.info("%s", record.line())
 
