@@ -20,7 +20,7 @@ from bc2_jax.infer.engine import LogProbs, Reason
 from bc2_jax.serve.prefixes import Prefixes, hash_chunks
 from bc2_jax.serve.requests import Ended, Event, Failed, Handle, PromptScored, Started, Tokens, TokenScore
 from bc2_jax.serve.stats import Observe, Stats
-from bc2_jax.serve.turns import Kind, Results, Shapes, Turn, empty_turn
+from bc2_jax.serve.turns import Kind, Results, Shapes, Stretch, Turn, empty_turn
 
 _REASONS: dict[int, Literal["eos", "length"]] = {Reason.EOS: "eos", Reason.LIMIT: "length"}
 
@@ -29,6 +29,7 @@ class Runs(Protocol):
     """`turns.Runner`, or `followers.Leader` where several processes run the turns."""
 
     shapes: Shapes
+    stretch: Stretch | None
 
     def run(self, turn: Turn) -> Results | None:
         """Dispatches the oldest turn that was not dispatched; its results, or None if it waits for the next turn."""
@@ -37,11 +38,12 @@ class Runs(Protocol):
 class Served:
     """A request that has a row."""
 
-    def __init__(self, handle: Handle, chunk: int):
+    def __init__(self, handle: Handle, chunk: int, stretch: float):
         self.handle, self.request = handle, handle.request
-        ids, owner = self.request.ids, self.request.owner
+        ids = self.request.ids
         self.row = -1
-        self.hashes = hash_chunks(ids, chunk, owner)
+        # Another stretch gives other keys and values.
+        self.hashes = hash_chunks(ids, chunk, f"{stretch} {self.request.owner}")
         """Of the whole chunks of the prompt."""
         self.reusable = self.hashes[: (len(ids) - 1) // chunk]
         """Of those that may be copied: not the last, whose hidden states give the first token."""
@@ -114,7 +116,9 @@ class Scheduler:
 
     def admit(self, handle: Handle) -> None:
         """Gives the request a row, of which one must be free."""
-        served = self._served[handle] = Served(handle, self._shapes.chunk)
+        stretch = self._runner.stretch
+        factor = 1.0 if stretch is None else stretch(handle.request.reserved)
+        served = self._served[handle] = Served(handle, self._shapes.chunk, factor)
         row = served.row = self._prefixes.choose(self._free, served.reusable)
         self._free.remove(row)
         served.reuse(self._prefixes.count_held(row, served.reusable) * self._shapes.chunk)
@@ -151,7 +155,7 @@ class Scheduler:
             for i in range(min(shapes.places, len(queue))):
                 at_place[part * shapes.places + i] = queue.popleft()
         requests = [at_place[i].request if i in at_place else None for i in range(shapes.parts * shapes.places)]
-        turn = empty_turn(shapes, requests=requests)
+        turn = empty_turn(shapes, requests=requests, stretch=self._runner.stretch)
         for place, served in at_place.items():
             self._take_chunk(turn, place, served)
         for served in at_place.values():

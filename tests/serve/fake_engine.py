@@ -56,12 +56,23 @@ class Late:
         return self.x
 
 
+class FakePrepared:
+    """A model that was trained on 40 tokens."""
+
+    def __init__(self, is_long: bool = False):
+        self.long_context = "ntk" if is_long else None
+
+    def stretch(self, tokens: int) -> float:
+        return max(tokens / 40, 1.0)
+
+
 class FakeEngine:
     """`rows` and the other shapes come with `allocate`. Fails at program number `fails_at`; waits while `gate` is not
     set."""
 
     def __init__(self, fails_at: int | None = None, parts: int = 1):
         self.parts = parts
+        self.stretches: set[float | None] = set()
         self.log: list[str] = []
         self.gate = threading.Event()
         self.gate.set()
@@ -105,6 +116,7 @@ class FakeEngine:
             if count == 0:
                 continue
             assert start % C == 0
+            self.stretches.add(None if chunk.stretch_R is None else float(chunk.stretch_R[i]))
             self.slots_BS[row, start : start + count] = chunk.ids_RC[i, :count]
             self.length_B[row], self.reason_B[row] = start + count, Reason.NO_PROMPT
             for t in range(count):
