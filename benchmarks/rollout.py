@@ -24,7 +24,7 @@ from bc2_jax.infer import engine
 from bc2_jax.infer.chunks import PlacedPrompt, make_chunk
 from bc2_jax.infer.generate import Continuation, Continuations, bucket
 from bc2_jax.infer.refill import continue_many
-from bc2_jax.infer.sampling import MOST_EOS, Settings, sampling_of
+from bc2_jax.infer.settings import MOST_EOS, Settings, sampling_of
 from bc2_jax.model.baichuan import Baichuan2
 from bc2_jax.terminal import make_console, make_table
 
@@ -40,21 +40,22 @@ def continue_in_batches(
 ) -> tuple[list[Continuation], float]:
     """What `continue_many` gives, of batches that end with their longest answer; and the share of row steps used."""
     found: list[Continuation] = []
-    taken = 0
+    taken, slots, nobody = 0, bucket(PROMPT + MOST), np.zeros(rows, bool)
     for first in range(0, len(prompts), rows):
+        batch = prompts[first : first + rows]
         sampling = sampling_of([settings] * rows, range(first, first + rows))
         sampling = sampling._replace(top_log_probs=np.zeros(rows, np.int32))
-        decoding = engine.allocate(prepared, sampling, slots=bucket(PROMPT + MOST))
-        batch: list[PlacedPrompt | None] = [PlacedPrompt(row, ids) for row, ids in enumerate(prompts[first:][:rows])]
-        answers = Continuations(rows)
-        chunk = make_chunk(batch + [None] * (rows - len(batch)), 0, engine.chunk_length(), bucket(PROMPT + MOST))
+        decoding, continuations = engine.allocate(prepared, sampling, slots=slots), Continuations(rows)
+        placed = [PlacedPrompt(row, ids) for row, ids in enumerate(batch)] + [None] * (rows - len(batch))
+        chunk = make_chunk(placed, 0, engine.chunk_length(), slots)
+        assert chunk.is_last_R.sum() == len(batch)
         decoding, emitted, _ = engine.extend(prepared, decoding, chunk, sampling)
-        answers.add(emitted)
-        while answers.running:
-            decoding, emitted = engine.decode(prepared, decoding, engine.STEPS, np.zeros(rows, bool))
-            answers.add(emitted)
-        found += (done := [answers.get(row) for row in range(len(batch))])
-        taken += rows * (max(len(answer.tokens) for answer in done) - 1)
+        continuations.add(emitted)
+        while continuations.running:
+            decoding, emitted = engine.decode(prepared, decoding, engine.STEPS, nobody)
+            continuations.add(emitted)
+        found += [continuations.get(row) for row in range(len(batch))]
+        taken += rows * (max(len(continuation.tokens) for continuation in found[first:]) - 1)
     return found, sum(len(continuation.tokens) - 1 for continuation in found) / taken
 
 

@@ -49,6 +49,8 @@ class Decoding(NamedTuple):
     reason_B: Array
     """int8, of `Reason`."""
     sampling: Sampling
+    stretch_B: Array | None
+    """fp32: how far beyond the trained length each row's sequence may come (`LongContext`); None without it."""
 
 
 class Chunk(NamedTuple):
@@ -70,6 +72,8 @@ class Chunk(NamedTuple):
     """bool: the prompt ends here, its first new token is chosen, and the row runs from now on."""
     prompt_RS: Any
     """int32: the whole prompt where it ends, padded with -1: what the repetition penalty sees."""
+    stretch_R: Any | None = None
+    """fp32, the same for all chunks of a prompt: `Prepared.stretch` of all its tokens, new ones included."""
 
 
 class LogProbs(NamedTuple):

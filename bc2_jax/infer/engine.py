@@ -165,6 +165,7 @@ def _run_allocate(prepared: Prepared, sampling: Sampling, *, slots: int) -> Deco
         reason_B=jnp.full(B, Reason.NO_PROMPT, jnp.int8),
         # Arrays of the host have no layout until they are given one.
         sampling=_whole(sampling),
+        stretch_B=jnp.ones(B, jnp.float32) if prepared.long_context is not None else None,
     )
 
 
@@ -175,10 +176,12 @@ def _run_extend(
     has_R = chunk.count_R > 0
     starts_R = has_R & chunk.is_last_R
     place = Place(chunk.rows_R, jnp.where(has_R, chunk.start_R, -1))
-    h_RCD, cache = model.extend(chunk.ids_RC, place, decoding.cache)
+    h_RCD, cache = model.extend(chunk.ids_RC, place, decoding.cache, chunk.stretch_R, prepared.method)
 
-    def last_token(h_RCD: Array, count_R: Array) -> Array:
-        return jnp.take_along_axis(h_RCD, jnp.maximum(count_R - 1, 0)[:, None, None], axis=1)
+    def last_two(h_RCD: Array, count_R: Array) -> Array:
+        # The last alone would be the only row of the head's matmul where R = 1, which has other bits on a CPU.
+        last_R = jnp.maximum(count_R - 1, 0)
+        return jnp.take_along_axis(h_RCD, jnp.stack([last_R, jnp.maximum(last_R - 1, 0)], axis=1)[..., None], axis=1)
 
     def mark_seen(prompt_RS: Array) -> Array:
         mark = jax.vmap(lambda ids: jnp.zeros(V, bool).at[ids].set(True, mode="drop"))
@@ -187,8 +190,8 @@ def _run_extend(
     seen_RV = _by_rows(mark_seen, chunk.prompt_RS, axes=sampling_axis(len(chunk.rows_R)))
     counts_RV = None if decoding.counts_BV is None else jnp.zeros_like(seen_RV, jnp.int16)
     step_R = jnp.zeros_like(chunk.count_R)
-    logits_R1V = model.lm_head(_by_rows(last_token, h_RCD, chunk.count_R))
-    token_R, seen_RV, counts_RV, log_probs = _choose(logits_R1V, seen_RV, counts_RV, step_R, starts_R, sampling)
+    logits_R2V = model.lm_head(_by_rows(last_two, h_RCD, chunk.count_R))
+    token_R, seen_RV, counts_RV, log_probs = _choose(logits_R2V, seen_RV, counts_RV, step_R, starts_R, sampling)
     step_R += 1
     reason_R = jnp.where(starts_R, _reason(token_R, step_R, sampling), Reason.NO_PROMPT).astype(jnp.int8)
     tokens_RK = jnp.where(starts_R, token_R, -1)[:, None]
@@ -207,12 +210,14 @@ def _run_extend(
         put_cut, (decoding.seen_BV, decoding.counts_BV), jnp.arange(B), (seen_RV, counts_RV), chunk.rows_R, starts_R,
         axes=(sampling_axis(B), sampling_axis(B), "batch", "batch", "batch"),
     )  # fmt: skip
-    small = (decoding.token_B, decoding.step_B, decoding.reason_B, decoding.sampling)
-    token_B, step_B, reason_B, settings = put(small, _whole((token_R, step_R, reason_R, sampling)), begun_R)
+    small = (decoding.token_B, decoding.step_B, decoding.reason_B, decoding.sampling, decoding.stretch_B)
+    new = (token_R, step_R, reason_R, sampling, chunk.stretch_R)
+    token_B, step_B, reason_B, settings, stretch_B = put(small, _whole(new), begun_R)
     decoding = Decoding(
         cache, put(decoding.length_B, chunk.start_R + chunk.count_R, used_R), seen_BV, counts_BV, token_B, step_B,
         # Until its prompt ends a row has none: what was there before is over.
         jnp.where(_is_in(B, used_R) & ~_is_in(B, begun_R), Reason.NO_PROMPT, reason_B).astype(jnp.int8), settings,
+        stretch_B,
     )  # fmt: skip
     return decoding, emitted, h_RCD
 
@@ -239,7 +244,7 @@ def _run_decode(prepared: Prepared, decoding: Decoding, steps: Array, cancel_B: 
 
     def step(carry: tuple[Array, Decoding, Any]) -> tuple[Array, Decoding, Any]:
         done, decoding, chosen = carry
-        decoding, new = _decode_step(model, decoding)
+        decoding, new = _decode_step(model, prepared.method, decoding)
         chosen = jax.tree.map(lambda all_BK, new_B: all_BK.at[:, done].set(new_B), chosen, new)
         return done + 1, decoding, chosen
 
@@ -250,13 +255,13 @@ def _run_decode(prepared: Prepared, decoding: Decoding, steps: Array, cancel_B: 
     return decoding, Emitted(tokens_BK, log_probs, decoding.step_B + 0, decoding.reason_B + jnp.int8(0))
 
 
-def _decode_step(model: Baichuan2, decoding: Decoding) -> tuple[Decoding, tuple[Array, LogProbs | None]]:
+def _decode_step(model: Baichuan2, method: str, decoding: Decoding) -> tuple[Decoding, tuple[Array, LogProbs | None]]:
     """One token more of each row that runs, and the tokens, -1 for the others, which compute along."""
     length_B, S = decoding.length_B, decoding.cache.k.shape[3]
     was_running_B = decoding.reason_B == Reason.RUNNING
     runs_B = was_running_B & (length_B < S)
     place = Place(jnp.arange(len(length_B)), jnp.where(runs_B, length_B, -1))
-    h_BTD, cache = model.extend(decoding.token_B[:, None], place, decoding.cache)
+    h_BTD, cache = model.extend(decoding.token_B[:, None], place, decoding.cache, decoding.stretch_B, method)
     token_B, seen_BV, counts_BV, log_probs = _choose(
         model.lm_head(h_BTD), decoding.seen_BV, decoding.counts_BV, decoding.step_B, runs_B, decoding.sampling
     )
@@ -380,7 +385,12 @@ def _whole(tree: Any) -> Any:
 
 
 def programs(compute: ComputeConfig) -> Programs:
-    """The programs, on a TPU with the compiler options that `compute` chooses."""
+    """The programs, on a TPU with the compiler options that `compute` chooses.
+
+    On a CPU sums are not handed to YNNPACK, which XLA does for some sizes of the batch: a row would get other bits.
+    """
+    if platform() == "cpu":
+        return make_programs(xla_cpu_experimental_ynn_fusion_type="LIBRARY_FUSION_TYPE_DOT")
     chip = current_chip()
     if chip is None or compute.compiler_options == "default":
         return make_programs()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from flax import nnx
@@ -13,11 +13,15 @@ from bc2_jax.config import ComputeConfig, ModelConfig
 from bc2_jax.infer.cache import CacheDType
 from bc2_jax.model.baichuan import Baichuan2, Params
 from bc2_jax.model.layout import lay_out
+from bc2_jax.model.position import LongContext
 from bc2_jax.model.quantized import Scheme
+from bc2_jax.validation import require
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["graphdef", "config", "compute", "kv"]
+    jax.tree_util.register_dataclass,
+    data_fields=["params"],
+    meta_fields=["graphdef", "config", "compute", "kv", "long_context"],
 )
 @dataclasses.dataclass(frozen=True)
 class Prepared:
@@ -29,6 +33,35 @@ class Prepared:
     params: Params
     kv: CacheDType = "compute"
     """Of the keys and values that its programs keep."""
+    long_context: LongContext | None = None
+    """None: sequences have at most the trained length."""
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.config.model_max_length if self.long_context is None else self.long_context.max_length
+
+    @property
+    def method(self) -> str:
+        """Of its long context, if it has one."""
+        return "ntk" if self.long_context is None else self.long_context.method
+
+    def stretch(self, tokens: int) -> float:
+        """Of a sequence that may come to so many tokens."""
+        return 1.0 if self.long_context is None else max(tokens / self.config.model_max_length, 1.0)
+
+    def reach(self, method: Literal["ntk", "yarn"], max_length: int) -> Prepared:
+        """The same model for sequences of up to `max_length` tokens, longer than those it was trained on.
+
+        Raises ValueError for a method that its positions do not have and a length that is not greater.
+        """
+        is_rope = self.config.position_embedding == "rope"
+        legal = 'it must be "ntk" or "yarn"' if is_rope else 'it must be "ntk": the model has ALiBi'
+        require(method == "ntk" or (method == "yarn" and is_rope), "long_context", method, legal)
+        trained = self.config.model_max_length
+        legal = f"it must be a whole number greater than model_max_length = {trained}"
+        require(isinstance(max_length, int) and max_length > trained, "max_length", max_length, legal)
+        return dataclasses.replace(self, long_context=LongContext(method, max_length))
 
     def merge(self) -> Baichuan2:
         """The model, whose logits are those of the one that was prepared."""
