@@ -8,7 +8,7 @@ import importlib.metadata
 import json
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from bc2_jax.align.red_team import identify
 from bc2_jax.config import DType, MeshConfig
@@ -84,12 +84,9 @@ def make_fingerprint(options: ServeOptions, tokenizer: Tokenizer, length: int) -
 
     The same seed gives the same tokens where this is the same.
     """
-    about: dict[str, Any] = {
-        "files": identify(options.model, options.adapter), "tokenizer": tokenizer.fingerprint, "slots": options.slots,
-        "length": length, "dtype": options.dtype, "tensor": options.tensor, "kv": options.kv,
-        "quantize": options.quantize, "long_context": (options.long_context, options.max_length),
-        "versions": [importlib.metadata.version(name) for name in ("bc2_jax", "jax", "jaxlib")],
-    }  # fmt: skip
+    about = dataclasses.asdict(options) | {"model": identify(options.model, options.adapter)}
+    about |= {"tokenizer": tokenizer.fingerprint, "length": length}
+    about["versions"] = [importlib.metadata.version(name) for name in ("bc2_jax", "jax", "jaxlib")]
     text = json.dumps(about, sort_keys=True, default=str)
     return f"bc2-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
