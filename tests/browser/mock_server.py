@@ -1,4 +1,4 @@
-"""A server for the chat page that answers what a test tells it to, in the protocol of `bc2_jax/serve`, without a model."""
+"""A server for the chat page that answers what a test tells it to, in the protocol of `bc2_jax/serve`."""
 
 from __future__ import annotations
 
