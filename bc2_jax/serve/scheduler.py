@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from bc2_jax.infer.engine import LogProbs, Reason
+from bc2_jax.model.position import stretch_of
 from bc2_jax.serve.prefixes import Prefixes, hash_chunks
 from bc2_jax.serve.requests import Ended, Event, Failed, Handle, PromptScored, Started, Tokens, TokenScore
 from bc2_jax.serve.stats import Observe, Stats
@@ -37,11 +38,13 @@ class Runs(Protocol):
 class Served:
     """A request that has a row."""
 
-    def __init__(self, handle: Handle, chunk: int):
+    def __init__(self, handle: Handle, shapes: Shapes):
         self.handle, self.request = handle, handle.request
-        ids, owner = self.request.ids, self.request.owner
+        ids, owner, chunk = self.request.ids, self.request.owner, shapes.chunk
         self.row = -1
-        self.hashes = hash_chunks(ids, chunk, owner)
+        self.stretch = 1.0 if shapes.trained is None else stretch_of(self.request.reserved, shapes.trained)
+        """Of the positions: decided by all tokens that it may have, so that it stays the same."""
+        self.hashes = hash_chunks(ids, chunk, owner, self.stretch)
         """Of the whole chunks of the prompt."""
         self.reusable = self.hashes[: (len(ids) - 1) // chunk]
         """Of those that may be copied: not the last, whose hidden states give the first token."""
@@ -114,7 +117,7 @@ class Scheduler:
 
     def admit(self, handle: Handle) -> None:
         """Gives the request a row, of which one must be free."""
-        served = self._served[handle] = Served(handle, self._shapes.chunk)
+        served = self._served[handle] = Served(handle, self._shapes)
         row = served.row = self._prefixes.choose(self._free, served.reusable)
         self._free.remove(row)
         served.reuse(self._prefixes.count_held(row, served.reusable) * self._shapes.chunk)
@@ -185,6 +188,8 @@ class Scheduler:
         chunk.ids_RC[place, : len(ids)] = ids
         chunk.rows_R[place], chunk.start_R[place], chunk.count_R[place] = row, start, len(ids)
         chunk.is_last_R[place] = served.is_read
+        if chunk.stretch_R is not None:
+            chunk.stretch_R[place] = served.stretch
         if served.is_read:
             chunk.prompt_RS[place, : len(request.ids)] = request.ids
             served.asked = 1

@@ -150,6 +150,11 @@ class Service:
             self._changed.notify_all()
         return handles
 
+    def queue_place(self, handle: Handle) -> int | None:
+        """How many requests will get a row before this one; None once it has one."""
+        with self._changed:
+            return self._waiting.place_of(handle)
+
     def _cancel(self, handle: Handle) -> None:
         with self._changed:
             self._cancelled.append(handle)

@@ -36,6 +36,8 @@ class Shapes:
     """Tokens of a row in a turn while no prompt is being read."""
     prefill_steps: int = 1
     """The same while one is."""
+    trained: int | None = None
+    """For a model with a long context, its trained length, beyond which sequences are stretched; else None."""
 
     def __post_init__(self) -> None:
         for name in ("rows", "slots", "chunk", "parts", "places"):
@@ -105,6 +107,7 @@ def empty_turn(shapes: Shapes, kind: Kind = Kind.RUN, requests: Sequence[Request
     chunk = Chunk(
         ids_RC=zeros(R, C), rows_R=rows_R, start_R=zeros(R), count_R=zeros(R), is_last_R=np.zeros(R, bool),
         prompt_RS=np.full((R, shapes.slots), -1, np.int32),
+        stretch_R=None if shapes.trained is None else np.ones(R, np.float32),
     )  # fmt: skip
     return Turn(
         kind=np.array(kind, np.int32), copy_from_R=rows_R.copy(), copy_chunks_R=zeros(R), chunk=chunk,

@@ -76,6 +76,20 @@ class Waiting:
             self._of_owner.move_to_end(owner)
         return handle
 
+    def place_of(self, handle: Handle) -> int | None:
+        """How many requests will be taken before this one, if no other comes; None if it does not wait."""
+        owner = handle.request.owner
+        if handle not in self._of_owner.get(owner, ()):
+            return None
+        own = place = self._of_owner[owner].index(handle)
+        is_before = True  # in the rotation
+        for other, handles in self._of_owner.items():
+            if other == owner:
+                is_before = False
+            else:
+                place += min(len(handles), own + is_before)
+        return place
+
     def remove(self, handle: Handle) -> bool:
         """Whether it was waiting."""
         owner = handle.request.owner

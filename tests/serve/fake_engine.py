@@ -79,7 +79,7 @@ class FakeEngine:
     def allocate(self, prepared: Any, sampling: Any, *, slots: int) -> Any:
         self._begin("allocate")
         B = len(sampling.place)
-        self.slots_BS = np.full((B, slots), -1)
+        self.slots_BS, self.stretch_BS = np.full((B, slots), -1), np.zeros((B, slots), np.float32)
         self.length_B, self.step_B = np.zeros(B, int), np.zeros(B, np.int32)
         self.token_B, self.reason_B = np.zeros(B, int), np.full(B, Reason.NO_PROMPT, np.int8)
         self.seed_B, self.place_B, self.limit_B = np.zeros(B, int), np.zeros(B, int), np.zeros(B, int)
@@ -89,7 +89,8 @@ class FakeEngine:
     def copy_slots(self, state: Any, row_from: int, row_to: int, chunks: int, size: int) -> Any:
         self._begin(f"copy {row_from}>{row_to}x{chunks}")
         assert chunks == 0 or self.length_B[row_from] >= chunks * size
-        self.slots_BS[row_to, : chunks * size] = self.slots_BS[row_from, : chunks * size]
+        for slots in (self.slots_BS, self.stretch_BS):
+            slots[row_to, : chunks * size] = slots[row_from, : chunks * size]
         self.length_B[row_to], self.reason_B[row_to] = chunks * size, Reason.NO_PROMPT
         return state
 
@@ -106,6 +107,9 @@ class FakeEngine:
                 continue
             assert start % C == 0
             self.slots_BS[row, start : start + count] = chunk.ids_RC[i, :count]
+            stretch = 1.0 if chunk.stretch_R is None else chunk.stretch_R[i]
+            self.stretch_BS[row, start : start + count] = stretch
+            assert (self.stretch_BS[row, : start + count] == stretch).all(), "keys of another stretch"
             self.length_B[row], self.reason_B[row] = start + count, Reason.NO_PROMPT
             for t in range(count):
                 h_RCD[i, t] = self.slots_BS[row, : start + t + 1].tolist()

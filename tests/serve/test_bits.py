@@ -19,6 +19,7 @@ from bc2_jax.serve.requests import Ended, Handle, PromptScored, Request, Started
 from bc2_jax.serve.scheduler import Scheduler
 from bc2_jax.serve.stats import Stats
 from bc2_jax.serve.turns import Runner, Shapes
+from bc2_jax.sharding import from_host, to_host, use_mesh_of
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 # Mesh (data, fsdp, tensor), compute dtype, keys and values; heads are 4 and 6.
@@ -213,10 +214,10 @@ def test_log_probs_of_the_prompt_are_those_of_the_model(served, alone):
     assert [token for event in events if isinstance(event, Tokens) for token in event.tokens] == alone[0]
     (scores,) = (event.scores for event in events if isinstance(event, PromptScored))
     assert scores[0] is None and [score.id for score in scores[1:]] == list(target.ids[1:])
-    model = served.prepared.merge()
-    with jax.set_mesh(jax.typeof(served.prepared.params["norm"]["weight"]).sharding.mesh):
-        logits = jax.jit(model)(np.array([target.ids] * served.shapes.parts, np.int32))[0]
-    expected = np.asarray(jax.nn.log_softmax(logits))
+    forward = jax.jit(lambda prepared, ids: jax.nn.log_softmax(prepared.merge()(ids)))
+    with use_mesh_of(served.prepared.params["norm"]["weight"]):
+        batch = from_host(np.array([target.ids] * served.shapes.parts, np.int32))
+        expected = to_host(forward(served.prepared, batch))[0]
     exact = served.prepared.compute.dtype == "float32" and served.prepared.kv == "compute"
     found = np.array([score.log_prob for score in scores[1:]])
     np.testing.assert_allclose(found, expected[np.arange(149), list(target.ids[1:])], atol=2e-5 if exact else 0.1)

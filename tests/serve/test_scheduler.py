@@ -344,7 +344,7 @@ one = st.tuples(
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 @given(
     st.lists(st.one_of(one, st.integers(1, 4), st.tuples(st.just("cancel"), st.integers(0, 30))), max_size=25),
-    st.sampled_from([SHAPES, Shapes(4, 64, 8, parts=2), Shapes(2, 64, 8, steps=8, prefill_steps=2)]),
+    st.sampled_from([SHAPES, Shapes(4, 64, 8, parts=2, trained=20), Shapes(2, 64, 8, steps=8, prefill_steps=2)]),
 )
 def test_any_order_of_arrivals_and_cancels_gives_each_request_its_own_tokens(actions, shapes):
     bench, handles, cancelled = Bench(shapes), [], set()

@@ -100,6 +100,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(make):
     wait_for(lambda: service.stats().running == 2)
     waiting = service.submit_all([request(), request()])
     assert service.stats().waiting == 2
+    assert [service.queue_place(handle) for handle in waiting + running] == [0, 1, None, None]
     with pytest.raises(QueueFull, match="2 requests are waiting; at most 2 may") as refused:
         service.submit(request())
     assert 1 <= refused.value.retry_after <= 60 and service.stats().rejected == 1

@@ -99,3 +99,6 @@ def test_counts_are_those_of_what_waits(actions):
         elif inside:
             assert waiting.remove(inside.pop(0))
         assert len(waiting) == len(inside) and set(waiting) == set(inside)
+    places = {waiting.place_of(one): one for one in inside}
+    assert [places[i] for i in range(len(inside))] == [waiting.take() for _ in range(len(inside))]
+    assert all(waiting.place_of(one) is None for one in inside)
