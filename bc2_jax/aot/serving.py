@@ -308,7 +308,8 @@ def render(report: ServingReport) -> list[tuple[str, str]]:
         (
             "parameters, cache per chip",
             f"{gib(report.parameter_bytes)} ({shapes.quantize or 'bf16'}), {gib(report.cache_bytes)} "
-            f"({'int8' if shapes.kv == 'int8' else 'bf16'}); other state {gib(report.state_bytes - report.cache_bytes)}",
+            f"({'int8' if shapes.kv == 'int8' else 'bf16'}); "
+            f"other state {gib(report.state_bytes - report.cache_bytes)}",
         ),
         *program_rows("chunk of a prompt", report.extend),
         (
