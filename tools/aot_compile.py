@@ -4,7 +4,7 @@ do.
 python tools/aot_compile.py configs/baichuan2_13b.py --topology v5p:4x4x8
 python tools/aot_compile.py CONFIG.py --topology v5p:4x4x8 --num-slices 2 --batch-per-chip 2 --compute.remat save_dots
 python tools/aot_compile.py CONFIG.py --topology v5e:16x16 --search
-python tools/aot_compile.py configs/baichuan2_13b.py --topology v5e:2x4 --serve --slots 32 --kv int8
+python tools/aot_compile.py configs/baichuan2_13b.py --topology v5e:2x4 --serve --quantize int8 --kv int8
 python tools/aot_compile.py configs/baichuan2_13b.py --topology v5e:2x4 --score --batch 2 --row-length 4096
 
 python tools/aot_compile.py configs/baichuan2_13b_chat.py --topology v5e:2x4 --lora.rank 16
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from bc2_jax.tpu.chips import Topology
 
 out = make_console()
-SERVING_OPTIONS = ("slots", "slot_length", "prompt_length", "kv")
+SERVING_OPTIONS = ("slots", "slot_length", "prompt_length", "quantize", "kv")
 SCORING_OPTIONS = ("batch", "row_length", "benchmark")
 
 
@@ -71,7 +71,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--slots", type=int, help="with --serve: sequences at one time, by default the most that fit")
     parser.add_argument("--slot-length", type=int, help="with --serve: tokens of prompt and answer, 4096 by default")
     parser.add_argument("--prompt-length", type=int, help="with --serve: tokens of a prompt, 1024 by default")
-    parser.add_argument("--kv", choices=("compute", "int8"), help="with --serve: the cache, in bf16 by default")
+    parser.add_argument("--quantize", choices=("int8", "int4"), help="with --serve: the weights, bf16 by default")
+    parser.add_argument("--kv", choices=("compute", "int8"), help="with --serve: the cache, bf16 by default")
     parser.add_argument("--batch", type=int, help="with --score: rows, 2 by default")
     parser.add_argument("--row-length", type=int, help="with --score: tokens of a row, 4096 by default")
     parser.add_argument(

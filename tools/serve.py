@@ -45,6 +45,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--tensor", type=int, metavar="N", help="use all devices, cutting heads and vocabulary in N")
     parser.add_argument("--kv", choices=("int8",), help="keep keys and values in half the memory")
+    parser.add_argument("--quantize", choices=("int8", "int4"), help="keep the weights in a half or a quarter of it")
+    parser.add_argument(
+        "--long-context", choices=("ntk", "yarn"),
+        help="allow more tokens than the model was trained on, up to --max-length (yarn: 7B only)",
+    )  # fmt: skip
+    parser.add_argument("--max-length", type=int, metavar="N", help="most tokens with --long-context")
     parser.add_argument(
         "--api-key-file", type=Path, metavar="F",
         help=f"one key a line, KEY or NAME KEY; the variable {KEY_VARIABLE} holds a single one",
@@ -132,7 +138,8 @@ def run(args: argparse.Namespace) -> None:
     check_address(args.host, bool(keys))
     options = ServeOptions(
         model, slots=args.slots, slot_length=args.slot_length, dtype=args.dtype, tensor=args.tensor,
-        kv=args.kv or "compute", adapter=args.adapter, name=args.name,
+        kv=args.kv or "compute", quantize=args.quantize, long_context=args.long_context, max_length=args.max_length,
+        adapter=args.adapter, name=args.name,
     )  # fmt: skip
     limits = QueueLimits(requests=args.queue, queue_s=args.queue_seconds, total_s=args.total_seconds)
     served = describe_model(options)

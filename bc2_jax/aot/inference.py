@@ -6,10 +6,11 @@ allocated. `decode` is as long as the text, so one pass of it is estimated, at a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -39,6 +40,7 @@ from bc2_jax.infer.chunks import make_chunk
 from bc2_jax.infer.refill import RolloutShapes
 from bc2_jax.infer.sampling import Sampling
 from bc2_jax.model.baichuan import abstract_params, split_model
+from bc2_jax.model.quantized import Scheme
 from bc2_jax.sharding import place_shapes, use_rules
 from bc2_jax.tpu.chips import Topology
 from bc2_jax.tpu.options import Value
@@ -68,48 +70,70 @@ def inference_compute(compute: ComputeConfig) -> ComputeConfig:
     return dataclasses.replace(compute, remat="none", compiler_options="default")
 
 
-def abstract_prepared(model: ModelConfig, compute: ComputeConfig, mesh: Mesh, kv: CacheDType) -> engine.Prepared:
+def abstract_prepared(
+    model: ModelConfig, compute: ComputeConfig, mesh: Mesh, kv: CacheDType, quantize: Scheme | None = None
+) -> engine.Prepared:
     """What `engine.prepare` makes of a model on `mesh`, as shapes with shardings."""
     with jax.set_mesh(mesh), use_rules(engine.decoding_rules()):
         graphdef = split_model(model, compute)[0]
         stored = abstract_params(model, mesh, compute.dtype)
-        return place_shapes(
-            mesh, jax.eval_shape(lambda params: engine.prepare(nnx.merge(graphdef, params), kv=kv), stored)
-        )
+        prepare = functools.partial(engine.prepare, kv=kv, quantize=quantize)
+        return place_shapes(mesh, jax.eval_shape(lambda params: prepare(nnx.merge(graphdef, params)), stored))
 
 
-def compile_engine(
-    prepared: engine.Prepared, mesh: Mesh, shapes: RolloutShapes, sampling_of_rows: Callable[[int], Sampling],
-    options: dict[str, Value],
-) -> CompiledEngine:  # fmt: skip
-    """Compiles the programs for a batch of `shapes`; `prepared` is abstract.
+class AbstractEngine:
+    """The programs of the engine for a batch of one shape, to be compiled one by one.
 
-    `sampling_of_rows` gives settings of so many rows; which of them are None decides what is compiled, as in
-    `engine.allocate`. Raises DoesNotFit where the chip's memory is too small.
+    Compiling raises DoesNotFit where the chip's memory is too small.
     """
-    place = functools.partial(place_shapes, mesh)
-    programs = engine.programs(prepared.compute)
 
-    def abstract(tree: Any) -> Any:
-        return place(jax.eval_shape(lambda: jax.tree.map(jnp.asarray, tree)))
+    def __init__(
+        self, prepared: engine.Prepared, mesh: Mesh, shapes: RolloutShapes, sampling_of_rows: Callable[[int], Sampling],
+        options: dict[str, Value],
+    ):  # fmt: skip
+        """`prepared` is abstract. `sampling_of_rows` gives settings of so many rows; which of them are None decides
+        what is compiled, as in `engine.allocate`."""
+        self._prepared, self._mesh, self._shapes, self._options = prepared, mesh, shapes, options
+        self._sampling_of_rows = sampling_of_rows
+        self._programs = engine.programs(prepared.compute)
+        with self._in_use():
+            self.chunk_length = engine.chunk_length()
+            self._sampling = self._abstract(sampling_of_rows(shapes.rows))
+            empty = functools.partial(self._programs.allocate, slots=shapes.slots)
+            self.state = place_shapes(mesh, jax.eval_shape(empty, prepared, self._sampling))
 
-    with jax.set_mesh(mesh), use_rules(engine.decoding_rules()):
-        size = engine.chunk_length()
-        empty = (prepared, abstract(sampling_of_rows(shapes.rows)))
-        decoding = place(jax.eval_shape(functools.partial(programs.allocate, slots=shapes.slots), *empty))
-        allocate = functools.partial(programs.allocate.lower, *empty, slots=shapes.slots)
-        chunk = abstract(make_chunk([None] * shapes.prefill_rows, 0, size, shapes.slots))
-        extend = functools.partial(
-            programs.extend.lower, prepared, decoding, chunk, abstract(sampling_of_rows(shapes.prefill_rows))
-        )
-        decode = functools.partial(
-            programs.decode.lower, prepared, decoding, *abstract((np.int32(1), np.zeros(shapes.rows, bool)))
-        )
+    def allocate(self) -> CompiledProgram:
+        return self._compile("allocation", "allocate", self._prepared, self._sampling, slots=self._shapes.slots)
+
+    def extend(self) -> CompiledProgram:
+        rows = self._shapes.prefill_rows
+        chunk = make_chunk([None] * rows, 0, self.chunk_length, self._shapes.slots)
+        given = self._abstract((chunk, self._sampling_of_rows(rows)))
+        return self._compile("chunk of prompts", "extend", self._prepared, self.state, *given)
+
+    def decode(self) -> CompiledProgram:
+        given = self._abstract((np.int32(1), np.zeros(self._shapes.rows, bool)))
+        return self._compile("decoding loop", "decode", self._prepared, self.state, *given)
+
+    def compile(self, decode: CompiledProgram | None = None) -> CompiledEngine:
+        """All programs; `decode` if it was compiled before."""
         return CompiledEngine(
-            compile_program("allocation", allocate, options), compile_program("chunk of prompts", extend, options),
-            compile_program("decoding loop", decode, options), size, device_bytes(decoding.cache),
-            device_bytes(decoding),
+            self.allocate(), self.extend(), decode or self.decode(), self.chunk_length, device_bytes(self.state.cache),
+            device_bytes(self.state),
         )  # fmt: skip
+
+    def _compile(self, name: str, program: str, *arguments: Any, **static: Any) -> CompiledProgram:
+        with self._in_use():
+            lower = functools.partial(getattr(self._programs, program).lower, *arguments, **static)
+            return compile_program(name, lower, self._options)
+
+    def _abstract(self, tree: Any) -> Any:
+        return place_shapes(self._mesh, jax.eval_shape(lambda: jax.tree.map(jnp.asarray, tree)))
+
+    @contextlib.contextmanager
+    def _in_use(self) -> Iterator[None]:
+        with jax.set_mesh(self._mesh), use_rules(engine.decoding_rules()):
+            yield
 
 
 def device_bytes(tree: Any) -> int:

@@ -15,9 +15,9 @@ import numpy as np
 
 from bc2_jax.aot.compilation import device_coordinates, topology_devices
 from bc2_jax.aot.inference import (
+    AbstractEngine,
     CompiledEngine,
     ProgramReport,
-    compile_engine,
     device_bytes,
     program_rows,
     report_program,
@@ -69,7 +69,7 @@ class CompiledRollout:
 def compile_rollout(config: RunConfig, topology: Topology, options: dict[str, Value]) -> CompiledRollout | None:
     """Compiles what starts and continues answers as the run samples; None for a kind of run that samples nothing.
 
-    Raises as `compile_engine`, and ValueError for a mesh that does not suit the model or the devices.
+    Raises as `AbstractEngine`, and ValueError for a mesh that does not suit the model or the devices.
     """
     kind = kind_of(config)
     make_rollout = getattr(kind, "make_rollout", None)
@@ -87,7 +87,7 @@ def compile_rollout(config: RunConfig, topology: Topology, options: dict[str, Va
         # As `continue_many` has them where it gives log-probabilities.
         return sampling_of([settings] * rows, range(rows))._replace(top_log_probs=np.zeros(rows, np.int32))
 
-    compiled = compile_engine(parts.prepared, mesh, parts.shapes, sampling, options)
+    compiled = AbstractEngine(parts.prepared, mesh, parts.shapes, sampling, options).compile()
     state = {f"{name}'s parameters": device_bytes(tree) for name, tree in step.state.params.items()}
     state["optimizer"] = device_bytes(step.state.opt_state)
     state |= {f"frozen {name}": device_bytes(tree) for name, tree in step.frozen.items()}

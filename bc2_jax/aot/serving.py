@@ -7,21 +7,19 @@ have; only a request with rare ones runs all of it (`infer.sampling.RARE`).
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
-from bc2_jax.aot.compilation import DoesNotFit, device_coordinates, topology_devices
+from bc2_jax.aot.compilation import CompiledProgram, DoesNotFit, device_coordinates, topology_devices
 from bc2_jax.aot.estimate import HBM_SHARE
 from bc2_jax.aot.inference import (
+    AbstractEngine,
     CompiledEngine,
     ProgramReport,
     abstract_prepared,
-    compile_engine,
     device_bytes,
     inference_compute,
     milliseconds,
@@ -37,7 +35,8 @@ from bc2_jax.infer.generate import bucket
 from bc2_jax.infer.refill import RolloutShapes
 from bc2_jax.infer.sampling import DEFAULT_SETTINGS, RARE, Sampling, sampling_of
 from bc2_jax.kernels.cached import BLOCK
-from bc2_jax.sharding import make_mesh, parts, place_shapes, use_rules
+from bc2_jax.model.quantized import Scheme
+from bc2_jax.sharding import make_mesh, parts, use_rules
 from bc2_jax.tpu.chips import Topology
 from bc2_jax.tpu.options import Value
 from bc2_jax.validation import require
@@ -56,6 +55,8 @@ class ServingShapes:
     """Tokens of prompt and answer that a slot holds."""
     prompt_length: int = 1024
     """Tokens of the prompt whose time to the first token is estimated."""
+    quantize: Scheme | None = None
+    """Of the weights; None for bf16."""
     kv: CacheDType = "compute"
     """Of the cache."""
 
@@ -104,19 +105,23 @@ def compile_serving(
     config = config.resolve(len(devices))
     shapes.check(config.model, config.mesh)
     mesh = make_mesh(config.mesh, devices)
-    prepared = abstract_prepared(config.model, inference_compute(config.compute), mesh, shapes.kv)
+    compute = inference_compute(config.compute)
+    prepared = abstract_prepared(config.model, compute, mesh, shapes.kv, shapes.quantize)
     with jax.set_mesh(mesh), use_rules(engine.decoding_rules()):
         places, step = parts("batch"), parts("sampling")
 
-    def compile_slots(slots: int) -> CompiledEngine:
-        return compile_engine(prepared, mesh, RolloutShapes(slots, places, shapes.slot_length), settings_of, options)
+    def engine_of(slots: int) -> AbstractEngine:
+        return AbstractEngine(prepared, mesh, RolloutShapes(slots, places, shapes.slot_length), settings_of, options)
 
     if shapes.slots is None:
         limit = int(HBM_LIMIT * topology.chip.hbm_bytes) // topology.chip.devices
-        a_step = _state_bytes(prepared, mesh, 2 * step, shapes) - _state_bytes(prepared, mesh, step, shapes)
-        slots, compiled = most_slots(compile_slots, limit, device_bytes(prepared.params), step, a_step)
+        a_step = device_bytes(engine_of(2 * step).state) - device_bytes(engine_of(step).state)
+        held = device_bytes(prepared.params)
+        # Of all programs decoding has the largest temporaries: logits of every slot.
+        slots, decode = most_slots(lambda slots: engine_of(slots).decode(), limit, held, step, a_step)
+        compiled = engine_of(slots).compile(decode)
     else:
-        slots, compiled = shapes.slots, compile_slots(shapes.slots)
+        slots, compiled = shapes.slots, engine_of(shapes.slots).compile()
     params = prepared.params
     return CompiledServing(
         topology, config, shapes, slots, compiled, device_coordinates(mesh), device_bytes(params),
@@ -130,27 +135,20 @@ def settings_of(rows: int) -> Sampling:
     return sampling_of([eos] * rows, range(rows), top_log_probs=[None] * rows, full=True)
 
 
-def _state_bytes(prepared: engine.Prepared, mesh: Mesh, rows: int, shapes: ServingShapes) -> int:
-    """Of one device."""
-    allocate = functools.partial(engine.programs(prepared.compute).allocate, slots=shapes.slot_length)
-    with jax.set_mesh(mesh), use_rules(engine.decoding_rules()):
-        return device_bytes(place_shapes(mesh, jax.eval_shape(allocate, prepared, settings_of(rows))))
-
-
 def most_slots(
-    compile_slots: Callable[[int], CompiledEngine], limit: int, held: int, step: int, a_step: int
-) -> tuple[int, CompiledEngine]:
-    """The most slots whose programs are laid out in `limit` bytes, a multiple of `step`, and their programs.
+    compile_slots: Callable[[int], CompiledProgram], limit: int, held: int, step: int, a_step: int
+) -> tuple[int, CompiledProgram]:
+    """The most slots whose program is laid out in `limit` bytes, a multiple of `step`, and their program.
 
     `held` are the bytes of the parameters, `a_step` those that `step` slots take. What temporaries take is known only
     when a number was compiled; they are taken to grow with the slots for the next one.
     """
     steps, too_many = max((limit - held) // a_step, 1), math.inf
-    found: tuple[int, CompiledEngine] | None = None
+    found: tuple[int, CompiledProgram] | None = None
     for _ in range(TRIES):
         try:
             compiled = compile_slots(steps * step)
-            needed = max(program.memory.laid_out for program in (compiled.extend, compiled.decode))
+            needed = compiled.memory.laid_out
         except DoesNotFit as error:
             needed = max(error.needed_bytes or 0, limit + 1)
         if needed <= limit:
@@ -309,8 +307,9 @@ def render(report: ServingReport) -> list[tuple[str, str]]:
         ("slots", f"{report.slots} of {shapes.slot_length} tokens, {found}"),
         (
             "parameters, cache per chip",
-            f"{gib(report.parameter_bytes)}, {gib(report.cache_bytes)} (cache {shapes.kv}); "
-            f"{gib(report.state_bytes - report.cache_bytes)} of other state",
+            f"{gib(report.parameter_bytes)} ({shapes.quantize or 'bf16'}), {gib(report.cache_bytes)} "
+            f"({'int8' if shapes.kv == 'int8' else 'bf16'}); "
+            f"other state {gib(report.state_bytes - report.cache_bytes)}",
         ),
         *program_rows("chunk of a prompt", report.extend),
         (

@@ -13,7 +13,7 @@ from bc2_jax.config import ComputeConfig, ModelConfig
 from bc2_jax.infer.cache import CacheDType
 from bc2_jax.model.baichuan import Baichuan2, Params
 from bc2_jax.model.layout import lay_out
-from bc2_jax.model.position import LongContext
+from bc2_jax.model.position import LongContext, stretch_of
 from bc2_jax.model.quantized import Scheme
 from bc2_jax.validation import require
 
@@ -48,24 +48,40 @@ class Prepared:
 
     def stretch(self, tokens: int) -> float:
         """Of a sequence that may come to so many tokens."""
-        return 1.0 if self.long_context is None else max(tokens / self.config.model_max_length, 1.0)
+        return 1.0 if self.long_context is None else stretch_of(tokens, self.config.model_max_length)
 
     def reach(self, method: Literal["ntk", "yarn"], max_length: int) -> Prepared:
         """The same model for sequences of up to `max_length` tokens, longer than those it was trained on.
 
-        Raises ValueError for a method that its positions do not have and a length that is not greater.
+        Raises ValueError as `check_long_context`.
         """
-        is_rope = self.config.position_embedding == "rope"
-        legal = 'it must be "ntk" or "yarn"' if is_rope else 'it must be "ntk": the model has ALiBi'
-        require(method == "ntk" or (method == "yarn" and is_rope), "long_context", method, legal)
-        trained = self.config.model_max_length
-        legal = f"it must be a whole number greater than model_max_length = {trained}"
-        require(isinstance(max_length, int) and max_length > trained, "max_length", max_length, legal)
-        return dataclasses.replace(self, long_context=LongContext(method, max_length))
+        return dataclasses.replace(self, long_context=check_long_context(self.config, method, max_length))
 
     def merge(self) -> Baichuan2:
         """The model, whose logits are those of the one that was prepared."""
         return nnx.merge(self.graphdef, self.params)
+
+
+def check_long_context(config: ModelConfig, method: Any, max_length: Any) -> LongContext:
+    """Raises ValueError for a method that the model's positions do not have, and for a length that is not greater than
+    the trained one."""
+    is_rope = config.position_embedding == "rope"
+    legal = 'it must be "ntk" or "yarn"' if is_rope else 'it must be "ntk": the model has ALiBi'
+    require(method == "ntk" or (method == "yarn" and is_rope), "long_context", method, legal)
+    trained = config.model_max_length
+    legal = f"it must be a whole number greater than model_max_length = {trained}"
+    require(isinstance(max_length, int) and max_length > trained, "max_length", max_length, legal)
+    return LongContext(method, max_length)
+
+
+def find_long_context(config: ModelConfig, method: str | None, max_length: int | None) -> LongContext | None:
+    """What the options --long-context and --max-length of a program say; None if neither was given.
+
+    Raises ValueError for one without the other, and as `check_long_context`.
+    """
+    if (method is None) != (max_length is None):
+        raise ValueError("--long-context and --max-length go together: give both or neither.")
+    return None if method is None else check_long_context(config, method, max_length)
 
 
 def prepare(

@@ -23,6 +23,11 @@ class LongContext(NamedTuple):
     """Tokens of the longest sequence that is to be read."""
 
 
+def stretch_of(tokens: int, trained: int) -> float:
+    """How many times the trained length a sequence of so many tokens has, new ones included; 1 for a shorter one."""
+    return max(tokens / trained, 1.0)
+
+
 def stretch_slopes(slopes_N: np.ndarray, stretch_R: Array) -> Array:
     """fp32 [R, N]: ALiBi's slopes, the steepest as it is, the flattest divided by stretch, geometrically between."""
     share_N = jnp.asarray(np.argsort(np.argsort(-slopes_N, kind="stable")) / max(len(slopes_N) - 1, 1), jnp.float32)

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,12 @@ CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8)
 FEW_TOKENS = 64
 """Up to so many tokens on a device, the sums of int4 groups are scaled; for more tokens, the weights are: the scaling
 of the sums grows with the tokens, that of the weights does not."""
+
+
+def bytes_of(tree: Any) -> int:
+    """Of arrays or their shapes, two int4 values a byte, as a TPU and our files hold them."""
+    bits = {jnp.dtype(jnp.int4): 4}
+    return sum(x.size * bits.get(x.dtype, 8 * x.dtype.itemsize) // 8 for x in jax.tree.leaves(tree))
 
 
 class Groups(NamedTuple):

@@ -23,6 +23,8 @@ class Field(NamedTuple):
 
 
 Fields = Mapping[str, Field]
+_FEW = 10
+"""So many names are listed where one is not known."""
 
 
 def is_number(value: object) -> bool:
@@ -98,7 +100,8 @@ def read_fields(fields: Fields, given: Mapping[str, Any], path: str = "") -> dic
     for name in given:
         if name not in fields:
             near = difflib.get_close_matches(name[:100], fields, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
+            legal = f"; legal are {', '.join(fields)}." if len(fields) <= _FEW else "."
+            hint = f"; did you mean {near[0]!r}?" if near else legal
             raise invalid(
                 f"{show(path + name)} is not a field that this server knows{hint}", path + name[:100], "unknown_field"
             )

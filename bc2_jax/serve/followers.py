@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bc2_jax.serve.turns import Kind, Results, Runner, Turn, empty_turn
+from bc2_jax.serve.turns import Kind, Results, Runner, Shapes, Turn, empty_turn
 
 _AXES = ("process", "device")
 
@@ -27,10 +27,10 @@ def pack(turn: Turn) -> np.ndarray:
     return np.frombuffer(content + bytes(-len(content) % 4), np.int32)
 
 
-def unpack(words: np.ndarray, like: Turn) -> Turn:
-    """The turn that `pack` was given; `like` is any of the same shapes."""
+def unpack(words: np.ndarray, shapes: Shapes) -> Turn:
+    """The turn that `pack` was given."""
     content, at, found = words.tobytes(), 0, []
-    leaves, structure = jax.tree.flatten(like)
+    leaves, structure = jax.tree.flatten(empty_turn(shapes))
     for leaf in leaves:
         x = np.frombuffer(content, leaf.dtype, leaf.size, at).reshape(leaf.shape)
         found.append(x)
@@ -74,7 +74,7 @@ class Leader:
 
     def __init__(self, runner: Runner, channel: Channel):
         self._runner, self._channel = runner, channel
-        self.shapes, self.stretch = runner.shapes, runner.stretch
+        self.shapes = runner.shapes
         self._next: Turn | None = None
 
     def warm_up(self) -> dict[str, float]:
@@ -91,10 +91,9 @@ class Leader:
 def follow(runner: Runner, channel: Channel) -> None:
     """What every process but 0 does until a turn of kind STOP comes."""
     runner.warm_up()
-    like = empty_turn(runner.shapes, stretch=runner.stretch)
-    size = len(pack(like))
-    turn = unpack(channel.expect(size)(), like)
+    size = len(pack(empty_turn(runner.shapes)))
+    turn = unpack(channel.expect(size)(), runner.shapes)
     while turn.kind != Kind.STOP:
         receive = channel.expect(size)
         runner.run(turn)
-        turn = unpack(receive(), like)
+        turn = unpack(receive(), runner.shapes)

@@ -1,9 +1,10 @@
 """Which beginnings of prompts the rows of the cache hold, so that they are copied instead of computed again.
 
 A row holds the whole chunks of its prompt that were prefilled, also after its request has ended, until another request
-takes the row. A chunk is known by a hash over itself and all chunks before it, and over whose it is: how fast an answer
-comes tells an owner nothing about the prompts of others. Only whole chunks are shared, and they were computed by the
-same program at the same place, so a hit changes no bit of the result.
+takes the row. A chunk is known by a hash over itself and all chunks before it, over whose it is, since how fast an
+answer comes must tell an owner nothing about the prompts of others, and over how far its positions are stretched. Only
+whole chunks are shared, and they were computed by the same program at the same place, so a hit changes no bit of the
+result.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def hash_chunks(ids: Sequence[int], chunk: int, owner: str) -> list[bytes]:
-    """One hash for each whole chunk of a prompt."""
-    last = hashlib.blake2b(owner.encode(), digest_size=16).digest()
+def hash_chunks(ids: Sequence[int], chunk: int, owner: str, stretch: float = 1.0) -> list[bytes]:
+    """One hash for each whole chunk of a prompt; `stretch` is that of a long context, on which its keys depend."""
+    last = hashlib.blake2b(np.float32(stretch).tobytes() + owner.encode(), digest_size=16).digest()
     hashes = []
     for start in range(0, len(ids) - chunk + 1, chunk):
         content = np.asarray(ids[start : start + chunk], np.int32).tobytes()

@@ -17,10 +17,11 @@ import jax
 import numpy as np
 
 from bc2_jax.infer.engine import LogProbs, Reason
+from bc2_jax.model.position import stretch_of
 from bc2_jax.serve.prefixes import Prefixes, hash_chunks
 from bc2_jax.serve.requests import Ended, Event, Failed, Handle, PromptScored, Started, Tokens, TokenScore
 from bc2_jax.serve.stats import Observe, Stats
-from bc2_jax.serve.turns import Kind, Results, Shapes, Stretch, Turn, empty_turn
+from bc2_jax.serve.turns import Kind, Results, Shapes, Turn, empty_turn
 
 _REASONS: dict[int, Literal["eos", "length"]] = {Reason.EOS: "eos", Reason.LIMIT: "length"}
 
@@ -29,7 +30,6 @@ class Runs(Protocol):
     """`turns.Runner`, or `followers.Leader` where several processes run the turns."""
 
     shapes: Shapes
-    stretch: Stretch | None
 
     def run(self, turn: Turn) -> Results | None:
         """Dispatches the oldest turn that was not dispatched; its results, or None if it waits for the next turn."""
@@ -38,12 +38,13 @@ class Runs(Protocol):
 class Served:
     """A request that has a row."""
 
-    def __init__(self, handle: Handle, chunk: int, stretch: float):
+    def __init__(self, handle: Handle, shapes: Shapes):
         self.handle, self.request = handle, handle.request
-        ids = self.request.ids
+        ids, owner, chunk = self.request.ids, self.request.owner, shapes.chunk
         self.row = -1
-        # Another stretch gives other keys and values.
-        self.hashes = hash_chunks(ids, chunk, f"{stretch} {self.request.owner}")
+        self.stretch = 1.0 if shapes.trained is None else stretch_of(self.request.reserved, shapes.trained)
+        """Of the positions: decided by all tokens that it may have, so that it stays the same."""
+        self.hashes = hash_chunks(ids, chunk, owner, self.stretch)
         """Of the whole chunks of the prompt."""
         self.reusable = self.hashes[: (len(ids) - 1) // chunk]
         """Of those that may be copied: not the last, whose hidden states give the first token."""
@@ -116,9 +117,7 @@ class Scheduler:
 
     def admit(self, handle: Handle) -> None:
         """Gives the request a row, of which one must be free."""
-        stretch = self._runner.stretch
-        factor = 1.0 if stretch is None else stretch(handle.request.reserved)
-        served = self._served[handle] = Served(handle, self._shapes.chunk, factor)
+        served = self._served[handle] = Served(handle, self._shapes)
         row = served.row = self._prefixes.choose(self._free, served.reusable)
         self._free.remove(row)
         served.reuse(self._prefixes.count_held(row, served.reusable) * self._shapes.chunk)
@@ -155,7 +154,7 @@ class Scheduler:
             for i in range(min(shapes.places, len(queue))):
                 at_place[part * shapes.places + i] = queue.popleft()
         requests = [at_place[i].request if i in at_place else None for i in range(shapes.parts * shapes.places)]
-        turn = empty_turn(shapes, requests=requests, stretch=self._runner.stretch)
+        turn = empty_turn(shapes, requests=requests)
         for place, served in at_place.items():
             self._take_chunk(turn, place, served)
         for served in at_place.values():
@@ -189,6 +188,8 @@ class Scheduler:
         chunk.ids_RC[place, : len(ids)] = ids
         chunk.rows_R[place], chunk.start_R[place], chunk.count_R[place] = row, start, len(ids)
         chunk.is_last_R[place] = served.is_read
+        if chunk.stretch_R is not None:
+            chunk.stretch_R[place] = served.stretch
         if served.is_read:
             chunk.prompt_RS[place, : len(request.ids)] = request.ids
             served.asked = 1

@@ -142,7 +142,16 @@ def chat_fields(limits: Limits) -> dict[str, Field]:
         "store": unsupported(False),
         "metadata": unsupported({}),
         **dict.fromkeys(
-            ("audio", "prediction", "prompt_cache_key", "prompt_cache_retention", "verbosity", "web_search_options"),
+            (
+                "audio",
+                "moderation",
+                "prediction",
+                "prompt_cache_key",
+                "prompt_cache_options",
+                "prompt_cache_retention",
+                "verbosity",
+                "web_search_options",
+            ),  # fmt: skip
             unsupported(),
         ),
     }

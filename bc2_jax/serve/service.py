@@ -175,7 +175,7 @@ class Service:
             self.error = error
             self._end_all("dead", Failed("The engine has failed.", 500))
         with contextlib.suppress(Exception):  # the devices may be what has failed
-            self._runner.run(empty_turn(self.shapes, Kind.STOP, stretch=self._runner.stretch))
+            self._runner.run(empty_turn(self.shapes, Kind.STOP))
         with contextlib.suppress(ValueError, AssertionError):  # it was not registered yet
             jax.monitoring.unregister_event_duration_listener(self._count_compilation)
         if self.error is not None and self._on_death is not None:

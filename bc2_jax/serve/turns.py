@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +36,8 @@ class Shapes:
     """Tokens of a row in a turn while no prompt is being read."""
     prefill_steps: int = 1
     """The same while one is."""
+    trained: int | None = None
+    """For a model with a long context, its trained length, beyond which sequences are stretched; else None."""
 
     def __post_init__(self) -> None:
         for name in ("rows", "slots", "chunk", "parts", "places"):
@@ -47,10 +49,6 @@ class Shapes:
         for name in ("steps", "prefill_steps"):
             value = getattr(self, name)
             require(1 <= value <= STEPS, name, value, f"it must be in 1..{STEPS}")
-
-
-Stretch = Callable[[int], float]
-"""`Prepared.stretch` of a model with a long context."""
 
 
 class Kind(enum.IntEnum):
@@ -97,9 +95,7 @@ class Results(NamedTuple):
     """Of the B rows."""
 
 
-def empty_turn(
-    shapes: Shapes, kind: Kind = Kind.RUN, requests: Sequence[Request | None] = (), stretch: Stretch | None = None
-) -> Turn:
+def empty_turn(shapes: Shapes, kind: Kind = Kind.RUN, requests: Sequence[Request | None] = ()) -> Turn:
     """A turn without work yet, its R places with the settings of these requests."""
     R, C, B = shapes.places * shapes.parts, shapes.chunk, shapes.rows
     requests = requests or [None] * R
@@ -109,16 +105,10 @@ def empty_turn(
 
     rows_R = np.arange(R, dtype=np.int32) // shapes.places * (B // shapes.parts)  # any row of the part
     chunk = Chunk(
-        ids_RC=zeros(R, C),
-        rows_R=rows_R,
-        start_R=zeros(R),
-        count_R=zeros(R),
-        is_last_R=np.zeros(R, bool),
+        ids_RC=zeros(R, C), rows_R=rows_R, start_R=zeros(R), count_R=zeros(R), is_last_R=np.zeros(R, bool),
         prompt_RS=np.full((R, shapes.slots), -1, np.int32),
-        stretch_R=None
-        if stretch is None
-        else np.array([1.0 if request is None else stretch(request.reserved) for request in requests], np.float32),
-    )
+        stretch_R=None if shapes.trained is None else np.ones(R, np.float32),
+    )  # fmt: skip
     return Turn(
         kind=np.array(kind, np.int32), copy_from_R=rows_R.copy(), copy_chunks_R=zeros(R), chunk=chunk,
         sampling=_sampling_of_all(requests), labels_RC=np.full((R, C), -1, np.int32), steps=np.array(0, np.int32),
@@ -146,14 +136,13 @@ class Runner:
     def __init__(self, prepared: Any, shapes: Shapes, engine: Any = device_engine):
         self._prepared, self._engine = prepared, engine
         self.shapes = shapes
-        self.stretch: Stretch | None = None if prepared.long_context is None else prepared.stretch
         self._decoding: Any = None
 
     def warm_up(self) -> dict[str, float]:
         """Allocates the cache and runs each program once, without work: seconds of each by its name."""
         seconds: dict[str, float] = {}
         shapes, engine, prepared = self.shapes, self._engine, self._prepared
-        turn = empty_turn(shapes, stretch=self.stretch)
+        turn = empty_turn(shapes)
         rows = _sampling_of_all([None] * shapes.rows)
 
         def timed(name: str, run: Any) -> Any:

@@ -96,8 +96,7 @@ def test_the_most_slots(temporaries, limit: int, expected: int):
         needed = 6 + slots // 8 * 10 + temporaries(slots)
         if needed > 110:
             raise DoesNotFit("too large", needed)
-        memory = SimpleNamespace(memory=SimpleNamespace(laid_out=needed))
-        return SimpleNamespace(slots=slots, extend=memory, decode=memory)
+        return SimpleNamespace(slots=slots, memory=SimpleNamespace(laid_out=needed))
 
     slots, compiled = most_slots(compile_slots, limit, held=6, step=8, a_step=10)
     assert compiled.slots == slots

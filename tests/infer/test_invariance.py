@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
 from bc2_jax.infer.engine import Reason
 from bc2_jax.infer.generate import continue_prompts
@@ -63,19 +62,19 @@ def check_bits(make, rows: int) -> list[Score]:
     return expected
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype", "kv"),
-    [("alibi-tiny", "float32", "compute"), ("rope-tiny", "bfloat16", "compute"), ("rope-tiny", "float32", "int8")],
-)
-def test_on_one_device(name: str, dtype: str, kv: str):
-    prepared = prepared_golden(name, None, dtype, kv)
+def test_in_bf16_with_an_int8_cache():
+    prepared = prepared_golden("rope-tiny", None, "bfloat16", "int8")
+    check_bits(lambda slots: Batch(prepared, slots=slots), 4)
+
+
+def test_in_fp32():
+    prepared = prepared_golden("alibi-tiny")
     expected = check_bits(lambda slots: Batch(prepared, slots=slots), 4)
-    if kv == "compute" and dtype == "float32":
-        assert alone(lambda slots: Batch(prepared, slots=slots), 3, slots=512) == expected
-        # `generate` runs programs of its own, with other rows and slots, and without what no row asks for.
-        (found,) = continue_prompts(prepared, [LONG], DRAWN, log_probs=True)
-        assert found.tokens[: STEPS + 1] == [score.token for score in expected]
-        assert found.log_probs[: STEPS + 1] == [score.log_prob for score in expected]
+    assert alone(lambda slots: Batch(prepared, slots=slots), 3, slots=512) == expected
+    # `generate` runs programs of its own, with other rows and slots, and without what no row asks for.
+    (found,) = continue_prompts(prepared, [LONG], DRAWN, log_probs=True)
+    assert found.tokens[: STEPS + 1] == [score.token for score in expected]
+    assert found.log_probs[: STEPS + 1] == [score.log_prob for score in expected]
 
 
 def test_on_a_mesh(mesh_of):

@@ -55,7 +55,7 @@ def served_model(tokenizer: Tokenizer) -> ServedModel:
 @contextlib.contextmanager
 def running(
     model: ServedModel, service: FakeService | None, *, keys: Any = (), limits: Limits | None = None,
-    hosts: Hosts | None = None, **options: Any,
+    hosts: Hosts | None = None, send_buffer: int | None = None, **options: Any,
 ) -> Iterator[Running]:  # fmt: skip
     backend = Backend(service)
     api = Api(model, backend, keys=Keys(keys), hosts=hosts or Hosts("127.0.0.1"), limits=limits, **options)
@@ -68,6 +68,8 @@ def running(
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
+        if send_buffer is not None:  # of the connections too
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
         thread.start()
         while not server.started:

@@ -56,23 +56,12 @@ class Late:
         return self.x
 
 
-class FakePrepared:
-    """A model that was trained on 40 tokens."""
-
-    def __init__(self, is_long: bool = False):
-        self.long_context = "ntk" if is_long else None
-
-    def stretch(self, tokens: int) -> float:
-        return max(tokens / 40, 1.0)
-
-
 class FakeEngine:
     """`rows` and the other shapes come with `allocate`. Fails at program number `fails_at`; waits while `gate` is not
     set."""
 
     def __init__(self, fails_at: int | None = None, parts: int = 1):
         self.parts = parts
-        self.stretches: set[float | None] = set()
         self.log: list[str] = []
         self.gate = threading.Event()
         self.gate.set()
@@ -90,7 +79,7 @@ class FakeEngine:
     def allocate(self, prepared: Any, sampling: Any, *, slots: int) -> Any:
         self._begin("allocate")
         B = len(sampling.place)
-        self.slots_BS = np.full((B, slots), -1)
+        self.slots_BS, self.stretch_BS = np.full((B, slots), -1), np.zeros((B, slots), np.float32)
         self.length_B, self.step_B = np.zeros(B, int), np.zeros(B, np.int32)
         self.token_B, self.reason_B = np.zeros(B, int), np.full(B, Reason.NO_PROMPT, np.int8)
         self.seed_B, self.place_B, self.limit_B = np.zeros(B, int), np.zeros(B, int), np.zeros(B, int)
@@ -100,7 +89,8 @@ class FakeEngine:
     def copy_slots(self, state: Any, row_from: int, row_to: int, chunks: int, size: int) -> Any:
         self._begin(f"copy {row_from}>{row_to}x{chunks}")
         assert chunks == 0 or self.length_B[row_from] >= chunks * size
-        self.slots_BS[row_to, : chunks * size] = self.slots_BS[row_from, : chunks * size]
+        for slots in (self.slots_BS, self.stretch_BS):
+            slots[row_to, : chunks * size] = slots[row_from, : chunks * size]
         self.length_B[row_to], self.reason_B[row_to] = chunks * size, Reason.NO_PROMPT
         return state
 
@@ -116,8 +106,10 @@ class FakeEngine:
             if count == 0:
                 continue
             assert start % C == 0
-            self.stretches.add(None if chunk.stretch_R is None else float(chunk.stretch_R[i]))
             self.slots_BS[row, start : start + count] = chunk.ids_RC[i, :count]
+            stretch = 1.0 if chunk.stretch_R is None else chunk.stretch_R[i]
+            self.stretch_BS[row, start : start + count] = stretch
+            assert (self.stretch_BS[row, : start + count] == stretch).all(), "keys of another stretch"
             self.length_B[row], self.reason_B[row] = start + count, Reason.NO_PROMPT
             for t in range(count):
                 h_RCD[i, t] = self.slots_BS[row, : start + t + 1].tolist()

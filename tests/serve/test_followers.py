@@ -14,7 +14,7 @@ from bc2_jax.serve.followers import Leader, follow, pack, unpack
 from bc2_jax.serve.requests import Request, Tokens
 from bc2_jax.serve.service import Service
 from bc2_jax.serve.turns import Kind, Runner, Shapes, empty_turn
-from tests.serve.fake_engine import FakeEngine, FakePrepared, continued
+from tests.serve.fake_engine import FakeEngine, continued
 
 SHAPES = Shapes(rows=4, slots=64, chunk=8, parts=2)
 
@@ -61,7 +61,7 @@ def test_a_turn_survives_the_wire():
     turn = turn._replace(steps=np.int32(7), labels_RC=turn.labels_RC * -3)
     words = pack(turn)
     assert words.dtype == np.int32 and words.shape == pack(empty_turn(SHAPES, Kind.STOP)).shape
-    found = unpack(words, empty_turn(SHAPES))
+    found = unpack(words, SHAPES)
     assert jax.tree.structure(found) == jax.tree.structure(turn)
     for one, other in zip(jax.tree.leaves(turn), jax.tree.leaves(found), strict=True):
         assert np.asarray(one).dtype == other.dtype
@@ -71,9 +71,9 @@ def test_a_turn_survives_the_wire():
 @pytest.mark.parametrize("stop", [False, True])
 def test_a_follower_dispatches_what_the_leader_does(stop):
     wire, engines = Wire(), [FakeEngine(parts=2), FakeEngine(parts=2)]
-    follower = threading.Thread(target=follow, args=(Runner(FakePrepared(), SHAPES, engines[1]), wire), daemon=True)
+    follower = threading.Thread(target=follow, args=(Runner(None, SHAPES, engines[1]), wire), daemon=True)
     follower.start()
-    service = Service(Leader(Runner(FakePrepared(), SHAPES, engines[0]), wire))
+    service = Service(Leader(Runner(None, SHAPES, engines[0]), wire))
     service.start()
     handles = service.submit_all(requests())
     if stop:
@@ -106,7 +106,7 @@ def test_a_turn_is_sent_before_the_one_before_it_runs():
         def send(self, words):
             order.append("send")
 
-    leader = Leader(Runner(FakePrepared(), SHAPES, Noting(parts=2)), Sends())  # type: ignore[arg-type]  # nobody listens
+    leader = Leader(Runner(None, SHAPES, Noting(parts=2)), Sends())  # type: ignore[arg-type]  # nobody listens
     leader.warm_up()
     order.clear()
     turn = empty_turn(SHAPES)._replace(steps=np.int32(1))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from bc2_jax.serve.prefixes import Prefixes, hash_chunks
 
 
-def test_a_chunk_is_known_by_all_ids_up_to_its_end_and_by_its_owner():
+def test_a_chunk_is_known_by_all_ids_up_to_its_end_its_owner_and_its_stretch():
     ids = list(range(10))
     hashes = hash_chunks(ids, 4, "a")
     assert len(hashes) == 2, "the last two ids are no whole chunk"
@@ -16,6 +16,8 @@ def test_a_chunk_is_known_by_all_ids_up_to_its_end_and_by_its_owner():
     assert hash_chunks([*ids[:7], 99], 4, "a")[0] == hashes[0] != hashes[1]
     assert hash_chunks([99, *ids[1:]], 4, "a")[1] != hashes[1]
     assert not set(hash_chunks(ids, 4, "b")) & set(hashes)
+    assert not set(hash_chunks(ids, 4, "a", 1.5)) & set(hashes)
+    assert hash_chunks(ids, 4, "a", 1.0) == hashes
     # The same ids at another place are another chunk.
     assert len(set(hash_chunks([1, 2] * 4, 2, ""))) == 4
 

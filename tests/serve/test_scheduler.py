@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,7 +13,7 @@ from bc2_jax.serve.requests import Ended, Failed, Handle, PromptScored, Request,
 from bc2_jax.serve.scheduler import Scheduler
 from bc2_jax.serve.stats import Stats
 from bc2_jax.serve.turns import Runner, Shapes
-from tests.serve.fake_engine import FakeEngine, FakePrepared, continued, prompt_score
+from tests.serve.fake_engine import FakeEngine, continued, prompt_score
 
 SHAPES = Shapes(rows=4, slots=64, chunk=8, steps=4)
 
@@ -30,10 +29,10 @@ def prompt(length: int, salt: int = 0) -> list[int]:
 class Bench:
     """A scheduler on a fake engine, with the handles it was given."""
 
-    def __init__(self, shapes: Shapes = SHAPES, capacity: int = 1000, is_long: bool = False):
+    def __init__(self, shapes: Shapes = SHAPES, capacity: int = 1000):
         self.engine, self.stats, self.capacity = FakeEngine(parts=shapes.parts), Stats(), capacity
         self.seen: list[tuple[str, float]] = []
-        runner = Runner(FakePrepared(is_long), shapes, self.engine)
+        runner = Runner(None, shapes, self.engine)
         self.seconds = runner.warm_up()
         self.engine.log.clear()
         self.scheduler = Scheduler(runner, self.stats, lambda name, value: self.seen.append((name, value)))
@@ -259,19 +258,6 @@ def test_prefixes_stay_in_their_part_and_with_their_owner():
     check(again[1], 0)
 
 
-def test_a_long_request_is_stretched_and_shares_prefixes_only_with_those_that_are_as_well():
-    bench = Bench(is_long=True)
-    for new, cached in ((10, 0), (20, 16), (40, 0), (40, 16), (39, 0)):
-        handle = bench.admit(request(prompt(20), new))
-        bench.run()
-        check(handle, cached)
-    assert bench.engine.stretches == {1.0, 1.5, float(np.float32(59 / 40))}
-    bench = Bench()
-    bench.admit(request(prompt(20), 40))
-    bench.run()
-    assert bench.engine.stretches == {None}
-
-
 def test_scored_prompts_are_computed_whole_but_may_be_copied_from():
     bench = Bench()
     handles = []
@@ -358,7 +344,7 @@ one = st.tuples(
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 @given(
     st.lists(st.one_of(one, st.integers(1, 4), st.tuples(st.just("cancel"), st.integers(0, 30))), max_size=25),
-    st.sampled_from([SHAPES, Shapes(4, 64, 8, parts=2), Shapes(2, 64, 8, steps=8, prefill_steps=2)]),
+    st.sampled_from([SHAPES, Shapes(4, 64, 8, parts=2, trained=20), Shapes(2, 64, 8, steps=8, prefill_steps=2)]),
 )
 def test_any_order_of_arrivals_and_cancels_gives_each_request_its_own_tokens(actions, shapes):
     bench, handles, cancelled = Bench(shapes), [], set()

@@ -16,7 +16,7 @@ from bc2_jax.serve.requests import Ended, Failed, NotReady, QueueFull, Request, 
 from bc2_jax.serve.service import Service
 from bc2_jax.serve.turns import Runner, Shapes
 from bc2_jax.serve.waiting import QueueLimits
-from tests.serve.fake_engine import FakeEngine, FakePrepared, continued
+from tests.serve.fake_engine import FakeEngine, continued
 
 SHAPES = Shapes(rows=2, slots=4096, chunk=8)
 PROGRAMS = 5  # of the start
@@ -43,7 +43,7 @@ def make():
     services = []
 
     def start(engine: FakeEngine | None = None, limits: QueueLimits | None = None, **more) -> Service:
-        service = Service(Runner(FakePrepared(), SHAPES, engine or FakeEngine()), limits, **more)
+        service = Service(Runner(None, SHAPES, engine or FakeEngine()), limits, **more)
         services.append(service)
         service.start()
         return service
@@ -216,7 +216,7 @@ def test_a_failure_of_the_engine_ends_every_request_and_is_seen(make):
 
 
 def test_a_failure_at_the_start_is_raised():
-    service = Service(Runner(FakePrepared(), SHAPES, FakeEngine(fails_at=3)))
+    service = Service(Runner(None, SHAPES, FakeEngine(fails_at=3)))
     with pytest.raises(NotReady, match="loading"):
         service.submit(request())
     with pytest.raises(RuntimeError, match="The engine could not start: the device is gone"):
