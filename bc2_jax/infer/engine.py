@@ -387,10 +387,13 @@ def _whole(tree: Any) -> Any:
 def programs(compute: ComputeConfig) -> Programs:
     """The programs, on a TPU with the compiler options that `compute` chooses.
 
-    On a CPU sums are not handed to YNNPACK, which XLA does for some sizes of the batch: a row would get other bits.
+    On a CPU a row would get other bits in a batch of another size where XLA hands its sums to YNNPACK, which it does
+    for large ones, and where it leaves out the rounding to bfloat16 between operations that it fuses.
     """
     if platform() == "cpu":
-        return make_programs(xla_cpu_experimental_ynn_fusion_type="LIBRARY_FUSION_TYPE_DOT")
+        return make_programs(
+            xla_cpu_experimental_ynn_fusion_type="LIBRARY_FUSION_TYPE_DOT", xla_allow_excess_precision=False
+        )
     chip = current_chip()
     if chip is None or compute.compiler_options == "default":
         return make_programs()
