@@ -1,6 +1,6 @@
 """Rollouts against decoding in fixed batches: the same prompts, the same answers, one process.
 
-python benchmarks/rollout.py [--rows 16] [--answers 128] [--groups 1 4 8 16 32]
+python benchmarks/rollout.py [--rows 16] [--answers 128] [--groups 1 2 4 8]
 
 A small model with random weights, whose answers end at random: lengths are geometric, as those of a chat model are
 about. Rounds of all ways alternate and the fastest of each counts, so that other work on the machine hits all alike.
@@ -21,11 +21,11 @@ from flax import nnx
 
 from bc2_jax.config import ComputeConfig, ModelConfig
 from bc2_jax.infer import engine
-from bc2_jax.infer.generate import Continuation, bucket, read_rows
+from bc2_jax.infer.chunks import PlacedPrompt, make_chunk
+from bc2_jax.infer.generate import Continuation, Continuations, bucket
 from bc2_jax.infer.refill import continue_many
-from bc2_jax.infer.sampling import MOST_EOS, Settings, sampling_of
+from bc2_jax.infer.settings import MOST_EOS, Settings, sampling_of
 from bc2_jax.model.baichuan import Baichuan2
-from bc2_jax.sharding import to_host
 from bc2_jax.terminal import make_console, make_table
 
 MEAN_LENGTH, MOST, PROMPT = 64, 256, 64
@@ -40,20 +40,22 @@ def continue_in_batches(
 ) -> tuple[list[Continuation], float]:
     """What `continue_many` gives, of batches that end with their longest answer; and the share of row steps used."""
     found: list[Continuation] = []
-    taken = 0
+    taken, slots, nobody = 0, bucket(PROMPT + MOST), np.zeros(rows, bool)
     for first in range(0, len(prompts), rows):
-        ids, segments = np.zeros((2, rows, PROMPT), np.int32)
-        for row, prompt in enumerate(prompts[first : first + rows]):
-            ids[row, : len(prompt)], segments[row, : len(prompt)] = prompt, 1
+        batch = prompts[first : first + rows]
         sampling = sampling_of([settings] * rows, range(first, first + rows))
-        decoding = engine.prefill(
-            prepared, ids, segments, sampling, length=bucket(PROMPT + MOST), top_k=0, log_probs=True
-        )
-        decoding = engine.decode(prepared, decoding, top_k=0, steps=MOST)
-        steps = to_host(decoding.step_B)
-        taken += rows * (int(steps.max()) - 1)
-        count = min(rows, len(prompts) - first)
-        found += read_rows(decoding, range(count), steps, to_host(decoding.reason_B))
+        sampling = sampling._replace(top_log_probs=np.zeros(rows, np.int32))
+        decoding, continuations = engine.allocate(prepared, sampling, slots=slots), Continuations(rows)
+        placed = [PlacedPrompt(row, ids) for row, ids in enumerate(batch)] + [None] * (rows - len(batch))
+        chunk = make_chunk(placed, 0, engine.chunk_length(), slots)
+        assert chunk.is_last_R.sum() == len(batch)
+        decoding, emitted, _ = engine.extend(prepared, decoding, chunk, sampling)
+        continuations.add(emitted)
+        while continuations.running:
+            decoding, emitted = engine.decode(prepared, decoding, engine.STEPS, nobody)
+            continuations.add(emitted)
+        found += [continuations.get(row) for row in range(len(batch))]
+        taken += rows * (max(len(continuation.tokens) for continuation in found[first:]) - 1)
     return found, sum(len(continuation.tokens) - 1 for continuation in found) / taken
 
 
@@ -61,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=16, help="answers at one time")
     parser.add_argument("--answers", type=int, default=128)
-    parser.add_argument("--groups", type=int, nargs="+", default=[1, 4, 8, 16, 32], help="steps between refills")
+    parser.add_argument("--groups", type=int, nargs="+", default=[1, 2, 4, 8], help="steps between refills")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     prepared = engine.prepare(Baichuan2(CONFIG, ComputeConfig(dtype="float32"), rngs=nnx.Rngs(0)))

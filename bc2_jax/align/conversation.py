@@ -62,7 +62,8 @@ def answer(
     settings.setdefault("max_new_tokens", default_max_new_tokens(config))
     settings["eos_token_id"] = answer_ends(settings.get("eos_token_id"), config, tokenizer)
     limit = Settings(**{k: v for k, v in settings.items() if k != "stop"}).check(config).max_new_tokens
-    prompt = fit_prompt(tokenizer, messages, limit, config.model_max_length)
+    longest = model.max_length if isinstance(model, Prepared) else config.model_max_length
+    prompt = fit_prompt(tokenizer, messages, limit, longest)
     give = None if on_text is None else lambda place, text: on_text(text)
     [found] = continue_text(model, tokenizer, [prompt.ids], on_text=give, **settings)
     return Answer(found.text, found.reason, prompt.dropped_rounds, prompt.cut_tokens)

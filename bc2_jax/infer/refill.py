@@ -129,7 +129,7 @@ def continue_many(
     """
     settings = settings.check(prepared.config)
     most = settings.max_new_tokens
-    prompts = check_prompts(prepared.config, prompts, most if limits is None else limits)
+    prompts = check_prompts(prepared.config, prompts, most if limits is None else limits, prepared.max_length)
     limits = [most] * len(prompts) if limits is None else limits
     require(all(1 <= limit <= most for limit in limits), "limits", limits, f"they must be in 1..{most}")
     longest = max(map(len, prompts))
@@ -232,8 +232,9 @@ class _Rollout:
         size = engine.chunk_length()
         settings = self._sampling([0 if at is None else self._prompt_of[at.row] for at in placed])
         longest = max(len(at.ids) for at in placed if at is not None)
+        stretches = None if self._prepared.long_context is None else list(map(self._stretch, placed))
         for start in range(0, longest, size):
-            chunk = make_chunk(placed, start, size, self._shapes.slots)
+            chunk = make_chunk(placed, start, size, self._shapes.slots, stretches)
             self._decoding, emitted, _ = engine.extend(self._prepared, self._decoding, chunk, settings)
             self._prefills += 1
             ends = [at.row if at is not None and chunk.is_last_R[i] else -1 for i, at in enumerate(placed)]
@@ -243,6 +244,10 @@ class _Rollout:
             self._rows.add(emitted, ends)
         # The row's last prompt may have been cancelled; the new one is not.
         self._cancel_B[[at.row for at in placed if at is not None]] = False
+
+    def _stretch(self, at: PlacedPrompt | None) -> float:
+        new = 0 if at is None else self._settings[self._prompt_of[at.row]].max_new_tokens
+        return self._prepared.stretch(0 if at is None else len(at.ids) + new)
 
     def _sampling(self, prompts: Sequence[int]) -> Sampling:
         temperature = self._log_prob_temperature

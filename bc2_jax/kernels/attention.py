@@ -35,10 +35,7 @@ class Tokens(NamedTuple):
 def _scores(
     q_BNTH: Array, k_BNSH: Array, q: Tokens, k: Tokens, slopes_N: Array | None, causal: Array
 ) -> tuple[Array, Array]:
-    """fp32 attention scores with the bias, and the mask: [B, N, T, S] and [B, 1, T, S].
-
-    `causal` is [T, S] or [B, T, S].
-    """
+    """fp32 attention scores with the bias, and the mask: [B, N, T, S] and [B, 1, T, S]; `causal` is bool [T, S]."""
     scale = q_BNTH.shape[-1] ** -0.5
     s_BNTS = jnp.einsum("BNTH,BNSH->BNTS", q_BNTH, k_BNSH, preferred_element_type=jnp.float32) * scale
     if slopes_N is not None:
@@ -48,21 +45,15 @@ def _scores(
     return jnp.where(mask, s_BNTS, MASKED), mask
 
 
-def reference_attention(
-    q_BTNH: Array, k_BSNH: Array, v_BSNH: Array, q: Tokens, k: Tokens, slopes_N: Array | None, q_offset: Array | int = 0
-) -> Array:
-    """Attention as one einsum; holds the scores [B, N, T, S] in fp32.
-
-    `q_offset` is the index in the key sequence of the first query, one for all rows or int32 [B], for decoding into a
-    cache. Returns [B, T, N, H] in the dtype of v.
-    """
-    T, S = q_BTNH.shape[1], k_BSNH.shape[1]
-    causal_BTS = jnp.arange(S) <= jnp.arange(T)[:, None] + jnp.reshape(q_offset, (-1, 1, 1))
-    s_BNTS, mask = _scores(jnp.swapaxes(q_BTNH, 1, 2), jnp.swapaxes(k_BSNH, 1, 2), q, k, slopes_N, causal_BTS)
+def reference_attention(q_BTNH: Array, k_BTNH: Array, v_BTNH: Array, tokens: Tokens, slopes_N: Array | None) -> Array:
+    """Self-attention as one einsum; holds the scores [B, N, T, T] in fp32. Returns [B, T, N, H] in the dtype of v."""
+    causal_TS = jnp.tri(q_BTNH.shape[1], dtype=bool)
+    q_BNTH, k_BNTH = jnp.swapaxes(q_BTNH, 1, 2), jnp.swapaxes(k_BTNH, 1, 2)
+    s_BNTS, mask = _scores(q_BNTH, k_BNTH, tokens, tokens, slopes_N, causal_TS)
     p_BNTS = jnp.where(mask, jnp.exp(s_BNTS - jax.lax.stop_gradient(s_BNTS.max(-1, keepdims=True))), 0.0)
     total = p_BNTS.sum(-1, keepdims=True)
     p_BNTS /= jnp.where(total == 0, 1.0, total)
-    return jnp.einsum("BNTS,BSNH->BTNH", p_BNTS.astype(v_BSNH.dtype), v_BSNH)
+    return jnp.einsum("BNTS,BSNH->BTNH", p_BNTS.astype(v_BTNH.dtype), v_BTNH)
 
 
 def chunked_attention(

@@ -71,7 +71,7 @@ class SelfAttention(nnx.Module):
 
                 return flash_attention(q, k, v, tokens, slopes)
             if self.compute.attention == "reference":
-                return reference_attention(q, k, v, tokens, tokens, slopes)
+                return reference_attention(q, k, v, tokens, slopes)
             return chunked_attention(q, k, v, tokens, slopes, block=self.compute.attention_block)
 
         arguments = (q, k, v, tokens, self._slopes())

@@ -1,215 +1,262 @@
-"""Rows of one batch that start, end and are replaced at different times, each as if it were alone."""
+"""The engine's programs: PyTorch's tokens, the full forward pass, settings and ends of rows, meshes, compilation."""
 
 from __future__ import annotations
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from bc2_jax.config import ComputeConfig, ModelConfig
+from bc2_jax.config import BAICHUAN2_7B, ComputeConfig
 from bc2_jax.infer import engine
-from bc2_jax.infer.engine import Decoding, Prepared, Reason
-from bc2_jax.infer.generate import continue_prompts
-from bc2_jax.infer.sampling import Settings, sampling_of
-from bc2_jax.model.baichuan import Baichuan2, param_shardings, split_model
+from bc2_jax.infer.cache import init_cache
+from bc2_jax.infer.engine import Prepared, Reason
+from bc2_jax.infer.settings import Settings, sampling_of
+from bc2_jax.sharding import DEFAULT_RULES
+from tests.infer.batch import GREEDY, Batch, Prompt, prepared_golden, prepared_small
 
-GREEDY = dict(temperature=0.0, repetition_penalty=1.0)
-DRAWN = dict(temperature=1.0, top_k=0, top_p=0.9, seed=3)
-PROMPTS = [[5, 6, 7], [11, 300, 42, 9, 9, 17, 250], [3], [8, 1, 4, 4]]
-ON_ROWS, ON_BOTH, ON_CONTEXT = (2, 1, 2), (1, 2, 2), (1, 2, 1, 1, 2)  # data, fsdp, tensor, fsdp_inner, context
-
-
-def prepare(golden, mesh=None) -> Prepared:
-    graphdef = split_model(golden.config, ComputeConfig(dtype="float32", attention_block=16, scan_layers=True))[0]
-    shardings = None if mesh is None else param_shardings(golden.config, mesh)
-    return engine.prepare(nnx.merge(graphdef, jax.device_put(golden.params, shardings)))
+LONG, LONGER = (np.random.default_rng(n).integers(3, 320, n).tolist() for n in (150, 250))
+SHORT = [[5, 6, 7], [11, 300, 42, 9, 9, 17, 250], [3], [8, 1, 4, 4]]
 
 
-@pytest.fixture(scope="module")
-def small() -> Prepared:
-    """For what does not depend on the architecture."""
-    config = ModelConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, position_embedding="rope",
-        vocab_size=512, model_max_length=512,
-    )  # fmt: skip
-    return engine.prepare(Baichuan2(config, ComputeConfig(dtype="float32"), rngs=nnx.Rngs(0)))
+@functools.cache
+def forward():
+    """jitted (prepared, ids [1, T]) -> logits [1, T, V] of the whole forward pass."""
+    return jax.jit(lambda prepared, ids: prepared.merge()(ids))
 
 
-def start(prepared: Prepared, prompts, settings, *, places=None, length: int = 64, left: bool = False, log_probs=True):
-    """A prefill of 16 columns; None is no prompt."""
-    rows = [row.check(prepared.config) for row in settings]
-    ids, segments = np.zeros((2, len(prompts), 16), np.int32)
-    for b, prompt in enumerate(prompts):
-        where = slice(16 - len(prompt or []), None) if left else slice(len(prompt or []))
-        ids[b, where], segments[b, where] = prompt or [], 1
-    sampling = sampling_of(rows, places or range(len(prompts)))
-    top_k = rows[0].top_k if sampling.temperature is not None else 0
-    return engine.prefill(prepared, ids, segments, sampling, length=length, top_k=top_k, log_probs=log_probs), top_k
+def logits_of(prepared: Prepared, ids: list[int]) -> np.ndarray:
+    """[T, V]; of one length on the device, to compile once: no token sees what comes after it."""
+    padded = np.zeros((1, 288), np.int32)
+    padded[0, : len(ids)] = ids
+    return np.asarray(forward()(prepared, padded))[0, : len(ids)]
 
 
-def tokens(decoding: Decoding, row: int) -> list[int]:
-    return np.asarray(decoding.output_BS)[row, : int(decoding.step_B[row])].tolist()
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    logits = logits.astype(np.float64)
+    peak = logits.max(-1, keepdims=True)
+    return logits - peak - np.log(np.exp(logits - peak).sum(-1, keepdims=True))
 
 
-# ---------------------------------------------------------------------------------------------------- rows on their own
+def check_scores(log_probs: np.ndarray, tokens, chosen, top_ids, top) -> None:
+    """What is told of tokens [T] is in `log_probs` [T, V]; the 20 most likely are that."""
+    at = np.arange(len(tokens))
+    np.testing.assert_allclose(chosen, log_probs[at, tokens], atol=1e-5)
+    np.testing.assert_allclose(top, log_probs[at[:, None], top_ids], atol=1e-5)
+    np.testing.assert_allclose(top, -np.sort(-log_probs, axis=1)[:, :20], atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("shape", "left"), [(None, True), (None, False), (ON_BOTH, False), (ON_ROWS, True), (ON_CONTEXT, False)]
-)
-def test_ragged_rows_equal_each_alone(golden, mesh_of, shape, left):
-    mesh = None if shape is None else mesh_of(*shape)
-    settings = [Settings(max_new_tokens=n, eos_token_id=0, **GREEDY) for n in (12, 5, 9, 1)]
-    prepared = prepare(golden, mesh)
-    decoding, _ = start(prepared, PROMPTS, settings, left=left)
-    lengths = [16] * 4 if left else [len(prompt) for prompt in PROMPTS]
-    np.testing.assert_array_equal(decoding.cache.length, lengths)
-    decoding = engine.decode(prepared, decoding, top_k=0, steps=64)
-    alone = prepare(golden)
-    for row, prompt in enumerate(PROMPTS):
-        (expected,) = continue_prompts(alone, [prompt], settings[row], log_probs=True)
-        count = len(expected.tokens)
-        assert tokens(decoding, row) == expected.tokens
-        np.testing.assert_allclose(decoding.log_probs_BS[row, :count], expected.log_probs, atol=1e-5)
-        assert decoding.reason_B[row] == (Reason.EOS if expected.reason == "eos" else Reason.LIMIT)
-        # The newest token is not in the cache; a row that has ended stays as it was.
-        assert int(decoding.cache.length[row]) == lengths[row] + count - 1
+# -------------------------------------------------------------------------------------------------------------- values
 
 
-def test_log_probs_are_those_of_the_full_forward_pass(golden):
-    prepared = prepare(golden)
-    settings = [Settings(max_new_tokens=10, temperature=1.5, top_k=0, seed=2)] * 4
-    decoding, top_k = start(prepared, PROMPTS, settings)
-    decoding = engine.decode(prepared, decoding, top_k=top_k, steps=64)
-    forward = jax.jit(lambda prepared, ids: jax.nn.log_softmax(prepared.merge()(ids)))
-    for row, prompt in enumerate(PROMPTS):
-        new = tokens(decoding, row)
-        ids = np.zeros((1, 32), np.int32)  # of one length, to compile once; nothing sees what comes after it
-        ids[0, : len(prompt + new)] = prompt + new
-        log_probs = np.asarray(forward(prepared, ids)[0, len(prompt) - 1 : len(prompt + new) - 1])
-        expected = log_probs[np.arange(len(new)), new]
-        np.testing.assert_allclose(decoding.log_probs_BS[row, : len(new)], expected, atol=1e-5)
+def check_greedy(batch: Batch, golden, rows: tuple[int, int]) -> None:
+    prompts = golden.arrays["prompt_ids"].tolist()
+    batch.fill({row: Prompt(prompt) for row, prompt in zip(rows, prompts, strict=True)})
+    for _ in range(3):
+        batch.decode()
+    for row, expected in zip(rows, golden.arrays["greedy_ids"], strict=True):
+        assert batch.tokens(row)[:24] == expected.tolist()
 
 
-def test_a_row_that_is_no_prompt_never_runs(small):
-    decoding, _ = start(small, [PROMPTS[0], None], [Settings(max_new_tokens=4, **GREEDY)] * 2)
-    decoding = engine.decode(small, decoding, top_k=0, steps=8)
-    assert int(decoding.reason_B[1]) == Reason.NO_PROMPT and int(decoding.step_B[1]) == 0
-    assert int(decoding.cache.length[1]) == 0
+def test_greedy_tokens_are_those_of_pytorch(golden):
+    check_greedy(Batch(prepared_golden(golden.folder.name)), golden, (3, 1))
 
 
-def test_a_full_cache_ends_a_row(small):
-    """Of 20 slots, 3 are the prompt's; the last token needs none."""
-    settings = [Settings(max_new_tokens=100, eos_token_id=0, **GREEDY)] * 2
-    decoding, _ = start(small, PROMPTS[:2], settings, length=20)
-    decoding = engine.decode(small, decoding, top_k=0, steps=100)
-    expected = continue_prompts(small, PROMPTS[:2], Settings(max_new_tokens=18, eos_token_id=0, **GREEDY))
-    assert [tokens(decoding, 0), tokens(decoding, 1)] == [expected[0].tokens, expected[1].tokens[:14]]
-    assert decoding.reason_B.tolist() == [Reason.LIMIT] * 2
+@pytest.mark.parametrize("name", ["rope-tiny", "alibi-tiny"])
+def test_chunks_and_steps_give_what_the_whole_forward_pass_gives(name: str):
+    """Hidden states of three chunks, log-probabilities of the prompt, and those of drawn tokens before penalties."""
+    prepared = prepared_golden(name)
+    batch, size = Batch(prepared), engine.chunk_length()
+    settings = Settings(max_new_tokens=40, temperature=1.5, top_k=0, top_p=0.9, seed=2, eos_token_id=(), vocab_size=99)
+    prompts = {2: Prompt(LONG, settings), 0: Prompt(SHORT[0], settings)}
+    hidden, found = [], []
+    for start in range(0, 150, size):
+        h_RCD = batch.extend(start, prompts if start == 0 else {2: prompts[2]})
+        labels = np.zeros(h_RCD.shape[:2], np.int32)
+        labels[0] = (LONG[start + 1 :] + [0] * size)[:size]
+        found.append([np.asarray(x)[0] for x in engine.score_chunk(prepared, h_RCD, labels)])
+        hidden.append(h_RCD[:1])
+    batch.decode()
+    batch.decode(3)
+    new = batch.tokens(2)
+    assert len(new) == 12 and max(new) < 99
+    logits = logits_of(prepared, LONG + new)
+    by_chunks = jax.jit(lambda prepared, h: prepared.merge().lm_head(h))(prepared, jnp.concatenate(hidden, 1))
+    np.testing.assert_allclose(by_chunks[0, :150], logits[:150], atol=3e-5)
+    log_probs = log_softmax(logits)
+    scores = [np.concatenate(x)[:149] for x in zip(*found, strict=True)]
+    check_scores(log_probs[:149], LONG[1:], *scores)
+    told = batch.found[2]
+    top = np.array([score.top for score in told])
+    check_scores(log_probs[149:-1], new, [x.log_prob for x in told], top[..., 0].astype(int), top[..., 1])
 
 
-def test_settings_are_a_rows_own(small):
-    """Greedy and drawn rows in one program."""
+def test_settings_are_a_rows_own():
+    """Four greedy rows of one batch against numpy, which changes the logits of the whole forward pass."""
+    prepared = prepared_golden("rope-tiny")
+    (eos, *_) = greedy = numpy_greedy(prepared, SHORT[2], Settings(max_new_tokens=8, eos_token_id=(), **GREEDY))
     settings = [
-        Settings(max_new_tokens=12, top_k=0, **GREEDY),
-        Settings(max_new_tokens=12, top_k=0, temperature=1.2, top_p=0.9, seed=7),
-        Settings(max_new_tokens=12, top_k=0, temperature=0.8, top_p=0.95, repetition_penalty=1.3, seed=2**32 - 1),
-        Settings(max_new_tokens=12, top_k=0, temperature=0.0, repetition_penalty=1.4),
-    ]
-    decoding, _ = start(small, PROMPTS, settings, places=[0] * 4)
-    decoding = engine.decode(small, decoding, top_k=0, steps=64)
-    for row, prompt in enumerate(PROMPTS):
-        assert tokens(decoding, row) == continue_prompts(small, [prompt], settings[row])[0].tokens
+        Settings(max_new_tokens=12, temperature=0.0, repetition_penalty=1.5, eos_token_id=()),
+        Settings(
+            max_new_tokens=12, temperature=0.0, repetition_penalty=1.0, presence_penalty=0.5, frequency_penalty=1.0,
+            eos_token_id=(),
+        ),
+        Settings(max_new_tokens=8, temperature=0.0, repetition_penalty=1.1, min_tokens=3, eos_token_id=eos),
+        Settings(max_new_tokens=9, eos_token_id=(), logit_bias={7: 1.0, greedy[0]: -3.0}, **GREEDY),
+    ]  # fmt: skip
+    batch = Batch(prepared)
+    batch.fill({row: Prompt(SHORT[row], settings[row]) for row in (0, 1)})
+    batch.fill({row: Prompt(SHORT[row], settings[row]) for row in (2, 3)})
+    batch.decode()
+    batch.decode()
+    plain = Settings(max_new_tokens=12, eos_token_id=(), **GREEDY)
+    for row, prompt in enumerate(SHORT):
+        expected = numpy_greedy(prepared, prompt, settings[row])
+        assert batch.tokens(row) == expected
+        assert expected != numpy_greedy(prepared, prompt, plain)[: len(expected)], "the settings do something"
 
 
-# --------------------------------------------------------------------------------------------------------------- insert
+def numpy_greedy(prepared: Prepared, prompt: list[int], settings: Settings) -> list[int]:
+    settings = settings.check(prepared.config)
+    new: list[int] = []
+    while len(new) < settings.max_new_tokens and not set(new) & set(settings.eos_token_id):
+        logits = logits_of(prepared, prompt + new)[-1].astype(np.float64)
+        if len(new) < settings.min_tokens:
+            logits[list(settings.eos_token_id)] = -np.inf
+        for token, bias in (settings.logit_bias or {}).items():
+            logits[token] += bias
+        seen, penalty = list({*prompt, *new}), settings.repetition_penalty
+        logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+        counts = np.bincount(new, minlength=len(logits))
+        logits -= settings.presence_penalty * (counts > 0) + settings.frequency_penalty * counts
+        new.append(int(logits.argmax()))
+    return new
 
 
-@pytest.mark.parametrize(
-    ("shape", "options"),
-    [(None, GREEDY), (None, DRAWN), (ON_BOTH, DRAWN), (ON_ROWS, GREEDY), (ON_CONTEXT, DRAWN)],
-)
-def test_prompts_that_arrive_later_get_the_same_tokens(golden, mesh_of, shape, options):
-    """Two at first, one into a free row while these run, one in the place of a row that was cancelled."""
-    mesh = None if shape is None else mesh_of(*shape)
-    settings = Settings(max_new_tokens=14, eos_token_id=0, **options)
-    expected = [c.tokens for c in continue_prompts(prepare(golden), PROMPTS, settings)]
-    prepared = prepare(golden, mesh)
-    decoding, top_k = start(prepared, [PROMPTS[0], None, PROMPTS[1], None], [settings] * 4, places=[0, 0, 1, 0])
-
-    def arrive(decoding: Decoding, place: int, row: int) -> Decoding:
-        """From a prefill of its own, with fewer slots, where it is the second row."""
-        places = [0, place]
-        prefilled, _ = start(prepared, [None, PROMPTS[place]], [settings] * 2, places=places, length=16)
-        return engine.insert(decoding, prefilled, [1], [row])
-
-    decoding = engine.decode(prepared, decoding, top_k=top_k, steps=3)
-    decoding = arrive(decoding, 2, 3)
-    decoding = engine.decode(prepared, decoding, top_k=top_k, steps=2)
-    assert decoding.step_B.tolist() == [6, 0, 6, 3]
-    partial = tokens(decoding, 2)
-    decoding = arrive(decoding, 3, 2)
-    decoding = engine.decode(prepared, decoding, top_k=top_k, steps=64)
-    assert partial == expected[1][:6]
-    assert [tokens(decoding, row) for row in (0, 2, 3)] == [expected[0], expected[3], expected[2]]
+# --------------------------------------------------------------------------------------------------------- ends of rows
 
 
-def test_a_cancelled_row_stops(small):
-    settings = [Settings(max_new_tokens=12, eos_token_id=0, **GREEDY)] * 2
-    decoding, _ = start(small, PROMPTS[:2], settings)
-    decoding = engine.decode(small, decoding, top_k=0, steps=2)
-    reason_B = decoding.reason_B.at[0].set(Reason.CANCELLED)
-    decoding = engine.decode(small, decoding._replace(reason_B=reason_B), top_k=0, steps=64)
-    assert decoding.step_B.tolist() == [3, 12]
-    assert tokens(decoding, 1) == continue_prompts(small, [PROMPTS[1]], settings[0])[0].tokens
+def test_rows_end_at_their_own_eos_limit_or_slots():
+    """Of 256 slots 250 are a prompt's; its last token needs none."""
+    prepared = prepared_golden("rope-tiny")
+    whole = numpy_greedy(prepared, SHORT[1], Settings(max_new_tokens=12, eos_token_id=(), **GREEDY))
+    eos = whole[5]
+    batch = Batch(prepared)
+    batch.fill({0: Prompt(SHORT[1], Settings(eos_token_id=eos, **GREEDY)), 1: Prompt(LONGER)})
+    batch.fill({2: Prompt(SHORT[1], Settings(max_new_tokens=1, eos_token_id=(), **GREEDY))})
+    assert batch.reasons == [Reason.RUNNING, Reason.RUNNING, Reason.LIMIT, Reason.NO_PROMPT]
+    batch.fill({3: Prompt(SHORT[1], Settings(max_new_tokens=10, eos_token_id=(), **GREEDY))})
+    batch.decode()
+    batch.decode()
+    assert batch.reasons == [Reason.EOS, Reason.LIMIT, Reason.LIMIT, Reason.LIMIT]
+    assert batch.tokens(0) == whole[: whole.index(eos) + 1]
+    assert batch.tokens(1) == numpy_greedy(prepared, LONGER, Settings(max_new_tokens=7, eos_token_id=(), **GREEDY))
+    assert batch.tokens(2) == whole[:1] and batch.tokens(3) == whole[:10]
+    # The newest token is not in the cache, but for that of a row that is full.
+    lengths = [7 + len(batch.tokens(0)) - 1, 256, 7, 7 + 9]
+    np.testing.assert_array_equal(batch.decoding.length_B, lengths)
 
 
-def test_several_rows_at_once(small):
-    settings = [Settings(max_new_tokens=8, eos_token_id=0, **GREEDY)] * 4
-    decoding, _ = start(small, [None] * 4, settings)
-    prefilled, _ = start(small, PROMPTS, settings)
-    decoding = engine.insert(decoding, prefilled, [0, 3, 2], [3, 0, 1])
-    decoding = engine.decode(small, decoding, top_k=0, steps=64)
-    expected = continue_prompts(small, PROMPTS, settings[0])
-    assert [tokens(decoding, row) for row in (3, 0, 1)] == [expected[i].tokens for i in (0, 3, 2)]
-    assert int(decoding.reason_B[2]) == Reason.NO_PROMPT
+def test_a_row_runs_from_its_last_chunk_until_it_is_cancelled():
+    prepared = prepared_golden("rope-tiny")
+    batch = Batch(prepared)
+    batch.extend(0, {1: Prompt(LONG), 0: Prompt(SHORT[0])})
+    batch.decode(3)
+    assert batch.reasons == [Reason.RUNNING, *[Reason.NO_PROMPT] * 3] and len(batch.tokens(0)) == 4
+    np.testing.assert_array_equal(batch.decoding.length_B, [3 + 3, 64, 0, 0])
+    # What pads a chunk was never seen.
+    assert set(np.flatnonzero(batch.decoding.seen_BV[0])) == {*SHORT[0], *batch.tokens(0)}
+    batch.decode(3, cancel=[0, 1, 3])
+    # No row is cancelled that does not run.
+    assert batch.reasons == [Reason.CANCELLED, *[Reason.NO_PROMPT] * 3] and len(batch.tokens(0)) == 4
+    batch.extend(64, {1: Prompt(LONG)})
+    batch.extend({1: 128, 0: 0}, {1: Prompt(LONG), 0: Prompt(SHORT[3])})
+    assert batch.reasons[:2] == [Reason.RUNNING] * 2
+    batch.decode(2)
+    assert [len(batch.tokens(row)) for row in range(4)] == [3, 3, 0, 0]
 
 
-@pytest.mark.parametrize(
-    ("change", "rows_from", "rows_to", "message"),
-    [
-        (dict(length=128), [0], [0], "prefilled has 128 slots; it must have at most those of decoding, 64"),
-        (dict(log_probs=False), [0], [0], "prefilled has not the arrays of decoding"),
-        ({}, [0, 1], [0], "rows_to = .* is not valid: it must be as many different rows as rows_from"),
-        ({}, [0, 1], [1, 1], "rows_to = .* is not valid"),
-        ({}, [4], [0], r"rows_from = \[4\] is not valid: rows must be in 0\.\.3"),
-        ({}, [0], [-1], r"rows_to = \[-1\] is not valid"),
-    ],
-)
-def test_insert_refuses(small, change, rows_from, rows_to, message):
-    settings = [Settings(max_new_tokens=8, **GREEDY)] * 4
-    decoding, prefilled = start(small, PROMPTS, settings)[0], start(small, PROMPTS, settings, **change)[0]
-    with pytest.raises(ValueError, match=message):
-        engine.insert(decoding, prefilled, rows_from, rows_to)
+def test_what_was_chosen_can_be_read_later():
+    """The state is used up by the next program, its results are not."""
+    prepared = prepared_golden("rope-tiny")
+    batch = Batch(prepared)
+    first = batch.decoding
+    batch.fill({0: Prompt(SHORT[0])})
+    assert first.cache.k.is_deleted() and first.seen_BV.is_deleted()
+    nothing, decoding, emitted = np.zeros(4, bool), batch.decoding, []
+    for _ in range(3):
+        before = decoding
+        decoding, found = engine.decode(prepared, decoding, 2, nothing)
+        emitted.append(found)
+        assert before.cache.k.is_deleted()
+    before = decoding
+    decoding = engine.copy_slots(decoding, 0, 1, 0, engine.chunk_length())
+    assert before.cache.k.is_deleted()
+    assert [int(x.step_B[0]) for x in emitted] == [3, 5, 7]
+    tokens = np.concatenate([np.asarray(x.tokens_BK)[0, :2] for x in emitted]).tolist()
+    assert tokens == numpy_greedy(prepared, SHORT[0], Settings(max_new_tokens=7, **GREEDY))[1:]
 
 
-# ------------------------------------------------------------------------------------------------------------- programs
+# ------------------------------------------------------------------------------------------------------------ programs
 
 
-def test_states_are_used_up_and_nothing_is_compiled_again(small):
-    settings = [Settings(max_new_tokens=30, temperature=1.0, top_k=4)] * 4
+@pytest.mark.parametrize("shape", [(1, 2, 2), (1, 2, 1, 1, 2)], ids=["fsdp, tensor", "fsdp, context"])
+def test_a_mesh_gives_what_one_device_gives(golden, mesh_of, shape):
+    """With a place for every row; tests/infer/test_invariance.py has fewer."""
+    name = golden.folder.name
+    prepared = prepared_golden(name, mesh_of(*shape))
+    batch, alone = Batch(prepared, places=4), Batch(prepared_golden(name))
+    with jax.transfer_guard("disallow"):
+        check_greedy(batch, golden, (2, 1))
+    heads = DEFAULT_RULES.spec(None, "batch", "attention_heads", None, None)
+    assert batch.decoding.cache.k.sharding.spec == heads
+    check_greedy(alone, golden, (2, 1))
+    for row in (2, 1):
+        assert batch.tokens(row) == alone.tokens(row)
+        for one, other in zip(batch.found[row], alone.found[row], strict=True):
+            np.testing.assert_allclose(one.log_prob, other.log_prob, atol=1e-5)
+    labels = np.tile(np.array(LONG[1:65], np.int32), (4, 1))
+    found = engine.score_chunk(prepared, batch.extend(0, {0: Prompt(LONG), 3: Prompt(LONG)}), labels)
+    log_probs = log_softmax(logits_of(prepared_golden(name), LONG[:64]))
+    for row in (0, 3):
+        check_scores(log_probs, LONG[1:65], *(np.asarray(x)[row] for x in found))
 
-    def session(prompts, steps: int) -> None:
-        first, top_k = start(small, prompts, settings)
-        second, _ = start(small, prompts, settings, places=[4, 5, 6, 7])
-        running = engine.decode(small, first, top_k=top_k, steps=steps)
-        assert first.cache.k.is_deleted()
-        inserted = engine.insert(running, second, [1], [2])
-        assert running.cache.k.is_deleted() and not second.cache.k.is_deleted()
-        engine.decode(small, inserted, top_k=top_k, steps=2 * steps)
 
-    session(PROMPTS, 2)
-    counts = [program._cache_size() for program in engine.programs(small.compute)]
-    session([[9], [1, 2, 3], [4] * 16, None], 5)
-    assert [program._cache_size() for program in engine.programs(small.compute)] == counts
+def test_nothing_is_compiled_for_other_prompts():
+    """Nor moved but explicitly."""
+    batch = Batch(prepared_golden("rope-tiny"))
+    programs, rng = engine.programs(batch.prepared.compute), np.random.default_rng(0)
+
+    def use(lengths: list[int], settings: Settings, steps: int) -> list[int]:
+        prompts = {row: Prompt(rng.integers(3, 320, n).tolist(), settings, row) for row, n in enumerate(lengths)}
+        with jax.transfer_guard("disallow"):
+            for row, prompt in prompts.items():
+                batch.fill({row: prompt})
+                batch.decode(steps, cancel=[1])
+            batch.copy(1, 3, steps % 3)
+        return [program._cache_size() for program in programs]
+
+    before = use([3, 64, 1], Settings(), 2)
+    assert use([200, 65, 7], Settings(temperature=0.0, top_k=0, top_p=1.0, logit_bias={3: 1}), 8) == before
+    assert use([63, 128, 250], Settings(temperature=2.0, top_k=100, presence_penalty=1, min_tokens=2), 5) == before
+
+
+@pytest.mark.parametrize(("kv", "dtype", "size"), [("compute", "float32", 2**32), ("int8", "int8", 2**30 + 2**25)])
+def test_full_size_cache(kv, dtype: str, size: int):
+    """On a CPU in fp32; int8 with an fp32 scale for each head of a token."""
+    cache = jax.eval_shape(lambda: init_cache(BAICHUAN2_7B, ComputeConfig(), 1, 4096, kv))
+    assert cache.k.shape == cache.v.shape == (32, 1, 32, 4096, 128) and cache.k.dtype == dtype
+    assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) == size
+
+
+def test_rows_of_no_prompt_hold_only_what_is_asked_for():
+    """Counts of tokens take 2 bytes for each of the vocabulary: only where a row may have a penalty for them."""
+    prepared = prepared_small()
+    settings = [Settings().check(prepared.config)] * 2
+    empty = engine.allocate(prepared, sampling_of(settings, [0, 1]), slots=128)
+    assert empty.counts_BV is None and empty.sampling.bias is None and empty.sampling.top_log_probs is None
+    full = engine.allocate(prepared, sampling_of(settings, [0, 1], full=True), slots=128)
+    assert full.counts_BV.shape == (2, 512) and full.counts_BV.dtype == jnp.int16
+    assert full.reason_B.tolist() == [Reason.NO_PROMPT] * 2

@@ -1,4 +1,4 @@
-"""Generation: PyTorch's greedy tokens, the cache against the full forward pass, padding, meshes, stopping."""
+"""Generation: PyTorch's greedy tokens, meshes, stopping, what is told of continuations, what is refused."""
 
 from __future__ import annotations
 
@@ -10,154 +10,75 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bc2_jax.config import BAICHUAN2_7B, ComputeConfig, ModelConfig
+from bc2_jax.config import BAICHUAN2_7B
 from bc2_jax.infer import engine
-from bc2_jax.infer.cache import init_cache
 from bc2_jax.infer.generate import bucket, continue_prompts, generate
-from bc2_jax.infer.sampling import Settings
-from bc2_jax.model.baichuan import Baichuan2, param_shardings, split_model
+from bc2_jax.infer.settings import Settings
+from bc2_jax.model.baichuan import Baichuan2
+from tests.infer.batch import GREEDY, golden_model, small_model
 
-GREEDY = dict(temperature=0.0, repetition_penalty=1.0)
 PROMPTS = [[5, 6, 7], [11, 300, 42, 9, 9, 17, 250], [3]]
-
-
-def build(golden, mesh=None, **compute) -> Baichuan2:
-    graphdef = split_model(golden.config, ComputeConfig(**{"dtype": "float32", **compute}))[0]
-    shardings = None if mesh is None else param_shardings(golden.config, mesh)
-    return nnx.merge(graphdef, jax.device_put(golden.params, shardings))
-
-
-@pytest.fixture(scope="module")
-def model(golden) -> Baichuan2:
-    return build(golden)
 
 
 @pytest.fixture(scope="module")
 def small() -> Baichuan2:
-    """For what does not depend on the architecture."""
-    config = ModelConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, position_embedding="rope",
-        vocab_size=64, model_max_length=512,
-    )  # fmt: skip
-    return Baichuan2(config, ComputeConfig(dtype="float32"), rngs=nnx.Rngs(0))
+    return small_model()
 
 
 # -------------------------------------------------------------------------------------------------------------- values
 
 
-@pytest.mark.parametrize(("attention", "scan_layers"), [("reference", False), ("chunked", False), ("chunked", True)])
-def test_greedy_tokens_are_those_of_pytorch(golden, attention, scan_layers):
-    model = build(golden, attention=attention, scan_layers=scan_layers, attention_block=16)
+def test_greedy_tokens_are_those_of_pytorch(golden):
+    """Of a model that was not prepared, too."""
+    model = golden_model(golden.folder.name)
     tokens = generate(model, golden.arrays["prompt_ids"].tolist(), max_new_tokens=24, **GREEDY)
     np.testing.assert_array_equal(tokens, golden.arrays["greedy_ids"])
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
-def test_cached_logits_are_those_of_the_full_forward_pass(golden, scan_layers):
-    model = build(golden, scan_layers=scan_layers, attention_block=4)
-    ids = jnp.asarray(golden.arrays["input_ids"][:, :20], jnp.int32)
-    padding = jnp.array([[0], [5]])  # the second row starts later, as a shorter prompt does
-    segments = (jnp.arange(20) >= padding).astype(jnp.int32)
-    positions = jnp.maximum(jnp.arange(20) - padding, 0)
-    full = jax.jit(lambda: model(ids, positions, segments))()
-    cache = init_cache(model.config, model.compute, batch=2, length=32)
-    h, cache = jax.jit(model.hidden_states)(ids[:, :9], None, segments[:, :9], cache)
-    logits, step = [model.lm_head(h)], jax.jit(model.hidden_states)
-    for t in range(9, 20):
-        h, cache = step(ids[:, t : t + 1], positions[:, t : t + 1], segments[:, t : t + 1], cache)
-        logits.append(model.lm_head(h))
-    real = np.asarray(segments, bool)
-    np.testing.assert_allclose(np.concatenate(logits, 1)[real], full[real], atol=3e-5)
-    np.testing.assert_array_equal(cache.length, 20)
-    np.testing.assert_array_equal(cache.tokens.segments[:, :20], segments)
-
-
-def test_batch_equals_each_prompt_alone(model):
-    together = generate(model, PROMPTS, max_new_tokens=20, **GREEDY)
-    assert together == [generate(model, [prompt], max_new_tokens=20, **GREEDY)[0] for prompt in PROMPTS]
+def test_batch_equals_each_prompt_alone(small):
+    together = generate(small, PROMPTS, max_new_tokens=20, **GREEDY)
+    assert together == [generate(small, [prompt], max_new_tokens=20, **GREEDY)[0] for prompt in PROMPTS]
     assert [len(tokens) for tokens in together] == [20] * 3
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 2), (2, 1, 2), (1, 2, 1, 2, 2)])  # data, fsdp, tensor, fsdp_inner, context
-def test_mesh_changes_nothing(golden, model, mesh_of, shape):
-    # Three prompts do not divide by data * fsdp = 2.
-    expected = generate(model, PROMPTS, max_new_tokens=20, **GREEDY)
-    assert generate(build(golden, mesh_of(*shape)), PROMPTS, max_new_tokens=20, **GREEDY) == expected
-
-
-def test_mesh_does_not_change_the_draws(small, mesh_of):
+@pytest.mark.parametrize("shape", [(1, 2, 2), (1, 2, 1, 1, 2)])  # data, fsdp, tensor, fsdp_inner, context
+def test_a_mesh_does_not_change_the_draws(small, mesh_of, shape):
+    """Three prompts, which do not divide by data * fsdp = 2."""
     options = dict(max_new_tokens=20, temperature=1.5, top_k=40, seed=3)
-    prompts = [[5, 6, 7], [11, 42, 9, 9, 17], [3]]
-    mesh = mesh_of(1, 2, 2)
-    graphdef, state = nnx.split(small)
-    params = jax.device_put(nnx.to_pure_dict(state), param_shardings(small.config, mesh))
-    with jax.set_mesh(mesh):
-        sharded = generate(nnx.merge(graphdef, params), prompts, **options)
-    assert sharded == generate(small, prompts, **options)
-
-
-def test_repetition_penalty(small):
-    options = dict(temperature=0.0, repetition_penalty=1.5)
-    got = generate(small, [[5], [5, 6, 7, 8]], max_new_tokens=8, **options)
-    assert got != generate(small, [[5], [5, 6, 7, 8]], max_new_tokens=8, **GREEDY)
-    forward = jax.jit(lambda ids, segments: small(ids, None, segments))
-    for prompt, tokens in zip([[5], [5, 6, 7, 8]], got, strict=True):
-        for i, token in enumerate(tokens):
-            seen = prompt + tokens[:i]
-            ids = jnp.array([seen + [0] * (12 - len(seen))])
-            logits = np.array(forward(ids, (jnp.arange(12) < len(seen))[None].astype(jnp.int32))[0, len(seen) - 1])
-            marked = list(set(seen))
-            logits[marked] = np.where(logits[marked] > 0, logits[marked] / 1.5, logits[marked] * 1.5)
-            assert token == logits.argmax()
-
-
-def test_padding_is_not_seen(small, monkeypatch):
-    seen, prefill = [], engine.prefill
-
-    def spy(*args, **kwargs):
-        state = prefill(*args, **kwargs)
-        seen.extend(set(np.flatnonzero(row).tolist()) for row in state.seen_BV)
-        return state
-
-    monkeypatch.setattr(engine, "prefill", spy)
-    tokens = generate(small, [[5], [6, 0, 7, 6]], max_new_tokens=1, eos_token_id=63, **GREEDY)
-    assert seen == [{5, *(tokens[0] or [63])}, {0, 6, 7, *(tokens[1] or [63])}]
+    assert generate(small_model(mesh_of(*shape)), PROMPTS, **options) == generate(small, PROMPTS, **options)
 
 
 # ------------------------------------------------------------------------------------------------ stopping, streaming
 
 
-def test_stops_at_eos(model):
-    full = generate(model, PROMPTS, max_new_tokens=20, **GREEDY)
+def test_stops_at_eos(small):
+    full = generate(small, PROMPTS, max_new_tokens=20, **GREEDY)
     eos = full[0][4]
     cut = [tokens[: tokens.index(eos)] if eos in tokens else tokens for tokens in full]
-    assert generate(model, PROMPTS, max_new_tokens=20, eos_token_id=eos, **GREEDY) == cut
+    assert generate(small, PROMPTS, max_new_tokens=20, eos_token_id=eos, **GREEDY) == cut
     first = full[0][0]
-    assert generate(model, PROMPTS[:1], max_new_tokens=20, eos_token_id=first, **GREEDY) == [[]]
+    assert generate(small, PROMPTS[:1], max_new_tokens=20, eos_token_id=first, **GREEDY) == [[]]
 
 
-def test_loop_ends_when_all_have_stopped(model, monkeypatch):
-    eos = generate(model, PROMPTS[:1], max_new_tokens=20, **GREEDY)[0][4]
+def test_loop_ends_when_all_have_stopped(small, monkeypatch):
+    eos = generate(small, PROMPTS[:1], max_new_tokens=20, **GREEDY)[0][4]
     states, decode = [], engine.decode
     monkeypatch.setattr(engine, "decode", lambda *a, **k: states.append(decode(*a, **k)) or states[-1])
-    generate(model, PROMPTS[:1], max_new_tokens=20, eos_token_id=eos, **GREEDY)
+    generate(small, PROMPTS[:1], max_new_tokens=20, eos_token_id=eos, **GREEDY)
     assert int(states[-1].step_B[0]) <= 5
 
 
-def test_continuations_say_what_is_known(model):
+def test_continuations_say_what_is_known(small):
     """Every token with its log-probability, the eos kept, and why each prompt ended."""
-    full = generate(model, PROMPTS, max_new_tokens=20, **GREEDY)
+    full = generate(small, PROMPTS, max_new_tokens=20, **GREEDY)
     eos = full[0][4]
     settings = Settings(max_new_tokens=20, eos_token_id=eos, **GREEDY)
-    found = continue_prompts(model, PROMPTS, settings, log_probs=True)
+    found = continue_prompts(small, PROMPTS, settings, log_probs=True)
     for tokens, c in zip(full, found, strict=True):
         assert c.tokens == (tokens[: tokens.index(eos) + 1] if eos in tokens else tokens)
         assert c.reason == ("eos" if eos in tokens else "length")
         assert len(c.log_probs) == len(c.tokens)
-    logits = model(jnp.array([PROMPTS[0] + found[0].tokens]))[0, len(PROMPTS[0]) - 1 : -1]
-    expected = jax.nn.log_softmax(logits)[jnp.arange(len(found[0].tokens)), jnp.array(found[0].tokens)]
-    np.testing.assert_allclose(found[0].log_probs, expected, atol=1e-5)
-    assert continue_prompts(model, PROMPTS[:1], settings)[0].log_probs is None
+    assert continue_prompts(small, PROMPTS[:1], settings)[0].log_probs is None
 
 
 def test_log_probs_are_of_the_logits_before_sampling(small):
@@ -166,7 +87,7 @@ def test_log_probs_are_of_the_logits_before_sampling(small):
         max_new_tokens=12, temperature=2.0, top_k=8, top_p=0.9, repetition_penalty=1.5, seed=4, vocab_size=20
     )
     (found,) = continue_prompts(small, [[5, 6, 7]], settings, log_probs=True)
-    logits = small(jnp.array([[5, 6, 7, *found.tokens]]))[0, 2:-1]
+    logits = jax.jit(lambda ids: small(ids))(jnp.array([[5, 6, 7, *found.tokens]]))[0, 2:-1]
     expected = jax.nn.log_softmax(logits)[jnp.arange(len(found.tokens)), jnp.array(found.tokens)]
     np.testing.assert_allclose(found.log_probs, expected, atol=1e-5)
 
@@ -180,8 +101,7 @@ def test_prepared_model_gives_the_same_tokens(small):
 
 @pytest.mark.parametrize("options", [GREEDY, dict(temperature=1.0, top_k=0, top_p=0.9)], ids=["greedy", "sampled"])
 def test_on_token_gives_the_same_tokens(small, options):
-    prompts = [[5, 6, 7], [11, 42, 9, 9, 17], [3]]
-    eos = generate(small, prompts, max_new_tokens=20, **options)[0][4]
+    eos = generate(small, PROMPTS, max_new_tokens=20, **options)[0][4]
     steps: list[list[int | None]] = []
 
     def on_token(step: int, tokens: list[int | None]) -> None:
@@ -189,29 +109,28 @@ def test_on_token_gives_the_same_tokens(small, options):
         steps.append(tokens)
 
     options = {**options, "max_new_tokens": 20, "eos_token_id": eos}
-    tokens = generate(small, prompts, on_token=on_token, **options)
-    assert tokens == generate(small, prompts, **options)
+    tokens = generate(small, PROMPTS, on_token=on_token, **options)
+    assert tokens == generate(small, PROMPTS, **options)
     assert tokens == [[t for t in column if t is not None] for column in zip(*steps, strict=True)]
     assert len(steps) == max(map(len, tokens))
 
 
-def test_any_of_several_ids_ends_a_row(model):
-    full = generate(model, PROMPTS, max_new_tokens=20, **GREEDY)
+def test_any_of_several_ids_ends_a_row(small):
+    full = generate(small, PROMPTS, max_new_tokens=20, **GREEDY)
     ends = [full[0][7], full[1][3]]
     cut = [tokens[: min([*map(tokens.index, set(ends) & set(tokens)), 20])] for tokens in full]
-    assert generate(model, PROMPTS, max_new_tokens=20, eos_token_id=ends, **GREEDY) == cut
-    assert generate(model, PROMPTS, max_new_tokens=20, eos_token_id=np.array(ends), **GREEDY) == cut
-    never = generate(model, PROMPTS, max_new_tokens=20, eos_token_id=[], **GREEDY)
+    assert generate(small, PROMPTS, max_new_tokens=20, eos_token_id=ends, **GREEDY) == cut
+    assert generate(small, PROMPTS, max_new_tokens=20, eos_token_id=np.array(ends), **GREEDY) == cut
+    never = generate(small, PROMPTS, max_new_tokens=20, eos_token_id=[], **GREEDY)
     assert never == full and all(len(tokens) == 20 for tokens in never)
 
 
 @pytest.mark.parametrize("answer", [True, [False, True, False], np.array([True, False, True])], ids=repr)
 def test_on_token_stops(small, answer):
-    prompts = [[5, 6, 7], [11, 42, 9, 9, 17], [3]]
     options = dict(max_new_tokens=9, eos_token_id=[], **GREEDY)
-    full = generate(small, prompts, **options)
+    full = generate(small, PROMPTS, **options)
     settings = Settings(**options)
-    found = continue_prompts(small, prompts, settings, on_token=lambda step, tokens: answer if step == 3 else None)
+    found = continue_prompts(small, PROMPTS, settings, on_token=lambda step, tokens: answer if step == 3 else None)
     stopped = [answer] * 3 if answer is True else list(answer)
     assert [c.tokens for c in found] == [t[:4] if stop else t for t, stop in zip(full, stopped, strict=True)]
     assert [c.reason for c in found] == ["stopped" if stop else "length" for stop in stopped]
@@ -238,7 +157,7 @@ def test_on_token_must_answer_with_bools(small, answer):
     "options", [GREEDY, dict(temperature=1.5, top_k=0, top_p=1.0), dict(temperature=1.5, top_k=60)]
 )
 def test_absent_ids_are_never_chosen(small, options):
-    """Of 64 ids 7 have a piece, and two others end a row."""
+    """Of 512 ids 7 have a piece, and another one ends a row, beside one of these."""
     seen: set[int] = set()
     for seed in range(3):
         settings = Settings(max_new_tokens=20, eos_token_id=[2, 40], vocab_size=7, seed=seed, **options)
@@ -251,7 +170,7 @@ def test_absent_ids_are_never_chosen(small, options):
 def test_a_vocabulary_that_is_whole_changes_nothing(small):
     options = dict(max_new_tokens=20, temperature=1.0, top_k=0)
     expected = generate(small, [[5, 6, 7]], **options)
-    for size in (64, 1000):
+    for size in (512, 1000):
         assert generate(small, [[5, 6, 7]], vocab_size=size, **options) == expected
 
 
@@ -307,7 +226,7 @@ def test_on_a_tpu_its_options_are_used(small, monkeypatch):
     [
         ([], {}, "prompts is empty"),
         ([[1], []], {}, r"prompts\[1\] is empty"),
-        ([[64]], {}, r"prompts\[0\] has token id 64: it must be a whole number in 0\.\.63"),
+        ([[512]], {}, r"prompts\[0\] has token id 512: it must be a whole number in 0\.\.511"),
         ([[-1]], {}, "token id -1"),
         ([[1] * 500], {"max_new_tokens": 13}, "500 tokens, which with max_new_tokens = 13 is more than .* = 512"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens = 0"),
@@ -317,8 +236,8 @@ def test_on_a_tpu_its_options_are_used(small, monkeypatch):
         ([[1]], {"top_p": 0.0}, "top_p = 0.0"),
         ([[1]], {"top_p": 1.1}, "top_p = 1.1"),
         ([[1]], {"repetition_penalty": 0.0}, "repetition_penalty = 0.0"),
-        ([[1]], {"eos_token_id": 64}, "eos_token_id = 64"),
-        ([[1]], {"eos_token_id": [2, 64]}, r"eos_token_id = \[2, 64\]"),
+        ([[1]], {"eos_token_id": 512}, "eos_token_id = 512"),
+        ([[1]], {"eos_token_id": [2, 512]}, r"eos_token_id = \[2, 512\]"),
         ([[1]], {"eos_token_id": list(range(17))}, "a list of at most 16 ids"),
         ([[1]], {"seed": 2**32}, r"seed = 4294967296 .* 0 to 2\^32 - 1"),
         ([[1]], {"seed": 2**63}, "seed = 9223372036854775808"),
@@ -397,12 +316,5 @@ def test_longest_prompt_fits(small):
 
 
 def test_bucket():
-    assert [bucket(n) for n in (1, 64, 65, 128, 129, 256, 257, 512, 513, 4096)] == [
-        64, 64, 128, 128, 256, 256, 512, 512, 768, 4096,
-    ]  # fmt: skip
-
-
-def test_full_size_cache():
-    cache = jax.eval_shape(lambda: init_cache(BAICHUAN2_7B, ComputeConfig(), 1, 4096))
-    assert cache.k.shape == (32, 1, 32, 4096, 128) and cache.k.dtype == jnp.bfloat16
-    assert (cache.k.size + cache.v.size) * 2 == 2 * 2**30
+    lengths = (1, 128, 129, 256, 257, 512, 513, 4096)
+    assert [bucket(n) for n in lengths] == [128, 128, 256, 256, 512, 512, 768, 4096]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,44 +12,30 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from bc2_jax.config import ComputeConfig, ModelConfig
 from bc2_jax.config.lora import LoraConfig
-from bc2_jax.convert.hf_config import read_config
 from bc2_jax.infer import engine
 from bc2_jax.infer.engine import Prepared
 from bc2_jax.infer.generate import continue_prompts
-from bc2_jax.infer.refill import Stopped, continue_many
-from bc2_jax.infer.sampling import Settings
-from bc2_jax.model.baichuan import Baichuan2, param_shardings, split_model
+from bc2_jax.infer.refill import RolloutShapes, Stopped, continue_many
+from bc2_jax.infer.settings import Settings
 from bc2_jax.model.lora import init_adapter, with_adapter
-from tests.convert.models import read_params
+from tests.convert.models import GOLDEN
+from tests.infer.batch import SMALL, prepared_golden, prepared_small, small_model
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-FP32 = ComputeConfig(dtype="float32", attention_block=16)
-CONFIG = ModelConfig(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, position_embedding="rope",
-    vocab_size=512, model_max_length=512,
-)  # fmt: skip
 # A thirtieth of the vocabulary ends an answer: lengths of all kinds.
 DRAWN = Settings(
     max_new_tokens=40, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, seed=5, eos_token_id=range(16)
 )  # fmt: skip
 
 
-def make_prompts(count: int, seed: int) -> list[list[int]]:
+def make_prompts(count: int, seed: int, longest: int = 20) -> list[list[int]]:
     rng = np.random.default_rng(seed)
-    return [rng.integers(3, 500, rng.integers(1, 20)).tolist() for _ in range(count)]
-
-
-def make_model(mesh=None, dtype: str = "float32") -> Baichuan2:
-    graphdef, state = nnx.split(Baichuan2(CONFIG, dataclasses.replace(FP32, dtype=dtype), rngs=nnx.Rngs(0)))
-    params = nnx.to_pure_dict(state)
-    return nnx.merge(graphdef, jax.device_put(params, None if mesh is None else param_shardings(CONFIG, mesh)))
+    return [rng.integers(3, 500, rng.integers(1, longest)).tolist() for _ in range(count)]
 
 
 @pytest.fixture(scope="module")
 def small() -> Prepared:
-    return engine.prepare(make_model())
+    return prepared_small()
 
 
 def scheduled_steps(lengths: list[int], rows: int, group: int) -> int:
@@ -68,17 +53,13 @@ def scheduled_steps(lengths: list[int], rows: int, group: int) -> int:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_greedy_rollouts_are_those_of_pytorch(temperature):
     """Two rows for four prompts, refilled after the first that ends."""
-    config = read_config(GOLDEN / "rope-tiny")
-    graphdef = split_model(config, FP32)[0]
-    prepared = engine.prepare(nnx.merge(graphdef, jax.device_put(read_params(GOLDEN / "rope-tiny", config))))
     expected = dict(np.load(GOLDEN / "align/rollout.npz"))
     prompts = [row[:n].tolist() for row, n in zip(expected["prompts"], expected["prompt_lengths"], strict=True)]
     settings = Settings(
         max_new_tokens=12, temperature=0, repetition_penalty=1, eos_token_id=int(expected["eos_token_id"])
     )
-    found, _ = continue_many(
-        prepared, prompts, settings, rows=2, log_probs=True, log_prob_temperature=temperature, group=3
-    )
+    options = dict(rows=2, log_probs=True, log_prob_temperature=temperature, group=3)
+    found, _ = continue_many(prepared_golden("rope-tiny"), prompts, settings, **options)
     log_probs = expected["logps_t1" if temperature == 1 else "logps_t07"]
     for row, continuation in enumerate(found):
         count = expected["length"][row]
@@ -88,31 +69,46 @@ def test_greedy_rollouts_are_those_of_pytorch(temperature):
 
 
 @pytest.mark.parametrize(
-    ("shape", "whole", "rows", "prefills"),
-    [(None, False, 3, 11), ((1, 2, 2), False, 4, 6), ((1, 2, 1, 2), True, 4, 3), ((1, 1, 2, 1, 2), True, 1, 11)],
+    ("shape", "whole", "rows", "places"),
+    [(None, False, 3, 2), ((1, 2, 2), False, 8, 4), ((1, 1, 2, 1, 2), True, 2, 2)],
 )
-def test_continuations_are_those_of_all_at_one_time(small, mesh_of, shape, whole, rows, prefills):
+def test_continuations_are_those_of_all_at_one_time(small, mesh_of, shape, whole, rows, places):
     """With weights cut or whole, under the loop's transfer guard; other prompts and another seed compile nothing."""
-    prepared = small if shape is None else engine.prepare(make_model(mesh_of(*shape)), whole=whole)
-    prompts = make_prompts(11, seed=1)
+    prepared = small if shape is None else engine.prepare(small_model(mesh_of(*shape)), whole=whole)
+    prompts = make_prompts(11, seed=1, longest=80)
     expected = continue_prompts(small, prompts, DRAWN, log_probs=True)
-    programs = engine.programs(prepared.compute)
+    programs, options = engine.programs(prepared.compute), dict(rows=rows, log_probs=True, prompt_slots=80)
     with jax.transfer_guard("disallow"):
-        found, stats = continue_many(prepared, prompts, DRAWN, rows=rows, log_probs=True, prompt_slots=32, group=4)
+        found, stats = continue_many(prepared, prompts, DRAWN, group=4, **options)
         counts = [program._cache_size() for program in programs]
-        others = make_prompts(5, seed=2)
+        others = make_prompts(11, seed=2)
         again = dataclasses.replace(DRAWN, seed=6)
-        other, _ = continue_many(prepared, others, again, rows=rows, log_probs=True, prompt_slots=32, group=3)
+        other, _ = continue_many(prepared, others, again, group=3, **options)
         assert [program._cache_size() for program in programs] == counts
     expected += continue_prompts(small, others, again, log_probs=True)
     for one, alone in zip(found + other, expected, strict=True):
         assert (one.tokens, one.reason) == (alone.tokens, alone.reason)
+        if shape is None:
+            assert one.log_probs == alone.log_probs, "bit for bit"
         np.testing.assert_allclose(one.log_probs, alone.log_probs, atol=1e-5)
-    assert stats.prefills == prefills
+    two_chunks = sum(len(prompt) > engine.chunk_length() for prompt in prompts)
+    assert two_chunks > 0
+    assert -(-11 // places) < stats.prefills <= 11 + two_chunks
+
+
+def test_shapes(mesh_of):
+    """A quarter of the rows is started together, of each part at least two on a CPU, and never more than there are."""
+    assert RolloutShapes.of(16, None, 200) == RolloutShapes(rows=16, prefill_rows=4, slots=256)
+    assert RolloutShapes.of(3, None, 100) == RolloutShapes(3, 2, 128)
+    assert RolloutShapes.of(1, None, 1) == RolloutShapes(1, 1, 128)
+    assert RolloutShapes.of(8, 8, 257) == RolloutShapes(8, 8, 512)
+    with jax.set_mesh(mesh_of(2, 2, 1)):
+        assert RolloutShapes.of(16, None, 100) == RolloutShapes(16, 8, 128)
+        assert RolloutShapes.of(4, None, 100) == RolloutShapes(4, 4, 128)
 
 
 @hypothesis_settings(max_examples=5)
-@given(count=st.integers(1, 12), group=st.integers(1, 9), seed=st.integers(0, 2**31))
+@given(count=st.integers(1, 12), group=st.integers(1, 8), seed=st.integers(0, 2**31))
 def test_rows_are_used_as_a_schedule_of_the_lengths_says(small, count, group, seed):
     settings = dataclasses.replace(DRAWN, seed=seed)
     prompts = make_prompts(count, seed)
@@ -128,9 +124,9 @@ def test_rows_are_used_as_a_schedule_of_the_lengths_says(small, count, group, se
 
 def test_adapters_and_the_actors_own_arrays():
     """A model with adapters is prepared beside its own arrays, which stay and are shared where they need no change."""
-    model = make_model(dtype="bfloat16")
+    model = small_model(dtype="bfloat16")
     adapter = LoraConfig(rank=2)
-    params = init_adapter(adapter, CONFIG, nnx.to_pure_dict(nnx.split(model)[1]), 0, None)
+    params = init_adapter(adapter, SMALL, nnx.to_pure_dict(nnx.split(model)[1]), 0, None)
     params = jax.tree.map(lambda x: x + 0.1, params)
     actor = with_adapter(model, adapter, params)
     held = jax.tree.leaves(nnx.split(actor)[1])
@@ -161,7 +157,9 @@ def test_it_stops_when_it_is_told_to(small):
         (dict(rows=0), "rows = 0 is not valid: it must be a positive multiple of 1, the parts of a batch"),
         (dict(rows=2.0), "rows = 2.0 is not valid"),
         (dict(prefill_rows=-1), "prefill_rows = -1 is not valid"),
+        (dict(prefill_rows=3), "prefill_rows = 3 is not valid: it must be at most rows = 2"),
         (dict(group=0), "group = 0 is not valid"),
+        (dict(group=9), r"group = 9 is not valid: it must be a whole number in 1\.\.8"),
         (dict(prompt_slots=3), "prompt_slots = 3 is not valid: .* at least the 4 tokens of the longest prompt"),
         (dict(log_prob_temperature=0.0), "log_prob_temperature = 0.0 is not valid"),
         (dict(limits=[0]), r"limits = \[0\] is not valid: they must be in 1\.\.40"),
@@ -175,7 +173,7 @@ def test_it_refuses(small, change, message):
 
 
 def test_rows_must_suit_the_mesh(mesh_of):
-    prepared = engine.prepare(make_model(mesh_of(2, 2, 1)))
+    prepared = engine.prepare(small_model(mesh_of(2, 2, 1)))
     with pytest.raises(ValueError, match="rows = 6 is not valid: it must be a positive multiple of 4"):
         continue_many(prepared, [[5]], DRAWN, rows=6)
 

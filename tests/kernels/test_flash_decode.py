@@ -1,6 +1,8 @@
-"""The decoding kernel in interpret mode against the reference."""
+"""The decoding kernel in interpret mode against the same function in plain JAX and against numpy."""
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,91 +12,137 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bc2_jax.kernels import flash_decode as module
-from bc2_jax.kernels.attention import Tokens, reference_decode
+from bc2_jax.kernels.cached import KVCache, Place, cached_attention, quantize_tokens
 from bc2_jax.kernels.flash_decode import block_length, flash_decode
 from bc2_jax.model.position import alibi_slopes
+from tests.kernels.test_cached import as_float64, numpy_attention
+
+H, LAYER = 16, 1
 
 
-def make_inputs(lengths: list[int], N: int, S: int, dtype, seed: int = 0):
-    """Row b has lengths[b] slots in use, the first third of them padding; the last row is padding throughout."""
+def make_inputs(B: int, N: int, S: int, dtype, kv, seed: int = 0):
+    """q, k and v of a new token of each row, and a cache of two layers in which every slot holds something."""
     rng = np.random.default_rng(seed)
-    L, H, B = 2, 16, len(lengths)
-    q, k_new, v_new = (jnp.asarray(rng.normal(size=(B, N, H)), dtype) for _ in "qkv")
-    k, v = (jnp.asarray(rng.normal(size=(L, B, N, S, H)), dtype) for _ in "kv")
-    length, slot = np.asarray(lengths, np.int32), np.arange(S)
-    start = length[:, None] // 3
-    segments = ((slot >= start) & (slot <= length[:, None])).astype(np.int32)
-    segments[-1] = 0
-    slots = Tokens(jnp.asarray(np.maximum(slot - start, 0), jnp.int32), jnp.asarray(segments))
-    own = Tokens(jnp.asarray(length[:, None] - start, jnp.int32), jnp.asarray([[1]] * (B - 1) + [[0]], jnp.int32))
-    return (q, k_new, v_new, k, v, jnp.int32(1), jnp.asarray(length), own, slots)
+    new = [jnp.asarray(rng.normal(size=(B, N, H)), dtype) for _ in "qkv"]
+    k, v = (jnp.asarray(rng.normal(size=(2, B, N, S, H)), jnp.float32) for _ in "kv")
+    if kv == "int8":
+        (k, k_scale), (v, v_scale) = quantize_tokens(k), quantize_tokens(v)
+        return new, KVCache(k, v, k_scale, v_scale)
+    return new, KVCache(k.astype(kv), v.astype(kv), None, None)
 
 
-def compare(lengths: list[int], N: int, S: int, alibi: bool, dtype, seed: int = 0) -> float:
-    """The caches are those of the reference bit for bit; returns the largest difference of the results."""
-    inputs = make_inputs(lengths, N, S, dtype, seed)
-    slopes = jnp.asarray(alibi_slopes(N)) if alibi else None
-    out, *caches = jax.jit(lambda *inputs: flash_decode(*inputs, slopes, interpret=True))(*inputs)
-    reference = jax.jit(lambda *inputs: reference_decode(*inputs, slopes))
-    for cache, expected in zip(caches, reference(*inputs)[1:], strict=True):
-        np.testing.assert_array_equal(cache, expected)
-    exact = [x.astype(jnp.float32) for x in inputs[:5]]
-    expected = reference(*exact, *inputs[5:])[0]
-    assert out.dtype == dtype
-    assert np.all(np.asarray(out[-1]) == 0)
-    return float(np.abs(np.asarray(out, np.float32) - np.asarray(expected)).max())
+@functools.cache
+def runner(alibi: bool, plain: bool = False, cores: int = 1):
+    """jitted (q, k, v, cache, start) -> result and cache."""
+
+    def run(q, k, v, cache, start):
+        B, N = q.shape[:2]
+        slopes = jnp.broadcast_to(jnp.asarray(alibi_slopes(N)), (B, N)) if alibi else None
+        if plain:
+            place = Place(jnp.arange(B), start)
+            out, cache = cached_attention(*(x[:, None] for x in (q, k, v)), cache, jnp.int32(LAYER), place, slopes)
+            return out[:, 0], cache
+        return flash_decode(q, k, v, cache, jnp.int32(LAYER), start, slopes, cores=cores, interpret=True)
+
+    return jax.jit(run)
 
 
-@settings(max_examples=12)
+def attend(new, cache: KVCache, start, alibi: bool = True, plain: bool = False, cores: int = 1):
+    return jax.tree.map(np.asarray, runner(alibi, plain, cores)(*new, cache, jnp.asarray(start, jnp.int32)))
+
+
+def compare(start: list[int], N: int, S: int, alibi: bool, kv: str, seed: int = 0, cores: int = 1) -> float:
+    """The caches are those of plain JAX bit for bit; returns the largest difference of the results."""
+    new, cache = make_inputs(len(start), N, S, jnp.float32, kv, seed)
+    out, after = attend(new, cache, start, alibi, cores=cores)
+    expected, expected_after = attend(new, cache, start, alibi, plain=True)
+    jax.tree.map(np.testing.assert_array_equal, after, expected_after)
+    has_token = np.array(start) >= 0
+    return float(np.abs(out - expected)[has_token].max(initial=0))
+
+
+@settings(max_examples=14)
 @given(
-    used=st.lists(st.floats(0, 0.999), min_size=2, max_size=3), N=st.integers(1, 5), S=st.sampled_from([64, 128, 256]),
-    alibi=st.booleans(), seed=st.integers(0, 99),
+    used=st.lists(st.floats(-0.2, 0.999), min_size=3, max_size=3), N=st.sampled_from([1, 5]),
+    S=st.sampled_from([128, 256]), alibi=st.booleans(), kv=st.sampled_from(["float32", "int8"]),
+    seed=st.integers(0, 99), cores=st.sampled_from([1, 2]),
 )  # fmt: skip
-def test_fp32(used: list[float], N: int, S: int, alibi: bool, seed: int):
-    assert compare([int(share * S) for share in used], N, S, alibi, jnp.float32, seed) < 2e-6
+def test_any_lengths(used: list[float], N: int, S: int, alibi: bool, kv: str, seed: int, cores: int):
+    """Some rows idle: a negative share is no token."""
+    assert compare([int(share * S) if share >= 0 else -1 for share in used], N, S, alibi, kv, seed, cores) < 2e-6
 
 
-@pytest.mark.parametrize("alibi", [True, False])
-def test_bf16(alibi: bool):
-    assert compare([200, 0, 17, 255, 31], 5, 256, alibi, jnp.bfloat16) < 2e-2
+@pytest.mark.parametrize(
+    ("start", "expected"),
+    [
+        ([5, 0, 9], [0, 1, 2]), ([-1, -1, 7, -1, 3, -1], [2, 2, 2, 2, 4, 4]), ([-1, -1], [0, 0]), ([-1], [0]),
+        ([4, -1, -1], [0, 0, 0]),
+    ],
+)  # fmt: skip
+def test_rows_without_a_token_have_the_blocks_of_a_neighbour(start: list[int], expected: list[int]):
+    assert module._sources(jnp.asarray(start)).tolist() == expected
+    new, cache = make_inputs(len(start), 5, 128, jnp.float32, "float32")
+    out, after = attend(new, cache, start)
+    jax.tree.map(np.testing.assert_array_equal, after, attend(new, cache, start, plain=True)[1])
+    assert np.isfinite(out).all()
 
 
-def test_reference_is_plain_indexing():
-    lengths = [5, 0, 11, 16, 3]  # the fourth is full
-    q, k_new, v_new, k, v, layer, length, own, slots = make_inputs(lengths, 2, 16, jnp.float32)
-    out, *caches = reference_decode(q, k_new, v_new, k, v, layer, length, own, slots, None)
-    k, v = (np.array(x) for x in (k, v))
-    for b, n in enumerate(lengths):
-        if n < 16:
-            k[1, b, :, n], v[1, b, :, n] = k_new[b], v_new[b]
-    np.testing.assert_array_equal(caches[0], k)
-    np.testing.assert_array_equal(caches[1], v)
-    for b in (0, 2):
-        visible = slice(lengths[b] // 3, lengths[b] + 1)
-        scores = np.einsum("NH,NSH->NS", q[b], k[1, b, :, visible]) / 4
-        p = np.exp(scores - scores.max(1, keepdims=True))
-        expected = np.einsum("NS,NSH->NH", p / p.sum(1, keepdims=True), v[1, b, :, visible])
-        np.testing.assert_allclose(out[b], expected, atol=1e-5)
+@pytest.mark.parametrize("kv", ["bfloat16", "int8"])
+def test_bf16_is_near_the_exact_values(kv: str):
+    """Of the cache as it is after the write, in fp64."""
+    start = [200, 0, -1, 255, 31]
+    new, cache = make_inputs(5, 5, 256, jnp.bfloat16, kv)
+    out, after = attend(new, cache, start)
+    assert out.dtype == jnp.bfloat16
+    jax.tree.map(np.testing.assert_array_equal, after, attend(new, cache, start, plain=True)[1])
+    k, v = as_float64(after)
+    for b, first in enumerate(start):
+        if first >= 0:
+            exact = numpy_attention(new[0][b][None], k[LAYER, b], v[LAYER, b], first, alibi_slopes(5))[0]
+            np.testing.assert_allclose(np.asarray(out[b], np.float64), exact, atol=2e-2)
 
 
-@pytest.mark.parametrize("lengths", [[0, 127, 5], [128, 1, 0], [383, 64, 300], [384, 200, 384]])
-def test_blocks_behind_the_last_slot_are_not_read(lengths: list[int], monkeypatch):
-    """Nor is anything written but the slot of the new token; a full row has none."""
-    monkeypatch.setattr(module, "BLOCK_BYTES", 128 * 3 * 16 * 4)
-    q, k_new, v_new, k, v, layer, length, own, slots = make_inputs(lengths, 3, 384, jnp.float32)
-    assert block_length(384, 3 * 16 * 4) == 128
-    ends = (length // 128 + 1) * 128
-    behind = (jnp.arange(384) >= ends[:, None])[None, :, None, :, None]
-    spoilt = [jnp.where(behind, jnp.nan, x) for x in (k, v)]
-    run = jax.jit(lambda k, v: flash_decode(q, k_new, v_new, k, v, layer, length, own, slots, None, interpret=True))
-    out, *caches = run(*spoilt)
-    np.testing.assert_array_equal(out, run(k, v)[0])
-    for cache, before, new in zip(caches, spoilt, (k_new, v_new), strict=True):
-        expected = np.array(before)
-        for b, n in enumerate(lengths):
-            if n < 384:
-                expected[1, b, :, n] = new[b]
-        np.testing.assert_array_equal(cache, expected)
+@pytest.mark.parametrize("start", [[0, 127, 5], [128, -1, 0], [383, 64, 300]])
+@pytest.mark.parametrize("kv", ["float32", "int8"])
+def test_blocks_behind_the_last_slot_and_idle_rows_are_not_read(start: list[int], kv: str, monkeypatch):
+    """Nor is anything written but the slot of the new token."""
+    monkeypatch.setattr(module, "BLOCK_BYTES", 128 * 3 * H * 4)
+    assert block_length(384, 3 * H * 4) == 128
+    new, cache = make_inputs(3, 3, 384, jnp.float32, kv)
+    ends = np.where(np.array(start) < 0, 0, (np.array(start) // 128 + 1) * 128)
+    behind = jnp.asarray(np.arange(384) >= ends[:, None])[None, :, None]
+
+    def spoil(x):
+        if x is None or x.dtype == jnp.int8:  # its scale is spoilt
+            return x
+        return jnp.where(behind if x.ndim == 4 else behind[..., None], jnp.nan, x)
+
+    spoilt = KVCache(*map(spoil, cache))
+    out, after = attend(new, spoilt, start, alibi=False)
+    expected, clean_after = attend(new, cache, start, alibi=False)
+    has_token = np.array(start) >= 0
+    np.testing.assert_array_equal(out[has_token], expected[has_token])
+    for x, before, clean_before, clean in zip(after, spoilt, cache, clean_after, strict=True):
+        if x is not None:
+            written = clean != np.asarray(clean_before)
+            np.testing.assert_array_equal(x, np.where(written, clean, before))
+            slots = written.reshape(2, 3, 3, 384, -1).any((0, 2, 4))
+            for b, first in enumerate(start):
+                assert np.flatnonzero(slots[b]).tolist() == ([first] if first >= 0 else [])
+
+
+@pytest.mark.parametrize("kv", ["float32", "int8"])
+def test_a_full_row_keeps_its_slots(kv: str):
+    """Its token still attends to all of them and to itself."""
+    new, cache = make_inputs(2, 5, 128, jnp.float32, kv)
+    out, after = attend(new, cache, [128, 5])
+    jax.tree.map(lambda x, before: np.testing.assert_array_equal(x[:, 0], before[:, 0]), after, cache)
+    k, v = as_float64(cache)
+    own = new[1:]
+    if kv == "int8":
+        own = [q * scale[..., None] for q, scale in map(quantize_tokens, own)]
+    k, v = (np.concatenate([x[LAYER, 0], np.asarray(y[0])[:, None]], 1) for x, y in zip((k, v), own, strict=True))
+    np.testing.assert_allclose(out[0], numpy_attention(new[0][0][None], k, v, 128, alibi_slopes(5))[0], atol=2e-6)
 
 
 def test_block_length():
@@ -102,6 +150,5 @@ def test_block_length():
     assert block_length(4096, slot) == 1024
     assert block_length(4096, 2 * slot) == 512
     assert block_length(2304, slot) == 1152
-    assert block_length(64, slot) == 64
     # No block is small enough: the smallest that the hardware takes.
     assert block_length(256, 2**20) == 128

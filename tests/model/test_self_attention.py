@@ -1,4 +1,4 @@
-"""Self-attention with its projections and positions, and the cache that decoding fills."""
+"""The model on new tokens of sequences whose earlier ones are in a cache, against PyTorch and on a mesh."""
 
 from __future__ import annotations
 
@@ -7,80 +7,80 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import nnx
 
 from bc2_jax.config import ComputeConfig
-from bc2_jax.kernels.attention import Tokens
-from bc2_jax.model.attention import KVCache
+from bc2_jax.infer.cache import init_cache
+from bc2_jax.kernels.cached import KVCache, Place
 from bc2_jax.model.baichuan import param_shardings, split_model
-from bc2_jax.sharding import DEFAULT_RULES, named_sharding, reshard
+from bc2_jax.sharding import DEFAULT_RULES
 
-
-def empty_cache(config, B: int, S: int, sharding=None) -> KVCache:
-    shape = (config.num_hidden_layers, B, config.num_attention_heads, S, config.head_dim)
-    make = lambda shape, dtype, axes: jnp.zeros(shape, dtype, device=sharding and sharding(*axes))  # noqa: E731
-    kv = make(shape, jnp.float32, (None, "batch", "attention_heads", None, None))
-    slots = make((B, S), jnp.int32, ("batch", None))
-    return KVCache(kv, kv, Tokens(slots, slots), jnp.zeros(B, jnp.int32))
+COMPUTE = ComputeConfig(dtype="float32", attention_block=8)
 
 
 @functools.cache
-def runner(config, scan_layers: bool):
-    compute = ComputeConfig(dtype="float32", attention_block=8, scan_layers=scan_layers)
-    graphdef, _, _ = split_model(config, compute)
+def runner(config):
+    """jitted (params, ids [R, T], rows, start, cache) -> logits and cache."""
+    graphdef, _, _ = split_model(config, COMPUTE)
 
-    def run(params, ids, positions, segments, cache):
+    def run(params, ids, rows, start, cache):
         model = nnx.merge(graphdef, params)
-        h, cache = model.hidden_states(ids, positions, segments, cache)
+        h, cache = model.extend(ids, Place(rows, start), cache)
         return model.lm_head(h), cache
 
     return jax.jit(run)
 
 
-@pytest.mark.parametrize("scan_layers", [True, False], ids=["scanned", "unrolled"])
-def test_decoding_with_a_cache_is_greedy_in_pytorch(golden, scan_layers: bool):
-    """11 prompt tokens at once, then one by one, in slots that are longer than needed."""
+def extend(golden, ids, start, cache: KVCache, params=None) -> tuple[np.ndarray, KVCache]:
+    """The next tokens of every row."""
+    start = np.asarray(start, np.int32)
+    rows = np.arange(len(start), dtype=np.int32)
+    given = golden.params if params is None else params
+    logits, cache = runner(golden.config)(given, np.asarray(ids, np.int32), rows, start, cache)
+    return np.asarray(logits), cache
+
+
+def test_decoding_is_greedy_in_pytorch(golden):
+    """11 prompt tokens at once, then one by one."""
     prompt, expected = golden.arrays["prompt_ids"], golden.arrays["greedy_ids"]
-    B, steps = expected.shape
-    run, cache = runner(golden.config, scan_layers), empty_cache(golden.config, B, 48)
-    logits, cache = run(golden.params, prompt, None, None, cache)
+    (B, T), cache = prompt.shape, init_cache(golden.config, COMPUTE, 2, 128, "compute")
+    logits, cache = extend(golden, prompt, [0] * B, cache)
     ids = []
-    for step in range(steps):
-        ids.append(np.asarray(logits[:, -1].argmax(-1), np.int32))
-        positions = np.full((B, 1), prompt.shape[1] + step)
-        logits, cache = run(golden.params, ids[-1][:, None], positions, None, cache)
+    for step in range(expected.shape[1]):
+        ids.append(logits[:, -1].argmax(-1))
+        logits, cache = extend(golden, ids[-1][:, None], [T + step] * B, cache)
     np.testing.assert_array_equal(np.stack(ids, 1), expected)
-    np.testing.assert_array_equal(cache.length, prompt.shape[1] + steps)
 
 
-def test_left_padded_decoding_equals_the_whole_sequence(golden):
-    ids, mask = golden.arrays["left_pad_input_ids"], golden.arrays["left_pad_attention_mask"].astype(np.int32)
-    positions = np.maximum(np.cumsum(mask, 1) - 1, 0)
-    run, cut = runner(golden.config, True), 20
-    cache = empty_cache(golden.config, 2, 40)
-    logits, cache = run(golden.params, ids[:, :cut], positions[:, :cut], mask[:, :cut], cache)
-    rows = [np.asarray(logits)]
-    for t in range(cut, ids.shape[1]):
-        one = slice(t, t + 1)
-        logits, cache = run(golden.params, ids[:, one], positions[:, one], mask[:, one], cache)
-        rows.append(np.asarray(logits))
-    result = np.concatenate(rows, 1)
-    np.testing.assert_allclose(result[mask == 1], golden.arrays["left_pad_logits"][mask == 1], atol=2e-5)
+def test_rows_of_different_lengths_are_as_in_pytorch(golden):
+    """11 tokens of each, then one by one; a row that has come to its end is idle while the other goes on."""
+    mask = golden.arrays["left_pad_attention_mask"] == 1
+    rows = [row[real] for row, real in zip(golden.arrays["left_pad_input_ids"], mask, strict=True)]
+    expected = [row[real] for row, real in zip(golden.arrays["left_pad_logits"], mask, strict=True)]
+    lengths = [len(row) for row in rows]
+    assert len(set(lengths)) == 2
+    cache = init_cache(golden.config, COMPUTE, 2, 128, "compute")
+    logits, cache = extend(golden, [row[:11] for row in rows], [0, 0], cache)
+    found = [[*row] for row in logits]
+    for t in range(11, max(lengths)):
+        start = [t if t < length else -1 for length in lengths]
+        logits, cache = extend(golden, [[row[min(t, len(row) - 1)]] for row in rows], start, cache)
+        for b, first in enumerate(start):
+            found[b] += [logits[b, 0]] if first >= 0 else []
+    for row, wanted in zip(found, expected, strict=True):
+        np.testing.assert_allclose(np.stack(row), wanted, atol=2e-5)
 
 
-def test_decoding_on_a_mesh(golden, mesh_of):
+def test_on_a_mesh(golden, mesh_of):
     """Rows and heads of the cache are cut as those of the model."""
     mesh, prompt = mesh_of(2, 1, 2), golden.arrays["prompt_ids"]
     params = jax.device_put(golden.params, param_shardings(golden.config, mesh))
     with jax.set_mesh(mesh):
-        put = lambda x: reshard(jnp.asarray(x, jnp.int32), "batch", None)  # noqa: E731
-        cache = empty_cache(golden.config, 2, 32, named_sharding)
-        run = runner(golden.config, True)
-        logits, cache = run(params, put(prompt), None, None, cache)
+        cache = jax.jit(lambda: init_cache(golden.config, COMPUTE, 2, 128, "compute"))()
+        logits, cache = extend(golden, prompt, [0, 0], cache, params)
         for step in range(3):
-            token = np.asarray(logits)[:, -1].argmax(-1)
+            token = logits[:, -1].argmax(-1)
             np.testing.assert_array_equal(token, golden.arrays["greedy_ids"][:, step])
-            positions = np.full((2, 1), prompt.shape[1] + step)
-            logits, cache = run(params, put(token[:, None]), put(positions), None, cache)
+            logits, cache = extend(golden, token[:, None], [prompt.shape[1] + step] * 2, cache, params)
     assert cache.k.sharding.spec == DEFAULT_RULES.spec(None, "batch", "attention_heads", None, None)
+    assert jnp.isfinite(cache.k).all()
