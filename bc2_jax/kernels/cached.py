@@ -110,6 +110,10 @@ def cached_attention(
     def visit(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         out, peak, total = carry
         k_RNSH, v_RNSH = read(cache.k, j), read(cache.v, j)
+        if cache.k.shape[3] == BLOCK:
+            # The only block would be the same in every turn: the compiler would move the scores out of the loop, away
+            # from what they are fused with in other caches, and they would be rounded otherwise.
+            k_RNSH, j = jax.lax.optimization_barrier((k_RNSH, j))
         s_RNTS = _matmul("RNTH,RNSH->RNTS", q_RNTH, k_RNSH.astype(q_RNTH.dtype)) * H**-0.5
         if cache.k_scale is not None:
             s_RNTS *= read(cache.k_scale, j)[:, :, None]
