@@ -14,6 +14,7 @@ from tests.browser.tab import Tab
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
+DEFAULTS: dict[str, Any] = {"locale": "en-US", "viewport": {"width": 1180, "height": 780}, "reduced_motion": "reduce"}
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -54,7 +55,7 @@ def open_tab(browser: Browser, server: MockServer) -> Iterator[Callable[..., Tab
     tabs: list[Tab] = []
 
     def open_one(before: str = "", url: str = server.url, **options: Any) -> Tab:
-        context = browser.new_context(**{"locale": "en-US", "viewport": {"width": 1180, "height": 780}} | options)
+        context = browser.new_context(**DEFAULTS | options)
         context.set_default_timeout(8000)
         context.grant_permissions(["clipboard-read", "clipboard-write"])
         if before:
@@ -67,6 +68,16 @@ def open_tab(browser: Browser, server: MockServer) -> Iterator[Callable[..., Tab
     for tab in tabs:
         tab.context.close()
     assert problems == []
+
+
+@pytest.fixture(scope="session")
+def module_tab(browser: Browser, running_server: MockServer) -> Iterator[Tab]:
+    """For tests that call modules of the page and leave the page itself as it is."""
+    context = browser.new_context(**DEFAULTS)
+    tab = Tab(context, running_server.url)
+    yield tab
+    context.close()
+    assert tab.problems == []
 
 
 @pytest.fixture

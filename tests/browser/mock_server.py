@@ -1,4 +1,4 @@
-"""A server for the chat page that answers what a test tells it to, as `bc2_jax/serve` answers, without a model."""
+"""A server for the chat page that answers what a test tells it to, in the protocol of `bc2_jax/serve`."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class MockServer:
 
     Fields: `steps` of the next answers (None: the last user message, in pieces), `failures` given first, one a request,
     `cut` bytes a network write (None: whole events), `dropped` rounds, `key` asked for, `ends` whether [DONE] is sent,
-    `finish` the finish_reason.
+    `finish` the finish_reason, `model` the name it gives itself.
     """
 
     def __init__(self) -> None:
@@ -71,6 +71,7 @@ class MockServer:
         self.key: str | None = None
         self.ends = True
         self.finish = "stop"
+        self.model = "Baichuan2-13B-Chat"
 
     @property
     def url(self) -> str:
@@ -122,7 +123,7 @@ class MockServer:
             return refusal
         limits = {"n": 8, "stop": 16, "messages": 500, "body_bytes": 1 << 20}
         return JSONResponse(
-            {"model": "Baichuan2-13B-Chat", "max_model_len": 4096, "slots": 8, "system_fingerprint": "bc2-0",
+            {"model": self.model, "max_model_len": 4096, "slots": 8, "system_fingerprint": "bc2-0",
              "chat": DEFAULTS, "completions": DEFAULTS, "limits": limits}
         )  # fmt: skip
 

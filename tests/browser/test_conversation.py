@@ -172,6 +172,18 @@ def test_what_was_written_when_the_page_was_closed_is_kept(tab: Tab, server: Moc
     tab.wait_text(".assistant .body", "half an answer")
 
 
+def test_a_conversation_that_is_deleted_while_it_is_written_stays_deleted(tab: Tab, server: MockServer) -> None:
+    server.steps = ["one", threading.Event()]
+    tab.send("hi", wait=False)
+    tab.wait_text(".assistant .body", "one")
+    tab.page.hover("#chats .title")
+    tab.page.get_by_role("button", name="Delete").click()
+    while server.cancelled == 0:
+        tab.page.wait_for_timeout(10)
+    tab.page.reload()
+    tab.page.wait_for_selector("#chats .none")
+
+
 def test_a_change_in_another_tab_is_shown_here(tab: Tab, server: MockServer) -> None:
     tab.send("one")
     second = tab.new_page()

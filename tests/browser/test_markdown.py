@@ -110,20 +110,13 @@ GROWING = """
 """
 
 
-@pytest.fixture(scope="module")
-def shared_tab(browser, running_server) -> Tab:  # type: ignore[no-untyped-def]  # of playwright, which may be missing
-    context = browser.new_context()
-    yield Tab(context, running_server.url)
-    context.close()
-
-
-def test_every_construct(shared_tab: Tab) -> None:
-    found = {text: shared_tab.module("markdown", RENDER, text) for text in CASES}
+def test_every_construct(module_tab: Tab) -> None:
+    found = {text: module_tab.module("markdown", RENDER, text) for text in CASES}
     wrong = {text: (found[text], expected) for text, expected in CASES.items() if found[text] != expected}
     assert wrong == {}
 
 
-def test_growing_text_gives_what_whole_text_gives(shared_tab: Tab) -> None:
+def test_growing_text_gives_what_whole_text_gives(module_tab: Tab) -> None:
     """Every construct letter by letter, and mixtures of their lines cut anywhere."""
     draw = random.Random(0)
     samples = [{"text": text, "cuts": list(range(len(text)))} for text in CASES]
@@ -131,10 +124,10 @@ def test_growing_text_gives_what_whole_text_gives(shared_tab: Tab) -> None:
     for _ in range(300):
         text = "\n".join(draw.choice(["", "", "  ", "    ", "> ", "- "]) + draw.choice(lines) for _ in range(12))
         samples.append({"text": text, "cuts": sorted(draw.sample(range(len(text)), min(12, len(text))))})
-    assert shared_tab.module("markdown", GROWING, samples) is None
+    assert module_tab.module("markdown", GROWING, samples) is None
 
 
-def test_random_punctuation_gives_no_error_and_loses_no_letter(shared_tab: Tab) -> None:
+def test_random_punctuation_gives_no_error_and_loses_no_letter(module_tab: Tab) -> None:
     draw = random.Random(1)
     alphabet = list("*_~`[]()!<>#-+|\\:.&1 \n\t") + ["https://x.org", "字", "a", "\n\n", "```"]
     texts = ["".join(draw.choice(alphabet) for _ in range(40)) + f" q{number}" for number in range(500)]
@@ -142,11 +135,11 @@ def test_random_punctuation_gives_no_error_and_loses_no_letter(shared_tab: Tab) 
         const element = document.createElement('div');
         new module.MarkdownView(element).update(text);
         return element.textContent; })"""
-    for number, text in enumerate(shared_tab.module("markdown", body, texts)):
+    for number, text in enumerate(module_tab.module("markdown", body, texts)):
         assert text.rstrip().endswith(f"q{number}"), texts[number]
 
 
-def test_a_text_that_grows_renders_its_last_block_only(shared_tab: Tab) -> None:
+def test_a_text_that_grows_renders_its_last_block_only(module_tab: Tab) -> None:
     body = """
       const element = document.createElement('div');
       const view = new module.MarkdownView(element);
@@ -159,7 +152,7 @@ def test_a_text_that_grows_renders_its_last_block_only(shared_tab: Tab) -> None:
         view.update(text);
       }
       return [view.rendered, element.children.length, first() === kept];"""
-    assert shared_tab.module("markdown", body) == [100, 100, True]
+    assert module_tab.module("markdown", body) == [100, 100, True]
 
 
 LONG = [
@@ -170,10 +163,10 @@ LONG = [
 
 
 @pytest.mark.parametrize("text", LONG, ids=[text[:8] for text in LONG])
-def test_no_text_takes_long(shared_tab: Tab, text: str) -> None:
+def test_no_text_takes_long(module_tab: Tab, text: str) -> None:
     body = """
       const element = document.createElement('div');
       const before = performance.now();
       new module.MarkdownView(element).update(argument);
       return performance.now() - before;"""
-    assert shared_tab.module("markdown", body, text) < 1500  # ms; quadratic ones take minutes
+    assert module_tab.module("markdown", body, text) < 1500  # ms; quadratic ones take minutes

@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-import pytest
-
 from tests.browser.mock_server import MockServer
 from tests.browser.tab import Tab
 
@@ -73,34 +71,28 @@ def test_attacks_as_answers_questions_and_titles(tab: Tab, server: MockServer) -
         assert text in tab.answers()
 
 
-@pytest.mark.parametrize("attack", ATTACKS[:3])
-def test_attacks_in_what_is_kept(open_tab: Callable[..., Tab], attack: str) -> None:
-    message = {"id": "m", "parent": None, "role": "user", "content": attack}
-    answer = {
-        "id": "n", "parent": "m", "role": "assistant", "content": attack, "status": "error",
-        "error": {"kind": "refused", "message": attack, "status": 400}, "seed": attack,
-        "usage": {"prompt_tokens": attack},
-    }  # fmt: skip
-    kept = {
-        "id": "a",
-        "title": attack,
-        "system": attack,
-        "changed": 1,
-        "leaf": "n",
-        "messages": {"m": message, "n": answer},
-    }
-    text = json.dumps(json.dumps(kept))
-    tab = open_tab(before=f"localStorage.setItem('bc2.chat.a', {text})")
-    tab.page.locator("#chats .title").click()
-    tab.page.wait_for_selector(".message")
-    assert (
-        tab.questions() == [attack]
-        and tab.texts("#chats .title") == [attack]
-        and tab.page.text_content("#title") == attack
-    )
-    assert tab.texts(".state.error")[0].startswith(attack)
-    tab.page.get_by_role("button", name="Delete").click()
-    assert attack in tab.texts("#toast")[0]
+def test_attacks_in_what_is_kept(open_tab: Callable[..., Tab]) -> None:
+    lines = []
+    for attack in ATTACKS:
+        identity = f"{len(lines):02}"
+        message = {"id": "m", "parent": None, "role": "user", "content": attack}
+        answer = {
+            "id": "n", "parent": "m", "role": "assistant", "content": attack, "status": "error",
+            "error": {"kind": "refused", "message": attack, "status": 400}, "seed": attack,
+            "usage": {"prompt_tokens": attack},
+        }  # fmt: skip
+        messages = {"m": message, "n": answer}
+        kept = {"id": identity, "title": attack, "system": attack, "changed": 1, "leaf": "n", "messages": messages}
+        lines.append(f"localStorage.setItem('bc2.chat.{identity}', {json.dumps(json.dumps(kept))});")
+    tab = open_tab(before="".join(lines))
+    assert sorted(tab.page.locator("#chats .title").all_text_contents()) == sorted(ATTACKS)
+    for number in range(len(ATTACKS)):
+        tab.page.locator("#chats .title").nth(number).click()
+        attack = tab.page.text_content("#title")
+        assert tab.questions() == [attack]
+        assert (tab.page.text_content(".state.error") or "").startswith(attack or "?")
+    tab.page.locator("#chats li").last.get_by_role("button", name="Delete").click()
+    assert attack in (tab.page.text_content("#toast") or "")
 
 
 def test_attacks_from_the_server_outside_of_answers(tab: Tab, server: MockServer) -> None:

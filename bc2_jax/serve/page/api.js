@@ -45,7 +45,9 @@ function pause(seconds, signal) {
 export class Server {
   /** `askKey(wasWrong)` -> a key, or null if the user has none. `onGone()` is called when nothing answers. */
   constructor({ key, askKey, onGone }) {
-    Object.assign(this, { key, askKey, onGone, settings: null });
+    Object.assign(this, { key, onGone, settings: null });
+    let asking = null; // one dialog, whoever needs the key
+    this.askKey = (wasWrong) => (asking ??= askKey(wasWrong).finally(() => (asking = null)));
   }
 
   async fetch(path, options = {}) {

@@ -5,7 +5,7 @@ import { addMessage, branch, makeConversation, showVersion, titleOf, versions } 
 import { announce, EndKeeper, growWithText, isComposing } from "./dom.js";
 import { Generations, settle } from "./generation.js";
 import { applyLabels, label, language, setLanguage } from "./labels.js";
-import { AnswerView, stateText, userView } from "./messages.js";
+import { AnswerView, errorText, stateText, userView } from "./messages.js";
 import { askKey, SettingsDrawer } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
 import { browserStorage, Store } from "./store.js";
@@ -55,6 +55,7 @@ class Page {
     get("settings-button").addEventListener("click", () => this.drawer.open(this.current.system));
     get("language").addEventListener("click", () => this.switchLanguage());
     addEventListener("keydown", (event) => {
+      if (isComposing(event)) return;
       if (event.key === "Escape" && !document.querySelector("dialog[open]")) this.generations.stop(this.current);
       if (event.key.toLowerCase() === "o" && event.shiftKey && (event.ctrlKey || event.metaKey)) {
         event.preventDefault();
@@ -77,14 +78,16 @@ class Page {
       this.showWelcome();
     } catch (error) {
       if (!(error instanceof ServerError)) throw error;
-      this.watchServer(error.kind === "busy" ? "loading" : error.kind);
+      if (error.kind === "gone") this.watchServer("gone");
+      else if (error.kind === "busy") this.watchServer("loading");
+      else this.showBanner(error.kind, errorText(error));
     }
   }
 
   /** Says what is wrong with the server, and asks until it is well again. */
   async watchServer(state) {
     this.showBanner(state);
-    if (this.watching || state === "key") return;
+    if (this.watching) return;
     this.watching = true;
     for (let seconds = 1; ; seconds = Math.min(10, seconds * 1.5)) {
       await new Promise((resolve) => setTimeout(resolve, seconds * 1000));
@@ -98,12 +101,12 @@ class Page {
     await this.start(); // it may be another model now
   }
 
-  showBanner(state) {
+  /** `state` is the name of a label, unless `text` says more. */
+  showBanner(state, text = state && label(state)) {
     const banner = get("banner");
     banner.dataset.state = state ?? "";
     banner.hidden = !state;
-    const names = { key: "errorKey", answer: "gone", refused: "gone" };
-    banner.textContent = state ? label(names[state] ?? state) : "";
+    banner.textContent = text ?? "";
   }
 
   savedKey() {
@@ -152,7 +155,7 @@ class Page {
     this.show(makeConversation(this.store.setting("system") ?? ""));
     if (location.hash) history.pushState(null, "", location.pathname + location.search);
     this.sidebar.toggle(false);
-    get("input").focus();
+    if (!matchMedia("(pointer: coarse)").matches) get("input").focus(); // there a keyboard would cover the page
   }
 
   rename(id, title) {
@@ -312,7 +315,7 @@ class Page {
     this.store.set("language", language());
     this.show(this.current);
     this.drawer.showDefaults(this.server.settings?.chat);
-    this.showBanner(get("banner").dataset.state || null);
+    if (this.watching) this.showBanner(get("banner").dataset.state);
     applyLabels(document);
   }
 }

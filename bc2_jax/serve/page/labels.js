@@ -21,6 +21,7 @@ const ENGLISH = {
   hint: "Enter sends, Shift+Enter starts a new line. Models make mistakes: check what matters.",
   welcome: "What would you like to talk about?",
   welcomeText: "Conversations stay in this browser. {model} sees {tokens} tokens at once.",
+  conversation: "Conversation",
   you: "You",
   model: "Model",
   copy: "Copy",
@@ -115,6 +116,7 @@ const CHINESE = {
   hint: "回车发送，Shift+回车换行。模型可能出错，重要内容请核实。",
   welcome: "想聊点什么？",
   welcomeText: "对话只保存在此浏览器中。{model} 一次最多读取 {tokens} 个词元。",
+  conversation: "对话",
   you: "你",
   model: "模型",
   copy: "复制",
@@ -206,10 +208,11 @@ export function label(name, values = {}) {
   return LANGUAGES[current][name].replace(/\{(\w+)\}/g, (_, field) => String(values[field] ?? ""));
 }
 
-/** Fills in elements with data-label (text), data-hint (title and accessible name) and data-placeholder. */
+/** Fills in elements with data-label (text), data-name (accessible name), data-hint (that and title), data-placeholder. */
 export function applyLabels(root) {
   for (const element of root.querySelectorAll("[data-label]")) element.textContent = label(element.dataset.label);
   for (const element of root.querySelectorAll("[data-placeholder]")) element.placeholder = label(element.dataset.placeholder);
+  for (const element of root.querySelectorAll("[data-name]")) element.setAttribute("aria-label", label(element.dataset.name));
   for (const element of root.querySelectorAll("[data-hint]")) {
     element.title = label(element.dataset.hint);
     element.setAttribute("aria-label", element.title);

@@ -144,7 +144,8 @@ export function stateText(message) {
   return label(status);
 }
 
-function errorText({ kind, message, status }) {
+/** What went wrong, in the server's words if it said anything. */
+export function errorText({ kind, message, status }) {
   if (kind === "refused" && message) return message;
   const names = { gone: "errorGone", cut: "errorCut", key: "errorKey", busy: "errorBusy" };
   return label(names[kind] ?? "errorAnswer", { status });

@@ -9,6 +9,7 @@ export class Store {
     this.storage = storage;
     this.onFull = onFull;
     this.unsaved = new Map(); // key -> text that storage did not take
+    this.isFull = false;
     this.deleted = new Set(); // ids of conversations: an answer that ends later must not bring one back
   }
 
@@ -23,14 +24,21 @@ export class Store {
 
   write(key, value) {
     const text = JSON.stringify(value);
-    const before = this.unsaved.size;
-    try {
-      this.storage.setItem(key, text);
-      this.unsaved.delete(key);
-    } catch {
-      this.unsaved.set(key, text);
+    this.unsaved.set(key, text);
+    this.flush();
+  }
+
+  /** Writes what is not written yet, as far as there is room. */
+  flush() {
+    for (const [key, text] of [...this.unsaved]) {
+      try {
+        this.storage.setItem(key, text);
+        this.unsaved.delete(key);
+      } catch {
+        // full or blocked: kept in memory
+      }
     }
-    if (before > 0 !== this.unsaved.size > 0) this.onFull(this.unsaved.size > 0);
+    if (this.isFull !== this.unsaved.size > 0) this.onFull((this.isFull = !this.isFull));
   }
 
   remove(key) {
@@ -40,7 +48,7 @@ export class Store {
     } catch {
       // blocked: there is nothing to remove
     }
-    for (const [other, text] of [...this.unsaved]) this.write(other, JSON.parse(text)); // now there is room
+    this.flush();
   }
 
   keys() {
