@@ -308,8 +308,8 @@ def _reason(token_B: Array, step_B: Array, sampling: Sampling) -> Array:
 
 def _run_copy_slots(decoding: Decoding, row_from: Array, row_to: Array, chunks: Array, *, size: int) -> Decoding:
     def copy(cache: KVCache, own_B: Array, row_from: Array, row_to: Array, chunks: Array) -> KVCache:
-        rows = [jnp.clip(row - own_B[0], 0, len(own_B) - 1) for row in (row_from, row_to)]
-        return copy_chunks(cache, *rows, chunks, size, rows[1] == row_to - own_B[0])
+        here_from, here_to = (jnp.clip(row - own_B[0], 0, len(own_B) - 1) for row in (row_from, row_to))
+        return copy_chunks(cache, here_from, here_to, chunks, size, here_to == row_to - own_B[0])
 
     own_B = reshard(jnp.arange(len(decoding.token_B)), "batch")
     arguments = (decoding.cache, own_B, *_whole((row_from, row_to, chunks)))
