@@ -107,7 +107,8 @@ def copy_chunks(cache: KVCache, row_from: Array, row_to: Array, chunks: Array, s
     """
 
     def copy_chunk(i: Array, x: Array) -> Array:
-        slot, count, lane, width = i * size, size, 0, x.shape[4]
+        slot, count, width = i * size, size, x.shape[4]
+        lane: Any = 0
         if x.shape[3] < cache.k.shape[3]:
             # Scales stand in rows of LANES, of which a chunk has several or a part of one.
             slot, count, lane, width = slot // LANES, max(size // LANES, 1), slot % LANES, min(size, LANES)
