@@ -40,6 +40,9 @@ class ShardingRules:
     attention_heads: MeshAxes = ("tensor", "context")
     """Heads inside attention, where each device has whole sequences (DeepSpeed-Ulysses, arXiv 2309.14509): neither the
     kernel nor ALiBi needs to know that sequences are cut elsewhere."""
+    sampling: MeshAxes = ("data", "fsdp", "fsdp_inner", "tensor", "context")
+    """The rows of a batch where a token of each is drawn: `batch`, and cut further over the devices that share a row,
+    each of which then has the whole vocabulary of its own rows."""
     # Parameters and the activations that line up with them.
     vocab: MeshAxes = "tensor"
     heads: MeshAxes = "tensor"

@@ -1,10 +1,10 @@
-"""Compiles the training step of any kind of run, inference or scoring for a TPU pod, on any machine; says what it would
+"""Compiles the training step of any kind of run, a server or scoring for a TPU pod, on any machine; says what it would
 do.
 
 python tools/aot_compile.py configs/baichuan2_13b.py --topology v5p:4x4x8
 python tools/aot_compile.py CONFIG.py --topology v5p:4x4x8 --num-slices 2 --batch-per-chip 2 --compute.remat save_dots
 python tools/aot_compile.py CONFIG.py --topology v5e:16x16 --search
-python tools/aot_compile.py configs/baichuan2_13b.py --topology v5e:2x4 --inference --batch 8 --prompt-length 1024
+python tools/aot_compile.py configs/baichuan2_13b.py --topology v5e:2x4 --serve --quantize int8 --kv int8
 python tools/aot_compile.py configs/baichuan2_13b.py --topology v5e:2x4 --score --batch 2 --row-length 4096
 
 python tools/aot_compile.py configs/baichuan2_13b_chat.py --topology v5e:2x4 --lora.rank 16
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from bc2_jax.tpu.chips import Topology
 
 out = make_console()
-INFERENCE_OPTIONS = ("batch", "prompt_length", "cache_length")
+SERVING_OPTIONS = ("slots", "slot_length", "prompt_length", "quantize", "kv")
 SCORING_OPTIONS = ("batch", "row_length", "benchmark")
 
 
@@ -59,22 +59,21 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--search", action="store_true", help="try batches, remat policies and meshes; takes long")
     parser.add_argument(
-        "--inference", action="store_true",
-        help="compile prefill and decoding instead of the step; every chip holds a part of each layer unless --mesh.* "
-        "says otherwise; --hlo writes one file for each",
+        "--serve", action="store_true",
+        help="compile the programs of a server instead of the step; every chip holds a part of each layer unless "
+        "--mesh.* says otherwise; --hlo writes one file for each",
     )  # fmt: skip
     parser.add_argument(
         "--score", action="store_true",
-        help="compile the scoring of evaluations instead of the step, on the mesh of --inference; says how long a "
+        help="compile the scoring of evaluations instead of the step, on the mesh of --serve; says how long a "
         "pass over benchmarks takes",
     )  # fmt: skip
-    parser.add_argument(
-        "--batch",
-        type=int,
-        help="with --inference: sequences at one time, 8 by default; with --score: rows, 2 by default",
-    )
-    parser.add_argument("--prompt-length", type=int, help="with --inference: tokens of each prompt, 1024 by default")
-    parser.add_argument("--cache-length", type=int, help="with --inference: slots of the cache, 4096 by default")
+    parser.add_argument("--slots", type=int, help="with --serve: sequences at one time, by default the most that fit")
+    parser.add_argument("--slot-length", type=int, help="with --serve: tokens of prompt and answer, 4096 by default")
+    parser.add_argument("--prompt-length", type=int, help="with --serve: tokens of a prompt, 1024 by default")
+    parser.add_argument("--quantize", choices=("int8", "int4"), help="with --serve: the weights, bf16 by default")
+    parser.add_argument("--kv", choices=("compute", "int8"), help="with --serve: the cache, bf16 by default")
+    parser.add_argument("--batch", type=int, help="with --score: rows, 2 by default")
     parser.add_argument("--row-length", type=int, help="with --score: tokens of a row, 4096 by default")
     parser.add_argument(
         "--benchmark", action="append", metavar="NAME:ITEMS:SUBJECTS:SHOTS:QUESTION",
@@ -85,11 +84,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Raises ValueError for options of training, inference and scoring that are mixed."""
-    kinds = {"inference": INFERENCE_OPTIONS, "score": SCORING_OPTIONS}
+    """Raises ValueError for options of training, serving and scoring that are mixed."""
+    kinds = {"serve": SERVING_OPTIONS, "score": SCORING_OPTIONS}
     chosen = [kind for kind in kinds if getattr(args, kind)]
     if len(chosen) > 1:
-        raise ValueError("--inference and --score compile different programs: leave one out.")
+        raise ValueError("--serve and --score compile different programs: leave one out.")
     for name, value in (("--search", args.search), ("--batch-per-chip", args.batch_per_chip)):
         if chosen and value:
             raise ValueError(f"{name} is an option of training: leave it out with --{chosen[0]}.")
@@ -97,7 +96,7 @@ def check_options(args: argparse.Namespace) -> None:
     for kind, names in kinds.items():
         for name in names:
             if getattr(args, name) is not None and name not in legal:
-                what = {"score": "scoring"}.get(kind, kind)
+                what = {"score": "scoring", "serve": "serving"}[kind]
                 raise ValueError(f"--{name.replace('_', '-')} is an option of {what}: give --{kind} as well.")
 
 
@@ -115,7 +114,7 @@ def load_config(args: argparse.Namespace, overrides: list[str], topology: Topolo
     names = [arg.split("=")[0].replace("_", "-") for arg in overrides]
     config = dataclasses.replace(config, **set_batch(args, config, names, topology))
     mesh = dataclasses.replace(config.mesh, num_cpu_devices=0)
-    if (args.inference or args.score) and not any(name.startswith("--mesh.") for name in names):
+    if (args.serve or args.score) and not any(name.startswith("--mesh.") for name in names):
         from bc2_jax.aot.inference import whole_slice_mesh
 
         mesh = whole_slice_mesh(topology)
@@ -153,7 +152,7 @@ def compile_and_report(args: argparse.Namespace, config: RunConfig, topology: To
     sampled = rollout.compile_rollout(config, topology, compiler_options(name, xla, inference=True))
     programs: dict[str, compilation.CompiledProgram] = {"": step}
     if sampled is not None:
-        programs |= {"_prefill": sampled.prefill, "_decode": sampled.decode}
+        programs |= {"_extend": sampled.engine.extend, "_decode": sampled.engine.decode}
     write_hlo(args.hlo, programs)
     result = report.make_report(step)
     values, rows, warnings = result.as_json(), report.render(result), result.warnings
@@ -174,20 +173,20 @@ def write_hlo(path: Path | None, programs: Mapping[str, CompiledProgram]) -> Non
         path.with_name(f"{path.stem}{ending}{path.suffix}").write_text(program.hlo, encoding="utf-8")
 
 
-def compile_and_report_inference(args: argparse.Namespace, config: RunConfig, topology: Topology) -> None:
-    from bc2_jax.aot import compilation, inference
+def compile_and_report_serving(args: argparse.Namespace, config: RunConfig, topology: Topology) -> None:
+    from bc2_jax.aot import compilation, serving
     from bc2_jax.tpu.options import compiler_options
 
     compilation.use_topologies()
-    given = {name: getattr(args, name) for name in INFERENCE_OPTIONS if getattr(args, name) is not None}
-    request = inference.Request(**given)
+    given = {name: getattr(args, name) for name in SERVING_OPTIONS if getattr(args, name) is not None}
     options = compiler_options(topology.chip.name, tuple(args.xla), inference=True)
-    compiled = inference.compile_inference(config, topology, request, options)
-    write_hlo(args.hlo, {"_prefill": compiled.prefill, "_decode": compiled.decode})
-    result = inference.make_report(compiled)
+    compiled = serving.compile_serving(config, topology, serving.ServingShapes(**given), options)
+    programs = compiled.engine
+    write_hlo(args.hlo, {"_extend": programs.extend, "_decode": programs.decode})
+    result = serving.make_report(compiled)
     if args.json:
         args.json.write_text(json.dumps(result.as_json(), indent=1) + "\n", encoding="utf-8")
-    print_table(f"{config.name}, inference on {topology}", inference.render(result), result.warnings)
+    print_table(f"{config.name}, serving on {topology}", serving.render(result), result.warnings)
 
 
 def compile_and_report_scoring(args: argparse.Namespace, config: RunConfig, topology: Topology) -> None:
@@ -277,8 +276,8 @@ def main() -> None:
         config = load_config(args, overrides, topology)
         if args.search:
             search(args, overrides, config, topology)
-        elif args.inference:
-            compile_and_report_inference(args, config, topology)
+        elif args.serve:
+            compile_and_report_serving(args, config, topology)
         elif args.score:
             compile_and_report_scoring(args, config, topology)
         else:

@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from bc2_jax.align.actor_critic import abstract_held, abstract_trained, critic_model, frozen_of, make_models
+from bc2_jax.aot.inference import inference_compute
 from bc2_jax.aot.rollout import RolloutParts
 from bc2_jax.config import RLConfig
 from bc2_jax.infer import engine
@@ -24,8 +25,7 @@ def make_rollout(config: RLConfig, mesh: Mesh) -> RolloutParts:
     does not name one. With adapters, reference and reward model are the frozen parameters themselves.
     """
     rl, lora, critic = config.ppo, config.lora.rank > 0, critic_model(config)
-    # Nothing is rematerialised without a backward pass; who compiles gives the compiler's options.
-    compute = dataclasses.replace(config.compute, remat="none", compiler_options="default")
+    compute = inference_compute(config.compute)
     models = make_models(dataclasses.replace(config, compute=compute), critic)
     read = abstract_held(config, critic, mesh)
     trained, frozen = abstract_trained(config, critic, mesh), frozen_of(config, read)
@@ -33,7 +33,7 @@ def make_rollout(config: RLConfig, mesh: Mesh) -> RolloutParts:
         prepared = jax.eval_shape(
             lambda *params: engine.prepare(models.actor(*params), whole=rl.rollout_gathers_once), trained, frozen
         )
-        shapes = RolloutShapes.of(rl.rollout_rows, None, rl.max_prompt_tokens, rl.max_new_tokens)
+        shapes = RolloutShapes.of(rl.rollout_rows, None, rl.max_prompt_tokens + rl.max_new_tokens)
     held: dict[str, Any] = {} if lora else {"reference": read.reference}
     has_reward_model = rl.reward_model is not None or not rl.reward_functions
     if has_reward_model and not (lora and rl.has_critic):
@@ -41,6 +41,7 @@ def make_rollout(config: RLConfig, mesh: Mesh) -> RolloutParts:
     return RolloutParts(
         prepared=place_shapes(mesh, prepared),
         shapes=shapes,
+        prompt_tokens=rl.max_prompt_tokens,
         settings=Settings(rl.max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0),
         answers=rl.answers,
         held=held,

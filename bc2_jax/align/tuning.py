@@ -221,7 +221,9 @@ def checksum(params: Params) -> int:
 def _checksum(params: Params) -> Array:
     total = jnp.uint32(0)
     for index, x in enumerate(jax.tree.leaves(params)):
-        bits = jax.lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32).astype(jnp.uint32)
+        x = x.astype(jnp.int8) if x.dtype == jnp.int4 else x
+        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
         while bits.ndim:  # sums of integers wrap and have no order
             places = 2 * jax.lax.broadcasted_iota(jnp.uint32, (bits.shape[-1],), 0) + 1
             bits = jnp.sum(mix(bits) * places, axis=-1, dtype=jnp.uint32)

@@ -193,9 +193,10 @@ class Simulation:
     """Plays one step of a program through; `estimate` is the result."""
 
     def __init__(
-        self, program: Program, topology: Topology, coordinates: Sequence[tuple[int, ...]], streams_weights: bool
-    ):
-        self.program, self.chip, self.streams_weights = program, topology.chip, streams_weights
+        self, program: Program, topology: Topology, coordinates: Sequence[tuple[int, ...]], streams_weights: bool,
+        without: str = "",
+    ):  # fmt: skip
+        self.program, self.chip, self.streams_weights, self.without = program, topology.chip, streams_weights, without
         self.links = Links(topology, coordinates)
         self.collectives: dict[str, Traffic] = defaultdict(Traffic)
         self.warnings: list[str] = []
@@ -258,11 +259,17 @@ class Simulation:
         self, instruction: Instruction, controlled: list[tuple[str, int]], times: int, parts: _Parts
     ) -> None:
         if instruction.opcode == "conditional":
-            branches = [self._run(self.program.computations[name], times) for name, _ in controlled]
+            computations = [self.program.computations[name] for name, _ in controlled]
+            counted = [c for c in computations if not self._is_left_out(c)] or computations
+            branches = [self._run(computation, times) for computation in counted]
             parts.add(max(branches, key=lambda branch: branch.seconds), 1)
             return
         for name, count in controlled:
             parts.add(self._run(self.program.computations[name], times * count), count)
+
+    def _is_left_out(self, branch: Computation) -> bool:
+        scopes = (instruction.op_name.split("/") for instruction in branch.instructions)
+        return bool(self.without) and any(self.without in scope for scope in scopes)
 
     def _count(self, collective: Collective, seconds: float, asynchronous: bool, times: int) -> None:
         traffic = self.collectives[collective.kind]
@@ -334,13 +341,16 @@ def kernel_efficiency(instruction: Instruction, chip: Chip) -> float:
 
 
 def estimate_step(
-    program: Program, topology: Topology, coordinates: Sequence[tuple[int, ...]], streams_weights: bool = False
-) -> Estimate:
+    program: Program, topology: Topology, coordinates: Sequence[tuple[int, ...]], streams_weights: bool = False,
+    without: str = "",
+) -> Estimate:  # fmt: skip
     """The estimate for one step. Raises ValueError for a loop whose length is not known.
 
     `streams_weights`: matmuls of few rows, as in decoding, are bound by HBM and get the range that vector fusions have.
+    Of a conditional the branch that takes longest counts; those with instructions of the `jax.named_scope` `without` do
+    not run.
     """
-    return Simulation(program, topology, coordinates, streams_weights).estimate
+    return Simulation(program, topology, coordinates, streams_weights, without).estimate
 
 
 def audit(

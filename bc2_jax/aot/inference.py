@@ -1,24 +1,26 @@
-"""Prefill and decoding compiled for a slice that is not there, as `bc2_jax.infer.engine` runs them.
+"""The programs of `bc2_jax.infer.engine` compiled for a slice that is not there, and what they would take.
 
-The programs are the engine's own and the parameters are laid out as it prepares them; arrays are abstract and nothing
-is allocated. The decoding loop is as long as the text, so one pass of it is estimated, at a full cache.
+They are the engine's own and the parameters are laid out as it prepares them; arrays are abstract and nothing is
+allocated. `decode` is as long as the text, so one pass of it is estimated, at a full cache.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from bc2_jax.aot.compilation import CompiledProgram, Memory, compile_program, device_coordinates, topology_devices
-from bc2_jax.aot.estimate import HBM_SHARE, Estimate, estimate_step
+from bc2_jax.aot.compilation import CompiledProgram, Memory, compile_program
+from bc2_jax.aot.estimate import Estimate, estimate_step
 from bc2_jax.aot.program import Program
 from bc2_jax.aot.report import (
     LARGE,
@@ -31,66 +33,34 @@ from bc2_jax.aot.report import (
     parts_json,
     synchronous_warnings,
 )
-from bc2_jax.aot.search import HBM_LIMIT
-from bc2_jax.config import MeshConfig, ModelConfig, RunConfig
+from bc2_jax.config import ComputeConfig, MeshConfig, ModelConfig
 from bc2_jax.infer import engine
-from bc2_jax.infer.generate import bucket
+from bc2_jax.infer.cache import CacheDType
+from bc2_jax.infer.chunks import make_chunk
 from bc2_jax.infer.refill import RolloutShapes
-from bc2_jax.infer.sampling import DEFAULT_SETTINGS, Settings, sampling_of
+from bc2_jax.infer.sampling import Sampling
+from bc2_jax.kernels.cached import key_block
 from bc2_jax.model.baichuan import abstract_params, split_model
-from bc2_jax.sharding import make_mesh, place_shapes, use_rules
+from bc2_jax.model.quantized import Scheme
+from bc2_jax.sharding import place_shapes, use_rules
 from bc2_jax.tpu.chips import Topology
 from bc2_jax.tpu.options import Value
-from bc2_jax.validation import require
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
-    """What is asked of the slice at one time."""
+class CompiledEngine:
+    """Three programs of the engine, and the bytes one device holds."""
 
-    batch: int = 8
-    """Sequences."""
-    prompt_length: int = 1024
-    """Tokens of each prompt, padded as `generate` pads them."""
-    cache_length: int = 4096
-    """Slots of the cache: prompt and answer."""
-
-    def check(self, model: ModelConfig, mesh: MeshConfig) -> None:
-        """Raises ValueError for sizes that `generate` would not compile for this model on this (resolved) mesh."""
-        field, shards = mesh.batch_shards
-        require(
-            self.batch > 0 and self.batch % shards == 0, "batch", self.batch,
-            f"it must be a positive multiple of {field} = {shards}",
-        )  # fmt: skip
-        for name in ("prompt_length", "cache_length"):
-            value = getattr(self, name)
-            legal = value > 0 and bucket(value) == value
-            require(legal, name, value, "it must be 64, 128 or a multiple of 256, to which generate rounds up")
-        longest = bucket(model.model_max_length)
-        require(
-            self.prompt_length < self.cache_length <= longest, "cache_length", self.cache_length,
-            f"it must be more than prompt_length = {self.prompt_length} and at most {longest}, what "
-            f"model.model_max_length = {model.model_max_length} takes",
-        )  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class CompiledInference:
-    """Both programs, and the bytes one device holds."""
-
-    topology: Topology
-    config: RunConfig
-    """With the mesh filled in."""
-    request: Request
-    prefill: CompiledProgram
+    allocate: CompiledProgram
+    extend: CompiledProgram
     decode: CompiledProgram
-    coordinates: tuple[tuple[int, ...], ...]
-    parameter_bytes: int
-    """Prepared parameters."""
-    read_bytes: int
-    """Those of them that each decoding step reads: all but the embedding table."""
+    chunk_length: int
+    key_block: int
+    """Keys that a chunk attends to in one pass of a loop."""
     cache_bytes: int
-    """Keys and values of the whole batch."""
+    """Keys, values and their scales."""
+    state_bytes: int
+    """All that is kept of the rows, the cache among it."""
 
 
 def whole_slice_mesh(topology: Topology) -> MeshConfig:
@@ -98,73 +68,75 @@ def whole_slice_mesh(topology: Topology) -> MeshConfig:
     return MeshConfig(data=topology.num_slices, fsdp=1, tensor=topology.num_devices // topology.num_slices)
 
 
-def compile_inference(
-    config: RunConfig, topology: Topology, request: Request, options: dict[str, Value]
-) -> CompiledInference:
-    """Compiles the engine's prefill and decoding loop for every device of `topology`.
+def inference_compute(compute: ComputeConfig) -> ComputeConfig:
+    """Nothing is rematerialised without a backward pass; who compiles gives the compiler's options."""
+    return dataclasses.replace(compute, remat="none", compiler_options="default")
 
-    Raises DoesNotFit where the chip's memory is too small, and ValueError for a mesh or a request that does not suit
-    the model or the devices, or an option that the compiler does not know.
-    """
-    devices = topology_devices(topology)
-    config = config.resolve(len(devices))
-    request.check(config.model, config.mesh)
-    mesh = make_mesh(config.mesh, devices)
-    # Nothing is rematerialised without a backward pass; the caller gives the compiler options.
-    compute = dataclasses.replace(config.compute, remat="none", compiler_options="default")
+
+def abstract_prepared(
+    model: ModelConfig, compute: ComputeConfig, mesh: Mesh, kv: CacheDType, quantize: Scheme | None = None
+) -> engine.Prepared:
+    """What `engine.prepare` makes of a model on `mesh`, as shapes with shardings."""
     with jax.set_mesh(mesh), use_rules(engine.decoding_rules()):
-        graphdef = split_model(config.model, compute)[0]
-        stored = abstract_params(config.model, mesh, compute.dtype)
-        prepared = place_shapes(
-            mesh, jax.eval_shape(lambda params: engine.prepare(nnx.merge(graphdef, params)), stored)
-        )
-    shapes = RolloutShapes(request.batch, request.batch, request.prompt_length, request.cache_length)
-    prefill, decode, cache_bytes = compile_engine(
-        prepared, mesh, shapes, DEFAULT_SETTINGS, options, prefill_slots=request.cache_length
-    )
-    params = prepared.params
-    return CompiledInference(
-        topology=topology,
-        config=config,
-        request=request,
-        prefill=prefill,
-        decode=decode,
-        coordinates=device_coordinates(mesh),
-        parameter_bytes=device_bytes(params),
-        read_bytes=device_bytes(params) - device_bytes(params["embed_tokens"]),
-        cache_bytes=cache_bytes,
-    )
+        graphdef = split_model(model, compute)[0]
+        stored = abstract_params(model, mesh, compute.dtype)
+        prepare = functools.partial(engine.prepare, kv=kv, quantize=quantize)
+        return place_shapes(mesh, jax.eval_shape(lambda params: prepare(nnx.merge(graphdef, params)), stored))
 
 
-def compile_engine(
-    prepared: engine.Prepared, mesh: Mesh, shapes: RolloutShapes, settings: Settings, options: dict[str, Value], *,
-    prefill_slots: int, log_probs: bool = False,
-) -> tuple[CompiledProgram, CompiledProgram, int]:  # fmt: skip
-    """Prefill into a cache of `prefill_slots` and the decoding loop, and the bytes of keys and values on a device.
+class AbstractEngine:
+    """The programs of the engine for a batch of one shape, to be compiled one by one.
 
-    `prepared` is abstract. Raises as `compile_inference`.
+    Compiling raises DoesNotFit where the chip's memory is too small.
     """
-    place = functools.partial(place_shapes, mesh)
-    programs, settings = engine.programs(prepared.compute), settings.check(prepared.config)
-    top_k = settings.top_k
 
-    def sampling(rows: int) -> Any:
-        return place(jax.eval_shape(lambda: sampling_of([settings] * rows, range(rows))))
+    def __init__(
+        self, prepared: engine.Prepared, mesh: Mesh, shapes: RolloutShapes, sampling_of_rows: Callable[[int], Sampling],
+        options: dict[str, Value],
+    ):  # fmt: skip
+        """`prepared` is abstract. `sampling_of_rows` gives settings of so many rows; which of them are None decides
+        what is compiled, as in `engine.allocate`."""
+        self._prepared, self._mesh, self._shapes, self._options = prepared, mesh, shapes, options
+        self._sampling_of_rows = sampling_of_rows
+        self._programs = engine.programs(prepared.compute)
+        with self._in_use():
+            self.chunk_length, self.key_block = engine.chunk_length(), key_block(shapes.slots)
+            self._sampling = self._abstract(sampling_of_rows(shapes.rows))
+            empty = functools.partial(self._programs.allocate, slots=shapes.slots)
+            self.state = place_shapes(mesh, jax.eval_shape(empty, prepared, self._sampling))
 
-    with jax.set_mesh(mesh), use_rules(engine.decoding_rules()):
-        ids = place(jax.ShapeDtypeStruct((shapes.prefill_rows, shapes.prompt_slots), jnp.int32))
-        allocate = functools.partial(programs.allocate, length=shapes.slots, log_probs=log_probs)
-        state = place(jax.eval_shape(allocate, prepared, sampling(shapes.rows)))
-        steps = place(jax.ShapeDtypeStruct((), jnp.int32))
-        prefill = functools.partial(
-            programs.prefill.lower, prepared, ids, ids, sampling(shapes.prefill_rows), length=prefill_slots,
-            top_k=top_k, log_probs=log_probs,
+    def allocate(self) -> CompiledProgram:
+        return self._compile("allocation", "allocate", self._prepared, self._sampling, slots=self._shapes.slots)
+
+    def extend(self) -> CompiledProgram:
+        rows = self._shapes.prefill_rows
+        chunk = make_chunk([None] * rows, 0, self.chunk_length, self._shapes.slots)
+        given = self._abstract((chunk, self._sampling_of_rows(rows)))
+        return self._compile("chunk of prompts", "extend", self._prepared, self.state, *given)
+
+    def decode(self) -> CompiledProgram:
+        given = self._abstract((np.int32(1), np.zeros(self._shapes.rows, bool)))
+        return self._compile("decoding loop", "decode", self._prepared, self.state, *given)
+
+    def compile(self, decode: CompiledProgram | None = None) -> CompiledEngine:
+        """All programs; `decode` if it was compiled before."""
+        return CompiledEngine(
+            self.allocate(), self.extend(), decode or self.decode(), self.chunk_length, self.key_block,
+            device_bytes(self.state.cache), device_bytes(self.state),
         )  # fmt: skip
-        decode = functools.partial(programs.decode.lower, prepared, state, steps, top_k=top_k)
-        return (
-            compile_program("prefill", prefill, options), compile_program("decoding loop", decode, options),
-            device_bytes((state.cache.k, state.cache.v)),
-        )  # fmt: skip
+
+    def _compile(self, name: str, program: str, *arguments: Any, **static: Any) -> CompiledProgram:
+        with self._in_use():
+            lower = functools.partial(getattr(self._programs, program).lower, *arguments, **static)
+            return compile_program(name, lower, self._options)
+
+    def _abstract(self, tree: Any) -> Any:
+        return place_shapes(self._mesh, jax.eval_shape(lambda: jax.tree.map(jnp.asarray, tree)))
+
+    @contextlib.contextmanager
+    def _in_use(self) -> Iterator[None]:
+        with jax.set_mesh(self._mesh), use_rules(engine.decoding_rules()):
+            yield
 
 
 def device_bytes(tree: Any) -> int:
@@ -178,7 +150,7 @@ def device_bytes(tree: Any) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class ProgramReport:
-    """One of the two programs; per chip. Times are compile-time estimates, memory is what the compiler allocates."""
+    """One program; per chip. Times are compile-time estimates, memory is what the compiler allocates."""
 
     memory: Memory
     hbm_bytes: int
@@ -202,101 +174,16 @@ class ProgramReport:
         }
 
 
-@dataclasses.dataclass(frozen=True)
-class InferenceReport:
-    """Both programs as figures; bytes are per chip."""
-
-    topology: str
-    chips: int
-    mesh: MeshConfig
-    request: Request
-    parameter_bytes: int
-    read_bytes: int
-    cache_bytes: int
-    hbm_bandwidth: float
-    """Of a chip, bytes/s."""
-    prefill: ProgramReport
-    decode: ProgramReport
-    """One step of it."""
-
-    @property
-    def prefill_tokens_per_second(self) -> float:
-        """Of all chips."""
-        return self.request.batch * self.request.prompt_length / self.prefill.estimate.seconds
-
-    @property
-    def floor_seconds(self) -> float:
-        """A decoding step cannot be faster than HBM gives its parameters and the full cache, at HBM_SHARE."""
-        return (self.read_bytes + self.cache_bytes) / (HBM_SHARE * self.hbm_bandwidth)
-
-    @property
-    def largest_batch(self) -> int:
-        """Arithmetic, not compiled: sequences whose cache and prefill fit beside the parameters in HBM_LIMIT of HBM.
-
-        The parameters are the prepared ones, `engine.prepare` with `donate`: another model has no room.
-        """
-        shards = self.mesh.batch_shards[1]
-        room = HBM_LIMIT * self.prefill.hbm_bytes - self.parameter_bytes
-        a_sequence = (self.cache_bytes + self.prefill.memory.temporaries) / self.request.batch
-        return max(int(room / a_sequence) // shards * shards, 0)
-
-    @property
-    def warnings(self) -> list[str]:
-        programs = (("prefill", self.prefill), ("decoding", self.decode))
-        return [f"{name}: {line}" for name, program in programs for line in program.warnings]
-
-    def as_json(self) -> dict[str, Any]:
-        """For `--json`; times in seconds, memory and traffic in bytes."""
-        step = self.decode.estimate
-        return {
-            "note": "compile-time estimates, nothing was run; a decoding step reads a full cache",
-            "topology": self.topology,
-            "chips": self.chips,
-            "mesh": _sizes(self.mesh),
-            **dataclasses.asdict(self.request),
-            "parameter_bytes_per_chip": self.parameter_bytes,
-            "cache_bytes_per_chip": self.cache_bytes,
-            "largest_batch_by_arithmetic": self.largest_batch,
-            "prefill": self.prefill.as_json() | {"estimated_tokens_per_second": self.prefill_tokens_per_second},
-            "decode": self.decode.as_json()
-            | {
-                "floor_seconds": self.floor_seconds,
-                "estimated_tokens_per_second_per_sequence": 1 / step.seconds,
-                "estimated_tokens_per_second": self.request.batch / step.seconds,
-                "estimated_tokens_per_second_at_worst": self.request.batch / step.seconds_high,
-            },
-        }
-
-
-def _sizes(mesh: MeshConfig) -> dict[str, int]:
-    return {name: size for name, size in dataclasses.asdict(mesh).items() if name != "num_cpu_devices"}
-
-
-def make_report(compiled: CompiledInference) -> InferenceReport:
-    """Reads both programs."""
-    topology = compiled.topology
-    devices = topology.chip.devices
-
-    return InferenceReport(
-        topology=str(topology),
-        chips=topology.num_chips,
-        mesh=compiled.config.mesh,
-        request=compiled.request,
-        parameter_bytes=devices * compiled.parameter_bytes,
-        read_bytes=devices * compiled.read_bytes,
-        cache_bytes=devices * compiled.cache_bytes,
-        hbm_bandwidth=topology.chip.hbm_bandwidth,
-        prefill=report_program(compiled.prefill, topology, compiled.coordinates),
-        decode=report_program(compiled.decode, topology, compiled.coordinates),
-    )
-
-
 def report_program(
-    program: CompiledProgram, topology: Topology, coordinates: Sequence[tuple[int, ...]]
-) -> ProgramReport:
-    """Reads one program of inference; of a loop whose length is data, one pass."""
-    parsed = Program(program.hlo, open_trips=1)
-    estimate = estimate_step(parsed, topology, coordinates, streams_weights=True)
+    program: CompiledProgram, topology: Topology, coordinates: Sequence[tuple[int, ...]], *, trips: int = 1,
+    without: str = "",
+) -> ProgramReport:  # fmt: skip
+    """Reads one program of inference; of a loop whose length is data, `trips` passes.
+
+    Branches with instructions of the scope `without` are taken not to run.
+    """
+    parsed = Program(program.hlo, open_trips=trips)
+    estimate = estimate_step(parsed, topology, coordinates, streams_weights=True, without=without)
     found = copy_warnings(parsed) + synchronous_warnings(estimate) + log_warnings(program.log)
     return ProgramReport(
         program.memory.of(topology.chip.devices), topology.chip.hbm_bytes, program.lower_seconds,
@@ -316,41 +203,6 @@ def copy_warnings(program: Program) -> list[str]:
     return lines
 
 
-def render(report: InferenceReport) -> list[tuple[str, str]]:
-    """The report as lines (name, text); every time and rate is called estimated."""
-    request, step = report.request, report.decode.estimate
-    mesh = " x ".join(f"{name} {size}" for name, size in _sizes(report.mesh).items() if size > 0)
-    count = sum(traffic.count for traffic in step.collectives.values())
-    return [
-        ("topology", f"{report.topology}, {report.chips} chips: {mesh}"),
-        (
-            "request",
-            f"{request.batch} sequences, prompts of {request.prompt_length}, cache of {request.cache_length} slots",
-        ),
-        ("parameters, cache per chip", f"{gib(report.parameter_bytes)}, {gib(report.cache_bytes)}"),
-        (
-            "largest batch",
-            f"{report.largest_batch} by arithmetic on these bytes and the prefill's temporaries, in {HBM_LIMIT:.0%} of "
-            f"{gib(report.prefill.hbm_bytes)}; not compiled",
-        ),
-        *program_rows("prefill", report.prefill),
-        ("prefill: estimated tokens/s", f"{report.prefill_tokens_per_second:,.0f} of all chips together"),
-        *program_rows("decoding step", report.decode),
-        (
-            "decoding step: floor",
-            f"{_milliseconds(report.floor_seconds)} for {gib(report.read_bytes)} of parameters and "
-            f"{gib(report.cache_bytes)} of a full cache at {HBM_SHARE:.0%} of {report.hbm_bandwidth / 1e9:g} GB/s",
-        ),
-        (
-            "decoding: estimated tokens/s",
-            f"{1 / step.seconds:,.0f} a sequence, {request.batch / step.seconds:,.0f} in all (at worst "
-            f"{1 / step.seconds_high:,.0f}, {request.batch / step.seconds_high:,.0f}), at a full cache; each "
-            f"microsecond of latency in the {count} collectives, which is not counted, adds "
-            f"{_milliseconds(count * 1e-6)}",
-        ),
-    ]
-
-
 def program_rows(name: str, report: ProgramReport) -> list[tuple[str, str]]:
     """One program as lines (name, text)."""
     e = report.estimate
@@ -359,14 +211,15 @@ def program_rows(name: str, report: ProgramReport) -> list[tuple[str, str]]:
         ("compilation", f"{report.compile_seconds:.1f} s, tracing {report.lower_seconds:.1f} s"),
         (
             "estimated time",
-            f"{_milliseconds(e.seconds)} = matmuls {_milliseconds(e.matmul)} + vector {_milliseconds(e.vector)} + "
-            f"kernels {_milliseconds(e.kernels)} + exposed communication {_milliseconds(e.exposed)}; hidden "
-            f"communication {_milliseconds(e.hidden)}; at worst {_milliseconds(e.seconds_high)}",
+            f"{milliseconds(e.seconds)} = matmuls {milliseconds(e.matmul)} + vector {milliseconds(e.vector)} + "
+            f"kernels {milliseconds(e.kernels)} + exposed communication {milliseconds(e.exposed)}; hidden "
+            f"communication {milliseconds(e.hidden)}; at worst {milliseconds(e.seconds_high)}",
         ),
         *collective_rows(e),
     ]
     return [(f"{name}: {row}", text) for row, text in rows]
 
 
-def _milliseconds(seconds: float) -> str:
+def milliseconds(seconds: float) -> str:
+    """As the report writes it."""
     return f"{max(1e3 * seconds, 0.0):.2f} ms"

@@ -11,14 +11,22 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
-from bc2_jax.aot.compilation import CompiledProgram, device_coordinates, topology_devices
-from bc2_jax.aot.inference import ProgramReport, compile_engine, device_bytes, program_rows, report_program
+from bc2_jax.aot.compilation import device_coordinates, topology_devices
+from bc2_jax.aot.inference import (
+    AbstractEngine,
+    CompiledEngine,
+    ProgramReport,
+    device_bytes,
+    program_rows,
+    report_program,
+)
 from bc2_jax.aot.report import gib
 from bc2_jax.config import RunConfig
 from bc2_jax.infer.engine import Prepared
 from bc2_jax.infer.refill import RolloutShapes
-from bc2_jax.infer.sampling import Settings
+from bc2_jax.infer.sampling import Sampling, Settings, sampling_of
 from bc2_jax.sharding import make_mesh
 from bc2_jax.tpu.chips import Topology
 from bc2_jax.tpu.options import Value
@@ -32,6 +40,8 @@ class RolloutParts(NamedTuple):
     prepared: Prepared
     """The actor as the engine has it."""
     shapes: RolloutShapes
+    prompt_tokens: int
+    """The most of a prompt."""
     settings: Settings
     answers: int
     """Of an iteration."""
@@ -42,25 +52,23 @@ class RolloutParts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class CompiledRollout:
-    """Both programs of the engine, and the bytes one device holds."""
+    """The programs of the engine, and the bytes one device holds."""
 
     topology: Topology
     parts: RolloutParts
-    prefill: CompiledProgram
-    decode: CompiledProgram
+    engine: CompiledEngine
     coordinates: tuple[tuple[int, ...], ...]
     held: dict[str, int]
     """Of everything that stays through an iteration, by name."""
     update_holds: int
     """The part of `held` that is an argument of the update."""
     prepared_bytes: int
-    cache_bytes: int
 
 
 def compile_rollout(config: RunConfig, topology: Topology, options: dict[str, Value]) -> CompiledRollout | None:
-    """Compiles prefill and decoding as the run samples; None for a kind of run that samples nothing.
+    """Compiles what starts and continues answers as the run samples; None for a kind of run that samples nothing.
 
-    Raises as `compile_inference`.
+    Raises as `AbstractEngine`, and ValueError for a mesh that does not suit the model or the devices.
     """
     kind = kind_of(config)
     make_rollout = getattr(kind, "make_rollout", None)
@@ -72,17 +80,20 @@ def compile_rollout(config: RunConfig, topology: Topology, options: dict[str, Va
     with jax.set_mesh(mesh):
         step: StepParts = kind.make_step(config, mesh)
         parts: RolloutParts = make_rollout(config, mesh)
-    prefill, decode, cache_bytes = compile_engine(
-        parts.prepared, mesh, parts.shapes, parts.settings, options, prefill_slots=parts.shapes.prompt_slots,
-        log_probs=True,
-    )  # fmt: skip
+    settings = parts.settings.check(parts.prepared.config)
+
+    def sampling(rows: int) -> Sampling:
+        # As `continue_many` has them where it gives log-probabilities.
+        return sampling_of([settings] * rows, range(rows))._replace(top_log_probs=np.zeros(rows, np.int32))
+
+    compiled = AbstractEngine(parts.prepared, mesh, parts.shapes, sampling, options).compile()
     state = {f"{name}'s parameters": device_bytes(tree) for name, tree in step.state.params.items()}
     state["optimizer"] = device_bytes(step.state.opt_state)
     state |= {f"frozen {name}": device_bytes(tree) for name, tree in step.frozen.items()}
     return CompiledRollout(
-        topology=topology, parts=parts, prefill=prefill, decode=decode, coordinates=device_coordinates(mesh),
+        topology=topology, parts=parts, engine=compiled, coordinates=device_coordinates(mesh),
         held=state | {name: device_bytes(tree) for name, tree in parts.held.items()},
-        update_holds=sum(state.values()), prepared_bytes=device_bytes(parts.prepared.params), cache_bytes=cache_bytes,
+        update_holds=sum(state.values()), prepared_bytes=device_bytes(parts.prepared.params),
     )  # fmt: skip
 
 
@@ -94,6 +105,8 @@ class RolloutReport:
     """The rollout as figures; bytes are per chip, times are compile-time estimates."""
 
     shapes: RolloutShapes
+    prompt_tokens: int
+    chunk_length: int
     answers: int
     max_new_tokens: int
     held: dict[str, int]
@@ -102,18 +115,15 @@ class RolloutReport:
     cache_bytes: int
     hbm_bytes: int
     """What the chip has."""
-    prefill: ProgramReport
+    extend: ProgramReport
+    """One chunk of prompts, the last one of the longest."""
     decode: ProgramReport
     """One step of it, at a full cache."""
 
     @property
     def rollout_bytes(self) -> int:
-        """At the peak of the rollout: what is held, and the larger of the two programs.
-
-        While prompts are run the cache of the rows is there too, beside the prefill's own.
-        """
-        prefill = self.prefill.memory.laid_out + self.cache_bytes
-        return sum(self.held.values()) + max(prefill, self.decode.memory.laid_out)
+        """At the peak of the rollout: what is held, and the larger of the two programs."""
+        return sum(self.held.values()) + max(self.extend.memory.laid_out, self.decode.memory.laid_out)
 
     def update_bytes(self, step_bytes: int) -> int:
         """At the peak of the update, whose program is laid out in `step_bytes`, its arguments included."""
@@ -121,20 +131,22 @@ class RolloutReport:
 
     @property
     def seconds(self) -> float:
-        """Of a rollout in which every answer has max_new_tokens."""
+        """Of a rollout in which every answer has max_new_tokens and every prompt the most tokens."""
         steps = math.ceil(self.answers / self.shapes.rows) * (self.max_new_tokens - 1)
-        prefills = math.ceil(self.answers / self.shapes.prefill_rows)
-        return steps * self.decode.estimate.seconds + prefills * self.prefill.estimate.seconds
+        chunks = math.ceil(self.answers / self.shapes.prefill_rows) * math.ceil(self.prompt_tokens / self.chunk_length)
+        return steps * self.decode.estimate.seconds + chunks * self.extend.estimate.seconds
 
     @property
     def warnings(self) -> list[str]:
-        programs = (("prefill", self.prefill), ("decoding", self.decode))
+        programs = (("chunk of prompts", self.extend), ("decoding", self.decode))
         return [f"{name}: {line}" for name, program in programs for line in program.warnings]
 
     def as_json(self, step_bytes: int) -> dict[str, Any]:
         """For `--json`; times in seconds, memory in bytes of a chip."""
         return {
             **dataclasses.asdict(self.shapes),
+            "prompt_tokens": self.prompt_tokens,
+            "chunk_length": self.chunk_length,
             "answers": self.answers,
             "max_new_tokens": self.max_new_tokens,
             "held_bytes_per_chip": self.held,
@@ -143,7 +155,7 @@ class RolloutReport:
             "rollout_peak_bytes_per_chip": self.rollout_bytes,
             "update_peak_bytes_per_chip": self.update_bytes(step_bytes),
             "estimated_rollout_seconds": self.seconds,
-            "prefill": self.prefill.as_json(),
+            "extend": self.extend.as_json(),
             "decode": self.decode.as_json(),
         }
 
@@ -151,20 +163,22 @@ class RolloutReport:
 def make_report(compiled: CompiledRollout) -> RolloutReport:
     """Reads both programs."""
     topology, parts = compiled.topology, compiled.parts
-    devices = topology.chip.devices
+    devices, coordinates = topology.chip.devices, compiled.coordinates
+    size = compiled.engine.chunk_length
+    blocks = math.ceil(math.ceil(parts.prompt_tokens / size) * size / compiled.engine.key_block)
     return RolloutReport(
-        shapes=parts.shapes, answers=parts.answers, max_new_tokens=parts.settings.max_new_tokens,
+        shapes=parts.shapes, prompt_tokens=parts.prompt_tokens, chunk_length=size, answers=parts.answers,
+        max_new_tokens=parts.settings.max_new_tokens,
         held={name: devices * size for name, size in compiled.held.items()},
         update_holds=devices * compiled.update_holds, prepared_bytes=devices * compiled.prepared_bytes,
-        cache_bytes=devices * compiled.cache_bytes, hbm_bytes=topology.chip.hbm_bytes,
-        prefill=report_program(compiled.prefill, topology, compiled.coordinates),
-        decode=report_program(compiled.decode, topology, compiled.coordinates),
+        cache_bytes=devices * compiled.engine.cache_bytes, hbm_bytes=topology.chip.hbm_bytes,
+        extend=report_program(compiled.engine.extend, topology, coordinates, trips=blocks),
+        decode=report_program(compiled.engine.decode, topology, coordinates),
     )  # fmt: skip
 
 
 def render(report: RolloutReport, step_bytes: int) -> list[tuple[str, str]]:
-    """The report as lines (name, text); the update's program is laid out in `step_bytes` of a
-    chip."""
+    """The report as lines (name, text); the update's program is laid out in `step_bytes` of a chip."""
     shapes = report.shapes
     held = ", ".join(f"{name} {gib(size)}" for name, size in report.held.items())
     peaks = (("rollout", report.rollout_bytes), ("update", report.update_bytes(step_bytes)))
@@ -178,12 +192,13 @@ def render(report: RolloutReport, step_bytes: int) -> list[tuple[str, str]]:
         (
             "rollout",
             f"{report.answers} answers of up to {report.max_new_tokens} tokens over {shapes.rows} rows of "
-            f"{shapes.slots} slots, prompts of up to {shapes.prompt_slots}, {shapes.prefill_rows} run together",
+            f"{shapes.slots} slots, prompts of up to {report.prompt_tokens}, {shapes.prefill_rows} run together in "
+            f"chunks of {report.chunk_length}",
         ),
         (
             "estimated time of a rollout",
             f"{report.seconds:.1f} s if every answer has {report.max_new_tokens} tokens, at a full cache",
         ),
-        *program_rows("prefill", report.prefill),
+        *program_rows("chunk of prompts", report.extend),
         *program_rows("decoding step", report.decode),
     ]

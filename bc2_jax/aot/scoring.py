@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from bc2_jax.aot.compilation import CompiledProgram, compile_program, device_coordinates, topology_devices
-from bc2_jax.aot.inference import ProgramReport, device_bytes, program_rows, report_program
+from bc2_jax.aot.inference import ProgramReport, device_bytes, inference_compute, program_rows, report_program
 from bc2_jax.aot.report import gib
 from bc2_jax.config import RunConfig
 from bc2_jax.infer.score import check_shapes, empty_rows, make_program
@@ -116,7 +116,7 @@ def compile_scoring(
     devices = topology_devices(topology)
     config = config.resolve(len(devices))
     mesh = make_mesh(config.mesh, devices)
-    compute = dataclasses.replace(config.compute, remat="none", compiler_options="default")
+    compute = inference_compute(config.compute)
     with jax.set_mesh(mesh):
         graphdef = split_model(config.model, compute)[0]
         params = abstract_params(config.model, mesh, compute.dtype)

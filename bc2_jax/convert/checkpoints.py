@@ -67,6 +67,19 @@ def explain_reward_model(checkpoint: Path) -> str:
     )
 
 
+def quantized_scheme(metadata: Mapping[str, Any]) -> Any:
+    """How a checkpoint's weights are quantized, as its metadata says; None if they are not (`convert/quantized.py`)."""
+    return metadata.get("quantized")
+
+
+def explain_quantized(checkpoint: Path) -> str:
+    """One sentence for whoever wants a quantized model's weights as they were: what it is, and what can be done."""
+    return (
+        f"{checkpoint} is a quantized model: it writes text, is served and evaluated, but is not trained, converted or "
+        "given an adapter; take the model that it was made of."
+    )
+
+
 def take_part(arrays: Mapping[str, Any], part: str) -> dict[str, Any]:
     """Those of the arrays, by our path, that are in a `part` of `params`, by their path in it; all of them for ""."""
     prefix = f"{part}." if part else ""

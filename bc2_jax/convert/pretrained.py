@@ -18,15 +18,17 @@ from orbax.checkpoint import v1 as ocp
 
 from bc2_jax.checkpoint import TOKENIZER_NAME, save_context
 from bc2_jax.config import ComputeConfig, DType, ModelConfig
-from bc2_jax.convert import hf, orbax
+from bc2_jax.convert import hf, orbax, quantized
 from bc2_jax.convert.adapter import adapter_of, find_adapter, load_adapter, place_adapter
 from bc2_jax.convert.checkpoints import (
+    explain_quantized,
     explain_reward_model,
     holds_reward_model,
     newest_checkpoint,
     open_metadata,
     open_params,
     policy_part,
+    quantized_scheme,
 )
 from bc2_jax.convert.hf_config import read_config
 from bc2_jax.convert.peft import is_peft_folder
@@ -53,6 +55,11 @@ class FoundModel:
     """What was saved with a checkpoint; nothing in a PyTorch folder."""
     part: str = ""
     """Which part of the checkpoint's parameters it is (`checkpoints.policy_part`)."""
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether its weights are in few bits (`convert/quantized.py`): then it can be run, and nothing else."""
+        return quantized_scheme(self.metadata) is not None
 
     @property
     def is_reward_model(self) -> bool:
@@ -118,11 +125,15 @@ def load_pretrained(
     `dtype` is that of parameters and activations. With a mesh (`bc2_jax.sharding.make_mesh`) each device reads its own
     part of every parameter. `compute` sets the rest of how it runs; `reading` how to read a folder where its files do
     not say so. `adapter` is a folder of PEFT, or a LoRA checkpoint or run of ours, whose adapter is put beside the
-    weights. `model(input_ids)` gives fp32 logits [B, T, V].
+    weights. `model(input_ids)` gives fp32 logits [B, T, V]. Of a model that tools/quantize.py wrote, `dtype` is that of
+    activations; it can be run, but not trained, and takes no adapter.
     Raises FileNotFoundError or ValueError with one sentence if a folder is not a whole, consistent model or adapter.
     """
-    params, config = load_params(path, dtype, mesh, reading)
     compute = dataclasses.replace(compute or ComputeConfig(remat="none"), dtype=dtype)
+    found = find_model(path, reading)
+    if found.is_quantized and adapter is None:
+        return quantized.load(found.path, found.config, found.metadata, compute, mesh)
+    params, config = load_params(path, dtype, mesh, reading)
     model = nnx.merge(split_model(config, compute)[0], params)
     if adapter is None:
         return model
@@ -207,7 +218,12 @@ Read = Callable[[str, tuple[slice, ...]], np.ndarray]
 
 
 def open_reader(found: FoundModel, reading: Reading = AS_SAID) -> Read:
-    """What reads the parameters of a language model, after checking that they are those of its config."""
+    """What reads the parameters of a language model, after checking that they are those of its config.
+
+    Raises ValueError for a quantized model.
+    """
+    if found.is_quantized:
+        raise ValueError(explain_quantized(found.path))
     if found.format == "pytorch":
         tensors = hf.read_folder(found.path, reading.strip_prefix)
         return check_weights(found.path, found.config, tensors, reading).read_slice

@@ -14,7 +14,7 @@ from bc2_jax.checkpoint import TOKENIZER_NAME
 from bc2_jax.config import ModelConfig
 from bc2_jax.convert import hf, orbax
 from bc2_jax.convert.chat_template import CHAT_TEMPLATE_NAME, read_chat_template
-from bc2_jax.convert.checkpoints import describe_rest, take_part
+from bc2_jax.convert.checkpoints import describe_rest, explain_quantized, take_part
 from bc2_jax.convert.checksums import SUMS_NAME
 from bc2_jax.convert.hf_config import read_generation_config
 from bc2_jax.convert.ownership import foreign_in_checkpoint
@@ -65,9 +65,14 @@ def open_source(path: str | Path, reading: Reading = AS_SAID) -> Source:
 
 
 def open_contents(found: FoundModel, reading: Reading = AS_SAID) -> dict[str, Any]:
-    """Name -> tensor of a PyTorch folder or array of a checkpoint, unchecked; each has a shape and a dtype."""
+    """Name -> tensor of a PyTorch folder or array of a checkpoint, unchecked; each has a shape and a dtype.
+
+    Raises ValueError for a quantized model.
+    """
     if found.format == "pytorch":
         return hf.read_folder(found.path, reading.strip_prefix)
+    if found.is_quantized:
+        raise ValueError(explain_quantized(found.path))
     return take_part(orbax.open_arrays(found.path), found.part)
 
 

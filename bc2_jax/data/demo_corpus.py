@@ -35,9 +35,14 @@ def demo_documents(cache: str | os.PathLike[str] | None = None) -> dict[str, lis
 
     The download is kept in `cache`. Raises ValueError if what was fetched is not the pinned file.
     """
-    documents = {"en": _topics(), "code": _modules()}
+    documents = python_documents()
     chapters = _chapters(Path(cache) if cache is not None else default_cache())
     return {"zh": chapters, **documents} if chapters else documents
+
+
+def python_documents() -> dict[str, list[str]]:
+    """Those that come with Python: "en" and "code"."""
+    return {"en": _topics(), "code": _modules()}
 
 
 def _topics() -> list[str]:

@@ -39,9 +39,9 @@ class Decoding(NamedTuple):
     length_B: Array
     """int32: slots in use."""
     seen_BV: Array
-    """bool, cut by batch: tokens of the prompt or the output."""
+    """bool, cut by sampling (`engine.sampling_axis`): tokens of the prompt or the output."""
     counts_BV: Array | None
-    """int16, cut by batch: how often each token is in the output; None where no row may have a penalty for it."""
+    """int16, cut as well: how often each token is in the output; None where no row may have a penalty for it."""
     token_B: Array
     """int32: the newest token, at position length_B."""
     step_B: Array
@@ -49,6 +49,8 @@ class Decoding(NamedTuple):
     reason_B: Array
     """int8, of `Reason`."""
     sampling: Sampling
+    stretch_B: Array | None
+    """fp32: how far beyond the trained length each row's sequence may come (`LongContext`); None without it."""
 
 
 class Chunk(NamedTuple):
@@ -70,6 +72,8 @@ class Chunk(NamedTuple):
     """bool: the prompt ends here, its first new token is chosen, and the row runs from now on."""
     prompt_RS: Any
     """int32: the whole prompt where it ends, padded with -1: what the repetition penalty sees."""
+    stretch_R: Any | None = None
+    """fp32, the same for all chunks of a prompt: `Prepared.stretch` of all its tokens, new ones included."""
 
 
 class LogProbs(NamedTuple):

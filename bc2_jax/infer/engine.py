@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,13 +30,14 @@ from bc2_jax.infer.decoding import STEPS, Chunk, Decoding, Emitted, LogProbs, Re
 from bc2_jax.infer.prepared import Prepared, prepare
 from bc2_jax.infer.sampling import MOST_TOP_LOG_PROBS, Sampling, chosen_log_probs, next_token, top_log_probs
 from bc2_jax.kernels.blocks import current_chip
-from bc2_jax.kernels.cached import KVCache, Place
+from bc2_jax.kernels.cached import KVCache, Place, copy_chunks
 from bc2_jax.model.attention import CACHE_AXES
 from bc2_jax.model.baichuan import Baichuan2
 from bc2_jax.sharding import (
     ShardingRules,
     from_host,
     named_sharding,
+    parts,
     platform,
     reshard,
     rules_in_use,
@@ -157,13 +158,14 @@ def _run_allocate(prepared: Prepared, sampling: Sampling, *, slots: int) -> Deco
     return Decoding(
         cache=init_cache(prepared.config, prepared.compute, B, slots, prepared.kv),
         length_B=jnp.zeros(B, jnp.int32),
-        seen_BV=reshard(jnp.zeros((B, V), bool), "batch", None),
-        counts_BV=reshard(jnp.zeros((B, V), jnp.int16), "batch", None) if counts else None,
+        seen_BV=reshard(jnp.zeros((B, V), bool), sampling_axis(B), None),
+        counts_BV=reshard(jnp.zeros((B, V), jnp.int16), sampling_axis(B), None) if counts else None,
         token_B=jnp.zeros(B, jnp.int32),
         step_B=jnp.zeros(B, jnp.int32),
         reason_B=jnp.full(B, Reason.NO_PROMPT, jnp.int8),
         # Arrays of the host have no layout until they are given one.
         sampling=_whole(sampling),
+        stretch_B=jnp.ones(B, jnp.float32) if prepared.long_context is not None else None,
     )
 
 
@@ -174,20 +176,22 @@ def _run_extend(
     has_R = chunk.count_R > 0
     starts_R = has_R & chunk.is_last_R
     place = Place(chunk.rows_R, jnp.where(has_R, chunk.start_R, -1))
-    h_RCD, cache = model.extend(chunk.ids_RC, place, decoding.cache)
+    h_RCD, cache = model.extend(chunk.ids_RC, place, decoding.cache, chunk.stretch_R, prepared.method)
 
-    def last_token(h_RCD: Array, count_R: Array) -> Array:
-        return jnp.take_along_axis(h_RCD, jnp.maximum(count_R - 1, 0)[:, None, None], axis=1)
+    def last_two(h_RCD: Array, count_R: Array) -> Array:
+        # The last alone would be the only row of the head's matmul where R = 1, which has other bits on a CPU.
+        last_R = jnp.maximum(count_R - 1, 0)
+        return jnp.take_along_axis(h_RCD, jnp.stack([last_R, jnp.maximum(last_R - 1, 0)], axis=1)[..., None], axis=1)
 
     def mark_seen(prompt_RS: Array) -> Array:
         mark = jax.vmap(lambda ids: jnp.zeros(V, bool).at[ids].set(True, mode="drop"))
         return mark(jnp.where(prompt_RS < 0, V, prompt_RS))
 
-    seen_RV = _by_rows(mark_seen, chunk.prompt_RS)
+    seen_RV = _by_rows(mark_seen, chunk.prompt_RS, axes=sampling_axis(len(chunk.rows_R)))
     counts_RV = None if decoding.counts_BV is None else jnp.zeros_like(seen_RV, jnp.int16)
     step_R = jnp.zeros_like(chunk.count_R)
-    logits_R1V = model.lm_head(_by_rows(last_token, h_RCD, chunk.count_R))
-    token_R, seen_RV, counts_RV, log_probs = _choose(logits_R1V, seen_RV, counts_RV, step_R, starts_R, sampling)
+    logits_R2V = model.lm_head(_by_rows(last_two, h_RCD, chunk.count_R))
+    token_R, seen_RV, counts_RV, log_probs = _choose(logits_R2V, seen_RV, counts_RV, step_R, starts_R, sampling)
     step_R += 1
     reason_R = jnp.where(starts_R, _reason(token_R, step_R, sampling), Reason.NO_PROMPT).astype(jnp.int8)
     tokens_RK = jnp.where(starts_R, token_R, -1)[:, None]
@@ -198,18 +202,22 @@ def _run_extend(
         return jax.tree.map(lambda old, new: old.at[rows_R].set(new, mode="drop"), old, new)
 
     def put_cut(old: Any, own_B: Array, new: Any, rows_R: Array, starts_R: Array) -> Any:
-        return put(old, new, jnp.where(starts_R, rows_R - own_B[0], len(own_B)))
+        row_R = rows_R - own_B[0]
+        return put(old, new, jnp.where(starts_R & (row_R >= 0), row_R, len(own_B)))
 
     used_R, begun_R = (jnp.where(x, chunk.rows_R, B) for x in (has_R, starts_R))
     seen_BV, counts_BV = _by_rows(
-        put_cut, (decoding.seen_BV, decoding.counts_BV), jnp.arange(B), (seen_RV, counts_RV), chunk.rows_R, starts_R
-    )
-    small = (decoding.token_B, decoding.step_B, decoding.reason_B, decoding.sampling)
-    token_B, step_B, reason_B, settings = put(small, _whole((token_R, step_R, reason_R, sampling)), begun_R)
+        put_cut, (decoding.seen_BV, decoding.counts_BV), jnp.arange(B), (seen_RV, counts_RV), chunk.rows_R, starts_R,
+        axes=(sampling_axis(B), sampling_axis(B), "batch", "batch", "batch"),
+    )  # fmt: skip
+    small = (decoding.token_B, decoding.step_B, decoding.reason_B, decoding.sampling, decoding.stretch_B)
+    new = (token_R, step_R, reason_R, sampling, chunk.stretch_R)
+    token_B, step_B, reason_B, settings, stretch_B = put(small, _whole(new), begun_R)
     decoding = Decoding(
         cache, put(decoding.length_B, chunk.start_R + chunk.count_R, used_R), seen_BV, counts_BV, token_B, step_B,
         # Until its prompt ends a row has none: what was there before is over.
         jnp.where(_is_in(B, used_R) & ~_is_in(B, begun_R), Reason.NO_PROMPT, reason_B).astype(jnp.int8), settings,
+        stretch_B,
     )  # fmt: skip
     return decoding, emitted, h_RCD
 
@@ -221,9 +229,8 @@ def _is_in(B: int, rows_R: Array) -> Array:
 
 def _run_decode(prepared: Prepared, decoding: Decoding, steps: Array, cancel_B: Array) -> tuple[Decoding, Emitted]:
     model, B = prepared.merge(), len(decoding.token_B)
-    is_cancelled_B = cancel_B & (decoding.reason_B == Reason.RUNNING)
-    reason_B = jnp.where(is_cancelled_B, Reason.CANCELLED, decoding.reason_B).astype(jnp.int8)
-    decoding = decoding._replace(reason_B=reason_B)
+    reason_B = jnp.where(cancel_B & (decoding.reason_B == Reason.RUNNING), Reason.CANCELLED, decoding.reason_B)
+    decoding = decoding._replace(reason_B=reason_B.astype(jnp.int8))
     log_probs = None
     if decoding.sampling.top_log_probs is not None:
         zeros = jnp.zeros((B, STEPS, MOST_TOP_LOG_PROBS), jnp.float32)
@@ -236,7 +243,7 @@ def _run_decode(prepared: Prepared, decoding: Decoding, steps: Array, cancel_B: 
 
     def step(carry: tuple[Array, Decoding, Any]) -> tuple[Array, Decoding, Any]:
         done, decoding, chosen = carry
-        decoding, new = _decode_step(model, decoding)
+        decoding, new = _decode_step(model, prepared.method, decoding)
         chosen = jax.tree.map(lambda all_BK, new_B: all_BK.at[:, done].set(new_B), chosen, new)
         return done + 1, decoding, chosen
 
@@ -247,13 +254,13 @@ def _run_decode(prepared: Prepared, decoding: Decoding, steps: Array, cancel_B: 
     return decoding, Emitted(tokens_BK, log_probs, decoding.step_B + 0, decoding.reason_B + jnp.int8(0))
 
 
-def _decode_step(model: Baichuan2, decoding: Decoding) -> tuple[Decoding, tuple[Array, LogProbs | None]]:
+def _decode_step(model: Baichuan2, method: str, decoding: Decoding) -> tuple[Decoding, tuple[Array, LogProbs | None]]:
     """One token more of each row that runs, and the tokens, -1 for the others, which compute along."""
     length_B, S = decoding.length_B, decoding.cache.k.shape[3]
     was_running_B = decoding.reason_B == Reason.RUNNING
     runs_B = was_running_B & (length_B < S)
     place = Place(jnp.arange(len(length_B)), jnp.where(runs_B, length_B, -1))
-    h_BTD, cache = model.extend(decoding.token_B[:, None], place, decoding.cache)
+    h_BTD, cache = model.extend(decoding.token_B[:, None], place, decoding.cache, decoding.stretch_B, method)
     token_B, seen_BV, counts_BV, log_probs = _choose(
         model.lm_head(h_BTD), decoding.seen_BV, decoding.counts_BV, decoding.step_B, runs_B, decoding.sampling
     )
@@ -287,8 +294,8 @@ def _choose(
 
     with jax.named_scope("sample"):
         # Each device takes the whole vocabulary of its own rows: 0.5 MB a row, once per token.
-        rows = (seen_BV, counts_BV, step_B, runs_B, sampling)
-        (seen_BV, counts_BV), drawn = _by_rows(choose, reshard(logits_B1V[:, 0], "batch", None), *rows)
+        axis, rows = sampling_axis(len(step_B)), (seen_BV, counts_BV, step_B, runs_B, sampling)
+        (seen_BV, counts_BV), drawn = _by_rows(choose, reshard(logits_B1V[:, 0], axis, None), *rows, axes=axis)
         token_B, log_probs = _whole(drawn)
     return token_B, seen_BV, counts_BV, log_probs
 
@@ -302,20 +309,12 @@ def _reason(token_B: Array, step_B: Array, sampling: Sampling) -> Array:
 def _run_copy_slots(decoding: Decoding, row_from: Array, row_to: Array, chunks: Array, *, size: int) -> Decoding:
     def copy(cache: KVCache, own_B: Array, row_from: Array, row_to: Array, chunks: Array) -> KVCache:
         rows = [jnp.clip(row - own_B[0], 0, len(own_B) - 1) for row in (row_from, row_to)]
-        is_here = rows[1] == row_to - own_B[0]
-
-        def copy_chunk(i: Array, x: Array) -> Array:
-            tail: list[Any] = [0, i * size, *[0] * (x.ndim - 4)]
-            shape = (x.shape[0], 1, x.shape[2], size, *x.shape[4:])
-            new, old = (jax.lax.dynamic_slice(x, (0, row, *tail), shape) for row in rows)
-            return jax.lax.dynamic_update_slice(x, jnp.where(is_here, new, old), (0, rows[1], *tail))
-
-        return jax.tree.map(lambda x: jax.lax.fori_loop(0, chunks, copy_chunk, x), cache)
+        return copy_chunks(cache, *rows, chunks, size, rows[1] == row_to - own_B[0])
 
     own_B = reshard(jnp.arange(len(decoding.token_B)), "batch")
     arguments = (decoding.cache, own_B, *_whole((row_from, row_to, chunks)))
     if named_sharding() is not None:
-        slots = jax.tree.map(lambda x: spec(*CACHE_AXES[: x.ndim]), decoding.cache)
+        slots = jax.tree.map(lambda _: spec(*CACHE_AXES), decoding.cache)
         in_specs = (slots, spec("batch"), spec(), spec(), spec())
         copy = jax.shard_map(copy, in_specs=in_specs, out_specs=slots)  # type: ignore[assignment]  # what jax declares
     is_row_B = jnp.arange(len(decoding.token_B)) == row_to
@@ -345,23 +344,29 @@ def _run_score(prepared: Prepared, h_RCD: Array, labels_RC: Array) -> LogProbs:
         logits_RTV = model.lm_head(h_RTD)
         return _whole(_by_rows(score_rows, reshard(logits_RTV, "batch", None, None), labels_RT))
 
-    parts = [h_RCD[:, i : i + size] for i in range(0, C, size)]
-    found = [score((h, labels_RC[:, i * size : (i + 1) * size])) for i, h in enumerate(parts)]
+    cuts = [h_RCD[:, i : i + size] for i in range(0, C, size)]
+    found = [score((h, labels_RC[:, i * size : (i + 1) * size])) for i, h in enumerate(cuts)]
     return jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=1), *found)
 
 
-def _by_rows(function: Callable, *trees: Any) -> Any:
-    """function(*trees) on each device's own rows, which come first in every array of `trees` and of the result."""
+def sampling_axis(rows: int) -> str:
+    """How the rows of a batch are cut where tokens are drawn: over all devices, if there are as many for each."""
+    return "batch" if rows % parts("sampling") else "sampling"
 
-    def axes(x: Array) -> tuple[str | None, ...]:
-        return "batch", *[None] * (x.ndim - 1)
 
-    trees = jax.tree.map(lambda x: reshard(x, *axes(x)), trees)
+def _by_rows(function: Callable, *trees: Any, axes: str | Sequence[str] = "batch") -> Any:
+    """function(*trees) on each device's own rows, which come first in every array of `trees` and of the result.
+
+    `axes` are the logical axes of the rows, of all or of each of `trees`; the result is cut as the first.
+    """
+    axes = [axes] * len(trees) if isinstance(axes, str) else axes
+    trees = tuple(
+        jax.tree.map(lambda x, axis=axis: reshard(x, axis, *[None] * (x.ndim - 1)), tree)
+        for axis, tree in zip(axes, trees, strict=True)
+    )
     if named_sharding() is None:
         return function(*trees)
-    return jax.shard_map(function, in_specs=jax.tree.map(lambda x: spec(*axes(x)), trees), out_specs=spec("batch"))(
-        *trees
-    )
+    return jax.shard_map(function, in_specs=tuple(map(spec, axes)), out_specs=spec(axes[0]))(*trees)
 
 
 def _whole(tree: Any) -> Any:
@@ -370,7 +375,12 @@ def _whole(tree: Any) -> Any:
 
 
 def programs(compute: ComputeConfig) -> Programs:
-    """The programs, on a TPU with the compiler options that `compute` chooses."""
+    """The programs, on a TPU with the compiler options that `compute` chooses.
+
+    On a CPU sums are not handed to YNNPACK, which XLA does for some sizes of the batch: a row would get other bits.
+    """
+    if platform() == "cpu":
+        return make_programs(xla_cpu_experimental_ynn_fusion_type="LIBRARY_FUSION_TYPE_DOT")
     chip = current_chip()
     if chip is None or compute.compiler_options == "default":
         return make_programs()

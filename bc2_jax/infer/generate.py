@@ -97,7 +97,8 @@ def continue_prompts(
         raise ValueError(f"model is a {type(model).__name__}: it must be what load_pretrained or engine.prepare gives.")
     config = model.config
     settings = settings.check(config)
-    prompts = check_prompts(config, prompts, settings.max_new_tokens)
+    max_length = model.max_length if isinstance(model, Prepared) else config.model_max_length
+    prompts = check_prompts(config, prompts, settings.max_new_tokens, max_length)
     prepared = engine.prepare(model) if isinstance(model, Baichuan2) else model
     with use_mesh_of(prepared.params["norm"]["weight"]):
         rows = batch_rows(len(prompts))
@@ -158,13 +159,17 @@ def _start(
     """The state after all prompts, and the first token of each."""
     rows, size = len(sampling.place), engine.chunk_length()
     longest = max(map(len, prompts))
-    slots = bucket(longest + settings.max_new_tokens)
+    slots = cache_slots(longest + settings.max_new_tokens)
     decoding = engine.allocate(prepared, sampling, slots=slots)
     placed: list[PlacedPrompt | None] = [PlacedPrompt(row, prompt) for row, prompt in enumerate(prompts)]
     placed += [None] * (rows - len(prompts))
+    stretches = None
+    if prepared.long_context is not None:
+        lengths = [0 if at is None else len(at.ids) + settings.max_new_tokens for at in placed]
+        stretches = list(map(prepared.stretch, lengths))
     chosen = []
     for start in range(0, longest, size):
-        chunk = make_chunk(placed, start, size, slots)
+        chunk = make_chunk(placed, start, size, slots, stretches)
         decoding, emitted, _ = engine.extend(prepared, decoding, chunk, sampling)
         chosen.append((emitted, [row if is_last else -1 for row, is_last in enumerate(chunk.is_last_R)]))
     for emitted, ended in chosen:
@@ -211,10 +216,18 @@ def bucket(length: int) -> int:
     return 128 if length <= 128 else -(-length // 256) * 256
 
 
-def check_prompts(config: ModelConfig, prompts: Any, max_new_tokens: int | Sequence[int]) -> list[Sequence[int]]:
+def cache_slots(length: int) -> int:
+    """Slots for `length` tokens on the devices in use: at least a chunk of prompts."""
+    return max(bucket(length), engine.chunk_length())
+
+
+def check_prompts(
+    config: ModelConfig, prompts: Any, max_new_tokens: int | Sequence[int], max_length: int | None = None
+) -> list[Sequence[int]]:
     """The prompts as they were given; raises ValueError as `generate` for one that is not valid.
 
-    `max_new_tokens` are those of all prompts, or of each.
+    `max_new_tokens` are those of all prompts, or of each; `max_length`, by default the model's trained length, is that
+    of a prompt and its new tokens.
     """
     if not isinstance(prompts, Iterable) or isinstance(prompts, str | bytes | dict):
         shown = show(prompts)
@@ -226,10 +239,12 @@ def check_prompts(config: ModelConfig, prompts: Any, max_new_tokens: int | Seque
     require(len(limits) == len(found), "max_new_tokens", limits, f"it must be one number or {len(found)}, one a prompt")
     for i, (prompt, limit) in enumerate(zip(found, limits, strict=True)):
         _check_prompt(f"prompts[{i}]", prompt, config.vocab_size)
-        if len(prompt) + limit > config.model_max_length:
+        if len(prompt) + limit > (max_length or config.model_max_length):
+            length = f"model_max_length = {config.model_max_length}"
+            if max_length not in (None, config.model_max_length):
+                length = f"max_length = {max_length}"
             raise ValueError(
-                f"prompts[{i}] has {len(prompt)} tokens, which with max_new_tokens = {limit} is more than "
-                f"model_max_length = {config.model_max_length}."
+                f"prompts[{i}] has {len(prompt)} tokens, which with max_new_tokens = {limit} is more than {length}."
             )
     return found
 

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from flax import nnx
-from jax import Array
 
 from bc2_jax.config import ComputeConfig, ModelConfig
 from bc2_jax.infer.cache import CacheDType
 from bc2_jax.model.baichuan import Baichuan2, Params
-from bc2_jax.model.head import Head, normalize_rows
-from bc2_jax.model.layers import Embedding, Linear, Weight, split_equation
-from bc2_jax.model.lora import LoraLinear
-from bc2_jax.sharding import reshard, use_mesh_of
+from bc2_jax.model.layout import lay_out
+from bc2_jax.model.position import LongContext, stretch_of
+from bc2_jax.model.quantized import Scheme
+from bc2_jax.validation import require
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["graphdef", "config", "compute", "kv"]
+    jax.tree_util.register_dataclass,
+    data_fields=["params"],
+    meta_fields=["graphdef", "config", "compute", "kv", "long_context"],
 )
 @dataclasses.dataclass(frozen=True)
 class Prepared:
@@ -32,71 +33,66 @@ class Prepared:
     params: Params
     kv: CacheDType = "compute"
     """Of the keys and values that its programs keep."""
+    long_context: LongContext | None = None
+    """None: sequences have at most the trained length."""
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.config.model_max_length if self.long_context is None else self.long_context.max_length
+
+    @property
+    def method(self) -> str:
+        """Of its long context, if it has one."""
+        return "ntk" if self.long_context is None else self.long_context.method
+
+    def stretch(self, tokens: int) -> float:
+        """Of a sequence that may come to so many tokens."""
+        return 1.0 if self.long_context is None else stretch_of(tokens, self.config.model_max_length)
+
+    def reach(self, method: Literal["ntk", "yarn"], max_length: int) -> Prepared:
+        """The same model for sequences of up to `max_length` tokens, longer than those it was trained on.
+
+        Raises ValueError as `check_long_context`.
+        """
+        return dataclasses.replace(self, long_context=check_long_context(self.config, method, max_length))
 
     def merge(self) -> Baichuan2:
         """The model, whose logits are those of the one that was prepared."""
         return nnx.merge(self.graphdef, self.params)
 
 
-def prepare(model: Baichuan2, donate: bool = False, whole: bool = False, kv: CacheDType = "compute") -> Prepared:
-    """`model` as decoding reads it, so that nothing is done again for every token.
+def check_long_context(config: ModelConfig, method: Any, max_length: Any) -> LongContext:
+    """Raises ValueError for a method that the model's positions do not have, and for a length that is not greater than
+    the trained one."""
+    is_rope = config.position_embedding == "rope"
+    legal = 'it must be "ntk" or "yarn"' if is_rope else 'it must be "ntk": the model has ALiBi'
+    require(method == "ntk" or (method == "yarn" and is_rope), "long_context", method, legal)
+    trained = config.model_max_length
+    legal = f"it must be a whole number greater than model_max_length = {trained}"
+    require(isinstance(max_length, int) and max_length > trained, "max_length", max_length, legal)
+    return LongContext(method, max_length)
 
-    Weights are in the compute dtype, but for those of the norms, which scale in fp32; the rows of the head are
-    normalised. Embedding and head are whole along the model dimension: every step reads all of the head. Weights that
-    multiply the hidden states have the model dimension behind, q, k and v as [L, N, D, H], gate and up as [L, F, D]: in
-    their stored order the TPU compiler copies them before the first step of each call, gate and up where a chip's part
-    of F does not fill its tiles, q, k and v for a single sequence.
 
-    With `whole` the weights of the layers are whole along the model dimension too: gathered here once instead of at
-    every step. Each device then holds all of them in the compute dtype, over mesh.tensor. For long decoding on a mesh
-    that cuts parameters, where there is room.
+def find_long_context(config: ModelConfig, method: str | None, max_length: int | None) -> LongContext | None:
+    """What the options --long-context and --max-length of a program say; None if neither was given.
 
-    `kv` "int8" keeps keys and values in half the memory, each head of a token with its own scale.
-
-    The given model stays as it is, and what need not change is shared with it. With `donate` it is used up: its arrays
-    are deleted one by one as they are replaced, so that beside the prepared parameters never more than one stored
-    weight exists.
+    Raises ValueError for one without the other, and as `check_long_context`.
     """
-    graphdef, state = nnx.split(model)
-    prepared = nnx.merge(graphdef, state)  # modules of its own around the same arrays
-    with use_mesh_of(model.norm.weight[...]):
-        modules = [module for _, module in nnx.iter_modules(prepared) if isinstance(module, Weight)]
-        for module in modules:
-            if isinstance(module, LoraLinear):
-                module.fix_row_scale()  # of the weights as they are stored
-        for module in modules:
-            stored = module.weight[...]
-            _lay_out(module, model.compute.dtype, whole)
-            if donate and module.weight[...] is not stored:
-                stored.delete()
-    graphdef, state = nnx.split(prepared)
+    if (method is None) != (max_length is None):
+        raise ValueError("--long-context and --max-length go together: give both or neither.")
+    return None if method is None else check_long_context(config, method, max_length)
+
+
+def prepare(
+    model: Baichuan2, donate: bool = False, whole: bool = False, kv: CacheDType = "compute",
+    quantize: Scheme | None = None,
+) -> Prepared:  # fmt: skip
+    """`model` as decoding reads it: its weights as `model.layout.lay_out` lays them out.
+
+    With `donate` the model is used up; with `whole` the weights of the layers are gathered once instead of at every
+    step; `quantize` "int8" or "int4" keeps the weights of layers and head in fewer bits. `kv` "int8" keeps keys and
+    values in half the memory, each head of a token with its own scale. Raises ValueError as `lay_out`.
+    """
+    graphdef, state = nnx.split(lay_out(model, donate, whole, quantize))
     return Prepared(graphdef, model.config, model.compute, nnx.to_pure_dict(state), kv)
-
-
-def _lay_out(module: Weight, dtype: str, whole: bool) -> None:
-    """What `prepare` does to the weight of one module."""
-    stored = module.weight[...]
-    if isinstance(module, Embedding | Head):
-        normalize = isinstance(module, Head) and module.normalize
-        module.weight = nnx.Param(_table(stored, dtype, normalize), axes=("vocab", None))
-        if isinstance(module, Head):
-            module.normalize = False  # its rows are
-    elif isinstance(module, Linear):
-        if stored.dtype != dtype:
-            module.weight = nnx.Param(_cast(stored, dtype), axes=module.stacked_axes)
-        if "D" in split_equation(module.equation)[0]:
-            module.move_model_axis_behind()
-        if whole:
-            axes = tuple(None if axis == "embed" else axis for axis in module.stacked_axes)
-            module.weight = nnx.Param(reshard(module.weight[...], *axes), axes=axes)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _cast(w: Array, dtype: str) -> Array:
-    return w.astype(dtype)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _table(w_VD: Array, dtype: str, normalize: bool) -> Array:
-    rows_VD = normalize_rows(w_VD) if normalize else w_VD
-    return reshard(rows_VD.astype(dtype), "vocab", None)

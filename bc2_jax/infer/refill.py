@@ -16,7 +16,7 @@ from bc2_jax.infer import engine
 from bc2_jax.infer.chunks import PlacedPrompt, make_chunk
 from bc2_jax.infer.decoding import STEPS, Reason
 from bc2_jax.infer.engine import Prepared
-from bc2_jax.infer.generate import Continuation, Continuations, bucket, check_prompts
+from bc2_jax.infer.generate import Continuation, Continuations, cache_slots, check_prompts
 from bc2_jax.infer.sampling import Sampling, Settings, is_whole, sampling_of
 from bc2_jax.sharding import parts, to_host, use_mesh_of
 from bc2_jax.validation import require
@@ -86,7 +86,7 @@ class RolloutShapes:
             require(is_whole(count) and count > 0 and count % cut == 0, name, count, legal)
         legal = f"it must be at most rows = {rows}"
         require(prefill_rows <= rows, "prefill_rows", prefill_rows, legal)
-        return cls(rows, prefill_rows, bucket(length))
+        return cls(rows, prefill_rows, cache_slots(length))
 
 
 def continue_many(
@@ -129,7 +129,7 @@ def continue_many(
     """
     settings = settings.check(prepared.config)
     most = settings.max_new_tokens
-    prompts = check_prompts(prepared.config, prompts, most if limits is None else limits)
+    prompts = check_prompts(prepared.config, prompts, most if limits is None else limits, prepared.max_length)
     limits = [most] * len(prompts) if limits is None else limits
     require(all(1 <= limit <= most for limit in limits), "limits", limits, f"they must be in 1..{most}")
     longest = max(map(len, prompts))
@@ -232,8 +232,9 @@ class _Rollout:
         size = engine.chunk_length()
         settings = self._sampling([0 if at is None else self._prompt_of[at.row] for at in placed])
         longest = max(len(at.ids) for at in placed if at is not None)
+        stretches = None if self._prepared.long_context is None else list(map(self._stretch, placed))
         for start in range(0, longest, size):
-            chunk = make_chunk(placed, start, size, self._shapes.slots)
+            chunk = make_chunk(placed, start, size, self._shapes.slots, stretches)
             self._decoding, emitted, _ = engine.extend(self._prepared, self._decoding, chunk, settings)
             self._prefills += 1
             ends = [at.row if at is not None and chunk.is_last_R[i] else -1 for i, at in enumerate(placed)]
@@ -243,6 +244,10 @@ class _Rollout:
             self._rows.add(emitted, ends)
         # The row's last prompt may have been cancelled; the new one is not.
         self._cancel_B[[at.row for at in placed if at is not None]] = False
+
+    def _stretch(self, at: PlacedPrompt | None) -> float:
+        new = 0 if at is None else self._settings[self._prompt_of[at.row]].max_new_tokens
+        return self._prepared.stretch(0 if at is None else len(at.ids) + new)
 
     def _sampling(self, prompts: Sequence[int]) -> Sampling:
         temperature = self._log_prob_temperature

@@ -36,6 +36,8 @@ __all__ = [  # Those of `settings` are here until every caller has them from the
     "sampling_of",
 ]  # fmt: skip
 
+RARE = "rare_settings"
+"""The `jax.named_scope` of what only few requests ask for: bias, min_tokens, top_k 0 or above 64, top log-probs."""
 _FEW = 64
 """Up to this top_k a row's candidates are found by `lax.top_k`, whose number must be known when it is compiled."""
 
@@ -67,6 +69,7 @@ def mask_absent(logits_BV: Array, vocab_size_B: Array | None, eos_BE: Array) -> 
         return logits_BV
     ids_V = jnp.arange(logits_BV.shape[1])
 
+    @jax.named_scope(RARE)
     def mask(logits_BV: Array) -> Array:
         is_there_BV = (ids_V < vocab_size_B[:, None]) | _mark(logits_BV, eos_BE)
         return jnp.where(is_there_BV, logits_BV, -jnp.inf)
@@ -80,6 +83,7 @@ def mask_early_eos(logits_BV: Array, min_tokens_B: Array | None, eos_BE: Array, 
         return logits_BV
     is_early_B = step_B < min_tokens_B
 
+    @jax.named_scope(RARE)
     def mask(logits_BV: Array) -> Array:
         return jnp.where(_mark(logits_BV, eos_BE) & is_early_B[:, None], -jnp.inf, logits_BV)
 
@@ -90,7 +94,12 @@ def add_bias(logits_BV: Array, ids_BE: Array | None, bias_BE: Array | None) -> A
     """Adds `bias_BE` to the logits of `ids_BE`, of which -1 is not an id."""
     if ids_BE is None or bias_BE is None:
         return logits_BV
-    return _if_any(ids_BE >= 0, lambda logits: _at(logits, ids_BE).add(bias_BE, mode="drop"), logits_BV)
+
+    @jax.named_scope(RARE)
+    def add(logits_BV: Array) -> Array:
+        return _at(logits_BV, ids_BE).add(bias_BE, mode="drop")
+
+    return _if_any(ids_BE >= 0, add, logits_BV)
 
 
 def penalize_repetition(logits_BV: Array, seen_BV: Array, penalty: Array | float) -> Array:
@@ -170,6 +179,7 @@ def sample_tokens(
         chosen_B = jax.vmap(jax.random.categorical)(keys_B, weights_BK)
         return jnp.take_along_axis(ids_BK, chosen_B[:, None], axis=-1)[:, 0]
 
+    @jax.named_scope(RARE)
     def draw_any(greedy_B: Array) -> Array:
         weights_BV = all_candidates(logits_BV, temperature_B, top_k_B, top_p_B, ~is_few_B & (temperature_B > 0))
         return jax.vmap(jax.random.categorical)(keys_B, weights_BV).astype(jnp.int32)
@@ -305,6 +315,7 @@ def top_log_probs(logits_BV: Array, want_B: Array, k: int = MOST_TOP_LOG_PROBS) 
     """
     peak_B, log_total_B = _normalizer(logits_BV)
 
+    @jax.named_scope(RARE)
     def find(logits_BV: Array) -> tuple[Array, Array]:
         K = min(k, logits_BV.shape[1])
         values_BK, ids_BK = jax.lax.top_k(jnp.where(logits_BV == 0, 0, logits_BV), K)

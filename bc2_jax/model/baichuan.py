@@ -20,7 +20,7 @@ from bc2_jax.kernels.segments import positions_of
 from bc2_jax.model.attention import SelfAttention
 from bc2_jax.model.head import Head
 from bc2_jax.model.layers import MLP, Embedding, RMSNorm, remat
-from bc2_jax.model.position import alibi_slopes, make_rope
+from bc2_jax.model.position import alibi_slopes, make_rope, stretch_rope, stretch_slopes
 from bc2_jax.sharding import parts, reshard, spec, use_mesh_of
 
 Params = dict[str, Any]
@@ -83,20 +83,17 @@ class Backbone(nnx.Module):
             h_BTD, before = self._run_layers(input_ids, positions, segment_ids, keep=True)
             return jnp.concatenate([before, self.norm(h_BTD)[None]])
 
-    def extend(self, ids_RT: Array, place: Place, cache: KVCache) -> tuple[Array, KVCache]:
+    def extend(
+        self, ids_RT: Array, place: Place, cache: KVCache, stretch_R: Array | None = None, method: str = "ntk"
+    ) -> tuple[Array, KVCache]:
         """`hidden_states` of T new tokens of R sequences, whose earlier ones are in the cache, and the cache with them.
 
-        R is the rows of the cache, or fewer: as many of each part of the batch, the parts in their order. Inference
-        only: no gradient flows through the cache.
+        R is the rows of the cache, or fewer: as many of each part of the batch, the parts in their order. `stretch_R`
+        (fp32) and `method` are those of `LongContext`. Inference only: no gradient flows through the cache.
         """
         positions_RT = jnp.maximum(place.start, 0)[:, None] + jnp.arange(ids_RT.shape[1])
         ids_RT, positions_RT = (reshard(x, "batch", "sequence") for x in (ids_RT, positions_RT))
-        rope = slopes_RN = None
-        if self.config.position_embedding == "rope":
-            rope = make_rope(positions_RT, self.config.head_dim, self.config.rope_theta)
-        else:
-            slopes = jnp.asarray(alibi_slopes(self.config.num_attention_heads))
-            slopes_RN = reshard(jnp.broadcast_to(slopes, (len(ids_RT), len(slopes))), "batch", "attention_heads")
+        rope, slopes_RN = self._place_tokens(positions_RT, stretch_R, method)
         graphdef, stacked = nnx.split(self.layers)
 
         def run_layer(carry, layer):
@@ -108,6 +105,25 @@ class Backbone(nnx.Module):
         layers = (jnp.arange(self.config.num_hidden_layers), stacked)
         h_RTD, cache = jax.lax.scan(run_layer, carry, layers)[0]
         return self.norm(h_RTD), cache
+
+    def _place_tokens(
+        self, positions_RT: Array, stretch_R: Array | None, method: str
+    ) -> tuple[tuple[Array, Array] | None, Array | None]:
+        """RoPE's rotations, or ALiBi's slopes [R, N], of rows of new tokens."""
+        config = self.config
+        if stretch_R is not None:
+            stretch_R = reshard(stretch_R, "batch")
+        if config.position_embedding == "rope":
+            if stretch_R is None:
+                return make_rope(positions_RT, config.head_dim, config.rope_theta), None
+            trained = config.model_max_length
+            return stretch_rope(positions_RT, config.head_dim, config.rope_theta, trained, stretch_R, method), None
+        slopes = alibi_slopes(config.num_attention_heads)
+        if stretch_R is None:
+            slopes_RN = jnp.broadcast_to(slopes, (len(positions_RT), len(slopes)))
+        else:
+            slopes_RN = stretch_slopes(slopes, stretch_R)
+        return None, reshard(slopes_RN, "batch", "attention_heads")
 
     def _run_layers(self, input_ids, positions, segment_ids, keep: bool = False):
         if input_ids.shape[1] % parts("sequence"):

@@ -9,6 +9,7 @@ from jax import Array
 
 from bc2_jax.config import ModelConfig
 from bc2_jax.model.layers import Weight
+from bc2_jax.model.quantized import Quantized
 from bc2_jax.sharding import named_sharding, reshard
 
 # As in the PyTorch code (torch.nn.functional.normalize): shorter rows count as zero.
@@ -39,10 +40,15 @@ class Head(Weight):
 
     def rows(self) -> Array:
         """[V, D] what the hidden states are multiplied with: the weight's normalised rows, or the weight itself."""
-        return normalize_rows(self.weight[...]) if self.normalize else self.weight[...]
+        weight = self.weight[...]
+        if isinstance(weight, Quantized):
+            return reshard(weight.q.astype(jnp.float32) * weight.scale[:, None], "vocab", "embed")
+        return normalize_rows(weight) if self.normalize else weight
 
     def __call__(self, h_BTD: Array) -> Array:
         """Logits [B, T, V] in fp32."""
+        if isinstance(weight := self.weight[...], Quantized):
+            return weight.multiply("BTD,VD->BTV", h_BTD)
         rows = reshard(self.rows().astype(h_BTD.dtype), "vocab", None)
         sharding = named_sharding("batch", "sequence", "vocab")
         return jnp.einsum("BTD,VD->BTV", h_BTD, rows, preferred_element_type=jnp.float32, out_sharding=sharding)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +12,19 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
 from bc2_jax.config import ComputeConfig, ModelConfig
+from bc2_jax.model.equations import (
+    ACTIVATION_AXES,
+    EQUATIONS,
+    move_model_axis_behind,
+    split_equation,
+    sum_dtype,
+    weight_axes,
+)
+from bc2_jax.model.quantized import Quantized
 from bc2_jax.sharding import (
     ShardingRules,
     gather,
     named_sharding,
-    platform,
     reduce_scatter,
     reshard,
     rules_in_use,
@@ -36,16 +43,6 @@ class Weight(nnx.Module):
     def normal(cls, rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], stddev: float) -> Weight:
         """N(0, stddev), each device making its own part; the values do not depend on the mesh."""
         return Weight(stddev * jax.random.normal(rngs.params(), shape, out_sharding=named_sharding(*axes)), axes)
-
-
-# The logical axis that each letter of an equation names, in a weight and in an activation; None is never cut.
-WEIGHT_AXES = {"D": "embed", "N": "heads", "H": "head_dim", "F": "ffn", "R": None}
-ACTIVATION_AXES = {"B": "batch", "T": "sequence", "D": "hidden", "N": "heads", "H": "head_dim", "F": "ffn", "R": None}
-# The matmul of each weight of a layer, as it is stored.
-EQUATIONS = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "BTD,DNH->BTNH"), "o_proj": "BTNH,NHD->BTD",
-    **dict.fromkeys(("gate_proj", "up_proj"), "BTD,DF->BTF"), "down_proj": "BTF,FD->BTD",
-}  # fmt: skip
 
 
 class Linear(Weight):
@@ -75,29 +72,18 @@ class Linear(Weight):
 
     def move_model_axis_behind(self) -> None:
         """Stores a weight [L, D, N, H] as [L, N, D, H] from now on, one [L, D, F] as [L, F, D]."""
-        x, w, y = split_equation(self.equation)
-        self.equation = f"{x},{w[1]}{w[0]}{w[2:]}->{y}"
+        self.equation = move_model_axis_behind(self.equation)
         self.weight = nnx.Param(jnp.swapaxes(self.weight[...], 1, 2), axes=self.stacked_axes)
 
 
-def split_equation(equation: str) -> tuple[str, str, str]:
-    """The letters of x, weight and y."""
-    operands, y = equation.split("->")
-    x, w = operands.split(",")
-    return x, w, y
-
-
-def weight_axes(equation: str) -> tuple[str | None, ...]:
-    """The logical axes of one layer's weight."""
-    return tuple(WEIGHT_AXES[letter] for letter in split_equation(equation)[1])
-
-
-def linear(equation: str, x: Array, w: Array) -> Array:
+def linear(equation: str, x: Array, w: Array | Quantized) -> Array:
     """einsum(equation, x, w) in the dtype of x, for a stored weight `w`; the letters are those of `Linear`.
 
     The weight is gathered in the compute dtype; its gradient is computed and reduced over the batch in fp32, straight
-    into the layout in which the weight is stored.
+    into the layout in which the weight is stored. A quantized weight has no gradient.
     """
+    if isinstance(w, Quantized):
+        return w.multiply(equation, x).astype(x.dtype)
     # The backward pass may be traced when the context is another one.
     return _linear(equation, rules_in_use(), x, w)
 
@@ -121,23 +107,8 @@ def _linear_forward(equation: str, rules: ShardingRules, x: Array, w: Array) -> 
     out_axes = (ACTIVATION_AXES[letter] for letter in split_equation(equation)[2])
     with use_rules(rules):
         used, out_sharding = _gathered(equation, w, x.dtype), named_sharding(*out_axes)
-    y = jnp.einsum(equation, x, used, preferred_element_type=_sum_dtype(equation, x), out_sharding=out_sharding)
+    y = jnp.einsum(equation, x, used, preferred_element_type=sum_dtype(equation, x), out_sharding=out_sharding)
     return y.astype(x.dtype), (x, w)
-
-
-def _sum_dtype(equation: str, x: Array) -> jnp.dtype:
-    """Dtype of the matmul's result: fp32, or that of x where TPUs add up partial results: half the bytes travel.
-
-    Each chip's own sum is fp32 in either case.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or platform() != "tpu":
-        return jnp.dtype(jnp.float32)
-    x_dims, _, y_dims = split_equation(equation)
-    spec = jax.typeof(x).sharding.spec  # type: ignore[attr-defined]  # jax declares the base class
-    cut = [axes for dim, axes in zip(x_dims, spec, strict=True) if dim not in y_dims and axes is not None]
-    sizes = [mesh.shape[axis] for axes in cut for axis in ((axes,) if isinstance(axes, str) else axes)]
-    return x.dtype if math.prod(sizes) > 1 else jnp.dtype(jnp.float32)
 
 
 def _linear_backward(equation, rules, residuals, dy):

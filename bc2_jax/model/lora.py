@@ -20,7 +20,8 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from bc2_jax.config import ModelConfig
 from bc2_jax.config.lora import LORA_TARGETS, LoraConfig, LoraTarget
 from bc2_jax.model.baichuan import Backbone, Params
-from bc2_jax.model.layers import ACTIVATION_AXES, EQUATIONS, WEIGHT_AXES, Linear, linear, split_equation
+from bc2_jax.model.equations import ACTIVATION_AXES, EQUATIONS, WEIGHT_AXES, Dimensions, split_equation
+from bc2_jax.model.layers import Linear, linear
 from bc2_jax.sharding import named_sharding, reshard, spec, use_mesh_of
 
 
@@ -59,30 +60,6 @@ def equation_of(target: LoraTarget) -> str:
 
 class DropoutKey(nnx.Variable):
     """Random bits of each layer, uint32 [L, ...] as `jax.random.key_data` gives them."""
-
-
-class Dimensions(NamedTuple):
-    """The letters of a matmul's equation (`layers.Linear`), apart."""
-
-    x: str
-    y: str
-    into: str
-    """Dimensions of the weight that are summed over."""
-    out: str
-    """The others, in the weight's order."""
-
-    @classmethod
-    def of(cls, equation: str) -> Dimensions:
-        x, w, y = split_equation(equation)
-        return cls(x, y, "".join(c for c in w if c in x), "".join(c for c in w if c not in x))
-
-    @property
-    def equation_a(self) -> str:
-        return f"{self.x},{self.into}R->BTR"
-
-    @property
-    def equation_b(self) -> str:
-        return f"BTR,R{self.out}->{self.y}"
 
 
 class LoraLinear(Linear):

@@ -3,11 +3,56 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+
+
+class LongContext(NamedTuple):
+    """How positions beyond the trained length are made nearer, without training: a sequence of `stretch` times that
+    length is read with other slopes or frequencies from its first token on. What quality that has is not known here.
+    """
+
+    method: Literal["ntk", "yarn"]
+    """ "ntk": ALiBi's slopes (github.com/keezen/ntk_alibi) or RoPE's base ("dynamic NTK") are stretched so that near
+    tokens change least. "yarn", of RoPE only: arXiv 2309.00071."""
+    max_length: int
+    """Tokens of the longest sequence that is to be read."""
+
+
+def stretch_of(tokens: int, trained: int) -> float:
+    """How many times the trained length a sequence of so many tokens has, new ones included; 1 for a shorter one."""
+    return max(tokens / trained, 1.0)
+
+
+def stretch_slopes(slopes_N: np.ndarray, stretch_R: Array) -> Array:
+    """fp32 [R, N]: ALiBi's slopes, the steepest as it is, the flattest divided by stretch, geometrically between."""
+    share_N = jnp.asarray(np.argsort(np.argsort(-slopes_N, kind="stable")) / max(len(slopes_N) - 1, 1), jnp.float32)
+    return jnp.asarray(slopes_N) / stretch_R[:, None] ** share_N
+
+
+def stretch_rope(
+    positions_RT: Array, head_dim: int, theta: float, trained: int, stretch_R: Array, method: str
+) -> tuple[Array, Array]:
+    """`make_rope` for rows that are stretched from `trained` tokens on; exactly it for those whose stretch is 1."""
+    frequencies = _frequencies(head_dim, theta)
+    stretch_R1 = stretch_R[:, None]
+    if method == "ntk":
+        base_R1 = theta * stretch_R1 ** (head_dim / (head_dim - 2))
+        stretched = base_R1 ** -jnp.asarray(np.arange(0, head_dim, 2) / head_dim, jnp.float32)
+        scale_R1 = jnp.ones_like(stretch_R1)
+    else:
+        turns = trained * frequencies / (2 * math.pi)
+        keep = np.clip((turns - 1) / (32 - 1), 0, 1).astype(np.float32)
+        stretched = jnp.asarray(frequencies * keep) + frequencies * (1 - keep) / stretch_R1
+        scale_R1 = 0.1 * jnp.log(stretch_R1) + 1  # of q and of k: their product is sharper by its square
+    frequencies_RH = jnp.where(stretch_R1 == 1, frequencies, stretched)
+    cos, sin = _rotation(positions_RT, frequencies_RH[:, None, None])
+    scale_R = scale_R1[..., None, None]
+    return cos * scale_R, sin * scale_R
 
 
 def make_rope(positions_BT: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
@@ -16,8 +61,15 @@ def make_rope(positions_BT: Array, head_dim: int, theta: float) -> tuple[Array, 
 
     Always fp32: in bf16 positions collide from 257 on, and the cos table is wrong by up to 2.0 at 4096.
     """
-    frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
-    angles = positions_BT[..., None, None].astype(jnp.float32) * frequencies.astype(np.float32)
+    return _rotation(positions_BT, _frequencies(head_dim, theta))
+
+
+def _frequencies(head_dim: int, theta: float) -> np.ndarray:
+    return (theta ** -(np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
+
+
+def _rotation(positions_BT: Array, frequencies: Array | np.ndarray) -> tuple[Array, Array]:
+    angles = positions_BT[..., None, None].astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
 

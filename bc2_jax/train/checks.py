@@ -10,6 +10,7 @@ import jax
 
 from bc2_jax.checkpoint import TOKENIZER_NAME
 from bc2_jax.config import ModelConfig, RewardConfig, RunConfig, TrainConfig, differing_fields
+from bc2_jax.convert.checkpoints import explain_quantized
 from bc2_jax.convert.folder import check_free
 from bc2_jax.convert.ownership import foreign_in_export
 from bc2_jax.convert.pretrained import find_any_model, find_model
@@ -55,12 +56,15 @@ def warn_of_other_rows(config: TrainConfig, metadata: Metadata, step: int) -> No
 
 
 def check_initial_model(config: RunConfig) -> None:
-    """Raises ValueError, naming the fields that differ, if `init_from` is of another architecture, or if it is a reward
-    model and the run is not of one."""
+    """Raises ValueError, naming the fields that differ, if `init_from` is of another architecture, or if it is
+    quantized, or a reward model and the run is not of one."""
     if config.init_from is None:
         return
     find = find_any_model if isinstance(config, RewardConfig) else find_model
-    found = _with_free_fields(find(config.init_from).config, config.model)
+    model = find(config.init_from)
+    if model.is_quantized:
+        raise ValueError(explain_quantized(model.path))
+    found = _with_free_fields(model.config, config.model)
     if lines := differing_fields(config.model, found, "model."):
         raise ValueError(
             f"init_from = '{config.init_from}' is of another architecture; these differ (the run's against its): "

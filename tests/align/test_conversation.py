@@ -128,7 +128,8 @@ def test_a_conversation_from_a_pipe(asked, folder, small_tokenizer, capsys, monk
     out, err = capsys.readouterr()
     assert out == "1\n2\n3\n"
     assert err.splitlines() == [
-        "[/nothing is not a command: legal are /clear, /exit, /help]",
+        "[/nothing is not a command: legal are /system, /reset, /regenerate, /save, /settings, /help, /exit; a message "
+        "may begin with a space]",
         "[the conversation begins again]",
     ]
     first = [{"role": "system", "content": "the log"}, {"role": "user", "content": "the cat"}]

@@ -24,16 +24,17 @@ def program(seconds: float, arguments: int, temporaries: int) -> ProgramReport:
 
 
 REPORT = RolloutReport(
-    shapes=RolloutShapes(rows=64, prefill_rows=16, prompt_slots=512, slots=1024), answers=100, max_new_tokens=501,
+    shapes=RolloutShapes(rows=64, prefill_rows=16, slots=1024), prompt_tokens=500, chunk_length=256, answers=100,
+    max_new_tokens=501,
     held={"actor's parameters": 4 * GIB, "optimizer": 8 * GIB, "reference": 2 * GIB}, update_holds=12 * GIB,
     prepared_bytes=3 * GIB, cache_bytes=5 * GIB, hbm_bytes=95 * GIB,
-    prefill=program(0.5, 3, 4), decode=program(0.01, 8, 1),
+    extend=program(0.5, 8, 2), decode=program(0.01, 8, 1),
 )  # fmt: skip
 
 
 def test_peaks():
-    """14 GiB are held. The decoding loop takes 9 GiB beside them; a prefill 7 GiB, and the cache is there too."""
-    assert REPORT.rollout_bytes == (14 + 7 + 5) * GIB
+    """14 GiB are held. The decoding loop takes 9 GiB beside them, a chunk of prompts 10 GiB."""
+    assert REPORT.rollout_bytes == (14 + 10) * GIB
     larger = dataclasses.replace(REPORT, decode=program(0.01, 8, 6))
     assert larger.rollout_bytes == (14 + 14) * GIB
     # Of what is held, 12 GiB are arguments of the update.
@@ -41,18 +42,18 @@ def test_peaks():
 
 
 def test_time_is_that_of_the_longest_answers():
-    """100 answers over 64 rows are two rounds of 500 steps after the first token, and 7 prefills."""
-    assert REPORT.seconds == pytest.approx(2 * 500 * 0.01 + 7 * 0.5)
+    """100 answers over 64 rows are two rounds of 500 steps after the first token; 7 groups of prompts in 2 chunks."""
+    assert REPORT.seconds == pytest.approx(2 * 500 * 0.01 + 7 * 2 * 0.5)
 
 
 def test_json_and_words():
     values = json.loads(json.dumps(REPORT.as_json(30 * GIB)))
-    assert values["rollout_peak_bytes_per_chip"] == 26 * GIB and values["update_peak_bytes_per_chip"] == 32 * GIB
+    assert values["rollout_peak_bytes_per_chip"] == 24 * GIB and values["update_peak_bytes_per_chip"] == 32 * GIB
     assert values["rows"] == 64 and values["held_bytes_per_chip"]["reference"] == 2 * GIB
     rows = dict(render(REPORT, 30 * GIB))
-    assert rows["HBM per chip, rollout"] == "26.00 GiB = 27% of 95.00 GiB"
+    assert rows["HBM per chip, rollout"] == "24.00 GiB = 25% of 95.00 GiB"
     assert rows["HBM per chip, update"] == "32.00 GiB = 34% of 95.00 GiB"
     assert rows["held through an iteration"].startswith("14.00 GiB per chip: actor's parameters 4.00 GiB, ")
     assert "prepared actor 3.00 GiB, cache 5.00 GiB" in rows["held during the rollout"]
     assert all("estimated" in name for name in rows if "time" in name)
-    assert REPORT.warnings == ["prefill: a line", "decoding: a line"]
+    assert REPORT.warnings == ["chunk of prompts: a line", "decoding: a line"]

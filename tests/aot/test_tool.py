@@ -22,7 +22,7 @@ def test_the_batch_of_rows_and_of_answers():
     assert load("baichuan2_13b_chat", "--batch-per-chip", "3")[0].data.global_batch_size == 12
     config, _ = load("baichuan2_13b_ppo", "--ppo.prompts-per-step", "32", "--lora.rank", "4")
     assert (config.ppo.prompts_per_step, config.lora.rank, config.mesh) == (32, 4, MeshConfig())
-    assert load("baichuan2_13b_ppo", "--inference")[0].mesh == MeshConfig(data=1, fsdp=1, tensor=4)
+    assert load("baichuan2_13b_ppo", "--serve")[0].mesh == MeshConfig(data=1, fsdp=1, tensor=4)
 
 
 def test_what_is_for_rows_alone():
@@ -33,7 +33,7 @@ def test_what_is_for_rows_alone():
         search(args, [], config, TOPOLOGY)
 
 
-def test_scoring_is_on_the_mesh_of_inference_and_refuses_before_it_compiles(monkeypatch):
+def test_scoring_is_on_the_mesh_of_serving_and_refuses_before_it_compiles(monkeypatch):
     monkeypatch.setattr(compilation, "use_topologies", lambda: pytest.fail("it compiles"))
     for options, message in (
         (("--row-length", "500"), "C-Eval test: shots of 450 tokens and a question of 80 do not fit a row of 500"),
@@ -49,14 +49,15 @@ def test_scoring_is_on_the_mesh_of_inference_and_refuses_before_it_compiles(monk
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--score", "--inference"), "--inference and --score compile different programs"),
+        (("--score", "--serve"), "--serve and --score compile different programs"),
         (("--score", "--search"), "--search is an option of training: leave it out with --score"),
         (("--row-length", "9"), "--row-length is an option of scoring: give --score as well"),
-        (("--inference", "--benchmark", "a:1:1:1:1"), "--benchmark is an option of scoring"),
-        (("--score", "--cache-length", "9"), "--cache-length is an option of inference: give --inference as well"),
+        (("--serve", "--benchmark", "a:1:1:1:1"), "--benchmark is an option of scoring"),
+        (("--score", "--slot-length", "9"), "--slot-length is an option of serving: give --serve as well"),
     ],
 )
 def test_options_of_different_programs_are_not_mixed(options, message):
     with pytest.raises(ValueError, match=message):
         check_options(load("baichuan2_13b", *options)[1])
     check_options(load("baichuan2_13b", "--score", "--batch", "2")[1])
+    check_options(load("baichuan2_13b", "--serve", "--slots", "8", "--kv", "int8")[1])

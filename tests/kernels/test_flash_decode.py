@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bc2_jax.kernels import flash_decode as module
-from bc2_jax.kernels.cached import KVCache, Place, cached_attention, quantize_tokens
+from bc2_jax.kernels.cached import LANES, KVCache, Place, cached_attention, quantize_tokens
 from bc2_jax.kernels.flash_decode import block_length, flash_decode
 from bc2_jax.model.position import alibi_slopes
 from tests.kernels.test_cached import as_float64, numpy_attention
@@ -27,12 +27,12 @@ def make_inputs(B: int, N: int, S: int, dtype, kv, seed: int = 0):
     k, v = (jnp.asarray(rng.normal(size=(2, B, N, S, H)), jnp.float32) for _ in "kv")
     if kv == "int8":
         (k, k_scale), (v, v_scale) = quantize_tokens(k), quantize_tokens(v)
-        return new, KVCache(k, v, k_scale, v_scale)
+        return new, KVCache(k, v, *(x.reshape(*x.shape[:3], -1, LANES) for x in (k_scale, v_scale)))
     return new, KVCache(k.astype(kv), v.astype(kv), None, None)
 
 
 @functools.cache
-def runner(alibi: bool, plain: bool = False):
+def runner(alibi: bool, plain: bool = False, cores: int = 1):
     """jitted (q, k, v, cache, start) -> result and cache."""
 
     def run(q, k, v, cache, start):
@@ -42,19 +42,19 @@ def runner(alibi: bool, plain: bool = False):
             place = Place(jnp.arange(B), start)
             out, cache = cached_attention(*(x[:, None] for x in (q, k, v)), cache, jnp.int32(LAYER), place, slopes)
             return out[:, 0], cache
-        return flash_decode(q, k, v, cache, jnp.int32(LAYER), start, slopes, interpret=True)
+        return flash_decode(q, k, v, cache, jnp.int32(LAYER), start, slopes, cores=cores, interpret=True)
 
     return jax.jit(run)
 
 
-def attend(new, cache: KVCache, start, alibi: bool = True, plain: bool = False):
-    return jax.tree.map(np.asarray, runner(alibi, plain)(*new, cache, jnp.asarray(start, jnp.int32)))
+def attend(new, cache: KVCache, start, alibi: bool = True, plain: bool = False, cores: int = 1):
+    return jax.tree.map(np.asarray, runner(alibi, plain, cores)(*new, cache, jnp.asarray(start, jnp.int32)))
 
 
-def compare(start: list[int], N: int, S: int, alibi: bool, kv: str, seed: int = 0) -> float:
+def compare(start: list[int], N: int, S: int, alibi: bool, kv: str, seed: int = 0, cores: int = 1) -> float:
     """The caches are those of plain JAX bit for bit; returns the largest difference of the results."""
     new, cache = make_inputs(len(start), N, S, jnp.float32, kv, seed)
-    out, after = attend(new, cache, start, alibi)
+    out, after = attend(new, cache, start, alibi, cores=cores)
     expected, expected_after = attend(new, cache, start, alibi, plain=True)
     jax.tree.map(np.testing.assert_array_equal, after, expected_after)
     has_token = np.array(start) >= 0
@@ -65,11 +65,26 @@ def compare(start: list[int], N: int, S: int, alibi: bool, kv: str, seed: int = 
 @given(
     used=st.lists(st.floats(-0.2, 0.999), min_size=3, max_size=3), N=st.sampled_from([1, 5]),
     S=st.sampled_from([128, 256]), alibi=st.booleans(), kv=st.sampled_from(["float32", "int8"]),
-    seed=st.integers(0, 99),
+    seed=st.integers(0, 99), cores=st.sampled_from([1, 2]),
 )  # fmt: skip
-def test_any_lengths(used: list[float], N: int, S: int, alibi: bool, kv: str, seed: int):
+def test_any_lengths(used: list[float], N: int, S: int, alibi: bool, kv: str, seed: int, cores: int):
     """Some rows idle: a negative share is no token."""
-    assert compare([int(share * S) if share >= 0 else -1 for share in used], N, S, alibi, kv, seed) < 2e-6
+    assert compare([int(share * S) if share >= 0 else -1 for share in used], N, S, alibi, kv, seed, cores) < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("start", "expected"),
+    [
+        ([5, 0, 9], [0, 1, 2]), ([-1, -1, 7, -1, 3, -1], [2, 2, 2, 2, 4, 4]), ([-1, -1], [0, 0]), ([-1], [0]),
+        ([4, -1, -1], [0, 0, 0]),
+    ],
+)  # fmt: skip
+def test_rows_without_a_token_have_the_blocks_of_a_neighbour(start: list[int], expected: list[int]):
+    assert module._sources(jnp.asarray(start)).tolist() == expected
+    new, cache = make_inputs(len(start), 5, 128, jnp.float32, "float32")
+    out, after = attend(new, cache, start)
+    jax.tree.map(np.testing.assert_array_equal, after, attend(new, cache, start, plain=True)[1])
+    assert np.isfinite(out).all()
 
 
 @pytest.mark.parametrize("kv", ["bfloat16", "int8"])
@@ -100,7 +115,8 @@ def test_blocks_behind_the_last_slot_and_idle_rows_are_not_read(start: list[int]
     def spoil(x):
         if x is None or x.dtype == jnp.int8:  # its scale is spoilt
             return x
-        return jnp.where(behind if x.ndim == 4 else behind[..., None], jnp.nan, x)
+        is_scale = x.shape[3] < cache.k.shape[3]
+        return jnp.where(behind.reshape(1, 3, 1, -1, LANES) if is_scale else behind[..., None], jnp.nan, x)
 
     spoilt = KVCache(*map(spoil, cache))
     out, after = attend(new, spoilt, start, alibi=False)
@@ -128,6 +144,13 @@ def test_a_full_row_keeps_its_slots(kv: str):
         own = [q * scale[..., None] for q, scale in map(quantize_tokens, own)]
     k, v = (np.concatenate([x[LAYER, 0], np.asarray(y[0])[:, None]], 1) for x, y in zip((k, v), own, strict=True))
     np.testing.assert_allclose(out[0], numpy_attention(new[0][0][None], k, v, 128, alibi_slopes(5))[0], atol=2e-6)
+
+
+def test_scale_rows():
+    assert module.scale_rows(8, 32) == (8, 8) and module.scale_rows(16, 16) == (16, 8)
+    # Blocks that the hardware doesn't take alone: several of them, or all.
+    assert module.scale_rows(3, 48) == (24, 8) and module.scale_rows(2, 18) == (18, 18)
+    assert module.scale_rows(1, 1) == (1, 1)
 
 
 def test_block_length():

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bc2_jax.model.position import alibi_slopes, apply_rope, make_rope
+from bc2_jax.model.position import alibi_slopes, apply_rope, make_rope, stretch_rope, stretch_slopes
 
 
 def test_alibi_slopes_of_the_13b():
@@ -63,3 +63,37 @@ def test_rope_sees_only_distances():
 
     assert product(7, 3) == pytest.approx(product(104, 100), abs=1e-4)
     assert product(7, 3) != pytest.approx(product(3, 7), abs=1e-2)
+
+
+def test_stretched_slopes():
+    """The published form of eight heads, m_h / a^((h - 1) / (N - 1)); of 40 heads the order of steepness counts."""
+    stretch = jnp.array([1.0, 4.0])
+    expected = [2.0**-h / 4 ** ((h - 1) / 7) for h in range(1, 9)]
+    found = np.asarray(stretch_slopes(alibi_slopes(8), stretch))
+    np.testing.assert_array_equal(found[0], alibi_slopes(8))
+    np.testing.assert_allclose(found[1], expected, rtol=1e-6)
+    slopes = alibi_slopes(40)
+    order = np.argsort(-slopes)
+    ratio = (slopes / np.asarray(stretch_slopes(slopes, stretch))[1])[order]
+    np.testing.assert_allclose(ratio, 4 ** (np.arange(40) / 39), rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["ntk", "yarn"])
+def test_stretched_rope(method: str):
+    """A row that is not stretched is what it was, bit for bit; of one that is, angles and length in fp64."""
+    H, theta, trained, factor = 16, 10_000.0, 4096, 4.0
+    positions = jnp.asarray(POSITIONS)
+    plain = make_rope(positions, H, theta)
+    found = stretch_rope(positions, H, theta, trained, jnp.array([1.0, factor]), method)
+    for x, y in zip(plain, found, strict=True):
+        np.testing.assert_array_equal(x[0], y[0])
+    frequencies, length = (theta * factor ** (H / (H - 2))) ** -(np.arange(0, H, 2) / H), 1.0
+    if method == "yarn":
+        frequencies, length = theta ** -(np.arange(0, H, 2) / H), 0.1 * np.log(factor) + 1
+        for i, f in enumerate(frequencies):
+            turns = trained * f / (2 * np.pi)  # in the trained length: under 1 is interpolated, over 32 is kept
+            keep = min(max((turns - 1) / 31, 0), 1)
+            frequencies[i] = keep * f + (1 - keep) * f / factor
+    angles = POSITIONS[1][:, None] * frequencies
+    np.testing.assert_allclose(found[0][1, :, 0, : H // 2], length * np.cos(angles), atol=3e-3)
+    np.testing.assert_allclose(found[1][1, :, 0, H // 2 :], length * np.sin(angles), atol=3e-3)

@@ -1,0 +1,189 @@
+"""Quantized models on disk: a checkpoint of the parameters as they are laid out for decoding, with a manifest.
+
+Two int4 values are one byte, the first in its lower half; a group of an odd number ends with a zero. The metadata has
+the architecture, as in every checkpoint, and how the weights are quantized.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from bc2_jax.checkpoint import TOKENIZER_NAME
+from bc2_jax.config import ComputeConfig, ModelConfig
+from bc2_jax.convert import hf, orbax
+from bc2_jax.convert.checkpoints import open_metadata, open_params, quantized_scheme
+from bc2_jax.convert.folder import written_whole
+from bc2_jax.convert.ownership import foreign_in_checkpoint
+from bc2_jax.convert.table import Shape
+from bc2_jax.manifest import MANIFEST_NAME, DamagedCheckpoint, write_manifest
+from bc2_jax.metadata import is_complete
+from bc2_jax.model.baichuan import Baichuan2, abstract_params, split_model
+from bc2_jax.model.layers import Linear
+from bc2_jax.model.layout import lay_out, scheme_of
+from bc2_jax.model.quantized import PARTS, Scheme
+from bc2_jax.sharding import place_shapes
+from bc2_jax.validation import check_path
+
+INT4 = jnp.dtype("int4")
+
+
+def save(
+    model: Baichuan2, target: str | Path, *, tokenizer: Path | None = None, generation: Mapping[str, Any] | None = None,
+    chat_template: str | None = None, overwrite: bool = False,
+) -> None:  # fmt: skip
+    """Writes a quantized model to a folder that `find_model` finds, one layer at a time; its arrays are those of this
+    process.
+
+    `tokenizer` is copied; `generation` and `chat_template` are kept as a checkpoint keeps them. Raises ValueError for a
+    model that is not quantized, or whose int4 weights the mesh has left int8; FileExistsError for a target that exists,
+    with `overwrite` for one that is not a quantized model.
+    """
+    target = Path(target).absolute()
+    check_path("target", target)
+    scheme = scheme_of(model)
+    if scheme is None:
+        raise ValueError("The model is not quantized: prepare it with quantize = int8 or int4.")
+    _check_groups(model, scheme)
+    arrays = _flatten(nnx.to_pure_dict(nnx.state(model)))
+    stored = {name: stored_as(array.shape, array.dtype) for name, array in arrays.items()}
+    shapes, dtypes = ({name: entry[i] for name, entry in stored.items()} for i in (0, 1))
+    metadata: dict[str, Any] = {
+        "config": {"model": dataclasses.asdict(model.config)}, "quantized": {"scheme": scheme},
+        "generation": None if generation is None else dict(generation),
+    }  # fmt: skip
+    if chat_template is not None:
+        metadata["chat_template"] = chat_template
+    with written_whole(target, overwrite, foreign_in_quantized) as partial:
+        writer = orbax.ParamsWriter(partial, shapes, dtypes, metadata)
+        for name, array in arrays.items():
+            for layer in range(len(array)) if name.startswith("layers.") else (None,):
+                value = np.asarray(array if layer is None else array[layer])
+                writer.write(name, layer, pack(value) if array.dtype == INT4 else value)
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, partial / TOKENIZER_NAME)
+        write_manifest(partial)
+
+
+def load(
+    checkpoint: Path, config: ModelConfig, metadata: Mapping[str, Any], compute: ComputeConfig, mesh: Mesh | None
+) -> Baichuan2:
+    """The quantized model in a checkpoint of `metadata`, each device reading its own part.
+
+    Raises DamagedCheckpoint, and ValueError for a mesh with too many parts for int4.
+    """
+    scheme = read_scheme(checkpoint, metadata)
+    graphdef, abstract = _abstract(config, compute, mesh, scheme)
+    _check_groups(nnx.merge(graphdef, abstract), scheme)
+    arrays = open_params(checkpoint, jax.process_index(), jax.process_count())
+    expected = {name: stored_as(x.shape, x.dtype) for name, x in _flatten(abstract).items()}
+    shapes = {name: shape for name, (shape, _) in expected.items()}
+    hf.check_shapes(f"arrays of {checkpoint}", shapes, {name: array.shape for name, array in arrays.items()})
+    for name, (_, dtype) in expected.items():
+        # What is not quantized may be cast.
+        if dtype.kind in "iu" and arrays[name].dtype.numpy_dtype != dtype:
+            found = arrays[name].dtype.name
+            raise DamagedCheckpoint(f"{checkpoint} is damaged: {name} is {found} and not {dtype.name}.")
+
+    def read(path: Any, x: jax.ShapeDtypeStruct) -> jax.Array:
+        part = functools.partial(_read, arrays[_name(path)], x)
+        return jax.make_array_from_callback(x.shape, x.sharding, part)
+
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(read, abstract))
+
+
+def read_scheme(checkpoint: Path, metadata: Mapping[str, Any]) -> Scheme:
+    """How a checkpoint is quantized; DamagedCheckpoint if it says nothing that this version knows."""
+    record = quantized_scheme(metadata)
+    scheme = record.get("scheme") if isinstance(record, dict) else None
+    if scheme not in get_args(Scheme):
+        legal = " or ".join(get_args(Scheme))
+        raise DamagedCheckpoint(
+            f"{checkpoint}: quantized = {record!r} in its metadata is not known; legal are {legal}."
+        )
+    return scheme
+
+
+def foreign_in_quantized(folder: Path) -> list[str]:
+    """Names of what `save` did not write to `folder`; everything where that is not a quantized model."""
+    foreign = foreign_in_checkpoint(folder)
+    if folder.is_dir() and is_complete(folder) and quantized_scheme(open_metadata(folder)) is not None:
+        return [name for name in foreign if name != MANIFEST_NAME]
+    return foreign or [folder.name]
+
+
+def pack(values: np.ndarray) -> np.ndarray:
+    """int4 [..., K] -> uint8 [..., K / 2], rounded up."""
+    values = values.astype(np.int8).view(np.uint8)
+    values = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, values.shape[-1] % 2)])
+    return (values[..., ::2] & 15) | (values[..., 1::2] << 4)
+
+
+def unpack(packed: np.ndarray, size: int) -> np.ndarray:
+    """The inverse of `pack`: [..., size]."""
+    signed = packed.view(np.int8)
+    halves = np.stack([signed << 4 >> 4, signed >> 4], axis=-1)
+    return halves.reshape(*packed.shape[:-1], -1)[..., :size].astype(INT4)
+
+
+def stored_as(shape: Shape, dtype: Any) -> tuple[Shape, np.dtype]:
+    """Shape and dtype on disk of an array."""
+    if dtype == INT4:
+        return (*shape[:-1], -(-shape[-1] // 2)), np.dtype(np.uint8)
+    return tuple(shape), np.dtype(dtype)
+
+
+def _read(array: Any, x: jax.ShapeDtypeStruct, index: tuple[slice, ...] | None) -> np.ndarray:
+    if x.dtype == INT4:
+        # A group is never cut.
+        packed = orbax.read_part(array, None if index is None else (*index[:-1], slice(None)))
+        return unpack(packed, x.shape[-1])
+    return orbax.read_part(array, index or None).astype(x.dtype, copy=False)
+
+
+def _abstract(config: ModelConfig, compute: ComputeConfig, mesh: Mesh | None, scheme: Scheme) -> tuple[Any, Any]:
+    """(graphdef, shapes of the parameters) of a quantized model, whose norms are fp32."""
+    graphdef = split_model(config, compute)[0]
+
+    def quantize(params: Any) -> tuple[Any, Any]:
+        graphdef_of_quantized, state = nnx.split(lay_out(nnx.merge(graphdef, params), quantize=scheme))
+        return graphdef_of_quantized, nnx.to_pure_dict(state)
+
+    stored = abstract_params(config, mesh, "float32")
+    if mesh is None:
+        found, params = jax.eval_shape(quantize, stored)
+        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return found, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params)
+    with jax.set_mesh(mesh):
+        found, params = jax.eval_shape(quantize, stored)
+    return found, place_shapes(mesh, params)
+
+
+def _check_groups(model: Baichuan2, scheme: Scheme) -> None:
+    values: list[Any] = [
+        module.weight[...] for _, module in nnx.iter_modules(model.layers) if isinstance(module, Linear)
+    ]
+    if scheme == "int4" and any(value.groups is None for value in values):
+        raise ValueError(
+            f"int4 is stored in groups for at most {PARTS} devices that cut a weight (mesh.tensor), and this mesh has "
+            "more: choose int8."
+        )
+
+
+def _flatten(params: Any) -> dict[str, Any]:
+    """Name -> array, such as "layers.mlp.up_proj.weight.scale"."""
+    return {_name(path): x for path, x in jax.tree_util.tree_flatten_with_path(params)[0]}
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -1,0 +1,1 @@
+"""Serving: requests of many users over the rows of one batch."""

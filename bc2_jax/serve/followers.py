@@ -1,0 +1,99 @@
+"""Turns on several processes of one slice: process 0 decides, and all dispatch the same programs in the same order.
+
+A turn is sent one turn ahead of its run: the message of the next turn stands before the programs of this one in the
+queue of every device. So a follower knows what comes next while the devices still compute, and they never wait for it.
+Nobody polls: between requests the followers wait inside the message for the next turn, which process 0 sends at least
+once a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from bc2_jax.serve.turns import Kind, Results, Runner, Shapes, Turn, empty_turn
+
+_AXES = ("process", "device")
+
+
+def pack(turn: Turn) -> np.ndarray:
+    """int32 [W]: the same number of words for every turn of the same shapes."""
+    content = b"".join(np.ascontiguousarray(leaf).tobytes() for leaf in jax.tree.leaves(turn))
+    return np.frombuffer(content + bytes(-len(content) % 4), np.int32)
+
+
+def unpack(words: np.ndarray, shapes: Shapes) -> Turn:
+    """The turn that `pack` was given."""
+    content, at, found = words.tobytes(), 0, []
+    leaves, structure = jax.tree.flatten(empty_turn(shapes))
+    for leaf in leaves:
+        x = np.frombuffer(content, leaf.dtype, leaf.size, at).reshape(leaf.shape)
+        found.append(x)
+        at += x.nbytes
+    return jax.tree.unflatten(structure, found)
+
+
+class Channel(Protocol):
+    """How words come from process 0 to all."""
+
+    def send(self, words: np.ndarray) -> None:
+        """On process 0; waits for nothing."""
+
+    def expect(self, count: int) -> Callable[[], np.ndarray]:
+        """On the others: joins the next message, of `count` words; what it returns waits for it."""
+
+
+class DeviceChannel:
+    """Messages as a sum over all devices, to which only process 0 contributes."""
+
+    def __init__(self) -> None:
+        devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+        self._mesh = Mesh(np.array(devices).reshape(jax.process_count(), -1), _AXES)
+        whole = NamedSharding(self._mesh, PartitionSpec())
+        self._sum = jax.jit(lambda x: x.sum(axis=0, dtype=x.dtype), out_shardings=whole)
+
+    def send(self, words: np.ndarray) -> None:
+        self._start(words)
+
+    def expect(self, count: int) -> Callable[[], np.ndarray]:
+        message = self._start(np.zeros(count, np.int32))
+        return lambda: np.asarray(jax.device_get(message.addressable_data(0)))
+
+    def _start(self, words: np.ndarray) -> jax.Array:
+        mine = multihost_utils.host_local_array_to_global_array(words[None], self._mesh, PartitionSpec(_AXES[0]))
+        return self._sum(mine)
+
+
+class Leader:
+    """Runs turns on process 0 and sends them to the others."""
+
+    def __init__(self, runner: Runner, channel: Channel):
+        self._runner, self._channel = runner, channel
+        self.shapes = runner.shapes
+        self._next: Turn | None = None
+
+    def warm_up(self) -> dict[str, float]:
+        """`Runner.warm_up`, at the same time on all processes."""
+        return self._runner.warm_up()
+
+    def run(self, turn: Turn) -> Results | None:
+        """Sends this turn, then dispatches the one before it: its results, None at the first call."""
+        self._channel.send(pack(turn))
+        now, self._next = self._next, turn
+        return None if now is None else self._runner.run(now)
+
+
+def follow(runner: Runner, channel: Channel) -> None:
+    """What every process but 0 does until a turn of kind STOP comes."""
+    runner.warm_up()
+    size = len(pack(empty_turn(runner.shapes)))
+    turn = unpack(channel.expect(size)(), runner.shapes)
+    while turn.kind != Kind.STOP:
+        receive = channel.expect(size)
+        runner.run(turn)
+        turn = unpack(receive(), runner.shapes)

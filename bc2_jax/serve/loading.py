@@ -1,0 +1,121 @@
+"""From a model on disk to a service that is ready: what the HTTP side knows at once, and what takes minutes."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import time
+from pathlib import Path
+from typing import Literal
+
+from bc2_jax.align.red_team import identify
+from bc2_jax.config import DType, MeshConfig
+from bc2_jax.convert.pretrained import find_model, find_tokenizer, load_pretrained
+from bc2_jax.infer import engine
+from bc2_jax.infer.cache import CacheDType
+from bc2_jax.infer.prepared import find_long_context, prepare
+from bc2_jax.infer.text import find_chat_settings, find_eos_ids
+from bc2_jax.model.quantized import Scheme
+from bc2_jax.serve.prompts import ServedModel, chat_defaults
+from bc2_jax.serve.service import Service
+from bc2_jax.serve.stats import Observe
+from bc2_jax.serve.turns import Runner, Shapes
+from bc2_jax.serve.waiting import QueueLimits
+from bc2_jax.sharding import make_mesh, parts, use_mesh_of
+from bc2_jax.tokenizer import Tokenizer
+from bc2_jax.validation import require
+
+_BLOCK = 128
+"""The slots of a cache are a multiple of this, and of the length of a chunk."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeOptions:
+    """How a model is served."""
+
+    model: Path
+    slots: int = 8
+    """Requests that are answered at the same time."""
+    slot_length: int | None = None
+    """Most tokens of a prompt and its answer; by default as many as the model may have."""
+    dtype: DType = "bfloat16"
+    tensor: int | None = None
+    """Uses all devices, heads and vocabulary cut in so many parts; None uses one device."""
+    kv: CacheDType = "compute"
+    quantize: Scheme | None = None
+    """Keeps weights in fewer bits; None leaves them as the folder has them."""
+    long_context: Literal["ntk", "yarn"] | None = None
+    """How positions beyond the trained length are stretched; goes with max_length."""
+    max_length: int | None = None
+    """Most tokens that the model may have then, more than its model_max_length."""
+    adapter: Path | None = None
+    name: str | None = None
+    """Of the model in the API; by default that of its folder."""
+
+    def __post_init__(self) -> None:
+        require(self.slots >= 1, "--slots", self.slots, "it must be at least 1")
+
+
+def describe_model(options: ServeOptions) -> ServedModel:
+    """What the API says of the model; reads its config and its tokenizer, not its weights.
+
+    Raises ValueError or FileNotFoundError with one sentence.
+    """
+    found = find_model(options.model)
+    config = found.config
+    tokenizer = Tokenizer(find_tokenizer(options.model))
+    long_context = find_long_context(config, options.long_context, options.max_length)
+    longest = config.model_max_length if long_context is None else long_context.max_length
+    length = longest if options.slot_length is None else options.slot_length
+    name = "the model's own length" if long_context is None else "--max-length"
+    require(2 <= length <= longest, "--slot-length", length, f"it must be in 2..{longest}, {name}")
+    settings, most = chat_defaults(find_chat_settings(options.model), config, length)
+    name = options.name or Path(options.model).absolute().name
+    return ServedModel(
+        name, tokenizer, config, length, tuple(find_eos_ids(options.model)), settings, most,
+        make_fingerprint(options, tokenizer, length), int(time.time()),
+    )  # fmt: skip
+
+
+def make_fingerprint(options: ServeOptions, tokenizer: Tokenizer, length: int) -> str:
+    """A name for all that may change a token: weights, tokenizer, versions, mesh, shapes, precision.
+
+    The same seed gives the same tokens where this is the same.
+    """
+    about = dataclasses.asdict(options) | {"model": identify(options.model, options.adapter)}
+    about |= {"tokenizer": tokenizer.fingerprint, "length": length}
+    about["versions"] = [importlib.metadata.version(name) for name in ("bc2_jax", "jax", "jaxlib")]
+    text = json.dumps(about, sort_keys=True, default=str)
+    return f"bc2-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def make_service(
+    options: ServeOptions, length: int, observe: Observe | None = None, limits: QueueLimits | None = None
+) -> Service:
+    """Reads the weights and lays them out on the devices; the service is not started yet.
+
+    Raises ValueError for options that do not suit the model or the devices.
+    """
+    mesh = None if options.tensor is None else make_mesh(MeshConfig(tensor=options.tensor))
+    model = load_pretrained(options.model, dtype=options.dtype, mesh=mesh, adapter=options.adapter)
+    prepared = prepare(model, donate=True, kv=options.kv, quantize=options.quantize)
+    trained = None
+    if long_context := find_long_context(prepared.config, options.long_context, options.max_length):
+        prepared, trained = prepared.reach(*long_context), prepared.config.model_max_length
+    with use_mesh_of(prepared.params["norm"]["weight"]):
+        cut = parts("batch")
+    least = cut * engine.least_rows()
+    legal = f"it must be a multiple of {cut} and at least {least} on these devices"
+    require(options.slots % cut == 0 and options.slots >= least, "--slots", options.slots, legal)
+    shapes = Shapes(
+        rows=options.slots, slots=cache_slots(length), chunk=engine.chunk_length(), parts=cut, trained=trained
+    )
+    return Service(Runner(prepared, shapes), limits, observe=observe)
+
+
+def cache_slots(length: int) -> int:
+    """Slots of a row of the cache that has room for `length` tokens."""
+    block = max(_BLOCK, engine.chunk_length())
+    return -(-length // block) * block

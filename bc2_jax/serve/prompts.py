@@ -1,0 +1,199 @@
+"""From a request of the API to requests of the engine: token ids, settings, and what of a chat had no room."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bc2_jax.align.chat import EncodedPrompt, fit_prompt
+from bc2_jax.align.conversation import answer_ends, default_max_new_tokens
+from bc2_jax.config import ModelConfig
+from bc2_jax.infer.sampling import MOST_EOS, Settings, is_whole
+from bc2_jax.serve.errors import context_too_long, invalid
+from bc2_jax.serve.requests import Request
+from bc2_jax.serve.schema import SAMPLER, ChatBody, CompletionBody, Options
+from bc2_jax.tokenizer import Tokenizer
+
+COMPLETION_SETTINGS: Mapping[str, Any] = {
+    "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
+    "frequency_penalty": 0.0, "min_tokens": 0,
+}  # fmt: skip
+"""What a completion gets that names no settings: the model's own distribution, as in OpenAI's API."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ServedModel:
+    """What the HTTP side knows of the model."""
+
+    name: str
+    tokenizer: Tokenizer
+    config: ModelConfig
+    length: int
+    """Most tokens of a prompt and its continuation together."""
+    eos_ids: tuple[int, ...]
+    chat_settings: Mapping[str, Any]
+    """What a chat gets that names no settings, all of SAMPLER but logit_bias."""
+    chat_max_tokens: int
+    """Most new tokens of a chat that names no number."""
+    fingerprint: str
+    """Changes with everything that may change tokens."""
+    created: int
+    """When the server was started, in seconds of the epoch."""
+
+    @property
+    def chat_ends(self) -> tuple[int, ...]:
+        """The ids at which an answer ends."""
+        return tuple(answer_ends(self.eos_ids, self.config, self.tokenizer))
+
+
+def chat_defaults(found: Mapping[str, Any], config: ModelConfig, length: int) -> tuple[dict[str, Any], int]:
+    """Settings of a chat and its most new tokens, from what `find_chat_settings` found: those of a generation_config.
+
+    There is room for an answer of 2048 tokens, or for half of `length` if that is less. Raises ValueError for values
+    that are not legal.
+    """
+    settings = {name: getattr(Settings(), name) for name in SAMPLER if name != "logit_bias"}
+    settings |= {name: value for name, value in found.items() if name in settings}
+    most = min(default_max_new_tokens(config), max(1, length // 2))
+    named = found.get("max_new_tokens", most)
+    checked = Settings(**settings, max_new_tokens=named).check(config)
+    return {name: getattr(checked, name) for name in settings}, min(most, checked.max_new_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """The engine's requests for one request of the API, `n` for each prompt in its order."""
+
+    requests: tuple[Request, ...]
+    n: int
+    seed: int
+    prompts: tuple[tuple[int, ...], ...]
+    echoes: tuple[str, ...] = ()
+    """The text of each prompt, if it is to be repeated."""
+    dropped_rounds: int | None = None
+    """Oldest rounds of a chat that had no room; None if it is not a chat."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all prompts, each counted once."""
+        return sum(map(len, self.prompts))
+
+
+def ask_chat(model: ServedModel, body: ChatBody, owner: str) -> Asked:
+    """Raises ApiError for what is not a conversation, has no room, or has settings that are not legal."""
+    prompt, most = fit_chat(model, body.messages, body.options.max_tokens)
+    settings = read_settings(model, body.options, model.chat_settings, model.chat_ends, most)
+    ids = tuple(prompt.ids)
+    requests = _requests([ids], settings, body.options, None, owner)
+    return Asked(requests, body.options.n, settings.seed, (ids,), dropped_rounds=prompt.dropped_rounds)
+
+
+def fit_chat(
+    model: ServedModel, messages: Sequence[Mapping[str, str]], max_tokens: int | None
+) -> tuple[EncodedPrompt, int]:
+    """The prompt of a conversation, and the most new tokens that there is room for.
+
+    Whole rounds are dropped, the oldest first, to leave room for `max_tokens`; the system text and the newest round
+    never are. For None that is the model's default, and less of it where those two are long. Raises ApiError if they
+    have no room.
+    """
+    name = "max_tokens"
+    if max_tokens is not None and max_tokens >= model.length:
+        raise invalid(
+            f"{name} = {max_tokens} is not valid: prompt and answer have {model.length} tokens together.",
+            name, "context_length_exceeded",
+        )  # fmt: skip
+    most = max_tokens or model.chat_max_tokens
+    prompt = _fit(model, messages, most)
+    if not prompt.cut_tokens:
+        return prompt, most
+    needed = len(prompt.ids) + prompt.cut_tokens
+    if max_tokens is not None or needed >= model.length:
+        raise context_too_long(needed, max_tokens or 1, model.length, "messages")
+    most = model.length - needed
+    return _fit(model, messages, most), most
+
+
+def _fit(model: ServedModel, messages: Sequence[Mapping[str, str]], most: int) -> EncodedPrompt:
+    try:
+        return fit_prompt(model.tokenizer, messages, most, model.length)
+    except ValueError as error:
+        raise invalid(str(error), "messages") from error
+
+
+def ask_completion(model: ServedModel, body: CompletionBody, owner: str) -> Asked:
+    """Raises ApiError for ids that the model does not have, prompts without room and settings that are not legal."""
+    options = body.options
+    assert options.max_tokens is not None  # 16 by default
+    prompts = [encode_text(model, p, "prompt") if isinstance(p, str) else list(p) for p in body.prompts]
+    for ids in prompts:
+        check_ids(model, ids, "prompt")
+        # One is computed for a request of none too: it costs less than another program.
+        if len(ids) + max(1, options.max_tokens) > model.length:
+            raise context_too_long(len(ids), max(1, options.max_tokens), model.length, "prompt")
+    settings = read_settings(model, options, COMPLETION_SETTINGS, model.eos_ids, max(1, options.max_tokens))
+    echoes = [p if isinstance(p, str) else model.tokenizer.decode(p) for p in body.prompts] if body.echo else []
+    scored = options.log_probs if body.echo else None
+    return Asked(
+        _requests(prompts, settings, options, scored, owner), options.n, settings.seed, tuple(map(tuple, prompts)),
+        tuple(echoes),
+    )  # fmt: skip
+
+
+def _requests(
+    prompts: Sequence[Sequence[int]], settings: Settings, options: Options, scored: int | None, owner: str
+) -> tuple[Request, ...]:
+    """A prompt's choices have the places 0 to n - 1, whatever other prompts come with it."""
+    return tuple(
+        Request(tuple(ids), settings, place, options.log_probs, scored, owner)
+        for ids in prompts
+        for place in range(options.n)
+    )
+
+
+def read_settings(
+    model: ServedModel, options: Options, defaults: Mapping[str, Any], ends: Sequence[int], max_new_tokens: int
+) -> Settings:
+    """Checked settings; raises ApiError. Without a seed it is drawn here."""
+    ends = [*(() if options.ignore_eos else ends), *options.stop_token_ids]
+    check_ids(model, options.stop_token_ids, "stop_token_ids")
+    check_ids(model, list(options.settings.get("logit_bias", ())), "logit_bias")
+    if len(set(ends)) > MOST_EOS:
+        most = MOST_EOS - (len(ends) - len(options.stop_token_ids))
+        raise invalid(
+            f"stop_token_ids is not valid: beside the model's own it must have at most {most} ids.", "stop_token_ids"
+        )
+    values = {**defaults, **options.settings}
+    if values["min_tokens"] > max_new_tokens:
+        least = values["min_tokens"]
+        raise invalid(
+            f"min_tokens = {least} is not valid: it must be at most max_tokens = {max_new_tokens}.", "min_tokens"
+        )
+    try:
+        return Settings(
+            **values,
+            max_new_tokens=max_new_tokens,
+            seed=secrets.randbits(32) if options.seed is None else options.seed,
+            eos_token_id=list(dict.fromkeys(ends)),
+            vocab_size=model.tokenizer.vocab_size,
+        ).check(model.config)
+    except ValueError as error:  # what overflows fp32
+        raise invalid(str(error), str(error).partition(" ")[0]) from error
+
+
+def encode_text(model: ServedModel, text: str, name: str, *, parse_special: bool = False) -> list[int]:
+    """The ids of a text; raises ApiError for what is not one."""
+    try:
+        return model.tokenizer.encode(text, parse_special=parse_special)
+    except ValueError as error:
+        raise invalid(f"{name} is not valid: {error}", name) from error
+
+
+def check_ids(model: ServedModel, ids: Sequence[int], name: str) -> None:
+    """Raises ApiError for an id that the model does not have."""
+    V = model.config.vocab_size
+    for i in ids:
+        if not (is_whole(i) and 0 <= i < V):
+            raise invalid(f"{name} has the token id {i}, which is not valid: it must be in 0..{V - 1}.", name)

@@ -1,0 +1,179 @@
+"""One turn of the engine as plain arrays, and what runs it on the device."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from bc2_jax.infer import engine as device_engine
+from bc2_jax.infer.engine import STEPS, Chunk, Emitted, LogProbs
+from bc2_jax.infer.settings import DEFAULT_SETTINGS, Sampling, sampling_of
+from bc2_jax.serve.requests import Request
+from bc2_jax.validation import require
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """What the programs are compiled for."""
+
+    rows: int
+    """Requests that are decoded together, B."""
+    slots: int
+    """Tokens that a request may have, prompt and new ones, S."""
+    chunk: int = 256
+    """Tokens of a prompt in one turn, C."""
+    parts: int = 1
+    """Into how many parts the mesh cuts the batch."""
+    places: int = 1
+    """Prompts of each part of which a turn takes a chunk."""
+    steps: int = 4
+    """Tokens of a row in a turn while no prompt is being read."""
+    prefill_steps: int = 1
+    """The same while one is."""
+    trained: int | None = None
+    """For a model with a long context, its trained length, beyond which sequences are stretched; else None."""
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "slots", "chunk", "parts", "places"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "it must be at least 1")
+        require(self.rows % self.parts == 0, "rows", self.rows, f"it must be a multiple of the {self.parts} parts")
+        require(self.slots % self.chunk == 0, "slots", self.slots, f"it must be a multiple of chunk = {self.chunk}")
+        own, legal = self.rows // self.parts, "it must be less than the rows of a part, or 1"
+        require(self.places == 1 or self.places < own, "places", self.places, legal)
+        for name in ("steps", "prefill_steps"):
+            value = getattr(self, name)
+            require(1 <= value <= STEPS, name, value, f"it must be in 1..{STEPS}")
+
+
+class Kind(enum.IntEnum):
+    """What a turn is for."""
+
+    RUN = 0
+    IDLE = 1
+    """Nothing is to be done."""
+    STOP = 2
+    """It is the last."""
+
+
+class Turn(NamedTuple):
+    """What every process does in one turn, in this order: copies, a chunk of prompts, its scores, decoding.
+
+    Arrays of the host of fixed shapes, R = places * parts.
+    """
+
+    kind: np.ndarray
+    """int32, of `Kind`."""
+    copy_from_R: np.ndarray
+    """int32: the row whose first slots are copied to the row of this place's chunk."""
+    copy_chunks_R: np.ndarray
+    """int32: how many chunks of slots; 0 for none."""
+    chunk: Chunk
+    sampling: Sampling
+    """Of R rows."""
+    labels_RC: np.ndarray
+    """int32: the token after each of the chunk, where it is to be scored, else -1."""
+    steps: np.ndarray
+    """int32: tokens to decode; 0 for none."""
+    cancel_B: np.ndarray
+    """bool: rows that must not decode."""
+
+
+class Results(NamedTuple):
+    """What a turn computed, still on its way to the host; None for what did not run."""
+
+    first: Emitted | None
+    """Of the R places: first tokens."""
+    scores: LogProbs | None
+    """`engine.LogProbs` [R, C] of the labels."""
+    new: Emitted | None
+    """Of the B rows."""
+
+
+def empty_turn(shapes: Shapes, kind: Kind = Kind.RUN, requests: Sequence[Request | None] = ()) -> Turn:
+    """A turn without work yet, its R places with the settings of these requests."""
+    R, C, B = shapes.places * shapes.parts, shapes.chunk, shapes.rows
+    requests = requests or [None] * R
+
+    def zeros(*shape: int) -> np.ndarray:
+        return np.zeros(shape, np.int32)
+
+    rows_R = np.arange(R, dtype=np.int32) // shapes.places * (B // shapes.parts)  # any row of the part
+    chunk = Chunk(
+        ids_RC=zeros(R, C), rows_R=rows_R, start_R=zeros(R), count_R=zeros(R), is_last_R=np.zeros(R, bool),
+        prompt_RS=np.full((R, shapes.slots), -1, np.int32),
+        stretch_R=None if shapes.trained is None else np.ones(R, np.float32),
+    )  # fmt: skip
+    return Turn(
+        kind=np.array(kind, np.int32), copy_from_R=rows_R.copy(), copy_chunks_R=zeros(R), chunk=chunk,
+        sampling=_sampling_of_all(requests), labels_RC=np.full((R, C), -1, np.int32), steps=np.array(0, np.int32),
+        cancel_B=np.ones(B, bool),
+    )  # fmt: skip
+
+
+def _sampling_of_all(requests: Sequence[Request | None]) -> Sampling:
+    """Their settings, with an array for each that a request can have, whatever these have."""
+    no_eos = dataclasses.replace(DEFAULT_SETTINGS, eos_token_id=())
+    return sampling_of(
+        [no_eos if request is None else request.settings for request in requests],
+        [0 if request is None else request.place for request in requests],
+        top_log_probs=[None if request is None else request.top_log_probs for request in requests],
+        full=True,
+    )
+
+
+class Runner:
+    """Runs turns on the devices of this process; holds the state of the rows.
+
+    `engine` has the functions of `bc2_jax.infer.engine`.
+    """
+
+    def __init__(self, prepared: Any, shapes: Shapes, engine: Any = device_engine):
+        self._prepared, self._engine = prepared, engine
+        self.shapes = shapes
+        self._decoding: Any = None
+
+    def warm_up(self) -> dict[str, float]:
+        """Allocates the cache and runs each program once, without work: seconds of each by its name."""
+        seconds: dict[str, float] = {}
+        shapes, engine, prepared = self.shapes, self._engine, self._prepared
+        turn = empty_turn(shapes)
+        rows = _sampling_of_all([None] * shapes.rows)
+
+        def timed(name: str, run: Any) -> Any:
+            start = time.monotonic()
+            result = jax.block_until_ready(run())
+            seconds[name] = round(time.monotonic() - start, 3)
+            return result
+
+        state = timed("allocate", lambda: engine.allocate(prepared, rows, slots=shapes.slots))
+        state = timed("copy_slots", lambda: engine.copy_slots(state, 0, 0, 0, shapes.chunk))
+        state, _, h_RCD = timed("extend", lambda: engine.extend(prepared, state, turn.chunk, turn.sampling))
+        timed("score_chunk", lambda: engine.score_chunk(prepared, h_RCD, np.maximum(turn.labels_RC, 0)))
+        state, _ = timed("decode", lambda: engine.decode(prepared, state, 1, turn.cancel_B))
+        self._decoding = state
+        return seconds
+
+    def run(self, turn: Turn) -> Results:
+        """Dispatches a turn; waits for nothing."""
+        engine, prepared, chunk, C = self._engine, self._prepared, turn.chunk, self.shapes.chunk
+        first = scores = new = None
+        for row_from, row_to, chunks in zip(turn.copy_from_R, chunk.rows_R, turn.copy_chunks_R, strict=True):
+            if chunks:
+                self._decoding = engine.copy_slots(self._decoding, int(row_from), int(row_to), int(chunks), C)
+        if chunk.count_R.any():
+            self._decoding, first, h_RCD = engine.extend(prepared, self._decoding, chunk, turn.sampling)
+            if (turn.labels_RC >= 0).any():
+                scores = engine.score_chunk(prepared, h_RCD, np.maximum(turn.labels_RC, 0))
+        if turn.steps:
+            self._decoding, new = engine.decode(prepared, self._decoding, int(turn.steps), turn.cancel_B)
+        results = Results(first, scores, new)
+        for x in jax.tree.leaves(results):
+            if isinstance(x, jax.Array):
+                x.copy_to_host_async()
+        return results
