@@ -8,6 +8,7 @@ once a second.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -41,8 +42,8 @@ def unpack(words: np.ndarray, shapes: Shapes) -> Turn:
 class Channel(Protocol):
     """How words come from process 0 to all."""
 
-    def send(self, words: np.ndarray) -> None:
-        """On process 0; waits for nothing."""
+    def send(self, words: np.ndarray) -> Callable[[], object]:
+        """On process 0; what it returns waits until all have the words."""
 
     def expect(self, count: int) -> Callable[[], np.ndarray]:
         """On the others: joins the next message, of `count` words; what it returns waits for it."""
@@ -57,16 +58,13 @@ class DeviceChannel:
         whole = NamedSharding(self._mesh, PartitionSpec())
         self._sum = jax.jit(lambda x: x.sum(axis=0, dtype=x.dtype), out_shardings=whole)
 
-    def send(self, words: np.ndarray) -> None:
-        self._start(words)
-
-    def expect(self, count: int) -> Callable[[], np.ndarray]:
-        message = self._start(np.zeros(count, np.int32))
+    def send(self, words: np.ndarray) -> Callable[[], np.ndarray]:
+        mine = multihost_utils.host_local_array_to_global_array(words[None], self._mesh, PartitionSpec(_AXES[0]))
+        message = self._sum(mine)
         return lambda: np.asarray(jax.device_get(message.addressable_data(0)))
 
-    def _start(self, words: np.ndarray) -> jax.Array:
-        mine = multihost_utils.host_local_array_to_global_array(words[None], self._mesh, PartitionSpec(_AXES[0]))
-        return self._sum(mine)
+    def expect(self, count: int) -> Callable[[], np.ndarray]:
+        return self.send(np.zeros(count, np.int32))
 
 
 class Leader:
@@ -78,14 +76,23 @@ class Leader:
         self._next: Turn | None = None
 
     def warm_up(self) -> dict[str, float]:
-        """`Runner.warm_up`, at the same time on all processes."""
-        return self._runner.warm_up()
+        """`Runner.warm_up`, at the same time on all processes, and a first message without work."""
+        seconds = self._runner.warm_up()
+        start = time.monotonic()
+        self._channel.send(pack(empty_turn(self.shapes, Kind.IDLE)))
+        return seconds | {"message": round(time.monotonic() - start, 3)}
 
     def run(self, turn: Turn) -> Results | None:
-        """Sends this turn, then dispatches the one before it: its results, None at the first call."""
-        self._channel.send(pack(turn))
+        """Sends this turn, then dispatches the one before it: its results, None at the first call.
+
+        Waits for the arrival of one of kind STOP, after which this process may end.
+        """
+        wait = self._channel.send(pack(turn))
         now, self._next = self._next, turn
-        return None if now is None else self._runner.run(now)
+        results = None if now is None else self._runner.run(now)
+        if turn.kind == Kind.STOP:
+            wait()
+        return results
 
 
 def follow(runner: Runner, channel: Channel) -> None:

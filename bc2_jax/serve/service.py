@@ -170,12 +170,13 @@ class Service:
             self._become("ready")
             while self._turn():
                 pass
-            self._end_all("stopped", Failed("The server stops.", 503))
+            self._end_all("draining", Failed("The server stops.", 503))
+            # Not after a failure: then this process ends, and the others with it.
+            self._runner.run(empty_turn(self.shapes, Kind.STOP))
+            self._become("stopped")
         except BaseException as error:  # whatever it is, nobody may wait for this thread any more
             self.error = error
             self._end_all("dead", Failed("The engine has failed.", 500))
-        with contextlib.suppress(Exception):  # the devices may be what has failed
-            self._runner.run(empty_turn(self.shapes, Kind.STOP))
         with contextlib.suppress(ValueError, AssertionError):  # it was not registered yet
             jax.monitoring.unregister_event_duration_listener(self._count_compilation)
         if self.error is not None and self._on_death is not None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import queue
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,6 +19,8 @@ from bc2_jax.serve.followers import Leader, follow, pack, unpack
 from bc2_jax.serve.requests import Request, Tokens
 from bc2_jax.serve.service import Service
 from bc2_jax.serve.turns import Kind, Runner, Shapes, empty_turn
+from tests.faults.harness import free_port
+from tests.serve import sliced
 from tests.serve.fake_engine import FakeEngine, continued
 
 SHAPES = Shapes(rows=4, slots=64, chunk=8, parts=2)
@@ -24,17 +31,15 @@ class Wire:
 
     def __init__(self):
         self.words: queue.Queue[np.ndarray] = queue.Queue()
-        self.sent, self.expected = 0, 0
 
     def send(self, words):
-        self.sent += 1
         self.words.put(words)
+        return self.words.join
 
     def expect(self, count):
-        self.expected += 1
-
         def receive():
             words = self.words.get(timeout=20)
+            self.words.task_done()
             assert len(words) == count
             return words
 
@@ -105,6 +110,7 @@ def test_a_turn_is_sent_before_the_one_before_it_runs():
     class Sends:
         def send(self, words):
             order.append("send")
+            return lambda: order.append("arrived")
 
     leader = Leader(Runner(None, SHAPES, Noting(parts=2)), Sends())  # type: ignore[arg-type]  # nobody listens
     leader.warm_up()
@@ -113,4 +119,36 @@ def test_a_turn_is_sent_before_the_one_before_it_runs():
     assert leader.run(turn) is None
     assert leader.run(turn) is not None
     leader.run(empty_turn(SHAPES, Kind.STOP))
-    assert order == ["send", "send", "decode", "send", "decode"]
+    assert order == ["send", "send", "decode", "send", "decode", "arrived"]
+
+
+def test_two_processes_serve_one_model(mesh_of):
+    """Their tokens are those of one process with as many devices."""
+    port = free_port()
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("two_processes.py")), str(index), str(port)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output
+    said = dict(line.split(" ", 1) for line in outputs[0].splitlines() if " " in line)
+    assert "followed" in outputs[1] and said["state"] == "stopped", outputs
+    assert said["compiled"].startswith("0 cached") and not said["compiled"].endswith(" 0"), outputs
+    assert float(said["idle"]) < 1
+    runner = Runner(sliced.prepared_on(mesh_of(2, 1, 2), root / "tests" / "golden" / "rope-tiny"), sliced.SHAPES)
+    service = Service(runner)
+    service.start()
+    handles = service.submit_all(sliced.requests())
+    expected = [[t for event in handle if isinstance(event, Tokens) for t in event.tokens] for handle in handles]
+    service.stop()
+    assert json.loads(said["tokens"]) == expected
