@@ -22,7 +22,7 @@ from flax import nnx
 from bc2_jax.config import ComputeConfig, ModelConfig
 from bc2_jax.infer import engine
 from bc2_jax.infer.chunks import PlacedPrompt, make_chunk
-from bc2_jax.infer.generate import Continuation, Continuations, bucket
+from bc2_jax.infer.generate import Continuation, Continuations, cache_slots
 from bc2_jax.infer.refill import continue_many
 from bc2_jax.infer.settings import MOST_EOS, Settings, sampling_of
 from bc2_jax.model.baichuan import Baichuan2
@@ -40,7 +40,7 @@ def continue_in_batches(
 ) -> tuple[list[Continuation], float]:
     """What `continue_many` gives, of batches that end with their longest answer; and the share of row steps used."""
     found: list[Continuation] = []
-    taken, slots, nobody = 0, bucket(PROMPT + MOST), np.zeros(rows, bool)
+    taken, slots, nobody = 0, cache_slots(PROMPT + MOST), np.zeros(rows, bool)
     for first in range(0, len(prompts), rows):
         batch = prompts[first : first + rows]
         sampling = sampling_of([settings] * rows, range(first, first + rows))

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-QUICK_COMPILE = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+import jax
+
+# Newer versions have no other way to make fusions, and no such flag: an unknown one ends the process.
+_CAN_CHOOSE_EMITTERS = jax.__version_info__ < (0, 11)
+QUICK_COMPILE = " ".join(
+    [
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+        # By default code is made in 32 parts, which takes longer.
+        "--xla_cpu_parallel_codegen_split_count=1",
+        *["--xla_cpu_use_fusion_emitters=false"] * _CAN_CHOOSE_EMITTERS,
+    ]
 )
 """XLA_FLAGS, to be set before the first computation."""
 
 OPTIMIZED = {
     "xla_backend_optimization_level": 3,
     "xla_llvm_disable_expensive_passes": False,
-    "xla_cpu_use_fusion_emitters": True,
+    **({"xla_cpu_use_fusion_emitters": True} if _CAN_CHOOSE_EMITTERS else {}),
 }
 """Options of `jax.jit` for a program that is to be optimised all the same."""

@@ -2,7 +2,7 @@
 
 python tools/serve.py                       # the demo's chat model; then open http://127.0.0.1:8000/
 python tools/serve.py MODEL --slots 16 --slot-length 2048
-python tools/serve.py MODEL --tensor 8 --kv int8
+python tools/serve.py MODEL --tensor 8 --quantize int8 --kv int8
 python tools/serve.py MODEL --host 0.0.0.0 --api-key-file keys.txt
 
 MODEL is a folder in the released PyTorch layout, or a checkpoint or run of ours. All programs are compiled first; until
@@ -25,10 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from bc2_jax.cpu import choose_cpu_without_tpu
+from bc2_jax.evaluate.devices import Devices, add_device_options, devices_of, start_devices
 from bc2_jax.terminal import command, log_to_stderr, run_program
 
 DEMO = Path("runs/demo_chat")
 KEY_VARIABLE = "BC2_API_KEY"
+AGREED = ("slots", "slot_length", "dtype", "mesh", "kv", "quantize", "long_context", "max_length")
+"""Options that must be the same on all processes."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -43,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--slot-length", type=int, metavar="S", help="most tokens of prompt and answer (default: the model's length)"
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--tensor", type=int, metavar="N", help="use all devices, cutting heads and vocabulary in N")
+    parser.add_argument("--tensor", type=int, metavar="N", help="the same as --mesh.tensor: use all devices")
     parser.add_argument("--kv", choices=("int8",), help="keep keys and values in half the memory")
     parser.add_argument("--quantize", choices=("int8", "int4"), help="keep the weights in a half or a quarter of it")
     parser.add_argument(
@@ -66,7 +69,18 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--drain-seconds", type=float, default=30, metavar="T", help="after SIGTERM (default 30)")
     parser.add_argument("--log-prompts", action="store_true", help="write prompts and answers to the log")
+    add_device_options(parser)
     return parser
+
+
+def read_devices(args: argparse.Namespace) -> tuple[Devices, bool]:
+    """The devices that the options say, and whether they say any: else one is enough."""
+    if args.tensor is not None:
+        if getattr(args, "mesh.tensor") not in (None, args.tensor):
+            raise ValueError(f"--tensor = {args.tensor} is not valid: --mesh.tensor is {getattr(args, 'mesh.tensor')}.")
+        setattr(args, "mesh.tensor", args.tensor)
+    named = any(value is not None for name, value in vars(args).items() if name.startswith("mesh."))
+    return devices_of(args), named
 
 
 def read_model(given: Path | None) -> Path:
@@ -129,20 +143,30 @@ def run(args: argparse.Namespace) -> None:
         from bc2_jax.serve.server import listen, run_server
     except ImportError as error:
         raise ValueError(f"{error.name} is not installed: pip install 'bc2_jax[serve]'.") from error
-    from bc2_jax.serve.loading import ServeOptions, describe_model
+    import jax
+
+    from bc2_jax.agreement import require_agreement
+    from bc2_jax.serve.loading import ServeOptions, describe_model, follow_service
     from bc2_jax.serve.metrics import Metrics
     from bc2_jax.serve.security import Hosts, Keys, check_address
     from bc2_jax.serve.waiting import QueueLimits
 
     keys = read_all_keys(args.api_key_file)
     check_address(args.host, bool(keys))
+    devices, has_mesh = read_devices(args)
+    start_devices(devices)
     options = ServeOptions(
-        model, slots=args.slots, slot_length=args.slot_length, dtype=args.dtype, tensor=args.tensor,
+        model, slots=args.slots, slot_length=args.slot_length, dtype=args.dtype,
+        mesh=devices.mesh if has_mesh or jax.process_count() > 1 else None,
         kv=args.kv or "compute", quantize=args.quantize, long_context=args.long_context, max_length=args.max_length,
         adapter=args.adapter, name=args.name,
     )  # fmt: skip
     limits = QueueLimits(requests=args.queue, queue_s=args.queue_seconds, total_s=args.total_seconds)
     served = describe_model(options)
+    require_agreement({f"--{name}": str(getattr(options, name)) for name in AGREED})
+    if jax.process_index() != 0:
+        follow_service(options, served.length)
+        return
     backend, metrics = Backend(), Metrics()
     api = Api(
         served, backend, keys=Keys(keys), hosts=Hosts(args.host, args.allowed_host), metrics=metrics,
@@ -157,11 +181,21 @@ def run(args: argparse.Namespace) -> None:
     if loader.error is not None:
         raise ValueError(f"the model could not be served: {loader.error}") from loader.error
     if code:
-        raise SystemExit(code)
+        raise SystemExit(leave(code))
+
+
+def leave(code: int) -> int:
+    """Of several processes, ends this one after an error without waiting for the others."""
+    jax = sys.modules.get("jax")
+    if code and jax is not None and jax.distributed.is_initialized():
+        from bc2_jax.train import distributed
+
+        distributed.leave(code, "start all of them again")
+    return code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(run, make_parser(), argv)
+    return leave(run_program(run, make_parser(), argv))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bc2_jax.align.chat import Message, fit_prompt
+from bc2_jax.align.dialogue import Answer, Dialogue, OnText
 from bc2_jax.config import ModelConfig
 from bc2_jax.infer import engine
 from bc2_jax.infer.engine import Prepared
@@ -14,22 +14,6 @@ from bc2_jax.infer.sampling import Settings, is_whole
 from bc2_jax.infer.text import continue_text
 from bc2_jax.model.baichuan import Baichuan2
 from bc2_jax.tokenizer import Tokenizer
-
-OnText = Callable[[str], object]
-"""Called with text that follows on what it was given before; never with none."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """What a model answered, and what it did not see."""
-
-    text: str
-    reason: str
-    """Why it ended: at an "eos", at the "length" of max_new_tokens, "stopped" by a stop text, or "interrupted"."""
-    dropped_rounds: int
-    """Oldest rounds of the conversation that had no room."""
-    cut_tokens: int
-    """Tokens of the system text, then of the newest round, that had no room."""
 
 
 def chat(
@@ -61,7 +45,7 @@ def answer(
     config = model.config
     settings.setdefault("max_new_tokens", default_max_new_tokens(config))
     settings["eos_token_id"] = answer_ends(settings.get("eos_token_id"), config, tokenizer)
-    limit = Settings(**{k: v for k, v in settings.items() if k != "stop"}).check(config).max_new_tokens
+    limit = _without_stop(settings).check(config).max_new_tokens
     longest = model.max_length if isinstance(model, Prepared) else config.model_max_length
     prompt = fit_prompt(tokenizer, messages, limit, longest)
     give = None if on_text is None else lambda place, text: on_text(text)
@@ -81,43 +65,24 @@ def answer_ends(eos_token_id: int | Sequence[int] | None, config: ModelConfig, t
     return list(dict.fromkeys([*ends, tokenizer.user_id, tokenizer.assistant_id]))
 
 
-class Conversation:
+class Conversation(Dialogue):
     """A conversation with one model, which is prepared once; its messages are what was said so far.
 
-    `settings` are those of `chat`, for every answer. The history that has no room is left out of the prompt, not of
-    `messages`.
+    `settings` are those of `chat`, for every answer; `ask` raises as it does.
     """
 
     def __init__(self, model: Baichuan2 | Prepared, tokenizer: Tokenizer, system: str = "", **settings: Any) -> None:
-        self._model = engine.prepare(model) if isinstance(model, Baichuan2) else model
-        self._tokenizer = tokenizer
-        self._settings = settings
-        self._system: list[Message] = [{"role": "system", "content": system}] if system else []
-        self.messages: list[Message] = []
-        self.clear()
+        prepared = engine.prepare(model) if isinstance(model, Baichuan2) else model
 
-    def clear(self) -> None:
-        """Forgets all but the system text."""
-        self.messages = list(self._system)
+        def answers(messages: Sequence[Message], on_text: OnText, settings: Mapping[str, Any]) -> Answer:
+            return answer(prepared, tokenizer, messages, on_text=on_text, **settings)
 
-    def ask(self, text: str, on_text: OnText | None = None) -> Answer:
-        """The answer to the next user message; both are then among the messages.
+        def check(settings: Mapping[str, Any]) -> Settings:
+            return _without_stop(settings).check(prepared.config)
 
-        KeyboardInterrupt stops the answer: the text so far is kept as the answer, or the user message is discarded if
-        there is none. Any other exception leaves the conversation unchanged. Raises as `chat`.
-        """
-        said: list[str] = []
+        super().__init__(answers, system, check=check, **{"seed": Settings.seed, **settings})
 
-        def give(new: str) -> None:
-            said.append(new)
-            if on_text is not None:
-                on_text(new)
 
-        asked = [*self.messages, {"role": "user", "content": text}]
-        try:
-            found = answer(self._model, self._tokenizer, asked, on_text=give, **self._settings)
-        except KeyboardInterrupt:
-            found = Answer("".join(said), "interrupted", 0, 0)
-        if found.text or found.reason != "interrupted":
-            self.messages = [*asked, {"role": "assistant", "content": found.text}]
-        return found
+def _without_stop(settings: Mapping[str, Any]) -> Settings:
+    """The settings of `generate` among those of `generate_text`."""
+    return Settings(**{name: value for name, value in settings.items() if name != "stop"})

@@ -2,58 +2,69 @@
 
 from __future__ import annotations
 
-import contextlib
+import json
 import sys
-from collections.abc import Iterator
-from typing import TextIO
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
-from bc2_jax.align.conversation import Answer, Conversation
+from rich.console import Console
+
+from bc2_jax.align.dialogue import NUMBERS, Answer, Dialogue, OnText, read_setting
+from bc2_jax.align.terminal_input import ReadMessage, make_reader
+from bc2_jax.align.terminal_markdown import MarkdownScreen, can_show_markdown, make_screen_console, replace_controls
 from bc2_jax.terminal import read_argument
+from bc2_jax.validation import require
 
-HELP = "/clear forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"
-_COMMANDS = ("/clear", "/exit", "/help")
+Ask = Callable[[OnText], Answer]
+Show = Callable[[Ask], Answer]
+"""Gets an answer and shows it as it is written."""
+
+COMMANDS = {
+    "/system": "/system TEXT sets the system text from the next answer on; without TEXT there is none",
+    "/reset": "/reset forgets the conversation, but not the system text",
+    "/regenerate": "/regenerate generates the newest answer once more, or asks again what was not answered",
+    "/save": "/save FILE writes the messages to a new file, as JSON",
+    "/settings": "/settings shows the settings, /settings NAME VALUE changes one, /settings NAME takes that back",
+    "/help": "/help says this",
+    "/exit": "/exit or Ctrl-D ends the conversation, Ctrl-C stops an answer",
+}
+_SAME = {"/clear": "/reset"}
+"""Other names of commands."""
+HINT = "/help lists the commands, /exit or Ctrl-D ends the conversation, Ctrl-C stops an answer"
+_NEW_LINE = "Enter sends a message, Alt-Enter or Ctrl-J begins a new line in it"
 
 
-def talk(conversation: Conversation) -> None:
+def talk(dialogue: Dialogue) -> None:
     """Reads user messages from standard input until it ends, and streams the answers to standard output.
 
-    On a terminal it asks for each message. From a pipe a line is a message and each answer is followed by a newline,
-    with nothing between. Remarks go to standard error. Raises ValueError, as `Conversation.ask`, for what can't be
-    asked at all.
+    On a terminal it asks for each message, shows answers as Markdown, and what fails is one remark: another try may
+    succeed. From a pipe a line is a message and each answer is followed by a newline, with nothing between; there what
+    fails is raised: ValueError and OSError, as by `Dialogue.ask`. Remarks go to standard error.
     """
-    is_terminal = sys.stdin.isatty()
-    if is_terminal:
-        _remark(HELP)
-    dropped = 0
-    for line in _lines(sys.stdin, is_terminal):
-        command = line.strip()
-        if not command:
-            continue
-        if command == "/exit":
-            return
-        if command in ("/clear", "/help"):
-            if command == "/clear":
-                conversation.clear()
-                dropped = 0
-            _remark(HELP if command == "/help" else "the conversation begins again")
-            continue
-        if command.startswith("/") and command[1:].isalpha():
-            _remark(f"{command} is not a command: legal are {', '.join(_COMMANDS)}")
-            continue
-        found = conversation.ask(read_argument(line), lambda text: print(text, end="", flush=True))
-        print(flush=True)
-        dropped = _explain(found, dropped)
-
-
-def _lines(stdin: TextIO, is_terminal: bool) -> Iterator[str]:
-    if not is_terminal:
-        yield from (line.rstrip("\r\n") for line in stdin)
+    if not sys.stdin.isatty():
+        chat = _Chat(dialogue, plain)
+        for line in sys.stdin:
+            if not chat.read(line.rstrip("\r\n")):
+                return
         return
-    with contextlib.suppress(ImportError):  # Windows has none; then lines can't be edited
-        import readline  # noqa: F401  # importing it is enough: input() then edits lines
+    console = make_screen_console()
+    chat = _Chat(dialogue, _markdown_on(console) if can_show_markdown(console) else plain)
+    read, has_lines = make_reader(remark)
+    remark(f"{HINT}; {_NEW_LINE}" if has_lines else HINT)
+    for line in _typed(read):
+        try:
+            if not chat.read(line):
+                return
+        except (ValueError, OSError) as error:
+            remark(str(error))
+        except KeyboardInterrupt:  # a second one, or between two answers
+            remark("stopped")
+
+
+def _typed(read: ReadMessage) -> Iterator[str]:
     while True:
         try:
-            yield input("> ")
+            yield read()
         except KeyboardInterrupt:  # forgets the line that was begun
             print()
         except EOFError:
@@ -61,20 +72,136 @@ def _lines(stdin: TextIO, is_terminal: bool) -> Iterator[str]:
             return
 
 
-def _explain(found: Answer, dropped: int) -> int:
-    """Says what the model did not see and why an answer is not whole; returns how many rounds it did not see."""
-    if found.reason == "interrupted":
-        _remark("stopped; what was said is kept" if found.text else "stopped; the question is forgotten")
-        return dropped
-    if found.dropped_rounds != dropped:
-        rounds = "round has" if found.dropped_rounds == 1 else f"{found.dropped_rounds} rounds have"
-        _remark(f"the oldest {rounds} no room: the model did not see that")
-    if found.cut_tokens:
-        _remark(f"the first {found.cut_tokens} tokens of the prompt have no room: the model did not see them")
-    if found.reason == "length":
-        _remark("the answer was cut at --max-new-tokens")
-    return found.dropped_rounds
+def plain(answer: Ask) -> Answer:
+    """Prints an answer as it is written, and a newline."""
+    found, is_begun, is_terminal = None, False, sys.stdout.isatty()
+
+    def write(text: str) -> None:
+        nonlocal is_begun
+        is_begun = True
+        print(replace_controls(text) if is_terminal else text, end="", flush=True)
+
+    try:
+        found = answer(write)
+    finally:
+        if is_begun or found is not None:
+            print(flush=True)
+    return found
 
 
-def _remark(text: str) -> None:
-    print(f"[{text}]", file=sys.stderr, flush=True)
+def _markdown_on(console: Console) -> Show:
+    def show(answer: Ask) -> Answer:
+        with MarkdownScreen(console) as screen:
+            return answer(screen.add)
+
+    return show
+
+
+def remark(text: str) -> None:
+    """What is no part of the conversation."""
+    print(f"[{replace_controls(text)}]", file=sys.stderr, flush=True)
+
+
+class _Chat:
+    """What the lines mean: commands and messages."""
+
+    def __init__(self, dialogue: Dialogue, show: Show):
+        self._dialogue, self._show = dialogue, show
+        self._first_settings = dict(dialogue.settings)
+        self._dropped = 0
+        """Rounds of which it was said that the model does not see them."""
+        self._unanswered: str | None = None
+
+    def read(self, line: str) -> bool:
+        """Does what a line says; False if it ends the conversation. What begins with a space is a message."""
+        line = read_argument(line)
+        words = line.split(maxsplit=1)
+        if not words:
+            return True
+        name = _SAME.get(words[0], words[0])
+        if line[0] == "/" and name[1:].isalpha():
+            return self._run(name, words[1].strip() if len(words) > 1 else "")
+        self._ask(line)
+        return True
+
+    def _run(self, name: str, rest: str) -> bool:
+        match name:
+            case "/exit":
+                return False
+            case "/help":
+                for text in COMMANDS.values():
+                    remark(text)
+            case "/reset":
+                self._dialogue.clear()
+                self._dropped, self._unanswered = 0, None
+                remark("the conversation begins again")
+            case "/system":
+                self._dialogue.system = rest
+                remark("the system text is set" if rest else "there is no system text")
+            case "/regenerate":
+                self._regenerate()
+            case "/save":
+                self._save(rest)
+            case "/settings":
+                self._set(rest.split())
+            case _:
+                legal = ", ".join(COMMANDS)
+                remark(f"{name} is not a command: legal are {legal}; a message may begin with a space")
+        return True
+
+    def _ask(self, text: str) -> None:
+        self._unanswered = text
+        self._explain(self._show(lambda on_text: self._dialogue.ask(text, on_text)))
+
+    def _regenerate(self) -> None:
+        if self._unanswered is not None:
+            self._ask(self._unanswered)
+        else:
+            self._explain(self._show(self._dialogue.regenerate))
+
+    def _save(self, name: str) -> None:
+        if not name:
+            raise ValueError("/save needs the name of a new file.")
+        path = Path(name).expanduser()
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                json.dump({"messages": self._dialogue.messages}, file, ensure_ascii=False, indent=2)
+                file.write("\n")
+        except FileExistsError as error:
+            raise ValueError(f"{path} exists already: name a new file.") from error
+        remark(f"{len(self._dialogue.messages)} messages are in {path}")
+
+    def _set(self, words: list[str]) -> None:
+        settings = dict(self._dialogue.settings)
+        if len(words) > 2:
+            raise ValueError("/settings takes a name and a value.")
+        if words:
+            name = words[0]
+            require(name in NUMBERS, "the setting", name, f"it must be one of {', '.join(NUMBERS)}")
+            if len(words) == 2:
+                settings[name] = read_setting(name, words[1])
+            elif name in self._first_settings:
+                settings[name] = self._first_settings[name]
+            else:
+                settings.pop(name, None)
+            self._dialogue.change(settings)
+        shown = ", ".join(f"{name} {settings[name]}" for name in NUMBERS if name in settings)
+        remark(f"{shown}; others are the model's" if shown else "all settings are the model's")
+
+    def _explain(self, found: Answer) -> None:
+        """Says what the model did not see and why an answer is not whole."""
+        if found.reason == "interrupted" and not found.text:
+            remark("stopped before it said anything; /regenerate asks again")
+            return
+        self._unanswered = None
+        if found.reason == "interrupted":
+            remark("stopped; what was said is kept")
+            return
+        if found.dropped_rounds != self._dropped:
+            rounds = "round has" if found.dropped_rounds == 1 else f"{found.dropped_rounds} rounds have"
+            remark(f"the oldest {rounds} no room: the model did not see that")
+        if found.cut_tokens:
+            remark(f"the first {found.cut_tokens} tokens of the prompt have no room: the model did not see them")
+        if found.reason == "length":
+            remark("the answer was cut at max_new_tokens")
+        self._dropped = found.dropped_rounds

@@ -39,8 +39,9 @@ from bc2_jax.infer.cache import CacheDType
 from bc2_jax.infer.chunks import make_chunk
 from bc2_jax.infer.refill import RolloutShapes
 from bc2_jax.infer.sampling import Sampling
+from bc2_jax.kernels.cached import key_block
 from bc2_jax.model.baichuan import abstract_params, split_model
-from bc2_jax.model.quantized import Scheme
+from bc2_jax.model.quantized import Scheme, item_bytes
 from bc2_jax.sharding import place_shapes, use_rules
 from bc2_jax.tpu.chips import Topology
 from bc2_jax.tpu.options import Value
@@ -54,6 +55,8 @@ class CompiledEngine:
     extend: CompiledProgram
     decode: CompiledProgram
     chunk_length: int
+    key_block: int
+    """Keys that a chunk attends to in one pass of a loop."""
     cache_bytes: int
     """Keys, values and their scales."""
     state_bytes: int
@@ -97,7 +100,7 @@ class AbstractEngine:
         self._sampling_of_rows = sampling_of_rows
         self._programs = engine.programs(prepared.compute)
         with self._in_use():
-            self.chunk_length = engine.chunk_length()
+            self.chunk_length, self.key_block = engine.chunk_length(), key_block(shapes.slots)
             self._sampling = self._abstract(sampling_of_rows(shapes.rows))
             empty = functools.partial(self._programs.allocate, slots=shapes.slots)
             self.state = place_shapes(mesh, jax.eval_shape(empty, prepared, self._sampling))
@@ -118,8 +121,8 @@ class AbstractEngine:
     def compile(self, decode: CompiledProgram | None = None) -> CompiledEngine:
         """All programs; `decode` if it was compiled before."""
         return CompiledEngine(
-            self.allocate(), self.extend(), decode or self.decode(), self.chunk_length, device_bytes(self.state.cache),
-            device_bytes(self.state),
+            self.allocate(), self.extend(), decode or self.decode(), self.chunk_length, self.key_block,
+            device_bytes(self.state.cache), device_bytes(self.state),
         )  # fmt: skip
 
     def _compile(self, name: str, program: str, *arguments: Any, **static: Any) -> CompiledProgram:
@@ -139,7 +142,7 @@ class AbstractEngine:
 def device_bytes(tree: Any) -> int:
     """Of one device, of arrays or their shapes."""
     leaves = jax.tree.leaves(tree)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    return sum(int(math.prod(x.sharding.shard_shape(x.shape)) * item_bytes(x.dtype)) for x in leaves)
 
 
 # -------------------------------------------------------------------------------------------------------------- report

@@ -27,7 +27,6 @@ from bc2_jax.config import RunConfig
 from bc2_jax.infer.engine import Prepared
 from bc2_jax.infer.refill import RolloutShapes
 from bc2_jax.infer.sampling import Sampling, Settings, sampling_of
-from bc2_jax.kernels.cached import BLOCK
 from bc2_jax.sharding import make_mesh
 from bc2_jax.tpu.chips import Topology
 from bc2_jax.tpu.options import Value
@@ -166,7 +165,7 @@ def make_report(compiled: CompiledRollout) -> RolloutReport:
     topology, parts = compiled.topology, compiled.parts
     devices, coordinates = topology.chip.devices, compiled.coordinates
     size = compiled.engine.chunk_length
-    blocks = math.ceil(math.ceil(parts.prompt_tokens / size) * size / BLOCK)
+    blocks = math.ceil(math.ceil(parts.prompt_tokens / size) * size / compiled.engine.key_block)
     return RolloutReport(
         shapes=parts.shapes, prompt_tokens=parts.prompt_tokens, chunk_length=size, answers=parts.answers,
         max_new_tokens=parts.settings.max_new_tokens,

@@ -34,7 +34,6 @@ from bc2_jax.infer.cache import CacheDType
 from bc2_jax.infer.generate import bucket
 from bc2_jax.infer.refill import RolloutShapes
 from bc2_jax.infer.sampling import DEFAULT_SETTINGS, RARE, Sampling, sampling_of
-from bc2_jax.kernels.cached import BLOCK
 from bc2_jax.model.quantized import Scheme
 from bc2_jax.sharding import make_mesh, parts, use_rules
 from bc2_jax.tpu.chips import Topology
@@ -192,9 +191,9 @@ class ServingReport:
     replicas: int
     """Parts of the mesh that each have slots of their own."""
     extend: ProgramReport
-    """A chunk of a prompt that attends to one block of keys."""
-    block_seconds: float
-    """What each further block of keys adds to a chunk."""
+    """A chunk of a prompt, without its attention."""
+    key_seconds: float
+    """What each key that a chunk attends to adds to it."""
     decode: ProgramReport
     """One step, all slots full, with the default settings."""
     rare_seconds: float
@@ -202,8 +201,7 @@ class ServingReport:
 
     def chunk_seconds(self, chunk: int) -> float:
         """Of the chunk with this number of a prompt, from 0; each attends to all before it."""
-        blocks = (chunk + 1) * self.chunk_length // BLOCK
-        return self.extend.estimate.seconds + (blocks - 1) * self.block_seconds
+        return self.extend.estimate.seconds + (chunk + 1) * self.chunk_length * self.key_seconds
 
     @property
     def first_token_seconds(self) -> float:
@@ -245,7 +243,7 @@ class ServingReport:
             "cache_bytes_per_chip": self.cache_bytes,
             "state_bytes_per_chip": self.state_bytes,
             "estimated_seconds_to_first_token": self.first_token_seconds,
-            "extend": self.extend.as_json() | {"estimated_seconds_of_a_block": self.block_seconds},
+            "extend": self.extend.as_json() | {"estimated_seconds_of_a_key": self.key_seconds},
             "decode": self.decode.as_json()
             | {
                 "estimated_seconds_of_rare_settings": self.rare_seconds,
@@ -272,7 +270,7 @@ def make_report(compiled: CompiledServing) -> ServingReport:
     topology, programs, coordinates = compiled.topology, compiled.engine, compiled.coordinates
     devices = topology.chip.devices
     extend, more = (
-        report_program(programs.extend, topology, coordinates, trips=trips, without=RARE) for trips in (1, 2)
+        report_program(programs.extend, topology, coordinates, trips=trips, without=RARE) for trips in (0, 1)
     )
     decode, every = (report_program(programs.decode, topology, coordinates, without=scope) for scope in (RARE, ""))
     return ServingReport(
@@ -289,7 +287,7 @@ def make_report(compiled: CompiledServing) -> ServingReport:
         hbm_bandwidth=topology.chip.hbm_bandwidth,
         replicas=compiled.config.mesh.batch_shards[1],
         extend=extend,
-        block_seconds=more.estimate.seconds - extend.estimate.seconds,
+        key_seconds=(more.estimate.seconds - extend.estimate.seconds) / programs.key_block,
         decode=decode,
         rare_seconds=every.estimate.seconds - decode.estimate.seconds,
     )

@@ -7,7 +7,7 @@ from typing import Literal
 import jax.numpy as jnp
 
 from bc2_jax.config import ComputeConfig, ModelConfig
-from bc2_jax.kernels.cached import BLOCK, KVCache
+from bc2_jax.kernels.cached import BLOCK, LANES, KVCache
 from bc2_jax.model.attention import CACHE_AXES
 from bc2_jax.sharding import platform, reshard
 
@@ -25,7 +25,9 @@ def init_cache(config: ModelConfig, compute: ComputeConfig, rows: int, slots: in
     shape = (config.num_hidden_layers, rows, config.num_attention_heads, slots, config.head_dim)
     if kv == "int8":
         k, v = (reshard(jnp.zeros(shape, jnp.int8), *CACHE_AXES) for _ in "kv")
-        k_scale, v_scale = (reshard(jnp.zeros(shape[:4], jnp.float32), *CACHE_AXES[:4]) for _ in "kv")
+        k_scale, v_scale = (
+            reshard(jnp.zeros((*shape[:3], slots // LANES, LANES), jnp.float32), *CACHE_AXES) for _ in "kv"
+        )
         return KVCache(k, v, k_scale, v_scale)
     dtype = "float32" if platform() == "cpu" else compute.dtype
     k, v = (reshard(jnp.zeros(shape, dtype), *CACHE_AXES) for _ in "kv")

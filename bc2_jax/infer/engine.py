@@ -4,9 +4,9 @@
 token of those that end there; `decode` gives each row that runs some tokens more; `copy_slots` gives a row what another
 has of the same prompt. Shapes are those of batch and chunk, whatever the prompts: each program is compiled once.
 
-What is computed for a row depends on its tokens, settings, seed and place alone, to the last bit, as long as the shapes
-stay: not on the other rows, nor on which row it is, nor on what runs between its chunks. On a CPU the numbers of rows
-may change as well, from `least_rows()` on.
+What is computed for a row depends on its tokens, settings, seed and place alone, to the last bit, as long as batch and
+chunk have as many rows: not on the other rows, nor on which row it is, nor on what runs between its chunks, nor on the
+slots of the cache. With another number of rows it is the same up to rounding.
 
 All work with any mesh and without one, and move the arrays of the host explicitly.
 """
@@ -30,7 +30,7 @@ from bc2_jax.infer.decoding import STEPS, Chunk, Decoding, Emitted, LogProbs, Re
 from bc2_jax.infer.prepared import Prepared, prepare
 from bc2_jax.infer.sampling import MOST_TOP_LOG_PROBS, Sampling, chosen_log_probs, next_token, top_log_probs
 from bc2_jax.kernels.blocks import current_chip
-from bc2_jax.kernels.cached import KVCache, Place
+from bc2_jax.kernels.cached import KVCache, Place, copy_chunks
 from bc2_jax.model.attention import CACHE_AXES
 from bc2_jax.model.baichuan import Baichuan2
 from bc2_jax.sharding import (
@@ -229,9 +229,8 @@ def _is_in(B: int, rows_R: Array) -> Array:
 
 def _run_decode(prepared: Prepared, decoding: Decoding, steps: Array, cancel_B: Array) -> tuple[Decoding, Emitted]:
     model, B = prepared.merge(), len(decoding.token_B)
-    is_cancelled_B = cancel_B & (decoding.reason_B == Reason.RUNNING)
-    reason_B = jnp.where(is_cancelled_B, Reason.CANCELLED, decoding.reason_B).astype(jnp.int8)
-    decoding = decoding._replace(reason_B=reason_B)
+    reason_B = jnp.where(cancel_B & (decoding.reason_B == Reason.RUNNING), Reason.CANCELLED, decoding.reason_B)
+    decoding = decoding._replace(reason_B=reason_B.astype(jnp.int8))
     log_probs = None
     if decoding.sampling.top_log_probs is not None:
         zeros = jnp.zeros((B, STEPS, MOST_TOP_LOG_PROBS), jnp.float32)
@@ -295,8 +294,7 @@ def _choose(
 
     with jax.named_scope("sample"):
         # Each device takes the whole vocabulary of its own rows: 0.5 MB a row, once per token.
-        axis = sampling_axis(len(step_B))
-        rows = (seen_BV, counts_BV, step_B, runs_B, sampling)
+        axis, rows = sampling_axis(len(step_B)), (seen_BV, counts_BV, step_B, runs_B, sampling)
         (seen_BV, counts_BV), drawn = _by_rows(choose, reshard(logits_B1V[:, 0], axis, None), *rows, axes=axis)
         token_B, log_probs = _whole(drawn)
     return token_B, seen_BV, counts_BV, log_probs
@@ -310,21 +308,13 @@ def _reason(token_B: Array, step_B: Array, sampling: Sampling) -> Array:
 
 def _run_copy_slots(decoding: Decoding, row_from: Array, row_to: Array, chunks: Array, *, size: int) -> Decoding:
     def copy(cache: KVCache, own_B: Array, row_from: Array, row_to: Array, chunks: Array) -> KVCache:
-        rows = [jnp.clip(row - own_B[0], 0, len(own_B) - 1) for row in (row_from, row_to)]
-        is_here = rows[1] == row_to - own_B[0]
-
-        def copy_chunk(i: Array, x: Array) -> Array:
-            tail: list[Any] = [0, i * size, *[0] * (x.ndim - 4)]
-            shape = (x.shape[0], 1, x.shape[2], size, *x.shape[4:])
-            new, old = (jax.lax.dynamic_slice(x, (0, row, *tail), shape) for row in rows)
-            return jax.lax.dynamic_update_slice(x, jnp.where(is_here, new, old), (0, rows[1], *tail))
-
-        return jax.tree.map(lambda x: jax.lax.fori_loop(0, chunks, copy_chunk, x), cache)
+        here_from, here_to = (jnp.clip(row - own_B[0], 0, len(own_B) - 1) for row in (row_from, row_to))
+        return copy_chunks(cache, here_from, here_to, chunks, size, here_to == row_to - own_B[0])
 
     own_B = reshard(jnp.arange(len(decoding.token_B)), "batch")
     arguments = (decoding.cache, own_B, *_whole((row_from, row_to, chunks)))
     if named_sharding() is not None:
-        slots = jax.tree.map(lambda x: spec(*CACHE_AXES[: x.ndim]), decoding.cache)
+        slots = jax.tree.map(lambda _: spec(*CACHE_AXES), decoding.cache)
         in_specs = (slots, spec("batch"), spec(), spec(), spec())
         copy = jax.shard_map(copy, in_specs=in_specs, out_specs=slots)  # type: ignore[assignment]  # what jax declares
     is_row_B = jnp.arange(len(decoding.token_B)) == row_to

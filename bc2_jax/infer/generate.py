@@ -159,7 +159,7 @@ def _start(
     """The state after all prompts, and the first token of each."""
     rows, size = len(sampling.place), engine.chunk_length()
     longest = max(map(len, prompts))
-    slots = bucket(longest + settings.max_new_tokens)
+    slots = cache_slots(longest + settings.max_new_tokens)
     decoding = engine.allocate(prepared, sampling, slots=slots)
     placed: list[PlacedPrompt | None] = [PlacedPrompt(row, prompt) for row, prompt in enumerate(prompts)]
     placed += [None] * (rows - len(prompts))
@@ -214,6 +214,11 @@ def _finish_with(on_token: OnToken, prepared: Prepared, decoding: Decoding, coun
 def bucket(length: int) -> int:
     """`length` rounded up to the slots that a cache may have: 128 or a multiple of 256."""
     return 128 if length <= 128 else -(-length // 256) * 256
+
+
+def cache_slots(length: int) -> int:
+    """Slots for `length` tokens on the devices in use: at least a chunk of prompts."""
+    return max(bucket(length), engine.chunk_length())
 
 
 def check_prompts(

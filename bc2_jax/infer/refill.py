@@ -16,7 +16,7 @@ from bc2_jax.infer import engine
 from bc2_jax.infer.chunks import PlacedPrompt, make_chunk
 from bc2_jax.infer.decoding import STEPS, Reason
 from bc2_jax.infer.engine import Prepared
-from bc2_jax.infer.generate import Continuation, Continuations, bucket, check_prompts
+from bc2_jax.infer.generate import Continuation, Continuations, cache_slots, check_prompts
 from bc2_jax.infer.sampling import Sampling, Settings, is_whole, sampling_of
 from bc2_jax.sharding import parts, to_host, use_mesh_of
 from bc2_jax.validation import require
@@ -86,7 +86,7 @@ class RolloutShapes:
             require(is_whole(count) and count > 0 and count % cut == 0, name, count, legal)
         legal = f"it must be at most rows = {rows}"
         require(prefill_rows <= rows, "prefill_rows", prefill_rows, legal)
-        return cls(rows, prefill_rows, bucket(length))
+        return cls(rows, prefill_rows, cache_slots(length))
 
 
 def continue_many(

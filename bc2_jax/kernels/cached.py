@@ -1,7 +1,7 @@
 """Attention of new tokens to a KV cache, and their own place in it, in plain JAX.
 
 Each row of the cache holds one sequence: its token at position p in slot p. New tokens are written first and then
-attend to their row from its first slot to themselves. Keys are visited in blocks of BLOCK slots with an online softmax
+attend to their row from its first slot to themselves. Keys are visited in blocks of slots with an online softmax
 (Rabe & Staats, arXiv 2112.05682), up to the last slot in use: what is computed for a row, to the last bit, depends
 neither on the slots that the cache has nor on its other rows.
 
@@ -16,12 +16,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from bc2_jax.kernels.attention import MASKED
 from bc2_jax.sharding import platform
 
 BLOCK = 128
-"""Slots that are visited at once; the slots of a cache must be a multiple of it."""
+"""The slots of a cache are a multiple of it; so many are visited at once on a CPU (`key_block`)."""
+LANES = 128
+"""Scales of a cache that stand side by side: the lanes of a TPU's tile. It divides BLOCK."""
 
 
 class KVCache(NamedTuple):
@@ -31,7 +34,8 @@ class KVCache(NamedTuple):
     """[L, B, N, S, H], a floating dtype or int8: slots and head size last, so that a TPU's tiles hold no padding."""
     v: Array
     k_scale: Array | None
-    """fp32 [L, B, N, S]: what the int8 keys of a token and head are multiplied with; None for a floating dtype."""
+    """fp32 [L, B, N, S / LANES, LANES]: what the int8 keys of a token and head are multiplied with; None for a floating
+    dtype. With S last and the few heads of a chip before it, tiles would hold padding, and the cache be copied."""
     v_scale: Array | None
 
 
@@ -56,7 +60,8 @@ def quantize_tokens(x: Array) -> tuple[Array, Array]:
 def write_slots(cache: KVCache, layer: Array, place: Place, k_RTNH: Array, v_RTNH: Array) -> KVCache:
     """The cache with new keys and values in slots start..start + T - 1 of one layer; those behind the last are dropped.
 
-    With T > 1 all T slots must exist. In place where the caller's cache is donated.
+    With T > 1 all T slots must exist, and where T is a multiple of LANES start must be one too. In place where the
+    caller's cache is donated.
     """
     R, T = k_RTNH.shape[:2]
     scales: tuple[Array | None, Array | None] = (None, None)
@@ -67,19 +72,60 @@ def write_slots(cache: KVCache, layer: Array, place: Place, k_RTNH: Array, v_RTN
     if T == 1:
         S = cache.k.shape[3]
         slot_R = jnp.where(place.start < 0, S, place.start)
-        at = (layer, place.rows, slice(None), slot_R)
-        return jax.tree.map(lambda x, new: x.at[at].set(new[:, 0], mode="drop"), cache, KVCache(*news))
+
+        def put_token(x: Array, new: Array) -> Array:
+            at: tuple[Any, ...] = (layer, place.rows, slice(None))
+            at += (slot_R,) if x.shape[3] == S else (slot_R // LANES, slot_R % LANES)
+            return x.at[at].set(new[:, 0], mode="drop")
+
+        return jax.tree.map(put_token, cache, KVCache(*news))
 
     def put(r: Array | int, cache: KVCache) -> KVCache:
-        def put_one(x: Array, new: Array) -> Array:
-            start: list[Any] = [layer, place.rows[r], 0, jnp.maximum(place.start[r], 0), *[0] * (x.ndim - 4)]
-            block = jnp.swapaxes(new[r], 0, 1)[None, None]
-            old = jax.lax.dynamic_slice(x, start, block.shape)
-            return jax.lax.dynamic_update_slice(x, jnp.where(place.start[r] < 0, old, block), start)
+        row, start = place.rows[r], place.start[r]
 
-        return jax.tree.map(put_one, cache, KVCache(*news))
+        def put_tokens(x: Array, new: Array) -> Array:
+            at: list[Any] = [layer, row, 0, jnp.maximum(start, 0), 0]
+            new = jnp.swapaxes(new[r], 0, 1)
+            if new.ndim == 2:
+                if T % LANES:  # any part of a row of lanes, and of the next
+                    slot_T = jnp.where(start < 0, cache.k.shape[3], start + jnp.arange(T))
+                    return x.at[layer, row, :, slot_T // LANES, slot_T % LANES].set(new.T, mode="drop")
+                at[3] //= LANES
+                new = new.reshape(len(new), -1, LANES)
+            old = jax.lax.dynamic_slice(x, at, (1, 1, *new.shape))
+            return jax.lax.dynamic_update_slice(x, _as_stored(jnp.where(start < 0, old, new[None, None])), at)
+
+        return jax.tree.map(put_tokens, cache, KVCache(*news))
 
     return put(0, cache) if R == 1 else jax.lax.fori_loop(0, R, put, cache)
+
+
+def copy_chunks(cache: KVCache, row_from: Array, row_to: Array, chunks: Array, size: int, is_wanted: Array) -> KVCache:
+    """The cache with the first `chunks` * `size` slots of one row in another too, if bool `is_wanted`.
+
+    `size` is a multiple of LANES or divides it.
+    """
+
+    def copy_chunk(i: Array, x: Array) -> Array:
+        slot, count, width = i * size, size, x.shape[4]
+        lane: Any = 0
+        if x.shape[3] < cache.k.shape[3]:
+            # Scales stand in rows of LANES, of which a chunk has several or a part of one.
+            slot, count, lane, width = slot // LANES, max(size // LANES, 1), slot % LANES, min(size, LANES)
+        shape = (x.shape[0], 1, x.shape[2], count, width)
+        new, old = (jax.lax.dynamic_slice(x, (0, row, 0, slot, lane), shape) for row in (row_from, row_to))
+        return jax.lax.dynamic_update_slice(x, jnp.where(is_wanted, new, old), (0, row_to, 0, slot, lane))
+
+    return jax.tree.map(lambda x: jax.lax.fori_loop(0, chunks, copy_chunk, x), cache)
+
+
+def key_block(slots: int) -> int:
+    """How many of the slots of a cache attention in plain JAX visits at once, on the devices in use.
+
+    A TPU takes 1.2 times as long for twice as many (compiled for v5e, 5 heads, 256 queries). Where chunks of prompts
+    are as long, it does not depend on the slots.
+    """
+    return BLOCK if platform() == "cpu" or slots % (2 * BLOCK) else 2 * BLOCK
 
 
 def cached_attention(
@@ -96,16 +142,17 @@ def cached_attention(
     if platform() == "cpu":  # where bf16 matmuls are slow
         q_RNTH = q_RNTH.astype(jnp.float32)
     positions_RT = place.start[:, None] + jnp.arange(T)
-    is_whole = cache.k.shape[1] == R
+    S, is_whole = cache.k.shape[3], cache.k.shape[1] == R
+    block = key_block(S)
 
     def read(x: Array, j: Array) -> Array:
-        """Block j of each of the R rows: [R, N, BLOCK, ...]."""
-        tail = [0] * (x.ndim - 4)
-        size = (1, x.shape[1] if is_whole else 1, N, BLOCK, *x.shape[4:])
-        if is_whole:
-            return jax.lax.dynamic_slice(x, (layer, 0, 0, j * BLOCK, *tail), size)[0]
-        blocks = [jax.lax.dynamic_slice(x, (layer, place.rows[r], 0, j * BLOCK, *tail), size)[0] for r in range(R)]
-        return jnp.concatenate(blocks)
+        """Block j of each of the R rows: [R, N, block, H] or, of scales, [R, N, block]."""
+        rows_of_block = block * x.shape[3] // S
+        size = (1, x.shape[1] if is_whole else 1, N, rows_of_block, x.shape[4])
+        rows = [0] if is_whole else [place.rows[r] for r in range(R)]
+        found = [_as_stored(jax.lax.dynamic_slice(x, (layer, row, 0, j * rows_of_block, 0), size))[0] for row in rows]
+        blocks = jnp.concatenate(found) if len(found) > 1 else found[0]
+        return blocks if rows_of_block == block else blocks.reshape(R, N, block)
 
     def visit(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         out, peak, total = carry
@@ -117,7 +164,7 @@ def cached_attention(
         s_RNTS = _matmul("RNTH,RNSH->RNTS", q_RNTH, k_RNSH.astype(q_RNTH.dtype)) * H**-0.5
         if cache.k_scale is not None:
             s_RNTS *= read(cache.k_scale, j)[:, :, None]
-        distance_RTS = j * BLOCK + jnp.arange(BLOCK) - positions_RT[..., None]
+        distance_RTS = j * block + jnp.arange(block) - positions_RT[..., None]
         if slopes_RN is not None:
             s_RNTS += slopes_RN[..., None, None] * distance_RTS[:, None].astype(jnp.float32)
         mask = (distance_RTS <= 0)[:, None]
@@ -132,11 +179,18 @@ def cached_attention(
 
     # Made from q, so that under shard_map they vary over the same mesh axes as what is added to them.
     zeros = jnp.zeros_like(q_RNTH, jnp.float32)
-    count = jnp.max(place.start + T - 1) // BLOCK + 1
-    count = jnp.minimum(count, cache.k.shape[3] // BLOCK)
+    count = jnp.max(place.start + T - 1) // block + 1
+    count = jnp.minimum(count, S // block)
     out, _, total = jax.lax.fori_loop(0, count, visit, (zeros, zeros[..., 0] + MASKED, zeros[..., 0]))
     out_RNTH = out / jnp.where(total == 0, 1.0, total)[..., None]
     return jnp.swapaxes(out_RNTH, 1, 2).astype(q_RTNH.dtype), cache
+
+
+def _as_stored(x: Array) -> Array:
+    """A part of the cache in the layout of the whole: else the compiler may copy all of it to one that suits `x`."""
+    if platform() != "tpu":
+        return x
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def _matmul(equation: str, x: Array, y: Array) -> Array:

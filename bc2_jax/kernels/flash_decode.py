@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from bc2_jax.kernels.attention import MASKED
 from bc2_jax.kernels.blocks import current_chip
-from bc2_jax.kernels.cached import KVCache, quantize_tokens
+from bc2_jax.kernels.cached import LANES, KVCache, quantize_tokens
 from bc2_jax.kernels.flash_tiles import LOG2_E, matmul, output
 from bc2_jax.tpu.chips import CHIPS
 
@@ -48,8 +48,6 @@ def flash_decode(
     quantized = cache.k_scale is not None
     slopes_BN = jnp.zeros((B, N), jnp.float32) if slopes_BN is None else slopes_BN.astype(jnp.float32) * LOG2_E
     block, tile = block_length(S, N * H * dtype.itemsize), TILE_BYTES // dtype.itemsize
-    # One scale a slot: the lanes of a tile are slots.
-    tiles = [tile, tile] + [min(128, S)] * 2 * quantized
     news, scales = [k_BNH, v_BNH], []
     if quantized:
         (k_q, k_scale), (v_q, v_scale) = quantize_tokens(k_BNH), quantize_tokens(v_BNH)
@@ -63,19 +61,25 @@ def flash_decode(
         """The block of `size` slots that row b's new token goes to."""
         return jax.lax.div(jnp.clip(start[b], 0, S - 1), size)
 
-    def slots(size: int, width: int, index) -> pl.BlockSpec:
-        """A block of a cache, [N, size, H], or of its scales, [N, size]."""
-        if width:
-            return pl.BlockSpec(
-                (None, None, N, size, width), lambda b, j, *s: (s[0][0], s[2][b], 0, index(b, j, *s[1:], size), 0)
-            )
-        return pl.BlockSpec((None, None, N, size), lambda b, j, *s: (s[0][0], s[2][b], 0, index(b, j, *s[1:], size)))
+    def slots(size: int, index) -> pl.BlockSpec:
+        """A block of a cache, [N, size, H]."""
+        return pl.BlockSpec(
+            (None, None, N, size, H), lambda b, j, *s: (s[0][0], s[2][b], 0, index(b, j, *s[1:], size), 0)
+        )
+
+    def lanes(rows: int, index) -> pl.BlockSpec:
+        """The scales of a block of slots, [N, rows, LANES]."""
+        return pl.BlockSpec(
+            (None, None, N, rows, LANES), lambda b, j, *s: (s[0][0], s[2][b], 0, index(b, j, *s[1:], rows * LANES), 0)
+        )
 
     # What is on the chip stays there while the index of a block does not change.
     def read(b, j, start, source, size):
         last = last_of(source[b], start, size)
         # Before the first row that has a token: its first block. After a row: its last one.
-        return jnp.where(b < source[b], 0, jnp.where(b > source[b], last, jnp.minimum(j, last)))
+        return jnp.where(
+            b < source[b], 0, jnp.where(b > source[b], last, jnp.minimum(jax.lax.div(j * block, size), last))
+        )
 
     def written(b, j, start, source, size):
         return last_of(source[b], start, size)
@@ -83,7 +87,7 @@ def flash_decode(
     heads = pl.BlockSpec((None, N, H), lambda b, j, *_: (b, 0, 0))
     column = pl.BlockSpec((None, N, 1), lambda b, j, *_: (b, 0, 0))
     held = [x for x in cache if x is not None]
-    widths = [H, H, 0, 0][: len(held)]
+    read_rows, tile_rows = scale_rows(block // LANES, S // LANES)
     first = 3 + 1 + len(news) + len(scales) + 1  # of the arrays of the cache among all operands
     out, *changed = pl.pallas_call(
         functools.partial(_kernel, scale=H**-0.5 * LOG2_E, slots=S, quantized=quantized),
@@ -91,8 +95,12 @@ def flash_decode(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(B, S // block),
-            in_specs=[heads] * 3 + [column] * len(scales) + [column] + [slots(block, width, read) for width in widths],
-            out_specs=[heads] + [slots(size, width, written) for size, width in zip(tiles, widths, strict=True)],
+            in_specs=[heads] * 3
+            + [column] * len(scales)
+            + [column]
+            + [slots(block, read)] * 2
+            + [lanes(read_rows, read)] * len(scales),
+            out_specs=[heads] + [slots(tile, written)] * 2 + [lanes(tile_rows, written)] * len(scales),
             scratch_shapes=[pltpu.VMEM((N, width), jnp.float32) for width in (H, 1, 1)],
         ),
         out_shape=[output(q_BNH.shape, q_BNH.dtype, q_BNH), *(output(x.shape, x.dtype, x) for x in held)],
@@ -104,7 +112,7 @@ def flash_decode(
         cost_estimate=pl.CostEstimate(
             flops=4 * B * N * S * H,
             transcendentals=B * N * S,
-            bytes_accessed=2 * B * N * (S + tile) * (H * dtype.itemsize + 4 * quantized),
+            bytes_accessed=2 * B * N * ((S + tile) * H * dtype.itemsize + 4 * quantized * (S + tile_rows * LANES)),
         ),
         interpret=interpret,
     )(layer[None], start_B, source_B, q_BNH, *news, *scales, slopes_BN[..., None], *held)
@@ -117,10 +125,19 @@ def block_length(length: int, slot_bytes: int) -> int:
     return max((size for size in legal if size * slot_bytes <= BLOCK_BYTES), default=min(legal, default=length))
 
 
+def scale_rows(block: int, length: int) -> tuple[int, int]:
+    """How many rows of LANES scales are read and written at once, for blocks and a row of so many.
+
+    The hardware takes multiples of 8 or all; what is written is in what was read.
+    """
+    fitting = (size for size in range(block, length, block) if size % 8 == 0 and length % size == 0)
+    return next(fitting, length), 8 if length % 8 == 0 else length
+
+
 def _kernel(layer, start, source, *refs, scale: float, slots: int, quantized: bool) -> None:
     """`refs`: the token [N, H] three times, the scales of its int8 key and value and the slopes times log2(e) [N, 1]
-    each, the cache [N, block, H] twice and its scales [N, block] twice; the results: [N, H] and the tiles of the cache
-    that the token goes to; fp32 scratch: the result before division [N, H], largest score and total [N, 1].
+    each, the cache [N, block, H] twice and its scales [N, rows, LANES] twice; the results: [N, H] and the tiles of the
+    cache that the token goes to; fp32 scratch: the result before division [N, H], largest score and total [N, 1].
     """
     count = 2 * (1 + quantized)
     q_ref, new_k_ref, new_v_ref, *refs = refs  # type: ignore[assignment]  # a tuple, then a list
@@ -130,6 +147,12 @@ def _kernel(layer, start, source, *refs, scale: float, slots: int, quantized: bo
     k_ref, v_ref, *scales = held
     b, j = pl.program_id(0), pl.program_id(1)
     block = k_ref.shape[1]
+
+    def scales_NS(ref) -> Array:
+        """Of the slots of this block."""
+        count = block // LANES
+        first = 0 if ref.shape[1] == count else jax.lax.rem(j * count, ref.shape[1])
+        return jnp.concatenate([ref[:, first + i] for i in range(count)], axis=1)
 
     @pl.when(j == 0)
     def _() -> None:
@@ -147,7 +170,7 @@ def _kernel(layer, start, source, *refs, scale: float, slots: int, quantized: bo
         distance_1S = jax.lax.broadcasted_iota(jnp.int32, (1, block), 1) + (j * block - start[b])
         s_NS = own_rows(lambda n: matmul(q_NH, k_ref[n].astype(q_NH.dtype), (1, 1)), len(k_ref)) * scale
         if quantized:
-            s_NS *= scales[0][...]
+            s_NS *= scales_NS(scales[0])
         s_NS = jnp.where(distance_1S < 0, s_NS + slopes_ref[...] * distance_1S.astype(jnp.float32), MASKED)
         old_peak = peak_ref[...]
         peak = jnp.maximum(old_peak, s_NS.max(1, keepdims=True))
@@ -157,7 +180,7 @@ def _kernel(layer, start, source, *refs, scale: float, slots: int, quantized: bo
         total_ref[...] = total_ref[...] * shrink + p_NS.sum(1, keepdims=True)
         if quantized:
             # Slots not in use have any scale, even NaN.
-            p_NS = jnp.where(distance_1S < 0, p_NS * scales[1][...], 0.0)
+            p_NS = jnp.where(distance_1S < 0, p_NS * scales_NS(scales[1]), 0.0)
         p_NS = p_NS.astype(q_NH.dtype)
         pv_NH = own_rows(lambda n: matmul(p_NS, v_ref[n].astype(q_NH.dtype), (1, 0)), len(v_ref))
         out_sum[...] = out_sum[...] * shrink + pv_NH
@@ -170,21 +193,23 @@ def _kernel(layer, start, source, *refs, scale: float, slots: int, quantized: bo
     def _() -> None:
         # The block on the chip is the one with the token's slot. Behind the last slot, and for no token, no column of
         # the tile is its own.
-        news = [new_k_ref, new_v_ref, *new_scales]
-        for old_ref, new_ref, tile_ref in zip(held, news, tiles, strict=True):
+        last = jnp.clip(start[b], 0, slots - 1)
+        for old_ref, new_ref, tile_ref in zip(held[:2], (new_k_ref, new_v_ref), tiles, strict=False):
             tile = tile_ref.shape[1]
-            last = jnp.clip(start[b], 0, slots - 1)
             first = last - jax.lax.rem(last, tile)
             within = pl.ds(pl.multiple_of(jax.lax.rem(first, block), tile), tile)
-            if len(tile_ref.shape) == 2:
-                old_NS = old_ref[:, within]
-                is_own = jax.lax.broadcasted_iota(jnp.int32, old_NS.shape, 1) == start[b] - first
-                tile_ref[...] = jnp.where(is_own, new_ref[...], old_NS)
-                continue
             for n in range(len(old_ref)):
                 old_SH, new_1H = (x.astype(jnp.float32) for x in (old_ref[n, within], new_ref[n : n + 1]))
                 is_own = jax.lax.broadcasted_iota(jnp.int32, old_SH.shape, 0) == start[b] - first
                 tile_ref[n] = jnp.where(is_own, new_1H, old_SH).astype(tile_ref.dtype)
+        for old_ref, new_ref, tile_ref in zip(scales, new_scales, tiles[2:], strict=True):
+            tile = tile_ref.shape[1]
+            first = jax.lax.div(last, tile * LANES) * tile
+            within = pl.ds(pl.multiple_of(jax.lax.rem(first, old_ref.shape[1]), tile), tile)
+            row, lane = (jax.lax.broadcasted_iota(jnp.int32, tile_ref.shape[1:], axis) for axis in (0, 1))
+            is_own = (first + row) * LANES + lane == start[b]
+            for n in range(len(old_ref)):
+                tile_ref[n] = jnp.where(is_own, new_ref[n : n + 1], old_ref[n, within])
 
 
 def _sources(start_B: Array) -> Array:

@@ -16,7 +16,7 @@ from bc2_jax.model.position import alibi_slopes, apply_rope
 from bc2_jax.sharding import named_sharding, reshard, spec
 
 CACHE_AXES = ("layers", "batch", "attention_heads", None, "head_dim")
-"""The logical axes of keys and values; their scales have the first four."""
+"""The logical axes of keys, values and their scales."""
 
 
 class SelfAttention(nnx.Module):
@@ -106,7 +106,7 @@ class SelfAttention(nnx.Module):
         if named_sharding() is None:
             return kernel(*arguments)
         heads, row = spec("batch", None, "attention_heads", "head_dim"), spec("batch")
-        slots = jax.tree.map(lambda x: spec(*CACHE_AXES[: x.ndim]), cache)
+        slots = jax.tree.map(lambda _: spec(*CACHE_AXES), cache)
         slopes = None if slopes_RN is None else spec("batch", "attention_heads")
         in_specs = (heads, heads, heads, slots, spec(), jax.tree.map(lambda _: row, place), slopes, row)
         return jax.shard_map(kernel, in_specs=in_specs, out_specs=(heads, slots))(*arguments)

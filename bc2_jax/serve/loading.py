@@ -10,14 +10,17 @@ import time
 from pathlib import Path
 from typing import Literal
 
+import jax
+
 from bc2_jax.align.red_team import identify
-from bc2_jax.config import DType, MeshConfig
+from bc2_jax.config import DType, MeshConfig, check_divisible
 from bc2_jax.convert.pretrained import find_model, find_tokenizer, load_pretrained
 from bc2_jax.infer import engine
 from bc2_jax.infer.cache import CacheDType
 from bc2_jax.infer.prepared import find_long_context, prepare
 from bc2_jax.infer.text import find_chat_settings, find_eos_ids
 from bc2_jax.model.quantized import Scheme
+from bc2_jax.serve.followers import DeviceChannel, Leader, follow
 from bc2_jax.serve.prompts import ServedModel, chat_defaults
 from bc2_jax.serve.service import Service
 from bc2_jax.serve.stats import Observe
@@ -41,8 +44,8 @@ class ServeOptions:
     slot_length: int | None = None
     """Most tokens of a prompt and its answer; by default as many as the model may have."""
     dtype: DType = "bfloat16"
-    tensor: int | None = None
-    """Uses all devices, heads and vocabulary cut in so many parts; None uses one device."""
+    mesh: MeshConfig | None = None
+    """How all devices, of all processes, share the model; None uses one device."""
     kv: CacheDType = "compute"
     quantize: Scheme | None = None
     """Keeps weights in fewer bits; None leaves them as the folder has them."""
@@ -66,6 +69,8 @@ def describe_model(options: ServeOptions) -> ServedModel:
     found = find_model(options.model)
     config = found.config
     tokenizer = Tokenizer(find_tokenizer(options.model))
+    legal = f"the model has {config.vocab_size} ids"
+    require(tokenizer.vocab_size <= config.vocab_size, f"pieces of {tokenizer.path}", tokenizer.vocab_size, legal)
     long_context = find_long_context(config, options.long_context, options.max_length)
     longest = config.model_max_length if long_context is None else long_context.max_length
     length = longest if options.slot_length is None else options.slot_length
@@ -94,11 +99,29 @@ def make_fingerprint(options: ServeOptions, tokenizer: Tokenizer, length: int) -
 def make_service(
     options: ServeOptions, length: int, observe: Observe | None = None, limits: QueueLimits | None = None
 ) -> Service:
-    """Reads the weights and lays them out on the devices; the service is not started yet.
+    """Reads the weights and lays them out on the devices; the service is not started yet. Of several processes the
+    first has it, and the others call `follow_service`.
+
+    Raises as `make_runner`.
+    """
+    runner = make_runner(options, length)
+    return Service(runner if jax.process_count() == 1 else Leader(runner, DeviceChannel()), limits, observe=observe)
+
+
+def follow_service(options: ServeOptions, length: int) -> None:
+    """What every process but the first does, until that one stops serving. Raises as `make_runner`."""
+    follow(make_runner(options, length), DeviceChannel())
+
+
+def make_runner(options: ServeOptions, length: int) -> Runner:
+    """The weights on the devices, with room for `options.slots` requests of `length` tokens.
 
     Raises ValueError for options that do not suit the model or the devices.
     """
-    mesh = None if options.tensor is None else make_mesh(MeshConfig(tensor=options.tensor))
+    mesh = None
+    if options.mesh is not None:
+        check_divisible(find_model(options.model).config, options.mesh.resolve(jax.device_count()))
+        mesh = make_mesh(options.mesh)
     model = load_pretrained(options.model, dtype=options.dtype, mesh=mesh, adapter=options.adapter)
     prepared = prepare(model, donate=True, kv=options.kv, quantize=options.quantize)
     trained = None
@@ -112,7 +135,7 @@ def make_service(
     shapes = Shapes(
         rows=options.slots, slots=cache_slots(length), chunk=engine.chunk_length(), parts=cut, trained=trained
     )
-    return Service(Runner(prepared, shapes), limits, observe=observe)
+    return Runner(prepared, shapes)
 
 
 def cache_slots(length: int) -> int:

@@ -106,7 +106,7 @@ def fit_chat(
             name, "context_length_exceeded",
         )  # fmt: skip
     most = max_tokens or model.chat_max_tokens
-    prompt = _fit(model, messages, most)
+    prompt = _fit_rounds(model, messages, most)
     if not prompt.cut_tokens:
         return prompt, most
     needed = len(prompt.ids) + prompt.cut_tokens
@@ -114,6 +114,19 @@ def fit_chat(
         raise context_too_long(needed, max_tokens or 1, model.length, "messages")
     most = model.length - needed
     return _fit(model, messages, most), most
+
+
+def _fit_rounds(model: ServedModel, messages: Sequence[Mapping[str, str]], most: int) -> EncodedPrompt:
+    """`fit_prompt`, but where its rounds have one token too many, the role of the answer, one round less."""
+    prompt = _fit(model, messages, most)
+    if prompt.cut_tokens != 1 or most + 1 >= model.length:
+        return prompt
+    dropped = _fit(model, messages, most + 1).dropped_rounds
+    system = [message for message in messages[:1] if message["role"] == "system"]
+    rest = messages[len(system) :]
+    starts = [i for i, message in enumerate(rest) if i == 0 or message["role"] == "user"]
+    fewer = _fit(model, [*system, *rest[starts[dropped] :]], most)
+    return fewer._replace(dropped_rounds=dropped + fewer.dropped_rounds)
 
 
 def _fit(model: ServedModel, messages: Sequence[Mapping[str, str]], most: int) -> EncodedPrompt:

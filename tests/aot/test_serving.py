@@ -31,17 +31,17 @@ def program(seconds: float) -> ProgramReport:
 REPORT = ServingReport(
     topology="v5e:2x4", chips=8, mesh=MESH, shapes=ServingShapes(slot_length=2048, prompt_length=600), slots=32,
     chunk_length=256, parameter_bytes=3 * GIB, read_bytes=2 * GIB, cache_bytes=8 * GIB, state_bytes=9 * GIB,
-    hbm_bandwidth=800e9, replicas=1, extend=program(0.016), block_seconds=0.001, decode=program(0.02),
+    hbm_bandwidth=800e9, replicas=1, extend=program(0.016), key_seconds=1e-5, decode=program(0.02),
     rare_seconds=0.002,
 )  # fmt: skip
 
 
 def test_a_prompt_runs_chunk_by_chunk():
-    """Chunks of 256 attend to 2, 4 and 6 blocks of 128; the first block is in the program's own time."""
-    assert [REPORT.chunk_seconds(i) for i in range(3)] == pytest.approx([0.017, 0.019, 0.021])
-    assert REPORT.first_token_seconds == pytest.approx(0.057)
+    """Chunks of 256 attend to 256, 512 and 768 keys."""
+    assert [REPORT.chunk_seconds(i) for i in range(3)] == pytest.approx([0.01856, 0.02112, 0.02368])
+    assert REPORT.first_token_seconds == pytest.approx(0.06336)
     one = dataclasses.replace(REPORT, shapes=ServingShapes(prompt_length=256))
-    assert one.first_token_seconds == pytest.approx(0.017)
+    assert one.first_token_seconds == pytest.approx(0.01856)
 
 
 def test_roofline_of_all_and_of_one():
@@ -73,7 +73,7 @@ def test_every_time_is_called_estimated():
     assert (
         "1,600 in all (at worst 1,280), all slots full, 79% of what HBM gives" in rows["decoding: estimated tokens/s"]
     )
-    assert rows["estimated time to first token"].startswith("57.00 ms for a prompt of 600, 3 chunks of 256")
+    assert rows["estimated time to first token"].startswith("63.36 ms for a prompt of 600, 3 chunks of 256")
     given = dataclasses.replace(REPORT, shapes=ServingShapes(slots=32))
     assert dict(render(given))["slots"] == "32 of 4096 tokens, given"
 

@@ -56,7 +56,7 @@ def answers(monkeypatch) -> list[dict]:
 
     monkeypatch.setattr(text, "generate_text", answer)
     monkeypatch.setattr(pretrained, "load_pretrained", lambda *args, **options: None)
-    monkeypatch.setattr(prepared, "prepare", lambda model, donate: None)
+    monkeypatch.setattr(prepared, "prepare", lambda model, **options: None)
     return asked
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bc2_jax.kernels.cached import BLOCK, KVCache, Place, cached_attention, quantize_tokens
+from bc2_jax.kernels.cached import BLOCK, LANES, KVCache, Place, cached_attention, quantize_tokens
 from bc2_jax.model.position import alibi_slopes
 
 L, B, N, H, LAYER = 2, 4, 3, 8, 1
@@ -23,15 +23,20 @@ def make_cache(S: int, kv: str = "float32", seed: int = 0) -> KVCache:
     k, v = (rng.normal(size=(L, B, N, S, H)).astype(np.float32) for _ in "kv")
     if kv == "int8":
         (k, k_scale), (v, v_scale) = (quantize_tokens(jnp.asarray(x)) for x in (k, v))
-        return KVCache(k, v, k_scale, v_scale)
+        return KVCache(k, v, *(x.reshape(*x.shape[:3], -1, LANES) for x in (k_scale, v_scale)))
     return KVCache(jnp.asarray(k, kv), jnp.asarray(v, kv), None, None)
+
+
+def flat(scale):
+    """[L, B, N, S / LANES, LANES] -> [L, B, N, S]."""
+    return scale.reshape(*scale.shape[:3], -1)
 
 
 def as_float64(cache: KVCache) -> tuple[np.ndarray, np.ndarray]:
     """Keys and values [L, B, N, S, H], int8 ones multiplied with their scales."""
     found = [np.asarray(x, np.float64) for x in (cache.k, cache.v)]
     if cache.k_scale is not None:
-        found = [x * np.asarray(s, np.float64)[..., None] for x, s in zip(found, cache[2:], strict=True)]
+        found = [x * flat(np.asarray(s, np.float64))[..., None] for x, s in zip(found, cache[2:], strict=True)]
     return found[0], found[1]
 
 
@@ -83,7 +88,8 @@ def check(new, cache: KVCache, rows, start, alibi: bool, tolerance: float) -> No
         if first >= 0:
             for x, values in zip(expected, news, strict=False):
                 if x is not None:
-                    x[LAYER, row, :, first : first + T] = np.swapaxes(values[r], 0, 1)
+                    slots = x if x.shape[3] == cache.k.shape[3] else flat(x)  # a view
+                    slots[LAYER, row, :, first : first + T] = np.swapaxes(values[r], 0, 1)
     jax.tree.map(np.testing.assert_array_equal, after, expected)
     k, v = as_float64(after)
     for r, (row, first) in enumerate(zip(rows, start, strict=True)):
@@ -117,6 +123,11 @@ def test_a_chunk_of_some_rows(rows: list[int], start: list[int], kv: str, seed: 
 @pytest.mark.parametrize(("rows", "start"), [([2], [120]), (range(B), [0, 236, -1, 100])])
 def test_a_chunk_of_one_row_and_of_all(rows, start):
     check(random_tokens(len(rows), 20, 0), make_cache(2 * BLOCK), rows, start, False, 2e-6)
+
+
+@pytest.mark.parametrize("kv", ["float32", "int8"])
+def test_a_chunk_of_whole_rows_of_lanes(kv: str):
+    check(random_tokens(2, LANES, 0), make_cache(3 * BLOCK, kv), [3, 1], [BLOCK, 2 * BLOCK], True, 2e-6)
 
 
 @pytest.mark.parametrize("T", [1, 20])
@@ -160,7 +171,7 @@ def test_bits_depend_neither_on_the_slots_nor_on_other_rows(T: int, kv: str):
             larger = KVCache(
                 *(x if x is None or x.dtype == jnp.int8 else x.at[:, row + 1 :].set(jnp.nan) for x in larger)
             )
-        larger = jax.tree.map(lambda x, own: x.at[:, row, :, :BLOCK].set(own[:, 0]), larger, cache)
+        larger = jax.tree.map(lambda x, own: x.at[:, row, :, : own.shape[3]].set(own[:, 0]), larger, cache)
         rows = range(B) if R == B else [row, 3]
         place = row if R == B else 0
         tokens = [x.at[place].set(own[0]) for x, own in zip(others, new, strict=True)]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bc2_jax.kernels import flash_decode as module
-from bc2_jax.kernels.cached import KVCache, Place, cached_attention, quantize_tokens
+from bc2_jax.kernels.cached import LANES, KVCache, Place, cached_attention, quantize_tokens
 from bc2_jax.kernels.flash_decode import block_length, flash_decode
 from bc2_jax.model.position import alibi_slopes
 from tests.kernels.test_cached import as_float64, numpy_attention
@@ -27,7 +27,7 @@ def make_inputs(B: int, N: int, S: int, dtype, kv, seed: int = 0):
     k, v = (jnp.asarray(rng.normal(size=(2, B, N, S, H)), jnp.float32) for _ in "kv")
     if kv == "int8":
         (k, k_scale), (v, v_scale) = quantize_tokens(k), quantize_tokens(v)
-        return new, KVCache(k, v, k_scale, v_scale)
+        return new, KVCache(k, v, *(x.reshape(*x.shape[:3], -1, LANES) for x in (k_scale, v_scale)))
     return new, KVCache(k.astype(kv), v.astype(kv), None, None)
 
 
@@ -115,7 +115,8 @@ def test_blocks_behind_the_last_slot_and_idle_rows_are_not_read(start: list[int]
     def spoil(x):
         if x is None or x.dtype == jnp.int8:  # its scale is spoilt
             return x
-        return jnp.where(behind if x.ndim == 4 else behind[..., None], jnp.nan, x)
+        is_scale = x.shape[3] < cache.k.shape[3]
+        return jnp.where(behind.reshape(1, 3, 1, -1, LANES) if is_scale else behind[..., None], jnp.nan, x)
 
     spoilt = KVCache(*map(spoil, cache))
     out, after = attend(new, spoilt, start, alibi=False)
@@ -143,6 +144,13 @@ def test_a_full_row_keeps_its_slots(kv: str):
         own = [q * scale[..., None] for q, scale in map(quantize_tokens, own)]
     k, v = (np.concatenate([x[LAYER, 0], np.asarray(y[0])[:, None]], 1) for x, y in zip((k, v), own, strict=True))
     np.testing.assert_allclose(out[0], numpy_attention(new[0][0][None], k, v, 128, alibi_slopes(5))[0], atol=2e-6)
+
+
+def test_scale_rows():
+    assert module.scale_rows(8, 32) == (8, 8) and module.scale_rows(16, 16) == (16, 8)
+    # Blocks that the hardware doesn't take alone: several of them, or all.
+    assert module.scale_rows(3, 48) == (24, 8) and module.scale_rows(2, 18) == (18, 18)
+    assert module.scale_rows(1, 1) == (1, 1)
 
 
 def test_block_length():

@@ -18,7 +18,7 @@ from bc2_jax.aot.inference import abstract_prepared, copy_warnings, whole_slice_
 from bc2_jax.aot.program import Program
 from bc2_jax.config import ComputeConfig, DataConfig, ModelConfig, SourceConfig, TrainConfig
 from bc2_jax.infer import engine
-from bc2_jax.kernels.cached import KVCache
+from bc2_jax.kernels.cached import LANES, KVCache
 from bc2_jax.kernels.flash_decode import flash_decode
 from bc2_jax.sharding import make_mesh, place_shapes, use_rules
 from bc2_jax.tpu.chips import parse_topology
@@ -29,11 +29,12 @@ compilation.use_topologies()
 ROOT = Path(__file__).parents[2]
 TOPOLOGY = parse_topology("v5e:2x4")
 SHAPES = serving.ServingShapes(slots=32, slot_length=4096, kv="int8")
-# As in 13B, the feed-forward layer's part of a chip does not fill the tiles, and the cache does not fit VMEM.
+# As in 13B, neither the feed-forward layer's nor the heads' part of a chip fills the tiles, and the cache does not fit
+# VMEM.
 CONFIG = TrainConfig(
     name="small",
     model=ModelConfig(
-        hidden_size=2048, intermediate_size=8 * 560, num_hidden_layers=3, num_attention_heads=16,
+        hidden_size=3072, intermediate_size=8 * 560, num_hidden_layers=3, num_attention_heads=24,
         position_embedding="alibi", vocab_size=4096, model_max_length=4096,
     ),
     compute=ComputeConfig(attention="flash"),
@@ -52,10 +53,11 @@ def test_the_cache_is_cut_by_heads_and_written_in_place(compiled):
     model, programs = CONFIG.model, compiled.engine
     kv = 3 * 32 * 4096 * model.hidden_size // 8
     assert programs.cache_bytes == 2 * kv * (1 + 4 / 128)
-    slots = (3, 32, model.num_attention_heads // 8, 4096, 128)
+    rows = (3, 32, model.num_attention_heads // 8)
+    slots = ((*rows, 4096, 128), (*rows, 32, 128))
     for program in (programs.extend, programs.decode):
         parsed = Program(program.hlo, 1)
-        caches = [i for i, _, _ in parsed.walk() if any(shape.dims == slots for shape in i.shapes)]
+        caches = [i for i, _, _ in parsed.walk() if any(shape.dims in slots for shape in i.shapes)]
         assert caches
         assert not [i for i in caches if i.opcode.startswith("copy")]
         # A second cache, or weights in another layout, would be temporaries.
@@ -100,7 +102,7 @@ def test_report(compiled):
     assert report.single_floor_seconds < report.single_seconds < step.seconds / 2
     assert step.kernels > 0 and step.matmul < step.matmul_raw
     assert step.collectives["all-reduce"].count == 2 * 3 + 1  # and the embedding
-    assert report.rare_seconds > 0 and report.block_seconds > 0
+    assert report.rare_seconds > 0 and report.key_seconds > 0
     assert report.extend.warnings == report.decode.warnings == ()
     assert report.decode.memory.arguments == pytest.approx(report.parameter_bytes + report.state_bytes, rel=0.01)
 
@@ -150,7 +152,7 @@ def test_the_kernel_compiles(chip: str, N: int, S: int, H: int, dtype):
     slots, scales = placed(2, 2, N, S, H, dtype=dtype), None
     heads = placed(2, N, H, dtype=jnp.bfloat16 if dtype == jnp.int8 else dtype)
     if dtype == jnp.int8:
-        scales = placed(2, 2, N, S, dtype=jnp.float32)
+        scales = placed(2, 2, N, S // LANES, LANES, dtype=jnp.float32)
     cache, slopes = KVCache(slots, slots, scales, scales), placed(2, N, dtype=jnp.float32)
     compiled = jax.jit(flash_decode, donate_argnums=3).lower(heads, heads, heads, cache, placed(), placed(2), slopes)
     compiled = compiled.compile()
@@ -158,7 +160,7 @@ def test_the_kernel_compiles(chip: str, N: int, S: int, H: int, dtype):
     # The cache is written where it is.
     size = sum(math.prod(x.shape) * x.dtype.itemsize for x in cache if x is not None)
     assert compiled.memory_analysis().alias_size_in_bytes >= size
-    assert compiled.memory_analysis().temp_size_in_bytes < 2**20
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**22
 
 
 def test_the_tool(tmp_path: Path):

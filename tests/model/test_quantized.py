@@ -82,18 +82,18 @@ def test_int8_is_the_nearest_of_255_steps(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_int4_has_a_scale_for_each_group(name):
-    """Plain rounding to the largest value of a group of 128 Gaussian values loses 11.7 %."""
+    """With 7 steps for the largest of 128 Gaussian values the error would be 11.7 %."""
     value, w = quantized(name, "int4"), as_matrix(draw(name), name)
     groups = value.groups
     assert value.q.dtype == jnp.int4
     assert value.q.shape == (2, groups.parts * groups.each, *value.scale.shape[2:], groups.size)
     found = dequantized(value, name)
     assert not found[:, 0].any()
-    assert 0.085 < error(found, w) < 0.10
+    assert 0.09 < error(found, w) < 0.105
 
 
 def test_int4_uses_the_whole_range_in_either_direction():
-    """The value of a group that is furthest from zero is -8 steps away, where nothing is gained by clipping it."""
+    """The value of a group that is furthest from zero is -8 steps away."""
     w = np.zeros((1, 256, 2), np.float32)
     w[0, :, 0], w[0, :, 1] = 4.0, -2.0
     value = quantize_linear(jnp.asarray(w), "BTD,DF->BTF", "BTD,FD->BTF", "int4")

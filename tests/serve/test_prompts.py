@@ -70,6 +70,21 @@ def test_an_answer_gets_what_fits(served_model):
     assert (prompt.dropped_rounds, prompt.cut_tokens, found) == (1, 0, 99)
 
 
+def test_only_whole_rounds_are_dropped(served_model):
+    """Whatever the lengths: no message is cut, and no round dropped that had room."""
+    old = [user("7" * 30), {"role": "assistant", "content": "8"}]
+    system = {"role": "system", "content": "5"}
+    for count in range(60):
+        for first in ([], [system]):
+            messages = [*first, *old, *old, *old, user("9" * count)]
+            prompt, most = fit_chat(served_model, messages, LENGTH - 100)
+            lengths = len(first), 33, count + 2
+            kept = 3 - prompt.dropped_rounds
+            assert len(prompt.ids) == lengths[0] + kept * lengths[1] + lengths[2] <= 100
+            assert most == LENGTH - 100 and (kept == 3 or len(prompt.ids) + 33 > 100)
+            assert prompt.ids[-1] == 196 and prompt.ids[len(first)] == 195
+
+
 def test_what_is_no_conversation(served_model):
     system = {"role": "system", "content": "s"}
     for messages in ([system], [user("a"), system], [system, system, user("a")]):

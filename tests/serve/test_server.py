@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -214,8 +215,11 @@ def test_without_a_model_it_says_how_to_make_one(program, capsys):
     assert "there is no runs/demo_chat to serve" in error and "train.py" in error and "demo_chat.py" in error
 
 
-def test_arguments_that_are_not_legal(program, capsys, tmp_path):
-    model = Path(__file__).parents[1] / "golden" / "rope-tiny"
+def test_arguments_that_are_not_legal(program, capsys, tmp_path, small_tokenizer):
+    model, golden = tmp_path / "model", Path(__file__).parents[1] / "golden" / "evals"
+    model.mkdir()
+    shutil.copy(golden / "model" / "config.json", model)
+    shutil.copy(small_tokenizer.path, model / "tokenizer.model")
     keys = tmp_path / "keys"
     keys.write_text(KEY[:5])
     for arguments, message in (
@@ -224,9 +228,14 @@ def test_arguments_that_are_not_legal(program, capsys, tmp_path):
         (["--api-key-file", str(keys)], "the key in line 1 is not valid"),
         (["--slots", "0"], "--slots = 0 is not valid: it must be at least 1"),
         (["--queue", "0"], "requests = 0 is not valid"),
+        (["--tensor", "2", "--mesh.tensor", "4"], "--tensor = 2 is not valid: --mesh.tensor is 4"),
+        (["--slot-length", "257"], "--slot-length = 257 is not valid: it must be in 2..256"),
     ):
         assert program.main([str(model), *arguments]) == 1
         assert message in capsys.readouterr().err
+    (model / "config.json").write_text((model / "config.json").read_text().replace("2304", "400"))
+    assert program.main([str(model)]) == 1
+    assert "= 490 is not valid: the model has 400 ids" in capsys.readouterr().err
     assert program.main([str(tmp_path / "none")]) == 1
     assert "does not exist" in capsys.readouterr().err
 
