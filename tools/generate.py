@@ -32,6 +32,8 @@ from bc2_jax.terminal import read_argument, run_program
 KEY_VARIABLE = "BC2_API_KEY"
 LOCAL = ("checkpoint", "adapter", "dtype", "tensor", "quantize", "kv", "long_context", "max_length")
 """Arguments of a model that is run here."""
+SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+"""Options that are settings of generation."""
 ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
 
 
@@ -126,8 +128,7 @@ def read_system(args: argparse.Namespace) -> str:
 
 def read_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The settings that were given."""
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
-    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    given = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
     return given | ({"temperature": 0.0, "repetition_penalty": 1.0} if args.greedy else {})
 
 
@@ -166,7 +167,7 @@ def check_place(args: argparse.Namespace) -> None:
 
 def talk_with_server(args: argparse.Namespace, system: str, stop: list[str]) -> None:
     """--chat --url."""
-    from bc2_jax.align.dialogue import Dialogue, check_settings
+    from bc2_jax.align.dialogue import Dialogue
     from bc2_jax.align.server_chat import ChatServer
     from bc2_jax.align.terminal_chat import remark, talk
     from bc2_jax.serve.security import check_key, read_keys
@@ -176,14 +177,11 @@ def talk_with_server(args: argparse.Namespace, system: str, stop: list[str]) -> 
         key = read_keys(args.api_key_file)[0][1]
     elif key is not None:
         check_key(f"the key in {KEY_VARIABLE}", key)
-    settings = read_settings(args)
-    if settings:
-        check_settings(settings)
     server = ChatServer(args.url, key, remark)
     server.find_model()
     if sys.stdin.isatty():
         remark(f"talking with {server.model or 'a model'} at {args.url}")
-    talk(Dialogue(server.answer, system, stop=stop, **settings))
+    talk(Dialogue(server.answer, system, stop=stop, **read_settings(args)))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -239,8 +237,8 @@ def find_settings(args: argparse.Namespace, config: Any, tokenizer: Any) -> dict
     from bc2_jax.infer.sampling import Settings, is_whole
     from bc2_jax.infer.text import find_chat_settings, find_eos_ids
 
-    settings = {**vars(Settings()), "max_new_tokens": 256, "eos_token_id": find_eos_ids(args.checkpoint)}
-    del settings["vocab_size"]
+    settings = {name: getattr(Settings(), name) for name in SETTINGS}
+    settings |= {"max_new_tokens": 256, "eos_token_id": find_eos_ids(args.checkpoint)}
     if args.chat:
         settings["eos_token_id"] = answer_ends(settings["eos_token_id"], config, tokenizer)
         found = find_chat_settings(args.checkpoint)

@@ -45,7 +45,7 @@ def answer(
     config = model.config
     settings.setdefault("max_new_tokens", default_max_new_tokens(config))
     settings["eos_token_id"] = answer_ends(settings.get("eos_token_id"), config, tokenizer)
-    limit = Settings(**{k: v for k, v in settings.items() if k != "stop"}).check(config).max_new_tokens
+    limit = _without_stop(settings).check(config).max_new_tokens
     longest = model.max_length if isinstance(model, Prepared) else config.model_max_length
     prompt = fit_prompt(tokenizer, messages, limit, longest)
     give = None if on_text is None else lambda place, text: on_text(text)
@@ -77,4 +77,12 @@ class Conversation(Dialogue):
         def answers(messages: Sequence[Message], on_text: OnText, settings: Mapping[str, Any]) -> Answer:
             return answer(prepared, tokenizer, messages, on_text=on_text, **settings)
 
-        super().__init__(answers, system, **{"seed": Settings.seed, **settings})
+        def check(settings: Mapping[str, Any]) -> Settings:
+            return _without_stop(settings).check(prepared.config)
+
+        super().__init__(answers, system, check=check, **{"seed": Settings.seed, **settings})
+
+
+def _without_stop(settings: Mapping[str, Any]) -> Settings:
+    """The settings of `generate` among those of `generate_text`."""
+    return Settings(**{name: value for name, value in settings.items() if name != "stop"})

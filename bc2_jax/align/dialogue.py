@@ -33,11 +33,15 @@ Answers = Callable[[Sequence[Message], OnText, Mapping[str, Any]], Answer]
 class Dialogue:
     """Messages, and what answers them. `settings` are for every answer; all others are those of `answers`.
 
-    The history that has no room is left out of the prompt, not of `messages`.
+    The history that has no room is left out of the prompt, not of `messages`. `check` raises ValueError for settings
+    that are not legal as soon as one is changed; without it what answers has to.
     """
 
-    def __init__(self, answers: Answers, system: str = "", **settings: Any) -> None:
-        self._answers = answers
+    def __init__(
+        self, answers: Answers, system: str = "", *, check: Callable[[Mapping[str, Any]], object] | None = None,
+        **settings: Any,
+    ) -> None:  # fmt: skip
+        self._answers, self._check = answers, check
         self.settings = settings
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
         self._tries = 0
@@ -52,6 +56,12 @@ class Dialogue:
     def system(self, text: str) -> None:
         rest = self.messages[1:] if self.system else self.messages
         self.messages = [*([{"role": "system", "content": text}] if text else []), *rest]
+
+    def change(self, settings: Mapping[str, Any]) -> None:
+        """Other settings from the next answer on. Raises ValueError as `check`, and leaves them as they were then."""
+        if self._check is not None:
+            self._check(settings)
+        self.settings = dict(settings)
 
     def clear(self) -> None:
         """Forgets all but the system text."""
@@ -103,20 +113,10 @@ NUMBERS: Mapping[str, type[int] | type[float]] = {
 
 
 def read_setting(name: str, text: str) -> int | float:
-    """The value of one of NUMBERS; raises ValueError for what is not legal."""
+    """The value of one of NUMBERS; raises ValueError for what is not such a number."""
     kind = NUMBERS[name]
     try:
-        value = kind(text)
+        return kind(text)
     except ValueError as error:
         legal = "a whole number" if kind is int else "a number"
         raise ValueError(f"{name} = {text!r} is not valid: it must be {legal}.") from error
-    check_settings({name: value})
-    return value
-
-
-def check_settings(settings: Mapping[str, Any]) -> None:
-    """Raises ValueError for a value that no model can be asked with."""
-    from bc2_jax.config import BAICHUAN2_7B  # these two take seconds to import, which asking a server does not need
-    from bc2_jax.infer.settings import Settings
-
-    Settings(**settings).check(BAICHUAN2_7B)

@@ -172,7 +172,7 @@ class _Chat:
         remark(f"{len(self._dialogue.messages)} messages are in {path}")
 
     def _set(self, words: list[str]) -> None:
-        settings = self._dialogue.settings
+        settings = dict(self._dialogue.settings)
         if len(words) > 2:
             raise ValueError("/settings takes a name and a value.")
         if words:
@@ -184,6 +184,7 @@ class _Chat:
                 settings[name] = self._first_settings[name]
             else:
                 settings.pop(name, None)
+            self._dialogue.change(settings)
         shown = ", ".join(f"{name} {settings[name]}" for name in NUMBERS if name in settings)
         remark(f"{shown}; others are the model's" if shown else "all settings are the model's")
 

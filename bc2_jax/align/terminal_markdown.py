@@ -46,15 +46,20 @@ def settled(text: str) -> int:
     return sum(len(line) + 1 for line in whole.split("\n")[: blocks[-1].map[0]])
 
 
-class _Newest:
-    """The newest lines of something, as many as the terminal has room for."""
+class _Lines:
+    """The lines of something without blank ones at both ends, which rich has around some blocks; `newest` are as many
+    of the last ones as the terminal has room for."""
 
-    def __init__(self, shown: Markdown | Text):
-        self._shown = shown
+    def __init__(self, shown: Markdown | Text, newest: bool = False):
+        self._shown, self._newest = shown, newest
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        lines = console.render_lines(self._shown, options.update(height=None), pad=False)
-        for line in lines[-max(console.height - 2, 1) :]:
+        # A line that fills its row would be broken by the ^C that the terminal writes behind it.
+        narrower = options.update(width=max(options.max_width - len("^C"), 1), height=None)
+        lines = console.render_lines(self._shown, narrower, pad=False)
+        written = [i for i, line in enumerate(lines) if any(segment.text.strip() for segment in line)]
+        lines = lines[written[0] : written[-1] + 1] if written else []
+        for line in lines[-max(console.height - 2, 1) :] if self._newest else lines:
             yield from line
             yield Segment.line()
 
@@ -64,7 +69,8 @@ class MarkdownScreen:
 
     def __init__(self, console: Console):
         self._console = console
-        self._text = ""
+        self._settled = self._text = ""
+        """What is to be printed, and what can still change."""
         self._is_begun = False
         self._live: Live | None = None
 
@@ -80,26 +86,31 @@ class MarkdownScreen:
         """More of the answer."""
         self._text += replace_controls(text)
         if "\n" in text and (count := settled(self._text)):
-            done, self._text = self._text[:count], self._text[count:]
-            self._print(done)
+            self._settled, self._text = self._text[:count], self._text[count:]
+            if self._live is not None:
+                self._live.refresh()  # printing draws again what it showed last
+            self._print_settled()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._live is not None
         self._live.stop()
-        self._print(self._text)
-        self._text = ""
+        # Ctrl-C may have come before the last of it was printed.
+        self._settled, self._text = self._settled + self._text, ""
+        self._print_settled()
 
-    def _newest(self) -> _Newest:
-        return _Newest(make_markdown(self._text) if self._text.strip() else Text("\N{HORIZONTAL ELLIPSIS}", "dim"))
+    def _newest(self) -> _Lines:
+        waiting = Text("\N{HORIZONTAL ELLIPSIS}", "dim")
+        return _Lines(make_markdown(self._text) if self._text.strip() else waiting, newest=True)
 
-    def _print(self, text: str) -> None:
-        if text.strip():
+    def _print_settled(self) -> None:
+        if self._settled.strip():
             if self._is_begun:
                 self._console.print()
+            self._console.print(_Lines(make_markdown(self._settled)))
             self._is_begun = True
-            self._console.print(make_markdown(text))
+        self._settled = ""
 
 
 def make_screen_console() -> Console:

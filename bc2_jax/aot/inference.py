@@ -41,7 +41,7 @@ from bc2_jax.infer.refill import RolloutShapes
 from bc2_jax.infer.sampling import Sampling
 from bc2_jax.kernels.cached import key_block
 from bc2_jax.model.baichuan import abstract_params, split_model
-from bc2_jax.model.quantized import Scheme
+from bc2_jax.model.quantized import Scheme, item_bytes
 from bc2_jax.sharding import place_shapes, use_rules
 from bc2_jax.tpu.chips import Topology
 from bc2_jax.tpu.options import Value
@@ -142,7 +142,7 @@ class AbstractEngine:
 def device_bytes(tree: Any) -> int:
     """Of one device, of arrays or their shapes."""
     leaves = jax.tree.leaves(tree)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    return sum(int(math.prod(x.sharding.shard_shape(x.shape)) * item_bytes(x.dtype)) for x in leaves)
 
 
 # -------------------------------------------------------------------------------------------------------------- report

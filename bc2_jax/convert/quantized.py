@@ -11,7 +11,7 @@ import functools
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,13 @@ from bc2_jax.validation import check_path
 INT4 = jnp.dtype("int4")
 
 
+class Stored(NamedTuple):
+    """Of an array on disk."""
+
+    shape: Shape
+    dtype: np.dtype
+
+
 def save(
     model: Baichuan2, target: str | Path, *, tokenizer: Path | None = None, generation: Mapping[str, Any] | None = None,
     chat_template: str | None = None, overwrite: bool = False,
@@ -57,7 +64,8 @@ def save(
     _check_groups(model, scheme)
     arrays = _flatten(nnx.to_pure_dict(nnx.state(model)))
     stored = {name: stored_as(array.shape, array.dtype) for name, array in arrays.items()}
-    shapes, dtypes = ({name: entry[i] for name, entry in stored.items()} for i in (0, 1))
+    shapes = {name: entry.shape for name, entry in stored.items()}
+    dtypes = {name: entry.dtype for name, entry in stored.items()}
     metadata: dict[str, Any] = {
         "config": {"model": dataclasses.asdict(model.config)}, "quantized": {"scheme": scheme},
         "generation": None if generation is None else dict(generation),
@@ -105,9 +113,9 @@ def load(
 def read_scheme(checkpoint: Path, metadata: Mapping[str, Any]) -> Scheme:
     """How a checkpoint is quantized; DamagedCheckpoint if it says nothing that this version knows."""
     record = quantized_scheme(metadata)
-    scheme = record.get("scheme") if isinstance(record, dict) else None
+    scheme: Any = record.get("scheme") if isinstance(record, dict) else None
     if scheme not in get_args(Scheme):
-        legal = " or ".join(get_args(Scheme))
+        legal = " and ".join(get_args(Scheme))
         raise DamagedCheckpoint(
             f"{checkpoint}: quantized = {record!r} in its metadata is not known; legal are {legal}."
         )
@@ -136,11 +144,11 @@ def unpack(packed: np.ndarray, size: int) -> np.ndarray:
     return halves.reshape(*packed.shape[:-1], -1)[..., :size].astype(INT4)
 
 
-def stored_as(shape: Shape, dtype: Any) -> tuple[Shape, np.dtype]:
-    """Shape and dtype on disk of an array."""
+def stored_as(shape: Shape, dtype: Any) -> Stored:
+    """What an array is on disk."""
     if dtype == INT4:
-        return (*shape[:-1], -(-shape[-1] // 2)), np.dtype(np.uint8)
-    return tuple(shape), np.dtype(dtype)
+        return Stored((*shape[:-1], -(-shape[-1] // 2)), np.dtype(np.uint8))
+    return Stored(tuple(shape), np.dtype(dtype))
 
 
 def _read(array: Any, x: jax.ShapeDtypeStruct, index: tuple[slice, ...] | None) -> np.ndarray:

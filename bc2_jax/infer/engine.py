@@ -4,9 +4,9 @@
 token of those that end there; `decode` gives each row that runs some tokens more; `copy_slots` gives a row what another
 has of the same prompt. Shapes are those of batch and chunk, whatever the prompts: each program is compiled once.
 
-What is computed for a row depends on its tokens, settings, seed and place alone, to the last bit, as long as the shapes
-stay: not on the other rows, nor on which row it is, nor on what runs between its chunks. On a CPU the numbers of rows
-may change as well, from `least_rows()` on.
+What is computed for a row depends on its tokens, settings, seed and place alone, to the last bit, as long as batch and
+chunk have as many rows: not on the other rows, nor on which row it is, nor on what runs between its chunks, nor on the
+slots of the cache. With another number of rows it is the same up to rounding.
 
 All work with any mesh and without one, and move the arrays of the host explicitly.
 """
@@ -308,8 +308,8 @@ def _reason(token_B: Array, step_B: Array, sampling: Sampling) -> Array:
 
 def _run_copy_slots(decoding: Decoding, row_from: Array, row_to: Array, chunks: Array, *, size: int) -> Decoding:
     def copy(cache: KVCache, own_B: Array, row_from: Array, row_to: Array, chunks: Array) -> KVCache:
-        rows = [jnp.clip(row - own_B[0], 0, len(own_B) - 1) for row in (row_from, row_to)]
-        return copy_chunks(cache, *rows, chunks, size, rows[1] == row_to - own_B[0])
+        here_from, here_to = (jnp.clip(row - own_B[0], 0, len(own_B) - 1) for row in (row_from, row_to))
+        return copy_chunks(cache, here_from, here_to, chunks, size, here_to == row_to - own_B[0])
 
     own_B = reshard(jnp.arange(len(decoding.token_B)), "batch")
     arguments = (decoding.cache, own_B, *_whole((row_from, row_to, chunks)))

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from bc2_jax.kernels.attention import MASKED
 from bc2_jax.sharding import platform
@@ -92,7 +93,7 @@ def write_slots(cache: KVCache, layer: Array, place: Place, k_RTNH: Array, v_RTN
                 at[3] //= LANES
                 new = new.reshape(len(new), -1, LANES)
             old = jax.lax.dynamic_slice(x, at, (1, 1, *new.shape))
-            return jax.lax.dynamic_update_slice(x, jnp.where(start < 0, old, new[None, None]), at)
+            return jax.lax.dynamic_update_slice(x, _as_stored(jnp.where(start < 0, old, new[None, None])), at)
 
         return jax.tree.map(put_tokens, cache, KVCache(*news))
 
@@ -106,7 +107,8 @@ def copy_chunks(cache: KVCache, row_from: Array, row_to: Array, chunks: Array, s
     """
 
     def copy_chunk(i: Array, x: Array) -> Array:
-        slot, count, lane, width = i * size, size, 0, x.shape[4]
+        slot, count, width = i * size, size, x.shape[4]
+        lane: Any = 0
         if x.shape[3] < cache.k.shape[3]:
             # Scales stand in rows of LANES, of which a chunk has several or a part of one.
             slot, count, lane, width = slot // LANES, max(size // LANES, 1), slot % LANES, min(size, LANES)
@@ -148,7 +150,7 @@ def cached_attention(
         rows_of_block = block * x.shape[3] // S
         size = (1, x.shape[1] if is_whole else 1, N, rows_of_block, x.shape[4])
         rows = [0] if is_whole else [place.rows[r] for r in range(R)]
-        found = [jax.lax.dynamic_slice(x, (layer, row, 0, j * rows_of_block, 0), size)[0] for row in rows]
+        found = [_as_stored(jax.lax.dynamic_slice(x, (layer, row, 0, j * rows_of_block, 0), size))[0] for row in rows]
         blocks = jnp.concatenate(found) if len(found) > 1 else found[0]
         return blocks if rows_of_block == block else blocks.reshape(R, N, block)
 
@@ -182,6 +184,13 @@ def cached_attention(
     out, _, total = jax.lax.fori_loop(0, count, visit, (zeros, zeros[..., 0] + MASKED, zeros[..., 0]))
     out_RNTH = out / jnp.where(total == 0, 1.0, total)[..., None]
     return jnp.swapaxes(out_RNTH, 1, 2).astype(q_RTNH.dtype), cache
+
+
+def _as_stored(x: Array) -> Array:
+    """A part of the cache in the layout of the whole: else the compiler may copy all of it to one that suits `x`."""
+    if platform() != "tpu":
+        return x
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def _matmul(equation: str, x: Array, y: Array) -> Array:

@@ -35,10 +35,14 @@ FEW_TOKENS = 64
 of the sums grows with the tokens, that of the weights does not."""
 
 
+def item_bytes(dtype: jnp.dtype) -> float:
+    """Of an element of an array as a TPU and our files hold it: two int4 values are one byte."""
+    return 0.5 if dtype == jnp.int4 else dtype.itemsize
+
+
 def bytes_of(tree: Any) -> int:
-    """Of arrays or their shapes, two int4 values a byte, as a TPU and our files hold them."""
-    bits = {jnp.dtype(jnp.int4): 4}
-    return sum(x.size * bits.get(x.dtype, 8 * x.dtype.itemsize) // 8 for x in jax.tree.leaves(tree))
+    """Of all elements of arrays or their shapes."""
+    return sum(int(x.size * item_bytes(x.dtype)) for x in jax.tree.leaves(tree))
 
 
 class Groups(NamedTuple):

@@ -20,6 +20,7 @@ from bc2_jax.infer.generate import generate
 from bc2_jax.infer.prepared import Prepared
 from bc2_jax.infer.text import ContinuedText, find_chat_settings
 from bc2_jax.model.baichuan import Baichuan2
+from bc2_jax.model.layout import scheme_of
 from tests.programs import load_program
 
 tool = load_program("generate")
@@ -109,7 +110,10 @@ def test_an_interrupted_answer_is_kept(model, small_tokenizer):
     found = talk.ask("the cat", interrupt)
     assert (found.text, found.reason) == ("".join(said), "interrupted")
     assert talk.messages[1:] == [{"role": "assistant", "content": found.text}]
-    before = list(talk.messages)
+    before, settings = list(talk.messages), talk.settings
+    with pytest.raises(ValueError, match="top_p = 2.0 is not valid"):
+        talk.change({**settings, "top_p": 2.0, "stop": ["end"]})
+    assert talk.settings == settings
     with pytest.raises(ValueError, match="a lone surrogate in the user message"):
         talk.ask("\ud800")
     assert talk.messages == before
@@ -142,6 +146,25 @@ def test_a_conversation_from_a_pipe(asked, folder, small_tokenizer, capsys, monk
     assert asked[0][1] == {"temperature": 0.7, "top_k": 3, "max_new_tokens": 32, **shared}
 
 
+def test_a_long_context_has_room_for_more_history(asked, folder, small_tokenizer, capsys, monkeypatch):
+    """Of a model in int8 with a cache in int8."""
+    fake, models = conversation.continue_text, []
+
+    def answer(model, *arguments, **options):
+        models.append(model)
+        return fake(model, *arguments, **options)
+
+    monkeypatch.setattr(conversation, "continue_text", answer)
+    options = ["--long-context", "ntk", "--max-length", "200", "--quantize", "int8", "--kv", "int8"]
+    assert run(monkeypatch, "the cat sat on the log\n" * 4, folder, "--chat", *options) == 0
+    said = [{"role": "user", "content": "the cat sat on the log"}]
+    for answer in "123":
+        said += [{"role": "assistant", "content": answer}, said[0]]
+    ids = encode_prompt(small_tokenizer, said, 32, 200)
+    assert asked[-1][0] == ids and len(ids) > 64 - 32 and "no room" not in capsys.readouterr().err
+    assert (models[0].max_length, models[0].kv, scheme_of(models[0].merge())) == (200, "int8", "int8")
+
+
 def test_the_terminal_asks_and_says_what_was_cut(asked, folder, capsys, monkeypatch):
     lines = iter(["the cat sat on the log", KeyboardInterrupt, *["the dog sat on the mat"] * 3, EOFError])
 
@@ -168,6 +191,9 @@ def test_the_terminal_asks_and_says_what_was_cut(asked, folder, capsys, monkeypa
         (["--chat", "--system", "a", "--system-file", "b"], "--system and --system-file are two system texts"),
         (["--system", "a", "--prompt", "hi"], "--system and --system-file belong to --chat"),
         (["--chat", "--top-p", "2"], "top_p = 2.0"),
+        (["--chat", "--max-length", "128"], "--long-context and --max-length go together: give both or neither."),
+        (["--chat", "--long-context", "ntk", "--max-length", "64"], "greater than model_max_length = 64"),
+        (["--chat", "--long-context", "yarn", "--max-length", "128"], "it must be \"ntk\": the model has ALiBi"),
         (["--chat", "--system-file", "/nowhere/system"], "No such file"),
     ],
 )  # fmt: skip

@@ -44,7 +44,7 @@ def test_the_actor_is_laid_out_as_the_engine_has_it(mesh_of, config):
     for mine, its in zip(jax.tree.leaves(parts.prepared.params), jax.tree.leaves(real), strict=True):
         assert (mine.shape, mine.dtype) == (its.shape, its.dtype)
         assert mine.sharding.is_equivalent_to(its.sharding, its.ndim)
-    assert dataclasses.astuple(parts.shapes) == (16, 4, 128, 128)
+    assert dataclasses.astuple(parts.shapes) == (16, 4, 128)
     assert (parts.answers, parts.settings.max_new_tokens, parts.settings.temperature) == (16, 50, 1)
 
 

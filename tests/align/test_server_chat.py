@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -17,6 +20,7 @@ from bc2_jax.align.server_chat import ChatServer, ServerError
 from bc2_jax.align.server_sent_events import MOST_BYTES, EventReader
 from tests.align.fake_chat_server import FakeChatServer, event, serving
 
+ROOT = Path(__file__).parents[2]
 QUESTION = [{"role": "user", "content": "the cat"}]
 
 
@@ -192,3 +196,11 @@ def test_stopping_closes_the_connection_and_keeps_what_was_said(server):
     assert (found.text, found.reason) == ("word word word ", "interrupted")
     assert gone.wait(10), "the server still sends"
     assert talk.messages[-1] == {"role": "assistant", "content": found.text}
+
+
+def test_asking_a_server_loads_no_jax():
+    modules = ("dialogue", "server_chat", "terminal_chat")
+    program = (
+        "; ".join(f"import bc2_jax.align.{name}" for name in modules) + "; import sys; assert 'jax' not in sys.modules"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0

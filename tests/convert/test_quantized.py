@@ -14,7 +14,7 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bc2_jax.config import ComputeConfig, ModelConfig
+from bc2_jax.config import ComputeConfig, DataConfig, ModelConfig, SourceConfig, TrainConfig
 from bc2_jax.convert import conversion, quantized
 from bc2_jax.convert.pretrained import find_model, load_params, load_pretrained
 from bc2_jax.infer.prepared import prepare
@@ -22,6 +22,7 @@ from bc2_jax.infer.text import find_chat_settings, find_eos_ids
 from bc2_jax.manifest import DamagedCheckpoint
 from bc2_jax.model.baichuan import Baichuan2
 from bc2_jax.model.layout import lay_out, scheme_of
+from bc2_jax.train.checks import check_initial_model
 
 CONFIG = ModelConfig(
     hidden_size=256, intermediate_size=272, num_hidden_layers=2, num_attention_heads=4, position_embedding="rope",
@@ -108,6 +109,10 @@ def test_it_is_not_trained_converted_or_adapted(folders, tmp_path):
         load_pretrained(folder, adapter=tmp_path)
     with pytest.raises(ValueError, match="is a quantized model"):
         conversion.to_hf(folder, tmp_path / "out")
+    data = DataConfig(sources=(SourceConfig(path="rows"),), tokenizer="tokenizer.model", sequence_length=64)
+    run = TrainConfig(name="from it", model=CONFIG, data=data, num_steps=1, init_from=str(folder))
+    with pytest.raises(ValueError, match="is a quantized model"):
+        check_initial_model(run)
     with pytest.raises(ValueError, match="The model is not quantized"):
         quantized.save(Baichuan2(CONFIG, rngs=nnx.Rngs(0)), tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -139,7 +144,7 @@ def test_damage_is_found(folders, tmp_path, change):
         metadata = json.loads(file.read_text())
         metadata["custom_metadata"]["quantized"] = {"scheme": "int3"}
         file.write_text(json.dumps(metadata))
-        message = r"quantized = \{'scheme': 'int3'\} in its metadata is not known; it may be int8 or int4"
+        message = r"quantized = \{'scheme': 'int3'\} in its metadata is not known; legal are int8 and int4"
     with pytest.raises(DamagedCheckpoint, match=message):
         load_pretrained(folder)
 

@@ -100,7 +100,7 @@ def test_settings_are_a_rows_own():
     settings = [
         Settings(max_new_tokens=12, temperature=0.0, repetition_penalty=1.5, eos_token_id=()),
         Settings(
-            max_new_tokens=12, temperature=0.0, repetition_penalty=1.0, presence_penalty=0.5, frequency_penalty=1.0,
+            max_new_tokens=16, temperature=0.0, repetition_penalty=1.0, presence_penalty=-2.0, frequency_penalty=0.5,
             eos_token_id=(),
         ),
         Settings(max_new_tokens=8, temperature=0.0, repetition_penalty=1.1, min_tokens=3, eos_token_id=eos),
@@ -111,7 +111,7 @@ def test_settings_are_a_rows_own():
     batch.fill({row: Prompt(SHORT[row], settings[row]) for row in (2, 3)})
     batch.decode()
     batch.decode()
-    plain = Settings(max_new_tokens=12, eos_token_id=(), **GREEDY)
+    plain = Settings(max_new_tokens=16, eos_token_id=(), **GREEDY)
     for row, prompt in enumerate(SHORT):
         expected = numpy_greedy(prepared, prompt, settings[row])
         assert batch.tokens(row) == expected

@@ -88,8 +88,6 @@ def test_continuations_are_those_of_all_at_one_time(small, mesh_of, shape, whole
     expected += continue_prompts(small, others, again, log_probs=True)
     for one, alone in zip(found + other, expected, strict=True):
         assert (one.tokens, one.reason) == (alone.tokens, alone.reason)
-        if shape is None:
-            assert one.log_probs == alone.log_probs, "bit for bit"
         np.testing.assert_allclose(one.log_probs, alone.log_probs, atol=1e-5)
     two_chunks = sum(len(prompt) > engine.chunk_length() for prompt in prompts)
     assert two_chunks > 0
