@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import math
 import os
 import sysconfig
@@ -24,7 +23,6 @@ from bc2_jax.sharding import Mesh, make_mesh, use_cpu_devices
 from bc2_jax.tokenizer import Tokenizer, train_tokenizer
 from tests.compiler import QUICK_COMPILE
 from tests.convert.models import from_torch, read_params
-from tests.sharing import share_steps
 
 use_cpu_devices(8)  # before any test can start the backend
 
@@ -40,8 +38,6 @@ jax.config.update(
     "jax_persistent_cache_min_compile_time_secs", float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
 )
 
-share_steps()
-
 _LONG = ("faults", "train", "align", "infer", "model", "kernels")
 
 
@@ -49,13 +45,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The folders with the longest files first: a file is never cut, so that none of those should be the last."""
     order = {folder: number for number, folder in enumerate(_LONG)}
     items.sort(key=lambda item: order.get(item.path.parent.name, len(order)))
-
-
-def pytest_collection_finish() -> None:
-    """What was imported and collected stays: to look through it for garbage takes two fifths of the time of tracing."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 10, 20)
 
 
 settings.register_profile("bc2_jax", deadline=None, derandomize=True, database=None, max_examples=25)

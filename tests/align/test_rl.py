@@ -7,6 +7,8 @@ import json
 import os
 import runpy
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -25,7 +27,7 @@ from bc2_jax.train.loop import RunResult
 from bc2_jax.train.metrics import read_metrics
 from bc2_jax.train.workdir import LOCK_NAME
 from tests.align.rl_models import write_models
-from tests.faults import harness, preloaded
+from tests.faults import harness
 
 replay = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "replay.py"))["main"]
 LORA = LoraConfig(rank=2, targets=("q_proj", "down_proj"))
@@ -223,8 +225,8 @@ rl.train(from_record(RLConfig, record))
     )
     changed = dataclasses.replace(config, workdir=str(tmp_path / "run"), resume="auto", verify_resume_steps=0)
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(changed)))
-    killed = preloaded.Program([str(program)], dict(os.environ), tmp_path / "killed.log")
-    assert killed.wait() == -signal.SIGKILL, (tmp_path / "killed.log").read_text()
+    killed = subprocess.run([sys.executable, str(program)], env=os.environ, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [p.name for p in (tmp_path / "run" / "checkpoints").glob("[0-9]")] == ["1"]
     assert run(changed, tmp_path / "run").fingerprint == ppo.fingerprint
 

@@ -33,8 +33,7 @@ def small_run(modules, tokenizer, tmp_path_factory) -> TrainConfig:
             sources=(SourceConfig(path=str(folder / "rows")),), tokenizer=str(tokenizer.path), sequence_length=32,
             global_batch_size=8, accumulation_steps=2,
         ),
-        # What is compiled in half the time of the default; the default on every mesh: test_job.py.
-        compute=ComputeConfig(attention="reference", remat="none", attention_block=16, loss_chunk=32),
+        compute=ComputeConfig(attention_block=16, loss_chunk=32),
         mesh=MeshConfig(data=2, fsdp=2, tensor=2),
         optimizer=OptimizerConfig(peak_learning_rate=1e-2, warmup_steps=2, decay_steps=20),
         checkpoint=CheckpointConfig(save_every=4, keep_last=9),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 
@@ -17,9 +16,9 @@ POISON = 10**6
 """A position that no row has; the loss of its batch is not finite, and is larger by what is added to it."""
 
 
-@functools.cache  # so that runs with other factors share their step: tests/sharing.py
-def _spoil(make_loss: Callable) -> Callable:
-    """`pretrain.make_loss`, of a loss that is spoilt where a batch has such positions."""
+def poison(factors: dict[int, float], set_attribute: Callable[[object, str, object], None] = setattr) -> None:
+    """Makes the loss of batches, by the loader's numbers, so many times as large."""
+    make_loss = pretrain.make_loss
 
     def make_poisoned_loss(*args):
         loss_fn = make_loss(*args)
@@ -33,12 +32,6 @@ def _spoil(make_loss: Callable) -> Callable:
 
         return poisoned_loss
 
-    return make_poisoned_loss
-
-
-def poison(factors: dict[int, float], set_attribute: Callable[[object, str, object], None] = setattr) -> None:
-    """Makes the loss of batches, by the loader's numbers, so many times as large."""
-
     def poison_rows(index, rows):
         if index not in factors:
             return rows
@@ -48,5 +41,5 @@ def poison(factors: dict[int, float], set_attribute: Callable[[object, str, obje
     def make(*args, **kwargs):
         return make_train_loader(*args, **kwargs).map_with_index(poison_rows)
 
-    set_attribute(pretrain, "make_loss", _spoil(pretrain.make_loss))
+    set_attribute(pretrain, "make_loss", make_poisoned_loss)
     set_attribute(row_batches, "make_train_loader", make)

@@ -277,13 +277,10 @@ def test_the_resume_that_is_verified_at_the_end_keeps_its_checkpoint(config, fin
 
 @pytest.mark.parametrize("mesh", [MeshConfig(fsdp=4, tensor=2), MeshConfig(fsdp=2, fsdp_inner=2, context=2)], ids=str)
 def test_resumes_on_another_mesh(config, half, finished, tmp_path, mesh, capsys):
-    """Also one that cuts sequences, on which it writes its samples too; attention in blocks, with recomputation."""
+    """Also one that cuts sequences, on which it writes its samples too."""
     workdir = shutil.copytree(half, tmp_path / "run")
-    compute = dataclasses.replace(config.compute, attention="chunked", remat="full")
     sample = SampleConfig(prompts=("def ",), max_new_tokens=4)
-    other = dataclasses.replace(
-        config, workdir=str(workdir), resume="auto", mesh=mesh, sample=sample, compute=compute
-    )  # fmt: skip
+    other = dataclasses.replace(config, workdir=str(workdir), resume="auto", mesh=mesh, sample=sample)
     result = pretrain.train(other)
     assert "--- 'def ' goes on:" in capsys.readouterr().out
     metrics, whole = (read_metrics(r.workdir / "metrics.jsonl") for r in (result, finished))
