@@ -6,8 +6,6 @@ import dataclasses
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -36,6 +34,7 @@ from tests.convert.models import (
     read_params,
     tensor_bytes,
 )
+from tests.faults import preloaded
 
 ALIBI = dataclasses.replace(TINY, position_embedding="alibi", num_attention_heads=2, num_hidden_layers=3)
 
@@ -236,11 +235,14 @@ def test_a_killed_conversion_can_be_run_again(tmp_path, command):
     source, target = random_folder(tmp_path / "a", ALIBI), tmp_path / "b"
     whole = convert(source, tmp_path / "whole")
     reads = len(list(open_source(source).parts()))
+    program = tmp_path.with_name(f"{tmp_path.name}.py")
+    program.write_text(KILLED)
     # A new target at first; from then on an old one is being replaced.
     for point in (0, reads // 2, reads - 1, reads, reads + 1, reads + 2):
-        args = [sys.executable, "-c", KILLED, str(point), command, str(source), str(target)]
-        done = subprocess.run(args, capture_output=True, text=True)
-        assert done.returncode == -signal.SIGKILL or done.stdout == "finished\n", done.stderr
+        log = tmp_path.with_name(f"{tmp_path.name}.{point}.log")
+        args = [str(program), str(point), command, str(source), str(target)]
+        done = preloaded.Program(args, dict(os.environ), log)
+        assert done.wait() == -signal.SIGKILL or log.read_text().endswith("finished\n"), log.read_text()
         if target.exists():  # what has the final name is always whole
             assert array_bytes(target) == array_bytes(tmp_path / "whole")
         if point == reads - 1:

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -21,8 +22,6 @@ def state_after(step: int) -> dict:
 
 
 def shapes() -> dict:
-    import jax
-
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return {name: jax.ShapeDtypeStruct(SHAPE, jnp.float32, sharding=sharding) for name in state_after(0)}
 
@@ -49,4 +48,5 @@ def main(folder: Path, last: int) -> None:
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
     main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -12,7 +12,7 @@ from tests.faults import harness
 
 @pytest.fixture(scope="session")
 def tiny(modules, tokenizer, tmp_path_factory) -> Path:
-    """The config file of a run of 30 steps."""
+    """The config file of a run of harness.STEPS steps."""
     folder = tmp_path_factory.mktemp("tiny")
     documents = [part for module in modules for part in module.split("\n\n") if part]
     pack_documents(documents, tokenizer, folder / "rows", 32, validation_fraction=0.02)

@@ -28,6 +28,9 @@ SAVE_PHASES = ("save", "write", "seal", "rename")
 PHASES = (*START_PHASES, "read", "step", *SAVE_PHASES, "end")
 """What a process does, in the order of a run: read and step alternate; a save goes on beside them, until `saved`."""
 
+# Faults meet any model alike. This one is soonest traced and compiled, by each of many processes: its layer is neither
+# a loop nor computed again. What several processes cost is the steps: each has some 50 collectives.
+STEPS = 20
 CONFIG = '''"""A run of seconds."""
 
 from bc2_jax.config import *
@@ -43,10 +46,12 @@ def config() -> TrainConfig:
         data=DataConfig(
             sources=(SourceConfig(path={rows!r}),), tokenizer={tokenizer!r}, sequence_length=32, global_batch_size=12,
         ),
-        compute=ComputeConfig(attention_block=16, loss_chunk=32, dtype="float32"),
+        compute=ComputeConfig(
+            attention="reference", remat="none", scan_layers=False, loss_chunk=32, dtype="float32",
+        ),
         optimizer=OptimizerConfig(peak_learning_rate=1e-2, warmup_steps=2, decay_steps=40),
         checkpoint=CheckpointConfig(save_every=1000, keep_last=9),
-        num_steps=30, eval_every=1000, eval_batches=1, log_every=1,
+        num_steps={steps}, eval_every=1000, eval_batches=1, log_every=1,
     )
 '''
 
@@ -54,7 +59,7 @@ def config() -> TrainConfig:
 def write_config(folder: Path, rows: Path, tokenizer: Path) -> Path:
     """The config file of a tiny run on these packed rows."""
     path = folder / "tiny.py"
-    path.write_text(CONFIG.format(rows=str(rows), tokenizer=str(tokenizer)))
+    path.write_text(CONFIG.format(rows=str(rows), tokenizer=str(tokenizer), steps=STEPS))
     return path
 
 

@@ -9,8 +9,7 @@ import random
 import resource
 import runpy
 import shutil
-import socket
-import subprocess
+import signal
 import sys
 import threading
 import time
@@ -31,6 +30,8 @@ from bc2_jax.convert import pretrained
 from bc2_jax.manifest import DamagedCheckpoint
 from bc2_jax.metadata import Metadata
 from bc2_jax.train.distributed import EXIT_ERROR, EXIT_LOST
+from tests.faults import preloaded
+from tests.faults.harness import free_port, wait_until
 
 WRITER = Path(__file__).with_name("checkpoint_writer.py")
 writer = runpy.run_path(str(WRITER))
@@ -142,20 +143,18 @@ def test_a_flipped_bit_of_an_array_is_named(intact, tmp_path):
 
 def test_a_run_killed_while_saving_goes_on_from_a_whole_checkpoint(tmp_path):
     """SIGKILL at random moments of a save; then the state is compared with its formula, bit for bit."""
-    rng, command = random.Random(0), [sys.executable, str(WRITER), str(tmp_path / "c"), "40"]
-    environment = os.environ | {"PYTHONPATH": str(Path(checkpoint.__file__).parents[1]), "JAX_PLATFORMS": "cpu"}
-    before = 0
+    rng, before = random.Random(0), 0
     for kills in range(4):
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        start = int(process.stdout.readline().split()[1])
-        # A checkpoint that was complete when the run was killed is not lost.
-        assert start >= before
-        for _ in range(rng.randrange(1, 4)):
-            process.stdout.readline()
+        log = tmp_path / f"{kills}.log"
+        process = preloaded.Program([str(WRITER), str(tmp_path / "c"), "40"], dict(os.environ), log)
+        saves = rng.randrange(1, 4)
+        wait_until(lambda: _count(log, "saving") >= saves or process.poll() is not None, "saves", every=0.002)  # noqa: B023
         time.sleep(rng.uniform(0, 0.1))
         process.kill()
-        process.communicate()
+        assert process.wait() == -signal.SIGKILL, log.read_text()
+        (start,) = (int(line.split()[1]) for line in log.read_text().splitlines() if line.startswith("start "))
+        # A checkpoint that was complete when the run was killed is not lost.
+        assert start >= before
         checkpointer = Checkpointer(tmp_path / "c", writer["CONFIG"])
         before = checkpointer.latest_good() or 0
         numbered = [int(p.name) for p in (tmp_path / "c").glob("*") if p.name.isdigit()]
@@ -168,7 +167,8 @@ def test_a_run_killed_while_saving_goes_on_from_a_whole_checkpoint(tmp_path):
                 np.testing.assert_array_equal(np.asarray(moments[name]), value * 2)
         checkpointer.close()
     last = before + 3
-    assert f"done {last}" in subprocess.check_output([*command[:-1], str(last)], env=environment, text=True)
+    process = preloaded.Program([str(WRITER), str(tmp_path / "c"), str(last)], dict(os.environ), tmp_path / "last.log")
+    assert process.wait() == 0 and f"done {last}" in (tmp_path / "last.log").read_text()
     shapes = writer["shapes"]()
     params, _ = Checkpointer(tmp_path / "c", writer["CONFIG"]).restore(last, shapes, shapes)
     for name, value in writer["state_after"](last).items():
@@ -177,28 +177,27 @@ def test_a_run_killed_while_saving_goes_on_from_a_whole_checkpoint(tmp_path):
 
 def test_two_processes_save_verify_and_go_back_together(tmp_path):
     """Each reads half of the files; what one of them finds stops both, in the same sentence."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {"PYTHONPATH": str(Path(checkpoint.__file__).parents[1]), "JAX_PLATFORMS": "cpu"}
-    script = WRITER.with_name("two_processes.py")
+    script, port, logs = WRITER.with_name("two_processes.py"), free_port(), [tmp_path / f"{i}.log" for i in range(2)]
     processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(tmp_path / "c"), str(index), str(port)], env=environment,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for index in range(2)
-    ]  # fmt: skip
+        preloaded.Program([str(script), str(tmp_path / "c"), str(index), str(port)], dict(os.environ), log)
+        for index, log in enumerate(logs)
+    ]
     try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        wait_until(lambda: all(process.poll() is not None for process in processes), "the end")
     finally:
         for process in processes:
             process.kill()
+    outputs = [log.read_text() for log in logs]
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output
         assert "found 3 2 ['2', '3', '3.aside']" in output
     sentences = [[line for line in output.splitlines() if line.startswith(str(tmp_path))] for output in outputs]
     assert sentences[0] == sentences[1] and len(sentences[0]) == 1 and "is damaged: its SHA-256 is" in sentences[0][0]
+
+
+def _count(log: Path, word: str) -> int:
+    """Lines of `log` that begin with `word`; 0 before there is one."""
+    return sum(line.startswith(word) for line in log.read_text().splitlines()) if log.exists() else 0
 
 
 @contextlib.contextmanager

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ import pytest
 from bc2_jax.convert.conversion import to_hf, to_orbax
 from tests.convert.models import TINY, array_bytes, random_folder
 from tests.faults.harness import wait_until
+from tests.faults.preloaded import Program
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert.py"
 
@@ -39,12 +38,14 @@ runpy.run_path(tool, run_name="__main__")
 class Conversion:
     """A running tools/convert.py."""
 
-    process: subprocess.Popen
+    process: Program
+    log: Path
+    """What it writes."""
     signs: Path | None = None
 
     def wait_until_reached(self) -> None:
         wait_until(lambda: (self.signs / "reached").exists() or self.process.poll() is not None, "the third read")
-        assert self.process.poll() is None, self.process.communicate()
+        assert self.process.poll() is None, self.log.read_text()
 
     def go_on(self) -> tuple[int, str]:
         if self.signs is not None:
@@ -52,19 +53,22 @@ class Conversion:
         return self.end()
 
     def end(self) -> tuple[int, str]:
-        """Exit code, and what it wrote to stderr."""
-        text = self.process.communicate(timeout=120)[1]
-        return self.process.returncode, text
+        """Exit code, and what it wrote."""
+        wait_until(lambda: self.process.poll() is not None, "the end")
+        return self.process.returncode, self.log.read_text()
 
 
-def start(*args: object, hold: Path | None = None) -> Conversion:
-    words = [str(TOOL), *map(str, args)]
+def start(folder: Path, *args: object, hold: str | None = None) -> Conversion:
+    """With its log in `folder`; held, if a name of its signs is given."""
+    words, signs = [str(TOOL), *map(str, args)], None
+    log = folder / f"{len(list(folder.glob('*.log')))}.log"
+    log.touch()
     if hold is not None:
-        hold.mkdir()
-        words = ["-c", HELD, str(hold), *words]
-    environment = {**os.environ, "PYTHONPATH": str(TOOL.parents[1])}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return Conversion(subprocess.Popen([sys.executable, *words], text=True, env=environment, **pipes), hold)
+        signs, program = folder / hold, folder / "held.py"
+        signs.mkdir()
+        program.write_text(HELD)
+        words = [str(program), str(signs), *words]
+    return Conversion(Program(words, dict(os.environ), log), log, signs)
 
 
 def names(folder: Path) -> list[str]:
@@ -81,10 +85,10 @@ def test_a_requeued_conversion(source, tmp_path, command):
     """One is under way: the second is refused and touches nothing. One is killed: the next cleans up and is whole."""
     target, convert = tmp_path / "out" / "b", to_orbax if command == "to-orbax" else to_hf
     convert(source, tmp_path / "expected")
-    first = start(command, source, target, hold=tmp_path / "first")
+    first = start(tmp_path, command, source, target, hold="first")
     first.wait_until_reached()
     staged = names(target.parent)
-    code, text = start(command, source, target, "--overwrite").end()
+    code, text = start(tmp_path, command, source, target, "--overwrite").end()
     assert code == 1 and len(text.strip().splitlines()) == 1, text
     assert f"The target {target} is in use by process {first.process.pid}" in text
     assert names(target.parent) == staged
@@ -92,20 +96,20 @@ def test_a_requeued_conversion(source, tmp_path, command):
     assert names(target.parent) == ["b"]
     assert array_bytes(target) == array_bytes(tmp_path / "expected")
 
-    killed = start(command, source, target, "--overwrite", hold=tmp_path / "killed")
+    killed = start(tmp_path, command, source, target, "--overwrite", hold="killed")
     killed.wait_until_reached()
     killed.process.send_signal(signal.SIGKILL)
     assert killed.end()[0] == -signal.SIGKILL
     assert array_bytes(target) == array_bytes(tmp_path / "expected")
     assert len(names(target.parent)) > 1
-    assert start(command, source, target, "--overwrite").end()[0] == 0
+    assert start(tmp_path, command, source, target, "--overwrite").end()[0] == 0
     assert names(target.parent) == ["b"]
     assert array_bytes(target) == array_bytes(tmp_path / "expected")
 
 
 def test_all_hosts_start_at_once(source, tmp_path):
     target = tmp_path / "out" / "b"
-    conversions = [start("to-orbax", source, target) for _ in range(3)]
+    conversions = [start(tmp_path, "to-orbax", source, target) for _ in range(3)]
     ends = [conversion.end() for conversion in conversions]
     assert [code for code, _ in ends].count(0) == 1, ends
     for code, text in ends:
@@ -117,10 +121,10 @@ def test_all_hosts_start_at_once(source, tmp_path):
 
 def test_a_target_that_appears_meanwhile_is_kept(source, tmp_path):
     target = tmp_path / "out" / "b"
-    first = start("to-hf", source, target, hold=tmp_path / "first")
+    first = start(tmp_path, "to-hf", source, target, hold="first")
     first.wait_until_reached()
     target.mkdir()
     (target / "notes.txt").write_text("mine")
     code, text = first.go_on()
-    assert code == 1 and text.strip().splitlines()[-1] == f"error: {target} exists; pass --overwrite to replace it."
+    assert code == 1 and f"error: {target} exists; pass --overwrite to replace it." in text.splitlines()
     assert names(target.parent) == ["b"] and names(target) == ["notes.txt"]

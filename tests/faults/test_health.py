@@ -13,7 +13,7 @@ from tests.faults import harness
 FACTORS = {3: math.nan, 12: 100.0, 13: 100.0, 24: math.nan, 25: math.nan}
 FLAGS = [
     "--health.max-skipped-updates=1", "--health.spike-deviations=50", "--health.spike-steps=2",
-    "--health.spike-window=4", "--checkpoint.save-every=5",
+    "--health.spike-window=4", "--checkpoint.save-every=5", "--num-steps=30",
 ]  # fmt: skip
 
 

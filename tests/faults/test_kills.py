@@ -24,8 +24,8 @@ def test_one_run_killed_in_every_phase(tiny, alone, tmp_path):
         assert job.has_begun(0, name, int(step or 0)), job.text()
     job = harness.launch(tiny, tmp_path / "run", "--checkpoint.save-every=4", devices=2)
     assert job.wait() == [0], job.text()
-    assert "Resumed at step 30" in job.log(0)
-    assert differences(tiny, 30, job, alone) == []
+    assert f"Resumed at step {harness.STEPS}" in job.log(0)
+    assert differences(tiny, harness.STEPS, job, alone) == []
 
 
 def test_one_of_two_killed_while_it_reads_and_while_it_restores(tiny, whole, tmp_path):
@@ -42,4 +42,4 @@ def test_one_of_two_killed_while_it_reads_and_while_it_restores(tiny, whole, tmp
     job = harness.launch(tiny, tmp_path / "run", *args, processes=2, devices=2)
     assert job.wait() == [0, 0], job.text()
     assert "Resumed at step 8" in job.log(0)
-    assert differences(tiny, 30, job, whole) == []
+    assert differences(tiny, harness.STEPS, job, whole) == []

@@ -22,7 +22,7 @@ def test_goes_on_with_other_numbers_of_processes(tiny, whole, stopped, tmp_path)
     assert three.wait() == [0] * 3, three.text()
     assert f"Resumed at step {start + 2}" in three.log(0)
     rows, expected = harness.rows_read(workdir), harness.rows_read(whole.workdir)
-    assert list(rows) == list(range(1, 31)) and {len(hashes) for hashes in rows.values()} == {12}
+    assert list(rows) == list(range(1, harness.STEPS + 1)) and {len(hashes) for hashes in rows.values()} == {12}
     assert rows == expected
     assert harness.losses(workdir) == pytest.approx(harness.losses(whole.workdir), rel=1e-4)
 

@@ -58,14 +58,14 @@ def test_an_evaluation_that_fails_costs_nothing_else(tiny, whole, tokenizer, tmp
     for row in read_rows(rows, "validation")[:30:5]:
         flip(rows / load_manifest(rows).validation.files[0].name, row.tobytes())
     config = harness.write_config(tmp_path, rows, tokenizer.path)
-    args = ("--eval-every=10", "--eval-batches=0")
+    args = ("--eval-every=7", "--eval-batches=0")
     job = harness.launch(config, tmp_path / "run", *args, processes=2, devices=2)
     assert job.wait() == [0, 0], job.text()
     assert harness.fingerprint(job) == harness.fingerprint(whole)
     assert re.search("evaluations failed (.*can't be read.*); the run goes on. Failures of this kind: 4.", job.log(0))
     assert "Failures that did not end the run (see the log): evaluations 4." in job.log(0)
     metrics = read_metrics(job.workdir / "metrics.jsonl")
-    assert metrics[-1]["step"] == 30 and metrics[-2]["failed_evaluations"] == 3
+    assert metrics[-1]["step"] == harness.STEPS and metrics[-2]["failed_evaluations"] == 3
     assert not any("validation_loss" in line for line in metrics)
 
 
@@ -81,7 +81,7 @@ def test_metrics_that_find_no_room_do_not_end_the_run(tiny, alone, tmp_path):
     assert (
         "metrics failed ([Errno 28] No space left on device); the run goes on. Failures of this kind: 16." in job.log(0)
     )
-    assert "tensorboard failed" in job.log(0) and harness.checkpoints(workdir) == [30]
+    assert "tensorboard failed" in job.log(0) and harness.checkpoints(workdir) == [harness.STEPS]
 
 
 def test_ctrl_c_saves_its_step(tiny, alone, tmp_path):

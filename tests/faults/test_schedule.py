@@ -16,7 +16,7 @@ faults = st.builds(
     kind=st.sampled_from(["kill", "kill", "terminate"]),
     victim=st.just(0),
     phase=st.sampled_from(harness.PHASES),
-    step=st.integers(1, 25),
+    step=st.integers(1, harness.STEPS - 5),
     delay=st.floats(0, 0.1),
 )
 damages = st.lists(st.builds(Damage, kind=st.sampled_from(DAMAGES), where=st.integers(0, 1 << 30)), max_size=2)
@@ -37,14 +37,14 @@ def test_any_schedule_ends_like_the_run_without_faults(tiny, alone, tmp_path_fac
     assert record.problems == [] and record.unprovoked == 0, record.last.text()
     assert all(event.is_survived for event in record.events)
     assert all(event.is_detected for event in record.events if event.kind in DAMAGES)
-    assert differences(tiny, 30, record.last, alone) == []
+    assert differences(tiny, harness.STEPS, record.last, alone) == []
 
 
 def test_differences_are_seen(tiny, alone, whole, tmp_path):
     """Other numbers of devices change bits and nothing else; a row that is lost, repeated or moved is counted."""
-    bits = differences(tiny, 30, whole, alone)
+    bits = differences(tiny, harness.STEPS, whole, alone)
     assert "fingerprints of the parameters differ" in bits and any("opt_state" in difference for difference in bits)
-    assert differences(tiny, 30, whole, alone, rtol=1e-4) == []
+    assert differences(tiny, harness.STEPS, whole, alone, rtol=1e-4) == []
     shutil.copytree(alone.workdir.parent, tmp_path / "copy")
     (file,) = (tmp_path / "copy").glob("*.rows")
     lines = [json.loads(line) for line in file.read_text().splitlines()]
@@ -60,6 +60,6 @@ def test_differences_are_seen(tiny, alone, whole, tmp_path):
         elif change == "again":
             changed[3][1].append(changed[2][1][0])
         else:
-            changed[3][0] = 31
+            changed[3][0] = harness.STEPS + 1
         file.write_text("".join(json.dumps(line) + "\n" for line in changed))
-        assert differences(tiny, 30, copy, alone) == expected
+        assert differences(tiny, harness.STEPS, copy, alone) == expected

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 
 FOLDER, PROCESS, PORT = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"127.0.0.1:{PORT}", 2, PROCESS)

@@ -269,8 +269,9 @@ def test_initial_values_do_not_depend_on_the_mesh(mesh_of):
 
 
 @pytest.mark.parametrize("graph_mode", ["false"])
-def test_without_nnx_graph_mode(golden, graph_mode: str):
+def test_without_nnx_graph_mode(graph_mode: str):
     """Flax's announced default, in a process of its own, because it is read at import."""
+    root = Path(__file__).parents[2]
     program = f"""
 import jax, numpy as np
 from flax import nnx
@@ -278,15 +279,16 @@ from bc2_jax.config import ComputeConfig
 from bc2_jax.convert.pretrained import load_params
 from bc2_jax.model.baichuan import split_model
 from bc2_jax.train.pretrain import make_loss
-z, compute = np.load({str(golden.folder / "golden.npz")!r}), ComputeConfig(dtype="float32")
-params, config = load_params({str(golden.folder)!r})
-logits = jax.jit(lambda p, ids: nnx.merge(split_model(config, compute)[0], p)(ids))(params, z["input_ids"])
-np.testing.assert_allclose(logits, z["train_logits"], atol=2e-5)
-batch = dict(input_ids=z["input_ids"], labels=z["input_ids"], positions=None, segment_ids=None)
-jax.jit(jax.grad(make_loss(config, compute), has_aux=True))(params, {{}}, batch)
+for folder in ("rope-tiny", "alibi-tiny"):
+    folder = {str(root / "tests" / "golden")!r} + "/" + folder
+    z, compute = np.load(folder + "/golden.npz"), ComputeConfig(dtype="float32")
+    params, config = load_params(folder)
+    logits = jax.jit(lambda p, ids: nnx.merge(split_model(config, compute)[0], p)(ids))(params, z["input_ids"])
+    np.testing.assert_allclose(logits, z["train_logits"], atol=2e-5)
+    batch = dict(input_ids=z["input_ids"], labels=z["input_ids"], positions=None, segment_ids=None)
+    jax.jit(jax.grad(make_loss(config, compute), has_aux=True))(params, {{}}, batch)
 print("fine")
 """
     environment = os.environ | {"NNX_GRAPH_MODE": graph_mode, "JAX_PLATFORMS": "cpu"}
-    root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", program], env=environment, cwd=root, capture_output=True, text=True)
     assert done.stdout == "fine\n", done.stderr[-3000:]

@@ -26,7 +26,7 @@ TINY = ModelConfig(
     hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, position_embedding="alibi",
     vocab_size=32, model_max_length=64,
 )  # fmt: skip
-COMPUTE = ComputeConfig(dtype="float32", attention_block=8)
+COMPUTE = ComputeConfig(dtype="float32", attention="reference", remat="none")
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -160,7 +160,7 @@ def test_initial_values_do_not_depend_on_the_mesh_nor_on_other_targets(tiny, mes
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["all", "wpack, dora"])
 def test_other_ways_to_run_give_the_same(tiny, config: LoraConfig):
-    """Unrolled layers and recomputed values with dropout; laid out for decoding without it."""
+    """Unrolled layers, attention in blocks and recomputed values with dropout; laid out for decoding without it."""
     params, ids = tiny
     adapter, key = random_adapter(config).params, jax.random.key(1)
     (_, expected), gradient = differentiate(config)(adapter, params, ids, key)

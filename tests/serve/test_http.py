@@ -58,7 +58,7 @@ def test_bodies_that_are_none(server):
         error_of(post(path, content=b" " * (1 << 20) + b"{}", headers=kind), 413, "body_too_large")
         error_of(post(path, content=iter([b" " * 600_000] * 2), headers=kind), 413, "body_too_large")
         error_of(server.client.get(path), 405, "method_not_allowed")
-    for path in ("/nothing", "/v1/embeddings", "/page/../api.py", "/page/%2e%2e%2fapi.py", "/page/none.js", "//"):
+    for path in ("/nothing", "/v1/embeddings", "/page/../api.py", "/page/%2e%2e%2fapi.py", "/page/none.js", "/page/"):
         error_of(server.client.get(path), 404, "not_found")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -98,7 +99,8 @@ def test_a_turn_is_sent_with_its_stretches():
 
 def test_options_are_checked_before_weights_are_read(golden, tokenizer, tmp_path):
     """In a folder that has none."""
-    (tmp_path / "config.json").write_bytes((golden.folder / "config.json").read_bytes())
+    config = json.loads((golden.folder / "config.json").read_bytes()) | {"vocab_size": tokenizer.vocab_size}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
     plain = ServeOptions(tmp_path)
 

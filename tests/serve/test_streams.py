@@ -134,7 +134,13 @@ def test_a_failure_after_the_headers(serve):
 
 def test_an_engine_that_dies_without_a_word(serve):
     with serve("abcdef", {"token_s": 100}) as server:
-        threading.Timer(0.3, lambda: setattr(server.service, "state", "dead")).start()
+
+        def die() -> None:
+            while not server.service.running:
+                time.sleep(0.01)
+            server.service.state = "dead"
+
+        threading.Thread(target=die).start()
         events = events_of(server)
         assert json.loads(events[-1][6:])["error"]["code"] == "engine_failed"
         assert server.service.wait_idle(2)
