@@ -22,13 +22,9 @@ from bc2_jax.serve.turns import Runner, Shapes
 from bc2_jax.sharding import from_host, to_host, use_mesh_of
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
-# Mesh (data, fsdp, tensor), compute dtype, keys and values. With a single head on each device the attention of a single
-# chunk is one matmul, which has other bits on a CPU than one of several.
-KINDS = {
-    "one device": (None, "float32", "compute"),
-    "tensor": ((1, 1, 2), "bfloat16", "compute"),
-    "data and tensor": ((2, 1, 2), "float32", "int8"),
-}
+# (data, fsdp, tensor). With a single head on each device the attention of a single chunk is one matmul, which has other
+# bits on a CPU than one of several.
+MESHES = {"one device": None, "data and tensor": (2, 1, 2)}
 
 
 def ids(length: int, salt: int = 0) -> tuple[int, ...]:
@@ -68,9 +64,11 @@ class Served:
             self.scheduler.turn()
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=MESHES)
 def served(request, golden, mesh_of) -> Iterator[Served]:
-    shape, dtype, kv = KINDS[request.param]
+    """RoPE in fp32, on a mesh with an int8 cache; ALiBi in bfloat16."""
+    shape, is_rope = MESHES[request.param], golden.config.position_embedding == "rope"
+    dtype, kv = "float32" if is_rope else "bfloat16", "int8" if is_rope and shape else "compute"
     config = dataclasses.replace(golden.config, model_max_length=512)
     graphdef = split_model(config, ComputeConfig(dtype=dtype, scan_layers=True))[0]
     shardings, parts = None, 1
