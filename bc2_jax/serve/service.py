@@ -56,6 +56,8 @@ class Service:
         self._changed = threading.Condition()
         self._waiting = Waiting(self.limits)
         self._cancelled: list[Handle] = []
+        self._between: list[Handle] = []
+        """Requests that this turn has taken from the queue."""
         self._state: State = "loading"
         self._is_stopping = False
         self._heartbeat = time.monotonic()
@@ -196,6 +198,8 @@ class Service:
         for handle in list(self._waiting):
             self._waiting.remove(handle)
             self._end_waiting(handle, event)
+        for handle in self._between:
+            handle.put(event)  # unless it has its last
 
     def _end_waiting(self, handle: Handle, event: Ended | Failed) -> None:
         self._stats.count(event)
@@ -208,14 +212,15 @@ class Service:
         with self._changed:
             if scheduler.is_idle and not self._is_to_do():
                 self._changed.wait(_IDLE_S)
+            if self._is_stopping:
+                return False
             now = self._heartbeat = time.monotonic()
             cancelled, self._cancelled = self._cancelled, []
             removed: list[tuple[Handle, Ended | Failed]]
             removed = [(handle, Ended("cancelled")) for handle in cancelled if self._waiting.remove(handle)]
             slow = Failed("No row was free in time.", 503)
             removed += [(handle, slow) for handle in self._waiting.remove_expired(now)]
-            if self._is_stopping:
-                return False
+            self._between = [handle for handle, _ in removed]
         for handle in cancelled:
             scheduler.end(handle, Ended("cancelled"))
         for handle in scheduler.served:
@@ -223,6 +228,7 @@ class Service:
                 scheduler.end(handle, Failed("The request took too long.", 504))
         with self._changed:
             admitted = [self._waiting.take() for _ in range(min(scheduler.free_rows, len(self._waiting)))]
+            self._between += admitted
             is_last = self._state == "draining" and not self._waiting and not admitted and scheduler.is_idle
         for handle, event in removed:
             self._end_waiting(handle, event)

@@ -270,3 +270,40 @@ def test_measurements(make):
     }  # fmt: skip
     assert ("prompt_tokens", 3) in seen and ("generated_tokens", 30) in seen
     assert all(value >= 0 for _, value in seen)
+
+
+def test_no_request_is_lost_between_queue_and_row(make, monkeypatch):
+    engine = FakeEngine()
+    service = make(engine)
+    engine.gate.clear()
+    running = service.submit_all([request(), request()])
+    wait_for(lambda: service.stats().running == 2)
+
+    def fail(handle) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(service._scheduler, "admit", fail)
+    waiting = service.submit_all([request() for _ in range(3)])
+    engine.gate.set()
+    for handle in running:
+        assert list(handle)[-1] in (Ended("length"), Failed("The engine has failed.", 500))
+    for handle in waiting:
+        assert list(handle) == [Failed("The engine has failed.", 500)]
+    assert isinstance(service.error, MemoryError)
+
+
+def test_stopping_in_the_turn_of_a_cancel_loses_no_event(make):
+    engine = FakeEngine()
+    service = make(engine)
+    engine.gate.clear()
+    handles = service.submit_all([request() for _ in range(4)])
+    wait_for(lambda: service.stats().running == 2)
+    stopper = threading.Thread(target=service.stop)
+    for handle in handles:
+        handle.cancel()
+    stopper.start()
+    wait_for(lambda: service._is_stopping)
+    engine.gate.set()
+    stopper.join(20)
+    for handle in handles:
+        assert list(handle)[-1] in (Ended("cancelled"), Failed("The server stops.", 503))
