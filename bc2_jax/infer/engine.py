@@ -380,14 +380,14 @@ def programs(compute: ComputeConfig) -> Programs:
     On a CPU a row would get other bits in a batch of another size where XLA hands its sums to YNNPACK, which it does
     for large ones, and where it leaves out the rounding to bfloat16 between operations that it fuses.
     """
+    chip = current_chip()
+    if chip is not None and compute.compiler_options != "default":
+        return make_programs(**compiler_options(chip, inference=True))
     if platform() == "cpu":
         return make_programs(
             xla_cpu_experimental_ynn_fusion_type="LIBRARY_FUSION_TYPE_DOT", xla_allow_excess_precision=False
         )
-    chip = current_chip()
-    if chip is None or compute.compiler_options == "default":
-        return make_programs()
-    return make_programs(**compiler_options(chip, inference=True))
+    return make_programs()
 
 
 @functools.cache
