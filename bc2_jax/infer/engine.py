@@ -4,9 +4,9 @@
 token of those that end there; `decode` gives each row that runs some tokens more; `copy_slots` gives a row what another
 has of the same prompt. Shapes are those of batch and chunk, whatever the prompts: each program is compiled once.
 
-What is computed for a row depends on its tokens, settings, seed and place alone, to the last bit, as long as batch and
-chunk have as many rows: not on the other rows, nor on which row it is, nor on what runs between its chunks, nor on the
-slots of the cache. With another number of rows it is the same up to rounding.
+What is computed for a row depends on its tokens, settings, seed and place alone, to the last bit, as long as the shapes
+stay: not on the other rows, nor on which row it is, nor on what runs between its chunks. The slots of the cache may
+change, and on a CPU the numbers of rows as well, from `least_rows()` on.
 
 All work with any mesh and without one, and move the arrays of the host explicitly.
 """

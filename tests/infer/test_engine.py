@@ -15,6 +15,7 @@ from bc2_jax.infer.cache import init_cache
 from bc2_jax.infer.engine import Prepared, Reason
 from bc2_jax.infer.settings import Settings, sampling_of
 from bc2_jax.sharding import DEFAULT_RULES
+from bc2_jax.tpu.options import compiler_options
 from tests.infer.batch import GREEDY, Batch, Prompt, prepared_golden, prepared_small
 
 LONG, LONGER = (np.random.default_rng(n).integers(3, 320, n).tolist() for n in (150, 250))
@@ -101,8 +102,8 @@ def test_settings_are_a_rows_own():
     settings = [
         Settings(max_new_tokens=12, temperature=0.0, repetition_penalty=1.5, eos_token_id=()),
         Settings(
-            max_new_tokens=16, temperature=0.0, repetition_penalty=1.0, presence_penalty=-2.0, frequency_penalty=0.5,
-            eos_token_id=(),
+            max_new_tokens=16, temperature=0.0, repetition_penalty=1.0, presence_penalty=1.0, frequency_penalty=1.5,
+            eos_token_id=(), logit_bias={7: 8.0, 8: 7.0},
         ),
         Settings(max_new_tokens=8, temperature=0.0, repetition_penalty=1.1, min_tokens=3, eos_token_id=eos),
         Settings(max_new_tokens=9, eos_token_id=(), logit_bias={7: 1.0, likely: -3.0}, **GREEDY),
@@ -117,6 +118,8 @@ def test_settings_are_a_rows_own():
         expected = numpy_greedy(prepared, prompt, settings[row])
         assert batch.tokens(row) == expected
         assert expected != numpy_greedy(prepared, prompt, plain)[: len(expected)], "the settings do something"
+        if row == 1:
+            assert expected.count(7) > 1 and expected.count(8) > 1 and len(set(expected)) > 2, "each of the penalties"
 
 
 def numpy_greedy(prepared: Prepared, prompt: list[int], settings: Settings) -> list[int]:
@@ -203,10 +206,11 @@ def test_what_was_chosen_can_be_read_later():
 # ------------------------------------------------------------------------------------------------------------ programs
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 2), (1, 2, 1, 1, 2)], ids=["fsdp, tensor", "fsdp, context"])
-def test_a_mesh_gives_what_one_device_gives(golden, mesh_of, shape):
+def test_a_mesh_gives_what_one_device_gives(golden, mesh_of):
     """With a place for every row; tests/infer/test_invariance.py has fewer."""
     name = golden.folder.name
+    # data, fsdp, tensor, fsdp_inner, context
+    shape = {"alibi-tiny": (1, 2, 2), "rope-tiny": (1, 2, 1, 1, 2)}[name]
     prepared = prepared_golden(name, mesh_of(*shape))
     batch, alone = Batch(prepared, places=4), Batch(prepared_golden(name))
     with jax.transfer_guard("disallow"):
@@ -242,6 +246,17 @@ def test_nothing_is_compiled_for_other_prompts():
     before = use([3, 64, 1], Settings(), 2)
     assert use([200, 65, 7], Settings(temperature=0.0, top_k=0, top_p=1.0, logit_bias={3: 1}), 8) == before
     assert use([63, 128, 250], Settings(temperature=2.0, top_k=100, presence_penalty=1, min_tokens=2), 5) == before
+
+
+def test_compiler_options(monkeypatch):
+    """A TPU's own, unless the default ones are asked for; on a CPU the one that keeps a row's bits."""
+    monkeypatch.setattr(engine, "make_programs", lambda **options: options)
+    assert list(engine.programs(ComputeConfig())) == ["xla_cpu_experimental_ynn_fusion_type"]
+    monkeypatch.setattr(engine, "platform", lambda: "tpu")
+    assert engine.programs(ComputeConfig()) == {}  # the chip is not known
+    monkeypatch.setattr(engine, "current_chip", lambda: "v5e")
+    assert engine.programs(ComputeConfig()) == compiler_options("v5e", inference=True) != {}
+    assert engine.programs(ComputeConfig(compiler_options="default")) == {}
 
 
 @pytest.mark.parametrize(("kv", "dtype", "size"), [("compute", "float32", 2**32), ("int8", "int8", 2**30 + 2**25)])
