@@ -63,6 +63,11 @@ class Answering:
         """Of all choices."""
         return sum(text.tokens for text in self._texts)
 
+    @property
+    def texts(self) -> list[str]:
+        """What was said of each choice so far."""
+        return [text.text for text in self._texts]
+
     async def updates(self) -> AsyncIterator[Update]:
         """Until the last choice is complete. Raises ApiError if the engine fails or ends a request by itself."""
         yield self._waiting()

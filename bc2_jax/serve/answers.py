@@ -36,6 +36,7 @@ class AnswerText:
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
         self._stream = TextStream(tokenizer.decode, stop)
         self._held = Piece()
+        self._taken: list[str] = []
         self.tokens = 0
         """New tokens so far."""
 
@@ -43,6 +44,11 @@ class AnswerText:
     def stopped(self) -> bool:
         """Whether a stop text was found: no further token counts."""
         return self._stream.stopped
+
+    @property
+    def text(self) -> str:
+        """All of it so far."""
+        return "".join(self._taken)
 
     def add(self, tokens: Iterable[int | TokenScore]) -> Piece | None:
         """What is new and final; None while there is no new text, which a later piece then brings with its tokens."""
@@ -64,6 +70,7 @@ class AnswerText:
 
     def _take(self) -> Piece:
         taken, self._held = self._held, Piece()
+        self._taken.append(taken.text)
         return taken
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -130,6 +131,8 @@ class Api:
             exchange.close()
             record.outcome, record.new_tokens = outcome, answering.new_tokens
             record.cached_tokens = answering.cached_tokens
+            if self._log_prompts:
+                log_texts(record.request_id, "answer", answering.texts)
 
         exchange.start()
         if options.is_stream:
@@ -144,8 +147,6 @@ class Api:
             raise
         finally:
             end(outcome)
-        if self._log_prompts:
-            log_texts(record.request_id, "answer", ["".join(p.text for p in choice.pieces) for choice in choices])
         return json_response(writer.whole(choices, usage()), headers=headers)
 
     async def _read(self, request: Request) -> dict[str, Any]:
@@ -252,6 +253,4 @@ def _record(request: Request) -> Record:
 
 
 def _now() -> int:
-    import time
-
     return int(time.time())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -79,17 +80,13 @@ def unsupported(*neutral: Any) -> Field:
     """A field that this server does not support: null and `neutral` values ask for nothing, so they are accepted."""
     legal = "left out, because this server does not support it"
     if neutral:
-        legal += f"; of its values only {choices(map(_json, neutral))} {'is' if len(neutral) == 1 else 'are'} accepted"
+        legal += (
+            f"; of its values only {choices(map(json.dumps, neutral))} {'is' if len(neutral) == 1 else 'are'} accepted"
+        )
     return Field(
         lambda value: any(type(value) is type(one) and value == one for one in neutral),
         legal, {"enum": [None, *neutral]}, False,
     )  # fmt: skip
-
-
-def _json(value: Any) -> str:
-    import json
-
-    return json.dumps(value)
 
 
 def read_fields(fields: Fields, given: Mapping[str, Any], path: str = "") -> dict[str, Any]:

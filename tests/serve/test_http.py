@@ -243,8 +243,9 @@ def test_no_secret_is_logged(serve, caplog):
 def test_prompts_are_logged_on_request(serve, caplog):
     caplog.set_level(logging.INFO)
     with serve("Xyzzy", log_prompts=True) as server:
-        server.post(CHAT, {"messages": [{"role": "user", "content": "a dragon"}]})
-    assert "a dragon" in caplog.text and "Xyzzy" in caplog.text
+        for stream in (False, True):
+            server.post(CHAT, {"messages": [{"role": "user", "content": "a dragon"}], "stream": stream})
+    assert caplog.text.count("a dragon") == 2 == caplog.text.count("Xyzzy")
 
 
 def test_a_body_that_does_not_come(serve):
