@@ -119,15 +119,14 @@ def test_results_are_read_one_dispatch_behind():
     bench = Bench()
     bench.admit(request(prompt(12), 11))
     bench.run()
-    log = list(dict.fromkeys(line for line in bench.engine.log))
-    order = [line.split(":")[0] + " " + line.split()[-1] if "read" not in line else line for line in log]
+    log = list(dict.fromkeys(bench.engine.log))
     programs = [line for line in bench.engine.log if "read" not in line]
     # warm-up was five programs
     assert [p.split()[0] for p in programs] == ["extend", "extend", "decode", "decode", "decode"]
     first_read = {p: log.index(f"read {p}") for p in programs if f"read {p}" in log}
     dispatched = {p: log.index(p) for p in programs}
     ends = [programs[1], programs[2], programs[3], programs[4]]  # the first extend has nothing to read of
-    assert dispatched[ends[2]] < first_read[ends[0]] < first_read[ends[1]], order
+    assert dispatched[ends[2]] < first_read[ends[0]] < first_read[ends[1]], log
     assert first_read[ends[1]] < dispatched[ends[3]] < first_read[ends[2]]
 
 
