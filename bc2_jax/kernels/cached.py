@@ -93,7 +93,7 @@ def write_slots(cache: KVCache, layer: Array, place: Place, k_RTNH: Array, v_RTN
                 at[3] //= LANES
                 new = new.reshape(len(new), -1, LANES)
             old = jax.lax.dynamic_slice(x, at, (1, 1, *new.shape))
-            return jax.lax.dynamic_update_slice(x, _as_stored(jnp.where(start < 0, old, new[None, None])), at)
+            return jax.lax.dynamic_update_slice(x, row_major(jnp.where(start < 0, old, new[None, None])), at)
 
         return jax.tree.map(put_tokens, cache, KVCache(*news))
 
@@ -150,7 +150,7 @@ def cached_attention(
         rows_of_block = block * x.shape[3] // S
         size = (1, x.shape[1] if is_whole else 1, N, rows_of_block, x.shape[4])
         rows = [0] if is_whole else [place.rows[r] for r in range(R)]
-        found = [_as_stored(jax.lax.dynamic_slice(x, (layer, row, 0, j * rows_of_block, 0), size))[0] for row in rows]
+        found = [row_major(jax.lax.dynamic_slice(x, (layer, row, 0, j * rows_of_block, 0), size))[0] for row in rows]
         blocks = jnp.concatenate(found) if len(found) > 1 else found[0]
         return blocks if rows_of_block == block else blocks.reshape(R, N, block)
 
@@ -186,8 +186,9 @@ def cached_attention(
     return jnp.swapaxes(out_RNTH, 1, 2).astype(q_RTNH.dtype), cache
 
 
-def _as_stored(x: Array) -> Array:
-    """A part of the cache in the layout of the whole: else the compiler may copy all of it to one that suits `x`."""
+def row_major(x: Array) -> Array:
+    """`x` in the layout of its shape, on a TPU: what follows cannot make the compiler choose another for what `x` is a
+    part or a product of, a cache or weights, and copy all of it."""
     if platform() != "tpu":
         return x
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))

@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from bc2_jax.kernels.attention import MASKED
 from bc2_jax.kernels.blocks import current_chip
-from bc2_jax.kernels.cached import LANES, KVCache, quantize_tokens
+from bc2_jax.kernels.cached import LANES, KVCache, quantize_tokens, row_major
 from bc2_jax.kernels.flash_tiles import LOG2_E, matmul, output
 from bc2_jax.tpu.chips import CHIPS
 
@@ -50,7 +50,7 @@ def flash_decode(
     block, tile = block_length(S, N * H * dtype.itemsize), TILE_BYTES // dtype.itemsize
     news, scales = [k_BNH, v_BNH], []
     if quantized:
-        (k_q, k_scale), (v_q, v_scale) = quantize_tokens(k_BNH), quantize_tokens(v_BNH)
+        (k_q, k_scale), (v_q, v_scale) = (quantize_tokens(row_major(x)) for x in (k_BNH, v_BNH))
         # As bytes they have other tiles than q; small whole numbers are exact in any dtype.
         news, scales = [k_q.astype(q_BNH.dtype), v_q.astype(q_BNH.dtype)], [k_scale[..., None], v_scale[..., None]]
 

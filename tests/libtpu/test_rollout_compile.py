@@ -38,5 +38,5 @@ def test_the_tool_on_reinforcement_learning(tmp_path: Path):
     # The layers' weights are there whole: decoding gathers none.
     gathered = rollout["decode"]["collectives"].get("all-gather", {"bytes": 0})["bytes"]
     assert gathered < rollout["prepared_bytes_per_chip"] / 4
-    for name in ("out.txt", "out_prefill.txt", "out_decode.txt"):
+    for name in ("out.txt", "out_extend.txt", "out_decode.txt"):
         assert "is_scheduled=true" in (tmp_path / name).read_text()[:2000]

@@ -59,7 +59,8 @@ def test_the_cache_is_cut_by_heads_and_written_in_place(compiled):
         parsed = Program(program.hlo, 1)
         caches = [i for i, _, _ in parsed.walk() if any(shape.dims in slots for shape in i.shapes)]
         assert caches
-        assert not [i for i in caches if i.opcode.startswith("copy")]
+        # What is small is taken to VMEM ahead of its use.
+        assert not [i for i in caches if i.opcode in ("copy", "copy-start") and all(x.in_hbm for x in i.shapes[:2])]
         # A second cache, or weights in another layout, would be temporaries.
         assert program.memory.temporaries < kv // 3
         assert program.memory.aliased >= programs.cache_bytes
@@ -101,7 +102,11 @@ def test_report(compiled):
     assert report.floor_seconds < step.seconds < step.seconds_high
     assert report.single_floor_seconds < report.single_seconds < step.seconds / 2
     assert step.kernels > 0 and step.matmul < step.matmul_raw
-    assert step.collectives["all-reduce"].count == 2 * 3 + 1  # and the embedding
+    added = [
+        count for i, _, count in Program(compiled.engine.decode.hlo, 1).walk()
+        if i.opcode.startswith("all-reduce") and any(CONFIG.model.hidden_size in shape.dims for shape in i.shapes)
+    ]  # fmt: skip
+    assert sum(added) == 2 * 3 + 1  # and the embedding
     assert report.rare_seconds > 0 and report.key_seconds > 0
     assert report.extend.warnings == report.decode.warnings == ()
     assert report.decode.memory.arguments == pytest.approx(report.parameter_bytes + report.state_bytes, rel=0.01)
