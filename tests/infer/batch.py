@@ -25,7 +25,7 @@ from tests.convert.models import GOLDEN, read_params
 GREEDY = dict(temperature=0.0, repetition_penalty=1.0)
 SMALL = ModelConfig(
     hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, position_embedding="rope",
-    vocab_size=512, model_max_length=512,
+    vocab_size=512, model_max_length=128,
 )  # fmt: skip
 """For what does not depend on the architecture."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from bc2_jax.infer.engine import Reason
@@ -21,19 +23,19 @@ STEPS = 16
 ON_ROWS = (2, 1, 2)  # data, fsdp, tensor
 
 
-def alone(make, row: int = 0, slots: int = 256) -> list[Score]:
-    batch = make(slots)
-    batch.fill({row: TARGET})
+def alone(make) -> list[Score]:
+    batch = make()
+    batch.fill({0: TARGET})
     batch.decode()
     batch.decode()
-    assert len(batch.found[row]) == STEPS + 1
-    return batch.found[row]
+    assert len(batch.found[0]) == STEPS + 1
+    return batch.found[0]
 
 
 def check_bits(make, rows: int) -> list[Score]:
     """The target in a row of the last part of the batch, alone and among others; returns what it gets alone."""
     expected, target, source = alone(make), rows - 2, rows - 1
-    batch = make(256)
+    batch = make()
     batch.fill({0: GREEDY, rows - 3: Prompt(OTHER[:70], DRAWN, place=3)})
     batch.decode(3)
     # Its chunks come while others run; the second beside the first of another prompt.
@@ -64,24 +66,25 @@ def check_bits(make, rows: int) -> list[Score]:
 
 def test_in_bf16_with_an_int8_cache():
     prepared = prepared_golden("rope-tiny", None, "bfloat16", "int8")
-    check_bits(lambda slots: Batch(prepared, slots=slots), 4)
+    check_bits(lambda: Batch(prepared), 4)
 
 
 def test_in_fp32():
     prepared = prepared_golden("alibi-tiny")
-    expected = check_bits(lambda slots: Batch(prepared, slots=slots), 4)
-    assert alone(lambda slots: Batch(prepared, slots=slots), 3, slots=512) == expected
-    # `generate` runs programs of its own, with fewer rows, and without what no row asks for.
-    (found,) = continue_prompts(prepared, [LONG], DRAWN, log_probs=True)
-    assert found.tokens[: STEPS + 1] == [score.token for score in expected]
-    assert found.log_probs[: STEPS + 1] == [score.log_prob for score in expected]
+    expected = check_bits(lambda: Batch(prepared), 4)
+    # `generate` runs programs of its own, with fewer rows, more slots, and without what no row asks for.
+    settings = dataclasses.replace(DRAWN, max_new_tokens=120)
+    stop = lambda step, tokens: step == STEPS  # noqa: E731  # as short as what it stops
+    (found,) = continue_prompts(prepared, [LONG], settings, log_probs=True, on_token=stop)
+    assert found.tokens == [score.token for score in expected]
+    assert found.log_probs == [score.log_prob for score in expected]
 
 
 def test_on_a_mesh(mesh_of):
     """Of four rows in each of two parts, two places of each; the tokens are those of one device."""
     prepared = prepared_golden("alibi-tiny", mesh_of(*ON_ROWS))
-    found = check_bits(lambda slots: Batch(prepared, rows=8, places=4, slots=slots), 8)
-    expected = alone(lambda slots: Batch(prepared_golden("alibi-tiny"), slots=slots))
+    found = check_bits(lambda: Batch(prepared, rows=8, places=4), 8)
+    expected = alone(lambda: Batch(prepared_golden("alibi-tiny")))
     assert [score.token for score in found] == [score.token for score in expected]
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one.log_prob, other.log_prob, atol=1e-5)

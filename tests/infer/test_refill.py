@@ -128,14 +128,15 @@ def test_adapters_and_the_actors_own_arrays():
     actor = with_adapter(model, adapter, jax.tree.map(lambda x: x + 0.1, params))
     held = jax.tree.leaves(nnx.split(actor)[1])
     prompts = make_prompts(5, seed=3)
-    found, _ = continue_many(engine.prepare(actor), prompts, dataclasses.replace(DRAWN, temperature=0), rows=3)
+    settings = dataclasses.replace(DRAWN, temperature=0)
+    found, _ = continue_many(engine.prepare(actor), prompts, settings, rows=3, log_probs=True)
     forward = jax.jit(lambda ids: actor(ids))
     for prompt, continuation in zip(prompts, found, strict=True):
         ids = np.zeros((1, 64), np.int32)
         ids[0, : len(prompt + continuation.tokens)] = prompt + continuation.tokens
         logits = forward(ids)[0, len(prompt) - 1 : len(prompt + continuation.tokens) - 1]
         assert logits.argmax(-1).tolist() == continuation.tokens
-    base, _ = continue_many(prepared_small(), prompts, dataclasses.replace(DRAWN, temperature=0), rows=3)
+    base, _ = continue_many(prepared_small(), prompts, settings, rows=3, log_probs=True)
     assert [c.tokens for c in found] != [c.tokens for c in base]
     assert not any(x.is_deleted() for x in held)
 
@@ -148,7 +149,7 @@ def test_it_stops_when_it_is_told_to(small):
         return len(told) < 2
 
     with pytest.raises(Stopped):
-        continue_many(small, make_prompts(9, seed=1), DRAWN, rows=3, prompt_slots=32, progress=progress)
+        continue_many(small, make_prompts(9, seed=1), DRAWN, rows=3, log_probs=True, prompt_slots=32, progress=progress)
     assert len(told) == 2 and told[0].startswith("answer ") and told[0].endswith(" of 9")
 
 
@@ -183,10 +184,10 @@ def test_each_prompt_may_have_its_own_number_of_new_tokens(small):
     """The largest of the numbers would not fit behind the longest prompt; no slots are held for it."""
     settings = dataclasses.replace(DRAWN, eos_token_id=())
     prompts, limits = [[*range(5, 5 + count)] for count in (3, 20, 10)], [9, 2, 60]
-    expected, _ = continue_many(small, prompts, settings, rows=3, prompt_slots=32)
+    expected, _ = continue_many(small, prompts, settings, rows=3, log_probs=True, prompt_slots=32)
     counts = [program._cache_size() for program in engine.programs(small.compute)]
     most = dataclasses.replace(settings, max_new_tokens=500)
-    found, _ = continue_many(small, prompts, most, rows=3, limits=limits)
+    found, _ = continue_many(small, prompts, most, rows=3, log_probs=True, limits=limits)
     assert [program._cache_size() for program in engine.programs(small.compute)] == counts
     assert [(len(one.tokens), one.reason) for one in found] == [(limit, "length") for limit in limits]
     for one, other in zip(found, expected, strict=True):
@@ -196,13 +197,14 @@ def test_each_prompt_may_have_its_own_number_of_new_tokens(small):
 def test_rows_end_where_the_caller_stops_them(small):
     """Every second answer is stopped at 10 tokens: it is the beginning of the whole one, and its row is free."""
     prompts, settings = make_prompts(9, seed=1), dataclasses.replace(DRAWN, eos_token_id=())
-    whole, all_steps = continue_many(small, prompts, settings, rows=3, prompt_slots=32, group=4)
+    options = dict(rows=3, log_probs=True, prompt_slots=32, group=4)
+    whole, all_steps = continue_many(small, prompts, settings, **options)
 
     def stops(so_far):
         assert len(so_far) <= 3
         return {place for place, tokens in so_far.items() if place % 2 and len(tokens) >= 10}
 
-    found, steps = continue_many(small, prompts, settings, rows=3, prompt_slots=32, group=4, stops=stops)
+    found, steps = continue_many(small, prompts, settings, stops=stops, **options)
     for place, (one, other) in enumerate(zip(found, whole, strict=True)):
         if place % 2:
             assert one.reason == "stopped" and 10 <= len(one.tokens) < 14
