@@ -11,7 +11,7 @@ from bc2_jax.aot import compilation, scoring
 from bc2_jax.config import MeshConfig
 from bc2_jax.tpu.chips import parse_topology
 from bc2_jax.tpu.options import compiler_options
-from tests.libtpu.test_inference_compile import CONFIG, TOPOLOGY
+from tests.libtpu.test_serving_compile import CONFIG, TOPOLOGY
 
 compilation.use_topologies()
 
