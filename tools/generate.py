@@ -198,7 +198,7 @@ def run(args: argparse.Namespace) -> None:
     from bc2_jax.convert.pretrained import find_model, find_tokenizer
     from bc2_jax.infer.generate import check_prompts
     from bc2_jax.infer.prepared import find_long_context
-    from bc2_jax.infer.sampling import Settings
+    from bc2_jax.infer.settings import Settings
     from bc2_jax.infer.text import generate_text
     from bc2_jax.tokenizer import Tokenizer
 
@@ -234,7 +234,7 @@ def run(args: argparse.Namespace) -> None:
 def find_settings(args: argparse.Namespace, config: Any, tokenizer: Any) -> dict[str, Any]:
     """The settings that were given, and for the others the model's or those of the released chat models; unchecked."""
     from bc2_jax.align.conversation import answer_ends, default_max_new_tokens
-    from bc2_jax.infer.sampling import Settings, is_whole
+    from bc2_jax.infer.settings import Settings, is_whole
     from bc2_jax.infer.text import find_chat_settings, find_eos_ids
 
     settings = {name: getattr(Settings(), name) for name in SETTINGS}

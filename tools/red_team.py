@@ -150,7 +150,7 @@ def answer(
     from bc2_jax.align.red_team import answer_prompts, encode_attacks, identify
     from bc2_jax.convert.pretrained import find_model, find_tokenizer, load_pretrained
     from bc2_jax.infer.prepared import Prepared, prepare
-    from bc2_jax.infer.sampling import Settings
+    from bc2_jax.infer.settings import Settings
     from bc2_jax.infer.text import find_eos_ids
     from bc2_jax.tokenizer import Tokenizer
 

@@ -10,7 +10,7 @@ from bc2_jax.align.dialogue import Answer, Dialogue, OnText
 from bc2_jax.config import ModelConfig
 from bc2_jax.infer import engine
 from bc2_jax.infer.engine import Prepared
-from bc2_jax.infer.sampling import Settings, is_whole
+from bc2_jax.infer.settings import Settings, is_whole
 from bc2_jax.infer.text import continue_text
 from bc2_jax.model.baichuan import Baichuan2
 from bc2_jax.tokenizer import Tokenizer

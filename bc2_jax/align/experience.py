@@ -42,7 +42,7 @@ from bc2_jax.files import replaced
 from bc2_jax.infer import engine
 from bc2_jax.infer.generate import Continuation
 from bc2_jax.infer.refill import RefillStats, Stopped, continue_many
-from bc2_jax.infer.sampling import Settings
+from bc2_jax.infer.settings import Settings
 from bc2_jax.model.baichuan import Params
 from bc2_jax.sharding import spec, to_host
 from bc2_jax.tokenizer import Tokenizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from bc2_jax.infer.sampling import is_whole
+from bc2_jax.infer.settings import is_whole
 from bc2_jax.validation import require
 
 

@@ -19,7 +19,7 @@ from bc2_jax.config import AskedConfig, QuestionsConfig
 from bc2_jax.files import replaced
 from bc2_jax.infer import engine
 from bc2_jax.infer.generate import continue_prompts
-from bc2_jax.infer.sampling import Settings
+from bc2_jax.infer.settings import Settings
 from bc2_jax.model.baichuan import Baichuan2, Params
 from bc2_jax.terminal import make_table
 from bc2_jax.tokenizer import Tokenizer

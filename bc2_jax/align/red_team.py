@@ -22,7 +22,7 @@ from bc2_jax.convert.pretrained import find_model
 from bc2_jax.infer.generate import Continuation
 from bc2_jax.infer.prepared import Prepared
 from bc2_jax.infer.refill import continue_many
-from bc2_jax.infer.sampling import Settings
+from bc2_jax.infer.settings import Settings
 from bc2_jax.manifest import MANIFEST_NAME
 from bc2_jax.sharding import parts, use_mesh_of
 from bc2_jax.tokenizer import file_sha256

@@ -14,7 +14,7 @@ from bc2_jax.aot.rollout import RolloutParts
 from bc2_jax.config import RLConfig
 from bc2_jax.infer import engine
 from bc2_jax.infer.refill import RolloutShapes
-from bc2_jax.infer.sampling import Settings
+from bc2_jax.infer.settings import Settings
 from bc2_jax.sharding import place_shapes, use_rules
 
 

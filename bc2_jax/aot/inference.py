@@ -38,7 +38,7 @@ from bc2_jax.infer import engine
 from bc2_jax.infer.cache import CacheDType
 from bc2_jax.infer.chunks import make_chunk
 from bc2_jax.infer.refill import RolloutShapes
-from bc2_jax.infer.sampling import Sampling
+from bc2_jax.infer.settings import Sampling
 from bc2_jax.kernels.cached import key_block
 from bc2_jax.model.baichuan import abstract_params, split_model
 from bc2_jax.model.quantized import Scheme, item_bytes

@@ -26,7 +26,7 @@ from bc2_jax.aot.report import gib
 from bc2_jax.config import RunConfig
 from bc2_jax.infer.engine import Prepared
 from bc2_jax.infer.refill import RolloutShapes
-from bc2_jax.infer.sampling import Sampling, Settings, sampling_of
+from bc2_jax.infer.settings import Sampling, Settings, sampling_of
 from bc2_jax.sharding import make_mesh
 from bc2_jax.tpu.chips import Topology
 from bc2_jax.tpu.options import Value

@@ -33,7 +33,8 @@ from bc2_jax.infer import engine
 from bc2_jax.infer.cache import CacheDType
 from bc2_jax.infer.generate import bucket
 from bc2_jax.infer.refill import RolloutShapes
-from bc2_jax.infer.sampling import DEFAULT_SETTINGS, RARE, Sampling, sampling_of
+from bc2_jax.infer.sampling import RARE
+from bc2_jax.infer.settings import DEFAULT_SETTINGS, Sampling, sampling_of
 from bc2_jax.model.quantized import Scheme
 from bc2_jax.sharding import make_mesh, parts, use_rules
 from bc2_jax.tpu.chips import Topology
@@ -248,7 +249,7 @@ class ServingReport:
             | {
                 "estimated_seconds_of_rare_settings": self.rare_seconds,
                 "estimated_tokens_per_second": self.slots / step.seconds,
-                "estimated_tokens_per_second_at_worst": self.slots / (step.seconds_high + self.rare_seconds),
+                "estimated_tokens_per_second_at_worst": self.slots / step.seconds_high,
                 "floor_seconds": self.floor_seconds,
                 "floor_share": self.floor_seconds / step.seconds,
             },

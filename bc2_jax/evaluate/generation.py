@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from bc2_jax.infer.engine import Prepared
 from bc2_jax.infer.generate import bucket
 from bc2_jax.infer.refill import continue_many
-from bc2_jax.infer.sampling import Settings, is_whole
+from bc2_jax.infer.settings import Settings, is_whole
 from bc2_jax.sharding import parts, use_mesh_of
 from bc2_jax.tokenizer import Tokenizer
 

@@ -18,8 +18,8 @@ from bc2_jax.evaluate.batching import Batch, Item, Shapes, make_batches
 from bc2_jax.evaluate.encoding import Encoded, Request, cut_windows, encode_pairs
 from bc2_jax.evaluate.generation import Generated, Prompt, generate_texts
 from bc2_jax.infer.prepared import Prepared, prepare
-from bc2_jax.infer.sampling import is_whole
 from bc2_jax.infer.score import score_rows
+from bc2_jax.infer.settings import is_whole
 from bc2_jax.model.baichuan import Baichuan2
 from bc2_jax.sharding import parts, to_host, use_mesh_of
 from bc2_jax.tokenizer import Tokenizer

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from jax import Array
 
-from bc2_jax.infer.sampling import Sampling
+from bc2_jax.infer.settings import Sampling
 from bc2_jax.kernels.cached import KVCache
 
 STEPS = 8

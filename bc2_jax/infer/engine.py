@@ -28,7 +28,8 @@ from bc2_jax.config import ComputeConfig
 from bc2_jax.infer.cache import init_cache
 from bc2_jax.infer.decoding import STEPS, Chunk, Decoding, Emitted, LogProbs, Reason
 from bc2_jax.infer.prepared import Prepared, prepare
-from bc2_jax.infer.sampling import MOST_TOP_LOG_PROBS, Sampling, chosen_log_probs, next_token, top_log_probs
+from bc2_jax.infer.sampling import MOST_TOP_LOG_PROBS, chosen_log_probs, next_token, top_log_probs
+from bc2_jax.infer.settings import Sampling
 from bc2_jax.kernels.blocks import current_chip
 from bc2_jax.kernels.cached import KVCache, Place, copy_chunks
 from bc2_jax.model.attention import CACHE_AXES

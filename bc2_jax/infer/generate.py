@@ -18,7 +18,7 @@ from bc2_jax.infer import engine
 from bc2_jax.infer.chunks import PlacedPrompt, make_chunk
 from bc2_jax.infer.decoding import Decoding, Emitted, Reason
 from bc2_jax.infer.engine import Prepared
-from bc2_jax.infer.sampling import DEFAULT_SETTINGS, Sampling, Settings, is_whole, sampling_of
+from bc2_jax.infer.settings import DEFAULT_SETTINGS, Sampling, Settings, is_whole, sampling_of
 from bc2_jax.model.baichuan import Baichuan2
 from bc2_jax.sharding import parts, to_host, use_mesh_of
 from bc2_jax.validation import require, show

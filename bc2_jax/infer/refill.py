@@ -17,7 +17,7 @@ from bc2_jax.infer.chunks import PlacedPrompt, make_chunk
 from bc2_jax.infer.decoding import STEPS, Reason
 from bc2_jax.infer.engine import Prepared
 from bc2_jax.infer.generate import Continuation, Continuations, cache_slots, check_prompts
-from bc2_jax.infer.sampling import Sampling, Settings, is_whole, sampling_of
+from bc2_jax.infer.settings import Sampling, Settings, is_whole, sampling_of
 from bc2_jax.sharding import parts, to_host, use_mesh_of
 from bc2_jax.validation import require
 

@@ -16,25 +16,9 @@ import numpy as np
 from jax import Array
 
 from bc2_jax.infer.settings import (
-    DEFAULT_SETTINGS,
-    MOST_EOS,
     MOST_TOP_LOG_PROBS,
-    SEEDS,
     Sampling,
-    Settings,
-    is_whole,
-    sampling_of,
 )
-
-__all__ = [  # Those of `settings` are here until every caller has them from there.
-    "DEFAULT_SETTINGS",
-    "MOST_EOS",
-    "SEEDS",
-    "Sampling",
-    "Settings",
-    "is_whole",
-    "sampling_of",
-]  # fmt: skip
 
 RARE = "rare_settings"
 """The `jax.named_scope` of what only few requests ask for: bias, min_tokens, top_k 0 or above 64, top log-probs."""

@@ -10,7 +10,7 @@ from bc2_jax.convert.hf_config import read_generation_config, read_json
 from bc2_jax.convert.pretrained import FoundModel, find_model
 from bc2_jax.infer.generate import continue_prompts
 from bc2_jax.infer.prepared import Prepared
-from bc2_jax.infer.sampling import Settings, is_whole
+from bc2_jax.infer.settings import Settings, is_whole
 from bc2_jax.infer.stream import TextStream
 from bc2_jax.metadata import read_metadata
 from bc2_jax.model.baichuan import Baichuan2

@@ -128,13 +128,16 @@ def make_runner(options: ServeOptions, length: int) -> Runner:
     if long_context := find_long_context(prepared.config, options.long_context, options.max_length):
         prepared, trained = prepared.reach(*long_context), prepared.config.model_max_length
     with use_mesh_of(prepared.params["norm"]["weight"]):
-        cut = parts("batch")
-    least = cut * engine.least_rows()
+        cut, heads = parts("batch"), prepared.config.num_attention_heads // parts("attention_heads")
+    # The attention of one chunk and one head is a single matmul, which is to have the bits of several.
+    places = 1 if heads > 1 else engine.least_rows()
+    least = cut * max(engine.least_rows(), places + (places > 1))
     legal = f"it must be a multiple of {cut} and at least {least} on these devices"
     require(options.slots % cut == 0 and options.slots >= least, "--slots", options.slots, legal)
     shapes = Shapes(
-        rows=options.slots, slots=cache_slots(length), chunk=engine.chunk_length(), parts=cut, trained=trained
-    )
+        rows=options.slots, slots=cache_slots(length), chunk=engine.chunk_length(), parts=cut, places=places,
+        trained=trained,
+    )  # fmt: skip
     return Runner(prepared, shapes)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from bc2_jax.align.chat import EncodedPrompt, fit_prompt
 from bc2_jax.align.conversation import answer_ends, default_max_new_tokens
 from bc2_jax.config import ModelConfig
-from bc2_jax.infer.sampling import MOST_EOS, Settings, is_whole
+from bc2_jax.infer.settings import MOST_EOS, Settings, is_whole
 from bc2_jax.serve.errors import context_too_long, invalid
 from bc2_jax.serve.requests import Request
 from bc2_jax.serve.schema import SAMPLER, ChatBody, CompletionBody, Options

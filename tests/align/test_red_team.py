@@ -18,7 +18,7 @@ from bc2_jax.config import ComputeConfig, ModelConfig
 from bc2_jax.convert.pretrained import save_params
 from bc2_jax.curate.quality import QualityModel
 from bc2_jax.infer.generate import Continuation
-from bc2_jax.infer.sampling import Settings
+from bc2_jax.infer.settings import Settings
 from bc2_jax.model.baichuan import Baichuan2
 from tests.programs import load_program
 

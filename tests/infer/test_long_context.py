@@ -15,7 +15,7 @@ from bc2_jax.infer.engine import prepare
 from bc2_jax.infer.generate import continue_prompts
 from bc2_jax.infer.prepared import Prepared
 from bc2_jax.infer.refill import continue_many
-from bc2_jax.infer.sampling import Settings
+from bc2_jax.infer.settings import Settings
 from bc2_jax.model.baichuan import Baichuan2, split_model
 from bc2_jax.model.position import alibi_slopes
 

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from bc2_jax.infer.sampling import Settings
+from bc2_jax.infer.settings import Settings
 from bc2_jax.serve.requests import (
     Ended,
     Failed,

@@ -22,9 +22,8 @@ from bc2_jax.serve.turns import Runner, Shapes
 from bc2_jax.sharding import from_host, to_host, use_mesh_of
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
-# (data, fsdp, tensor). With a single head on each device the attention of a single chunk is one matmul, which has other
-# bits on a CPU than one of several.
-MESHES = {"one device": None, "data and tensor": (2, 1, 2)}
+MESHES = {"one device": {}, "4 devices": {"rope": (2, 1, 2), "alibi": (1, 1, 4)}}
+"""(data, fsdp, tensor). Of (1, 1, 4) each device has a single head, for which a turn reads two prompts on a CPU."""
 
 
 def ids(length: int, salt: int = 0) -> tuple[int, ...]:
@@ -43,11 +42,11 @@ TARGETS = (
 
 
 class Served:
-    """A model of the golden data behind a scheduler; every test goes on with the same rows."""
+    """A model of the golden data behind a scheduler; all tests use the same rows."""
 
-    def __init__(self, prepared: engine.Prepared, parts: int):
+    def __init__(self, prepared: engine.Prepared, parts: int, places: int):
         self.prepared = prepared
-        self.shapes = Shapes(rows=8, slots=256, chunk=engine.chunk_length(), parts=parts, steps=3)
+        self.shapes = Shapes(rows=8, slots=256, chunk=engine.chunk_length(), parts=parts, places=places, steps=3)
         self.stats = Stats()
         runner = Runner(prepared, self.shapes)
         runner.warm_up()
@@ -67,15 +66,17 @@ class Served:
 @pytest.fixture(scope="module", params=MESHES)
 def served(request, golden, mesh_of) -> Iterator[Served]:
     """RoPE in fp32, on a mesh with an int8 cache; ALiBi in bfloat16."""
-    shape, is_rope = MESHES[request.param], golden.config.position_embedding == "rope"
+    scheme = golden.config.position_embedding
+    shape, is_rope = MESHES[request.param].get(scheme), scheme == "rope"
     dtype, kv = "float32" if is_rope else "bfloat16", "int8" if is_rope and shape else "compute"
     config = dataclasses.replace(golden.config, model_max_length=512)
     graphdef = split_model(config, ComputeConfig(dtype=dtype, scan_layers=True))[0]
-    shardings, parts = None, 1
+    shardings, parts, places = None, 1, 1
     if shape is not None:
         shardings, parts = param_shardings(config, mesh_of(*shape)), shape[0] * shape[1]
+        places = engine.least_rows() if shape[2] == config.num_attention_heads else 1
     model = nnx.merge(graphdef, jax.device_put(golden.params, shardings))
-    served = Served(engine.prepare(model, kv=kv), parts)
+    served = Served(engine.prepare(model, kv=kv), parts, places)
 
     def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event == COMPILED:
