@@ -46,7 +46,6 @@ Generate = Callable[[list[list[int]]], int]
 def make_model(folder: Path, layers: int = 32) -> Tokenizer:
     """A random model with a tokenizer of the standard library, as a folder in the PyTorch layout."""
     texts = [path.read_text(encoding="utf-8") for path in sorted(Path(sysconfig.get_path("stdlib")).glob("a*.py"))]
-    folder.mkdir()
     tokenizer = train_tokenizer(texts, folder.parent / "spm.model", 1024)
     config = ModelConfig(
         hidden_size=256, intermediate_size=704, num_hidden_layers=layers, num_attention_heads=8,
@@ -55,7 +54,7 @@ def make_model(folder: Path, layers: int = 32) -> Tokenizer:
     rng = np.random.default_rng(0)
     params = {}
     for path, shape in param_shapes(config).items():
-        scale = 1.0 if "embed" in path or "lm_head" in path else 1 / np.sqrt(shape[-1])
+        scale = np.float32(1 if "embed" in path or "lm_head" in path else shape[-1] ** -0.5)
         params[path] = np.ones(shape, np.float32) if "norm" in path else scale * rng.standard_normal(shape, np.float32)
     save_folder(unflatten(params), config, folder, "float32", tokenizer_path=tokenizer.path)
     return tokenizer
@@ -131,8 +130,8 @@ def host_gap(url: str) -> str:
     text = httpx.get(f"{url}/metrics").text
 
     def mean(name: str) -> float:
-        total, count = (float(re.search(rf"^{name}_{kind} (\S+)", text, re.M)[1]) for kind in ("sum", "count"))
-        return 1e3 * total / max(count, 1)
+        values = dict(re.findall(rf"^{name}_(sum|count) (\S+)", text, re.MULTILINE))
+        return 1e3 * float(values["sum"]) / max(float(values["count"]), 1)
 
     gap, step = mean("bc2_host_seconds"), mean("bc2_step_seconds")
     return f"host between turns {gap:.2f} ms, a decoding step {step:.2f} ms (mean)"
@@ -140,7 +139,8 @@ def host_gap(url: str) -> str:
 
 def measure(ways: dict[str, Generate], clients: list[int], rounds: int, vocab_size: int) -> dict[tuple, float]:
     """Tokens a second of each way with each number of clients."""
-    rng, best = np.random.default_rng(1), {}
+    rng = np.random.default_rng(1)
+    best: dict[tuple, float] = {}
     for number in range(1 + rounds):
         for count in clients:
             # Other prompts each time: none is in a cache of prefixes, in any of the servers.

@@ -34,6 +34,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[1]))  # to be run as a file
 
 from bc2_jax.convert.pretrained import find_tokenizer, load_pretrained
+from bc2_jax.cpu import choose_cpu_without_tpu
 from bc2_jax.infer.generate import continue_prompts
 from bc2_jax.infer.prepared import Prepared, prepare
 from bc2_jax.infer.settings import Settings
@@ -126,7 +127,8 @@ class Soak:
             self._compare("json", case, reply.json()["choices"][0]["token_ids"])
 
     async def _stream(self, rng: random.Random, kind: str = "stream") -> None:
-        case, found = rng.choice(self.cases), []
+        case = rng.choice(self.cases)
+        found: list[int] = []
         leave = rng.randint(0, max(0, len(case.expected) - 2)) if kind == "leaves" else None
         async with self.client.stream("POST", "/v1/completions", json={**case.body, "stream": True}) as reply:
             if not await self._check_status(reply, kind):
@@ -229,6 +231,7 @@ def main() -> int:
     parser.add_argument("--growth", type=float, default=3, help="percent of memory (default 3)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    choose_cpu_without_tpu()
     with tempfile.TemporaryDirectory() as directory:
         folder = args.model or Path(directory) / "model"
         if args.model is None:

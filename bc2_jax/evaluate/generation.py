@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from bc2_jax.infer.engine import Prepared
-from bc2_jax.infer.generate import bucket
+from bc2_jax.infer.generate import cache_slots
 from bc2_jax.infer.refill import continue_many
 from bc2_jax.infer.settings import Settings, is_whole
 from bc2_jax.sharding import parts, use_mesh_of
@@ -95,7 +95,7 @@ def _rows(prepared: Prepared, length: int, prompts: int) -> int:
     """How many prompts are continued at one time."""
     config, item = prepared.config, 2 if prepared.compute.dtype == "bfloat16" else 4
     with use_mesh_of(prepared.params["norm"]["weight"]):
-        row = 2 * item * config.num_hidden_layers * config.hidden_size * bucket(length) // parts("attention_heads")
+        row = 2 * item * config.num_hidden_layers * config.hidden_size * cache_slots(length) // parts("attention_heads")
         cut = parts("batch")
     # Few numbers of rows, so that few programs are compiled.
     needed = max(FEWEST_ROWS, 1 << (-(-prompts // cut) - 1).bit_length())

@@ -7,6 +7,7 @@ each program is compiled once per (batch, slots).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -212,13 +213,13 @@ def _finish_with(on_token: OnToken, prepared: Prepared, decoding: Decoding, coun
 
 
 def bucket(length: int) -> int:
-    """`length` rounded up to the slots that a cache may have: 128 or a multiple of 256."""
-    return 128 if length <= 128 else -(-length // 256) * 256
+    """`length` rounded up: 64, 128, or a multiple of 256."""
+    return max(64, 2 ** math.ceil(math.log2(length))) if length <= 128 else -(-length // 256) * 256
 
 
 def cache_slots(length: int) -> int:
-    """Slots for `length` tokens on the devices in use: at least a chunk of prompts."""
-    return max(bucket(length), engine.chunk_length())
+    """Slots of a cache for `length` tokens on the devices in use: 128 or a multiple of 256, at least a chunk."""
+    return max(128, bucket(length), engine.chunk_length())
 
 
 def check_prompts(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from bc2_jax.config import BAICHUAN2_7B
 from bc2_jax.infer import engine
-from bc2_jax.infer.generate import bucket, continue_prompts, generate
+from bc2_jax.infer.generate import bucket, cache_slots, continue_prompts, generate
 from bc2_jax.infer.settings import Settings
 from bc2_jax.model.baichuan import Baichuan2
 from tests.convert.models import GOLDEN
@@ -305,5 +305,6 @@ def test_longest_prompt_fits(small):
 
 
 def test_bucket():
-    lengths = (1, 128, 129, 256, 257, 512, 513, 4096)
-    assert [bucket(n) for n in lengths] == [128, 128, 256, 256, 512, 512, 768, 4096]
+    lengths = (1, 64, 65, 128, 129, 256, 257, 512, 513, 4096)
+    assert [bucket(n) for n in lengths] == [64, 64, 128, 128, 256, 256, 512, 512, 768, 4096]
+    assert [cache_slots(n) for n in (1, 65, 129)] == [128, 128, 256]
