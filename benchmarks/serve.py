@@ -1,6 +1,6 @@
 """Tokens a second of `tools/serve.py` with 1, 8 and 32 clients, beside transformers and llama.cpp on the same model.
 
-python benchmarks/serve.py [--clients 1 8 32] [--tokens 128] [--rounds 3] [--only ours transformers llama.cpp]
+python benchmarks/serve.py [--clients 1 8 32] [--slots 8] [--tokens 128] [--rounds 3] [--only ours llama.cpp]
 
 Needs `pip install -e '.[serve,torch,gguf]' httpx2 'llama-cpp-python[server]'`, which builds llama.cpp; --only leaves
 out what is not installed. One small RoPE model with random weights (32 layers, because llama.cpp tells the positions by
@@ -157,6 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--slots", type=int, default=8, help="of our server; other clients wait (default 8)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=WAYS, default=WAYS)
     args = parser.parse_args()
@@ -165,7 +166,7 @@ def main() -> None:
         tokenizer = make_model(work / "model")
         if "ours" in args.only:
             url = f"http://127.0.0.1:{(port := free_port())}"
-            command = serve_command(work / "model", port, "--slots", str(max(args.clients)))
+            command = serve_command(work / "model", port, "--slots", str(args.slots))
             stack.enter_context(running(command, f"{url}/health", work / "ours.log"))
             ways["ours"] = over_http(f"{url}/v1/completions", {"max_tokens": args.tokens, "ignore_eos": True})
         if "transformers" in args.only:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import math
 import os
 import sysconfig
@@ -25,6 +26,7 @@ from tests.compiler import QUICK_COMPILE
 from tests.convert.models import from_torch, read_params
 
 use_cpu_devices(8)  # before any test can start the backend
+gc.set_threshold(50_000, 20, 100)  # jax keeps so many objects that the usual threshold costs an eighth of the time
 
 # Workers and subprocesses inherit this. What several of them compile is compiled once; the user's own cache is
 # left alone. Small programs that run a few times take far longer to compile than to run: see tests/compiler.py.
