@@ -81,7 +81,7 @@ class Dialogue:
         As `ask`; the newest answer stays if there is no other. Raises ValueError if there is none yet.
         """
         if not self.messages or self.messages[-1]["role"] != "assistant":
-            raise ValueError("there is no answer yet to generate once more.")
+            raise ValueError("there is no answer to regenerate yet.")
         return self._ask(self.messages[:-1], self._tries + 1, on_text)
 
     def _ask(self, asked: list[Message], tries: int, on_text: OnText | None) -> Answer:

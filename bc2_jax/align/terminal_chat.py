@@ -98,7 +98,7 @@ def _markdown_on(console: Console) -> Show:
 
 
 def remark(text: str) -> None:
-    """What is no part of the conversation."""
+    """Output that is not part of the conversation."""
     print(f"[{replace_controls(text)}]", file=sys.stderr, flush=True)
 
 

@@ -125,7 +125,7 @@ def compare(reference: Reference, changed: Baichuan2) -> Agreement:
             found += [figures[:, row, labels_BT[row] != IGNORED] for row in range(len(labels_BT))]
     kept = [figures for figures in found if figures.size]
     if not kept:
-        raise ValueError("There is no token to compare on: the text is empty.")
+        raise ValueError("The text is empty: there are no tokens on which to compare the models.")
     counts = np.array([figures.shape[1] for figures in kept])
     kl, same_top, reference_nats, changed_nats = (np.array([figures[i].sum() for figures in kept]) for i in range(4))
     tokens = counts.sum()

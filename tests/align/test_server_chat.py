@@ -68,7 +68,7 @@ def test_an_answer_is_streamed_as_it_comes(server):
 
 
 def test_nothing_is_said_that_was_not_given(server):
-    """Settings, key, and a model's name where there is no list of models."""
+    """Settings, key, and the model's name from a server that has no /v1/models."""
     server.reply, server.model = lambda handler, body: handler.say("y", "es"), None
     chat = ChatServer(server.url)
     chat.find_model()

@@ -85,7 +85,7 @@ def test_what_was_not_answered_is_asked_again(typed, capsys):
         typed.type("the cat")
     assert typed.dialogue.messages[1:] == []
     typed.dialogue.messages += said("a", "b")
-    with pytest.raises(ValueError, match="no answer yet"):
+    with pytest.raises(ValueError, match="no answer to regenerate yet"):
         Dialogue(typed._answer).regenerate()
     with pytest.raises(OSError, match="the server is gone"):
         typed.type("/regenerate")

@@ -108,5 +108,5 @@ def test_every_token_of_the_texts_is_scored_once(small_tokenizer):
 
 def test_no_text_is_an_error(params):
     model = build(params[0])
-    with pytest.raises(ValueError, match="no token to compare on"):
+    with pytest.raises(ValueError, match="The text is empty"):
         compare(run_reference(model, []), model)
