@@ -85,7 +85,8 @@ def held_out_rows(found: FoundModel, tokens: int) -> list[Rows]:
     except (TypeError, ValueError, OSError, AttributeError):
         return []
     count = max(1, min(len(batches), tokens // (ROWS * data.sequence_length)))
-    return [batches[number] for number in range(count)]
+    # Evenly over all of them: the sources of a run may follow one another.
+    return [batches[number * len(batches) // count] for number in range(count)]
 
 
 def choose_rows(args: argparse.Namespace, found: FoundModel, tokenizer: Tokenizer) -> tuple[list[Rows], str]:

@@ -95,8 +95,13 @@ def allocate(prepared: Prepared, sampling: Sampling, *, slots: int) -> Decoding:
     The settings that are None in `sampling` must be None in those of every prompt. `slots` is a multiple of 128, and of
     `chunk_length()`.
     """
-    with _runs_on(prepared.params["norm"]["weight"]):
-        return make_programs().allocate(prepared, from_host(sampling), slots=slots)
+    weight = prepared.params["norm"]["weight"]
+    with _runs_on(weight):
+        decoding = make_programs().allocate(prepared, from_host(sampling), slots=slots)
+    if isinstance(weight, Array) and isinstance(weight.sharding, jax.sharding.SingleDeviceSharding):
+        # Bound to its device, as what `extend` gives is where the parameters are bound: else it would compile twice.
+        decoding = jax.device_put(decoding, weight.sharding)
+    return decoding
 
 
 def extend(prepared: Prepared, decoding: Decoding, chunk: Chunk, sampling: Sampling) -> tuple[Decoding, Emitted, Array]:

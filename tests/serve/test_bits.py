@@ -71,7 +71,8 @@ def served(request, golden, mesh_of) -> Iterator[Served]:
     dtype, kv = "float32" if is_rope else "bfloat16", "int8" if is_rope and shape else "compute"
     config = dataclasses.replace(golden.config, model_max_length=512)
     graphdef = split_model(config, ComputeConfig(dtype=dtype, scan_layers=True))[0]
-    shardings, parts, places = None, 1, 1
+    # Parameters that are bound to their device, as those that were restored are, and others.
+    shardings, parts, places = jax.devices()[0] if is_rope else None, 1, 1
     if shape is not None:
         shardings, parts = param_shardings(config, mesh_of(*shape)), shape[0] * shape[1]
         places = engine.least_rows() if shape[2] == config.num_attention_heads else 1
