@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -60,6 +61,14 @@ class Tab:
     def wait_text(self, selector: str, text: str) -> None:
         """Until an element that is shown contains `text`."""
         self.page.locator(selector, has_text=text).filter(visible=True).first.wait_for()
+
+    def wait_true(self, expression: str) -> None:
+        """Until an expression of JavaScript is true. `Page.wait_for_function` asks a second time by eval, which the
+        page's own policy forbids."""
+        deadline = time.monotonic() + 10
+        while not self.page.evaluate(expression):
+            assert time.monotonic() < deadline, expression
+            self.page.wait_for_timeout(20)
 
     def texts(self, selector: str) -> list[str]:
         return self.page.locator(selector).all_inner_texts()

@@ -190,7 +190,7 @@ def test_a_change_in_another_tab_is_shown_here(tab: Tab, server: MockServer) -> 
     second.click("#chats .title")
     second.fill("#input", "two")
     second.press("#input", "Enter")
-    tab.page.wait_for_function("document.querySelectorAll('.user').length === 2")
+    tab.wait_true("document.querySelectorAll('.user').length === 2")
     tab.wait_text(".assistant .body", "two")
 
 
@@ -213,7 +213,7 @@ def test_settings_of_the_sampler_and_the_system_prompt_are_sent(tab: Tab, server
     named = {name: value for name, value in first.items() if name not in ("messages", "stream", "stream_options")}
     assert named == {"temperature": 0.9, "seed": 4294967295, "max_tokens": 2049, "stop": ["END", "###"]}
     tab.press(-1, "Regenerate")  # the same seed would give the same answer
-    tab.page.wait_for_function("document.querySelector('.place')?.textContent === '2/2'")
+    tab.wait_true("document.querySelector('.place')?.textContent === '2/2'")
     tab.wait_idle()
     assert server.requests[1]["seed"] == 0
     tab.page.reload()

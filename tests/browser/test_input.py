@@ -186,7 +186,7 @@ def test_the_end_is_followed_until_the_user_scrolls_up(tab: Tab, server: MockSer
     tab.send("long", wait=False)
     left = "(s => s.scrollHeight - s.scrollTop - s.clientHeight)(document.querySelector('#scroll'))"
     tab.wait_text(".assistant .body", "line 59")
-    tab.page.wait_for_function(f"{left} < 2")
+    tab.wait_true(f"{left} < 2")
     tab.page.hover("#scroll")
     tab.page.mouse.wheel(0, -400)
     tab.page.wait_for_selector("#to-end:visible")
@@ -198,7 +198,7 @@ def test_the_end_is_followed_until_the_user_scrolls_up(tab: Tab, server: MockSer
     gates[1].set()
     gates[2].set()
     tab.wait_idle()
-    tab.page.wait_for_function(f"{left} < 2")
+    tab.wait_true(f"{left} < 2")
     assert not tab.page.is_visible("#to-end")
 
 

@@ -23,7 +23,7 @@ def test_waiting_reading_and_writing_are_told_apart(tab: Tab, server: MockServer
     shown = ["Waiting: 3 ahead", "Waiting: next in line", "Reading the conversation…", "Writing…"]
     for gate, text in zip(gates, shown, strict=True):
         tab.wait_text(".state", text)
-        tab.page.wait_for_function("text => document.querySelector('#announcer').textContent === text", arg=text)
+        tab.wait_true(f"document.querySelector('#announcer').textContent === {json.dumps(text)}")
         gate.set()
     tab.wait_idle()
     assert tab.texts(".state:visible") == []
