@@ -43,6 +43,14 @@ def text(tmp_path_factory) -> Path:
     return file
 
 
+def test_held_out_rows_are_of_all_sources(model, monkeypatch):
+    """A run's validation rows are source by source: of 10 batches of 64 tokens, four spread over them."""
+    data = DataConfig(sources=(SourceConfig(path="rows"),), tokenizer="tokenizer.model", sequence_length=8)
+    found = dataclasses.replace(find_model(model), metadata={"config": {"data": dataclasses.asdict(data)}})
+    monkeypatch.setattr("bc2_jax.data.loader.make_validation_batches", lambda data, rows: list(range(10)))
+    assert tool.held_out_rows(found, 4 * tool.ROWS * 8) == [0, 2, 5, 7]
+
+
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_from_a_model_to_text(model, text, tmp_path, capsys, scheme):
     out, figures = tmp_path / "out", tmp_path / "figures.json"

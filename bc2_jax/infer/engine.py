@@ -99,7 +99,7 @@ def allocate(prepared: Prepared, sampling: Sampling, *, slots: int) -> Decoding:
     with _runs_on(weight):
         decoding = make_programs().allocate(prepared, from_host(sampling), slots=slots)
     if isinstance(weight, Array) and isinstance(weight.sharding, jax.sharding.SingleDeviceSharding):
-        # Bound to its device, as what `extend` gives is where the parameters are bound: else it would compile twice.
+        # Committed, as what `extend` returns is where the parameters are: else its second call would compile again.
         decoding = jax.device_put(decoding, weight.sharding)
     return decoding
 

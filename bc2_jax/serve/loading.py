@@ -24,7 +24,7 @@ from bc2_jax.serve.followers import DeviceChannel, Leader, follow
 from bc2_jax.serve.prompts import ServedModel, chat_defaults
 from bc2_jax.serve.service import Service
 from bc2_jax.serve.stats import Observe
-from bc2_jax.serve.turns import Runner, Shapes
+from bc2_jax.serve.turns import Runner, Shapes, places_for
 from bc2_jax.serve.waiting import QueueLimits
 from bc2_jax.sharding import make_mesh, parts, use_mesh_of
 from bc2_jax.tokenizer import Tokenizer
@@ -129,8 +129,7 @@ def make_runner(options: ServeOptions, length: int) -> Runner:
         prepared, trained = prepared.reach(*long_context), prepared.config.model_max_length
     with use_mesh_of(prepared.params["norm"]["weight"]):
         cut, heads = parts("batch"), prepared.config.num_attention_heads // parts("attention_heads")
-    # The attention of one chunk and one head is a single matmul, which is to have the bits of several.
-    places = 1 if heads > 1 else engine.least_rows()
+    places = places_for(heads)
     least = cut * max(engine.least_rows(), places + (places > 1))
     legal = f"it must be a multiple of {cut} and at least {least} on these devices"
     require(options.slots % cut == 0 and options.slots >= least, "--slots", options.slots, legal)

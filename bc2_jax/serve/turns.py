@@ -51,6 +51,14 @@ class Shapes:
             require(1 <= value <= STEPS, name, value, f"it must be in 1..{STEPS}")
 
 
+def places_for(heads: int) -> int:
+    """The `Shapes.places` for so many attention heads on each device.
+
+    On a CPU the attention of one chunk and one head is a single matmul, which has other bits than one of several.
+    """
+    return 1 if heads > 1 else device_engine.least_rows()
+
+
 class Kind(enum.IntEnum):
     """What a turn is for."""
 

@@ -48,7 +48,7 @@ def abstract():
 def save(directory: Path, *steps: int, **config) -> Checkpointer:
     checkpointer = Checkpointer(directory, CheckpointConfig(**config))
     for step in steps:
-        arrays = jax.tree.map(lambda x: jnp.asarray(x + step), ARRAYS)  # noqa: B023
+        arrays = jax.tree.map(lambda x: jnp.asarray(x + step), ARRAYS)  # noqa: B023  # called at once
         checkpointer.save(step, arrays, {"mu": arrays}, METADATA)
     checkpointer.wait()
     return checkpointer
@@ -148,7 +148,7 @@ def test_a_run_killed_while_saving_goes_on_from_a_whole_checkpoint(tmp_path):
         log = tmp_path / f"{kills}.log"
         process = preloaded.Program([str(WRITER), str(tmp_path / "c"), "40"], dict(os.environ), log)
         saves = rng.randrange(1, 4)
-        wait_until(lambda: _count(log, "saving") >= saves or process.poll() is not None, "saves", every=0.002)  # noqa: B023
+        wait_until(lambda: _count(log, "saving") >= saves or process.poll() is not None, "saves", every=0.002)  # noqa: B023  # called at once
         time.sleep(rng.uniform(0, 0.1))
         process.kill()
         assert process.wait() == -signal.SIGKILL, log.read_text()

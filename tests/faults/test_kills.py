@@ -18,7 +18,7 @@ def test_one_run_killed_in_every_phase(tiny, alone, tmp_path):
     for phase in (*held, "end"):
         job = harness.launch(tiny, tmp_path / "run", "--checkpoint.save-every=4", devices=2, hold={0: phase})
         name, _, step = phase.partition(":")
-        harness.wait_until(lambda: job.has_begun(0, name, int(step or 0)) or job.processes[0].poll() is not None, phase)  # noqa: B023
+        harness.wait_until(lambda: job.has_begun(0, name, int(step or 0)) or job.processes[0].poll() is not None, phase)  # noqa: B023  # called at once
         job.kill()
         assert job.processes[0].returncode == -signal.SIGKILL, job.text()
         assert job.has_begun(0, name, int(step or 0)), job.text()
@@ -34,7 +34,7 @@ def test_one_of_two_killed_while_it_reads_and_while_it_restores(tiny, whole, tmp
     for phase, step in (("read", 10), ("restore", 0)):
         hold = {1: f"{phase}:{step}"}
         job = harness.launch(tiny, tmp_path / "run", *args, processes=2, devices=2, hold=hold)
-        harness.wait_until(lambda: job.has_begun(1, phase, step) and 8 in harness.checkpoints(job.workdir), job.text())  # noqa: B023
+        harness.wait_until(lambda: job.has_begun(1, phase, step) and 8 in harness.checkpoints(job.workdir), job.text())  # noqa: B023  # called at once
         job.send(signal.SIGKILL, process=1)
         code, killed = job.wait()
         assert killed == -signal.SIGKILL and code in (EXIT_LOST, EXIT_HUNG, -signal.SIGABRT), job.text()

@@ -11,15 +11,15 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"127.0.0.1:{PORT}", 2, PROCESS)
 
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from jax.experimental import multihost_utils  # noqa: E402
-from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
+import jax.numpy as jnp  # noqa: E402  # after the devices are chosen
+import numpy as np  # noqa: E402  # after the devices are chosen
+from jax.experimental import multihost_utils  # noqa: E402  # after the devices are chosen
+from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402  # after the devices are chosen
 
-from bc2_jax.checkpoint import Checkpointer  # noqa: E402
-from bc2_jax.config import CheckpointConfig  # noqa: E402
-from bc2_jax.manifest import DamagedCheckpoint  # noqa: E402
-from bc2_jax.metadata import Metadata  # noqa: E402
+from bc2_jax.checkpoint import Checkpointer  # noqa: E402  # after the devices are chosen
+from bc2_jax.config import CheckpointConfig  # noqa: E402  # after the devices are chosen
+from bc2_jax.manifest import DamagedCheckpoint  # noqa: E402  # after the devices are chosen
+from bc2_jax.metadata import Metadata  # noqa: E402  # after the devices are chosen
 
 sharding = NamedSharding(jax.make_mesh((4,), ("x",)), PartitionSpec("x"))
 

@@ -262,7 +262,7 @@ SMALL = ModelConfig(
 
 
 def test_initial_values_do_not_depend_on_the_mesh(mesh_of):
-    make = lambda seed, *shape: jax.tree.map(np.asarray, init_params(SMALL, seed, mesh_of(*shape)))  # noqa: E731
+    make = lambda seed, *shape: jax.tree.map(np.asarray, init_params(SMALL, seed, mesh_of(*shape)))  # noqa: E731  # as short as what it makes
     first = make(0, 1, 1, 1)
     jax.tree.map(np.testing.assert_array_equal, make(0, 2, 2, 2), first)
     assert (make(1, 1, 1, 1)["lm_head"]["weight"] != first["lm_head"]["weight"]).all()

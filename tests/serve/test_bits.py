@@ -18,7 +18,7 @@ from bc2_jax.model.baichuan import param_shardings, split_model
 from bc2_jax.serve.requests import Ended, Handle, PromptScored, Request, Started, Tokens
 from bc2_jax.serve.scheduler import Scheduler
 from bc2_jax.serve.stats import Stats
-from bc2_jax.serve.turns import Runner, Shapes
+from bc2_jax.serve.turns import Runner, Shapes, places_for
 from bc2_jax.sharding import from_host, to_host, use_mesh_of
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -75,7 +75,7 @@ def served(request, golden, mesh_of) -> Iterator[Served]:
     shardings, parts, places = jax.devices()[0] if is_rope else None, 1, 1
     if shape is not None:
         shardings, parts = param_shardings(config, mesh_of(*shape)), shape[0] * shape[1]
-        places = engine.least_rows() if shape[2] == config.num_attention_heads else 1
+        places = places_for(config.num_attention_heads // shape[2])
     model = nnx.merge(graphdef, jax.device_put(golden.params, shardings))
     served = Served(engine.prepare(model, kv=kv), parts, places)
 
