@@ -2,10 +2,10 @@
 
 python benchmarks/conversion.py --size 7b --workdir DIR     # 31 GB of free space in DIR; 13b: 56 GB
 
-Writes random bf16 weights in the released layout (pickled shards of up to 10 GB), copies them, converts them to an Orbax
-checkpoint and back to safetensors, and compares the source, the checkpoint and the result. Each step is its own process;
-its peak memory is the operating system's count (ru_maxrss, which includes resident pages of mapped files). The files are
-removed at the end unless --keep is given.
+Writes random bf16 weights in the released layout (pickled shards of up to 10 GB), copies them, converts them to an
+Orbax checkpoint and back to safetensors, and compares the source, the checkpoint and the result. Each step is its own
+process; its peak memory is the operating system's count (ru_maxrss, which includes resident pages of mapped files).
+The files are removed at the end unless --keep is given.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 python benchmarks/cpu_step.py [--dtype float32 bfloat16] [--steps 8] [--torch-python PYTHON]
 
 Shape: hidden 512, 8 heads, 8 layers, feed-forward 1376, vocabulary 16384, batch 4 x 512 synthetic tokens, no
-rematerialisation, AdamW. Ours and PyTorch alternate, one process each time, so that both see the same load of the machine.
-Our first process compiles; the later ones use the compilation cache. --torch-python is a Python with torch installed (by
-default this one, if it has torch).
+rematerialisation, AdamW. Ours and PyTorch alternate, one process each time, so that both see the same load of the
+machine. Our first process compiles; the later ones use the compilation cache. --torch-python is a Python with torch
+installed (by default this one, if it has torch).
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ python benchmarks/log_probs.py [--batch 4] [--length 512] [--hidden 512] [--voca
     naive   log_softmax of the logits [B, T, V], then a lookup of the labels; gradient by automatic differentiation
     ours    `bc2_jax.model.log_probs.token_log_probs`, once per --chunk
 
-Each is measured alone and with the gradient of a weighted sum with respect to hidden states and head. Times are the best of
---repeats, alternating; memory is what the compiled program needs beside its arguments and results.
+Each is measured alone and with the gradient of a weighted sum with respect to hidden states and head. Times are the
+best of --repeats, alternating; memory is what the compiled program needs beside its arguments and results.
 """
 
 from __future__ import annotations

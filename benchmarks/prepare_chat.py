@@ -2,8 +2,9 @@
 
 python benchmarks/prepare_chat.py --tokenizer tokenizer.model [--text FILE ...] [--megabytes 20] [--json OUT]
 
-Conversations of 1 to 5 rounds, with questions of about 90 and answers of about 250 characters (log-normal), are cut from the
-text of FILEs, by default modules of the standard library. Prints MB of input per second of wall and of CPU time, in one run:
+Conversations of 1 to 5 rounds, with questions of about 90 and answers of about 250 characters (log-normal), are cut
+from the text of FILEs, by default modules of the standard library. Prints MB of input per second of wall and of CPU
+time, in one run:
 
     plain            json.loads and encode_conversation for each line, on one core, without writing
     one process      all of prepare_chat: read, check, encode, split, pack, write

@@ -1,12 +1,13 @@
-"""Tokens per second of `tools/serve.py` with 1, 8 and 32 clients, beside transformers and llama.cpp with the same model.
+"""Tokens per second of `tools/serve.py` with 1, 8 and 32 clients, beside transformers and llama.cpp.
 
 python benchmarks/serve.py [--clients 1 8 32] [--slots 8] [--tokens 128] [--rounds 3] [--only ours llama.cpp]
 
-Needs `pip install -e '.[serve,torch,gguf]' httpx2 'llama-cpp-python[server]'`, which builds llama.cpp; --only leaves out what
-is not installed. The model is a small RoPE model with random weights (32 layers, from which llama.cpp infers the position
-embedding) on this machine's CPU, in fp32; llama.cpp's file is f16. Each client requests --tokens greedy tokens after its own
-prompt and waits. transformers has no queue and gets all prompts as one batch of `model.generate`. The server of
-llama-cpp-python answers one request at a time. The ways alternate and the fastest round of each counts.
+Needs `pip install -e '.[serve,torch,gguf]' httpx2 'llama-cpp-python[server]'`, which builds llama.cpp; --only leaves
+out what is not installed. The model is a small RoPE model with random weights (32 layers, from which llama.cpp infers
+the position embedding) on this machine's CPU, in fp32; llama.cpp's file is f16. Each client requests --tokens greedy
+tokens after its own prompt and waits. transformers has no queue and gets all prompts as one batch of
+`model.generate`. The server of llama-cpp-python answers one request at a time. The ways alternate and the fastest
+round of each counts.
 """
 
 from __future__ import annotations

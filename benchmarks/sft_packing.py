@@ -2,13 +2,13 @@
 
 python benchmarks/sft_packing.py [--rows ROWS] [--samples 128] [--length 256] [--turns 2]
 
-Both train the same model with the same step (`bc2_jax.align.sft`), compiled once for batches of 4 rows of --length tokens;
-only the number of samples per row differs. Packed and padded alternate, each over all samples. Model: hidden 256, 8 heads, 4
-layers, feed-forward 704, vocabulary 8192, AdamW.
+Both train the same model with the same step (`bc2_jax.align.sft`), compiled once for batches of 4 rows of --length
+tokens; only the number of samples per row differs. Packed and padded alternate, each over all samples. Model: hidden
+256, 8 heads, 4 layers, feed-forward 704, vocabulary 8192, AdamW.
 
-The samples come from --rows, a folder of tools/prepare_chat.py, or are made up: lengths log-normal with a median of a quarter
-of a row, truncated to a row, the last 60 % of each its answer. The ratio is about that of the number of rows, so it depends on
-the lengths, which are printed.
+The samples come from --rows, a folder of tools/prepare_chat.py, or are made up: lengths log-normal with a median of a
+quarter of a row, truncated to a row, the last 60 % of each its answer. The ratio is about that of the number of rows,
+so it depends on the lengths, which are printed.
 """
 
 from __future__ import annotations

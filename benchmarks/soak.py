@@ -2,16 +2,17 @@
 
 python benchmarks/soak.py [--kills 200] [--seed 0] [--elastic] [--folder KEPT]
 
-A tiny model, real processes on this machine, a checkpoint every few steps. Each start suffers one fault at a random moment:
-SIGKILL to one process or to all, SIGTERM, or SIGSTOP; between starts checkpoints are damaged, but never the last valid one.
-The run is started again with --resume auto until it had --kills kills and is complete. Final parameters, optimizer state, and
-the loss and rows of every step must be bit-identical to the uninterrupted run. --elastic changes the number of processes and
-the mesh at each start; then losses must agree within 1e-4, and rows exactly.
+A tiny model, real processes on this machine, a checkpoint every few steps. Each start suffers one fault at a random
+moment: SIGKILL to one process or to all, SIGTERM, or SIGSTOP; between starts checkpoints are damaged, but never the
+last valid one. The run is started again with --resume auto until it had --kills kills and is complete. Final
+parameters, optimizer state, and the loss and rows of every step must be bit-identical to the uninterrupted run.
+--elastic changes the number of processes and the mesh at each start; then losses must agree within 1e-4, and rows
+exactly.
 
-Prints the injected faults, how many the run survived (a later start resumed from the newest valid checkpoint) and how many it
-detected. Damage: the log names it. Kill and stop: the other processes exit by themselves, with codes after which
-tools/supervise.sh starts them again. Terminate: the step is saved and the exit code is 75, possible only once all processes
-have joined. The exit code is 1 if anything differs.
+Prints the injected faults, how many the run survived (a later start resumed from the newest valid checkpoint) and how
+many it detected. Damage: the log names it. Kill and stop: the other processes exit by themselves, with codes after
+which tools/supervise.sh starts them again. Terminate: the step is saved and the exit code is 75, possible only once
+all processes have joined. The exit code is 1 if anything differs.
 """
 
 from __future__ import annotations
