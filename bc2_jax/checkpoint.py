@@ -22,6 +22,7 @@ from orbax.checkpoint import v1 as ocp
 from bc2_jax import manifest
 from bc2_jax.agreement import any_text, first_decides
 from bc2_jax.config import CheckpointConfig
+from bc2_jax.files import sync
 from bc2_jax.manifest import DamagedCheckpoint
 from bc2_jax.metadata import Metadata, is_complete, read_training_metadata
 from bc2_jax.model.baichuan import Params
@@ -207,7 +208,7 @@ class Checkpointer:
         if folder.exists():
             folder.rename(_free_name(self.directory / f"{step}.deleting"))
         saving.rename(folder)
-        manifest.sync(self.directory)
+        sync(self.directory)
         self._remove_old()
 
     def unpin(self) -> None:

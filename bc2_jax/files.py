@@ -1,14 +1,16 @@
-"""Who may write to a place on disk, and how its name is given to libraries that take more than paths."""
+"""Files: locks, atomic and durable writes, hashes."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import os
 import socket
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -86,12 +88,48 @@ def _describe_owner(file: IO[str]) -> str:
 
 
 @contextlib.contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """Gives `path`.partial to write a file to, which replaces `path` when the block ends without an error: whenever the
-    process is killed, `path` is the old file or the new one, whole."""
-    partial = path.with_name(f"{path.name}.partial")
+def replaced(path: Path, *, durable: bool = False, shared: bool = False) -> Iterator[Path]:
+    """Yields a temporary path to write to; it replaces `path` if the block ends without an error.
+
+    A process killed at any time leaves the old file or the new one, whole. `durable` syncs the file and its folder to
+    disk. `shared` makes the temporary name unique, for a file that several processes may write at once.
+    """
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial" if shared else f"{path.name}.partial")
     yield partial
+    if durable:
+        sync(partial)
     partial.replace(path)
+    if durable:
+        sync(path.parent)
+
+
+def append_lines(path: Path, lines: bytes) -> None:
+    """Appends whole lines to a file and syncs it to disk; an unfinished last line of a killed process is removed."""
+    with path.open("r+b" if path.is_file() else "w+b") as file:
+        file.seek(file.read().rfind(b"\n") + 1)
+        file.truncate()
+        file.write(lines)
+    sync(path)
+
+
+def sync(path: Path) -> None:
+    """Makes a file's bytes, or a folder's entries, survive a power cut (fsync)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(value: Any, *, sort_keys: bool = True) -> str:
+    """SHA-256 of a value's JSON text, in hex; what JSON cannot hold, such as a path, counts as its `str`."""
+    return hashlib.sha256(json.dumps(value, sort_keys=sort_keys, default=str).encode()).hexdigest()
 
 
 def file_store(folder: Path) -> dict[str, Any]:

@@ -15,8 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from bc2_jax.files import replaced
-from bc2_jax.tokenizer import file_sha256
+from bc2_jax.files import file_sha256, replaced, sync
 from bc2_jax.validation import is_inside
 
 MANIFEST_NAME = "MANIFEST.json"
@@ -49,11 +48,8 @@ def write_manifest(folder: Path) -> dict[str, FileState]:
         files = dict(zip(names, pool.map(lambda name: _sync_and_describe(folder / name), names), strict=True))
     for root, _, _ in os.walk(folder):
         sync(Path(root))
-    with replaced(folder / MANIFEST_NAME) as partial, partial.open("w", encoding="utf-8", newline="\n") as out:
-        json.dump({"format": _FORMAT, "files": files}, out, indent=0)
-        out.flush()
-        os.fsync(out.fileno())
-    sync(folder)
+    with replaced(folder / MANIFEST_NAME, durable=True) as partial:
+        partial.write_text(json.dumps({"format": _FORMAT, "files": files}, indent=0), encoding="utf-8", newline="\n")
     return files
 
 
@@ -133,15 +129,6 @@ def _raise(error: OSError) -> None:
 def _sync_and_describe(path: Path) -> FileState:
     sync(path)
     return FileState(path.stat().st_size, file_sha256(path))
-
-
-def sync(path: Path) -> None:
-    """Makes a file's bytes or a folder's entries survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read_regular(path: Path) -> bytes:

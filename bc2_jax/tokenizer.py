@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import io
 import operator
 import os
 import re
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import SupportsIndex
+
+from bc2_jax.files import file_sha256, replaced
 
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
 USER_ID, ASSISTANT_ID = 195, 196
@@ -45,12 +45,6 @@ _NO_TEXT = "text is not valid: it has a lone surrogate, which is not a character
 _SPACE = "\u2581"
 # SentencePiece's own marker for unknown pieces: a training item that contains it is skipped.
 _MARKER = "\u2585"
-
-
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Tokenizer:
@@ -289,9 +283,8 @@ def train_tokenizer(
         raise ValueError(f"vocab_size = {vocab_size} is not valid for this text: {reason}") from error
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    temporary.write_bytes(model.getvalue())
-    temporary.replace(path)
+    with replaced(path, shared=True) as partial:
+        partial.write_bytes(model.getvalue())
     return Tokenizer(path)
 
 

@@ -20,9 +20,9 @@ from bc2_jax.data.bad_rows import BadRows
 from bc2_jax.data.batch import Batch, abstract_batch
 from bc2_jax.data.row_batches import RowBatches, ValidationBatches, next_row
 from bc2_jax.data.row_order import record_row_order
-from bc2_jax.files import replaced
+from bc2_jax.files import file_sha256, replaced
 from bc2_jax.model.baichuan import Baichuan2, Params, abstract_params, init_params, split_model
-from bc2_jax.tokenizer import Tokenizer, file_sha256
+from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.train.checks import (
     check_export,
     check_initial_model,
