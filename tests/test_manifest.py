@@ -141,5 +141,5 @@ def test_what_is_no_manifest_is_refused(folder: Path, content: bytes):
     with pytest.raises(DamagedCheckpoint, match="MANIFEST.json is damaged"):
         manifest.verify(folder)
     (folder / manifest.MANIFEST_NAME).unlink()
-    with pytest.raises(DamagedCheckpoint, match="has no MANIFEST.json: it was not written to its end, or by an older"):
+    with pytest.raises(DamagedCheckpoint, match="has no MANIFEST.json: it is incomplete or was written by an older"):
         manifest.verify(folder)

@@ -1,4 +1,4 @@
-"""The state of a checkpoint on the mesh, and the proof that a run which resumes is the run that never stopped."""
+"""Restoring a checkpoint on the mesh, and verifying that a resumed run is bit-exact."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from bc2_jax.train.metrics import fingerprint
 
 
 def find_checkpoint(config: RunConfig, checkpointer: Checkpointer, goodput: Goodput) -> tuple[int, Metadata | None]:
-    """Step and metadata of the checkpoint to go on from, or (0, None). Raises ValueError if the run may not go on."""
+    """Step and metadata of the checkpoint to resume from, or (0, None). Raises ValueError if the run may not resume."""
     workdir = goodput.path.parent
     saved = first_decides(checkpointer.steps)
     if saved and config.resume == "never":
         raise ValueError(
             f"workdir = '{workdir}' already holds checkpoints up to step {saved[-1]}; "
-            "pass --resume auto to go on from there, or another --workdir."
+            "pass --resume auto to resume from there, or another --workdir."
         )
     with goodput.phase("restore"):
         step = goodput.start_step = checkpointer.latest_good() or 0
@@ -40,9 +40,9 @@ class Restorer(Protocol):
 
 
 def restore_state(checkpointer: Restorer, step: int, abstract: TrainState) -> TrainState:
-    """The state saved at a step, on the mesh of `abstract` whatever the mesh it was saved from."""
+    """The state saved at a step, on the mesh of `abstract`, whatever mesh it was saved on."""
     params, opt_state = checkpointer.restore(step, abstract.params, abstract.opt_state)
-    # Updates done are fewer than steps where some were skipped. A copy: the step donates both.
+    # Skipped updates are not counted, so this is not the step. A copy, because the step donates both.
     count = next(
         leaf for path, leaf in jax.tree.leaves_with_path(opt_state) if jax.tree_util.keystr(path).endswith(".count")
     )
@@ -52,20 +52,20 @@ def restore_state(checkpointer: Restorer, step: int, abstract: TrainState) -> Tr
 def verify_resume(
     job: Job, train_step: TrainStep, checkpointer: Checkpointer, step: int, last: int, uninterrupted: str, say: Say
 ) -> None:
-    """Does the steps after the checkpoint of `step` up to the `last` again, and says that the bits are the same.
+    """Repeats the steps from the checkpoint of `step` to `last` and checks that the parameters are the same bits.
 
-    Raises ArithmeticError unless their fingerprint is `uninterrupted`.
+    Raises ArithmeticError unless their SHA-256 is `uninterrupted`.
     """
     again = restore_state(checkpointer, step, job.abstract_state)
     job.batches.seek(checkpointer.metadata(step).data)
     for number in range(step + 1, last + 1):
         if (batch := job.batches.next(number, again)) is None:
-            say("Exact resume is not verified: the run is stopping.")
+            say("Exact resume was not verified: the run is stopping.")
             return
         again, _ = train_step(again, job.frozen, batch)
     resumed = fingerprint(again.params)
     if resumed != uninterrupted:
         raise ArithmeticError(
-            f"Resumed at step {step}, the run ended in {resumed}, not in {uninterrupted}: it is not exact."
+            f"The resume is not exact: from step {step} the run ended in {resumed}, without a stop in {uninterrupted}."
         )
     say(f"Resumed at step {step} and repeated: the parameters are the same bit for bit.")

@@ -1,4 +1,4 @@
-"""What a run that resumes does otherwise than the run that saved its checkpoint."""
+"""What has changed in the config of a run that resumes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bc2_jax.train.kinds import type_of_record
 
 Effect = Literal["harmless", "changes what is learnt", "refused"]
 
-# The first that a field is, or begins with, counts; another field of a kind of run changes what is learnt.
+# The first entry that equals the field or is a prefix of it counts; other fields change what is learnt.
 _EFFECTS: tuple[tuple[Effect, tuple[str, ...]], ...] = (
     ("harmless", ("model.initializer_range", "model.model_max_length", "data.accumulation_steps", "health.norms")),
     (
@@ -35,18 +35,18 @@ _EFFECTS: tuple[tuple[Effect, tuple[str, ...]], ...] = (
             "compilation_cache", "log_every", "eval_", "evaluate.", "verify_resume_steps", "profile_", "sample.",
             "ngram_baselines", "export_hf", "data.max_bad_rows", "data.tokenizer", "allow_other_tokenizer",
             "questions.", "num_epochs", "dpo.reference_cache",
-            # Told apart by what is in them.
+            # Compared by their contents.
             "tokenizer", "ppo.prompts", "ppo.reward_model", "ppo.rollout_rows", "ppo.patience",
             "ppo.keep_rollouts_every",
         ),
     ),
 )  # fmt: skip
-# How this start was called, and where its processes are.
+# How this start was called and where its processes are.
 _OF_THE_START = ("resume", "workdir", "distributed.")
 
 
 class Change(NamedTuple):
-    """A field whose value is another than that of the run that saved the checkpoint."""
+    """A field whose value differs from that of the run that saved the checkpoint."""
 
     field: str
     before: str
@@ -55,13 +55,13 @@ class Change(NamedTuple):
 
 
 def list_changes(config: RunConfig, metadata: Metadata) -> list[Change]:
-    """Every changed field but those that say how this start was called, in the order of their names.
+    """All changed fields, sorted by name, except those that describe this start.
 
-    The paths of data and tokenizers are harmless as such; what is in them is compared by its hash elsewhere.
+    Paths of data and tokenizers count as harmless; their contents are compared by hash elsewhere.
     """
     try:
         saved = dataclasses.asdict(from_record(type(config), metadata.config))
-    except (ValueError, TypeError):  # of another version: what it did not know is named
+    except (ValueError, TypeError):  # of another version: its missing fields are listed
         saved = metadata.config
     before, now = (dict(flatten(json.loads(json.dumps(c)))) for c in (saved, dataclasses.asdict(config)))
     names = [n for n in sorted(before | now) if not n.startswith(_OF_THE_START) and before.get(n) != now.get(n)]
@@ -69,7 +69,7 @@ def list_changes(config: RunConfig, metadata: Metadata) -> list[Change]:
 
 
 def effect_of(field: str) -> Effect:
-    """What a change of a field does to a run that resumes."""
+    """The effect of changing a field on a run that resumes."""
     if field.startswith("data.sources.") and field.endswith((".path", ".max_epochs")):
         return "harmless"
     fitting = (effect for effect, prefixes in _EFFECTS if field.startswith(prefixes))
@@ -77,19 +77,19 @@ def effect_of(field: str) -> Effect:
 
 
 def check_changes(config: RunConfig, metadata: Metadata, workdir: Path, changes: Sequence[Change]) -> None:
-    """Raises ValueError, naming the fields, if a run of `config` cannot go on from the checkpoints in `workdir`."""
+    """Raises ValueError, naming the fields, if a run of `config` cannot resume from the checkpoints in `workdir`."""
     saved = type_of_record(metadata.config)
     if saved not in (None, type(config)):
         raise ValueError(
-            f"workdir = '{workdir}' is not valid: its checkpoints are of a {saved.__name__}, this run is of a "
-            f"{type(config).__name__}; give it a workdir of its own, and the model that it starts from as init_from."
+            f"workdir = '{workdir}' is not valid: its checkpoints are of a {saved.__name__}, this run is a "
+            f"{type(config).__name__}; choose another workdir, and pass the model to start from as init_from."
         )
     if lines := [f"{c.field}: {c.now} is {c.before} in them" for c in changes if c.effect == "refused"]:
         raise ValueError(f"The checkpoints in '{workdir}' are of another run; these fields differ: {'; '.join(lines)}.")
 
 
 def print_changes(console: Console, changes: Sequence[Change]) -> None:
-    """A table of them; nothing if there are none."""
+    """Prints them as a table; nothing if there are none."""
     if not changes:
         return
     table = make_table("field", "before", "now", "effect", title="Changed at this resume")

@@ -1,4 +1,4 @@
-"""What every run settles before its job is made: what its processes must share, compiled programs, its devices."""
+"""A run's settings before its job is made: agreement of processes, compilation cache, compiler options, attention."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _log = logging.getLogger(__name__)
 
 
 def describe_start(config: RunConfig) -> dict[str, Any]:
-    """What must be the same on all processes of a run, as `agreement.require_agreement` takes it: its whole config but
-    who this process is, the code and the libraries that compile it."""
+    """Facts that must be equal on all processes (`agreement.require_agreement`): the config except the identity of the
+    process, the source code, and library versions."""
     fields = dataclasses.asdict(config)
-    for own in ("process_id", "coordinator_address"):  # process 0 may listen at another name than others call
+    for own in ("process_id", "coordinator_address"):  # process 0 may use another address than the others
         del fields["distributed"][own]
     package = Path(__file__).parents[1]
     code = hashlib.sha256()
@@ -36,9 +36,9 @@ def describe_start(config: RunConfig) -> dict[str, Any]:
 
 
 def use_compilation_cache(folder: str) -> None:
-    """Keeps compiled programs in `folder`, unless it is empty or JAX_COMPILATION_CACHE_DIR names another.
+    """Keeps compiled programs in `folder`, unless it is '' or JAX_COMPILATION_CACHE_DIR is set.
 
-    Where nothing can be written there, as in a home that is read-only, a warning says so and none are kept.
+    Logs a warning and keeps none if the folder is not writable, such as in a read-only home.
     """
     if not folder or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
@@ -50,8 +50,8 @@ def use_compilation_cache(folder: str) -> None:
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
         reason = getattr(error, "strerror", None) or error
         _log.warning(
-            "Compiled programs are not kept: compilation_cache = %r cannot be written (%s). Name another folder by "
-            "--compilation-cache or JAX_COMPILATION_CACHE_DIR, or none by --compilation-cache ''.", folder, reason,
+            "Compiled programs are not kept: compilation_cache = %r is not writable (%s). Set another folder with "
+            "--compilation-cache or JAX_COMPILATION_CACHE_DIR, or none with --compilation-cache ''.", folder, reason,
         )  # fmt: skip
         return
     jax.config.update("jax_compilation_cache_dir", str(path))
@@ -59,7 +59,7 @@ def use_compilation_cache(folder: str) -> None:
 
 
 def tuned_options(config: RunConfig, mesh: Mesh) -> dict[str, Any] | None:
-    """The compiler options of the training step on the mesh's chips; None leaves the choice to the compiler."""
+    """Compiler options of the training step on the mesh's chips; None for the compiler's defaults."""
     generation = DEVICE_KINDS.get(mesh.devices.flat[0].device_kind)
     if generation is None or config.compute.compiler_options == "default":
         return None
@@ -67,10 +67,10 @@ def tuned_options(config: RunConfig, mesh: Mesh) -> dict[str, Any] | None:
 
 
 def check_attention(config: RunConfig, mesh: Mesh) -> None:
-    """Raises ValueError if the devices cannot run the attention kernel that the config names."""
+    """Raises ValueError if the devices cannot run the attention kernel of the config."""
     platform = mesh.devices.flat[0].platform
     if config.compute.attention == "flash" and platform != "tpu":
         raise ValueError(
-            f"compute.attention = 'flash' is not valid on {platform}: it is written for TPU; legal values here are "
+            f"compute.attention = 'flash' is not valid on {platform}: it runs only on TPU; legal values here are "
             "chunked and reference."
         )

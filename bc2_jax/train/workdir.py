@@ -1,4 +1,4 @@
-"""Where a run writes, and that it alone does."""
+"""The folder that a run writes to, and its lock."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ LOCK_NAME = ".lock"
 
 
 def holds_checkpoints(workdir: Path) -> bool:
-    """Whether a run was here."""
+    """Whether a run has saved checkpoints here."""
     folder = workdir / "checkpoints"
     return folder.is_dir() and any(path.name[0].isdigit() for path in folder.iterdir())
 
 
 @contextlib.contextmanager
 def own_workdir(config: RunConfig) -> Iterator[Path]:
-    """The workdir of the run, which no other run can have until the block ends.
+    """The workdir of the run, locked against other runs until the block ends.
 
-    It is that of the config; else the first of runs/NAME, runs/NAME-2, ... without checkpoints that no live run has,
-    or, to resume, the last one with checkpoints. A run that failed at its start leaves none. Raises, on every process
-    and before anything in it is touched, InUse if a live run owns it, and ValueError if no checkpoint can be there.
+    It is `config.workdir`, else the first of runs/NAME, runs/NAME-2, ... that has no checkpoints and no running owner;
+    to resume, the last one with checkpoints. Raises on every process, before anything is written: InUse if a running
+    process owns it, ValueError if it cannot hold checkpoints.
     """
     with contextlib.ExitStack() as owned:
         yield Path(first_decides(lambda: str(_own(config, owned))))
@@ -46,7 +46,7 @@ def _own(config: RunConfig, owned: contextlib.ExitStack) -> Path:
                 break
             with contextlib.suppress(InUse), contextlib.ExitStack() as attempt:
                 _lock(workdir, attempt)
-                if not holds_checkpoints(workdir):  # else its owner has just ended
+                if not holds_checkpoints(workdir):  # its owner may just have ended
                     owned.enter_context(attempt.pop_all())
                     return workdir
         used = workdir

@@ -62,7 +62,7 @@ def test_an_evaluation_that_fails_costs_nothing_else(tiny, whole, tokenizer, tmp
     job = harness.launch(config, tmp_path / "run", *args, processes=2, devices=2)
     assert job.wait() == [0, 0], job.text()
     assert harness.fingerprint(job) == harness.fingerprint(whole)
-    assert re.search("evaluations failed (.*can't be read.*); the run goes on. Failures of this kind: 4.", job.log(0))
+    assert re.search("evaluations failed (.*can't be read.*); the run continues. Failures of this kind: 4.", job.log(0))
     assert "Failures that did not end the run (see the log): evaluations 4." in job.log(0)
     metrics = read_metrics(job.workdir / "metrics.jsonl")
     assert metrics[-1]["step"] == harness.STEPS and metrics[-2]["failed_evaluations"] == 3
@@ -79,7 +79,8 @@ def test_metrics_that_find_no_room_do_not_end_the_run(tiny, alone, tmp_path):
     assert job.wait() == [0], job.text()
     assert harness.fingerprint(job) == harness.fingerprint(alone)
     assert (
-        "metrics failed ([Errno 28] No space left on device); the run goes on. Failures of this kind: 16." in job.log(0)
+        "metrics failed ([Errno 28] No space left on device); the run continues. Failures of this kind: 16."
+        in job.log(0)
     )
     assert "tensorboard failed" in job.log(0) and harness.checkpoints(workdir) == [harness.STEPS]
 

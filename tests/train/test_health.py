@@ -171,7 +171,7 @@ def test_a_batch_without_targets_is_told_and_is_no_loss_to_compare_with(tmp_path
     said: list[str] = []
     monitor = health.HealthMonitor(HealthConfig(spike_deviations=5.0), tmp_path, said.append, Expendable())
     monitor.observe(3, {"loss": 0.0, "grad_norm": 0.0, "empty_batch": 1.0})
-    assert said == ["step 3  its batch has no target to learn from: there is no update"]
+    assert said == ["step 3  its batch has no target: no update"]
     assert [e["event"] for e in events(tmp_path)] == ["empty batch"] and monitor.state()["losses"] == []
 
 

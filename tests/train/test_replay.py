@@ -69,7 +69,7 @@ def test_another_batch_is_told_from_bad_hardware(finished, small_run, tmp_path, 
     np.savez(tmp_path / "other.npz", **loader[3], step=5)
     assert main([str(finished), "--step", "5", "--batch", str(tmp_path / "same.npz")]) == 0
     assert main([str(finished), "--step", "5", "--batch", str(tmp_path / "other.npz")]) == 1
-    assert "the batch is another one than then; look at the data" in capsys.readouterr().out
+    assert "the batch differs; look at the data" in capsys.readouterr().out
 
 
 def test_what_is_missing_is_one_sentence(finished, changed, tmp_path, capsys):

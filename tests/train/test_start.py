@@ -53,8 +53,7 @@ def test_other_rows_than_those_of_the_checkpoint_are_named(small_run, caplog):
     assert not caplog.messages
     warn_of_other_rows(dataclasses.replace(small_run, data=dataclasses.replace(small_run.data, seed=3)), metadata, 4)
     assert caplog.messages == [
-        "The data is not that of the checkpoint of step 4, which it goes on from: data.seed changed. Rows that were "
-        "trained on may come again, others never."
+        "The data changed since the checkpoint of step 4: data.seed. Some rows may be trained on twice, others never."
     ]
 
 
