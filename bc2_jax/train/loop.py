@@ -28,9 +28,8 @@ from bc2_jax.train.health import HealthMonitor, Steps
 from bc2_jax.train.job import Batch, BatchError, Job, Progress, Say, lower_train_step, make_eval_step
 from bc2_jax.train.kinds import with_tasks
 from bc2_jax.train.metrics import MetricsWriter, ProgressDisplay, Throughput, fingerprint, memory_metrics
-from bc2_jax.train.restore import find_checkpoint, restore_state, verify_resume
-from bc2_jax.train.start import check_attention, describe_start, tuned_options, use_compilation_cache
-from bc2_jax.train.workdir import own_workdir
+from bc2_jax.train.resume import find_checkpoint, restore_state, verify_resume
+from bc2_jax.train.start import check_attention, describe_start, own_workdir, tuned_options, use_compilation_cache
 
 Config = TypeVar("Config", bound=RunConfig)
 

@@ -36,7 +36,7 @@ from bc2_jax.train.job import StepParts, TrainState, TrainStep, lower_train_step
 from bc2_jax.train.kinds import kind_of, read_config
 from bc2_jax.train.loop import Start
 from bc2_jax.train.metrics import fingerprint, read_metrics
-from bc2_jax.train.restore import restore_state
+from bc2_jax.train.resume import restore_state
 from bc2_jax.train.start import check_attention, tuned_options
 from bc2_jax.validation import require
 

@@ -22,7 +22,7 @@ from bc2_jax.sharding import make_mesh
 from bc2_jax.train.distributed import EXIT_HUNG, EXIT_LOST, EXIT_PREEMPTED
 from bc2_jax.train.optimizer import make_optimizer
 from bc2_jax.train.pretrain import make_abstract_state
-from bc2_jax.train.restore import restore_state
+from bc2_jax.train.resume import restore_state
 from tests.faults import harness
 
 KINDS = ("kill", "kill all", "terminate", "stop")

@@ -23,7 +23,7 @@ from bc2_jax.data.batch import FIELDS, make_put
 from bc2_jax.data.loader import make_train_loader
 from bc2_jax.model.baichuan import init_params
 from bc2_jax.sharding import make_mesh
-from bc2_jax.train import health, job, loop, pretrain, restore
+from bc2_jax.train import health, job, loop, pretrain, resume
 from bc2_jax.train.distributed import Preempted
 from bc2_jax.train.expendable import Expendable
 from bc2_jax.train.metrics import read_metrics
@@ -333,7 +333,7 @@ def test_the_optimizer_counts_updates(small_run, poisoned, tmp_path):
     with jax.set_mesh(mesh):
         checkpointer = loop.Checkpointer(tmp_path / "checkpoints", config.checkpoint)
         abstract = pretrain.make_abstract_state(config, mesh, make_optimizer(config.optimizer))
-        state = restore.restore_state(checkpointer, 4, abstract)
+        state = resume.restore_state(checkpointer, 4, abstract)
         checkpointer.close()
     counts = {int(x) for _, x in optax.tree.get_all_with_path(state.opt_state, "count")}
     assert counts == {3} and int(state.step) == 3
