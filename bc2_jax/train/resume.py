@@ -1,4 +1,4 @@
-"""Resuming a run: its checkpoint, the restored state, changes of the config, and a check that the resume is bit-exact."""
+"""Resuming a run: its checkpoint, the restored state, changes of the config, and a check that it is bit-exact."""
 
 from __future__ import annotations
 
