@@ -88,7 +88,7 @@ def check_changes(config: RunConfig, metadata: Metadata, workdir: Path, changes:
     saved = type_of_record(metadata.config)
     if saved not in (None, type(config)):
         raise ValueError(
-            f"workdir = '{workdir}' is not valid: its checkpoints are of a {saved.__name__}, this run is a "
+            f"workdir = '{workdir}' is not valid: its checkpoints are of a {saved.__name__}, this run is of a "
             f"{type(config).__name__}; choose another workdir, and pass the model to start from as init_from."
         )
     if lines := [f"{c.field}: {c.now} is {c.before} in them" for c in changes if c.effect == "refused"]:

@@ -41,5 +41,5 @@ def test_changes_that_are_refused_are_named(small_run, tmp_path):
     check_changes(now, Saved, tmp_path, [Change("seed", "1", "2", "harmless")])
     with pytest.raises(ValueError, match="of another run; these fields differ: lora.rank: 3 is 2 in them"):
         check_changes(now, Saved, tmp_path, [Change("lora.rank", "2", "3", "refused")])
-    with pytest.raises(ValueError, match="are of a FineTuneConfig, this run is a TrainConfig"):
+    with pytest.raises(ValueError, match="are of a FineTuneConfig, this run is of a TrainConfig"):
         check_changes(small_run, Saved, tmp_path, [])
