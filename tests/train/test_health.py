@@ -1,4 +1,4 @@
-"""Updates that are skipped, runs that stop and leave their batch, spikes that a run goes back behind."""
+"""Skipped updates, runs that stop and save their batch, rewinds after spikes."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def test_a_spike_rewinds_and_its_rows_are_left_out(small_run, poisoned, tmp_path
     poisoned({7: 100.0, 8: 100.0, 12: 100.0, 13: 100.0})
     config = spiky(small_run, tmp_path)
     result = pretrain.train(config)
-    # Steps 8 and 9 are high; step 7 made the parameters of 8: the run goes back to 6 and leaves out batches 6, 7, 8.
+    # Steps 8 and 9 are high; step 7 made the parameters of 8: the run rewinds to 6 and skips batches 6, 7, 8.
     # Then batches 12 and 13 are those of steps 10 and 11: the checkpoint of step 9 goes, back to 6 without 11, 12, 13.
     rewinds = events(tmp_path / "run")
     size = config.data.global_batch_size
@@ -239,11 +239,11 @@ def test_a_spike_rewinds_and_its_rows_are_left_out(small_run, poisoned, tmp_path
     assert [metrics[s]["tokens"] for s in range(1, 15)] == [(loader[i]["labels"] != -100).sum() for i in read]
     assert metrics[14]["skipped_rows"] == 6 * size
     assert max(m["loss"] for m in metrics.values()) < 10
-    # Resumed behind the rewinds, a run knows what it left out.
+    # A run resumed after the rewinds knows what it skipped.
     again = pretrain.train(dataclasses.replace(config, workdir=str(tmp_path / "again"), num_steps=9))
     again = pretrain.train(dataclasses.replace(config, workdir=str(again.workdir), resume="auto"))
     assert again.fingerprint == result.fingerprint
-    # And so ends a run that was never given those rows.
+    # A run that never had those rows ends in the same state.
     make = row_batches.make_train_loader
 
     def without(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""Recorded steps done again: identical, or which number differs and why."""
+"""Replayed steps: identical, or which number differs and why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run prints: hints that can be typed as they stand, names as they are."""
+"""Printed hints can be pasted, and names are printed unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run settles before its first step, on devices that are not here."""
+"""Settings before the first step, also for devices that this machine lacks."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_other_rows_than_those_of_the_checkpoint_are_named(small_run, caplog):
 
 @pytest.mark.parametrize("folder", ["{file}/programs", "~/programs", "/proc/1/no/programs"])
 def test_a_cache_that_cannot_be_written_is_one_warning(monkeypatch, tmp_path, caplog, folder):
-    """As in a home that is read-only; the run goes on without."""
+    """As in a read-only home; the run continues without a cache."""
     file = tmp_path / "file"
     file.touch()
     monkeypatch.setenv("HOME", str(file))
