@@ -30,7 +30,8 @@ from rich.table import Table
 from bc2_jax.config import DataConfig, MixtureStage, SourceConfig
 from bc2_jax.data.loader import make_train_iterator, make_train_loader
 from bc2_jax.data.packing import Manifest, RowWriter, SplitInfo, TextCounts, load_manifest, write_manifest
-from bc2_jax.tokenizer import EOS_ID, PAD_ID, file_sha256
+from bc2_jax.files import file_sha256
+from bc2_jax.tokenizer import EOS_ID, PAD_ID
 
 VOCAB_SIZE = 125_696
 NO_SPLIT = SplitInfo(documents=0, characters=0, bytes=0, tokens=0, rows=0, padding=0, files=())

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -28,8 +26,8 @@ from bc2_jax.config import TrainConfig
 from bc2_jax.data.corpus import CORPUS
 from bc2_jax.data.packing import MANIFEST
 from bc2_jax.data.pinned_package import default_cache
-from bc2_jax.files import InUse
-from bc2_jax.tokenizer import Tokenizer, file_sha256
+from bc2_jax.files import InUse, file_sha256, fingerprint
+from bc2_jax.tokenizer import Tokenizer
 
 PAIRS = "pairs.jsonl"
 _FORMAT = 1
@@ -92,7 +90,7 @@ def _prepare_once(inputs: list[str], field: str, tokenizer: str, cache: Path, se
         "format": _FORMAT, "settings": dataclasses.asdict(settings), "tokenizer": file_sha256(tokenizer),
         "files": [file_sha256(file.path) for file in files],
     }  # fmt: skip
-    folder = cache / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
+    folder = cache / fingerprint(facts, sort_keys=False)[:24]
     said = False
     while not (folder / MANIFEST).is_file():
         try:

@@ -8,7 +8,6 @@ topics and attack prompts are the user's, ours are about office kitchens and car
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
 import json
 import random
@@ -22,6 +21,7 @@ from bc2_jax.align.formats import inner_records, read_prompt
 from bc2_jax.data.decompression import Decompressed
 from bc2_jax.data.records import Invalid, decode, read_records
 from bc2_jax.data.text_files import kind_of, open_binary
+from bc2_jax.files import fingerprint
 from bc2_jax.validation import choices, join_some, require, show
 
 _DATA: dict[str, Any] = json.loads(Path(__file__).with_name("red_team.json").read_text(encoding="utf-8"))
@@ -80,7 +80,7 @@ class Attack:
     def id(self) -> str:
         """16 hex digits: the same for the same prompt in every run."""
         about = [self.messages, self.kind, self.secret, self.word]
-        return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+        return fingerprint(about, sort_keys=False)[:16]
 
 
 def our_targets() -> list[Target]:

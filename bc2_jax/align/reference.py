@@ -30,6 +30,7 @@ from bc2_jax.data.batch import Batch, Rows, batch_part, make_put
 from bc2_jax.data.corpus import list_parts
 from bc2_jax.data.loader import make_batches_of
 from bc2_jax.data.row_values import RowValues, digest_rows
+from bc2_jax.files import fingerprint
 from bc2_jax.model.baichuan import Baichuan2, Params, split_model
 from bc2_jax.model.log_probs import token_log_probs
 from bc2_jax.sharding import reshard
@@ -85,7 +86,7 @@ def find_or_compute(
     and get what the first one found. Raises Preempted if the run is to stop meanwhile: what is done is kept.
     """
     about = describe(config, checksum, most_pairs)
-    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+    name = fingerprint(about)[:32]
     cache = Path(config.dpo.reference_cache).expanduser() / f"{name}.npz"
     found, where = _share(lambda: _find([start.workdir / NAME, cache], about))
     if found is None or "next_batch" in found.about:

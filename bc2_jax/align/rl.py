@@ -4,8 +4,6 @@ a run; a step of the run is an iteration: answers, their scores, and some update
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -43,9 +41,10 @@ from bc2_jax.convert.checkpoints import ACTOR, CRITIC
 from bc2_jax.convert.pretrained import find_tokenizer
 from bc2_jax.convert.reward import find_reward_model
 from bc2_jax.data.batch import FIELDS, IGNORED, AbstractBatch, Batch
+from bc2_jax.files import file_sha256, fingerprint
 from bc2_jax.model.baichuan import Params
 from bc2_jax.sharding import spec
-from bc2_jax.tokenizer import Tokenizer, file_sha256
+from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.train.checks import (
     check_initial_model,
     check_same_model,
@@ -227,7 +226,7 @@ def make_job(config: RLConfig, start: Start) -> Job:
     check_exports(config, start.workdir)
     functions = [load_reward_function(name, "ppo.reward_functions") for name in rl.reward_functions]
     prompts = load_prompts(rl.prompts, tokenizer, rl.max_prompt_tokens, "ppo.prompts")
-    digest = hashlib.sha256(json.dumps(prompts.ids).encode()).hexdigest()
+    digest = fingerprint(prompts.ids)
     if metadata is not None and metadata.job.get(PROMPTS, digest) != digest and jax.process_index() == 0:
         _log.warning("The prompts are not those with which the checkpoint of step %d was saved.", start.step)
     asked = config.questions

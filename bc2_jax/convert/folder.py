@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bc2_jax.convert.hf import join_some
-from bc2_jax.files import lock
-from bc2_jax.manifest import sync
+from bc2_jax.files import lock, sync
 from bc2_jax.validation import require
 
 # File systems take 255; staging, locking and Orbax put up to 43 around it.

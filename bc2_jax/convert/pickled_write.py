@@ -8,7 +8,6 @@ every tensor goes straight into its zip entry.
 from __future__ import annotations
 
 import math
-import os
 import struct
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -19,6 +18,7 @@ import numpy as np
 from bc2_jax.convert.mapped import contiguous_strides
 from bc2_jax.convert.pickled import ORDERED_DICT, STORAGES, TENSOR
 from bc2_jax.convert.table import Shape
+from bc2_jax.files import sync
 
 _STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items()}
 _ALIGNMENT = 64  # as torch aligns, so that a memory map of the file can be used as it is
@@ -36,23 +36,21 @@ def write_pickled(
     dtype = np.dtype(dtype)
     if dtype not in _STORAGE_NAMES:
         raise ValueError(f"{path}: torch has no dtype {dtype}.")
-    with path.open("wb") as file:
-        with zipfile.ZipFile(file, "w") as archive:
-            _write_entry(archive, file.tell(), "data.pkl", _pickle(dtype, shapes))
-            _write_entry(archive, file.tell(), "byteorder", b"little")
-            _write_entry(archive, file.tell(), "version", b"3\n")
-            announced = enumerate(shapes.items())
-            for name, array in tensors:
-                key, expected = next(announced, (0, None))
-                if (name, array.shape) != expected or array.dtype != dtype:
-                    raise ValueError(f"{path}: {name} {array.dtype} {array.shape} is not the tensor announced here.")
-                content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-                _write_entry(archive, file.tell(), f"data/{key}", content)
-                del array, content  # before the next one is made
-            if (left := next(announced, None)) is not None:
-                raise ValueError(f"{path}: {left[1][0]} was announced and did not come.")
-        file.flush()
-        os.fsync(file.fileno())
+    with path.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
+        _write_entry(archive, file.tell(), "data.pkl", _pickle(dtype, shapes))
+        _write_entry(archive, file.tell(), "byteorder", b"little")
+        _write_entry(archive, file.tell(), "version", b"3\n")
+        announced = enumerate(shapes.items())
+        for name, array in tensors:
+            key, expected = next(announced, (0, None))
+            if (name, array.shape) != expected or array.dtype != dtype:
+                raise ValueError(f"{path}: {name} {array.dtype} {array.shape} is not the tensor announced here.")
+            content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+            _write_entry(archive, file.tell(), f"data/{key}", content)
+            del array, content  # before the next one is made
+        if (left := next(announced, None)) is not None:
+            raise ValueError(f"{path}: {left[1][0]} was announced and did not come.")
+    sync(path)
 
 
 def _write_entry(archive: zipfile.ZipFile, position: int, name: str, content: bytes | memoryview) -> None:

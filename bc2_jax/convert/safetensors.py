@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 
 from bc2_jax.convert.mapped import MappedTensor
 from bc2_jax.convert.table import Shape
+from bc2_jax.files import sync
 
 _DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -126,5 +126,4 @@ def write_safetensors(
             del array  # before the next one is made
         if (left := next(announced, None)) is not None:
             raise ValueError(f"{path}: {left[0]} was announced and did not come.")
-        file.flush()
-        os.fsync(file.fileno())
+    sync(path)

@@ -23,7 +23,8 @@ from bc2_jax.data.corpus import PartFolder, list_parts
 from bc2_jax.data.mixture import Mixture, Stage
 from bc2_jax.data.packing import Kind, Manifest, Split, check_files
 from bc2_jax.data.row_file import BadRow, RowFile
-from bc2_jax.tokenizer import PAD_ID, file_sha256
+from bc2_jax.files import file_sha256
+from bc2_jax.tokenizer import PAD_ID
 
 if TYPE_CHECKING:
     import grain

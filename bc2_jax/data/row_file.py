@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from bc2_jax.tokenizer import file_sha256
+from bc2_jax.files import file_sha256
 
 # One record a group, so that a row is read without its neighbours; uncompressed, since token ids hardly compress.
 _WRITER_OPTIONS = "group_size:1,uncompressed"

@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import glob
-import hashlib
 import json
 import logging
 import math
@@ -66,6 +65,7 @@ from bc2_jax.data.packing import (
 )
 from bc2_jax.data.processes import ProcessPool
 from bc2_jax.data.text_files import TextFiles, find_text_files
+from bc2_jax.files import fingerprint
 from bc2_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -231,8 +231,8 @@ def _make_corpus(
 
 def _fingerprint(scans: Iterable[ScannedFile], tokenizer: Tokenizer, settings: Settings) -> str:
     files = [(scan.path, scan.size, scan.sha256) for scan in scans]
-    content = json.dumps([_FORMAT, files, tokenizer.fingerprint, dataclasses.asdict(settings)])
-    return hashlib.sha256(content.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    about = [_FORMAT, files, tokenizer.fingerprint, dataclasses.asdict(settings)]
+    return fingerprint(about, sort_keys=False)[:16]
 
 
 def _cut_units(scans: Iterable[ScannedFile], unit_bytes: int) -> list[_Unit]:

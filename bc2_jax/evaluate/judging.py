@@ -11,7 +11,7 @@ from bc2_jax.align.red_team import Answer
 from bc2_jax.align.red_team_attacks import OTHER, Attack
 from bc2_jax.align.red_team_judges import judge_answers, load_judge, split_judge, threshold_of
 from bc2_jax.evaluate.task import Example
-from bc2_jax.tokenizer import file_sha256
+from bc2_jax.files import file_sha256
 from bc2_jax.validation import require
 
 

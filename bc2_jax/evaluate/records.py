@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bc2_jax.evaluate.task import Example, Judged
-from bc2_jax.files import replaced
+from bc2_jax.files import append_lines, replaced
 
 NAME = "records.jsonl"
 Record = dict[str, Any]
@@ -37,12 +36,7 @@ class RecordFile:
         """Keeps records, on disk when it returns; one of an item that has one already replaces it."""
         found = list(found)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("r+b" if self.path.is_file() else "w+b") as file:
-            file.seek(_whole_bytes(self.path))
-            file.truncate()
-            file.write(b"".join(map(_line, found)))
-            file.flush()
-            os.fsync(file.fileno())
+        append_lines(self.path, b"".join(map(_line, found)))
         self.records |= {record["id"]: record for record in found}
 
     def put_in_order(self, items: Sequence[str]) -> None:
@@ -56,11 +50,6 @@ class RecordFile:
 def _line(record: Record) -> bytes:
     # No NaN: a record with one would be of a model that is broken, and no JSON.
     return json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-
-
-def _whole_bytes(path: Path) -> int:
-    """Up to the end of the last line that was written to its end."""
-    return path.read_bytes().rfind(b"\n") + 1
 
 
 def read_records(path: Path) -> list[Record]:

@@ -103,7 +103,7 @@ def test_stopped_by_sigterm_and_resumed_is_bit_identical(config, finished, tmp_p
     with monkeypatch.context() as patch:
         patch.setattr(loop.ProgressDisplay, "show", send)
         # The step after the one whose metrics were shown had begun.
-        with pytest.raises(Preempted, match="^Stopped by SIGTERM: step 3 is saved in .*; go on with --resume auto.$"):
+        with pytest.raises(Preempted, match="^Stopped by SIGTERM: step 3 is saved in .*; resume with --resume auto.$"):
             pretrain.train(run)
     assert signal.getsignal(signal.SIGTERM) is before
     assert [m["step"] for m in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
@@ -282,7 +282,7 @@ def test_resumes_on_another_mesh(config, half, finished, tmp_path, mesh, capsys)
     sample = SampleConfig(prompts=("def ",), max_new_tokens=4)
     other = dataclasses.replace(config, workdir=str(workdir), resume="auto", mesh=mesh, sample=sample)
     result = pretrain.train(other)
-    assert "--- 'def ' goes on:" in capsys.readouterr().out
+    assert "--- 'def ' continues:" in capsys.readouterr().out
     metrics, whole = (read_metrics(r.workdir / "metrics.jsonl") for r in (result, finished))
     assert [m["tokens"] for m in metrics] == [m["tokens"] for m in whole]
     np.testing.assert_allclose([m["loss"] for m in metrics], [m["loss"] for m in whole], rtol=2e-3)
@@ -347,7 +347,7 @@ def test_verifies_its_own_resume_exports_and_writes_text(config, finished, tmp_p
     text = capsys.readouterr().out
     assert result.fingerprint == finished.fingerprint
     assert "Resumed at step 6 and repeated: the parameters are the same bit for bit." in text
-    assert "'def ' goes on:" in text and "bigram model" in text
+    assert "'def ' continues:" in text and "bigram model" in text
     assert text.rstrip().endswith(f"step 8\nparameters sha256 {result.fingerprint}")
     from bc2_jax.convert.pretrained import load_pretrained
 

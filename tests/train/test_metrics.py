@@ -1,4 +1,4 @@
-"""What a run tells about its data before it starts, and what stays of its metrics."""
+"""The table of the data at the start, and the metrics files."""
 
 import dataclasses
 import io

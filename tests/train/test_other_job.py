@@ -124,7 +124,7 @@ def test_a_further_evaluation_that_fails_costs_itself_alone(config, finished, tm
         lambda config, start: make_regression_job(config, start)._replace(examine=fail),
     )
     assert result.fingerprint == finished.fingerprint
-    assert "further evaluations failed (nothing was answered); the run goes on" in caplog.text
+    assert "further evaluations failed (nothing was answered); the run continues" in caplog.text
     losses = [[m["validation_loss"] for m in read_metrics(r.workdir / "metrics.jsonl") if "validation_loss" in m]
               for r in (result, finished)]  # fmt: skip
     assert losses[0] == losses[1] and len(losses[0]) > 1
