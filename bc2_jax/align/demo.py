@@ -19,8 +19,8 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from bc2_jax.align.chat_preparation import QUESTIONS, prepare_chat
-from bc2_jax.align.preparation_settings import Settings
+from bc2_jax.align.preparation_settings import RowSettings
+from bc2_jax.align.row_preparation import QUESTIONS, prepare_chat
 from bc2_jax.convert.pretrained import find_tokenizer
 from bc2_jax.data.demo_corpus import demo_documents
 from bc2_jax.data.pinned_package import (
@@ -69,7 +69,7 @@ def prepare_chat_demo(base: Path, sequence_length: int, cache: str | os.PathLike
     conversations = {"dialogues": read_dialogues(cache), "tasks": make_tasks(demo_documents(cache), _TASKS)}
     conversations = {name: found for name, found in conversations.items() if found}
     settings = {
-        name: Settings(max_length=sequence_length, validation_fraction=_HELD_OUT[name]) for name in conversations
+        name: RowSettings(max_length=sequence_length, validation_fraction=_HELD_OUT[name]) for name in conversations
     }
     about = [conversations, {name: dataclasses.asdict(one) for name, one in settings.items()}, _FORMAT]
     key = hashlib.sha256(json.dumps(about).encode() + tokenizer.read_bytes()).hexdigest()[:16]

@@ -1,8 +1,7 @@
-"""The batches of reinforcement learning: answers are sampled, scored and laid out for the updates of an iteration.
+"""The batches of reinforcement learning: rollouts are sampled, scored and laid out for the updates of an iteration.
 
-The answers to a prompt, and all that follows, depend only on the seed, the number of the iteration and the trained
-parameters. Checkpoints are therefore between two iterations: one that was interrupted is done again from its start and
-gives the same bits, so that no part of it has to be saved.
+An iteration depends only on the seed, its number and the trained parameters. Checkpoints are between two iterations: an
+interrupted one is repeated from its start with the same bits, so no part of a rollout is saved.
 """
 
 from __future__ import annotations
@@ -54,24 +53,24 @@ FOLDER = "rollouts"
 
 
 class Answers(NamedTuple):
-    """The answers of an iteration, N, those to one prompt side by side."""
+    """The N answers of an iteration; those to one prompt are consecutive."""
 
     prompts: list[Prompt]
     texts: list[str]
     rows: Rows
-    """FIELDS, int32 [N, T]: prompt and answer from the left, the labels those of the answer alone, its eos included."""
+    """FIELDS, int32 [N, T]: prompt and answer, left-aligned; labels only of the answer, its eos included."""
     sampled: np.ndarray
-    """fp32 [N, T]: the sampler's log-probabilities, beside the labels."""
+    """fp32 [N, T]: the sampler's log-probabilities of the labels."""
     last: np.ndarray
-    """int [N]: the position of the last token."""
+    """int [N]: position of the last token."""
     tokens: np.ndarray
-    """int [N]: of the answer."""
+    """int [N]: length of the answer."""
     cut: np.ndarray
-    """bool [N]: not ended by an eos."""
+    """bool [N]: not ended by eos."""
 
     @property
     def mask(self) -> np.ndarray:
-        """bool [N, T]: where a token of the answer is the label."""
+        """bool [N, T]: whether the label is a token of the answer."""
         return self.rows["labels"] != IGNORED
 
 
@@ -79,7 +78,7 @@ def lay_out(
     prompts: Sequence[Prompt], ids: Sequence[Sequence[int]], found: Sequence[Continuation], texts: list[str],
     length: int,
 ) -> Answers:  # fmt: skip
-    """The answers `found` to prompts of the tokens `ids` as rows of `length`."""
+    """Lays out the answers `found` to prompts with tokens `ids` as rows of `length`."""
     shape = len(ids), length
     rows = {name: np.zeros(shape, np.int32) for name in FIELDS}
     rows["labels"][:] = IGNORED
@@ -99,15 +98,15 @@ def lay_out(
 
 
 class Scores(NamedTuple):
-    """Of the answers of an iteration, fp32 [N]."""
+    """Scores of the answers of an iteration, fp32 [N]."""
 
     parts: dict[str, np.ndarray]
-    """By what gave them: the reward model ("model"), a function by its name, "cut"."""
+    """By source: "model" (the reward model), names of reward functions, "cut"."""
     total: np.ndarray
 
 
 class Rollouts:
-    """`Batches` of `bc2_jax.train.job`: the batch of a step is the experience for all updates of an iteration."""
+    """`train.job.Batches`: the batch of a step is the experience for all updates of an iteration."""
 
     def __init__(
         self, config: RLConfig, start: Start, prompts: PromptSet, tokenizer: Tokenizer, models: Models,
@@ -128,15 +127,15 @@ class Rollouts:
 
     def next(self, step: int, state: TrainState) -> Batch | None:
         try:
-            with jax.transfer_guard("allow"):  # the loop forbids what is not said to be meant; all of this is
+            with jax.transfer_guard("allow"):  # the loop forbids implicit transfers
                 return self._make(step, state)
         except Stopped:
             return None
-        except (ValueError, ArithmeticError) as error:  # every process has it: of a reward, or of the checks
+        except (ValueError, ArithmeticError) as error:  # of a reward or a check, on every process
             raise BatchError(str(error)) from error
 
     def position(self) -> dict[str, Any]:
-        """The next iteration, the skipped ones, and what depends on the iterations before."""
+        """The next iteration, the skipped ones, and running values."""
         return {
             "iteration": self._next, "skipped_iterations": [list(window) for window in self._windows],
             "kl_coefficient": self._coefficient, "scores": self._scores.state(), "checks": self._checks.state(),
@@ -158,7 +157,7 @@ class Rollouts:
         return dict(self._metrics.get(step, {}))
 
     def save(self, step: int, folder: Path, about: dict[str, Any]) -> Path | None:
-        """Writes FOLDER/bad_batch_step_STEP.npz: the answers and all that was made of them, once for all processes."""
+        """Writes FOLDER/bad_batch_step_STEP.npz, the answers with their experience, on the first process."""
         if step not in self._recent or jax.process_index() != 0:
             return None
         return save_batch(folder, step, self._recent[step], about)
@@ -172,7 +171,7 @@ class Rollouts:
     # -------------------------------------------------------------------------------------------------- experience
 
     def _make(self, step: int, state: TrainState) -> Batch:
-        """The batch of a step. Nothing of the object changes before the very end, as the run may be stopped."""
+        """The batch of a step. The object only changes at the very end, as the run may be stopped before."""
         ppo, clock = self._config.ppo, time.perf_counter
         begin = clock()
         iteration = self._iteration(step)
@@ -191,7 +190,7 @@ class Rollouts:
         metrics |= {"rollout_seconds": sampled - begin, "scoring_seconds": clock() - sampled, "iteration": iteration}
         self._check_progress(f"the log-probabilities of step {step}")
         checks = self._checks.updated(step, metrics)
-        # Past this point the run is not stopped until the batch is made.
+        # From here on the run is not stopped until the batch is made.
         self._checks, self._scores, self._next = checks, running, iteration + 1
         self._coefficient = adapt(ppo, coefficient, metrics["kl_per_answer"])
         self._metrics[step] = {name: float(value) for name, value in metrics.items()}
@@ -207,13 +206,13 @@ class Rollouts:
             raise Stopped
 
     def _roll_out(self, iteration: int, step: int, state: TrainState) -> tuple[Answers, RefillStats]:
-        """Answers of the actor. Its copy for decoding exists only meanwhile."""
+        """Samples the answers of the actor, whose copy for decoding exists only here."""
         config, ppo = self._config, self._config.ppo
         which = prompts_of(iteration, len(self._prompts.ids), ppo.prompts_per_step, config.seed)
         which = [index for index in which for _ in range(ppo.answers_per_prompt)]
         ids = [self._prompts.ids[index] for index in which]
         seed = int(np.random.SeedSequence((config.seed, iteration)).generate_state(1)[0])
-        # No filter and no temperature: the ratios of the updates are of the distribution that was sampled from.
+        # No filter and no temperature: the updates need probabilities of the sampled distribution.
         settings = Settings(
             ppo.max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, seed=seed,
             vocab_size=self._tokenizer.vocab_size,
@@ -229,7 +228,7 @@ class Rollouts:
         return lay_out([self._prompts.prompts[i] for i in which], ids, found, texts, ppo.row_tokens), stats
 
     def _score(self, answers: Answers, placed: Batch) -> Scores:
-        """The scores of whole answers. Raises ArithmeticError for a reward that is not finite in fp32."""
+        """Scores whole answers. Raises ArithmeticError for a reward that is not finite in fp32."""
         ppo, parts = self._config.ppo, {}
         if self._held.reward is not None:
             values = self._whole(self._programs.rewards(self._held.reward, placed))
@@ -242,7 +241,7 @@ class Rollouts:
         return add_up(parts)
 
     def _forward(self, state: TrainState, placed: Batch) -> dict[str, np.ndarray]:
-        """fp32 [N, T]: log-probabilities of the actor, as the updates compute them, and of the reference; values."""
+        """fp32 [N, T]: log-probabilities of the actor (as in the updates) and of the reference; values."""
         found = {
             OLD: self._programs.log_probs(state.params, self._frozen, placed),
             REFERENCE: self._programs.reference(self._held.reference, placed),
@@ -257,11 +256,11 @@ class Rollouts:
     # ------------------------------------------------------------------------------------------------------ arrays
 
     def _place_rows(self, rows: Rows) -> Batch:
-        """Rows [N, T] in their order as [N / B, B, T] on the mesh."""
+        """Places rows [N, T] on the mesh as [N / B, B, T]."""
         return {name: self._place(x.reshape(-1, self._config.ppo.micro_rows, x.shape[-1])) for name, x in rows.items()}
 
     def _lay_out_updates(self, fields: Mapping[str, np.ndarray], iteration: int, coefficient: float) -> Batch:
-        """The batch [U * A, B, T]: in each epoch all answers, in an order of its own."""
+        """The batch [U * A, B, T]: in each epoch all answers in another order."""
         ppo = self._config.ppo
         orders = [
             np.random.default_rng((self._config.seed, iteration, epoch)).permutation(ppo.answers)
@@ -276,7 +275,7 @@ class Rollouts:
         return batch
 
     def _place(self, x: np.ndarray) -> Array:
-        """On the mesh; every process has all of it."""
+        """Places an array that every process has on the mesh."""
         axes = (None,) if x.ndim == 1 else (None, "batch", "sequence")
         sharding = NamedSharding(self._start.mesh, spec(*axes))
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
@@ -299,7 +298,7 @@ class Rollouts:
 
 
 def add_up(parts: Mapping[str, np.ndarray]) -> Scores:
-    """The scores that parts [N] give together. Raises ArithmeticError if a part or a sum is not finite in fp32."""
+    """Adds up parts [N]. Raises ArithmeticError if a part or a sum is not finite in fp32."""
     total = np.sum([part.astype(np.float64) for part in parts.values()], axis=0)
     for name, part in (*parts.items(), (f"sum ({' + '.join(parts)})", total)):
         wrong = part[~(np.abs(part) <= np.finfo(np.float32).max)]
@@ -312,7 +311,7 @@ def add_up(parts: Mapping[str, np.ndarray]) -> Scores:
 
 
 def short_names(functions: Sequence[RewardFunction]) -> dict[str, RewardFunction]:
-    """Reward functions by the name of the function alone, with their number added where that name is taken."""
+    """Reward functions by their short name, with a number added if that is taken."""
     named: dict[str, RewardFunction] = {}
     for number, function in enumerate(functions):
         short = function.name.rpartition(":")[2]

@@ -13,8 +13,8 @@ import jax
 from rich.text import Text
 
 from bc2_jax.align.chat import Message, fit_prompt
-from bc2_jax.align.chat_preparation import QUESTIONS
 from bc2_jax.align.formats import Sample, read_samples
+from bc2_jax.align.row_preparation import QUESTIONS
 from bc2_jax.config import AskedConfig, QuestionsConfig
 from bc2_jax.files import replaced
 from bc2_jax.infer import engine

@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 
 from bc2_jax.align import red_team_attacks as attacks
+from bc2_jax.align.red_team import leaks
 from bc2_jax.align.red_team_attacks import BENIGN, CLASSES, OTHER, make_attacks, our_targets, read_targets
-from bc2_jax.align.red_team_checks import leaks
 
 
 def write(path, *records):

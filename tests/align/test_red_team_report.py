@@ -8,13 +8,13 @@ import pytest
 
 from bc2_jax.align import red_team_report as report
 from bc2_jax.align.intervals import sign_test, wilson
-from bc2_jax.align.red_team import Answer, Result
+from bc2_jax.align.red_team import AttackAnswer, Result
 from bc2_jax.align.red_team_attacks import BENIGN, Attack
 
 
 def result(number, success, *, kind="reverse_exposure", by="judge", refused=False, category=None, text="x", **scores):
     attack = Attack(kind, "en", [{"role": "user", "content": str(number)}], "test", category=category)
-    return Result(attack, Answer(text, number % 2 == 0, 3), "no" if refused else None, success, by, None, scores)
+    return Result(attack, AttackAnswer(text, number % 2 == 0, 3), "no" if refused else None, success, by, None, scores)
 
 
 RESULTS = [
