@@ -6,7 +6,6 @@ interrupted one is repeated from its start with the same bits, so no part of a r
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from jax.sharding import NamedSharding
 
 from bc2_jax.align.actor_critic import Held, Models, Programs
 from bc2_jax.align.experience_checks import Checks
+from bc2_jax.align.formats import write_records
 from bc2_jax.align.prompts import Prompt, PromptSet, prompts_of
 from bc2_jax.align.reward_functions import RewardFunction
 from bc2_jax.align.shaping import (
@@ -37,7 +37,6 @@ from bc2_jax.align.shaping import (
 from bc2_jax.config import RLConfig
 from bc2_jax.data.batch import FIELDS, IGNORED, Batch, Rows
 from bc2_jax.data.row_batches import BATCHES_KEPT, Stretch, merge, row_of_step, save_batch
-from bc2_jax.files import replaced
 from bc2_jax.infer import engine
 from bc2_jax.infer.generate import Continuation
 from bc2_jax.infer.refill import RefillStats, Stopped, continue_many
@@ -49,7 +48,7 @@ from bc2_jax.train.job import BatchError, TrainState
 from bc2_jax.train.loop import Start
 
 FOLDER = "rollouts"
-"""In the workdir: step_N.jsonl of answers with their scores."""
+"""Folder in the workdir, with step_N.jsonl of answers and their scores."""
 
 
 class Answers(NamedTuple):
@@ -285,16 +284,13 @@ class Rollouts:
         if not every or (step - 1) % every or jax.process_index() != 0:
             return
         with self._start.expendable.attempt("rollouts"):
-            path = self._start.workdir / FOLDER / f"step_{step}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lines = []
+            records = []
             for row, (prompt, text) in enumerate(zip(answers.prompts, answers.texts, strict=True)):
                 parts = {name: round(float(part[row]), 6) for name, part in scores.parts.items()}
                 record = {"messages": prompt.messages, "answer": text, "tokens": int(answers.tokens[row])}
                 record |= {"cut": bool(answers.cut[row]), "score": round(float(scores.total[row]), 6), "parts": parts}
-                lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-            with replaced(path) as partial:
-                partial.write_text("".join(lines), encoding="utf-8")
+                records.append(record)
+            write_records(self._start.workdir / FOLDER / f"step_{step}.jsonl", records)
 
 
 def add_up(parts: Mapping[str, np.ndarray]) -> Scores:

@@ -19,14 +19,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from bc2_jax.align.chat import Message, find_problem
 from bc2_jax.data.records import Invalid, read_records
 from bc2_jax.data.text_files import TextFile, TextFiles, find_text_files, printable
+from bc2_jax.files import replaced
 from bc2_jax.validation import choices, show
 
 LEGAL_FILES = ".jsonl, .ndjson or .json, each plain, .zst or .gz, and .parquet"
@@ -80,6 +83,14 @@ class _Unusable(Exception):
 
     def __init__(self, kind: str, detail: str = "") -> None:
         super().__init__(kind + (f" ({detail})" if detail else ""))
+
+
+def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Writes records as JSON Lines, atomically, and creates the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replaced(path) as partial:
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        partial.write_text("".join(lines), encoding="utf-8")
 
 
 def find_files(paths: Sequence[str | os.PathLike[str]], field: str = "DATA") -> TextFiles:

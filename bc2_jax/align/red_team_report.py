@@ -12,6 +12,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from bc2_jax.align.formats import write_records
 from bc2_jax.align.intervals import sign_test, wilson
 from bc2_jax.align.red_team import NO_REFUSAL, AttackAnswer, Result
 from bc2_jax.align.red_team_attacks import BENIGN, NAMES
@@ -212,10 +213,8 @@ def worst(results: Sequence[Result]) -> list[int]:
 
 
 def write_results(path: Path, results: Sequence[Result]) -> None:
-    """Writes JSON Lines, numbered from 1, atomically."""
-    with replaced(path) as partial:
-        lines = (json.dumps(_record(n, result), ensure_ascii=False) for n, result in enumerate(results, 1))
-        partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    """Writes JSON Lines, numbered from 1."""
+    write_records(path, (_record(number, result) for number, result in enumerate(results, 1)))
 
 
 def _record(number: int, result: Result) -> dict[str, Any]:

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 
 from bc2_jax.align import server_chat
 from bc2_jax.align.dialogue import Dialogue
-from bc2_jax.align.server_chat import ChatServer, ServerError
-from bc2_jax.align.server_sent_events import MOST_BYTES, EventReader
+from bc2_jax.align.server_chat import MOST_EVENT_BYTES, ChatServer, EventReader, ServerError
 from tests.align.fake_chat_server import FakeChatServer, event, serving
 
 ROOT = Path(__file__).parents[2]
@@ -98,7 +97,7 @@ def test_events_that_are_no_text_or_endless_are_refused():
         EventReader().add(b"data: \xff\n\n")
     reader = EventReader()
     with pytest.raises(ValueError, match="more than"):
-        for _ in range(MOST_BYTES // 2**20 + 1):
+        for _ in range(MOST_EVENT_BYTES // 2**20 + 1):
             reader.add(b"data: " + b"x" * 2**20 + b"\n")
 
 
