@@ -106,7 +106,7 @@ def fit_conversation(
     """`encode_conversation` of at most `max_length` tokens: drops the oldest rounds as `drop_oldest_rounds`, if
     `drop_rounds`, then cuts on the right."""
     encoded = _encode_each(tokenizer, messages)
-    kept, dropped = range(len(messages)), 0
+    kept, dropped = list(range(len(messages))), 0
     if _require_length("max_length", max_length) and drop_rounds:
         kept, dropped = _keep_newest(messages, encoded, max_length - 1)
     ids, labels = _encode_labelled(tokenizer, [messages[i] for i in kept], [encoded[i] for i in kept])

@@ -100,7 +100,8 @@ class TokenLoss(NamedTuple):
 
 
 def policy_token_loss(new: Array, old: Array, advantages: Array, mask: Array, clip: float) -> TokenLoss:
-    """max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)) of each token, ratio = exp(new - old)."""
+    """max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)) of each token, ratio = exp(new - old) (arXiv 1707.06347,
+    equation 7). `new` and `old` [B, S] are log-probabilities under the trained policy and the one that sampled."""
     mask = _is_real(mask)
     advantage = _real(advantages, mask)
     ratio = jnp.exp(_difference(new, old, mask))
@@ -110,22 +111,9 @@ def policy_token_loss(new: Array, old: Array, advantages: Array, mask: Array, cl
     )
 
 
-def policy_loss(new: Array, old: Array, advantages: Array, mask: Array, clip: float) -> Array:
-    """fp32 scalar: the mean of `policy_token_loss` over real tokens (arXiv 1707.06347, equation 7).
-
-    `new` and `old` [B, S] are log-probabilities of the tokens under the trained policy and the one that sampled them;
-    `advantages` [B, S].
-    """
-    return token_mean(policy_token_loss(new, old, advantages, mask, clip).loss, mask)
-
-
-def clip_fraction(new: Array, old: Array, advantages: Array, mask: Array, clip: float) -> Array:
-    """fp32 scalar: share of real tokens whose gradient is clipped in `policy_loss`."""
-    return token_mean(policy_token_loss(new, old, advantages, mask, clip).clipped, mask)
-
-
 def value_token_loss(new: Array, old: Array, returns: Array, mask: Array, clip: float | None) -> TokenLoss:
-    """max((new - R)^2, (clip(new, old - clip, old + clip) - R)^2) / 2 of each token; without a clip, the first."""
+    """max((new - R)^2, (clip(new, old - clip, old + clip) - R)^2) / 2 of each token; without a clip, the first. `new`
+    and `old` [B, S] are values of the trained critic and of the one behind the `returns` [B, S]."""
     mask = _is_real(mask)
     v, target = _real(new, mask), _real(returns, mask)
     plain = jnp.square(v - target)
@@ -134,15 +122,6 @@ def value_token_loss(new: Array, old: Array, returns: Array, mask: Array, clip: 
     before = _real(old, mask)
     bounded = jnp.square(jnp.clip(v, before - clip, before + clip) - target)
     return TokenLoss(jnp.maximum(plain, bounded) / 2, jnp.zeros_like(v), (bounded > plain).astype(jnp.float32))
-
-
-def value_loss(new: Array, old: Array, returns: Array, mask: Array, clip: float | None) -> Array:
-    """fp32 scalar: the mean of `value_token_loss` over real tokens.
-
-    `new` and `old` [B, S] are values of the trained critic and of the one behind the `returns` [B, S]. None does not
-    clip.
-    """
-    return token_mean(value_token_loss(new, old, returns, mask, clip).loss, mask)
 
 
 def token_mean(x: Array, mask: Array) -> Array:
