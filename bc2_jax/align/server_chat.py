@@ -174,7 +174,7 @@ class ChatServer:
             text = choice["delta"].get("content") or ""
             return _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text), choice.get("finish_reason")
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ServerError(f"the server at {self.url} sends a chunk that is not of a chat completion.") from error
+            raise ServerError(f"the server at {self.url} sends a chunk that is not of a chat.") from error
 
 
 def _split_url(url: str) -> SplitResult:
