@@ -80,7 +80,7 @@ def test_files_are_read_again(tmp_path):
     report.write_results(path, [*RESULTS, odd])
     assert report.read_answers(path) == {r.attack.id: r.answer for r in [*RESULTS, odd]}
     path.write_text('{"id": 3}\n')
-    with pytest.raises(ValueError, match=r"answers.jsonl:1 is not an answer of a red team"):
+    with pytest.raises(ValueError, match=r"answers.jsonl:1 is not an answer that tools/red_team.py wrote"):
         report.read_answers(path)
     rows, changes = report.summarize(RESULTS), report.compare({r.attack.id: r for r in RESULTS}, RESULTS)
     report.write_report(tmp_path / "report.json", {"model": "m"}, rows, changes)
