@@ -14,18 +14,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
-from bc2_jax.align import tuning
+from bc2_jax.align import pairs, tuning
 from bc2_jax.align.pair_preparation import prepare_sources
 from bc2_jax.align.pair_results import print_dpo_plan, show_pairs
-from bc2_jax.align.pairs import (
-    CHOSEN,
-    REJECTED,
-    branch_lengths,
-    count_pairs,
-    has_pair,
-    sum_over_pairs,
-    summarize_pairs,
-)
 from bc2_jax.align.preference import dpo_loss
 from bc2_jax.align.reference import NAME, REFERENCE, answer_log_probs, find_or_compute
 from bc2_jax.align.sft_results import make_ending
@@ -118,7 +109,7 @@ class _Initial:
         self._params: Params | None = None
 
     def checksum(self) -> str:
-        """Checksum of the parameters that the run, if resumed the original one, started from."""
+        """Checksum of the parameters that the run originally started from."""
         if self._known is None:
             self._params = self.load(None)
             self._known = f"{tuning.checksum(self._params):08x}"
@@ -166,34 +157,34 @@ def make_objective(config: DPOConfig, most_pairs: int) -> Objective:
 
     def loss(params: Params, frozen: Params, batch: Batch) -> tuple[Array, Parts]:
         policy = answer_log_probs(build(params, frozen, batch), batch, most_pairs, config.compute.loss_chunk)
-        reference, lengths = batch[REFERENCE].reshape(policy.shape), branch_lengths(batch, most_pairs)
-        chosen, rejected = policy[..., CHOSEN], policy[..., REJECTED]
-        chosen_tokens, rejected_tokens = lengths[..., CHOSEN], lengths[..., REJECTED]
+        reference = batch[REFERENCE].reshape(policy.shape)
+        ratios = policy - reference
+        chosen, rejected = pairs.split_answers(policy)
+        chosen_ratio, rejected_ratio = pairs.split_answers(ratios)
+        chosen_tokens, rejected_tokens = pairs.split_answers(pairs.branch_lengths(batch, most_pairs))
         preference = dpo_loss(
-            chosen, rejected, reference[..., CHOSEN], reference[..., REJECTED], loss=options.loss, beta=options.beta,
+            chosen, rejected, *pairs.split_answers(reference), loss=options.loss, beta=options.beta,
             label_smoothing=options.label_smoothing, chosen_lengths=chosen_tokens, rejected_lengths=rejected_tokens,
         )  # fmt: skip
         cross_entropy = -chosen / jnp.maximum(chosen_tokens, 1)
         losses = preference + options.sft_weight * cross_entropy if options.sft_weight else preference
-        ratios = policy - reference
-        better = ratios[..., CHOSEN] - ratios[..., REJECTED]
+        better = chosen_ratio - rejected_ratio
         values = {
-            "loss": losses, "preference_loss": preference,
-            "accuracy": (better > 0) + 0.5 * (better == 0), "chosen_cross_entropy": cross_entropy,
-            "chosen_log_prob": chosen, "rejected_log_prob": rejected, "chosen_ratio": ratios[..., CHOSEN],
-            "rejected_ratio": ratios[..., REJECTED], "chosen_tokens": chosen_tokens,
+            "loss": losses, "preference_loss": preference, "accuracy": (better > 0) + 0.5 * (better == 0),
+            "chosen_cross_entropy": cross_entropy, "chosen_log_prob": chosen, "rejected_log_prob": rejected,
+            "chosen_ratio": chosen_ratio, "rejected_ratio": rejected_ratio, "chosen_tokens": chosen_tokens,
             "rejected_tokens": rejected_tokens, "distance": jnp.sum(jnp.abs(ratios), axis=-1),
         }  # fmt: skip
-        sums = sum_over_pairs(values, has_pair(batch["segment_ids"], most_pairs))
+        sums = pairs.sum_over_pairs(values, pairs.has_pair(batch["segment_ids"], most_pairs))
         return sums["loss"], Parts(sums, {})
 
     plain = pretrain.make_objective(config.model, config.compute)
     return Objective(
         loss=loss,
-        weight=lambda batch: count_pairs(batch, most_pairs),
+        weight=lambda batch: pairs.count_pairs(batch, most_pairs),
         metrics=lambda parts: mean_metrics(parts, options.beta),
         norms=plain.norms,
-        summary=summarize_pairs,
+        summary=pairs.summarize_pairs,
     )
 
 

@@ -16,24 +16,12 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding
 
+from bc2_jax.align import shaping
 from bc2_jax.align.actor_critic import Held, Models, Programs
 from bc2_jax.align.experience_checks import Checks
 from bc2_jax.align.formats import write_records
 from bc2_jax.align.prompts import Prompt, PromptSet, prompts_of
 from bc2_jax.align.reward_functions import RewardFunction
-from bc2_jax.align.shaping import (
-    COEFFICIENT,
-    OLD,
-    REFERENCE,
-    UPDATE,
-    VALUE,
-    RunningScores,
-    adapt,
-    coefficient_of,
-    fields_of,
-    measure,
-    shape,
-)
 from bc2_jax.config import RLConfig
 from bc2_jax.data.batch import FIELDS, IGNORED, Batch, Rows
 from bc2_jax.data.row_batches import BATCHES_KEPT, Stretch, merge, row_of_step, save_batch
@@ -115,7 +103,7 @@ class Rollouts:
         self._models, self._programs, self._held, self._frozen = models, programs, held, frozen
         self._functions = short_names(functions)
         self._checks = Checks(config, start.say)
-        self._scores = RunningScores()
+        self._scores = shaping.RunningScores()
         self._coefficient = config.ppo.kl_start
         self._windows: list[tuple[int, int]] = []
         self._next = 0
@@ -143,7 +131,7 @@ class Rollouts:
     def seek(self, position: dict[str, Any]) -> None:
         self._next, self._coefficient = position["iteration"], position["kl_coefficient"]
         self._windows = merge([*self._windows, *((first, stop) for first, stop in position["skipped_iterations"])])
-        self._scores = RunningScores(*position["scores"])
+        self._scores = shaping.RunningScores(*position["scores"])
         self._checks = self._checks.with_state(position["checks"])
         self._recent.clear()
 
@@ -182,16 +170,16 @@ class Rollouts:
         learned = running.normalized(scores.total) if ppo.normalize_rewards else scores.total
         self._check_progress(f"the scores of step {step}")
         found = self._forward(state, placed)
-        coefficient = coefficient_of(ppo, iteration, self._coefficient)
-        fields, shaped = shape(ppo, answers.mask, answers.last, answers.cut, found, learned, coefficient)
-        metrics = shaped | measure(ppo, answers, scores, found) | _rollout_metrics(stats, answers)
+        coefficient = shaping.coefficient_of(ppo, iteration, self._coefficient)
+        fields, shaped = shaping.shape(ppo, answers.mask, answers.last, answers.cut, found, learned, coefficient)
+        metrics = shaped | shaping.measure(ppo, answers, scores, found) | _rollout_metrics(stats, answers)
         metrics["kl_coefficient"] = coefficient
         metrics |= {"rollout_seconds": sampled - begin, "scoring_seconds": clock() - sampled, "iteration": iteration}
         self._check_progress(f"the log-probabilities of step {step}")
         checks = self._checks.updated(step, metrics)
         # From here on the run is not stopped until the batch is made.
         self._checks, self._scores, self._next = checks, running, iteration + 1
-        self._coefficient = adapt(ppo, coefficient, metrics["kl_per_answer"])
+        self._coefficient = shaping.adapt(ppo, coefficient, metrics["kl_per_answer"])
         self._metrics[step] = {name: float(value) for name, value in metrics.items()}
         self._recent[step] = answers.rows | fields
         for kept in (self._metrics, self._recent):
@@ -242,11 +230,11 @@ class Rollouts:
     def _forward(self, state: TrainState, placed: Batch) -> dict[str, np.ndarray]:
         """fp32 [N, T]: log-probabilities of the actor (as in the updates) and of the reference; values."""
         found = {
-            OLD: self._programs.log_probs(state.params, self._frozen, placed),
-            REFERENCE: self._programs.reference(self._held.reference, placed),
+            shaping.OLD: self._programs.log_probs(state.params, self._frozen, placed),
+            shaping.REFERENCE: self._programs.reference(self._held.reference, placed),
         }
         if self._config.ppo.has_critic:
-            found[VALUE] = self._programs.values(state.params, self._frozen, placed)
+            found[shaping.VALUE] = self._programs.values(state.params, self._frozen, placed)
         return {name: self._whole(x) for name, x in found.items()}
 
     def _whole(self, x_CBT: Array) -> np.ndarray:
@@ -266,11 +254,11 @@ class Rollouts:
             for epoch in range(ppo.epochs)
         ]
         order = np.concatenate(orders)
-        names = (*FIELDS, *fields_of(ppo))
+        names = (*FIELDS, *shaping.fields_of(ppo))
         batch = self._place_rows({name: fields[name][order] for name in names})
         update = np.repeat(np.arange(ppo.updates, dtype=np.int32), ppo.accumulation_steps)
-        batch[UPDATE] = self._place(update)
-        batch[COEFFICIENT] = self._place(np.full(len(update), coefficient, np.float32))
+        batch[shaping.UPDATE] = self._place(update)
+        batch[shaping.COEFFICIENT] = self._place(np.full(len(update), coefficient, np.float32))
         return batch
 
     def _place(self, x: np.ndarray) -> Array:

@@ -6,18 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from bc2_jax.align import chat_rows
 from bc2_jax.align.chat import IGNORED, EncodedPair, Message, encode_pair
-from bc2_jax.align.chat_rows import (
-    NO_TARGET,
-    TOO_LONG,
-    EncodedSample,
-    EncodedSamples,
-    EncodedTexts,
-    Truncation,
-    check_roles,
-    hash_question,
-    join_samples,
-)
 from bc2_jax.align.formats import Sample
 from bc2_jax.data.records import Invalid
 from bc2_jax.tokenizer import Tokenizer
@@ -73,24 +63,28 @@ def _is_finite(value: Any) -> bool:
 
 
 def encode_pairs(
-    tokenizer: Tokenizer, pairs: Sequence[Pair], max_length: int, row_length: int, truncation: Truncation = "rounds"
-) -> EncodedSamples:
+    tokenizer: Tokenizer,
+    pairs: Sequence[Pair],
+    max_length: int,
+    row_length: int,
+    truncation: chat_rows.Truncation = "rounds",
+) -> chat_rows.EncodedSamples:
     """Encodes checked pairs as `encode_pair`: prompt and longer answer up to `max_length` tokens, prompt and both up to
     `row_length`. A pair with equal answers, or with an answer without targets, is left out.
 
     Raises ValueError if a text has tokens of padding or of a role.
     """
-    texts = EncodedTexts(tokenizer, (messages for pair in pairs for messages in pair))
+    texts = chat_rows.EncodedTexts(tokenizer, (messages for pair in pairs for messages in pair))
     samples = []
     for pair in pairs:
         found = encode_pair(texts, *pair, max_length, row_length, drop_rounds=truncation == "rounds")
         if not found.dropped_rounds and not found.cut_tokens:
             for messages, answer in zip((pair.chosen, pair.rejected), found.answers, strict=True):
-                check_roles(found.prompt + answer, [*pair.prompt, *messages], tokenizer)
+                chat_rows.check_roles(found.prompt + answer, [*pair.prompt, *messages], tokenizer)
         (chosen, rejected), first = found.answers, len(found.prompt)
-        sample = EncodedSample(
+        sample = chat_rows.EncodedSample(
             messages=[*pair.prompt, *pair.chosen, *pair.rejected],
-            question_hash=hash_question([*pair.prompt, *pair.chosen]),
+            question_hash=chat_rows.hash_question([*pair.prompt, *pair.chosen]),
             ids=found.prompt + chosen + rejected,
             labels=[IGNORED] * first + found.targets[0] + found.targets[1],
             reason=_why_lost(found, truncation),
@@ -99,12 +93,12 @@ def encode_pairs(
             branches=(first, first + len(chosen)),
         )
         samples.append(sample)
-    return join_samples(tokenizer, samples)
+    return chat_rows.join_samples(tokenizer, samples)
 
 
-def _why_lost(found: EncodedPair, truncation: Truncation) -> str:
+def _why_lost(found: EncodedPair, truncation: chat_rows.Truncation) -> str:
     if truncation == "drop" and found.cut_tokens:
-        return TOO_LONG
+        return chat_rows.TOO_LONG
     if any(all(label == IGNORED for label in targets) for targets in found.targets):
-        return NO_TARGET
+        return chat_rows.NO_TARGET
     return EQUAL if found.answers[0] == found.answers[1] else ""

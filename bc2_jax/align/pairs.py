@@ -21,9 +21,6 @@ from bc2_jax.kernels.segments import TRUNK_BITS
 from bc2_jax.sharding import reshard
 from bc2_jax.validation import require
 
-CHOSEN, REJECTED = 0, 1
-"""Index of each answer in the last dimension of results."""
-
 
 def branch_sums(values_BT: Array, batch: Batch, most_pairs: int) -> Array:
     """fp32 [B, P, 2]: the sum of `values_BT` over the targets of each answer (labels that are not IGNORED)."""
@@ -42,6 +39,11 @@ def branch_last(values_BT: Array, segment_ids_BT: Array, most_pairs: int) -> Arr
     is_last_BT = whole_BT != jnp.pad(whole_BT, ((0, 0), (0, 1)))[:, 1:]
     is_last_BT = reshard(is_last_BT, "batch", "sequence")
     return _sum_each(jnp.where(is_last_BT, values_BT.astype(jnp.float32), 0), segment_ids_BT, most_pairs)
+
+
+def split_answers(x_BP2: Array) -> tuple[Array, Array]:
+    """[B, P, 2] -> the values of the chosen and of the rejected answers, [B, P] each."""
+    return x_BP2[..., 0], x_BP2[..., 1]
 
 
 def has_pair(segment_ids_BT: Array, most_pairs: int) -> Array:

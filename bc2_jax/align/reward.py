@@ -15,18 +15,9 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from bc2_jax.align import tuning
+from bc2_jax.align import pairs, tuning
 from bc2_jax.align.pair_preparation import prepare_sources
 from bc2_jax.align.pair_results import make_reward_ending, print_reward_plan
-from bc2_jax.align.pairs import (
-    CHOSEN,
-    REJECTED,
-    branch_last,
-    count_pairs,
-    has_pair,
-    sum_over_pairs,
-    summarize_pairs,
-)
 from bc2_jax.align.preference import reward_loss
 from bc2_jax.align.row_preparation import MARGINS
 from bc2_jax.align.tuning import SEED
@@ -170,8 +161,9 @@ def make_objective(config: RewardConfig, most_pairs: int) -> Objective:
     def loss(params: Params, frozen: Params, batch: Batch) -> tuple[Array, Parts]:
         segments_BT = batch["segment_ids"]
         values_BT = build(params, frozen, batch).values(batch["input_ids"], batch["positions"], segments_BT)
-        rewards = branch_last(values_BT, segments_BT, most_pairs)
-        chosen, rejected, counts = rewards[..., CHOSEN], rewards[..., REJECTED], has_pair(segments_BT, most_pairs)
+        rewards = pairs.branch_last(values_BT, segments_BT, most_pairs)
+        chosen, rejected = pairs.split_answers(rewards)
+        counts = pairs.has_pair(segments_BT, most_pairs)
         margin = batch[MARGIN] if MARGIN in batch else jnp.zeros_like(chosen)
         losses = reward_loss(chosen, rejected, margin, centring)
         values = {
@@ -179,15 +171,15 @@ def make_objective(config: RewardConfig, most_pairs: int) -> Objective:
             "chosen": chosen, "rejected": rejected, "chosen_square": chosen**2, "rejected_square": rejected**2,
             "square": (chosen - rejected) ** 2, "asked": margin,
         }  # fmt: skip
-        sums = sum_over_pairs(values, counts)
+        sums = pairs.sum_over_pairs(values, counts)
         largest = jnp.max(jnp.where(counts[..., None], jnp.abs(rewards), 0))
         return sums["loss"], Parts(sums, {"largest_reward": largest})
 
     return Objective(
         loss=loss,
-        weight=lambda batch: count_pairs(batch, most_pairs),
+        weight=lambda batch: pairs.count_pairs(batch, most_pairs),
         metrics=mean_metrics,
-        summary=summarize_pairs,
+        summary=pairs.summarize_pairs,
     )
 
 

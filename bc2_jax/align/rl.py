@@ -17,19 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
-from bc2_jax.align import grpo, ppo
-from bc2_jax.align.actor_critic import (
-    Held,
-    abstract_held,
-    abstract_trained,
-    critic_model,
-    critic_values,
-    frozen_of,
-    init_trained,
-    load_held,
-    make_models,
-    make_programs,
-)
+from bc2_jax.align import actor_critic, grpo, ppo
 from bc2_jax.align.experience import Rollouts
 from bc2_jax.align.experience_checks import check_ratio
 from bc2_jax.align.prompts import load_prompts
@@ -51,13 +39,7 @@ from bc2_jax.infer.settings import Settings
 from bc2_jax.model.baichuan import Params
 from bc2_jax.sharding import place_shapes, spec, use_rules
 from bc2_jax.tokenizer import Tokenizer, file_sha256
-from bc2_jax.train.checks import (
-    check_initial_model,
-    check_same_model,
-    check_same_tokenizer,
-    check_tokenizer,
-    require_same_tokenizer,
-)
+from bc2_jax.train import checks
 from bc2_jax.train.job import Job, Objective, Parts, StepParts, abstract_state, init_state
 from bc2_jax.train.loop import RunResult, Start, run
 from bc2_jax.train.optimizer import Optimizer, combine_optimizers, make_optimizer
@@ -100,17 +82,17 @@ def complete(config: RLConfig) -> RLConfig:
 
 def make_step(config: RLConfig, mesh: Mesh) -> StepParts:
     """The updates of an iteration, of all parameters or of adapters; of a reward model only the config is read."""
-    critic = critic_model(config)
+    critic = actor_critic.critic_model(config)
     optimizer = make_optimizers(config)
     return StepParts(
         objective=make_objective(config, critic),
         optimizer=optimizer,
-        state=abstract_state(abstract_trained(config, critic, mesh), optimizer),
+        state=abstract_state(actor_critic.abstract_trained(config, critic, mesh), optimizer),
         batch=abstract_batch(config, mesh),
         flops_per_step=flops_per_step(config, critic),
         updates=config.ppo.updates,
-        frozen=frozen_of(config, abstract_held(config, critic, mesh)),
-        load_frozen=lambda: frozen_of(config, load_held(config, mesh)),
+        frozen=actor_critic.frozen_of(config, actor_critic.abstract_held(config, critic, mesh)),
+        load_frozen=lambda: actor_critic.frozen_of(config, actor_critic.load_held(config, mesh)),
     )
 
 
@@ -153,10 +135,10 @@ def make_rollout(config: RLConfig, mesh: Mesh) -> RolloutParts:
     A run without reward functions is taken to have a reward model, of the actor's architecture unless
     `ppo.reward_model` names one. With adapters, reference and reward model are the frozen parameters themselves.
     """
-    rl, lora, critic = config.ppo, config.lora.rank > 0, critic_model(config)
-    models = make_models(dataclasses.replace(config, compute=inference_compute(config.compute)), critic)
-    read = abstract_held(config, critic, mesh)
-    trained, frozen = abstract_trained(config, critic, mesh), frozen_of(config, read)
+    rl, lora, critic = config.ppo, config.lora.rank > 0, actor_critic.critic_model(config)
+    models = actor_critic.make_models(dataclasses.replace(config, compute=inference_compute(config.compute)), critic)
+    read = actor_critic.abstract_held(config, critic, mesh)
+    trained, frozen = actor_critic.abstract_trained(config, critic, mesh), actor_critic.frozen_of(config, read)
     with jax.set_mesh(mesh), use_rules(engine.decoding_rules()):
         prepared = jax.eval_shape(
             lambda *params: engine.prepare(models.actor(*params), whole=rl.rollout_gathers_once), trained, frozen
@@ -181,7 +163,7 @@ def make_rollout(config: RLConfig, mesh: Mesh) -> RolloutParts:
 
 def make_objective(config: RLConfig, critic: ModelConfig) -> Objective:
     """Sum of the losses of actor and critic, which share no parameters."""
-    rl, models, chunk = config.ppo, make_models(config, critic), config.compute.loss_chunk
+    rl, models, chunk = config.ppo, actor_critic.make_models(config, critic), config.compute.loss_chunk
 
     def actor_loss(new: Array, mask: Array, batch: Batch) -> tuple[Array, ppo.TokenLoss]:
         if rl.has_critic:
@@ -214,7 +196,7 @@ def make_objective(config: RLConfig, critic: ModelConfig) -> Objective:
         }  # fmt: skip
         if rl.has_critic:
             with jax.named_scope("critic"):
-                values = critic_values(models.critic(params, frozen), batch)
+                values = actor_critic.critic_values(models.critic(params, frozen), batch)
                 of_values = ppo.value_token_loss(values, batch[VALUE], batch[RETURN], mask, rl.value_clip)
             sums |= {"critic_loss": jnp.sum(of_values.loss), "value_clipped": jnp.sum(of_values.clipped)}
             value += sums["critic_loss"]
@@ -245,11 +227,11 @@ def _metrics(parts: Parts) -> dict[str, Array]:
 def make_job(config: RLConfig, start: Start) -> Job:
     """The job of a completed `config`. Raises ValueError or FileNotFoundError, naming the field, if it can't start."""
     rl, metadata = config.ppo, start.metadata
-    check_initial_model(config)  # at a resume too: it is the reference
+    checks.check_initial_model(config)  # at a resume too: it is the reference
     changes = []
     if metadata is not None:
         changes = list_changes(config, metadata)
-        check_same_model(config, metadata, start.workdir)
+        checks.check_same_model(config, metadata, start.workdir)
         check_changes(config, metadata, start.workdir, changes)
         require(
             config.seed == metadata.config["seed"], "seed", config.seed,
@@ -266,11 +248,12 @@ def make_job(config: RLConfig, start: Start) -> Job:
         _log.warning("The prompts differ from those of the checkpoint of step %d.", start.step)
     asked = config.questions
     questions = read_questions(asked.path, asked, config.model.model_max_length, tokenizer)
-    critic = critic_model(config)
-    step, models, held = make_step(config, start.mesh), make_models(config, critic), load_held(config, start.mesh)
+    critic = actor_critic.critic_model(config)
+    step, models = make_step(config, start.mesh), actor_critic.make_models(config, critic)
+    held = actor_critic.load_held(config, start.mesh)
     checksums = _check_held(held, start)
-    frozen = frozen_of(config, held)
-    programs = make_programs(config, models, tuned_options(config, start.mesh))
+    frozen = actor_critic.frozen_of(config, held)
+    programs = actor_critic.make_programs(config, models, tuned_options(config, start.mesh))
     batches = Rollouts(config, start, prompts, tokenizer, models, programs, held, frozen, functions)
 
     def begin(workdir: Path) -> None:
@@ -283,7 +266,7 @@ def make_job(config: RLConfig, start: Start) -> Job:
         objective=step.objective,
         optimizer=step.optimizer,
         abstract_state=step.state,
-        init_state=lambda: init_state(init_trained(config, critic, held, start.mesh), step.optimizer),
+        init_state=lambda: init_state(actor_critic.init_trained(config, critic, held, start.mesh), step.optimizer),
         batches=batches,
         begin=begin,
         finish=lambda checkpoint, params: end_run(make_ending(config, checkpoint, params, start), start),
@@ -301,14 +284,15 @@ def make_job(config: RLConfig, start: Start) -> Job:
 
 def _check_tokenizers(config: RLConfig, start: Start, tokenizer: Tokenizer) -> None:
     """Raises ValueError if the tokenizer is not that of the chat model, the checkpoints and the reward model."""
-    check_tokenizer(config.model, tokenizer)
-    check_same_tokenizer(config, "tokenizer", tokenizer, start)
+    checks.check_tokenizer(config.model, tokenizer)
+    checks.check_same_tokenizer(config, "tokenizer", tokenizer, start)
     path = config.ppo.reward_model
     if path is not None and (found := find_reward_model(path).tokenizer) is not None:
-        require_same_tokenizer(config, "tokenizer", tokenizer, f"of ppo.reward_model = '{path}'", file_sha256(found))
+        owner = f"of ppo.reward_model = '{path}'"
+        checks.require_same_tokenizer(config, "tokenizer", tokenizer, owner, file_sha256(found))
 
 
-def _check_held(held: Held, start: Start) -> dict[str, str]:
+def _check_held(held: actor_critic.Held, start: Start) -> dict[str, str]:
     """Checksums of the models that are not trained. Raises ValueError if a resumed run had others."""
     fields = {"init_from": held.reference, "ppo.reward_model": held.reward}
     found = {name: f"{checksum(params):08x}" for name, params in fields.items() if params is not None}
