@@ -105,7 +105,10 @@ def judge_answers(
     """The scores of each answer. Raises ValueError, naming the judge, if it raises or returns anything but scores, and
     if two judges give the same score."""
     scores: list[dict[str, float]] = [{} for _ in attacks]
-    prompts = [_last_question(attack) for attack in attacks]
+    prompts = [
+        next(message["content"] for message in reversed(attack.messages) if message["role"] == "user")
+        for attack in attacks
+    ]
     texts = [answer.text for answer in answers]
     for judge in judges:
         rows = [_row(attack) for attack in attacks]
@@ -156,10 +159,6 @@ def _read(judge: Judge, value: Any, place: int) -> dict[str, float]:
             )
         found["harmless"] = 1 - toxicity
     return found
-
-
-def _last_question(attack: Attack) -> str:
-    return next(message["content"] for message in reversed(attack.messages) if message["role"] == "user")
 
 
 def _row(attack: Attack) -> dict[str, Any]:

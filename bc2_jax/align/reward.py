@@ -123,7 +123,7 @@ def make_job(config: RewardConfig, start: Start) -> Job:
         frozen, base = tuning.load_base(config, start, step.load_frozen)
         job = job._replace(
             frozen=frozen, metadata=job.metadata | base, flops_per_step=step.flops_per_step,
-            flops_formula=tuning.adapter_flops(config)[1],
+            flops_formula=tuning.ADAPTER_FLOPS,
         )  # fmt: skip
 
     def begin(workdir: Path) -> None:

@@ -28,7 +28,7 @@ import numpy as np
 from bc2_jax.agreement import first_decides
 from bc2_jax.validation import require, show
 
-_LEGAL = "it must be FILE.py:NAME or MODULE:NAME, where NAME is a function"
+_LEGAL = "it must be FILE.py:NAME or MODULE:NAME of a function"
 _numbers_of_files = itertools.count()
 
 

@@ -291,7 +291,9 @@ def _write(folder: Path, samples: _Samples, model: Tokenizer, advance: Advance) 
     sides: dict[Split, np.ndarray] = {"train": kept[~held_out], "validation": kept[held_out]}
     packed = {split: pack_best_fit(lengths[places], settings.inputs) for split, places in sides.items()}
     most = max(len(members) for rows in packed.values() for members in rows)
-    margins = _Margins(samples.margins, most) if counts.margins else None
+    margins = np.nan_to_num(np.asarray(samples.margins, np.float32))
+    rows_of_pairs: list[tuple[np.ndarray, np.ndarray]] = []
+    """Digest and margins of each row."""
     splits: dict[Split, SplitInfo] = {}
     for split, places in sides.items():
         writer = RowFilesWriter(folder, split, settings.rows_per_file)
@@ -299,8 +301,9 @@ def _write(folder: Path, samples: _Samples, model: Tokenizer, advance: Advance) 
             inputs = np.concatenate([tokens[starts[i] : starts[i] + lengths[i]] for i in places[members]])
             row = np.pad(inputs, (0, settings.inputs + 1 - len(inputs)), constant_values=model.pad_id)
             writer.write(row)
-            if margins:
-                margins.add(row, places[members])
+            if counts.margins:
+                values = np.pad(margins[places[members]], (0, most - len(members)))
+                rows_of_pairs.append((digest_rows(row_to_example(row[None])), values))
             if number % 1024 == 0:
                 advance(f"packing {split}", number)
         files = writer.close()
@@ -310,8 +313,8 @@ def _write(folder: Path, samples: _Samples, model: Tokenizer, advance: Advance) 
         )
         padding = rows * settings.inputs - size
         splits[split] = SplitInfo(len(places), characters, octets, size, rows, padding, files)
-    if margins:
-        margins.save(folder / MARGINS)
+    if rows_of_pairs:
+        _save_margins(rows_of_pairs, folder / MARGINS)
     for start in range(0, len(tokens), _READ_TOKENS):
         part = tokens[start : start + _READ_TOKENS]
         counts.targets += int(np.count_nonzero(part & TARGET))
@@ -338,28 +341,15 @@ def _write(folder: Path, samples: _Samples, model: Tokenizer, advance: Advance) 
         (folder / name).unlink()
 
 
-class _Margins:
-    """The margins of the pairs of each row; 0 if unknown."""
-
-    def __init__(self, of_samples: Sequence[float], most_pairs: int) -> None:
-        self._of_samples, self._most_pairs = np.nan_to_num(np.asarray(of_samples, np.float32)), most_pairs
-        self._digests: list[np.ndarray] = []
-        self._values: list[np.ndarray] = []
-
-    def add(self, row: np.ndarray, samples: np.ndarray) -> None:
-        """Adds a row, uint32 [T + 1], of the given samples."""
-        self._digests.append(digest_rows(row_to_example(row[None])))
-        self._values.append(np.pad(self._of_samples[samples], (0, self._most_pairs - len(samples))))
-
-    def save(self, path: Path) -> None:
-        """Writes all; warns of rows that equal an earlier row with other margins, which they then get."""
-        digests, values = np.concatenate(self._digests), np.stack(self._values)
-        kept = RowValues(digests, values)
-        known, kept_values = kept.arrays()
-        differ = np.any(kept_values[np.searchsorted(known, digests)] != values, axis=-1)
-        if differ.any():
-            logger.warning(
-                "%d of %d rows have the same pairs as an earlier row with other margins, and get those of the first",
-                np.count_nonzero(differ), len(digests),
-            )  # fmt: skip
-        kept.save(path)
+def _save_margins(rows: Sequence[tuple[np.ndarray, np.ndarray]], path: Path) -> None:
+    """Writes the margins of rows; warns of rows that equal an earlier row with other margins, which they then get."""
+    digests, values = np.concatenate([digest for digest, _ in rows]), np.stack([margins for _, margins in rows])
+    kept = RowValues(digests, values)
+    known, kept_values = kept.arrays()
+    differ = np.any(kept_values[np.searchsorted(known, digests)] != values, axis=-1)
+    if differ.any():
+        logger.warning(
+            "%d of %d rows have the same pairs as an earlier row with other margins, and get those of the first",
+            np.count_nonzero(differ), len(digests),
+        )  # fmt: skip
+    kept.save(path)

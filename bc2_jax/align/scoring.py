@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -19,7 +19,7 @@ from bc2_jax.convert.reward import load_reward_model
 from bc2_jax.data.batch import Batch
 from bc2_jax.infer.generate import bucket
 from bc2_jax.model.baichuan import Params, place_tokens
-from bc2_jax.model.reward import RewardModel, split_reward_model
+from bc2_jax.model.reward import split_reward_model
 from bc2_jax.sharding import parts, reshard, spec, use_mesh_of
 from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.validation import require
@@ -36,22 +36,17 @@ def make_score(config: ModelConfig, compute: ComputeConfig) -> Score:
     graphdef, _, _ = split_reward_model(config, compute)
 
     def score(params: Params, batch: Batch) -> Array:
-        return last_values(nnx.merge(graphdef, params), batch)
+        model, segments_BT = nnx.merge(graphdef, params), batch["segment_ids"]
+        ids_BT = jnp.where(segments_BT != 0, batch["input_ids"], config.pad_token_id)  # padding may hold invalid ids
+        with use_mesh_of(model.norm.weight[...]):
+            values_BT = model.values(ids_BT, batch.get("positions"), segments_BT)
+            whole_BT = reshard(segments_BT, "batch", None)
+            place_T = jnp.arange(whole_BT.shape[1])
+            last_B = jnp.max(jnp.where(whole_BT != 0, place_T, -1), axis=1)
+            is_last_BT = reshard(place_T == last_B[:, None], "batch", "sequence")
+            return jnp.sum(jnp.where(is_last_BT, values_BT, 0), axis=1)
 
     return score
-
-
-def last_values(model: RewardModel, batch: Mapping[str, Array]) -> Array:
-    """fp32 [B]: the value at the last token of each row of a batch as in `make_score`."""
-    segments_BT = batch["segment_ids"]
-    ids_BT = jnp.where(segments_BT != 0, batch["input_ids"], model.config.pad_token_id)  # padding may hold invalid ids
-    with use_mesh_of(model.norm.weight[...]):
-        values_BT = model.values(ids_BT, batch.get("positions"), segments_BT)
-        whole_BT = reshard(segments_BT, "batch", None)
-        place_T = jnp.arange(whole_BT.shape[1])
-        last_B = jnp.max(jnp.where(whole_BT != 0, place_T, -1), axis=1)
-        is_last_BT = reshard(place_T == last_B[:, None], "batch", "sequence")
-        return jnp.sum(jnp.where(is_last_BT, values_BT, 0), axis=1)
 
 
 class Scorer:
@@ -64,13 +59,13 @@ class Scorer:
 
     def __init__(
         self, params: Params, config: ModelConfig, *, compute: ComputeConfig | None = None, rows: int = 8,
-        tokenizer: Tokenizer | None = None, statistics: Mapping[str, float] | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:  # fmt: skip
         """`params` of a `RewardModel` of `config`, NumPy arrays or on any mesh, which is then used. `rows` is rounded
-        up to a multiple of the batch shards. `compute` is fp32 by default. `statistics` as in `FoundRewardModel`."""
+        up to a multiple of the batch shards. `compute` is fp32 by default."""
         require(rows > 0, "rows", rows, "it must be positive")
         self.params, self.config = jax.tree.map(jnp.asarray, params), config
-        self.tokenizer, self.statistics = tokenizer, statistics
+        self.tokenizer = tokenizer
         compute = compute or ComputeConfig(dtype="float32")
         self._weight = self.params["norm"]["weight"]
         with use_mesh_of(self._weight):
@@ -98,7 +93,7 @@ class Scorer:
         params, config, found = load_reward_model(path, dtype, mesh)
         compute = dataclasses.replace(compute or ComputeConfig(), dtype=dtype)
         tokenizer = None if found.tokenizer is None else Tokenizer(found.tokenizer)
-        return cls(params, config, compute=compute, rows=rows, tokenizer=tokenizer, statistics=found.statistics)
+        return cls(params, config, compute=compute, rows=rows, tokenizer=tokenizer)
 
     def score(self, conversations: Sequence[Sequence[int]]) -> np.ndarray:
         """fp32 [n]: rewards of conversations as token ids, each with its final eos.

@@ -92,7 +92,7 @@ def load_taxonomy(path: str | Path | None = None) -> Taxonomy:
         found = tuple(_read(classes, (), 1.0))
         ids = [c.id for c in found]
         if twice := next((c for c in ids if ids.count(c) > 1), None):
-            raise ValueError(f"the id {twice!r} is there twice")
+            raise ValueError(f"the id {twice!r} is not unique")
     except ValueError as error:
         raise ValueError(f"{path} is not a taxonomy: {error}.") from None
     return Taxonomy(found)
@@ -112,7 +112,7 @@ def _read(classes: Any, above: tuple[str, ...], quota: float) -> Iterator[Prompt
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
             raise ValueError(f"{name!r} has the quota {show(share)}; it must be above 0 and at most 1")
         if ("classes" in c) == (len(above) + 1 == LEVELS):
-            raise ValueError(f"{name!r} is on level {len(above) + 1}; {LEVELS} levels are needed, no more, no fewer")
+            raise ValueError(f"{name!r} is on level {len(above) + 1}; exactly {LEVELS} levels are needed")
     if not math.isclose(total := math.fsum(c["quota"] for c in classes), 1, abs_tol=1e-9):
         raise ValueError(f"the quotas of {where} sum to {total:.12g}, not to 1")
     for c in classes:

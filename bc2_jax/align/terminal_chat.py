@@ -25,12 +25,12 @@ Show = Callable[[Ask], Answer]
 """Gets an answer and shows it while it is written."""
 
 COMMANDS = {
-    "/system": "/system TEXT sets the system text from the next answer on; without TEXT there is none",
-    "/reset": "/reset forgets the conversation, but not the system text",
-    "/regenerate": "/regenerate generates the newest answer once more, or asks again what was not answered",
+    "/system": "/system TEXT sets the system text from the next answer on; without TEXT it removes it",
+    "/reset": "/reset clears the conversation, but not the system text",
+    "/regenerate": "/regenerate replaces the newest answer, or repeats an unanswered message",
     "/save": "/save FILE writes the messages to a new file, as JSON",
-    "/settings": "/settings shows the settings, /settings NAME VALUE changes one, /settings NAME takes that back",
-    "/help": "/help says this",
+    "/settings": "/settings shows the settings, /settings NAME VALUE changes one, /settings NAME resets it",
+    "/help": "/help lists the commands",
     "/exit": "/exit or Ctrl-D ends the conversation, Ctrl-C stops an answer",
 }
 _SAME = {"/clear": "/reset"}

@@ -42,6 +42,8 @@ from bc2_jax.validation import require
 
 Config = TypeVar("Config", bound=TunedConfig)
 
+ADAPTER_FLOPS = "(4 x frozen matmul parameters + 6 x adapter parameters) x tokens + causal attention"
+"""Formula of the model FLOPs of adapters: frozen weights have no gradients."""
 BASE = "base_checksum"
 """In the metadata of a checkpoint of adapters: checksum of the base model, in hex."""
 SEED = "seed"
@@ -87,7 +89,7 @@ def make_step(config: TunedConfig, mesh: Mesh, objective: Objective) -> StepPart
         objective=objective._replace(norms=lambda params: {}),  # the head is frozen
         state=abstract_state(abstract_adapter(config.lora, model, mesh), parts.optimizer),
         frozen=abstract_params(model, mesh, dtype),
-        flops_per_step=adapter_flops(config)[0],
+        flops_per_step=adapter_flops(config),
         load_frozen=lambda: load_params(str(config.init_from), dtype, mesh)[0],
     )
 
@@ -125,7 +127,7 @@ def make_job(config: TunedConfig, start: Start, step: StepParts) -> Job:
         init_state=lambda: init_state(
             init_adapter(config.lora, config.model, frozen, config.seed, start.mesh), step.optimizer
         ),
-        flops_per_step=step.flops_per_step, flops_formula=adapter_flops(config)[1],
+        flops_per_step=step.flops_per_step, flops_formula=ADAPTER_FLOPS,
         language_model=lambda params: make_build(config)(params, frozen, {}),
         metadata=job.metadata | base,
     )  # fmt: skip
@@ -213,11 +215,10 @@ def count_places(data: DataConfig) -> int:
         return max(1, data.sequence_length // 512)
 
 
-def adapter_flops(config: TunedConfig) -> tuple[int, str]:
-    """Model FLOPs of an update of adapters, and their formula: frozen weights have no gradients."""
+def adapter_flops(config: TunedConfig) -> int:
+    """Model FLOPs of an update of adapters."""
     data = config.data
-    formula = "(4 x frozen matmul parameters + 6 x adapter parameters) x tokens + causal attention"
-    return data.global_batch_size * tuned_flops_per_sequence(config.lora, config.model, data.sequence_length), formula
+    return data.global_batch_size * tuned_flops_per_sequence(config.lora, config.model, data.sequence_length)
 
 
 def tuned_flops_per_sequence(lora: LoraConfig, model: ModelConfig, length: int) -> int:

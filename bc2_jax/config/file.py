@@ -47,8 +47,7 @@ def read_config_file(path: str | os.PathLike[str], *kinds: type[C]) -> ConfigFil
     """Runs the Python file `path` and its `config()`, which must return one of `kinds`.
 
     `path` may also be the name of a config that comes with the program; a file of that name goes first. Raises
-    FileNotFoundError for no file, and ValueError, in a sentence with the file, the line and the cause, for whatever
-    goes wrong in it.
+    FileNotFoundError for a missing file, and ValueError, with file, line and cause, for any error in it.
     """
     path = find_config_file(path)
     with _named_errors(path):

@@ -1,4 +1,4 @@
-"""Low-rank adapters beside the weights of a model."""
+"""Low-rank adapters (LoRA)."""
 
 from __future__ import annotations
 
