@@ -167,7 +167,7 @@ def test_what_cannot_go_on_is_refused(config, full, adapted, tmp_path):
     params, found = load_params(config.init_from)
     params["norm"]["weight"] = params["norm"]["weight"].at[3].add(2**-6)
     save_params(params, MODEL, tmp_path / "other")
-    with pytest.raises(ValueError, match="its parameters are not those beside which the adapters in"):
+    with pytest.raises(ValueError, match="the adapters in .* were trained with other base parameters"):
         sft.train(dataclasses.replace(again, init_from=str(tmp_path / "other"), **ADAPTERS))
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(pretrain.TrainConfig)}
     other = pretrain.TrainConfig(**(fields | {"workdir": str(full.workdir), "resume": "auto", "num_steps": 6}))
