@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from bc2_jax.aot.search import run_aot_compile
 from bc2_jax.evaluate.scaling.collection import Point
 from bc2_jax.evaluate.scaling.fit import Fit, fit_compute
 from bc2_jax.evaluate.scaling.flops import Compute, training_compute
@@ -28,7 +25,7 @@ ASSUMED_NOISE = 0.001
 from any law by several times that."""
 FEWEST_RUNGS = 4
 _DRAWS = 12
-_ROOT = Path(__file__).parents[3]
+_CONFIGS = Path(__file__).parents[3] / "configs/scaling"
 _BATCHES = (8, 4, 2, 1)
 """Sequences a chip, from the largest that is tried."""
 # Chips that a rung is compiled for: of the smallest slices, as ladders are trained on.
@@ -88,29 +85,22 @@ def cost_rungs(
 
 
 def compile_rung(hidden: int, chip: str) -> tuple[float, str] | None:
-    """The estimated MFU of a rung's step with the most sequences a chip that fit, by tools/aot_compile.py in a process
-    of its own; None where libtpu is not installed. Raises ValueError for a compile that fails otherwise."""
-    topology, last = f"{chip}:{_SLICES[chip]}", ""
+    """The estimated MFU of a rung's step with the most sequences a chip that fit; None where libtpu is not installed.
+
+    Raises ValueError if the compilation fails for another reason.
+    """
+    topology, config = f"{chip}:{_SLICES[chip]}", str(_CONFIGS / f"paper_h{hidden}.py")
+    problem = ""
     for batch in _BATCHES:
-        with tempfile.TemporaryDirectory() as folder:
-            figures = Path(folder, "figures.json")
-            command = [
-                sys.executable, str(_ROOT / "tools/aot_compile.py"), str(_ROOT / f"configs/scaling/paper_h{hidden}.py"),
-                "--topology", topology, "--batch-per-chip", str(batch), "--json", str(figures),
-            ]  # fmt: skip
-            done = subprocess.run(command, capture_output=True, text=True)
-            if figures.exists():
-                values = json.loads(figures.read_text(encoding="utf-8"))
-                if values["hbm"]["share"] <= 0.95:
-                    return values["estimated_mfu"], f"{topology}, {batch} sequences a chip"
-                last = "it does not fit"
-                continue
-        last = (done.stderr.strip().splitlines() or [f"the compiler ended with {done.returncode}"])[-1]
-        if "libtpu is not installed" in last:
+        values = run_aot_compile([config, "--topology", topology, "--batch-per-chip", str(batch)])
+        if "error" not in values and values["hbm"]["share"] <= 0.95:
+            return values["estimated_mfu"], f"{topology}, {batch} sequences a chip"
+        problem = values.get("error", "it does not fit")
+        if "libtpu is not installed" in problem:
             return None
-        if "does not fit" not in last:
+        if "does not fit" not in problem:
             break
-    raise ValueError(f"rung h{hidden} can't be compiled for {topology}: {last}")
+    raise ValueError(f"rung h{hidden} can't be compiled for {topology}: {problem}")
 
 
 def choose(
