@@ -129,7 +129,6 @@ TABLES = {
             "matmul / vector / kernels / exposed s": _parts,
             "tokens/s a chip": _tokens,
             "days for 2.6 T tokens": lambda f: f"{f['days_for_2_6_trillion_tokens']:.1f}",
-            "compile s": _compile,
         },
     ),
     "finetuning": Table(
