@@ -1,173 +1,112 @@
-"""The tables of docs/tpu.md, written from the figures in docs/tpu/*.json.
+"""Writes the tables of docs/tpu.md from the figures in docs/tpu/*.json.
 
 A file holds the rows of one table, each an object with `cells` (text), `figures` (what `tools/aot_compile.py --json`
-wrote) and `arguments` (of the program that compiled it). A row with `recorded` has its figures from an earlier version
-of the page, until it is compiled again.
+wrote) and `arguments` (of the program that compiled it). `recorded` marks figures from an earlier version of the page.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import re
-from collections.abc import Callable, Mapping
+import string
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from bc2_jax.aot.estimate import KERNEL_CYCLES
 from bc2_jax.tpu.chips import CHIPS, GIB
 
-Figures = Mapping[str, Any]
-_MARKED = re.compile(r"(?<=<!-- table: )(\w+)( -->\n).*?(?=<!-- end -->)", re.DOTALL)
-
-
-class Table(NamedTuple):
-    """Columns of text, then columns of figures by name."""
-
-    cells: tuple[str, ...]
-    columns: dict[str, Callable[[Figures], str]]
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.1f}"
-
-
-def _hbm(f: Figures) -> str:
-    # Where host memory is used, the compiler's peak is not that of HBM.
-    host = f["hbm"].get("host", 0)
-    return f"{_gib(f['hbm_bytes_per_chip'])}, " + (f"- + {_gib(host)} host" if host else _gib(f["hbm"]["peak"]))
-
-
-def _mfu(f: Figures) -> str:
-    return f"{f['estimated_mfu']:.3f} ({f['estimated_mfu_low']:.3f})"
-
-
-def _parts(f: Figures) -> str:
-    return " / ".join(f"{f['estimated_step_parts'][name]:.3f}" for name in ("matmul", "vector", "kernels", "exposed"))
-
-
-def _step(f: Figures) -> str:
-    return f"{f['estimated_step_seconds']:.3f} = {_parts(f)}"
-
-
-def _tokens(f: Figures) -> str:
-    return f"{f['tokens_per_second_per_chip']:,.0f}"
-
-
-def _compile(f: Figures) -> str:
-    return f"{f['compile_seconds']:.0f}"
-
-
-def _published_hbm(f: Figures) -> str:
-    host = f["hbm"].get("host", 0)
-    return _gib(f["hbm_bytes_per_chip"]) + (f", host {host / GIB:.0f}" if host else "")
-
-
-def _loss(f: Figures) -> str:
-    return f"{1e3 * f['loss']['matmul']:.0f} + {1e3 * f['loss']['vector']:.0f}"
-
-
-def _cycles(chunk: str, f: Figures) -> str:
-    return f"{f['cycles'][chunk]:,}"
-
-
-def _serving_gib(f: Figures) -> str:
-    return _gib(max(f["extend"]["hbm"]["laid_out"], f["decode"]["hbm"]["laid_out"]))
-
-
-def _weights(f: Figures) -> str:
-    return f"{f['quantize'] or 'bf16'}, {'int8' if f['kv'] == 'int8' else 'bf16'}"
-
-
-TABLES = {
-    "calibration": Table(
+_PARTS = " / ".join(f"{{estimated_step_parts[{name}]:.3f}}" for name in ("matmul", "vector", "kernels", "exposed"))
+_PARTS_NAME = "matmul / vector / kernels / exposed s"
+_STEP = {f"step s = {_PARTS_NAME.removesuffix(' s')}": f"{{estimated_step_seconds:.3f}} = {_PARTS}"}
+_MFU = {"MFU (at worst)": "{estimated_mfu:.3f} ({estimated_mfu_low:.3f})"}
+_HBM = {"HBM GiB: sum, in use": "{hbm_bytes_per_chip!g:.1f}, {hbm[peak]!g:.1f}"}
+_TOKENS = {"tokens/s a chip": "{tokens_per_second_per_chip:,.0f}"}
+TABLES: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
+    "calibration": (
         ("", "remat"),
         {
-            "HBM GiB": _published_hbm,
-            "matmul / vector / kernels / exposed s": _parts,
-            "MFU (at worst)": lambda f: (
-                f"{f['estimated_mfu_full_square']:.3f} ({f['estimated_mfu_low_full_square']:.3f})"
-            ),
-            "published": lambda f: f"{f['published_mfu_full_square']:.3f}",
-            "ratio (at worst)": lambda f: f"{f['ratio']:.2f} ({f['ratio_low']:.2f})",
+            "HBM GiB, in host memory": "{hbm_bytes_per_chip!g:.1f}, {hbm[host]!g:.0f}",
+            _PARTS_NAME: _PARTS,
+            "MFU (at worst)": "{estimated_mfu_full_square:.3f} ({estimated_mfu_low_full_square:.3f})",
+            "published": "{published_mfu_full_square:.3f}",
+            "ratio (at worst)": "{ratio:.2f} ({ratio_low:.2f})",
         },
     ),
-    "options": Table(
-        ("7B, v5p 4x4x4, 2 sequences a chip",),
-        {"step s = matmul / vector / kernels / exposed": _step, "MFU (at worst)": _mfu},
-    ),
-    "splash": Table(
-        ("v5p, RoPE, cycles by chunk",),
-        {chunk: functools.partial(_cycles, chunk) for chunk in ("256", "512", "1024")},
-    ),
-    "loss": Table(
+    "options": (("7B, v5p 4x4x4, 2 sequences a chip",), _STEP | _MFU),
+    "splash": (("v5p, RoPE, cycles by chunk",), {size: f"{{chunk_{size}:,}}" for size in ("256", "512", "1024")}),
+    "loss": (
         ("",),
         {
-            "HBM GiB: sum, in use": lambda f: f"{_gib(f['hbm_bytes_per_chip'])}, {f['hbm']['peak'] / GIB:.2f}",
-            "step s = matmul / vector / kernels / exposed": _step,
-            "MFU (at worst)": _mfu,
-            "loss: matmul + vector ms": _loss,
-            "head gathered / reduced GiB": lambda f: (
-                f"{_gib(f['loss']['gathered_bytes'])} / {_gib(f['loss']['reduced_bytes'])}"
-            ),
+            "HBM GiB: sum, in use": "{hbm_bytes_per_chip!g:.1f}, {hbm[peak]!g:.2f}",
+            **_STEP,
+            **_MFU,
+            "loss: matmul + vector ms": "{loss[matmul]!m:.0f} + {loss[vector]!m:.0f}",
+            "head gathered / reduced GiB": "{loss[gathered_bytes]!g:.1f} / {loss[reduced_bytes]!g:.1f}",
         },
     ),
-    "remat": Table(
+    "remat": (
         ("compute.remat",),
         {
-            "HBM GiB: sum, in use": _hbm,
-            "step s = matmul / vector / kernels / exposed": _step,
-            "MFU (at worst)": _mfu,
-            "compile s": _compile,
+            "HBM GiB: sum, in use, in host memory": "{hbm_bytes_per_chip!g:.1f}, {hbm[peak]!g:.1f}, {hbm[host]!g:.1f}",
+            **_STEP,
+            **_MFU,
+            "compile s": "{compile_seconds:.0f}",
         },
     ),
-    "presets": Table(
+    "presets": (
         ("", "slice", "topology, sequences a chip"),
-        {
-            "HBM GiB: sum, in use": _hbm,
-            "MFU (at worst)": _mfu,
-            "matmul / vector / kernels / exposed s": _parts,
-            "tokens/s a chip": _tokens,
-            "days for 2.6 T tokens": lambda f: f"{f['days_for_2_6_trillion_tokens']:.1f}",
-        },
+        _HBM | _MFU | {_PARTS_NAME: _PARTS} | _TOKENS | {"days for 2.6 T tokens": "{days_for_2_6_trillion_tokens:.1f}"},
     ),
-    "finetuning": Table(
+    "finetuning": (
         ("", "slice", "topology, rows a chip", "flags"),
         {
-            "HBM GiB: sum, laid out": lambda f: f"{_gib(f['hbm_bytes_per_chip'])}, {_gib(f['hbm']['laid_out'])}",
-            "arguments GiB": lambda f: f"{f['hbm']['arguments'] / GIB:.2f}",
-            "MFU (at worst)": _mfu,
-            "matmul / vector / kernels / exposed s": _parts,
-            "tokens/s a chip": _tokens,
+            "HBM GiB: sum, laid out, arguments": (
+                "{hbm_bytes_per_chip!g:.1f}, {hbm[laid_out]!g:.1f}, {hbm[arguments]!g:.2f}"
+            ),
+            **_MFU,
+            _PARTS_NAME: _PARTS,
+            **_TOKENS,
         },
     ),
-    "serving": Table(
-        ("",),
+    "serving": (
+        ("", "weights, cache"),
         {
-            "weights, cache": _weights,
-            "slots": lambda f: f"{f['slots']} x {f['slot_length']}",
-            "GiB": _serving_gib,
-            "first token": lambda f: f"{1e3 * f['estimated_seconds_to_first_token']:.0f} ms",
-            "step": lambda f: f"{1e3 * f['decode']['estimated_seconds']:.1f} ms",
-            "tokens/s, all slots": lambda f: f"{f['decode']['estimated_tokens_per_second']:,.0f}",
-            "share": lambda f: f"{f['decode']['floor_share']:.0%}",
-            "tokens/s, one": lambda f: f"{f['single']['estimated_tokens_per_second']:.0f}",
-            "share, one": lambda f: f"{f['single']['floor_share']:.0%}",
+            "slots": "{slots} x {slot_length}",
+            "GiB": "{decode[hbm][laid_out]!g:.1f}",
+            "first token": "{estimated_seconds_to_first_token!m:.0f} ms",
+            "step": "{decode[estimated_seconds]!m:.1f} ms",
+            "tokens/s, all slots": "{decode[estimated_tokens_per_second]:,.0f}",
+            "share": "{decode[floor_share]:.0%}",
+            "tokens/s, one": "{single[estimated_tokens_per_second]:.0f}",
+            "share, one": "{single[floor_share]:.0%}",
         },
     ),
-    "scoring": Table(
+    "scoring": (
         ("13B, v5e:2x4",),
         {
-            "items": lambda f: f"{f['items']:,}",
-            "subjects": lambda f: f"{f['subjects']}",
-            "tokens of the shots (assumed)": lambda f: f"{f['shot_tokens']}",
-            "of a question (assumed)": lambda f: f"{f['question_tokens']}",
-            "rows of 4096": lambda f: f"{f['rows']:.0f}",
-            "estimated s": lambda f: f"{f['estimated_seconds']:.0f}",
+            "items": "{items:,}",
+            "subjects": "{subjects}",
+            "tokens of the shots (assumed)": "{shot_tokens}",
+            "of a question (assumed)": "{question_tokens}",
+            "rows of 4096": "{rows:.0f}",
+            "estimated s": "{estimated_seconds:.0f}",
         },
     ),
-}  # fmt: skip
-"""Name of the table and of its file -> columns."""
+}
+"""Name of the table and of its file -> (headers of `cells`, header -> format of the figures)."""
+_MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
+
+
+class _Formatter(string.Formatter):
+    """Adds the conversions !g (bytes in GiB) and !m (seconds in ms); None is shown as -."""
+
+    def convert_field(self, value: Any, conversion: Any) -> Any:
+        if conversion in ("g", "m"):
+            return None if value is None else value / GIB if conversion == "g" else 1e3 * value
+        return super().convert_field(value, conversion)
+
+    def format_field(self, value: Any, format_spec: str) -> Any:
+        return "-" if value is None else super().format_field(value, format_spec)
 
 
 def read_rows(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -180,62 +119,50 @@ def read_rows(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def write_rows(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
-    """One row a line, floats to 6 digits."""
+    """Writes one row per line, floats with 6 digits."""
     lines = ",\n".join(json.dumps(_rounded(row), ensure_ascii=False) for row in rows)
     (folder / f"{name}.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
 def render_page(page: str, folder: Path) -> str:
-    """`page` with each table between `<!-- table: NAME -->` and `<!-- end -->` written again from FOLDER/NAME.json.
+    """`page` with each table between `<!-- table: NAME -->` and `<!-- end -->` rendered from FOLDER/NAME.json.
 
     Raises ValueError unless the page has every table once.
     """
-    names = [match[1] for match in _MARKED.finditer(page)]
-    known = sorted([*TABLES, *_FROM_CODE])
-    if sorted(names) != known:
-        raise ValueError(f"The page has the tables {', '.join(names)}: it must have each of {', '.join(known)} once.")
-    return _MARKED.sub(lambda match: f"{match[1]}{match[2]}{_render(match[1], folder)}", page)
-
-
-def _render(name: str, folder: Path) -> str:
-    if name in _FROM_CODE:
-        return _FROM_CODE[name]()
-    table = TABLES[name]
-    rows = read_rows(folder, name)
-    lines = [[*row["cells"], *(show(row["figures"]) for show in table.columns.values())] for row in rows]
-    return _markdown([*table.cells, *table.columns], lines)
+    tables = {"chips": _render_chips(), "attention": _render_attention()}
+    show = _Formatter().format
+    for name, (headers, columns) in TABLES.items():
+        rows = read_rows(folder, name)
+        lines = [[*row["cells"], *(show(text, **row["figures"]) for text in columns.values())] for row in rows]
+        tables[name] = _markdown([*headers, *columns], lines)
+    found = [match[2] for match in _MARKED.finditer(page)]
+    if sorted(found) != sorted(tables):
+        raise ValueError(f"The page has the tables {', '.join(found)}: it must have each of {', '.join(tables)} once.")
+    return _MARKED.sub(lambda match: match[1] + tables[match[2]], page)
 
 
 def _markdown(headers: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (headers, ["---"] * len(headers), *rows))
 
 
-def _chips() -> str:
+def _render_chips() -> str:
     chips = CHIPS.values()
-    rows = {
-        "bf16 TFLOP/s": [f"{chip.peak_flops / 1e12:g}" for chip in chips],
-        "HBM GiB, GB/s": [f"{chip.hbm_bytes // GIB}, {chip.hbm_bandwidth / 1e9:g}" for chip in chips],
-        "clock GHz": [f"{chip.clock / 1e9:g}" for chip in chips],
-        "link GB/s, torus": [f"{chip.link_bandwidth / 1e9:g}, {chip.torus_dims}-D" for chip in chips],
-        "network between slices, GB/s a chip": [f"{chip.dcn_bandwidth / 1e9:g}" for chip in chips],
-    }
-    return _markdown(["", *CHIPS], [[name, *cells] for name, cells in rows.items()])
-
-
-def _attention() -> str:
     rows = [
-        [
-            f"{kernel.generation}, {'backward' if kernel.backward else 'forward'}",
-            f"{kernel.cycles:,}",
-            f"{kernel.efficiency:.0%}",
-        ]
-        for kernel in KERNEL_CYCLES
+        ["bf16 TFLOP/s", *(f"{chip.peak_flops / 1e12:g}" for chip in chips)],
+        ["HBM GiB, GB/s", *(f"{chip.hbm_bytes // GIB}, {chip.hbm_bandwidth / 1e9:g}" for chip in chips)],
+        ["clock GHz", *(f"{chip.clock / 1e9:g}" for chip in chips)],
+        ["link GB/s, torus", *(f"{chip.link_bandwidth / 1e9:g}, {chip.torus_dims}-D" for chip in chips)],
+        ["network between slices, GB/s a chip", *(f"{chip.dcn_bandwidth / 1e9:g}" for chip in chips)],
+    ]
+    return _markdown(["", *CHIPS], rows)
+
+
+def _render_attention() -> str:
+    rows = [
+        [f"{k.generation}, {'backward' if k.backward else 'forward'}", f"{k.cycles:,}", f"{k.efficiency:.0%}"]
+        for k in KERNEL_CYCLES
     ]
     return _markdown(["", "cycles", "share of peak"], rows)
-
-
-_FROM_CODE = {"chips": _chips, "attention": _attention}
-"""Tables of constants of this package."""
 
 
 def _rounded(value: Any) -> Any:
