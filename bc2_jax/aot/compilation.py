@@ -53,18 +53,14 @@ class DoesNotFit(ValueError):
 class Memory:
     """HBM in bytes of a device (or chip), as the compiler lays it out."""
 
-    arguments: int
-    """State, frozen parameters and batch."""
+    arguments: int  # state, frozen parameters and batch
     outputs: int
-    aliased: int
-    """Outputs in the place of donated arguments."""
+    aliased: int  # outputs in the place of donated arguments
     temporaries: int
-    peak: int
-    """In use at one time."""
+    peak: int  # in use at one time
     laid_out: int
     """Arguments and one block of temporaries with its gaps: what the compiler compares with the chip's HBM."""
-    host: int = 0
-    """Temporaries in host memory (remat "offload")."""
+    host: int = 0  # temporaries in host memory (remat "offload")
 
     @property
     def total(self) -> int:
@@ -81,10 +77,8 @@ class CompiledProgram:
     """A compiled program."""
 
     memory: Memory
-    hlo: str
-    """The scheduled program of one device."""
-    log: str
-    """The compiler's stderr."""
+    hlo: str  # the scheduled program of one device
+    log: str  # the compiler's stderr
     lower_seconds: float
     compile_seconds: float
 
@@ -94,20 +88,14 @@ class CompiledStep(CompiledProgram):
     """A compiled training step."""
 
     topology: Topology
-    config: RunConfig
-    """With the mesh filled in."""
-    sequences: int
-    """Rows of a step on all devices."""
-    length: int
-    """Tokens of a row."""
-    coordinates: tuple[tuple[int, ...], ...]
-    """(slice, x, y, ...) of each device, in the program's order."""
+    config: RunConfig  # with the mesh filled in
+    sequences: int  # rows of a step on all devices
+    length: int  # tokens of a row
+    coordinates: tuple[tuple[int, ...], ...]  # (slice, x, y, ...) of each device, in the program's order
     replicated: tuple[tuple[str, int], ...]
     """Replicated arrays of state and frozen parameters of at least 1 MiB: name and bytes."""
-    flops: int
-    """Model FLOPs of the step with all its updates, on all devices."""
-    adapter_parameters: int = 0
-    """Parameters trained beside frozen ones; 0 if all are trained."""
+    flops: int  # model FLOPs of the step with all its updates, on all devices
+    adapter_parameters: int = 0  # parameters trained beside frozen ones; 0 if all are trained
 
 
 def use_topologies() -> None:

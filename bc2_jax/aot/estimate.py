@@ -15,8 +15,7 @@ from bc2_jax.aot.program import BETWEEN_SLICES, Collective, Computation, Instruc
 from bc2_jax.aot.traffic import matmul_flops, moved_bytes
 from bc2_jax.tpu.chips import CHIPS, Chip, Topology
 
-HBM_SHARE = 0.85
-"""Share of the HBM bandwidth that memory-bound fusions reach."""
+HBM_SHARE = 0.85  # share of the HBM bandwidth that memory-bound fusions reach
 CYCLES_HBM_SHARE = 0.41
 """Largest share implied by the compiler's cycles; they are scaled by at least CYCLES_HBM_SHARE / HBM_SHARE."""
 
@@ -56,23 +55,18 @@ KERNEL_CYCLES = (
 )
 """Other generations use the shares of the one with the same MXU. The share does not carry over between MXU sizes: a
 head of 128 fills half of the wider MXU, and softmax takes as many cycles on both."""
-UNKNOWN_KERNEL_EFFICIENCY = 0.5
-"""For kernels other than attention that declare FLOPs."""
+UNKNOWN_KERNEL_EFFICIENCY = 0.5  # for kernels other than attention that declare FLOPs
 
 
 @dataclasses.dataclass
 class Traffic:
     """All collectives of one kind in a step on one device."""
 
-    bytes: int = 0
-    """Whole tensors: gathered, or before the reduction."""
+    bytes: int = 0  # whole tensors: gathered, or before the reduction
     count: int = 0
-    asynchronous_bytes: int = 0
-    """The part that overlaps other work."""
-    gather_bytes: int = 0
-    """The part of all-reduces that only gathers."""
-    seconds: float = 0.0
-    """By the ring model, hidden and exposed."""
+    asynchronous_bytes: int = 0  # the part that overlaps other work
+    gather_bytes: int = 0  # the part of all-reduces that only gathers
+    seconds: float = 0.0  # by the ring model, hidden and exposed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,17 +89,12 @@ class Estimate:
 
     matmul: float
     """The compiler's cycles; in inference HBM-bound ones take their bytes at HBM_SHARE of the bandwidth."""
-    vector: float
-    """Other fusions, memory-bound ones at HBM_SHARE of the bandwidth."""
+    vector: float  # other fusions, memory-bound ones at HBM_SHARE of the bandwidth
     kernels: float
-    exposed: float
-    """Communication that is not hidden."""
-    hidden: float
-    """Hidden communication; not part of the sum."""
-    matmul_raw: float
-    """`matmul` in the compiler's own cycles."""
-    vector_raw: float
-    """`vector` in the compiler's own cycles."""
+    exposed: float  # communication that is not hidden
+    hidden: float  # hidden communication; not part of the sum
+    matmul_raw: float  # `matmul` in the compiler's own cycles
+    vector_raw: float  # `vector` in the compiler's own cycles
     collectives: dict[str, Traffic]
     warnings: tuple[str, ...]
 

@@ -41,12 +41,9 @@ class CompiledEngine:
     extend: CompiledProgram
     decode: CompiledProgram
     chunk_length: int
-    key_block: int
-    """Keys that a chunk attends to in one pass of a loop."""
-    cache_bytes: int
-    """Keys, values and their scales, per device."""
-    state_bytes: int
-    """All state of the rows with the cache, per device."""
+    key_block: int  # keys that a chunk attends to in one pass of a loop
+    cache_bytes: int  # keys, values and their scales, per device
+    state_bytes: int  # all state of the rows with the cache, per device
 
 
 def whole_slice_mesh(topology: Topology) -> MeshConfig:

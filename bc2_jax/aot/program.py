@@ -34,8 +34,7 @@ class Shape:
 
     dtype: str
     dims: tuple[int, ...]
-    layout: str
-    """Minor-to-major dimensions, tiles, memory space, as printed without braces."""
+    layout: str  # minor-to-major dimensions, tiles, memory space, as printed without braces
 
     @property
     def bytes(self) -> int:
@@ -67,13 +66,10 @@ class Instruction:
 
     name: str
     opcode: str
-    shapes: tuple[Shape, ...]
-    """The result, a tuple flattened."""
+    shapes: tuple[Shape, ...]  # the result, a tuple flattened
     operands: tuple[str, ...]
-    attributes: str
-    """The text after the operands."""
-    text: str
-    """The text between the operands' parentheses."""
+    attributes: str  # the text after the operands
+    text: str  # the text between the operands' parentheses
 
     @property
     def bytes(self) -> int:
@@ -127,24 +123,20 @@ class Collective:
 
     kind: str
     """One of COLLECTIVES, or BETWEEN_SLICES, as compiled: a scatter compiled to an all-reduce is an all-reduce."""
-    bytes: int
-    """The whole tensor on one device: a gather's result, a reduction's or exchange's operand."""
+    bytes: int  # the whole tensor on one device: a gather's result, a reduction's or exchange's operand
     dtype: str
-    group: tuple[int, ...]
-    """Devices of the first group; others have the same size and shape."""
+    group: tuple[int, ...]  # devices of the first group; others have the same size and shape
     op_name: str
     gathers: bool = False
     """Whether it is an all-reduce of zero-padded tensors: libtpu's gather over all three dimensions of a torus, with
     twice the traffic."""
-    channel: str = ""
-    """The id that the parts of a collective share if it is fused into several matmuls."""
+    channel: str = ""  # the id that the parts of a collective share if it is fused into several matmuls
 
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
     name: str
-    instructions: tuple[Instruction, ...]
-    """In execution order."""
+    instructions: tuple[Instruction, ...]  # in execution order
 
     @functools.cached_property
     def by_name(self) -> dict[str, Instruction]:

@@ -14,12 +14,9 @@ from bc2_jax.aot.program import Program
 from bc2_jax.config import FineTuneConfig, TrainConfig
 from bc2_jax.tpu.chips import GIB, Topology
 
-PAPER_TOKENS = 2.6e12
-"""Baichuan 2's training tokens (paper section 2.1)."""
-LARGE = 2**25
-"""Bytes from which a tensor is worth a warning."""
-Rows = list[tuple[str, str]]
-"""Lines of a report: (name, text)."""
+PAPER_TOKENS = 2.6e12  # Baichuan 2's training tokens (paper section 2.1)
+LARGE = 2**25  # bytes from which a tensor is worth a warning
+Rows = list[tuple[str, str]]  # lines of a report: (name, text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +24,7 @@ class ProgramReport:
     """One program, per chip. Times are compile-time estimates, memory is what the compiler allocates."""
 
     memory: Memory
-    hbm_bytes: int
-    """The chip's capacity."""
+    hbm_bytes: int  # the chip's capacity
     lower_seconds: float
     compile_seconds: float
     estimate: Estimate
@@ -62,15 +58,12 @@ class Report:
     chips: int
     sequences_per_chip: float
     program: ProgramReport
-    flops: float
-    """Model FLOPs of a step, without recomputation."""
+    flops: float  # model FLOPs of a step, without recomputation
     flops_formula: str
-    tokens: float
-    """Tokens of a step."""
+    tokens: float  # tokens of a step
     peak_flops: float
     audit: Audit
-    is_pretraining: bool
-    """Whether to report the days for PAPER_TOKENS."""
+    is_pretraining: bool  # whether to report the days for PAPER_TOKENS
 
     @property
     def memory(self) -> Memory:

@@ -28,14 +28,11 @@ from bc2_jax.train.kinds import kind_of
 class RolloutParts(NamedTuple):
     """Inputs of sampling between two updates; arrays are shapes with shardings."""
 
-    prepared: Prepared
-    """The actor, prepared for the engine."""
+    prepared: Prepared  # the actor, prepared for the engine
     shapes: RolloutShapes
-    prompt_tokens: int
-    """Longest prompt."""
+    prompt_tokens: int  # longest prompt
     settings: Settings
-    answers: int
-    """Per iteration."""
+    answers: int  # per iteration
     held: dict[str, Any]
     """Name -> what stays on the devices besides state and frozen parameters: reference, reward model."""
 
@@ -48,10 +45,8 @@ class CompiledRollout:
     parts: RolloutParts
     engine: CompiledEngine
     coordinates: tuple[tuple[int, ...], ...]
-    held: dict[str, int]
-    """Name -> bytes of everything that stays through an iteration."""
-    update_holds: int
-    """The part of `held` that is an argument of the update."""
+    held: dict[str, int]  # name -> bytes of everything that stays through an iteration
+    update_holds: int  # the part of `held` that is an argument of the update
     prepared_bytes: int
 
 
@@ -93,10 +88,8 @@ class RolloutReport:
     """Figures of a rollout; bytes are per chip, times are compile-time estimates."""
 
     compiled: CompiledRollout
-    extend: ProgramReport
-    """The last chunk of the longest prompts."""
-    decode: ProgramReport
-    """One step with a full cache."""
+    extend: ProgramReport  # the last chunk of the longest prompts
+    decode: ProgramReport  # one step with a full cache
 
     @property
     def held_bytes(self) -> int:

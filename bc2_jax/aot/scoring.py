@@ -32,10 +32,8 @@ class Benchmark:
     name: str
     items: int
     subjects: int
-    shot_tokens: int
-    """Header and all shots of a subject."""
-    question_tokens: int
-    """One item with its options."""
+    shot_tokens: int  # header and all shots of a subject
+    question_tokens: int  # one item with its options
 
     def __post_init__(self) -> None:
         require_positive(self, f"{self.name}.", "items", "subjects", "shot_tokens", "question_tokens")
@@ -83,8 +81,7 @@ class ScoringShapes:
 
     rows: int = 2
     row_length: int = 4096
-    places: int = 256
-    """Scored tokens of a row: about 35 questions with 4 letters in 2 spellings."""
+    places: int = 256  # scored tokens of a row: about 35 questions with 4 letters in 2 spellings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +90,7 @@ class CompiledScoring:
     shapes: ScoringShapes
     program: CompiledProgram
     coordinates: tuple[tuple[int, ...], ...]
-    parameter_bytes: int
-    """Per chip."""
+    parameter_bytes: int  # per chip
 
 
 def compile_scoring(

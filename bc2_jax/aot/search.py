@@ -14,12 +14,10 @@ from typing import Any
 from bc2_jax.config import ComputeConfig, MeshConfig, TrainConfig
 from bc2_jax.tpu.chips import Topology
 
-BATCHES = (1, 2, 4)
-"""Sequences per chip."""
+BATCHES = (1, 2, 4)  # sequences per chip
 POLICIES = ("full", "save_attention", "save_projections", "save_dots")
 """Values of compute.remat that fit a pod; "none" keeps every activation."""
-HBM_LIMIT = 0.95
-"""Largest share of HBM for a chosen result; evaluation and checkpoints need the rest."""
+HBM_LIMIT = 0.95  # largest share of HBM for a chosen result; evaluation and checkpoints need the rest
 AOT_COMPILE = Path(__file__).parents[2] / "tools/aot_compile.py"
 
 
@@ -59,8 +57,7 @@ class Result:
     """Estimated figures of a candidate, or the error."""
 
     candidate: Candidate
-    hbm_bytes: int | None
-    """Per chip."""
+    hbm_bytes: int | None  # per chip
     mfu: float | None
     mfu_low: float | None = None
     error: str = ""

@@ -31,22 +31,17 @@ from bc2_jax.tpu.chips import Topology
 from bc2_jax.tpu.options import Value
 from bc2_jax.validation import require
 
-TRIES = 4
-"""Compilations at most to find the number of slots."""
+TRIES = 4  # compilations at most to find the number of slots
 
 
 @dataclasses.dataclass(frozen=True)
 class ServingShapes:
     """Options of a server. A slot is a row of the engine's batch, for one sequence."""
 
-    slots: int | None = None
-    """None for the most that fit."""
-    slot_length: int = 4096
-    """Tokens of prompt and answer that a slot holds."""
-    prompt_length: int = 1024
-    """Prompt whose time to the first token is estimated."""
-    quantize: Scheme | None = None
-    """Weights; None for bf16."""
+    slots: int | None = None  # none for the most that fit
+    slot_length: int = 4096  # tokens of prompt and answer that a slot holds
+    prompt_length: int = 1024  # prompt whose time to the first token is estimated
+    quantize: Scheme | None = None  # weights; None for bf16
     kv: CacheDType = "compute"
 
     def check(self, model: ModelConfig, mesh: MeshConfig) -> None:
@@ -70,16 +65,13 @@ class CompiledServing:
     """The programs, and bytes per chip."""
 
     topology: Topology
-    config: RunConfig
-    """With the mesh filled in."""
+    config: RunConfig  # with the mesh filled in
     shapes: ServingShapes
     slots: int
     engine: CompiledEngine
     coordinates: tuple[tuple[int, ...], ...]
-    parameter_bytes: int
-    """Prepared parameters."""
-    read_bytes: int
-    """Parameters that each decoding step reads: all but the embedding table."""
+    parameter_bytes: int  # prepared parameters
+    read_bytes: int  # parameters that each decoding step reads: all but the embedding table
 
 
 def compile_serving(
@@ -157,14 +149,10 @@ class ServingReport:
     """Figures of a server; bytes are per chip, times are compile-time estimates."""
 
     compiled: CompiledServing
-    extend: ProgramReport
-    """A chunk of a prompt, without its attention."""
-    key_seconds: float
-    """Additional time of a chunk per key that it attends to."""
-    decode: ProgramReport
-    """One step with all slots full and the default settings."""
-    rare_seconds: float
-    """Additional time of a step if a request has rare settings."""
+    extend: ProgramReport  # A chunk of a prompt, without its attention
+    key_seconds: float  # additional time of a chunk per key that it attends to
+    decode: ProgramReport  # one step with all slots full and the default settings
+    rare_seconds: float  # additional time of a step if a request has rare settings
 
     @property
     def parameter_bytes(self) -> int:

@@ -27,22 +27,17 @@ from bc2_jax.model.head_chunks import NO_TOKEN, HeadPart, cut_tokens, join_token
 from bc2_jax.sharding import from_host, named_sharding, reshard, spec, to_host, use_mesh_of
 from bc2_jax.tokenizer import Tokenizer
 
-CHUNK = 256
-"""Tokens per device to which both heads are applied at a time."""
+CHUNK = 256  # tokens per device to which both heads are applied at a time
 
 
 class Agreement(NamedTuple):
     """Means over all scored tokens."""
 
     tokens: int
-    kl: float
-    """KL(reference || changed), nats per token."""
-    kl_stderr: float
-    """Standard error of `kl` over rows; nan for fewer than two."""
-    same_top: float
-    """Share of tokens with the same most likely next token."""
-    reference_nats: float
-    """Cross-entropy per token."""
+    kl: float  # KL(reference || changed), nats per token
+    kl_stderr: float  # standard error of `kl` over rows; nan for fewer than two
+    same_top: float  # share of tokens with the same most likely next token
+    reference_nats: float  # cross-entropy per token
     changed_nats: float
 
     @property
@@ -58,10 +53,8 @@ class Reference(NamedTuple):
     """A model's hidden states of some rows."""
 
     rows: list[Rows]
-    hidden: list[np.ndarray]
-    """[B, T, D] for each of `rows`."""
-    head_VD: Array
-    """Its head in the compute dtype."""
+    hidden: list[np.ndarray]  # [B, T, D] for each of `rows`
+    head_VD: Array  # its head in the compute dtype
 
 
 def rows_of_texts(

@@ -24,15 +24,12 @@ class Questions:
     """A loaded benchmark: what to ask."""
 
     task: Task
-    examples: Sequence[Example]
-    """Those to ask, some of all items."""
-    items: Sequence[str]
-    """Ids of all items, in order."""
+    examples: Sequence[Example]  # those to ask, some of all items
+    items: Sequence[str]  # ids of all items, in order
     left_out: Mapping[str, int]
     notes: Sequence[str]
     shots: int
-    prompts_sha256: str
-    """Of all items."""
+    prompts_sha256: str  # of all items
 
 
 def read_questions(

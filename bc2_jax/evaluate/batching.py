@@ -14,27 +14,21 @@ from bc2_jax.infer.generate import bucket
 from bc2_jax.infer.score import Rows, empty_rows
 from bc2_jax.kernels.segments import TRUNK_BITS
 
-LONGEST_ROW = 8192
-"""Tokens of a row, unless a request is longer."""
-TOKENS_AT_ONCE = 8192
-"""Tokens of a batch per batch shard."""
-FEWEST_PLACES = 64
-"""Minimum of scored places per row, so that few programs are compiled."""
+LONGEST_ROW = 8192  # tokens of a row, unless a request is longer
+TOKENS_AT_ONCE = 8192  # tokens of a batch per batch shard
+FEWEST_PLACES = 64  # minimum of scored places per row, so that few programs are compiled
 ATTENTION_COST = 1.0
 """Time of attention over all earlier tokens of a row, relative to a layer's matmuls of the same FLOPs: softmax costs
 more, but blocks of other branches are skipped."""
-NEW_SHAPE_COST = 1.25
-"""Penalty on the estimated time of a new row length, which must be compiled."""
+NEW_SHAPE_COST = 1.25  # penalty on the estimated time of a new row length, which must be compiled
 
 
 class Item(NamedTuple):
     """A request as model input: int32 arrays."""
 
     fed: np.ndarray
-    labels: np.ndarray
-    """The next tokens after the last len(labels) of `fed`."""
-    cut: int
-    """Context tokens dropped before `fed`."""
+    labels: np.ndarray  # the next tokens after the last len(labels) of `fed`
+    cut: int  # context tokens dropped before `fed`
 
 
 class Slot(NamedTuple):
@@ -55,15 +49,11 @@ class Shapes:
     """Chooses batch shapes with little padding and few compilations."""
 
     config: ModelConfig
-    rows: int | None
-    """Per batch; None to choose."""
-    row_length: int | None
-    """None to choose."""
-    batch_parts: int
-    """Rows per batch are a multiple of it, columns and places of `sequence_parts`."""
+    rows: int | None  # per batch; None to choose
+    row_length: int | None  # none to choose
+    batch_parts: int  # rows per batch are a multiple of it, columns and places of `sequence_parts`
     sequence_parts: int
-    used: set[int] = dataclasses.field(default_factory=set)
-    """Row lengths chosen before."""
+    used: set[int] = dataclasses.field(default_factory=set)  # row lengths chosen before
 
     def plan(self, items: Sequence[Item]) -> Plan:
         """The rows with the least estimated time: long rows share trunks among more requests, short ones have cheaper

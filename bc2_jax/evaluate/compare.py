@@ -23,22 +23,17 @@ class Difference(NamedTuple):
     """B against A on the items that both answered, in percent."""
 
     task: str
-    way: str
-    """Way of scoring."""
+    way: str  # way of scoring
     items: int
     a: float
     b: float
     difference: float
-    low: float
-    """Ends of the 95 % interval: percentiles of a paired bootstrap over items."""
+    low: float  # ends of the 95 % interval: percentiles of a paired bootstrap over items
     high: float
-    share: float
-    """Share of resamples in which B is better; ties count half."""
-    better: int
-    """Items that only B has right."""
+    share: float  # share of resamples in which B is better; ties count half
+    better: int  # items that only B has right
     worse: int
-    p: float
-    """Two-sided exact sign test of `better` against `worse`."""
+    p: float  # two-sided exact sign test of `better` against `worse`
 
 
 def bootstrap(a: Sequence[float], b: Sequence[float], seed: int = 0, resamples: int = _RESAMPLES) -> np.ndarray:

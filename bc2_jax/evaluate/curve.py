@@ -26,8 +26,7 @@ class Point(NamedTuple):
     """The results of one checkpoint."""
 
     step: int
-    tokens: int
-    """Trained on; 0 if the run does not count tokens."""
+    tokens: int  # trained on; 0 if the run does not count tokens
     tasks: dict[str, Results]
 
 

@@ -20,8 +20,7 @@ class Encoded(NamedTuple):
 
     context: list[int]
     continuation: list[int]
-    fallback: bool
-    """Whether a token spans the border between both."""
+    fallback: bool  # whether a token spans the border between both
 
 
 def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], prefix_id: int) -> list[Encoded]:

@@ -23,11 +23,9 @@ from bc2_jax.tokenizer import Tokenizer
 
 
 class Evaluated(NamedTuple):
-    about: dict[str, Any]
-    """The content of evaluation.json."""
+    about: dict[str, Any]  # the content of evaluation.json
     results: list[Results]
-    stats: ScorerStats | None
-    """None if nothing was asked."""
+    stats: ScorerStats | None  # none if nothing was asked
 
 
 def load_scorer(model: Model, mesh: Mesh | None, **options: Any) -> Scorer:

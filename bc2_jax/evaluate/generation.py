@@ -13,8 +13,7 @@ from bc2_jax.infer.settings import Settings, is_whole
 from bc2_jax.sharding import parts, use_mesh_of
 from bc2_jax.tokenizer import Tokenizer
 
-CACHE_BYTES = 2 * 2**30
-"""Largest KV cache per device, unless one row needs more."""
+CACHE_BYTES = 2 * 2**30  # largest KV cache per device, unless one row needs more
 FEWEST_ROWS, MOST_ROWS = 4, 32
 """Per batch shard, if the cache has room for them."""
 GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
@@ -22,24 +21,18 @@ GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.
 
 
 class Prompt(NamedTuple):
-    text: str | Sequence[int]
-    """Or token ids, for special tokens such as the roles of a conversation."""
-    stops: Sequence[str]
-    """The answer ends before the first of them; none may be empty."""
+    text: str | Sequence[int]  # or token ids, for special tokens such as the roles of a conversation
+    stops: Sequence[str]  # the answer ends before the first of them; none may be empty
     max_new_tokens: int
 
 
 class Generated(NamedTuple):
     """A generated answer."""
 
-    text: str
-    """Without the stop text."""
-    reason: str
-    """"eos", "length" or "stopped"."""
-    tokens: int
-    """With those of the stop text or eos."""
-    cut: int
-    """Prompt tokens dropped at its beginning."""
+    text: str  # without the stop text
+    reason: str  # "eos", "length" or "stopped"
+    tokens: int  # with those of the stop text or eos
+    cut: int  # prompt tokens dropped at its beginning
 
 
 def generate_texts(

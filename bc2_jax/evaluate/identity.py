@@ -26,8 +26,7 @@ _SETTINGS = {
     "tokenizer_sha256": "another tokenizer", "dtype": "another dtype", "max_length": "another max_length"
 }  # fmt: skip
 _NEEDED = {"model", "files", "checksum", "tasks", *_SETTINGS}
-_NEEDED_OF_TASK = {"shots", "prompts_sha256"}
-"""Fields of evaluation.json, and of each of its tasks."""
+_NEEDED_OF_TASK = {"shots", "prompts_sha256"}  # fields of evaluation.json, and of each of its tasks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +37,7 @@ class Model:
     adapter: Path | None = None
     dtype: DType = "bfloat16"
     max_length: int | None = None
-    tokenizer: Path | None = None
-    """By default the one beside the model."""
+    tokenizer: Path | None = None  # by default the one beside the model
 
     def __post_init__(self) -> None:
         require(self.max_length is None or self.max_length > 0, "max_length", self.max_length, "it must be positive")

@@ -17,8 +17,7 @@ from bc2_jax.train.job import Job, Progress
 from bc2_jax.train.loop import Start
 from bc2_jax.validation import require
 
-_AT_ONCE = 64
-"""Items between checks for a stop signal."""
+_AT_ONCE = 64  # items between checks for a stop signal
 
 
 def with_tasks(config: RunConfig, start: Start, job: Job) -> Job:

@@ -32,23 +32,19 @@ try:
 except ImportError as error:
     raise ValueError(f"Tasks of lm-eval need lm-eval ({error}): pip install 'bc2_jax[eval]'.") from error
 
-_DEFAULT_NEW_TOKENS = 256
-"""As in lm-eval's own models."""
+_DEFAULT_NEW_TOKENS = 256  # as in lm-eval's own models
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 """Names of the same setting, by priority."""
-_SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-"""Settings of sampled requests and their defaults."""
+_SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}  # settings of sampled requests and their defaults
 _OTHERS = ("until", "do_sample", "repetition_penalty")
-_KEPT_AT_ONCE = 2048
-"""Requests between writes to the cache."""
+_KEPT_AT_ONCE = 2048  # requests between writes to the cache
 
 
 class _Chat(NamedTuple):
     """A conversation as ids: its text could forge a role."""
 
     head: list[int]
-    tail: str
-    """Beginning of the answer to continue."""
+    tail: str  # beginning of the answer to continue
 
 
 class LmEvalModel(TemplateLM):

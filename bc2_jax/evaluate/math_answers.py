@@ -10,8 +10,7 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
-NORMALIZER = "bc2-math-1"
-"""Name of RULES; it changes with them."""
+NORMALIZER = "bc2-math-1"  # name of RULES; it changes with them
 _BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*\{|\s+(?P<bare>[^\s${}\\]+))")
 _FINAL = re.compile(r"(?:final )?answer is:?\s*(.*?)(?:\.?\s*I hope it is correct|\.\s|\.?\s*$|\n)", re.I)
 _INTEGER = r"[-+]?\d+"

@@ -9,33 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bc2_jax.data.documents import Fields, InvalidDocument, Span, read_span, why_invalid
 from bc2_jax.data.records import Invalid, read_records
 from bc2_jax.data.text_files import TextFile
 from bc2_jax.evaluate.records import finite
 
-UNKNOWN = "unknown"
-"""Language of texts without one."""
+if TYPE_CHECKING:
+    from bc2_jax.evaluate.scorer import Scorer
+
+UNKNOWN = "unknown"  # language of texts without one
 _BATCH_CHARACTERS = 1 << 20
-
-
-class Rolled(Protocol):
-    """A text's score, as `scorer.Rolled`."""
-
-    @property
-    def log_prob(self) -> float: ...
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def bytes(self) -> int: ...
-
-
-class Roller(Protocol):
-    """The part of `Scorer` that is used."""
-
-    def roll(self, texts: Sequence[str], stride: int | None = None) -> Sequence[Rolled]: ...
 
 
 class Text(NamedTuple):
@@ -43,8 +28,7 @@ class Text(NamedTuple):
 
     text: str
     file: str
-    language: str
-    """"" if unknown."""
+    language: str  # "" if unknown
 
 
 class Measured(NamedTuple):
@@ -52,18 +36,14 @@ class Measured(NamedTuple):
 
     file: str
     language: str
-    log_prob: float
-    """Nats, of all tokens."""
+    log_prob: float  # nats, of all tokens
     tokens: int
-    bytes: int
-    """UTF-8."""
+    bytes: int  # UTF-8
 
 
 class Ratio(NamedTuple):
-    value: float
-    """nan for no texts."""
-    stderr: float
-    """Standard error over texts; nan for fewer than two."""
+    value: float  # nan for no texts
+    stderr: float  # standard error over texts; nan for fewer than two
 
 
 class Group(NamedTuple):
@@ -119,7 +99,7 @@ def read_texts(file: TextFile, fields: Fields, language: str = "") -> Iterator[T
 
 
 def measure(
-    scorer: Roller, texts: Iterable[Text], *, stride: int | None = None,
+    scorer: Scorer, texts: Iterable[Text], *, stride: int | None = None,
     identify: Callable[[list[str], list[str]], list[str]] | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> list[Measured]:  # fmt: skip

@@ -15,10 +15,8 @@ from bc2_jax.evaluate.records import Record, finite, gold_log_prob, judged_of
 from bc2_jax.evaluate.task import Task
 from bc2_jax.terminal import make_table
 
-Results = dict[str, Any]
-"""As `summarize` returns them."""
-PAPER = ("7B", "13B")
-"""Base models with figures in the paper."""
+Results = dict[str, Any]  # as `summarize` returns them
+PAPER = ("7B", "13B")  # base models with figures in the paper
 _ENDS = {"stopped": "at a stop text", "eos": "by the end-of-text token", "length": "by the limit of new tokens"}
 
 

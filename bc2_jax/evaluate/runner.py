@@ -21,8 +21,7 @@ RESULTS = "results.json"
 SUBMISSION = "submission.json"
 _AT_ONCE = {"letters": 512, "options": 256, "generation": 128, "code": 128}
 """Items asked together by kind of benchmark, the most that a killed program loses."""
-Say = Callable[[str, int, int], object]
-"""(name of the benchmark, items done, all items)."""
+Say = Callable[[str, int, int], object]  # (name of the benchmark, items done, all items)
 Judge = Callable[[Sequence[Example], Sequence[str]], Sequence[bool]]
 """The user's judge: (examples, generated texts) -> which are right."""
 
@@ -31,11 +30,9 @@ Judge = Callable[[Sequence[Example], Sequence[str]], Sequence[bool]]
 class Way:
     """How answers are judged."""
 
-    letter: str = "as_shown"
-    """Leading way of scoring letters: "as_shown" or "bare"."""
+    letter: str = "as_shown"  # leading way of scoring letters: "as_shown" or "bare"
     judge: Judge | None = None
-    judge_name: str = "judge"
-    """Recorded with its verdicts; verdicts of another name are replaced."""
+    judge_name: str = "judge"  # recorded with its verdicts; verdicts of another name are replaced
 
 
 DEFAULT = Way()

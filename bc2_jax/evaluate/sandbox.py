@@ -35,10 +35,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 _MIB = 1 << 20
-_START_S = 60.0
-"""Timeout of the start, which takes 0.1 s on an idle machine."""
-_LOOK_S = 0.1
-"""Interval of memory checks."""
+_START_S = 60.0  # timeout of the start, which takes 0.1 s on an idle machine
+_LOOK_S = 0.1  # interval of memory checks
 _MEMORY_BYTES = 2048 * _MIB
 _OUTPUT_BYTES = _MIB
 _KEPT_CHARACTERS = 4000
@@ -50,10 +48,8 @@ class SandboxError(RuntimeError):
 
 class Outcome(NamedTuple):
     passed: bool
-    why: str
-    """Reason of failure; empty if it passed."""
-    output: str
-    """The first 4000 characters of stdout and stderr."""
+    why: str  # reason of failure; empty if it passed
+    output: str  # the first 4000 characters of stdout and stderr
 
 
 @dataclass(frozen=True)
@@ -240,8 +236,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 class _Ending(NamedTuple):
     verdict: bytes
     output: str
-    cut: str
-    """Why it was killed; empty if it ended by itself."""
+    cut: str  # why it was killed; empty if it ended by itself
 
 
 def _watch(process: subprocess.Popen[bytes], verdict: int, timeout: float) -> _Ending:

@@ -25,8 +25,7 @@ from bc2_jax.sharding import parts, to_host, use_mesh_of
 from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.validation import require
 
-Progress = Callable[[int, int], object]
-"""Called with (requests done, all requests)."""
+Progress = Callable[[int, int], object]  # called with (requests done, all requests)
 
 NEAR_TIE = {"float32": 1e-4, "bfloat16": 0.05}
 """Logits closer than this may swap if sums are ordered differently."""
@@ -35,48 +34,34 @@ NEAR_TIE = {"float32": 1e-4, "bfloat16": 0.05}
 class Score(NamedTuple):
     """The result of one request."""
 
-    log_prob: float
-    """Nats of the whole continuation."""
-    is_greedy: bool
-    """Whether each of its tokens has the largest logit."""
-    log_probs: np.ndarray
-    """fp32, per token."""
-    near_tie: bool
-    """Whether is_greedy may depend on rounding."""
-    cut: int
-    """Context tokens dropped at its beginning to fit max_length."""
+    log_prob: float  # nats of the whole continuation
+    is_greedy: bool  # whether each of its tokens has the largest logit
+    log_probs: np.ndarray  # fp32, per token
+    near_tie: bool  # whether is_greedy may depend on rounding
+    cut: int  # context tokens dropped at its beginning to fit max_length
 
 
 class Rolled(NamedTuple):
     """The score of a whole text."""
 
-    log_prob: float
-    """Nats."""
+    log_prob: float  # nats
     tokens: int
-    bytes: int
-    """UTF-8."""
+    bytes: int  # UTF-8
 
 
 @dataclasses.dataclass
 class ScorerStats:
     """Counts of a `Scorer` since its creation."""
 
-    requests: int = 0
-    """Including windows of texts."""
-    fallbacks: int = 0
-    """Pairs with a token across their border (`Encoded.fallback`)."""
-    truncated: int = 0
-    """Requests with a cut context."""
+    requests: int = 0  # including windows of texts
+    fallbacks: int = 0  # pairs with a token across their border (`Encoded.fallback`)
+    truncated: int = 0  # requests with a cut context
     near_ties: int = 0
-    tokens_unshared: int = 0
-    """Tokens if each request were fed alone."""
-    tokens_fed: int = 0
-    """Tokens fed, without padding."""
-    slots: int = 0
-    """Tokens fed, with padding."""
+    tokens_unshared: int = 0  # tokens if each request were fed alone
+    tokens_fed: int = 0  # tokens fed, without padding
+    slots: int = 0  # tokens fed, with padding
     batches: int = 0
-    seconds: float = 0.0
-    """Scoring time with compilation."""
+    seconds: float = 0.0  # scoring time with compilation
 
     @property
     def padding_share(self) -> float:

@@ -34,11 +34,9 @@ class Place(NamedTuple):
     """Location of a sequence: its first tokens are in a trunk, the others in a branch."""
 
     row: int
-    trunk_start: int
-    """Column of the first token."""
+    trunk_start: int  # column of the first token
     trunk_length: int
-    branch_start: int
-    """Column of token number `trunk_length`."""
+    branch_start: int  # column of token number `trunk_length`
 
     def columns(self, first: int, end: int) -> np.ndarray:
         """Columns of tokens first..end - 1."""
@@ -51,10 +49,8 @@ class Leaves(NamedTuple):
     """Distinct sequences that are not a prefix of another, sorted, and the common prefixes of neighbours."""
 
     ids: list[np.ndarray]
-    leaf_of: list[int]
-    """For each sequence a leaf that begins with it."""
-    common: list[int]
-    """Length of the common prefix of each leaf and the next."""
+    leaf_of: list[int]  # for each sequence a leaf that begins with it
+    common: list[int]  # length of the common prefix of each leaf and the next
 
 
 class Plan(NamedTuple):

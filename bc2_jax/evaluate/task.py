@@ -19,29 +19,24 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 class Example:
     """An item to ask; its prompt is header + shots + question, separators included."""
 
-    id: str
-    """Stable and unique in its task."""
-    group: str
-    """Subject or category."""
+    id: str  # stable and unique in its task
+    group: str  # subject or category
     question: str
     header: str = ""
     shots: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
     """Continuations of the prompt: letters as the shots show them (" A" or "A"), or options. () to generate."""
-    bare: tuple[str, ...] = ()
-    """For letters: the same without the space before them ("A")."""
+    bare: tuple[str, ...] = ()  # for letters: the same without the space before them ("A")
     lengths: tuple[int, ...] = ()
     """For options: characters of each without its delimiter; acc_norm divides by them."""
     gold: tuple[int, ...] = ()
     """Indices of `choices`, any of which is right. () if the answer is not published."""
-    target: str = ""
-    """For generation: the reference."""
+    target: str = ""  # for generation: the reference
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What else judging needs (tests, entry point, ...): JSON-able."""
     drop: Drop = "first"
     """Which shots to drop if the prompt is too long; "longest": all of the greatest length."""
-    prompt_limit: int | None = None
-    """Tokens of a prompt in the official protocol, if it limits them."""
+    prompt_limit: int | None = None  # tokens of a prompt in the official protocol, if it limits them
 
     @property
     def prompt(self) -> str:
@@ -52,11 +47,9 @@ class Fitted(NamedTuple):
     """A prompt after dropping shots until it fits."""
 
     text: str
-    dropped: int
-    """Number of dropped shots."""
+    dropped: int  # number of dropped shots
     header_dropped: bool
-    fits: bool
-    """False if the question alone is too long: the caller must truncate it."""
+    fits: bool  # false if the question alone is too long: the caller must truncate it
 
 
 def fit_shots(example: Example, room: int, count: Callable[[str], int]) -> Fitted:
@@ -86,16 +79,13 @@ class Loaded(NamedTuple):
     """The content of a benchmark's files."""
 
     examples: list[Example]
-    left_out: Mapping[str, int] = _NOTHING
-    """Reason -> number of items that the protocol leaves out."""
-    notes: tuple[str, ...] = ()
-    """Sentences to print with the figures."""
+    left_out: Mapping[str, int] = _NOTHING  # reason -> number of items that the protocol leaves out
+    notes: tuple[str, ...] = ()  # sentences to print with the figures
 
 
 class Verdict(NamedTuple):
     right: bool
-    answer: str
-    """The extracted answer, "" if there is none."""
+    answer: str  # the extracted answer, "" if there is none
 
 
 class Judged(NamedTuple):
@@ -107,18 +97,15 @@ class Judged(NamedTuple):
 
     letters: "as_shown", "bare"; options: "acc", "acc_norm"; generation: "exact"; code: "pass@1".
     """
-    answer: str
-    """The letter, option or extracted answer of the leading way."""
-    text: str = ""
-    """The generated text."""
+    answer: str  # the letter, option or extracted answer of the leading way
+    text: str = ""  # the generated text
 
 
 class Metric(NamedTuple):
     """A figure in percent or BLEU points, as in the paper's tables."""
 
     value: float
-    stderr: float
-    """Standard error, nan if unknown."""
+    stderr: float  # standard error, nan if unknown
     items: int
 
 
@@ -183,8 +170,7 @@ class Task:
 
     name: str
     title: str
-    source: str
-    """What to download: a sentence with the names and the format of the files."""
+    source: str  # what to download: a sentence with the names and the format of the files
     kind: Kind
     shots: int
     load: Callable[[Path], Loaded]
@@ -193,12 +179,10 @@ class Task:
     Raises FileNotFoundError or ValueError with one sentence: the file, what is expected there and in which format."""
     paper: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """"7B", "13B" -> the base model's figure in the paper, in the unit of Metric."""
-    paper_source: str = ""
-    """The table, and the metric of `summarize` that it compares with."""
+    paper_source: str = ""  # the table, and the metric of `summarize` that it compares with
     unit: Literal["percent", "points"] = "percent"
     """Of the metrics: percent of items, or points of a corpus measure such as BLEU."""
-    notes: tuple[str, ...] = ()
-    """Differences from the paper and what it leaves open: printed with the table."""
+    notes: tuple[str, ...] = ()  # differences from the paper and what it leaves open: printed with the table
     summarize: Callable[[Sequence[Judged]], dict[str, Metric]] = summarize
     """The first metric is compared with the paper's figure."""
     stops: tuple[str, ...] = ()

@@ -23,34 +23,21 @@ class Chip:
     """One generation; every figure is per chip."""
 
     name: str
-    peak_flops: float
-    """bf16 FLOP/s with fp32 accumulation."""
-    hbm_bytes: int
-    """Documented capacity; libtpu reserves a little (0.25 GiB on v5e)."""
-    hbm_bandwidth: float
-    """Bytes/s."""
-    clock: float
-    """Hz of the cycles in scheduled programs."""
-    mxu: int
-    """Rows and columns of a matrix unit."""
-    tensor_cores: int
-    """On v4 and v5p both are one JAX device (megacore), on tpu7x each is a device."""
-    devices: int
-    """JAX devices."""
-    sparse_cores: int
-    """SparseCores that can run collectives beside the TensorCores."""
-    link_bandwidth: float
-    """Usable bytes/s of one link, one way."""
-    torus_dims: int
-    """Dimensions of the torus, with two links each."""
-    dcn_bandwidth: float
-    """Bytes/s of the data-centre network between slices."""
+    peak_flops: float  # bf16 FLOP/s with fp32 accumulation
+    hbm_bytes: int  # documented capacity; libtpu reserves a little (0.25 GiB on v5e)
+    hbm_bandwidth: float  # bytes/s
+    clock: float  # Hz of the cycles in scheduled programs
+    mxu: int  # rows and columns of a matrix unit
+    tensor_cores: int  # on v4 and v5p both are one JAX device (megacore), on tpu7x each is a device
+    devices: int  # JAX devices
+    sparse_cores: int  # SparseCores that can run collectives beside the TensorCores
+    link_bandwidth: float  # usable bytes/s of one link, one way
+    torus_dims: int  # dimensions of the torus, with two links each
+    dcn_bandwidth: float  # bytes/s of the data-centre network between slices
     chip_config: str | None = None
     """libtpu's `chip_config_name`, if its default makes each TensorCore a device."""
-    shapes: tuple[tuple[int, ...], ...]
-    """Documented slices, smallest first."""
-    max_chips: int
-    """Largest slice."""
+    shapes: tuple[tuple[int, ...], ...]  # documented slices, smallest first
+    max_chips: int  # largest slice
     cube: int = 0
     """3-D slices larger than this cube may have any multiples of it as sides; 0 if only `shapes` exist."""
 
@@ -104,10 +91,8 @@ class Topology:
     """Slices of one generation and shape; made by `parse_topology`."""
 
     chip: Chip
-    shape: tuple[int, ...]
-    """Chips along each dimension of one slice."""
-    num_slices: int = 1
-    """Slices, joined by the data-centre network."""
+    shape: tuple[int, ...]  # chips along each dimension of one slice
+    num_slices: int = 1  # slices, joined by the data-centre network
 
     @property
     def name(self) -> str:

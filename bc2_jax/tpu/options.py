@@ -18,8 +18,7 @@ class Option:
 
     name: str
     value: Value
-    reason: str
-    """Why it is not at its default."""
+    reason: str  # why it is not at its default
     effect: str
     """Compile-time estimate of its effect on a step (`benchmarks/compiler_options.py`): "x 1.2 without" is the relative
     step time without this option alone."""

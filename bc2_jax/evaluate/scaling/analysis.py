@@ -18,11 +18,9 @@ from bc2_jax.terminal import make_table
 from bc2_jax.validation import require
 
 LEVELS = (0.8, 0.95)
-_POINTS = 25
-"""Of a plotted curve."""
+_POINTS = 25  # of a plotted curve
 _COLOUR = "#1f77b4"
-FAR = 10.0
-"""Multiple of the largest run's compute from which a prediction is warned of."""
+FAR = 10.0  # multiple of the largest run's compute from which a prediction is warned of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +60,7 @@ class Analysis:
     fit: Fit
     held_out: HeldOut | None
     predictions: tuple[Prediction, ...]
-    parameter_ends: dict[str, tuple[float, float]] | None
-    """95 %; None as in `Prediction`."""
+    parameter_ends: dict[str, tuple[float, float]] | None  # 95 %; None as in `Prediction`
     warnings: tuple[str, ...]
 
 

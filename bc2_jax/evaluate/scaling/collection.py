@@ -30,14 +30,10 @@ class Point:
     """A finished run."""
 
     name: str
-    N: float
-    """Matmul parameters with the head, without the embedding."""
-    D: float
-    """Tokens."""
-    C: float
-    """FLOPs: layers, head and attention."""
-    loss: float
-    """Final, nats per token on held-out text."""
+    N: float  # matmul parameters with the head, without the embedding
+    D: float  # tokens
+    C: float  # FLOPs: layers, head and attention
+    loss: float  # final, nats per token on held-out text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +51,7 @@ class _Run:
     path: Path
     config: TrainConfig
     tokenizer: str
-    held_out: tuple[Any, ...]
-    """Equal for runs with the same held-out text."""
+    held_out: tuple[Any, ...]  # equal for runs with the same held-out text
     point: Point
     bits_per_byte: float | None
 

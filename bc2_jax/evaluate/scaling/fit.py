@@ -16,10 +16,8 @@ from bc2_jax.evaluate.scaling.huber import Problem, fit, log_loss
 from bc2_jax.evaluate.scaling.intervals import Noise, Target, estimate_noise, profile, resample
 from bc2_jax.validation import require, show
 
-DELTA = 1e-3
-"""Of Huber's loss of log residuals, as in replications of scaling laws."""
-FEWEST_VALUES = 3
-"""Distinct values of a quantity needed to determine its exponent."""
+DELTA = 1e-3  # of Huber's loss of log residuals, as in replications of scaling laws
+FEWEST_VALUES = 3  # distinct values of a quantity needed to determine its exponent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +29,7 @@ class Law:
     factors: tuple[str, ...]
     floor: str
     exponents: tuple[str, ...]
-    sign: int
-    """Sign of the exponents as written: 1 for A / N^alpha, -1 for a C^b."""
+    sign: int  # sign of the exponents as written: 1 for A / N^alpha, -1 for a C^b
 
 
 SURFACE = Law("L = E + A / N^alpha + B / D^beta", ("N", "D"), ("A", "B"), "E", ("alpha", "beta"), 1)
@@ -44,15 +41,11 @@ class Fit:
     """A fitted law. Make it with `fit_surface` or `fit_compute`."""
 
     law: Law
-    theta: np.ndarray
-    """c, e, s of `huber`, [P], with `middle` as the origin."""
-    middle: np.ndarray
-    """Mean logarithm of each quantity, [F]."""
+    theta: np.ndarray  # c, e, s of `huber`, [P], with `middle` as the origin
+    middle: np.ndarray  # mean logarithm of each quantity, [F]
     problem: Problem
-    objective: float
-    """Sum over runs of Huber's loss of log residuals."""
-    replicates: int
-    """Bootstrap replicates over runs."""
+    objective: float  # sum over runs of Huber's loss of log residuals
+    replicates: int  # bootstrap replicates over runs
     seed: int
 
     @property
@@ -197,8 +190,7 @@ class Fit:
 class HeldOut:
     """The largest run, predicted from the others."""
 
-    fit: Fit
-    """Of the others."""
+    fit: Fit  # of the others
     at: tuple[float, ...]
     actual: float
 

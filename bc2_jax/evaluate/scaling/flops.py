@@ -10,12 +10,9 @@ from bc2_jax.config import ModelConfig
 class Compute(NamedTuple):
     """Training FLOPs, forward and backward, without recomputation."""
 
-    layers: float
-    """6 x matmul parameters of the layers x tokens."""
-    head: float
-    """6 x parameters of the head x tokens, most of a small model's compute."""
-    attention: float
-    """Causal attention of each row."""
+    layers: float  # 6 x matmul parameters of the layers x tokens
+    head: float  # 6 x parameters of the head x tokens, most of a small model's compute
+    attention: float  # causal attention of each row
 
     @property
     def total(self) -> float:

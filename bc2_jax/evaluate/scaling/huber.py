@@ -16,29 +16,21 @@ from typing import NamedTuple
 import numpy as np
 
 ITERATIONS = 300
-LONGEST_STEP = 2.0
-"""Of one iteration, in units of the coefficients; prevents divergence without a floor."""
-EXPONENTS = (0.05, 0.15, 0.3, 0.5, 0.9)
-"""Exponents in the grid of starts."""
+LONGEST_STEP = 2.0  # of one iteration, in units of the coefficients; prevents divergence without a floor
+EXPONENTS = (0.05, 0.15, 0.3, 0.5, 0.9)  # exponents in the grid of starts
 FLOORS = (0.1, 0.5, 0.8, 0.95)
 """Shares of the floor in the loss at the middle of the points, in the grid of starts."""
-LEAST_SHARE = 0.01
-"""Share of the loss below which `minimise_again` lifts a term."""
-SPLITS = (0.15, 0.5, 0.85)
-"""Shares of the first term above the floor."""
+LEAST_SHARE = 0.01  # share of the loss below which `minimise_again` lifts a term
+SPLITS = (0.15, 0.5, 0.85)  # shares of the first term above the floor
 
 
 class Problem(NamedTuple):
     """The data to fit."""
 
-    x: np.ndarray
-    """Logarithms of the quantities, [n, F], or [B, n, F]."""
-    y: np.ndarray
-    """Logarithms of the losses, [n] or [B, n]."""
-    weights: np.ndarray
-    """[n] or [B, n]."""
-    delta: float | np.ndarray
-    """Where Huber's loss becomes linear; a number or [n]."""
+    x: np.ndarray  # logarithms of the quantities, [n, F], or [B, n, F]
+    y: np.ndarray  # logarithms of the losses, [n] or [B, n]
+    weights: np.ndarray  # [n] or [B, n]
+    delta: float | np.ndarray  # where Huber's loss becomes linear; a number or [n]
 
 
 def log_loss(theta_BP: np.ndarray, x: np.ndarray) -> np.ndarray:

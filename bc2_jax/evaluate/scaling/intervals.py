@@ -17,29 +17,22 @@ import numpy as np
 
 from bc2_jax.evaluate.scaling.huber import Problem, huber, log_loss, minimise_again
 
-CLIP = 2.0
-"""Standard deviations beyond which a residual is an outlier."""
-_CLIPPED_VARIANCE = 0.9205
-"""Variance of a standard normal variable clipped at CLIP."""
+CLIP = 2.0  # standard deviations beyond which a residual is an outlier
+_CLIPPED_VARIANCE = 0.9205  # variance of a standard normal variable clipped at CLIP
 _PULL = 30.0
 """Weight, in runs, of the point that pulls the law away from the fit. Any weight ends on the profile; a heavy one makes
 the problem stiff."""
-_FARTHEST = 40.0
-"""Log distance from the fit beyond which an end is infinity (or 0)."""
+_FARTHEST = 40.0  # log distance from the fit beyond which an end is infinity (or 0)
 _BISECTIONS = 10
 
 
 class Noise(NamedTuple):
     """The scatter of the runs about the law."""
 
-    theta_P: np.ndarray
-    """Coefficients of the fit with delta = CLIP x noise."""
-    deviation: float
-    """Standard deviation of log loss with `freedom` degrees of freedom."""
-    freedom: int
-    """Runs minus parameters."""
-    unit: float
-    """Growth of the objective per unit of t^2."""
+    theta_P: np.ndarray  # coefficients of the fit with delta = CLIP x noise
+    deviation: float  # standard deviation of log loss with `freedom` degrees of freedom
+    freedom: int  # runs minus parameters
+    unit: float  # growth of the objective per unit of t^2
 
     @property
     def delta(self) -> float:
@@ -74,10 +67,8 @@ def estimate_noise(theta_P: np.ndarray, problem: Problem) -> Noise:
 class Target(NamedTuple):
     """The log loss at a place, or a coefficient with the origin at a place."""
 
-    place: np.ndarray
-    """Logarithms of the quantities, [F], relative to the middle of the points."""
-    coefficient: int | None = None
-    """None for the log loss."""
+    place: np.ndarray  # logarithms of the quantities, [F], relative to the middle of the points
+    coefficient: int | None = None  # none for the log loss
 
 
 def profile(targets: list[Target], problem: Problem, noise: Noise, allowed: float) -> tuple[np.ndarray, np.ndarray]:

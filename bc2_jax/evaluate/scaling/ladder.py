@@ -21,15 +21,13 @@ from bc2_jax.evaluate.scaling.flops import matmul_parameters, training_compute
 from bc2_jax.kernels.flash import HEAD_SIZES
 from bc2_jax.train.kinds import KINDS
 
-PAPER_TOKENS = 1e12
-"""Per rung, in the paper."""
+PAPER_TOKENS = 1e12  # per rung, in the paper
 LENGTH = 4096
 _BATCH = 1024
 _SHAPES = {  # hidden size: layers, heads
     384: (6, 6), 704: (8, 8), 832: (12, 8), 1216: (16, 8), 1792: (20, 14), 2240: (24, 14), 2880: (28, 20),
 }  # fmt: skip
-RUNGS = tuple(_SHAPES)
-"""Hidden sizes."""
+RUNGS = tuple(_SHAPES)  # hidden sizes
 TARGETS = {"7b": BAICHUAN2_7B, "13b": BAICHUAN2_13B}
 
 

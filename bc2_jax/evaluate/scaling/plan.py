@@ -16,8 +16,7 @@ from bc2_jax.evaluate.scaling.ladder import LENGTH, RUNGS, paper_rung
 from bc2_jax.tpu.chips import CHIPS
 from bc2_jax.validation import choices, require
 
-ASSUMED_MFU = 0.4
-"""If nothing can be compiled."""
+ASSUMED_MFU = 0.4  # if nothing can be compiled
 ASSUMED_LAW = (85.0, -0.082, 1.58)
 """a, b, L_inf of simulated ladders if no runs are given; 2.67 nats per token at 10^23 FLOPs."""
 ASSUMED_NOISE = 0.001
@@ -26,8 +25,7 @@ deviate from any law by several times that."""
 FEWEST_RUNGS = 4
 _DRAWS = 12
 _CONFIGS = Path(__file__).parents[3] / "configs/scaling"
-_BATCHES = (8, 4, 2, 1)
-"""Sequences per chip to try."""
+_BATCHES = (8, 4, 2, 1)  # sequences per chip to try
 # A rung is compiled for a small slice.
 _SLICES = {"v4": "2x2x1", "v5e": "2x4", "v5p": "2x2x1", "v6e": "2x4", "tpu7x": "2x2x1"}
 
@@ -39,8 +37,7 @@ class Cost:
     hidden: int
     head_size: int
     compute: Compute
-    mfu: float
-    """Estimated at compile time, or assumed."""
+    mfu: float  # estimated at compile time, or assumed
     chip_hours: float
     is_compiled: bool
     note: str = ""
@@ -52,8 +49,7 @@ class Choice:
 
     rungs: tuple[int, ...]
     chip_hours: float
-    width: float
-    """high / low - 1 of the target's 95 % interval, median over simulated ladders."""
+    width: float  # high / low - 1 of the target's 95 % interval, median over simulated ladders
 
 
 Estimate = Callable[[int, str], tuple[float, str] | None]

@@ -11,8 +11,7 @@ from typing import NamedTuple
 from bc2_jax.evaluate.task import Drop, Example, Loaded
 
 LETTERS = "ABCDE"
-SEED = 123
-"""Of every random choice of shots."""
+SEED = 123  # of every random choice of shots
 SHOTS = 5
 
 
@@ -22,23 +21,17 @@ class Item(NamedTuple):
     id: str
     question: str
     options: tuple[str, ...]
-    gold: int | None
-    """Index of the right option; None if it is not published."""
-    letters: str = ""
-    """The legal letters if the question's text contains the options and `options` is ()."""
+    gold: int | None  # index of the right option; None if it is not published
+    letters: str = ""  # the legal letters if the question's text contains the options and `options` is ()
 
 
 class Wording(NamedTuple):
     """A benchmark's prompt format."""
 
-    header: str
-    """{} is the subject."""
-    cue: str
-    """Text before the letter; a space at its end belongs to the letter."""
-    end: str
-    """Text after the letter of a shot."""
-    start: str = ""
-    """Text before a question."""
+    header: str  # {} is the subject
+    cue: str  # text before the letter; a space at its end belongs to the letter
+    end: str  # text after the letter of a shot
+    start: str = ""  # text before a question
 
     @property
     def space(self) -> str:
@@ -63,8 +56,7 @@ class Group(NamedTuple):
     """The items of one subject, and how they are asked."""
 
     name: str
-    subject: str
-    """In the header."""
+    subject: str  # in the header
     wording: Wording
     items: list[Item]
 

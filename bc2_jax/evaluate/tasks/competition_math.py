@@ -12,8 +12,7 @@ from bc2_jax.evaluate.tasks.reading import SHOTS_FILE, Row, find_folder, read_ro
 
 SHOTS = 4
 TEST_ITEMS = 5000
-LONGEST_SHOT = 400
-"""Characters of the solution of a training problem used as a shot."""
+LONGEST_SHOT = 400  # characters of the solution of a training problem used as a shot
 _FIELDS = ("problem", "solution")
 _SOURCE = (
     "test/CATEGORY/NUMBER.json (and train/... for the shots, or shots.txt), each a JSON object with problem, level, "

@@ -17,8 +17,7 @@ from bc2_jax.evaluate.task import Example, Judged, Loaded, Metric, Task, Verdict
 from bc2_jax.evaluate.tasks.reading import find_folder, read_lines, require_file
 
 SHOTS = 8
-FIRST = 100
-"""Sentences of devtest that are asked by default."""
+FIRST = 100  # sentences of devtest that are asked by default
 LANGUAGES = {
     "zh": ("zho_simpl", "zho_Hans", "Chinese (Simpl)"),
     "en": ("eng", "eng_Latn", "English"),

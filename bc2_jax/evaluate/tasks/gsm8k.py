@@ -10,8 +10,7 @@ from bc2_jax.evaluate.task import Example, Loaded, Task, Verdict
 from bc2_jax.evaluate.tasks.reading import SHOTS_FILE, Row, find_file, read_rows, read_shots
 
 SHOTS = 4
-LONGEST_SHOT = 400
-"""Characters of the solution of a training problem used as a shot."""
+LONGEST_SHOT = 400  # characters of the solution of a training problem used as a shot
 _FIELDS = ("question", "answer")
 _CALCULATION = re.compile(r"<<[^<>]*>>")
 _SOURCE = (

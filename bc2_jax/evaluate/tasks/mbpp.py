@@ -8,10 +8,8 @@ from bc2_jax.evaluate.task import Example, Loaded, Task
 from bc2_jax.evaluate.tasks.reading import Row, find_file, read_rows
 from bc2_jax.validation import choices, show
 
-SHOTS = (2, 3, 4)
-"""Their task_id."""
-TESTED = range(11, 511)
-"""The task_id of the test split."""
+SHOTS = (2, 3, 4)  # their task_id
+TESTED = range(11, 511)  # the task_id of the test split
 _SOURCE = (
     "mbpp.jsonl, JSON lines with task_id, text, code, test_list and test_setup_code, from mbpp/ of "
     "github.com/google-research/google-research, in DATA_DIR/mbpp; sanitized-mbpp.json is another set."

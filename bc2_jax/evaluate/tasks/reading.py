@@ -23,8 +23,7 @@ class Row(NamedTuple):
     """A row of a table, or a record."""
 
     values: Mapping[str, Any]
-    where: str
-    """File and line, row or item, from 1."""
+    where: str  # file and line, row or item, from 1
 
     def text(self, field: str) -> str:
         """A text field. Raises ValueError, naming file and line, if it is missing or something else."""
@@ -222,8 +221,7 @@ def _require_fields(where: str, there: Collection[str], needed: Sequence[str], w
 
 # -------------------------------------------------------------------------------------------------------- text files
 
-SHOTS_FILE = "shots.txt"
-"""Worked examples of a paper, verbatim, beside a benchmark's own files."""
+SHOTS_FILE = "shots.txt"  # worked examples of a paper, verbatim, beside a benchmark's own files
 
 
 def find_file(data_dir: Path, names: Sequence[str], inner: Sequence[str], files: Sequence[str], source: str) -> Path:

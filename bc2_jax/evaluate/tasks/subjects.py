@@ -17,26 +17,19 @@ class Subjects(NamedTuple):
     """A benchmark's files, SPLIT/NAME.csv or (Hugging Face datasets) SUBJECT/SPLIT*.parquet, and its prompts."""
 
     title: str
-    names: tuple[str, ...]
-    """Names its folder may have."""
-    inner: tuple[str, ...]
-    """Folders inside that may hold the splits."""
-    shots: tuple[str, str]
-    """Split and file name pattern with * for the subject, such as ("dev", "*_dev.csv")."""
+    names: tuple[str, ...]  # names its folder may have
+    inner: tuple[str, ...]  # folders inside that may hold the splits
+    shots: tuple[str, str]  # split and file name pattern with * for the subject, such as ("dev", "*_dev.csv")
     asked: tuple[str, str]
     subjects: Collection[str]
-    source: str
-    """What to download: a sentence."""
+    source: str  # what to download: a sentence
     wording: Wording
-    read: Callable[[Path, str], list[Item]]
-    """(file, subject) -> items."""
-    name_subject: Callable[[str], str]
-    """Subject -> its name in the header."""
+    read: Callable[[Path, str], list[Item]]  # (file, subject) -> items
+    name_subject: Callable[[str], str]  # subject -> its name in the header
     choose_shots: Callable[[list[Item]], Sequence[Item]] = lambda items: items[:SHOTS]
     drop: Drop = "last"
     prompt_limit: int | None = None
-    others: bool = False
-    """Whether subjects that are not listed are asked too."""
+    others: bool = False  # whether subjects that are not listed are asked too
 
     def load(self, data_dir: Path, only: Collection[str] | None = None) -> Loaded:
         """All subjects that have files, or those of `only`.
