@@ -89,13 +89,13 @@ def test_files_that_are_missing_or_damaged(tmp_path, name, content, message):
     ],
 )
 def test_answers(target, text, answer):
-    verdict = judge(Example(id="0", group="", header="", shots=(), question="", target=target), text)
+    verdict = judge(Example(id="0", group="", question="", target=target), text)
     assert verdict == (answer == target, answer)
 
 
 def test_the_mean_over_tasks_comes_first():
     judged = [
-        Judged(Example(id=str(n), group=group, header="", shots=(), question=""), {"exact": right}, "")
+        Judged(Example(id=str(n), group=group, question=""), {"exact": right}, "")
         for n, (group, right) in enumerate([("a", True), ("a", True), ("a", True), ("b", False)])
     ]
     assert [(name, metric.value) for name, metric in TASK.summarize(judged).items()] == [

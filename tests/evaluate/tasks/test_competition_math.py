@@ -107,5 +107,5 @@ def test_files_that_are_missing_or_damaged(tmp_path, files, message):
     ],
 )
 def test_answers(text, right):
-    example = Example(id="0", group="", header="", shots=(), question="", target=r"\frac{1}{2}")
+    example = Example(id="0", group="", question="", target=r"\frac{1}{2}")
     assert judge(example, text).right is right

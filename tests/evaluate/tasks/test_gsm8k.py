@@ -92,7 +92,7 @@ def test_a_training_set_without_short_solutions(tmp_path):
 
 
 def judged(target: str, text: str) -> tuple[bool, str]:
-    return judge(Example(id="0", group="", header="", shots=(), question="", target=target), text)
+    return judge(Example(id="0", group="", question="", target=target), text)
 
 
 @pytest.mark.parametrize(
