@@ -35,8 +35,7 @@ from bc2_jax.aot.report import (
 )
 from bc2_jax.config import ComputeConfig, MeshConfig, ModelConfig
 from bc2_jax.infer import engine
-from bc2_jax.infer.cache import CacheDType
-from bc2_jax.infer.chunks import make_chunk
+from bc2_jax.infer.decoding import CacheDType, make_chunk
 from bc2_jax.infer.refill import RolloutShapes
 from bc2_jax.infer.settings import Sampling
 from bc2_jax.kernels.cached import key_block

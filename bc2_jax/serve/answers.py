@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bc2_jax.infer.stream import TextStream
+from bc2_jax.infer.text import TextStream
 from bc2_jax.serve.requests import TokenScore
 from bc2_jax.tokenizer import Tokenizer
 

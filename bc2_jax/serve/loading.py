@@ -16,7 +16,7 @@ from bc2_jax.align.red_team import identify
 from bc2_jax.config import DType, MeshConfig, check_divisible
 from bc2_jax.convert.pretrained import find_model, find_tokenizer, load_pretrained
 from bc2_jax.infer import engine
-from bc2_jax.infer.cache import CacheDType
+from bc2_jax.infer.decoding import CacheDType
 from bc2_jax.infer.prepared import find_long_context, prepare
 from bc2_jax.infer.text import find_chat_settings, find_eos_ids
 from bc2_jax.model.quantized import Scheme

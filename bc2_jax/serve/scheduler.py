@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from bc2_jax.infer.engine import LogProbs, Reason
+from bc2_jax.infer.decoding import LogProbs, Reason
 from bc2_jax.model.position import stretch_of
 from bc2_jax.serve.prefixes import Prefixes, hash_chunks
 from bc2_jax.serve.requests import Ended, Event, Failed, Handle, PromptScored, Started, Tokens, TokenScore

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from bc2_jax.infer import engine as device_engine
-from bc2_jax.infer.engine import STEPS, Chunk, Emitted, LogProbs
+from bc2_jax.infer.decoding import STEPS, Chunk, Emitted, LogProbs
 from bc2_jax.infer.settings import DEFAULT_SETTINGS, Sampling, sampling_of
 from bc2_jax.serve.requests import Request
 from bc2_jax.validation import require

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from bc2_jax.config.lora import LoraConfig
 from bc2_jax.infer import engine
-from bc2_jax.infer.engine import Prepared
 from bc2_jax.infer.generate import continue_prompts
+from bc2_jax.infer.prepared import Prepared
 from bc2_jax.infer.refill import RolloutShapes, Stopped, continue_many
 from bc2_jax.infer.settings import Settings
 from bc2_jax.model.lora import init_adapter, with_adapter
