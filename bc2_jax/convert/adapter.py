@@ -70,17 +70,23 @@ def find_adapter(path: str | Path) -> FoundAdapter | None:
 
 
 def adapter_of(checkpoint: Path, metadata: Mapping[str, Any]) -> FoundAdapter | None:
-    """The adapter that a checkpoint holds by its metadata; None if it holds a whole model."""
+    """The adapter in a checkpoint with this metadata; None if it holds a whole model."""
+    if (lora := lora_config(checkpoint, metadata)) is None:
+        return None
+    base = metadata["config"].get("init_from")
+    model = parse_model_config(dict(metadata), checkpoint)
+    return FoundAdapter(checkpoint, lora, model, base if isinstance(base, str) else None, policy_part(metadata))
+
+
+def lora_config(checkpoint: Path, metadata: Mapping[str, Any]) -> LoraConfig | None:
+    """The LoRA config in a checkpoint's metadata; None if it trained no adapter. Raises ValueError if it is invalid."""
     record = metadata["config"].get("lora")
     if not isinstance(record, dict) or not record.get("rank"):
         return None
     try:
-        lora = from_record(LoraConfig, record, "lora.")
+        return from_record(LoraConfig, record, "lora.")
     except (TypeError, ValueError) as error:
         raise ValueError(f"The adapter config of {checkpoint} is not valid: {str(error).rstrip('.')}.") from error
-    base = metadata["config"].get("init_from")
-    model = parse_model_config(dict(metadata), checkpoint)
-    return FoundAdapter(checkpoint, lora, model, base if isinstance(base, str) else None, policy_part(metadata))
 
 
 def require_adapter(path: str | Path) -> FoundAdapter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bc2_jax import manifest
+from bc2_jax.config import ModelConfig
 from bc2_jax.convert import orbax
 from bc2_jax.manifest import DamagedCheckpoint
 from bc2_jax.metadata import is_complete, read_metadata
@@ -44,6 +46,14 @@ def open_metadata(checkpoint: Path) -> dict[str, Any]:
         return metadata
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{file} is damaged: {orbax.explain(error)}.") from error
+
+
+def model_metadata(
+    config: ModelConfig, generation: Mapping[str, Any] | None, chat_template: str | None, **others: Any
+) -> dict[str, Any]:
+    """The metadata of a checkpoint of parameters alone."""
+    metadata = {"config": {"model": dataclasses.asdict(config)}, **others, "generation": generation}
+    return metadata if chat_template is None else metadata | {"chat_template": chat_template}
 
 
 def policy_part(metadata: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from ml_dtypes import bfloat16
 
 from bc2_jax.config import ModelConfig
 from bc2_jax.convert.chat_template import CHAT_TEMPLATE
-from bc2_jax.convert.sentencepiece import read_sentencepiece
+from bc2_jax.convert.llama_tokenizer import read_sentencepiece
 from bc2_jax.convert.stream import Stream, in_order, row_blocks
 from bc2_jax.convert.table import TorchTensor, build_tensor, torch_shapes, torch_tensors
 from bc2_jax.tokenizer import RESERVED

@@ -16,11 +16,10 @@ from bc2_jax.checkpoint import TOKENIZER_NAME
 from bc2_jax.config import ModelConfig
 from bc2_jax.convert.chat_template import CHAT_TEMPLATE, CHAT_TEMPLATE_NAME
 from bc2_jax.convert.checksums import write_sha256sums
-from bc2_jax.convert.folder import written_whole
+from bc2_jax.convert.folder import foreign_in_export, written_whole
 from bc2_jax.convert.hf import DTYPES
 from bc2_jax.convert.hf_config import HFDType, write_config, write_generation_config, write_json
 from bc2_jax.convert.llama_tokenizer import write_llama_tokenizer
-from bc2_jax.convert.ownership import foreign_in_export
 from bc2_jax.convert.pickled_write import write_pickled
 from bc2_jax.convert.safetensors import write_safetensors
 from bc2_jax.convert.source import source_of_params

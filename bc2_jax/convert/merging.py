@@ -13,16 +13,14 @@ from bc2_jax.convert import orbax
 from bc2_jax.convert.adapter import find_adapter, load_adapter, require_adapter
 from bc2_jax.convert.checkpoints import describe_rest
 from bc2_jax.convert.conversion import Options, Summary, to_hf
-from bc2_jax.convert.folder import check_free, written_whole
+from bc2_jax.convert.folder import check_free, foreign_in_adapter, foreign_in_checkpoint, written_whole
 from bc2_jax.convert.hf_config import HFDType
 from bc2_jax.convert.hf_write import FileFormat
 from bc2_jax.convert.lora_layout import LoraLayout
-from bc2_jax.convert.ownership import foreign_in_adapter, foreign_in_checkpoint
 from bc2_jax.convert.peft import save_peft
 from bc2_jax.convert.pretrained import find_model
 from bc2_jax.convert.source import Source
-from bc2_jax.convert.stream import Part
-from bc2_jax.convert.table import Layout, cast, flatten
+from bc2_jax.convert.table import Layout, Part, cast, flatten
 from bc2_jax.model.lora import SLOTS, Adapter, adapted_weights, equation_of, lost, merge_weight, part_of
 from bc2_jax.validation import check_path, join_some
 
@@ -133,9 +131,6 @@ def _save_checkpoint(target: Path, adapter: Adapter, config: ModelConfig, base: 
     flat = flatten(adapter.params)
     settings: dict[str, Any] = {"model": dataclasses.asdict(config), "lora": dataclasses.asdict(adapter.config)}
     metadata = {"config": settings | {"init_from": base}}
-    shapes = {path: array.shape for path, array in flat.items()}
     with written_whole(target, overwrite, foreign_in_checkpoint) as partial:
-        writer = orbax.ParamsWriter(partial, shapes, {path: array.dtype for path, array in flat.items()}, metadata)
-        for path, array in flat.items():
-            for layer in range(len(array)):
-                writer.write(path, layer, array[layer])
+        arrays = {path: (array.shape, array.dtype) for path, array in flat.items()}
+        orbax.write_params(partial, arrays, metadata, lambda path, layer: flat[path][layer])

@@ -17,11 +17,10 @@ from bc2_jax.config import ModelConfig
 from bc2_jax.config.lora import LORA_TARGETS, LoraConfig, LoraTarget
 from bc2_jax.convert import hf
 from bc2_jax.convert.checksums import verify_file, write_sha256sums
-from bc2_jax.convert.folder import written_whole
+from bc2_jax.convert.folder import foreign_in_adapter, written_whole
 from bc2_jax.convert.hf_config import read_json, write_json
 from bc2_jax.convert.lora_layout import LoraLayout, to_layout
 from bc2_jax.convert.mapped import MappedTensor
-from bc2_jax.convert.ownership import foreign_in_adapter
 from bc2_jax.convert.peft_keys import check_keys
 from bc2_jax.convert.pickled import read_pickled
 from bc2_jax.convert.safetensors import read_safetensors, write_safetensors

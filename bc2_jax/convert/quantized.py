@@ -6,12 +6,11 @@ the architecture, as in every checkpoint, and how the weights are quantized.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +21,8 @@ from jax.sharding import Mesh
 from bc2_jax.checkpoint import TOKENIZER_NAME
 from bc2_jax.config import ComputeConfig, ModelConfig
 from bc2_jax.convert import hf, orbax
-from bc2_jax.convert.checkpoints import open_metadata, open_params, quantized_scheme
-from bc2_jax.convert.folder import written_whole
-from bc2_jax.convert.ownership import foreign_in_checkpoint
+from bc2_jax.convert.checkpoints import model_metadata, open_metadata, open_params, quantized_scheme
+from bc2_jax.convert.folder import foreign_in_checkpoint, written_whole
 from bc2_jax.convert.table import Shape
 from bc2_jax.manifest import MANIFEST_NAME, DamagedCheckpoint, write_manifest
 from bc2_jax.metadata import is_complete
@@ -36,13 +34,6 @@ from bc2_jax.sharding import place_shapes
 from bc2_jax.validation import check_path
 
 INT4 = jnp.dtype("int4")
-
-
-class Stored(NamedTuple):
-    """Of an array on disk."""
-
-    shape: Shape
-    dtype: np.dtype
 
 
 def save(
@@ -63,21 +54,15 @@ def save(
         raise ValueError("The model is not quantized: prepare it with quantize = int8 or int4.")
     _check_groups(model, scheme)
     arrays = _flatten(nnx.to_pure_dict(nnx.state(model)))
-    stored = {name: stored_as(array.shape, array.dtype) for name, array in arrays.items()}
-    shapes = {name: entry.shape for name, entry in stored.items()}
-    dtypes = {name: entry.dtype for name, entry in stored.items()}
-    metadata: dict[str, Any] = {
-        "config": {"model": dataclasses.asdict(model.config)}, "quantized": {"scheme": scheme},
-        "generation": None if generation is None else dict(generation),
-    }  # fmt: skip
-    if chat_template is not None:
-        metadata["chat_template"] = chat_template
+    metadata = model_metadata(model.config, generation, chat_template, quantized={"scheme": scheme})
+
+    def read(name: str, layer: int | None) -> np.ndarray:
+        value = np.asarray(arrays[name] if layer is None else arrays[name][layer])
+        return pack(value) if value.dtype == INT4 else value
+
     with written_whole(target, overwrite, foreign_in_quantized) as partial:
-        writer = orbax.ParamsWriter(partial, shapes, dtypes, metadata)
-        for name, array in arrays.items():
-            for layer in range(len(array)) if name.startswith("layers.") else (None,):
-                value = np.asarray(array if layer is None else array[layer])
-                writer.write(name, layer, pack(value) if array.dtype == INT4 else value)
+        stored = {name: _stored_as(array.shape, array.dtype) for name, array in arrays.items()}
+        orbax.write_params(partial, stored, metadata, read)
         if tokenizer is not None:
             shutil.copyfile(tokenizer, partial / TOKENIZER_NAME)
         write_manifest(partial)
@@ -94,7 +79,7 @@ def load(
     graphdef, abstract = _abstract(config, compute, mesh, scheme)
     _check_groups(nnx.merge(graphdef, abstract), scheme)
     arrays = open_params(checkpoint, jax.process_index(), jax.process_count())
-    expected = {name: stored_as(x.shape, x.dtype) for name, x in _flatten(abstract).items()}
+    expected = {name: _stored_as(x.shape, x.dtype) for name, x in _flatten(abstract).items()}
     shapes = {name: shape for name, (shape, _) in expected.items()}
     hf.check_shapes(f"arrays of {checkpoint}", shapes, {name: array.shape for name, array in arrays.items()})
     for name, (_, dtype) in expected.items():
@@ -144,11 +129,11 @@ def unpack(packed: np.ndarray, size: int) -> np.ndarray:
     return halves.reshape(*packed.shape[:-1], -1)[..., :size].astype(INT4)
 
 
-def stored_as(shape: Shape, dtype: Any) -> Stored:
-    """What an array is on disk."""
+def _stored_as(shape: Shape, dtype: Any) -> tuple[Shape, np.dtype]:
+    """Shape and dtype of an array on disk."""
     if dtype == INT4:
-        return Stored((*shape[:-1], -(-shape[-1] // 2)), np.dtype(np.uint8))
-    return Stored(tuple(shape), np.dtype(dtype))
+        return (*shape[:-1], -(-shape[-1] // 2)), np.dtype(np.uint8)
+    return tuple(shape), np.dtype(dtype)
 
 
 def _read(array: Any, x: jax.ShapeDtypeStruct, index: tuple[slice, ...] | None) -> np.ndarray:

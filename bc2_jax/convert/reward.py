@@ -7,15 +7,13 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from bc2_jax.config import DType, ModelConfig
 from bc2_jax.config.lora import LoraConfig
-from bc2_jax.config.record import from_record
-from bc2_jax.convert.adapter import place_adapter, read_adapter
+from bc2_jax.convert.adapter import lora_config, place_adapter, read_adapter
 from bc2_jax.convert.checkpoints import (
     ACTOR,
     CRITIC,
@@ -26,13 +24,7 @@ from bc2_jax.convert.checkpoints import (
     policy_part,
     take_part,
 )
-from bc2_jax.convert.pretrained import (
-    find_any_model,
-    find_tokenizer,
-    open_reader,
-    place_params,
-    reader_of,
-)
+from bc2_jax.convert.pretrained import find_any_model, find_tokenizer, open_reader, place_params, reader_of
 from bc2_jax.convert.table import Shape, flatten, param_shapes
 from bc2_jax.metadata import parse_model_config
 from bc2_jax.model.baichuan import Params, param_shardings
@@ -43,7 +35,7 @@ ADAPTER = "adapter"
 """What else is in the parameters of a run that trains `score` and adapters."""
 STATISTICS_NAME = "rewards.json"
 """In the folder of a run of a reward model: {"STEP": {"mean", "std", "answers"}} of its rewards of held-out answers."""
-_SCORE_PATH = f"{SCORE}.weight"
+SCORE_PATH = f"{SCORE}.weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +68,7 @@ def find_reward_model(path: str | Path) -> FoundRewardModel:
             f"{path} is a language model, not a reward model: train one with `python train.py "
             f"configs/baichuan2_13b_reward.py --init-from {path}` on pairs of answers."
         )
-    lora, base = _adapter(found.metadata, found.path), found.metadata["config"].get("init_from")
+    lora, base = lora_config(found.path, found.metadata), found.metadata["config"].get("init_from")
     return FoundRewardModel(found.path, found.config, found.tokenizer, lora, base, read_statistics(found.path))
 
 
@@ -115,7 +107,7 @@ def find_critic(path: str | Path) -> FoundRewardModel:
     if policy_part(metadata) != ACTOR or not take_part(open_params(checkpoint), CRITIC):
         raise ValueError(f"{path} has no critic: it is not a checkpoint or run of PPO.")
     reward_model = metadata["config"]["ppo"].get("reward_model")
-    lora = _adapter(metadata, checkpoint)
+    lora = lora_config(checkpoint, metadata)
     # Without a reward model it began from the actor's own.
     base = metadata["config"].get("init_from") if reward_model is None else reward_model
     config = parse_model_config(metadata, checkpoint)
@@ -126,16 +118,6 @@ def find_critic(path: str | Path) -> FoundRewardModel:
     except FileNotFoundError:
         tokenizer = None
     return FoundRewardModel(checkpoint, config, tokenizer, lora, base, None, CRITIC)
-
-
-def _adapter(metadata: Mapping[str, Any], checkpoint: Path) -> LoraConfig | None:
-    record = metadata["config"].get("lora")
-    if not isinstance(record, dict) or not record.get("rank"):
-        return None
-    try:
-        return from_record(LoraConfig, record, "lora.")
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"The adapter config of {checkpoint} is not valid: {str(error).rstrip('.')}.") from error
 
 
 def read_statistics(checkpoint: Path) -> dict[str, float] | None:
@@ -173,10 +155,10 @@ def load_critic(
 def load_found(found: FoundRewardModel, dtype: DType, mesh: Mesh | None) -> Params:
     """The parameters of what was found, as in `load_reward_model`."""
     shardings = None if mesh is None else flatten(param_shardings(found.config, mesh, RewardModel))
-    score: dict[str, Shape] = {_SCORE_PATH: (found.config.hidden_size,)}
+    score: dict[str, Shape] = {SCORE_PATH: (found.config.hidden_size,)}
     arrays = open_params(found.path, jax.process_index(), jax.process_count(), found.part)
     if found.lora is None:
-        backbone = _backbone_shapes(found.config)
+        backbone = backbone_shapes(found.config)
         read = reader_of(arrays, backbone | score, found.path)
         params = place_params(backbone, shardings, dtype, read)
     else:
@@ -205,7 +187,7 @@ def _load_base(found: FoundRewardModel, dtype: DType, mesh: Mesh | None) -> Para
 def load_score(path: str | Path, mesh: Mesh | None = None) -> Params:
     """{"weight": fp32 [D]} of the reward model that `path` means to `find_reward_model`; the rest is not read."""
     found = find_reward_model(path)
-    score: dict[str, Shape] = {_SCORE_PATH: (found.config.hidden_size,)}
+    score: dict[str, Shape] = {SCORE_PATH: (found.config.hidden_size,)}
     arrays = open_params(found.path, jax.process_index(), jax.process_count(), found.part)
     read = reader_of({name: array for name, array in arrays.items() if name in score}, score, found.path)
     shardings = None if mesh is None else flatten(param_shardings(found.config, mesh, RewardModel))
@@ -222,8 +204,8 @@ def load_backbone(path: str | Path, dtype: DType = "float32", mesh: Mesh | None 
         params, config, _ = load_reward_model(path, dtype, mesh)
         return backbone_of(params), config
     shardings = None if mesh is None else flatten(param_shardings(found.config, mesh))
-    return place_params(_backbone_shapes(found.config), shardings, dtype, open_reader(found)), found.config
+    return place_params(backbone_shapes(found.config), shardings, dtype, open_reader(found)), found.config
 
 
-def _backbone_shapes(config: ModelConfig) -> dict[str, Shape]:
+def backbone_shapes(config: ModelConfig) -> dict[str, Shape]:
     return {name: shape for name, shape in param_shapes(config).items() if not name.startswith(f"{HEAD}.")}

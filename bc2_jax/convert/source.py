@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,43 +17,54 @@ from bc2_jax.convert import hf, orbax
 from bc2_jax.convert.chat_template import CHAT_TEMPLATE_NAME, read_chat_template
 from bc2_jax.convert.checkpoints import describe_rest, explain_quantized, take_part
 from bc2_jax.convert.checksums import SUMS_NAME
+from bc2_jax.convert.folder import foreign_in_checkpoint
 from bc2_jax.convert.hf_config import read_generation_config
-from bc2_jax.convert.ownership import foreign_in_checkpoint
 from bc2_jax.convert.pretrained import FoundModel, find_model
 from bc2_jax.convert.reading import AS_SAID, Reading
-from bc2_jax.convert.table import Reader, flatten, layers_of, param_shapes
+from bc2_jax.convert.table import Part, Reader, Shape, flatten, param_shapes, parts_of
 from bc2_jax.convert.weights import check_weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A model in `path`, a PyTorch folder or a checkpoint of ours."""
+    """A model in `path`, a PyTorch folder or a checkpoint, that is read one layer at a time."""
 
     path: Path
     config: ModelConfig
     dtypes: Mapping[str, np.dtype]
-    """Our path -> dtype on disk; float32 where that of the tensors of a folder is not one, or is float64."""
+    """Path -> dtype on disk; float32 if the tensors of a folder differ in dtype or are float64."""
     read: Reader
-    """(our path, layer) -> array in that dtype; a view of a file that is mapped while it lives, or a copy."""
+    """Returns an array in that dtype, a view of a mapped file or a copy."""
     tokenizer: Path | None
     """tokenizer.model beside it."""
     generation: Mapping[str, Any] | None = None
-    """generation_config.json, as it came with a release."""
+    """generation_config.json of the release."""
     chat_template: str | None = None
-    """The Jinja template that came with it."""
+    """The release's Jinja template."""
     files: tuple[Path, ...] = ()
-    """The weight files of a PyTorch folder, or those of a training checkpoint that has a manifest."""
+    """Weight files of a PyTorch folder, or of a training checkpoint with a manifest."""
     manifested: Mapping[Path, str] = dataclasses.field(default_factory=dict)
-    """What that manifest says the SHA-256 of each of `files` is."""
+    """SHA-256 of each of `files` in that manifest."""
     is_training: bool = False
     """Whether it is a training checkpoint, whose parameters are the float32 masters."""
     unread: tuple[str, ...] = ()
-    """Names of what else lies there, which a conversion does not carry over."""
+    """Names of other files there, which a conversion leaves out."""
+    own_shapes: Mapping[str, Shape] | None = None
+    """Path -> shape; None for a language model, which has those of its config."""
 
-    def parts(self) -> Iterator[tuple[str, int | None]]:
-        """Every (our path, layer) there is, sorted by path."""
-        for path in sorted(param_shapes(self.config)):
-            yield from ((path, layer) for layer in layers_of(self.config, path))
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Path -> shape of each array."""
+        return param_shapes(self.config) if self.own_shapes is None else self.own_shapes
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all arrays in bytes."""
+        return sum(math.prod(shape) * self.dtypes[path].itemsize for path, shape in self.shapes.items())
+
+    def parts(self) -> list[Part]:
+        """Every part of its arrays, sorted by path."""
+        return parts_of(self.shapes)
 
 
 def open_source(path: str | Path, reading: Reading = AS_SAID) -> Source:
@@ -77,10 +89,16 @@ def open_contents(found: FoundModel, reading: Reading = AS_SAID) -> dict[str, An
 
 
 def make_source(found: FoundModel, contents: dict[str, Any], reading: Reading = AS_SAID) -> Source:
-    """The source that a model's `open_contents` are, checked as in `open_source`."""
-    if found.format == "pytorch":
-        return _make_torch(found, contents, reading)
-    return _make_orbax(found, contents)
+    """The source of a model's `open_contents`, checked as in `open_source`."""
+    folder, config = found.path, found.config
+    if found.format == "orbax":
+        return _make_orbax(found, contents)
+    weights = check_weights(folder, config, contents, reading)
+    files = tuple(sorted({tensor.file for tensor in contents.values()}))
+    return Source(
+        folder, config, weights.dtypes, weights.read_layer, found.tokenizer, read_generation_config(folder),
+        read_chat_template(folder), files, unread=_unread(folder, files),
+    )  # fmt: skip
 
 
 def _make_orbax(found: FoundModel, arrays: dict[str, Any]) -> Source:
@@ -101,18 +119,6 @@ def _make_orbax(found: FoundModel, arrays: dict[str, Any]) -> Source:
         tuple(hashes), hashes, (folder / "opt_state").is_dir(),
         (*describe_rest(orbax.open_arrays(folder) if found.part else {}, found.part),
          *(name for name in foreign_in_checkpoint(folder) if name not in training)),
-    )  # fmt: skip
-
-
-def _make_torch(found: FoundModel, tensors: dict[str, Any], reading: Reading) -> Source:
-    folder, config = found.path, found.config
-    weights = check_weights(folder, config, tensors, reading)
-    generation = read_generation_config(folder)
-    files = tuple(sorted({tensor.file for tensor in tensors.values()}))
-    return Source(
-        folder, config, weights.dtypes, weights.read_layer, found.tokenizer, generation,
-        read_chat_template(folder), files,
-        unread=_unread(folder, files),
     )  # fmt: skip
 
 

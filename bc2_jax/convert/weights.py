@@ -148,10 +148,9 @@ def _choose_dtypes(
     config: ModelConfig, tensors: Mapping[str, MappedTensor], layout: table.Layout
 ) -> tuple[dict[str, np.dtype], list[str]]:
     """(our path -> dtype in which all of its tensors can be held, what to say of it)."""
-    by_path = {
-        path: [tensors[table.torch_name(path, layer or 0, layout)].dtype for layer in table.layers_of(config, path)]
-        for path in table.param_shapes(config)
-    }
+    by_path: dict[str, list[np.dtype]] = {}
+    for path, layer in table.parts_of(table.param_shapes(config)):
+        by_path.setdefault(path, []).append(tensors[table.torch_name(path, layer or 0, layout)].dtype)
     # They are one tensor in the released layout.
     packed = [path for path in by_path if re.search(r"\.[qkv]_proj\.", path)]
     together = [dtype for path in packed for dtype in by_path[path]]

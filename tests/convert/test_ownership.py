@@ -10,7 +10,7 @@ import pytest
 
 from bc2_jax import manifest
 from bc2_jax.convert.conversion import Options, to_gguf, to_hf, to_orbax
-from bc2_jax.convert.ownership import foreign_in_checkpoint, foreign_in_export, foreign_in_gguf
+from bc2_jax.convert.folder import foreign_in_checkpoint, foreign_in_export, foreign_in_gguf
 from bc2_jax.convert.pretrained import save_params
 from tests.convert.models import GOLDEN, TINY, random_folder, random_params
 

@@ -15,9 +15,9 @@ from bc2_jax.checkpoint import save_context
 from bc2_jax.config.lora import LoraConfig
 from bc2_jax.convert.adapter import describe, find_adapter
 from bc2_jax.convert.conversion import to_hf, to_orbax
+from bc2_jax.convert.inspection import inspect
 from bc2_jax.convert.merging import merge_lora
 from bc2_jax.convert.pretrained import find_model, load_params
-from bc2_jax.convert.report import inspect
 from bc2_jax.convert.reward import (
     describe_reward_model,
     find_critic,
