@@ -1,30 +1,28 @@
-"""The routes: OpenAI's chats and completions, vLLM's tokenizer endpoints, health, metrics and the chat page."""
+"""HTTP routes: OpenAI's chats and completions, vLLM's tokenizer endpoints, health, metrics and the chat page."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import hashlib
+import importlib.resources
 import time
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
-from bc2_jax.serve.answering import Answering, collect
-from bc2_jax.serve.bodies import Disconnected, race_disconnect, read_body
+from bc2_jax.serve.answering import RETRY_AFTER_S, Answering, Serves, collect, not_ready
+from bc2_jax.serve.bodies import Disconnected, Limits, race_disconnect, read_body
 from bc2_jax.serve.errors import ApiError
-from bc2_jax.serve.exchange import RETRY_AFTER_S, Exchange, Serves, not_ready
-from bc2_jax.serve.guard import Guard, json_response
-from bc2_jax.serve.limits import Limits
-from bc2_jax.serve.logs import Record, log_texts
+from bc2_jax.serve.guard import Guard, Record, json_response, log_texts
 from bc2_jax.serve.metrics import CONTENT_TYPE, Metrics
 from bc2_jax.serve.openapi import make_document
-from bc2_jax.serve.page_files import ICONS, INDEX, PageFile, read_page
 from bc2_jax.serve.prompts import COMPLETION_SETTINGS, Asked, ServedModel, ask_chat, ask_completion
 from bc2_jax.serve.replies import ChatWriter, CompletionWriter, Heading, usage_of
 from bc2_jax.serve.schema import ChatBody, CompletionBody, decode_json, read_chat, read_completion, require_model
@@ -32,15 +30,50 @@ from bc2_jax.serve.security import PAGE_POLICY, Hosts, Keys
 from bc2_jax.serve.streaming import EventStream, events
 from bc2_jax.serve.tokens import detokenize, tokenize, tokenizer_info
 
+_KINDS = {
+    "html": "text/html; charset=utf-8",
+    "css": "text/css; charset=utf-8",
+    "js": "text/javascript; charset=utf-8",
+    "json": "application/json",
+    "svg": "image/svg+xml",
+    "png": "image/png",
+    "ico": "image/x-icon",
+    "txt": "text/plain; charset=utf-8",
+}
+INDEX = "index.html"
+ICONS = ("favicon.svg", "favicon.ico")
+
+
+class PageFile(NamedTuple):
+    """A file of the chat page, held in memory: a request never becomes a path."""
+
+    content: bytes
+    kind: str
+    """Content-Type."""
+    tag: str
+    """ETag."""
+
+
+def read_page() -> Mapping[str, PageFile]:
+    """Name -> file of `bc2_jax/serve/page`; empty if the package has no page."""
+    folder = importlib.resources.files("bc2_jax.serve") / "page"
+    found = {}
+    for file in folder.iterdir() if folder.is_dir() else ():
+        kind = _KINDS.get(file.name.rpartition(".")[2])
+        if kind is not None and file.is_file():
+            content = file.read_bytes()
+            found[file.name] = PageFile(content, kind, f'"{hashlib.sha256(content).hexdigest()[:32]}"')
+    return found
+
 
 class Backend:
-    """The service, once there is one: the HTTP side answers while the model is still being read."""
+    """Holds the service once it exists; the HTTP side answers while the model is still loading."""
 
     def __init__(self, service: Serves | None = None):
         self.service = service
         self.is_draining = False
         self.has_failed = False
-        """Whether there will never be one."""
+        """Whether the service could not be made."""
 
     @property
     def state(self) -> str:
@@ -62,7 +95,7 @@ class Backend:
 
 
 class Api:
-    """Handlers of the routes; `app` is what a server runs."""
+    """Handlers of the routes; `app` is the ASGI application."""
 
     def __init__(
         self, model: ServedModel, backend: Backend, *, keys: Keys, hosts: Hosts, limits: Limits | None = None,
@@ -70,7 +103,7 @@ class Api:
     ):  # fmt: skip
         self._model, self._backend, self._log_prompts = model, backend, log_prompts
         self._limits, self.metrics = limits or Limits(), metrics or Metrics()
-        # Tokenization of a long prompt must not hold up the streams of others.
+        # Tokenizing a long prompt must not block other streams.
         self._pool = ThreadPoolExecutor(2, "tokenizer")
         self._page = read_page()
         self._document = make_document(model, self._limits)
@@ -115,10 +148,11 @@ class Api:
         if self._log_prompts:
             texts = body.messages if isinstance(body, ChatBody) else body.prompts
             log_texts(record.request_id, "prompt", texts)
-        exchange = Exchange(service, asked.requests, asked.n)
-        answering = Answering(exchange, asked, options, self._model.tokenizer)
+        answering = Answering(service, asked, options, self._model.tokenizer)
         kind, writer_class = ("chatcmpl", ChatWriter) if isinstance(body, ChatBody) else ("cmpl", CompletionWriter)
-        heading = Heading(f"{kind}-{uuid.uuid4().hex}", _now(), self._model.name, self._model.fingerprint, asked.seed)
+        heading = Heading(
+            f"{kind}-{uuid.uuid4().hex}", int(time.time()), self._model.name, self._model.fingerprint, asked.seed
+        )
         writer = writer_class(self._model, heading, asked, options)
         headers = {"X-Seed": str(asked.seed)}
         if asked.dropped_rounds is not None:
@@ -128,13 +162,13 @@ class Api:
             return usage_of(asked, answering.new_tokens, answering.cached_tokens)
 
         def end(outcome: str) -> None:
-            exchange.close()
+            answering.close()
             record.outcome, record.new_tokens = outcome, answering.new_tokens
             record.cached_tokens = answering.cached_tokens
             if self._log_prompts:
                 log_texts(record.request_id, "answer", answering.texts)
 
-        exchange.start()
+        answering.start()
         if options.is_stream:
             content = events(answering, writer, options, usage, self._limits.ping_seconds)
             return EventStream(content, self._limits, headers, end)
@@ -174,7 +208,7 @@ class Api:
         }  # fmt: skip
 
     async def settings(self, request: Request) -> Response:
-        """GET /settings: what the page shows; an extension."""
+        """GET /settings: settings shown by the page; an extension."""
         model, limits = self._model, dataclasses.asdict(self._limits)
         names = (
             "n", "stop", "stop_characters", "logit_bias", "top_logprobs", "logprobs", "messages", "prompts",
@@ -231,7 +265,7 @@ class Api:
         return self._file(request, request.path_params["name"])
 
     async def icon(self, request: Request) -> Response:
-        """GET /favicon.ico, which browsers ask for."""
+        """GET /favicon.ico, which browsers request."""
         name = next((name for name in ICONS if name in self._page), None)
         return Response(status_code=204) if name is None else self._file(request, name)
 
@@ -250,7 +284,3 @@ class Api:
 
 def _record(request: Request) -> Record:
     return request.scope["state"]["record"]
-
-
-def _now() -> int:
-    return int(time.time())
