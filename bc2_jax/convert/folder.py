@@ -53,7 +53,7 @@ def check_free(target: Path, overwrite: bool, foreign: Foreign) -> None:
         raise FileExistsError(f"{target} is a link and is not replaced: give the path it points to.")
     if names := foreign(target):
         raise FileExistsError(
-            f"{target} is not replaced, because no conversion wrote {join_some(names, 8)}: move it away or choose "
+            f"{target} is not replaced, as no conversion wrote {join_some(names, 8)}: move it away or choose "
             "another target."
         )
 

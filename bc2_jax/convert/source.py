@@ -1,4 +1,4 @@
-"""A model on disk, read one layer at a time, whichever format it has."""
+"""A model on disk in either format, read one layer at a time."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ class Source:
 
 
 def open_source(path: str | Path, reading: Reading = AS_SAID) -> Source:
-    """The model in `path`; nothing read but metadata.
+    """Opens the model in `path`; reads only metadata.
 
-    Raises FileNotFoundError or ValueError, in one sentence, if it is not whole and consistent.
+    Raises FileNotFoundError or ValueError if it is not complete and consistent.
     """
     found = find_model(path, reading)
     return make_source(found, open_contents(found, reading), reading)
@@ -123,17 +123,18 @@ def _make_orbax(found: FoundModel, arrays: dict[str, Any]) -> Source:
 
 
 def _unread(folder: Path, files: Iterable[Path]) -> tuple[str, ...]:
-    """What lies beside the weight files of a PyTorch folder and is not read; hidden files are not mentioned."""
+    """Files beside the weight files of a PyTorch folder that are not read; hidden files are skipped."""
     read = {file.name for file in files} | {TOKENIZER_NAME, SUMS_NAME, "config.json", "generation_config.json"}
     read.add(CHAT_TEMPLATE_NAME)
-    # An index belongs to the weight files that are read, or to a format that is not.
+    # Indexes of the formats that are read; another format's index is not.
     read |= {f"{stem}{suffix}.index.json" for stem, suffix in {(f.name.split("-")[0], f.suffix) for f in files}}
     names = (path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith("."))
     return tuple(sorted(name for name in names if name not in read))
 
 
 def source_of_params(params: Mapping[str, Any], config: ModelConfig, tokenizer: Path | None = None) -> Source:
-    """Parameters in memory as a source, in any sharding over devices of this process; a layer is copied when read.
+    """Parameters in memory, sharded over devices of this process in any way, as a source; a layer is copied when it is
+    read.
 
     Raises ValueError if they do not fit the config.
     """

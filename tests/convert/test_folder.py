@@ -118,5 +118,5 @@ def test_everything_is_synced_before_it_has_its_name(tmp_path, monkeypatch):
 def test_links_are_never_replaced(tmp_path):
     write(tmp_path / "a")
     (tmp_path / "link").symlink_to("a")
-    with pytest.raises(FileExistsError, match="is a link: not replaced; give the place"):
+    with pytest.raises(FileExistsError, match="is a link and is not replaced: give the path"):
         check_free(tmp_path / "link", True, nothing_foreign)

@@ -42,7 +42,7 @@ def test_what_lies_beside_an_export_is_named(written, tmp_path, entry):
     shutil.copytree(written / "baichuan2-safetensors-inf", folder)
     add(folder / entry)
     assert foreign_in_export(folder) == [entry]
-    with pytest.raises(FileExistsError, match=rf"is not replaced, as no conversion wrote {entry}: move that away"):
+    with pytest.raises(FileExistsError, match=rf"is not replaced, as no conversion wrote {entry}: move it away"):
         to_hf(written / "orbax", folder, Options(overwrite=True))
     assert (folder / entry).exists() and (folder / "model.safetensors").exists()
 

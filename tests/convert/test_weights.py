@@ -95,9 +95,9 @@ def test_the_head_of_a_llama(tmp_path, caplog):
     tensors = split_qkv(tiny_tensors())
     folder = write(tmp_path / "plain", tensors, model_type="llama", architectures=["LlamaForCausalLM"])
     assert not open_source(folder).config.normalize_head
-    assert "the head is taken as a plain one, as LLaMA's is; its rows have lengths" in caplog.text
+    assert "the head is read as a plain one, like LLaMA's; its rows have lengths" in caplog.text
     assert open_source(folder, Reading(normalize_head=True)).config.normalize_head
-    assert "taken as a NormHead" in caplog.text
+    assert "read as a NormHead" in caplog.text
     caplog.clear()
     head = tensors["lm_head.weight"]
     unit = tensors | {"lm_head.weight": head / np.linalg.norm(head, axis=1, keepdims=True)}
