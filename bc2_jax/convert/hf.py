@@ -17,11 +17,7 @@ from bc2_jax.convert.safetensors import read_safetensors
 from bc2_jax.convert.table import Layout, Shape, torch_shapes
 from bc2_jax.validation import join_some
 
-DTYPES = {
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-    "float32": np.dtype(np.float32),
-}
+DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
 FLOAT64 = np.dtype(np.float64)
 # Buffers that PyTorch models compute and some save: RoPE tables, ALiBi masks.
 _BUFFER = re.compile(

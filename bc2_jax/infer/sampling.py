@@ -15,10 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from bc2_jax.infer.settings import (
-    MOST_TOP_LOG_PROBS,
-    Sampling,
-)
+from bc2_jax.infer.settings import MOST_TOP_LOG_PROBS, Sampling
 
 RARE = "rare_settings"
 """`jax.named_scope` of rarely used settings: bias, min_tokens, top_k 0 or above 64, top log-probs."""

@@ -84,10 +84,7 @@ def test_without_locks_nobody_cleans_up_and_only_one_gets_the_name(tmp_path, mon
 def test_what_appears_meanwhile_is_judged_again(tmp_path, overwrite):
     for appear in (Path.mkdir, Path.touch, lambda path: path.symlink_to(tmp_path / "nowhere")):
         target = tmp_path / f"a{len(names(tmp_path))}"
-        with (
-            pytest.raises(FileExistsError),
-            written_whole(target, overwrite, lambda path: [path.name]) as partial,
-        ):
+        with pytest.raises(FileExistsError), written_whole(target, overwrite, lambda path: [path.name]) as partial:
             partial.mkdir()
             appear(target)
         assert names(tmp_path).count(target.name) == 1 and not any(n.startswith(".") for n in names(tmp_path))

@@ -17,15 +17,7 @@ from bc2_jax.convert import hf, pretrained, table
 from bc2_jax.convert.conversion import Options, to_hf, to_orbax
 from bc2_jax.convert.hf_config import read_json, write_config, write_json
 from bc2_jax.convert.inspection import diff, inspect
-from tests.convert.models import (
-    GOLDEN,
-    TINY,
-    random_folder,
-    random_params,
-    tiny_tensors,
-    write_by_dtype,
-    write_tensors,
-)
+from tests.convert.models import GOLDEN, TINY, random_folder, random_params, tiny_tensors, write_by_dtype, write_tensors
 
 
 @pytest.mark.parametrize(
