@@ -129,7 +129,6 @@ def place_adapter(adapter: Adapter, config: ModelConfig, mesh: Mesh | None) -> P
 
 
 def describe(found: FoundAdapter) -> tuple[str, ...]:
-    """Lines that describe the adapter."""
     lines: tuple[str, ...] = (f"adapter of {found.base or 'a model that is not named'}: {found.path}",)
     if found.part:
         lines += (f"that of the {found.part} of a run of reinforcement learning; all else stays in the checkpoint",)

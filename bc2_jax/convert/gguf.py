@@ -7,7 +7,6 @@ NormHead, so head rows must be normalised.
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args
@@ -32,16 +31,6 @@ _Q8_0_BLOCK = 32
 _ROTATED = ("layers.self_attn.q_proj.weight", "layers.self_attn.k_proj.weight")
 # Smallest value that becomes infinite (in q8_0, in the fp16 scale of its block).
 _TOO_LARGE: dict[GGUFType, float] = {"f16": 65520.0, "bf16": 3.3961775e38, "q8_0": 127 * 65520.0}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Vocabulary:
-    """The arrays of tokenizer.ggml, one entry per token id."""
-
-    tokens: list[str]
-    scores: list[float]
-    types: list[int]
-    unk_id: int
 
 
 def check_gguf(config: ModelConfig, kind: GGUFType = "f16") -> None:
@@ -149,40 +138,36 @@ def _add_metadata(writer: Any, gguf: ModuleType, config: ModelConfig, kind: GGUF
     writer.add_vocab_size(config.vocab_size)
 
 
-def _add_vocabulary(writer: Any, config: ModelConfig, vocabulary: _Vocabulary) -> None:
+def _read_vocabulary(path: Path | None, config: ModelConfig) -> Any:
+    """The SentencePiece model.
+
+    Raises ValueError if there is none, llama.cpp would tokenize otherwise, or there are more pieces than token ids.
+    """
+    if path is None:
+        raise ValueError("GGUF holds the tokenizer, and there is no tokenizer.model beside the model.")
+    model = read_sentencepiece(path, "llama.cpp")
+    require(
+        len(model.pieces) <= config.vocab_size, "model.vocab_size", config.vocab_size,
+        f"{path} has {len(model.pieces)} pieces",
+    )  # fmt: skip
+    return model
+
+
+def _add_vocabulary(writer: Any, config: ModelConfig, model: Any) -> None:
+    """The pieces of a SentencePiece model, padded to the model's vocabulary with unused tokens."""
+    kinds, unused = model.SentencePiece, range(len(model.pieces), config.vocab_size)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list(vocabulary.tokens)
-    writer.add_token_scores(vocabulary.scores)
-    writer.add_token_types(vocabulary.types)
-    writer.add_unk_token_id(vocabulary.unk_id)
+    writer.add_token_list([piece.piece for piece in model.pieces] + [f"[PAD{i}]" for i in unused])
+    writer.add_token_scores([piece.score for piece in model.pieces] + [-10_000.0 for _ in unused])
+    # Piece types have the same numbers in both. Role and reserved tokens become control tokens, because plain text
+    # could produce user-defined ones and so forge a role.
+    types = [kinds.CONTROL if RESERVED.fullmatch(piece.piece) else piece.type for piece in model.pieces]
+    writer.add_token_types(types + [kinds.UNUSED for _ in unused])
+    writer.add_unk_token_id(model.trainer_spec.unk_id)
     writer.add_bos_token_id(config.bos_token_id)
     writer.add_eos_token_id(config.eos_token_id)
     writer.add_pad_token_id(config.pad_token_id)
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
-
-
-def _read_vocabulary(path: Path | None, config: ModelConfig) -> _Vocabulary:
-    """The pieces of a SentencePiece model, padded to the model's vocabulary with unused tokens.
-
-    Raises ValueError if there is no tokenizer, llama.cpp's SentencePiece would tokenize otherwise, or there are more
-    pieces than token ids.
-    """
-    if path is None:
-        raise ValueError("GGUF holds the tokenizer, and there is no tokenizer.model beside the model.")
-    model = read_sentencepiece(path, "llama.cpp")
-    kinds = model.SentencePiece
-    pieces, size = model.pieces, config.vocab_size
-    require(len(pieces) <= size, "model.vocab_size", size, f"{path} has {len(pieces)} pieces")
-    unused = range(len(pieces), size)
-    return _Vocabulary(
-        # Piece types have the same numbers in both. Role and reserved tokens become control tokens, because plain text
-        # could produce user-defined ones and so forge a role.
-        tokens=[piece.piece for piece in pieces] + [f"[PAD{i}]" for i in unused],
-        scores=[piece.score for piece in pieces] + [-10_000.0 for _ in unused],
-        types=[kinds.CONTROL if RESERVED.fullmatch(piece.piece) else piece.type for piece in pieces]
-        + [kinds.UNUSED for _ in unused],
-        unk_id=model.trainer_spec.unk_id,
-    )

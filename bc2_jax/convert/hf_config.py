@@ -21,6 +21,7 @@ _log = logging.getLogger(__name__)
 BAICHUAN2_VOCAB = 125_696
 # Baichuan 1 has 64,000 tokens; its vocabulary may be padded or grown.
 _BAICHUAN1_VOCAB = range(64_000, 65_001)
+_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 # Released sizes imply the position scheme: field -> (7B, 13B).
 _RELEASED = {"hidden_size": (4096, 5120), "num_hidden_layers": (32, 40), "num_attention_heads": (32, 40)}
@@ -198,17 +199,7 @@ def write_config(
         "tie_word_embeddings": False,
         "use_cache": True,
         "torch_dtype": dtype,
-        "pad_token_id": config.pad_token_id,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "vocab_size": config.vocab_size,
-        "rms_norm_eps": config.rms_norm_eps,
-        "initializer_range": config.initializer_range,
-        "rope_theta": config.rope_theta,
+        **{name: getattr(config, name) for name in (*_IDS, *_SIZES, "rms_norm_eps", "initializer_range", "rope_theta")},
     }
     if config.position_embedding == "rope":  # other engines infer RoPE from its presence
         raw["max_position_embeddings"] = config.model_max_length
@@ -253,7 +244,7 @@ def write_generation_config(config: ModelConfig, folder: Path, released: Mapping
     Sampling settings belong to a chat model and come with its file. transformers applies a repetition penalty in greedy
     decoding too, which would change a base model's answers in an evaluation.
     """
-    ids = {name: getattr(config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    ids = {name: getattr(config, name) for name in _IDS}
     write_json(folder / "generation_config.json", ids if released is None else released)
 
 

@@ -145,7 +145,6 @@ class ArrayDifference:
 
     path: str
     layers: tuple[int | None, ...]
-    """Layers that differ."""
     max_abs: float
     max_rel: float
     """Largest difference divided by the largest absolute value of the array in A."""
@@ -157,7 +156,6 @@ class Comparison:
     """Result of `diff`."""
 
     fields: tuple[str, ...]
-    """Config fields that differ."""
     arrays: tuple[ArrayDifference, ...]
     """Arrays that differ in dtype or in any bit."""
     total: int

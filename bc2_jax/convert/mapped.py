@@ -7,9 +7,20 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 from bc2_jax.convert.table import Shape
+
+# numpy dtype -> (its name in safetensors, torch's storage class)
+TORCH_DTYPES: dict[np.dtype, tuple[str, str]] = {
+    np.dtype(kind): (name, f"torch.{storage}Storage")
+    for kind, name, storage in (
+        (np.float64, "F64", "Double"), (np.float32, "F32", "Float"), (np.float16, "F16", "Half"),
+        (ml_dtypes.bfloat16, "BF16", "BFloat16"), (np.int64, "I64", "Long"), (np.int32, "I32", "Int"),
+        (np.int16, "I16", "Short"), (np.int8, "I8", "Char"), (np.uint8, "U8", "Byte"), (np.bool_, "BOOL", "Bool"),
+    )
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,10 +40,8 @@ class Parity:
     tolerance: float
     """Largest legal difference, relative to the largest value."""
     largest_logit: float
-    """The reference's largest absolute logit."""
     largest_logit_difference: float
     mean_logit_difference: float
-    """Mean absolute difference."""
     top1_agreement: float
     """Share of positions, 0 to 1, with the same most likely token."""
     kl: float

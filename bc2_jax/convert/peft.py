@@ -82,7 +82,6 @@ class PeftFolder:
 
 
 def is_peft_folder(path: str | Path) -> bool:
-    """Whether `path` is a PEFT adapter."""
     return (Path(path) / CONFIG_NAME).is_file()
 
 
@@ -187,7 +186,6 @@ def _layout_of(base: str | Path | None) -> LoraLayout | None:
 
 
 def _module(target: LoraTarget, layer: int) -> str:
-    """PEFT's name of a module."""
     slot = SLOTS[target]
     layout: LoraLayout = "baichuan2" if target == "W_pack" else "llama"
     return torch_name(f"layers.{slot.block}.{slot.weights[0]}.weight", layer, layout).removesuffix(".weight")
@@ -247,7 +245,6 @@ def _find_targets(folder: PeftFolder, tensors: Mapping[str, MappedTensor]) -> tu
 
 
 def _read_config(folder: PeftFolder, targets: tuple[LoraTarget, ...], config: ModelConfig) -> LoraConfig:
-    """The LoraConfig of these targets."""
     where, raw = folder.path / CONFIG_NAME, folder.raw
     rank, alpha, dropout = (
         _number(where, raw, key, default) for key, default in (("r", 8), ("lora_alpha", 8), ("lora_dropout", 0))

@@ -19,25 +19,13 @@ import zlib
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-import ml_dtypes
 import numpy as np
 
-from bc2_jax.convert.mapped import MappedTensor, contiguous_strides
+from bc2_jax.convert.mapped import TORCH_DTYPES, MappedTensor, contiguous_strides
 from bc2_jax.validation import join_some
 
 _log = logging.getLogger(__name__)
-STORAGES: dict[str, np.dtype] = {
-    "torch.DoubleStorage": np.dtype(np.float64),
-    "torch.FloatStorage": np.dtype(np.float32),
-    "torch.HalfStorage": np.dtype(np.float16),
-    "torch.BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    "torch.LongStorage": np.dtype(np.int64),
-    "torch.IntStorage": np.dtype(np.int32),
-    "torch.ShortStorage": np.dtype(np.int16),
-    "torch.CharStorage": np.dtype(np.int8),
-    "torch.ByteStorage": np.dtype(np.uint8),
-    "torch.BoolStorage": np.dtype(np.bool_),
-}
+STORAGES = {storage: dtype for dtype, (_, storage) in TORCH_DTYPES.items()}
 ORDERED_DICT = "collections.OrderedDict"
 TENSOR = "torch._utils._rebuild_tensor_v2"
 _PARAMETER = "torch._utils._rebuild_parameter"

@@ -130,7 +130,6 @@ def unpack(packed: np.ndarray, size: int) -> np.ndarray:
 
 
 def _stored_as(shape: Shape, dtype: Any) -> tuple[Shape, np.dtype]:
-    """Shape and dtype of an array on disk."""
     if dtype == INT4:
         return (*shape[:-1], -(-shape[-1] // 2)), np.dtype(np.uint8)
     return tuple(shape), np.dtype(dtype)

@@ -22,7 +22,6 @@ class Reading:
 
 
 AS_SAID = Reading()
-"""As the folder's files say."""
 
 
 def add_reading_options(parser: argparse.ArgumentParser) -> None:
@@ -39,5 +38,4 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
 
 
 def reading_of(args: argparse.Namespace) -> Reading:
-    """The `Reading` of the parsed options."""
     return Reading(args.position_embedding, args.normalize_head, args.strip_prefix, tuple(args.ignore_key))

@@ -43,7 +43,6 @@ class FoundRewardModel:
     """A reward model on disk; only its config has been read."""
 
     path: Path
-    """The absolute folder of one checkpoint."""
     config: ModelConfig
     tokenizer: Path | None
     """tokenizer.model in the folder of the checkpoint or its run."""

@@ -36,11 +36,8 @@ class Source:
     read: Reader
     """Returns an array in that dtype, a view of a mapped file or a copy."""
     tokenizer: Path | None
-    """tokenizer.model beside it."""
     generation: Mapping[str, Any] | None = None
-    """generation_config.json of the release."""
     chat_template: str | None = None
-    """The release's Jinja template."""
     files: tuple[Path, ...] = ()
     """Weight files of a PyTorch folder, or of a training checkpoint with a manifest."""
     manifested: Mapping[Path, str] = dataclasses.field(default_factory=dict)
@@ -63,7 +60,6 @@ class Source:
         return sum(math.prod(shape) * self.dtypes[path].itemsize for path, shape in self.shapes.items())
 
     def parts(self) -> list[Part]:
-        """Every part of its arrays, sorted by path."""
         return parts_of(self.shapes)
 
 

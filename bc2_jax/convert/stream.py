@@ -56,7 +56,6 @@ class Stream:
         """`digest_part` of every part read."""
 
     def dtype_of(self, path: str) -> np.dtype:
-        """The dtype in which `path` is read."""
         return self.source.dtypes[path] if self.dtype is None else self.dtype
 
     def read(self, path: str, layer: int | None) -> np.ndarray:

@@ -40,7 +40,6 @@ class Rule:
     """One parameter array and the PyTorch tensor that holds it (one per layer if stacked)."""
 
     path: str
-    """Path of the parameter."""
     name: str
     """PyTorch name; {} is the layer."""
     torch: str
@@ -129,7 +128,6 @@ class TorchTensor(NamedTuple):
     name: str
     layer: int | None
     rules: tuple[Rule, ...]
-    """The rules that share it."""
 
 
 def torch_tensors(config: ModelConfig, layout: Layout = "baichuan2") -> list[TorchTensor]:

@@ -313,7 +313,6 @@ def _choose(
 
 
 def _reason(token_B: Array, step_B: Array, sampling: Sampling) -> Array:
-    """The `Reason` of each row after this newest token."""
     is_eos_B = (token_B[:, None] == sampling.eos_token_id).any(axis=1)
     return jnp.where(is_eos_B, Reason.EOS, jnp.where(step_B >= sampling.limit, Reason.LIMIT, Reason.RUNNING))
 

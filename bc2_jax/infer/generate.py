@@ -139,7 +139,6 @@ class Continuations:
                     self._log_probs[row] = (self._log_probs[row] or []) + scores[place][: len(new)]
 
     def clear(self, row: int) -> None:
-        """Resets a row for another prompt."""
         self.tokens[row], self.reasons[row], self._log_probs[row] = [], int(Reason.NO_PROMPT), None
 
     @property

@@ -68,7 +68,6 @@ class RolloutShapes:
     rows: int
     """Prompts that are continued at the same time."""
     prefill_rows: int
-    """Prompts that are prefilled together."""
     slots: int
     """Cache slots: prompt plus answer, rounded up."""
 
@@ -176,7 +175,6 @@ class _Rollout:
         return len(self._found)
 
     def refill(self) -> None:
-        """Gives free rows the next prompts, in order."""
         while self._num_started < len(self._prompts):
             placed = self._place()
             if not any(placed):

@@ -186,7 +186,6 @@ class TextStream:
         return self._take(self._settled + whole, is_last=False)
 
     def finish(self) -> str:
-        """The text that was held back."""
         self._settle(self._decode(self._open), len(self._open))
         return self._take(self._settled, is_last=True)
 

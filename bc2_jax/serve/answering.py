@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from bc2_jax.serve.answers import AnswerText, Piece
 from bc2_jax.serve.errors import ApiError
@@ -19,39 +19,18 @@ from bc2_jax.serve.requests import (
     NotReady,
     PromptScored,
     QueueFull,
-    Request,
     Started,
     Tokens,
     TokenScore,
 )
 from bc2_jax.serve.schema import Options
-from bc2_jax.serve.stats import Stats
+from bc2_jax.serve.service import Service
 from bc2_jax.tokenizer import Tokenizer
 
 _TICK_S = 0.5
 _MOST_UNREAD = 64
 """Events taken from the handles before the client reads them; the rest stays in the handles, which are bounded too."""
 RETRY_AFTER_S: Mapping[str, int] = {"loading": 10, "draining": 30}
-
-
-class Serves(Protocol):
-    """The part of `Service` that the HTTP side uses."""
-
-    @property
-    def state(self) -> str: ...
-
-    @property
-    def is_healthy(self) -> bool: ...
-
-    def stats(self) -> Stats: ...
-
-    def submit_all(self, requests: Sequence[Request]) -> list[Handle]: ...
-
-    def queue_place(self, handle: Handle) -> int | None: ...
-
-    def drain(self, timeout: float | None = None) -> bool: ...
-
-    def stop(self, timeout: float | None = None) -> bool: ...
 
 
 def not_ready(state: str) -> ApiError:
@@ -100,7 +79,7 @@ class Answering:
     reply may have more prompts than the queue has places. A stop text ends a choice here and cancels its request.
     """
 
-    def __init__(self, service: Serves, asked: Asked, options: Options, tokenizer: Tokenizer):
+    def __init__(self, service: Service, asked: Asked, options: Options, tokenizer: Tokenizer):
         self._service, self._asked, self._options = service, asked, options
         requests, n = asked.requests, asked.n
         self._left = deque(requests[i : i + n] for i in range(0, len(requests), n))
@@ -115,12 +94,10 @@ class Answering:
 
     @property
     def new_tokens(self) -> int:
-        """New tokens of all choices."""
         return sum(text.tokens for text in self._texts)
 
     @property
     def texts(self) -> list[str]:
-        """The text of each choice so far."""
         return [text.text for text in self._texts]
 
     def start(self) -> None:

@@ -47,7 +47,6 @@ class AnswerText:
 
     @property
     def text(self) -> str:
-        """All text so far."""
         return "".join(self._taken)
 
     def add(self, tokens: Iterable[int | TokenScore]) -> Piece | None:
@@ -64,7 +63,6 @@ class AnswerText:
         return self._take() if self._held.text else None
 
     def finish(self) -> Piece:
-        """The text that was held back."""
         self._held.text += self._stream.finish()
         return self._take()
 

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
-from bc2_jax.serve.answering import RETRY_AFTER_S, Answering, Serves, collect, not_ready
+from bc2_jax.serve.answering import RETRY_AFTER_S, Answering, collect, not_ready
 from bc2_jax.serve.bodies import Disconnected, Limits, race_disconnect, read_body
 from bc2_jax.serve.errors import ApiError
 from bc2_jax.serve.guard import Guard, Record, json_response, log_texts
@@ -27,6 +27,7 @@ from bc2_jax.serve.prompts import COMPLETION_SETTINGS, Asked, ServedModel, ask_c
 from bc2_jax.serve.replies import ChatWriter, CompletionWriter, Heading, usage_of
 from bc2_jax.serve.schema import ChatBody, CompletionBody, decode_json, read_chat, read_completion, require_model
 from bc2_jax.serve.security import PAGE_POLICY, Hosts, Keys
+from bc2_jax.serve.service import Service
 from bc2_jax.serve.streaming import EventStream, events
 from bc2_jax.serve.tokens import detokenize, tokenize, tokenizer_info
 
@@ -49,9 +50,7 @@ class PageFile(NamedTuple):
 
     content: bytes
     kind: str
-    """Content-Type."""
     tag: str
-    """ETag."""
 
 
 def read_page() -> Mapping[str, PageFile]:
@@ -69,7 +68,7 @@ def read_page() -> Mapping[str, PageFile]:
 class Backend:
     """Holds the service once it exists; the HTTP side answers while the model is still loading."""
 
-    def __init__(self, service: Serves | None = None):
+    def __init__(self, service: Service | None = None):
         self.service = service
         self.is_draining = False
         self.has_failed = False
@@ -87,7 +86,7 @@ class Backend:
             return "draining" if self.is_draining else "ready" if self.service.is_healthy else "stalled"
         return state
 
-    def get(self) -> Serves:
+    def get(self) -> Service:
         """The service; raises ApiError unless it is ready."""
         if self.service is None or self.state not in ("ready", "stalled"):
             raise not_ready(self.state)
@@ -131,12 +130,10 @@ class Api:
     # -------------------------------------------------------------------------------------------- chats and completions
 
     async def chat(self, request: Request) -> Response:
-        """POST /v1/chat/completions."""
         body = read_chat(await self._read(request), self._limits)
         return await self._reply(request, body, lambda owner: ask_chat(self._model, body, owner))
 
     async def complete(self, request: Request) -> Response:
-        """POST /v1/completions."""
         body = read_completion(await self._read(request), self._limits)
         return await self._reply(request, body, lambda owner: ask_completion(self._model, body, owner))
 
@@ -192,11 +189,9 @@ class Api:
     # ---------------------------------------------------------------------------------------------------- what there is
 
     async def models(self, request: Request) -> Response:
-        """GET /v1/models."""
         return json_response({"object": "list", "data": [self._describe_model()]})
 
     async def one_model(self, request: Request) -> Response:
-        """GET /v1/models/{model_id}."""
         require_model(request.path_params["model_id"], self._model.name)
         return json_response(self._describe_model())
 
@@ -226,21 +221,17 @@ class Api:
         })  # fmt: skip
 
     async def tokenize(self, request: Request) -> Response:
-        """POST /tokenize."""
         given = await self._read(request)
         return json_response(await self._in_pool(tokenize, self._model, given, self._limits))
 
     async def detokenize(self, request: Request) -> Response:
-        """POST /detokenize."""
         given = await self._read(request)
         return json_response(await self._in_pool(detokenize, self._model, given))
 
     async def tokenizer_info(self, request: Request) -> Response:
-        """GET /tokenizer_info."""
         return json_response(tokenizer_info(self._model))
 
     async def openapi(self, request: Request) -> Response:
-        """GET /openapi.json."""
         return json_response(self._document)
 
     async def health(self, request: Request) -> Response:
@@ -251,21 +242,17 @@ class Api:
         return json_response({"status": state}, 503, {"Retry-After": str(RETRY_AFTER_S.get(state, 30))})
 
     async def read_metrics(self, request: Request) -> Response:
-        """GET /metrics."""
         return Response(self.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
     # --------------------------------------------------------------------------------------------------------- the page
 
     async def index(self, request: Request) -> Response:
-        """GET /."""
         return self._file(request, INDEX)
 
     async def page(self, request: Request) -> Response:
-        """GET /page/{name}."""
         return self._file(request, request.path_params["name"])
 
     async def icon(self, request: Request) -> Response:
-        """GET /favicon.ico, which browsers request."""
         name = next((name for name in ICONS if name in self._page), None)
         return Response(status_code=204) if name is None else self._file(request, name)
 

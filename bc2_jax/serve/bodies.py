@@ -29,9 +29,7 @@ class Limits:
     choices: int = 128
     """Prompts times n."""
     stop: int = 16
-    """Stop texts."""
     stop_characters: int = 128
-    """Characters of one stop text."""
     logit_bias: int = 300
     top_logprobs: int = 20
     """Of a chat."""

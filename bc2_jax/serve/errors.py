@@ -34,13 +34,11 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Additional HTTP headers."""
         headers = {} if self.retry_after is None else {"Retry-After": str(max(1, math.ceil(self.retry_after)))}
         return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
 
     @property
     def body(self) -> dict[str, Any]:
-        """The JSON of the reply."""
         kind = _TYPES.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 

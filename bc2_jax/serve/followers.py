@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 import jax
 import numpy as np
@@ -38,18 +37,8 @@ def unpack(words: np.ndarray, shapes: Shapes) -> Turn:
     return jax.tree.unflatten(structure, found)
 
 
-class Channel(Protocol):
-    """Sends words from process 0 to all."""
-
-    def send(self, words: np.ndarray) -> Callable[[], object]:
-        """On process 0; the result waits until all processes have the words."""
-
-    def expect(self, count: int) -> Callable[[], np.ndarray]:
-        """On the other processes: joins the next message, of `count` words; the result waits for it."""
-
-
 class DeviceChannel:
-    """Messages as a sum over all devices to which only process 0 contributes."""
+    """Sends words from process 0 to all, as a sum over all devices to which only process 0 contributes."""
 
     def __init__(self) -> None:
         devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
@@ -58,18 +47,20 @@ class DeviceChannel:
         self._sum = jax.jit(lambda x: x.sum(axis=0, dtype=x.dtype), out_shardings=whole)
 
     def send(self, words: np.ndarray) -> Callable[[], np.ndarray]:
+        """On process 0; calling the result waits until all processes have the words."""
         mine = multihost_utils.host_local_array_to_global_array(words[None], self._mesh, PartitionSpec(_AXES[0]))
         message = self._sum(mine)
         return lambda: np.asarray(jax.device_get(message.addressable_data(0)))
 
     def expect(self, count: int) -> Callable[[], np.ndarray]:
+        """On the other processes: joins the next message, of `count` words; calling the result waits for it."""
         return self.send(np.zeros(count, np.int32))
 
 
 class Leader:
     """Runs turns on process 0 and sends them to the others."""
 
-    def __init__(self, runner: Runner, channel: Channel):
+    def __init__(self, runner: Runner, channel: DeviceChannel):
         self._runner, self._channel = runner, channel
         self.shapes = runner.shapes
         self._next: Turn | None = None
@@ -94,7 +85,7 @@ class Leader:
         return results
 
 
-def follow(runner: Runner, channel: Channel) -> None:
+def follow(runner: Runner, channel: DeviceChannel) -> None:
     """Main loop of every process except 0, until a STOP turn."""
     runner.warm_up()
     size = len(pack(empty_turn(runner.shapes)))

@@ -76,7 +76,6 @@ def log_failure(request_id: str, error: BaseException, with_message: bool) -> No
 
 
 def json_response(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A reply that is JSON."""
     return Response(msgspec.json.encode(value), status, dict(headers or {}), "application/json")
 
 

@@ -58,7 +58,6 @@ class Metrics:
         self._histograms[name].observe(value)
 
     def count_http(self, route: str, status: int) -> None:
-        """Counts a reply."""
         self._http.labels(route, str(status)).inc()
 
     def watch(self, stats: Callable[[], Stats]) -> None:
@@ -79,7 +78,6 @@ class _Reader(Collector):
         yield from ()
 
     def collect(self) -> Iterator[Metric]:
-        """The current metrics."""
         stats: Any = self._stats()
         requests = CounterMetricFamily("bc2_requests", "Requests of the engine by outcome.", labels=["outcome"])
         for outcome, count in sorted(stats.requests.items()):

@@ -44,7 +44,6 @@ class ServedModel:
 
     @property
     def chat_ends(self) -> tuple[int, ...]:
-        """Ids that end an answer."""
         return tuple(answer_ends(self.eos_ids, self.config, self.tokenizer))
 
 

@@ -148,16 +148,13 @@ class CompletionWriter(_Writer):
         return [self._chunk(self._choice(index, text, self._prompt_lists(index, prompt_scores), self._ids(())))]
 
     def piece(self, index: int, piece: Piece) -> list[Json]:
-        """New text of a choice."""
         return self.last(index, piece, None)
 
     def last(self, index: int, piece: Piece, reason: str | None) -> list[Json]:
-        """The rest of a choice and its finish reason."""
         lists = self._lists(index, piece)
         return [self._chunk(self._choice(index, piece.text, lists, self._ids(piece.ids), reason))]
 
     def whole(self, choices: Sequence[Choice], usage: Json) -> Json:
-        """The body of a reply that is not streamed."""
         found = []
         for index, choice in enumerate(choices):
             echo = self._asked.echoes[index // self._asked.n] if self._asked.echoes else ""

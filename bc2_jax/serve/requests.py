@@ -124,7 +124,6 @@ class Handle:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the last event was put."""
         return self._is_complete
 
     def cancel(self) -> None:

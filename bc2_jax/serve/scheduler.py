@@ -11,28 +11,20 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Collection
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
 from bc2_jax.infer.decoding import LogProbs, Reason
 from bc2_jax.model.position import stretch_of
+from bc2_jax.serve.followers import Leader
 from bc2_jax.serve.prefixes import Prefixes, hash_chunks
 from bc2_jax.serve.requests import Ended, Event, Failed, Handle, PromptScored, Started, Tokens, TokenScore
 from bc2_jax.serve.stats import Observe, Stats
-from bc2_jax.serve.turns import Kind, Results, Shapes, Turn, empty_turn
+from bc2_jax.serve.turns import Kind, Results, Runner, Shapes, Turn, empty_turn
 
 _REASONS: dict[int, Literal["eos", "length"]] = {Reason.EOS: "eos", Reason.LIMIT: "length"}
-
-
-class Runs(Protocol):
-    """`turns.Runner`, or `followers.Leader` with several processes."""
-
-    shapes: Shapes
-
-    def run(self, turn: Turn) -> Results | None:
-        """Dispatches the oldest turn not yet dispatched; returns its results, None if it waits for the next turn."""
 
 
 class Served:
@@ -76,7 +68,6 @@ class Planned(NamedTuple):
     chunks: dict[int, Served]
     """By place."""
     rows: Collection[Served]
-    """Requests that decode."""
 
     @property
     def is_empty(self) -> bool:
@@ -86,7 +77,7 @@ class Planned(NamedTuple):
 class Scheduler:
     """The rows and their requests."""
 
-    def __init__(self, runner: Runs, stats: Stats, observe: Observe | None = None):
+    def __init__(self, runner: Runner | Leader, stats: Stats, observe: Observe | None = None):
         self._runner, self._stats = runner, stats
         self._observe: Observe = observe or (lambda name, value: None)
         shapes = self._shapes = runner.shapes
@@ -116,7 +107,6 @@ class Scheduler:
         return list(self._served)
 
     def admit(self, handle: Handle) -> None:
-        """Gives the request a free row."""
         served = self._served[handle] = Served(handle, self._shapes)
         row = served.row = self._prefixes.choose(self._free, served.reusable)
         self._free.remove(row)

@@ -25,6 +25,9 @@ SAMPLER = (
 """Fields that are `infer.settings.Settings` of the same name."""
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 """Role of the API -> ours."""
+_UNSUPPORTED = """
+audio moderation prediction prompt_cache_key prompt_cache_options prompt_cache_retention verbosity web_search_options
+"""
 _BIAS_KEY = re.compile("0|[1-9][0-9]{0,9}")
 
 
@@ -45,7 +48,6 @@ class Options:
     has_usage: bool
     """Whether the stream ends with the usage."""
     has_continuous_usage: bool
-    """Whether each chunk has the usage."""
     has_token_ids: bool
     user: str
 
@@ -118,7 +120,6 @@ def common_fields(limits: Limits) -> dict[str, Field]:
 
 
 def chat_fields(limits: Limits) -> dict[str, Field]:
-    """Fields of /v1/chat/completions."""
     return {
         "messages": Field(
             lambda value: isinstance(value, list) and 1 <= len(value) <= limits.messages,
@@ -141,24 +142,11 @@ def chat_fields(limits: Limits) -> dict[str, Field]:
         "service_tier": unsupported("auto", "default"),
         "store": unsupported(False),
         "metadata": unsupported({}),
-        **dict.fromkeys(
-            (
-                "audio",
-                "moderation",
-                "prediction",
-                "prompt_cache_key",
-                "prompt_cache_options",
-                "prompt_cache_retention",
-                "verbosity",
-                "web_search_options",
-            ),  # fmt: skip
-            unsupported(),
-        ),
+        **dict.fromkeys(_UNSUPPORTED.split(), unsupported()),
     }
 
 
 def completion_fields(limits: Limits) -> dict[str, Field]:
-    """Fields of /v1/completions."""
     return {
         "prompt": Field(
             lambda value: isinstance(value, str | list),

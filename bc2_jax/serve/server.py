@@ -74,7 +74,6 @@ class Server(uvicorn.Server):
         self._drained_since: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Signal handler."""
         if self._backend.is_draining:
             self.force_exit = self.should_exit = True
         self._backend.is_draining = True

@@ -8,14 +8,15 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
 import jax
 
+from bc2_jax.serve.followers import Leader
 from bc2_jax.serve.requests import Ended, Failed, Handle, NotReady, QueueFull, Request
-from bc2_jax.serve.scheduler import Runs, Scheduler
+from bc2_jax.serve.scheduler import Scheduler
 from bc2_jax.serve.stats import Observe, Stats
-from bc2_jax.serve.turns import Kind, empty_turn
+from bc2_jax.serve.turns import Kind, Runner, empty_turn
 from bc2_jax.serve.waiting import QueueLimits, Waiting
 from bc2_jax.validation import require
 
@@ -23,13 +24,6 @@ State = Literal["loading", "ready", "draining", "stopped", "dead"]
 _IDLE_S = 1.0
 """Longest sleep without requests; then the thread updates its heartbeat and, with several processes, sends a turn."""
 _COMPILED = "/jax/core/compile/backend_compile_duration"
-
-
-class Warms(Runs, Protocol):
-    """`turns.Runner` or `followers.Leader`."""
-
-    def warm_up(self) -> dict[str, float]:
-        """Compiles all programs; returns {program: seconds}."""
 
 
 class Service:
@@ -41,7 +35,7 @@ class Service:
     """
 
     def __init__(
-        self, runner: Warms, limits: QueueLimits | None = None, *, unread: int = 512, stall_s: float = 60.0,
+        self, runner: Runner | Leader, limits: QueueLimits | None = None, *, unread: int = 512, stall_s: float = 60.0,
         observe: Observe | None = None, on_death: Callable[[BaseException], None] | None = None,
     ):  # fmt: skip
         self.limits, self.shapes = limits or QueueLimits(), runner.shapes

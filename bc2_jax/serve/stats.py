@@ -38,10 +38,8 @@ class Stats:
     """Requests that have a row."""
     rows: int = 0
     slots: int = 0
-    """Cache slots of all rows."""
     slots_used: int = 0
     """Cache slots used by running requests."""
 
     def count(self, event: Ended | Failed) -> None:
-        """Counts the end of a request."""
         self.requests[event.reason if isinstance(event, Ended) else "failed"] += 1

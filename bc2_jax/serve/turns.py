@@ -64,9 +64,7 @@ class Kind(enum.IntEnum):
 
     RUN = 0
     IDLE = 1
-    """No work."""
     STOP = 2
-    """The last turn."""
 
 
 class Turn(NamedTuple):
@@ -96,11 +94,9 @@ class Results(NamedTuple):
     """Results of a turn, still being copied to the host; None for a program that did not run."""
 
     first: Emitted | None
-    """First tokens of the R places."""
     scores: LogProbs | None
     """`LogProbs` [R, C] of the labels."""
     new: Emitted | None
-    """New tokens of the B rows."""
 
 
 def empty_turn(shapes: Shapes, kind: Kind = Kind.RUN, requests: Sequence[Request | None] = ()) -> Turn:

@@ -62,7 +62,6 @@ class Waiting:
         return None
 
     def put(self, handle: Handle) -> None:
-        """Appends a request to its owner's queue."""
         self._of_owner.setdefault(handle.request.owner, deque()).append(handle)
         self._count += 1
         self._tokens += handle.request.reserved
