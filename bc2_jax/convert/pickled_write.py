@@ -6,6 +6,7 @@ first, and each tensor then goes straight into its zip entry; `torch.save` needs
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import struct
@@ -40,8 +41,9 @@ def write_pickled(
             _write_entry(archive, file.tell(), "data.pkl", _pickle(dtype, shapes))
             _write_entry(archive, file.tell(), "byteorder", b"little")
             _write_entry(archive, file.tell(), "version", b"3\n")
-            for key, content in enumerate(tensor_bytes(path, dtype, shapes, tensors)):
-                _write_entry(archive, file.tell(), f"data/{key}", content)
+            keys = itertools.count()  # enumerate() would hold the last tensor
+            for content in tensor_bytes(path, dtype, shapes, tensors):
+                _write_entry(archive, file.tell(), f"data/{next(keys)}", content)
                 del content  # before the next one is made
         file.flush()
         os.fsync(file.fileno())
