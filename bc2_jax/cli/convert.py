@@ -198,7 +198,7 @@ def run_adapter(args: argparse.Namespace) -> int:
 
 def run_inspect(args: argparse.Namespace) -> int:
     from bc2_jax.convert.adapter import describe, find_adapter
-    from bc2_jax.convert.report import inspect
+    from bc2_jax.convert.inspection import inspect
     from bc2_jax.convert.reward import describe_reward_model
     from bc2_jax.validation import join_some
 
@@ -232,7 +232,7 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 
 def run_diff(args: argparse.Namespace) -> int:
-    from bc2_jax.convert.report import diff
+    from bc2_jax.convert.inspection import diff
 
     with progress_bar() as (_, advance):
         found = diff(args.source, args.target, advance)

@@ -11,8 +11,7 @@ import jax
 from bc2_jax.checkpoint import TOKENIZER_NAME
 from bc2_jax.config import ModelConfig, RewardConfig, RunConfig, TrainConfig, differing_fields
 from bc2_jax.convert.checkpoints import explain_quantized
-from bc2_jax.convert.folder import check_free
-from bc2_jax.convert.ownership import foreign_in_export
+from bc2_jax.convert.folder import check_free, foreign_in_export
 from bc2_jax.convert.pretrained import find_any_model, find_model
 from bc2_jax.data.corpus import list_parts
 from bc2_jax.data.row_order import changed_row_order

@@ -16,16 +16,8 @@ from hypothesis import strategies as st
 from bc2_jax.convert import hf, pretrained, table
 from bc2_jax.convert.conversion import Options, to_hf, to_orbax
 from bc2_jax.convert.hf_config import read_json, write_config, write_json
-from bc2_jax.convert.report import diff, inspect
-from tests.convert.models import (
-    GOLDEN,
-    TINY,
-    random_folder,
-    random_params,
-    tiny_tensors,
-    write_by_dtype,
-    write_tensors,
-)
+from bc2_jax.convert.inspection import diff, inspect
+from tests.convert.models import GOLDEN, TINY, random_folder, random_params, tiny_tensors, write_by_dtype, write_tensors
 
 
 @pytest.mark.parametrize(
@@ -64,9 +56,9 @@ def test_inspect_names_what_does_not_fit(tmp_path):
     folder = write_tensors(tmp_path / "a", {"model.safetensors": tensors})
     write_config(TINY, folder)
     found = inspect(folder)
-    assert found.missing == ("model.layers.1.mlp.up_proj.weight",)
-    assert found.unexpected == ("model.extra",)
-    assert found.misshapen == ("lm_head.weight (20, 16), expected (24, 16)",)
+    assert found.missing == ["model.layers.1.mlp.up_proj.weight"]
+    assert found.unexpected == ["model.extra"]
+    assert found.misshapen == ["lm_head.weight has shape (20, 16), expected (24, 16)"]
     assert not found.is_consistent and found.head_norms == (4.0, 4.0, 4.0)
 
 

@@ -1,9 +1,11 @@
-"""What is in a model on disk, and in what two of them differ."""
+"""Inspects a model on disk (`inspect`) and compares two of them (`diff`)."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ class TensorGroup:
     """Tensors that differ only in their layer."""
 
     name: str
-    """With {} in the place of the layer."""
+    """With {} for the layer."""
     count: int
     shape: Shape
     dtype: str
@@ -36,27 +38,27 @@ class TensorGroup:
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """What `inspect` found."""
+    """Result of `inspect`."""
 
     path: Path
     format: str
     model: str
-    """Which known model it is."""
+    """The known model of this size."""
     why: tuple[str, ...]
-    """How the position scheme and the kind of head were told."""
+    """How the position scheme and the kind of head were determined."""
     config: ModelConfig
     groups: tuple[TensorGroup, ...]
     parameters: int
     bytes: int
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-    misshapen: tuple[str, ...]
+    missing: list[str]
+    unexpected: list[str]
+    misshapen: list[str]
     head_norms: tuple[float, float, float] | None
-    """Smallest, mean and largest length of the head's rows; None where the head cannot be read."""
+    """Smallest, mean and largest length of the head's rows; None if the head cannot be read."""
     refusal: str | None
-    """The sentence with which a conversion would refuse it, before it writes anything."""
+    """The error with which a conversion would refuse it before writing anything."""
     left_out: tuple[str, ...]
-    """Names of files that a conversion would not carry over."""
+    """Files that a conversion would leave out."""
 
     @property
     def is_consistent(self) -> bool:
@@ -65,51 +67,48 @@ class Inspection:
     @property
     def head(self) -> str:
         if self.head_norms is None:
-            return "not there"
+            return "missing"
         low, mean, high = self.head_norms
         kind = "normalised" if are_unit(np.array(self.head_norms)) else "master"
         return f"{kind} rows, of length {low:.4f} to {high:.4f}, {mean:.4f} on average"
 
 
 def inspect(path: str | Path, options: Options = DEFAULTS) -> Inspection:
-    """Everything that can be told without reading more than metadata and the head.
+    """Reports on a model, reading only metadata and the head.
 
-    What a conversion with these options would check before it writes is checked too; its verdict is in the result, with
-    what is missing, unexpected or misshapen. Raises FileNotFoundError or ValueError, as a conversion would, for what
-    cannot be opened at all.
+    Makes the checks of a conversion with these options; the result has its error, and missing, unexpected and misshapen
+    tensors. Raises FileNotFoundError or ValueError, as a conversion, for a model that cannot be opened.
     """
     model = find_model(path, options.reading)
     path, config = model.path, model.config
-    contents = open_contents(model, options.reading)
-    params: dict[str, Any] = contents
-    rows = None
+    params: dict[str, Any] = open_contents(model, options.reading)
+    refusal: str | None = None
+    left_out: tuple[str, ...] = ()
+    try:
+        left_out = prepare(make_source(model, params, options.reading), options).unread
+    except (OSError, ValueError) as error:
+        refusal = str(error)
     if model.format == "pytorch":
         choices = choose(read_json(path / "config.json"), options.reading)
         why = tuple(f"{name} = {choice.value}, because {choice.why}" for name, choice in choices.items())
-        params, _ = hf.split_buffers(contents)
+        params, _ = hf.split_buffers(params)
         layout = hf.find_layout(params)
         expected = torch_shapes(config, layout)
-        form = f"PyTorch, {'safetensors' if _has_safetensors(params) else '.bin'}"
-        form += ", LLaMA's layout" * (layout == "llama")
-        if _is_table(params.get(HEAD)):
-            rows = params[HEAD].read()
+        is_safetensors = any(tensor.file.suffix == ".safetensors" for tensor in params.values())
+        form = f"PyTorch, {'safetensors' if is_safetensors else '.bin'}" + ", LLaMA's layout" * (layout == "llama")
     else:
         why = (f"position_embedding = {config.position_embedding}, because the checkpoint's config says so",)
         expected = param_shapes(config)
         form = f"Orbax, {'training' if (path / 'opt_state').is_dir() else 'parameters only'}"
-        if _is_table(params.get(HEAD)):
-            rows = orbax.read_part(params[HEAD], None)
-    found = {name: (tuple(array.shape), array.dtype.name) for name, array in params.items()}
-    refusal: str | None = None
-    left_out: tuple[str, ...] = ()
-    try:
-        left_out = prepare(make_source(model, contents, options.reading), options).unread
-    except (OSError, ValueError) as error:
-        refusal = str(error)
-    groups: dict[tuple[str, Shape, str], int] = {}
-    for name, (shape, dtype) in found.items():
-        key = re.sub(r"\.\d+\.", ".{}.", name), shape, dtype
-        groups[key] = groups.get(key, 0) + 1
+    head, norms = params.get(HEAD), None
+    if head is not None and len(head.shape) == 2 and all(head.shape):
+        rows = head.read() if model.format == "pytorch" else orbax.read_part(head, None)
+        lengths = row_lengths(row_blocks(rows))
+        norms = (float(lengths.min()), float(lengths.mean(dtype=np.float64)), float(lengths.max()))
+    shapes = {name: tuple(array.shape) for name, array in params.items()}
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    groups = Counter((re.sub(r"\.\d+\.", ".{}.", n), shapes[n], array.dtype.name) for n, array in params.items())
+    missing, unexpected, misshapen = hf.compare_shapes(expected, shapes)
     return Inspection(
         path=path,
         format=form,
@@ -117,32 +116,19 @@ def inspect(path: str | Path, options: Options = DEFAULTS) -> Inspection:
         why=why,
         config=config,
         groups=tuple(TensorGroup(name, count, shape, dtype) for (name, shape, dtype), count in groups.items()),
-        parameters=sum(int(np.prod(shape)) for shape, _ in found.values()),
-        bytes=sum(int(np.prod(shape)) * np.dtype(_numpy_name(dtype)).itemsize for shape, dtype in found.values()),
-        missing=tuple(name for name in expected if name not in found),
-        unexpected=tuple(name for name in found if name not in expected),
-        misshapen=tuple(
-            f"{name} {found[name][0]}, expected {shape}"
-            for name, shape in expected.items()
-            if name in found and found[name][0] != shape
-        ),
-        head_norms=None if rows is None else _summarise(row_lengths(row_blocks(rows))),
+        parameters=sum(sizes.values()),
+        bytes=sum(sizes[name] * _itemsize(array.dtype.name) for name, array in params.items()),
+        missing=missing,
+        unexpected=unexpected,
+        misshapen=misshapen,
+        head_norms=norms,
         refusal=refusal,
         left_out=left_out,
     )
 
 
-def _is_table(array: Any) -> bool:
-    """Whether it is one whose rows can be measured."""
-    return array is not None and len(array.shape) == 2 and all(array.shape)
-
-
-def _has_safetensors(tensors: dict) -> bool:
-    return any(tensor.file.suffix == ".safetensors" for tensor in tensors.values())
-
-
-def _numpy_name(dtype: str) -> str:
-    return "uint16" if dtype == "bfloat16" else dtype
+def _itemsize(dtype: str) -> int:
+    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
 
 
 def _name_model(config: ModelConfig) -> str:
@@ -153,31 +139,25 @@ def _name_model(config: ModelConfig) -> str:
     return f"of the kind of Baichuan {2 if config.normalize_head else 1}"
 
 
-def _summarise(lengths: np.ndarray) -> tuple[float, float, float]:
-    return float(lengths.min()), float(lengths.mean(dtype=np.float64)), float(lengths.max())
-
-
 @dataclasses.dataclass(frozen=True)
 class ArrayDifference:
-    """How one array of ours differs between two models; the largest values over its layers."""
+    """Difference of one parameter array between two models; maxima over its layers."""
 
     path: str
     layers: tuple[int | None, ...]
-    """Where it differs."""
     max_abs: float
     max_rel: float
-    """Largest difference over the largest absolute value of the array in A."""
+    """Largest difference divided by the largest absolute value of the array in A."""
     dtypes: tuple[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What `diff` found."""
+    """Result of `diff`."""
 
     fields: tuple[str, ...]
-    """Fields of the config that differ."""
     arrays: tuple[ArrayDifference, ...]
-    """Those that are not equal bit for bit, in dtype and value."""
+    """Arrays that differ in dtype or in any bit."""
     total: int
 
     @property
@@ -192,10 +172,9 @@ def diff(a: str | Path, b: str | Path, advance: Callable[[int], None] = lambda _
     """
     left, right = open_source(a), open_source(b)
     fields = tuple(differing_fields(left.config, right.config))
-    if param_shapes(left.config) != param_shapes(right.config):
+    if left.shapes != right.shapes:
         raise ValueError(f"{a} and {b} are models of different shapes ({'; '.join(fields)}).")
-
-    parts = list(left.parts())
+    parts = left.parts()
     differences: dict[str, list[tuple[int | None, float, float]]] = {}
     compared = in_order(lambda part: _compare_part(left, right, part[0], part[1], advance), parts)
     for (path, layer), (same, max_abs, largest) in zip(parts, compared, strict=True):
@@ -214,7 +193,7 @@ def diff(a: str | Path, b: str | Path, advance: Callable[[int], None] = lambda _
 def _compare_part(
     left: Source, right: Source, path: str, layer: int | None, advance: Callable[[int], None]
 ) -> tuple[bool, float, float]:
-    """(equal bit for bit, largest absolute difference, largest absolute value in `left`); NaN differs from NaN by 0."""
+    """(bitwise equal, largest absolute difference, largest absolute value in `left`); NaN equals NaN."""
     a, b = left.read(path, layer), right.read(path, layer)
     advance(a.nbytes)
     if a.dtype == b.dtype and all(

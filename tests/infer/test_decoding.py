@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bc2_jax.infer.chunks import PlacedPrompt, make_chunk
+from bc2_jax.infer.decoding import PlacedPrompt, make_chunk
 
 PROMPTS = st.lists(st.none() | st.lists(st.integers(0, 9), min_size=1, max_size=20), min_size=1, max_size=4)
 
