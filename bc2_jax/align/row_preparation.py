@@ -118,9 +118,9 @@ def _read(files: Sequence[TextFile], counts: Conversations, content: Content) ->
                 here.formats[found.format] = here.formats.get(found.format, 0) + 1
                 counts.unanswered += found.cut
             else:
-                here.invalid += found.records
-                counts.invalid[found.kind] = counts.invalid.get(found.kind, 0) + found.records
-                invalid += found.records
+                here.invalid += found.at_least
+                counts.invalid[found.kind] = counts.invalid.get(found.kind, 0) + found.at_least
+                invalid += found.at_least
                 limit = counts.settings.max_invalid
                 require(limit is None or invalid <= limit, "max_invalid", limit, f"one more can't be used: {found}")
             yield found

@@ -8,6 +8,8 @@ import re
 from collections.abc import Sequence
 
 from bc2_jax.data.encodings import check_encoding, is_wide
+from bc2_jax.data.parquet import open_parquet
+from bc2_jax.data.records import Invalid
 from bc2_jax.data.text_files import COMPRESSIONS, SUFFIXES, TextFile, open_binary, printable
 from bc2_jax.validation import require, require_positive
 
@@ -114,14 +116,14 @@ def plan_units(files: Sequence[TextFile], config: ReadConfig) -> list[Unit]:
 def _row_groups(file: TextFile, unit_bytes: int) -> list[tuple[int, int]]:
     """Ranges of row groups of about unit_bytes each. A footer that cannot be read gives one range, whose reading will
     say what is wrong."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
         with open_binary(file.path) as stream:
-            metadata = pq.read_metadata(stream)
+            parquet = open_parquet(stream, file.name)
+            if isinstance(parquet, Invalid):
+                return [(0, 0)]
+            metadata = parquet.metadata
             sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
-    except (OSError, pa.ArrowException):
+    except OSError:
         return [(0, 0)]
     ranges = []
     start = size = 0

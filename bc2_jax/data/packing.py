@@ -15,10 +15,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
 import os
-import shutil
-import uuid
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,13 +23,9 @@ from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 
-from bc2_jax.data.documents import InvalidDocument, why_invalid
-from bc2_jax.data.out_folder import own_folder
 from bc2_jax.data.row_file import FileInfo, RowFile, RowFilesWriter
 from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.validation import choices, is_inside, require
-
-logger = logging.getLogger(__name__)
 
 Split = Literal["train", "validation"]
 Kind = Literal["text", "chat", "pairs"]
@@ -319,69 +312,3 @@ def make_manifest(
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     (folder / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
-
-
-def pack_documents(
-    documents: Iterable[str | InvalidDocument],
-    tokenizer: Tokenizer,
-    out_dir: str | os.PathLike[str],
-    sequence_length: int,
-    *,
-    validation_fraction: float = 0.01,
-    rows_per_file: int = 65_536,
-    overwrite: bool = False,
-) -> Manifest:
-    """Tokenizes `documents` into rows of `sequence_length` + 1 tokens in `out_dir`; memory does not grow with them.
-
-    About `validation_fraction` of the documents, chosen by a hash of their text, are held out whole. Empty documents
-    are counted; invalid ones are counted and logged with the reason. The folder appears complete or not at all. Raises
-    FileExistsError if it exists, unless `overwrite`, which only ever replaces packed rows; InUse if another process is
-    making it; ValueError for a bad argument, or if no document can be packed.
-    """
-    check_packing(sequence_length, validation_fraction, rows_per_file)
-    out = Path(out_dir)
-    counts = {"empty": 0, "invalid": 0}
-    texts: dict[Split, TextCounts] = {"train": TextCounts(), "validation": TextCounts()}
-    with own_folder(out, overwrite) as publish:
-        temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}.incomplete")
-        temporary.mkdir()
-        try:
-            writers = {split: RowWriter(temporary, split, sequence_length, rows_per_file) for split in texts}
-            routed = _route(_checked(documents, counts), texts, validation_fraction)
-            for split, ids in encode_texts(routed, tokenizer):
-                texts[split].tokens += len(ids)
-                writers[split].add(ids)
-            if not any(split.documents for split in texts.values()):
-                raise ValueError(f"documents are not valid: none of the {sum(counts.values())} has any text.")
-            splits = {split: writer.close(texts[split], tokenizer.pad_id) for split, writer in writers.items()}
-            manifest = make_manifest(
-                tokenizer, sequence_length, validation_fraction, splits, empty_documents=counts["empty"],
-                invalid_documents=counts["invalid"],
-            )  # fmt: skip
-            write_manifest(temporary, manifest)
-            publish(temporary)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-    return manifest
-
-
-def _checked(documents: Iterable[str | InvalidDocument], counts: dict[str, int]) -> Iterator[str]:
-    """The documents that can be packed; counts the others."""
-    for index, document in enumerate(documents):
-        if not isinstance(document, str) or why_invalid(document):
-            counts["invalid"] += 1
-            logger.warning("document %d is left out: %s", index, why_invalid(document))
-        elif document:
-            yield document
-        else:
-            counts["empty"] += 1
-
-
-def _route(
-    documents: Iterable[str], counts: dict[Split, TextCounts], validation_fraction: float
-) -> Iterator[tuple[Split, str]]:
-    for document in documents:
-        split = split_of(document, validation_fraction)
-        counts[split].add_text(document)
-        yield split, document

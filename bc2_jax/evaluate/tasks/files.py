@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from bc2_jax.data.decompression import Decompressed
+from bc2_jax.data.streams import Decompressed
 from bc2_jax.evaluate.tasks.reading import find_folder
 
 SHOTS_FILE = "shots.txt"

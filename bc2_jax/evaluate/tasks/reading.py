@@ -176,7 +176,7 @@ def read_rows(
 def _read_objects(path: Path, needed: Sequence[str], broken: list[str] | None) -> Iterator[Row]:
     for record in read_records(str(path)):
         if isinstance(record, Invalid):
-            if broken is not None and record.kind == "it is not JSON" and path.suffix == ".jsonl":
+            if broken is not None and record.kind == "the line is not JSON" and path.suffix == ".jsonl":
                 broken.append(str(record))
                 continue
             raise ValueError(f"{record}.")
