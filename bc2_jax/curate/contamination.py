@@ -19,9 +19,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bc2_jax.curate.lookup import NgramTable, find_ngrams, make_table
-from bc2_jax.curate.tokens import Tokens, choose_tokens, count_characters, hash_ngrams, hash_tokens, token_starts
+from bc2_jax.curate.tokens import (
+    Tokens,
+    choose_tokens,
+    count_characters,
+    find_ngrams,
+    hash_ngrams,
+    hash_tokens,
+    token_starts,
+)
 from bc2_jax.data.benchmark_items import read_items
+from bc2_jax.data.ngrams import NgramTable, make_table
 from bc2_jax.validation import require
 
 _SHORTEST = 8

@@ -28,7 +28,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bc2_jax.data.packing import MANIFEST, Manifest, load_manifest
+from bc2_jax.data.packing import MANIFEST, RowManifest, load_manifest
 from bc2_jax.validation import is_inside
 
 logger = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ class PartFolder:
     """A folder of packed rows and what is known about the quality of its documents."""
 
     path: Path
-    manifest: Manifest
+    manifest: RowManifest
     bucket: int = 0
     mean_weight: float = 1.0
 

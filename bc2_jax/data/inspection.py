@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from bc2_jax.data.benchmark_items import read_items
-from bc2_jax.data.overlap import HashSet, ItemHit, ItemOverlap, hash_ngrams
-from bc2_jax.data.packing import Manifest, Split
+from bc2_jax.data.ngrams import HashSet, ItemHit, ItemOverlap, hash_ngrams
+from bc2_jax.data.packing import RowManifest, Split
 from bc2_jax.data.row_file import token_ids
 from bc2_jax.data.row_stream import Documents, DocumentScan, RowSource, stream_tokens
 from bc2_jax.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ class SplitCounts:
     unfinished_tokens: int
     """After the last eos: of a document that has no end."""
 
-    def differences(self, manifest: Manifest) -> list[str]:
+    def differences(self, manifest: RowManifest) -> list[str]:
         """Where the rows are not what the manifest says."""
         info = manifest.split(self.split)
         return [

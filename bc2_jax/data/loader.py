@@ -21,7 +21,7 @@ from bc2_jax.data.bad_rows import BadRows
 from bc2_jax.data.batch import Rows, row_to_example
 from bc2_jax.data.corpus import PartFolder, list_parts
 from bc2_jax.data.mixture import Mixture, Stage
-from bc2_jax.data.packing import Kind, Manifest, Split, check_files
+from bc2_jax.data.packing import Kind, RowManifest, Split, check_files
 from bc2_jax.data.row_file import BadRow, RowFile
 from bc2_jax.tokenizer import PAD_ID, file_sha256
 
@@ -284,7 +284,7 @@ def _open_rows(folder: PartFolder, data: DataConfig, split: Split, tokenizer_sha
     return _Rows(folder, split, bad_rows)
 
 
-def _check_manifest(manifest: Manifest, path: Path, data: DataConfig, tokenizer_sha256: str) -> None:
+def _check_manifest(manifest: RowManifest, path: Path, data: DataConfig, tokenizer_sha256: str) -> None:
     if manifest.tokenizer_sha256 != tokenizer_sha256:
         raise ValueError(
             f"data.tokenizer = {data.tokenizer!r} is not valid: the rows of {str(path)!r} were made with another "

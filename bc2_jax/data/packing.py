@@ -63,7 +63,7 @@ class SplitInfo:
 
 
 @dataclasses.dataclass(frozen=True)
-class Manifest:
+class RowManifest:
     """What a folder of packed rows holds."""
 
     sequence_length: int
@@ -90,7 +90,7 @@ class Manifest:
         return self.train if split == "train" else self.validation
 
 
-def load_manifest(path: str | os.PathLike[str]) -> Manifest:
+def load_manifest(path: str | os.PathLike[str]) -> RowManifest:
     """Reads PATH/manifest.json. Raises FileNotFoundError without one and ValueError if this code can't read it."""
     file = Path(path, MANIFEST)
     if not file.is_file():
@@ -103,7 +103,7 @@ def load_manifest(path: str | os.PathLike[str]) -> Manifest:
         for split in SPLITS:
             files = tuple(FileInfo(**info) for info in fields[split].pop("files"))
             fields[split] = SplitInfo(**fields[split], files=files)
-        manifest = Manifest(**fields)
+        manifest = RowManifest(**fields)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{str(file)!r} is not a manifest of packed rows, format {_FORMAT}: {error!r}.") from error
     if manifest.format != _FORMAT:
@@ -136,7 +136,7 @@ def iterate_rows(path: str | os.PathLike[str], split: Split, *, chunk_tokens: in
                 yield np.frombuffer(b"".join(records), "<u4").reshape(-1, manifest.sequence_length + 1)
 
 
-def check_files(path: str | os.PathLike[str], manifest: Manifest, split: Split) -> None:
+def check_files(path: str | os.PathLike[str], manifest: RowManifest, split: Split) -> None:
     """Opens every file of a split. Raises FileNotFoundError or ValueError if one of `path` is missing, can't be opened
     or is not the one that the manifest describes; of rows, their number and checksums are read, not the contents.
     """
@@ -291,9 +291,9 @@ def check_packing(sequence_length: int, validation_fraction: float, rows_per_fil
 def make_manifest(
     tokenizer: Tokenizer, sequence_length: int, validation_fraction: float, splits: Mapping[Split, SplitInfo], *,
     empty_documents: int, invalid_documents: int, kind: Kind = "text", most_pairs: int = 0,
-) -> Manifest:  # fmt: skip
-    """The manifest of rows of `splits` that were made with `tokenizer`; all else as the fields of `Manifest`."""
-    return Manifest(
+) -> RowManifest:  # fmt: skip
+    """The manifest of rows of `splits` that were made with `tokenizer`; all else as the fields of `RowManifest`."""
+    return RowManifest(
         sequence_length=sequence_length,
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
@@ -310,5 +310,5 @@ def make_manifest(
     )
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Path, manifest: RowManifest) -> None:
     (folder / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bc2_jax.data.overlap import hash_positions, mix
-from bc2_jax.data.packing import MANIFEST, SPLITS, Manifest, Split, check_files, iterate_rows, load_manifest
+from bc2_jax.data.ngrams import hash_positions, mix
+from bc2_jax.data.packing import MANIFEST, SPLITS, RowManifest, Split, check_files, iterate_rows, load_manifest
 from bc2_jax.data.row_file import BRANCH, START, RowFile, token_ids
 from bc2_jax.validation import require
 
@@ -27,7 +27,7 @@ class RowSource:
     name: str
     """Its path below the folder that was searched."""
     path: Path
-    manifest: Manifest
+    manifest: RowManifest
 
 
 def find_sources(folders: Sequence[str | os.PathLike[str]]) -> list[RowSource]:

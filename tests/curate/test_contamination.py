@@ -16,8 +16,8 @@ from bc2_jax.curate.contamination import (
     find_contaminated,
     load_benchmark_ngrams,
 )
-from bc2_jax.curate.lookup import find_ngrams, make_table
-from bc2_jax.curate.tokens import hash_ngrams, hash_tokens
+from bc2_jax.curate.tokens import find_ngrams, hash_ngrams, hash_tokens
+from bc2_jax.data.ngrams import make_table
 
 WORDS = [f"w{i}" for i in range(400)]
 

@@ -46,7 +46,11 @@ def test_records_do_not_depend_on_the_layout(tmp_path_factory, records, indent, 
     [
         (b"[]", [], ""),
         (b'[{"a": 1},\n {"a": 2},\n {"a": }]', [1, 2], "x.json:3 (item 3): it is not JSON (Expecting value"),
-        (b'[{"a": 1},\n {"a": 2}\n {"a": 3}]', [1, 2], "x.json:3: the list does not continue with a comma or end; what"),
+        (
+            b'[{"a": 1},\n {"a": 2}\n {"a": 3}]',
+            [1, 2],
+            "x.json:3: the list does not continue with a comma or end; ",
+        ),
         (b'[{"a": 1},\n {"a": 2}', [1, 2], "x.json:2: the list has no end"),
         (b'[{"a": 1},\n {"a": "\xff"}]', [1], "x.json:2 (item 2): it is not UTF-8 (invalid start byte); this and what"),
         (b'[{"a": 1},', [1], "x.json:1: the list has no end"),

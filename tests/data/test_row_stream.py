@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bc2_jax.data.packing import pack_documents, split_of
+from bc2_jax.data.packing import split_of
 from bc2_jax.data.row_stream import DocumentScan, find_sources, hash_document, read_document, stream_tokens
 from bc2_jax.tokenizer import Tokenizer
+from tests.packed_rows import pack_texts
 
 EOS = 2
 
@@ -24,7 +25,7 @@ def test_the_stream_and_its_documents_come_back(
 ) -> None:
     texts = ["first", *texts]
     with tempfile.TemporaryDirectory() as folder:
-        pack_documents(texts, tokenizer, f"{folder}/rows", length, validation_fraction=0.3, rows_per_file=rows_per_file)
+        pack_texts(texts, tokenizer, f"{folder}/rows", length, validation_fraction=0.3, rows_per_file=rows_per_file)
         (source,) = find_sources([folder])
         for split in ("train", "validation"):
             here = [text for text in texts if split_of(text, 0.3) == split]
@@ -68,7 +69,7 @@ def test_documents_are_the_same_however_the_stream_is_cut(
 
 def test_sources_are_found_named_and_checked(tokenizer: Tokenizer, tmp_path: Path) -> None:
     for name, length in (("web/q0", 8), ("web/q1", 8), ("code", 8), (".hidden.incomplete", 8), ("other", 4)):
-        pack_documents(["some text"], tokenizer, tmp_path / "all" / name, length, validation_fraction=0)
+        pack_texts(["some text"], tokenizer, tmp_path / "all" / name, length, validation_fraction=0)
     (tmp_path / "elsewhere").mkdir()
     shutil.move(tmp_path / "all" / "other", tmp_path / "elsewhere" / "other")
     sources = find_sources([tmp_path / "all" / "web", tmp_path / "all"])
