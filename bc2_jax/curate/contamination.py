@@ -20,7 +20,6 @@ from typing import NamedTuple
 import numpy as np
 
 from bc2_jax.curate.tokens import (
-    Tokens,
     choose_tokens,
     count_characters,
     find_ngrams,
@@ -147,14 +146,9 @@ def load_benchmark_ngrams(
     return BenchmarkNgrams(tuple(items), tuple(tables))
 
 
-def find_contaminated(
-    texts: Sequence[str], ngrams: BenchmarkNgrams, min_share: float = 0.0, tokens: Tokens | None = None
-) -> list[Match]:
-    """Every pair of a document and an item that share more than `min_share` of the item's n-grams, by document.
-
-    `tokens` are those of `hash_tokens(texts)`, if they are there already.
-    """
-    tokens = hash_tokens(texts) if tokens is None else tokens
+def find_contaminated(texts: Sequence[str], ngrams: BenchmarkNgrams, min_share: float = 0.0) -> list[Match]:
+    """Every pair of a document and an item that share more than `min_share` of the item's n-grams, by document."""
+    tokens = hash_tokens(texts)
     counts: collections.Counter[tuple[int, int]] = collections.Counter()
     shared: dict[tuple[int, int], tuple[int, list[int]]] = {}
     for table in ngrams.tables:
@@ -182,7 +176,7 @@ def _first_shared(text: str, n: int, hashes: Sequence[int]) -> str:
     return " ".join(text[starts[first] : starts[first + n]].split())
 
 
-def count_documents(texts: Sequence[str], ngrams: BenchmarkNgrams, tokens: Tokens | None = None) -> list[np.ndarray]:
+def count_documents(texts: Sequence[str], ngrams: BenchmarkNgrams) -> list[np.ndarray]:
     """For each table int64 [rows]: in how many of the texts an n-gram occurs. Add them up over the shards."""
-    tokens = hash_tokens(texts) if tokens is None else tokens
+    tokens = hash_tokens(texts)
     return [np.bincount(find_ngrams(table, tokens)[1], minlength=len(table.hashes)) for table in ngrams.tables]

@@ -36,7 +36,7 @@ AbstractBatch = dict[str, jax.ShapeDtypeStruct]
 """Shapes, dtypes and shardings of the fields of a `Batch`."""
 
 
-def row_to_example(row: np.ndarray, eos_id: int = EOS_ID, pad_id: int = PAD_ID, user_id: int = USER_ID) -> Rows:
+def row_to_example(row: np.ndarray) -> Rows:
     """Splits rows of T + 1 tokens, uint32 [..., T + 1], into FIELDS, each int32 [..., T].
 
     In a row of text labels are -100 after an eos, because the first token of a document has no context in it, and where
@@ -50,15 +50,15 @@ def row_to_example(row: np.ndarray, eos_id: int = EOS_ID, pad_id: int = PAD_ID, 
     has_chat = bool(chat.any())
     tokens = (token_ids(row) if has_chat else row).astype(np.int32)
     input_ids, targets = tokens[..., :-1], tokens[..., 1:]
-    ends, padding = input_ids == eos_id, input_ids == pad_id
+    ends, padding = input_ids == EOS_ID, input_ids == PAD_ID
     labels = targets.copy()
-    labels[ends | padding | (targets == pad_id)] = IGNORED
+    labels[ends | padding | (targets == PAD_ID)] = IGNORED
     starts = np.empty_like(ends)
     starts[..., 0] = True
     starts[..., 1:] = ends[..., :-1]
     if has_chat:
         flags, answers = row[chat], targets[chat]
-        answers[answers == user_id] = eos_id
+        answers[answers == USER_ID] = EOS_ID
         labels[chat] = np.where(flags[:, 1:] & TARGET, answers, IGNORED)
         starts[chat] = (flags[:, :-1] & START) > 0
     segment_ids = np.cumsum(starts, axis=-1, dtype=np.int32)

@@ -40,6 +40,7 @@ _BATCH_TEXTS = 4096
 # faster, and it needs some 100 bytes for each character.
 _PART_CHARACTERS = 1 << 10
 _BUFFERED_TOKENS = 1 << 18
+_CHUNK_TOKENS = 1 << 16
 _OPENING_THREADS = 32
 _NAMED_PROBLEMS = 3
 
@@ -122,13 +123,10 @@ def read_rows(path: str | os.PathLike[str], split: Split) -> np.ndarray:
     return np.concatenate([np.empty((0, length), "<u4"), *iterate_rows(path, split)])
 
 
-def iterate_rows(path: str | os.PathLike[str], split: Split, *, chunk_tokens: int = 65_536) -> Iterator[np.ndarray]:
-    """The rows of one split in the order of the text, in chunks of about `chunk_tokens`: uint32 [rows, T + 1].
-
-    Raises BadRow for one that can't be read.
-    """
+def iterate_rows(path: str | os.PathLike[str], split: Split) -> Iterator[np.ndarray]:
+    """The rows of one split in the order of the text, in chunks: uint32 [rows, T + 1]. Raises BadRow."""
     manifest = load_manifest(path)
-    step = max(1, chunk_tokens // manifest.sequence_length)
+    step = max(1, _CHUNK_TOKENS // manifest.sequence_length)
     for info in manifest.split(split).files:
         with RowFile(path, info, manifest.sequence_length) as file:
             for start in range(0, file.rows, step):

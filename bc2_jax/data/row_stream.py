@@ -120,12 +120,6 @@ class Documents:
     """uint64: of the tokens without the eos."""
 
 
-def hash_document(tokens: np.ndarray) -> np.uint64:
-    """The hash by which `DocumentScan` knows a document of these tokens, without its eos."""
-    total = hash_positions(tokens, np.arange(len(tokens))).sum(dtype=np.uint64)
-    return mix(np.array([total]))[0]
-
-
 class DocumentScan:
     """Cuts a stream, given in the chunks of `stream_tokens`, into documents."""
 

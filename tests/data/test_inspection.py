@@ -167,10 +167,10 @@ def test_what_counts_of_a_benchmark_object(tokenizer: Tokenizer, tmp_path: Path)
     ):
         list(read_benchmark(file, tokenizer, 3, ["x"]))
     file.write_text("{}\nno json\n")
-    with pytest.raises(ValueError, match="items.jsonl:2 is not valid: it is not JSON"):
+    with pytest.raises(ValueError, match="items.jsonl:2 is not valid: the line is not JSON"):
         list(read_benchmark(file, tokenizer, 3))
     file.write_bytes(b"{}\n\xff\n")
-    with pytest.raises(ValueError, match="items.jsonl:2 is not valid: it is not UTF-8"):
+    with pytest.raises(ValueError, match="items.jsonl:2 is not valid: the line is not UTF-8"):
         list(read_benchmark(file, tokenizer, 3))
     with pytest.raises(ValueError, match=r"items.csv' is not valid: legal are .txt and .jsonl"):
         list(read_benchmark(tmp_path / "items.csv", tokenizer, 3))

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bc2_jax.config import DataConfig, MeshConfig, SourceConfig
-from bc2_jax.data.bad_rows import BadRows
 from bc2_jax.data.loader import make_train_loader
 from bc2_jax.data.row_batches import RowBatches, Stretch, in_rows, merge, next_row, row_of_step
+from bc2_jax.data.row_file import BadRows
 from bc2_jax.sharding import make_mesh
 from tests.packed_rows import pack_texts
 

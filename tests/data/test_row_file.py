@@ -19,6 +19,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from bc2_jax.data import packing
 from bc2_jax.data.packing import check_files, iterate_rows, load_manifest, read_rows
 from bc2_jax.data.row_file import BadRow, FileInfo, RowFile, RowFileWriter
 from bc2_jax.data.row_stream import find_sources, read_document
@@ -219,13 +220,14 @@ def test_a_bit_of_a_manifest_is_found_or_changes_no_row(tokenizer: Tokenizer, da
         np.testing.assert_array_equal(found, rows)
 
 
-def test_reading_in_order_names_a_bad_row(packed: Path) -> None:
+def test_reading_in_order_names_a_bad_row(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And loses none: behind the end of a file that has shrunk, ArrayRecord finds nothing and says nothing."""
     manifest = load_manifest(packed)
     (source,) = find_sources([packed])
     info = manifest.train.files[1]
     before = np.concatenate(list(iterate_rows(packed, "train")))
-    chunks = iterate_rows(packed, "train", chunk_tokens=640)
+    monkeypatch.setattr(packing, "_CHUNK_TOKENS", 640)
+    chunks = iterate_rows(packed, "train")
     assert len(next(chunks)) == 10
     os.truncate(packed / info.name, info.size // 2)
     found: list[np.ndarray] = []
@@ -249,6 +251,7 @@ def test_a_file_that_may_not_be_read(packed: Path) -> None:
         code = f"""
 import os
 from array_record.python import array_record_module
+from bc2_jax.data import packing
 from bc2_jax.data.packing import check_files, load_manifest
 if os.geteuid() == 0:
     os.setuid(65534)

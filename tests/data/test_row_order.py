@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from bc2_jax.config import DataConfig, MixtureStage, SourceConfig
-from bc2_jax.data.loader import make_train_loader
-from bc2_jax.data.row_order import changed_row_order, record_row_order
+from bc2_jax.data.loader import changed_row_order, make_train_loader, record_row_order
 from bc2_jax.tokenizer import Tokenizer
 from tests.packed_rows import pack_texts
 

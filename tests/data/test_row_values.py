@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bc2_jax.config import DataConfig, MeshConfig, SourceConfig
-from bc2_jax.data.bad_rows import BadRows
 from bc2_jax.data.row_batches import RowBatches, ValidationBatches
+from bc2_jax.data.row_file import BadRows
 from bc2_jax.data.row_values import DIGESTED, RowValues, digest_rows
 from bc2_jax.sharding import DEFAULT_RULES, make_mesh
 from tests.packed_rows import pack_texts

@@ -26,9 +26,8 @@ from bc2_jax.config import (
 from bc2_jax.convert.conversion import to_hf
 from bc2_jax.convert.pretrained import load_params
 from bc2_jax.data import row_batches
-from bc2_jax.data.loader import make_train_loader
+from bc2_jax.data.loader import make_train_loader, record_row_order
 from bc2_jax.data.packing import load_manifest
-from bc2_jax.data.row_order import record_row_order
 from bc2_jax.metadata import read_metadata
 from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.train import loop, pretrain, replay
