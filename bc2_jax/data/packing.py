@@ -1,13 +1,12 @@
-"""Documents -> rows of tokens on disk, made once before training.
+"""Packed rows: encoding documents, cutting the token stream into rows, and the manifest of a folder of rows.
 
-The documents of a split are joined into one stream, `tokens(document) eos tokens(document) eos ...`, and the stream is
-cut into rows of T + 1 tokens. Row r holds tokens r * T .. r * T + T: neighbours share one token, which is the last
-target of one row and the first input of the next, so every token but the stream's first is a target exactly once.
-The last row is filled with pad. Nothing of a document is dropped.
+The documents of a split form one stream, `tokens(document) eos tokens(document) eos ...`, cut into rows of T + 1
+tokens. Row r holds tokens r * T .. r * T + T: the token that neighbours share is the last target of one row and the
+first input of the next, so every token but the stream's first is a target exactly once. The last row is padded.
+Nothing of a document is dropped.
 
-    OUT/manifest.json                             what is here: counts, settings, tokenizer, SHA-256 of each file
-    OUT/{train,validation}-00000-of-0000N.array_record
-                                                  the rows and their checksums, as `row_file` writes them
+    OUT/manifest.json                                    counts, settings, tokenizer, SHA-256 of each file
+    OUT/{train,validation}-00000-of-0000N.array_record   rows and their checksums, as `row_file` writes them
 """
 
 from __future__ import annotations
@@ -29,15 +28,14 @@ from bc2_jax.validation import choices, is_inside, require
 
 Split = Literal["train", "validation"]
 Kind = Literal["text", "chat", "pairs"]
-"""What rows hold: a stream of text, conversations, or prompts with a chosen and a rejected answer as branches (see
-`row_file` for how rows differ)."""
+"""Content of rows: a stream of text, conversations, or prompts with a chosen and a rejected answer (see `row_file`)."""
 SPLITS: tuple[Split, ...] = ("train", "validation")
 MANIFEST = "manifest.json"
 _FORMAT = 1
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_TEXTS = 4096
-# Longer documents are encoded in parts of about this many characters: the ids are the same, SentencePiece is a fifth
-# faster, and it needs some 100 bytes for each character.
+# Longer documents are encoded in parts of about this many characters, with the same ids: SentencePiece is a fifth
+# faster then, and takes some 100 bytes of memory a character.
 _PART_CHARACTERS = 1 << 10
 _BUFFERED_TOKENS = 1 << 18
 _CHUNK_TOKENS = 1 << 16
@@ -49,14 +47,14 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclasses.dataclass(frozen=True)
 class SplitInfo:
-    """Either the training or the held-out part."""
+    """The training or the held-out part of packed rows."""
 
     documents: int
     characters: int
     bytes: int
     """UTF-8 bytes of the text."""
     tokens: int
-    """Tokens of the stream, one eos a document included."""
+    """Tokens of the stream, with one eos a document."""
     rows: int
     padding: int
     """Pad tokens that fill the last row."""
@@ -65,7 +63,7 @@ class SplitInfo:
 
 @dataclasses.dataclass(frozen=True)
 class RowManifest:
-    """What a folder of packed rows holds."""
+    """The content of manifest.json: what a folder of packed rows holds."""
 
     sequence_length: int
     """T; a row has T + 1 tokens."""
@@ -75,24 +73,23 @@ class RowManifest:
     tokenizer_sha256: str
     validation_fraction: float
     documents: int
-    """Documents read: those of both splits, the empty and the invalid ones."""
+    """Documents read: of both splits, empty and invalid ones included."""
     empty_documents: int
     invalid_documents: int
-    """Documents that are not strings, or not UTF-8 text; each was logged. In a corpus of several parts they have no
-    part: there corpus.json counts them."""
+    """Unreadable documents. Those of a corpus belong to no part: corpus.json counts them."""
     train: SplitInfo
     validation: SplitInfo
     format: int = _FORMAT
     kind: Kind = "text"
     most_pairs: int = 0
-    """Pairs of the row that has most of them; 0 in rows of another kind."""
+    """Largest number of pairs in a row; 0 in rows of another kind."""
 
     def split(self, split: Split) -> SplitInfo:
         return self.train if split == "train" else self.validation
 
 
 def load_manifest(path: str | os.PathLike[str]) -> RowManifest:
-    """Reads PATH/manifest.json. Raises FileNotFoundError without one and ValueError if this code can't read it."""
+    """Reads PATH/manifest.json. Raises FileNotFoundError without one, ValueError if it is damaged or of another format."""
     file = Path(path, MANIFEST)
     if not file.is_file():
         raise FileNotFoundError(
@@ -118,7 +115,7 @@ def load_manifest(path: str | os.PathLike[str]) -> RowManifest:
 
 
 def read_rows(path: str | os.PathLike[str], split: Split) -> np.ndarray:
-    """All rows of one split in the order of the text: uint32 [rows, T + 1]. Holds them in memory."""
+    """All rows of one split in memory, in the order of the text: uint32 [rows, T + 1]."""
     length = load_manifest(path).sequence_length + 1
     return np.concatenate([np.empty((0, length), "<u4"), *iterate_rows(path, split)])
 
@@ -135,8 +132,8 @@ def iterate_rows(path: str | os.PathLike[str], split: Split) -> Iterator[np.ndar
 
 
 def check_files(path: str | os.PathLike[str], manifest: RowManifest, split: Split) -> None:
-    """Opens every file of a split. Raises FileNotFoundError or ValueError if one of `path` is missing, can't be opened
-    or is not the one that the manifest describes; of rows, their number and checksums are read, not the contents.
+    """Opens every file of a split. Raises FileNotFoundError or ValueError if one is missing, cannot be opened or is not
+    the one of the manifest; of rows, the number and the checksums are read, not the content.
     """
     info = manifest.split(split)
 
@@ -155,7 +152,7 @@ def check_files(path: str | os.PathLike[str], manifest: RowManifest, split: Spli
 
     rows = sum(file.rows for file in info.files)
     problems = [f"its manifest says {info.rows} {split} rows, and {rows} of its files"] if rows != info.rows else []
-    # On threads: a corpus has thousands of files, and storage may be far away.
+    # A corpus may have thousands of files on slow storage.
     with ThreadPoolExecutor(_OPENING_THREADS) as threads:
         problems += filter(None, threads.map(problem, info.files))
     if problems:
@@ -164,7 +161,7 @@ def check_files(path: str | os.PathLike[str], manifest: RowManifest, split: Spli
 
 @dataclasses.dataclass
 class TextCounts:
-    """What went into a stream."""
+    """Counts of what went into a stream."""
 
     documents: int = 0
     characters: int = 0
@@ -178,7 +175,7 @@ class TextCounts:
 
 
 def hash_text(text: str) -> int:
-    """64 bits of a text, the same on every machine."""
+    """A 64-bit hash of a text, equal on every machine."""
     digest = hashlib.blake2b(digest_size=8)
     for part in _slices(text):
         digest.update(part.encode())
@@ -186,17 +183,17 @@ def hash_text(text: str) -> int:
 
 
 def split_of(document: str, validation_fraction: float) -> Split:
-    """`validation` for about that fraction of all documents: a property of the text, so copies are on one side."""
+    """`validation` for about this fraction of documents, by a hash of the text, so copies are in one split."""
     return "validation" if hash_text(document) < validation_fraction * 2**64 else "train"
 
 
 def encode_texts(
     texts: Iterable[tuple[Key, str]], tokenizer: Tokenizer, num_threads: int = -1
 ) -> Iterator[tuple[Key, np.ndarray]]:
-    """The ids of each text and an eos, under the text's key: uint32 [n], in order, a long text in several parts.
+    """(key, ids uint32 [n]) of each text and its eos, in order; a long text comes in several parts.
 
-    Memory does not grow with the number of texts, nor, beyond the text itself, with their length. Raises ValueError if
-    the tokenizer can't spell a text without the id that marks padding.
+    Memory grows with neither the number nor the length of texts, beyond the texts themselves. Raises ValueError if the
+    tokenizer cannot spell a text without the pad id.
     """
     eos = np.array([tokenizer.eos_id], "<u4")
     for batch in _batches(texts, tokenizer):
@@ -214,7 +211,7 @@ def encode_texts(
 
 
 def _batches(texts: Iterable[tuple[Key, str]], tokenizer: Tokenizer) -> Iterator[list[tuple[Key, str, bool]]]:
-    """(key, part, whether it is the text's last) in groups of about a million characters."""
+    """(key, part, whether it is the text's last one) in batches of about a million characters."""
     batch: list[tuple[Key, str, bool]] = []
     characters = 0
     for key, text in texts:
@@ -239,7 +236,7 @@ def _slices(text: str) -> Iterator[str]:
 
 
 class RowWriter:
-    """Writes a stream of tokens as the rows of one split while they come."""
+    """Writes a stream of tokens as the rows of one split."""
 
     def __init__(self, folder: str | os.PathLike[str], split: Split, sequence_length: int, rows_per_file: int) -> None:
         self._sequence_length = sequence_length
@@ -254,9 +251,9 @@ class RowWriter:
             self._write_full_rows()
 
     def close(self, counts: TextCounts, pad_id: int) -> SplitInfo:
-        """Fills the last row, names the files; `counts` says what the stream was made of."""
+        """Pads the last row and names the files; `counts` are those of the stream."""
         rest = self._write_full_rows()
-        # A single pending token was the last target of the row before; as an input it would have no target.
+        # A single pending token was the last target of the previous row; as an input it would have no target.
         padding = 0
         if len(rest) > 1:
             padding = self._sequence_length + 1 - len(rest)
@@ -266,7 +263,7 @@ class RowWriter:
         return SplitInfo(**dataclasses.asdict(counts), rows=rows, padding=padding, files=files)
 
     def _write_full_rows(self) -> np.ndarray:
-        """Writes what fills a row and returns the rest."""
+        """Writes all full rows and returns the rest."""
         tokens = np.concatenate(self._pending) if self._pending else np.empty(0, "<u4")
         start = 0
         while len(tokens) - start > self._sequence_length:
@@ -277,7 +274,7 @@ class RowWriter:
 
 
 def check_packing(sequence_length: int, validation_fraction: float, rows_per_file: int) -> None:
-    """Raises ValueError for an argument that is not legal."""
+    """Raises ValueError for an illegal argument."""
     if sequence_length < 1:
         raise ValueError(f"sequence_length = {sequence_length} is not valid: it must be positive.")
     if not 0 <= validation_fraction < 1:
@@ -290,7 +287,7 @@ def make_manifest(
     tokenizer: Tokenizer, sequence_length: int, validation_fraction: float, splits: Mapping[Split, SplitInfo], *,
     empty_documents: int, invalid_documents: int, kind: Kind = "text", most_pairs: int = 0,
 ) -> RowManifest:  # fmt: skip
-    """The manifest of rows of `splits` that were made with `tokenizer`; all else as the fields of `RowManifest`."""
+    """The manifest of `splits` that were made with `tokenizer`; the rest as the fields of `RowManifest`."""
     return RowManifest(
         sequence_length=sequence_length,
         vocab_size=tokenizer.vocab_size,
