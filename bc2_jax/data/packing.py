@@ -89,7 +89,7 @@ class RowManifest:
 
 
 def load_manifest(path: str | os.PathLike[str]) -> RowManifest:
-    """Reads PATH/manifest.json. Raises FileNotFoundError without one, ValueError if it is damaged or of another format."""
+    """Reads PATH/manifest.json. Raises FileNotFoundError without one, ValueError for a damaged one."""
     file = Path(path, MANIFEST)
     if not file.is_file():
         raise FileNotFoundError(

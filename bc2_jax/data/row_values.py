@@ -31,8 +31,8 @@ class RowValues:
     """A table of fp32 [W] by row."""
 
     def __init__(self, digests: np.ndarray, values: np.ndarray, about: dict[str, Any] | None = None):
-        """`values` [n, W] of rows with `digests` [n], of which the first of equal ones counts; `about` is JSON saved with
-        them. Raises ValueError for shapes that do not agree."""
+        """`values` [n, W] of rows with `digests` [n], of which the first of equal ones counts; `about` is saved with
+        them, as JSON. Raises ValueError for shapes that do not agree."""
         if values.ndim != 2 or digests.shape != values.shape[:1]:
             raise ValueError(f"values have shape {values.shape}; for digests {digests.shape} it must be [n, W].")
         self._digests, first = np.unique(digests.astype(np.uint64), return_index=True)
