@@ -172,7 +172,7 @@ class _Samples:
             if isinstance(found, Sample):
                 self._add_one(found, *next(numbers))
             else:
-                self._report(found.where, f"left out: {found.reason}")
+                self._report(found.where, f"left out: {found.message}")
 
     def _add_one(self, sample: Sample, reason: str, dropped: int, cut: int, code: int) -> None:
         counts, limit = self.counts, self.counts.settings.max_length

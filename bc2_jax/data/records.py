@@ -65,8 +65,13 @@ class Invalid:
         """Records lost, counting an unknown number as one."""
         return max(self.records, 1)
 
+    @property
+    def message(self) -> str:
+        """The reason with its details."""
+        return f"{self.reason} ({self.detail})" if self.detail else self.reason
+
     def __str__(self) -> str:
-        return f"{self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+        return f"{self.where}: {self.message}"
 
 
 def read_records(path: str, name: str | None = None) -> Iterator[Record | Invalid]:
