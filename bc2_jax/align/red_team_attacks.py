@@ -8,7 +8,6 @@ topics are about office kitchens and card tricks; harmful topics and prompts com
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import random
 import re
@@ -18,8 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from bc2_jax.align.chat import Message
 from bc2_jax.align.formats import inner_records, read_prompt
-from bc2_jax.data.decompression import Decompressed
-from bc2_jax.data.records import Invalid, decode, read_records
+from bc2_jax.data.records import Invalid, read_records, read_text
 from bc2_jax.data.text_files import kind_of, open_binary
 from bc2_jax.files import fingerprint
 from bc2_jax.validation import choices, join_some, require, show
@@ -229,8 +227,7 @@ def _records(path: str, lines: str, problems: list[str]) -> Iterator[tuple[Any, 
     kind, compression = kind_of(path) or ("text", None)
     if kind == "text":
         with open_binary(path) as file:
-            raw: Any = Decompressed(file, compression) if compression else file
-            text = decode(io.BufferedReader(raw).read(), path)
+            text = read_text(file, path, compression)
         if isinstance(text, Invalid):
             problems.append(str(text))
             return
@@ -242,7 +239,7 @@ def _records(path: str, lines: str, problems: list[str]) -> Iterator[tuple[Any, 
         if isinstance(record, Invalid):
             problems.append(str(record))
             continue
-        value, where = record
+        value, where = record.value, record.where
         if not _is_lists(value):
             yield from inner_records(value, where)
             continue

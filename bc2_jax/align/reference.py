@@ -26,10 +26,10 @@ from bc2_jax.agreement import first_decides
 from bc2_jax.align.pairs import branch_sums
 from bc2_jax.align.tuning import label_log_probs
 from bc2_jax.config import DPOConfig
-from bc2_jax.data.bad_rows import BadRows
 from bc2_jax.data.batch import Batch, Rows, batch_part, make_put
 from bc2_jax.data.corpus import list_parts
 from bc2_jax.data.loader import make_batches_of
+from bc2_jax.data.row_file import BadRows
 from bc2_jax.data.row_values import RowValues, digest_rows
 from bc2_jax.files import fingerprint
 from bc2_jax.model.baichuan import Baichuan2, Params, split_model
