@@ -1,8 +1,7 @@
-"""Where curation runs: Daft, embedded in this process or on a Ray cluster, with the same code.
+"""Where curation runs: Daft, in this process or on a Ray cluster, with the same code.
 
-Two kinds of work go through it. What looks at one shard of documents at a time is a task: a function that reads files,
-writes files and returns a few counts. What compares documents is a dataframe of hashes and numbers. Text never moves
-between machines.
+Work that looks at one shard at a time is a task: a function that reads files, writes files and returns a few counts.
+Work that compares documents is a dataframe of hashes and numbers. Text never moves between machines.
 """
 
 from __future__ import annotations
@@ -20,15 +19,12 @@ from bc2_jax.validation import require
 if TYPE_CHECKING:
     import daft
 
-Task = dict[str, Any]
-"""What a task gets and gives: JSON."""
-
 
 class Engine:
     """`runner` is "native", "ray" (a cluster on this machine) or ray://HOST:PORT (an existing one).
 
-    A process has one runner for its life: Daft can't change it. Raises ValueError for another name or another runner
-    than before, and ImportError, naming the extra, without Daft or Ray.
+    A process keeps one runner, because Daft can't change it. Raises ValueError for an unknown or a second runner, and
+    ImportError, naming the extra to install, without Daft or Ray.
     """
 
     _in_use: str | None = None
@@ -36,7 +32,7 @@ class Engine:
     def __init__(self, runner: str = "native") -> None:
         legal = runner in ("native", "ray") or runner.startswith("ray://")
         require(legal, "--runner", runner, "legal values are native, ray and ray://HOST:PORT")
-        os.environ.setdefault("DO_NOT_TRACK", "true")  # Daft and Ray count their users otherwise
+        os.environ.setdefault("DO_NOT_TRACK", "true")  # or Daft and Ray report their use
         os.environ.setdefault("DAFT_PROGRESS_BAR", "0")
         try:
             import daft
@@ -59,9 +55,9 @@ class Engine:
         self.runner = Engine._in_use = runner
         daft.set_execution_config(parquet_target_row_group_size=4 << 20)
         if self.is_distributed:
-            # Daft's default of 200 makes a connected component of a thousand nodes take a minute.
+            # With Daft's default of 200, a connected component of a thousand nodes takes a minute.
             daft.set_execution_config(shuffle_aggregation_default_partitions=2 * self.partitions())
-        # Threads of the engine that are still ending when the interpreter does can crash it, after all is written.
+        # An engine thread that still runs when the interpreter exits can crash it, after everything is written.
         atexit.register(time.sleep, 0.2)
 
     @property
@@ -69,15 +65,15 @@ class Engine:
         return self.runner != "native"
 
     def partitions(self) -> int:
-        """How many parts a shuffle should have."""
+        """Number of partitions of a shuffle."""
         if not self.is_distributed:
             return 1
         import ray
 
         return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
-    def map(self, function: Callable[[Task], Task], tasks: Sequence[Task]) -> Iterator[tuple[int, Task]]:
-        """Runs `function` on every task, in parallel, and yields (index, result) as they end.
+    def map(self, function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        """Runs `function` on every task in parallel; yields (index, result) as tasks end. Both are JSON.
 
         On a cluster the function and its closure are pickled. Raises what the function raises, and RuntimeError if the
         engine ends before all tasks have.

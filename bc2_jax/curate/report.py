@@ -47,16 +47,11 @@ def waterfall(removed: dict[str, dict[str, int]], start: dict[str, int]) -> list
 
 
 def describe(
-    notes: dict[str, int],
-    reports: Sequence[dict[str, Any]],
-    problems: Sequence[UnitReport],
-    filtered: Sequence[dict[str, Any]],
-    written: Sequence[dict[str, Any]],
-    topics: Sequence[dict[str, Any]],
-    matches: Sequence[Sequence[Any]],
-    seconds: dict[str, float],
+    results: dict[str, Any], problems: Sequence[UnitReport], notes: dict[str, int], seconds: dict[str, float]
 ) -> dict[str, Any]:
-    """All facts of a run as JSON, from the results of its tasks."""
+    """All facts of a run as JSON, from the results of its stages."""
+    reports, filtered, written = results["read"], results["filter"], results["write"]
+    matches = results["contamination"]
     read = add_counts([{"all": result["before"]} for result in filtered])["all"]
     removed = add_counts([result["removed"] for group in (filtered, written) for result in group])
     after = {
@@ -97,7 +92,7 @@ def describe(
         },
         "changes": {key: count for key, count in changes.items() if count},
         "samples": choose_samples([row for result in written for row in result["samples"]]),
-        "clusters": list(topics),
+        "clusters": results["dense"],
         "contamination": [list(match) for match in matches[:1000]],
     }
 

@@ -150,27 +150,18 @@ class KeywordMatcher:
 
 
 def find_harmful(
-    texts: Sequence[str],
-    config: SafetyConfig,
-    matcher: KeywordMatcher | None = None,
-    model: QualityModel | None = None,
-    tokens: Tokens | None = None,
+    texts: Sequence[str], config: SafetyConfig, tokens: Tokens | None = None
 ) -> tuple[np.ndarray, list[Finding]]:
     """(bool [D], which documents are harmful; every finding, harmful or not, by document).
 
-    `matcher` and `model` are read from the files that `config` names if they are not given.
+    `tokens` are those of `hash_tokens(texts)`, if they are known. Reads the files that `config` names.
     """
-    if matcher is None and config.keywords:
-        matcher = KeywordMatcher.read(config)
-    if model is None and config.model is not None:
-        model = QualityModel.load(config.model)
     tokens = hash_tokens(texts) if tokens is None else tokens
-    findings = matcher.find(texts, tokens) if matcher is not None else []
+    findings = KeywordMatcher.read(config).find(texts, tokens) if config.keywords else []
     places = np.array([finding.document for finding in findings], np.int64)
-    keywords = np.bincount(places, minlength=len(texts))
-    harmful = keywords >= config.min_keywords
-    if model is not None:
-        scores = model.score(texts, tokens)
+    harmful = np.bincount(places, minlength=len(texts)) >= config.min_keywords
+    if config.model is not None:
+        scores = QualityModel.load(config.model).score(texts, tokens)
         for i in np.flatnonzero(scores < config.min_score).tolist():
             harmful[i] = True
             findings.append(Finding(i, "model", None, float(scores[i]), texts[i][: 2 * _EXCERPT]))

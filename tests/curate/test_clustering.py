@@ -120,7 +120,7 @@ def test_wrong_input():
     points = np.eye(4, dtype=np.float16)
     for bad in (points.astype(np.float32), points[0], points[:0]):
         with pytest.raises(ValueError, match="points = .* is not valid"):
-            fit(bad)
+            fit(bad, ClusterConfig())
     with pytest.raises(ValueError, match="centroids = .* points have 4 columns"):
         assign(points, points[:, :3])
     with pytest.raises(ValueError, match="top = 0 is not valid"):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bc2_jax.curate import minhash
-from bc2_jax.curate.headers import header_end, header_tokens
+from bc2_jax.curate.minhash import header_end, header_tokens
 from bc2_jax.curate.tokens import hash_tokens, without_first
 
 LICENCE = """Copyright 2031 The Example Authors. All rights reserved.
