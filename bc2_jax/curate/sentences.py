@@ -1,4 +1,4 @@
-"""Sentences that are not language, cut out of running text (the paper removes 3.06 % at this level)."""
+"""Sentences that are not language, cut out of running text (in the paper 3.06 % of the data)."""
 
 from __future__ import annotations
 
@@ -17,53 +17,49 @@ _PIECE_CHARACTERS = 1 << 20
 _ENDS = [ord(c) for c in "\n。！？!?；"]
 _STOP, _COLON, _SLASH, _LOST = ord("."), ord(":"), ord("/"), 0xFFFD
 _PADDING = (ord("0"), ord("f"), ord("F"))
-# Rulers, leaders of tables of contents and box drawing are layout.
+# Layout: rulers, dotted lines of tables of contents, box drawing.
 _LAYOUT = [ord(c) for c in "-=~*_#.+^|─━═…·—"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SentenceConfig:
-    """What makes a sentence garbage; None switches a rule off. Shares are of its characters that are not spaces."""
+    """Limits for a sentence; None switches a rule off. Shares are of its characters that are not spaces."""
 
     min_characters: int = 40
     """Sentences with fewer characters that are not spaces stay."""
     max_symbol_share: float | None = 0.6
-    """Neither letter, digit, space nor punctuation of prose."""
+    """Share of symbols: not letter, digit, space or punctuation of prose."""
     max_digit_share: float | None = 0.8
-    """Digits."""
+    """Share of digits."""
     min_letter_share: float | None = 0.05
-    """Letters; with fewer it is a row of numbers or signs."""
+    """Share of letters; with fewer it is a row of numbers or signs."""
     max_lost_share: float | None = 0.05
-    """U+FFFD, the sign of a character that was lost in decoding."""
+    """Share of U+FFFD, which stands for a character lost in decoding."""
     max_repeated_share: float | None = 0.5
-    """Characters that equal both before them, padded numbers (0, f) excepted."""
+    """Share of characters that equal the two before them, without padded numbers (0, f)."""
     max_urls: int | None = 5
     """Occurrences of ://."""
     skip: tuple[str, ...] = ("code",)
-    """Languages that are left alone."""
+    """Languages whose documents are not changed."""
 
     def __post_init__(self) -> None:
-        for field in (
-            "max_symbol_share",
-            "max_digit_share",
-            "min_letter_share",
-            "max_lost_share",
-            "max_repeated_share",
-        ):
-            value = getattr(self, field)
-            require(value is None or 0 <= value <= 1, f"sentences.{field}", value, "it must be in 0..1, or None")
-        for field in ("min_characters", "max_urls"):
-            value = getattr(self, field)
-            require(value is None or value > 0, f"sentences.{field}", value, "it must be positive")
+        for field in dataclasses.fields(self):
+            if field.name.endswith("_share"):
+                value = getattr(self, field.name)
+                legal = "it must be in 0..1, or None"
+                require(value is None or 0 <= value <= 1, f"sentences.{field.name}", value, legal)
+        for name in ("min_characters", "max_urls"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"sentences.{name}", value, "it must be positive")
 
 
 def low_quality_spans(
     texts: Sequence[str], languages: Sequence[str], config: SentenceConfig
 ) -> list[list[tuple[int, int]]]:
-    """For each document the (start, end) of its garbage sentences, in characters, ascending and apart.
+    """For each document the (start, end) of its sentences to cut, in characters, ascending and not adjacent.
 
-    A sentence ends at a newline, at 。！？；!? or at a full stop before white space. A document has none if what is
-    left is not running text, or less than a quarter: rows of a table and formulas have few letters.
+    A sentence ends at a newline, at 。！？；!? or at a full stop before white space. Nothing is cut if the rest is not
+    running text, or less than a quarter of the document: rows of a table and formulas have few letters.
     """
     spans: list[list[tuple[int, int]]] = [[] for _ in texts]
     chosen = [i for i, language in enumerate(languages) if language not in config.skip]
@@ -125,7 +121,7 @@ def _count(chosen: np.ndarray, bounds: np.ndarray) -> np.ndarray:
 
 
 def _count_repeated(points: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-    """int64 [S]: characters of each sentence that equal both before them, white space and padding excepted."""
+    """int64 [S]: characters of each sentence that equal the two before them, without white space and padding."""
     same = points[1:] == points[:-1]
     places = np.flatnonzero(same[1:] & same[:-1]) + 2
     values = points[places]
