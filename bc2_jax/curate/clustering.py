@@ -2,7 +2,7 @@
 
 Points are sharded over the devices as the rows of a batch are. Every device finds the nearest centroids of its own
 points and sums them; one reduction an iteration gives all devices the sums. Features and centroids are multiples of
-`embedding.STEP` and sums are integers, so any number of devices gives the same bits.
+`features.STEP` and sums are integers, so any number of devices gives the same bits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from bc2_jax.config import MeshConfig
 from bc2_jax.curate.config import ClusterConfig
-from bc2_jax.curate.embedding import STEP, check_features, unit_rows
+from bc2_jax.curate.features import STEP, check_features, unit_rows
 from bc2_jax.sharding import make_mesh, mesh_axes, parts, spec
 from bc2_jax.validation import require
 
@@ -37,7 +37,7 @@ _WORD = re.compile(r"[^\W\d_]{3,}")
 
 
 def fit(points: np.ndarray, config: ClusterConfig, mesh: Mesh | None = None) -> np.ndarray:
-    """Centroids float16 [k, dim] of unit length of features float16 [n, dim] (rows of `embedding.unit_rows`).
+    """Centroids float16 [k, dim] of unit length of features float16 [n, dim] (rows of `features.unit_rows`).
 
     Starts from k random points; a cluster without points starts again at another one. `mesh` has devices of this
     process, by default all. Raises ValueError if there are no points or they are not such features.
@@ -137,7 +137,7 @@ def _sum_clusters(points_ND: Array, ids_N1: Array, clusters: int) -> Array:
 
 
 def exact_cosines(points_ND: Array, centroids_KD: Array) -> Array:
-    """float32 [N, K] of float16 rows of `embedding.unit_rows`."""
+    """float32 [N, K] of float16 rows of `features.unit_rows`."""
     return jnp.einsum(
         "ND,KD->NK", points_ND.astype(jnp.float32), centroids_KD.astype(jnp.float32),
         precision=jax.lax.Precision.HIGHEST,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
-from bc2_jax.curate.boilerplate import BoilerplateConfig
 from bc2_jax.curate.contamination import ContaminationConfig
-from bc2_jax.curate.embedding import EmbeddingConfig
+from bc2_jax.curate.cuts import BoilerplateConfig, SentenceConfig
+from bc2_jax.curate.features import EmbeddingConfig
 from bc2_jax.curate.heuristics import HeuristicsConfig
 from bc2_jax.curate.inputs import ReadConfig
 from bc2_jax.curate.privacy import PrivacyConfig
 from bc2_jax.curate.safety import SafetyConfig
-from bc2_jax.curate.sentences import SentenceConfig
 from bc2_jax.curate.spam import SpamConfig
 from bc2_jax.curate.weights import WeightsConfig
 from bc2_jax.validation import require, require_positive

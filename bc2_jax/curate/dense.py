@@ -21,12 +21,10 @@ import pyarrow.dataset as ds
 from bc2_jax.curate import clustering
 from bc2_jax.curate.config import CurationConfig, DenseConfig
 from bc2_jax.curate.copies import resolve
-from bc2_jax.curate.embedding import check_features, unit_rows
-from bc2_jax.curate.engine import Engine
+from bc2_jax.curate.engine import Engine, Result, Run, Runner, Stage
+from bc2_jax.curate.features import check_features, mean_hidden_states, unit_rows
 from bc2_jax.curate.filtering import model_state
 from bc2_jax.curate.minhash import VALUES, similarity
-from bc2_jax.curate.models import mean_hidden_states
-from bc2_jax.curate.run import Result, Run, Runner, Stage
 from bc2_jax.curate.shards import binary_rows
 from bc2_jax.curate.stages import decide, survivors
 from bc2_jax.curate.storage import Folder
@@ -193,7 +191,7 @@ def near_duplicates(
 ) -> Pairs:
     """Pairs of documents in a common cluster with at least the cosine and the Jaccard similarity of `config`.
 
-    `features` float16 [n, dim] are rows of `embedding.unit_rows`, whose cosines are exact; `assignments` int32
+    `features` float16 [n, dim] are rows of `features.unit_rows`, whose cosines are exact; `assignments` int32
     [n, top] are the nearest clusters of each document (`clustering.assign`; -1 is none). `jaccard` takes two int64
     [p], documents, and gives float [p], for example the share of equal values of their MinHash signatures. Of each
     document's earlier near-duplicates the first `config.most_earlier` are kept. Pairs are verified block by block, so

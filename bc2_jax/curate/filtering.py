@@ -18,17 +18,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bc2_jax.curate import minhash, safety
-from bc2_jax.curate.boilerplate import BoilerplateConfig, remove_boilerplate
 from bc2_jax.curate.config import CurationConfig, QualityConfig
-from bc2_jax.curate.embedding import DocumentFrequencies, HashedNgrams
+from bc2_jax.curate.cuts import BoilerplateConfig, SentenceConfig, low_quality_spans, remove_boilerplate
+from bc2_jax.curate.engine import Result, Run, Runner, Stage
+from bc2_jax.curate.features import DocumentFrequencies, HashedNgrams, make_perplexity
 from bc2_jax.curate.heuristics import HeuristicsConfig, examine
-from bc2_jax.curate.models import make_perplexity
 from bc2_jax.curate.normalization import large_strings
 from bc2_jax.curate.privacy import KINDS, PrivacyConfig, mask_personal
 from bc2_jax.curate.quality import QualityModel
-from bc2_jax.curate.run import Result, Run, Runner, Stage
 from bc2_jax.curate.safety import SafetyConfig
-from bc2_jax.curate.sentences import SentenceConfig, low_quality_spans
 from bc2_jax.curate.shards import Account, binary_rows, decisions_for, text_sizes
 from bc2_jax.curate.spam import SpamConfig, find_spam
 from bc2_jax.curate.spans import cut_spans

@@ -15,7 +15,7 @@ Kinds    Limits of running text do not fit code in a document of another languag
          and verse. A document that breaks one is judged again by the limits of its kind (`kinds`).
 Order    Tables of what follows what (`gibberish`) tell text from words, letters and Han characters in random order.
 
-C4's rules (Raffel et al. 2020, section 2.2) on single lines are in `boilerplate`. Its rules that drop a page with a
+C4's rules (Raffel et al. 2020, section 2.2) on single lines are in `cuts`. Its rules that drop a page with a
 curly bracket or a line without a final full stop would remove technical text and verse, and are left out.
 """
 

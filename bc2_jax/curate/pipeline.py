@@ -7,7 +7,7 @@ from typing import Any
 
 from bc2_jax.curate.config import CurationConfig
 from bc2_jax.curate.dense import DenseCopies
-from bc2_jax.curate.engine import Engine
+from bc2_jax.curate.engine import Engine, Run, Runner, Stage, fingerprint
 from bc2_jax.curate.filtering import (
     Block,
     CutBoilerplate,
@@ -23,7 +23,6 @@ from bc2_jax.curate.filtering import (
 from bc2_jax.curate.inputs import Unit, plan_units
 from bc2_jax.curate.problems import UnitReport, number_lines, problems_table
 from bc2_jax.curate.report import describe, write_report
-from bc2_jax.curate.run import Run, Runner, Stage, fingerprint
 from bc2_jax.curate.stages import Contamination, CopiedSpans, ExactCopies, NearCopies, Read
 from bc2_jax.curate.storage import Folder
 from bc2_jax.curate.writing import Write, check_out, check_result

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bc2_jax.curate.boilerplate import PHRASES
+from bc2_jax.curate.cuts import PHRASES
 from bc2_jax.curate.lookup import NgramTable, find_ngrams, make_table
 from bc2_jax.curate.normalization import large_strings
 from bc2_jax.curate.tokens import Tokens, hash_ngrams, hash_tokens

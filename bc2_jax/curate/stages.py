@@ -20,11 +20,11 @@ from bc2_jax.curate.contamination import (
     load_benchmark_ngrams,
 )
 from bc2_jax.curate.copies import band_edges, later_copies, resolve
+from bc2_jax.curate.engine import Result, Run, Runner, Stage
 from bc2_jax.curate.ingestion import hash_texts, read_shards
 from bc2_jax.curate.inputs import Unit
 from bc2_jax.curate.problems import UnitReport
 from bc2_jax.curate.report import add_counts
-from bc2_jax.curate.run import Result, Run, Runner, Stage
 from bc2_jax.curate.shards import (
     MOST_PARTS,
     PLACE_BITS,

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from bc2_jax.curate import spans
 from bc2_jax.curate.config import CurationConfig
-from bc2_jax.curate.run import Result, Run, Runner, Stage
+from bc2_jax.curate.engine import Result, Run, Runner, Stage
 from bc2_jax.curate.shards import PLACE_BITS, Account, count_by, decisions_for, first_of_each
 from bc2_jax.curate.stages import REASONS, SPAN_BITS
 from bc2_jax.curate.storage import Folder

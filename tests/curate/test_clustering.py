@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from bc2_jax.curate import clustering
 from bc2_jax.curate.clustering import assign, fit
 from bc2_jax.curate.config import ClusterConfig
-from bc2_jax.curate.embedding import unit_rows
+from bc2_jax.curate.features import unit_rows
 
 
 def blobs(rng: np.random.Generator, centers: int, points: int, dim: int = 64, spread: float = 0.05) -> tuple:

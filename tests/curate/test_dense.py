@@ -13,7 +13,7 @@ from bc2_jax.curate import dense
 from bc2_jax.curate.clustering import assign, fit
 from bc2_jax.curate.config import ClusterConfig, DenseConfig
 from bc2_jax.curate.dense import Pairs, near_duplicates
-from bc2_jax.curate.embedding import DocumentFrequencies, EmbeddingConfig, HashedNgrams, unit_rows
+from bc2_jax.curate.features import DocumentFrequencies, EmbeddingConfig, HashedNgrams, unit_rows
 from bc2_jax.curate.tokens import hash_ngrams, hash_tokens
 
 

@@ -16,7 +16,7 @@ from bc2_jax.convert import hf, table
 from bc2_jax.convert.hf_write import write_folder
 from bc2_jax.convert.source import source_of_params
 from bc2_jax.convert.stream import Stream
-from bc2_jax.curate.models import make_perplexity
+from bc2_jax.curate.features import make_perplexity
 
 
 @pytest.fixture(scope="module", params=["rope", "alibi"])

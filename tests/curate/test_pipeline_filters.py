@@ -11,8 +11,8 @@ from flax import nnx
 from bc2_jax.config import ModelConfig
 from bc2_jax.convert.pretrained import save_params
 from bc2_jax.curate.config import CurationConfig, DenseConfig, QualityConfig
-from bc2_jax.curate.embedding import EmbeddingConfig
 from bc2_jax.curate.engine import Engine
+from bc2_jax.curate.features import EmbeddingConfig
 from bc2_jax.curate.pipeline import curate
 from bc2_jax.curate.privacy import PrivacyConfig
 from bc2_jax.curate.safety import KeywordFile, SafetyConfig

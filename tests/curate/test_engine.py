@@ -3,8 +3,7 @@
 import pytest
 
 from bc2_jax.curate.config import CurationConfig
-from bc2_jax.curate.engine import Engine
-from bc2_jax.curate.run import Run, Runner, Stage, fingerprint
+from bc2_jax.curate.engine import Engine, Run, Runner, Stage, fingerprint
 from bc2_jax.curate.storage import Folder
 
 ENGINE = Engine("native")

@@ -15,9 +15,15 @@ from hypothesis import strategies as st
 
 from bc2_jax.config import ModelConfig
 from bc2_jax.convert.pretrained import load_pretrained, save_params
-from bc2_jax.curate import models
-from bc2_jax.curate.embedding import STEP, DocumentFrequencies, EmbeddingConfig, HashedNgrams, unit_rows
-from bc2_jax.curate.models import mean_hidden_states
+from bc2_jax.curate import features
+from bc2_jax.curate.features import (
+    STEP,
+    DocumentFrequencies,
+    EmbeddingConfig,
+    HashedNgrams,
+    mean_hidden_states,
+    unit_rows,
+)
 from bc2_jax.curate.tokens import Tokens, hash_ngrams, hash_tokens
 from bc2_jax.model.baichuan import Baichuan2
 from bc2_jax.tokenizer import Tokenizer
@@ -161,7 +167,7 @@ def checkpoint(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -
 def test_hidden_states_are_means_over_the_first_tokens(
     checkpoint: Path, tokenizer: Tokenizer, modules: list[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(models, "_TOKENS_PER_BATCH", 160)
+    monkeypatch.setattr(features, "_TOKENS_PER_BATCH", 160)
     texts = ["", TEXTS[2], modules[1][:5000], *(module[:900] for module in modules)]
     means = mean_hidden_states(texts, EmbeddingConfig(model=str(checkpoint), max_tokens=80, dtype="float32"))
     model = load_pretrained(checkpoint)
@@ -185,7 +191,7 @@ def test_a_model_without_a_tokenizer(tmp_path: Path):
 
 def test_batches_have_few_shapes():
     lengths = [0, 1, 32, 33, 64, 65, 101, 100]
-    batches = list(models._batches([[7] * length for length in lengths], 32, 100, lambda length: 64 // length or 1))
+    batches = list(features._batches([[7] * length for length in lengths], 32, 100, lambda length: 64 // length or 1))
     assert [(list(documents), ids.shape) for documents, ids, _ in batches] == [
         ([1, 2], (2, 32)), ([3], (1, 64)), ([4], (1, 64)), ([5], (1, 100)), ([7], (1, 100)),
     ]  # fmt: skip
