@@ -180,9 +180,9 @@ def describe_clusters(
     """The largest clusters, largest first, as JSON: sizes, mean scores, sources, languages, words and examples.
 
     `clusters` int [n] and `cosines` float [n] are the nearest centroid of each document (`assign`). `read` gives the
-    texts of some documents; it is called once, for the documents nearest to the centroids. Words are the distinctive
-    ones of these, in Chinese pairs of characters: those with the largest number of documents times
-    log(clusters / clusters with the word). Examples are the beginnings of the nearest documents, nearest first.
+    texts of some documents; it is called once, for the documents nearest to the centroids. Words are the most
+    distinctive ones of these documents (the number of documents times log(clusters / clusters with the word)), in
+    Chinese pairs of characters. Examples are the beginnings of the nearest documents, nearest first.
     """
     sizes = np.bincount(clusters) if len(clusters) else np.empty(0, np.int64)
     # Of equal sizes the lower number comes first, of equal cosines the earlier document.

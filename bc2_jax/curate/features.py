@@ -34,7 +34,7 @@ _MOST_CHARACTERS_PER_TOKEN = 32
 _TOKENS_PER_BATCH, _SHORTEST_ROW = 8192, 32
 _SCORED_ROWS, _SHORTEST_SCORED = 8, 16
 _CHUNK = 256
-"""Tokens whose logits are in memory at one time: 128 MiB with the vocabulary of Baichuan 2."""
+"""Tokens whose logits are in memory at the same time: 128 MiB with the vocabulary of Baichuan 2."""
 
 
 def unit_rows(features: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ Code     No rules on words or bullets, and wide limits on spaces and duplicate l
          (Chen et al. 2021, arXiv 2107.03374, section 3.1): 100 characters on average, 1000 at most.
 Kinds    Limits of running text do not fit code in a document of another language, mathematics, lists, tables, dialogue
          and verse. A document that breaks one is judged again by the limits of its kind (`kinds`).
-Order    Tables of what follows what (`gibberish`) tell text from words, letters and Han characters in random order.
+Order    Tables of how often words, letters and Han characters follow each other find random order (`gibberish`).
 
 C4's rules (Raffel et al. 2020, section 2.2) on single lines are in `cuts`. Its rules that drop a page with a
 curly bracket or a line without a final full stop would remove technical text and verse, and are left out.

@@ -59,7 +59,7 @@ def check_resident_id(number: str) -> bool:
 
 
 def check_luhn(digits: str) -> bool:
-    """Whether the last digit is Luhn's check digit of those before it; a row of equal digits is none."""
+    """Whether the last digit is the Luhn check digit of the others; False for a row of equal digits."""
     doubled = (sum(divmod(2 * int(digit), 10)) for digit in digits[-2::-2])
     return len(set(digits)) > 1 and (sum(doubled) + sum(map(int, digits[-1::-2]))) % 10 == 0
 

@@ -168,7 +168,7 @@ def render(facts: dict[str, Any]) -> str:
         "# Curation report\n",
         f"{start['documents']:,} documents, {_mb(start['bytes'])} of text read; {end['documents']:,} documents, "
         f"{_mb(end['bytes'])} ({end['bytes'] / max(start['bytes'], 1):.2%}) written.\n",
-        "## What went\n",
+        "## Removed\n",
         "![waterfall](waterfall.png)\n",
         _table(
             ["step", "documents", "text", "share of the text read", "the paper's"],
@@ -186,14 +186,11 @@ def render(facts: dict[str, Any]) -> str:
         ]  # fmt: skip
         parts += [f"## {title}\n", _table(["", "read", "written", "text read", "text written", "kept"], rows)]
     parts += ["## Clusters\n", _clusters(facts["clusters"])]
-    parts += ["## Samples of what went\n", _samples(facts["samples"])]
+    parts += ["## Samples of removed documents\n", _samples(facts["samples"])]
     parts += ["## Raw data that gave no document\n", _problems(facts["problems"])]
-    for title, key in (("Changed on the way", "changes"), ("Settings", "notes")):
-        if facts.get(key):
-            parts += [
-                f"## {title}\n",
-                _table(["", ""], [[k, f"{v:,}" if isinstance(v, int) else str(v)] for k, v in facts[key].items()]),
-            ]
+    if facts["changes"]:
+        changes = [[name, f"{count:,}"] for name, count in facts["changes"].items()]
+        parts += ["## Changes\n", _table(["", ""], changes)]
     parts += [
         "## Time\n",
         _table(
@@ -224,8 +221,8 @@ def _samples(samples: dict[str, list[dict[str, Any]]]) -> str:
     for step, rows in samples.items():
         parts.append(f"### {STEPS[step][0]}\n")
         table = [[_cell(r["id"]), _cell(r["reason"]), _cell(r["kept"] or ""), _cell(r["excerpt"])] for r in rows]
-        parts.append(_table(["document", "why", "kept instead", "begins with"], table))
-    return "\n".join(parts) or "Nothing went.\n"
+        parts.append(_table(["document", "reason", "kept instead", "begins with"], table))
+    return "\n".join(parts) or "Nothing was removed.\n"
 
 
 def _clusters(clusters: list[dict[str, Any]]) -> str:
@@ -241,7 +238,7 @@ def _clusters(clusters: list[dict[str, Any]]) -> str:
 
 def _problems(problems: dict[str, Any]) -> str:
     if not problems["reasons"]:
-        return "All of it did.\n"
+        return "All raw data gave documents.\n"
     rows = [
         [_cell(reason), f"{count:,}", f"{problems['lost'].get(reason, 0):,}"]
         for reason, count in problems["reasons"].items()
