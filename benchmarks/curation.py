@@ -7,14 +7,14 @@ runs `tools/curate.py` on it, prints these figures and writes them to DIR/result
 
 - seconds and MB/s of text, total and by stage; MB are 10^6 bytes of UTF-8 text
 - peak memory of all processes of the command, with shared pages counted once (PSS), sampled
-- recall by Jaccard index: the share of planted pairs without both documents kept, among pairs of which no filter removed
-  a document; and pairs of which both were kept with a Jaccard index below .2, because shared text was cut out
+- recall by Jaccard index: the share of planted pairs of which at most one document was kept, without pairs of which a
+  filter removed a document; and the pairs kept with a Jaccard index below .2, because shared text was cut out
 - planted paragraphs and boilerplate: the share that is cut out of documents that were kept
 - precision: the share of documents removed as a copy that have a true Jaccard index of at least .5 to the copy kept, by
   stage, in a random sample of at most 5,000 each
 
 --datatrove-python is a Python with datatrove (`curation_datatrove.py` has the commands to install it). datatrove reads
-the same documents as JSON lines by language; with --datatrove-megabytes planted pairs first, then others, up to the size.
+the same documents as JSON lines by language; with --datatrove-megabytes planted pairs first, then others up to the size.
 """
 
 from __future__ import annotations
