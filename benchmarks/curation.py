@@ -14,7 +14,7 @@ runs `tools/curate.py` on it, prints these figures and writes them to DIR/result
   stage, in a random sample of at most 5,000 each
 
 --datatrove-python is a Python with datatrove (`curation_datatrove.py` has the commands to install it). datatrove reads
-the same documents as JSON lines by language; with --datatrove-megabytes planted pairs first, then others up to the size.
+the same documents as JSON lines by language; with --datatrove-megabytes first planted pairs, up to the size.
 """
 
 from __future__ import annotations
