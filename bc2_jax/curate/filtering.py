@@ -63,10 +63,7 @@ class Documents:
         self.counts: dict[str, Any] = {}
         """Counts for the report by name."""
         self._cuts: list[_Cut] = []
-        self._lost: dict[str, np.ndarray] = {"quality": self._zeros(), "heuristics": self._zeros()}
-
-    def _zeros(self) -> np.ndarray:
-        return np.zeros(self.table.num_rows, np.int64)
+        self._lost = {stage: np.zeros(table.num_rows, np.int64) for stage in ("quality", "heuristics")}
 
     @functools.cached_property
     def tokens(self) -> Tokens:
@@ -179,9 +176,9 @@ class Quality:
     def run(self, documents: Documents) -> None:
         config = self.config
         if config.model is not None:
-            perplexity = None if config.language_model is None else make_perplexity(
-                config.language_model, config.max_tokens
-            )  # fmt: skip
+            perplexity = None
+            if config.language_model is not None:
+                perplexity = make_perplexity(config.language_model, config.max_tokens)
             model = _load_model(config.model, file_sha256(config.model))
             documents.scores = model.score(documents.texts, documents.tokens, perplexity)
         low = np.flatnonzero(documents.scores < config.min_score)
