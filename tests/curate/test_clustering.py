@@ -14,7 +14,7 @@ from bc2_jax.curate.features import unit_rows
 
 
 def blobs(rng: np.random.Generator, centers: int, points: int, dim: int = 64, spread: float = 0.05) -> tuple:
-    """float16 [points, dim] and which center each is near."""
+    """float16 [points, dim], and the center that each point is near."""
     labels = rng.integers(0, centers, points)
     return unit_rows(rng.standard_normal((centers, dim))[labels] + spread * rng.standard_normal((points, dim))), labels
 
@@ -83,7 +83,7 @@ def test_finds_clusters_that_are_there():
 
 
 def test_an_empty_cluster_starts_again_at_another_point():
-    """Two first centroids are the same point, of which one can have no points."""
+    """Two of the first centroids are equal, so one of them has no points."""
     config = ClusterConfig(clusters=3, iterations=10)
     order = np.random.default_rng(config.seed).permutation(30)
     points = np.zeros((30, 64), np.float16)

@@ -1,4 +1,4 @@
-"""Restarting: what is done is not done again, and what its settings no longer fit is."""
+"""Resuming: finished work is kept unless its settings changed."""
 
 import pytest
 
@@ -81,7 +81,7 @@ def test_finished_shards_of_an_interrupted_stage_are_kept(tmp_path):
 
 
 def test_a_marker_goes_before_what_it_stands_for(tmp_path):
-    """Stopped anywhere while an old result is removed, the next start of either settings begins again."""
+    """A run stopped while it removes an old result starts the stage again, with either settings."""
 
     def attempt(settings, clear):
         def work(runner):

@@ -1,4 +1,4 @@
-"""What is a licence header, and what two files under one licence are compared by."""
+"""Licence headers are found, and files under one licence are compared without them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each rule drops what it is for and keeps ordinary text; the score falls where a limit comes near."""
+"""Each rule drops the text it is for and keeps ordinary text; the score falls near a limit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def reason(text: str, language: str = "other", **limits) -> str | None:
 
 @pytest.fixture
 def running_text(monkeypatch):
-    """Every document is taken for running text, whatever it looks like."""
+    """Judges every document as running text."""
     monkeypatch.setattr("bc2_jax.curate.heuristics.kind_of", lambda text, language: "prose")
 
 

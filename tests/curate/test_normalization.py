@@ -1,4 +1,4 @@
-"""Normalisation against its definition, written here again character by character."""
+"""Normalisation against its definition, character by character."""
 
 from __future__ import annotations
 

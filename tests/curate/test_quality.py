@@ -1,4 +1,4 @@
-"""The model against plain loops, what it learns, and what a file may be."""
+"""The model against plain loops, its training, and files that are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, on a path and on a URI."""
+"""Files appear when they are complete, on a path and on a URI."""
 
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -52,7 +52,7 @@ def test_the_same_table_gives_the_same_bytes(tmp_path):
 
 @pytest.mark.parametrize("location", ["path", "mock:///bucket"])
 def test_bytes_are_written_as_they_are_whatever_the_name(tmp_path, location):
-    """pyarrow compresses by the suffix if it is not told otherwise."""
+    """By default pyarrow compresses by the suffix."""
     folder = Folder(tmp_path if location == "path" else location)
     for name in ("a.zst", "a.gz"):
         folder.write(name, b"content" * 9)

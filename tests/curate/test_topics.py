@@ -1,4 +1,4 @@
-"""Clusters as people read them."""
+"""Descriptions of clusters."""
 
 from __future__ import annotations
 
