@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     choose_cpu_without_tpu()
     console = make_console(stderr=True)
     try:
-        from bc2_jax.curate.perplexity import make_perplexity
+        from bc2_jax.curate.features import make_perplexity
         from bc2_jax.curate.quality import train_quality
         from bc2_jax.validation import require
 

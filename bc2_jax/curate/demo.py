@@ -1,4 +1,4 @@
-"""The demo's text through the whole data system: curated, a tokenizer trained on it, packed by source and quality."""
+"""The demo's corpus: text curated, a tokenizer trained on it, rows packed by source and quality."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from bc2_jax.tokenizer import train_tokenizer
 
 logger = logging.getLogger(__name__)
 
-# A vocabulary of a few thousand has no room for all 3,800 characters of the novel: the rare half is spelt in bytes.
+# A vocabulary of a few thousand can't hold all 3,800 characters of the novel: the rare half become bytes.
 _CHARACTER_COVERAGE = 0.995
 
 
@@ -36,7 +36,7 @@ class DemoCorpus:
     sources: dict[str, Path]
     """Folder of packed rows by language."""
     report: Path
-    """What curation kept and removed."""
+    """The report of the curation."""
 
 
 def prepare_demo(
@@ -46,10 +46,10 @@ def prepare_demo(
     sequence_length: int = 256,
     validation_fraction: float = 0.08,
 ) -> DemoCorpus:
-    """Curates the demo text, trains a tokenizer on it and packs it; takes seconds, and none if it is there.
+    """Curates the demo text, trains a tokenizer on it and packs it, in seconds; an existing result is returned at once.
 
-    The folder in `cache` is named by a hash of the settings, the text and the version of Python, and appears complete
-    or not at all.
+    The folder in `cache` is named by a hash of the settings, the text and the version of Python, and appears when it is
+    complete.
     """
     cache = Path(cache) if cache is not None else default_cache()
     documents = demo_documents(cache)

@@ -82,7 +82,7 @@ def test_han_characters_are_tokens_but_no_words(tmp_path):
 
 @pytest.mark.parametrize("length, found", [(8, False), (12, False), (13, True), (40, True)])
 def test_a_short_item_is_no_evidence(tmp_path, length, found):
-    """Eight Han characters are about five words, and stand in pages that know nothing of the question."""
+    """Eight Han characters are about five words, and occur in pages unrelated to the question."""
     item = "".join(chr(0x4E00 + i) for i in random.Random(5).sample(range(3000), length))
     ngrams = load_benchmark_ngrams([write(tmp_path / "b.jsonl", [{"question": item}])])
     assert bool(find_contaminated([f"前文{item}后文"], ngrams)) == found

@@ -15,14 +15,13 @@ from hypothesis import strategies as st
 
 from bc2_jax.config import ModelConfig
 from bc2_jax.convert.pretrained import load_pretrained, save_params
-from bc2_jax.curate import embedding
-from bc2_jax.curate.embedding import (
+from bc2_jax.curate import features
+from bc2_jax.curate.features import (
     STEP,
     DocumentFrequencies,
     EmbeddingConfig,
     HashedNgrams,
-    HiddenStates,
-    embedder,
+    mean_hidden_states,
     unit_rows,
 )
 from bc2_jax.curate.tokens import Tokens, hash_ngrams, hash_tokens
@@ -71,7 +70,7 @@ def test_hashed_ngrams_are_weighted_counts(bigram_weight: float):
         return round(256 * math.log((len(TEXTS) + 1) / (sum(entry in o for o in occurs) + 1))) / 256
 
     for frequency, weight in ((None, lambda _: 1), (frequencies, inverse_frequency)):
-        features = HashedNgrams(config, frequency)(TEXTS)
+        features = HashedNgrams(config, frequency).sketch(hash_tokens(TEXTS))
         assert features.dtype == np.float16
         np.testing.assert_allclose(features, [sketch(text, config, weight) for text in TEXTS], atol=STEP)
         np.testing.assert_array_equal(np.any(features, axis=1), [bool(grams(text)[0]) for text in TEXTS])
@@ -80,7 +79,11 @@ def test_hashed_ngrams_are_weighted_counts(bigram_weight: float):
 @given(texts_of, texts_of)
 def test_a_text_has_its_features_wherever_it_stands(one: list[str], other: list[str]):
     frequencies = DocumentFrequencies.of(other)
-    embed = HashedNgrams(EmbeddingConfig(dim=64), frequencies)
+    ngrams = HashedNgrams(EmbeddingConfig(dim=64), frequencies)
+
+    def embed(texts: list[str]) -> np.ndarray:
+        return ngrams.sketch(hash_tokens(texts))
+
     together = embed(one + other)
     assert together.shape == (len(one + other), 64)
     for row, text in zip(together, one + other, strict=True):
@@ -90,17 +93,18 @@ def test_a_text_has_its_features_wherever_it_stands(one: list[str], other: list[
 @given(texts_of, texts_of)
 def test_frequencies_add_up(one: list[str], other: list[str]):
     whole = DocumentFrequencies.of(one + other)
-    parts = DocumentFrequencies.sum([DocumentFrequencies.of(one), DocumentFrequencies.of(other)])
-    np.testing.assert_array_equal(whole.counts, parts.counts)
-    assert whole.documents == parts.documents == len(one + other)
-    assert np.array_equal(whole.weights(), parts.weights())
+    parts = [DocumentFrequencies.of(one), DocumentFrequencies.of(other)]
+    np.testing.assert_array_equal(whole.counts, parts[0].counts + parts[1].counts)
+    assert whole.documents == parts[0].documents + parts[1].documents == len(one + other)
     occurs = [{h >> 46 for hashes in grams(text) for h in hashes} for text in one + other]
     assert whole.counts.sum() == sum(map(len, occurs))
 
 
 def test_common_words_weigh_less():
     texts = [f"the of and {'abcdefghij'[i] * 3} {'klmnopqrst'[i] * 3}" for i in range(10)]
-    plain, weighted = (HashedNgrams(EmbeddingConfig(), f)(texts) for f in (None, DocumentFrequencies.of(texts)))
+    plain, weighted = (
+        HashedNgrams(EmbeddingConfig(), f).sketch(hash_tokens(texts)) for f in (None, DocumentFrequencies.of(texts))
+    )
     means = [((f.astype(np.float32) @ f.T.astype(np.float32)).sum() - 10) / 90 for f in (plain, weighted)]
     assert means[0] > 0.4 and abs(means[1]) < 0.05
 
@@ -115,7 +119,8 @@ def test_an_edited_copy_is_near_and_another_text_is_not(modules: list[str]):
             words[i] = "edited" if words[i][0].isalnum() else words[i]
         copies.append("".join(words))
     embed = HashedNgrams(EmbeddingConfig(), DocumentFrequencies.of(documents))
-    cosines = embed(documents).astype(np.float32) @ embed(copies).astype(np.float32).T
+    features = [embed.sketch(hash_tokens(texts)).astype(np.float32) for texts in (documents, copies)]
+    cosines = features[0] @ features[1].T
     others = cosines[~np.eye(len(documents), dtype=bool)]
     assert np.diag(cosines).min() > 0.8
     assert others.max() < 0.75 and np.median(others) < 0.3
@@ -159,43 +164,37 @@ def checkpoint(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -
     return path
 
 
-def test_hidden_states_are_means_over_the_first_tokens(checkpoint: Path, tokenizer: Tokenizer, modules: list[str]):
-    texts = ["", TEXTS[2], modules[1][:5000]]
-    embed = HiddenStates(EmbeddingConfig(model=str(checkpoint), max_tokens=80, dtype="float32"), tokens_per_batch=160)
-    means, features = embed.means(texts), embed(texts)
+def test_hidden_states_are_means_over_the_first_tokens(
+    checkpoint: Path, tokenizer: Tokenizer, modules: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(features, "_TOKENS_PER_BATCH", 160)
+    texts = ["", TEXTS[2], modules[1][:5000], *(module[:900] for module in modules)]
+    means = mean_hidden_states(texts, EmbeddingConfig(model=str(checkpoint), max_tokens=80, dtype="float32"))
     model = load_pretrained(checkpoint)
-    for text, mean, feature in zip(texts, means, features, strict=True):
+    for text, mean in zip(texts, means, strict=True):
         ids = tokenizer.encode(text)[:80]
         expected = np.zeros(32)
         if ids:
             expected = np.asarray(model.hidden_states(jnp.array([ids]))[0]).mean(axis=0)
         np.testing.assert_allclose(mean, expected, atol=1e-5)
-        np.testing.assert_array_equal(feature, unit_rows(mean))
-    assert features.dtype == np.float16 and embed([]).shape == (0, 32)
-    assert isinstance(embedder(embed.config), HiddenStates) and isinstance(embedder(EmbeddingConfig()), HashedNgrams)
-
-
-def test_hidden_states_on_a_mesh_and_centred(checkpoint: Path, mesh_of, modules: list[str]):
-    config = EmbeddingConfig(model=str(checkpoint), max_tokens=64, dtype="float32")
-    texts = [module[: 40 * i] for i, module in enumerate(modules)]
-    alone = HiddenStates(config).means(texts)
-    on_mesh = HiddenStates(config, mesh=mesh_of(2, 2, 2), tokens_per_batch=100).means(texts)
-    np.testing.assert_allclose(on_mesh, alone, atol=1e-5)
-    center = alone[1:].mean(axis=0)
-    centred = HiddenStates(config, center)(texts)
-    assert not centred[0].any(), "an empty text stays zero"
-    np.testing.assert_array_equal(centred[1:], unit_rows(alone[1:] - center))
+    empty = mean_hidden_states([], EmbeddingConfig(model=str(checkpoint)))
+    assert means.dtype == np.float32 and empty.shape == (0, 32)
 
 
 def test_a_model_without_a_tokenizer(tmp_path: Path):
     golden = Path(__file__).parents[1] / "golden" / "rope-tiny"
     with pytest.raises(FileNotFoundError, match="has no tokenizer.model"):
-        HiddenStates(EmbeddingConfig(model=str(golden)))(["text"])
+        mean_hidden_states(["text"], EmbeddingConfig(model=str(golden)))
     with pytest.raises((FileNotFoundError, ValueError)):
-        HiddenStates(EmbeddingConfig(model=str(tmp_path / "nothing")))(["text"])
+        mean_hidden_states(["text"], EmbeddingConfig(model=str(tmp_path / "nothing")))
 
 
-def test_windows_are_few():
-    lengths = np.array([0, 1, 32, 33, 64, 65, 500, 100])
-    windows = {w: list(m) for w, m in embedding._windows(lengths, 100)}
-    assert windows == {32: [1, 2], 64: [3, 4], 100: [5, 7]}
+def test_batches_have_few_shapes():
+    lengths = [0, 1, 32, 33, 64, 65, 101, 100]
+    batches = list(features._batches([[7] * length for length in lengths], 32, 100, lambda length: 64 // length or 1))
+    assert [(list(documents), ids.shape) for documents, ids, _ in batches] == [
+        ([1, 2], (2, 32)), ([3], (1, 64)), ([4], (1, 64)), ([5], (1, 100)), ([7], (1, 100)),
+    ]  # fmt: skip
+    for documents, ids, segments in batches:
+        assert np.array_equal(ids, 7 * segments)
+        assert segments.sum(axis=1).tolist() == [lengths[document] for document in documents]

@@ -1,22 +1,44 @@
-"""Restarting: what is done is not done again, and what its settings no longer fit is."""
+"""Resuming: finished work is kept unless its settings changed."""
 
 import pytest
 
-from bc2_jax.curate.engine import Engine
-from bc2_jax.curate.stages import Stages, fingerprint
+from bc2_jax.curate.config import CurationConfig
+from bc2_jax.curate.engine import Engine, Run, Runner, Stage, fingerprint
 from bc2_jax.curate.storage import Folder
 
 ENGINE = Engine("native")
 
 
+class Step(Stage):
+    """A stage of given functions."""
+
+    def __init__(self, name, settings, work, clear=lambda: None, intact=lambda _: True):
+        self.name, self._settings, self._work, self._clear, self._intact = name, settings, work, clear, intact
+
+    def settings(self, config):
+        return self._settings
+
+    def run(self, runner):
+        return self._work(runner)
+
+    def clear(self, run):
+        self._clear()
+
+    def is_intact(self, runner, result):
+        return self._intact(result)
+
+
+def runner_in(folder, key="k") -> Runner:
+    run = Run(Folder(folder), Folder(folder), CurationConfig())
+    return Runner(run, ENGINE, key, lambda *_: None)
+
+
 def run_two(folder, key, first, second, calls):
-    stages = Stages(Folder(folder), ENGINE, key, lambda *_: None)
-    results = [
-        stages.run(name, settings, lambda _, name=name: calls.append(name) or {"of": name})
-        for name, settings in (("one", first), ("two", second))
-    ]
-    assert results == [{"of": "one"}, {"of": "two"}]
-    return stages
+    runner = runner_in(folder, key)
+    for name, settings in (("one", first), ("two", second)):
+        runner.execute(Step(name, settings, lambda _, name=name: calls.append(name) or {"of": name}))
+    assert runner.results == {"one": {"of": "one"}, "two": {"of": "two"}}
+    return runner
 
 
 @pytest.mark.parametrize(
@@ -28,29 +50,27 @@ def test_a_stage_is_redone_if_it_or_one_before_it_changed(tmp_path, again, redon
     run_two(tmp_path, "k", 1, 2, calls)
     assert calls == ["one", "two"]
     calls.clear()
-    stages = run_two(tmp_path, *again, calls)
+    runner = run_two(tmp_path, *again, calls)
     assert calls == redone
-    assert stages.reused == [name for name in ("one", "two") if name not in redone]
-    assert set(stages.seconds) == {"one", "two"}
+    assert set(runner.seconds) == {"one", "two"}
 
 
 def test_finished_shards_of_an_interrupted_stage_are_kept(tmp_path):
     counter = Folder(tmp_path / "calls")
 
     def make(fails):
-        def work(task):
-            if task["name"] == fails:
+        def work(run, name):
+            if name == fails:
                 raise RuntimeError("lost host")
-            counter.write(f"{task['name']}-{fails}", b"")
-            return {"square": task["value"] ** 2}
+            counter.write(f"{name}-{fails}", b"")
+            return {"square": int(name) ** 2}
 
         return work
 
-    tasks = [{"name": f"{i:02d}", "value": i} for i in range(6)]
+    names = [f"{i:02d}" for i in range(6)]
 
     def attempt(fails):
-        stages = Stages(Folder(tmp_path / "work"), ENGINE, "k", lambda *_: None)
-        return stages.run("s", 0, lambda _: stages.map("s", make(fails), tasks))
+        return runner_in(tmp_path / "work").execute(Step("s", 0, lambda runner: runner.map(make(fails), names)))
 
     with pytest.raises(Exception, match="lost host"):
         attempt("05")
@@ -61,16 +81,14 @@ def test_finished_shards_of_an_interrupted_stage_are_kept(tmp_path):
 
 
 def test_a_marker_goes_before_what_it_stands_for(tmp_path):
-    """Stopped anywhere while an old result is removed, the next start of either settings begins again."""
+    """A run stopped while it removes an old result starts the stage again, with either settings."""
 
     def attempt(settings, clear):
-        stages = Stages(Folder(tmp_path / "work"), ENGINE, "k", lambda *_: None)
-
-        def work(folder):
+        def work(runner):
             Folder(tmp_path / "out").write("result", settings.encode())
             return {"settings": settings}
 
-        return stages.run("s", settings, work, clear=clear)
+        return runner_in(tmp_path / "work").execute(Step("s", settings, work, clear))
 
     def stop():
         assert not (tmp_path / "work" / "s").exists()
@@ -89,21 +107,20 @@ def test_a_marker_goes_before_what_it_stands_for(tmp_path):
 
 def test_what_is_not_intact_or_cut_is_done_again(tmp_path):
     def attempt(intact):
-        stages = Stages(Folder(tmp_path), ENGINE, "k", lambda *_: None)
         calls = Folder(tmp_path / "calls")
 
-        def make(task):
-            calls.write(f"{task['name']}{len(calls.names())}", b"")
-            return {"name": task["name"]}
+        def make(run, name):
+            calls.write(f"{name}{len(calls.names())}", b"")
+            return {"name": name}
 
         before = len(calls.names())
-        tasks = [{"name": "a"}, {"name": "b"}]
-        stages.run("s", 0, lambda _: stages.map("s", make, tasks, intact), intact=lambda _: False)
+        work = Step("s", 0, lambda runner: runner.map(make, ["a", "b"], is_intact=intact), intact=lambda _: False)
+        runner_in(tmp_path).execute(work)
         return sorted(name[0] for name in calls.names() if int(name[1:]) >= before)
 
     assert attempt(lambda *_: True) == ["a", "b"]
     assert attempt(lambda *_: True) == []
-    assert attempt(lambda name, result: name == result["name"] == "b") == ["a"]
+    assert attempt(lambda run, name, result: name == result["name"] == "b") == ["a"]
     (tmp_path / "s" / "results" / "b.json").write_bytes(b"")
     assert attempt(lambda *_: True) == ["b"]
 
@@ -118,14 +135,12 @@ def test_an_engine_that_gives_up_is_an_error(monkeypatch):
 
 def test_a_changed_stage_does_not_see_old_files(tmp_path):
     def attempt(settings):
-        stages = Stages(Folder(tmp_path), ENGINE, "k", lambda *_: None)
-
-        def work(folder):
-            before = folder.names(".txt")
-            folder.write(f"{settings}.txt", b"x")
+        def work(runner):
+            before = runner.folder.names(".txt")
+            runner.folder.write(f"{settings}.txt", b"x")
             return before
 
-        return stages.run("s", settings, work)
+        return runner_in(tmp_path).execute(Step("s", settings, work))
 
     assert attempt("a") == [] and attempt("b") == []
 
