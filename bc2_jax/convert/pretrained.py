@@ -31,6 +31,7 @@ from bc2_jax.convert.checkpoints import (
     quantized_scheme,
 )
 from bc2_jax.convert.hf_config import read_config
+from bc2_jax.convert.hub import local_model
 from bc2_jax.convert.peft import is_peft_folder
 from bc2_jax.convert.reading import AS_SAID, Reading
 from bc2_jax.convert.table import Shape, flatten, param_shapes, unflatten
@@ -69,8 +70,8 @@ class FoundModel:
 
 def find_model(path: str | Path, reading: Reading = AS_SAID) -> FoundModel:
     """Finds the model at `path`: a PyTorch folder in the layout of Baichuan or LLaMA, a bc2_jax checkpoint, or the
-    newest complete checkpoint of a run (its folder, or the `checkpoints` folder in it). Of a run of reinforcement
-    learning it is the actor.
+    newest complete checkpoint of a run (its folder, or the `checkpoints` folder in it), or a PyTorch folder on Hugging
+    Face's hub by its id (`hub.local_model`). Of a run of reinforcement learning it is the actor.
 
     Raises FileNotFoundError if there is no model, and ValueError if it is a reward model or an adapter, its config is
     not valid, a checkpoint is damaged or has a link in it, or its path is none for Orbax (`validation.check_path`); in
@@ -84,7 +85,7 @@ def find_model(path: str | Path, reading: Reading = AS_SAID) -> FoundModel:
 
 def find_any_model(path: str | Path, reading: Reading = AS_SAID) -> FoundModel:
     """`find_model`, also of a reward model, whose trained parameters may be an adapter and its score."""
-    path = Path(path)
+    path = local_model(path)
     if is_hf_folder(path):
         tokenizer = path / TOKENIZER_NAME
         return FoundModel(path, "pytorch", read_config(path, reading), tokenizer if tokenizer.is_file() else None)
@@ -109,7 +110,7 @@ def find_tokenizer(path: str | Path) -> Path:
 
     Needs no model: a run has its tokenizer before its first checkpoint.
     """
-    path = Path(path)
+    path = local_model(path)
     if (found := _tokenizer_near(path.absolute())) is None:
         reason = f"has no {TOKENIZER_NAME}, nor has its run" if path.exists() else "does not exist"
         raise FileNotFoundError(f"{path} {reason}.")
