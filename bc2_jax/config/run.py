@@ -178,6 +178,8 @@ class RunConfig:
     """Folder of compiled programs, so that a restart or the same run again does not compile; empty for none."""
     log_every: int = 10
     """Steps between log lines; metrics.jsonl has every step."""
+    wandb_project: str | None = None
+    """Project of Weights & Biases to send metrics to as well; a resumed run continues there (extra `wandb`)."""
     eval_every: int = 1000
     """Steps between evaluations on the held-out rows; the last step is always evaluated."""
     eval_batches: int = 0
