@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bc2_jax.terminal import make_console, make_table, program_words, use_utf8
+from bc2_jax.terminal import local_path, make_console, make_table, program_words, use_utf8
 
 if TYPE_CHECKING:
     from bc2_jax.aot.compilation import CompiledProgram
@@ -51,8 +51,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--batch-per-chip", type=int,
         help="sequences per chip and accumulation step; 1 unless --data.global-batch-size is given",
     )  # fmt: skip
-    parser.add_argument("--hlo", type=Path, help="write the scheduled program's text here")
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--hlo", type=local_path, help="write the scheduled program's text here")
+    parser.add_argument("--json", type=local_path, help="write the figures here")
     parser.add_argument(
         "--xla", action="append", default=[], metavar="NAME=VALUE",
         help="a compiler option on top of the generation's; NAME= leaves one at its default",

@@ -34,7 +34,7 @@ from bc2_jax.align.pair_preparation import PAIRS, prepare_pairs
 from bc2_jax.align.preparation_settings import Conversations, Settings
 from bc2_jax.align.row_preparation import PROBLEMS
 from bc2_jax.data.processes import ends_at_signals, num_cores
-from bc2_jax.terminal import log_to_stderr, make_console, make_table, use_utf8
+from bc2_jax.terminal import local_path, log_to_stderr, make_console, make_table, use_utf8
 
 _FILES_SHOWN = 20
 
@@ -42,9 +42,11 @@ _FILES_SHOWN = 20
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     default = Settings()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", nargs="+", type=Path, metavar="DATA")
-    parser.add_argument("--tokenizer", required=True, type=Path, help="SentencePiece model, or a model's folder or run")
-    parser.add_argument("--out", required=True, type=Path, metavar="ROWS", help="folder to make")
+    parser.add_argument("data", nargs="+", type=local_path, metavar="DATA")
+    parser.add_argument(
+        "--tokenizer", required=True, type=local_path, help="SentencePiece model, or a model's folder or run"
+    )
+    parser.add_argument("--out", required=True, type=local_path, metavar="ROWS", help="folder to make")
     parser.add_argument(
         "--max-length", type=int, default=default.max_length, metavar="N",
         help="tokens of the longest sample; of a pair those of the prompt with the longer answer (default %(default)s)",

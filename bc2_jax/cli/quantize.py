@@ -16,11 +16,10 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bc2_jax.cpu import choose_cpu_without_tpu
-from bc2_jax.terminal import here, make_console, make_table, run_program
+from bc2_jax.terminal import here, local_path, make_console, make_table, run_program
 from bc2_jax.validation import require
 
 if TYPE_CHECKING:
@@ -41,8 +40,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("model", metavar="MODEL", type=Path)
-    parser.add_argument("out", metavar="OUT", type=Path)
+    parser.add_argument("model", metavar="MODEL", type=local_path)
+    parser.add_argument("out", metavar="OUT", type=local_path)
     schemes = parser.add_mutually_exclusive_group(required=True)
     for scheme, about in (
         ("int8", "a byte for each weight, a scale for each output"),
@@ -54,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=32768, metavar="N", help="of it, at most (default %(default)s)")
     parser.add_argument("--tensor", type=int, metavar="N", help="use all devices, cutting heads and vocabulary in N")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a quantized model")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
+    parser.add_argument("--json", type=local_path, metavar="FILE", help="write the figures")
     return parser
 
 

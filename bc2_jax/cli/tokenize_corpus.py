@@ -26,7 +26,7 @@ from bc2_jax.data.documents import Fields
 from bc2_jax.data.packing import load_manifest
 from bc2_jax.data.processes import ends_at_signals, num_cores
 from bc2_jax.data.tokenization import Settings, tokenize_corpus
-from bc2_jax.terminal import log_to_stderr, make_console, make_table, use_utf8
+from bc2_jax.terminal import local_path, log_to_stderr, make_console, make_table, use_utf8
 
 
 def summarize(corpus: Corpus, out: Path) -> Table:
@@ -46,9 +46,9 @@ def summarize(corpus: Corpus, out: Path) -> Table:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT")
+    parser.add_argument("inputs", nargs="+", type=local_path, metavar="INPUT")
     parser.add_argument("--tokenizer", required=True, help="SentencePiece model")
-    parser.add_argument("--out", required=True, type=Path, help="folder to make")
+    parser.add_argument("--out", required=True, type=local_path, help="folder to make")
     parser.add_argument("--sequence-length", type=int, default=4096, help="T, tokens a row (default %(default)s)")
     parser.add_argument("--processes", type=int, default=num_cores(), help="default: one a core, %(default)s here")
     parser.add_argument("--text-field", default="text", help="field or column of the text (default %(default)s)")

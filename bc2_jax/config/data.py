@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from bc2_jax.validation import choices, divisors, require, require_positive, require_types
+from bc2_jax.validation import choices, divisors, require, require_local, require_positive, require_types
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,7 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         require_types(self, "data.sources.")
+        require_local("data.sources.path", self.path)
         require(self.weight >= 0, "data.sources.weight", self.weight, "it must be at least 0")
         require(
             all(0 <= weight < math.inf for weight in self.quality_weights),

@@ -17,6 +17,7 @@ from bc2_jax.validation import (
     require,
     require_at_most,
     require_literals,
+    require_local,
     require_positive,
     require_types,
 )
@@ -200,7 +201,8 @@ class RunConfig:
         for field in ("eval_batches", "verify_resume_steps", "profile_start", "seed"):
             require(getattr(self, field) >= 0, field, getattr(self, field), "it must be at least 0")
         require_at_most(self, "", seed=2**32 - 1)  # JAX would take a larger one for a smaller
-        require("://" not in (self.workdir or ""), "workdir", self.workdir, "it must be a path of a file system")
+        for field in ("workdir", "init_from"):
+            require_local(field, getattr(self, field) or "")
         require(
             self.verify_resume_steps < self.num_steps, "verify_resume_steps", self.verify_resume_steps,
             f"it must be less than num_steps = {self.num_steps}",

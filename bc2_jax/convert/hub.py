@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from bc2_jax.validation import require_local
+
 _ID = re.compile(r"([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 _BESIDE_WEIGHTS = (
     "config.json", "generation_config.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
@@ -36,6 +38,7 @@ def local_model(path: str | Path) -> Path:
     cached files are taken. Raises FileNotFoundError or ValueError, in one sentence, for a model that is not there, that
     needs the consent of its owners, or whose files are not what the hub says they are.
     """
+    require_local("the model", str(path))
     match = _ID.fullmatch(str(path))
     if match is None or os.path.exists(path) or os.path.exists(match[1]):
         return Path(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ class WandbRun:
         file = self._workdir / ID_NAME
         if not file.is_file():
             with replaced(file) as partial:
-                partial.write_text(wandb.util.generate_id(), encoding="utf-8")
+                partial.write_text(secrets.token_hex(4), encoding="utf-8")
         run = wandb.init(
             project=self._config.wandb_project, name=self._config.name, id=file.read_text(encoding="utf-8").strip(),
             resume="allow", dir=str(self._workdir), config=dataclasses.asdict(self._config),
