@@ -1,4 +1,4 @@
-"""Puts a model to benchmarks, offline, from the files that their authors released.
+"""Evaluates a model on benchmarks, offline, from the files that their authors released.
 
 bc2 evaluate MODEL --tasks ceval,cmmlu,mmlu,gsm8k --data-dir DIR --out EVALS
 bc2 evaluate RUN --checkpoints all --tasks ceval,mmlu --data-dir DIR --out EVALS

@@ -10,9 +10,9 @@ folder that the curation wrote. The language of a text is the `language` of its 
 file, else it is identified (extra `data`).
 
 A text longer than the model's context is cut into windows of that length as lm-eval does it: each begins with the last
-token of the one before, and only the last window is moved back to be full. With --stride N windows overlap: each moves
-on by N tokens, and those are predicted with all the others before them. Every token is predicted once; the first of a
-text after the beginning-of-text token. Standard errors are those of drawing the texts.
+token of the one before, and only the last window is moved back to be full. With --stride N windows overlap: each starts
+N tokens after the one before, and only its last N tokens are predicted, after all the others in it. Every token is
+predicted once; the first of a text after the beginning-of-text token. Standard errors are those of drawing the texts.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", type=local_path)
     parser.add_argument("files", metavar="FILES", nargs="+")
-    parser.add_argument("--stride", type=int, metavar="N", help="tokens by which windows move on (default: all)")
+    parser.add_argument("--stride", type=int, metavar="N", help="tokens between the starts of windows (default: all)")
     parser.add_argument("--max-length", type=int, metavar="N", help="tokens a window (default: what the model takes)")
     parser.add_argument("--text-field", default="text", metavar="NAME", help="of a record (default %(default)s)")
     parser.add_argument(

@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     listed = f" (what was left out or cut: {options.out / PROBLEMS})" if (options.out / PROBLEMS).is_file() else ""
     print(f"{size:,.1f} MB read in {seconds:.1f} s; written to {options.out}{listed}")
     if counts.held_out and options.pairs:
-        print(f"held-out pairs, for tools/reward_report.py: {options.out / PAIRS}")
+        print(f"held-out pairs, for bc2 reward-report: {options.out / PAIRS}")
     elif counts.held_out:
         print(f"held-out questions, which a run on these rows asks at its evaluations: {options.out / QUESTIONS}")
     return 0

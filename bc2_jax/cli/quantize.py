@@ -1,12 +1,12 @@
-"""Writes a model in int8 or int4, and says how near it is to the model in bfloat16.
+"""Writes a model in int8 or int4 and measures how close it is to the model in bfloat16.
 
 bc2 quantize MODEL OUT --int8
 bc2 quantize MODEL OUT --int4 --text held_out.jsonl books/
 
-MODEL is a folder in the released PyTorch layout, or a checkpoint or run of ours. OUT is a folder that serve.py,
-generate.py, evaluate.py and perplexity.py take as MODEL; it cannot be trained or converted. The table has the bytes of
-the weights, perplexity, KL divergence and how often both find the same token most likely: on --text, files as
-perplexity.py reads them, else on the held-out rows of a run whose data is at hand, else on text that comes with Python.
+MODEL is a folder in the released PyTorch layout, or a checkpoint or run of ours. OUT is a folder that `bc2 serve`,
+`generate`, `evaluate` and `perplexity` take as MODEL; it cannot be trained or converted. The table has the bytes of the
+weights, perplexity, KL divergence and how often both find the same token most likely: on --text, files as `bc2
+perplexity` reads them, else on the run's held-out rows if they exist, else on text that comes with Python.
 docs/quantization.md says how weights are rounded and what to expect.
 """
 
@@ -72,7 +72,7 @@ def read_files(args: argparse.Namespace) -> Iterator[str]:
 
 
 def held_out_rows(found: FoundModel, tokens: int) -> list[Rows]:
-    """Those of the run that made a checkpoint; none if it does not say where, or they are not there any more."""
+    """The held-out rows of the run that made a checkpoint; none if it does not record them or they were removed."""
     from bc2_jax.config import DataConfig
     from bc2_jax.config.record import from_record
     from bc2_jax.data.loader import make_validation_batches

@@ -69,7 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--judge", action="append", default=[], metavar="[helpful=|harmless=]WHAT",
         help="FILE.py:NAME or MODULE:NAME, a function judge(prompts, answers, rows): a number for each answer "
         "(harmless, unless said) or {helpful, harmless}; reward:RM, a reward model; safety:FILE.npz, a model of "
-        "tools/train_quality.py; may be given several times",
+        "bc2 train-quality; may be given several times",
     )  # fmt: skip
     add(
         "--threshold", type=float, metavar="X",

@@ -143,7 +143,7 @@ def plan(args: argparse.Namespace) -> None:
         )
         return
     best = min(fitting, key=lambda choice: choice.width)
-    rungs = ", ".join(f"configs/scaling/paper_h{hidden}.py" for hidden in best.rungs)
+    rungs = ", ".join(f"paper_h{hidden}" for hidden in best.rungs)
     out.print(f"Of {args.plan:,.0f} chip-hours, {best.chip_hours:,.0f} for {len(best.rungs)} rungs: {rungs}")
 
 

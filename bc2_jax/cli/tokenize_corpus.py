@@ -9,7 +9,7 @@ a `source` (else the name of the file's folder), a quality `score` in 0..1 (else
 
 OUT becomes a source for `DataConfig`: rows of T + 1 tokens in OUT/SOURCE/qBUCKET, or where weights differ in wWEIGHT of
 it, some documents of each held out for validation, and corpus.json. OUT appears when it is complete; stopped before,
-the same command goes on where it was.
+the same command resumes.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     try:
-        advice = "what is finished is kept; run the same command to go on."
+        advice = "what is finished is kept; run the same command to resume."
         with ends_at_signals(advice), Progress(*columns, console=console) as progress:
             task = progress.add_task("reading", total=None)
 

@@ -29,7 +29,8 @@ class WandbRun:
     """The W&B run of a workdir, opened at the first metrics; it does nothing on other processes than the first."""
 
     def __init__(self, config: RunConfig, workdir: Path) -> None:
-        self._config, self._workdir, self._run = config, workdir, None
+        self._config, self._workdir = config, workdir
+        self._run: Any = None
         self._is_on = jax.process_index() == 0
 
     def log(self, step: int, metrics: dict[str, float]) -> None:

@@ -66,7 +66,7 @@ def test_a_resumed_run_continues_the_same_one(small_run, wandb, tmp_path):
     assert wandb.metrics == [("step", None), ("*", "step")]
     train(small_run, num_steps=3, resume="auto", **changes)
     assert [start["id"] for start in wandb.started] == [name] * 2
-    assert {values["step"] for values in wandb.logged} == {1, 2, 3}
+    assert {values["step"] for values in wandb.logged} == {0, 1, 2, 3}
 
 
 def test_the_run_does_without(small_run, wandb, tmp_path, caplog):
