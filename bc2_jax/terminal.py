@@ -16,6 +16,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from bc2_jax.validation import require_local
+
 _CHECKOUT = Path(__file__).parents[1]
 # Width of a table in a file or pipe.
 _WIDTH = 160
@@ -64,6 +66,15 @@ def read_argument(text: str) -> str:
         return os.fsencode(text).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"the argument {text!r} is not valid: it is not UTF-8.") from error
+
+
+def local_path(text: str) -> Path:
+    """The path of an argument, as `type=` of argparse; a URL is refused, of which Path would make another path."""
+    try:
+        require_local("the path", text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return Path(text)
 
 
 def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:

@@ -121,6 +121,16 @@ def is_inside(name: str) -> bool:
     )  # fmt: skip
 
 
+def require_local(field: str, path: str) -> None:
+    """Raises ValueError for a URL such as gs://BUCKET/RUN where only a path of a file system will do."""
+    require(
+        re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path) is None, field, path,
+        "it must be a path of a file system. An object store has no locks, renames, appends or mapped files, which "
+        "runs and models need: mount the bucket (Cloud Storage FUSE, Filestore), or copy from and to it "
+        "(docs/pods.md, Object stores)",
+    )  # fmt: skip
+
+
 # What Orbax and TensorStore read as something else than a name: patterns, another separator, the schemes of object
 # stores (`gs:/` anywhere, /gs, /s3, /az and /hf at the root), a folder that is being written.
 _NOT_A_NAME = re.compile(r"[\[*?\\]|gs:(?=/)|^//|(?<=^/)(?:gs|s3|az|hf)(?=/)|\.orbax-checkpoint-tmp(?=[^/]*/)")

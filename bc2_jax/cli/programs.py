@@ -69,8 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     program = PROGRAMS[name]
     arguments = [*program.arguments, *rest]
+    given = sys.argv
     sys.argv = [f"bc2 {name}", *arguments]  # the program's name in its --help and in its hints
-    return importlib.import_module(f"bc2_jax.cli.{program.module}").main(arguments)
+    try:
+        return importlib.import_module(f"bc2_jax.cli.{program.module}").main(arguments)
+    finally:
+        sys.argv = given
 
 
 def usage() -> str:

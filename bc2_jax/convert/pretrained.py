@@ -31,6 +31,7 @@ from bc2_jax.convert.checkpoints import (
     quantized_scheme,
 )
 from bc2_jax.convert.hf_config import read_config
+from bc2_jax.convert.hub import local_model
 from bc2_jax.convert.peft import is_peft_folder
 from bc2_jax.convert.reading import AS_SAID, Reading
 from bc2_jax.convert.table import Shape, flatten, param_shapes, unflatten
@@ -68,9 +69,9 @@ class FoundModel:
 
 
 def find_model(path: str | Path, reading: Reading = AS_SAID) -> FoundModel:
-    """Finds the model at `path`: a PyTorch folder in Baichuan's or LLaMA's layout, a bc2_jax checkpoint, or a run (its
-    folder or its `checkpoints` folder), of which it takes the newest complete checkpoint. From reinforcement learning
-    it takes the actor.
+    """Finds the model at `path`: a PyTorch folder in Baichuan's or LLaMA's layout, a bc2_jax checkpoint, a run (its
+    folder or its `checkpoints` folder), of which it takes the newest complete checkpoint, or a PyTorch folder on the
+    Hugging Face hub by its id (`hub.local_model`). From reinforcement learning it takes the actor.
 
     Raises FileNotFoundError if there is no model, and ValueError for a reward model or an adapter, an invalid config, a
     checkpoint that is damaged or contains a link, or a path that Orbax cannot use (`validation.check_path`).
@@ -83,7 +84,7 @@ def find_model(path: str | Path, reading: Reading = AS_SAID) -> FoundModel:
 
 def find_any_model(path: str | Path, reading: Reading = AS_SAID) -> FoundModel:
     """`find_model`, which also finds reward models; their parameters may be an adapter and a score."""
-    path = Path(path)
+    path = local_model(path)
     if is_hf_folder(path):
         tokenizer = path / TOKENIZER_NAME
         return FoundModel(path, "pytorch", read_config(path, reading), tokenizer if tokenizer.is_file() else None)
@@ -108,7 +109,7 @@ def find_tokenizer(path: str | Path) -> Path:
 
     Works before a run has its first checkpoint.
     """
-    path = Path(path)
+    path = local_model(path)
     if (found := _tokenizer_near(path.absolute())) is None:
         reason = f"has no {TOKENIZER_NAME}, nor has its run" if path.exists() else "does not exist"
         raise FileNotFoundError(f"{path} {reason}.")

@@ -27,9 +27,10 @@ from bc2_jax.train.goodput import Goodput, goodput_table, read_sessions
 from bc2_jax.train.health import HealthMonitor, Steps
 from bc2_jax.train.job import Batch, BatchError, Job, Progress, Say, lower_train_step, make_eval_step
 from bc2_jax.train.kinds import with_tasks
-from bc2_jax.train.metrics import MetricsWriter, ProgressDisplay, Throughput, fingerprint, memory_metrics
+from bc2_jax.train.metrics import ProgressDisplay, Throughput, fingerprint, make_writer, memory_metrics
 from bc2_jax.train.resume import find_checkpoint, restore_state, verify_resume
 from bc2_jax.train.start import check_attention, describe_start, own_workdir, tuned_options, use_compilation_cache
+from bc2_jax.train.wandb_run import check_wandb
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -82,13 +83,14 @@ def run(
     loss or gradient that is not finite (checkpoints are kept); and distributed.Preempted after SIGTERM or Ctrl-C, with
     the last step saved.
     """
-    started = time.monotonic() if started is None else started
+    started = started or time.monotonic()
     distributed.start(config)
     require_agreement(describe_start(config))
     use_compilation_cache(config.compilation_cache)
     config = config.resolve(jax.device_count())
     mesh = make_mesh(config.mesh)
     check_attention(config, mesh)
+    check_wandb(config)
     expendable = Expendable()
     verified = config.num_steps - config.verify_resume_steps if config.verify_resume_steps else None
     with (
@@ -157,7 +159,7 @@ class _Loop:
         if metadata is not None:
             after = f", after {metadata.tokens:,} tokens," if metadata.tokens else ""
             self.display.say(f"Resumed at step {step}{after} from {self.checkpointer.directory}.")
-        self.writer = MetricsWriter(self.workdir, step, self.expendable)
+        self.writer = make_writer(self.config, self.workdir, step, self.expendable)
 
     def compile(self) -> None:
         """Compiles the step for the first batch ahead of time, so that it can never recompile."""
@@ -362,7 +364,7 @@ class _Loop:
         self._next_batch(good + 1)
         monitor.rewound(good, metadata.health, skipped)
         self.writer.close()
-        self.writer = MetricsWriter(self.workdir, good, self.expendable)
+        self.writer = make_writer(self.config, self.workdir, good, self.expendable)
         self.steps.done = self.resumed_at = good
         self.tokens_before = metadata.tokens
         self.watchdog.beat(f"rewinding to step {good}")

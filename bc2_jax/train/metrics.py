@@ -25,6 +25,7 @@ from bc2_jax.sharding import to_host
 from bc2_jax.terminal import make_console
 from bc2_jax.tpu.chips import CHIPS, DEVICE_KINDS
 from bc2_jax.train.expendable import Expendable
+from bc2_jax.train.wandb_run import WandbRun
 
 _log = logging.getLogger(__name__)
 
@@ -72,18 +73,18 @@ def memory_metrics() -> dict[str, float]:
 
 
 class MetricsWriter:
-    """Appends to WORKDIR/metrics.jsonl and to TensorBoard events in WORKDIR/tensorboard; only process 0 writes.
+    """Appends to WORKDIR/metrics.jsonl, to TensorBoard events in WORKDIR/tensorboard and to W&B; only process 0 writes.
 
     Failed writes are counted and left out (`Expendable`).
     """
 
-    def __init__(self, workdir: Path, start_step: int, expendable: Expendable):
+    def __init__(self, workdir: Path, start_step: int, expendable: Expendable, wandb: WandbRun | None = None):
         """Removes the lines of steps after `start_step`, from which the run resumes."""
         self.path, self._expendable = workdir / "metrics.jsonl", expendable
         self._file: BinaryIO | None = None
         self._is_torn = False
         """Whether the last line of the file is unfinished."""
-        self._events = EventFiles(workdir / "tensorboard", start_step + 1)
+        self._events, self._wandb = EventFiles(workdir / "tensorboard", start_step + 1), wandb
         self._is_writer = jax.process_index() == 0
         if self._is_writer and self.path.is_file():
             with expendable.attempt("metrics"):
@@ -106,6 +107,9 @@ class MetricsWriter:
             self._append((json.dumps({"step": step, **finite}) + "\n").encode())
         with self._expendable.attempt("tensorboard"):
             self._events.write(step, metrics)
+        if self._wandb is not None:
+            with self._expendable.attempt("wandb"):
+                self._wandb.log(step, metrics)
 
     def close(self) -> None:
         if self._file is not None:
@@ -113,6 +117,9 @@ class MetricsWriter:
             self._file = None
         with self._expendable.attempt("tensorboard"):
             self._events.close()
+        if self._wandb is not None:
+            with self._expendable.attempt("wandb"):
+                self._wandb.close()
 
     def _keep_until(self, step: int) -> None:
         lines, bad = _parse_metrics(self.path)
@@ -135,6 +142,12 @@ class MetricsWriter:
         while rest:
             count = self._file.write(rest)
             self._is_torn, rest = count < len(rest), rest[count:]
+
+
+def make_writer(config: RunConfig, workdir: Path, start_step: int, expendable: Expendable) -> MetricsWriter:
+    """The metrics writer of a run; with W&B if its config asks for it."""
+    wandb = WandbRun(config, workdir) if config.wandb_project else None
+    return MetricsWriter(workdir, start_step, expendable, wandb)
 
 
 class EventFiles:

@@ -39,8 +39,8 @@ _EFFECTS: tuple[tuple[Effect, tuple[str, ...]], ...] = (
         "harmless",
         (
             "name", "compute.", "mesh.", "distributed.", "checkpoint.", "num_steps", "workdir", "init_from", "seed",
-            "compilation_cache", "log_every", "eval_", "evaluate.", "verify_resume_steps", "profile_", "sample.",
-            "ngram_baselines", "export_hf", "data.max_bad_rows", "data.tokenizer", "allow_other_tokenizer",
+            "compilation_cache", "log_every", "wandb_project", "eval_", "evaluate.", "verify_resume_steps", "profile_",
+            "sample.", "ngram_baselines", "export_hf", "data.max_bad_rows", "data.tokenizer", "allow_other_tokenizer",
             "questions.", "num_epochs", "dpo.reference_cache",
             # Compared by their contents.
             "tokenizer", "ppo.prompts", "ppo.reward_model", "ppo.rollout_rows", "ppo.patience",

@@ -429,7 +429,7 @@ def test_a_signal_is_one_sentence(tokenizer: Tokenizer, records: list[dict], tmp
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate()
     assert process.returncode == 130 and "Traceback" not in stderr
-    assert "interrupted: what is finished is kept; run the same command to go on." in stderr
+    assert "interrupted: what is finished is kept; run the same command to resume." in stderr
     assert run(*command[2:]).returncode == 0 and leftovers(tmp_path) == []
 
 

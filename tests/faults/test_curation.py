@@ -184,5 +184,5 @@ def test_a_signal_is_one_sentence_and_a_second_start_is_refused(
     process.send_signal(number)
     _, stderr = process.communicate()
     assert process.returncode == code
-    assert f"{said}what is finished is kept; run the same command to go on." in stderr
+    assert f"{said}what is finished is kept; run the same command to resume." in stderr
     assert "Traceback" not in stderr and "error" not in stderr
