@@ -66,7 +66,7 @@ def _data_stages() -> list[Stage]:
     return [texts, curate, tokenizer]
 
 
-_ROWS = ("--data.sources.0.path", "rows", "--data.tokenizer", "tokenizer.model", "--eval-batches", "20")
+ROWS = ("--data.sources.0.path", "rows", "--data.tokenizer", "tokenizer.model", "--eval-batches", "20")
 
 
 def _base() -> Stage:
@@ -76,7 +76,7 @@ def _base() -> Stage:
         "the last bit.",
         (
             (
-                "bc2", "train", "tiny_ladder", "--name", "base", *_ROWS, *_steps("base", 60, 60),
+                "bc2", "train", "tiny_ladder", "--name", "base", *ROWS, *_steps("base", 60, 60),
                 "--checkpoint.keep-last", "5", "--ngram-baselines", "--sample.prompts", "却说曹操", "The following", "def ",
             ),
         ),
@@ -89,7 +89,7 @@ def _scaling() -> Stage:
         hidden, layers, heads, rate = RUNGS[name]
         steps = str(STEPS["base"])
         return (
-            "bc2", "train", "tiny_ladder", "--name", name, *_ROWS, "--workdir", name, "--resume", "auto",
+            "bc2", "train", "tiny_ladder", "--name", name, *ROWS, "--workdir", name, "--resume", "auto",
             "--num-steps", steps, "--optimizer.decay-steps", steps, "--checkpoint.save-every", "60",
             "--eval-every", steps, "--model.hidden-size", str(hidden), "--model.intermediate-size", str(3 * hidden),
             "--model.num-hidden-layers", str(layers), "--model.num-attention-heads", str(heads),
