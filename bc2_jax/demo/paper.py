@@ -1,6 +1,8 @@
-"""The parts of `bc2 paper`: tables and figures of the Baichuan 2 report, made small. Paths are relative to the workdir."""
+"""The parts of `bc2 paper`: tables and figures of the Baichuan 2 report, made small. All paths are in the workdir."""
 
 from __future__ import annotations
+
+import shlex
 
 from bc2_jax.demo import paper_reading as reading
 from bc2_jax.demo.stage import Stage
@@ -17,9 +19,9 @@ STEPS = 200
 CHIPS = "v5p:8x8x16"
 
 # A model that trains in about a minute on two cores.
-_SMALL = tuple(
+_SMALL = shlex.split(
     "--model.hidden-size 96 --model.intermediate-size 288 --model.num-hidden-layers 3 --model.num-attention-heads 6 "
-    "--model.initializer-range 0.06 --optimizer.warmup-steps 20".split()  # noqa: SIM905 (as typed)
+    "--model.initializer-range 0.06 --optimizer.warmup-steps 20"
 )
 
 
@@ -139,8 +141,8 @@ def _curves() -> Stage:
         "Multiple-choice questions made of our text, asked of every checkpoint of the pre-trained model.",
         (
             (
-                "bc2", "evaluate", "base", "--checkpoints", "all", "--tasks", "mmlu,cmmlu", "--data-dir", "raw/benchmarks",
-                "--out", "curves",
+                "bc2", "evaluate", "base", "--checkpoints", "all", "--tasks", "mmlu,cmmlu",
+                "--data-dir", "raw/benchmarks", "--out", "curves",
             ),
         ),
         ("curves",), reading.read_curves, ("base",), seconds=90,
@@ -161,7 +163,8 @@ def _alignment() -> Stage:
         "Held-out questions and red-team attacks, put to the model after fine-tuning and after PPO.",
         (
             (
-                "bc2", "red-team", "rl", "--before", "chat", "--max-new-tokens", "24", "--planted", "2", "--out", "red_team",
+                "bc2", "red-team", "rl", "--before", "chat", "--max-new-tokens", "24", "--planted", "2",
+                "--out", "red_team",
             ),
         ),
         ("red_team",), reading.read_alignment, ("chat", "rl"), seconds=120,
@@ -173,7 +176,10 @@ def _mfu() -> Stage:
         "mfu", "Section 2.6: MFU on 1,024 chips",
         "The training step compiled for 1,024 chips of v5p, without one; compile-time estimates.",
         tuple(
-            ("bc2", "estimate", f"baichuan2_{size}", "--topology", CHIPS, "--batch-per-chip", "1", "--json", f"mfu_{size}.json")
+            (
+                "bc2", "estimate", f"baichuan2_{size}", "--topology", CHIPS, "--batch-per-chip", "1",
+                "--json", f"mfu_{size}.json",
+            )
             for size in ("7b", "13b")
         ),
         ("mfu_7b.json", "mfu_13b.json"), reading.read_mfu, seconds=420,

@@ -233,7 +233,7 @@ def read_reward_gaps(workdir: Path) -> Result:
             f"Accuracy {verdict}. Our gaps are made: an answer that repeats itself is easier to see than one that is "
             "in the wrong language, and that than a wrong one. People's judgements are behind the report's.",
         ),
-        (Table("Accuracy by gap between the scores of both answers", ("gap", "pairs", "ours", "95 %", "the report"), rows),),
+        (Table("Accuracy by gap between both answers", ("gap", "pairs", "ours", "95 %", "the report"), rows),),
         (Picture("reward_report.png", "Accuracy by gap and by class"),), figures=report["by_gap"],
     )  # fmt: skip
 
