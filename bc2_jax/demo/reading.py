@@ -12,6 +12,9 @@ from bc2_jax.align.demo_preferences import GAPS
 from bc2_jax.demo.stage import Picture, Result, Table
 from bc2_jax.train.metrics import read_metrics
 
+QUESTIONS = 100
+"""Held-out questions that each run is asked."""
+
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))

@@ -168,7 +168,8 @@ def _html_stage(stage: Mapping[str, Any], workdir: Path) -> Iterable[str]:
         data = base64.b64encode((workdir / picture["path"]).read_bytes()).decode()
         caption = e(picture["caption"])
         yield (
-            f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+            f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
+            f"<figcaption>{caption}</figcaption></figure>"
         )
 
 
@@ -192,8 +193,8 @@ def _html_table(
 def write_docs(report: Mapping[str, Any], workdir: Path, page: Path) -> None:
     """Writes the report as a Markdown page, its pictures beside it as PAGE_STAGE_NAME.png."""
     lines = [
-        f"# {report['title']}", "", report["intro"], "", f"Written by `{report['command']} --docs docs/{page.name}`; not "
-        "edited by hand.", "", "```", report["command"], "```", "",
+        f"# {report['title']}", "", report["intro"], "",
+        f"Written by `{report['command']} --docs docs/{page.name}`; not edited by hand.", "", "```", report["command"], "```", "",
         "Measured on " + ", ".join(f"{name} {value}" for name, value in report["machine"].items()) + ":", "",
         *_markdown_table(SUMMARY, summary_rows(report)), "",
         f"The commands below are typed in `{report['workdir']}`.", "",
