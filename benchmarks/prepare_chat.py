@@ -1,13 +1,13 @@
-"""How fast tools/prepare_chat.py makes rows, against a loop that encodes one conversation after another.
+"""Throughput of tools/prepare_chat.py beside a loop that encodes one conversation after another.
 
 python benchmarks/prepare_chat.py --tokenizer tokenizer.model [--text FILE ...] [--megabytes 20] [--json OUT]
 
-Conversations of 1 to 5 rounds, questions of about 90 and answers of about 250 characters (log-normal), are cut out of
-the text of FILEs, by default modules of the standard library. Prints for each of these, in one run, MB of the
-conversations' file a second, and of what the CPUs did:
+Conversations of 1 to 5 rounds, with questions of about 90 and answers of about 250 characters (log-normal), are cut
+from the text of FILEs, by default modules of the standard library. Prints MB of input per second of wall and of CPU
+time, in one run:
 
-    plain            json.loads and encode_conversation for each line, on one core; nothing is written
-    one process      the whole of prepare_chat: read, checked, encoded, split, packed, written
+    plain            json.loads and encode_conversation for each line, on one core, without writing
+    one process      all of prepare_chat: read, check, encode, split, pack, write
     N processes      the same on all cores
 """
 

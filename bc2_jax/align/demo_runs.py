@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from bc2_jax.config import RunConfig
 from bc2_jax.convert.checkpoints import newest_checkpoint
+from bc2_jax.terminal import program_words
 
 
 def require_run(config: RunConfig, field: str, workdir: str, file: Path, arguments: Sequence[str] = ()) -> None:
@@ -21,10 +21,9 @@ def require_run(config: RunConfig, field: str, workdir: str, file: Path, argumen
     """
     if is_finished(Path(workdir)):
         return
-    program = next(path for folder in file.absolute().parents if (path := folder / "train.py").is_file())
     if config.distributed.num_processes is not None:  # each of them would start it
         raise ValueError(f"{field} = '{workdir}' is not valid: it has no model; run python train.py {file} first.")
-    command = [sys.executable, str(program), str(file), "--workdir", workdir, "--resume", "auto", *arguments]
+    command = [*program_words("train.py"), str(file), "--workdir", workdir, "--resume", "auto", *arguments]
     print(f"{workdir} has no finished run: it is made first.\n{shlex.join(command)}", flush=True)
     if code := subprocess.run(command).returncode:
         raise ValueError(f"{field} = '{workdir}' is not valid: its run ended with exit code {code}.")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
+import difflib
 import os
 import runpy
 import traceback
@@ -11,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from bc2_jax.validation import show
+from bc2_jax.validation import choices, show
 
 C = TypeVar("C")
 
@@ -44,12 +46,11 @@ class ConfigFile(Generic[C]):
 def read_config_file(path: str | os.PathLike[str], *kinds: type[C]) -> ConfigFile[C]:
     """Runs the Python file `path` and its `config()`, which must return one of `kinds`.
 
-    Raises FileNotFoundError for no file, and ValueError, in a sentence with the file, the line and the cause, for
-    whatever goes wrong in it.
+    `path` may also be the name of a config that comes with the program; a file of that name goes first. Raises
+    FileNotFoundError for no file, and ValueError, in a sentence with the file, the line and the cause, for whatever
+    goes wrong in it.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file: the config must be a Python file that defines config().")
+    path = find_config_file(path)
     with _named_errors(path):
         names = runpy.run_path(str(path))
     function = names.get("config")
@@ -58,6 +59,33 @@ def read_config_file(path: str | os.PathLike[str], *kinds: type[C]) -> ConfigFil
     with _named_errors(path):
         config = _checked(f"{path}: config()", function(), *kinds)
     return ConfigFile(path, config, names.get("__doc__"), names)
+
+
+def find_config_file(given: str | os.PathLike[str]) -> Path:
+    """The file of a config that is given as a path, or by the name of one that comes with the program."""
+    path = Path(given)
+    if path.is_file():
+        return path
+    shipped = shipped_configs()
+    if str(given) in shipped:
+        return shipped[str(given)]
+    close = difflib.get_close_matches(path.stem, shipped, n=3)
+    legal = "a Python file that defines config(), or the name of a config that comes with the program"
+    hint = f"; did you mean {' or '.join(close)}?" if close else f" ({choices(shipped)})."
+    raise FileNotFoundError(f"{path} is not a file: the config must be {legal}{hint}")
+
+
+def shipped_configs(folder: str = "") -> dict[str, Path]:
+    """The config files that come with the program, or those of a folder of them, by name: `configs/` of a checkout, in
+    a wheel a folder of the package."""
+    package = Path(__file__).parents[1]
+    root = next(path for path in (package / "configs", package.parent / "configs") if path.is_dir())
+    return {path.stem: path for path in sorted((root / folder).rglob("*.py"))}
+
+
+def first_line(path: Path) -> str:
+    """The first line of a Python file's docstring."""
+    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
 
 
 def _checked(what: str, value: Any, *kinds: type[C]) -> C:

@@ -21,7 +21,7 @@ from bc2_jax.data.loader import describe_mixture
 from bc2_jax.data.packing import read_rows
 from bc2_jax.infer.text import generate_text
 from bc2_jax.model.baichuan import Baichuan2, Params, split_model
-from bc2_jax.terminal import add_column, command, interpreter, make_table
+from bc2_jax.terminal import add_column, command, make_table
 from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.train.checks import EXPORT_NAME
 from bc2_jax.train.job import Say
@@ -187,7 +187,7 @@ def print_places(checkpoint: Path, exported: Path | None, start: Start) -> None:
 
 def print_how_to_go_on(workdir: Path, longer: str, start: Start) -> None:
     """The command that makes the run longer by the arguments `longer`."""
-    again = f"{shlex.quote(interpreter())} {start.command} --workdir {shlex.quote(str(workdir))}"
+    again = f"{start.command} --workdir {shlex.quote(str(workdir))}"
     start.say(f"to go on     {again} --resume auto {longer}")
 
 

@@ -227,7 +227,7 @@ def test_a_model_of_harmful_documents_may_judge(tmp_path):
 
 
 def test_examples_of_the_program_parse():
-    examples = [line for line in tool.__doc__.splitlines() if line.startswith("python tools/red_team.py")]
+    examples = [line for line in tool.__doc__.splitlines() if line.startswith("bc2 red-team")]
     assert len(examples) == 4
     for example in examples:
         tool.make_parser().parse_args(example.split()[2:])

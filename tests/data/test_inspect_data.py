@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from bc2_jax.cli import inspect_data
 from bc2_jax.data.packing import pack_documents
 from bc2_jax.tokenizer import Tokenizer
-from tools import inspect_data
 
 ROOT = Path(__file__).parents[2]
 

@@ -18,10 +18,10 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bc2_jax.cli import perplexity
 from bc2_jax.data.documents import Fields
 from bc2_jax.data.text_files import find_text_files
 from bc2_jax.evaluate.perplexity import UNKNOWN, Text, group_by, make_group, measure, ratio, read_texts
-from tools import perplexity
 
 EVALS = Path(__file__).parents[1] / "golden" / "evals"
 GOLDEN = json.loads((EVALS / "golden.json").read_text("utf-8"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from bc2_jax.evaluate.scaling.collection import Point
 from bc2_jax.evaluate.scaling.fit import Fit, fit_compute
 from bc2_jax.evaluate.scaling.flops import Compute, training_compute
 from bc2_jax.evaluate.scaling.ladder import LENGTH, RUNGS, paper_rung
+from bc2_jax.terminal import program_words
 from bc2_jax.tpu.chips import CHIPS
 from bc2_jax.validation import choices, require
 
@@ -28,7 +28,6 @@ ASSUMED_NOISE = 0.001
 from any law by several times that."""
 FEWEST_RUNGS = 4
 _DRAWS = 12
-_ROOT = Path(__file__).parents[3]
 _BATCHES = (8, 4, 2, 1)
 """Sequences a chip, from the largest that is tried."""
 # Chips that a rung is compiled for: of the smallest slices, as ladders are trained on.
@@ -88,14 +87,14 @@ def cost_rungs(
 
 
 def compile_rung(hidden: int, chip: str) -> tuple[float, str] | None:
-    """The estimated MFU of a rung's step with the most sequences a chip that fit, by tools/aot_compile.py in a process
-    of its own; None where libtpu is not installed. Raises ValueError for a compile that fails otherwise."""
+    """The estimated MFU of a rung's step with the most sequences a chip that fit, by `bc2 estimate` in a process of its
+    own; None where libtpu is not installed. Raises ValueError for a compile that fails otherwise."""
     topology, last = f"{chip}:{_SLICES[chip]}", ""
     for batch in _BATCHES:
         with tempfile.TemporaryDirectory() as folder:
             figures = Path(folder, "figures.json")
             command = [
-                sys.executable, str(_ROOT / "tools/aot_compile.py"), str(_ROOT / f"configs/scaling/paper_h{hidden}.py"),
+                *program_words("tools/aot_compile.py"), f"paper_h{hidden}",
                 "--topology", topology, "--batch-per-chip", str(batch), "--json", str(figures),
             ]  # fmt: skip
             done = subprocess.run(command, capture_output=True, text=True)
