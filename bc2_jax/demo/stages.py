@@ -93,8 +93,8 @@ def _data_stages() -> list[Stage]:
         "text into rows of 256 tokens by source, quality and weight.",
         (
             (
-                "bc2", "train-tokenizer", "curated", "--vocab-size", "4096", "--character-coverage", "0.995", *_HELD_OUT,
-                "--out", "tokenizer.model", "--overwrite",
+                "bc2", "train-tokenizer", "curated", "--vocab-size", "4096", "--character-coverage", "0.995",
+                *_HELD_OUT, "--out", "tokenizer.model", "--overwrite",
             ),
             (
                 "bc2", "tokenize", "curated", "--tokenizer", "tokenizer.model", "--sequence-length", "256", *_HELD_OUT,
@@ -111,7 +111,8 @@ def _pretrain(name: str, *more: str) -> tuple[str, ...]:
     size = SIZES[name]
     return (
         "bc2", "train", "tiny_ladder", "--name", name, "--data.sources.0.path", "rows",
-        "--data.tokenizer", "tokenizer.model", *_size(size), "--model.initializer-range", f"{0.64 / size.hidden**0.5:.4f}",
+        "--data.tokenizer", "tokenizer.model", *_size(size),
+        "--model.initializer-range", f"{0.64 / size.hidden**0.5:.4f}",
         "--optimizer.peak-learning-rate", size.learning_rate,
         "--optimizer.min-learning-rate", f"{float(size.learning_rate) / 10:g}",
         "--workdir", name, *_steps(STEPS["base"], 50), "--eval-batches", "10", *more,
@@ -125,7 +126,8 @@ def _base() -> Stage:
         "takes to resume to the last bit.",
         (
             _pretrain(
-                "base", "--eval-every", "50", "--ngram-baselines", "--sample.prompts", "却说曹操", "The following", "def ",
+                "base", "--eval-every", "50", "--ngram-baselines",
+                "--sample.prompts", "却说曹操", "The following", "def ",
             ),
         ),
         ("base",), reading.read_base, ("tokenizer",), seconds=70,
@@ -194,7 +196,8 @@ def _preference_stages() -> list[Stage]:
             (
                 "bc2", "train", "demo_rl", "--init-from", "chat", "--ppo.reward-model", "reward",
                 "--ppo.prompts", "raw/prompts.jsonl", *_SMALL, "--workdir", "rl", "--resume", "auto",
-                "--num-steps", steps, "--checkpoint.save-every", "2", "--eval-every", steps, "--log-every", "1", *_ASKED,
+                "--num-steps", steps, "--checkpoint.save-every", "2", "--eval-every", steps, "--log-every", "1",
+                *_ASKED,
             ),
         ),
         ("rl",), reading.read_rl, ("reward",), seconds=50,
