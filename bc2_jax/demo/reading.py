@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bc2_jax.align.demo_preferences import GAPS
+from bc2_jax.demo.records import log_path
 from bc2_jax.demo.stage import Picture, Result, Table
 from bc2_jax.train.metrics import read_metrics
 
@@ -83,13 +86,31 @@ def read_base(workdir: Path) -> Result:
         (f"the model at step {first['step']}", f"{first['validation_cross_entropy']:.3f}"),
         (f"the model at step {last['step']}", f"{last['validation_cross_entropy']:.3f}"),
     )
+    log = log_path(workdir, "base").read_text(encoding="utf-8", errors="replace")
     trained = [m["trained_tokens"] for m in metrics if m.get("trained_tokens")][-1]
     return Result(
         sentences=(f"{trained:,.0f} tokens, at {speed:,.0f} tokens/s.",),
         tables=(Table("Held-out text", ("model", "nats a token"), rows),),
         pictures=(Picture("base/loss.png", "Loss of pre-training, with n-gram models as baselines"),),
+        texts={f"Sample after {prompt!r}": f"{prompt}{text}" for prompt, text in read_samples(log).items()},
         figures={"loss": last["validation_cross_entropy"], "tokens_per_second": speed, "tokens": trained},
     )
+
+
+def read_samples(log: str) -> dict[str, str]:
+    """Prompt -> its continuation, of the last samples that a run has printed to its log."""
+    found: dict[str, str] = {}
+    prompt = None
+    for line in log.split("\n"):
+        if match := re.fullmatch(r"--- (['\"].*['\"]) (?:goes on|continues):", line):
+            found = {} if prompt is None else found
+            prompt = ast.literal_eval(match[1])
+            found[prompt] = ""
+        elif line == "---":
+            prompt = None
+        elif prompt is not None:
+            found[prompt] += f"{line}\n"
+    return {prompt: text.removesuffix("\n") for prompt, text in found.items()}
 
 
 def read_scaling(workdir: Path) -> Result:
