@@ -91,7 +91,11 @@ def read_base(workdir: Path) -> Result:
     return Result(
         sentences=(f"{trained:,.0f} tokens, at {speed:,.0f} tokens/s.",),
         tables=(Table("Held-out text", ("model", "nats a token"), rows),),
-        pictures=(Picture("base/loss.png", "Loss of pre-training, with n-gram models as baselines"),),
+        pictures=(
+            Picture(
+                "base/loss.png", "Loss of pre-training, on held-out text of 80 rows; n-gram models on all held-out rows"
+            ),
+        ),
         texts={f"Sample after {prompt!r}": f"{prompt}{text}" for prompt, text in read_samples(log).items()},
         figures={"loss": last["validation_cross_entropy"], "tokens_per_second": speed, "tokens": trained},
     )
