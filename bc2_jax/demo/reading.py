@@ -227,7 +227,7 @@ def describe_change(before: float, after: float, count: int) -> str:
 
 
 def read_evaluation(workdir: Path) -> Result:
-    folders = [folder for name in ("base", "chat", "dpo", "rl") if (folder := workdir / "evals" / name).is_dir()]
+    folders = [folder for name in ("base", "chat", "rl") if (folder := workdir / "evals" / name).is_dir()]
     rows, figures, far = [], {}, []
     for folder in folders:
         for path in sorted(folder.glob("*/results.json")):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from bc2_jax.demo import reading
 from bc2_jax.demo.stage import Stage
 
-STEPS = {"base": 200, "chat": 120, "reward": 40, "dpo": 24, "rl": 6}
+STEPS = {"base": 200, "chat": 120, "reward": 40, "dpo": 16, "rl": 5}
 
 
 class Size(NamedTuple):
@@ -26,7 +26,7 @@ SIZES = {
 }
 """The smaller models of the scaling law, and the model of all other stages, from configs/scaling/tiny_ladder.py."""
 RUNGS = ("h32", "h48", "h64")
-MODELS = ("base", "chat", "dpo", "rl")
+MODELS = ("base", "chat", "rl")
 BENCHMARKS = ("mmlu", "cmmlu")
 
 
@@ -184,7 +184,7 @@ def _preference_stages() -> list[Stage]:
     dpo = Stage(
         "dpo", "Preference tuning (DPO)",
         "Tunes the chat model directly on the same pairs, beside a frozen copy of itself.",
-        ((*_tune("dpo", "demo_dpo", "chat", pairs, 12, 24), *_ASKED, "--eval-batches", "8"),),
+        ((*_tune("dpo", "demo_dpo", "chat", pairs, 8, 16), *_ASKED, "--eval-batches", "8"),),
         ("dpo",), reading.read_dpo, ("chat",), seconds=35,
     )  # fmt: skip
     steps = str(STEPS["rl"])
@@ -214,13 +214,13 @@ def _evaluation() -> Stage:
 
     return Stage(
         "evaluate", "Evaluation",
-        "Puts the models of all stages to benchmarks: our own multiple-choice questions in the files and the wording "
-        "of MMLU and CMMLU, with 5 shots. The models before and after alignment are compared item by item.",
+        "Puts the models to benchmarks: our own multiple-choice questions in the files and the wording of MMLU and "
+        "CMMLU, with 5 shots. The models before and after alignment are compared item by item.",
         (
             *map(evaluate, MODELS),
             ("bc2", "evaluate", "--compare", "evals/base", "evals/rl", "--out", "evals/base_rl"),
         ),
-        ("evals",), reading.read_evaluation, ("base", "chat", "dpo", "rl"), seconds=60,
+        ("evals",), reading.read_evaluation, MODELS, seconds=50,
     )  # fmt: skip
 
 
