@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import shlex
 import signal
 import sys
@@ -82,10 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     typed = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser()
     if "--all" not in typed and not {"--help", "-h"} & set(typed):
-        from bc2_jax.demo.runner import words_to_run
+        from bc2_jax.cli.train import main as train
 
-        words = words_to_run(["bc2", "train", "demo", *typed])
-        os.execv(words[0], words)
+        return train(["demo", *typed])
     args = parser.parse_args(typed)
     choose_cpu_without_tpu()
     again = shlex.join(["bc2", "demo", *typed])

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bc2_jax.align.demo_preferences import GAPS
+from bc2_jax.demo.records import log_path
 from bc2_jax.demo.stage import Picture, Result, Table
 from bc2_jax.train.metrics import read_metrics
+
+QUESTIONS = 100
+"""Held-out questions that each run is asked."""
 
 
 def read_json(path: Path) -> Any:
@@ -80,13 +86,35 @@ def read_base(workdir: Path) -> Result:
         (f"the model at step {first['step']}", f"{first['validation_cross_entropy']:.3f}"),
         (f"the model at step {last['step']}", f"{last['validation_cross_entropy']:.3f}"),
     )
+    log = log_path(workdir, "base").read_text(encoding="utf-8", errors="replace")
     trained = [m["trained_tokens"] for m in metrics if m.get("trained_tokens")][-1]
     return Result(
         sentences=(f"{trained:,.0f} tokens, at {speed:,.0f} tokens/s.",),
         tables=(Table("Held-out text", ("model", "nats a token"), rows),),
-        pictures=(Picture("base/loss.png", "Loss of pre-training, with n-gram models as baselines"),),
+        pictures=(
+            Picture(
+                "base/loss.png", "Loss of pre-training, on held-out text of 80 rows; n-gram models on all held-out rows"
+            ),
+        ),
+        texts={f"Sample after {prompt!r}": f"{prompt}{text}" for prompt, text in read_samples(log).items()},
         figures={"loss": last["validation_cross_entropy"], "tokens_per_second": speed, "tokens": trained},
     )
+
+
+def read_samples(log: str) -> dict[str, str]:
+    """Prompt -> its continuation, of the last samples that a run has printed to its log."""
+    found: dict[str, str] = {}
+    prompt = None
+    for line in log.split("\n"):
+        if match := re.fullmatch(r"--- (['\"].*['\"]) (?:goes on|continues):", line):
+            found = {} if prompt is None else found
+            prompt = ast.literal_eval(match[1])
+            found[prompt] = ""
+        elif line == "---":
+            prompt = None
+        elif prompt is not None:
+            found[prompt] += f"{line}\n"
+    return {prompt: text.removesuffix("\n") for prompt, text in found.items()}
 
 
 def read_scaling(workdir: Path) -> Result:
@@ -199,7 +227,7 @@ def describe_change(before: float, after: float, count: int) -> str:
 
 
 def read_evaluation(workdir: Path) -> Result:
-    folders = [folder for name in ("base", "chat", "dpo", "rl") if (folder := workdir / "evals" / name).is_dir()]
+    folders = [folder for name in ("base", "chat", "rl") if (folder := workdir / "evals" / name).is_dir()]
     rows, figures, far = [], {}, []
     for folder in folders:
         for path in sorted(folder.glob("*/results.json")):

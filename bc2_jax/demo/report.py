@@ -168,7 +168,8 @@ def _html_stage(stage: Mapping[str, Any], workdir: Path) -> Iterable[str]:
         data = base64.b64encode((workdir / picture["path"]).read_bytes()).decode()
         caption = e(picture["caption"])
         yield (
-            f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+            f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
+            f"<figcaption>{caption}</figcaption></figure>"
         )
 
 
@@ -183,7 +184,8 @@ def _html_table(
         text = f'<a href="{e(links[index])}">{e(first)}</a>' if index < len(links) else e(first)
         lines.append(f"<tr><td>{text}</td>" + "".join(f"<td>{e(cell)}</td>" for cell in others) + "</tr>")
     caption = f"<caption>{e(title)}</caption>" if title else ""
-    return f'<div class="scroll"><table>{caption}<thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody>"
+    return f'<div class="scroll"><table>{caption}{body}</table></div>'
 
 
 # ------------------------------------------------------------------------------------------------------------ Markdown
@@ -192,27 +194,28 @@ def _html_table(
 def write_docs(report: Mapping[str, Any], workdir: Path, page: Path) -> None:
     """Writes the report as a Markdown page, its pictures beside it as PAGE_STAGE_NAME.png."""
     lines = [
-        f"# {report['title']}", "", report["intro"], "", f"Written by `{report['command']} --docs docs/{page.name}`; not "
-        "edited by hand.", "", "```", report["command"], "```", "",
+        f"# {_escape(report['title'])}", "", _escape(report["intro"]), "",
+        f"Written by `{report['command']} --docs docs/{page.name}`; not edited by hand.", "",
+        "```", report["command"], "```", "",
         "Measured on " + ", ".join(f"{name} {value}" for name, value in report["machine"].items()) + ":", "",
         *_markdown_table(SUMMARY, summary_rows(report)), "",
         f"The commands below are typed in `{report['workdir']}`.", "",
     ]  # fmt: skip
     page.parent.mkdir(parents=True, exist_ok=True)
     for stage in report["stages"]:
-        lines += [f"## {stage['title']}", "", stage["about"], "", "```"]
+        lines += [f"## {_escape(stage['title'])}", "", _escape(stage["about"]), "", "```"]
         lines += [fold_command(command) for command in stage["commands"]]
         lines += ["```", ""]
         for sentence in stage["sentences"]:
             lines += [_escape(sentence), ""]
         for table in stage["tables"]:
-            lines += [f"{table['title']}:", "", *_markdown_table(table["headers"], table["rows"]), ""]
+            lines += [f"{_escape(table['title'])}:", "", *_markdown_table(table["headers"], table["rows"]), ""]
         for title, text in stage["texts"].items():
-            lines += [f"{title}:", "", "```text", text.replace("```", "'''"), "```", ""]
+            lines += [f"{_escape(title)}:", "", "```text", text.replace("```", "'''"), "```", ""]
         for picture in stage["pictures"]:
             name = f"{page.stem}_{stage['name']}_{Path(picture['path']).name}"
             shutil.copyfile(workdir / picture["path"], page.parent / name)
-            lines += [f"![{picture['caption']}]({name})", ""]
+            lines += [f"![{_escape(picture['caption'])}]({name})", ""]
     with replaced(page) as partial:
         partial.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 

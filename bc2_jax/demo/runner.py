@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import datetime
-import importlib.util
 import os
 import resource
 import shlex
@@ -30,13 +29,12 @@ from bc2_jax.demo.stage import Stage
 from bc2_jax.files import lock
 
 ROOT = Path(__file__).parents[2]
+"""Where bc2_jax is imported from."""
 _LAST_LINES = 20
 _PATIENCE = 60.0
 """Seconds that a program has to save and end when it is told to."""
 _POLL = 0.1
 _SET_PARENT_DEATH_SIGNAL = 1
-# Programs under another name than their subcommand; and configs, which have names there.
-_FILES = {"tokenize": "tokenize_corpus", "chat": "generate", "estimate": "aot_compile", "parity": "check_parity"}
 
 
 class StageFailed(RuntimeError):
@@ -129,16 +127,7 @@ def _call(command: Sequence[str], workdir: Path, log: Path, working: Callable[[]
 def words_to_run(command: Sequence[str]) -> list[str]:
     """The command for this interpreter: "bc2 SUBCOMMAND" by `python -m bc2_jax`, "python" by its path."""
     program, *rest = command
-    if program != "bc2":
-        return [sys.executable, *rest]
-    if importlib.util.find_spec("bc2_jax.__main__") is not None:
-        return [sys.executable, "-m", "bc2_jax", *rest]
-    name, *rest = rest
-    if name == "train":
-        (config,) = ROOT.joinpath("configs").rglob(f"{rest[0]}.py")
-        return [sys.executable, str(ROOT / "train.py"), str(config), *rest[1:]]
-    file = _FILES.get(name, name.replace("-", "_"))
-    return [sys.executable, str(ROOT / "tools" / f"{file}.py"), *rest]
+    return [sys.executable, *(["-m", "bc2_jax"] if program == "bc2" else []), *rest]
 
 
 def end_with_parent() -> None:

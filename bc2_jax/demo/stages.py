@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from bc2_jax.demo import reading
 from bc2_jax.demo.stage import Stage
 
-STEPS = {"base": 240, "chat": 120, "reward": 40, "dpo": 24, "rl": 8}
-RUNGS = {"h32": (32, 2, 2, "1.2e-2"), "h48": (48, 2, 3, "9.4e-3"), "h64": (64, 3, 4, "7.9e-3")}
-"""Smaller models for the scaling law: hidden size, layers, heads, peak learning rate."""
-MODELS = ("base", "chat", "dpo", "rl")
+STEPS = {"base": 200, "chat": 120, "reward": 40, "dpo": 16, "rl": 5}
+
+
+class Size(NamedTuple):
+    hidden: int
+    layers: int
+    heads: int
+    learning_rate: str
+    """At its peak, in pre-training."""
+
+
+SIZES = {
+    "h32": Size(32, 2, 2, "1.2e-2"),
+    "h48": Size(48, 2, 3, "9.4e-3"),
+    "h64": Size(64, 3, 4, "7.9e-3"),
+    "base": Size(112, 3, 7, "5.7e-3"),
+}
+"""The smaller models of the scaling law, and the model of all other stages, from configs/scaling/tiny_ladder.py."""
+RUNGS = ("h32", "h48", "h64")
+MODELS = ("base", "chat", "rl")
 BENCHMARKS = ("mmlu", "cmmlu")
 
+
+def _size(size: Size) -> tuple[str, ...]:
+    return (
+        "--model.hidden-size", str(size.hidden), "--model.intermediate-size", str(3 * size.hidden),
+        "--model.num-hidden-layers", str(size.layers), "--model.num-attention-heads", str(size.heads),
+    )  # fmt: skip
+
+
 # What differs from the configs of the demo: a smaller model in fp32 on one device, which is faster on two cores.
-_SIZE = tuple(
-    "--model.hidden-size 160 --model.intermediate-size 480 --model.num-attention-heads 10 "
-    "--compute.dtype float32 --mesh.num-cpu-devices 1 --mesh.fsdp 1 --mesh.tensor 1".split()  # noqa: SIM905 (as typed)
-)
+_SMALL = (
+    *_size(SIZES["base"]), "--compute.dtype", "float32", "--mesh.num-cpu-devices", "1", "--mesh.fsdp", "1",
+    "--mesh.tensor", "1",
+)  # fmt: skip
 _HELD_OUT = ("--validation-fraction", "0.08")
 
 
@@ -24,13 +50,27 @@ def make_stages() -> list[Stage]:
     return [*_data_stages(), _base(), _scaling(), _chat(), *_preference_stages(), _evaluation(), _export(), _serve()]
 
 
-def _steps(name: str, save_every: int, eval_every: int) -> tuple[str, ...]:
-    """Where a run is, how long it is, and how often it is saved, so that a killed one loses little."""
-    steps = str(STEPS[name])
+def _steps(steps: int, save_every: int) -> tuple[str, ...]:
+    """How long a run is, and how often it is saved, so that a killed one loses little."""
     return (
-        "--workdir", name, "--resume", "auto", "--num-steps", steps, "--optimizer.decay-steps", steps,
-        "--checkpoint.save-every", str(save_every), "--eval-every", str(eval_every),
+        "--resume", "auto", "--num-steps", str(steps), "--optimizer.decay-steps", str(steps),
+        "--checkpoint.save-every", str(save_every), "--log-every", "10",
     )  # fmt: skip
+
+
+def _tune(name: str, config: str, start: str, rows: str, save_every: int, eval_every: int) -> tuple[str, ...]:
+    """Trains the model `start` further, on these rows or pairs."""
+    return (
+        "bc2", "train", config, "--init-from", start, "--data.sources.0.path", rows,
+        "--data.tokenizer", "tokenizer.model", *_SMALL, "--workdir", name, *_steps(STEPS[name], save_every),
+        "--eval-every", str(eval_every),
+    )  # fmt: skip
+
+
+_ASKED = (
+    "--questions.path", "raw/questions.jsonl", "--questions.limit", str(reading.QUESTIONS),
+    "--questions.max-new-tokens", "24",
+)  # fmt: skip
 
 
 def _data_stages() -> list[Stage]:
@@ -53,8 +93,8 @@ def _data_stages() -> list[Stage]:
         "text into rows of 256 tokens by source, quality and weight.",
         (
             (
-                "bc2", "train-tokenizer", "curated", "--vocab-size", "4096", "--character-coverage", "0.995", *_HELD_OUT,
-                "--out", "tokenizer.model", "--overwrite",
+                "bc2", "train-tokenizer", "curated", "--vocab-size", "4096", "--character-coverage", "0.995",
+                *_HELD_OUT, "--out", "tokenizer.model", "--overwrite",
             ),
             (
                 "bc2", "tokenize", "curated", "--tokenizer", "tokenizer.model", "--sequence-length", "256", *_HELD_OUT,
@@ -66,51 +106,45 @@ def _data_stages() -> list[Stage]:
     return [texts, curate, tokenizer]
 
 
-ROWS = ("--data.sources.0.path", "rows", "--data.tokenizer", "tokenizer.model", "--eval-batches", "20")
+def _pretrain(name: str, *more: str) -> tuple[str, ...]:
+    """Trains a model of the ladder on the packed rows, on the same tokens whatever its size."""
+    size = SIZES[name]
+    return (
+        "bc2", "train", "tiny_ladder", "--name", name, "--data.sources.0.path", "rows",
+        "--data.tokenizer", "tokenizer.model", *_size(size),
+        "--model.initializer-range", f"{0.64 / size.hidden**0.5:.4f}",
+        "--optimizer.peak-learning-rate", size.learning_rate,
+        "--optimizer.min-learning-rate", f"{float(size.learning_rate) / 10:g}",
+        "--workdir", name, *_steps(STEPS["base"], 50), "--eval-batches", "10", *more,
+    )  # fmt: skip
 
 
 def _base() -> Stage:
     return Stage(
         "base", "Pre-training",
-        "Trains a small Baichuan 2 (ALiBi, NormHead, max-z loss) on the packed rows. Checkpoints make it resumable to "
-        "the last bit.",
+        "Trains a small Baichuan 2 (ALiBi, NormHead, max-z loss) on the packed rows. Its checkpoints hold all that it "
+        "takes to resume to the last bit.",
         (
-            (
-                "bc2", "train", "tiny_ladder", "--name", "base", *ROWS, *_steps("base", 60, 60),
-                "--checkpoint.keep-last", "5", "--ngram-baselines", "--sample.prompts", "却说曹操", "The following", "def ",
+            _pretrain(
+                "base", "--eval-every", "50", "--ngram-baselines",
+                "--sample.prompts", "却说曹操", "The following", "def ",
             ),
         ),
-        ("base",), reading.read_base, ("tokenizer",), seconds=150,
+        ("base",), reading.read_base, ("tokenizer",), seconds=70,
     )  # fmt: skip
 
 
 def _scaling() -> Stage:
-    def train(name: str) -> tuple[str, ...]:
-        hidden, layers, heads, rate = RUNGS[name]
-        steps = str(STEPS["base"])
-        return (
-            "bc2", "train", "tiny_ladder", "--name", name, *ROWS, "--workdir", name, "--resume", "auto",
-            "--num-steps", steps, "--optimizer.decay-steps", steps, "--checkpoint.save-every", "60",
-            "--eval-every", steps, "--model.hidden-size", str(hidden), "--model.intermediate-size", str(3 * hidden),
-            "--model.num-hidden-layers", str(layers), "--model.num-attention-heads", str(heads),
-            "--model.initializer-range", f"{0.64 / hidden**0.5:.4f}", "--optimizer.peak-learning-rate", rate,
-            "--optimizer.min-learning-rate", f"{float(rate) / 10:g}",
-        )  # fmt: skip
-
     return Stage(
         "scaling", "Scaling law",
         "Trains smaller models on the same tokens and fits a power law to their losses. The law says what the largest "
         "one, which is the pre-trained model, should reach.",
         (
-            *map(train, RUNGS),
+            *(_pretrain(name, "--eval-every", str(STEPS["base"])) for name in RUNGS),
             ("bc2", "scaling-law", *RUNGS, "base", "--law", "compute", "--delta", "0.01", "--out", "scaling"),
         ),
-        (*RUNGS, "scaling"), reading.read_scaling, ("base",), seconds=100,
+        (*RUNGS, "scaling"), reading.read_scaling, ("base",), seconds=80,
     )  # fmt: skip
-
-
-def _asked(tokens: str = "24") -> tuple[str, ...]:
-    return ("--questions.path", "raw/questions.jsonl", "--questions.limit", "200", "--questions.max-new-tokens", tokens)
 
 
 def _chat() -> Stage:
@@ -124,43 +158,36 @@ def _chat() -> Stage:
                 "--out", "chat_rows", "--overwrite",
             ),
             (
-                "bc2", "train", "demo_chat", "--init-from", "base", "--data.sources.0.path", "chat_rows",
-                "--data.tokenizer", "tokenizer.model", *_SIZE, *_steps("chat", 40, 60), *_asked(),
-                "--verify-resume-steps", "0", "--no-export-hf",
+                *_tune("chat", "demo_chat", "base", "chat_rows", 40, 60), *_ASKED, "--verify-resume-steps", "0",
+                "--no-export-hf",
             ),
         ),
-        ("chat_rows", "chat"), reading.read_chat, ("base",), seconds=110,
+        ("chat_rows", "chat"), reading.read_chat, ("base",), seconds=65,
     )  # fmt: skip
 
 
 def _preference_stages() -> list[Stage]:
+    pairs = "raw/pairs.jsonl"
     reward = Stage(
         "reward", "Reward model",
         "Trains a reward model on pairs of answers of which one is known to be better, and measures on held-out pairs "
         "how often it prefers the better one, by what is wrong with the other and by the gap between them.",
         (
-            (
-                "bc2", "train", "demo_reward", "--init-from", "chat", "--data.sources.0.path", "raw/pairs.jsonl",
-                "--data.tokenizer", "tokenizer.model", *_SIZE, *_steps("reward", 20, 20), "--eval-batches", "8",
-            ),
+            (*_tune("reward", "demo_reward", "chat", pairs, 20, 20), "--eval-batches", "8"),
             (
                 "bc2", "reward-report", "reward", "raw/pairs_held_out.jsonl", "--rows", "32",
                 "--json", "reward_report.json", "--picture", "reward_report.png",
             ),
         ),
-        ("reward", "reward_report.json", "reward_report.png"), reading.read_reward, ("chat",), seconds=45,
+        ("reward", "reward_report.json", "reward_report.png"), reading.read_reward, ("chat",), seconds=40,
     )  # fmt: skip
     dpo = Stage(
         "dpo", "Preference tuning (DPO)",
         "Tunes the chat model directly on the same pairs, beside a frozen copy of itself.",
-        (
-            (
-                "bc2", "train", "demo_dpo", "--init-from", "chat", "--data.sources.0.path", "raw/pairs.jsonl",
-                "--data.tokenizer", "tokenizer.model", *_SIZE, *_steps("dpo", 12, 24), *_asked(), "--eval-batches", "8",
-            ),
-        ),
-        ("dpo",), reading.read_dpo, ("chat",), seconds=55,
+        ((*_tune("dpo", "demo_dpo", "chat", pairs, 8, 16), *_ASKED, "--eval-batches", "8"),),
+        ("dpo",), reading.read_dpo, ("chat",), seconds=35,
     )  # fmt: skip
+    steps = str(STEPS["rl"])
     rl = Stage(
         "rl", "Reinforcement learning (PPO)",
         "The chat model answers prompts and learns from rewards: the reward model's score, how near the answer is to "
@@ -168,12 +195,12 @@ def _preference_stages() -> list[Stage]:
         (
             (
                 "bc2", "train", "demo_rl", "--init-from", "chat", "--ppo.reward-model", "reward",
-                "--ppo.prompts", "raw/prompts.jsonl", *_SIZE, "--workdir", "rl", "--resume", "auto",
-                "--num-steps", str(STEPS["rl"]), "--checkpoint.save-every", "2", "--eval-every", str(STEPS["rl"]),
-                "--log-every", "1", *_asked(),
+                "--ppo.prompts", "raw/prompts.jsonl", *_SMALL, "--workdir", "rl", "--resume", "auto",
+                "--num-steps", steps, "--checkpoint.save-every", "2", "--eval-every", steps, "--log-every", "1",
+                *_ASKED,
             ),
         ),
-        ("rl",), reading.read_rl, ("reward",), seconds=70,
+        ("rl",), reading.read_rl, ("reward",), seconds=50,
     )  # fmt: skip
     return [reward, dpo, rl]
 
@@ -187,13 +214,13 @@ def _evaluation() -> Stage:
 
     return Stage(
         "evaluate", "Evaluation",
-        "Puts the models of all stages to benchmarks: our own multiple-choice questions in the files and the wording "
-        "of MMLU and CMMLU, with 5 shots. The models before and after alignment are compared item by item.",
+        "Puts the models to benchmarks: our own multiple-choice questions in the files and the wording of MMLU and "
+        "CMMLU, with 5 shots. The models before and after alignment are compared item by item.",
         (
             *map(evaluate, MODELS),
             ("bc2", "evaluate", "--compare", "evals/base", "evals/rl", "--out", "evals/base_rl"),
         ),
-        ("evals",), reading.read_evaluation, ("base", "chat", "dpo", "rl"), seconds=60,
+        ("evals",), reading.read_evaluation, MODELS, seconds=50,
     )  # fmt: skip
 
 
