@@ -24,6 +24,8 @@ class Program(NamedTuple):
 
 
 PROGRAMS = {
+    "demo": Program("demo", "train a small model on real text; --all: the whole life of one, with a report"),
+    "paper": Program("paper", "tables and figures of the Baichuan 2 report in miniature"),
     "train": Program("train", "pre-train, fine-tune or align a model by a config"),
     "curate": Program("curate", "raw text -> clean, deduplicated, weighted documents"),
     "train-quality": Program("train_quality", "good and bad documents -> a model of quality for curate"),
