@@ -143,8 +143,8 @@ def read_chat(workdir: Path) -> Result:
     result = read_questions(workdir, "chat", "Fine-tuning")
     metrics = read_metrics(workdir / "chat" / "metrics.jsonl")
     first, last = evaluations(metrics, "validation_cross_entropy")
-    row = ("loss on held-out answers, nats a token",)
-    row += tuple(f"{m['validation_cross_entropy']:.3f}" for m in (first, last))
+    losses = (f"{m['validation_cross_entropy']:.3f}" for m in (first, last))
+    row = ("loss on held-out answers, nats a token", *losses)
     (table,) = result.tables
     picture = Picture("chat/answers.png", "Held-out answers during fine-tuning")
     return Result(
@@ -176,8 +176,7 @@ def read_reward(workdir: Path) -> Result:
 def read_dpo(workdir: Path) -> Result:
     result = read_questions(workdir, "dpo", "DPO")
     first, last = evaluations(read_metrics(workdir / "dpo" / "metrics.jsonl"), "validation_accuracy")
-    row = ("held-out pairs told apart",)
-    row += tuple(f"{m['validation_accuracy']:.0%}" for m in (first, last))
+    row = ("held-out pairs told apart", *(f"{m['validation_accuracy']:.0%}" for m in (first, last)))
     (table,) = result.tables
     return Result(result.sentences, (Table(table.title, table.headers, (row, *table.rows)),), figures=result.figures)
 

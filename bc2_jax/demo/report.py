@@ -155,7 +155,7 @@ def _html_stage(stage: Mapping[str, Any], workdir: Path) -> Iterable[str]:
     yield f'<h2 id="{e(stage["name"])}">{e(stage["title"])}</h2>'
     yield f"<p>{e(stage['about'])}</p>"
     yield "".join(f"<pre>{e(fold_command(command))}</pre>" for command in stage["commands"])
-    again = f" It was started again {stage['interruptions']} times." if stage["interruptions"] else ""
+    again = f" Interruptions: {stage['interruptions']}." if stage["interruptions"] else ""
     yield (
         f'<p class="soft">{format_seconds(stage["seconds"])}, {format_seconds(stage["cpu_seconds"])} of CPU time, '
         f"{format_bytes(stage['bytes'])}.{again}</p>"

@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows of cells, the first row of the report's table is `headers`; from the second column on numbers are usual."""
+    """Cells as text; columns after the first are aligned at the right."""
 
     title: str
     headers: tuple[str, ...]

@@ -105,7 +105,7 @@ def test_the_page_is_whole_escaped_and_loads_nothing(report: dict[str, Any], wor
     (picture,) = [attrs for tag, attrs in reader.tags if tag == "img"]
     assert base64.b64decode(str(picture["src"]).partition(",")[2]) == PIXEL
     assert "prefers-color-scheme: dark" in page and 'name="viewport"' in page
-    for text in ("1:01 min", "1:40 min", "2.5 MB", "1.2 kB", "started again 2 times", "bc2 train demo --x 'a b'"):
+    for text in ("1:01 min", "1:40 min", "2.5 MB", "1.2 kB", "Interruptions: 2.", "bc2 train demo --x 'a b'"):
         assert text in reader.text
     links = [value for _, attrs in reader.tags for name, value in attrs.items() if name == "href"]
     assert links == ["#first", "#second"] and {"first", "second"} <= {attrs.get("id") for _, attrs in reader.tags}
