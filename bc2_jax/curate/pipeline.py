@@ -7,7 +7,7 @@ from typing import Any
 
 from bc2_jax.curate.config import CurationConfig
 from bc2_jax.curate.dense import DenseCopies
-from bc2_jax.curate.engine import Engine, Run, Runner, Stage, fingerprint
+from bc2_jax.curate.engine import Engine, Run, Runner, Stage
 from bc2_jax.curate.filtering import (
     Block,
     CutBoilerplate,
@@ -74,7 +74,7 @@ def curate(
     check_out(out_folder, paths)
     with out_folder.owned("--out"):
         units = plan_units(inputs.files, config.read)
-        key = fingerprint(FORMAT, [(*file, modified(file.path)) for file in inputs.files])
+        key = fingerprint([FORMAT, [(*file, modified(file.path)) for file in inputs.files]])[:32]
         runner = Runner(Run(out_folder / "work", out_folder, config), engine, key, show)
         for stage in make_stages(paths, units, config):
             runner.execute(stage)

@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ids, labels = rows[:, :-1], rows[:, 1:]
     found = {}
     for model in args.models:
-        logits = load_pretrained(model, dtype="float32")(ids)
+        logits = load_pretrained(model, dtype="float32")(jnp.asarray(ids))
         found[os.path.basename(model)] = jax.tree.map(float, compare(logits, ids, labels))
     with replaced(args.out) as partial:
         partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
