@@ -21,8 +21,7 @@ from jax.sharding import Mesh
 from bc2_jax.aot.compilation import CompiledProgram, compile_program
 from bc2_jax.config import ComputeConfig, MeshConfig, ModelConfig
 from bc2_jax.infer import engine
-from bc2_jax.infer.cache import CacheDType
-from bc2_jax.infer.chunks import make_chunk
+from bc2_jax.infer.decoding import CacheDType, make_chunk
 from bc2_jax.infer.refill import RolloutShapes
 from bc2_jax.infer.settings import Sampling
 from bc2_jax.kernels.cached import key_block

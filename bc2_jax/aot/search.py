@@ -5,20 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from bc2_jax.config import ComputeConfig, MeshConfig, TrainConfig
+from bc2_jax.terminal import program_words
 from bc2_jax.tpu.chips import Topology
 
 BATCHES = (1, 2, 4)  # sequences per chip
 POLICIES = ("full", "save_attention", "save_projections", "save_dots")
 """Values of compute.remat that fit a pod; "none" keeps every activation."""
 HBM_LIMIT = 0.95  # largest share of HBM for a chosen result; evaluation and checkpoints need the rest
-AOT_COMPILE = Path(__file__).parents[2] / "tools/aot_compile.py"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +67,7 @@ def run_aot_compile(arguments: Sequence[str]) -> dict[str, Any]:
     be killed. {"error": the last line of stderr} where it writes nothing."""
     with tempfile.TemporaryDirectory() as folder:
         figures = Path(folder, "figures.json")
-        command = [sys.executable, str(AOT_COMPILE), *arguments, "--json", str(figures)]
+        command = [*program_words("tools/aot_compile.py"), *arguments, "--json", str(figures)]
         done = subprocess.run(command, capture_output=True, text=True)
         if figures.exists():
             values: dict[str, Any] = json.loads(figures.read_text(encoding="utf-8"))

@@ -20,7 +20,7 @@ from bc2_jax.aot.report import ProgramReport, Rows, gib, milliseconds, named, pr
 from bc2_jax.aot.search import HBM_LIMIT
 from bc2_jax.config import MeshConfig, ModelConfig, RunConfig
 from bc2_jax.infer import engine
-from bc2_jax.infer.cache import CacheDType
+from bc2_jax.infer.decoding import CacheDType
 from bc2_jax.infer.generate import bucket
 from bc2_jax.infer.refill import RolloutShapes
 from bc2_jax.infer.sampling import RARE

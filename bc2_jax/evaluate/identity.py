@@ -17,8 +17,8 @@ from bc2_jax.convert.pretrained import find_model, find_tokenizer
 from bc2_jax.evaluate.asking import Questions
 from bc2_jax.evaluate.records import NAME as RECORDS
 from bc2_jax.evaluate.records import write_json
+from bc2_jax.files import file_sha256
 from bc2_jax.model.baichuan import Baichuan2
-from bc2_jax.tokenizer import file_sha256
 from bc2_jax.validation import require
 
 NAME = "evaluation.json"

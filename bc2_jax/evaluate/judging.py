@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from bc2_jax.align.checkable import language_of
-from bc2_jax.align.red_team import Answer
+from bc2_jax.align.red_team import AttackAnswer
 from bc2_jax.align.red_team_attacks import OTHER, Attack
 from bc2_jax.align.red_team_judges import judge_answers, load_judge, split_judge, threshold_of
 from bc2_jax.evaluate.task import Example
-from bc2_jax.tokenizer import file_sha256
+from bc2_jax.files import file_sha256
 from bc2_jax.validation import require
 
 
@@ -31,7 +31,9 @@ def load_harm_judge(
     require(judge.threshold is not None or threshold is not None, "--judge", what, legal)
 
     def decide(examples: Sequence[Example], texts: Sequence[str]) -> list[bool]:
-        scores = judge_answers([judge], [_attack(example) for example in examples], [Answer(t, True, 0) for t in texts])
+        scores = judge_answers(
+            [judge], [_attack(example) for example in examples], [AttackAnswer(t, True, 0) for t in texts]
+        )
         silent = next((number for number, score in enumerate(scores) if "harmless" not in score), None)
         if silent is not None:
             raise ValueError(f"judge {judge.name} gave answer {silent + 1} no harmless score.")

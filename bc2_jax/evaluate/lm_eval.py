@@ -22,6 +22,7 @@ from bc2_jax.align.conversation import answer_ends
 from bc2_jax.convert.chat_template import CHAT_TEMPLATE
 from bc2_jax.evaluate.encoding import Request
 from bc2_jax.evaluate.scorer import Progress, Scorer
+from bc2_jax.files import fingerprint
 from bc2_jax.validation import choices, require
 
 for _name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE"):
@@ -179,7 +180,7 @@ class LmEvalModel(TemplateLM):
 
     def _answer(self, kind: str, requests: list[Any], answer: Callable[[list[Any], Progress | None], list[Any]]) -> Any:
         """Answers all requests; with a cache in parts, each saved when done."""
-        digest = hashlib.sha256(json.dumps([kind, requests], default=str).encode()).hexdigest()
+        digest = fingerprint([kind, requests], sort_keys=False)
         require_agreement({f"lm-eval's {kind} requests": digest})
         keeps = self.cache_hook.dbdict is not None
         answers: list[Any] = []

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bc2_jax.data.documents import Fields, InvalidDocument, Span, read_span, why_invalid
+from bc2_jax.data.documents import Fields, why_no_text
 from bc2_jax.data.records import Invalid, read_records
 from bc2_jax.data.text_files import TextFile
 from bc2_jax.evaluate.records import finite
@@ -82,20 +82,15 @@ def read_texts(file: TextFile, fields: Fields, language: str = "") -> Iterator[T
     Their language is the record's, else `language`. Raises ValueError, naming the extra, if a format's package is
     missing.
     """
-    if file.kind == "text":
-        for found in read_span(Span(file.path, 0, file.size, 1, file.size), fields):
-            yield found.reason if isinstance(found, InvalidDocument) else Text(found.text, file.name, language)
-        return
+    field = "text" if file.kind == "text" else fields.text
     for record in read_records(file.path, file.name):
         if isinstance(record, Invalid):
             yield str(record)
-        elif not isinstance(record.value, dict) or fields.text not in record.value:
-            yield f"{record.where}: it is not an object with a field {fields.text!r}"
-        elif reason := why_invalid(text := record.value[fields.text]):
-            yield f"{record.where}: in field {fields.text!r}, {reason}"
+        elif reason := why_no_text(record.value, field):
+            yield f"{record.where}: {reason}"
         else:
             said = record.value.get("language")
-            yield Text(text, file.name, said if isinstance(said, str) and said else language)
+            yield Text(record.value[field], file.name, said if isinstance(said, str) and said else language)
 
 
 def measure(

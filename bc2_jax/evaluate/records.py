@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bc2_jax.evaluate.task import Example, Judged
-from bc2_jax.files import replaced
+from bc2_jax.files import append_lines, replaced
 
 NAME = "records.jsonl"
 Record = dict[str, Any]
@@ -37,12 +36,7 @@ class RecordFile:
         """Appends records and flushes them to disk; a record replaces an earlier one of the same item."""
         found = list(found)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("r+b" if self.path.is_file() else "w+b") as file:
-            file.seek(self.path.read_bytes().rfind(b"\n") + 1)  # after the last complete line
-            file.truncate()
-            file.write(b"".join(map(_line, found)))
-            file.flush()
-            os.fsync(file.fileno())
+        append_lines(self.path, b"".join(map(_line, found)))
         self.records |= {record["id"]: record for record in found}
 
     def put_in_order(self, items: Sequence[str]) -> None:

@@ -34,7 +34,7 @@ LINKS = ["of the", "and the", "to the", "in the", "near a", "under the", "behind
 
 
 def sentence(rng: random.Random) -> str:
-    """Words in an order that English has: those in random order are gibberish, which curation finds."""
+    """Words in an English order: curation drops words in random order."""
     rest = [f"{rng.choice(LINKS)} {rng.choice(NOUNS)}" for _ in range(rng.randint(3, 5))]
     return f"The {rng.choice(NOUNS)} {' '.join(rest)}."
 
@@ -216,7 +216,7 @@ def test_ids_that_come_twice_and_files_that_are_skipped_are_counted(tmp_path):
 
 @pytest.mark.parametrize("everything", ["heuristics", "contamination"])
 def test_nothing_is_left(tmp_path, capsys, everything):
-    from tools.curate import main
+    from bc2_jax.cli.curate import main
 
     text = "Too short." if everything == "heuristics" else document(1)
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}) + "\n")
@@ -255,7 +255,7 @@ SPECIAL = st.text(st.sampled_from("[]*?{}!\\#%20 ~$|&'好a"), min_size=1, max_si
 @settings(max_examples=6, deadline=None)
 @given(SPECIAL, SPECIAL)
 def test_a_path_is_no_pattern_and_no_url(tmp_path_factory, parent, name):
-    """The copies of the documents of OUT alone are found, in whatever folder it is, and whatever its name."""
+    """A folder with any name and any parent is read itself, not a folder that its name matches as a pattern."""
     root = tmp_path_factory.mktemp("paths") / f"x{parent}"
     raw, out = root / f"raw{name}", root / f"out{name}"
     raw.mkdir(parents=True)
@@ -312,7 +312,7 @@ def command(raw: Path, out: Path, *more: str) -> list[str]:
 
 
 def test_killed_and_started_again(raw, result, tmp_path):
-    """Killed as soon as each of some stages has begun; what comes out is what comes out of one run."""
+    """A run killed at the beginning of several stages and resumed gives the bytes of one run."""
     out = tmp_path / "out"
     more = ("--contamination.files", str(raw / "bench.txt"))
     for stage in ("read", "near", "write"):
@@ -341,7 +341,7 @@ def test_killed_and_started_again(raw, result, tmp_path):
 )  # fmt: skip
 def test_one_sentence_for_what_is_not_valid(raw, tmp_path, capsys, arguments, message):
     sys.path.insert(0, str(TOOL.parents[1]))
-    from tools.curate import main
+    from bc2_jax.cli.curate import main
 
     given = [argument.format(raw=raw) for argument in arguments]
     assert main([*given, "--out", str(tmp_path / "out")]) == 1
@@ -350,7 +350,7 @@ def test_one_sentence_for_what_is_not_valid(raw, tmp_path, capsys, arguments, me
 
 
 def test_settings_come_from_a_file_and_the_command_line(tmp_path):
-    from tools.curate import parse_arguments
+    from bc2_jax.cli.curate import parse_arguments
 
     file = tmp_path / "c.py"
     file.write_text(

@@ -15,7 +15,7 @@ from bc2_jax.checkpoint import TOKENIZER_NAME
 from bc2_jax.config import TrainConfig
 from bc2_jax.data.corpus import list_parts
 from bc2_jax.evaluate.scaling.flops import matmul_parameters, training_compute
-from bc2_jax.tokenizer import file_sha256
+from bc2_jax.files import file_sha256
 from bc2_jax.train.kinds import read_config
 from bc2_jax.train.metrics import read_metrics
 from bc2_jax.validation import show

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -24,7 +23,6 @@ ASSUMED_NOISE = 0.001
 deviate from any law by several times that."""
 FEWEST_RUNGS = 4
 _DRAWS = 12
-_CONFIGS = Path(__file__).parents[3] / "configs/scaling"
 _BATCHES = (8, 4, 2, 1)  # sequences per chip to try
 # A rung is compiled for a small slice.
 _SLICES = {"v4": "2x2x1", "v5e": "2x4", "v5p": "2x2x1", "v6e": "2x4", "tpu7x": "2x2x1"}
@@ -82,7 +80,7 @@ def compile_rung(hidden: int, chip: str) -> tuple[float, str] | None:
 
     Raises ValueError if the compilation fails for another reason.
     """
-    topology, config = f"{chip}:{_SLICES[chip]}", str(_CONFIGS / f"paper_h{hidden}.py")
+    topology, config = f"{chip}:{_SLICES[chip]}", f"paper_h{hidden}"
     problem = ""
     for batch in _BATCHES:
         values = run_aot_compile([config, "--topology", topology, "--batch-per-chip", str(batch)])

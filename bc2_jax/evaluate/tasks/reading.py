@@ -10,8 +10,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from bc2_jax.data.decompression import Decompressed
 from bc2_jax.data.records import Invalid, read_records
+from bc2_jax.data.streams import Decompressed
 from bc2_jax.validation import show
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -171,7 +171,7 @@ def read_rows(
 def _read_objects(path: Path, needed: Sequence[str], broken: list[str] | None) -> Iterator[Row]:
     for record in read_records(str(path)):
         if isinstance(record, Invalid):
-            if broken is not None and record.kind == "it is not JSON" and path.suffix == ".jsonl":
+            if broken is not None and record.kind == "the line is not JSON" and path.suffix == ".jsonl":
                 broken.append(str(record))
                 continue
             raise ValueError(f"{record}.")

@@ -3,37 +3,42 @@
 from __future__ import annotations
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
+
+from bc2_jax.cli import scaling_law
 
 ROOT = Path(__file__).parents[3]
 POINTS = ROOT / "tests" / "golden" / "evals" / "scaling" / "points.csv"
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *args: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["scaling_law.py", *map(str, args)])
-    runpy.run_path(str(ROOT / "tools" / "scaling_law.py"), run_name="__main__")
+def call(*args: object) -> None:
+    assert scaling_law.main([str(arg) for arg in args]) == 0
 
 
-def test_what_is_not_known_is_null_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def refusal(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    """What a call says that ends with an error."""
+    assert scaling_law.main([str(arg) for arg in args]) == 1
+    return capsys.readouterr().err
+
+
+def test_what_is_not_known_is_null_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     """Four runs, one far off: their interval has no upper end, and without N there is no surface."""
     monkeypatch.setattr("bc2_jax.evaluate.scaling.analysis.draw_analysis", lambda analysis, path: None)
     points, out = tmp_path / "p.csv", tmp_path / "out"
     points.write_text("C,loss\n1e20,3.2\n3e20,4.5\n1e21,2.85\n3e21,2.75\n")
-    call(monkeypatch, "--points", points, "--out", out)
+    call("--points", points, "--out", out)
     record = json.loads((out / "scaling.json").read_text(), parse_constant=pytest.fail)
     assert record["runs"][0]["N"] is None
     assert record["parameters_95"]["a"][1] is None
-    with pytest.raises(SystemExit, match="law = 'surface' is not valid: a surface needs N and D"):
-        call(monkeypatch, "--points", points, "--law", "surface")
+    said = refusal(capsys, "--points", points, "--law", "surface")
+    assert "law = 'surface' is not valid: a surface needs N and D" in said
 
 
-def test_predictions_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_predictions_come_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     call(
-        monkeypatch, "--points", POINTS, "--fit-on", "paper_form:h", "--compare", "paper_form:[17]",
+        "--points", POINTS, "--fit-on", "paper_form:h", "--compare", "paper_form:[17]",
         "--predict", "13b", "--out", tmp_path,
     )  # fmt: skip
     text = capsys.readouterr().out
@@ -68,6 +73,5 @@ def test_predictions_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         (("missing",), "no config.json"),
     ),
 )
-def test_what_is_wrong_is_named(args: tuple, message: str, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(SystemExit, match=message):
-        call(monkeypatch, *args)
+def test_what_is_wrong_is_named(args: tuple, message: str, capsys: pytest.CaptureFixture[str]):
+    assert message in refusal(capsys, *args)

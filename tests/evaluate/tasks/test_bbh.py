@@ -49,7 +49,7 @@ def test_other_formats(tmp_path):
     ("name", "content", "message"),
     [
         ("bbh/navigate.json", None, "bbh/navigate.json is missing: the items of navigate"),
-        ("bbh/navigate.json", '{"examples": [{"input": "a"', "navigate.json:1: it is not JSON"),
+        ("bbh/navigate.json", '{"examples": [{"input": "a"', "navigate.json:1: the line is not JSON"),
         ("bbh/navigate.json", '{"examples": []}', "navigate.json holds no examples"),
         ("bbh/navigate.json", '{"examples": [{"input": "a"}]}', r"\(example 1\) .* object with input, target"),
         ("bbh/navigate.json", '{"examples": ["a"]}', r"\(example 1\) .* object with input, target"),
