@@ -71,8 +71,7 @@ class PeftFolder:
 
     path: Path
     weights: Path
-    raw: Mapping[str, Any]
-    """adapter_config.json; all its keys are known and supported."""
+    raw: Mapping[str, Any]  # adapter_config.json; all its keys are known and supported
 
     @property
     def base(self) -> str | None:
