@@ -103,7 +103,7 @@ def test_packing(values, rows):
 
 def test_it_is_not_trained_converted_or_adapted(folders, tmp_path):
     folder = folders["int8"]
-    with pytest.raises(ValueError, match=r"int8 is a quantized model: it can generate, .* cannot be trained, converted"):
+    with pytest.raises(ValueError, match=r"int8 is a quantized model: it can generate, .* cannot be trained"):
         load_params(folder)
     with pytest.raises(ValueError, match="is a quantized model"):
         load_pretrained(folder, adapter=tmp_path)
