@@ -67,7 +67,7 @@ def seal(run: Path, step: int) -> int:
     from bc2_jax import manifest
     from bc2_jax.files import lock
     from bc2_jax.metadata import is_complete
-    from bc2_jax.train.workdir import LOCK_NAME
+    from bc2_jax.train.start import LOCK_NAME
 
     folder = run / "checkpoints" / str(step)
     if not is_complete(folder):

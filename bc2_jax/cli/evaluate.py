@@ -223,7 +223,7 @@ def evaluate(args: argparse.Namespace, console: Console, path: Path, checkpoints
 
 
 def report(console: Console, found: Evaluated, title: str, out: Path) -> None:
-    from bc2_jax.evaluate.report import print_summary, print_task
+    from bc2_jax.evaluate.results import print_summary, print_task
 
     for results in found.results:
         print_task(console, results)
@@ -245,7 +245,7 @@ def draw_curve(
     import jax
 
     from bc2_jax.evaluate import curve
-    from bc2_jax.evaluate.runner import write_json
+    from bc2_jax.evaluate.records import write_json
 
     bar, say = show_progress(make_console(stderr=True))
     with bar:
@@ -291,7 +291,7 @@ def ask_lm_eval(args: argparse.Namespace, console: Console, path: Path) -> None:
 
 def compare(args: argparse.Namespace, console: Console) -> None:
     from bc2_jax.evaluate import compare as comparing
-    from bc2_jax.evaluate.runner import write_json
+    from bc2_jax.evaluate.records import write_json
 
     a, b = args.compare
     differences, left_out = comparing.compare(a, b, args.letter)

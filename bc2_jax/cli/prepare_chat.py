@@ -29,10 +29,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from bc2_jax.align.chat_preparation import QUESTIONS, prepare_chat
-from bc2_jax.align.pair_preparation import PAIRS, prepare_pairs
-from bc2_jax.align.preparation_settings import Conversations, Settings
-from bc2_jax.align.row_preparation import PROBLEMS
+from bc2_jax.align.preparation_settings import Conversations, RowSettings
+from bc2_jax.align.row_preparation import PAIRS, PROBLEMS, QUESTIONS, prepare_chat, prepare_pairs
 from bc2_jax.data.processes import ends_at_signals, num_cores
 from bc2_jax.terminal import log_to_stderr, make_console, make_table, use_utf8
 
@@ -40,7 +38,7 @@ _FILES_SHOWN = 20
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    default = Settings()
+    default = RowSettings()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="+", type=Path, metavar="DATA")
     parser.add_argument("--tokenizer", required=True, type=Path, help="SentencePiece model, or a model's folder or run")
@@ -133,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 options.data,
                 find_model(options.tokenizer),
                 options.out,
-                Settings(
+                RowSettings(
                     max_length=options.max_length,
                     row_length=options.row_length,
                     validation_fraction=options.validation_fraction,

@@ -28,7 +28,7 @@ from bc2_jax.cpu import choose_cpu_without_tpu
 from bc2_jax.terminal import here, make_console, read_argument, run_program
 
 if TYPE_CHECKING:
-    from bc2_jax.align.red_team import Answer, AnswerStore, Result
+    from bc2_jax.align.red_team import AnswerStore, AttackAnswer, Result
     from bc2_jax.align.red_team_attacks import Attack
     from bc2_jax.align.red_team_judges import Judge
     from bc2_jax.curate.quality import QualityModel
@@ -143,7 +143,7 @@ def score_safety(model: QualityModel, prompts: list[str], answers: list[str], ro
 
 def answer(
     model: str, adapter: Path | None, attacks: list[Attack], options: Options
-) -> tuple[list[Attack], list[Answer]]:
+) -> tuple[list[Attack], list[AttackAnswer]]:
     """The attacks that the model has room for, and its answers."""
     from bc2_jax.align.conversation import answer_ends
     from bc2_jax.align.red_team import answer_prompts, encode_attacks, identify

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
     find_reward_model(args.model)
     found, invalid = read_pairs(args.pairs, args.limit)
     for problem in itertools.islice(invalid, 5):
-        errors.print(f"left out: {problem.where}: {problem.reason}")
+        errors.print(f"left out: {problem}")
     if len(invalid) > 5:
         errors.print(f"left out: {len(invalid):,} records in all")
     if not found:

@@ -75,9 +75,9 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def fit_and_report(args: argparse.Namespace) -> None:
+    from bc2_jax.evaluate.scaling.analysis import analyse, print_analysis, save_analysis
     from bc2_jax.evaluate.scaling.collection import collect, read_points
     from bc2_jax.evaluate.scaling.ladder import make_target
-    from bc2_jax.evaluate.scaling.report import analyse, print_analysis, save_analysis
 
     targets = [make_target(name, args.tokens) for name in filter(None, args.predict.split(","))]
     points: Points
@@ -95,9 +95,9 @@ def fit_and_report(args: argparse.Namespace) -> None:
 
 def plan(args: argparse.Namespace) -> None:
     from bc2_jax.evaluate.scaling import plan as planning
+    from bc2_jax.evaluate.scaling.analysis import analyse
     from bc2_jax.evaluate.scaling.collection import collect, read_points
     from bc2_jax.evaluate.scaling.ladder import PAPER_TOKENS, make_target
-    from bc2_jax.evaluate.scaling.report import analyse
 
     target = make_target(args.predict or "13b", args.tokens)
     tokens = PAPER_TOKENS if args.ladder_tokens is None else args.ladder_tokens

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from bc2_jax.convert.pickled import read_entries
-from bc2_jax.tokenizer import file_sha256
+from bc2_jax.files import file_sha256, sync
 
 SUMS_NAME = "SHA256SUMS"
 _BLOCK_BYTES = 8 << 20
@@ -122,5 +122,4 @@ def write_sha256sums(folder: Path, digests: Mapping[str, str]) -> None:
             raise ValueError(f"{folder}: {name!r} is not the name of a file in it.")
     with (folder / SUMS_NAME).open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(f"{digests[name]}  {name}\n" for name in sorted(digests))
-        file.flush()
-        os.fsync(file.fileno())
+    sync(folder / SUMS_NAME)

@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bc2_jax.convert.checksums import SUMS_NAME, read_sha256sums
-from bc2_jax.files import lock
-from bc2_jax.manifest import sync
+from bc2_jax.files import lock, sync
 from bc2_jax.validation import join_some, require
 
 _EXPORT = re.compile(

@@ -25,7 +25,7 @@ from bc2_jax.convert.safetensors import write_safetensors
 from bc2_jax.convert.source import source_of_params
 from bc2_jax.convert.stream import Stream, in_order
 from bc2_jax.convert.table import Layout, Shape, build_tensor, torch_shapes, torch_tensors
-from bc2_jax.tokenizer import file_sha256
+from bc2_jax.files import file_sha256
 
 FileFormat = Literal["safetensors", "bin"]
 

@@ -24,8 +24,8 @@ from bc2_jax.convert.mapped import MappedTensor
 from bc2_jax.convert.pickled import read_pickled
 from bc2_jax.convert.safetensors import read_safetensors, write_safetensors
 from bc2_jax.convert.table import flatten, torch_name, unflatten
+from bc2_jax.files import file_sha256
 from bc2_jax.model.lora import SLOTS, Adapter, abstract_adapter, part_of
-from bc2_jax.tokenizer import file_sha256
 from bc2_jax.validation import join_some, require, show
 
 _log = logging.getLogger(__name__)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import struct
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -19,6 +18,7 @@ import numpy as np
 from bc2_jax.convert.mapped import contiguous_strides, tensor_bytes
 from bc2_jax.convert.pickled import ORDERED_DICT, STORAGES, TENSOR
 from bc2_jax.convert.table import Shape
+from bc2_jax.files import sync
 
 _STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items()}
 _ALIGNMENT = 64  # torch's own, so a memory map of the file is aligned
@@ -36,17 +36,15 @@ def write_pickled(
     dtype = np.dtype(dtype)
     if dtype not in _STORAGE_NAMES:
         raise ValueError(f"{path}: torch has no dtype {dtype}.")
-    with path.open("wb") as file:
-        with zipfile.ZipFile(file, "w") as archive:
-            _write_entry(archive, file.tell(), "data.pkl", _pickle(dtype, shapes))
-            _write_entry(archive, file.tell(), "byteorder", b"little")
-            _write_entry(archive, file.tell(), "version", b"3\n")
-            keys = itertools.count()  # enumerate() would hold the last tensor
-            for content in tensor_bytes(path, dtype, shapes, tensors):
-                _write_entry(archive, file.tell(), f"data/{next(keys)}", content)
-                del content  # before the next one is made
-        file.flush()
-        os.fsync(file.fileno())
+    with path.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
+        _write_entry(archive, file.tell(), "data.pkl", _pickle(dtype, shapes))
+        _write_entry(archive, file.tell(), "byteorder", b"little")
+        _write_entry(archive, file.tell(), "version", b"3\n")
+        keys = itertools.count()  # enumerate() would hold the last tensor
+        for content in tensor_bytes(path, dtype, shapes, tensors):
+            _write_entry(archive, file.tell(), f"data/{next(keys)}", content)
+            del content  # before the next one is made
+    sync(path)
 
 
 def _write_entry(archive: zipfile.ZipFile, position: int, name: str, content: bytes | memoryview) -> None:

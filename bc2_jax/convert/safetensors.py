@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 
 from bc2_jax.convert.mapped import TORCH_DTYPES, MappedTensor, tensor_bytes
 from bc2_jax.convert.table import Shape
+from bc2_jax.files import sync
 
 _NAMES = {dtype: name for dtype, (name, _) in TORCH_DTYPES.items()}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
@@ -109,5 +109,4 @@ def write_safetensors(
         for content in tensor_bytes(path, dtype, shapes, tensors):
             file.write(content)
             del content  # before the next one is made
-        file.flush()
-        os.fsync(file.fileno())
+    sync(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -20,6 +19,7 @@ from bc2_jax.curate.pipeline import FORMAT, curate
 from bc2_jax.data.demo_corpus import demo_documents
 from bc2_jax.data.pinned_package import default_cache, publishing
 from bc2_jax.data.tokenization import Settings, tokenize_corpus
+from bc2_jax.files import fingerprint
 from bc2_jax.tokenizer import train_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def prepare_demo(
     config = CurationConfig()
     settings = [vocab_size, sequence_length, validation_fraction, _CHARACTER_COVERAGE, sys.version_info[:3], documents]
     settings += [FORMAT, dataclasses.asdict(config)]
-    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+    key = fingerprint(settings, sort_keys=False)[:16]
     folder = cache / f"demo-{key}"
     sources = {language: folder / "rows" / language for language in documents}
     corpus = DemoCorpus(folder / "tokenizer.model", sources, folder / "curated" / "report.md")

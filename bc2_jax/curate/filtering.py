@@ -28,7 +28,7 @@ from bc2_jax.curate.spam import find_spam
 from bc2_jax.curate.spans import cut_spans
 from bc2_jax.curate.stages import fingerprint
 from bc2_jax.curate.tokens import choose_tokens, hash_tokens
-from bc2_jax.tokenizer import file_sha256
+from bc2_jax.files import file_sha256
 from bc2_jax.validation import require
 
 if TYPE_CHECKING:

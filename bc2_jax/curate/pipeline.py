@@ -26,7 +26,7 @@ from bc2_jax.curate.stages import Stages, fingerprint
 from bc2_jax.curate.storage import Folder
 from bc2_jax.curate.tasks import Run
 from bc2_jax.data.text_files import TextFiles, find_text_files, modified
-from bc2_jax.tokenizer import file_sha256
+from bc2_jax.files import file_sha256
 
 if TYPE_CHECKING:
     from daft import DataFrame

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from bc2_jax.curate.tokens import Tokens, hash_ngrams, hash_tokens, slice_tokens, token_pieces
+from bc2_jax.files import replaced
 from bc2_jax.validation import require
 
 Perplexity = Callable[[Sequence[str]], np.ndarray]
@@ -68,10 +68,9 @@ class QualityModel:
         path = Path(path)
         require(path.suffix == ".npz", "path", str(path), "it must end with .npz")
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{uuid.uuid4().hex}.{path.name}")
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        np.savez_compressed(temporary, format=np.int64(_FORMAT), **fields)
-        temporary.replace(path)
+        with replaced(path, shared=True) as partial, partial.open("wb") as file:
+            np.savez_compressed(file, format=np.int64(_FORMAT), **fields)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> QualityModel:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from bc2_jax import files
 from bc2_jax.curate.engine import Engine, Task
 from bc2_jax.curate.storage import Folder
 
@@ -17,7 +16,7 @@ _DONE, _BEGUN, _RESULTS = "done.json", "begun.json", "results"
 
 def fingerprint(*values: Any) -> str:
     """Of values that JSON can hold: what a stage's result depends on."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    return files.fingerprint(values)[:32]
 
 
 class Stages:

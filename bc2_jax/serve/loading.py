@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
-import json
 import time
 from pathlib import Path
 from typing import Literal
@@ -15,6 +13,7 @@ import jax
 from bc2_jax.align.red_team import identify
 from bc2_jax.config import DType, MeshConfig, check_divisible
 from bc2_jax.convert.pretrained import find_model, find_tokenizer, load_pretrained
+from bc2_jax.files import fingerprint
 from bc2_jax.infer import engine
 from bc2_jax.infer.decoding import CacheDType
 from bc2_jax.infer.prepared import find_long_context, prepare
@@ -83,8 +82,7 @@ def make_fingerprint(options: ServeOptions, tokenizer: Tokenizer, length: int) -
     about = dataclasses.asdict(options) | {"model": identify(options.model, options.adapter)}
     about |= {"tokenizer": tokenizer.fingerprint, "length": length}
     about["versions"] = [importlib.metadata.version(name) for name in ("bc2_jax", "jax", "jaxlib")]
-    text = json.dumps(about, sort_keys=True, default=str)
-    return f"bc2-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return f"bc2-{fingerprint(about)[:12]}"
 
 
 def make_service(

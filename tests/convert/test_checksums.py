@@ -18,7 +18,7 @@ from bc2_jax.convert.checksums import expected_sha256, verify_file, write_sha256
 from bc2_jax.convert.pickled import read_entries, read_pickled
 from bc2_jax.convert.pickled_write import write_pickled
 from bc2_jax.convert.safetensors import write_safetensors
-from bc2_jax.tokenizer import file_sha256
+from bc2_jax.files import file_sha256
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "rope-tiny"
 ARRAYS = {f"w{i}": np.arange(5 * i, 5 * i + 20).reshape(4, 5).astype(ml_dtypes.bfloat16) for i in range(3)}

@@ -1,4 +1,4 @@
-"""Curation is killed, runs out of disk, is started twice, is interrupted: nothing is lost, and nothing said wrongly."""
+"""Curation that is killed, runs out of disk, is started twice or interrupted loses nothing and reports it correctly."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What a run writes that nothing disturbs."""
+    """The output of an undisturbed run."""
     out = tmp_path_factory.mktemp("whole") / "out"
     curate([str(raw)], str(out), config(), Engine("native"), lambda *_: None)
     return content(out)

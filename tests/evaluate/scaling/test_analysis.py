@@ -25,7 +25,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *args: object) -> str:
 
 def test_what_is_not_known_is_null_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     """Four runs, one far off: their interval has no upper end, and without N there is no surface."""
-    monkeypatch.setattr("bc2_jax.evaluate.scaling.picture.draw", lambda analysis, path: None)
+    monkeypatch.setattr("bc2_jax.evaluate.scaling.analysis.draw_analysis", lambda analysis, path: None)
     points, out = tmp_path / "p.csv", tmp_path / "out"
     points.write_text("C,loss\n1e20,3.2\n3e20,4.5\n1e21,2.85\n3e21,2.75\n")
     call("--points", points, "--out", out)

@@ -1,7 +1,6 @@
 """Baselines that a model has to beat: unigram and bigram cross-entropy on packed rows.
 
-Everything is in nats a token over the targets of the model's validation loss: labels that are not -100.
-Rows are uint32 [R, T + 1], as `packing.read_rows` gives them.
+In nats a token over the targets of the validation loss (labels that are not -100). Rows are uint32 [R, T + 1].
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from bc2_jax.data.batch import IGNORED, row_to_example
 
 
 def unigram_entropy(validation_rows: np.ndarray, vocab_size: int) -> float:
-    """Entropy of the held-out targets under their own frequencies: no unigram model can do better."""
+    """Entropy of the held-out targets under their own frequencies: a lower bound of unigram models."""
     counts = np.bincount(_pairs(validation_rows, vocab_size)[1], minlength=vocab_size)
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())
@@ -47,14 +46,14 @@ def bigram_cross_entropy(train_rows: np.ndarray, validation_rows: np.ndarray, vo
     place = np.minimum(np.searchsorted(pairs, key), len(pairs) - 1)
     count = np.where(pairs[place] == key, counts[place], 0)
     total = np.maximum(context_count[context], 1)
-    # What the discount took away; all of it where the context is new.
+    # The discounted mass; all of it for a new context.
     left = np.where(context_count[context] > 0, discount * followers[context] / total, 1.0)
     probability = np.maximum(count - discount, 0) / total + left * backoff[token]
     return float(-np.log(probability).mean())
 
 
 def _pairs(rows: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Every (context, target) that the model is scored on, int64 [N] each."""
+    """All (context, target) pairs that the model is scored on, int64 [N] each."""
     example = row_to_example(rows)
     scored = example["labels"] != IGNORED
     context, token = example["input_ids"][scored].astype(np.int64), example["labels"][scored].astype(np.int64)
@@ -67,16 +66,13 @@ def _pairs(rows: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _discount(counts: np.ndarray) -> float:
-    """n1 / (n1 + 2 n2), the leave-one-out estimate, n1 and n2 being how many counts are 1 and 2.
-
-    It is zero where no count is 1, which would leave nothing for what was never seen: then 1/2.
-    """
+    """n1 / (n1 + 2 n2), the leave-one-out estimate from the numbers of counts that are 1 and 2; 1/2 if none is 1."""
     once, twice = int((counts == 1).sum()), int((counts == 2).sum())
     return once / (once + 2 * twice) if once else 0.5
 
 
 def _discounted(counts: np.ndarray) -> np.ndarray:
-    """Absolute discounting of counts [V], what it took away spread evenly: float64 [V], positive, with sum 1."""
+    """Absolute discounting of counts [V], the discounted mass spread evenly: float64 [V], positive, sum 1."""
     discount, total = _discount(counts), counts.sum()
     left = discount * (counts > 0).sum() / total
     return np.maximum(counts - discount, 0) / total + left / len(counts)

@@ -1,84 +1,67 @@
-"""N-grams of integers as 64-bit hashes, and which n-grams of a fixed list of items occur in a stream.
+"""N-grams as 64-bit hashes: a set, a table and a scan that find known n-grams in token streams.
 
-The integers may be token ids, code points or hashes of words. With unrelated n-grams two hashes agree with a chance of
-2^-64; nothing here defends against text that was made to collide.
+Tokens may be token ids, code points or hashes of words. Unrelated n-grams share a hash with a chance of 2^-64; there
+is no defence against text that was made to collide.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 
 import numpy as np
 
-# The finalizer of splitmix64 (Steele, Lea and Flood 2014, with the constants of Stafford's variant 13).
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)
-_FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-_SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
 # Odd, so that multiplying by it loses nothing.
-_LEFT = np.uint64(0xD6E8FEB86659FD93)
+MULTIPLIER = 0x9E3779B97F4A7C15
 _FILTER_BITS = range(10, 28)
 
 
 def mix(values: np.ndarray) -> np.ndarray:
-    """A bijection of uint64 in which every bit of the input moves every bit of the result; one pass, no table."""
-    values = values + _GAMMA
-    values ^= values >> _SHIFTS[0]
-    values *= _FACTORS[0]
-    values ^= values >> _SHIFTS[1]
-    values *= _FACTORS[1]
-    values ^= values >> _SHIFTS[2]
-    return values
+    """A bijection of uint64 whose every output bit depends on every input bit (the finaliser of MurmurHash3)."""
+    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
+    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
+    return values ^ (values >> np.uint64(33))
 
 
-def hash_ngrams(tokens: np.ndarray, n: int) -> np.ndarray:
-    """A hash of each window of `n` neighbours of `tokens`: uint64 [max(0, len(tokens) - n + 1)].
+def hash_windows(hashes: np.ndarray, n: int) -> np.ndarray:
+    """A hash of each window of `n` neighbours of `hashes`, uint64 [L]: uint64 [max(0, L - n + 1)].
 
-    `tokens` is any integer array [L]. Entry i depends on tokens i .. i + n - 1, their order and n, and on nothing else,
-    so hashes of different arrays, runs and machines can be compared. Windows of 2, 4, 8, ... tokens are hashed from
-    pairs of shorter ones, so the cost is about 2 log2(n) passes. Raises ValueError if n < 1.
+    Entry i depends on hashes i .. i + n - 1, their order and n alone, so results of different arrays and machines can
+    be compared. Raises ValueError if n < 1.
     """
     if n < 1:
         raise ValueError(f"n = {n} is not valid: it must be positive.")
-    if len(tokens) < n:
-        return np.empty(0, np.uint64)
-    windows = mix(tokens.astype(np.uint64))
-    size, result, length = 1, np.empty(0, np.uint64), 0
-    while True:
-        if n & size:
-            result = _join(result, windows, length) if length else windows
-            length += size
-        if 2 * size > n:
-            return result[: len(tokens) - n + 1]
-        windows = _join(windows, windows, size)
-        size *= 2
+    size = max(0, len(hashes) - n + 1)
+    combined = hashes[:size].copy()
+    for i in range(1, n if size else 0):
+        combined *= np.uint64(MULTIPLIER)
+        combined += hashes[i : i + size]
+    return mix(combined)
 
 
-def _join(left: np.ndarray, right: np.ndarray, offset: int) -> np.ndarray:
-    """Windows of `left` that go on in `right`, `offset` tokens later."""
-    count = min(len(left), len(right) - offset)
-    joined = left[:count] * _LEFT
-    joined += right[offset : offset + count]
-    return mix(joined)
+def hash_ngrams(tokens: np.ndarray, n: int) -> np.ndarray:
+    """The hash of each n-gram of integers [L]: uint64 [max(0, L - n + 1)]; see `hash_windows`."""
+    return hash_windows(mix(tokens.astype(np.uint64) + np.uint64(1)), n)  # 0 would hash to 0
 
 
 def hash_positions(tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """A hash of each token with its position: uint64 [L]; their sum modulo 2^64 is a hash of a whole sequence.
+    """A hash of each token with its position: uint64 [L]; their sum modulo 2^64 is a hash of the sequence.
 
     Sums of stretches add up, so a sequence can be hashed in pieces. Tokens and positions must be below 2^32.
     """
-    return mix((positions.astype(np.uint64) << np.uint64(32)) | tokens.astype(np.uint64))
+    return mix(((positions.astype(np.uint64) << np.uint64(32)) | tokens.astype(np.uint64)) + np.uint64(1))
 
 
 class HashSet:
-    """A fixed set of uint64 hashes, for looking up many at a time.
+    """A fixed set of uint64 hashes that looks up many at a time.
 
     A Bloom filter of at most 16 MiB, asked for a hash's first and then for its last bits, rejects most strangers; the
-    others cost a search, which is a hundred times slower.
+    others cost a binary search, which is a hundred times slower.
     """
 
     def __init__(self, hashes: np.ndarray) -> None:
-        # With the inverse NumPy sorts; without it, it uses a hash table that is slower than that.
+        # np.unique sorts for the inverse; without it, it uses a hash table, which is slower.
         self.hashes, self.entries = np.unique(hashes, return_inverse=True)
         """uint64 [U], sorted; and where in it each given hash is, int64 [L]."""
         bits = min(max((16 * len(self.hashes)).bit_length(), _FILTER_BITS[0]), _FILTER_BITS[-1])
@@ -105,8 +88,40 @@ class HashSet:
 
 
 @dataclasses.dataclass(frozen=True)
+class NgramTable:
+    """Known n-grams of one size, each with the number of what it belongs to; make it with `make_table`."""
+
+    n: int
+    hashes: np.ndarray
+    """uint64 [K], ascending, repeated where several things have the n-gram."""
+    numbers: np.ndarray
+    """int64 [K]."""
+
+    @functools.cached_property
+    def _index(self) -> tuple[HashSet, np.ndarray]:
+        """The different hashes, and at which row each begins, int64 [U + 1]."""
+        known = HashSet(self.hashes)
+        return known, np.append(np.searchsorted(self.hashes, known.hashes), len(self.hashes))
+
+    def find(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Every (entry of `hashes`, uint64 [L]; row of the table) with the same n-gram: int64 [M] twice."""
+        known, starts = self._index
+        places, entries = known.find(hashes)
+        first, sizes = starts[entries], starts[entries + 1] - starts[entries]
+        # first[0], first[0] + 1 ... of every entry one after the other
+        rows = np.arange(sizes.sum()) + np.repeat(first - np.cumsum(sizes) + sizes, sizes)
+        return np.repeat(places, sizes), rows
+
+
+def make_table(n: int, hashes: np.ndarray, numbers: np.ndarray) -> NgramTable:
+    """A table of these n-grams, in any order."""
+    order = np.argsort(hashes, kind="stable")
+    return NgramTable(n, hashes[order], np.asarray(numbers, np.int64)[order])
+
+
+@dataclasses.dataclass(frozen=True)
 class ItemHit:
-    """An item of which something was found."""
+    """An item of which an n-gram was found."""
 
     item: int
     ngrams: int
@@ -115,7 +130,7 @@ class ItemHit:
     """How many of them occur in the streams."""
     stream: int
     position: int
-    """The first of them that the item has: where it was seen first."""
+    """Where the first of these n-grams, in the order of the item, was seen first."""
 
 
 class ItemOverlap:
@@ -137,9 +152,9 @@ class ItemOverlap:
         self._tail: tuple[int, int, np.ndarray] = (-1, 0, np.empty(0, np.uint32))
 
     def add(self, stream: int, start: int, tokens: np.ndarray) -> None:
-        """Looks through `tokens` [L], which stand at `start` of stream number `stream` (at least 0).
+        """Searches `tokens` [L], which stand at `start` of stream number `stream` (at least 0).
 
-        If they go on where the call before ended, n-grams across the boundary are seen too.
+        If they continue where the previous call ended, n-grams across the boundary are found too.
         """
         if not len(self._set.hashes):
             return

@@ -1,9 +1,8 @@
-"""What a ladder says: predictions first, then how far they can be trusted, then the parameters."""
+"""Analysis of a ladder: predictions, warnings, the fitted parameters; as tables, JSON and plot."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,20 +11,21 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from bc2_jax.evaluate.records import finite, write_json
 from bc2_jax.evaluate.scaling.collection import Point, Points, column
 from bc2_jax.evaluate.scaling.fit import DELTA, Fit, HeldOut, fit_compute, fit_surface
-from bc2_jax.files import replaced
 from bc2_jax.terminal import make_table
 from bc2_jax.validation import require
 
 LEVELS = (0.8, 0.95)
-FAR = 10.0
-"""Times the largest run's compute from which a prediction is called far."""
+_POINTS = 25  # of a plotted curve
+_COLOUR = "#1f77b4"
+FAR = 10.0  # multiple of the largest run's compute from which a prediction is warned of
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """Of one model."""
+    """The predicted loss of one model."""
 
     name: str
     N: float
@@ -33,7 +33,7 @@ class Prediction:
     C: float
     loss: float
     intervals: tuple[tuple[float, float], ...] | None
-    """(low, high) of a run's loss at each of LEVELS; None unless there are more runs than parameters."""
+    """(low, high) of a run's loss at each of LEVELS; None without more runs than parameters."""
     actual: float | None = None
 
     @property
@@ -43,7 +43,7 @@ class Prediction:
 
     @property
     def verdict(self) -> str:
-        """Where the actual loss lies."""
+        """In which interval the actual loss lies."""
         if self.actual is None or self.intervals is None:
             return ""
         for level, (low, high) in zip(LEVELS, self.intervals, strict=True):
@@ -54,19 +54,18 @@ class Prediction:
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """A fit with all that is said of it."""
+    """A fit with its predictions and warnings."""
 
     points: Points
     fit: Fit
     held_out: HeldOut | None
     predictions: tuple[Prediction, ...]
-    parameter_ends: dict[str, tuple[float, float]] | None
-    """95 %; None as in `Prediction`."""
+    parameter_ends: dict[str, tuple[float, float]] | None  # 95 %; None as in `Prediction`
     warnings: tuple[str, ...]
 
 
 def choose_law(points: Sequence[Point], law: str = "auto") -> str:
-    """compute or surface; auto takes the surface where N and D are known and each differs of itself.
+    """ "compute" or "surface"; "auto" takes the surface if N and D are known and vary independently.
 
     Raises ValueError for another name.
     """
@@ -81,10 +80,7 @@ def choose_law(points: Sequence[Point], law: str = "auto") -> str:
 
 
 def analyse(points: Points, targets: Sequence[Point] = (), law: str = "auto", delta: float = DELTA) -> Analysis:
-    """Fits the law, and predicts the targets, whose loss is nan where it is not known.
-
-    Raises ValueError as `fit_compute` and `fit_surface`.
-    """
+    """Fits the law and predicts the targets, whose loss is nan if unknown. Raises ValueError as the fits do."""
     known = points.points
     if choose_law(known, law) == "surface":
         is_known = not any(math.isnan(point.N) for point in known)
@@ -99,7 +95,7 @@ def analyse(points: Points, targets: Sequence[Point] = (), law: str = "auto", de
 
 
 def place(fit: Fit, point: Point) -> tuple[float, ...]:
-    """Where the fit is asked about a point."""
+    """A point's quantities, as arguments of `Fit.predict`."""
     return tuple(getattr(point, name) for name in fit.law.quantities)
 
 
@@ -119,26 +115,26 @@ def _predict(fit: Fit, targets: Sequence[Point]) -> list[Prediction]:
 
 
 def _doubts(fit: Fit, predictions: Sequence[Prediction]) -> list[str]:
-    """What the reader must know of this fit."""
+    """Warnings of this fit."""
     doubts = []
     largest = max((float(np.prod(row)) for row in zip(*fit.inputs, strict=True)), default=0.0)
     for p in predictions:
         times = math.prod(getattr(p, name) for name in fit.law.quantities) / largest
         if times > FAR:
             doubts.append(
-                f"{p.name} has {times:,.0f} times the compute of the largest run: what is predicted holds only if the "
-                "law holds that far, which no smaller run can show."
+                f"{p.name} has {times:,.0f} times the compute of the largest run: the prediction holds only if the law "
+                "does that far, which smaller runs cannot show."
             )
     if fit.freedom < 1:
-        doubts.append("There are as many runs as parameters: the law meets all of them whatever it is worth.")
+        doubts.append("There are as many runs as parameters: the law fits all of them exactly.")
     parameters = fit.parameters
     if any(fit.law.sign * parameters[name] <= 0 for name in fit.law.exponents):
-        doubts.append("An exponent has the wrong sign: the loss does not fall with more of it in these runs.")
+        doubts.append("An exponent has the wrong sign: in these runs the loss does not fall with it.")
     return doubts
 
 
 def print_analysis(analysis: Analysis, console: Console) -> None:
-    """Predictions, the largest run from the others, runs and residuals, parameters."""
+    """Prints warnings, predictions, the largest run predicted from the others, residuals and parameters."""
     fit, per_nat = analysis.fit, analysis.points.bits_per_byte
     for warning in analysis.warnings:
         console.print(f"warning: {warning}")
@@ -190,16 +186,13 @@ def _print_parameters(console: Console, fit: Fit, ends: dict[str, tuple[float, f
     console.print(table)
     if ends:
         console.print(
-            f"Noise of a run about the law: {fit.noise:.3%}. Few runs hardly determine the parameters, which can "
-            "make up for each other; what they predict is far better known."
+            f"Noise of a run about the law: {fit.noise:.3%}. With few runs parameters compensate each other and are "
+            "poorly determined; predictions are far better determined."
         )
 
 
 def save_analysis(analysis: Analysis, out: Path) -> None:
-    """Writes OUT/scaling.json and OUT/scaling.png. In the JSON null stands for what is not known or not finite."""
-    from bc2_jax.evaluate.scaling.picture import draw
-
-    out.mkdir(parents=True, exist_ok=True)
+    """Writes OUT/scaling.json (null if unknown or not finite) and OUT/scaling.png."""
     fit, held = analysis.fit, analysis.held_out
     record = {
         "law": fit.law.formula, "runs": [dataclasses.asdict(point) for point in analysis.points.points],
@@ -216,15 +209,89 @@ def save_analysis(analysis: Analysis, out: Path) -> None:
         "objective": fit.objective, "delta": float(fit.problem.delta), "noise": fit.noise if fit.freedom >= 1 else None,
         "bits_per_byte_of_a_nat": analysis.points.bits_per_byte, "warnings": list(analysis.warnings),
     }  # fmt: skip
-    with replaced(out / "scaling.json") as partial:
-        partial.write_text(json.dumps(_finite(record), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    draw(analysis, out / "scaling.png")
+    write_json(out / "scaling.json", finite(record))
+    draw_analysis(analysis, out / "scaling.png")
 
 
-def _finite(value: Any) -> Any:
-    """With None for nan and inf, which JSON does not have."""
-    if isinstance(value, dict):
-        return {name: _finite(member) for name, member in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(member) for member in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def draw_analysis(analysis: Analysis, path: Path) -> None:
+    """Writes a PNG: loss by compute (log-log), the law with its bands, predictions, residuals below."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    fit = analysis.fit
+    figure, (above, below) = pyplot.subplots(
+        2, 1, figsize=(8, 7), sharex=True, gridspec_kw={"height_ratios": [3, 1]}
+    )  # fmt: skip
+    points, predictions = analysis.points.points, analysis.predictions
+    computes = [point.C for point in points]
+    lines = _lines(analysis)
+    for index, (C, at) in enumerate(lines):
+        above.plot(C, fit.predict(*at), color=_COLOUR, linewidth=1, label=fit.law.formula if not index else None)
+        if fit.freedom >= 1:
+            for level, alpha in ((0.95, 0.15), (0.8, 0.25)):
+                low, high = fit.interval(*at, level=level)
+                label = f"{level:.0%} of runs" if not index else None
+                above.fill_between(C, low, high, color=_COLOUR, alpha=alpha, linewidth=0, label=label)
+    above.scatter(computes, [point.loss for point in points], color="black", s=16, zorder=3, label="runs")
+    for p in predictions:
+        error = None
+        if p.intervals is not None:
+            low, high = p.intervals[-1]
+            error = [[max(p.loss - low, 0)], [max(high - p.loss, 0)]]
+        above.errorbar([p.C], [p.loss], yerr=error, fmt="D", color="#d62728", markersize=5, capsize=3)
+        above.annotate(
+            f"{p.name} {p.loss:.3f}", (p.C, p.loss), textcoords="offset points", xytext=(-10, -16), ha="right"
+        )
+        if p.actual is not None:
+            above.scatter([p.C], [p.actual], marker="x", color="black", s=45, zorder=4)
+            below.scatter([p.C], [100 * (p.actual / p.loss - 1)], marker="x", color="black", s=45)
+    if predictions:
+        above.scatter([], [], marker="D", color="#d62728", label="predicted, 95 %")
+    if any(p.actual is not None for p in predictions):
+        above.scatter([], [], marker="x", color="black", label="actual")
+    above.set(xscale="log", yscale="log", ylabel="loss on held-out text (nats a token)")
+    _plain_ticks(above)
+    above.legend()
+    below.axhline(0, color=_COLOUR, linewidth=1)
+    below.scatter(computes, 100 * fit.residuals, color="black", s=16)
+    below.set(xlabel="compute C (FLOPs: layers, head and attention)", ylabel="residual (%)")
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _lines(analysis: Analysis) -> list[tuple[np.ndarray, tuple[np.ndarray, ...]]]:
+    """(compute, arguments of `Fit.predict`) of each curve: one by compute, or one by tokens for each of a few sizes."""
+    fit = analysis.fit
+    ends = [*(p.C for p in analysis.points.points), *(p.C for p in analysis.predictions)]
+    if len(fit.law.quantities) == 1:
+        C = np.geomspace(min(ends), max(ends), _POINTS)
+        return [(C, (C,))]
+    N, D = fit.inputs
+    C_of = np.array([point.C for point in analysis.points.points])
+    sizes = np.unique(np.round(N, 0))
+    lines: list[tuple[np.ndarray, tuple[np.ndarray, ...]]] = []
+    for size in sizes[np.linspace(0, len(sizes) - 1, min(len(sizes), 5)).astype(int)]:
+        mine = np.abs(N / size - 1) < 1e-6
+        if np.count_nonzero(mine) > 1:
+            tokens = np.geomspace(D[mine].min(), D[mine].max(), 9)
+            per_token = float(np.mean(C_of[mine] / D[mine]))
+            lines.append((per_token * tokens, (np.full(len(tokens), size), tokens)))
+    return lines
+
+
+def _plain_ticks(axes: Any) -> None:
+    """Ticks such as 2.5 instead of 2.5 x 10^0, at round values."""
+    from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, StrMethodFormatter
+
+    low, high = axes.get_ylim()
+    step = next(s for s in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 1e9) if (high - low) / s <= 12)
+    axes.yaxis.set_major_locator(FixedLocator((np.arange(np.ceil(low / step), high / step + 1) * step).tolist()))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.2f}"))
+    axes.set_ylim(low, high)

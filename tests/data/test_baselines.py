@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from bc2_jax.data.ngram import bigram_cross_entropy, unigram_cross_entropy, unigram_entropy
+from bc2_jax.data.baselines import bigram_cross_entropy, unigram_cross_entropy, unigram_entropy
 
 V = 8
 ROWS = st.integers(2, 9).flatmap(

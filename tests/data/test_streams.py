@@ -11,7 +11,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bc2_jax.data.decompression import Decompressed
+from bc2_jax.data.streams import Decompressed
 
 PACK = {"gzip": gzip.compress, "zstd": zstandard.compress}
 
