@@ -111,26 +111,22 @@ class Handle:
         self._events: deque[Event] = deque()
         self._changed = threading.Condition()
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
-        self._is_complete = False
-
-    @property
-    def is_complete(self) -> bool:
-        return self._is_complete
+        self.is_complete = False  # whether the last event was put
 
     def cancel(self) -> None:
         """Requests the last event Ended("cancelled"). Callable from any thread, also repeatedly."""
-        if not self._is_complete:
+        if not self.is_complete:
             self._on_cancel(self)
 
     def put(self, event: Event) -> bool:
         """Adds an event for the reader; returns False if too many are unread. Drops events after the last one."""
         is_last = isinstance(event, Ended | Failed)
         with self._changed:
-            if self._is_complete:
+            if self.is_complete:
                 return True
             if len(self._events) >= self._capacity and not is_last:
                 return False
-            self._is_complete = is_last
+            self.is_complete = is_last
             self._events.append(event)
             waiter, self._waiter = self._waiter, None
             self._changed.notify()
