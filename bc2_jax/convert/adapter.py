@@ -34,16 +34,11 @@ from bc2_jax.model.lora import Adapter, abstract_adapter
 class FoundAdapter:
     """An adapter on disk; only its config has been read."""
 
-    path: Path
-    """The PEFT folder as given, or the absolute folder of one checkpoint."""
-    config: LoraConfig | None
-    """None for a PEFT folder, whose targets are known only from its tensors."""
-    model: ModelConfig | None
-    """Architecture of the base model; None for a PEFT folder, which does not record it."""
-    base: str | None
-    """Path of the base model at training time, if known."""
-    part: str = ""
-    """Its part of the checkpoint's parameters (`checkpoints.policy_part`)."""
+    path: Path  # the PEFT folder as given, or the absolute folder of one checkpoint
+    config: LoraConfig | None  # none for a PEFT folder, whose targets are known only from its tensors
+    model: ModelConfig | None  # architecture of the base model; None for a PEFT folder, which does not record it
+    base: str | None  # path of the base model at training time, if known
+    part: str = ""  # its part of the checkpoint's parameters (`checkpoints.policy_part`)
 
     def explain(self) -> str:
         """Error message for an adapter in place of a model: what it is, and how to use it."""

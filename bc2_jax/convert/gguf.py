@@ -144,7 +144,7 @@ def _read_vocabulary(path: Path | None, config: ModelConfig) -> Any:
     Raises ValueError if there is none, llama.cpp would tokenize otherwise, or there are more pieces than token ids.
     """
     if path is None:
-        raise ValueError("GGUF holds the tokenizer, and there is no tokenizer.model beside the model.")
+        raise ValueError("GGUF contains the tokenizer, but the model has no tokenizer.model.")
     model = read_sentencepiece(path, "llama.cpp")
     require(
         len(model.pieces) <= config.vocab_size, "model.vocab_size", config.vocab_size,

@@ -174,7 +174,7 @@ def _explain_names(names: Iterable[str]) -> None:
     if not prefix:  # a wrapper of a submodule
         prefix = next((w for w in _WRAPPERS for name in names if w.startswith("_") and f".{w}" in f".{name}"), "")
     if prefix:
-        origins = [origin for wrapper, origin in _WRAPPERS.items() if wrapper in prefix]
+        origins = [origin for wrapper, origin in _WRAPPERS.items() if f".{wrapper}" in f".{prefix}"]
         by = f", added by {' and '.join(origins)}" if origins else ""
         raise ValueError(
             f"The tensors' names start with {prefix!r}{by}: pass --strip-prefix {prefix} to "

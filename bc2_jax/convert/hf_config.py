@@ -32,8 +32,7 @@ class Choice(NamedTuple):
 
     value: Any
     why: str
-    is_said: bool
-    """Whether the config or the caller says so; otherwise it was inferred from other fields."""
+    is_said: bool  # whether the config or the caller says so; otherwise it was inferred from other fields
 
 
 def read_config(folder: str | Path, reading: Reading = AS_SAID) -> ModelConfig:

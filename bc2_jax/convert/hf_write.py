@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 
@@ -28,7 +28,6 @@ from bc2_jax.convert.table import Layout, Shape, build_tensor, torch_shapes, tor
 from bc2_jax.files import file_sha256
 
 FileFormat = Literal["safetensors", "bin"]
-FILE_FORMATS: tuple[FileFormat, ...] = get_args(FileFormat)
 
 
 def check_layout(config: ModelConfig, layout: Layout) -> None:

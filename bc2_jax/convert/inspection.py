@@ -29,8 +29,7 @@ DEFAULTS = Options()
 class TensorGroup:
     """Tensors that differ only in their layer."""
 
-    name: str
-    """With {} for the layer."""
+    name: str  # with {} for the layer
     count: int
     shape: Shape
     dtype: str
@@ -42,10 +41,8 @@ class Inspection:
 
     path: Path
     format: str
-    model: str
-    """The known model of this size."""
-    why: tuple[str, ...]
-    """How the position scheme and the kind of head were determined."""
+    model: str  # the known model of this size
+    why: tuple[str, ...]  # how the position scheme and the kind of head were determined
     config: ModelConfig
     groups: tuple[TensorGroup, ...]
     parameters: int
@@ -55,10 +52,8 @@ class Inspection:
     misshapen: list[str]
     head_norms: tuple[float, float, float] | None
     """Smallest, mean and largest length of the head's rows; None if the head cannot be read."""
-    refusal: str | None
-    """The error with which a conversion would refuse it before writing anything."""
-    left_out: tuple[str, ...]
-    """Files that a conversion would leave out."""
+    refusal: str | None  # the error with which a conversion would refuse it before writing anything
+    left_out: tuple[str, ...]  # files that a conversion would leave out
 
     @property
     def is_consistent(self) -> bool:
@@ -146,8 +141,7 @@ class ArrayDifference:
     path: str
     layers: tuple[int | None, ...]
     max_abs: float
-    max_rel: float
-    """Largest difference divided by the largest absolute value of the array in A."""
+    max_rel: float  # largest difference divided by the largest absolute value of the array in A
     dtypes: tuple[str, str]
 
 
@@ -156,8 +150,7 @@ class Comparison:
     """Result of `diff`."""
 
     fields: tuple[str, ...]
-    arrays: tuple[ArrayDifference, ...]
-    """Arrays that differ in dtype or in any bit."""
+    arrays: tuple[ArrayDifference, ...]  # arrays that differ in dtype or in any bit
     total: int
 
     @property

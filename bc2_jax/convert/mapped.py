@@ -28,12 +28,10 @@ class MappedTensor:
     """Location of a tensor in a file. Its creator has checked that all bytes are inside the file."""
 
     file: Path
-    offset: int
-    """First byte of the first element."""
+    offset: int  # first byte of the first element
     dtype: np.dtype
     shape: Shape
-    strides: Shape | None = None
-    """In elements; None is contiguous in C order."""
+    strides: Shape | None = None  # in elements; None is contiguous in C order
 
     def read(self) -> np.ndarray:
         """A read-only array that maps the file; a slice of it reads only its own pages.

@@ -16,8 +16,7 @@ from bc2_jax.convert.conversion import Options, Summary, to_hf
 from bc2_jax.convert.folder import check_free, foreign_in_adapter, foreign_in_checkpoint, written_whole
 from bc2_jax.convert.hf_config import HFDType
 from bc2_jax.convert.hf_write import FileFormat
-from bc2_jax.convert.lora_layout import LoraLayout
-from bc2_jax.convert.peft import save_peft
+from bc2_jax.convert.peft import LoraLayout, save_peft
 from bc2_jax.convert.pretrained import find_model
 from bc2_jax.convert.source import Source
 from bc2_jax.convert.table import Layout, Part, cast, flatten

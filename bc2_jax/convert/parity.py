@@ -27,8 +27,7 @@ _BLOCK_VALUES = 1 << 22
 class Outputs:
     """A model's outputs for token ids."""
 
-    logits: np.ndarray
-    """[B, T, V]."""
+    logits: np.ndarray  # [B, T, V]
     hidden_states: np.ndarray
     """[L + 1, B, T, D]: after the embedding, after each layer but the last, after the final norm."""
 
@@ -37,19 +36,14 @@ class Outputs:
 class Parity:
     """Differences between a model's outputs and a reference's; values that are not finite make them NaN or inf."""
 
-    tolerance: float
-    """Largest legal difference, relative to the largest value."""
+    tolerance: float  # largest legal difference, relative to the largest value
     largest_logit: float
     largest_logit_difference: float
     mean_logit_difference: float
-    top1_agreement: float
-    """Share of positions, 0 to 1, with the same most likely token."""
-    kl: float
-    """KL(reference || ours) of next-token distributions in nats, mean over positions."""
-    largest_hidden: tuple[float, ...]
-    """Largest absolute value of each of the reference's hidden states, [L + 1]."""
-    hidden_difference: tuple[float, ...]
-    """Largest absolute difference of each hidden state, [L + 1]."""
+    top1_agreement: float  # share of positions, 0 to 1, with the same most likely token
+    kl: float  # KL(reference || ours) of next-token distributions in nats, mean over positions
+    largest_hidden: tuple[float, ...]  # largest absolute value of each of the reference's hidden states, [L + 1]
+    hidden_difference: tuple[float, ...]  # largest absolute difference of each hidden state, [L + 1]
 
     @property
     def first_divergent(self) -> int | None:

@@ -48,8 +48,7 @@ class Entry:
     name: str
     offset: int
     size: int
-    crc: int | None
-    """CRC-32 of the bytes; None if the file was written without checksums."""
+    crc: int | None  # CRC-32 of the bytes; None if the file was written without checksums
 
 
 def read_pickled(path: Path) -> dict[str, MappedTensor]:

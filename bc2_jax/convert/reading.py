@@ -15,10 +15,8 @@ class Reading:
     """None: from config.json, or inferred from its other fields."""
     normalize_head: bool | None = None
     """Whether the head is a NormHead. None: from config.json, or inferred from its other fields."""
-    strip_prefix: str = ""
-    """Prefix that wrappers added to tensor names, such as "module."."""
-    ignore_keys: tuple[str, ...] = ()
-    """Unknown keys of config.json that do not matter."""
+    strip_prefix: str = ""  # prefix that wrappers added to tensor names, such as "module."
+    ignore_keys: tuple[str, ...] = ()  # unknown keys of config.json that do not matter
 
 
 AS_SAID = Reading()

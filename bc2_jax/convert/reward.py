@@ -44,16 +44,12 @@ class FoundRewardModel:
 
     path: Path
     config: ModelConfig
-    tokenizer: Path | None
-    """tokenizer.model in the folder of the checkpoint or its run."""
-    lora: LoraConfig | None = None
-    """Config of its adapter; None if all parameters were trained."""
-    base: str | None = None
-    """Path of the model that the run started from; its backbone is the adapter's base."""
+    tokenizer: Path | None  # tokenizer.model in the folder of the checkpoint or its run
+    lora: LoraConfig | None = None  # config of its adapter; None if all parameters were trained
+    base: str | None = None  # path of the model that the run started from; its backbone is the adapter's base
     statistics: Mapping[str, float] | None = None
     """"mean" and "std" of rewards of held-out answers, and the number of "answers", if known."""
-    part: str = ""
-    """Its part of the checkpoint's parameters: "" for all, or CRITIC."""
+    part: str = ""  # its part of the checkpoint's parameters: "" for all, or CRITIC
 
 
 def find_reward_model(path: str | Path) -> FoundRewardModel:

@@ -33,19 +33,15 @@ class Source:
     config: ModelConfig
     dtypes: Mapping[str, np.dtype]
     """Path -> dtype on disk; float32 if the tensors of a folder differ in dtype or are float64."""
-    read: Reader
-    """Returns an array in that dtype, a view of a mapped file or a copy."""
+    read: Reader  # returns an array in that dtype, a view of a mapped file or a copy
     tokenizer: Path | None
     generation: Mapping[str, Any] | None = None
     chat_template: str | None = None
-    files: tuple[Path, ...] = ()
-    """Weight files of a PyTorch folder, or of a training checkpoint with a manifest."""
+    files: tuple[Path, ...] = ()  # weight files of a PyTorch folder, or of a training checkpoint with a manifest
     manifested: Mapping[Path, str] = dataclasses.field(default_factory=dict)
     """SHA-256 of each of `files` in that manifest."""
-    is_training: bool = False
-    """Whether it is a training checkpoint, whose parameters are the float32 masters."""
-    unread: tuple[str, ...] = ()
-    """Names of other files there, which a conversion leaves out."""
+    is_training: bool = False  # whether it is a training checkpoint, whose parameters are the float32 masters
+    unread: tuple[str, ...] = ()  # names of other files there, which a conversion leaves out
     own_shapes: Mapping[str, Shape] | None = None
     """Path -> shape; None for a language model, which has those of its config."""
 

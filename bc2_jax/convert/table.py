@@ -27,10 +27,6 @@ Layout = Literal["baichuan2", "baichuan1", "llama", "llama_reward"]
 """baichuan2: as released. baichuan1: same names, head rows normalised. llama: also W_pack split in three. llama_reward:
 with a score instead of the head.
 """
-LAYOUTS: tuple[Layout, ...] = ("baichuan2", "baichuan1", "llama")
-"""Layouts of language models."""
-
-
 Reader = Callable[[str, int | None], np.ndarray]
 """(path, layer) -> that layer of the array; the whole array if layer is None."""
 

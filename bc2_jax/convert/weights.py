@@ -33,8 +33,7 @@ class Weights:
     config: ModelConfig
     layout: table.Layout
     tensors: Mapping[str, MappedTensor]
-    dtypes: Mapping[str, np.dtype]
-    """Path -> dtype: that of its tensors, or float32 if theirs differ or are float64."""
+    dtypes: Mapping[str, np.dtype]  # path -> dtype: that of its tensors, or float32 if theirs differ or are float64
 
     def read_layer(self, path: str, layer: int | None) -> np.ndarray:
         """One layer of a parameter (all of it if layer is None); a view of the file if possible."""

@@ -27,14 +27,10 @@ class Reason(enum.IntEnum):
     """Whether a row is running, and if not, why."""
 
     RUNNING = 0
-    EOS = 1
-    """It generated one of its eos ids."""
-    LIMIT = 2
-    """It reached its limit of new tokens, or its cache slots are full."""
-    NO_PROMPT = 3
-    """It has no prompt yet, or only part of one."""
-    CANCELLED = 4
-    """Its caller needs no more tokens."""
+    EOS = 1  # it generated one of its eos ids
+    LIMIT = 2  # it reached its limit of new tokens, or its cache slots are full
+    NO_PROMPT = 3  # it has no prompt yet, or only part of one
+    CANCELLED = 4  # its caller needs no more tokens
 
 
 class Decoding(NamedTuple):
@@ -43,23 +39,16 @@ class Decoding(NamedTuple):
     Small arrays are replicated on every device and process.
     """
 
-    cache: KVCache
-    """S slots per row; the newest token's keys and values are not in it yet."""
-    length_B: Array
-    """int32: slots in use."""
-    seen_BV: Array
-    """bool: tokens of the prompt or the output; sharded by `sampling_axis`."""
+    cache: KVCache  # S slots per row; the newest token's keys and values are not in it yet
+    length_B: Array  # int32: slots in use
+    seen_BV: Array  # bool: tokens of the prompt or the output; sharded by `sampling_axis`
     counts_BV: Array | None
     """int16: count of each token in the output, sharded as `seen_BV`; None if no row may have a penalty for it."""
-    token_B: Array
-    """int32: the newest token, at position length_B."""
-    step_B: Array
-    """int32: number of new tokens."""
-    reason_B: Array
-    """int8: `Reason`."""
+    token_B: Array  # int32: the newest token, at position length_B
+    step_B: Array  # int32: number of new tokens
+    reason_B: Array  # int8: `Reason`
     sampling: Sampling
-    stretch_B: Array | None
-    """fp32: `Prepared.stretch` of each row; None without a long context."""
+    stretch_B: Array | None  # fp32: `Prepared.stretch` of each row; None without a long context
 
 
 class Chunk(NamedTuple):
@@ -69,18 +58,12 @@ class Chunk(NamedTuple):
     rows, place i is row i.
     """
 
-    ids_RC: Any
-    """int32, padded on the right."""
-    rows_R: Any
-    """int32: the batch row of each prompt."""
-    start_R: Any
-    """int32: number of tokens before this chunk."""
-    count_R: Any
-    """int32: number of tokens, 0..C; 0 skips this place."""
-    is_last_R: Any
-    """bool: the prompt ends here; its first new token is sampled and the row starts to run."""
-    prompt_RS: Any
-    """int32: the whole prompt if it ends here, padded with -1, for the repetition penalty."""
+    ids_RC: Any  # int32, padded on the right
+    rows_R: Any  # int32: the batch row of each prompt
+    start_R: Any  # int32: number of tokens before this chunk
+    count_R: Any  # int32: number of tokens, 0..C; 0 skips this place
+    is_last_R: Any  # bool: the prompt ends here; its first new token is sampled and the row starts to run
+    prompt_RS: Any  # int32: the whole prompt if it ends here, padded with -1, for the repetition penalty
     stretch_R: Any | None = None
     """fp32: `Prepared.stretch` of the prompt and all its new tokens; the same in all chunks of a prompt."""
 
@@ -91,10 +74,8 @@ class LogProbs(NamedTuple):
     X are the dimensions of the tokens, P is MOST_TOP_LOG_PROBS; zeros where a row did not ask for them.
     """
 
-    chosen_X: Array
-    """Of the sampled token; logits are divided by `log_prob_temperature` first if it was given."""
-    top_ids_XP: Array
-    """int32, the most likely first."""
+    chosen_X: Array  # of the sampled token; logits are divided by `log_prob_temperature` first if it was given
+    top_ids_XP: Array  # int32, the most likely first
     top_XP: Array
 
 
@@ -103,12 +84,9 @@ class Emitted(NamedTuple):
 
     tokens_BK: Array
     """int32: new tokens of each row in order, padded with -1. K = STEPS; for `extend` K = 1, one row per place."""
-    log_probs: LogProbs | None
-    """Of these tokens; None if `Sampling.top_log_probs` is None."""
-    step_B: Array
-    """int32: number of new tokens so far."""
-    reason_B: Array
-    """int8: `Reason`."""
+    log_probs: LogProbs | None  # of these tokens; None if `Sampling.top_log_probs` is None
+    step_B: Array  # int32: number of new tokens so far
+    reason_B: Array  # int8: `Reason`
 
 
 def init_cache(config: ModelConfig, compute: ComputeConfig, rows: int, slots: int, kv: CacheDType) -> KVCache:

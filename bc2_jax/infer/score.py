@@ -34,23 +34,17 @@ class Rows(NamedTuple):
     """
 
     ids_BT: Any
-    segments_BT: Any
-    """As `kernels.segments` reads them; 0 is padding."""
-    places_BS: Any
-    """Columns, 0..T-1, whose next token is scored; a column may occur several times with other labels."""
-    labels_BS: Any
-    """The tokens to score; IGNORED where nothing is scored."""
+    segments_BT: Any  # as `kernels.segments` reads them; 0 is padding
+    places_BS: Any  # columns, 0..T-1, whose next token is scored; a column may occur several times with other labels
+    labels_BS: Any  # the tokens to score; IGNORED where nothing is scored
 
 
 class Scores(NamedTuple):
     """[B, S], replicated on every device and process."""
 
-    log_prob: Array
-    """fp32 log p(label) in nats; 0 where the label is IGNORED."""
-    is_argmax: Array
-    """bool: whether the label has the largest logit, the first of equals."""
-    margin: Array
-    """fp32: the label's logit minus the largest other logit."""
+    log_prob: Array  # fp32 log p(label) in nats; 0 where the label is IGNORED
+    is_argmax: Array  # bool: whether the label has the largest logit, the first of equals
+    margin: Array  # fp32: the label's logit minus the largest other logit
 
 
 def score_rows(model: Baichuan2, rows: Rows) -> Scores:

@@ -42,8 +42,7 @@ def not_ready(state: str) -> ApiError:
 class Queued(NamedTuple):
     """No new text for a while."""
 
-    place: int | None
-    """Number of requests ahead in the queue; None if the prompt is being read."""
+    place: int | None  # number of requests ahead in the queue; None if the prompt is being read
     is_started: bool
 
 

@@ -22,25 +22,18 @@ class Limits:
 
     body_bytes: int = 1 << 20
     messages: int = 500
-    prompts: int = 64
-    """Prompts of one request to /v1/completions."""
-    n: int = 8
-    """Choices per prompt."""
-    choices: int = 128
-    """Prompts times n."""
+    prompts: int = 64  # prompts of one request to /v1/completions
+    n: int = 8  # choices per prompt
+    choices: int = 128  # prompts times n
     stop: int = 16
     stop_characters: int = 128
     logit_bias: int = 300
-    top_logprobs: int = 20
-    """Of a chat."""
-    logprobs: int = 5
-    """Of a completion."""
-    body_seconds: float = 30.0
-    """Seconds for a client to send its body."""
+    top_logprobs: int = 20  # of a chat
+    logprobs: int = 5  # of a completion
+    body_seconds: float = 30.0  # seconds for a client to send its body
     unread_seconds: float = 30.0
     """Seconds for a client to read; then its request is cancelled and the connection closed."""
-    ping_seconds: float = 15.0
-    """Seconds of silence after which a stream sends a comment, to keep connections open."""
+    ping_seconds: float = 15.0  # seconds of silence after which a stream sends a comment, to keep connections open
 
     def __post_init__(self) -> None:
         require_positive(self, "", *(field.name for field in dataclasses.fields(self)))

@@ -15,12 +15,9 @@ class Field(NamedTuple):
     """Legal values of a field; null is the same as leaving it out."""
 
     accepts: Callable[[Any], bool]
-    legal: str
-    """Completes "FIELD = VALUE is not valid: it must be ..."."""
-    schema: Mapping[str, Any]
-    """The same as JSON Schema."""
-    is_supported: bool = True
-    """False if only neutral values are accepted."""
+    legal: str  # completes "FIELD = VALUE is not valid: it must be ..."
+    schema: Mapping[str, Any]  # the same as JSON Schema
+    is_supported: bool = True  # false if only neutral values are accepted
 
 
 Fields = Mapping[str, Field]

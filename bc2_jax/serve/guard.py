@@ -147,7 +147,7 @@ class Guard:
 def _explain(scope: Scope, error: HTTPException) -> str:
     if error.status_code == 405:
         return f"this path does not take {scope['method'][:20]}."
-    return "there is nothing at this path; GET /openapi.json describes what there is."
+    return "this path does not exist; GET /openapi.json lists the endpoints."
 
 
 async def _reply(

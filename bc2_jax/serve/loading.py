@@ -38,23 +38,17 @@ class ServeOptions:
     """How to serve a model."""
 
     model: Path
-    slots: int = 8
-    """Requests that are answered at the same time."""
-    slot_length: int | None = None
-    """Most tokens of a prompt plus its answer; by default the model's maximum."""
+    slots: int = 8  # requests that are answered at the same time
+    slot_length: int | None = None  # most tokens of a prompt plus its answer; by default the model's maximum
     dtype: DType = "bfloat16"
-    mesh: MeshConfig | None = None
-    """The mesh of all devices of all processes; None uses one device."""
+    mesh: MeshConfig | None = None  # the mesh of all devices of all processes; None uses one device
     kv: CacheDType = "compute"
-    quantize: Scheme | None = None
-    """Store weights in fewer bits; None keeps the folder's."""
+    quantize: Scheme | None = None  # store weights in fewer bits; None keeps the folder's
     long_context: Literal["ntk", "yarn"] | None = None
     """How positions beyond the trained length are stretched; requires max_length."""
-    max_length: int | None = None
-    """Most tokens with a long context, above model_max_length."""
+    max_length: int | None = None  # most tokens with a long context, above model_max_length
     adapter: Path | None = None
-    name: str | None = None
-    """Model name in the API; by default the folder's name."""
+    name: str | None = None  # model name in the API; by default the folder's name
 
     def __post_init__(self) -> None:
         require(self.slots >= 1, "--slots", self.slots, "it must be at least 1")

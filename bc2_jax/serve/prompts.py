@@ -30,17 +30,12 @@ class ServedModel:
     name: str
     tokenizer: Tokenizer
     config: ModelConfig
-    length: int
-    """Most tokens of a prompt plus its continuation."""
+    length: int  # most tokens of a prompt plus its continuation
     eos_ids: tuple[int, ...]
-    chat_settings: Mapping[str, Any]
-    """Default settings of chats: all of SAMPLER except logit_bias."""
-    chat_max_tokens: int
-    """Default for the most new tokens of a chat."""
-    fingerprint: str
-    """Changes with everything that may change tokens."""
-    created: int
-    """Start of the server, in seconds since the epoch."""
+    chat_settings: Mapping[str, Any]  # default settings of chats: all of SAMPLER except logit_bias
+    chat_max_tokens: int  # default for the most new tokens of a chat
+    fingerprint: str  # changes with everything that may change tokens
+    created: int  # start of the server, in seconds since the epoch
 
     @property
     def chat_ends(self) -> tuple[int, ...]:
@@ -69,10 +64,8 @@ class Asked:
     n: int
     seed: int
     prompts: tuple[tuple[int, ...], ...]
-    echoes: tuple[str, ...] = ()
-    """The text of each prompt, if it is echoed."""
-    dropped_rounds: int | None = None
-    """Oldest rounds of a chat that were dropped; None for a completion."""
+    echoes: tuple[str, ...] = ()  # the text of each prompt, if it is echoed
+    dropped_rounds: int | None = None  # oldest rounds of a chat that were dropped; None for a completion
 
     @property
     def prompt_tokens(self) -> int:

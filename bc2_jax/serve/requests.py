@@ -18,18 +18,13 @@ from bc2_jax.infer.settings import Settings
 class Request:
     """One continuation of one prompt; n choices are n requests with places 0 to n - 1."""
 
-    ids: tuple[int, ...]
-    """The prompt: at least one id, all in the vocabulary."""
-    settings: Settings
-    """As returned by `Settings.check`."""
-    place: int = 0
-    """With the seed it determines the key of each draw, as a prompt's index does in `generate`."""
+    ids: tuple[int, ...]  # the prompt: at least one id, all in the vocabulary
+    settings: Settings  # as returned by `Settings.check`
+    place: int = 0  # with the seed it determines the key of each draw, as a prompt's index does in `generate`
     top_log_probs: int | None = None
     """None: no log-probabilities; 0..20: those of each token and of that many likely tokens."""
-    prompt_log_probs: int | None = None
-    """The same for each prompt token except the first."""
-    owner: str = ""
-    """Owners take turns in the queue and never share cached prefixes. Empty: anonymous."""
+    prompt_log_probs: int | None = None  # the same for each prompt token except the first
+    owner: str = ""  # owners take turns in the queue and never share cached prefixes. Empty: anonymous.
 
     @property
     def reserved(self) -> int:
@@ -42,16 +37,14 @@ class TokenScore(NamedTuple):
 
     id: int
     log_prob: float
-    top: tuple[tuple[int, float], ...]
-    """(id, log-probability) of the most likely tokens, the most likely first."""
+    top: tuple[tuple[int, float], ...]  # (id, log-probability) of the most likely tokens, the most likely first
 
 
 @dataclasses.dataclass(frozen=True)
 class Started:
     """The prompt has been read; the first event."""
 
-    cached_tokens: int
-    """Prompt tokens copied from another request's cache instead of computed."""
+    cached_tokens: int  # prompt tokens copied from another request's cache instead of computed
     seed: int
 
 
@@ -59,16 +52,14 @@ class Started:
 class PromptScored:
     """Comes before the first token if the request has `prompt_log_probs`."""
 
-    scores: list[TokenScore | None]
-    """One per prompt token; None for the first."""
+    scores: list[TokenScore | None]  # one per prompt token; None for the first
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
     """New tokens, including the eos that ends the continuation."""
 
-    tokens: list[int] | list[TokenScore]
-    """Scores if the request has `top_log_probs`, else ids."""
+    tokens: list[int] | list[TokenScore]  # scores if the request has `top_log_probs`, else ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,26 +111,22 @@ class Handle:
         self._events: deque[Event] = deque()
         self._changed = threading.Condition()
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
-        self._is_complete = False
-
-    @property
-    def is_complete(self) -> bool:
-        return self._is_complete
+        self.is_complete = False  # whether the last event was put
 
     def cancel(self) -> None:
         """Requests the last event Ended("cancelled"). Callable from any thread, also repeatedly."""
-        if not self._is_complete:
+        if not self.is_complete:
             self._on_cancel(self)
 
     def put(self, event: Event) -> bool:
         """Adds an event for the reader; returns False if too many are unread. Drops events after the last one."""
         is_last = isinstance(event, Ended | Failed)
         with self._changed:
-            if self._is_complete:
+            if self.is_complete:
                 return True
             if len(self._events) >= self._capacity and not is_last:
                 return False
-            self._is_complete = is_last
+            self.is_complete = is_last
             self._events.append(event)
             waiter, self._waiter = self._waiter, None
             self._changed.notify()

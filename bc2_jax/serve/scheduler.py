@@ -65,8 +65,7 @@ class Planned(NamedTuple):
     """A turn and the requests that its results belong to."""
 
     turn: Turn
-    chunks: dict[int, Served]
-    """By place."""
+    chunks: dict[int, Served]  # by place
     rows: Collection[Served]
 
     @property

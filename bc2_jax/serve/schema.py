@@ -42,11 +42,9 @@ class Options:
     stop_token_ids: tuple[int, ...]
     ignore_eos: bool
     seed: int | None
-    log_probs: int | None
-    """Number of likely tokens to report with each token; None reports no log-probabilities."""
+    log_probs: int | None  # number of likely tokens to report with each token; None reports no log-probabilities
     is_stream: bool
-    has_usage: bool
-    """Whether the stream ends with the usage."""
+    has_usage: bool  # whether the stream ends with the usage
     has_continuous_usage: bool
     has_token_ids: bool
     user: str

@@ -105,7 +105,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host.strip("[]"), port), family=family, backlog=_MOST_CONNECTIONS)
     except OSError as error:
-        raise OSError(f"--host {host} --port {port} can't be listened at: {error.strerror or error}.") from error
+        raise OSError(f"--host {host} --port {port} is not available: {error.strerror or error}.") from error
 
 
 def run_server(app: ASGIApp, backend: Backend, listening: socket.socket, *, drain_s: float = 30.0) -> int:

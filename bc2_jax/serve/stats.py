@@ -23,23 +23,17 @@ Observe = Callable[[Observation, float], None]
 class Stats:
     """Counters since the start, written by the engine thread, and current gauges. Readable from any thread."""
 
-    requests: Counter[str] = dataclasses.field(default_factory=Counter)
-    """By outcome: eos, length, cancelled, failed."""
-    rejected: int = 0
-    """Requests rejected because the queue was full."""
+    requests: Counter[str] = dataclasses.field(default_factory=Counter)  # by outcome: eos, length, cancelled, failed
+    rejected: int = 0  # requests rejected because the queue was full
     prompt_tokens: int = 0
     generated_tokens: int = 0
-    cached_tokens: int = 0
-    """Prompt tokens found in the cache."""
-    compilations: int = 0
-    """Compilations in the engine thread after the start; anything but 0 is a bug."""
+    cached_tokens: int = 0  # prompt tokens found in the cache
+    compilations: int = 0  # compilations in the engine thread after the start; anything but 0 is a bug
     waiting: int = 0
-    running: int = 0
-    """Requests that have a row."""
+    running: int = 0  # requests that have a row
     rows: int = 0
     slots: int = 0
-    slots_used: int = 0
-    """Cache slots used by running requests."""
+    slots_used: int = 0  # cache slots used by running requests
 
     def count(self, event: Ended | Failed) -> None:
         self.requests[event.reason if isinstance(event, Ended) else "failed"] += 1

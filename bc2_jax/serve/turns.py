@@ -22,20 +22,13 @@ from bc2_jax.validation import require
 class Shapes:
     """Shapes of the compiled programs."""
 
-    rows: int
-    """B, requests that are decoded together."""
-    slots: int
-    """S, most tokens of a request, prompt plus new ones."""
-    chunk: int = 256
-    """C, prompt tokens per turn."""
-    parts: int = 1
-    """Number of batch shards of the mesh."""
-    places: int = 1
-    """Prompts per shard of which a turn runs a chunk."""
-    steps: int = 4
-    """Decoding steps per turn while no prompt is being read."""
-    prefill_steps: int = 1
-    """Decoding steps per turn while a prompt is being read."""
+    rows: int  # B, requests that are decoded together
+    slots: int  # S, most tokens of a request, prompt plus new ones
+    chunk: int = 256  # C, prompt tokens per turn
+    parts: int = 1  # number of batch shards of the mesh
+    places: int = 1  # prompts per shard of which a turn runs a chunk
+    steps: int = 4  # decoding steps per turn while no prompt is being read
+    prefill_steps: int = 1  # decoding steps per turn while a prompt is being read
     trained: int | None = None
     """For a model with a long context, its trained length, beyond which positions are stretched; else None."""
 
@@ -73,29 +66,21 @@ class Turn(NamedTuple):
     Host arrays of fixed shapes; R = places * parts.
     """
 
-    kind: np.ndarray
-    """int32 `Kind`."""
-    copy_from_R: np.ndarray
-    """int32: row whose first slots are copied to the row of this place's chunk."""
-    copy_chunks_R: np.ndarray
-    """int32: chunks of slots to copy; 0 for none."""
+    kind: np.ndarray  # int32 `Kind`
+    copy_from_R: np.ndarray  # int32: row whose first slots are copied to the row of this place's chunk
+    copy_chunks_R: np.ndarray  # int32: chunks of slots to copy; 0 for none
     chunk: Chunk
-    sampling: Sampling
-    """R rows."""
-    labels_RC: np.ndarray
-    """int32: the token after each token of the chunk if it is to be scored, else -1."""
-    steps: np.ndarray
-    """int32: decoding steps; 0 for none."""
-    cancel_B: np.ndarray
-    """bool: rows that must not decode."""
+    sampling: Sampling  # R rows
+    labels_RC: np.ndarray  # int32: the token after each token of the chunk if it is to be scored, else -1
+    steps: np.ndarray  # int32: decoding steps; 0 for none
+    cancel_B: np.ndarray  # bool: rows that must not decode
 
 
 class Results(NamedTuple):
     """Results of a turn, still being copied to the host; None for a program that did not run."""
 
     first: Emitted | None
-    scores: LogProbs | None
-    """`LogProbs` [R, C] of the labels."""
+    scores: LogProbs | None  # `LogProbs` [R, C] of the labels
     new: Emitted | None
 
 

@@ -14,16 +14,11 @@ from bc2_jax.validation import require
 class QueueLimits:
     """Limits of the queue."""
 
-    requests: int = 64
-    """Most waiting requests, in addition to free rows."""
-    tokens: int = 262_144
-    """Most tokens of all waiting requests, prompts plus new tokens."""
-    owner_share: float = 0.5
-    """Share of `requests` that one named owner may use."""
-    queue_s: float = 60.0
-    """Most seconds to wait for a row."""
-    total_s: float = 600.0
-    """Most seconds from submission to the last token."""
+    requests: int = 64  # most waiting requests, in addition to free rows
+    tokens: int = 262_144  # most tokens of all waiting requests, prompts plus new tokens
+    owner_share: float = 0.5  # share of `requests` that one named owner may use
+    queue_s: float = 60.0  # most seconds to wait for a row
+    total_s: float = 600.0  # most seconds from submission to the last token
 
     def __post_init__(self) -> None:
         for name in ("requests", "tokens", "queue_s", "total_s"):

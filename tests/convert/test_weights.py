@@ -104,7 +104,7 @@ def test_the_head_of_a_llama(tmp_path, caplog):
     unit["lm_head.weight"][3] = 0  # a padded vocabulary
     folder = write(tmp_path / "unit", unit, model_type="llama")
     assert not open_source(folder).config.normalize_head
-    assert "they were normalised" in caplog.text and "--normalize-head takes it as a NormHead" in caplog.text
+    assert "they were normalised" in caplog.text and "--normalize-head reads it as a NormHead" in caplog.text
 
 
 def test_a_baichuan2_as_llama_whose_head_was_not_normalised(tmp_path):
@@ -186,7 +186,7 @@ def test_buffers_that_contradict_the_config(tmp_path, caplog):
     signs = [(alibi, name, "rope") for name in ROPE_BUFFERS] + [(TINY, name, "alibi") for name in ALIBI_BUFFERS]
     for config, name, told in signs:
         folder = write(tmp_path / name, tiny_tensors() | {name: (ROPE_BUFFERS | ALIBI_BUFFERS)[name]}, config)
-        with pytest.raises(ValueError, match=f"position_embedding is not clear: .* as with {told}; decide with"):
+        with pytest.raises(ValueError, match=f"position_embedding is not clear: .* implies {told}; decide with"):
             open_source(folder)
         scheme = config.position_embedding
         assert open_source(folder, Reading(position_embedding=scheme)).config.position_embedding == scheme
