@@ -1,86 +1,8 @@
-"""Trains a Baichuan 2: `python train.py [CONFIG.py] [--field value ...]`; without arguments the demo.
+"""`bc2 train` as a file: `python train.py --help`."""
 
-`python train.py CONFIG.py --help` documents every field. Exit codes: 0 at the end, 1 after an error; 75 when stopped by
-SIGTERM and 130 by Ctrl-C, with the last step saved; 70 when the run hangs, 76 when another process is gone. After the
-latter, and after a process was killed, start all processes again with `--resume auto`.
-"""
-
-from __future__ import annotations
-
-import logging
-import shlex
 import sys
-import time
-import traceback
-from pathlib import Path
 
-import tyro
-
-from bc2_jax.config.file import read_config_file
-from bc2_jax.cpu import choose_cpu_without_tpu
-from bc2_jax.terminal import here, use_utf8
-from bc2_jax.train.kinds import KINDS, kind_of
-
-STARTED = time.monotonic()
-DEMO = Path(__file__).parent / "configs" / "demo.py"
-
-
-def without_where_and_how_long(args: list[str]) -> list[str]:
-    """The arguments that say what is trained: the hints at the end add their own workdir and number of steps."""
-    kept, skip = [], False
-    for arg in args:
-        name = arg.split("=")[0].replace("_", "-")
-        flag = name in ("--workdir", "--resume", "--num-steps", "--num-epochs") or name.startswith("--distributed.")
-        if not (skip or flag):
-            kept.append(arg)
-        skip = flag and "=" not in arg
-    return kept
-
-
-def main() -> None:
-    use_utf8()
-    args = sys.argv[1:]
-    path = args.pop(0) if args and not args[0].startswith("-") else DEMO
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("bc2_jax").setLevel(logging.INFO)
-    try:
-        file = read_config_file(path, *KINDS)
-        config = tyro.cli(type(file.config), default=file.config, args=args, description=file.doc)
-        config = file.prepare(config)
-        # After the command line is known to be right: --help answers at once.
-        choose_cpu_without_tpu()
-        import jax
-
-        from bc2_jax.checkpoint import InterruptedSave
-        from bc2_jax.train import distributed, loop
-
-        kind = kind_of(config)
-        config = kind.complete(config)
-    except (ValueError, OSError, ArithmeticError) as error:
-        sys.exit(f"error: {error}")
-    try:
-        command = shlex.join([here(__file__), *without_where_and_how_long(sys.argv[1:])])
-        result = loop.run(config, kind.make_job, command, STARTED)
-        if jax.process_index() == 0:
-            file.finish(config, result.workdir)
-    except distributed.Preempted as stop:
-        print(stop, flush=True)
-        sys.exit(stop.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted: what was saved stays; go on with --resume auto.", file=sys.stderr)
-        distributed.leave(distributed.EXIT_INTERRUPTED)
-    except TimeoutError as error:  # not all processes came
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(distributed.EXIT_LOST)
-    except (ValueError, OSError, ArithmeticError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        distributed.leave(distributed.EXIT_LOST if isinstance(error, InterruptedSave) else distributed.EXIT_ERROR)
-    except Exception:
-        # Also when another process is gone: JAX says which.
-        traceback.print_exc()
-        several = jax.distributed.is_initialized()
-        distributed.leave(distributed.EXIT_LOST if several else distributed.EXIT_ERROR)
-
+from bc2_jax.cli.train import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,6 +12,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from bc2_jax.version import __version__
+
 if TYPE_CHECKING:
     from bc2_jax.align.conversation import Conversation, chat
     from bc2_jax.config import ComputeConfig, ModelConfig, TrainConfig
@@ -23,8 +25,8 @@ if TYPE_CHECKING:
     from bc2_jax.tokenizer import Tokenizer
 
 __all__ = [
-    "Baichuan2", "ComputeConfig", "Conversation", "ModelConfig", "Reading", "Tokenizer", "TrainConfig", "chat",
-    "find_eos_ids", "find_tokenizer", "generate", "generate_text", "load_pretrained",
+    "Baichuan2", "ComputeConfig", "Conversation", "ModelConfig", "Reading", "Tokenizer", "TrainConfig", "__version__",
+    "chat", "find_eos_ids", "find_tokenizer", "generate", "generate_text", "load_pretrained",
 ]  # fmt: skip
 
 # Imported at first use, so that `import bc2_jax` takes no time and a program that only tokenizes loads no JAX.
@@ -52,4 +54,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted(__all__)

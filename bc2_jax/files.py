@@ -104,8 +104,12 @@ def replaced(path: Path, *, durable: bool = False, shared: bool = False) -> Iter
 def append_lines(path: Path, lines: bytes) -> None:
     """Appends whole lines to a file and syncs it to disk; an unfinished last line of a killed process is removed."""
     with path.open("r+b" if path.is_file() else "w+b") as file:
-        file.seek(file.read().rfind(b"\n") + 1)
-        file.truncate()
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        if file.read(1) not in (b"", b"\n"):
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+            file.seek(0, os.SEEK_END)
         file.write(lines)
     sync(path)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+_CHECKOUT = Path(__file__).parents[1]
 # Width of a table in a file or pipe.
 _WIDTH = 160
 
@@ -113,13 +114,35 @@ def here(path: str | Path) -> str:
     return os.path.relpath(path, current) if is_below else path
 
 
-def command(program: str, *words: object) -> str:
-    """A shell command, quoted, that runs `program` with this Python from the current directory.
+def program_words(path: str) -> list[str]:
+    """The words that run a program as a process of this Python; of a checkout its file, else a subcommand of `bc2`.
 
-    `program` is relative to the project, such as "tools/convert.py".
+    `path` is the file's in a checkout, such as "tools/convert.py".
     """
-    root = Path(__file__).parents[1]
-    return shlex.join([interpreter(), here(root / program), *map(str, words)])
+    if (file := _CHECKOUT / path).is_file():
+        return [sys.executable, str(file)]
+    return [sys.executable, "-m", "bc2_jax", subcommand(path)]
+
+
+def command(path: str, *words: object) -> str:
+    """What to type in the current directory to run a program, each word quoted for the shell.
+
+    `path` is as for `program_words`. The hint is a subcommand of `bc2` where there is no checkout and where the
+    program that runs now is one.
+    """
+    name = subcommand(path)
+    if (file := _CHECKOUT / path).is_file() and not sys.argv[0].startswith("bc2 "):
+        typed = [interpreter(), here(file)]
+    elif (found := shutil.which("bc2")) and os.path.dirname(os.path.abspath(found)) == os.path.dirname(sys.executable):
+        typed = ["bc2", name]
+    else:
+        typed = [interpreter(), "-m", "bc2_jax", name]
+    return shlex.join([*typed, *map(str, words)])
+
+
+def subcommand(path: str) -> str:
+    """The subcommand of `bc2` that a program's file is: "reward-report" of "tools/reward_report.py"."""
+    return Path(path).stem.replace("_", "-")
 
 
 def interpreter() -> str:

@@ -82,6 +82,15 @@ def require_literals(config: Any, prefix: str) -> None:
             require(value in get_args(kind), f"{prefix}{field}", value, f"legal values are {choices(get_args(kind))}")
 
 
+def check_fields(config: Any, prefix: str, positive: Iterable[str] = (), not_negative: Iterable[str] = ()) -> None:
+    """Checks the fields of a config dataclass: declared types and literals, then signs."""
+    require_literals(config, prefix)
+    require_types(config, prefix)
+    require_positive(config, prefix, *positive)
+    for field in not_negative:
+        require(getattr(config, field) >= 0, f"{prefix}{field}", getattr(config, field), "it must be at least 0")
+
+
 def choices(values: Iterable[object]) -> str:
     """The values, comma-separated; of many only the first and last."""
     texts = [str(value) for value in values]

@@ -1,11 +1,11 @@
-"""Time and memory of converting a full-size model there and back, against `cp` of the same files in the same run.
+"""Time and memory of converting a full-size model in both directions, beside `cp` of the same files in the same run.
 
 python benchmarks/conversion.py --size 7b --workdir DIR     # 31 GB of free space in DIR; 13b: 56 GB
 
-Makes a folder of random bf16 weights in the released layout (pickled shards of up to 10 GB, as released), then copies
-it, converts it to a checkpoint of ours and that back to safetensors, and compares source, checkpoint and result. Each
-step is a process of its own; its peak memory is what the operating system counted (ru_maxrss, which includes the pages
-of mapped files that happen to be resident). What was made is removed at the end, unless --keep.
+Writes random bf16 weights in the released layout (pickled shards of up to 10 GB), copies them, converts them to an
+Orbax checkpoint and back to safetensors, and compares the source, the checkpoint and the result. Each step is its own
+process; its peak memory is the operating system's count (ru_maxrss, which includes resident pages of mapped files).
+The files are removed at the end unless --keep is given.
 """
 
 from __future__ import annotations

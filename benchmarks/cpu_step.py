@@ -1,11 +1,11 @@
-"""Median time of a training step on this CPU, one device, against PyTorch eager in the same run.
+"""Median time of a training step on one CPU device, beside PyTorch eager in the same run.
 
 python benchmarks/cpu_step.py [--dtype float32 bfloat16] [--steps 8] [--torch-python PYTHON]
 
-Shape: hidden 512, 8 heads, 8 layers, ffn 1376, vocabulary 16384, batch 4 x 512 synthetic tokens, no rematerialisation,
-AdamW. Ours and PyTorch take turns, one process a turn, so both meet the same state of the machine. The first turn of
-ours compiles, the later ones find the compiled program. --torch-python is a Python in which torch is installed (by
-default this one, if it has it).
+Shape: hidden 512, 8 heads, 8 layers, feed-forward 1376, vocabulary 16384, batch 4 x 512 synthetic tokens, no
+rematerialisation, AdamW. Ours and PyTorch alternate, one process each time, so that both see the same load of the
+machine. Our first process compiles; the later ones use the compilation cache. --torch-python is a Python with torch
+installed (by default this one, if it has torch).
 """
 
 from __future__ import annotations

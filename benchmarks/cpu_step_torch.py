@@ -1,6 +1,6 @@
 """The step of cpu_step.py in PyTorch eager: python cpu_step_torch.py float32|bfloat16 STEPS; prints one JSON line.
 
-float32 throughout, or bfloat16 autocast over fp32 weights; fused AdamW; attention by scaled_dot_product_attention.
+float32 throughout, or bfloat16 autocast with fp32 weights; fused AdamW; attention by scaled_dot_product_attention.
 """
 
 import json

@@ -1,14 +1,13 @@
-"""Requests a second of an evaluation on this CPU, against lm-eval's own backend for transformers in the same run.
+"""Evaluation requests per second on this CPU, beside lm-eval's backend for transformers in the same run.
 
 python benchmarks/evaluate.py [--threads 2] [--subjects 2] [--questions 40] [--torch-python PYTHON]
 
-Both score the same requests with the same model (RoPE, random weights, fp32; theirs on the llama layout that
-tools/convert.py writes): questions with four letters after the five shots of their subject, and whole texts. They take
-turns, one process a turn, so both meet the same state of the machine; each turn runs everything once to warm up, which
-compiles, and then several times, of which the fastest counts; CPU seconds are what other work on the machine changes
-least. --torch-python is a Python with lm-eval, transformers and
-torch (by default this one). lm-eval runs a question once for its four letters; the shots of a subject are run again for
-each question, where ours stand once in the rows of all of them.
+Both score the same requests with the same model (RoPE, random weights, fp32; lm-eval reads the llama layout that
+tools/convert.py writes): questions with four letters after the five shots of their subject, and whole texts. They
+alternate, one process each time. A process runs everything once to compile and then several times; the fastest run
+counts. Compare CPU seconds, which other work on the machine affects least. --torch-python is a Python with lm-eval,
+transformers and torch (by default this one). lm-eval runs a question once for its four letters but repeats the shots
+of a subject for each question; our rows hold the shots once for all questions of the subject.
 """
 
 from __future__ import annotations

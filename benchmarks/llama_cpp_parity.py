@@ -1,11 +1,12 @@
-"""Does llama.cpp compute from our GGUF files what we compute? Logits, greedy tokens and token ids, side by side.
+"""Compares llama.cpp on our GGUF files with our own model: logits, greedy tokens and token ids.
 
 python benchmarks/llama_cpp_parity.py [--model HF_DIR_OR_CHECKPOINT] [--tokenizer tokenizer.model] [--length 40]
 
 Needs `pip install -e '.[gguf]' llama-cpp-python`, which builds llama.cpp. Without --model it makes narrow random
-models: RoPE with 32 layers, ALiBi with 40 and 4 heads, ALiBi with 40 and 6 heads (slopes of no power of two), with a
-tokenizer trained on the standard library unless another is given. Ours is computed in fp32; llama.cpp rounds weights
-and, in each matmul, activations to the type of the file. How much such rounding matters in a model, ours in bf16 tells.
+models: RoPE with 32 layers, ALiBi with 40 layers and 4 heads, ALiBi with 40 layers and 6 heads (slopes that are not
+powers of two), with a tokenizer trained on the standard library unless one is given. Our side is fp32; llama.cpp
+rounds the weights and, in each matmul, the activations to the file's type. Our own bf16 result shows how much such
+rounding matters.
 """
 
 from __future__ import annotations

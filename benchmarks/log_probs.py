@@ -1,12 +1,12 @@
-"""Time and memory of log-probabilities with and without the logits of all tokens, on the device that is here.
+"""Time and memory of token log-probabilities with and without the full logits tensor, on the current device.
 
 python benchmarks/log_probs.py [--batch 4] [--length 512] [--hidden 512] [--vocab 16384] [--chunk 256] [--dtype float32]
 
-    naive   log_softmax of the logits [B, T, V], then those of the labels; the gradient by automatic differentiation
+    naive   log_softmax of the logits [B, T, V], then a lookup of the labels; gradient by automatic differentiation
     ours    `bc2_jax.model.log_probs.token_log_probs`, once per --chunk
 
-Each one alone and with the gradient of a weighted sum with respect to hidden states and head. Times are the best of
---repeats, the versions taking turns; memory is what the compiled program needs besides its arguments and results.
+Each is measured alone and with the gradient of a weighted sum with respect to hidden states and head. Times are the
+best of --repeats, alternating; memory is what the compiled program needs beside its arguments and results.
 """
 
 from __future__ import annotations

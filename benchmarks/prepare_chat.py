@@ -1,13 +1,13 @@
-"""How fast tools/prepare_chat.py makes rows, against a loop that encodes one conversation after another.
+"""Throughput of tools/prepare_chat.py beside a loop that encodes one conversation after another.
 
 python benchmarks/prepare_chat.py --tokenizer tokenizer.model [--text FILE ...] [--megabytes 20] [--json OUT]
 
-Conversations of 1 to 5 rounds, questions of about 90 and answers of about 250 characters (log-normal), are cut out of
-the text of FILEs, by default modules of the standard library. Prints for each of these, in one run, MB of the
-conversations' file a second, and of what the CPUs did:
+Conversations of 1 to 5 rounds, with questions of about 90 and answers of about 250 characters (log-normal), are cut
+from the text of FILEs, by default modules of the standard library. Prints MB of input per second of wall and of CPU
+time, in one run:
 
-    plain            json.loads and encode_conversation for each line, on one core; nothing is written
-    one process      the whole of prepare_chat: read, checked, encoded, split, packed, written
+    plain            json.loads and encode_conversation for each line, on one core, without writing
+    one process      all of prepare_chat: read, check, encode, split, pack, write
     N processes      the same on all cores
 """
 
@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bc2_jax.align.chat import encode_conversation
-from bc2_jax.align.chat_preparation import prepare_chat
-from bc2_jax.align.preparation_settings import Settings
+from bc2_jax.align.preparation_settings import RowSettings
+from bc2_jax.align.row_preparation import prepare_chat
 from bc2_jax.data.processes import num_cores
 from bc2_jax.tokenizer import Tokenizer
 
@@ -77,7 +77,7 @@ def main() -> None:
     texts = options.text or sorted(Path(sysconfig.get_path("stdlib")).glob("a*.py"))
     tokenizer, cores = Tokenizer(options.tokenizer), num_cores()
     with tempfile.TemporaryDirectory() as folder:
-        file, settings = Path(folder, "conversations.jsonl"), Settings(max_length=options.max_length)
+        file, settings = Path(folder, "conversations.jsonl"), RowSettings(max_length=options.max_length)
         conversations = write_conversations(file, texts, int(options.megabytes * 1e6))
         size = file.stat().st_size / 1e6
 

@@ -1,11 +1,11 @@
-"""Rollouts against decoding in fixed batches: the same prompts, the same answers, one process.
+"""Rollouts with refilled rows beside decoding in fixed batches: the same prompts and answers, in one process.
 
 python benchmarks/rollout.py [--rows 16] [--answers 128] [--groups 1 2 4 8]
 
-A small model with random weights, whose answers end at random: lengths are geometric, as those of a chat model are
-about. Rounds of all ways alternate and the fastest of each counts, so that other work on the machine hits all alike.
-`used` is the share of row steps that gave a token. On an accelerator a step costs the same however many rows run, so
-that `used` is what counts there; here the ratio of tokens/s follows it as far as a step's time is not the host's.
+A small model with random weights whose answers end at random: lengths are geometric, roughly as a chat model's.
+Rounds of all ways alternate and the fastest round counts. `used` is the share of row steps that gave a token. On an
+accelerator a step costs the same however many rows are active, so `used` is what counts there; here tokens/s follow
+it as far as a step's time is not spent on the host.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from flax import nnx
 
 from bc2_jax.config import ComputeConfig, ModelConfig
 from bc2_jax.infer import engine
-from bc2_jax.infer.chunks import PlacedPrompt, make_chunk
+from bc2_jax.infer.decoding import PlacedPrompt, make_chunk
 from bc2_jax.infer.generate import Continuation, Continuations, cache_slots
 from bc2_jax.infer.refill import continue_many
 from bc2_jax.infer.settings import MOST_EOS, Settings, sampling_of

@@ -1,13 +1,13 @@
-"""Tokens a second of `tools/serve.py` with 1, 8 and 32 clients, beside transformers and llama.cpp on the same model.
+"""Tokens per second of `tools/serve.py` with 1, 8 and 32 clients, beside transformers and llama.cpp.
 
 python benchmarks/serve.py [--clients 1 8 32] [--slots 8] [--tokens 128] [--rounds 3] [--only ours llama.cpp]
 
 Needs `pip install -e '.[serve,torch,gguf]' httpx2 'llama-cpp-python[server]'`, which builds llama.cpp; --only leaves
-out what is not installed. One small RoPE model with random weights (32 layers, because llama.cpp tells the positions by
-their number) on this machine's CPU, in fp32; the file of llama.cpp has f16. Every client asks for --tokens greedy
-tokens after a prompt of its own and waits for them. transformers has no queue: it gets the prompts of all clients as
-one batch, in `model.generate`. The server of llama-cpp-python answers one request at a time. Ways alternate round by
-round and the fastest round of each counts, so that other work on the machine hits all alike.
+out what is not installed. The model is a small RoPE model with random weights (32 layers, from which llama.cpp infers
+the position embedding) on this machine's CPU, in fp32; llama.cpp's file is f16. Each client requests --tokens greedy
+tokens after its own prompt and waits. transformers has no queue and gets all prompts as one batch of
+`model.generate`. The server of llama-cpp-python answers one request at a time. The ways alternate and the fastest
+round of each counts.
 """
 
 from __future__ import annotations

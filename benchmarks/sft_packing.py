@@ -1,14 +1,14 @@
-"""Fine-tuning on packed rows against one padded sample a row: targets a second of the same samples, on this CPU.
+"""Fine-tuning on packed rows beside one padded sample per row: targets per second of the same samples, on this CPU.
 
 python benchmarks/sft_packing.py [--rows ROWS] [--samples 128] [--length 256] [--turns 2]
 
 Both train the same model with the same step (`bc2_jax.align.sft`), compiled once for batches of 4 rows of --length
-tokens; what differs is how many samples a row holds. Packed and padded take turns, each over all samples, so that both
-meet the same state of the machine. Model: hidden 256, 8 heads, 4 layers, ffn 704, vocabulary 8192, AdamW.
+tokens; only the number of samples per row differs. Packed and padded alternate, each over all samples. Model: hidden
+256, 8 heads, 4 layers, feed-forward 704, vocabulary 8192, AdamW.
 
-Samples are those of --rows, a folder of tools/prepare_chat.py, or made up: lengths log-normal with a median of a
-quarter of a row, cut to a row, the last 60 % of each its answer. The ratio is about that of the rows needed, and so
-depends on the lengths, which are printed.
+The samples come from --rows, a folder of tools/prepare_chat.py, or are made up: lengths log-normal with a median of a
+quarter of a row, truncated to a row, the last 60 % of each its answer. The ratio is about that of the number of rows,
+so it depends on the lengths, which are printed.
 """
 
 from __future__ import annotations

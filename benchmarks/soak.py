@@ -1,17 +1,18 @@
-"""A training run that is killed, stopped, terminated and damaged at random, against the same run left alone.
+"""A training run that is killed, stopped, terminated and damaged at random, beside the same run without interruption.
 
 python benchmarks/soak.py [--kills 200] [--seed 0] [--elastic] [--folder KEPT]
 
-A tiny model, real processes on this machine, a checkpoint every few steps. Each start suffers one fault at a drawn
-moment: SIGKILL to one process or to all, SIGTERM, or SIGSTOP; between starts checkpoints are damaged, of the good ones
-never the last. Then it is started again with --resume auto, until there were --kills kills and the run is at its end.
-Final parameters, optimizer state, the loss and the rows of every step must be those of the run left alone, bit for bit.
---elastic draws other numbers of processes and other meshes for each start; then losses agree to 1e-4, and rows exactly.
+A tiny model, real processes on this machine, a checkpoint every few steps. Each start suffers one fault at a random
+moment: SIGKILL to one process or to all, SIGTERM, or SIGSTOP; between starts checkpoints are damaged, but never the
+last valid one. The run is started again with --resume auto until it had --kills kills and is complete. Final
+parameters, optimizer state, and the loss and rows of every step must be bit-identical to the uninterrupted run.
+--elastic changes the number of processes and the mesh at each start; then losses must agree within 1e-4, and rows
+exactly.
 
-Prints what was injected; survived: a later start went on from the newest good checkpoint; and detected. Damage: the log
-names it. Kill, stop: the other processes ended by themselves, with codes after which tools/supervise.sh starts them
-again. Terminate: saved, exit code 75, which cannot be before all have joined. The exit code is 1 if anything is not as
-promised.
+Prints the injected faults, how many the run survived (a later start resumed from the newest valid checkpoint) and how
+many it detected. Damage: the log names it. Kill and stop: the other processes exit by themselves, with codes after
+which tools/supervise.sh starts them again. Terminate: the step is saved and the exit code is 75, possible only once
+all processes have joined. The exit code is 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # to be run as a file
 
-from bc2_jax.data.packing import pack_documents
 from bc2_jax.tokenizer import train_tokenizer
 from tests.faults import harness
 from tests.faults.injection import DAMAGES, KINDS, Damage, Fault, Record, Start, differences, run
+from tests.packed_rows import pack_texts
 
 STEPS_PER_KILL = SAVE_EVERY = 3
 ROWS, LENGTH = 12, 32  # rows a batch and tokens a row of harness.CONFIG
@@ -55,7 +56,7 @@ def prepare(folder: Path, num_steps: int) -> Path:
     tokenizer = train_tokenizer([" ".join(words)], folder / "tokenizer.model", 640)
     rng = random.Random(0)
     documents = (" ".join(rng.choices(words, k=rng.randint(5, 30))) for _ in range(num_steps * ROWS))
-    pack_documents(documents, tokenizer, folder / "rows", LENGTH, validation_fraction=0.01)
+    pack_texts(documents, tokenizer, folder / "rows", LENGTH, validation_fraction=0.01)
     return harness.write_config(folder, folder / "rows", tokenizer.path)
 
 

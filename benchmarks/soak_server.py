@@ -1,16 +1,16 @@
-"""Many clients of all manners at one server for minutes: no wrong token, no lost slot, no growth, nothing compiled.
+"""Many clients of all kinds at one server for minutes: no wrong token, leaked slot, memory growth or compilation.
 
 python benchmarks/soak_server.py [MODEL] [--clients 64] [--minutes 5] [--slots 16] [--queue 24]
 
-MODEL is a folder or checkpoint with its tokenizer; without it a small random one is made. `tools/serve.py` runs as its
-own process. Before the load, `generate` answers each of --requests drawn ones (ragged prompts, some with common
-beginnings, all kinds of settings) alone, in this process; under load each client draws one of these, and reads it as
-JSON, as a stream, as a stream slowly, leaves at some token, or sends a body that is broken. There are more clients than
-rows and places in the queue, so that some are refused (429) and come again after Retry-After.
+MODEL is a folder or checkpoint with its tokenizer; without it a small random one is made. `tools/serve.py` runs in
+its own process. Before the load, `generate` answers --requests random ones in this process (ragged prompts, some with
+a common prefix, all kinds of settings), each alone. Under load each client picks one of them and reads the answer as
+JSON, as a stream, as a slow stream, disconnects at some token, or sends a malformed body. There are more clients than
+rows and queue places, so some are refused (429) and retry after Retry-After.
 
-Every answer must have the ids of `generate`, no status may be 5xx, and at the end nothing may run or wait, no slot be
-used, no program have been compiled, and the server's memory be that of the beginning, to --growth percent. The exit
-code is 1 otherwise.
+Every answer must have the ids of `generate`; no status may be 5xx; at the end nothing may run or wait, no slot may be
+in use, no program may have been compiled, and the server's memory must be within --growth percent of its start. The
+exit code is 1 otherwise.
 """
 
 from __future__ import annotations

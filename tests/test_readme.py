@@ -1,4 +1,4 @@
-"""The README's Python runs as it is printed."""
+"""The Python of the README runs as printed, and the Chinese README says the same."""
 
 from __future__ import annotations
 
@@ -34,3 +34,16 @@ def test_the_snippets_run_as_printed(tokenizer: Tokenizer, tmp_path: Path) -> No
         assert done.returncode == 0, done.stderr
         length = len(tokenizer.encode("登鹳雀楼->王之涣\n夜雨寄北->"))
         assert done.stdout == f"[<class 'str'>, <class 'str'>] 2 float32 (1, {length}, {config.vocab_size})\n"
+
+
+def test_both_readmes_have_the_same_commands_and_figures() -> None:
+    """What is the same in every language: commands without their comments, links, and the numbers of the results."""
+
+    def parts(name: str) -> tuple[list[str], list[str], list[str]]:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        blocks = [re.sub(r" *#.*", "", block) for block in re.findall(r"```(?:\w*)\n(.*?)```", text, re.DOTALL)]
+        links = re.findall(r"\]\((?!README)([^)]+)\)", text)
+        results = [row for row in re.findall(r"^\|.*\|$", text, re.MULTILINE) if "docs/" in row or "#what" in row]
+        return blocks, links, [sorted(re.findall(r"\d[\d.,e-]*\d|\d", row)) for row in results]
+
+    assert parts("README.md") == parts("README.zh-CN.md")

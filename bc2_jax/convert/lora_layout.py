@@ -1,4 +1,4 @@
-"""Adapters on W_pack, as released, and on q_proj, k_proj and v_proj, as in LLaMA: each as the other, exactly."""
+"""Converts adapters between W_pack (released) and q_proj, k_proj, v_proj (LLaMA), exactly."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _BLOCK = SLOTS["W_pack"].block
 
 
 def to_layout(adapter: Adapter, layout: LoraLayout) -> Adapter:
-    """The same change of the weights on the modules that `layout` has; fp32 numpy arrays.
+    """The same weight change on the modules of `layout`, as fp32 numpy arrays.
 
-    Raises ValueError for DoRA on some of q_proj, k_proj and v_proj in the layout baichuan2: its lengths of the rows of
-    W_pack are those of all three.
+    Raises ValueError for DoRA on only some of q_proj, k_proj and v_proj with layout "baichuan2": W_pack's magnitudes
+    cover all three.
     """
     if layout == "llama":
         return _split(adapter) if "W_pack" in adapter.config.targets else adapter
@@ -38,7 +38,7 @@ def _split(adapter: Adapter) -> Adapter:
 
 
 def _fuse(adapter: Adapter) -> Adapter:
-    """A one above the other, B in blocks: the rank is the sum of the ranks."""
+    """Stacks the A matrices and puts the B matrices in blocks; the rank is the sum of the ranks."""
     config = adapter.config
     present = [t for t in _PARTS if t in config.targets]
     if config.dora and len(present) < len(_PARTS):
@@ -54,7 +54,7 @@ def _fuse(adapter: Adapter) -> Adapter:
     begin = 0
     for target in present:
         end = begin + config.rank_of(target)
-        # One scaling is left: where they differ, that of the first.
+        # W_pack has one scaling: use that of the first, and rescale the others.
         factor = np.float32(config.scaling_of(target) / scaling)
         lora_b[:, begin:end, _PARTS.index(target)] = np.asarray(arrays[target]["lora_b"]) * factor
         begin = end
@@ -72,7 +72,7 @@ def _alpha_of(config: LoraConfig, target: LoraTarget) -> float:
 def _with_attention(
     adapter: Adapter, targets: dict[LoraTarget, tuple[int, float]], parts: dict[LoraTarget, dict[str, Any]]
 ) -> Adapter:
-    """The adapter with these in the place of those on queries, keys and values; `targets` have (rank, alpha)."""
+    """The adapter with these targets, {target: (rank, alpha)}, instead of those on queries, keys and values."""
     config, layers = adapter.config, adapter.params["layers"]
     others = [t for t in config.targets if t not in (*_PARTS, "W_pack")]
     settings = targets | {t: (config.rank_of(t), _alpha_of(config, t)) for t in others}

@@ -1,4 +1,4 @@
-"""The vocabulary of a model: does it agree with the tokenizer, and how it grows."""
+"""Checks a model's vocabulary against its tokenizer, and grows it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ EMBEDDING = "embed_tokens.weight"
 
 
 def check_vocabulary(source: Source, allow_unused_rows: bool = False) -> None:
-    """Raises ValueError if the model's vocabulary is not that of the tokenizer beside it.
+    """Raises ValueError if the vocabulary does not match the tokenizer beside the model.
 
-    A vocabulary that is larger than the tokenizer (padded, or grown for pieces to come) is fine with
-    `allow_unused_rows`; one that is smaller never is: the tokenizer would give ids that have no row.
+    A larger vocabulary (padded, or grown for future pieces) is legal with `allow_unused_rows`. A smaller one never is:
+    the tokenizer would give ids without a row.
     """
     if source.tokenizer is None:
         return
@@ -35,9 +35,9 @@ def check_vocabulary(source: Source, allow_unused_rows: bool = False) -> None:
 
 
 def resize_vocab(source: Source, size: int, seed: int = 0) -> Source:
-    """The same model with `size` token ids; the old rows stay bit for bit, the new ones are as `new_rows` makes them.
+    """The same model with `size` token ids; old rows keep their bits, new ones come from `new_rows`.
 
-    Raises ValueError for fewer rows than there are: that would lose tokens.
+    Raises ValueError for fewer rows, which would lose tokens.
     """
     old = source.config.vocab_size
     if size < old:
@@ -47,7 +47,7 @@ def resize_vocab(source: Source, size: int, seed: int = 0) -> Source:
         array = source.read(path, layer)
         if path not in (EMBEDDING, HEAD):
             return array
-        # A generator of its own for each table, whichever is read first.
+        # Each table has its own generator, so the order of reading does not matter.
         generator = np.random.default_rng([seed, int(path == HEAD)])
         unit = path == HEAD and source.config.normalize_head
         return np.concatenate([array, new_rows(array, size - old, unit, generator)])
@@ -56,11 +56,11 @@ def resize_vocab(source: Source, size: int, seed: int = 0) -> Source:
 
 
 def new_rows(rows: np.ndarray, count: int, unit: bool, generator: np.random.Generator) -> np.ndarray:
-    """[count, D] rows for new tokens: the mean of the old rows, filled up to their usual length by Gaussian noise.
+    """[count, D] rows for new tokens: the mean of the old rows plus Gaussian noise up to their usual length.
 
-    Their inner product with a hidden state is then about the mean one, and no two are equal. With `unit` (NormHead) it
-    is the directions of the old rows that are averaged, as their length says nothing; a row of zeros, which would be
-    0 / 0 there, cannot come out.
+    Their inner product with a hidden state is about the mean one, and no two are equal. With `unit` (NormHead) the
+    directions of old rows are averaged, because their lengths have no effect; a row of zeros, which would give 0 / 0
+    there, cannot occur.
     """
     total, squares, lengths = np.zeros(rows.shape[1]), 0.0, 0.0
     for block in row_blocks(rows):

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from bc2_jax.curate.tokens import Tokens, hash_ngrams, mix
+from bc2_jax.curate.tokens import Tokens, hash_ngrams
+from bc2_jax.data.ngrams import mix
 
 SHINGLE = 5
 FUNCTIONS, BINS = 8, 16

@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from bc2_jax.curate.tokens import Tokens, hash_ngrams, mix
+from bc2_jax.curate.tokens import Tokens, hash_ngrams
+from bc2_jax.data.ngrams import mix
 
 _MULTIPLIER = 0xC2B2AE3D27D4EB4F
 

@@ -14,9 +14,17 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from bc2_jax.curate.lookup import NgramTable, find_ngrams, make_table
 from bc2_jax.curate.quality import QualityModel
-from bc2_jax.curate.tokens import WORD, Tokens, character_classes, hash_ngrams, hash_tokens, slice_tokens
+from bc2_jax.curate.tokens import (
+    WORD,
+    Tokens,
+    character_classes,
+    find_ngrams,
+    hash_ngrams,
+    hash_tokens,
+    slice_tokens,
+)
+from bc2_jax.data.ngrams import NgramTable, make_table
 from bc2_jax.validation import require, require_literals
 
 if TYPE_CHECKING:

@@ -22,9 +22,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bc2_jax.curate.lookup import NgramTable, find_ngrams, make_table
 from bc2_jax.curate.normalization import large_strings
-from bc2_jax.curate.tokens import Tokens, hash_ngrams, hash_tokens
+from bc2_jax.curate.tokens import Tokens, find_ngrams, hash_ngrams, hash_tokens
+from bc2_jax.data.ngrams import NgramTable, make_table
 from bc2_jax.validation import require
 
 _CHINESE = (

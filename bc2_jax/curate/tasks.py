@@ -20,9 +20,9 @@ from bc2_jax.curate.config import CurationConfig
 from bc2_jax.curate.contamination import BenchmarkNgrams, Match, count_documents, find_contaminated
 from bc2_jax.curate.embedding import HiddenStates
 from bc2_jax.curate.engine import Task
-from bc2_jax.curate.ingestion import hash_texts, read_shards
 from bc2_jax.curate.inputs import Unit
 from bc2_jax.curate.problems import UnitReport
+from bc2_jax.curate.reading import hash_texts, read_shards
 from bc2_jax.curate.report import add_counts
 from bc2_jax.curate.shards import (
     MOST_PARTS,

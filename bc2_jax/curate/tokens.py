@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bc2_jax.data.ngrams import MULTIPLIER, NgramTable, hash_windows, mix
+
 SEPARATOR, WORD, CHARACTER = 0, 1, 2
 # Scripts without spaces between words, as ranges of code points.
 _UNSPACED = (
@@ -20,7 +22,6 @@ _UNSPACED = (
 )  # fmt: skip
 # So small that a piece stays near the core, so large that two threads seldom wait for the interpreter.
 _PIECE_CHARACTERS = 1 << 18
-_MULTIPLIER = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
 
@@ -85,39 +86,38 @@ def hash_tokens(texts: Sequence[str]) -> Tokens:
     return Tokens(np.concatenate([part.hashes for part in parts]), offsets)
 
 
-def mix(values: np.ndarray) -> np.ndarray:
-    """A bijection of uint64 whose every output bit depends on every input bit (the finaliser of MurmurHash3)."""
-    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
-    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
-    return values ^ (values >> np.uint64(33))
-
-
 def hash_ngrams(tokens: Tokens, n: int) -> Tokens:
     """The n-grams of each document, max(0, tokens - n + 1) of them, in order."""
     count = np.maximum(np.diff(tokens.offsets) - (n - 1), 0)
     offsets = np.zeros(len(count) + 1, np.int64)
     np.cumsum(count, out=offsets[1:])
-    size = len(tokens.hashes) - (n - 1)
-    if size <= 0 or not offsets[-1]:
-        return Tokens(np.empty(0, np.uint64), np.zeros_like(offsets))
-    combined = tokens.hashes[:size].copy()
-    for i in range(1, n):
-        combined *= np.uint64(_MULTIPLIER)
-        combined += tokens.hashes[i : i + size]
+    windows = hash_windows(tokens.hashes, n)
     # Those that would reach into the next document go.
     inside = np.ones(len(tokens.hashes), bool)
     for i in range(1, n):
         ends = tokens.offsets[1:] - i
         inside[ends[ends >= tokens.offsets[:-1]]] = False
-    return Tokens(mix(combined[inside[:size]]), offsets)
+    return Tokens(windows[inside[: len(windows)]], offsets)
+
+
+def find_ngrams(table: NgramTable, tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
+    """(document, row of the table), int64 [M] each, for every n-gram of the table that a document has, once."""
+    found = [np.empty((2, 0), np.int64)]
+    for start, piece in token_pieces(tokens):
+        grams = hash_ngrams(piece, table.n)
+        places, rows = table.find(grams.hashes)
+        documents = np.searchsorted(grams.offsets, places, side="right") - 1 + start
+        found.append(np.unique(np.stack([documents, rows]), axis=1))
+    documents, rows = np.concatenate(found, axis=1)
+    return documents, rows
 
 
 @functools.cache
 def _powers(count: int) -> tuple[np.ndarray, np.ndarray]:
     """Powers of the multiplier and of its inverse modulo 2^64, uint64 [count] each."""
-    inverse = pow(_MULTIPLIER, -1, 1 << 64)
+    inverse = pow(MULTIPLIER, -1, 1 << 64)
     result = []
-    for base in (_MULTIPLIER, inverse):
+    for base in (MULTIPLIER, inverse):
         powers = np.ones(count, np.uint64)
         powers[1:] = np.uint64(base & _MASK)
         result.append(np.multiply.accumulate(powers))

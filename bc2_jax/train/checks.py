@@ -11,11 +11,10 @@ import jax
 from bc2_jax.checkpoint import TOKENIZER_NAME
 from bc2_jax.config import ModelConfig, RewardConfig, RunConfig, TrainConfig, differing_fields
 from bc2_jax.convert.checkpoints import explain_quantized
-from bc2_jax.convert.folder import check_free
-from bc2_jax.convert.ownership import foreign_in_export
+from bc2_jax.convert.folder import check_free, foreign_in_export
 from bc2_jax.convert.pretrained import find_any_model, find_model
 from bc2_jax.data.corpus import list_parts
-from bc2_jax.data.row_order import changed_row_order
+from bc2_jax.data.loader import changed_row_order
 from bc2_jax.files import file_sha256
 from bc2_jax.metadata import Metadata, parse_model_config
 from bc2_jax.tokenizer import Tokenizer

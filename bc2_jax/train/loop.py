@@ -72,7 +72,7 @@ MakeJob = Callable[[Config, Start], Job]
 
 
 def run(
-    config: Config, make_job: MakeJob[Config], command: str = "train.py", started: float | None = None
+    config: Config, make_job: MakeJob[Config], command: str = "bc2 train", started: float | None = None
 ) -> RunResult:
     """Runs the job of the config, with its mesh resolved, from the newest good checkpoint.
 

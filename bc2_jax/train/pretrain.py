@@ -16,10 +16,10 @@ from jax.sharding import Mesh
 from bc2_jax.checkpoint import TOKENIZER_NAME
 from bc2_jax.config import ComputeConfig, ModelConfig, RunConfig, TrainConfig
 from bc2_jax.convert.pretrained import load_params
-from bc2_jax.data.bad_rows import BadRows
 from bc2_jax.data.batch import Batch, abstract_batch
+from bc2_jax.data.loader import record_row_order
 from bc2_jax.data.row_batches import RowBatches, ValidationBatches, next_row
-from bc2_jax.data.row_order import record_row_order
+from bc2_jax.data.row_file import BadRows
 from bc2_jax.files import file_sha256, replaced
 from bc2_jax.model.baichuan import Baichuan2, Params, abstract_params, init_params, split_model
 from bc2_jax.tokenizer import Tokenizer

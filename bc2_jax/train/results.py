@@ -15,13 +15,13 @@ from rich.console import Console
 
 from bc2_jax.config import RunConfig, TrainConfig
 from bc2_jax.convert.conversion import Options, to_hf
-from bc2_jax.data import ngram
+from bc2_jax.data.baselines import bigram_cross_entropy, unigram_cross_entropy, unigram_entropy
 from bc2_jax.data.corpus import list_parts
 from bc2_jax.data.loader import describe_mixture
 from bc2_jax.data.packing import read_rows
 from bc2_jax.infer.text import generate_text
 from bc2_jax.model.baichuan import Baichuan2, Params, split_model
-from bc2_jax.terminal import add_column, command, interpreter, make_table
+from bc2_jax.terminal import add_column, command, make_table
 from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.train.checks import EXPORT_NAME
 from bc2_jax.train.job import Say
@@ -84,10 +84,10 @@ def make_baselines(config: TrainConfig, console: Console) -> dict[str, float]:
         for split in ("train", "validation")
     )
     vocab_size = config.model.vocab_size
-    entropy = ngram.unigram_entropy(validation, vocab_size)
+    entropy = unigram_entropy(validation, vocab_size)
     baselines = {
-        "unigram model": ngram.unigram_cross_entropy(train, validation, vocab_size),
-        "bigram model": ngram.bigram_cross_entropy(train, validation, vocab_size),
+        "unigram model": unigram_cross_entropy(train, validation, vocab_size),
+        "bigram model": bigram_cross_entropy(train, validation, vocab_size),
     }
     parts = [f"unigram entropy {entropy:.4f}"]
     parts += [f"cross entropy of a {name} {value:.4f}" for name, value in baselines.items()]
@@ -189,7 +189,7 @@ def print_places(checkpoint: Path, exported: Path | None, start: Start) -> None:
 
 def print_how_to_go_on(workdir: Path, longer: str, start: Start) -> None:
     """The command that resumes the run and extends it with the arguments `longer`."""
-    again = f"{shlex.quote(interpreter())} {start.command} --workdir {shlex.quote(str(workdir))}"
+    again = f"{start.command} --workdir {shlex.quote(str(workdir))}"
     start.say(f"to resume    {again} --resume auto {longer}")
 
 

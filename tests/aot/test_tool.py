@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from bc2_jax.aot import compilation
+from bc2_jax.cli.aot_compile import check_options, compile_and_report_scoring, load_config, make_parser, search
 from bc2_jax.config import MeshConfig
 from bc2_jax.tpu.chips import parse_topology
-from tools.aot_compile import check_options, compile_and_report_scoring, load_config, make_parser, search
 
 TOPOLOGY = parse_topology("v5p:2x2x1")
 

@@ -18,9 +18,9 @@ from bc2_jax.config import ModelConfig
 from bc2_jax.convert import hf
 from bc2_jax.convert.conversion import Options, to_hf, to_orbax
 from bc2_jax.convert.hf_config import read_json, write_config, write_json
+from bc2_jax.convert.inspection import diff
 from bc2_jax.convert.pretrained import find_model, load_params
 from bc2_jax.convert.reading import Reading
-from bc2_jax.convert.report import diff
 from bc2_jax.convert.source import open_source
 from tests.convert.models import GOLDEN, TINY, array_bytes, random_folder, tiny_tensors, write_by_dtype
 
@@ -95,9 +95,9 @@ def test_the_head_of_a_llama(tmp_path, caplog):
     tensors = split_qkv(tiny_tensors())
     folder = write(tmp_path / "plain", tensors, model_type="llama", architectures=["LlamaForCausalLM"])
     assert not open_source(folder).config.normalize_head
-    assert "the head is taken as a plain one, as LLaMA's is; its rows have lengths" in caplog.text
+    assert "the head is read as a plain one, like LLaMA's; its rows have lengths" in caplog.text
     assert open_source(folder, Reading(normalize_head=True)).config.normalize_head
-    assert "taken as a NormHead" in caplog.text
+    assert "read as a NormHead" in caplog.text
     caplog.clear()
     head = tensors["lm_head.weight"]
     unit = tensors | {"lm_head.weight": head / np.linalg.norm(head, axis=1, keepdims=True)}
@@ -207,7 +207,7 @@ def test_prefixes_are_explained_and_stripped(tmp_path, prefix):
     folder = write(tmp_path / "a", {prefix + name: array for name, array in tiny_tensors().items()})
     with pytest.raises(ValueError, match=f"{PREFIXES[prefix] or ''}.*pass --strip-prefix {prefix} ") as error:
         open_source(folder)
-    assert ("put there" in str(error.value)) == (PREFIXES[prefix] is not None)
+    assert ("added by" in str(error.value)) == (PREFIXES[prefix] is not None)
     expected = array_bytes(write(tmp_path / "b", tiny_tensors()))
     to_orbax(folder, tmp_path / "c", Options(reading=Reading(strip_prefix=prefix)))
     assert array_bytes(tmp_path / "c") == expected
@@ -219,7 +219,7 @@ def test_prefixes_are_explained_and_stripped(tmp_path, prefix):
 def test_wrappers_of_single_layers(tmp_path):
     names = {name: name.replace(".0.", ".0._checkpoint_wrapped_module.") for name in tiny_tensors()}
     folder = write(tmp_path / "a", {names[name]: array for name, array in tiny_tensors().items()})
-    with pytest.raises(ValueError, match="activation checkpointing put there: pass --strip-prefix _checkpoint_wrapped"):
+    with pytest.raises(ValueError, match="added by activation checkpointing: pass --strip-prefix _checkpoint_wrapped"):
         open_source(folder)
     source = open_source(folder, Reading(strip_prefix="_checkpoint_wrapped_module"))
     assert source.config.hidden_size == TINY.hidden_size

@@ -216,7 +216,7 @@ def test_ids_that_come_twice_and_files_that_are_skipped_are_counted(tmp_path):
 
 @pytest.mark.parametrize("everything", ["heuristics", "contamination"])
 def test_nothing_is_left(tmp_path, capsys, everything):
-    from tools.curate import main
+    from bc2_jax.cli.curate import main
 
     text = "Too short." if everything == "heuristics" else document(1)
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}) + "\n")
@@ -341,7 +341,7 @@ def test_killed_and_started_again(raw, result, tmp_path):
 )  # fmt: skip
 def test_one_sentence_for_what_is_not_valid(raw, tmp_path, capsys, arguments, message):
     sys.path.insert(0, str(TOOL.parents[1]))
-    from tools.curate import main
+    from bc2_jax.cli.curate import main
 
     given = [argument.format(raw=raw) for argument in arguments]
     assert main([*given, "--out", str(tmp_path / "out")]) == 1
@@ -350,7 +350,7 @@ def test_one_sentence_for_what_is_not_valid(raw, tmp_path, capsys, arguments, me
 
 
 def test_settings_come_from_a_file_and_the_command_line(tmp_path):
-    from tools.curate import parse_arguments
+    from bc2_jax.cli.curate import parse_arguments
 
     file = tmp_path / "c.py"
     file.write_text(

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from flax import nnx
 
+from bc2_jax.cli.train_quality import main as train_quality
 from bc2_jax.config import ModelConfig
 from bc2_jax.convert.pretrained import save_params
 from bc2_jax.curate.config import CurationConfig, DenseConfig, QualityConfig
@@ -17,7 +18,6 @@ from bc2_jax.curate.pipeline import curate
 from bc2_jax.curate.privacy import PrivacyConfig
 from bc2_jax.curate.safety import KeywordFile, SafetyConfig
 from bc2_jax.model.baichuan import Baichuan2
-from tools.train_quality import main as train_quality
 
 ENGINE = Engine("native")
 TEXTS = [topics[name] for name in sorted(topics) if len(topics[name]) > 2000]

@@ -6,10 +6,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from bc2_jax.cli.train_quality import main
 from bc2_jax.curate.config import CurationConfig, QualityConfig
 from bc2_jax.curate.engine import Engine
 from bc2_jax.curate.pipeline import curate
-from tools.train_quality import main
 
 ENGINE = Engine("native")
 

@@ -12,12 +12,12 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from bc2_jax.cli import train_tokenizer
 from bc2_jax.data import tokenizer_report
 from bc2_jax.data.packing import split_of
 from bc2_jax.data.tokenizer_report import Check
 from bc2_jax.tokenizer import Tokenizer
 from tests.data.few_code_points import take_few
-from tools import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 Rows = list[dict[str, object]]

@@ -18,10 +18,10 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bc2_jax.cli import perplexity
 from bc2_jax.data.documents import Fields
 from bc2_jax.data.text_files import find_text_files
 from bc2_jax.evaluate.perplexity import UNKNOWN, Text, group_by, make_group, measure, ratio, read_texts
-from tools import perplexity
 
 EVALS = Path(__file__).parents[1] / "golden" / "evals"
 GOLDEN = json.loads((EVALS / "golden.json").read_text("utf-8"))
@@ -67,11 +67,11 @@ def test_what_can_not_be_read_is_named(tmp_path):
     assert [text.text for text in found if isinstance(text, Text)] == ["a", "c"]
     problems = [text for text in found if isinstance(text, str)]
     expected = [
-        "not an object with a field 'text'",
+        "the row has no field 'text'",
         "not JSON",
-        "not a string but int",
-        "lone surrogate",
-        "not an object with",
+        "a number, not a string",
+        "half of a surrogate pair",
+        "not an object",
     ]
     assert all(problem in line for problem, line in zip(expected, problems, strict=True))
     assert [line.partition(": ")[0] for line in problems] == [f"a.jsonl:{number}" for number in range(2, 7)]

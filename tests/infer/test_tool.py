@@ -18,7 +18,7 @@ from bc2_jax.config import ComputeConfig, ModelConfig
 from bc2_jax.convert import pretrained
 from bc2_jax.convert.pretrained import save_params
 from bc2_jax.infer import prepared, text
-from bc2_jax.infer.stream import TextStream
+from bc2_jax.infer.text import TextStream
 from bc2_jax.model.baichuan import Baichuan2
 from bc2_jax.tokenizer import Tokenizer, train_tokenizer
 from tests.programs import load_program

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from bc2_jax.cli import tune_attention
+from bc2_jax.cli.tune_attention import CHIPS, Count, head_cycles, min_cycles
 from bc2_jax.kernels.blocks import TABLE
-from tools import tune_attention
-from tools.tune_attention import CHIPS, Count, head_cycles, min_cycles
 
 
 def test_cycles_that_matmuls_need():

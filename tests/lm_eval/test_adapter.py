@@ -20,12 +20,12 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # noq
 
 import bc2_jax  # noqa: E402
 from bc2_jax.align.chat import encode_prompt  # noqa: E402
+from bc2_jax.cli import evaluate  # noqa: E402
 from bc2_jax.convert.conversion import to_hf  # noqa: E402
 from bc2_jax.evaluate import Scorer  # noqa: E402
 from bc2_jax.evaluate.encoding import Request  # noqa: E402
 from bc2_jax.evaluate.lm_eval import LmEvalModel, read_generation, run_lm_eval, tabulate, write_results  # noqa: E402
 from bc2_jax.tokenizer import Tokenizer  # noqa: E402
-from tools import evaluate  # noqa: E402
 
 EVALS = Path(__file__).parents[1] / "golden" / "evals"
 GOLDEN = json.loads((EVALS / "golden.json").read_text("utf-8"))

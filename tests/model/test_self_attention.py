@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from bc2_jax.config import ComputeConfig
-from bc2_jax.infer.cache import init_cache
+from bc2_jax.infer.decoding import init_cache
 from bc2_jax.kernels.cached import KVCache, Place
 from bc2_jax.model.baichuan import param_shardings, split_model
 from bc2_jax.sharding import DEFAULT_RULES

@@ -26,9 +26,8 @@ from bc2_jax.config import (
 from bc2_jax.convert.conversion import to_hf
 from bc2_jax.convert.pretrained import load_params
 from bc2_jax.data import row_batches
-from bc2_jax.data.loader import make_train_loader
-from bc2_jax.data.packing import load_manifest, pack_documents
-from bc2_jax.data.row_order import record_row_order
+from bc2_jax.data.loader import make_train_loader, record_row_order
+from bc2_jax.data.packing import load_manifest
 from bc2_jax.metadata import read_metadata
 from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.train import loop, pretrain, replay
@@ -36,6 +35,7 @@ from bc2_jax.train.distributed import Preempted
 from bc2_jax.train.metrics import fingerprint
 from bc2_jax.train.metrics import read_metrics as read_every_line
 from bc2_jax.train.milestones import list_milestones
+from tests.packed_rows import pack_texts
 
 
 def read_metrics(path):
@@ -202,7 +202,7 @@ def test_another_tokenizer_is_refused_unless_it_is_meant(config, finished, token
     other = tmp_path / "other.model"
     other.write_bytes(tokenizer.path.read_bytes() + b"\x12\x00")  # an empty message of its settings: other bytes
     documents = [part for module in modules for part in module.split("\n\n") if part]
-    pack_documents(documents, Tokenizer(other), tmp_path / "rows", 32, validation_fraction=0.02)
+    pack_texts(documents, Tokenizer(other), tmp_path / "rows", 32, validation_fraction=0.02)
     data = dataclasses.replace(
         config.data, tokenizer=str(other), sources=(SourceConfig(path=str(tmp_path / "rows")),)
     )  # fmt: skip

@@ -14,8 +14,8 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from bc2_jax.config import CheckpointConfig, HealthConfig, TrainConfig
-from bc2_jax.data.bad_rows import BadRows
 from bc2_jax.data.row_batches import RowBatches, ValidationBatches
+from bc2_jax.data.row_file import BadRows
 from bc2_jax.model.baichuan import init_params, split_model
 from bc2_jax.sharding import spec
 from bc2_jax.train import loop

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from bc2_jax.config import SampleConfig
-from bc2_jax.terminal import make_console
+from bc2_jax.terminal import command, make_console
 from bc2_jax.train import results
 from tests.meshes import one_device_mesh
 
@@ -22,15 +22,15 @@ ROOT = Path(results.__file__).parents[2]
 def test_hints_can_be_typed_where_they_were_printed(small_run, monkeypatch, place):
     monkeypatch.chdir(place)
     said: list[str] = []
-    command = shlex.join(["train.py", "my config.py", "--name", "a b"])
-    start = SimpleNamespace(say=said.append, command=command)
+    start = SimpleNamespace(say=said.append, command=command("train.py", "my config.py", "--name", "a b"))
     workdir = Path("/tmp/it's [v1] $HOME")
     results.print_hints(small_run, workdir / "checkpoints" / "4", None, start)
     hints = {line[:12].strip(): shlex.split(line[13:]) for line in said if line.startswith("to ")}
     interpreters, programs = {words[0] for words in hints.values()}, [words[1] for words in hints.values()]
     assert len(interpreters) == 1
-    assert all(Path(program).resolve().is_file() for program in programs[1:])  # the first is what was typed
-    assert hints["to resume"][1:5] == ["train.py", "my config.py", "--name", "a b"]
+    assert all(Path(program).resolve().is_file() for program in programs)
+    assert Path(programs[0]).resolve() == ROOT / "train.py"
+    assert hints["to resume"][2:5] == ["my config.py", "--name", "a b"]
     assert hints["to resume"][5:9] == ["--workdir", str(workdir), "--resume", "auto"]
     assert hints["to convert"][2:] == ["to-hf", str(workdir / "checkpoints" / "4"), str(workdir / "hf")]
     assert hints["to generate"][2:4] == [str(workdir), "--prompt"]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from bc2_jax.config import MeshConfig
-from bc2_jax.data.row_order import record_row_order
+from bc2_jax.data.loader import record_row_order
 from bc2_jax.metadata import Metadata
 from bc2_jax.sharding import make_mesh
 from bc2_jax.tpu.options import compiler_options
