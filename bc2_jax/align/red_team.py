@@ -182,7 +182,6 @@ class AnswerStore:
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise ValueError(f"{path}:{number} is not a stored answer; move the file away.") from None
 
-
     def get(self, key: str) -> AttackAnswer | None:
         return self._answers.get(key)
 
