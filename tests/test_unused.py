@@ -19,8 +19,7 @@ ALLOWED = {
     "bc2_jax.evaluate.lm_eval.LmEvalModel.get_model_info": LM_EVAL,
     "bc2_jax.evaluate.lm_eval.LmEvalModel.tok_encode": LM_EVAL,
     "bc2_jax.serve.server.Server.handle_exit": "called by uvicorn",
-    "bc2_jax.data.decompression.Decompressed.readable": "called by io.BufferedReader",
-    "bc2_jax.align.ppo.policy_loss": REMOVE,
+    "bc2_jax.data.streams.Decompressed.readable": "called by io.BufferedReader",
     "bc2_jax.align.demo_preferences.nearness": REMOVE,
     "bc2_jax.align.demo_preferences.fits_language": REMOVE,
     "bc2_jax.curate.storage.Folder.modified": REMOVE,
@@ -29,11 +28,8 @@ ALLOWED = {
     "bc2_jax.curate.embedding.embedder": REMOVE,
     "bc2_jax.serve.requests.Handle.is_complete": REMOVE,
     "bc2_jax.convert.lora_layout.LORA_LAYOUTS": REMOVE,
-    "bc2_jax.convert.checksums.expected_sha256": REMOVE,
     "bc2_jax.convert.table.LAYOUTS": REMOVE,
-    "bc2_jax.convert.table.to_torch": REMOVE,
     "bc2_jax.convert.hf_write.FILE_FORMATS": REMOVE,
-    "bc2_jax.data.row_stream.hash_document": REMOVE,
 }
 Name = tuple[str, str]
 """A module and a name in it."""

@@ -87,6 +87,8 @@ def flash_decode(
     column = pl.BlockSpec((None, N, 1), lambda b, j, *_: (b, 0, 0))
     held = [x for x in cache if x is not None]
     read_rows, tile_rows = scale_rows(block // LANES, S // LANES)
+    in_specs = [heads] * 3 + [column] * (len(scales) + 1)
+    in_specs += [slots(block, read)] * 2 + [lanes(read_rows, read)] * len(scales)
     first = 3 + 1 + len(news) + len(scales) + 1  # of the arrays of the cache among all operands
     out, *changed = pl.pallas_call(
         functools.partial(_kernel, scale=H**-0.5 * LOG2_E, slots=S, quantized=quantized),
@@ -94,11 +96,7 @@ def flash_decode(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(B, S // block),
-            in_specs=[heads] * 3
-            + [column] * len(scales)
-            + [column]
-            + [slots(block, read)] * 2
-            + [lanes(read_rows, read)] * len(scales),
+            in_specs=in_specs,
             out_specs=[heads] + [slots(tile, written)] * 2 + [lanes(tile_rows, written)] * len(scales),
             scratch_shapes=[pltpu.VMEM((N, width), jnp.float32) for width in (H, 1, 1)],
         ),

@@ -99,7 +99,7 @@ def _gather(module: Linear) -> None:
     """Gathers a weight along the model dimension."""
     weight: Any = module.weight[...]
     if isinstance(weight, Quantized):
-        module.weight = nnx.Param(weight.whole(module.equation))  # type: ignore[type-var]  # a pytree is a value too
+        module.weight = nnx.Param(weight.whole(module.equation))  # type: ignore[arg-type]  # a pytree of arrays
         return
     axes = tuple(None if axis == "embed" else axis for axis in module.stacked_axes)
     module.weight = nnx.Param(reshard(weight, *axes), axes=axes)
