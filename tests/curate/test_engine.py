@@ -3,7 +3,7 @@
 import pytest
 
 from bc2_jax.curate.config import CurationConfig
-from bc2_jax.curate.engine import Engine, Run, Runner, Stage, fingerprint
+from bc2_jax.curate.engine import Engine, Run, Runner, Stage
 from bc2_jax.curate.storage import Folder
 
 ENGINE = Engine("native")
@@ -143,10 +143,6 @@ def test_a_changed_stage_does_not_see_old_files(tmp_path):
         return runner_in(tmp_path).execute(Step("s", settings, work))
 
     assert attempt("a") == [] and attempt("b") == []
-
-
-def test_fingerprints():
-    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 1, "b": 3})
 
 
 def test_runner_names():
