@@ -93,13 +93,15 @@ class _RowCheck:
             )  # fmt: skip
             return
         fields, config = found.value, self.config
-        reason = (why_no_text(fields, config.text_field) or "").partition(" (")[0]
-        size = 0
-        if not reason:
-            text = fields[config.text_field]
+        reason, size = "", 0
+        text: Any = fields.get(config.text_field) if isinstance(fields, dict) else None
+        try:
             size = len(text) if text.isascii() else len(text.encode())
-            if size > config.max_document_bytes:
-                reason = "the text is longer than max_document_bytes"
+        except (AttributeError, UnicodeEncodeError):
+            # Without the details, to count by.
+            reason = (why_no_text(fields, config.text_field) or "").partition(" (")[0]
+        if size > config.max_document_bytes:
+            reason = "the text is longer than max_document_bytes"
         if reason:
             content = fields if not isinstance(fields, dict) else fields.get(config.text_field, list(fields)[:8])
             self.report.add(

@@ -25,6 +25,7 @@ _EXCERPT_BYTES = 256
 # Undecodable lines of a file by which its encoding is guessed: there may be millions.
 _GUESSES = 8
 _LOOKED_AT = 1024
+_decode = json.JSONDecoder().decode
 _SPACE = re.compile(r"[ \t\r\n]*")
 _COMMA = re.compile(r"[ \t\r\n]*,[ \t\r\n]*")
 
@@ -207,7 +208,7 @@ class LineReader:
         text = ""
         try:
             text = raw.decode(self._codec).removeprefix(BYTE_ORDER_MARK)
-            return Record(json.loads(text), where, self.line, byte)
+            return Record(_decode(text), where, self.line, byte)
         except UnicodeDecodeError as error:
             reason = f"the line is not {_spelled(self._encoding)}" + self._guess(raw)
             return undecodable(reason, where, error, line=self.line, byte=byte)
