@@ -95,7 +95,7 @@ def test_a_run_is_trained_converted_and_asked(folder: Path):
     run = folder / "runs" / "demo"
     assert (run / "checkpoints" / "2").is_dir()
     hint = next(line for line in said.splitlines() if line.startswith("to convert"))
-    assert "tools/" not in hint and " to-hf runs/demo/checkpoints/2 " in hint
+    assert "tools/" not in hint and " -m bc2_jax convert to-hf " in hint and "runs/demo/checkpoints/2 " in hint
     bc2(folder, "convert", "to-hf", "runs/demo", "hf")
     assert "parameters" in bc2(folder, "convert", "inspect", "hf")
     assert bc2(folder, "generate", "hf", "--prompt", "却说", "--max-new-tokens", "2").startswith("却说")
