@@ -40,8 +40,8 @@ def stream(url: str, question: str) -> str:
     parts = []
     with _post(f"{url}v1/chat/completions", body) as reply:
         for line in reply:
-            event = line.decode("utf-8").strip().removeprefix("data:").strip()
-            if event and event != "[DONE]":
+            name, _, event = line.decode("utf-8").strip().partition(": ")
+            if name == "data" and event != "[DONE]":  # other lines are comments, which keep the connection alive
                 parts += [choice["delta"].get("content") or "" for choice in json.loads(event)["choices"]]
     return "".join(parts)
 
