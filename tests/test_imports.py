@@ -15,7 +15,7 @@ PACKAGE = ROOT / "bc2_jax"
 ORDER = (
     "version", "validation", "files", "config", "cpu", "terminal", "sharding", "tokenizer", "tpu", "kernels", "data",
     "model", "agreement", "manifest", "metadata", "checkpoint", "convert", "infer", "train", "aot", "align", "evaluate",
-    "curate", "serve", "cli", "__main__",
+    "curate", "serve", "demo", "cli", "__main__",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [str(path.relative_to(PACKAGE)) for path in FILES]

@@ -7,7 +7,6 @@ reward model of a few million parameters learns in minutes.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import random
@@ -19,6 +18,7 @@ from bc2_jax.align.demo import DemoRows, make_tasks
 from bc2_jax.align.formats import write_records
 from bc2_jax.data.demo_corpus import demo_documents
 from bc2_jax.data.pinned_package import default_cache, publishing
+from bc2_jax.files import fingerprint
 
 _FORMAT = 1
 _TASKS, _TASK_SEED = 6000, 1
@@ -64,7 +64,7 @@ def prepare_preferences(chat: DemoRows, cache: str | os.PathLike[str] | None = N
         for question, answer in tasks
     ]
     files = {"pairs": pairs[_HELD_OUT_PAIRS:][:_PAIRS], "held_out": pairs[:_HELD_OUT_PAIRS], "prompts": prompts}
-    key = hashlib.sha256(json.dumps([files, _FORMAT]).encode()).hexdigest()[:16]
+    key = fingerprint([files, _FORMAT], sort_keys=False)[:16]
     folder = cache / f"demo-preferences-{key}"
     pairs_file, held_out, prompts_file = (folder / f"{name}.jsonl" for name in files)
     made = DemoPreferences(pairs_file, held_out, prompts_file, chat.questions)

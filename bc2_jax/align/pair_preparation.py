@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import logging
 import time
 from pathlib import Path
@@ -17,8 +15,7 @@ from bc2_jax.config import TrainConfig
 from bc2_jax.data.corpus import CORPUS
 from bc2_jax.data.packing import MANIFEST
 from bc2_jax.data.pinned_package import default_cache
-from bc2_jax.files import InUse
-from bc2_jax.tokenizer import file_sha256
+from bc2_jax.files import InUse, file_sha256, fingerprint
 
 _FORMAT = 1
 """Of the rows; another number makes the cached ones useless."""
@@ -58,7 +55,7 @@ def _prepare_once(inputs: list[str], field: str, tokenizer: str, cache: Path, se
         "format": _FORMAT, "settings": dataclasses.asdict(settings), "tokenizer": file_sha256(tokenizer),
         "files": [file_sha256(file.path) for file in files],
     }  # fmt: skip
-    folder = cache / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
+    folder = cache / fingerprint(facts, sort_keys=False)[:24]
     said = False
     while not (folder / MANIFEST).is_file():
         try:

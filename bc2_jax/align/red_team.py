@@ -6,9 +6,7 @@ import base64
 import codecs
 import contextlib
 import dataclasses
-import hashlib
 import json
-import os
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -22,13 +20,13 @@ from bc2_jax.align.red_team_attacks import BENIGN, Attack
 from bc2_jax.align.refusals import find_refusal, is_refusal
 from bc2_jax.convert.adapter import require_adapter
 from bc2_jax.convert.pretrained import find_model
+from bc2_jax.files import append_lines, file_sha256, fingerprint
 from bc2_jax.infer.generate import Continuation
 from bc2_jax.infer.prepared import Prepared
 from bc2_jax.infer.refill import continue_many
 from bc2_jax.infer.settings import Settings
 from bc2_jax.manifest import MANIFEST_NAME
 from bc2_jax.sharding import parts, use_mesh_of
-from bc2_jax.tokenizer import file_sha256
 from bc2_jax.validation import require
 
 _SMALL = 1 << 20
@@ -183,9 +181,6 @@ class AnswerStore:
                 self._answers[key] = AttackAnswer(**record)
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise ValueError(f"{path}:{number} is not a stored answer; move the file away.") from None
-        if len(whole) < len(content):
-            with path.open("r+b") as file:
-                file.truncate(len(whole))
 
     def get(self, key: str) -> AttackAnswer | None:
         return self._answers.get(key)
@@ -193,10 +188,7 @@ class AnswerStore:
     def add(self, found: dict[str, AttackAnswer]) -> None:
         """Stores answers; they are on disk when it returns."""
         lines = [json.dumps({"key": k, **dataclasses.asdict(a)}, ensure_ascii=False) + "\n" for k, a in found.items()]
-        with self._path.open("a", encoding="utf-8", newline="\n") as file:
-            file.write("".join(lines))
-            file.flush()
-            os.fsync(file.fileno())
+        append_lines(self._path, "".join(lines).encode())
         self._answers |= found
 
 
@@ -204,7 +196,7 @@ def identify(model: str | Path, adapter: str | Path | None = None) -> str:
     """Hash of the files of a model and its adapter: of the manifest of our checkpoints; of any other folder, of names,
     contents of small files, sizes and times of large ones. Raises as `find_model` and `require_adapter`."""
     folders = [find_model(model).path, *([] if adapter is None else [require_adapter(adapter).path])]
-    return _hash([_describe(folder) for folder in folders])
+    return fingerprint([_describe(folder) for folder in folders])
 
 
 def _describe(folder: Path) -> list[Any]:
@@ -267,7 +259,7 @@ def answer_prompts(
     """
     draws = settings.temperature > 0
     about = dataclasses.asdict(settings if draws else dataclasses.replace(settings, seed=0))
-    keys = [_hash([identity, about, prompt, *([place] if draws else [])]) for place, prompt in enumerate(ids)]
+    keys = [fingerprint([identity, about, prompt, *([place] if draws else [])]) for place, prompt in enumerate(ids)]
     known = sum(store.get(key) is not None for key in keys)
     progress(known, len(keys))
     prepared, longest = None, max(map(len, ids))
@@ -297,7 +289,3 @@ def _seed_of(seed: int, first: int) -> int:
 def _answer(found: Continuation, decode: Callable[[Sequence[int]], str]) -> AttackAnswer:
     ended = found.reason == "eos"
     return AttackAnswer(decode(found.tokens[: -1 if ended else None]), ended, len(found.tokens))
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

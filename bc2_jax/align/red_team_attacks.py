@@ -8,8 +8,6 @@ topics are about office kitchens and card tricks; harmful topics and prompts com
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import io
 import json
 import random
 import re
@@ -19,9 +17,9 @@ from typing import Any, Literal, NamedTuple
 
 from bc2_jax.align.chat import Message
 from bc2_jax.align.formats import inner_records, read_prompt
-from bc2_jax.data.decompression import Decompressed
-from bc2_jax.data.records import Invalid, decode, read_records
+from bc2_jax.data.records import Invalid, read_records, read_text
 from bc2_jax.data.text_files import kind_of, open_binary
+from bc2_jax.files import fingerprint
 from bc2_jax.validation import choices, join_some, require, show
 
 _DATA: dict[str, Any] = json.loads(Path(__file__).with_name("red_team.json").read_text(encoding="utf-8"))
@@ -80,7 +78,7 @@ class Attack:
     def id(self) -> str:
         """16 hex digits, a hash of the prompt and its check."""
         about = [self.messages, self.kind, self.secret, self.word]
-        return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+        return fingerprint(about, sort_keys=False)[:16]
 
 
 def our_targets() -> list[Target]:
@@ -229,8 +227,7 @@ def _records(path: str, lines: str, problems: list[str]) -> Iterator[tuple[Any, 
     kind, compression = kind_of(path) or ("text", None)
     if kind == "text":
         with open_binary(path) as file:
-            raw: Any = Decompressed(file, compression) if compression else file
-            text = decode(io.BufferedReader(raw).read(), path)
+            text = read_text(file, path, compression)
         if isinstance(text, Invalid):
             problems.append(str(text))
             return
@@ -242,7 +239,7 @@ def _records(path: str, lines: str, problems: list[str]) -> Iterator[tuple[Any, 
         if isinstance(record, Invalid):
             problems.append(str(record))
             continue
-        value, where = record
+        value, where = record.value, record.where
         if not _is_lists(value):
             yield from inner_records(value, where)
             continue

@@ -26,11 +26,12 @@ from bc2_jax.agreement import first_decides
 from bc2_jax.align.pairs import branch_sums
 from bc2_jax.align.tuning import label_log_probs
 from bc2_jax.config import DPOConfig
-from bc2_jax.data.bad_rows import BadRows
 from bc2_jax.data.batch import Batch, Rows, batch_part, make_put
 from bc2_jax.data.corpus import list_parts
 from bc2_jax.data.loader import make_batches_of
+from bc2_jax.data.row_file import BadRows
 from bc2_jax.data.row_values import RowValues, digest_rows
+from bc2_jax.files import fingerprint
 from bc2_jax.model.baichuan import Baichuan2, Params, split_model
 from bc2_jax.sharding import reshard
 from bc2_jax.train.distributed import EXIT_PREEMPTED, Preempted
@@ -83,7 +84,7 @@ def find_or_compute(
     Raises Preempted if the run is stopped meanwhile; finished batches are saved.
     """
     about = describe(config, checksum, most_pairs)
-    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+    name = fingerprint(about)[:32]
     cache = Path(config.dpo.reference_cache).expanduser() / f"{name}.npz"
     found, where = _share(lambda: _find([start.workdir / NAME, cache], about))
     if found is None or "next_batch" in found.about:

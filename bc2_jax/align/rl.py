@@ -6,8 +6,6 @@ A step of the run is an iteration: a rollout, its scores, and some updates in on
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -33,12 +31,13 @@ from bc2_jax.convert.checkpoints import ACTOR, CRITIC
 from bc2_jax.convert.pretrained import find_tokenizer
 from bc2_jax.convert.reward import find_reward_model
 from bc2_jax.data.batch import FIELDS, IGNORED, AbstractBatch, Batch
+from bc2_jax.files import file_sha256, fingerprint
 from bc2_jax.infer import engine
 from bc2_jax.infer.refill import RolloutShapes
 from bc2_jax.infer.settings import Settings
 from bc2_jax.model.baichuan import Params
 from bc2_jax.sharding import place_shapes, spec, use_rules
-from bc2_jax.tokenizer import Tokenizer, file_sha256
+from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.train import checks
 from bc2_jax.train.job import Job, Objective, Parts, StepParts, abstract_state, init_state
 from bc2_jax.train.loop import RunResult, Start, run
@@ -243,7 +242,7 @@ def make_job(config: RLConfig, start: Start) -> Job:
     check_exports(config, start.workdir)
     functions = [load_reward_function(name, "ppo.reward_functions") for name in rl.reward_functions]
     prompts = load_prompts(rl.prompts, tokenizer, rl.max_prompt_tokens, "ppo.prompts")
-    digest = hashlib.sha256(json.dumps(prompts.ids).encode()).hexdigest()
+    digest = fingerprint(prompts.ids)
     if metadata is not None and metadata.job.get(PROMPTS, digest) != digest and jax.process_index() == 0:
         _log.warning("The prompts differ from those of the checkpoint of step %d.", start.step)
     asked = config.questions

@@ -167,9 +167,9 @@ def _read(files: Sequence[TextFile], counts: Conversations, content: Content) ->
                 here.formats[found.format] = here.formats.get(found.format, 0) + 1
                 counts.unanswered += found.cut
             else:
-                here.invalid += found.records
-                counts.invalid[found.kind] = counts.invalid.get(found.kind, 0) + found.records
-                invalid += found.records
+                here.invalid += found.at_least
+                counts.invalid[found.kind] = counts.invalid.get(found.kind, 0) + found.at_least
+                invalid += found.at_least
                 limit = counts.settings.max_invalid
                 require(limit is None or invalid <= limit, "max_invalid", limit, f"one more can't be used: {found}")
             yield found
@@ -221,7 +221,7 @@ class _Samples:
             if isinstance(found, Sample):
                 self._add_one(found, *next(numbers))
             else:
-                self._report(found.where, f"left out: {found.reason}")
+                self._report(found.where, f"left out: {found.message}")
 
     def _add_one(self, sample: Sample, reason: str, dropped: int, cut: int, code: int) -> None:
         counts, limit = self.counts, self.counts.settings.max_length

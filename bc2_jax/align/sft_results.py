@@ -12,9 +12,8 @@ from rich.text import Text
 from bc2_jax.align.questions import compare, find_questions
 from bc2_jax.config import AskedConfig, FineTuneConfig, RLConfig, RunConfig, TunedConfig
 from bc2_jax.convert.conversion import Options
-from bc2_jax.convert.folder import check_free
+from bc2_jax.convert.folder import check_free, foreign_in_adapter
 from bc2_jax.convert.merging import merge_lora
-from bc2_jax.convert.ownership import foreign_in_adapter
 from bc2_jax.convert.peft import save_peft
 from bc2_jax.model.baichuan import Params
 from bc2_jax.model.lora import Adapter

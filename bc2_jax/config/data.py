@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from bc2_jax.validation import check_fields, choices, divisors, require
+from bc2_jax.validation import check_fields, choices, divisors, require, require_local
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,7 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "data.sources.", not_negative=("weight",))
+        require_local("data.sources.path", self.path)
         require(
             all(0 <= weight < math.inf for weight in self.quality_weights),
             "data.sources.quality_weights", self.quality_weights, "each must be finite and at least 0",

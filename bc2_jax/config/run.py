@@ -11,7 +11,7 @@ from bc2_jax.config.evaluate import EvaluateConfig
 from bc2_jax.config.health import HealthConfig
 from bc2_jax.config.mesh import MeshConfig, check_divisible
 from bc2_jax.config.model import ModelConfig
-from bc2_jax.validation import check_fields, choices, divisors, require, require_at_most
+from bc2_jax.validation import check_fields, choices, divisors, require, require_at_most, require_local
 
 DType = Literal["float32", "bfloat16"]
 
@@ -154,6 +154,8 @@ class RunConfig:
     """Cache folder of compiled programs, for restarts; empty: none."""
     log_every: int = 10
     """Steps between log lines; metrics.jsonl has all steps."""
+    wandb_project: str | None = None
+    """Project of Weights & Biases to send metrics to as well; a resumed run continues there (extra `wandb`)."""
     eval_every: int = 1000
     """Steps between evaluations on the held-out rows; the last step is always evaluated."""
     eval_batches: int = 0
@@ -171,7 +173,8 @@ class RunConfig:
         positive = ("num_steps", "log_every", "eval_every", "profile_steps")
         check_fields(self, "", positive, ("eval_batches", "verify_resume_steps", "profile_start", "seed"))
         require_at_most(self, "", seed=2**32 - 1)  # JAX would drop higher bits
-        require("://" not in (self.workdir or ""), "workdir", self.workdir, "it must be a path of a file system")
+        for field in ("workdir", "init_from"):
+            require_local(field, getattr(self, field) or "")
         require(
             self.verify_resume_steps < self.num_steps, "verify_resume_steps", self.verify_resume_steps,
             f"it must be less than num_steps = {self.num_steps}",

@@ -25,7 +25,7 @@ from bc2_jax.sharding import make_mesh
 from bc2_jax.train import distributed, loop
 from bc2_jax.train.loop import RunResult
 from bc2_jax.train.metrics import read_metrics
-from bc2_jax.train.workdir import LOCK_NAME
+from bc2_jax.train.start import LOCK_NAME
 from tests.align.rl_models import write_models
 from tests.faults import harness
 

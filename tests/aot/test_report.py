@@ -57,7 +57,7 @@ STEP = CompiledStep(
 def test_figures():
     report = make_report(STEP)
     assert (report.chips, report.sequences_per_chip, report.tokens) == (4, 2, 256)
-    assert report.hbm_bytes_used == 4000 + 3900 - 3800 + 10_000
+    assert report.memory.total == 4000 + 3900 - 3800 + 10_000
     assert report.flops == 2 * CONFIG.model.flops_per_sequence(128)
     assert report.mfu == report.flops / report.estimate.seconds / 459e12
     assert report.mfu_low < report.mfu

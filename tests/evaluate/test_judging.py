@@ -11,7 +11,7 @@ from bc2_jax.evaluate.task import Example
 from tests.evaluate.tasks.files import write
 
 EXAMPLES = [
-    Example(id=str(n), group=category, header="", shots=(), question=f"prompt {n}", facts={"category": category})
+    Example(id=str(n), group=category, question=f"prompt {n}", facts={"category": category})
     for n, category in enumerate(("a", "a", "b"))
 ]
 
