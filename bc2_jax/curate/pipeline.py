@@ -27,6 +27,7 @@ from bc2_jax.curate.stages import Contamination, CopiedSpans, ExactCopies, NearC
 from bc2_jax.curate.storage import Folder
 from bc2_jax.curate.writing import Write, check_out, check_result
 from bc2_jax.data.text_files import find_text_files, modified
+from bc2_jax.files import fingerprint
 
 # Raised when a change of the code changes what a stage writes, so that no earlier result is reused.
 FORMAT = 2
