@@ -9,7 +9,7 @@ and reward model share these arrays, so there is one copy of each model.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -159,25 +159,22 @@ def make_programs(config: RLConfig, models: Models, options: dict | None = None)
     """The forward passes that turn rows of answers into experience; `options` are the compiler's."""
     chunk = config.compute.loss_chunk
 
-    def over_rows(run: Callable[[Batch], Array], rows: Batch) -> Array:
-        rows = {name: rows[name] for name in FIELDS}
-        found = jax.lax.scan(lambda _, micro: (None, run(micro)), None, rows)[1]
-        return reshard(found, None, None, None)
+    def compile_forward(build: Callable[..., nnx.Module], read: Callable[[Any, Batch], Array]) -> Callable[..., Array]:
+        def forward(*params_and_rows: Any) -> Array:
+            *params, rows = params_and_rows
+            module = build(*params)
+            rows = {name: rows[name] for name in FIELDS}
+            found = jax.lax.scan(lambda _, micro: (None, read(module, micro)), None, rows)[1]
+            return reshard(found, None, None, None)
 
-    def log_probs(params: Params, frozen: Params, rows: Batch) -> Array:
-        module = models.actor(params, frozen)
-        return over_rows(lambda micro: label_log_probs(module, micro, chunk), rows)
+        return jax.jit(forward, compiler_options=options)
 
-    def values(params: Params, frozen: Params, rows: Batch) -> Array:
-        module = models.critic(params, frozen)
-        return over_rows(lambda micro: critic_values(module, micro), rows)
+    def log_probs(module: Baichuan2, micro: Batch) -> Array:
+        return label_log_probs(module, micro, chunk)
 
-    def reference(params: Params, rows: Batch) -> Array:
-        module = models.reference(params)
-        return over_rows(lambda micro: label_log_probs(module, micro, chunk), rows)
-
-    def rewards(params: Params, rows: Batch) -> Array:
-        module = models.reward(params)
-        return over_rows(lambda micro: critic_values(module, micro), rows)
-
-    return Programs(*(jax.jit(f, compiler_options=options) for f in (log_probs, values, reference, rewards)))
+    return Programs(
+        log_probs=compile_forward(models.actor, log_probs),
+        values=compile_forward(models.critic, critic_values),
+        reference=compile_forward(models.reference, log_probs),
+        rewards=compile_forward(models.reward, critic_values),
+    )

@@ -126,8 +126,11 @@ def encode_samples(
 def join_samples(tokenizer: Tokenizer, samples: Sequence[EncodedSample]) -> EncodedSamples:
     """Flags the tokens of samples. Raises ValueError if one of them is the id of padding."""
     kept = [sample for sample in samples if not sample.reason]
-    ids = [token for sample in kept for token in sample.ids]
-    labels = [label for sample in kept for label in sample.labels]
+    ids: list[int] = []
+    labels: list[int] = []
+    for sample in kept:
+        ids += sample.ids
+        labels += sample.labels
     tokens = np.fromiter(ids, "<u4", len(ids))
     if not tokens.all():  # pad is 0
         raise ValueError(

@@ -18,6 +18,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from bc2_jax.align.formats import write_records
 from bc2_jax.align.preparation_settings import RowSettings
 from bc2_jax.align.row_preparation import QUESTIONS, prepare_chat
 from bc2_jax.convert.pretrained import find_tokenizer
@@ -77,8 +78,7 @@ def prepare_chat_demo(base: Path, sequence_length: int, cache: str | os.PathLike
     with publishing(folder) as temporary:
         for name, found in conversations.items():
             text = temporary / f"{name}.jsonl"
-            lines = (json.dumps({"messages": messages}, ensure_ascii=False) for messages in found)
-            text.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            write_records(text, ({"messages": messages} for messages in found))
             made = prepare_chat([text], tokenizer, temporary / name, settings[name])
             logger.info("chat demo: %s %s with %s tokens", f"{made.samples:,}", name, f"{made.tokens:,}")
     return rows

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bc2_jax.align.demo import DemoRows, make_tasks
+from bc2_jax.align.formats import write_records
 from bc2_jax.data.demo_corpus import demo_documents
 from bc2_jax.data.pinned_package import default_cache, publishing
 from bc2_jax.files import fingerprint
@@ -71,8 +72,7 @@ def prepare_preferences(chat: DemoRows, cache: str | os.PathLike[str] | None = N
         return made
     with publishing(folder) as temporary:
         for name, records in files.items():
-            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            (temporary / f"{name}.jsonl").write_text(text, encoding="utf-8")
+            write_records(temporary / f"{name}.jsonl", records)
     return made
 
 
