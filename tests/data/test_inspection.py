@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bc2_jax.data import inspection, row_stream
+from bc2_jax.data import inspection, packing, row_stream
 from bc2_jax.data.inspection import BINS_PER_OCTAVE, BenchmarkCounts, inspect_sources, read_benchmark
 from bc2_jax.data.ngrams import hash_ngrams
-from bc2_jax.data.packing import MANIFEST, Split, iterate_rows, split_of
+from bc2_jax.data.packing import MANIFEST, Split, split_of
 from bc2_jax.data.row_stream import RowSource, find_sources, read_document
 from bc2_jax.tokenizer import Tokenizer
 from tests.packed_rows import pack_texts
@@ -93,7 +92,7 @@ def test_chunks_change_nothing(sources: list[RowSource], monkeypatch: pytest.Mon
     whole = inspect_sources(sources, n=N)
     assert whole.exact and whole.near
     for chunk_tokens in (1, 100):
-        monkeypatch.setattr(row_stream, "iterate_rows", functools.partial(iterate_rows, chunk_tokens=chunk_tokens))
+        monkeypatch.setattr(packing, "_CHUNK_TOKENS", chunk_tokens)
         assert len(list(row_stream.stream_tokens(sources[0], "validation"))) > 3
         assert inspect_sources(sources, n=N) == whole
 
