@@ -3,7 +3,7 @@
 python train.py configs/baichuan2_13b_ppo.py --init-from CHAT --ppo.reward-model RM --ppo.prompts PROMPTS
 
 CHAT is the chat model (actor and reference), RM a run of configs/baichuan2_13b_reward.py (reward, and the critic's
-start), PROMPTS a file of prompts. docs/rl.md says what is computed, what to watch and how to go on after a stop.
+start), PROMPTS a file of prompts. docs/rl.md says what is computed, what to watch and how to resume.
 
 Without a critic, groups of answers are compared:
     --ppo.algorithm grpo --ppo.prompts-per-step 32 --ppo.answers-per-prompt 8

@@ -7,7 +7,7 @@ usage="usage: tools/launch_tpu.sh COMMAND --name NAME --zone ZONE [OPTIONS] [-- 
 
   create    book the slices, unless they are there, and wait until they are ACTIVE
   run       create, then install a revision on all workers, train, start again after preemption and faults, and in the
-            end collect the logs; it may be interrupted and typed again, a run that is going on is left as it is
+            end collect the logs; it may be interrupted and typed again, a run in progress is not touched
   status    state of the booking and of each worker
   logs      copy the log of each worker to FOLDER/NODE-WORKER.log; \`run\` does it in the end
   stop      ask the workers to save and end (after Ctrl-C on \`run\`, which would start them again)
@@ -187,7 +187,7 @@ archive() {
     die "--revision = '$revision' is not valid: git cannot archive it."
 }
 
-train_on_workers() { # Workers whose run is going on are left as they are.
+train_on_workers() { # Workers with a run in progress are not touched.
   call gcloud compute tpus queued-resources scp "$scratch/bc2_jax.tar.gz" "$name:bc2_jax.tar.gz" "${place[@]}" \
     --node=all --worker=all ${internal_ip:+--internal-ip} && on_workers "$install" && on_workers "$start"
 }

@@ -209,8 +209,8 @@ def read_curves(workdir: Path) -> Result:
     )  # fmt: skip
     return Result(
         (
-            f"Over {points[-1]['tokens']:,} tokens {verdict}. The report's curves rise from 220 B tokens on and go on "
-            "to 2,640 B; what can be shown here is that every checkpoint is evaluated in the same way.",
+            f"Over {points[-1]['tokens']:,} tokens {verdict}. The report's curves rise from 220 B to 2,640 B "
+            "tokens; what can be shown here is that every checkpoint is evaluated in the same way.",
         ),
         (Table("Right answers in per cent, ± one standard error", ("step", "tokens", *names), rows),),
         (Picture("curves/curve.png", "Benchmarks over checkpoints"),), figures={"points": points},

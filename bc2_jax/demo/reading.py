@@ -106,7 +106,7 @@ def read_samples(log: str) -> dict[str, str]:
     found: dict[str, str] = {}
     prompt = None
     for line in log.split("\n"):
-        if match := re.fullmatch(r"--- (['\"].*['\"]) (?:goes on|continues):", line):
+        if match := re.fullmatch(r"--- (['\"].*['\"]) continues:", line):
             found = {} if prompt is None else found
             prompt = ast.literal_eval(match[1])
             found[prompt] = ""
