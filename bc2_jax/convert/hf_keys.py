@@ -110,7 +110,7 @@ _SUSPICIOUS = re.compile(
 
 
 def lookup(raw: Mapping[str, Any], name: str) -> Any:
-    """raw["a"]["b"] for the name "a.b"; None if absent."""
+    """`raw["a"]["b"]` for the name "a.b"; None if absent."""
     value: Any = raw
     for part in name.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
