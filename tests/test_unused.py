@@ -22,14 +22,6 @@ ALLOWED = {
     "bc2_jax.data.streams.Decompressed.readable": "called by io.BufferedReader",
     "bc2_jax.align.demo_preferences.nearness": REMOVE,
     "bc2_jax.align.demo_preferences.fits_language": REMOVE,
-    "bc2_jax.curate.storage.Folder.modified": REMOVE,
-    "bc2_jax.curate.dense.candidate_pairs": REMOVE,
-    "bc2_jax.curate.heuristics.score_heuristics": REMOVE,
-    "bc2_jax.curate.embedding.embedder": REMOVE,
-    "bc2_jax.serve.requests.Handle.is_complete": REMOVE,
-    "bc2_jax.convert.lora_layout.LORA_LAYOUTS": REMOVE,
-    "bc2_jax.convert.table.LAYOUTS": REMOVE,
-    "bc2_jax.convert.hf_write.FILE_FORMATS": REMOVE,
 }
 Name = tuple[str, str]
 """A module and a name in it."""
