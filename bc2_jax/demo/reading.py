@@ -188,7 +188,10 @@ def read_rl(workdir: Path) -> Result:
     (table,) = result.tables
     rows = tuple(
         (label, *(f"{sum(m[name] for m in part) / len(part):.3f}" for part in (metrics[:few], metrics[-few:])))
-        for name, label in (("reward", "mean reward in training"), ("kl", "KL, nats a token"))
+        for name, label in (
+            ("reward", "mean reward, first and last quarter of the iterations"),
+            ("kl", "KL to the chat model, nats a token, likewise"),
+        )
         if name in metrics[0]
     )
     return Result(
