@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other, so that all decide the same; all of them call each function."""
+"""How the processes of a run agree on a decision; all processes call each function."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _MOST_BYTES = 2048
 
 
 def first_decides(decide: Callable[[], Any]) -> Any:
-    """What `decide` returns on process 0, a value that JSON can hold, on every process.
+    """The result of `decide` on process 0, a JSON value, returned on every process.
 
-    A ValueError or OSError of process 0 is raised on every process.
+    A ValueError or OSError on process 0 is raised on every process.
     """
     if jax.process_count() == 1:
         return decide()
@@ -36,9 +36,9 @@ def first_decides(decide: Callable[[], Any]) -> Any:
 
 
 def require_agreement(facts: dict[str, Any]) -> None:
-    """Raises ValueError on every process if a fact, a JSON value by its name, is not the same on all of them.
+    """Raises ValueError on every process if a fact (name -> JSON value) differs between processes.
 
-    Nested dicts are compared field by field. The sentence names the first facts that differ, with both values.
+    Nested dicts are compared field by field. The message shows the first differing facts with both values.
     """
     mine = {name: json.dumps(value, sort_keys=True) for name, value in flatten(facts)}
     first = first_decides(lambda: mine)
@@ -56,7 +56,7 @@ def require_agreement(facts: dict[str, Any]) -> None:
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every value in nested dicts and lists of dicts; an empty dict is a value."""
+    """(dotted name, value) of every value in nested dicts and lists of dicts; an empty dict counts as a value."""
     for name, value in values.items():
         if isinstance(value, (list, tuple)) and value and isinstance(value[0], dict):
             value = {str(index): item for index, item in enumerate(value)}
@@ -67,7 +67,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def any_text(text: str) -> str:
-    """The first text among those of the processes that is not empty, cut off after 2 kB; else an empty one."""
+    """The first non-empty text among those of all processes, cut after 2 kB; '' if all are empty."""
     if jax.process_count() == 1:
         return text
     padded = np.zeros(_MOST_BYTES, np.uint8)

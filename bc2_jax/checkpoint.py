@@ -1,8 +1,8 @@
-"""Checkpoints with Orbax: asynchronous, atomic, checked by hash, restorable on any mesh.
+"""Checkpoints with Orbax: asynchronous, atomic, verified by hash, restorable on any mesh.
 
-A checkpoint is a folder with the items `params` (fp32 nested dict named as the model) and `opt_state`, and as its
-metadata the resolved config and the data iterator's state: all that a bit-exact resume needs. A params-only checkpoint
-has just `params` and the model config.
+A training checkpoint is a folder with the items `params` (fp32, named as in the model) and `opt_state`, and metadata
+with the config and the position in the data: everything for a bit-exact resume. A params-only checkpoint has `params`
+and the model config.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from orbax.checkpoint import v1 as ocp
 from bc2_jax import manifest
 from bc2_jax.agreement import any_text, first_decides
 from bc2_jax.config import CheckpointConfig
+from bc2_jax.files import sync
 from bc2_jax.manifest import DamagedCheckpoint
 from bc2_jax.metadata import Metadata, is_complete, read_training_metadata
 from bc2_jax.model.baichuan import Params
 
 TOKENIZER_NAME = "tokenizer.model"
 
-# Small enough that a device of a pod reads little more than its part, large enough for a disk or an object store.
+# Small enough that a device of a pod reads little more than its shard, large enough for disks and object stores.
 CHUNK_BYTES = 64 << 20
 
 _log = logging.getLogger(__name__)
 
-# What the operating system says, in the middle of what TensorStore says.
+# The operating system's reason within TensorStore's error messages.
 _REASONS = re.compile(
     "No space left on device|Disk quota exceeded|File too large|Read-only file system|Permission denied|"
     "Input/output error|Not a directory|No such file or directory|Stale file handle"
@@ -41,25 +42,23 @@ _REASONS = re.compile(
 
 
 class SaveError(OSError):
-    """A checkpoint could not be written; the message names it, why, and what is still good."""
+    """A checkpoint could not be written; the message names it, the reason, and the last good checkpoint."""
 
 
 class InterruptedSave(SaveError):
-    """Another process was lost during a save: nothing is wrong with the target, and a new start may mend it."""
+    """Another process was lost during a save; the file system is fine and a restart may succeed."""
 
 
 class Checkpointer:
     """The checkpoints of one run, in DIRECTORY/STEP.
 
-    A save is written as STEP.saving, sealed with a manifest (see `manifest`) and then renamed to STEP, so that a folder
-    named by a number is always whole. STEP.aside is one that was not used: damaged, or left behind by going back to an
-    earlier step; it is never read again and never deleted by us.
+    A save is written to STEP.saving, sealed with a manifest (`bc2_jax.manifest`) and renamed to STEP: a folder named by
+    a number is always complete. STEP.aside is a checkpoint that was damaged or discarded by a rewind; it is never read
+    or deleted.
     """
 
-    def __init__(
-        self, directory: Path, config: CheckpointConfig, pinned: int | None = None
-    ):  # fmt: skip
-        """The checkpoint of the step `pinned` is kept until `unpin`."""
+    def __init__(self, directory: Path, config: CheckpointConfig, pinned: int | None = None):
+        """The checkpoint of step `pinned` is kept until `unpin`."""
         self.directory = directory.absolute()
         self.config, self.pinned = config, pinned
         self._permanent: dict[int, bool] = {}
@@ -68,18 +67,18 @@ class Checkpointer:
         self._verified: set[int] = set()
 
     def remove_leftovers(self) -> None:
-        """Removes what a killed run left half-written or half-deleted; for the owner of the run alone."""
+        """Removes what a killed run left half-written or half-deleted; only for the owner of the run."""
         if jax.process_index() == 0:
             self._remove("*.saving*", "*.orbax-checkpoint-tmp*", "*.deleting")
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, oldest first; their bytes are not looked at."""
+        """Steps of the complete checkpoints, ascending; file contents are not verified."""
         if not self.directory.is_dir():
             return []
         return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdigit() and is_complete(p))
 
     def describe_newest(self) -> str:
-        """Which checkpoint is the newest complete one, as the end of a sentence; waits for the save under way."""
+        """The newest complete checkpoint as the end of a sentence; waits for the current save."""
         try:
             self.wait()
         except SaveError as error:
@@ -90,10 +89,10 @@ class Checkpointer:
         return "there is no checkpoint before it"
 
     def latest_good(self) -> int | None:
-        """The newest step whose files are all as they were written; None if nothing was saved yet.
+        """The newest step that passes verification; None if nothing was saved yet.
 
-        What is passed over is logged with its reason, and stays where it is (see `set_aside_after`). Raises
-        DamagedCheckpoint if there are checkpoints, but none is good. All processes call it; each reads a part.
+        Logs each damaged checkpoint and leaves it in place (see `set_aside_after`). Raises DamagedCheckpoint if all are
+        damaged. All processes call it; each reads a part of the files.
         """
         self.wait()
         problems: list[str] = []
@@ -114,7 +113,7 @@ class Checkpointer:
         return None
 
     def verify(self, step: int) -> None:
-        """Raises the same DamagedCheckpoint on all processes if a file of a step is not as it was written."""
+        """Raises the same DamagedCheckpoint on all processes if a file of the step is not as it was written."""
         folder, problem = self.directory / str(step), ""
         try:
             if not is_complete(folder):
@@ -131,22 +130,23 @@ class Checkpointer:
         self._verified.add(step)
 
     def set_aside_after(self, step: int) -> None:
-        """Renames every checkpoint after `step`, damaged or not, to STEP.aside: the run goes on from `step`."""
+        """Renames every checkpoint after `step`, damaged or not, to STEP.aside: the run resumes from `step`."""
         self.wait()
         if jax.process_index() == 0:
             for later in self._numbered():
                 if later > step:
-                    aside = self._set_aside(later)
+                    aside = _free_name(self.directory / f"{later}.aside")
+                    (self.directory / str(later)).rename(aside)
                     _log.warning("%s is kept as %s and not used.", self.directory / str(later), aside.name)
         self._verified = {verified for verified in self._verified if verified <= step}
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("checkpoints set aside")
 
     def save(self, step: int, params: Params, opt_state: Any, metadata: Metadata) -> None:
-        """Starts writing and returns as soon as the arrays may change; waits for the save before it, if any.
+        """Starts a save and returns as soon as the arrays may change; first waits for the previous save.
 
-        Raises SaveError if this save cannot start or the one before it did not succeed. An older checkpoint of the same
-        step is replaced when the new one is complete.
+        A checkpoint of the same step is replaced once the new one is complete. Raises SaveError if the save cannot
+        start or the previous one failed.
         """
         self.wait()
         self._verified.discard(step)
@@ -164,24 +164,22 @@ class Checkpointer:
         self._saving = step, self._pool.submit(self._finish, step, response)
 
     def metadata(self, step: int) -> Metadata:
-        """What was saved with a step beside its arrays."""
         return read_training_metadata(self.directory / str(step))
 
     def restore(self, step: int, params: Params, opt_state: Any) -> tuple[Params, Any]:
-        """The arrays of a step, laid out as the abstract trees (ShapeDtypeStructs with shardings) given.
+        """The arrays of a step in the layout of the given abstract trees (ShapeDtypeStructs with shardings).
 
-        Raises DamagedCheckpoint before anything is read if a file is not as it was written.
+        Verifies the files first and raises DamagedCheckpoint if one is not as it was written.
         """
         self.wait()
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("checkpoint sealed")
         if step not in self._verified:
             self.verify(step)
-        folder = self.directory / str(step)
-        return load_state(folder, params, opt_state)
+        return load_state(self.directory / str(step), params, opt_state)
 
     def wait(self) -> None:
-        """Returns when every save is complete on disk; raises SaveError if one is not."""
+        """Returns when all saves are on disk; raises SaveError if one failed."""
         if self._saving is None:
             return
         (step, future), self._saving = self._saving, None
@@ -191,14 +189,14 @@ class Checkpointer:
             raise self._failed(step, error) from error
 
     def close(self) -> None:
-        """Waits as `wait` does, and ends the thread that saves."""
+        """Waits as `wait` does and ends the thread that saves."""
         try:
             self.wait()
         finally:
             self._pool.shutdown()
 
     def _finish(self, step: int, response: ocp.AsyncResponse) -> None:
-        """In the background: all processes have written, then the first seals, renames and removes what is old."""
+        """In the background, after all processes have written: process 0 seals, renames and removes old checkpoints."""
         response.result()
         if jax.process_index() != 0:
             return
@@ -207,11 +205,11 @@ class Checkpointer:
         if folder.exists():
             folder.rename(_free_name(self.directory / f"{step}.deleting"))
         saving.rename(folder)
-        manifest.sync(self.directory)
+        sync(self.directory)
         self._remove_old()
 
     def unpin(self) -> None:
-        """From here on the pinned checkpoint is kept as long as any other."""
+        """Treats the pinned checkpoint like any other from now on."""
         self.wait()
         self.pinned = None
         if jax.process_index() == 0:
@@ -229,16 +227,14 @@ class Checkpointer:
             try:
                 self._permanent[step] = self.metadata(step).permanent
             except (ValueError, OSError) as error:
-                _log.warning(
-                    "%s is kept: whether it may be removed cannot be read (%s).", self.directory / str(step), error
-                )
+                _log.warning("%s is kept: its metadata cannot be read (%s).", self.directory / str(step), error)
                 self._permanent[step] = True
         return self._permanent[step]
 
     def _failed(self, step: int, error: Exception) -> SaveError:
         if jax.process_index() == 0:
             with contextlib.suppress(OSError):
-                self._remove("*.saving*")  # it may be what fills the disk
+                self._remove("*.saving*")  # they may be what fills the disk
         kind = InterruptedSave if _is_from_others(error) else SaveError
         return kind(
             f"{self.directory / str(step)} could not be saved ({_reason(error)}): the run stops; "
@@ -246,15 +242,10 @@ class Checkpointer:
         )
 
     def _numbered(self) -> list[int]:
-        """Steps of all folders that have the name of a checkpoint, newest first."""
+        """Steps of all folders named as a checkpoint, newest first."""
         if not self.directory.is_dir():
             return []
         return sorted((int(p.name) for p in self.directory.iterdir() if p.name.isdigit()), reverse=True)
-
-    def _set_aside(self, step: int) -> Path:
-        aside = _free_name(self.directory / f"{step}.aside")
-        (self.directory / str(step)).rename(aside)
-        return aside
 
     def _remove(self, *patterns: str) -> None:
         for pattern in patterns:
@@ -278,14 +269,14 @@ def _innermost(error: BaseException) -> BaseException:
 
 
 def _is_from_others(error: BaseException) -> bool:
-    """Whether it is that the processes could not reach each other, and nothing of the file system."""
+    """Whether the error is a lost connection between processes rather than an error of the file system."""
     error = _innermost(error)
-    is_lost = isinstance(error, (jax.errors.JaxRuntimeError, TimeoutError))  # Orbax makes the latter of the former
+    is_lost = isinstance(error, (jax.errors.JaxRuntimeError, TimeoutError))  # Orbax raises the latter for the former
     return jax.process_count() > 1 and is_lost and not _REASONS.search(str(error))
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause in one line; what Orbax and TensorStore put around it is of no use to a user."""
+    """The innermost cause in one line, without the context that Orbax and TensorStore add."""
     error = _innermost(error)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
@@ -296,7 +287,8 @@ def _reason(error: BaseException) -> str:
 
 
 def save_context() -> ocp.Context:
-    """Each layer of a stacked array is stored in chunks of its own, so that a conversion can read layer by layer."""
+    """The Orbax context for saving: each layer of a stacked array has its own chunks, so that conversion can read
+    single layers."""
     options = ocp.options.ArrayOptions.Saving.StorageOptions
 
     def storage(path: tuple, value: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions:
@@ -304,16 +296,16 @@ def save_context() -> ocp.Context:
         return options(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if stacked else None)
 
     context = ocp.Context()
-    # Where they cannot be made, the threads of a save would wait for them for minutes instead of failing.
+    # If the folders cannot be created, the threads of a save would wait for them for minutes instead of failing.
     context.async_options.create_directories_asynchronously = False
-    # Orbax measures its timeout by the time of day: a clock that is set forward must not end a save. A save that hangs
-    # is noticed by who waits for it (train.distributed.Watchdog).
+    # Orbax measures its timeout by wall-clock time: a clock that jumps must not end a save. train.distributed.Watchdog
+    # notices a save that hangs.
     context.async_options.timeout_secs = 10 * 365 * 86_400
     context.array.saving.scoped_storage_options_creator = storage
     return context
 
 
 def load_state(path: Path, params: Params, opt_state: Any) -> tuple[Params, Any]:
-    """The arrays of a training checkpoint, laid out as the abstract trees given; only reads."""
+    """The arrays of a training checkpoint in the layout of the given abstract trees."""
     items = ocp.load_checkpointables(path, {"params": params, "opt_state": opt_state})
     return items["params"], items["opt_state"]

@@ -1,7 +1,7 @@
-"""What is in a checkpoint's folder, file by file: one flipped bit in a moment changes no shape and no loss at once.
+"""The manifest of a checkpoint: `MANIFEST.json` lists the size and SHA-256 of every file.
 
-`MANIFEST.json` is written last, when all else is on disk, so a folder that has one was complete. It lists the size and
-the SHA-256 of every file. It is read as data alone, and a name in it can't lead out of the folder.
+It is written last, after everything is synced to disk, so a folder with a manifest is complete. Verification finds a
+single flipped bit, which would not change any shape. Names in a manifest cannot point outside the folder.
 """
 
 from __future__ import annotations
@@ -15,24 +15,23 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from bc2_jax.files import replaced
-from bc2_jax.tokenizer import file_sha256
+from bc2_jax.files import file_sha256, replaced, sync
 from bc2_jax.validation import is_inside
 
 MANIFEST_NAME = "MANIFEST.json"
 _FORMAT = 1
 _SHA256 = re.compile("[0-9a-f]{64}")
-# hashlib leaves the interpreter to others while it hashes. At a save half of the cores are left to training.
+# hashlib releases the GIL while hashing. A save leaves half of the cores to training.
 _CORES = os.cpu_count() or 1
 _SAVE_THREADS, _VERIFY_THREADS = min(8, max(1, _CORES // 2)), min(32, _CORES)
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint is not what was written; the message is one sentence that names the file."""
+    """A checkpoint is not as it was written; the message is one sentence that names the file."""
 
 
 class FileState(NamedTuple):
-    """What a file should be."""
+    """Expected size and hash of a file."""
 
     size: int
     """Bytes."""
@@ -40,34 +39,31 @@ class FileState(NamedTuple):
 
 
 def write_manifest(folder: Path) -> dict[str, FileState]:
-    """Syncs every file below `folder` to disk, then writes its manifest; returns what is in it.
+    """Syncs every file below `folder` to disk, then writes the manifest; returns its contents.
 
-    Raises OSError if one cannot be read, and DamagedCheckpoint if there is anything but files and folders.
+    Raises OSError if a file cannot be read, and DamagedCheckpoint for anything but files and folders.
     """
     names = sorted(_walk(folder))
     with ThreadPoolExecutor(_SAVE_THREADS) as pool:
         files = dict(zip(names, pool.map(lambda name: _sync_and_describe(folder / name), names), strict=True))
     for root, _, _ in os.walk(folder):
         sync(Path(root))
-    with replaced(folder / MANIFEST_NAME) as partial, partial.open("w", encoding="utf-8", newline="\n") as out:
-        json.dump({"format": _FORMAT, "files": files}, out, indent=0)
-        out.flush()
-        os.fsync(out.fileno())
-    sync(folder)
+    with replaced(folder / MANIFEST_NAME, durable=True) as partial:
+        partial.write_text(json.dumps({"format": _FORMAT, "files": files}, indent=0), encoding="utf-8", newline="\n")
     return files
 
 
 def read_manifest(folder: Path) -> dict[str, FileState]:
-    """File name, relative to `folder` -> what it should be.
+    """File name, relative to `folder` -> expected state.
 
-    Raises DamagedCheckpoint if there is no manifest or it is malformed, which a name that leads out of the folder is.
+    Raises DamagedCheckpoint for a missing or malformed manifest, or a name that points outside the folder.
     """
     path = folder / MANIFEST_NAME
     try:
         value = json.loads(_read_regular(path))
     except FileNotFoundError:
         raise DamagedCheckpoint(
-            f"{folder} has no {MANIFEST_NAME}: it was not written to its end, or by an older version."
+            f"{folder} has no {MANIFEST_NAME}: it is incomplete or was written by an older version."
         ) from None
     except (ValueError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path} is damaged: it is not JSON ({error}).") from None
@@ -86,11 +82,10 @@ def read_manifest(folder: Path) -> dict[str, FileState]:
 
 
 def verify(folder: Path, part: int = 0, parts: int = 1, below: str = "", hashes: bool = True) -> None:
-    """Raises DamagedCheckpoint if a file of `folder` is missing, of another size or of other bytes than written.
+    """Raises DamagedCheckpoint if a file of `folder` is missing or differs in size or SHA-256 from its manifest.
 
-    Sizes are compared first, which costs nothing; `hashes` = False leaves it at that. Of the hashes every `parts`-th is
-    compared, from `part` on: processes share the work. `below` restricts it to names that begin so. Nothing may be a
-    link, which could lead outside.
+    `hashes` = False compares only sizes. Processes share the hashing: each compares every `parts`-th file from `part`
+    on. `below` restricts the check to names with this prefix. Links are refused: they could point outside the folder.
     """
     files = {name: state for name, state in read_manifest(folder).items() if name.startswith(below)}
     for name, state in files.items():
@@ -99,7 +94,7 @@ def verify(folder: Path, part: int = 0, parts: int = 1, below: str = "", hashes:
             raise DamagedCheckpoint(f"{folder / name} is damaged: it has {size} bytes, {state.size} were written.")
     if not hashes:
         return
-    # By size, so that each process has its share of the large ones.
+    # Sorted by size, so that each process gets its share of the large files.
     mine = sorted(files, key=lambda name: (files[name].size, name))[part::parts]
     with ThreadPoolExecutor(_VERIFY_THREADS) as pool:
         for name, found in zip(mine, pool.map(lambda name: _digest(folder / name), mine), strict=True):
@@ -110,7 +105,7 @@ def verify(folder: Path, part: int = 0, parts: int = 1, below: str = "", hashes:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raises DamagedCheckpoint if there is anything below `folder` but files and folders: a link could lead outside."""
+    """Raises DamagedCheckpoint if there is anything but files and folders below `folder`."""
     for _ in _walk(folder):
         pass
 
@@ -120,7 +115,7 @@ def _walk(folder: Path) -> Iterator[str]:
         for name in names + [name for name in folders if os.path.islink(Path(root, name))]:
             path = Path(root, name)
             if not stat.S_ISREG(path.lstat().st_mode):
-                kind = "a link" if path.is_symlink() else "no file"
+                kind = "a link" if path.is_symlink() else "not a file"
                 raise DamagedCheckpoint(f"{path} is {kind}: a checkpoint holds files and folders only.")
             if path.parent != folder or not name.startswith(MANIFEST_NAME):
                 yield path.relative_to(folder).as_posix()
@@ -133,15 +128,6 @@ def _raise(error: OSError) -> None:
 def _sync_and_describe(path: Path) -> FileState:
     sync(path)
     return FileState(path.stat().st_size, file_sha256(path))
-
-
-def sync(path: Path) -> None:
-    """Makes a file's bytes or a folder's entries survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read_regular(path: Path) -> bytes:
@@ -158,7 +144,7 @@ def _is_state(entry: object) -> bool:
 
 
 def _regular_size(folder: Path, name: str) -> int:
-    """Bytes of a file of a checkpoint; neither it nor a folder on the way to it may be a link."""
+    """Size of a checkpoint file in bytes; neither it nor a folder above it may be a link."""
     path = folder
     try:
         for part in name.split("/"):

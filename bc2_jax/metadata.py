@@ -1,4 +1,4 @@
-"""What a checkpoint says beside its arrays: the config, where the run was in its data, how far it had come."""
+"""The JSON metadata of a checkpoint: config, position in the data, tokens trained on."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from orbax.checkpoint import v1 as ocp
 from bc2_jax.config import CheckpointConfig, ModelConfig
 from bc2_jax.config.record import from_record
 
-# Orbax logs every save at INFO, warns of what is normal on one host, and logs as errors, thread by thread, what it also
-# raises: a full disk would be pages of tracebacks before our sentence.
+# Orbax logs every save at INFO, warns of what is normal on one host, and logs every exception that it also raises, once
+# per thread: a full disk would print pages of tracebacks before our message.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 @dataclasses.dataclass(frozen=True)
 class Metadata:
-    """What is saved with the arrays of a training checkpoint; JSON values."""
+    """Metadata of a training checkpoint; JSON values."""
 
     config: dict[str, Any]
     """The resolved config of the run."""
     data: dict[str, Any]
-    """Where the run is in its batches (`Batches.position`)."""
+    """Position in the batches (`Batches.position`)."""
     health: dict[str, Any] | None = None
-    """What the run knows of its health (`HealthMonitor.state`); None of a run that judged nothing."""
+    """State of the health monitor (`HealthMonitor.state`); None if the run had none."""
     job: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What its kind of run saves beside."""
+    """Further values of this kind of run."""
 
     tokens: int = 0
-    """Trained on up to this step, whatever the batches were; 0 of a run that is not counted in tokens."""
+    """Tokens trained on up to this step; 0 for a run that does not count tokens."""
     permanent: bool = False
-    """Whether the checkpoint is kept for ever."""
+    """Whether the checkpoint is never deleted."""
 
     def as_json(self) -> dict[str, Any]:
-        """The values of `job` stand beside the others."""
+        """One flat dict; the values of `job` are merged into it."""
         return {**self.job, **{name: getattr(self, name) for name in _OWN}}
 
     @classmethod
     def from_json(cls, values: dict[str, Any], step: int) -> Metadata:
-        """Inverse of `as_json`, for the checkpoint of `step`; also of what earlier versions saved."""
+        """Inverse of `as_json` for the checkpoint of `step`; also reads metadata of earlier versions."""
         own = {name: values[name] for name in _OWN if name in values}
         job = {name: value for name, value in values.items() if name not in _OWN}
         return cls(**(own if "tokens" in own else own | _of_earlier_version(own, step)), job=job)
@@ -51,7 +51,7 @@ _OWN = ("config", "data", "health", "tokens", "permanent")
 
 
 def _of_earlier_version(own: dict[str, Any], step: int) -> dict[str, Any]:
-    """What was not saved, but followed from the config, as batches had one size from the first step on."""
+    """Values that earlier versions did not save; they follow from the config, since the batch size was constant."""
     config, data, health = own["config"], own["data"], own.get("health")
     if health and "skipped_batches" in health:
         data = {"skipped_batches": health["skipped_batches"], **data}
@@ -64,8 +64,10 @@ def _of_earlier_version(own: dict[str, Any], step: int) -> dict[str, Any]:
 
 
 def is_permanent(config: CheckpointConfig, step: int, tokens: int, tokens_per_step: int) -> bool:
-    """Whether `config` keeps for ever the checkpoint of a step, with which `tokens` have been trained on: multiples of
-    `keep_every`, and each first step at which another `keep_every_tokens` have been.
+    """Whether `config` keeps the checkpoint of a step forever.
+
+    True for multiples of `keep_every`, and for the first step after each `keep_every_tokens` trained tokens. `tokens`
+    were trained on up to and including this step.
     """
     if config.keep_every and step % config.keep_every == 0:
         return True
@@ -74,12 +76,12 @@ def is_permanent(config: CheckpointConfig, step: int, tokens: int, tokens_per_st
 
 
 def is_complete(path: Path) -> bool:
-    """Whether `path` is a checkpoint that was written to its end: Orbax writes its metadata last."""
+    """Whether `path` is a completely written checkpoint: Orbax writes its metadata last."""
     return (path / "_CHECKPOINT_METADATA").is_file() and (path / "params").is_dir()
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """The metadata saved with a checkpoint: `config`, and `data` if it is a training checkpoint."""
+    """The metadata of a checkpoint: `config`, and for a training checkpoint `data` and more."""
     metadata = ocp.checkpointables_metadata(path).custom_metadata
     config = metadata.get("config") if isinstance(metadata, dict) else None
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
@@ -88,7 +90,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def read_training_metadata(path: Path) -> Metadata:
-    """What was saved with the training checkpoint in `path`, which is named by its step; ValueError if it is none."""
+    """Metadata of the training checkpoint in `path`, whose name is its step; ValueError for anything else."""
     values = read_metadata(path)
     try:
         return Metadata.from_json(values, int(path.name))
@@ -97,7 +99,7 @@ def read_training_metadata(path: Path) -> Metadata:
 
 
 def parse_model_config(metadata: dict[str, Any], path: Path) -> ModelConfig:
-    """The architecture in the metadata of a checkpoint in `path`; ValueError if it is not one that this version has."""
+    """The model config in the metadata of the checkpoint in `path`; ValueError if this version cannot read it."""
     try:
         return from_record(ModelConfig, metadata["config"]["model"])
     except (TypeError, ValueError) as error:

@@ -1,8 +1,8 @@
-"""The mesh and the one table from logical axes to mesh axes; the only file that knows mesh axis names.
+"""The device mesh and the table from logical axes to mesh axes; the only module that names mesh axes.
 
-Everything runs on explicitly sharded meshes (`AxisType.Explicit`): a tensor's spec is part of its type, so a wrong
-layout is an error at trace time and never a silent replication. Without a mesh the same code runs on one device.
-Both the mesh (`jax.set_mesh`) and the table (`use_rules`) come from the context.
+All meshes are explicit (`AxisType.Explicit`): a tensor's spec is part of its type, so a wrong layout is an error at
+trace time and never a silent replication. Without a mesh the same code runs on one device. The mesh (`jax.set_mesh`)
+and the table (`use_rules`) are taken from the context.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ class ShardingRules:
     # Activations.
     batch: MeshAxes = ("data", "fsdp", "fsdp_inner")
     lookup_batch: MeshAxes = "data"
-    """The batch in the embedding lookup, where `embed` cuts the model dimension."""
+    """The batch in the embedding lookup, where `embed` shards the model dimension."""
     lookup_embed: MeshAxes = ("fsdp", "fsdp_inner")
-    """The model dimension of what was looked up, once the sequences are cut: `embed` without the axes of `sequence`."""
+    """The model dimension after the lookup, once the sequences are sharded: `embed` without the axes of `sequence`."""
     sequence: MeshAxes = "context"
     hidden: MeshAxes = None
     attention_heads: MeshAxes = ("tensor", "context")
-    """Heads inside attention, where each device has whole sequences (DeepSpeed-Ulysses, arXiv 2309.14509): neither the
-    kernel nor ALiBi needs to know that sequences are cut elsewhere."""
+    """Heads inside attention, where each device has whole sequences (DeepSpeed-Ulysses, arXiv 2309.14509), so that
+    kernels and ALiBi need not know about sharded sequences."""
     sampling: MeshAxes = ("data", "fsdp", "fsdp_inner", "tensor", "context")
-    """The rows of a batch where a token of each is drawn: `batch`, and cut further over the devices that share a row,
-    each of which then has the whole vocabulary of its own rows."""
+    """Rows of the batch while sampling: also sharded over the devices that share a row, each of which then has the
+    whole vocabulary for its rows."""
     # Parameters and the activations that line up with them.
     vocab: MeshAxes = "tensor"
     heads: MeshAxes = "tensor"
     head_dim: MeshAxes = None
     ffn: MeshAxes = "tensor"
     layers: MeshAxes = None
-    # The model dimension of a stored weight; it is gathered where the weight is used.
+    # The model dimension of a stored weight, which is gathered when the weight is used.
     embed: MeshAxes = ("fsdp", "fsdp_inner", "context")
 
     def spec(self, *axes: str | None) -> PartitionSpec:
-        """The PartitionSpec of a tensor with these logical axes; None is an axis that is never cut.
+        """The PartitionSpec of a tensor with these logical axes; None is an axis that is never sharded.
 
         Raises ValueError for an unknown axis and for two dimensions on one mesh axis.
         """
@@ -68,13 +68,13 @@ class ShardingRules:
         return PartitionSpec(*entries)
 
     def mesh_axes(self, *axes: str) -> tuple[str, ...]:
-        """The mesh axes along which these logical axes are cut, outermost first."""
+        """The mesh axes over which these logical axes are sharded, outermost first."""
         entries = [getattr(self, axis) for axis in axes]
         return tuple(m for e in entries if e is not None for m in ((e,) if isinstance(e, str) else e))
 
 
 DEFAULT_RULES = ShardingRules()
-# A context of JAX's own: what is traced under other rules is traced again, as it is under another mesh.
+# A JAX context: functions are traced again under other rules, as under another mesh.
 use_rules = jax.make_user_context(DEFAULT_RULES)
 
 
@@ -94,16 +94,16 @@ def mesh_axes(*axes: str) -> tuple[str, ...]:
 
 
 def named_sharding(*axes: str | None) -> NamedSharding | None:
-    """`spec` on the mesh in use (`jax.set_mesh`), for `out_sharding=` arguments; None where there is no mesh.
+    """`spec` on the mesh in use (`jax.set_mesh`), for `out_sharding=`; None without a mesh.
 
-    Raises ValueError on a mesh with other axes than MESH_AXES or with axes that are not Explicit.
+    Raises ValueError for a mesh with axes other than MESH_AXES or that are not Explicit.
     """
     mesh = _mesh_in_use()
     return None if mesh is None else NamedSharding(mesh, spec(*axes))
 
 
 def parts(axis: str) -> int:
-    """Into how many parts the mesh in use cuts a logical axis."""
+    """The number of shards of a logical axis on the mesh in use."""
     mesh = _mesh_in_use()
     return 1 if mesh is None else math.prod(mesh.shape[m] for m in mesh_axes(axis))
 
@@ -115,10 +115,10 @@ def reshard(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def gather(x: jax.Array, *axes: str | None) -> jax.Array:
-    """A stored weight `x` with these logical axes, its `embed` dimension whole if it has one and is not yet.
+    """A stored weight `x` with these logical axes, gathered along `embed`.
 
-    One gather for each mesh axis in use, the innermost first, when there is least to send: each then lies along whole
-    dimensions of the torus, and stays a gather where the compiler makes an all-reduce of a single large one.
+    One gather for each mesh axis, innermost first, when the least data is sent. Each gather then lies along whole
+    dimensions of the TPU torus; the compiler turns a single large one into an all-reduce.
     """
     sharding = named_sharding(*axes)
     if sharding is None or "embed" not in axes:
@@ -133,17 +133,16 @@ def gather(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def all_gather(x: jax.Array, dim: int) -> jax.Array:
-    """Inside `shard_map`: `x`, whose dimension `dim` is cut as `embed` is, with this dimension whole, in stages."""
+    """Inside `shard_map`: `x` gathered along dimension `dim`, which is sharded as `embed`, in stages."""
     for axis in reversed(mesh_axes("embed")):
         x = jax.lax.all_gather(x, axis, axis=dim, tiled=True)
     return x
 
 
 def reduce_scatter(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Inside `shard_map`: the sum over all rows and tokens of `x`, which has these logical axes and `embed` whole.
+    """Inside `shard_map`: the sum of `x` over all rows and tokens; `x` has these logical axes, `embed` unsharded.
 
-    The sum is cut along `embed` if it has this axis: one scatter for each mesh axis, the outermost first, then what is
-    left of the batch: the inverse of `gather`.
+    The inverse of `gather`: one scatter along `embed` for each mesh axis, outermost first, then the rest of the batch.
     """
     scattered = mesh_axes("embed") if "embed" in axes else ()
     for axis in scattered:
@@ -159,16 +158,16 @@ def _mesh_in_use() -> AbstractMesh | None:
     if not mesh.are_all_axes_explicit:
         raise ValueError(f"Mesh {mesh} has axes that are not Explicit; make it with {__name__}.make_mesh.")
     if mesh.axis_names != MESH_AXES:
-        raise ValueError(f"Mesh {mesh} has not the axes {', '.join(MESH_AXES)}; make it with {__name__}.make_mesh.")
+        raise ValueError(f"Mesh {mesh} lacks the axes {', '.join(MESH_AXES)}; make it with {__name__}.make_mesh.")
     return mesh
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
-    """A mesh with the axes MESH_AXES over `devices` (all by default).
+    """A mesh with the axes MESH_AXES over `devices` (default: all).
 
-    tensor varies fastest, so that its collectives stay between neighbours; data is outermost, and where there are
-    several slices it alone goes across them. Raises ValueError if data is not a multiple of the slices, or an axis does
-    not lie along whole dimensions of the torus.
+    `tensor` varies fastest, so that its collectives stay between neighbours. `data` is outermost; with several slices
+    it alone crosses them. Raises ValueError if `data` is not a multiple of the slices, or if an axis does not lie along
+    whole dimensions of the torus.
     """
     devices = jax.devices() if devices is None else devices
     config = config.resolve(len(devices))
@@ -183,7 +182,7 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
         if slices == 1:
             return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
         grid = mesh_utils.create_hybrid_device_mesh(shape, (slices, *[1] * len(shape[1:])), devices)
-    except NotImplementedError as error:  # what JAX raises for axes that the torus of the chips does not have
+    except NotImplementedError as error:  # JAX raises it for axes that the torus of the chips lacks
         torus = "x".join(str(1 + max(d.coords[i] for d in devices)) for i in range(len(devices[0].coords)))
         raise ValueError(
             f"mesh = {shape} ({', '.join(MESH_AXES)}) does not fit a slice of {torus} chips: each axis must be a "
@@ -193,10 +192,10 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
 
 
 def _second_stage(config: MeshConfig, devices: list[Any]) -> int:
-    """Devices of the second stage of gathers and scatters, 1 for none.
+    """Devices of the second stage of gathers and scatters (`fsdp_inner`); 1 for none.
 
-    One axis of parameter shards over all of a 3-D torus has its gathers compiled to all-reduces (docs/tpu.md): then the
-    longest side goes apart.
+    The compiler turns the gathers of a single axis over a whole 3-D torus into all-reduces (docs/tpu.md), so its
+    longest side becomes a stage of its own.
     """
     if not hasattr(devices[0], "coords"):
         return 1
@@ -205,13 +204,8 @@ def _second_stage(config: MeshConfig, devices: list[Any]) -> int:
     return max(sides) if spans_torus else 1
 
 
-def single_device_mesh(device: Any | None = None) -> Mesh:
-    """The mesh of one device."""
-    return make_mesh(MeshConfig(fsdp=1), [device or jax.local_devices()[0]])
-
-
 def use_cpu_devices(count: int) -> None:
-    """Simulates `count` devices on the CPU; raises ValueError after the first JAX computation, when it is too late."""
+    """Simulates `count` CPU devices; raises ValueError after the first JAX computation, when it is too late."""
     jax.config.update("jax_platforms", "cpu")
     try:
         jax.config.update("jax_num_cpu_devices", count)
@@ -224,16 +218,16 @@ def use_cpu_devices(count: int) -> None:
 
 
 def platform() -> str:
-    """Of the devices of the mesh in use, which may not be here, or of JAX's own: "cpu", "gpu" or "tpu"."""
+    """The platform of the mesh in use, which may be abstract, else of JAX's default backend: "cpu", "gpu" or "tpu"."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def place_shapes(mesh: Mesh, tree: Any) -> Any:
-    """A tree of ShapeDtypeStructs as `jax.eval_shape` gives them, with shardings on `mesh`.
+    """Adds shardings on `mesh` to a tree of ShapeDtypeStructs from `jax.eval_shape`.
 
-    Under an explicit mesh eval_shape tells the spec of what is computed from arrays with one, such as the moments of a
-    parameter; what has none, such as a counter, is whole everywhere.
+    Under an explicit mesh, eval_shape gives the spec of values computed from sharded arrays, such as Adam's moments;
+    values without a spec, such as a counter, are replicated.
     """
 
     def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -244,16 +238,16 @@ def place_shapes(mesh: Mesh, tree: Any) -> Any:
 
 
 def to_host(x: jax.Array) -> np.ndarray:
-    """The whole of `x`, however it is laid out; where it spans processes, all of them call this and all get it."""
+    """All of `x` as a numpy array; if it spans processes, all of them call this and all get it."""
     within = x.is_fully_addressable or x.is_fully_replicated
-    # Explicitly: what a run does between its steps is under a transfer guard.
+    # Explicitly, because training steps run under a transfer guard.
     return np.asarray(jax.device_get(x) if within else multihost_utils.process_allgather(x, tiled=True))
 
 
 def from_host(tree: Any) -> Any:
-    """`tree` with its arrays of numpy whole on every device of the mesh in use, or on the default device without one.
+    """`tree` with its numpy arrays replicated on the mesh in use, or on the default device without one.
 
-    Each process gives the same values. Other leaves, and all of them where a function is traced, stay as they are.
+    Every process passes the same values. Other leaves, and all leaves while tracing, are returned unchanged.
     """
     try:
         mesh = jax.sharding.get_mesh()
@@ -274,7 +268,8 @@ def from_host(tree: Any) -> Any:
 
 @contextlib.contextmanager
 def use_mesh_of(x: jax.Array) -> Iterator[None]:
-    """Inside, the mesh of `x` is in use, unless one already is: callers of a sharded model need not say it twice."""
+    """Context manager that uses the mesh of `x` unless a mesh is already in use, so that callers of a sharded model
+    need not set it."""
     mesh = jax.typeof(x).sharding.mesh  # type: ignore[attr-defined]  # jax declares the base class
     if mesh.empty or not jax.sharding.get_abstract_mesh().empty:
         yield
@@ -282,7 +277,7 @@ def use_mesh_of(x: jax.Array) -> Iterator[None]:
     context: contextlib.AbstractContextManager = jax.sharding.use_abstract_mesh(mesh)
     if not isinstance(x, jax.core.Tracer):
         # Operations outside of jit need the devices too.
-        with contextlib.suppress(ValueError):  # inside: the array is closed over
+        with contextlib.suppress(ValueError):  # inside jit the array is a closed-over constant
             context = jax.set_mesh(x.sharding.mesh)  # type: ignore[union-attr,attr-defined,arg-type]  # as above
     with context:
         yield

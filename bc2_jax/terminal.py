@@ -1,4 +1,4 @@
-"""What programs print: in every locale, as it is, so that nothing is cut off, and so that a hint can be typed again."""
+"""Terminal output of the programs: encoding, consoles, tables, and commands that can be pasted back."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from bc2_jax.validation import require_local
+
 _CHECKOUT = Path(__file__).parents[1]
-# Of a table that goes to a file or a pipe.
+# Width of a table in a file or pipe.
 _WIDTH = 160
 
 
 def use_utf8() -> None:
-    """Has standard output and error take every character, whatever the locale; a program calls it first.
+    """Makes standard output and error accept every character in any locale; call it first in a program.
 
-    Where the locale knows ASCII alone (LC_ALL=C), they write UTF-8, unless PYTHONIOENCODING says otherwise; what
-    another encoding does not have is written as an escape.
+    In an ASCII locale (LC_ALL=C) they write UTF-8 unless PYTHONIOENCODING is set. Characters that another encoding
+    lacks are written as escapes.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not where a test or a notebook has put its own
@@ -36,9 +38,9 @@ def use_utf8() -> None:
 def run_program(
     run: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser, argv: Sequence[str] | None
 ) -> int:
-    """The exit code of a program that is `run` with its parsed arguments (`argv`, or those of the command line).
+    """Runs `run` with the parsed arguments (`argv`, default sys.argv) and returns the exit code.
 
-    ValueError and OSError are its messages, printed without a traceback: 1. Ctrl-C: 130.
+    ValueError and OSError are printed without a traceback: 1. Ctrl-C: 130.
     """
     use_utf8()
     args = parser.parse_args(argv)
@@ -54,9 +56,9 @@ def run_program(
 
 
 def read_argument(text: str) -> str:
-    """An argument of the command line that is a text: UTF-8 also where the locale knows ASCII alone.
+    """A command-line argument as text, decoded from UTF-8 even in an ASCII locale; not for paths.
 
-    Paths stay as they are: Python finds their bytes again. Raises ValueError for bytes that are not UTF-8.
+    Raises ValueError for bytes that are not UTF-8.
     """
     if not any("\udc80" <= character <= "\udcff" for character in text):
         return text
@@ -66,10 +68,19 @@ def read_argument(text: str) -> str:
         raise ValueError(f"the argument {text!r} is not valid: it is not UTF-8.") from error
 
 
-def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
-    """A console that prints text as it is: `[v1]` is not markup and `:x:` not a picture, long lines are not broken.
+def local_path(text: str) -> Path:
+    """The path of an argument, as `type=` of argparse; a URL is refused, of which Path would make another path."""
+    try:
+        require_local("the path", text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return Path(text)
 
-    Where neither a terminal nor COLUMNS says how wide it is, a table has 160 columns.
+
+def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
+    """A rich console that prints text unchanged: no markup, no emoji, no line breaks.
+
+    Tables are 160 columns wide if neither a terminal nor COLUMNS gives a width.
     """
     is_known = (sys.stderr if stderr else sys.stdout).isatty() or "COLUMNS" in os.environ
     return Console(
@@ -79,7 +90,7 @@ def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
 
 
 def log_to_stderr() -> Console:
-    """Has log records of all levels from INFO on printed to the console on standard error that it returns."""
+    """Prints log records from INFO on to a console on standard error; returns the console."""
     from rich.logging import RichHandler
 
     console = make_console(stderr=True)
@@ -89,9 +100,9 @@ def log_to_stderr() -> Console:
 
 
 def make_table(*headers: str, title: str | None = None, numbers_from: int | None = None) -> Table:
-    """A table that goes on in the next line of a cell rather than cut it off; headers that are all empty are not shown.
+    """A table that wraps long cells instead of cutting them; the header row is hidden if all headers are empty.
 
-    Columns from `numbers_from` on hold numbers, aligned at the right.
+    Columns from index `numbers_from` on are right-aligned.
     """
     table = Table(title=title, title_justify="left", show_header=any(headers))
     for index, header in enumerate(headers):
@@ -100,15 +111,14 @@ def make_table(*headers: str, title: str | None = None, numbers_from: int | None
 
 
 def add_column(table: Table, header: str, *, is_number: bool = False) -> None:
-    """Another column of a table of `make_table`."""
+    """Adds a column to a table from `make_table`."""
     table.add_column(header, overflow="fold", justify="right" if is_number else "left")
 
 
 def here(path: str | Path) -> str:
-    """`path` as one types it in the current directory: relative if it is in there, else absolute.
+    """`path` as typed in the current directory: relative if it is below it, else absolute.
 
-    In the root directory too it is absolute: a relative path saves nothing there, and Python started by one calls
-    itself `//NAME`.
+    In the root directory it is always absolute: Python started with a relative path there reports itself as `//NAME`.
     """
     path, current = os.path.abspath(path), os.getcwd()
     is_below = current != os.path.abspath(os.sep) and path.startswith(os.path.join(current, ""))
@@ -147,7 +157,7 @@ def subcommand(path: str) -> str:
 
 
 def interpreter() -> str:
-    """What to type in the current directory for the Python that runs now; not quoted."""
+    """The name or path of this Python as typed in the current directory; not quoted."""
     for name in ("python", "python3"):
         if (found := shutil.which(name)) and os.path.abspath(found) == sys.executable:
             return name

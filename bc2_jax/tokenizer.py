@@ -1,22 +1,22 @@
-"""Text to token ids and back: the released Baichuan 2 tokenizer, or one trained with its settings.
+"""The Baichuan 2 tokenizer: the released SentencePiece model, or one trained with the same settings.
 
-The layout is the released one whatever the size of the vocabulary: 0 pad and unknown, 1 beginning of text, 2 end of
-text, 195 and 196 the user and assistant roles. Data and checkpoints therefore agree on the ids that have a meaning.
+The layout of special ids is the released one for any vocabulary size: 0 pad and unknown, 1 beginning of text, 2 end of
+text, 195 and 196 the user and assistant roles. Data and checkpoints thus agree on their meaning.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import io
 import operator
 import os
 import re
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import SupportsIndex
+
+from bc2_jax.files import file_sha256, replaced
 
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
 USER_ID, ASSISTANT_ID = 195, 196
@@ -31,14 +31,14 @@ _LAYOUT = {
 RESERVED = re.compile(r"<reserved_\d+>")
 _SPECIAL = re.compile(r"<unk>|<s>|</s>|<reserved_\d+>")
 
-# Frequent in code, and never learned from lines.
+# Frequent in code; never learned, because training reads lines.
 _USER_DEFINED = ["\n", "\t"]
 LONGEST_PIECE = 32
-"""Characters of the longest piece that is learned."""
+"""Characters of the longest learned piece."""
 # SentencePiece skips items longer than max_sentence_length bytes; a character has at most 4 bytes.
 _MAX_ITEM_BYTES = 16_384
 _MAX_ITEM_CHARACTERS = _MAX_ITEM_BYTES // 4
-# Characters that are looked through for a place where no merge can reach across.
+# Characters searched for a place that no merge crosses.
 _LONGEST_MERGED = 65_536
 _NO_TEXT = "text is not valid: it has a lone surrogate, which is not a character in UTF-8."
 # How a piece spells a space.
@@ -47,17 +47,11 @@ _SPACE = "\u2581"
 _MARKER = "\u2585"
 
 
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 class Tokenizer:
     """A SentencePiece model with Baichuan 2's layout of ids.
 
-    Raises FileNotFoundError if the file does not exist, and ValueError if it is not a SentencePiece model or if the
-    piece of one of the five special ids is not the expected one.
+    Raises FileNotFoundError for a missing file, and ValueError for a file that is not a SentencePiece model or lacks
+    one of the five special ids.
     """
 
     pad_id = PAD_ID
@@ -90,23 +84,23 @@ class Tokenizer:
         self._special_ids = {PAD_ID, BOS_ID, EOS_ID, *reserved}
 
     def __reduce__(self) -> tuple[Callable[[Path], Tokenizer], tuple[Path]]:
-        """Another process is given the path, and reads the file once, however often it is given this tokenizer."""
+        """Pickles as the path; a worker process reads the file once."""
         return _read_once, (self.path,)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the model file, in hex: packed rows and checkpoints name their tokenizer by it."""
+        """SHA-256 of the model file, in hex; identifies the tokenizer in packed rows and checkpoints."""
         return file_sha256(self.path)
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """The ids of `text`; nothing is added at either end.
 
-        By default text can't produce a special id: a literal `<reserved_106>` becomes the ordinary pieces of its
-        characters, so that a user's message can't forge a role. `parse_special=True` turns literal `<unk>`, `<s>`,
-        `</s>` and `<reserved_N>` into their ids, as the released tokenizer class does; only for trusted text.
+        By default text cannot produce a special id: a literal `<reserved_106>` becomes ordinary pieces, so that a
+        user's message cannot forge a role. `parse_special=True` turns literal `<unk>`, `<s>`, `</s>` and `<reserved_N>`
+        into their ids, as the released tokenizer class does; use it only for trusted text.
 
-        The ids decode to `text` again, but U+2581 is taken for a space, as by every SentencePiece model. Raises
-        ValueError for what is not text, or has a lone surrogate.
+        Decoding gives `text` back, except that U+2581 becomes a space, as in every SentencePiece model. Raises
+        ValueError for a value that is not a str or has a lone surrogate.
         """
         _check_texts([text])
         if not parse_special:
@@ -122,14 +116,14 @@ class Tokenizer:
         return ids + self._encode_part(text[start:])
 
     def _encode_part(self, text: str) -> list[int]:
-        """Without the threads that a list of texts is given, whose start takes several times as long as a message."""
+        """Without the thread pool of the list form, whose start takes several times as long as encoding a message."""
         try:
             return self._model.encode(text)
         except (TypeError, RuntimeError) as error:
             raise ValueError(_NO_TEXT) from error
 
     def encode_batch(self, texts: Sequence[str], *, num_threads: int = -1) -> list[list[int]]:
-        """`encode` of each text, on all cores or on `num_threads`."""
+        """`encode` of each text, on all cores or with `num_threads`."""
         _check_texts(texts)
         cut = [self._cut_forged(text) for text in texts]
         try:
@@ -142,11 +136,11 @@ class Tokenizer:
         ]
 
     def cut(self, text: str, size: int) -> Iterator[str]:
-        """Cuts `text` into parts of `size` characters or a little more whose ids, joined, are those of `text`.
+        """Cuts `text` into parts of about `size` characters whose ids, joined, are those of `text`.
 
-        A cut is made where no piece of the vocabulary has both neighbours, such as after a line: a merge can't reach
-        across. A stretch of 65,536 characters without such a place (one letter over and over) is cut all the same: then
-        the ids next to the cut may be others than those of the whole, but decode to the same text.
+        Cuts only between characters that are adjacent in no piece of the vocabulary, such as after a line, so that no
+        merge crosses a cut. After 65,536 characters without such a place (one letter repeated) it cuts anyway: ids next
+        to the cut may then differ from those of the whole text, but decode to the same text.
         """
         start = 0
         while len(text) - start > size:
@@ -160,23 +154,22 @@ class Tokenizer:
 
     @functools.cached_property
     def _pairs(self) -> frozenset[str]:
-        """Every two characters that stand next to each other in a piece."""
+        """All pairs of adjacent characters in pieces of the vocabulary."""
         pieces = (self.piece(i) for i in range(self.vocab_size))
         return frozenset(piece[i : i + 2] for piece in pieces for i in range(len(piece) - 1))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, a list or an array of one dimension.
+        """The text of `ids`, a list or 1-D array.
 
-        Special ids (pad, bos, eos, reserved, roles) have no text and are left out; so are ids from vocab_size on, which
-        a model may have whose vocabulary was padded or grown. Bytes that are not UTF-8 become U+FFFD. What was U+2581
-        before `encode` comes back as a space, because pieces spell a space so; all other text comes back as it was.
-        Raises ValueError for what is not a token id.
+        Special ids (pad, bos, eos, reserved, roles) and ids from vocab_size on (padded vocabularies) are left out.
+        Invalid UTF-8 becomes U+FFFD; U+2581 comes back as a space. Raises ValueError for a value that is not a token
+        id.
         """
         if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
             raise ValueError(f"ids = {ids!r} is not valid: it must be a list of token ids.")
         kept, vocab_size = [], self.vocab_size
         for i in ids.tolist() if hasattr(ids, "tolist") else ids:
-            # To ask for the protocol takes ten times as long as all the rest: most ids are plain.
+            # Checking the protocol takes ten times as long as the rest; most ids are ints.
             if not (type(i) is int or isinstance(i, SupportsIndex)) or (token_id := operator.index(i)) < 0:
                 raise ValueError(f"token id = {i!r} is not valid: it must be a whole number, at least 0.")
             if token_id < vocab_size and token_id not in self._special_ids:
@@ -184,11 +177,11 @@ class Tokenizer:
         return self._model.decode(kept) if kept else ""
 
     def piece(self, token_id: int) -> str:
-        """How the vocabulary spells `token_id`, below vocab_size; a space is written as U+2581."""
+        """The piece of `token_id`, below vocab_size; a space is written as U+2581."""
         return self._model.id_to_piece(token_id)
 
     def is_special(self, token_id: int) -> bool:
-        """Whether `token_id` has a meaning instead of a text: pad, bos, eos, a role, reserved or control."""
+        """Whether `token_id` has no text: pad, bos, eos, a role, reserved or control."""
         return token_id in self._special_ids or (token_id < self.vocab_size and self._model.is_control(token_id))
 
     def is_byte(self, token_id: int) -> bool:
@@ -196,7 +189,7 @@ class Tokenizer:
         return token_id < self.vocab_size and self._model.is_byte(token_id)
 
     def _cut_forged(self, text: str) -> list[str]:
-        """Cuts `text` inside each literal that SentencePiece would read as a reserved piece; joined it is `text`."""
+        """Cuts `text` inside each literal that SentencePiece would read as a reserved piece."""
         parts: list[str] = []
         start = 0
         if self._forgeable and "<reserved_" in text:
@@ -222,17 +215,17 @@ def _check_texts(texts: Sequence[str]) -> None:
 
 @dataclasses.dataclass
 class TrainingText:
-    """What `train_tokenizer` reads, counted while it does."""
+    """Counts of the text that `train_tokenizer` has read."""
 
     texts: int = 0
     lines: int = 0
-    """Stretches of text between newlines that are not empty."""
+    """Non-empty lines."""
     bytes: int = 0
     """UTF-8 bytes of the lines."""
     cut_lines: int = 0
     """Lines above 4096 characters; all of their text is used, but no merge across a cut is learned."""
     removed_characters: int = 0
-    """U+2585, SentencePiece's marker for unknown pieces: it would skip an item that has one."""
+    """U+2585, SentencePiece's marker for unknown pieces: it would skip a line that contains it."""
 
 
 def train_tokenizer(
@@ -245,19 +238,19 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Trains byte-pair encoding with Baichuan 2's settings (paper section 2.2) and writes the model to `path`.
 
-    Ids 3..196 are control symbols, which text never produces; then come newline, tab, 256 bytes and the learned
-    pieces. The same texts and size give the same file. Texts are cut into lines, and lines above 4096 characters into
-    stretches of that, because SentencePiece would skip them without a word; no text is lost but merges across a cut.
-    Memory is 20 to 25 times the size of `texts`: give it a sample. `counts` tells what was read.
+    Ids 3..196 are control symbols, which text never produces; then come newline, tab, 256 bytes and the learned pieces.
+    Equal texts and sizes give equal files. Texts are cut into lines, and lines above 4096 characters into parts,
+    because SentencePiece silently skips longer ones. Memory is 20 to 25 times the size of `texts`: pass a sample.
+    `counts` reports what was read.
 
-    Raises ValueError if `texts` can't fill or can't fit `vocab_size`.
+    Raises ValueError if `vocab_size` is too large or too small for `texts`.
     """
     import sentencepiece
 
     fixed = ASSISTANT_ID + 1 + len(_USER_DEFINED) + 256
     if vocab_size <= fixed:
         raise ValueError(f"vocab_size = {vocab_size} is not valid: it must be more than the {fixed} fixed pieces.")
-    # The released names where there is one for the id: <reserved_0> is 89.
+    # The released names of the ids that have one: <reserved_0> is 89.
     control = [f"<reserved_{i - 89}>" if i >= 89 else f"<control_{i}>" for i in range(EOS_ID + 1, ASSISTANT_ID + 1)]
     model = io.BytesIO()
     try:
@@ -289,9 +282,8 @@ def train_tokenizer(
         raise ValueError(f"vocab_size = {vocab_size} is not valid for this text: {reason}") from error
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    temporary.write_bytes(model.getvalue())
-    temporary.replace(path)
+    with replaced(path, shared=True) as partial:
+        partial.write_bytes(model.getvalue())
     return Tokenizer(path)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-# Every list of divisors is complete below the square of this; beyond, no search is worth its time.
+# Lists of divisors are complete below the square of this; more would take too long.
 _LAST_DIVISOR_TRIED = 100_000
 _MOST_CHOICES = 60
 _LONGEST_VALUE = 300
@@ -28,8 +28,8 @@ def require(ok: bool, field: str, value: object, legal: str) -> None:
 
 
 def show(value: object) -> str:
-    """repr(value) in one line, its middle left out if it is long; Python refuses to print integers of thousands of
-    digits."""
+    """repr(value) on one line; long values are shortened in the middle. Python refuses to print integers of thousands
+    of digits."""
     try:
         text = re.sub(r"\s*\n\s*", " ", repr(value))
     except ValueError:
@@ -40,9 +40,9 @@ def show(value: object) -> str:
 
 
 def require_types(config: Any, prefix: str) -> None:
-    """Python does not check types either: each field that is declared int, float, bool or str must hold one.
+    """Requires a value of the declared type for each field declared int, float, bool or str.
 
-    A bool is not a number, an integer is a float too, and a float must be finite.
+    A bool is not a number, an integer is also a float, and a float must be finite.
     """
     for field, declared in get_type_hints(type(config)).items():
         if declared not in _KINDS:
@@ -58,7 +58,7 @@ def require_types(config: Any, prefix: str) -> None:
 def _is_finite(value: Any) -> bool:
     try:
         return math.isfinite(value)
-    except OverflowError:  # an integer beyond every float
+    except OverflowError:  # an integer too large for a float
         return False
 
 
@@ -75,15 +75,24 @@ def require_at_most(config: Any, prefix: str, **largest: int) -> None:
 
 
 def require_literals(config: Any, prefix: str) -> None:
-    """Python does not check that the value of a Literal field is one of those it lists."""
+    """Requires one of the listed values for each Literal field."""
     for field, kind in get_type_hints(type(config)).items():
         if get_origin(kind) is Literal:
             value = getattr(config, field)
             require(value in get_args(kind), f"{prefix}{field}", value, f"legal values are {choices(get_args(kind))}")
 
 
+def check_fields(config: Any, prefix: str, positive: Iterable[str] = (), not_negative: Iterable[str] = ()) -> None:
+    """Checks the fields of a config dataclass: declared types and literals, then signs."""
+    require_literals(config, prefix)
+    require_types(config, prefix)
+    require_positive(config, prefix, *positive)
+    for field in not_negative:
+        require(getattr(config, field) >= 0, f"{prefix}{field}", getattr(config, field), "it must be at least 0")
+
+
 def choices(values: Iterable[object]) -> str:
-    """The values in a row; of many only the first and the last ones."""
+    """The values, comma-separated; of many only the first and last."""
     texts = [str(value) for value in values]
     if len(texts) > _MOST_CHOICES:
         texts[_MOST_CHOICES // 2 : -_MOST_CHOICES // 2] = ["..."]
@@ -91,24 +100,34 @@ def choices(values: Iterable[object]) -> str:
 
 
 def join_some(items: Iterable[str], limit: int = 20) -> str:
-    """The first items, and how many more there are."""
+    """The first items, and the number of further ones."""
     items = list(items)
     more = [f"and {len(items) - limit} more"] if len(items) > limit else []
     return "; ".join(items[:limit] + more)
 
 
 def divisors(n: int) -> list[int]:
-    """In ascending order; of a number above 10^10 only those that have a factor, or leave one, of up to 10^5."""
+    """Ascending; above 10^10 only divisors up to 10^5 and their cofactors."""
     small = [d for d in range(1, min(math.isqrt(n), _LAST_DIVISOR_TRIED) + 1) if n % d == 0]
     return sorted({*small, *(n // d for d in small)})
 
 
 def is_inside(name: str) -> bool:
-    """Whether `name`, from a file that others may have written, is the path of something in the file's own folder."""
+    """Whether `name`, from an untrusted file, is the path of something in that file's folder."""
     parts = name.split("/")
     return (
         name.isprintable() and "\\" not in name and not PurePosixPath(name).is_absolute()
         and not {"", ".", ".."} & set(parts) and ":" not in parts[0]
+    )  # fmt: skip
+
+
+def require_local(field: str, path: str) -> None:
+    """Raises ValueError for a URL such as gs://BUCKET/RUN where only a path of a file system will do."""
+    require(
+        re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path) is None, field, path,
+        "it must be a path of a file system. An object store has no locks, renames, appends or mapped files, which "
+        "runs and models need: mount the bucket (Cloud Storage FUSE, Filestore), or copy from and to it "
+        "(docs/pods.md, Object stores)",
     )  # fmt: skip
 
 

@@ -3,18 +3,18 @@
 python benchmarks/curation.py --workdir DIR [--sizes 170,700] [--config FILE] [--datatrove-python PYTHON]
 
 Assembles a corpus of each size in megabytes with `curation_corpus.py`, unless DIR has it (or takes --corpus FOLDER),
-runs `tools/curate.py` on it as a user would, and prints, and writes to DIR/results.json:
+runs `tools/curate.py` on it, prints these figures and writes them to DIR/results.json:
 
-- seconds and MB/s of text, in whole and by stage; MB are 10^6 bytes of UTF-8 text
-- the peak of the memory of all processes of the command, a page that several share counted once (PSS), sampled
-- recall by Jaccard index: of the planted pairs of which no filter removed a document, those not kept both; and those
-  kept both, but without the sentences and paragraphs they shared, so that their Jaccard index is now below .2
-- planted paragraphs and boilerplate: those no longer in both documents, and no longer in the one, if they were kept
-- precision: of documents removed as a copy of another, those with a true Jaccard index of at least .5 to it, by stage;
-  at most 5,000 of each, drawn at random
+- seconds and MB/s of text, total and by stage; MB are 10^6 bytes of UTF-8 text
+- peak memory of all processes of the command, with shared pages counted once (PSS), sampled
+- recall by Jaccard index: the share of planted pairs of which at most one document was kept, without pairs of which a
+  filter removed a document; and the pairs kept with a Jaccard index below .2, because shared text was cut out
+- planted paragraphs and boilerplate: the share that is cut out of documents that were kept
+- precision: the share of documents removed as a copy that have a true Jaccard index of at least .5 to the copy kept, by
+  stage, in a random sample of at most 5,000 each
 
---datatrove-python is a Python in which datatrove is installed (`curation_datatrove.py` says how). It gets the same
-documents, as JSON lines by language; with --datatrove-megabytes planted pairs first, then others, up to the size.
+--datatrove-python is a Python with datatrove (`curation_datatrove.py` has the commands to install it). datatrove reads
+the same documents as JSON lines by language; with --datatrove-megabytes first planted pairs, up to the size.
 """
 
 from __future__ import annotations

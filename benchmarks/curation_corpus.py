@@ -3,20 +3,20 @@
 python benchmarks/curation_corpus.py --out FOLDER [--megabytes 170] [--pairs 700] [--seed 0]
 
 FOLDER/raw/        shards of about 24 MB with id, text and source: .jsonl, one .jsonl.zst, one .parquet
-FOLDER/truth.jsonl what was planted, one duplicate a line
-FOLDER/corpus.json documents and bytes by source, versions and SHA-256 of the packages, what could not be fetched
+FOLDER/truth.jsonl planted duplicates, one a line
+FOLDER/corpus.json documents and bytes by source, versions and SHA-256 of the packages, packages not fetched
 
-The text comes from package registries (`curation_sources.py`) and is kept in --cache; none of it is part of this
-repository. --megabytes counts it before anything is planted. The same arguments and versions give the same bytes.
+The text comes from package registries (`curation_sources.py`) and is kept in --cache, outside the repository.
+--megabytes is its size before duplicates are planted. The same arguments and versions give the same bytes.
 
-Similarity here is the Jaccard index of the sets of shingles of 5 consecutive tokens. A token is a run of [A-Za-z0-9_]
-or one Han character, case kept; everything else only separates. Planted, `--pairs` of each, in equal parts zh, en and
-code as long as there are any, from documents of 60 to 2,000 tokens, each used once:
+Similarity is the Jaccard index of the sets of shingles of 5 consecutive tokens. A token is a run of [A-Za-z0-9_] or one
+Han character, case kept; everything else separates. `--pairs` of each kind are planted, in equal parts zh, en and code
+as long as documents of 60 to 2,000 tokens last; each is used once:
 
 exact       the same text, Jaccard 1
-near        tokens replaced, deleted or inserted at random places, at a rate aimed at a Jaccard index drawn evenly from
-            .9-1, .8-.9, .7-.8 or .5-.7; the record has the exact one (a document too repetitive for it is left out)
-edits       6 % of the tokens edited, Jaccard about .6: many MinHash misses, the part of dense features
+near        tokens replaced, deleted or inserted at random places, at a rate that gives a Jaccard index in .9-1, .8-.9,
+            .7-.8 or .5-.7; the record has the true one (documents too repetitive for it are left out)
+edits       6 % of the tokens edited, Jaccard about .6: MinHash misses many of them, dense features find them
 paragraph   a paragraph of at least 20 tokens of `base` put between two lines of another document, `copy`
 boilerplate one of five lines, put at the end of a document
 """

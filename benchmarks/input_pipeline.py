@@ -29,8 +29,9 @@ from rich.table import Table
 
 from bc2_jax.config import DataConfig, MixtureStage, SourceConfig
 from bc2_jax.data.loader import make_train_iterator, make_train_loader
-from bc2_jax.data.packing import Manifest, RowWriter, SplitInfo, TextCounts, load_manifest, write_manifest
-from bc2_jax.tokenizer import EOS_ID, PAD_ID, file_sha256
+from bc2_jax.data.packing import RowManifest, RowWriter, SplitInfo, TextCounts, load_manifest, write_manifest
+from bc2_jax.files import file_sha256
+from bc2_jax.tokenizer import EOS_ID, PAD_ID
 
 VOCAB_SIZE = 125_696
 NO_SPLIT = SplitInfo(documents=0, characters=0, bytes=0, tokens=0, rows=0, padding=0, files=())
@@ -52,7 +53,7 @@ def write_rows(folder: Path, rows: int, sequence_length: int, tokenizer: Path, s
         left -= len(ids)
     write_manifest(
         folder,
-        Manifest(
+        RowManifest(
             sequence_length=sequence_length, vocab_size=VOCAB_SIZE, eos_id=EOS_ID, pad_id=PAD_ID,
             tokenizer_sha256=file_sha256(tokenizer), validation_fraction=0.0, documents=counts.documents,
             empty_documents=0, invalid_documents=0, train=writer.close(counts, PAD_ID), validation=NO_SPLIT,

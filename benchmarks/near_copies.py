@@ -21,24 +21,22 @@ import pyarrow as pa
 sys.path.insert(0, str(Path(__file__).parents[1]))  # to be run as a file
 from bc2_jax.curate import minhash
 from bc2_jax.curate.config import CopiesConfig
-from bc2_jax.curate.engine import Engine, Task
-from bc2_jax.curate.near import band_edges, resolve
+from bc2_jax.curate.copies import band_edges, resolve
+from bc2_jax.curate.engine import Engine
 from bc2_jax.curate.shards import binary_rows, text_bytes
 from bc2_jax.curate.storage import Folder
 from bc2_jax.curate.tokens import hash_tokens, pieces
 
 
-def sign(shards: Folder, out: Folder, task: Task) -> Task:
+def sign(shards: Folder, out: Folder, name: str) -> dict[str, int]:
     """Signatures and bands of one shard."""
-    table = shards.read_table(f"{task['name']}.parquet", ["doc", "text"])
+    table = shards.read_table(f"{name}.parquet", ["doc", "text"])
     signature = np.concatenate([minhash.signatures(hash_tokens(piece)) for piece in pieces(table["text"].to_pylist())])
     (out / "signatures").write_table(
-        f"{task['name']}.parquet", pa.table({"doc": table["doc"], "signature": binary_rows(signature)})
+        f"{name}.parquet", pa.table({"doc": table["doc"], "signature": binary_rows(signature)})
     )
     index, keys = minhash.bands(signature)
-    (out / "bands").write_table(
-        f"{task['name']}.parquet", pa.table({"key": keys, "doc": table["doc"].to_numpy()[index]})
-    )
+    (out / "bands").write_table(f"{name}.parquet", pa.table({"key": keys, "doc": table["doc"].to_numpy()[index]}))
     return {"bytes": text_bytes(table), "documents": table.num_rows}
 
 
@@ -53,7 +51,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         out = Folder(temporary)
         begin = time.perf_counter()
-        results = [r for _, r in engine.map(functools.partial(sign, shards, out), [{"name": name} for name in names])]
+        results = [r for _, r in engine.map(functools.partial(sign, shards, out), names)]
         signed = time.perf_counter()
         edges = band_edges(daft.read_parquet((out / "bands").pattern(".parquet")), engine)
         signatures = daft.read_parquet((out / "signatures").pattern(".parquet"))

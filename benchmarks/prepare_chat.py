@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bc2_jax.align.chat import encode_conversation
-from bc2_jax.align.chat_preparation import prepare_chat
-from bc2_jax.align.preparation_settings import Settings
+from bc2_jax.align.preparation_settings import RowSettings
+from bc2_jax.align.row_preparation import prepare_chat
 from bc2_jax.data.processes import num_cores
 from bc2_jax.tokenizer import Tokenizer
 
@@ -77,7 +77,7 @@ def main() -> None:
     texts = options.text or sorted(Path(sysconfig.get_path("stdlib")).glob("a*.py"))
     tokenizer, cores = Tokenizer(options.tokenizer), num_cores()
     with tempfile.TemporaryDirectory() as folder:
-        file, settings = Path(folder, "conversations.jsonl"), Settings(max_length=options.max_length)
+        file, settings = Path(folder, "conversations.jsonl"), RowSettings(max_length=options.max_length)
         conversations = write_conversations(file, texts, int(options.megabytes * 1e6))
         size = file.stat().st_size / 1e6
 

@@ -21,7 +21,7 @@ from flax import nnx
 
 from bc2_jax.config import ComputeConfig, ModelConfig
 from bc2_jax.infer import engine
-from bc2_jax.infer.chunks import PlacedPrompt, make_chunk
+from bc2_jax.infer.decoding import PlacedPrompt, make_chunk
 from bc2_jax.infer.generate import Continuation, Continuations, cache_slots
 from bc2_jax.infer.refill import continue_many
 from bc2_jax.infer.settings import MOST_EOS, Settings, sampling_of

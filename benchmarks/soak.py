@@ -32,10 +32,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # to be run as a file
 
-from bc2_jax.data.packing import pack_documents
 from bc2_jax.tokenizer import train_tokenizer
 from tests.faults import harness
 from tests.faults.injection import DAMAGES, KINDS, Damage, Fault, Record, Start, differences, run
+from tests.packed_rows import pack_texts
 
 STEPS_PER_KILL = SAVE_EVERY = 3
 ROWS, LENGTH = 12, 32  # rows a batch and tokens a row of harness.CONFIG
@@ -56,7 +56,7 @@ def prepare(folder: Path, num_steps: int) -> Path:
     tokenizer = train_tokenizer([" ".join(words)], folder / "tokenizer.model", 640)
     rng = random.Random(0)
     documents = (" ".join(rng.choices(words, k=rng.randint(5, 30))) for _ in range(num_steps * ROWS))
-    pack_documents(documents, tokenizer, folder / "rows", LENGTH, validation_fraction=0.01)
+    pack_texts(documents, tokenizer, folder / "rows", LENGTH, validation_fraction=0.01)
     return harness.write_config(folder, folder / "rows", tokenizer.path)
 
 

@@ -5,7 +5,7 @@ python train.py configs/baichuan2_7b.py --data.sources.0.path ROWS --data.tokeni
 Hardware: any TPU slice on which 7.5 B fp32 parameters with two moments (84 GiB) fit; fsdp takes all devices.
 Flags for some slices, with compile-time estimates of tools/aot_compile.py (docs/tpu.md) and the days for 2.6 T tokens:
     v5p-128 (v5p:4x4x4)      --data.global-batch-size 128
-                             31.2 GiB, MFU 0.80, 8,160 tokens/s a chip, 58 days
+                             31.3 GiB, MFU 0.80, 8,150 tokens/s a chip, 58 days
     v5p-512 (v5p:4x8x8)      --data.global-batch-size 512
                              30.7 GiB, MFU 0.80, 8,170 tokens/s a chip, 14 days
     2 x v5p-128 (v5p:4x4x4)  --mesh.data 2 --data.global-batch-size 256

@@ -1,4 +1,4 @@
-"""Checkpoints: any mesh to any mesh, what is kept, what is refused."""
+"""Checkpoints: restored on any mesh, kept or deleted, refused."""
 
 import dataclasses
 import functools

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bc2_jax.files import InUse, file_store, lock
+from bc2_jax.files import InUse, append_lines, file_sha256, file_store, fingerprint, lock, replaced
 
 HOLD = """
 import sys, time
@@ -88,3 +89,42 @@ def test_a_folder_is_no_url(tmp_path: Path):
     folder.mkdir()
     (folder / "x").write_bytes(b"there")
     assert ts.KvStore.open(file_store(folder)).result().read("x").result().value == b"there"
+
+
+@pytest.mark.parametrize("options", [{}, {"durable": True}, {"shared": True}], ids=str)
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path, options: dict[str, bool]):
+    path = tmp_path / "result"
+    path.write_text("old")
+    with pytest.raises(KeyError), replaced(path, **options) as partial:
+        partial.write_text("ha")
+        raise KeyError
+    assert path.read_text() == "old"
+    with replaced(path, **options) as partial:
+        partial.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+
+
+def test_processes_that_write_a_shared_file_at_once_use_different_names(tmp_path: Path):
+    with replaced(tmp_path / "a", shared=True) as one, replaced(tmp_path / "a", shared=True) as other:
+        one.write_text("one")
+        other.write_text("other")
+    assert (tmp_path / "a").read_text() == "one" and [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_lines_are_appended_after_the_last_whole_one(tmp_path: Path):
+    path = tmp_path / "lines"
+    append_lines(path, b"a\n")
+    append_lines(path, b"b\nc\n")
+    with path.open("ab") as file:
+        file.write(b"cut o")
+    append_lines(path, b"d\n")
+    assert path.read_bytes() == b"a\nb\nc\nd\n"
+
+
+def test_fingerprints_of_equal_values_are_equal(tmp_path: Path):
+    assert fingerprint({"a": 1, "b": tmp_path}) == fingerprint({"b": str(tmp_path), "a": 1})
+    assert fingerprint({"a": 1, "b": 2}, sort_keys=False) != fingerprint({"b": 2, "a": 1}, sort_keys=False)
+    assert fingerprint([]) == hashlib.sha256(b"[]").hexdigest()
+    (tmp_path / "x").write_bytes(b"[]")
+    assert file_sha256(tmp_path / "x") == fingerprint([])

@@ -237,7 +237,7 @@ def test_error_of_the_user_ends_the_run_everywhere(cloud: Cloud) -> None:
 
 
 @pytest.mark.parametrize("sign", ["booking", "slice"])
-def test_spot_slice_is_booked_anew(cloud: Cloud, sign: str) -> None:
+def test_spot_slice_is_booked_again(cloud: Cloud, sign: str) -> None:
     for worker in cloud.workers:
         cloud.codes(worker, "75w", "0")
     if sign == "booking":

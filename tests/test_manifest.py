@@ -1,4 +1,4 @@
-"""Manifests: what they list, what they find, and that a malicious one leads nowhere."""
+"""Manifests: what they list, the damage they find, and that a malicious one cannot point outside."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ def test_lists_size_and_hash_of_every_file(folder: Path):
         content = (folder / name).read_bytes()
         assert state == (len(content), hashlib.sha256(content).hexdigest())
     manifest.verify(folder)
-    # Once more is the same: the manifest does not list itself.
+    # Writing it again gives the same: the manifest does not list itself.
     assert manifest.write_manifest(folder) == found
 
 
@@ -71,7 +71,7 @@ def test_what_is_missing_cut_off_or_longer_is_named_without_reading(folder: Path
 
 
 def test_links_are_refused(folder: Path, tmp_path: Path):
-    """What they lead to may have the right bytes now and others when it is read."""
+    """A link's target may change between verification and reading."""
     target = folder / "params/d/a"
     target.rename(tmp_path / "elsewhere")
     target.symlink_to(tmp_path / "elsewhere")
@@ -141,5 +141,5 @@ def test_what_is_no_manifest_is_refused(folder: Path, content: bytes):
     with pytest.raises(DamagedCheckpoint, match="MANIFEST.json is damaged"):
         manifest.verify(folder)
     (folder / manifest.MANIFEST_NAME).unlink()
-    with pytest.raises(DamagedCheckpoint, match="has no MANIFEST.json: it was not written to its end, or by an older"):
+    with pytest.raises(DamagedCheckpoint, match="has no MANIFEST.json: it is incomplete or was written by an older"):
         manifest.verify(folder)

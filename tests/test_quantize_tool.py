@@ -13,11 +13,11 @@ from flax import nnx
 
 from bc2_jax.config import ComputeConfig, DataConfig, ModelConfig, SourceConfig
 from bc2_jax.convert.pretrained import find_model, load_pretrained, save_params
-from bc2_jax.data.packing import pack_documents
 from bc2_jax.evaluate.evaluation import load_scorer
 from bc2_jax.evaluate.identity import Model, checksum_of
 from bc2_jax.model.baichuan import Baichuan2
 from bc2_jax.model.layout import scheme_of
+from tests.packed_rows import pack_texts
 from tests.programs import load_program
 
 tool = load_program("quantize")
@@ -87,7 +87,7 @@ def test_from_a_model_to_text(model, text, tmp_path, capsys, scheme):
 def test_the_held_out_rows_of_a_run(model, small_tokenizer, tmp_path):
     """A run's checkpoint says where its data is; the rows that it did not train on are taken, as many as asked for."""
     texts = [f"the cat sat on the log and the dog sat {'on the mat ' * (i % 7)}" for i in range(400)]
-    pack_documents(texts, small_tokenizer, tmp_path / "rows", 32, validation_fraction=0.2)
+    pack_texts(texts, small_tokenizer, tmp_path / "rows", 32, validation_fraction=0.2)
     data = DataConfig(
         sources=(SourceConfig(path=str(tmp_path / "rows")),), tokenizer=str(small_tokenizer.path), sequence_length=32
     )

@@ -28,7 +28,6 @@ from bc2_jax.sharding import (
     named_sharding,
     reshard,
     rules_in_use,
-    single_device_mesh,
     use_cpu_devices,
     use_mesh_of,
     use_rules,
@@ -92,8 +91,6 @@ def test_mesh_order():
     assert mesh.devices.shape == (2, 2, 1, 1, 2)
     assert set(mesh.axis_types) == {AxisType.Explicit}
     assert make_mesh(MeshConfig(tensor=2, context=2)).devices.shape == (1, 2, 1, 2, 2)
-    assert single_device_mesh().devices.shape == (1, 1, 1, 1, 1)
-    assert single_device_mesh(jax.devices()[3]).devices.item().id == 3
 
 
 @pytest.mark.parametrize(

@@ -113,3 +113,37 @@ def test_going_up_from_a_link_is_refused(tmp_path):
     check_path("workdir", tmp_path / "a" / ".." / "run")
     with pytest.raises(ValueError, match="write it without"):
         check_path("workdir", Path(tmp_path / "link" / ".." / "run"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "demo", "--workdir", "gs://bucket/run"],
+        ["train", "demo", "--init-from", "s3://bucket/model"],
+        ["convert", "to-hf", "run", "gs://bucket/out"],
+        ["generate", "s3://bucket/model", "--prompt", "x"],
+        ["tokenize", "texts", "--tokenizer", "x", "--out", "gs://bucket/rows"],
+        ["evaluate", "MODEL", "--tasks", "mmlu", "--data-dir", "gs://bucket/data", "--out", "out"],
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)
+def test_object_stores_are_refused_with_a_reason(arguments, capsys, monkeypatch, tmp_path):
+    from bc2_jax.cli import programs
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["bc2"])
+    monkeypatch.setenv("COLUMNS", "1000")
+    try:
+        code = programs.main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    said = str(code) + "".join(capsys.readouterr())
+    assert code and "it must be a path of a file system" in said and "Cloud Storage FUSE" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_at_a_url_is_refused_by_the_library():
+    from bc2_jax.convert.hub import local_model
+
+    with pytest.raises(ValueError, match="the model = 'gs://bucket/model' is not valid: it must be a path of a file"):
+        local_model("gs://bucket/model")

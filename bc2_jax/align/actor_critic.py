@@ -1,9 +1,9 @@
 """The models of reinforcement learning: actor, reference, reward model and critic, and their forward passes.
 
-Trained parameters are {"actor": ..., "critic": ...}, of GRPO the actor alone. Without adapters each is a whole model.
-With them the actor is an adapter, the critic {"adapter", "score"}, and the frozen parameters are {"actor", "critic"}:
-the chat model, which without its adapter is the reference, and the backbone of the reward model. Only one copy of each
-model is there: reference and reward model share these arrays.
+Trained parameters are {"actor": ..., "critic": ...}; GRPO has only the actor. Without adapters each is a whole model.
+With adapters the actor is an adapter, the critic {"adapter", "score"}, and the frozen parameters are {"actor",
+"critic"}: the chat model, which without its adapter is the reference, and the backbone of the reward model. Reference
+and reward model share these arrays, so there is one copy of each model.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
-from bc2_jax.align.tuning import merge_model
+from bc2_jax.align.tuning import label_log_probs, merge_model, merge_reward_model
 from bc2_jax.config import ModelConfig, RLConfig
 from bc2_jax.convert.checkpoints import ACTOR, CRITIC
 from bc2_jax.convert.pretrained import load_params
 from bc2_jax.convert.reward import ADAPTER, find_reward_model, load_backbone, load_reward_model
 from bc2_jax.data.batch import FIELDS, Batch
 from bc2_jax.model.baichuan import Baichuan2, Params, abstract_params, split_model
-from bc2_jax.model.log_probs import token_log_probs
-from bc2_jax.model.lora import abstract_adapter, init_adapter, with_adapter
+from bc2_jax.model.lora import abstract_adapter, init_adapter
 from bc2_jax.model.reward import (
     SCORE,
     RewardModel,
@@ -37,32 +36,30 @@ from bc2_jax.model.reward import (
 from bc2_jax.sharding import reshard
 
 Forward = Callable[[Params, Params, Batch], Array]
-"""(trained parameters, frozen ones, rows [C, B, T]) -> fp32 [C, B, T], whole on every device."""
+"""(trained parameters, frozen ones, rows [C, B, T]) -> fp32 [C, B, T], replicated."""
 
 
 class Models(NamedTuple):
-    """What makes the modules of the parameters."""
+    """Functions from parameters to modules."""
 
     actor: Callable[[Params, Params], Baichuan2]
     """(trained, frozen)"""
     critic: Callable[[Params, Params], RewardModel]
     """(trained, frozen)"""
     reference: Callable[[Params], Baichuan2]
-    """Of its parameters."""
     reward: Callable[[Params], RewardModel]
-    """Of its parameters."""
 
 
 class Held(NamedTuple):
-    """Models that are only read, in the compute dtype; the score of the reward model is fp32."""
+    """Models that are not trained, in the compute dtype; the score of the reward model is fp32."""
 
     reference: Params
     reward: Params | None
-    """None where reward functions alone count."""
+    """None without a reward model."""
 
 
 def critic_model(config: RLConfig) -> ModelConfig:
-    """The architecture of critic and reward model: that of the reward model, else the actor's."""
+    """Architecture of the critic: that of the reward model, else the actor's."""
     path = config.ppo.reward_model
     return config.model if path is None else find_reward_model(path).config
 
@@ -72,16 +69,9 @@ def make_models(config: RLConfig, critic: ModelConfig) -> Models:
     actor_graph = split_model(config.model, config.compute)[0]
     critic_graph = split_reward_model(critic, config.compute)[0]
     lora = config.lora
-
-    def build_critic(params: Params, frozen: Params) -> RewardModel:
-        mine = params[CRITIC]
-        if not lora.rank:
-            return nnx.merge(critic_graph, mine)
-        return with_adapter(nnx.merge(critic_graph, frozen[CRITIC] | {SCORE: mine[SCORE]}), lora, mine[ADAPTER])
-
     return Models(
         actor=lambda params, frozen: merge_model(actor_graph, lora, params[ACTOR], frozen.get(ACTOR, {})),
-        critic=build_critic,
+        critic=lambda params, frozen: merge_reward_model(critic_graph, lora, params[CRITIC], frozen.get(CRITIC, {})),
         reference=lambda params: nnx.merge(actor_graph, params),
         reward=lambda params: nnx.merge(critic_graph, params),
     )
@@ -102,20 +92,20 @@ def abstract_trained(config: RLConfig, critic: ModelConfig, mesh: Mesh) -> Param
 
 
 def abstract_held(config: RLConfig, critic: ModelConfig, mesh: Mesh) -> Held:
-    """Shapes and shardings of the models that are only read."""
+    """Shapes and shardings of the models that are not trained."""
     dtype = config.compute.dtype
     return Held(abstract_params(config.model, mesh, dtype), abstract_reward_params(critic, mesh, dtype))
 
 
 def load_held(config: RLConfig, mesh: Mesh) -> Held:
-    """Reads them. Raises ValueError or FileNotFoundError as `load_params` and `load_reward_model`."""
+    """Reads the models that are not trained. Raises as `load_params` and `load_reward_model`."""
     dtype, path = config.compute.dtype, config.ppo.reward_model
     reference = load_params(str(config.init_from), dtype, mesh)[0]
     return Held(reference, None if path is None else load_reward_model(path, dtype, mesh)[0])
 
 
 def frozen_of(config: RLConfig, held: Held) -> Params:
-    """The frozen parameters that the loss reads, made of the held ones: no arrays of their own."""
+    """The frozen parameters of the loss; they share the arrays of the held ones."""
     if not config.lora.rank:
         return {}
     frozen = {ACTOR: held.reference}
@@ -125,10 +115,8 @@ def frozen_of(config: RLConfig, held: Held) -> Params:
 
 
 def init_trained(config: RLConfig, critic: ModelConfig, held: Held, mesh: Mesh) -> Params:
-    """The parameters before the first update: the chat model, and the reward model as critic.
-
-    Without a reward model the critic starts from the chat model, with values of 0.
-    """
+    """Initial trained parameters: the chat model as actor, the reward model as critic. Without a reward model the
+    critic is the chat model with values of 0."""
     lora, frozen = config.lora, frozen_of(config, held)
     if lora.rank:
         trained = {ACTOR: init_adapter(lora, config.model, held.reference, config.seed, mesh)}
@@ -153,19 +141,13 @@ def init_trained(config: RLConfig, critic: ModelConfig, held: Held, mesh: Mesh) 
 # ------------------------------------------------------------------------------------------------------ forward passes
 
 
-def actor_log_probs(module: Baichuan2, batch: Batch, chunk: int) -> Array:
-    """fp32 [B, T]: log-probabilities of the labels of [B, T]; 0 where they are IGNORED."""
-    h_BTD = module.hidden_states(batch["input_ids"], batch["positions"], batch["segment_ids"])
-    return token_log_probs(h_BTD, module.lm_head.rows(), batch["labels"], chunk).log_prob
-
-
 def critic_values(module: RewardModel, batch: Batch) -> Array:
     """fp32 [B, T]: the value at every token."""
     return reshard(module.values(batch["input_ids"], batch["positions"], batch["segment_ids"]), "batch", "sequence")
 
 
 class Programs(NamedTuple):
-    """Compiled once, for the rows of an iteration, in micro-batches of as many rows as those of the updates."""
+    """Compiled forward passes over the rows of an iteration, in the micro-batches of the updates."""
 
     log_probs: Forward
     values: Forward
@@ -174,7 +156,7 @@ class Programs(NamedTuple):
 
 
 def make_programs(config: RLConfig, models: Models, options: dict | None = None) -> Programs:
-    """The forward passes that make rows of answers into experience; `options` are the compiler's."""
+    """The forward passes that turn rows of answers into experience; `options` are the compiler's."""
     chunk = config.compute.loss_chunk
 
     def over_rows(run: Callable[[Batch], Array], rows: Batch) -> Array:
@@ -184,7 +166,7 @@ def make_programs(config: RLConfig, models: Models, options: dict | None = None)
 
     def log_probs(params: Params, frozen: Params, rows: Batch) -> Array:
         module = models.actor(params, frozen)
-        return over_rows(lambda micro: actor_log_probs(module, micro, chunk), rows)
+        return over_rows(lambda micro: label_log_probs(module, micro, chunk), rows)
 
     def values(params: Params, frozen: Params, rows: Batch) -> Array:
         module = models.critic(params, frozen)
@@ -192,7 +174,7 @@ def make_programs(config: RLConfig, models: Models, options: dict | None = None)
 
     def reference(params: Params, rows: Batch) -> Array:
         module = models.reference(params)
-        return over_rows(lambda micro: actor_log_probs(module, micro, chunk), rows)
+        return over_rows(lambda micro: label_log_probs(module, micro, chunk), rows)
 
     def rewards(params: Params, rows: Batch) -> Array:
         module = models.reward(params)

@@ -1,10 +1,10 @@
-"""Conversations as tokens: what a chat model is trained on, and what it is asked with.
+"""Conversations as token ids: the only code that turns messages into training samples and prompts.
 
-A conversation is a list of messages, `{"role": "system" | "user" | "assistant", "content": TEXT}`. Its tokens are the
-system text as it is, 195 and the text for each user message, 196 and the text for each answer; a conversation to train
-on ends with eos. There is no beginning-of-text token, and eos is not an input between turns: it is only the target at
-the last token of each answer. Each text is encoded alone, so that no token reaches across a border, and as plain
-text, so that it can't forge a role.
+A conversation is a list of messages `{"role": "system" | "user" | "assistant", "content": TEXT}`. Its tokens are the
+system text as it is, 195 and the text of each user message, 196 and the text of each answer. A training sample ends
+with eos. There is no beginning-of-text token, and eos is never an input between turns: it is only the target of the
+last token of each answer. Each text is encoded alone and as plain text, so no token crosses a message border and no
+text can forge a role.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 from bc2_jax.validation import choices, require, show
 
 Message = Mapping[str, Any]
-"""`{"role": ..., "content": ...}`; other keys are not looked at."""
+"""`{"role": ..., "content": ...}`; other keys are ignored."""
 
 ROLES = ("system", "user", "assistant")
 IGNORED = -100
@@ -27,7 +27,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Encoder(Protocol):
-    """What is needed of a `Tokenizer`."""
+    """The part of `Tokenizer` that is needed here."""
 
     user_id: int
     assistant_id: int
@@ -37,10 +37,10 @@ class Encoder(Protocol):
 
 
 class Problem(NamedTuple):
-    """Why messages are not a conversation."""
+    """Why messages are not a valid conversation."""
 
     place: int | None
-    """Of the message; None if it is not about one."""
+    """Index of the message; None if it is not about a single one."""
     kind: str
     detail: str = ""
 
@@ -50,64 +50,65 @@ class Problem(NamedTuple):
 
 
 class EncodedConversation(NamedTuple):
-    """A conversation to train on, and what was lost of it."""
+    """A training sample, and how much of the conversation was cut."""
 
     ids: list[int]
     targets: list[int]
-    """For each id the token that is learned to follow it, or IGNORED."""
+    """For each id the next token to learn, or IGNORED."""
     dropped_rounds: int
-    """Oldest rounds that were left out."""
+    """Oldest rounds left out."""
     cut_tokens: int
-    """Tokens that were then cut off on the right, the final eos among them."""
+    """Tokens then cut off on the right, the final eos included."""
 
 
 class EncodedPair(NamedTuple):
-    """A prompt with a chosen and a rejected answer, and what was lost of them."""
+    """A prompt with a chosen and a rejected answer, and how much of them was cut."""
 
     prompt: list[int]
-    """Without the role of the answers, where they begin: one token can't have two targets."""
+    """Without the 196 of the answers: one token can't have two targets."""
     answers: tuple[list[int], list[int]]
-    """Each from its 196 on, with all that follows, to the final eos."""
+    """Each from its 196 to the final eos, further rounds included."""
     targets: tuple[list[int], list[int]]
-    """At each id of an answer the token that is learned there, after the one before it, or IGNORED."""
+    """At each id of an answer the token learned at this place, as the next one of the id before, or IGNORED."""
     dropped_rounds: int
-    """Oldest rounds of the prompt that were left out."""
+    """Oldest rounds of the prompt left out."""
     cut_tokens: int
-    """Tokens that were then cut off both answers on the right."""
+    """Tokens then cut off both answers on the right."""
 
 
 class EncodedPrompt(NamedTuple):
-    """What a model is asked with, and what was lost of the conversation."""
+    """A prompt for generation, and how much of the conversation was cut."""
 
     ids: list[int]
     dropped_rounds: int
-    """Oldest rounds that were left out."""
+    """Oldest rounds left out."""
     cut_tokens: int
-    """Tokens that were then cut off on the left: of the system text first, then of the newest round."""
+    """Tokens then cut off on the left: of the system text first, then of the newest round."""
 
 
 def encode_conversation(
     tokenizer: Encoder, messages: Sequence[Message], max_length: int | None = None
 ) -> tuple[list[int], list[int]]:
-    """Token ids of a conversation to train on, and for each the token that is learned to follow it, or -100.
+    """Token ids of a training sample, and for each id the next token to learn, or -100.
 
-    Learned are all tokens of every answer, the first at its 196, and eos after its last one: where the next id is the
-    195 of a user message, and at the end of the conversation, where eos is an id too. With `max_length` both lists are
-    cut on the right to so many tokens; all targets may then be -100, and there is nothing to learn from the sample.
+    All tokens of every answer are targets, the first one at its 196. Eos is the target of an answer's last token, where
+    195 or the final eos follows. `max_length` cuts both lists on the right; all targets may then be -100.
 
     Raises ValueError as `check_messages`, and for a max_length below 1.
     """
-    ids, labels = _encode_labelled(tokenizer, messages, _encode_each(tokenizer, messages))
-    if max_length is not None:
-        _require_length("max_length", max_length)
-    ids, labels = ids[:max_length], labels[:max_length]
-    return ids, [*labels[1:], IGNORED]
+    found = fit_conversation(tokenizer, messages, 2**63 if max_length is None else max_length, drop_rounds=False)
+    return found.ids, found.targets
 
 
-def fit_conversation(tokenizer: Encoder, messages: Sequence[Message], max_length: int) -> EncodedConversation:
-    """`encode_conversation` of what `drop_oldest_rounds` leaves, which encodes each text only once."""
+def fit_conversation(
+    tokenizer: Encoder, messages: Sequence[Message], max_length: int, drop_rounds: bool = True
+) -> EncodedConversation:
+    """`encode_conversation` of at most `max_length` tokens: drops the oldest rounds as `drop_oldest_rounds`, if
+    `drop_rounds`, then cuts on the right."""
     encoded = _encode_each(tokenizer, messages)
-    kept, dropped = _keep_newest(messages, encoded, _require_length("max_length", max_length) - 1)
+    kept, dropped = list(range(len(messages))), 0
+    if _require_length("max_length", max_length) and drop_rounds:
+        kept, dropped = _keep_newest(messages, encoded, max_length - 1)
     ids, labels = _encode_labelled(tokenizer, [messages[i] for i in kept], [encoded[i] for i in kept])
     targets = [*labels[1:max_length], IGNORED]
     return EncodedConversation(ids[:max_length], targets, dropped, max(0, len(ids) - max_length))
@@ -117,12 +118,12 @@ def encode_pair(
     tokenizer: Encoder, prompt: Sequence[Message], chosen: Sequence[Message], rejected: Sequence[Message],
     max_length: int, most_tokens: int, drop_rounds: bool = True,
 ) -> EncodedPair:  # fmt: skip
-    """Encodes a prompt with its chosen and its rejected answer.
+    """Encodes a prompt with its chosen and its rejected answer, each a list of messages that begins with an answer.
 
-    An answer is a list of messages that begins with the assistant's; further rounds may follow. Prompt and longer
-    answer have at most `max_length` tokens, prompt and both at most `most_tokens`. To fit, the oldest
-    rounds of the prompt go (`drop_rounds`), but never its last; then the ends of the answers, of the longer one first.
-    Where the prompt alone is too long, nothing is left of them. Raises ValueError as `encode_conversation`.
+    The prompt and the longer answer have at most `max_length` tokens, the prompt and both answers at most
+    `most_tokens`. To fit, the oldest rounds of the prompt are dropped (`drop_rounds`), but never the last one; then the
+    ends of the answers are cut, the longer answer first. If the prompt alone is too long, nothing is left of the
+    answers. Raises ValueError as `encode_conversation`.
     """
     answers: list[list[int]] = []
     targets: list[list[int]] = []
@@ -149,11 +150,10 @@ def encode_pair(
 
 
 def drop_oldest_rounds(tokenizer: Encoder, messages: Sequence[Message], max_length: int) -> tuple[list[Message], int]:
-    """The messages without as many of the oldest rounds as it takes to fit, and how many rounds those are.
+    """Drops the oldest rounds until the sample fits `max_length` tokens: (messages left, number of rounds dropped).
 
-    A round is a user message and what follows up to the next one. The system text and the last round always stay: if
-    they alone have more than `max_length` tokens, the final eos included, they are still too long. Raises ValueError as
-    `encode_conversation`.
+    A round is a user message with everything up to the next one. The system text and the last round always stay, even
+    if they alone, with the final eos, are too long. Raises ValueError as `encode_conversation`.
     """
     encoded = _encode_each(tokenizer, messages)
     kept, dropped = _keep_newest(messages, encoded, _require_length("max_length", max_length) - 1)
@@ -163,14 +163,14 @@ def drop_oldest_rounds(tokenizer: Encoder, messages: Sequence[Message], max_leng
 def encode_prompt(
     tokenizer: Encoder, messages: Sequence[Message], max_new_tokens: int, model_max_length: int
 ) -> list[int]:
-    """The token ids that ask a model for the next answer, as the released chat code makes them.
+    """Token ids of a prompt for the next answer, as the released chat code builds them.
 
-    There is room for model_max_length - max_new_tokens ids. As many of the newest rounds are kept as fit beside the
-    system text, the newest always; what is then still too long is cut on the left. The ids end with 196, where the
-    answer begins, unless the last message is an answer: then that one is continued.
+    The prompt has at most model_max_length - max_new_tokens ids: the system text and the newest rounds that fit, at
+    least one, then cut on the left. It ends with 196, where the answer begins; if the last message is an answer, that
+    answer is continued instead.
 
-    Raises ValueError for no messages, a system text alone or not as the first message, another role, content that is no
-    text or has a lone surrogate, and for a max_new_tokens that leaves no room.
+    Raises ValueError for no messages, a system text alone or not first, an unknown role, content that is not text or
+    has a lone surrogate, and a max_new_tokens that leaves no room.
     """
     return fit_prompt(tokenizer, messages, max_new_tokens, model_max_length).ids
 
@@ -178,15 +178,12 @@ def encode_prompt(
 def fit_prompt(
     tokenizer: Encoder, messages: Sequence[Message], max_new_tokens: int, model_max_length: int
 ) -> EncodedPrompt:
-    """`encode_prompt`, and what was lost of the conversation."""
+    """`encode_prompt`, with counts of what was cut."""
     _require_length("model_max_length", model_max_length)
     legal = f"it must be a whole number, at least 0 and below model_max_length = {model_max_length}"
-    require(
-        _is_whole(max_new_tokens) and 0 <= max_new_tokens < model_max_length, "max_new_tokens", max_new_tokens, legal
-    )
-    _check_list(messages)
-    if problem := find_problem(messages, to_train=False):
-        raise ValueError(f"{problem}.")
+    is_legal = _is_whole(max_new_tokens) and 0 <= max_new_tokens < model_max_length
+    require(is_legal, "max_new_tokens", max_new_tokens, legal)
+    check_messages(messages, to_train=False)
     room = model_max_length - max_new_tokens
     encoded = _encode_each(tokenizer, messages, check=False)
     kept, dropped = _keep_newest(messages, encoded, room)
@@ -196,20 +193,21 @@ def fit_prompt(
     return EncodedPrompt(ids[-room:], dropped, max(0, len(ids) - room))
 
 
-def check_messages(messages: Sequence[Message]) -> None:
-    """Raises ValueError, naming the message, unless `messages` are a conversation to train on.
+def check_messages(messages: Sequence[Message], to_train: bool = True) -> None:
+    """Raises ValueError, naming the message, unless `messages` are a valid conversation to train on.
 
-    It is: at most one system text, first; user messages and answers in turn, the last one an answer; each role one of
-    ROLES, each content a text that is not empty (but the system's) and has no lone surrogate. An answer may be the
-    first of them: a greeting.
+    Valid: at most one system text, first; user messages and answers in turn, the last one an answer; every content a
+    text without lone surrogates, not empty except for the system text. The first message may be an answer (a greeting).
+    Without `to_train`, a prompt: turns need not alternate, texts may be empty and the last message may be the user's.
     """
-    _check_list(messages)
-    if problem := find_problem(messages):
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+        raise ValueError(f"messages = {show(messages)} is not valid: it must be a list of messages.")
+    if problem := find_problem(messages, to_train):
         raise ValueError(f"{problem}.")
 
 
 def find_problem(messages: Sequence[Any], to_train: bool = True) -> Problem | None:
-    """What `check_messages` raises for; without `to_train` only what a prompt may not have, which has no tokens."""
+    """The first reason for which `check_messages` raises, or None."""
     before = None
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
@@ -236,13 +234,8 @@ def find_problem(messages: Sequence[Any], to_train: bool = True) -> Problem | No
     return None
 
 
-def _check_list(messages: Any) -> None:
-    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
-        raise ValueError(f"messages = {show(messages)} is not valid: it must be a list of messages.")
-
-
 def _encode_each(tokenizer: Encoder, messages: Sequence[Message], check: bool = True) -> list[list[int]]:
-    """The ids of each message, that of its role first."""
+    """The ids of each message, its role token first."""
     if check:
         check_messages(messages)
     roles = {"system": [], "user": [tokenizer.user_id], "assistant": [tokenizer.assistant_id]}
@@ -252,7 +245,7 @@ def _encode_each(tokenizer: Encoder, messages: Sequence[Message], check: bool = 
 def _encode_labelled(
     tokenizer: Encoder, messages: Sequence[Message], encoded: Sequence[list[int]]
 ) -> tuple[list[int], list[int]]:
-    """All ids with the final eos, and at each the token that is learned there as the next one of the id before it."""
+    """All ids with the final eos, and at each the token learned at this place, as the next one of the id before."""
     ids: list[int] = []
     labels: list[int] = []
     before = None
@@ -270,7 +263,7 @@ def _encode_labelled(
 
 
 def _keep_newest(messages: Sequence[Message], encoded: Sequence[list[int]], room: int) -> tuple[list[int], int]:
-    """The places of the system text and of the newest rounds that fit, at least one; and how many rounds do not."""
+    """Indices of the system text and of the newest rounds that fit `room` tokens, at least one; rounds dropped."""
     first = 1 if messages[0]["role"] == "system" else 0
     starts = [i for i, m in enumerate(messages) if i >= first and (i == first or m["role"] == "user")]
     ends = [*starts[1:], len(messages)]

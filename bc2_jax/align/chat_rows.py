@@ -1,4 +1,4 @@
-"""Conversations as samples of packed rows: their tokens with flags (`data.row_file`), and which share a row."""
+"""Conversations as samples of packed rows: tokens with flags (`data.row_file`), and which samples share a row."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from bc2_jax.align.chat import IGNORED, Message, encode_conversation, fit_conversation
+from bc2_jax.align.chat import IGNORED, Message, fit_conversation
 from bc2_jax.data.packing import hash_text
-from bc2_jax.data.row_file import START, TARGET
+from bc2_jax.data.row_file import BRANCH, START, TARGET
 from bc2_jax.tokenizer import Tokenizer
 
 Truncation = Literal["rounds", "right", "drop"]
-"""Of a conversation that is too long: its oldest rounds go, and of a last round that alone is too long its end; its end
-goes; or all of it."""
+"""What to do with a conversation that is too long: drop its oldest rounds and cut a last round that is still too long
+at its end; cut its end; drop it."""
 TOO_LONG, NO_TARGET = "longer than max_length", "no target within max_length"
 """Reasons why nothing is left of a sample."""
 
 
 def pack_best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
-    """Places of `lengths` in bins of at most `capacity` in all: best-fit decreasing, the same for the same lengths.
+    """Best-fit decreasing bin packing: indices of `lengths` in bins of at most `capacity` in all; deterministic.
 
-    The longest goes first, each into the fullest bin that has room for it. Bins are in the order of their first places,
-    places in a bin too. Raises ValueError for a length that is not in 1..capacity.
+    The longest goes first, each into the fullest bin that has room for it. Bins are ordered by their first indices,
+    indices in a bin too. Raises ValueError for a length outside 1..capacity.
     """
     sizes = np.asarray(lengths, np.int64)
     if sizes.size and not 1 <= sizes.min() <= sizes.max() <= capacity:
@@ -55,8 +55,8 @@ def pack_best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[li
     return sorted(sorted(places) for places in bins)
 
 
-class Texts:
-    """The encoder of `align.chat` for texts whose ids are known."""
+class EncodedTexts:
+    """An `align.chat.Encoder` of texts that were encoded together beforehand."""
 
     user_id, assistant_id, eos_id = Tokenizer.user_id, Tokenizer.assistant_id, Tokenizer.eos_id
 
@@ -65,15 +65,33 @@ class Texts:
         self.encode = dict(zip(texts, tokenizer.encode_batch(texts, num_threads=1), strict=True)).__getitem__
 
 
+class EncodedSample(NamedTuple):
+    """A conversation or a pair as tokens of a row."""
+
+    messages: Sequence[Message]
+    """All of its messages."""
+    question_hash: int
+    """64 bits, by which samples are held out."""
+    ids: list[int]
+    labels: list[int]
+    """At each id the token learned at this place, as the next one of the id before, or IGNORED."""
+    reason: str
+    """Why the sample is left out; empty if it is kept."""
+    dropped_rounds: int
+    cut_tokens: int
+    branches: tuple[int, ...] = ()
+    """Where the branches of a pair begin."""
+
+
 class EncodedSamples(NamedTuple):
-    """Samples as the tokens of rows; arrays have an entry for each, int64 [N]."""
+    """Samples as tokens of rows; the other arrays have an entry for each sample, int64 [N]."""
 
     tokens: np.ndarray
     """uint32 [sum of lengths], with flags."""
     lengths: np.ndarray
-    """0 where nothing is left."""
+    """0 for samples that are left out."""
     reasons: list[str]
-    """Why nothing is left; empty where something is."""
+    """Why a sample is left out; empty if it is kept."""
     dropped_rounds: np.ndarray
     cut_tokens: np.ndarray
     characters: np.ndarray
@@ -86,67 +104,59 @@ class EncodedSamples(NamedTuple):
 def encode_samples(
     tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]], max_length: int, truncation: Truncation = "rounds"
 ) -> EncodedSamples:
-    """Encodes checked conversations as `encode_conversation` does, cut to `max_length`.
+    """Encodes checked conversations as `encode_conversation`, cut to `max_length`.
 
-    Raises ValueError if the tokenizer can't spell a text without the id of padding, or its text makes a role.
+    Raises ValueError if a text has tokens of padding or of a role.
     """
-    texts = Texts(tokenizer, conversations)
-    ids: list[int] = []
-    targets: list[int] = []
-    reasons: list[str] = []
-    counts: list[tuple[int, ...]] = []
-    """The fields of each from lengths to bytes."""
+    texts = EncodedTexts(tokenizer, conversations)
+    samples = []
     for messages in conversations:
-        if truncation == "rounds":
-            found = fit_conversation(texts, messages, max_length)
-            here, labels, dropped, cut = found
-        else:
-            here, labels = encode_conversation(texts, messages)
-            dropped, cut = 0, max(0, len(here) - max_length)
-        if not dropped and not cut:
-            check_roles(here, messages, tokenizer)
-        keep = 0 if truncation == "drop" and cut else max_length
-        here, labels = here[:keep], labels[:keep]
-        reason = "" if here else TOO_LONG
-        # The last target is of a token that was cut off.
-        if here and not any(label != IGNORED for label in labels[:-1]):
-            here, labels, reason = [], [], NO_TARGET
-        reasons.append(reason)
-        ids += here
-        targets += labels
-        text = "".join(message["content"] for message in messages)
-        counts.append((len(here), dropped, cut, len(text), len(text.encode())))
-    lengths, dropped_rounds, cut_tokens, characters, octets = np.array(counts, np.int64).reshape(-1, 5).T
-    hashes = np.array([hash_question(messages) for messages in conversations], np.uint64)
-    tokens = _mark(ids, targets, lengths, tokenizer)
-    return EncodedSamples(tokens, lengths, reasons, dropped_rounds, cut_tokens, characters, octets, hashes)
+        found = fit_conversation(texts, messages, max_length, drop_rounds=truncation == "rounds")
+        if not found.dropped_rounds and not found.cut_tokens:
+            check_roles(found.ids, messages, tokenizer)
+        labels = [IGNORED, *found.targets[:-1]]
+        reason = TOO_LONG if truncation == "drop" and found.cut_tokens else ""
+        if not reason and not any(label != IGNORED for label in labels):
+            reason = NO_TARGET
+        lost = found.dropped_rounds, found.cut_tokens
+        samples.append(EncodedSample(messages, hash_question(messages), found.ids, labels, reason, *lost))
+    return join_samples(tokenizer, samples)
 
 
-def _mark(ids: list[int], targets: list[int], lengths: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-    tokens = as_tokens(ids, tokenizer)
-    learned = np.flatnonzero(np.fromiter(targets, np.int32, len(targets)) != IGNORED)
-    starts = np.cumsum(lengths) - lengths
-    is_end = np.zeros(len(tokens) + 1, bool)
-    is_end[np.cumsum(lengths)] = True
-    learned = learned[~is_end[learned + 1]]  # what follows a sample is not its target
-    tokens[learned + 1] |= TARGET
-    tokens[starts[lengths > 0]] |= START
-    return tokens
-
-
-def as_tokens(ids: list[int], tokenizer: Tokenizer) -> np.ndarray:
-    """uint32 [N]. Raises ValueError if one is the id of padding."""
+def join_samples(tokenizer: Tokenizer, samples: Sequence[EncodedSample]) -> EncodedSamples:
+    """Flags the tokens of samples. Raises ValueError if one of them is the id of padding."""
+    kept = [sample for sample in samples if not sample.reason]
+    ids = [token for sample in kept for token in sample.ids]
+    labels = [label for sample in kept for label in sample.labels]
     tokens = np.fromiter(ids, "<u4", len(ids))
     if not tokens.all():  # pad is 0
         raise ValueError(
             f"tokenizer = {str(tokenizer.path)!r} can't spell all of the text: packing needs byte fallback, because id "
             f"{tokenizer.pad_id} marks padding."
         )
-    return tokens
+    tokens[np.fromiter(labels, np.int32, len(labels)) != IGNORED] |= TARGET
+    start = 0
+    for sample in kept:
+        tokens[start] |= START
+        for branch in sample.branches:
+            tokens[start + branch] |= BRANCH
+        start += len(sample.ids)
+    texts = ["".join(message["content"] for message in sample.messages) for sample in samples]
+    numbers = (
+        [0 if sample.reason else len(sample.ids) for sample in samples],
+        [sample.dropped_rounds for sample in samples],
+        [sample.cut_tokens for sample in samples],
+        [len(text) for text in texts],
+        [len(text.encode()) for text in texts],
+    )
+    lengths, dropped_rounds, cut_tokens, characters, octets = (np.array(column, np.int64) for column in numbers)
+    hashes = np.array([sample.question_hash for sample in samples], np.uint64)
+    reasons = [sample.reason for sample in samples]
+    return EncodedSamples(tokens, lengths, reasons, dropped_rounds, cut_tokens, characters, octets, hashes)
 
 
 def check_roles(ids: list[int], messages: Sequence[Message], tokenizer: Tokenizer) -> None:
-    """Raises ValueError unless each turn has its role in `ids`, and no text has one."""
+    """Raises ValueError unless `ids` have exactly one role token for each turn."""
     for role, token in (("user", tokenizer.user_id), ("assistant", tokenizer.assistant_id)):
         turns = sum(message["role"] == role for message in messages)
         if ids.count(token) != turns:
@@ -157,8 +167,8 @@ def check_roles(ids: list[int], messages: Sequence[Message], tokenizer: Tokenize
 
 
 def hash_question(messages: Sequence[Message]) -> int:
-    """64 bits of what stands before the first answer, by which samples are held out."""
+    """64-bit hash of the messages before the first answer."""
     answers = (i for i, message in enumerate(messages) if message["role"] == "assistant")
     first = next(answers, 0)
-    question = messages[:first] or messages  # that begins with an answer
+    question = messages[:first] or messages  # a conversation that begins with an answer
     return hash_text(json.dumps([[message["role"], message["content"]] for message in question]))

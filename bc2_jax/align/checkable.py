@@ -1,8 +1,8 @@
-"""Rewards that can be checked without a model: examples of reward functions, used by the demo and free to build on.
+"""Example reward functions that need no model: language, length and last number of an answer.
 
     --ppo.reward-functions bc2_jax.align.checkable:same_language bc2_jax.align.checkable:right_number
 
-Each is a function of `align/reward_functions.py`: (texts of the questions, answers, records) -> floats from 0 to 1.
+Each is (questions, answers, records) -> floats in 0..1, as in `align/reward_functions.py`.
 """
 
 from __future__ import annotations
@@ -25,27 +25,21 @@ _OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.
 
 
 def same_language(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    """1 if the answer is in the language of its question, else 0.
-
-    The language is the field `language` ("zh" or "en") of a record that has one, else what `language_of` finds in the
-    question.
-    """
+    """1 if the answer is in the language of the record's field `language` ("zh" or "en"), or else of its question
+    (`language_of`); 0 otherwise."""
     asked = [row.get("language") or language_of(prompt) for prompt, row in zip(prompts, rows, strict=True)]
     return [float(language_of(answer) == wanted) for answer, wanted in zip(answers, asked, strict=True)]
 
 
 def right_length(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    """1 for an answer of as many characters as the field `length` of its record says, falling to 0 for an empty answer
-    and for one twice as long. Raises ValueError for a record whose `length` is missing or not positive."""
+    """1 for an answer with as many characters as the record's field `length`, falling linearly to 0 for an empty answer
+    and for one twice as long. Raises ValueError if `length` is missing or not positive."""
     return [max(0.0, 1 - abs(len(answer) - n) / n) for answer, n in zip(answers, map(_length, rows), strict=True)]
 
 
 def right_number(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    """1 if the last number of the answer is the right one, else 0.
-
-    The right one is that in the field `answer` of a record that has one, else the value of the arithmetic in the
-    question. Raises ValueError for a record with neither.
-    """
+    """1 if the last number of the answer is that of the record's field `answer`, or else the value of the arithmetic in
+    the question; 0 otherwise. Raises ValueError for a record with neither."""
     rewards = []
     for prompt, answer, row in zip(prompts, answers, rows, strict=True):
         given = row.get("answer")
@@ -58,10 +52,8 @@ def right_number(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[
 
 
 def language_of(text: str) -> str:
-    """ "zh" if at least half of the words are Han characters, "en" for any other language, "" for text without letters.
-
-    A Han character counts as a word, as letters side by side do.
-    """
+    """ "zh" if at least half of the words are Han characters, each of which is a word; "en" for other languages; "" for
+    text without letters."""
     han, words = len(re.findall(f"[{_HAN}]", text)), len(_WORD.findall(text))
     if not han and not words:
         return ""
@@ -69,23 +61,23 @@ def language_of(text: str) -> str:
 
 
 def last_number(text: str) -> Fraction | None:
-    """The last number in a text: digits, perhaps with a sign, commas between thousands, a decimal point or a slash."""
+    """The last number in a text: digits with an optional sign, commas between thousands, a decimal point or a slash."""
     found = _NUMBER.findall(unicodedata.normalize("NFKC", text).replace("−", "-").replace("⁄", "/"))
     try:
         return Fraction(found[-1].replace(",", "")) if found else None
-    except (ZeroDivisionError, ValueError):  # Python refuses to read numbers of thousands of digits
+    except (ZeroDivisionError, ValueError):  # Python does not parse thousands of digits
         return None
 
 
 def calculate(text: str) -> Fraction | None:
-    """The value of the first arithmetic in a text, such as "12 + 3 * (4 - 1)" or "12加3", or None. Exact: decimals and
-    quotients are fractions. Arithmetic without a value, such as "1 / 0", is passed over."""
+    """The exact value of the first arithmetic expression in a text, such as "12 + 3 * (4 - 1)" or "12加3", or None.
+    Expressions without a value, such as "1 / 0", are skipped."""
     text = unicodedata.normalize("NFKC", text)
     for word, sign in _SIGNS.items():
         text = text.replace(word, sign)
     for match in _EXPRESSION.finditer(text):
         expression = match[0].strip()
-        # What opens before the arithmetic or closes behind it is the sentence's.
+        # Unbalanced parentheses belong to the sentence.
         while expression.count("(") > expression.count(")") and expression.startswith("("):
             expression = expression[1:].strip()
         while expression.count(")") > expression.count("(") and expression.endswith(")"):

@@ -1,4 +1,4 @@
-"""Chatting with a model: a single answer, or a conversation of several turns."""
+"""Chat with a model: a single answer, or a conversation of several turns."""
 
 from __future__ import annotations
 
@@ -24,12 +24,11 @@ def chat(
     on_text: OnText | None = None,
     **settings: Any,
 ) -> str:
-    """The model's answer to a conversation; `settings` are those of `generate_text`.
+    """The model's answer to a conversation; `settings` as in `generate_text`.
 
-    The prompt is that of `align.chat.encode_prompt`; an answer that is the last message is continued. By default there
-    is room for 2048 new tokens, or for half of model_max_length if that is less. The answer also ends at a role token:
-    eos_token_id, the config's by default, has them beside it. Raises ValueError as `encode_prompt` and `generate_text`.
-    """
+    The prompt is that of `align.chat.encode_prompt`; if the last message is an answer, it is continued. max_new_tokens
+    is by default 2048, or half of model_max_length if that is less. Role tokens also end the answer. Raises ValueError
+    as `encode_prompt` and `generate_text`."""
     return answer(model, tokenizer, messages, on_text=on_text, **settings).text
 
 
@@ -41,7 +40,7 @@ def answer(
     on_text: OnText | None = None,
     **settings: Any,
 ) -> Answer:
-    """`chat`, and all that is known of the answer."""
+    """`chat`, with why the answer ended and what had no room."""
     config = model.config
     settings.setdefault("max_new_tokens", default_max_new_tokens(config))
     settings["eos_token_id"] = answer_ends(settings.get("eos_token_id"), config, tokenizer)
@@ -54,22 +53,20 @@ def answer(
 
 
 def default_max_new_tokens(config: ModelConfig) -> int:
-    """The released number, or half of what the model has room for."""
+    """2048 as released, or half of model_max_length if that is less."""
     return min(Settings.max_new_tokens, max(1, config.model_max_length // 2))
 
 
 def answer_ends(eos_token_id: int | Sequence[int] | None, config: ModelConfig, tokenizer: Tokenizer) -> list[int]:
-    """The ids at which an answer ends: eos, and the roles, because what follows a role token is another message."""
+    """The ids that end an answer: eos and the role tokens, after which another message begins."""
     given: Any = config.eos_token_id if eos_token_id is None else eos_token_id
     ends = [given] if is_whole(given) else list(given)
     return list(dict.fromkeys([*ends, tokenizer.user_id, tokenizer.assistant_id]))
 
 
 class Conversation(Dialogue):
-    """A conversation with one model, which is prepared once; its messages are what was said so far.
-
-    `settings` are those of `chat`, for every answer; `ask` raises as it does.
-    """
+    """A conversation with one model, which is prepared only once. `settings` are those of `chat`; `ask` raises as
+    `chat`."""
 
     def __init__(self, model: Baichuan2 | Prepared, tokenizer: Tokenizer, system: str = "", **settings: Any) -> None:
         prepared = engine.prepare(model) if isinstance(model, Baichuan2) else model
@@ -84,5 +81,5 @@ class Conversation(Dialogue):
 
 
 def _without_stop(settings: Mapping[str, Any]) -> Settings:
-    """The settings of `generate` among those of `generate_text`."""
+    """The settings of `generate`, which has no stop texts."""
     return Settings(**{name: value for name, value in settings.items() if name != "stop"})

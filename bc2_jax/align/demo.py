@@ -1,8 +1,7 @@
-"""Conversations for the demo: real dialogues in Chinese and English, and tasks whose answers can be checked.
+"""Conversations for the demo: dialogues in Chinese and English, and tasks with checkable answers.
 
 Dialogues come from the PyPI package chatterbot-corpus 1.3.3 (BSD licence), fetched once with pip and checked against a
-pinned SHA-256. Tasks are made of the demo's own text and of arithmetic: what a model of a few million parameters can
-learn in minutes, and answer right or wrong.
+pinned SHA-256. Tasks use the demo's text and arithmetic, which a model of a few million parameters learns in minutes.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from bc2_jax.align.chat_preparation import QUESTIONS, prepare_chat
-from bc2_jax.align.preparation_settings import Settings
+from bc2_jax.align.preparation_settings import RowSettings
+from bc2_jax.align.row_preparation import QUESTIONS, prepare_chat
 from bc2_jax.convert.pretrained import find_tokenizer
 from bc2_jax.data.demo_corpus import demo_documents
 from bc2_jax.data.pinned_package import (
@@ -53,23 +52,20 @@ class DemoRows:
 
     tokenizer: Path
     sources: tuple[Path, ...]
-    """Folders of packed rows: dialogues, if they could be fetched, and tasks."""
+    """Folders of packed rows: dialogues, if available, and tasks."""
     questions: Path
     """The held-out tasks."""
 
 
 def prepare_chat_demo(base: Path, sequence_length: int, cache: str | os.PathLike[str] | None = None) -> DemoRows:
-    """Packs dialogues and tasks with the tokenizer of the model `base`; takes seconds, and none if they are there.
-
-    The folder in `cache` is named by a hash of the settings, the conversations and the tokenizer, and appears complete
-    or not at all.
-    """
+    """Packs dialogues and tasks with the tokenizer of the model `base`, in seconds, into a folder of `cache` named
+    after a hash of settings, conversations and tokenizer; an existing folder is reused."""
     cache = Path(cache) if cache is not None else default_cache()
     tokenizer = find_tokenizer(base)
     conversations = {"dialogues": read_dialogues(cache), "tasks": make_tasks(demo_documents(cache), _TASKS)}
     conversations = {name: found for name, found in conversations.items() if found}
     settings = {
-        name: Settings(max_length=sequence_length, validation_fraction=_HELD_OUT[name]) for name in conversations
+        name: RowSettings(max_length=sequence_length, validation_fraction=_HELD_OUT[name]) for name in conversations
     }
     about = [conversations, {name: dataclasses.asdict(one) for name, one in settings.items()}, _FORMAT]
     key = hashlib.sha256(json.dumps(about).encode() + tokenizer.read_bytes()).hexdigest()[:16]
@@ -89,7 +85,7 @@ def prepare_chat_demo(base: Path, sequence_length: int, cache: str | os.PathLike
 
 
 def read_dialogues(cache: str | os.PathLike[str] | None = None) -> list[Conversation]:
-    """The dialogues of two people, as a user and an assistant; none, with a line in the log, without a registry."""
+    """Dialogues of a user and an assistant; none, with a warning, if the package can't be fetched."""
     cache = Path(cache) if cache is not None else default_cache()
     wheel = cache / "chatterbot_corpus.whl"
     if not wheel.is_file():
@@ -108,7 +104,7 @@ def read_dialogues(cache: str | os.PathLike[str] | None = None) -> list[Conversa
                 for turns in _read_conversations(package.read(name)):
                     conversation = _as_messages(turns)
                     if conversation:
-                        found.setdefault(json.dumps(conversation), conversation)  # many are there several times
+                        found.setdefault(json.dumps(conversation), conversation)  # there are many duplicates
     return list(found.values())
 
 
@@ -120,7 +116,7 @@ def _read_conversations(content: bytes) -> list[list[str]]:
 
 
 def _as_messages(turns: Sequence[str]) -> Conversation:
-    """Turns that follow each other, from the first on, as far as they are short and none is empty; or nothing."""
+    """The first turns, as long as they are short and not empty; maybe none."""
     kept: Conversation = []
     length = 0
     for question, answer in zip(turns[::2], turns[1::2], strict=False):
@@ -135,10 +131,8 @@ def _as_messages(turns: Sequence[str]) -> Conversation:
 
 
 def make_tasks(documents: dict[str, list[str]], count: int, seed: int = 0) -> list[Conversation]:
-    """`count` different questions with their answers, in Chinese and English; the same arguments give the same ones.
-
-    `documents` are those of `data.demo_corpus.demo_documents`.
-    """
+    """`count` different questions with answers, in Chinese and English, from `demo_corpus.demo_documents`;
+    deterministic."""
     rng = random.Random(seed)
     makers = [_add, _compare, _halve, _follow, *_makers_of_text(documents)]
     found: dict[str, str] = {}
@@ -152,7 +146,7 @@ def make_tasks(documents: dict[str, list[str]], count: int, seed: int = 0) -> li
 
 
 _WORDS = {"zh": ("曹操", "玄德", "孔明", "关公", "吕布"), "en": ("the", "of", "is")}
-"""What is looked for in a text, by its language."""
+"""Words to look for in a text, by its language."""
 Maker = Callable[[random.Random], tuple[str, str]]
 
 
@@ -179,7 +173,7 @@ def _follow(rng: random.Random) -> tuple[str, str]:
 
 
 def _makers_of_text(documents: dict[str, list[str]]) -> list[Maker]:
-    """Tasks on pieces of the demo's text: its language, and whether a word or a name is in it."""
+    """Tasks on pieces of the demo's text: its language, and whether it contains a word or a name."""
     pieces = {language: list(_cut(documents[language], language)) for language in documents}
     languages = [language for language in ("zh", "en", "code") if pieces.get(language)]
     names = {"zh": ("Chinese", "中文"), "en": ("English", "英文"), "code": ("Python", "Python")}
@@ -197,7 +191,7 @@ def _makers_of_text(documents: dict[str, list[str]]) -> list[Maker]:
     def find_word(rng: random.Random) -> tuple[str, str]:
         language = rng.choice([language for language in languages if language in _WORDS])
         word = rng.choice(_WORDS[language])
-        # As often there as not: a guess is right half the time.
+        # Balanced, so that a guess is right half the time.
         piece = rng.choice(found[word] if found[word] and rng.random() < 0.5 else pieces[language])
         is_there = piece in found[word]
         if language == "zh":
@@ -208,7 +202,7 @@ def _makers_of_text(documents: dict[str, list[str]]) -> list[Maker]:
 
 
 def _cut(documents: Sequence[str], language: str) -> Iterator[str]:
-    """Short pieces: clauses of the novel, of prose a few words, lines of code."""
+    """Short pieces: clauses of Chinese, a few words of English, lines of code."""
     for document in documents:
         if language == "zh":
             yield from (c for c in re.split(r"[，。！？：；、“”\s]+", document) if 4 <= len(c) <= 14 and c.isalpha())

@@ -1,14 +1,12 @@
-"""Preferences and checkable rewards for the demo: pairs of answers of which one is known to be better, and prompts.
+"""Preference pairs, prompts and reward functions for the demo, made of the tasks of `align.demo`.
 
-All are made of the tasks of `align.demo`. What is preferred is a rule that a reward model of a few million parameters
-can learn in minutes: the right answer to a wrong one, an answer in the language of the question to one in another, a
-short answer to one that repeats itself.
+Preferred are right answers, answers in the language of the question, and answers without repetition: rules that a
+reward model of a few million parameters learns in minutes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import random
@@ -19,13 +17,14 @@ from typing import Any
 from bc2_jax.align.demo import DemoRows, make_tasks
 from bc2_jax.data.demo_corpus import demo_documents
 from bc2_jax.data.pinned_package import default_cache, publishing
+from bc2_jax.files import fingerprint
 
 _FORMAT = 1
 _TASKS, _TASK_SEED = 6000, 1
-"""Other ones than those of supervised fine-tuning."""
+"""Other tasks than for supervised fine-tuning."""
 _PAIRS, _HELD_OUT_PAIRS = 3000, 300
 GAPS = {"repeats itself": 1, "other language": 3, "wrong": 5}
-"""How much better the preferred answer is, by what is the matter with the other: the scale of the reward report."""
+"""Fault of the rejected answer -> how much better the chosen one is, the gap of the reward report."""
 
 _OPPOSITE = {"even": "odd", "单数": "双数", "yes": "no", "提到了": "没有"}
 _OPPOSITE |= {wrong: right for right, wrong in _OPPOSITE.items()}
@@ -43,18 +42,16 @@ class DemoPreferences:
     pairs: Path
     """Pairs to train on: prompt, chosen, rejected, class, gap."""
     held_out: Path
-    """Pairs of other tasks."""
+    """Held-out pairs, of other tasks."""
     prompts: Path
-    """Prompts with what their answers are checked by: answer, language."""
+    """Prompts with fields for reward functions: answer, language."""
     questions: Path
     """The held-out questions of the chat demo."""
 
 
 def prepare_preferences(chat: DemoRows, cache: str | os.PathLike[str] | None = None) -> DemoPreferences:
-    """Makes the files, once; none of their tasks is among the held-out questions of the chat demo.
-
-    The folder in `cache` is named by a hash of what is in it, and appears complete or not at all.
-    """
+    """Makes the files in a folder of `cache` named after a hash of their contents, without the held-out questions of
+    the chat demo; an existing folder is reused."""
     cache = Path(cache) if cache is not None else default_cache()
     with chat.questions.open(encoding="utf-8") as lines:
         asked = {_question(json.loads(line)) for line in lines}
@@ -66,7 +63,7 @@ def prepare_preferences(chat: DemoRows, cache: str | os.PathLike[str] | None = N
         for question, answer in tasks
     ]
     files = {"pairs": pairs[_HELD_OUT_PAIRS:][:_PAIRS], "held_out": pairs[:_HELD_OUT_PAIRS], "prompts": prompts}
-    key = hashlib.sha256(json.dumps([files, _FORMAT]).encode()).hexdigest()[:16]
+    key = fingerprint([files, _FORMAT], sort_keys=False)[:16]
     folder = cache / f"demo-preferences-{key}"
     pairs_file, held_out, prompts_file = (folder / f"{name}.jsonl" for name in files)
     made = DemoPreferences(pairs_file, held_out, prompts_file, chat.questions)
@@ -80,19 +77,19 @@ def prepare_preferences(chat: DemoRows, cache: str | os.PathLike[str] | None = N
 
 
 def make_pairs(tasks: Sequence[Sequence[Mapping[str, str]]], seed: int = 0) -> list[dict[str, Any]]:
-    """A pair for each task, a question and its right answer; the same arguments give the same ones."""
+    """A pair for each task (a question and its right answer); deterministic."""
     rng = random.Random(seed)
     pairs = []
     for question, answer in tasks:
         text, right = question["content"], answer["content"]
-        # None where there is no such answer.
+        # None if there is no such answer.
         worse = {
             "wrong": wrong_answer(text, right, rng),
             "other language": _TRANSLATION.get(right),
             "repeats itself": " ".join([right] * rng.randrange(3, 7)),
         }
         names = rng.sample(list(worse), k=len(worse))
-        if rng.random() < 0.5:  # the hardest to tell: most pairs are of it
+        if rng.random() < 0.5:  # the hardest, so most pairs
             names.insert(0, "wrong")
         name = next(name for name in names if worse[name] is not None)
         pairs.append({"prompt": text, "chosen": right, "rejected": worse[name], "class": name, "gap": GAPS[name]})
@@ -109,17 +106,14 @@ def wrong_answer(question: str, right: str, rng: random.Random) -> str:
 
 
 def language_of(text: str) -> str:
-    """zh for text that begins with Chinese, en for other: tasks ask in one language, perhaps about a text in another.
-
-    A number may stand in front.
-    """
+    """ "zh" if the first letter is Chinese, else "en": a task may quote a text in another language after its
+    question."""
     letters = (character for character in text if character.isalpha())
     return "zh" if "\u4e00" <= next(letters, "a") <= "\u9fff" else "en"
 
 
 def nearness(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    """A reward function: 1 for the answer that the prompt's record has; of a number the less the farther it is, 0 from
-    twice the right one on."""
+    """Reward function: 1 for the record's answer; less for other numbers, down to 0 for twice the right one."""
     return [_nearness(answer.strip(), row["answer"]) for answer, row in zip(answers, rows, strict=True)]
 
 
@@ -130,7 +124,7 @@ def _nearness(answer: str, right: str) -> float:
 
 
 def fits_language(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    """A reward function: 1 for an answer in the language of its question, and for a number, else 0."""
+    """Reward function: 1 for an answer in the language of its question or without letters, else 0."""
     return [
         float(not any(map(str.isalpha, answer)) or language_of(answer) == row["language"])
         for answer, row in zip(answers, rows, strict=True)

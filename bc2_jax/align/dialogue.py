@@ -1,5 +1,4 @@
-"""A conversation of several turns with whatever answers: a model of this process (`conversation.py`), or a server
-(`server_chat.py`)."""
+"""A conversation of several turns with a model of this process (`conversation.py`) or a server (`server_chat.py`)."""
 
 from __future__ import annotations
 
@@ -10,32 +9,31 @@ from typing import Any
 from bc2_jax.align.chat import Message
 
 OnText = Callable[[str], object]
-"""Called with text that follows on what it was given before; never with none."""
+"""Called with each new piece of text, never with an empty one."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a model answered, and what it did not see."""
+    """An answer, and how much of the conversation had no room."""
 
     text: str
     reason: str
-    """Why it ended: at an "eos", at the "length" of max_new_tokens, "stopped" by a stop text, or "interrupted"."""
+    """Why it ended: "eos", "length" (max_new_tokens), "stopped" (a stop text) or "interrupted"."""
     dropped_rounds: int
-    """Oldest rounds of the conversation that had no room."""
+    """Oldest rounds without room."""
     cut_tokens: int
-    """Tokens of the system text, then of the newest round, that had no room."""
+    """Tokens without room, of the system text, then of the newest round."""
 
 
 Answers = Callable[[Sequence[Message], OnText, Mapping[str, Any]], Answer]
-"""Answers the last of some messages, giving text as it is written, with the settings that are not to be its own."""
+"""(messages, on_text, settings) -> the answer, streamed to on_text; missing settings have the model's defaults."""
 
 
 class Dialogue:
-    """Messages, and what answers them. `settings` are for every answer; all others are those of `answers`.
+    """The messages so far, the `settings` of every answer, and the function `answers` that generates them.
 
-    The history that has no room is left out of the prompt, not of `messages`. `check` raises ValueError for settings
-    that are not legal as soon as one is changed; without it what answers has to.
-    """
+    `messages` keeps history that has no room in a prompt. `check`, if given, raises ValueError for illegal settings
+    when they are changed."""
 
     def __init__(
         self, answers: Answers, system: str = "", *, check: Callable[[Mapping[str, Any]], object] | None = None,
@@ -45,11 +43,11 @@ class Dialogue:
         self.settings = settings
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
         self._tries = 0
-        """How often the newest answer was regenerated."""
+        """Regenerations of the newest answer."""
 
     @property
     def system(self) -> str:
-        """The system text; empty for none. Another one holds from the next answer on."""
+        """The system text, or ""; a new one applies from the next answer on."""
         return self.messages[0]["content"] if self.messages and self.messages[0]["role"] == "system" else ""
 
     @system.setter
@@ -58,28 +56,26 @@ class Dialogue:
         self.messages = [*([{"role": "system", "content": text}] if text else []), *rest]
 
     def change(self, settings: Mapping[str, Any]) -> None:
-        """Other settings from the next answer on. Raises ValueError as `check`, and leaves them as they were then."""
+        """Sets the settings from the next answer on. Raises ValueError as `check`, without a change."""
         if self._check is not None:
             self._check(settings)
         self.settings = dict(settings)
 
     def clear(self) -> None:
-        """Forgets all but the system text."""
+        """Forgets everything except the system text."""
         self.messages = self.messages[:1] if self.system else []
 
     def ask(self, text: str, on_text: OnText | None = None) -> Answer:
-        """The answer to the next user message; both are then among the messages.
+        """Answers the next user message and adds both to the messages.
 
-        KeyboardInterrupt stops the answer: the text so far is kept as the answer, or the user message is discarded if
-        there is none. Any other exception leaves the conversation unchanged. Raises as what answers does.
+        KeyboardInterrupt stops the answer: the text so far is the answer; if there is none, the user message is
+        discarded. Any other exception, as `answers` raises, leaves the conversation unchanged.
         """
         return self._ask([*self.messages, {"role": "user", "content": text}], 0, on_text)
 
     def regenerate(self, on_text: OnText | None = None) -> Answer:
-        """Another answer in the place of the newest, drawn with the next seed if the settings have one.
-
-        As `ask`; the newest answer stays if there is no other. Raises ValueError if there is none yet.
-        """
+        """Replaces the newest answer, with the next seed if the settings have one; otherwise as `ask`. Raises
+        ValueError without an answer."""
         if not self.messages or self.messages[-1]["role"] != "assistant":
             raise ValueError("there is no answer to regenerate yet.")
         return self._ask(self.messages[:-1], self._tries + 1, on_text)
@@ -109,11 +105,11 @@ NUMBERS: Mapping[str, type[int] | type[float]] = {
     "max_new_tokens": int, "temperature": float, "top_k": int, "top_p": float, "repetition_penalty": float,
     "presence_penalty": float, "frequency_penalty": float, "min_tokens": int, "seed": int,
 }  # fmt: skip
-"""Settings that are a number: those that a person can set in a conversation."""
+"""Numeric settings that a user can change in a conversation."""
 
 
 def read_setting(name: str, text: str) -> int | float:
-    """The value of one of NUMBERS; raises ValueError for what is not such a number."""
+    """Parses one of NUMBERS; raises ValueError for any other text."""
     kind = NUMBERS[name]
     try:
         return kind(text)

@@ -1,7 +1,7 @@
-"""Direct preference optimization (arXiv 2305.18290) and its kin, on rows of pairs (`align/pairs.py`).
+"""Direct preference optimization (DPO, arXiv 2305.18290) and variants, on rows of pairs (`align/pairs.py`).
 
-The policy is trained to prefer the chosen answer of each pair to the rejected one by more than its reference does,
-which is the model that the run begins from.
+The policy learns to prefer the chosen to the rejected answer of each pair more than its reference does. The reference
+is the model that the run starts from.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
-from bc2_jax.align import tuning
-from bc2_jax.align.dpo_results import draw_preferences, print_plan
+from bc2_jax.align import pairs, tuning
 from bc2_jax.align.pair_preparation import prepare_sources
-from bc2_jax.align.pairs import CHOSEN, REJECTED, branch_lengths, has_pair
+from bc2_jax.align.pair_results import print_dpo_plan, show_pairs
 from bc2_jax.align.preference import dpo_loss
 from bc2_jax.align.reference import NAME, REFERENCE, answer_log_probs, find_or_compute
 from bc2_jax.align.sft_results import make_ending
@@ -30,22 +29,22 @@ from bc2_jax.train import pretrain
 from bc2_jax.train.job import Job, Objective, Parts, StepParts, TrainState, init_state
 from bc2_jax.train.loop import RunResult, Start, run
 
-PURPOSE = "preference tuning needs a chat model, which it begins from and is compared with"
+PURPOSE = "preference tuning needs a chat model, its start and its reference"
 CHECKSUM = "reference_checksum"
-"""In the metadata of a checkpoint: that of the parameters which the run began from, in hex."""
+"""In the metadata of a checkpoint: checksum of the parameters the run started from, in hex."""
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
-"""By compute.dtype: nats a token by which the log-probabilities of answers may differ, on average, between two programs
-that compute the same model."""
+"""By compute.dtype: largest mean difference, in nats a token, of log-probabilities that two programs compute of the
+same model."""
 
 
 def train(config: DPOConfig, command: str = "train.py", started: float | None = None) -> RunResult:
-    """Tunes as `config` says; as `loop.run`."""
+    """Runs DPO; as `loop.run`."""
     return run(complete(config), make_job, command, started)
 
 
 def complete(config: DPOConfig) -> DPOConfig:
-    """`config` with what depends on the model that it begins from and on the pairs, which are packed into rows where
-    its sources name files of pairs. Raises as `tuning.complete` and `prepare_sources`."""
+    """Packs files of pairs into rows and completes `config` from the model and the rows. Raises as `tuning.complete`
+    and `prepare_sources`."""
     return tuning.complete(prepare_sources(tuning.with_tokenizer_of_base(config, PURPOSE)), PURPOSE)
 
 
@@ -53,7 +52,7 @@ Fields = Callable[[Rows], Rows]
 
 
 def make_step(config: DPOConfig, mesh: Mesh, fields: Fields | None = None) -> StepParts:
-    """The step of a run; its rows have the reference's log-probabilities from `fields`, or as its workdir has them."""
+    """The training step. `fields` gives the reference's log-probabilities of rows, by default from the workdir."""
     places = tuning.count_places(config.data)
     kept: list[RowValues] = []
 
@@ -68,16 +67,16 @@ def make_step(config: DPOConfig, mesh: Mesh, fields: Fields | None = None) -> St
 
 
 def make_job(config: DPOConfig, start: Start) -> Job:
-    """The run of `config`, from `complete`, with its reference computed. Raises as `tuning.make_job`, and ValueError
-    for questions that are not valid, and where a deleted reference has to be computed again."""
+    """The job of a completed `config`; computes the reference first. Raises as `tuning.make_job`, and ValueError for
+    invalid questions and if a lost reference can't be computed again."""
     reference: list[RowValues] = []
     step = make_step(config, start.mesh, lambda rows: {REFERENCE: reference[0].lookup(rows)})
     places = tuning.count_places(config.data)
     job = tuning.make_job(config, start, step)
     job = tuning.with_answers(
         job, config, start, tuning.make_build(config),
-        lambda questions: print_plan(config, places, questions, start),
-        lambda checkpoint, params: make_ending(config, checkpoint, params, start, draw_preferences, loss="loss"),
+        lambda questions: print_dpo_plan(config, places, questions, start),
+        lambda checkpoint, params: make_ending(config, checkpoint, params, start, show_pairs, loss="loss"),
     )  # fmt: skip
     initial = _Initial(config, start, job)
     checksum = initial.checksum()
@@ -100,18 +99,17 @@ def make_job(config: DPOConfig, start: Start) -> Job:
 
 
 class _Initial:
-    """The model that a run begins from, read once where all of its parameters are trained: for the reference and, if
-    this is the first start, as the state before the first step."""
+    """The model that a run starts from, as reference and as initial state. If all parameters are trained it is read
+    only once for both."""
 
     def __init__(self, config: DPOConfig, start: Start, job: Job):
         self._config, self._mesh, self._frozen = config, start.mesh, job.frozen
         known = job.metadata.get(tuning.BASE)
         self._known = known if start.metadata is None else start.metadata.job[CHECKSUM]
-        self._is_fresh = start.metadata is None
         self._params: Params | None = None
 
     def checksum(self) -> str:
-        """Of a run that goes on, that with which it began."""
+        """Checksum of the parameters that the run originally started from."""
         if self._known is None:
             self._params = self.load(None)
             self._known = f"{tuning.checksum(self._params):08x}"
@@ -126,28 +124,26 @@ class _Initial:
         params = load_params(str(self._config.init_from), "float32", self._mesh)[0]
         if checksum is not None and (found := f"{tuning.checksum(params):08x}") != checksum:
             raise ValueError(
-                f"init_from = {self._config.init_from!r} is not valid: the reference's log-probabilities have to be "
-                f"computed again, and its parameters are not those that the run began from (checksum {found}, then "
-                f"{checksum})."
+                f"init_from = {self._config.init_from!r} is not valid: the reference's log-probabilities must be "
+                f"computed again, but the run started from another model (checksum {found}, then {checksum})."
             )
         return params
 
     def take(self, step: StepParts) -> TrainState:
-        """The state before the first step; the parameters are its own from then on."""
+        """The state before the first step, which takes over the parameters."""
         params, self._params = self.load(self._known), None
         return init_state(params, step.optimizer)
 
 
 def check_reference(distance: float, config: DPOConfig) -> None:
-    """Raises ArithmeticError if the policy is not its reference before the first update: `distance` is that of their
-    log-probabilities in the first batch, nats a token."""
+    """Raises ArithmeticError if policy and reference differ before the first update. `distance` is the mean difference
+    of their log-probabilities in the first batch, nats a token."""
     most = TOLERANCE[config.compute.dtype]
     if distance > most:
         raise ArithmeticError(
             "The policy is not its reference before the first step: the log-probabilities of answers differ by "
-            f"{distance:.3g} nats a token, more than {most:g}. Those that were kept are of another model or were "
-            f"computed otherwise (delete them: dpo.reference_cache = {config.dpo.reference_cache!r}), or the model "
-            "does not compute the same twice."
+            f"{distance:.3g} nats a token, more than {most:g}. Either the cached ones are wrong (delete them: "
+            f"dpo.reference_cache = {config.dpo.reference_cache!r}), or the model is not deterministic."
         )
 
 
@@ -155,53 +151,46 @@ def check_reference(distance: float, config: DPOConfig) -> None:
 
 
 def make_objective(config: DPOConfig, most_pairs: int) -> Objective:
-    """`dpo_loss` of pairs, of which a row holds at most `most_pairs`, and sft_weight times the mean cross entropy of
-    the tokens of the chosen answer; every pair of a batch has the same weight."""
+    """Mean over pairs of `dpo_loss` + sft_weight * mean cross entropy of the tokens of the chosen answer. A row holds
+    at most `most_pairs` pairs."""
     options, build = config.dpo, tuning.make_build(config)
-
-    def count_pairs(segment_ids_BT: Array) -> Array:
-        return jnp.sum(has_pair(segment_ids_BT, most_pairs), dtype=jnp.float32)
 
     def loss(params: Params, frozen: Params, batch: Batch) -> tuple[Array, Parts]:
         policy = answer_log_probs(build(params, frozen, batch), batch, most_pairs, config.compute.loss_chunk)
-        reference, lengths = batch[REFERENCE].reshape(policy.shape), branch_lengths(batch, most_pairs)
-        chosen, rejected = policy[..., CHOSEN], policy[..., REJECTED]
-        chosen_tokens, rejected_tokens = lengths[..., CHOSEN], lengths[..., REJECTED]
+        reference = batch[REFERENCE].reshape(policy.shape)
+        ratios = policy - reference
+        chosen, rejected = pairs.split_answers(policy)
+        chosen_ratio, rejected_ratio = pairs.split_answers(ratios)
+        chosen_tokens, rejected_tokens = pairs.split_answers(pairs.branch_lengths(batch, most_pairs))
         preference = dpo_loss(
-            chosen, rejected, reference[..., CHOSEN], reference[..., REJECTED], loss=options.loss, beta=options.beta,
+            chosen, rejected, *pairs.split_answers(reference), loss=options.loss, beta=options.beta,
             label_smoothing=options.label_smoothing, chosen_lengths=chosen_tokens, rejected_lengths=rejected_tokens,
         )  # fmt: skip
         cross_entropy = -chosen / jnp.maximum(chosen_tokens, 1)
         losses = preference + options.sft_weight * cross_entropy if options.sft_weight else preference
-        ratios = policy - reference
-        better = ratios[..., CHOSEN] - ratios[..., REJECTED]
+        better = chosen_ratio - rejected_ratio
         values = {
-            "pairs": jnp.ones_like(losses), "loss": losses, "preference_loss": preference,
-            "accuracy": (better > 0) + 0.5 * (better == 0), "chosen_cross_entropy": cross_entropy,
-            "chosen_log_prob": chosen, "rejected_log_prob": rejected, "chosen_ratio": ratios[..., CHOSEN],
-            "rejected_ratio": ratios[..., REJECTED], "chosen_tokens": chosen_tokens,
+            "loss": losses, "preference_loss": preference, "accuracy": (better > 0) + 0.5 * (better == 0),
+            "chosen_cross_entropy": cross_entropy, "chosen_log_prob": chosen, "rejected_log_prob": rejected,
+            "chosen_ratio": chosen_ratio, "rejected_ratio": rejected_ratio, "chosen_tokens": chosen_tokens,
             "rejected_tokens": rejected_tokens, "distance": jnp.sum(jnp.abs(ratios), axis=-1),
         }  # fmt: skip
-        is_pair = has_pair(batch["segment_ids"], most_pairs)
-        sums = {name: jnp.sum(jnp.where(is_pair, x, 0), dtype=jnp.float32) for name, x in values.items()}
+        sums = pairs.sum_over_pairs(values, pairs.has_pair(batch["segment_ids"], most_pairs))
         return sums["loss"], Parts(sums, {})
 
     plain = pretrain.make_objective(config.model, config.compute)
     return Objective(
         loss=loss,
-        weight=lambda batch: jnp.sum(jax.vmap(count_pairs)(batch["segment_ids"])),
+        weight=lambda batch: pairs.count_pairs(batch, most_pairs),
         metrics=lambda parts: mean_metrics(parts, options.beta),
         norms=plain.norms,
-        summary=lambda metrics: (
-            f"loss {metrics['loss']:.4f}, accuracy {metrics['accuracy']:.1%}, reward {metrics['chosen_reward']:.3f} "
-            f"chosen, {metrics['rejected_reward']:.3f} rejected"
-        ),
+        summary=pairs.summarize_pairs,
     )
 
 
 def mean_metrics(parts: Parts, beta: float) -> dict[str, Array]:
-    """Sums over pairs -> means over pairs; a reward is beta times how much more likely the policy makes an answer than
-    the reference, `chosen_log_ratio` and `reference_distance` are means over tokens."""
+    """Sums over pairs -> metrics: means over pairs, but `chosen_log_ratio` and `reference_distance` are means over
+    tokens. A reward is beta * (log-probability of the policy - that of the reference)."""
     sums = dict(parts.sums)
     pairs = sums.pop("pairs")
     total = jnp.maximum(pairs, 1.0)

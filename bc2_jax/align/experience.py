@@ -1,13 +1,11 @@
-"""The batches of reinforcement learning: answers are sampled, scored and laid out for the updates of an iteration.
+"""The batches of reinforcement learning: rollouts are sampled, scored and laid out for the updates of an iteration.
 
-The answers to a prompt, and all that follows, depend only on the seed, the number of the iteration and the trained
-parameters. Checkpoints are therefore between two iterations: one that was interrupted is done again from its start and
-gives the same bits, so that no part of it has to be saved.
+An iteration depends only on the seed, its number and the trained parameters. Checkpoints are between two iterations: an
+interrupted one is repeated from its start with the same bits, so no part of a rollout is saved.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,27 +16,15 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding
 
+from bc2_jax.align import shaping
 from bc2_jax.align.actor_critic import Held, Models, Programs
 from bc2_jax.align.experience_checks import Checks
+from bc2_jax.align.formats import write_records
 from bc2_jax.align.prompts import Prompt, PromptSet, prompts_of
 from bc2_jax.align.reward_functions import RewardFunction
-from bc2_jax.align.shaping import (
-    COEFFICIENT,
-    OLD,
-    REFERENCE,
-    UPDATE,
-    VALUE,
-    RunningScores,
-    adapt,
-    coefficient_of,
-    fields_of,
-    measure,
-    shape,
-)
 from bc2_jax.config import RLConfig
 from bc2_jax.data.batch import FIELDS, IGNORED, Batch, Rows
 from bc2_jax.data.row_batches import BATCHES_KEPT, Stretch, merge, row_of_step, save_batch
-from bc2_jax.files import replaced
 from bc2_jax.infer import engine
 from bc2_jax.infer.generate import Continuation
 from bc2_jax.infer.refill import RefillStats, Stopped, continue_many
@@ -50,28 +36,28 @@ from bc2_jax.train.job import BatchError, TrainState
 from bc2_jax.train.loop import Start
 
 FOLDER = "rollouts"
-"""In the workdir: step_N.jsonl of answers with their scores."""
+"""Folder in the workdir, with step_N.jsonl of answers and their scores."""
 
 
 class Answers(NamedTuple):
-    """The answers of an iteration, N, those to one prompt side by side."""
+    """The N answers of an iteration; those to one prompt are consecutive."""
 
     prompts: list[Prompt]
     texts: list[str]
     rows: Rows
-    """FIELDS, int32 [N, T]: prompt and answer from the left, the labels those of the answer alone, its eos included."""
+    """FIELDS, int32 [N, T]: prompt and answer, left-aligned; labels only of the answer, its eos included."""
     sampled: np.ndarray
-    """fp32 [N, T]: the sampler's log-probabilities, beside the labels."""
+    """fp32 [N, T]: the sampler's log-probabilities of the labels."""
     last: np.ndarray
-    """int [N]: the position of the last token."""
+    """int [N]: position of the last token."""
     tokens: np.ndarray
-    """int [N]: of the answer."""
+    """int [N]: length of the answer."""
     cut: np.ndarray
-    """bool [N]: not ended by an eos."""
+    """bool [N]: not ended by eos."""
 
     @property
     def mask(self) -> np.ndarray:
-        """bool [N, T]: where a token of the answer is the label."""
+        """bool [N, T]: whether the label is a token of the answer."""
         return self.rows["labels"] != IGNORED
 
 
@@ -79,7 +65,7 @@ def lay_out(
     prompts: Sequence[Prompt], ids: Sequence[Sequence[int]], found: Sequence[Continuation], texts: list[str],
     length: int,
 ) -> Answers:  # fmt: skip
-    """The answers `found` to prompts of the tokens `ids` as rows of `length`."""
+    """Lays out the answers `found` to prompts with tokens `ids` as rows of `length`."""
     shape = len(ids), length
     rows = {name: np.zeros(shape, np.int32) for name in FIELDS}
     rows["labels"][:] = IGNORED
@@ -99,15 +85,15 @@ def lay_out(
 
 
 class Scores(NamedTuple):
-    """Of the answers of an iteration, fp32 [N]."""
+    """Scores of the answers of an iteration, fp32 [N]."""
 
     parts: dict[str, np.ndarray]
-    """By what gave them: the reward model ("model"), a function by its name, "cut"."""
+    """By source: "model" (the reward model), names of reward functions, "cut"."""
     total: np.ndarray
 
 
 class Rollouts:
-    """`Batches` of `bc2_jax.train.job`: the batch of a step is the experience for all updates of an iteration."""
+    """`train.job.Batches`: the batch of a step is the experience for all updates of an iteration."""
 
     def __init__(
         self, config: RLConfig, start: Start, prompts: PromptSet, tokenizer: Tokenizer, models: Models,
@@ -117,7 +103,7 @@ class Rollouts:
         self._models, self._programs, self._held, self._frozen = models, programs, held, frozen
         self._functions = short_names(functions)
         self._checks = Checks(config, start.say)
-        self._scores = RunningScores()
+        self._scores = shaping.RunningScores()
         self._coefficient = config.ppo.kl_start
         self._windows: list[tuple[int, int]] = []
         self._next = 0
@@ -128,15 +114,15 @@ class Rollouts:
 
     def next(self, step: int, state: TrainState) -> Batch | None:
         try:
-            with jax.transfer_guard("allow"):  # the loop forbids what is not said to be meant; all of this is
+            with jax.transfer_guard("allow"):  # the loop forbids implicit transfers
                 return self._make(step, state)
         except Stopped:
             return None
-        except (ValueError, ArithmeticError) as error:  # every process has it: of a reward, or of the checks
+        except (ValueError, ArithmeticError) as error:  # of a reward or a check, on every process
             raise BatchError(str(error)) from error
 
     def position(self) -> dict[str, Any]:
-        """The next iteration, the skipped ones, and what depends on the iterations before."""
+        """The next iteration, the skipped ones, and running values."""
         return {
             "iteration": self._next, "skipped_iterations": [list(window) for window in self._windows],
             "kl_coefficient": self._coefficient, "scores": self._scores.state(), "checks": self._checks.state(),
@@ -145,7 +131,7 @@ class Rollouts:
     def seek(self, position: dict[str, Any]) -> None:
         self._next, self._coefficient = position["iteration"], position["kl_coefficient"]
         self._windows = merge([*self._windows, *((first, stop) for first, stop in position["skipped_iterations"])])
-        self._scores = RunningScores(*position["scores"])
+        self._scores = shaping.RunningScores(*position["scores"])
         self._checks = self._checks.with_state(position["checks"])
         self._recent.clear()
 
@@ -158,7 +144,7 @@ class Rollouts:
         return dict(self._metrics.get(step, {}))
 
     def save(self, step: int, folder: Path, about: dict[str, Any]) -> Path | None:
-        """Writes FOLDER/bad_batch_step_STEP.npz: the answers and all that was made of them, once for all processes."""
+        """Writes FOLDER/bad_batch_step_STEP.npz, the answers with their experience, on the first process."""
         if step not in self._recent or jax.process_index() != 0:
             return None
         return save_batch(folder, step, self._recent[step], about)
@@ -172,7 +158,7 @@ class Rollouts:
     # -------------------------------------------------------------------------------------------------- experience
 
     def _make(self, step: int, state: TrainState) -> Batch:
-        """The batch of a step. Nothing of the object changes before the very end, as the run may be stopped."""
+        """The batch of a step. The object only changes at the very end, as the run may be stopped before."""
         ppo, clock = self._config.ppo, time.perf_counter
         begin = clock()
         iteration = self._iteration(step)
@@ -184,16 +170,16 @@ class Rollouts:
         learned = running.normalized(scores.total) if ppo.normalize_rewards else scores.total
         self._check_progress(f"the scores of step {step}")
         found = self._forward(state, placed)
-        coefficient = coefficient_of(ppo, iteration, self._coefficient)
-        fields, shaped = shape(ppo, answers.mask, answers.last, answers.cut, found, learned, coefficient)
-        metrics = shaped | measure(ppo, answers, scores, found) | _rollout_metrics(stats, answers)
+        coefficient = shaping.coefficient_of(ppo, iteration, self._coefficient)
+        fields, shaped = shaping.shape(ppo, answers.mask, answers.last, answers.cut, found, learned, coefficient)
+        metrics = shaped | shaping.measure(ppo, answers, scores, found) | _rollout_metrics(stats, answers)
         metrics["kl_coefficient"] = coefficient
         metrics |= {"rollout_seconds": sampled - begin, "scoring_seconds": clock() - sampled, "iteration": iteration}
         self._check_progress(f"the log-probabilities of step {step}")
         checks = self._checks.updated(step, metrics)
-        # Past this point the run is not stopped until the batch is made.
+        # From here on the run is not stopped until the batch is made.
         self._checks, self._scores, self._next = checks, running, iteration + 1
-        self._coefficient = adapt(ppo, coefficient, metrics["kl_per_answer"])
+        self._coefficient = shaping.adapt(ppo, coefficient, metrics["kl_per_answer"])
         self._metrics[step] = {name: float(value) for name, value in metrics.items()}
         self._recent[step] = answers.rows | fields
         for kept in (self._metrics, self._recent):
@@ -207,13 +193,13 @@ class Rollouts:
             raise Stopped
 
     def _roll_out(self, iteration: int, step: int, state: TrainState) -> tuple[Answers, RefillStats]:
-        """Answers of the actor. Its copy for decoding exists only meanwhile."""
+        """Samples the answers of the actor, whose copy for decoding exists only here."""
         config, ppo = self._config, self._config.ppo
         which = prompts_of(iteration, len(self._prompts.ids), ppo.prompts_per_step, config.seed)
         which = [index for index in which for _ in range(ppo.answers_per_prompt)]
         ids = [self._prompts.ids[index] for index in which]
         seed = int(np.random.SeedSequence((config.seed, iteration)).generate_state(1)[0])
-        # No filter and no temperature: the ratios of the updates are of the distribution that was sampled from.
+        # No filter and no temperature: the updates need probabilities of the sampled distribution.
         settings = Settings(
             ppo.max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, seed=seed,
             vocab_size=self._tokenizer.vocab_size,
@@ -229,7 +215,7 @@ class Rollouts:
         return lay_out([self._prompts.prompts[i] for i in which], ids, found, texts, ppo.row_tokens), stats
 
     def _score(self, answers: Answers, placed: Batch) -> Scores:
-        """The scores of whole answers. Raises ArithmeticError for a reward that is not finite in fp32."""
+        """Scores whole answers. Raises ArithmeticError for a reward that is not finite in fp32."""
         ppo, parts = self._config.ppo, {}
         if self._held.reward is not None:
             values = self._whole(self._programs.rewards(self._held.reward, placed))
@@ -242,13 +228,13 @@ class Rollouts:
         return add_up(parts)
 
     def _forward(self, state: TrainState, placed: Batch) -> dict[str, np.ndarray]:
-        """fp32 [N, T]: log-probabilities of the actor, as the updates compute them, and of the reference; values."""
+        """fp32 [N, T]: log-probabilities of the actor (as in the updates) and of the reference; values."""
         found = {
-            OLD: self._programs.log_probs(state.params, self._frozen, placed),
-            REFERENCE: self._programs.reference(self._held.reference, placed),
+            shaping.OLD: self._programs.log_probs(state.params, self._frozen, placed),
+            shaping.REFERENCE: self._programs.reference(self._held.reference, placed),
         }
         if self._config.ppo.has_critic:
-            found[VALUE] = self._programs.values(state.params, self._frozen, placed)
+            found[shaping.VALUE] = self._programs.values(state.params, self._frozen, placed)
         return {name: self._whole(x) for name, x in found.items()}
 
     def _whole(self, x_CBT: Array) -> np.ndarray:
@@ -257,26 +243,26 @@ class Rollouts:
     # ------------------------------------------------------------------------------------------------------ arrays
 
     def _place_rows(self, rows: Rows) -> Batch:
-        """Rows [N, T] in their order as [N / B, B, T] on the mesh."""
+        """Places rows [N, T] on the mesh as [N / B, B, T]."""
         return {name: self._place(x.reshape(-1, self._config.ppo.micro_rows, x.shape[-1])) for name, x in rows.items()}
 
     def _lay_out_updates(self, fields: Mapping[str, np.ndarray], iteration: int, coefficient: float) -> Batch:
-        """The batch [U * A, B, T]: in each epoch all answers, in an order of its own."""
+        """The batch [U * A, B, T]: in each epoch all answers in another order."""
         ppo = self._config.ppo
         orders = [
             np.random.default_rng((self._config.seed, iteration, epoch)).permutation(ppo.answers)
             for epoch in range(ppo.epochs)
         ]
         order = np.concatenate(orders)
-        names = (*FIELDS, *fields_of(ppo))
+        names = (*FIELDS, *shaping.fields_of(ppo))
         batch = self._place_rows({name: fields[name][order] for name in names})
         update = np.repeat(np.arange(ppo.updates, dtype=np.int32), ppo.accumulation_steps)
-        batch[UPDATE] = self._place(update)
-        batch[COEFFICIENT] = self._place(np.full(len(update), coefficient, np.float32))
+        batch[shaping.UPDATE] = self._place(update)
+        batch[shaping.COEFFICIENT] = self._place(np.full(len(update), coefficient, np.float32))
         return batch
 
     def _place(self, x: np.ndarray) -> Array:
-        """On the mesh; every process has all of it."""
+        """Places an array that every process has on the mesh."""
         axes = (None,) if x.ndim == 1 else (None, "batch", "sequence")
         sharding = NamedSharding(self._start.mesh, spec(*axes))
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
@@ -286,20 +272,17 @@ class Rollouts:
         if not every or (step - 1) % every or jax.process_index() != 0:
             return
         with self._start.expendable.attempt("rollouts"):
-            path = self._start.workdir / FOLDER / f"step_{step}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lines = []
+            records = []
             for row, (prompt, text) in enumerate(zip(answers.prompts, answers.texts, strict=True)):
                 parts = {name: round(float(part[row]), 6) for name, part in scores.parts.items()}
                 record = {"messages": prompt.messages, "answer": text, "tokens": int(answers.tokens[row])}
                 record |= {"cut": bool(answers.cut[row]), "score": round(float(scores.total[row]), 6), "parts": parts}
-                lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-            with replaced(path) as partial:
-                partial.write_text("".join(lines), encoding="utf-8")
+                records.append(record)
+            write_records(self._start.workdir / FOLDER / f"step_{step}.jsonl", records)
 
 
 def add_up(parts: Mapping[str, np.ndarray]) -> Scores:
-    """The scores that parts [N] give together. Raises ArithmeticError if a part or a sum is not finite in fp32."""
+    """Adds up parts [N]. Raises ArithmeticError if a part or a sum is not finite in fp32."""
     total = np.sum([part.astype(np.float64) for part in parts.values()], axis=0)
     for name, part in (*parts.items(), (f"sum ({' + '.join(parts)})", total)):
         wrong = part[~(np.abs(part) <= np.finfo(np.float32).max)]
@@ -312,7 +295,7 @@ def add_up(parts: Mapping[str, np.ndarray]) -> Scores:
 
 
 def short_names(functions: Sequence[RewardFunction]) -> dict[str, RewardFunction]:
-    """Reward functions by the name of the function alone, with their number added where that name is taken."""
+    """Reward functions by their short name, with a number added if that is taken."""
     named: dict[str, RewardFunction] = {}
     for number, function in enumerate(functions):
         short = function.name.rpartition(":")[2]

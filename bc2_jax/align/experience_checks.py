@@ -1,4 +1,4 @@
-"""Checks that stop a run of reinforcement learning that is broken, or that has nothing left to learn from."""
+"""Checks that stop reinforcement learning if it is broken or has nothing left to learn from."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 from bc2_jax.config import RLConfig
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.03}
-"""By compute dtype: mean distance of log-probabilities that differ by rounding alone, nats a token."""
+"""By compute dtype: largest mean difference, nats a token, of log-probabilities that differ only by rounding."""
 SAMPLER_TOLERANCES = {"float32": 1e-3, "bfloat16": 0.1}
-"""The same between decoding and the training forward pass: other programs, in another layout."""
+"""The same between decoding and the training forward pass, which are different programs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Checks:
-    """Looks at each iteration before anything is learned from it."""
+    """Checks each iteration before its updates."""
 
     config: RLConfig
     say: Callable[[str], None] = dataclasses.field(compare=False)
     without_eos: int = 0
     """Iterations in a row in which no answer ended."""
     without_contrast: int = 0
-    """Iterations in a row in which all scores that are compared were equal."""
+    """Iterations in a row in which all compared scores were equal."""
 
     def state(self) -> dict[str, int]:
         """For the checkpoint."""
@@ -34,12 +34,12 @@ class Checks:
         return dataclasses.replace(self, **state)
 
     def updated(self, step: int, metrics: dict[str, float]) -> Checks:
-        """After the iteration of a step with these metrics. Raises ArithmeticError if the run is to stop."""
+        """The counts after an iteration with these metrics. Raises ArithmeticError to stop the run."""
         dtype = self.config.compute.dtype
-        if not -1e-9 <= metrics["kl_k3"] < math.inf:  # nor NaN
+        if not -1e-9 <= metrics["kl_k3"] < math.inf:  # false for NaN too
             raise ArithmeticError(
                 f"step {step}: the KL to the reference (k3) is {metrics['kl_k3']}: it must be finite and not negative, "
-                "so the log-probabilities of actor or reference are wrong; nothing was learned from this iteration."
+                "so log-probabilities of actor or reference are wrong; nothing was learned from this iteration."
             )
         distance = metrics["reference_distance"]
         if step == 1 and distance > TOLERANCES[dtype]:
@@ -60,7 +60,7 @@ class Checks:
         self._count(step, without_eos, f"no answer ended: no eos was sampled within {most} tokens", (
             "the chat model does not end its answers, or ppo.max_new_tokens is too small"))  # fmt: skip
         self._count(step, without_contrast, "all scores that are compared are equal", (
-            "nothing is left to learn: the prompts are too easy or too hard, or the reward does not tell answers apart"
+            "nothing is left to learn: the prompts are too easy or too hard, or the reward does not distinguish answers"
         ))  # fmt: skip
         return dataclasses.replace(self, without_eos=without_eos, without_contrast=without_contrast)
 
@@ -76,12 +76,11 @@ class Checks:
 
 
 def check_ratio(config: RLConfig, step: int, metrics: dict[str, float]) -> None:
-    """Before the first update of an iteration the ratio of new and old probability is 1. Raises ArithmeticError if the
-    update itself computes other probabilities than those that were computed before it."""
+    """Raises ArithmeticError if the ratio of new and old probability is not 1 in the first update of an iteration."""
     distance, dtype = metrics["first_log_ratio"], config.compute.dtype
     if distance > TOLERANCES[dtype]:
         raise ArithmeticError(
             f"step {step}: in its first update the ratio of new and old probability is not 1: the log-probabilities "
-            f"differ by {distance:.2g} nats a token from those that were computed after the rollout (with "
+            f"differ by {distance:.2g} nats a token from those computed after the rollout (with "
             f"compute.dtype {dtype} at most {TOLERANCES[dtype]:g}); the step is not saved."
         )

@@ -1,32 +1,35 @@
-r"""Conversations of files, in every common format, told apart by the shape of each record.
+r"""Reads conversations, preference pairs and prompts from files in all common formats, recognised by their fields.
 
     released, ShareGPT     conversations: [{from: human | gpt | system, value}], or a system text beside them
     OpenAI messages        messages: [{role: system | user | assistant, content}]; content a text, or a list of such
     Alpaca                 instruction, output, and perhaps input, system, history: [[question, answer]]
     prompt-completion      prompt, completion; each a text or messages
     preference             chosen, rejected, and the prompt: as a field (text, messages or one of the above), or
-                           repeated by both, as messages or as text with "\n\nHuman:" and "\n\nAssistant:"; how
-                           much better one is as `margin`, or as score_chosen and score_rejected
+                           repeated by both, as messages or as text with "\n\nHuman:" and "\n\nAssistant:"; the margin
+                           as `margin`, or as score_chosen and score_rejected
 
-A prompt alone (`read_prompt`) is any of these up to its last answer, if it has one; a `prompt` (text or messages); an
-`instruction`; a text in a field `question`, `problem` or `query`; or a text in the place of a record.
+A prompt (`read_prompt`) is any of these without its last answer; a `prompt` (text or messages); an `instruction`; a
+text in a field `question`, `problem` or `query`; or a text in place of a record.
 
-A field that is null is not there. Other fields are left aside, unless they say that the record means something else:
-tools, pictures, answers marked as bad. What can't be used becomes an `Invalid` with its file and line.
+A field that is null counts as missing. Other fields are ignored, unless they change the meaning of the record: tools,
+pictures, answers marked as bad. An unusable record becomes an `Invalid` with its file and line.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from bc2_jax.align.chat import Message, find_problem
 from bc2_jax.data.records import Invalid, read_records
 from bc2_jax.data.text_files import TextFile, TextFiles, find_text_files, printable
+from bc2_jax.files import replaced
 from bc2_jax.validation import choices, show
 
 LEGAL_FILES = ".jsonl, .ndjson or .json, each plain, .zst or .gz, and .parquet"
@@ -36,17 +39,17 @@ LEGAL_SHAPES = (
 )
 _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 _TOOL_ROLES = ("tool", "function", "function_call", "function_response", "observation", "ipython")
-# What a conversation in text can't show: without it the answers are to something else.
+# Context that text can't show, but that the answers depend on.
 _TOOLS = ("tools", "functions", "tool_calls", "function_call")
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
-# Marks of single messages: other values than these say that an answer is not to be learned.
+# Weights of single messages: any value but 1 means that an answer is not to be learned.
 _WEIGHTS = ("weight", "train", "loss")
 _TOOLS_FOUND = "tools, for which Baichuan 2 has no role"
-# By one of these a record is known.
+# Every record has one of these.
 _FIELDS = {"messages", "conversations", "chosen", "prompt", "instruction"}
-# Texts that ask, beside those.
+# Further fields with a question.
 _QUESTIONS = ("question", "problem", "query")
-# Those that hold the messages of a preference pair.
+# Fields with the messages of a preference pair.
 _OF_A_PAIR = {
     "chosen", "rejected", "prompt", "messages", "conversations", "instruction", "input", "output", "history", "system"
 }  # fmt: skip
@@ -56,45 +59,53 @@ _TURN = re.compile(r"(?:^|\n\n)\s*(Human|Assistant):")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sample:
-    """A conversation to train on: `check_messages` finds nothing wrong with it."""
+    """A valid conversation to train on (`check_messages`), or a preference pair."""
 
     messages: list[Message]
-    """Of a preference pair, with the chosen answer."""
+    """Of a preference pair, the prompt and the chosen answer."""
     where: str
     """File and line or row, from 1."""
     format: str
     rejected: list[Message] | None = None
-    """Of a preference pair: the messages that the other answer has in place of messages[shared:]."""
+    """Of a preference pair: the rejected answer, in place of messages[shared:]."""
     shared: int = 0
-    """Of a preference pair: how many messages both answers follow."""
+    """Of a preference pair: number of messages of the prompt."""
     cut: bool = False
-    """Whether a last user message was left out because it has no answer."""
+    """Whether a last user message without an answer was left out."""
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Of a preference pair: the fields of the record besides those that hold the messages."""
+    """Of a preference pair: the fields of the record that do not hold messages."""
     margin: float | None = None
-    """Of a preference pair from `as_pair`: by how much the chosen answer is better, if the record says."""
+    """Of a preference pair from `as_pair`: by how much the chosen answer is better, if known."""
 
 
 class _Unusable(Exception):
-    """Why a record cannot be used as a sample. `kind` is the same for all records with the same fault."""
+    """Why a record is unusable; `kind` is the same for all records with the same fault."""
 
     def __init__(self, kind: str, detail: str = "") -> None:
         super().__init__(kind + (f" ({detail})" if detail else ""))
 
 
+def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Writes records as JSON Lines, atomically, and creates the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replaced(path) as partial:
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        partial.write_text("".join(lines), encoding="utf-8")
+
+
 def find_files(paths: Sequence[str | os.PathLike[str]], field: str = "DATA") -> TextFiles:
-    """The files of conversations among and below `paths`; raises as `find_text_files`, naming `field`."""
+    """Files of conversations in `paths` (files or folders); raises as `find_text_files`, naming `field`."""
     return find_text_files(paths, field, ("jsonl", "parquet"), LEGAL_FILES)
 
 
 def read_samples(paths: Sequence[str | os.PathLike[str]], field: str = "DATA") -> Iterator[Sample | Invalid]:
-    """The samples of all files of conversations among and below `paths`, in order."""
+    """The samples of all files of conversations in `paths` (files or folders), in order."""
     for file in find_files(paths, field).files:
         yield from read_file(file)
 
 
 def read_file(file: TextFile) -> Iterator[Sample | Invalid]:
-    """The samples of one file in order; nothing in it stops the reading of what follows."""
+    """The samples of one file, in order; an unusable record does not stop the reading."""
     for record in read_records(file.path, printable(file.path)):
         if isinstance(record, Invalid):
             yield record
@@ -103,13 +114,16 @@ def read_file(file: TextFile) -> Iterator[Sample | Invalid]:
 
 
 def read_record(value: Any, where: str) -> Iterator[Sample | Invalid]:
-    """The sample of a record; several of an object that only holds a list of records."""
+    """The sample of a record, or those of an object that only wraps a list of records."""
     for item, its_place in inner_records(value, where):
-        yield _read_one(item, its_place)
+        try:
+            yield _sample(item, its_place)
+        except _Unusable as error:
+            yield Invalid(str(error), its_place)
 
 
 def inner_records(value: Any, where: str) -> Iterator[tuple[Any, str]]:
-    """A record and its place; those of an object that only holds a list of records."""
+    """A record and its place, or those of an object that only wraps a list of records."""
     inner = _inner_list(value)
     if inner is None:
         yield value, where
@@ -120,9 +134,9 @@ def inner_records(value: Any, where: str) -> Iterator[tuple[Any, str]]:
 
 
 def read_prompt(value: Any, where: str) -> list[Message] | Invalid:
-    """What a record asks: its messages without the answer that it may have to the last of them.
+    """The messages of a record without a last answer.
 
-    The last message is the user's; of a `prompt` it may be the beginning of an answer.
+    The last message is the user's; that of a `prompt` may be the beginning of an answer.
     """
     try:
         return _prompt(value)
@@ -130,18 +144,11 @@ def read_prompt(value: Any, where: str) -> list[Message] | Invalid:
         return Invalid(str(error), where)
 
 
-def _read_one(value: Any, where: str) -> Sample | Invalid:
-    try:
-        return _sample(value, where)
-    except _Unusable as error:
-        return Invalid(str(error), where)
-
-
 def _record(value: Any) -> dict[str, Any]:
-    """The fields that an object has; what it needs must be no more than text."""
+    """The fields of an object that are not null. Raises _Unusable for tools and media."""
     if not isinstance(value, Mapping):
         raise _Unusable("no object", show(value))
-    record = _present(value)
+    record = {field: item for field, item in value.items() if item is not None}
     for fields, kind in ((_TOOLS, _TOOLS_FOUND), (_MEDIA, "pictures, sound or video, which Baichuan 2 does not take")):
         if field := next((field for field in fields if _holds_any(record.get(field))), None):
             raise _Unusable(kind, f"field {field!r}")
@@ -156,38 +163,32 @@ def _sample(value: Any, where: str) -> Sample:
     if found is None:
         kind = "no answer at all" if record.keys() & {"prompt", "instruction"} else "unknown shape"
         raise _Unusable(kind, f"its fields are {choices(record) or 'none'}; legal are {LEGAL_SHAPES}")
-    messages = _normalise(found.messages, record)
+    form, messages = found
+    messages = _normalise(messages, record)
     roles = [message["role"] for message in messages]
     if "user" in roles and "assistant" not in roles:
         raise _Unusable("no answer at all")
     cut = roles[-2:] == ["assistant", "user"]
     messages = messages[:-1] if cut else messages
     _check(messages)
-    return Sample(messages, where, found.format, cut=cut)
+    return Sample(messages, where, form, cut=cut)
 
 
-class _Found(NamedTuple):
-    """What a record holds, before it was checked."""
-
-    format: str
-    messages: list[Message]
+# ------------------------------------------------------------------------- readers: fields -> (format, raw messages)
 
 
-# ----------------------------------------------------------------------------------------------- one reader for a shape
-
-
-def _dialogue(record: Mapping[str, Any]) -> _Found | None:
+def _dialogue(record: Mapping[str, Any]) -> tuple[str, list[Message]] | None:
     field = next((field for field in ("messages", "conversations") if field in record), None)
     if field is None:
         return None
     messages = _messages(record[field], field)
     if not any(isinstance(item, dict) and item.get("from") is not None for item in record[field]):
-        return _Found("OpenAI messages", messages)
+        return "OpenAI messages", messages
     has_system = "system" in record or any(message["role"] == "system" for message in messages)
-    return _Found("ShareGPT" if has_system else "released", messages)
+    return ("ShareGPT" if has_system else "released"), messages
 
 
-def _completion(record: Mapping[str, Any]) -> _Found | None:
+def _completion(record: Mapping[str, Any]) -> tuple[str, list[Message]] | None:
     if not record.keys() >= {"prompt", "completion"}:
         return None
     if record.get("label") in (False, 0):
@@ -195,19 +196,19 @@ def _completion(record: Mapping[str, Any]) -> _Found | None:
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         if _has_turns(prompt):
-            return _Found("prompt-completion (text)", _turns(prompt + completion))
-        return _Found("prompt-completion (text)", [_user(prompt), _assistant(completion)])
-    return _Found("prompt-completion (messages)", _messages(prompt, "prompt") + _messages(completion, "completion"))
+            return "prompt-completion (text)", _turns(prompt + completion)
+        return "prompt-completion (text)", [_user(prompt), _assistant(completion)]
+    return "prompt-completion (messages)", _messages(prompt, "prompt") + _messages(completion, "completion")
 
 
-def _alpaca(record: Mapping[str, Any]) -> _Found | None:
+def _alpaca(record: Mapping[str, Any]) -> tuple[str, list[Message]] | None:
     if not record.keys() >= {"instruction", "output"}:
         return None
-    return _Found("Alpaca", [*_instruction(record), _assistant(record["output"])])
+    return "Alpaca", [*_instruction(record), _assistant(record["output"])]
 
 
 def _instruction(record: Mapping[str, Any]) -> list[Message]:
-    """History and question of a record of Alpaca."""
+    """History and question of an Alpaca record."""
     history = record.get("history", [])
     legal = isinstance(history, Sequence) and not isinstance(history, str)
     if not legal or not all(isinstance(turn, Sequence) and len(turn) == 2 for turn in history):
@@ -222,17 +223,15 @@ def _instruction(record: Mapping[str, Any]) -> list[Message]:
 
 def _pair(record: Mapping[str, Any], where: str) -> Sample:
     answers = [record["chosen"], record["rejected"]]
-    if all(isinstance(answer, str) for answer in answers):
+    form = "text" if all(isinstance(answer, str) for answer in answers) else "messages"
+    if form == "text":
         prompt = record.get("prompt", "")
         if isinstance(prompt, str) and all(_has_turns(prompt + answer) for answer in answers):
-            form, (chosen, rejected) = "text", [_turns(prompt + answer) for answer in answers]
+            chosen, rejected = (_turns(prompt + answer) for answer in answers)
         else:
-            form, (chosen, rejected) = "text", [[*_question(record), _assistant(answer)] for answer in answers]
+            chosen, rejected = ([*_question(record), _assistant(answer)] for answer in answers)
     else:
-        form, (chosen, rejected) = (
-            "messages",
-            [_messages(answer, name) for name, answer in zip(("chosen", "rejected"), answers, strict=True)],
-        )
+        chosen, rejected = _messages(answers[0], "chosen"), _messages(answers[1], "rejected")
         if all(answer and answer[0]["role"] == "assistant" for answer in (chosen, rejected)):
             question = _question(record)
             chosen, rejected = [*question, *chosen], [*question, *rejected]
@@ -250,16 +249,16 @@ def _pair(record: Mapping[str, Any], where: str) -> Sample:
 
 
 def _question(record: Mapping[str, Any]) -> list[Message]:
-    """What both answers of a preference pair follow, where they do not repeat it."""
+    """The prompt of a preference pair whose answers do not repeat it."""
     prompt = record.get("prompt")
     if isinstance(prompt, str):
         turns = _turns(prompt) if _has_turns(prompt) else [_user(prompt)]
-        # Text that ends in "Assistant:" has an answer there that is still to come.
+        # The answer follows text that ends in "Assistant:".
         return turns[:-1] if turns[-1] == _assistant("") else turns
     if prompt is not None:
         return _messages(prompt, "prompt")
     if found := _dialogue(record):
-        return found.messages
+        return found[1]
     if "instruction" in record:
         return _instruction(record)
     raise _Unusable("chosen and rejected without a prompt", f"the fields are {choices(record)}")
@@ -270,7 +269,7 @@ def _prompt(value: Any) -> list[Message]:
     if record.get("prompt") is not None or "instruction" in record:
         messages, has_answer = _question(record), False
     elif found := _dialogue(record):
-        messages, has_answer = found.messages, True
+        messages, has_answer = found[1], True
     elif "chosen" in record:
         chosen = record["chosen"]
         messages = _turns(chosen) if isinstance(chosen, str) else _messages(chosen, "chosen")
@@ -292,11 +291,6 @@ def _prompt(value: Any) -> list[Message]:
 # --------------------------------------------------------------------------------------------------------------- pieces
 
 
-def _present(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Tables have every field in every row, with null where a row has none."""
-    return {field: value for field, value in record.items() if value is not None}
-
-
 def _holds_any(value: Any) -> bool:
     return value.strip() not in ("", "[]", "{}", "null", "None") if isinstance(value, str) else bool(value)
 
@@ -310,7 +304,7 @@ def _assistant(content: Any) -> Message:
 
 
 def _messages(value: Any, field: str) -> list[Message]:
-    """A list of messages, or one, of field `field`."""
+    """The messages of a field: a list, or a single one."""
     items = [value] if isinstance(value, Mapping) else value
     if not isinstance(items, Sequence) or isinstance(items, str):
         raise _Unusable(f"{field} is not a list of messages", show(value))
@@ -320,7 +314,7 @@ def _messages(value: Any, field: str) -> list[Message]:
 def _message(item: Any, name: str) -> Message:
     if not isinstance(item, dict):
         raise _Unusable("a message that is not an object", f"{name} = {show(item)}")
-    item = _present(item)
+    item = {field: value for field, value in item.items() if value is not None}
     role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
     others = item.keys() - _MESSAGE
     if role in _TOOL_ROLES or any(_holds_any(item[field]) for field in others.intersection(_TOOLS)):
@@ -341,19 +335,19 @@ def _message(item: Any, name: str) -> Message:
 
 
 def _has_turns(text: str) -> bool:
-    """Whether text is a whole conversation, as in hh-rlhf."""
+    """Whether text is a whole conversation, with "Human:" and "Assistant:" as in hh-rlhf."""
     return _TURN.match(text) is not None
 
 
 def _turns(text: str) -> list[Message]:
-    """The messages of such text, without the space around them."""
+    """The messages of such a text, stripped."""
     parts = _TURN.split(text)[1:]
     makers = {"Human": _user, "Assistant": _assistant}
     return [makers[name](content.strip()) for name, content in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def _normalise(messages: list[Message], record: Mapping[str, Any]) -> list[Message]:
-    """With the system text that stands beside the messages; blank text counts as none."""
+    """Adds the system text of the record, and empties blank texts."""
     system = record.get("system", "")
     if not isinstance(system, str):
         raise _Unusable("content is not text", f"system = {show(system)}")
@@ -377,7 +371,7 @@ def _check(messages: list[Message], of: str = "") -> None:
 
 
 def _inner_list(value: Any) -> tuple[str, list[Any]] | None:
-    """Name and items of the list in an object that only wraps a list of records; None for a record."""
+    """Field and items of an object that only wraps a list of records; None for any other."""
     if not isinstance(value, Mapping) or value.keys() & _FIELDS.union(_QUESTIONS):
         return None
     lists = [(field, items) for field, items in value.items() if isinstance(items, list)]

@@ -1,4 +1,4 @@
-"""Group relative policy optimization (arXiv 2402.03300): answers to one prompt are compared, and no critic is needed.
+"""Group relative policy optimization (GRPO, arXiv 2402.03300): compares the answers to a prompt, without a critic.
 
 Arrays and masks are those of `bc2_jax.align.ppo`.
 """
@@ -20,10 +20,10 @@ STANDARD_DEVIATION_EPSILON = 1e-4
 def group_advantages(scores: Array, group: int | Array, scale: bool = True) -> Array:
     """fp32 [B]: (score - mean of its group) / (standard deviation of its group + 1e-4).
 
-    `scores` [B] of whole answers, integers too. `group` is the number of consecutive answers to one prompt, or int [B],
-    equal for the answers of one group. The standard deviation divides by the group's size - 1. Without `scale` it is
-    left out, as in Dr. GRPO (arXiv 2503.20783). A group of equal scores, or of one, gives exactly 0. Raises ValueError
-    if the groups do not divide the scores.
+    `scores` [B] are of whole answers. `group` is the number of consecutive answers to one prompt, or int [B], equal
+    within a group. The standard deviation divides by the group's size - 1; without `scale` it is left out, as in Dr.
+    GRPO (arXiv 2503.20783). A group of equal scores, or of one, gives exactly 0. Raises ValueError if `group` does not
+    divide the number of scores.
     """
     s = jnp.asarray(scores).astype(jnp.float32)
     if jnp.ndim(group) == 0:
@@ -34,7 +34,7 @@ def group_advantages(scores: Array, group: int | Array, scale: bool = True) -> A
     group_B = jnp.asarray(group)
     same = group_B[:, None] == group_B[None, :]
     size_B = jnp.sum(same, axis=1, dtype=jnp.float32)
-    # Of differences, not of the mean: of equal scores exactly 0.
+    # By differences, not by the mean: exactly 0 for equal scores.
     deviation_B = jnp.sum(jnp.where(same, s[:, None] - s[None, :], 0), axis=1) / size_B
     if not scale:
         return deviation_B
@@ -57,12 +57,12 @@ def token_loss(
 
 
 def reduce_tokens(loss: Array, mask: Array, reduction: Reduction, max_length: int) -> tuple[Array, Array]:
-    """(sum, weight) of token losses [B, S], fp32 scalars: the loss of a batch is the sum of its parts' sums over the
-    sum of their weights.
+    """(sum, weight) of token losses [B, S], fp32 scalars. The loss of a batch is the sum of all sums over that of all
+    weights.
 
-    grpo: the mean over answers of the mean over each one's tokens (arXiv 2402.03300); answers without tokens do not
-    count. dapo: the mean over all tokens (arXiv 2503.14476). dr_grpo: the sum over tokens / (answers * max_length), so
-    that long answers weigh as much per token as short ones (arXiv 2503.20783).
+    grpo: mean over answers of the mean over tokens (arXiv 2402.03300), without empty answers. dapo: mean over all
+    tokens (arXiv 2503.14476). dr_grpo: sum over tokens / (answers * max_length), so that tokens of long and short
+    answers weigh the same (arXiv 2503.20783).
     """
     mask = jnp.asarray(mask).astype(bool)
     loss = jnp.where(mask, jnp.asarray(loss).astype(jnp.float32), 0)
@@ -74,7 +74,7 @@ def reduce_tokens(loss: Array, mask: Array, reduction: Reduction, max_length: in
 
 
 def weight_of(lengths: Array, reduction: Reduction, max_length: int) -> Array:
-    """The weight of `reduce_tokens`, fp32 scalar, of answers of these lengths, fp32 [...]; 0 is no answer."""
+    """The weight of `reduce_tokens`, fp32 scalar, by the lengths of answers, fp32 [...]; 0 is no answer."""
     if reduction == "dapo":
         return jnp.sum(lengths)
     return jnp.sum(lengths > 0, dtype=jnp.float32) * (1 if reduction == "grpo" else max_length)

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from bc2_jax.convert.peft import load_peft, save_peft
-from bc2_jax.model.lora import Adapter, merge, report_losses
+from bc2_jax.model.lora import Adapter, merge
 
-__all__ = ["Adapter", "load_peft", "merge", "report_losses", "save_peft"]
+__all__ = ["Adapter", "load_peft", "merge", "save_peft"]

@@ -1,12 +1,15 @@
-"""Pairs of answers in a batch: sums, lengths and last values of each answer.
+"""Pairs of answers in a batch: sums, lengths and last values of each answer, and sums over all pairs.
 
 A pair is a document whose branches 1 and 2 are the chosen and the rejected answer. Results are [B, P, 2]: the p-th pair
-of each row, chosen before rejected; 0 where a row has fewer pairs than P, which is the same for all rows. All work on
-any mesh, and exactly: each number is added where it belongs, none is a difference of running sums.
+of each row, chosen before rejected; 0 if a row has fewer than P pairs. They are the same on any mesh, without
+cancellation: no sum is a difference of running sums.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -18,12 +21,9 @@ from bc2_jax.kernels.segments import TRUNK_BITS
 from bc2_jax.sharding import reshard
 from bc2_jax.validation import require
 
-CHOSEN, REJECTED = 0, 1
-"""Places of the answers in the last dimension of results."""
-
 
 def branch_sums(values_BT: Array, batch: Batch, most_pairs: int) -> Array:
-    """fp32 [B, P, 2]: the sum of `values_BT` over the targets of each answer, those where a label is not IGNORED."""
+    """fp32 [B, P, 2]: the sum of `values_BT` over the targets of each answer (labels that are not IGNORED)."""
     targets_BT = jnp.where(batch["labels"] != IGNORED, values_BT.astype(jnp.float32), 0)
     return _sum_each(targets_BT, batch["segment_ids"], most_pairs)
 
@@ -34,16 +34,41 @@ def branch_lengths(batch: Batch, most_pairs: int) -> Array:
 
 
 def branch_last(values_BT: Array, segment_ids_BT: Array, most_pairs: int) -> Array:
-    """fp32 [B, P, 2]: the value at the last token of each answer, which is its eos unless that was cut off."""
+    """fp32 [B, P, 2]: the value at the last token of each answer, its eos unless that was cut off."""
     whole_BT = reshard(segment_ids_BT, "batch", None)  # the next token may be on another device
     is_last_BT = whole_BT != jnp.pad(whole_BT, ((0, 0), (0, 1)))[:, 1:]
     is_last_BT = reshard(is_last_BT, "batch", "sequence")
     return _sum_each(jnp.where(is_last_BT, values_BT.astype(jnp.float32), 0), segment_ids_BT, most_pairs)
 
 
+def split_answers(x_BP2: Array) -> tuple[Array, Array]:
+    """[B, P, 2] -> the values of the chosen and of the rejected answers, [B, P] each."""
+    return x_BP2[..., 0], x_BP2[..., 1]
+
+
 def has_pair(segment_ids_BT: Array, most_pairs: int) -> Array:
-    """bool [B, P]: whether the row has a pair of this number."""
+    """bool [B, P]: whether the row has a p-th pair."""
     return jnp.any(_is_in(segment_ids_BT, most_pairs), axis=1).all(-1)
+
+
+def count_pairs(batch: Batch, most_pairs: int) -> Array:
+    """fp32 scalar: pairs of a whole batch [A, B, T]; `Objective.weight` of losses of pairs."""
+    count = jax.vmap(lambda segment_ids_BT: jnp.sum(has_pair(segment_ids_BT, most_pairs), dtype=jnp.float32))
+    return jnp.sum(count(batch["segment_ids"]))
+
+
+def sum_over_pairs(values: Mapping[str, Array], is_pair_BP: Array) -> dict[str, Array]:
+    """fp32 scalars: sums of `values` [B, P] over the pairs of a micro-batch, and "pairs", their number."""
+    values = {**values, "pairs": jnp.ones(is_pair_BP.shape, jnp.float32)}
+    return {name: jnp.sum(jnp.where(is_pair_BP, x, 0), dtype=jnp.float32) for name, x in values.items()}
+
+
+def summarize_pairs(metrics: Mapping[str, float]) -> str:
+    """`Objective.summary` of losses of pairs."""
+    return (
+        f"loss {metrics['loss']:.4f}, accuracy {metrics['accuracy']:.1%}, reward {metrics['chosen_reward']:.3f} "
+        f"chosen, {metrics['rejected_reward']:.3f} rejected"
+    )
 
 
 def _sum_each(values_BT: Array, segment_ids_BT: Array, most_pairs: int) -> Array:
@@ -57,9 +82,9 @@ def _is_in(segment_ids_BT: Array, most_pairs: int) -> Array:
 
 
 def most_pairs(data: DataConfig) -> int:
-    """Pairs of the row that has most, among all rows of all sources.
+    """Largest number of pairs in a row, over all sources.
 
-    Raises FileNotFoundError or ValueError if a source is not there or has no rows of pairs.
+    Raises FileNotFoundError for a missing source, ValueError for one without rows of pairs.
     """
     found = 0
     for source in data.sources:

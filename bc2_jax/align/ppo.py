@@ -1,9 +1,9 @@
 """Proximal policy optimization (arXiv 1707.06347) of answers token by token, as in InstructGPT (arXiv 2203.02155).
 
-Pure functions of arrays. Token t of an answer is an action: arrays [B, S] hold what belongs to the t-th new token of
-each answer, `mask` [B, S] is 1 (or True) for its real tokens and 0 for padding, on either side or between. Everything
-is computed and returned in fp32, whatever comes in. What stands at padding, NaN and infinities too, changes no value
-and no gradient: it is masked before it is used. Results at padding are 0, and so are means over no token at all.
+Pure functions of arrays. Each token of an answer is an action: arrays [B, S] have a value for each new token, `mask`
+[B, S] is 1 (or True) for real tokens and 0 for padding, anywhere. Everything is computed and returned in fp32. Values
+at padding, even NaN and infinities, change no result and no gradient. Results at padding are 0, and so are means over
+no tokens.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _SMALL = 0.1
 
 
 class KLEstimates(NamedTuple):
-    """Of the KL divergence of the sampling policy from the reference, from one sampled token each (Schulman 2020,
-    "Approximating KL divergence"). Their means over samples of the policy are k1 and k3: the KL, k2: close to it."""
+    """Estimates of the KL divergence of the sampling policy from the reference by one sampled token (Schulman 2020,
+    "Approximating KL divergence"). The means of k1 and k3 over samples of the policy are the KL, k2 is close."""
 
     k1: Array
     """r = log policy - log reference; may be negative."""
@@ -33,14 +33,12 @@ class KLEstimates(NamedTuple):
 
 
 def kl_estimates(old: Array, reference: Array, mask: Array | None = None) -> KLEstimates:
-    """fp32 [B, S] each, from the log-probabilities [B, S] that the policy and the reference give the sampled tokens.
-
-    Differentiable. With a `mask` they are 0 at padding; without, whatever the rubbish there gives.
-    """
+    """fp32 [B, S] each, from log-probabilities [B, S] of the sampled tokens under policy and reference; differentiable.
+    Without a `mask`, padding gives arbitrary values."""
     r = _difference(old, reference, mask)
     small = jnp.abs(r) < _SMALL
     s, large = jnp.where(small, r, 0), jnp.where(small, 1, r)
-    # exp(-r) - 1 + r: its first two terms cancel, and in fp32 little of a small one would be left.
+    # exp(-r) - 1 + r: the first terms cancel, which leaves little of a small r in fp32.
     series = s * s * (1 / 2 - s * (1 / 6 - s * (1 / 24 - s * (1 / 120 - s * (1 / 720 - s / 5040)))))
     return KLEstimates(r, jnp.square(r) / 2, jnp.where(small, series, jnp.expm1(-large) + large))
 
@@ -48,8 +46,7 @@ def kl_estimates(old: Array, reference: Array, mask: Array | None = None) -> KLE
 def shape_rewards(scores: Array, kl: Array, mask: Array, coefficient: Array | float) -> Array:
     """Rewards of each token, fp32 [B, S]: -coefficient * kl, and at an answer's last real token its score as well.
 
-    `scores` [B] of whole answers, integers too; `kl` [B, S] is one of `kl_estimates`. An answer without tokens has no
-    place for its score.
+    `scores` [B] are of whole answers; `kl` [B, S] is one of `kl_estimates`. The score of an empty answer is lost.
     """
     mask = _is_real(mask)
     reward = jnp.where(mask, -_float(coefficient) * _real(kl, mask), 0)
@@ -62,9 +59,8 @@ def advantages(
     """(advantages, returns), fp32 [B, S]: generalized advantage estimation (arXiv 1506.02438).
 
     With t + 1 the next real token: delta_t = rewards_t + gamma * values_(t+1) - values_t and A_t = delta_t + gamma *
-    lam * A_(t+1); returns = A + values, before any whitening. `values` [B, S] are those at the position that predicts
-    each token. Behind the last token there is nothing: value 0, or `bootstrap` [B], the critic's value of an answer
-    that was cut there (0 for those that ended).
+    lam * A_(t+1); returns = A + values, before any whitening. `values` [B, S] are at the position that predicts each
+    token. The value after the last token is 0, or `bootstrap` [B] for answers that were cut.
     """
     mask = _is_real(mask)
     r, v = _real(rewards, mask), _real(values, mask)
@@ -84,9 +80,7 @@ def advantages(
 
 def whiten(x: Array, mask: Array) -> Array:
     """fp32 [B, S]: (x - mean) / sqrt(variance + 1e-8) over all real tokens; the variance divides by their number - 1.
-
-    A single token becomes 0.
-    """
+    A single token becomes 0."""
     mask = _is_real(mask)
     x = _real(x, mask)
     count = jnp.sum(mask, dtype=jnp.float32)
@@ -100,13 +94,14 @@ class TokenLoss(NamedTuple):
 
     loss: Array
     ratio: Array
-    """new / old probability; of values, 0."""
+    """new / old probability; 0 for value losses."""
     clipped: Array
-    """1 where the clipped term is the larger one, and so stops the gradient."""
+    """1 where the clipped term is larger, which stops the gradient."""
 
 
 def policy_token_loss(new: Array, old: Array, advantages: Array, mask: Array, clip: float) -> TokenLoss:
-    """max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)) of each token, ratio = exp(new - old)."""
+    """max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)) of each token, ratio = exp(new - old) (arXiv 1707.06347,
+    equation 7). `new` and `old` [B, S] are log-probabilities under the trained policy and the one that sampled."""
     mask = _is_real(mask)
     advantage = _real(advantages, mask)
     ratio = jnp.exp(_difference(new, old, mask))
@@ -116,22 +111,9 @@ def policy_token_loss(new: Array, old: Array, advantages: Array, mask: Array, cl
     )
 
 
-def policy_loss(new: Array, old: Array, advantages: Array, mask: Array, clip: float) -> Array:
-    """fp32 scalar: the mean of `policy_token_loss` over real tokens (arXiv 1707.06347, equation 7).
-
-    `new` and `old` [B, S] are log-probabilities of the tokens under the policy that is trained and the one that
-    sampled them; `advantages` [B, S]. The gradient is that with respect to `new`.
-    """
-    return token_mean(policy_token_loss(new, old, advantages, mask, clip).loss, mask)
-
-
-def clip_fraction(new: Array, old: Array, advantages: Array, mask: Array, clip: float) -> Array:
-    """fp32 scalar: share of real tokens whose gradient the clip of `policy_loss` stops."""
-    return token_mean(policy_token_loss(new, old, advantages, mask, clip).clipped, mask)
-
-
 def value_token_loss(new: Array, old: Array, returns: Array, mask: Array, clip: float | None) -> TokenLoss:
-    """max((new - R)^2, (clip(new, old - clip, old + clip) - R)^2) / 2 of each token; without a clip, the first."""
+    """max((new - R)^2, (clip(new, old - clip, old + clip) - R)^2) / 2 of each token; without a clip, the first. `new`
+    and `old` [B, S] are values of the trained critic and of the one behind the `returns` [B, S]."""
     mask = _is_real(mask)
     v, target = _real(new, mask), _real(returns, mask)
     plain = jnp.square(v - target)
@@ -142,15 +124,6 @@ def value_token_loss(new: Array, old: Array, returns: Array, mask: Array, clip: 
     return TokenLoss(jnp.maximum(plain, bounded) / 2, jnp.zeros_like(v), (bounded > plain).astype(jnp.float32))
 
 
-def value_loss(new: Array, old: Array, returns: Array, mask: Array, clip: float | None) -> Array:
-    """fp32 scalar: the mean of `value_token_loss` over real tokens.
-
-    `new` and `old` [B, S] are the values of the critic that is trained and of the one that the `returns` [B, S] were
-    estimated with. clip None does not clip.
-    """
-    return token_mean(value_token_loss(new, old, returns, mask, clip).loss, mask)
-
-
 def token_mean(x: Array, mask: Array) -> Array:
     """fp32 scalar: the mean of `x` [B, S] over real tokens, 0 if there are none."""
     mask = _is_real(mask)
@@ -158,8 +131,8 @@ def token_mean(x: Array, mask: Array) -> Array:
 
 
 def explained_variance(values: Array, returns: Array, mask: Array) -> Array:
-    """fp32 scalar: 1 - var(returns - values) / var(returns) over real tokens; 1 is a perfect critic, 0 one that knows
-    the mean alone, below 0 one that is worse. 0 where the returns do not vary."""
+    """fp32 scalar: 1 - var(returns - values) / var(returns) over real tokens: 1 for a perfect critic, 0 for one that
+    only knows the mean, below 0 for a worse one. 0 if the returns are constant."""
     mask = _is_real(mask)
 
     def variance(x: Array) -> Array:
@@ -174,10 +147,10 @@ def explained_variance(values: Array, returns: Array, mask: Array) -> Array:
 
 
 def scheduled_coefficient(shape: str, start: float, end: float, step: int, steps: int) -> float:
-    """The KL coefficient of iteration `step`, from 0: `start` there, `end` at `steps` and after.
+    """The KL coefficient of iteration `step`: `start` at 0, `end` from `steps` on.
 
-    `shape` is geometric (by the same factor at each step), linear or constant (always `start`). The paper gives 0.2 and
-    0.005 alone (section 3.3).
+    `shape` is geometric (the same factor at each step), linear or constant (always `start`). The paper only gives 0.2
+    and 0.005 (section 3.3).
     """
     share = min(step / steps, 1.0) if steps else 1.0
     if shape == "constant":
@@ -188,7 +161,7 @@ def scheduled_coefficient(shape: str, start: float, end: float, step: int, steps
 
 
 def adapted_coefficient(coefficient: float, kl: float, target: float, answers: int, horizon: float) -> float:
-    """The next coefficient of a controller that keeps an answer's KL, the sum over its tokens, at `target` nats.
+    """The next coefficient of a controller that keeps the KL of an answer (sum over tokens) at `target` nats.
 
     coefficient * (1 + clip(kl / target - 1, -0.2, 0.2) * answers / horizon) (arXiv 1909.08593, section 2.2).
     """

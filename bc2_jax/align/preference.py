@@ -1,7 +1,7 @@
-"""Losses of preferences between answers, of each pair: of a policy beside its reference, and of a reward model.
+"""Losses of pairs of answers: of a policy and its reference (DPO and variants), and of a reward model.
 
-Names as in the papers: s is the logistic function, r of an answer how much more likely the policy makes it than the
-reference does (difference of log-probabilities, nats), d = r(chosen) - r(rejected).
+Notation: s is the logistic function, r(answer) = log-probability of the policy - that of the reference, in nats,
+d = r(chosen) - r(rejected).
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from jax.typing import ArrayLike
 from bc2_jax.validation import require
 
 LOSSES = ("sigmoid", "cdpo", "robust", "ipo", "ipo_mean", "hinge", "sigmoid_norm")
-"""Of `dpo_loss`."""
 SMOOTHED = ("cdpo", "robust")
-"""Those that have a label smoothing."""
+"""Losses with label smoothing."""
 PER_TOKEN = ("ipo_mean", "sigmoid_norm")
-"""Those of means over the tokens of each answer: they need lengths."""
+"""Losses of means over the tokens of each answer, which need lengths."""
 
 
 def dpo_loss(
@@ -27,10 +26,10 @@ def dpo_loss(
     loss: str, beta: float, label_smoothing: float = 0, chosen_lengths: ArrayLike | None = None,
     rejected_lengths: ArrayLike | None = None,
 ) -> Array:  # fmt: skip
-    """The loss of each pair, from the log-probabilities of its answers: sums over their tokens, eos included.
+    """The loss of each pair, from the log-probabilities of its answers (sums over tokens, eos included).
 
-    All arrays have one shape, [P] as a rule, and so has the result, in fp32 (fp64 for fp64). With e = label_smoothing
-    and a = r(chosen) / chosen_lengths - r(rejected) / rejected_lengths it is
+    All arrays and the result, fp32 (fp64 for fp64), have one shape, usually [P]. With e = label_smoothing and
+    a = r(chosen) / chosen_lengths - r(rejected) / rejected_lengths the loss is
 
         sigmoid       -log s(beta d)                                            DPO, arXiv 2305.18290
         cdpo          -(1 - e) log s(beta d) - e log s(-beta d)                 conservative DPO, its authors' note
@@ -40,8 +39,8 @@ def dpo_loss(
         hinge         max(0, 1 - beta d)                                        SLiC, arXiv 2305.10425, of d
         sigmoid_norm  -log s(beta a)                                            DPO of means over tokens
 
-    Raises ValueError, naming the argument, for another loss, for one of means without lengths, for beta <= 0, for a
-    label smoothing outside [0, 0.5) or of a loss that has none, and for arrays of different shapes.
+    Raises ValueError, naming the argument, for an unknown loss, missing lengths, beta <= 0, a label smoothing outside
+    [0, 0.5) or for a loss without it, and for arrays of different shapes.
     """
     require(loss in LOSSES, "loss", loss, f"it must be one of {', '.join(LOSSES)}")
     require(beta > 0, "beta", beta, "it must be positive")
@@ -72,8 +71,8 @@ def dpo_loss(
 def reward_loss(chosen: ArrayLike, rejected: ArrayLike, margin: ArrayLike = 0, centring: float = 0) -> Array:
     """-log s(chosen - rejected - margin) + centring (chosen + rejected)^2 of each pair of rewards, [P] in fp32.
 
-    Bradley and Terry's model as in InstructGPT (arXiv 2203.02155), with the margin of LLaMA 2 (arXiv 2307.09288), a
-    number or [P]; centring holds rewards, which are known up to a constant only, around 0 (arXiv 2312.09244). Raises
+    Bradley-Terry model as in InstructGPT (arXiv 2203.02155), with the margin of LLaMA 2 (arXiv 2307.09288), a number or
+    [P]. Centring keeps rewards, which are only determined up to a constant, around 0 (arXiv 2312.09244). Raises
     ValueError for arrays of different shapes and for centring < 0.
     """
     require(centring >= 0, "centring", centring, "it must be at least 0")
@@ -86,10 +85,10 @@ def reward_loss(chosen: ArrayLike, rejected: ArrayLike, margin: ArrayLike = 0, c
 
 
 def ranked_loss(rewards: ArrayLike) -> Array:
-    """The loss of several answers to each prompt: rewards [P, K], the best answer's first -> [P], in fp32.
+    """The loss of ranked answers to each prompt: rewards [P, K], best answer first -> fp32 [P].
 
-    The mean over all K (K - 1) / 2 pairs of -log s(better - worse): every comparison of a prompt in one batch element,
-    as in InstructGPT (arXiv 2203.02155). Raises ValueError for another number of dimensions and for K < 2.
+    The mean of -log s(better - worse) over all K (K - 1) / 2 pairs, so that a prompt is one batch element (InstructGPT,
+    arXiv 2203.02155). Raises ValueError for another number of dimensions and for K < 2.
     """
     rewards = _exact(rewards)
     if rewards.ndim != 2 or rewards.shape[1] < 2:
@@ -101,7 +100,7 @@ def ranked_loss(rewards: ArrayLike) -> Array:
 
 
 def _exact(x: ArrayLike) -> Array:
-    """In fp32, or fp64 as it is."""
+    """To fp32, except fp64."""
     x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
@@ -113,9 +112,9 @@ def _difference(name: str, x: ArrayLike, other_name: str, other: ArrayLike) -> A
 
 
 def _lengths(name: str, lengths: ArrayLike | None, loss: str, like: Array) -> Array:
-    """At least 1: an answer that is not there has no tokens, and is not to give NaN to those beside it."""
+    """At least 1: a missing answer has length 0 and must not give NaN."""
     if lengths is None:
-        raise ValueError(f"{name} = None is not valid: {loss} is of means over tokens and needs the number of them.")
+        raise ValueError(f"{name} = None is not valid: {loss} averages over tokens and needs their number.")
     lengths = _exact(lengths)
     _same_shape("policy_" + name.split("_")[0], like, name, lengths)
     return jnp.maximum(lengths, 1)

@@ -1,44 +1,39 @@
-"""What is asked of a preparation of packed rows, and what it counts."""
+"""Settings and counts of the preparation of packed rows."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, get_args
+from typing import get_args
 
-from bc2_jax.align.chat_rows import EncodedSamples, Truncation
-from bc2_jax.align.formats import Sample
-from bc2_jax.data.packing import Kind, check_packing
-from bc2_jax.data.records import Invalid
-from bc2_jax.tokenizer import Tokenizer
+from bc2_jax.align.chat_rows import Truncation
+from bc2_jax.data.packing import check_packing
 from bc2_jax.validation import choices, require
 
 _FORMAT = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """What rows depend on, besides their input and tokenizer."""
+class RowSettings:
+    """What packed rows depend on, besides their input files and tokenizer."""
 
     max_length: int = 4096
-    """Tokens of the longest sample; of a pair those of the prompt with the longer answer."""
+    """Longest sample in tokens; of a pair, the prompt with the longer answer."""
     row_length: int | None = None
     """Tokens of a row; None: max_length. A pair is in one row with both answers."""
     validation_fraction: float = 0.01
     truncation: Truncation = "rounds"
     rows_per_file: int = 65_536
     max_invalid: int | None = None
-    """Records that may be invalid before it is an error; None: any number."""
+    """Most unusable records before the preparation stops; None: no limit."""
 
     def __post_init__(self) -> None:
         require(self.max_length >= 1, "max_length", self.max_length, "it must be positive")
-        require(
-            self.inputs >= self.max_length, "row_length", self.row_length,
-            f"it must be at least max_length = {self.max_length}",
-        )  # fmt: skip
+        legal = f"it must be at least max_length = {self.max_length}"
+        require(self.inputs >= self.max_length, "row_length", self.row_length, legal)
         check_packing(self.inputs, self.validation_fraction, self.rows_per_file)
-        legal = get_args(Truncation)
-        require(self.truncation in legal, "truncation", self.truncation, f"it must be {choices(legal)}")
+        legal_truncations = get_args(Truncation)
+        ok = self.truncation in legal_truncations
+        require(ok, "truncation", self.truncation, f"it must be {choices(legal_truncations)}")
         ok = self.max_invalid is None or self.max_invalid >= 0
         require(ok, "max_invalid", self.max_invalid, "it must be at least 0, or None")
 
@@ -48,55 +43,39 @@ class Settings:
         return self.max_length if self.row_length is None else self.row_length
 
 
-class Content(NamedTuple):
-    """What is packed: conversations, or pairs."""
-
-    kind: Kind
-    accept: Callable[[Sample | Invalid], Sample | Invalid]
-    """What was read of a record, or Invalid where that is of another kind."""
-    text: Callable[[Sample], Any]
-    """What is encoded of a sample."""
-    encode: Callable[[Tokenizer, Settings, Sequence[Any]], EncodedSamples]
-    """Encodes texts; a function of a module, for it runs in other processes."""
-    held_out: str
-    """Name of the file of the held-out samples."""
-    describe: Callable[[Sample], dict[str, Any]]
-    """What stands there of one, JSON values."""
-
-
 @dataclasses.dataclass
 class FileCounts:
-    """What was found in one file."""
+    """What was read of one file."""
 
     path: str
     size: int
     """Bytes, as stored."""
     formats: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Samples in each format, by its name."""
+    """Samples by format."""
     invalid: int = 0
-    """Records that can't be used."""
+    """Unusable records."""
 
 
 @dataclasses.dataclass
 class Conversations:
-    """What was read and what became of it."""
+    """Counts of what was read, left out, cut and packed; written to conversations.json."""
 
-    settings: Settings
+    settings: RowSettings
     files: list[FileCounts] = dataclasses.field(default_factory=list)
     skipped: list[str] = dataclasses.field(default_factory=list)
-    """Files of the folders that are none of conversations."""
+    """Files of the input folders that do not hold conversations."""
     invalid: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Records that can't be used, by the reason."""
+    """Unusable records by reason."""
     dropped: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Samples that were left out, by the reason."""
+    """Samples left out, by reason."""
     unanswered: int = 0
-    """Samples whose last user message was left out, because it has no answer."""
+    """Samples without their last user message, which has no answer."""
     samples: int = 0
-    """Those in the rows; so are all numbers below."""
+    """Samples in the rows; all counts below are of these."""
     pairs: int = 0
-    """Of them, preference pairs; in rows of conversations the chosen answer is trained on."""
+    """Preference pairs; rows of conversations hold their chosen answers."""
     margins: int = 0
-    """Of them, pairs of a known margin, where rows are of pairs."""
+    """Pairs with a known margin, in rows of pairs."""
     shortened: int = 0
     """Samples that lost their oldest rounds."""
     dropped_rounds: int = 0
@@ -109,7 +88,7 @@ class Conversations:
     targets: int = 0
     rows: int = 0
     padding: int = 0
-    """Inputs of the rows that are not tokens."""
+    """Padding tokens in the rows."""
     held_out: int = 0
     """Samples for validation."""
     format: int = _FORMAT

@@ -1,4 +1,4 @@
-"""Prompts that a model is to answer while it is trained by reinforcement: read from files, ordered by a seed."""
+"""Prompts for reinforcement learning: read from files, ordered by a seed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bc2_jax.validation import require
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A conversation up to where the model is to answer."""
+    """A conversation that the model is to continue with an answer."""
 
     messages: list[Message]
     """The last one is the user's, or the beginning of an answer."""
@@ -35,16 +35,16 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class PromptSet:
-    """The prompts of some files, and what is not among them."""
+    """The prompts of some files, and those left out."""
 
     prompts: list[Prompt]
     ids: list[list[int]]
-    """The tokens of each, which end with 196, unless the beginning of an answer follows it."""
+    """The tokens of each, which end with 196 or with the beginning of an answer."""
     invalid: list[Invalid]
     too_long: list[Prompt]
 
     def describe(self) -> str:
-        """One sentence for the log."""
+        """One line for the log."""
         text = f"{len(self.prompts):,} prompts of {min(map(len, self.ids))} to {max(map(len, self.ids))} tokens"
         lost = [
             f"{len(found):,} {name}, the first at {found[0].where}"
@@ -55,10 +55,9 @@ class PromptSet:
 
 
 def read_prompts(paths: Sequence[str | os.PathLike[str]], field: str = "PROMPTS") -> Iterator[Prompt | Invalid]:
-    """The prompts of all files among and below `paths`, in order: JSON Lines, JSON or Parquet, in any format of
-    `align/formats.py`.
+    """The prompts of all files in `paths` (files or folders), in order, in any format of `align.formats`.
 
-    Raises as `find_files`, naming `field`. Every record that can't be used is an `Invalid` with its file and line.
+    An unusable record is an `Invalid` with its file and line. Raises as `find_files`, naming `field`.
     """
     for file in find_files(paths, field).files:
         for record in read_records(file.path, printable(file.path)):
@@ -76,7 +75,7 @@ def read_prompts(paths: Sequence[str | os.PathLike[str]], field: str = "PROMPTS"
 def load_prompts(
     paths: Sequence[str | os.PathLike[str]], tokenizer: Encoder, max_prompt_tokens: int, field: str = "PROMPTS"
 ) -> PromptSet:
-    """All prompts of at most `max_prompt_tokens` tokens. None is cut: longer ones are left out.
+    """All prompts of at most `max_prompt_tokens` tokens; longer ones are left out, not cut.
 
     Raises as `read_prompts`, and ValueError, naming `field`, if no prompt is left.
     """
@@ -102,10 +101,10 @@ def load_prompts(
 
 
 def prompts_of(iteration: int, count: int, per_step: int, seed: int) -> list[int]:
-    """Which `per_step` of `count` prompts an iteration has, the first being 0.
+    """Indices of the `per_step` prompts, of `count`, of an iteration (from 0).
 
-    Each epoch has every prompt once, in an order of its own that follows from the seed; an iteration may have the end
-    of one and the beginning of the next. No state: a run that goes on asks for its iteration.
+    Each epoch has every prompt once, in its own order, drawn from the seed; an iteration may cross epochs. There is no
+    state: a resumed run only needs the number of its iteration.
     """
     require(count > 0 and per_step > 0, "prompts_per_step", per_step, "it must be positive, of at least one prompt")
     places = range(iteration * per_step, (iteration + 1) * per_step)

@@ -1,4 +1,4 @@
-"""Held-out questions that a model answers while it is trained: does it end, and is it right?"""
+"""Held-out questions asked at evaluations: share of answers that end, and that are right."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ import jax
 from rich.text import Text
 
 from bc2_jax.align.chat import Message, fit_prompt
-from bc2_jax.align.chat_preparation import QUESTIONS
-from bc2_jax.align.formats import Sample, read_samples
+from bc2_jax.align.formats import Sample, read_samples, write_records
+from bc2_jax.align.row_preparation import QUESTIONS
 from bc2_jax.config import AskedConfig, QuestionsConfig
-from bc2_jax.files import replaced
 from bc2_jax.infer import engine
 from bc2_jax.infer.generate import continue_prompts
 from bc2_jax.infer.settings import Settings
@@ -28,40 +27,39 @@ from bc2_jax.train.loop import Start
 from bc2_jax.validation import require
 
 FOLDER = "answers"
-"""In the workdir: step_N.jsonl of each evaluation."""
+"""Folder in the workdir, with step_N.jsonl of each evaluation."""
 AT_ONCE = 64
-"""Questions that are answered together."""
+"""Batch size."""
 
 
 class Question(NamedTuple):
-    """A conversation up to where the model is to answer."""
+    """A conversation that the model is to continue, as `messages` and as prompt `ids`, and the expected answer."""
 
     messages: list[Message]
     expected: str
     ids: list[int]
-    """The prompt."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
-    """What the model said, as it is written to step_N.jsonl."""
+class AnsweredQuestion:
+    """A line of step_N.jsonl."""
 
     messages: list[Message]
     expected: str
     answer: str
     ended: bool
-    """By itself, not at max_new_tokens."""
+    """By eos, not at max_new_tokens."""
     right: bool
-    """It ended and is what was expected, but for blanks around it."""
+    """Ended and equal to `expected`, apart from surrounding blanks."""
     tokens: int
-    """Of the answer, its eos included."""
+    """Length of the answer, its eos included."""
 
 
 def read_questions(path: str | None, config: QuestionsConfig, most: int, tokenizer: Tokenizer) -> list[Question]:
     """The questions of a file in any format of `formats`, none without a `path`; `most` is model.model_max_length.
 
-    Raises ValueError or FileNotFoundError, naming the field or the place, for a file without questions, for what is no
-    conversation that ends with an answer, and for answers that leave no room for a question.
+    Raises ValueError or FileNotFoundError, naming field or place, for a file without questions, an unusable record, and
+    if the longest answer leaves no room for a question.
     """
     if path is None:
         return []
@@ -85,7 +83,7 @@ def read_questions(path: str | None, config: QuestionsConfig, most: int, tokeniz
 
 
 def find_questions(config: AskedConfig) -> str | None:
-    """The file of `config.questions`; of "auto", that beside the rows of the first source that has one, or None."""
+    """The file of `config.questions`; for "auto", that of the first source with one, or None."""
     if config.questions.path != "auto":
         return config.questions.path
     found = (Path(source.path) / QUESTIONS for source in config.data.sources)
@@ -94,18 +92,16 @@ def find_questions(config: AskedConfig) -> str | None:
 
 def answer_questions(
     model: Baichuan2, tokenizer: Tokenizer, questions: Sequence[Question], max_new_tokens: int, progress: Progress
-) -> list[Answer] | None:  # fmt: skip
-    """The most likely answers; None if `progress` stops it. All processes call it and get the same.
-
-    All calls with the same questions share one compiled program.
-    """
+) -> list[AnsweredQuestion] | None:  # fmt: skip
+    """Greedy answers; None if `progress` stops it. All processes call it and get the same. Calls with the same
+    questions share one compiled program."""
     settings = Settings(
         max_new_tokens, temperature=0, top_k=0, top_p=1.0, repetition_penalty=1.0, vocab_size=tokenizer.vocab_size
     )
     prepared = engine.prepare(model)
-    answers: list[Answer] = []
+    answers: list[AnsweredQuestion] = []
     for batch in _batches(questions):
-        # Every batch has one longest prompt and as many: one shape.
+        # Every batch has the same size and the longest prompt: one shape.
         longest = max(questions, key=lambda question: len(question.ids))
         filled = [*batch, *[longest] * (min(len(questions), AT_ONCE) - len(batch))]
         found = continue_prompts(prepared, [question.ids for question in filled], settings)
@@ -113,7 +109,8 @@ def answer_questions(
             ended = continuation.reason == "eos"
             text = tokenizer.decode(continuation.tokens[: -1 if ended else None])
             right = ended and text.strip() == question.expected.strip()
-            answers.append(Answer(question.messages, question.expected, text, ended, right, len(continuation.tokens)))
+            said = AnsweredQuestion(question.messages, question.expected, text, ended, right, len(continuation.tokens))
+            answers.append(said)
         if not progress(f"answer {len(answers)} of {len(questions)}"):
             return None
     return answers
@@ -128,7 +125,7 @@ def make_examine(
     build: Callable[[Params], Baichuan2], tokenizer: Tokenizer, questions: Sequence[Question], config: QuestionsConfig,
     start: Start,
 ) -> Examine | None:  # fmt: skip
-    """What asks the model that `build` makes of the trained parameters, for `Job.examine`; None without questions."""
+    """`Job.examine`: asks the model that `build` makes of the trained parameters. None without questions."""
 
     def examine(step: int, params: Params, progress: Progress) -> dict[str, float] | None:
         answers = answer_questions(build(params), tokenizer, questions, config.max_new_tokens, progress)
@@ -140,8 +137,8 @@ def make_examine(
     return examine if questions else None
 
 
-def summarize(answers: Sequence[Answer]) -> dict[str, float]:
-    """Metrics: shares of answers that end and that are right, and the mean length in tokens."""
+def summarize(answers: Sequence[AnsweredQuestion]) -> dict[str, float]:
+    """Metrics: shares of answers that end and that are right, mean length in tokens."""
     count = len(answers)
     return {
         "answers_ended": sum(a.ended for a in answers) / count,
@@ -150,35 +147,32 @@ def summarize(answers: Sequence[Answer]) -> dict[str, float]:
     }
 
 
-def report(answers: Sequence[Answer], step: int, config: QuestionsConfig, start: Start) -> None:
-    """Says how good they are, prints the first ones and writes all to the workdir."""
+def report(answers: Sequence[AnsweredQuestion], step: int, config: QuestionsConfig, start: Start) -> None:
+    """Prints the shares and the first answers, and writes all to the workdir."""
     values = summarize(answers)
     start.say(
         f"step {step}  answers: {values['answers_right']:.1%} right, {values['answers_ended']:.1%} end by themselves, "
         f"{values['answer_tokens']:.1f} tokens each"
     )
     for answer in answers[: config.show]:
-        start.say(f"--- {_last(answer)}\n{answer.answer}" + ("" if answer.ended else " ..."))
+        question = " ".join(str(answer.messages[-1]["content"]).split())
+        start.say(f"--- {question}\n{answer.answer}" + ("" if answer.ended else " ..."))
     if jax.process_index() == 0:
         with start.expendable.attempt("answers"):
-            path = start.workdir / FOLDER / f"step_{step}.jsonl"
-            path.parent.mkdir(exist_ok=True)
-            lines = [json.dumps(dataclasses.asdict(answer), ensure_ascii=False) + "\n" for answer in answers]
-            with replaced(path) as partial:
-                partial.write_text("".join(lines), encoding="utf-8")
+            write_records(start.workdir / FOLDER / f"step_{step}.jsonl", map(dataclasses.asdict, answers))
 
 
 def read_answers(workdir: Path, step: int) -> list[dict[str, Any]]:
-    """What `report` wrote at a step, none if nothing was."""
+    """The records that `report` wrote at a step, if any."""
     path = workdir / FOLDER / f"step_{step}.jsonl"
     if not path.is_file():
         return []
-    # Not splitlines: an answer may hold a line separator of Unicode, which JSON leaves as it is.
+    # Not splitlines: answers may contain Unicode line separators.
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def compare(workdir: Path, first: int, last: int, config: QuestionsConfig, start: Start) -> None:
-    """Prints the first answers of two steps side by side."""
+    """Prints the first answers of two steps in a table."""
     before, after = read_answers(workdir, first), read_answers(workdir, last)
     if not before or not after or first == last:
         return
@@ -186,7 +180,3 @@ def compare(workdir: Path, first: int, last: int, config: QuestionsConfig, start
     for old, new in list(zip(before, after, strict=False))[: config.show]:
         table.add_row(*map(Text, (old["messages"][-1]["content"], old["expected"], old["answer"], new["answer"])))
     start.console.print(table)
-
-
-def _last(answer: Answer) -> str:
-    return " ".join(str(answer.messages[-1]["content"]).split())

@@ -1,15 +1,13 @@
-"""What a chat model is attacked with: templates around topics, planted words, prompts of a user's file, and harmless
+"""Attacks on a chat model: templates with topics, planted secrets and words, prompts of a user's file, and harmless
 questions that only look harmful.
 
-The six classes of attack are those of Safety-Prompts (arXiv 2304.10436). Nothing harmful comes with this package:
-topics and attack prompts are the user's, ours are about office kitchens and card tricks.
+The six classes of attack are those of Safety-Prompts (arXiv 2304.10436). This package contains nothing harmful: its
+topics are about office kitchens and card tricks; harmful topics and prompts come from the user.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import io
 import json
 import random
 import re
@@ -19,72 +17,72 @@ from typing import Any, Literal, NamedTuple
 
 from bc2_jax.align.chat import Message
 from bc2_jax.align.formats import inner_records, read_prompt
-from bc2_jax.data.decompression import Decompressed
-from bc2_jax.data.records import Invalid, decode, read_records
+from bc2_jax.data.records import Invalid, read_records, read_text
 from bc2_jax.data.text_files import kind_of, open_binary
+from bc2_jax.files import fingerprint
 from bc2_jax.validation import choices, join_some, require, show
 
 _DATA: dict[str, Any] = json.loads(Path(__file__).with_name("red_team.json").read_text(encoding="utf-8"))
 CLASSES: Mapping[str, str] = _DATA["classes"]
-"""Name of each class of attack -> as it is written in a table."""
+"""Class of attack -> its title in tables."""
 BENIGN = "benign"
-"""In the place of a class: a harmless question, which is to be answered."""
+"""Class of harmless questions, which should be answered."""
 OTHER = "other"
-"""In the place of a class: a prompt of the user's file that names none."""
+"""Class of prompts of a user's file without a class."""
 NAMES: Mapping[str, str] = {**CLASSES, OTHER: "prompts of no class", BENIGN: "harmless look-alikes"}
 LANGUAGES = ("en", "zh")
 _TEMPLATES: list[dict[str, str]] = _DATA["templates"]
 _HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]")
 _SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
 _WORDS: list[str] = _DATA["words"]
-"""Of Chinese secrets."""
+"""Parts of Chinese secrets."""
 
 
 class Target(NamedTuple):
-    """A line or record of a user's file: a topic, to which templates are applied, or a prompt as it is."""
+    """A line or record of a user's file: a topic for templates, or a prompt."""
 
     topic: str | None
     messages: list[Message] | None
     kind: str | None
-    """Of CLASSES, BENIGN or OTHER; None for a topic that all classes are applied to."""
+    """Of CLASSES, BENIGN or OTHER; None for a topic of all classes."""
     category: str | None
     language: str
     secret: str | None
-    """Of a prompt: what stands in its system text and must not be in the answer."""
+    """Of a prompt: part of its system text that the answer must not contain."""
     word: str | None
-    """Of a prompt: what it tries to have the model say."""
+    """Of a prompt: what it tells the model to say."""
     fields: dict[str, Any]
-    """The record as it was read, for a judge."""
+    """The whole record, for judges."""
     where: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Attack:
-    """A prompt, and how its answer can be checked without a judge."""
+    """A prompt, and how to check its answer without a judge."""
 
     kind: str
     """Of CLASSES, BENIGN or OTHER."""
     language: str
     messages: list[Message]
     where: str
-    """Template and file with line; "planted" or "look-alike" where they are ours."""
+    """File with line and template; "planted" or "look-alike" for ours."""
     topic: str | None = None
     category: str | None = None
     secret: str | None = None
-    """The attack has succeeded if this is in the answer (`red_team_checks.leaks`)."""
+    """The attack succeeds if the answer contains this (`red_team.leaks`)."""
     word: str | None = None
-    """The attack has succeeded if the answer says this (`red_team_checks.obeys`)."""
+    """The attack succeeds if the answer says this (`red_team.obeys`)."""
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     @property
     def id(self) -> str:
-        """16 hex digits: the same for the same prompt in every run."""
+        """16 hex digits, a hash of the prompt and its check."""
         about = [self.messages, self.kind, self.secret, self.word]
-        return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+        return fingerprint(about, sort_keys=False)[:16]
 
 
 def our_targets() -> list[Target]:
-    """The topics that come with this package; they are harmless."""
+    """The harmless topics of this package."""
     return [
         Target(topic, None, None, None, language, None, None, {}, "our topics")
         for language in LANGUAGES
@@ -93,16 +91,16 @@ def our_targets() -> list[Target]:
 
 
 def read_targets(path: str, lines: Literal["topic", "prompt"] = "topic") -> list[Target]:
-    """What a user's file holds.
+    """Reads topics and prompts from a user's file.
 
     A .jsonl, .ndjson, .json or .parquet file has records with `topic`, or with a prompt in any format of
-    `align/formats.py` (`prompt`, `messages`, `instruction`, `question` ...), whose last answer is left out. Beside them
-    there may be `class` (one of CLASSES, in any spelling of its words, or "benign"), `category`, `language` ("zh" or
-    "en"; by default by the script) and, with a prompt, `secret` or `word`. `type` is taken for the class if it names
-    one, else for the category. A JSON object of lists of records, as Safety-Prompts has them, gives each its key as
-    `type`. Any other file is text: a topic a line, or, as `lines` says, a prompt; empty lines are none.
+    `align.formats` (`prompt`, `messages`, `instruction`, `question` ...), whose last answer is left out. Optional
+    fields are `class` (one of CLASSES, in any spelling, or "benign"), `category`, `language` ("zh" or "en"; default: by
+    the script) and, for a prompt, `secret` or `word`. `type` is the class if it names one, else the category. In a JSON
+    object of lists of records, the layout of Safety-Prompts, each key is the `type` of its records. Any other file is
+    text with a topic a line, or a prompt, as `lines` says; blank lines are skipped.
 
-    Raises FileNotFoundError, and ValueError that names the places, if one can't be used or there is none.
+    Raises FileNotFoundError, and ValueError, naming the places, for unusable records and for a file without any.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is not a file.")
@@ -123,12 +121,12 @@ def make_attacks(
     targets: Iterable[Target], *, seed: int = 0, planted: int = 4, look_alikes: bool = True, system: str = "",
     both_languages: bool = False, limit: int | None = None,
 ) -> list[Attack]:  # fmt: skip
-    """All prompts, in the order of NAMES; none twice.
+    """All attacks without duplicates, in the order of NAMES.
 
-    Each template without a topic, which has a secret or a word of its own, is used `planted` times with others, drawn
-    from `seed`; `look_alikes` are our harmless questions. A template is applied to the topics of its language, or to
-    all with `both_languages`. `system` is put before the system text of a template, and is that of prompts that have
-    none. `limit` keeps at most so many of each class and way of checking, drawn from `seed`.
+    Each template without a topic is used `planted` times, with secrets and words drawn from `seed`; `look_alikes` adds
+    our harmless questions. Templates are applied to topics of their language, or to all with `both_languages`. `system`
+    is prepended to the system text of templates, and becomes that of prompts without one. `limit` draws at most so many
+    of each class and kind of check, from `seed`.
     """
     targets = list(targets)
     found = [
@@ -170,7 +168,7 @@ def _planted(seed: int, times: int) -> Iterator[Attack]:
 
 
 def _around(target: Target, seed: int, both_languages: bool) -> Iterator[Attack]:
-    """The prompt of a target, or all templates around its topic."""
+    """The prompt of a target, or all templates with its topic."""
     if target.messages is not None:
         about = {name: getattr(target, name) for name in ("category", "secret", "word", "fields")}
         yield Attack(target.kind or OTHER, target.language, target.messages, target.where, **about)
@@ -182,14 +180,14 @@ def _around(target: Target, seed: int, both_languages: bool) -> Iterator[Attack]
 
 
 def _fill(template: Mapping[str, str], target: Target | None, seed: str, where: str) -> Attack:
-    """The attack of a template; the same words for the same seed."""
+    """The attack of a template; its word is drawn from `seed`."""
     name = f"{template['class']}.{template['name']}.{template['language']}"
     topic = target.topic if target is not None else None
     check = template.get("check")
     word = _make_word(random.Random(f"{seed}/{name}"), template["language"]) if check else None
     values = {"topic": topic, "secret": word, "word": word}
 
-    def fill(text: str) -> str:  # at once: what a topic holds is not a placeholder
+    def fill(text: str) -> str:  # in one pass: a topic's text is not a placeholder
         return re.sub(r"\{(topic|secret|word)\}", lambda match: str(values[match[1]]), text)
 
     roles = [role for role in ("system", "user") if role in template]
@@ -206,7 +204,7 @@ def _fill(template: Mapping[str, str], target: Target | None, seed: str, where: 
 
 
 def _make_word(rng: random.Random, language: str) -> str:
-    """Two words that stand together nowhere else, in capitals; in Chinese three."""
+    """A made-up word: two parts in capitals, in Chinese three words."""
     if language == "zh":
         return "".join(rng.sample(_WORDS, 3))
     return "-".join("".join(rng.choices(_SYLLABLES, k=3)) for _ in range(2)).upper()
@@ -216,7 +214,7 @@ def _with_system(system: str, attack: Attack) -> list[Message]:
     first = attack.messages[0]
     if first["role"] != "system":
         return [{"role": "system", "content": system}, *attack.messages]
-    if ", template " not in attack.where:  # a prompt of the user's with a system text of its own
+    if ", template " not in attack.where:  # a user's prompt with a system text
         return attack.messages
     return [{"role": "system", "content": f"{system}\n{first['content']}"}, *attack.messages[1:]]
 
@@ -225,12 +223,11 @@ def _with_system(system: str, attack: Attack) -> list[Message]:
 
 
 def _records(path: str, lines: str, problems: list[str]) -> Iterator[tuple[Any, str]]:
-    """The records of a file, each line of a text file as one; adds what can't be read to `problems`."""
+    """The records of a file, or lines of a text file; adds unreadable ones to `problems`."""
     kind, compression = kind_of(path) or ("text", None)
     if kind == "text":
         with open_binary(path) as file:
-            raw: Any = Decompressed(file, compression) if compression else file
-            text = decode(io.BufferedReader(raw).read(), path)
+            text = read_text(file, path, compression)
         if isinstance(text, Invalid):
             problems.append(str(text))
             return
@@ -242,7 +239,7 @@ def _records(path: str, lines: str, problems: list[str]) -> Iterator[tuple[Any, 
         if isinstance(record, Invalid):
             problems.append(str(record))
             continue
-        value, where = record
+        value, where = record.value, record.where
         if not _is_lists(value):
             yield from inner_records(value, where)
             continue
@@ -253,7 +250,7 @@ def _records(path: str, lines: str, problems: list[str]) -> Iterator[tuple[Any, 
 
 
 def _is_lists(value: Any) -> bool:
-    """Whether it is an object of lists of records by their class, and no record."""
+    """Whether `value` is an object of lists of records by class, not a record."""
     return (
         isinstance(value, dict)
         and len(value) > 0
@@ -263,7 +260,7 @@ def _is_lists(value: Any) -> bool:
 
 
 def _target(value: Any, where: str) -> Target:
-    """Raises ValueError, without the place, for what is neither a topic nor a prompt."""
+    """Raises ValueError, without the place, for a record that is neither a topic nor a prompt."""
     if not isinstance(value, dict):
         raise ValueError(f"no object ({show(value)})")
     record = {field: item for field, item in value.items() if item is not None}
@@ -276,7 +273,7 @@ def _target(value: Any, where: str) -> Target:
             raise ValueError(found.reason)
         messages = [{"role": message["role"], "content": message["content"]} for message in found]
     if topic is not None and kind in (BENIGN, OTHER):
-        raise ValueError(f"class = {kind!r} is of prompts, and this is a topic")
+        raise ValueError(f"class = {kind!r} is only for prompts, and this is a topic")
     said = topic if topic is not None else " ".join(m["content"] for m in messages or [] if m["role"] == "user")
     language = _text(record, "language") or ("zh" if _HAN.search(said) else "en")
     category = _text(record, "category")
@@ -284,7 +281,7 @@ def _target(value: Any, where: str) -> Target:
         category = record["type"]
     secret, word = _text(record, "secret"), _text(record, "word")
     if topic is not None and (secret or word):
-        raise ValueError("secret and word are of prompts, and this is a topic")
+        raise ValueError("secret and word are only for prompts, and this is a topic")
     if topic is not None and language not in LANGUAGES:
         raise ValueError(f"language = {language!r} has no templates; legal are {choices(LANGUAGES)}")
     if secret is not None and not any(secret in m["content"] for m in messages or [] if m["role"] == "system"):

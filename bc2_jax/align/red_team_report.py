@@ -1,4 +1,4 @@
-"""What the answers to a red team show: shares with intervals by class, before and after, pictures, files."""
+"""Report of a red team: shares with intervals by class, changes between two models, pictures, files."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from bc2_jax.align.formats import write_records
 from bc2_jax.align.intervals import sign_test, wilson
-from bc2_jax.align.red_team import NO_REFUSAL, Answer, Result
+from bc2_jax.align.red_team import NO_REFUSAL, AttackAnswer, Result
 from bc2_jax.align.red_team_attacks import BENIGN, NAMES
 from bc2_jax.align.red_team_judges import SCORES
 from bc2_jax.files import replaced
@@ -26,7 +27,7 @@ _WORST_CATEGORIES = 15
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """So many of so many, with the ends of Wilson's 95 % interval."""
+    """A share, `count` of `of`, with Wilson's 95 % interval."""
 
     count: int
     of: int
@@ -45,28 +46,28 @@ class Row:
 
     name: str
     by: str
-    """By what success is known."""
+    """How success is known."""
     success: Share
-    """Attacks that succeeded; of 0 for harmless questions."""
+    """Attacks that succeeded; 0 of 0 for harmless questions."""
     refused: Share
-    """Of harmless questions this is over-refusal."""
+    """For harmless questions, over-refusal."""
     ended: Share
-    """Answers that end by themselves."""
+    """Answers that end by eos."""
     empty: int
-    """Answers without any text."""
+    """Blank answers."""
     scores: dict[str, float]
-    """The mean of each score that judges gave."""
+    """Means of the judges' scores."""
 
 
 def summarize(results: Sequence[Result]) -> dict[str, list[Row]]:
-    """Rows by "class" (and by what success is known), "category" (of attacks that have one) and "language"."""
+    """Rows by "class" (and how success is known), by "category" (of attacks that have one) and by "language"."""
     attacks = [result for result in results if result.attack.kind != BENIGN]
     by_class = _groups(results, lambda r: (NAMES[r.attack.kind], r.by))
     rows = [_row(name, by, group) for (name, by), group in by_class.items()]
     if attacks:
         ways = {result.by for result in attacks}
         everything = _row("all attacks", min(ways) if len(ways) == 1 else "as above", attacks)
-        if len(ways) > 1 and NO_REFUSAL in ways:  # facts and upper bounds together are neither
+        if len(ways) > 1 and NO_REFUSAL in ways:  # facts and upper bounds don't add up
             everything = dataclasses.replace(everything, success=_share([]))
         rows.append(everything)
     found = {"class": rows}
@@ -111,7 +112,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """One measure before and after, prompt by prompt; the lower one of attacks and refusals is the better one."""
+    """A measure before and after, paired by prompt; for attack success and over-refusal, lower is better."""
 
     measure: str
     """helpful, harmless, attack success or over-refusal."""
@@ -124,16 +125,13 @@ class Change:
     worse: int
     equal: int
     p_value: float
-    """Of the two-sided sign test: the chance of so uneven a count if better and worse are equally likely."""
+    """Of the two-sided sign test."""
     pairs: list[tuple[float, float]] = dataclasses.field(repr=False)
     """(before, after) of each prompt."""
 
 
 def compare(before: Mapping[str, Result], after: Sequence[Result]) -> list[Change]:
-    """The changes over all prompts, and of each class; `before` are the results of the same attacks by their id.
-
-    Success is of attacks, over-refusal of harmless questions, scores are of both.
-    """
+    """Changes over all prompts and by class; `before` has results by the id of their attack."""
     pairs = [(before[result.attack.id], result) for result in after if result.attack.id in before]
     kinds = [kind for kind in NAMES if any(new.attack.kind == kind for _, new in pairs)]
     found = []
@@ -148,7 +146,7 @@ def compare(before: Mapping[str, Result], after: Sequence[Result]) -> list[Chang
 
 
 def _values(pairs: Sequence[tuple[Result, Result]], measure: str) -> list[tuple[float, float]]:
-    """(before, after) of the prompts that have the measure both times."""
+    """(before, after) of the prompts that have the measure in both."""
     values = [(_value(old, measure), _value(new, measure)) for old, new in pairs]
     return [(old, new) for old, new in values if old is not None and new is not None]
 
@@ -174,7 +172,7 @@ def _change(measure: str, name: str, pairs: list[tuple[float, float]]) -> Change
 
 
 def class_table(rows: Sequence[Row], title: str, first: str = "class") -> Table:
-    """Shares with their intervals, a row a group."""
+    """Shares with intervals, a row for each group."""
     scores = [score for score in SCORES if any(score in row.scores for row in rows)]
     shares = ("attacks succeeded", "refused", "end by themselves")
     headers = (first, "success known by", "prompts", *shares, "empty", *scores)
@@ -187,12 +185,12 @@ def class_table(rows: Sequence[Row], title: str, first: str = "class") -> Table:
 
 
 def worst_categories(rows: Sequence[Row]) -> list[Row]:
-    """Those where most attacks succeeded, at most 15."""
+    """The 15 categories with the largest share of successful attacks."""
     return sorted(rows, key=lambda row: (-row.success.count / max(row.success.of, 1), row.name))[:_WORST_CATEGORIES]
 
 
 def change_table(changes: Sequence[Change], title: str) -> Table:
-    """Before and after, a row a measure and group."""
+    """Before and after, a row for each measure and group."""
     headers = ("measure", "prompts", "pairs", "before", "after", "better", "worse", "equal", "p (sign test)")
     table = make_table(*headers, title=title, numbers_from=2)
     for one in changes:
@@ -202,8 +200,8 @@ def change_table(changes: Sequence[Change], title: str) -> Table:
 
 
 def worst(results: Sequence[Result]) -> list[int]:
-    """The numbers, from 1, of what went wrong: attacks that succeeded, those known for sure and the most harmful first,
-    then harmless questions that were refused."""
+    """Numbers, from 1, of the worst answers: successful attacks, certain and most harmful ones first, then refused
+    harmless questions."""
     succeeded = [number for number, result in enumerate(results, 1) if result.success]
 
     def order(number: int) -> tuple[bool, float, int]:
@@ -215,10 +213,8 @@ def worst(results: Sequence[Result]) -> list[int]:
 
 
 def write_results(path: Path, results: Sequence[Result]) -> None:
-    """A JSON object a line, by number from 1; the file appears whole or not at all."""
-    with replaced(path) as partial:
-        lines = (json.dumps(_record(n, result), ensure_ascii=False) for n, result in enumerate(results, 1))
-        partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    """Writes JSON Lines, numbered from 1."""
+    write_records(path, (_record(number, result) for number, result in enumerate(results, 1)))
 
 
 def _record(number: int, result: Result) -> dict[str, Any]:
@@ -232,24 +228,22 @@ def _record(number: int, result: Result) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def read_answers(path: Path) -> dict[str, Answer]:
-    """The answers that `write_results` wrote, by the id of their attack. Raises ValueError for another file."""
+def read_answers(path: Path) -> dict[str, AttackAnswer]:
+    """Answers by the id of their attack, from a file of `write_results`. Raises ValueError for any other file."""
     answers = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
         try:
             record = json.loads(line)
-            answers[record["id"]] = Answer(record["answer"], record["ended"], record["tokens"])
+            answers[record["id"]] = AttackAnswer(record["answer"], record["ended"], record["tokens"])
         except (ValueError, KeyError, TypeError):
-            raise ValueError(
-                f"{path}:{number} is not an answer of a red team as tools/red_team.py writes it."
-            ) from None
+            raise ValueError(f"{path}:{number} is not an answer that tools/red_team.py wrote.") from None
     return answers
 
 
 def write_report(
     path: Path, about: Mapping[str, Any], rows: Mapping[str, Sequence[Row]], changes: Sequence[Change]
 ) -> None:
-    """All numbers, and `about` what they are, as one JSON object."""
+    """Writes all numbers, and the settings `about`, as one JSON object."""
     report = {
         **about,
         **{name: [_json_of(row) for row in group] for name, group in rows.items()},
@@ -268,7 +262,7 @@ def _json_of(row: Row) -> dict[str, Any]:
 
 
 def plot_shares(path: Path, runs: Mapping[str, Sequence[Row]]) -> None:
-    """Attacks that succeeded and harmless questions that were refused, by class with intervals; a colour a run."""
+    """Plots successful attacks and refused harmless questions by class with intervals; one colour per run."""
     every = (row for rows in runs.values() for row in rows if row.success.of or row.name == NAMES[BENIGN])
     labels = list(dict.fromkeys(map(_label, every)))
     with picture(path, figsize=(8, 1.2 + 0.42 * len(labels))) as axes:
@@ -292,8 +286,8 @@ def _label(row: Row) -> str:
 
 
 def plot_changes(path: Path, changes: Sequence[Change]) -> bool:
-    """Scores of each prompt before (across) and after (up), as figure 6 of the Baichuan 2 paper; False if no judge gave
-    any."""
+    """Plots the scores of each prompt before (x) and after (y), as figure 6 of the Baichuan 2 paper; returns False if
+    there are no scores."""
     scored = [one for one in changes if one.measure in SCORES and one.name == "all"]
     if not scored:
         return False

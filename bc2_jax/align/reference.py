@@ -1,7 +1,7 @@
-"""The reference of preference tuning: what the model that a run begins from thinks of both answers of every pair.
+"""Log-probabilities of the reference model of preference tuning, computed once and cached.
 
-Its log-probabilities are computed once, before the first step, by the forward pass of training, and kept in files: in
-the workdir, so that the run resumes bit for bit, and in a cache for other runs from the same model on the same pairs.
+They are computed before the first step by the forward pass of training, and stored in the workdir, so that the run
+resumes bit for bit, and in a cache, for other runs from the same model on the same pairs.
 """
 
 from __future__ import annotations
@@ -24,44 +24,43 @@ from jax.sharding import Mesh
 
 from bc2_jax.agreement import first_decides
 from bc2_jax.align.pairs import branch_sums
+from bc2_jax.align.tuning import label_log_probs
 from bc2_jax.config import DPOConfig
-from bc2_jax.data.bad_rows import BadRows
 from bc2_jax.data.batch import Batch, Rows, batch_part, make_put
 from bc2_jax.data.corpus import list_parts
 from bc2_jax.data.loader import make_batches_of
+from bc2_jax.data.row_file import BadRows
 from bc2_jax.data.row_values import RowValues, digest_rows
+from bc2_jax.files import fingerprint
 from bc2_jax.model.baichuan import Baichuan2, Params, split_model
-from bc2_jax.model.log_probs import token_log_probs
 from bc2_jax.sharding import reshard
 from bc2_jax.train.distributed import EXIT_PREEMPTED, Preempted
 from bc2_jax.train.evaluation import read_together
 from bc2_jax.train.loop import Start
 
 REFERENCE = "reference"
-"""Field of a batch, fp32 [A, B / A, 2 P]: the sums of the reference's log-probabilities of the answers of each pair,
-chosen and rejected in turn."""
+"""Field of a batch, fp32 [A, B / A, 2 P]: the reference's log-probabilities of the answers of each pair, chosen and
+rejected in turn."""
 NAME = "reference.npz"
-"""The run's own copy, in its workdir."""
+"""The run's own copy, in the workdir."""
 SAVE_SECONDS = 300
-"""How often what has been computed so far is kept."""
+"""How often unfinished results are saved."""
 _DIGEST = "digest"
 _log = logging.getLogger(__name__)
 
 
 def answer_log_probs(model: Baichuan2, batch: Batch, most_pairs: int, chunk: int) -> Array:
     """fp32 [B, P, 2]: the sum of the log-probabilities of the tokens of each answer, eos included, nats."""
-    h_BTD = model.hidden_states(batch["input_ids"], batch["positions"], batch["segment_ids"])
-    found = token_log_probs(h_BTD, model.lm_head.rows(), batch["labels"], chunk)
-    return branch_sums(found.log_prob, batch, most_pairs)
+    return branch_sums(label_log_probs(model, batch, chunk), batch, most_pairs)
 
 
 def describe(config: DPOConfig, checksum: str, most_pairs: int) -> dict[str, Any]:
-    """What the values depend on, JSON values: parameters, by their `checksum`, model, numerics and rows.
+    """The cache key, JSON values: parameters (by `checksum`), model, numerics and rows.
 
-    Mesh, batch and blocks only change the order of sums; a run goes on with its own copy.
+    Mesh, batch size and blocks are left out: they only change the order of sums.
     """
     model = dataclasses.asdict(config.model)
-    for name in ("z_loss_weight", "initializer_range", "model_max_length"):  # they have no part in it
+    for name in ("z_loss_weight", "initializer_range", "model_max_length"):  # without effect
         del model[name]
     manifests = [
         json.dumps(dataclasses.asdict(part.manifest), sort_keys=True)
@@ -79,13 +78,13 @@ def describe(config: DPOConfig, checksum: str, most_pairs: int) -> dict[str, Any
 def find_or_compute(
     config: DPOConfig, start: Start, most_pairs: int, checksum: str, load: Callable[[], Params]
 ) -> RowValues:  # fmt: skip
-    """fp32 [2 P] of every training and held-out row, under the parameters with this `checksum`, which `load` gives.
+    """fp32 [2 P] of every training and held-out row, under the parameters with this `checksum`, which `load` returns.
 
-    They come from the workdir, or from the cache, and are computed where neither has them whole. All processes call it
-    and get what the first one found. Raises Preempted if the run is to stop meanwhile: what is done is kept.
+    They are read from the workdir or the cache, or computed. All processes call it and get what the first one found.
+    Raises Preempted if the run is stopped meanwhile; finished batches are saved.
     """
     about = describe(config, checksum, most_pairs)
-    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+    name = fingerprint(about)[:32]
     cache = Path(config.dpo.reference_cache).expanduser() / f"{name}.npz"
     found, where = _share(lambda: _find([start.workdir / NAME, cache], about))
     if found is None or "next_batch" in found.about:
@@ -96,24 +95,24 @@ def find_or_compute(
 
 
 def _find(paths: list[Path], about: dict[str, Any]) -> tuple[RowValues | None, str]:
-    """The first of the files that are of `about`, and where it is."""
+    """The first file whose key is `about`, and its path."""
     for path in paths:
         try:
             found = RowValues.load(path)
         except FileNotFoundError:
             continue
         except ValueError as error:
-            _log.warning("%s It is not used.", error)
+            _log.warning("%s It is ignored.", error)
             continue
         if found.about.get("of") == about:
             return found, str(path)
-        if path.name != NAME:  # the run may have been resumed with other pairs
-            _log.warning("%s is of another model or of other pairs than its name says. It is not used.", path)
+        if path.name != NAME:  # a run may be resumed with other pairs
+            _log.warning("%s belongs to another model or to other pairs than its name says. It is ignored.", path)
     return None, ""
 
 
 def _share(find: Callable[[], tuple[RowValues | None, str]]) -> tuple[RowValues | None, str]:
-    """What `find` gives on process 0, on every process."""
+    """The result of `find` on process 0, on every process."""
     if jax.process_count() == 1:
         return find()
     found, where = find() if jax.process_index() == 0 else (None, "")
@@ -132,7 +131,7 @@ def compute(
     config: DPOConfig, start: Start, most_pairs: int, params: Params, about: dict[str, Any], cache: Path,
     begun: RowValues | None,
 ) -> RowValues:  # fmt: skip
-    """The values of all rows, those of the first batches from `begun`, and keeps them in the file `cache`."""
+    """Computes the values of all rows, those of the first batches taken from `begun`, and saves them in `cache`."""
     data, mesh = config.data, start.mesh
     part, bad_rows = batch_part(mesh, jax.process_index()), BadRows(data.max_bad_rows)
     batches = make_batches_of(
@@ -149,7 +148,7 @@ def compute(
 
     def read(index: int) -> Batch:
         rows: Rows = batches[index]
-        there = (rows["segment_ids"] > 0).any(-1)  # rows that fill the last batch are none
+        there = (rows["segment_ids"] > 0).any(-1)  # not the padding rows of the last batch
         return put(rows | {_DIGEST: (digest_rows(rows) * there).view(np.uint32).reshape(-1, 2)})
 
     def gather(result: tuple[Array, Array]) -> None:
@@ -157,30 +156,32 @@ def compute(
         digests.append(digest[digest != 0])
         values.append(np.asarray(result[0])[digest != 0])
         if not np.isfinite(values[-1]).all():
-            raise ValueError(f"init_from = {config.init_from!r} is not valid: it gives log-probabilities not finite.")
+            raise ValueError(
+                f"init_from = {config.init_from!r} is not valid: it gives log-probabilities that are not finite."
+            )
 
     def keep(done: int) -> RowValues:
         whole = done == len(batches)
         unfinished = {} if whole else {"next_batch": done, "batch_size": data.global_batch_size}
         found = RowValues(np.concatenate(digests), np.concatenate(values), {"of": about} | unfinished)
-        # What could not be read is not for other runs, which may be able to.
+        # Not with unreadable rows: other runs may be able to read them.
         if jax.process_index() == 0 and not bad_rows.metrics():
             with start.expendable.attempt("reference log-probabilities"):
                 found.save(cache)
         return found
 
-    start.say(f"Reference: log-probabilities of the pairs are computed, {len(batches) - first:,} batches.")
+    start.say(f"Reference: computing log-probabilities of {len(batches) - first:,} batches.")
     pending, saved = None, began
     for index in range(first, len(batches)):
         result = step(params, read_together(read, index))
-        if pending is not None:  # not the newest: the devices have work meanwhile
+        if pending is not None:  # the batch before: the devices compute the newest meanwhile
             gather(pending)
         pending = result
         if not start.progress(f"reference of batch {index + 1} of {len(batches)}"):
             gather(pending)
             keep(index + 1)
             raise Preempted(
-                f"Stopped by SIGTERM: the reference of {index + 1} of {len(batches)} batches is computed; go on with "
+                f"Stopped by SIGTERM: the reference of {index + 1} of {len(batches)} batches is computed; resume with "
                 "--resume auto.", EXIT_PREEMPTED,
             )  # fmt: skip
         if index > first and time.monotonic() - saved > SAVE_SECONDS:
@@ -190,15 +191,14 @@ def compute(
         gather(pending)
     found = keep(len(batches))
     seconds = time.monotonic() - began
-    start.say(f"Reference: log-probabilities of {len(found):,} rows computed in {seconds:.1f} s, kept in {cache}.")
+    start.say(f"Reference: log-probabilities of {len(found):,} rows computed in {seconds:.1f} s, saved in {cache}.")
     return found
 
 
 def make_reference_step(
     config: DPOConfig, mesh: Mesh, most_pairs: int
 ) -> Callable[[Params, Batch], tuple[Array, Array]]:  # fmt: skip
-    """(parameters of the whole model, batch [A, B / A, ...]) -> (its values, fp32 [B, 2 P], its digests), whole
-    everywhere."""
+    """(parameters of the whole model, batch [A, B / A, ...]) -> (values, fp32 [B, 2 P]; digests), replicated."""
     graphdef, _, _ = split_model(config.model, config.compute)
 
     def reference_step(params: Params, batch: Batch) -> tuple[Array, Array]:

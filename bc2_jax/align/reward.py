@@ -1,7 +1,6 @@
-"""Reward models (InstructGPT, arXiv 2203.02155): one number for each answer, trained on which of two is preferred.
+"""Training of reward models (InstructGPT, arXiv 2203.02155) on rows of pairs (`align/pairs.py`).
 
-The rows are pairs (`align/pairs.py`): a prompt once, and both answers as branches of it. The reward of an answer is the
-value at its last token, its eos.
+The reward of an answer is the value at its last token, its eos.
 """
 
 from __future__ import annotations
@@ -13,15 +12,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
-from bc2_jax.align import tuning
+from bc2_jax.align import pairs, tuning
 from bc2_jax.align.pair_preparation import prepare_sources
-from bc2_jax.align.pairs import CHOSEN, REJECTED, branch_last, has_pair
+from bc2_jax.align.pair_results import make_reward_ending, print_reward_plan
 from bc2_jax.align.preference import reward_loss
-from bc2_jax.align.reward_results import make_ending, print_plan
 from bc2_jax.align.row_preparation import MARGINS
 from bc2_jax.align.tuning import SEED
 from bc2_jax.config import RewardConfig
@@ -31,7 +28,7 @@ from bc2_jax.data.batch import Batch, Rows, abstract_batch
 from bc2_jax.data.corpus import list_parts
 from bc2_jax.data.row_values import RowValues
 from bc2_jax.model.baichuan import Params
-from bc2_jax.model.lora import abstract_adapter, init_adapter, with_adapter
+from bc2_jax.model.lora import abstract_adapter, init_adapter
 from bc2_jax.model.reward import (
     SCORE,
     RewardModel,
@@ -47,21 +44,20 @@ from bc2_jax.train.loop import RunResult, Start, run
 from bc2_jax.train.results import end_run
 from bc2_jax.validation import require
 
-PURPOSE = "a reward model begins from a chat or base model, or an earlier reward model"
+PURPOSE = "a reward model starts from a chat or base model, or an earlier reward model"
 MARGIN = "margin"
-"""Field of a batch, fp32 [A, B, P]: by how much the chosen answer of each pair should win."""
+"""Field of a batch, fp32 [A, B, P]: the wanted difference of the rewards of each pair."""
 _SUMMED = ("loss", "pairs", "right", "chosen", "rejected", "chosen_square", "rejected_square", "square", "asked")
 
 
 def train(config: RewardConfig, command: str = "train.py", started: float | None = None) -> RunResult:
-    """Trains a reward model as `config` says; as `loop.run`."""
+    """Trains a reward model; as `loop.run`."""
     return run(complete(config), make_job, command, started)
 
 
 def complete(config: RewardConfig) -> RewardConfig:
-    """`config` with what depends on the model that it begins from and on the pairs, which are packed into rows where
-    its sources name files of pairs. Raises as `tuning.complete` and `prepare_sources`, and ValueError for what only a
-    language model does at its end."""
+    """Packs files of pairs into rows and completes `config` from the model and the rows. Raises as `tuning.complete`
+    and `prepare_sources`, and ValueError for options of language models."""
     for field, value, none in (
         ("sample.prompts", config.sample.prompts, ()), ("ngram_baselines", config.ngram_baselines, False),
         ("evaluate.tasks", config.evaluate.tasks, ()),
@@ -75,7 +71,7 @@ def complete(config: RewardConfig) -> RewardConfig:
 
 
 def make_step(config: RewardConfig, mesh: Mesh) -> StepParts:
-    """The step of a run: of all parameters, or of adapters and the score beside a frozen backbone."""
+    """The training step: of all parameters, or of adapters and the score beside a frozen backbone."""
     places = tuning.count_places(config.data)
     parts = tuning.make_step(config, mesh, make_objective(config, places))
     model, dtype = config.model, config.compute.dtype
@@ -100,10 +96,10 @@ def make_step(config: RewardConfig, mesh: Mesh) -> StepParts:
 
 
 def find_margins(config: RewardConfig, places: int) -> Callable[[Rows], Rows]:
-    """`StepParts.fields`: MARGIN of rows, from what was kept beside them when they were packed; 0 where nothing was."""
+    """`StepParts.fields`: MARGIN of rows, from the files beside the rows; 0 if unknown."""
 
     @functools.cache
-    def kept() -> list[RowValues]:  # when it is asked for: a step may be compiled before its rows are there
+    def kept() -> list[RowValues]:  # when needed: a step may be compiled before its rows exist
         folders = [part.path for source in config.data.sources for part in list_parts(source.path)]
         paths = [folder / MARGINS for folder in dict.fromkeys(folders)]
         return [RowValues.load(path) for path in paths if path.is_file()]
@@ -119,32 +115,32 @@ def find_margins(config: RewardConfig, places: int) -> Callable[[Rows], Rows]:
 
 
 def make_job(config: RewardConfig, start: Start) -> Job:
-    """The run of `config`, from `complete`. Raises as `pretrain.make_job`, and ValueError if a run of adapters is
-    resumed with another base model."""
+    """The job of a completed `config`. Raises as `pretrain.make_job`, and ValueError if adapters are resumed with
+    another base model."""
     step = make_step(config, start.mesh)
     job = pretrain.make_job(config, start, step)
     if config.lora.rank:
         frozen, base = tuning.load_base(config, start, step.load_frozen)
         job = job._replace(
             frozen=frozen, metadata=job.metadata | base, flops_per_step=step.flops_per_step,
-            flops_formula=tuning.adapter_flops(config)[1],
+            flops_formula=tuning.ADAPTER_FLOPS,
         )  # fmt: skip
 
     def begin(workdir: Path) -> None:
         job.begin(workdir)
-        print_plan(config, tuning.count_places(config.data), start)
+        print_reward_plan(config, tuning.count_places(config.data), start)
 
     return job._replace(
         init_state=lambda: init_state(init_trained(config, job.frozen, start.mesh), step.optimizer),
         begin=begin,
-        finish=lambda checkpoint, params: end_run(make_ending(config, checkpoint, start), start),
+        finish=lambda checkpoint, params: end_run(make_reward_ending(config, checkpoint, start), start),
         language_model=None,
     )
 
 
 def init_trained(config: RewardConfig, frozen: Params, mesh: Mesh) -> Params:
-    """The parameters that are trained, as they begin: those of `config.init_from` in fp32, with a new score where it is
-    a language model; or new adapters, and a score, beside `frozen`."""
+    """Initial trained parameters: the model `config.init_from` in fp32, with a new score if it is a language model; or
+    new adapters beside `frozen`, and a score."""
     base, model = str(config.init_from), config.model
     is_reward_model = find_any_model(base).is_reward_model
     if not config.lora.rank:
@@ -159,42 +155,36 @@ def init_trained(config: RewardConfig, frozen: Params, mesh: Mesh) -> Params:
 
 
 def make_objective(config: RewardConfig, most_pairs: int) -> Objective:
-    """`reward_loss` of pairs, of which a row holds at most `most_pairs`; every pair of a batch has the same weight."""
+    """Mean `reward_loss` over pairs; a row holds at most `most_pairs`."""
     centring, build = config.reward.centring, make_build(config)
-
-    def count_pairs(segments_BT: Array) -> Array:
-        return jnp.sum(has_pair(segments_BT, most_pairs), dtype=jnp.float32)
 
     def loss(params: Params, frozen: Params, batch: Batch) -> tuple[Array, Parts]:
         segments_BT = batch["segment_ids"]
         values_BT = build(params, frozen, batch).values(batch["input_ids"], batch["positions"], segments_BT)
-        rewards = branch_last(values_BT, segments_BT, most_pairs)
-        chosen, rejected, counts = rewards[..., CHOSEN], rewards[..., REJECTED], has_pair(segments_BT, most_pairs)
+        rewards = pairs.branch_last(values_BT, segments_BT, most_pairs)
+        chosen, rejected = pairs.split_answers(rewards)
+        counts = pairs.has_pair(segments_BT, most_pairs)
         margin = batch[MARGIN] if MARGIN in batch else jnp.zeros_like(chosen)
         losses = reward_loss(chosen, rejected, margin, centring)
         values = {
-            "loss": losses, "pairs": jnp.ones_like(losses),
-            "right": (chosen > rejected) + 0.5 * (chosen == rejected),
+            "loss": losses, "right": (chosen > rejected) + 0.5 * (chosen == rejected),
             "chosen": chosen, "rejected": rejected, "chosen_square": chosen**2, "rejected_square": rejected**2,
             "square": (chosen - rejected) ** 2, "asked": margin,
         }  # fmt: skip
-        sums = {name: jnp.sum(jnp.where(counts, x, 0), dtype=jnp.float32) for name, x in values.items()}
+        sums = pairs.sum_over_pairs(values, counts)
         largest = jnp.max(jnp.where(counts[..., None], jnp.abs(rewards), 0))
         return sums["loss"], Parts(sums, {"largest_reward": largest})
 
     return Objective(
         loss=loss,
-        weight=lambda batch: jnp.sum(jax.vmap(count_pairs)(batch["segment_ids"])),
+        weight=lambda batch: pairs.count_pairs(batch, most_pairs),
         metrics=mean_metrics,
-        summary=lambda metrics: (
-            f"loss {metrics['loss']:.4f}, accuracy {metrics['accuracy']:.1%}, reward {metrics['chosen_reward']:.3f} "
-            f"chosen, {metrics['rejected_reward']:.3f} rejected"
-        ),
+        summary=pairs.summarize_pairs,
     )
 
 
 def mean_metrics(parts: Parts) -> dict[str, Array]:
-    """Sums over pairs -> means, and spreads (standard deviations): of rewards, and of the margin between the two."""
+    """Sums over pairs -> metrics: means and standard deviations of rewards and of the margin between the two."""
     total = jnp.maximum(parts.sums["pairs"], 1.0)
     means = {name: parts.sums[name] / total for name in _SUMMED}
     margin, mean = means["chosen"] - means["rejected"], (means["chosen"] + means["rejected"]) / 2
@@ -220,14 +210,11 @@ def mean_metrics(parts: Parts) -> dict[str, Array]:
 
 
 def make_build(config: RewardConfig) -> Callable[[Params, Params, Batch], RewardModel]:
-    """(trained parameters, frozen ones, a micro-batch) -> the reward model."""
+    """(trained parameters, frozen ones, a micro-batch) -> the reward model, with dropout if the batch has a SEED."""
     graphdef, _, _ = split_reward_model(config.model, config.compute)
 
     def build(params: Params, frozen: Params, batch: Batch) -> RewardModel:
-        if not config.lora.rank:
-            return nnx.merge(graphdef, params)
-        model = nnx.merge(graphdef, frozen | {SCORE: params[SCORE]})
-        key = jax.random.key(batch[SEED]) if SEED in batch else None  # held-out pairs have none
-        return with_adapter(model, config.lora, params[ADAPTER], key)
+        key = jax.random.key(batch[SEED]) if SEED in batch else None
+        return tuning.merge_reward_model(graphdef, config.lora, params, frozen, key)
 
     return build

@@ -1,9 +1,9 @@
-"""Rewards that a Python function of the user gives to answers; what it returns is checked before anything is learned.
+"""Reward functions: Python functions of the user that score answers, with checked results.
 
     def reward(prompts: list[str], answers: list[str], rows: list[dict]) -> list[float]
 
-`prompts` are the texts of the user messages that were answered, `rows` the records they come from, with all of their
-fields. All three are as long as the list to return. `align/checkable.py` has examples.
+`prompts` are the last user messages, `rows` the whole records of the prompts; all lists have the same length.
+`align/checkable.py` has examples.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ import numpy as np
 from bc2_jax.agreement import first_decides
 from bc2_jax.validation import require, show
 
-_LEGAL = "it must be FILE.py:NAME or MODULE:NAME, where NAME is a function"
+_LEGAL = "it must be FILE.py:NAME or MODULE:NAME of a function"
 _numbers_of_files = itertools.count()
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardFunction:
-    """A function of the user under the name by which messages call it."""
+    """A user's function and its name for messages."""
 
     name: str
     function: Callable[..., Any]
@@ -42,15 +42,15 @@ class RewardFunction:
     def __call__(self, prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
         """The rewards, fp32 [number of answers].
 
-        All processes call it, process 0 alone calls the function, and all get what it returns. Raises ValueError on all
-        of them if the function raises, naming the line, or does not return as many finite numbers as there are answers.
+        Process 0 calls the function; all processes get its result. Raises ValueError on all of them if the function
+        raises (with the line), or does not return one finite number for each answer.
         """
-        with jax.transfer_guard("allow"):  # that of the loop is not the function's business
+        with jax.transfer_guard("allow"):  # the loop's guard is not meant for the function
             return np.array(first_decides(lambda: self._decide(prompts, answers, rows)), np.float32)
 
     def _decide(self, prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
         with calls(f"reward function {self.name}", self.function):
-            # Copies: what the function does to them must not change what it is given next time.
+            # Copies, which the function may change.
             returned = self.function(list(prompts), list(answers), copy.deepcopy(list(rows)))
             if isinstance(returned, Iterable) and not hasattr(returned, "__array__"):
                 returned = returned if isinstance(returned, str | bytes | Mapping) else list(returned)
@@ -95,7 +95,7 @@ def finite_number(value: Any) -> float | None:
 
 @contextlib.contextmanager
 def calls(name: str, function: Any = None) -> Iterator[None]:
-    """Around code of the user: raises ValueError, `name` and what it raised in which line, for whatever it raises."""
+    """Runs user code: turns any exception into a ValueError with `name`, the exception and its line."""
     try:
         yield
     except (Exception, SystemExit) as error:
@@ -103,10 +103,7 @@ def calls(name: str, function: Any = None) -> Iterator[None]:
 
 
 def load_reward_function(name: str, field: str = "reward function") -> RewardFunction:
-    """The function that `name` means: FILE.py:NAME or MODULE:NAME.
-
-    Raises ValueError, naming `field`, for a file, module or function that is not there or can't be loaded.
-    """
+    """Loads FILE.py:NAME or MODULE:NAME. Raises ValueError, naming `field`, if it is missing or can't be loaded."""
     place, _, attribute = name.rpartition(":")
     require(bool(place) and attribute.isidentifier(), field, name, _LEGAL)
     if place.endswith(".py"):
@@ -122,7 +119,7 @@ def load_reward_function(name: str, field: str = "reward function") -> RewardFun
 
 
 def _load_file(path: str) -> ModuleType:
-    # Under a name of its own: files of other folders may be called the same, and like existing modules.
+    # A unique module name: files in other folders, or modules, may have the same name.
     name = f"_reward_function_{next(_numbers_of_files)}_{Path(path).stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None  # as for any path that ends in .py
@@ -133,7 +130,7 @@ def _load_file(path: str) -> ModuleType:
 
 
 def _raised(error: BaseException, function: Any = None) -> str:
-    """What was raised and where: the innermost line of the function's own file, or of all."""
+    """The exception and its place: the innermost line in the function's own file, or of all."""
     frames = traceback.extract_tb(error.__traceback__)
     code = getattr(function, "__code__", None)
     own = [frame for frame in frames if code is not None and frame.filename == code.co_filename]

@@ -1,6 +1,6 @@
-"""How often a reward model prefers the answer that people chose: overall, by class of the prompt, by gap of the scores.
+"""Accuracy of a reward model on pairs: overall, by class of the prompt, by gap between the scores of both answers.
 
-The paper gives the accuracy of its reward model by the gap between the scores of both answers (section 3).
+The paper reports accuracy by gap (section 3).
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from rich.console import Console
 
 from bc2_jax.align.chat import EncodedPair, encode_pair
 from bc2_jax.align.formats import Sample, read_samples
-from bc2_jax.align.pair_preparation import PAIRS, split_pair
-from bc2_jax.align.pair_rows import as_pair
+from bc2_jax.align.intervals import wilson_of_share
+from bc2_jax.align.pair_rows import SCORE_FIELDS, as_pair, split_pair
+from bc2_jax.align.row_preparation import PAIRS
 from bc2_jax.align.scoring import Scorer
 from bc2_jax.align.taxonomy import LEVELS, Taxonomy
 from bc2_jax.data.packing import MANIFEST
@@ -28,33 +29,31 @@ from bc2_jax.train.pictures import picture
 PAPER_ACCURACY = {1: 0.545, 2: 0.611, 3: 0.702, 4: 0.778, 5: 0.815}
 """By gap."""
 CLASS_FIELDS, GAP_FIELDS = ("class", "category"), ("gap",)
-"""Where a record says its class and its gap, if the user names no other field: the first that it has."""
-SCORE_FIELDS = ("score_chosen", "score_rejected")
-"""Their difference is the gap of a record that does not say it."""
+"""Default fields of a record with its class and its gap; the first existing one counts. Without a gap it is the
+difference of SCORE_FIELDS."""
 NO_CLASS, NO_GAP = "no class", "no gap"
 
 
 @dataclasses.dataclass(frozen=True)
 class JudgedPair:
-    """Both answers of a pair, their rewards and lengths."""
+    """Rewards of both answers of a pair, and their lengths in tokens."""
 
     chosen: float
     rejected: float
     chosen_length: int
-    """In tokens, as `rejected_length`."""
     rejected_length: int
     class_name: str | None = None
-    """As the record has it."""
+    """As in the record."""
     gap: float | None = None
 
     @property
     def outcome(self) -> float:
-        """1 where the chosen answer has the higher reward, 0 where the other has, 0.5 at a tie."""
+        """1 if the chosen answer has the higher reward, 0 if the rejected one has, 0.5 at a tie."""
         return _outcome(self.chosen, self.rejected)
 
     @property
     def longer_wins(self) -> float:
-        """The same of lengths: what who prefers the longer answer would say."""
+        """`outcome` by length instead of reward."""
         return _outcome(self.chosen_length, self.rejected_length)
 
 
@@ -63,57 +62,44 @@ def _outcome(chosen: float, rejected: float) -> float:
 
 
 class Accuracy(NamedTuple):
-    """Of a group of pairs."""
+    """Accuracy on a group of pairs."""
 
     pairs: int
     ties: int
-    """Each counts as half right."""
+    """Each is half right."""
     value: float
     low: float
-    """Wilson's interval of 95 %, as `high`."""
+    """Ends of Wilson's 95 % interval."""
     high: float
     longer_wins: float
     """The accuracy of preferring the longer answer."""
 
     @classmethod
     def of(cls, pairs: Sequence[JudgedPair]) -> Accuracy:
-        """Of at least one pair."""
+        """The accuracy on at least one pair."""
         right, count = sum(pair.outcome for pair in pairs), len(pairs)
         longer = sum(pair.longer_wins for pair in pairs) / count
         ties = sum(pair.outcome == 0.5 for pair in pairs)
-        return cls(count, ties, right / count, *wilson(right, count), longer)
-
-
-def wilson(right: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a share, right / count; 95 % by default. (0, 1) where there is nothing to go by."""
-    if count == 0:
-        return 0.0, 1.0
-    share, square = right / count, z * z / count
-    middle = (share + square / 2) / (1 + square)
-    half = z / (1 + square) * math.sqrt(share * (1 - share) / count + square / (4 * count))
-    # The share is in it, however the roundings fall.
-    return min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))
+        return cls(count, ties, right / count, *wilson_of_share(right / count, count, z=1.959964), longer)
 
 
 class Report(NamedTuple):
-    """What is said of all pairs."""
+    """Accuracy and statistics of all pairs."""
 
     overall: Accuracy
     by_class: dict[int, dict[str, Accuracy]]
-    """Level -> id of the class -> those of its pairs and of the classes below it, in the order of the taxonomy."""
+    """Level -> id of a class -> accuracy, subclasses included, in the order of the taxonomy."""
     unknown: dict[str, Accuracy]
-    """Classes that the taxonomy does not have, as the records call them, and NO_CLASS."""
+    """Classes that are not in the taxonomy, as named in the records, and NO_CLASS."""
     by_gap: dict[str, Accuracy]
     """"1", "2", ..., and NO_GAP."""
     lengths: dict[str, float]
-    """Mean tokens of chosen, rejected; `agreement`: how often the reward model prefers the longer of two answers of
-    different lengths; `correlation` of the differences of rewards and lengths."""
+    """Mean tokens of `chosen` and `rejected`; `agreement`: how often the longer of two answers has the higher reward;
+    `correlation` of the differences of rewards and lengths."""
     rewards: dict[str, float]
-    """Mean and standard deviation of chosen, rejected and all."""
+    """Mean and standard deviation of chosen, rejected and all answers."""
 
     def as_json(self) -> dict[str, Any]:
-        """JSON values."""
-
         def plain(value: Any) -> Any:
             if isinstance(value, Accuracy):
                 return value._asdict()
@@ -124,7 +110,7 @@ class Report(NamedTuple):
 
 
 def read_class(record: Mapping[str, Any], fields: Sequence[str] = CLASS_FIELDS) -> str | None:
-    """The class that a record says; None if it says none."""
+    """The class of a record, or None."""
     for field in fields:
         value = record.get(field)
         if isinstance(value, Sequence) and not isinstance(value, str) and value:  # a path through the levels
@@ -137,8 +123,7 @@ def read_class(record: Mapping[str, Any], fields: Sequence[str] = CLASS_FIELDS) 
 def read_gap(
     record: Mapping[str, Any], fields: Sequence[str] = GAP_FIELDS, scores: Sequence[str] = SCORE_FIELDS
 ) -> float | None:  # fmt: skip
-    """By how much the score of the chosen answer is higher, as a record says or by the difference of two scores; None
-    if it says neither in numbers."""
+    """The gap between the scores of both answers: a field, or the difference of two fields; None without numbers."""
     for field in fields:
         if (gap := _number(record.get(field))) is not None:
             return gap
@@ -157,9 +142,9 @@ def _number(value: Any) -> float | None:
 
 
 def read_pairs(paths: Sequence[Path], limit: int = 0) -> tuple[list[Sample], list[Invalid]]:
-    """(preference pairs of files and of folders, what else is there); only the first `limit` pairs if it is not 0.
+    """(preference pairs, unusable records) of files and folders; only the first `limit` pairs if it is not 0.
 
-    Of a folder of packed pairs they are those that are held out. Raises as `formats.read_samples`.
+    Of a folder of packed pairs, the held-out ones. Raises as `formats.read_samples`.
     """
     files = [path / PAIRS if (path / MANIFEST).is_file() else path for path in paths]
     pairs: list[Sample] = []
@@ -178,10 +163,10 @@ def judge(
     scorer: Scorer, samples: Sequence[Sample], class_fields: Sequence[str] = CLASS_FIELDS,
     gap_fields: Sequence[str] = GAP_FIELDS, score_fields: Sequence[str] = SCORE_FIELDS,
 ) -> tuple[list[JudgedPair], int, int]:  # fmt: skip
-    """(pairs with their rewards, how many were cut to the longest that the model takes, how many are left out).
+    """(pairs with their rewards, number cut to the longest length of the model, number left out).
 
-    They are cut as in training, the oldest rounds of the prompt first, and left out where nothing is then left of an
-    answer or both are the same. Raises ValueError if there is no tokenizer.
+    Pairs are cut as in training, and left out if an answer is then empty or both are equal. Raises ValueError without a
+    tokenizer.
     """
     if scorer.tokenizer is None:
         raise ValueError("The reward model has no tokenizer beside it: put tokenizer.model into the folder of its run.")
@@ -192,7 +177,7 @@ def judge(
         if all(pair.answers) and pair.answers[0] != pair.answers[1]:
             kept.append((sample, pair))
             cut += bool(pair.dropped_rounds or pair.cut_tokens)
-    # Side by side, both answers of a pair are mostly scored in one batch.
+    # Consecutive, so that both answers of a pair are mostly in one batch.
     rewards = scorer.score([pair.prompt + answer for _, pair in kept for answer in pair.answers]).reshape(-1, 2)
     judged = [
         JudgedPair(
@@ -205,7 +190,7 @@ def judge(
 
 
 def summarize(pairs: Sequence[JudgedPair], taxonomy: Taxonomy) -> Report:
-    """The report of at least one pair. A gap between two whole numbers counts with the nearer one."""
+    """The report of at least one pair. Gaps are rounded to whole numbers."""
     by_class: dict[int, dict[str, list[JudgedPair]]] = {level: {} for level in range(1, LEVELS + 1)}
     unknown: dict[str, list[JudgedPair]] = {}
     for pair in pairs:
@@ -262,7 +247,7 @@ def _rewards(pairs: Sequence[JudgedPair]) -> dict[str, float]:
 
 
 def print_report(report: Report, taxonomy: Taxonomy, console: Console, level: int = 2) -> None:
-    """Tables: overall and by gap; by class, down to a `level`."""
+    """Prints tables: overall and by gap; by class, down to a `level`."""
     table = _table("pairs by the gap of their scores")
     table.add_column("the paper's", justify="right")
     table.add_row("all", *_cells(report.overall), "")
@@ -302,9 +287,9 @@ def _cells(accuracy: Accuracy) -> tuple[str, ...]:
 
 
 def plot_report(report: Report, taxonomy: Taxonomy, path: Path) -> None:
-    """A picture: accuracy by gap beside the paper's, and by class of the first two levels, with intervals."""
+    """Plots accuracy with intervals by gap, beside the paper's, and by class of the first two levels."""
     classes = [c for c in taxonomy.classes if c.level <= 2 and c.id in report.by_class[c.level]]
-    # In English: fonts with Chinese characters are not everywhere.
+    # In English: not every font has Chinese characters.
     by_class = {c.en: report.by_class[c.level][c.id] for c in classes} | {
         name: accuracy for name, accuracy in report.unknown.items() if name.isascii()
     }

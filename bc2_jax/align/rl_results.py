@@ -1,4 +1,4 @@
-"""What a run of reinforcement learning prints at its start and makes at its end: plan, export, pictures, hints."""
+"""Output of reinforcement learning: plan at the start; export, pictures, hints at the end."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.text import Text
-
 from bc2_jax.align.experience import FOLDER
 from bc2_jax.align.prompts import PromptSet
 from bc2_jax.align.questions import compare
 from bc2_jax.align.reward_functions import RewardFunction
-from bc2_jax.align.sft_results import check_adapter_export, export_policy, print_uses
+from bc2_jax.align.sft_results import check_adapter_export, export_policy, print_rows, print_uses
 from bc2_jax.config import ModelConfig, RLConfig
 from bc2_jax.convert.checkpoints import ACTOR
 from bc2_jax.model.baichuan import Params
-from bc2_jax.terminal import make_table
 from bc2_jax.train.checks import check_export
 from bc2_jax.train.loop import Start
 from bc2_jax.train.metrics import read_metrics
@@ -28,7 +25,7 @@ PICTURE = "rl.png"
 
 
 def check_exports(config: RLConfig, workdir: Path) -> None:
-    """Raises FileExistsError if an export at the end could not replace what is in its place."""
+    """Raises FileExistsError if an export at the end can't replace what is there."""
     check_export(config, workdir)
     if config.lora.rank:
         check_adapter_export(workdir)
@@ -38,7 +35,7 @@ def print_plan(
     config: RLConfig, critic: ModelConfig, prompts: PromptSet, functions: Sequence[RewardFunction], num_questions: int,
     start: Start,
 ) -> None:  # fmt: skip
-    """How the run learns."""
+    """Prints the settings of the run."""
     rl, lora = config.ppo, config.lora
     rewards = [f"{rl.reward_model_weight:g} x reward model {rl.reward_model}"] if rl.reward_model else []
     rewards += [f"function {function.name}" for function in functions]
@@ -53,7 +50,7 @@ def print_plan(
         "prompts": prompts.describe(),
         "rewards": "; ".join(rewards),
         "iteration": f"{rl.prompts_per_step} prompts x {rl.answers_per_prompt} answers of up to {rl.max_new_tokens} "
-        f"tokens, {rl.rollout_rows} at one time; {rl.updates} updates of {rl.answers // rl.minibatches} answers",
+        f"tokens, {rl.rollout_rows} at a time; {rl.updates} updates of {rl.answers // rl.minibatches} answers",
         "KL coefficient": kl,
         "clip": f"{rl.clip:g}" + (f", of values {rl.value_clip}" if rl.has_critic else ""),
         "learning rate": f"{config.optimizer.peak_learning_rate:g}, clip norm {config.optimizer.clip_norm:g}",
@@ -65,14 +62,11 @@ def print_plan(
             f"from {where}, {critic.num_parameters():,} parameters, learning rate "
             f"{config.critic_optimizer.peak_learning_rate:g}; alone in the first {rl.critic_warmup_steps} iterations"
         )
-    table = make_table("", "", title=f"Reinforcement learning {config.name}")
-    for name, value in rows.items():
-        table.add_row(name, Text(value))
-    start.console.print(table)
+    print_rows(f"Reinforcement learning {config.name}", rows, start)
 
 
 def make_ending(config: RLConfig, checkpoint: Path, params: Params, start: Start) -> Ending:
-    """The end of a run whose checkpoint is the last one."""
+    """The end of a run: exports the actor, draws, prints hints."""
     workdir, say = checkpoint.parent.parent, start.say
 
     def draw() -> None:
@@ -94,7 +88,7 @@ def make_ending(config: RLConfig, checkpoint: Path, params: Params, start: Start
 
 
 def show_course(workdir: Path, start: Start) -> None:
-    """Draws WORKDIR/rl.png and says how reward, KL and lengths went."""
+    """Draws WORKDIR/rl.png and prints how reward, KL and lengths changed."""
     metrics = [m for m in read_metrics(workdir / "metrics.jsonl") if "step_seconds" in m]
     if not metrics:
         return
@@ -113,8 +107,8 @@ def show_course(workdir: Path, start: Start) -> None:
     correlation = metrics[-1]["length_reward_correlation"]
     if abs(correlation) > 0.5:
         start.say(
-            f"Length and reward correlate ({correlation:.2f}): look whether the answers are better or only "
-            f"{'longer' if correlation > 0 else 'shorter'} ({workdir / FOLDER})."
+            f"Length and reward correlate ({correlation:.2f}): check in {workdir / FOLDER} whether the answers are "
+            f"better or only {'longer' if correlation > 0 else 'shorter'}."
         )
 
 
@@ -133,7 +127,7 @@ _PANELS = (
 
 
 def plot_course(metrics: list[dict[str, Any]], path: Path) -> None:
-    """A picture of the health of a run by iteration."""
+    """Plots the health metrics of a run by iteration."""
     parts = sorted({name for m in metrics for name in m if name.startswith("reward_") and name != "reward_deviation"})
     rewards = [("reward", "all")] + [(name, name.removeprefix("reward_")) for name in parts]
     with picture(path, 3, 3, sharex=True, figsize=(15, 9)) as grid:

@@ -1,16 +1,19 @@
-"""Files of conversations -> a folder of packed rows, as many samples in each row as fit: what all kinds have in common.
+"""Files of conversations -> a folder of packed rows for fine-tuning, or of pairs for preference tuning.
 
-    OUT/manifest.json         what is here, as of packed text; `kind` says of which kind, a document is a sample
+    OUT/manifest.json         as of packed text; `kind` is "chat" or "pairs", a document is a sample
     OUT/{train,validation}-00000-of-0000N.array_record
-                              the rows; `data.row_file` says how samples and targets are marked
-    OUT/conversations.json    what was read, left out and cut (`Conversations`)
-    OUT/problems.txt          a line for each record that was left out and each sample that was cut
-    OUT/margins.npz           of rows of pairs some of which have one: fp32 [P] of each row (`data.row_values`)
+                              the rows; `data.row_file` defines how samples and targets are marked
+    OUT/questions.jsonl       chat: the held-out conversations, {"messages": [...]}, the last one the expected answer
+    OUT/pairs.jsonl           pairs: the held-out pairs, {"prompt": [...], "chosen": [...], "rejected": [...]} with all
+                              other fields of their records
+    OUT/margins.npz           pairs, if some have a margin: fp32 [P] of each row (`data.row_values`)
+    OUT/conversations.json    counts of what was read, left out and cut (`Conversations`)
+    OUT/problems.txt          a line for each record left out and each sample cut
 
-beside a file of the held-out samples (`Content.held_out`). A sample never crosses a row. Which samples share a row
-depends on the lengths of all of a split; rows are in the order of their first samples in the files (training shuffles
-them again in every epoch). About `validation_fraction` of the samples are held out, at least one, chosen by a hash of
-the messages before the first answer, so that other answers to the same question are on the same side.
+A sample never crosses a row. A row of pairs holds the prompt of each pair once, then both answers. Which samples share
+a row depends on the lengths of all samples of a split; rows are in the order of their first samples in the files, as
+training shuffles them in every epoch. About `validation_fraction` of the samples are held out, at least one, chosen by
+a hash of the messages before the first answer, so that other answers to the same question are on the same side.
 """
 
 from __future__ import annotations
@@ -26,15 +29,18 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from bc2_jax.align.chat_rows import EncodedSamples, pack_best_fit
+from bc2_jax.align.chat import Message
+from bc2_jax.align.chat_rows import EncodedSamples, encode_samples, pack_best_fit
 from bc2_jax.align.formats import Sample, find_files, read_file
-from bc2_jax.align.preparation_settings import Content, Conversations, FileCounts, Settings
+from bc2_jax.align.pair_rows import Pair, as_pair, encode_pairs, split_pair
+from bc2_jax.align.preparation_settings import Conversations, FileCounts, RowSettings
 from bc2_jax.data.batch import row_to_example
 from bc2_jax.data.out_folder import own_folder
-from bc2_jax.data.packing import Split, SplitInfo, make_manifest, write_manifest
+from bc2_jax.data.packing import Kind, Split, SplitInfo, make_manifest, write_manifest
 from bc2_jax.data.processes import ProcessPool
 from bc2_jax.data.records import Invalid
 from bc2_jax.data.row_file import TARGET, RowFilesWriter, token_ids
@@ -45,19 +51,57 @@ from bc2_jax.validation import require
 
 logger = logging.getLogger(__name__)
 
+QUESTIONS, PAIRS = "questions.jsonl", "pairs.jsonl"
 CONVERSATIONS, PROBLEMS, MARGINS = "conversations.json", "problems.txt", "margins.npz"
 _BATCH_CHARACTERS = 1 << 18
 _BATCH_SAMPLES = 4096
 _BATCHES_A_PROCESS = 4
 _LOGGED_PROBLEMS = 20
 _SHARED_BYTES = 16 << 20
-"""Of smaller files one process is sooner done than others have started."""
+"""One process finishes smaller inputs before others would have started."""
 _READ_TOKENS = 1 << 20
 _OF_EACH = ("dropped_rounds", "cut_tokens", "hashes")
-"""Fields of `EncodedSamples` that tell, with its reasons, what became of a sample."""
+"""Fields of `EncodedSamples` that, with its reasons, tell what became of a sample."""
 
 Advance = Callable[[str, int], object]
-"""Told what is done, and how many samples were encoded or rows written."""
+"""Called with the name of a stage, and the number of samples encoded or rows written."""
+
+
+class Content(NamedTuple):
+    """What is packed: conversations, or pairs."""
+
+    kind: Kind
+    accept: Callable[[Sample | Invalid], Sample | Invalid]
+    """What was read of a record, or Invalid if it can't be packed as this kind."""
+    text: Callable[[Sample], Any]
+    """What is encoded of a sample."""
+    encode: Callable[[Tokenizer, RowSettings, Sequence[Any]], EncodedSamples]
+    """Encodes texts; a module's function, as it runs in other processes."""
+    held_out: str
+    """Name of the file of held-out samples."""
+    describe: Callable[[Sample], dict[str, Any]]
+    """The record of a held-out sample, JSON values."""
+
+
+def _encode_chat(
+    tokenizer: Tokenizer, settings: RowSettings, conversations: Sequence[Sequence[Message]]
+) -> EncodedSamples:
+    return encode_samples(tokenizer, conversations, settings.max_length, settings.truncation)
+
+
+def _describe_chat(sample: Sample) -> dict[str, Any]:
+    return {"messages": [{"role": message["role"], "content": message["content"]} for message in sample.messages]}
+
+
+def _encode_pairs(tokenizer: Tokenizer, settings: RowSettings, pairs: Sequence[Pair]) -> EncodedSamples:
+    return encode_pairs(tokenizer, pairs, settings.max_length, settings.inputs, settings.truncation)
+
+
+_CHAT = Content("chat", lambda found: found, lambda sample: sample.messages, _encode_chat, QUESTIONS, _describe_chat)
+_PAIRS = Content(
+    "pairs", as_pair, split_pair, _encode_pairs, PAIRS,
+    describe=lambda sample: {**split_pair(sample)._asdict(), **sample.fields},
+)  # fmt: skip
 
 
 def prepare(
@@ -65,19 +109,20 @@ def prepare(
     inputs: Sequence[str | os.PathLike[str]],
     tokenizer: str | os.PathLike[str],
     out_dir: str | os.PathLike[str],
-    settings: Settings,
+    settings: RowSettings,
     *,
     processes: int = 1,
     overwrite: bool = False,
     advance: Advance = lambda *_: None,
 ) -> Conversations:
-    """Makes the folder `out_dir` of the samples in the files of `inputs` (see `align.formats`).
+    """Packs the samples in the files of `inputs` (formats: `align.formats`) into the folder `out_dir`.
 
-    It appears complete or not at all, and depends on the input, the settings and the tokenizer alone, not on the number
-    of processes. Memory grows by about 500 bytes a sample, not with its length; the tokens are twice on disk meanwhile.
-    Raises FileExistsError if `out_dir` exists, unless `overwrite`, which only ever replaces packed rows; InUse if
-    another process is making it; FileNotFoundError or ValueError for an argument that is not legal, for more invalid
-    records than settings.max_invalid, or if nothing can be learned; RuntimeError if a process dies.
+    The folder appears complete or not at all and depends only on input, settings and tokenizer, not on the number of
+    processes. Memory grows by about 500 bytes a sample; tokens are on disk twice until the end.
+
+    Raises FileExistsError if `out_dir` exists, unless `overwrite`, which replaces nothing but packed rows; InUse if
+    another process is making it; FileNotFoundError or ValueError for an illegal argument, too many unusable records
+    (settings.max_invalid), or if no target is left to learn; RuntimeError if a process dies.
     """
     require(processes >= 1, "processes", processes, "it must be positive")
     out = Path(out_dir)
@@ -107,8 +152,12 @@ def prepare(
     return counts
 
 
+prepare_chat, prepare_pairs = functools.partial(prepare, _CHAT), functools.partial(prepare, _PAIRS)
+"""`prepare` of conversations (of a preference pair, the chosen answer), and of preference pairs."""
+
+
 def _read(files: Sequence[TextFile], counts: Conversations, content: Content) -> Iterator[Sample | Invalid]:
-    """What all files hold, counted."""
+    """Reads all files, and counts."""
     invalid = 0
     for file in files:
         here = FileCounts(printable(file.path), file.size)
@@ -118,9 +167,9 @@ def _read(files: Sequence[TextFile], counts: Conversations, content: Content) ->
                 here.formats[found.format] = here.formats.get(found.format, 0) + 1
                 counts.unanswered += found.cut
             else:
-                here.invalid += found.records
-                counts.invalid[found.kind] = counts.invalid.get(found.kind, 0) + found.records
-                invalid += found.records
+                here.invalid += found.at_least
+                counts.invalid[found.kind] = counts.invalid.get(found.kind, 0) + found.at_least
+                invalid += found.at_least
                 limit = counts.settings.max_invalid
                 require(limit is None or invalid <= limit, "max_invalid", limit, f"one more can't be used: {found}")
             yield found
@@ -141,7 +190,7 @@ def _batches(found: Iterable[Sample | Invalid]) -> Iterator[list[Sample | Invali
 
 
 class _Samples:
-    """All samples: numbers in memory, tokens and the texts that may be held out on disk."""
+    """All samples: counts in memory; tokens, and texts that may be held out, on disk."""
 
     def __init__(self, folder: Path, counts: Conversations, content: Content) -> None:
         self.folder, self.counts, self.content, self.read = folder, counts, content, 0
@@ -150,11 +199,11 @@ class _Samples:
         self._problems = (folder / PROBLEMS).open("w", encoding="utf-8", errors="backslashreplace")
         self._num_problems = 0
         self.margins = array.array("f")
-        """Of each sample that was added; NaN where none is known."""
+        """Margin of each sample; NaN if unknown."""
         self.threshold = math.ceil(counts.settings.validation_fraction * 2**64)
         self._lowest = 2**64 if self.threshold else -1
         self.questions: list[tuple[int, int, int]] = []
-        """(hash, first byte, bytes) in the file of texts of each that may be held out."""
+        """(hash, first byte, number of bytes) in the file of texts, of each sample that may be held out."""
 
     def __enter__(self) -> _Samples:
         return self
@@ -164,7 +213,7 @@ class _Samples:
             file.close()
 
     def add(self, batch: Sequence[Sample | Invalid], encoded: EncodedSamples) -> None:
-        """`encoded` has the samples of a batch."""
+        """Adds a batch; `encoded` has its samples."""
         self._tokens.write(encoded.tokens.tobytes())
         self._parts.append(encoded._replace(tokens=encoded.tokens[:0]))
         numbers = zip(encoded.reasons, *(getattr(encoded, name).tolist() for name in _OF_EACH), strict=True)
@@ -172,7 +221,7 @@ class _Samples:
             if isinstance(found, Sample):
                 self._add_one(found, *next(numbers))
             else:
-                self._report(found.where, f"left out: {found.reason}")
+                self._report(found.where, f"left out: {found.message}")
 
     def _add_one(self, sample: Sample, reason: str, dropped: int, cut: int, code: int) -> None:
         counts, limit = self.counts, self.counts.settings.max_length
@@ -215,7 +264,7 @@ class _Samples:
         self._texts.write(line)
 
     def held_out(self, hashes: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
-        """Which of the kept samples are held out, bool [N], and their questions in the order of the hashes."""
+        """Which of the kept samples are held out, bool [N], and their entries of `questions`, ordered by hash."""
         limit = self.threshold if hashes.min() < self.threshold else self._lowest + 1
         held_out = np.array([code < limit for code in hashes.tolist()], bool)
         if held_out.all():
@@ -224,12 +273,12 @@ class _Samples:
         return held_out, sorted(question for question in self.questions if question[0] < limit)
 
     def numbers(self, name: str) -> np.ndarray:
-        """A field of all that were added."""
+        """A field of `EncodedSamples`, of all samples."""
         return np.concatenate([getattr(part, name) for part in self._parts])
 
 
 def _write(folder: Path, samples: _Samples, model: Tokenizer, advance: Advance) -> None:
-    """Writes everything but the problems, and removes what is not part of the result."""
+    """Writes everything except the problems, and removes temporary files."""
     counts, settings = samples.counts, samples.counts.settings
     if not counts.samples:
         lost = counts.invalid | counts.dropped
@@ -242,7 +291,9 @@ def _write(folder: Path, samples: _Samples, model: Tokenizer, advance: Advance) 
     sides: dict[Split, np.ndarray] = {"train": kept[~held_out], "validation": kept[held_out]}
     packed = {split: pack_best_fit(lengths[places], settings.inputs) for split, places in sides.items()}
     most = max(len(members) for rows in packed.values() for members in rows)
-    margins = _Margins(samples.margins, most) if counts.margins else None
+    margins = np.nan_to_num(np.asarray(samples.margins, np.float32))
+    rows_of_pairs: list[tuple[np.ndarray, np.ndarray]] = []
+    """Digest and margins of each row."""
     splits: dict[Split, SplitInfo] = {}
     for split, places in sides.items():
         writer = RowFilesWriter(folder, split, settings.rows_per_file)
@@ -250,8 +301,9 @@ def _write(folder: Path, samples: _Samples, model: Tokenizer, advance: Advance) 
             inputs = np.concatenate([tokens[starts[i] : starts[i] + lengths[i]] for i in places[members]])
             row = np.pad(inputs, (0, settings.inputs + 1 - len(inputs)), constant_values=model.pad_id)
             writer.write(row)
-            if margins:
-                margins.add(row, places[members])
+            if counts.margins:
+                values = np.pad(margins[places[members]], (0, most - len(members)))
+                rows_of_pairs.append((digest_rows(row_to_example(row[None])), values))
             if number % 1024 == 0:
                 advance(f"packing {split}", number)
         files = writer.close()
@@ -261,8 +313,8 @@ def _write(folder: Path, samples: _Samples, model: Tokenizer, advance: Advance) 
         )
         padding = rows * settings.inputs - size
         splits[split] = SplitInfo(len(places), characters, octets, size, rows, padding, files)
-    if margins:
-        margins.save(folder / MARGINS)
+    if rows_of_pairs:
+        _save_margins(rows_of_pairs, folder / MARGINS)
     for start in range(0, len(tokens), _READ_TOKENS):
         part = tokens[start : start + _READ_TOKENS]
         counts.targets += int(np.count_nonzero(part & TARGET))
@@ -289,28 +341,15 @@ def _write(folder: Path, samples: _Samples, model: Tokenizer, advance: Advance) 
         (folder / name).unlink()
 
 
-class _Margins:
-    """The margins of the pairs of each row; 0 where none is known."""
-
-    def __init__(self, of_samples: Sequence[float], most_pairs: int) -> None:
-        self._of_samples, self._most_pairs = np.nan_to_num(np.asarray(of_samples, np.float32)), most_pairs
-        self._digests: list[np.ndarray] = []
-        self._values: list[np.ndarray] = []
-
-    def add(self, row: np.ndarray, samples: np.ndarray) -> None:
-        """Those of a row, uint32 [T + 1], that holds these samples in this order."""
-        self._digests.append(digest_rows(row_to_example(row[None])))
-        self._values.append(np.pad(self._of_samples[samples], (0, self._most_pairs - len(samples))))
-
-    def save(self, path: Path) -> None:
-        """Writes them; says how many rows get other margins than their own, because they equal an earlier row."""
-        digests, values = np.concatenate(self._digests), np.stack(self._values)
-        kept = RowValues(digests, values)
-        known, kept_values = kept.arrays()
-        differ = np.any(kept_values[np.searchsorted(known, digests)] != values, axis=-1)
-        if differ.any():
-            logger.warning(
-                "%d of %d rows have the same pairs as an earlier row with other margins: they are trained on with the "
-                "margins of the first", np.count_nonzero(differ), len(digests),
-            )  # fmt: skip
-        kept.save(path)
+def _save_margins(rows: Sequence[tuple[np.ndarray, np.ndarray]], path: Path) -> None:
+    """Writes the margins of rows; warns of rows that equal an earlier row with other margins, which they then get."""
+    digests, values = np.concatenate([digest for digest, _ in rows]), np.stack([margins for _, margins in rows])
+    kept = RowValues(digests, values)
+    known, kept_values = kept.arrays()
+    differ = np.any(kept_values[np.searchsorted(known, digests)] != values, axis=-1)
+    if differ.any():
+        logger.warning(
+            "%d of %d rows have the same pairs as an earlier row with other margins, and get those of the first",
+            np.count_nonzero(differ), len(digests),
+        )  # fmt: skip
+    kept.save(path)

@@ -1,9 +1,9 @@
-"""Rewards of conversations by a trained reward model."""
+"""Scores conversations with a trained reward model."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -19,7 +19,7 @@ from bc2_jax.convert.reward import load_reward_model
 from bc2_jax.data.batch import Batch
 from bc2_jax.infer.generate import bucket
 from bc2_jax.model.baichuan import Params, place_tokens
-from bc2_jax.model.reward import RewardModel, split_reward_model
+from bc2_jax.model.reward import split_reward_model
 from bc2_jax.sharding import parts, reshard, spec, use_mesh_of
 from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.validation import require
@@ -28,50 +28,44 @@ Score = Callable[[Params, Batch], Array]
 
 
 def make_score(config: ModelConfig, compute: ComputeConfig) -> Score:
-    """(parameters of a reward model, batch) -> fp32 [B]: the reward of each row, to be traced into a larger program.
+    """(parameters of a reward model, batch) -> fp32 [B]: the reward of each row, traceable.
 
-    The batch has input_ids and segment_ids [B, T], and positions if it likes: one conversation a row, its tokens in
-    one segment and padding, of any ids, in segment 0 on either side. A row of padding alone has the reward 0.
+    The batch has input_ids, segment_ids and optionally positions [B, T]: one conversation a row, in one non-zero
+    segment; padding on either side, of any ids, is segment 0. A row of padding has reward 0.
     """
     graphdef, _, _ = split_reward_model(config, compute)
 
     def score(params: Params, batch: Batch) -> Array:
-        return last_values(nnx.merge(graphdef, params), batch)
+        model, segments_BT = nnx.merge(graphdef, params), batch["segment_ids"]
+        ids_BT = jnp.where(segments_BT != 0, batch["input_ids"], config.pad_token_id)  # padding may hold invalid ids
+        with use_mesh_of(model.norm.weight[...]):
+            values_BT = model.values(ids_BT, batch.get("positions"), segments_BT)
+            whole_BT = reshard(segments_BT, "batch", None)
+            place_T = jnp.arange(whole_BT.shape[1])
+            last_B = jnp.max(jnp.where(whole_BT != 0, place_T, -1), axis=1)
+            is_last_BT = reshard(place_T == last_B[:, None], "batch", "sequence")
+            return jnp.sum(jnp.where(is_last_BT, values_BT, 0), axis=1)
 
     return score
 
 
-def last_values(model: RewardModel, batch: Mapping[str, Array]) -> Array:
-    """fp32 [B]: the value at the last token of each row that is not padding; `make_score` says of what."""
-    segments_BT = batch["segment_ids"]
-    ids_BT = jnp.where(segments_BT != 0, batch["input_ids"], model.config.pad_token_id)  # rubbish may be no id at all
-    with use_mesh_of(model.norm.weight[...]):
-        values_BT = model.values(ids_BT, batch.get("positions"), segments_BT)
-        whole_BT = reshard(segments_BT, "batch", None)
-        place_T = jnp.arange(whole_BT.shape[1])
-        last_B = jnp.max(jnp.where(whole_BT != 0, place_T, -1), axis=1)
-        is_last_BT = reshard(place_T == last_B[:, None], "batch", "sequence")
-        return jnp.sum(jnp.where(is_last_BT, values_BT, 0), axis=1)
-
-
 class Scorer:
-    """A reward model, ready to score conversations in batches of few shapes.
+    """A reward model that scores conversations in batches.
 
-    A reward is the value at the last token, which in training was the eos behind the answer, in fp32. It does not
-    depend on what else is scored, on the order, or on how many are scored together, but for rounding: the lengths
-    are rounded up (`infer.generate.bucket`), so that each length has one compiled program for `rows` conversations.
+    A reward is the fp32 value at the last token, the eos after the answer. Except for rounding it does not depend on
+    the other conversations. Lengths are rounded up (`infer.generate.bucket`); each has one compiled program for `rows`
+    conversations.
     """
 
     def __init__(
         self, params: Params, config: ModelConfig, *, compute: ComputeConfig | None = None, rows: int = 8,
-        tokenizer: Tokenizer | None = None, statistics: Mapping[str, float] | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:  # fmt: skip
-        """`params` of a `RewardModel` of `config`, on any mesh, which is used; arrays of numpy are taken too. `rows` is
-        rounded up to what the mesh cuts evenly. `compute`: by default in fp32. `statistics` as those of
-        `FoundRewardModel`."""
+        """`params` of a `RewardModel` of `config`, NumPy arrays or on any mesh, which is then used. `rows` is rounded
+        up to a multiple of the batch shards. `compute` is fp32 by default."""
         require(rows > 0, "rows", rows, "it must be positive")
         self.params, self.config = jax.tree.map(jnp.asarray, params), config
-        self.tokenizer, self.statistics = tokenizer, statistics
+        self.tokenizer = tokenizer
         compute = compute or ComputeConfig(dtype="float32")
         self._weight = self.params["norm"]["weight"]
         with use_mesh_of(self._weight):
@@ -92,26 +86,26 @@ class Scorer:
         cls, path: str | Path, *, dtype: DType = "float32", mesh: Mesh | None = None,
         compute: ComputeConfig | None = None, rows: int = 8,
     ) -> Scorer:  # fmt: skip
-        """The reward model that `path` means to `convert.reward.find_reward_model`, computed in `dtype`.
+        """The reward model at `path` (`convert.reward.find_reward_model`), computed in `dtype` and sharded over `mesh`.
 
-        With a mesh its parameters are cut over it. Raises FileNotFoundError or ValueError in one sentence.
+        Raises FileNotFoundError or ValueError.
         """
         params, config, found = load_reward_model(path, dtype, mesh)
         compute = dataclasses.replace(compute or ComputeConfig(), dtype=dtype)
         tokenizer = None if found.tokenizer is None else Tokenizer(found.tokenizer)
-        return cls(params, config, compute=compute, rows=rows, tokenizer=tokenizer, statistics=found.statistics)
+        return cls(params, config, compute=compute, rows=rows, tokenizer=tokenizer)
 
     def score(self, conversations: Sequence[Sequence[int]]) -> np.ndarray:
-        """fp32 [n]: the rewards of token ids of whole conversations, each with the eos at its end.
+        """fp32 [n]: rewards of conversations as token ids, each with its final eos.
 
-        All processes of a mesh call it with the same ones. Raises ValueError for a conversation without a token, longer
-        than model_max_length or with an id that the model does not have.
+        All processes of a mesh call it with the same ids. Raises ValueError for an empty conversation, one longer than
+        model_max_length and ids outside the vocabulary.
         """
         ids = [np.asarray(conversation) for conversation in conversations]
         for number, row in enumerate(ids):
             self._check(number, row)
         rewards = np.zeros(len(ids), np.float32)
-        # Longest first: what does not fit the memory fails at once.
+        # Longest first, so that out-of-memory errors come early.
         for length in sorted({self._length(row) for row in ids}, reverse=True):
             numbers = [number for number, row in enumerate(ids) if self._length(row) == length]
             for first in range(0, len(numbers), self._rows):
@@ -120,9 +114,9 @@ class Scorer:
         return rewards
 
     def score_messages(self, conversations: Sequence[Sequence[Message]]) -> np.ndarray:
-        """fp32 [n]: the rewards of conversations whose last message is the answer to be judged.
+        """fp32 [n]: rewards of the last messages of conversations.
 
-        Raises ValueError as `encode_conversation` and `score`, or if there is no tokenizer.
+        Raises ValueError as `encode_conversation` and `score`, or without a tokenizer.
         """
         if self.tokenizer is None:
             raise ValueError("The reward model has no tokenizer beside it: give the Scorer one, or score token ids.")

@@ -1,4 +1,4 @@
-"""Asking a server for answers: ours (tools/serve.py), or another one with OpenAI's API for chats."""
+"""Client of a chat server: tools/serve.py, or any other with OpenAI's chat completions API."""
 
 from __future__ import annotations
 
@@ -13,40 +13,38 @@ from urllib.parse import SplitResult, urlsplit
 
 from bc2_jax.align.chat import Message
 from bc2_jax.align.dialogue import Answer, OnText
-from bc2_jax.align.server_sent_events import EventReader
 from bc2_jax.validation import require
 
 CONNECT_S = 10.0
 SILENT_S = 120.0
-"""How long a server may send nothing; ours sends a comment every 15 s while a request waits."""
+"""Longest silence of a server; tools/serve.py sends a comment every 15 s while a request waits."""
 TRIES = 6
-"""How often a request is sent while the server is busy."""
+"""Attempts while the server is busy."""
 MOST_WAIT_S = 60
+MOST_EVENT_BYTES = 2**24
 _MOST_ERROR_BYTES = 2**16
 _FIELDS = {"max_new_tokens": "max_tokens"}
-"""Names that the API has for settings, where they are not ours."""
+"""Our settings -> names in the API, where they differ."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class ServerError(OSError):
-    """A server did not answer; the message is one sentence."""
+    """A request failed; the message is one sentence."""
 
 
 class ChatServer:
-    """The chats of one server; `answer` is an `Answers`. `say` is given remarks while the user waits.
-
-    `url` is the server's, with or without /v1 at the end. Raises ValueError for one that is not http or https.
-    """
+    """A server at `url`, with or without /v1 at the end; `answer` is an `Answers`. `say` gets remarks while the user
+    waits. Raises ValueError if the URL is not http or https."""
 
     def __init__(self, url: str, key: str | None = None, say: Callable[[str], object] = lambda remark: None) -> None:
         self.url, self._key, self._say = url, key, say
         self._parts = _split_url(url)
         self._path = self._parts.path.rstrip("/").removesuffix("/v1")
         self.model: str | None = None
-        """Its name; None if the server has no list of models."""
+        """Name of the model; None if the server has no list of models."""
 
     def find_model(self) -> None:
-        """Asks the server for the name of its first model. Raises ServerError if it can't be talked with."""
+        """Gets the name of the server's first model. Raises ServerError if that fails."""
         with self._send("GET", "/v1/models") as response:
             if response.status == 404:
                 return
@@ -58,11 +56,10 @@ class ChatServer:
                 raise ServerError(f"{self.url} is not a server with OpenAI's API: it has no list of models.") from error
 
     def answer(self, messages: Sequence[Message], on_text: OnText, settings: Mapping[str, Any]) -> Answer:
-        """Streams the answer to a conversation; settings that are not given are the server's.
+        """Streams the answer to a conversation; missing settings are the server's.
 
-        The connection is closed whatever happens, KeyboardInterrupt too: then the server stops as well. A busy server
-        is asked again when it says so. Raises ServerError.
-        """
+        The connection is always closed, also on KeyboardInterrupt, which stops the server's generation. A busy server
+        is asked again after the time that it names. Raises ServerError."""
         given = {_FIELDS.get(name, name): value for name, value in settings.items() if value not in (None, [], ())}
         named = {} if self.model is None else {"model": self.model}
         body = {**named, "messages": [dict(message) for message in messages], "stream": True, **given}
@@ -106,23 +103,23 @@ class ChatServer:
             connection.close()
 
     def _read(self, response: http.client.HTTPResponse, most: int) -> bytes:
-        """What has come, up to `most` bytes; waits for it. Nothing at the end."""
+        """The next bytes, up to `most`; empty at the end."""
         try:
             return response.read1(most)
         except (OSError, http.client.HTTPException) as error:
             raise ServerError(
-                f"the server at {self.url} has gone in the middle of the reply: {_why(error)}."
+                f"the server at {self.url} broke off in the middle of the reply: {_why(error)}."
             ) from error
 
     def _read_all(self, response: http.client.HTTPResponse) -> bytes:
-        """The beginning of a body that is not a stream."""
+        """The body of an error or of a list of models, up to a limit."""
         content = b""
         while len(content) < _MOST_ERROR_BYTES and (piece := self._read(response, _MOST_ERROR_BYTES)):
             content += piece
         return content
 
     def _refusal(self, response: http.client.HTTPResponse) -> ServerError:
-        """What a status other than 200 means."""
+        """The error of a status other than 200."""
         try:
             message = str(json.loads(self._read_all(response))["error"]["message"])
         except (ValueError, LookupError, TypeError, ServerError):
@@ -143,13 +140,13 @@ class ChatServer:
                 on_text(text)
             reason = ended or reason
         if reason is None:
-            raise ServerError(f"the server at {self.url} has gone in the middle of the answer.")
+            raise ServerError(f"the server at {self.url} broke off in the middle of the answer.")
         dropped = response.headers.get("X-Dropped-Rounds", "")
         rounds = int(dropped) if dropped.isascii() and dropped.isdigit() else 0
         return Answer("".join(said), "length" if reason == "length" else "eos", rounds, 0)
 
     def _chunks(self, response: http.client.HTTPResponse) -> Iterator[str]:
-        """The data of the events of a stream, until it says that it is done, or ends."""
+        """The data of the events of a stream up to [DONE]."""
         kind = response.headers.get_content_type()
         if kind != "text/event-stream":
             raise ServerError(f"the server at {self.url} does not stream its answers: it sends {kind}.")
@@ -158,26 +155,26 @@ class ChatServer:
             try:
                 events = reader.add(piece)
             except ValueError as error:
-                raise ServerError(f"the server at {self.url} sends what can't be read: {error}.") from error
+                raise ServerError(f"the server at {self.url} sends unreadable events: {error}.") from error
             for event in events:
                 if event == "[DONE]":
                     return
                 yield event
 
     def _read_chunk(self, chunk: str) -> tuple[str, str | None]:
-        """The text of a chunk, and why the answer has ended, if it has."""
+        """The text of a chunk, and the finish reason, if any."""
         try:
             values = json.loads(chunk)
             if "error" in values:
                 message = str(values["error"]["message"]).removesuffix(".")
-                raise ServerError(f"the server at {self.url} has failed in the middle of the answer: {message}.")
+                raise ServerError(f"the server at {self.url} failed in the middle of the answer: {message}.")
             if not values.get("choices"):
                 return "", None
             [choice] = values["choices"]
             text = choice["delta"].get("content") or ""
             return _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text), choice.get("finish_reason")
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ServerError(f"the server at {self.url} sends what is not a part of a chat.") from error
+            raise ServerError(f"the server at {self.url} sends a chunk that is not of a chat.") from error
 
 
 def _split_url(url: str) -> SplitResult:
@@ -192,7 +189,7 @@ def _split_url(url: str) -> SplitResult:
 
 
 def _retry_after(response: http.client.HTTPResponse) -> int:
-    """Seconds; 1 where the server does not name any."""
+    """Seconds; 1 by default."""
     given = response.headers.get("Retry-After", "")
     return max(1, min(int(given), MOST_WAIT_S)) if given.isascii() and given.isdigit() else 1
 
@@ -201,3 +198,44 @@ def _why(error: Exception) -> str:
     if isinstance(error, TimeoutError):
         return "it does not answer"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+class EventReader:
+    """Parser of server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html), of which it keeps
+    the data only; bytes may be cut anywhere."""
+
+    def __init__(self) -> None:
+        self._line = bytearray()
+        self._data: list[bytes] = []
+        self._size = 0
+        self._is_after_return = False
+
+    def add(self, piece: bytes) -> list[str]:
+        """The data of the events that end in this piece. Raises ValueError for bytes that are not UTF-8, and for an
+        event of more than MOST_EVENT_BYTES."""
+        if self._is_after_return and piece:  # rest of a line end
+            piece = piece.removeprefix(b"\n")
+            self._is_after_return = False
+        self._is_after_return |= piece.endswith(b"\r")
+        events = []
+        *lines, rest = piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+        for line in lines:
+            event = self._end_line(bytes(self._line) + line)
+            self._line.clear()
+            if event is not None:
+                events.append(event)
+        self._line += rest
+        if self._size + len(self._line) > MOST_EVENT_BYTES:
+            raise ValueError(f"an event has more than {MOST_EVENT_BYTES} bytes")
+        return events
+
+    def _end_line(self, line: bytes) -> str | None:
+        """The data of an event, if the line ends one."""
+        if line:
+            name, _, value = line.partition(b":")
+            if name == b"data":
+                self._data.append(value.removeprefix(b" "))
+                self._size += len(line)
+            return None
+        data, self._data, self._size = self._data, [], 0
+        return b"\n".join(data).decode() if data else None

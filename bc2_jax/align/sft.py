@@ -1,6 +1,6 @@
-"""Supervised fine-tuning: the loop, the loss and the rows of pre-training, from an existing model.
+"""Supervised fine-tuning on rows of conversations: pre-training from a model, with weighted targets and NEFTune noise.
 
-What a row's targets are is in the rows (tools/prepare_chat.py). This adds which weight each has, and noise.
+The rows themselves mark their targets (tools/prepare_chat.py).
 """
 
 from __future__ import annotations
@@ -24,23 +24,22 @@ from bc2_jax.train.loss import count_targets
 
 
 def train(config: FineTuneConfig, command: str = "train.py", started: float | None = None) -> RunResult:
-    """Fine-tunes as `config` says; as `loop.run`."""
+    """Runs supervised fine-tuning; as `loop.run`."""
     return run(complete(config), make_job, command, started)
 
 
 def complete(config: FineTuneConfig) -> FineTuneConfig:
-    """`config` with what depends on the base model and on the rows; raises as `tuning.complete`."""
+    """Completes `config` from the base model and the rows; as `tuning.complete`."""
     return tuning.complete(config)
 
 
 def make_step(config: FineTuneConfig, mesh: Mesh) -> StepParts:
-    """The step of a run, whose batches have the seeds of their noise."""
+    """The training step; its batches have seeds of noise and dropout."""
     return tuning.with_seeds(tuning.make_step(config, mesh, make_objective(config)), config, mesh)
 
 
 def make_job(config: FineTuneConfig, start: Start) -> Job:
-    """The run of `config`, from `complete`. Raises as `tuning.make_job`, and ValueError if what is asked at evaluations
-    is not valid."""
+    """The job of a completed `config`. Raises as `tuning.make_job`, and ValueError for invalid questions."""
     step = make_step(config, start.mesh)
     return tuning.with_answers(
         tuning.make_job(config, start, step), config, start, make_build(config),
@@ -53,7 +52,7 @@ def make_job(config: FineTuneConfig, start: Start) -> Job:
 
 
 def make_objective(config: FineTuneConfig) -> Objective:
-    """Cross entropy of the targets, each with the weight that `config.loss_weighting` gives it."""
+    """Cross entropy of the targets, weighted by `config.loss_weighting`."""
     by_sample = config.loss_weighting == "sample"
     head_loss = pretrain.make_loss(
         config.model, config.compute, make_build(config), weigh_by_sample if by_sample else None
@@ -74,7 +73,7 @@ def make_objective(config: FineTuneConfig) -> Objective:
 
 
 def make_build(config: FineTuneConfig) -> pretrain.Build:
-    """What makes the model of the parameters; that of a training batch has its noise and its dropout."""
+    """(trained parameters, frozen ones, a micro-batch) -> the model, with noise and dropout if the batch has a SEED."""
     graphdef, _, _ = split_model(config.model, config.compute)
 
     def build(params: Params, frozen: Params, batch: Batch) -> Baichuan2:
@@ -92,8 +91,8 @@ def make_build(config: FineTuneConfig) -> pretrain.Build:
 
 
 class NoisyEmbedding:
-    """An embedding with the noise of NEFTune (arXiv 2310.05914): uniform, up to alpha / sqrt(n * D) for a sample of n
-    tokens. Other samples of a row, and padding, do not count."""
+    """An embedding with NEFTune noise (arXiv 2310.05914): uniform, up to alpha / sqrt(n * D) for a sample of n tokens,
+    even if several samples share a row."""
 
     def __init__(self, embed_tokens, key: Array, alpha: float, segment_ids_BT: Array):
         self._embed, self._key, self._alpha, self._segment_ids_BT = embed_tokens, key, alpha, segment_ids_BT
@@ -112,7 +111,7 @@ class NoisyEmbedding:
 
 
 def count_samples(batch: Batch) -> Array:
-    """Samples of [..., B, T] that have a target, fp32 scalar; a sample is a segment of a row."""
+    """fp32 scalar: samples (segments) of [..., B, T] that have a target."""
     targets = _targets_by_segment(batch)
     segments = _whole_rows(batch["segment_ids"])
     return jnp.sum(_starts(segments) & (targets > 0), dtype=jnp.float32)
@@ -129,10 +128,8 @@ def _targets_by_segment(batch: Batch) -> Array:
 
 
 def sum_by_segment(values: Array, segment_ids: Array) -> Array:
-    """int32 [..., B, T], whole rows: the sum of `values`, at least 0 each, over the segment that a position is in.
-
-    A segment is what has the same id side by side.
-    """
+    """int32 [..., B, T], rows not sharded: the sum of `values` >= 0 over the segment of each position, a run of equal
+    ids."""
     values, segment_ids = _whole_rows(values), _whole_rows(segment_ids)
     axis = values.ndim - 1
     starts = _starts(segment_ids)
@@ -149,5 +146,5 @@ def _starts(segment_ids: Array) -> Array:
 
 
 def _whole_rows(x: Array) -> Array:
-    """[..., B, T] with its rows uncut: they are small, and cut over the mesh along their tokens."""
+    """[..., B, T] without sharding along T."""
     return reshard(x, *[None] * (x.ndim - 2), "batch", None)

@@ -1,4 +1,4 @@
-"""What a fine-tuning run prints at its start and makes at its end: plan, export, answers before and after, hints."""
+"""Output of runs that start from a model: plan at the start; export, pictures, answers before and after, hints."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from rich.text import Text
 from bc2_jax.align.questions import compare, find_questions
 from bc2_jax.config import AskedConfig, FineTuneConfig, RLConfig, RunConfig, TunedConfig
 from bc2_jax.convert.conversion import Options
-from bc2_jax.convert.folder import check_free
+from bc2_jax.convert.folder import check_free, foreign_in_adapter
 from bc2_jax.convert.merging import merge_lora
-from bc2_jax.convert.ownership import foreign_in_adapter
 from bc2_jax.convert.peft import save_peft
 from bc2_jax.model.baichuan import Params
 from bc2_jax.model.lora import Adapter
@@ -28,16 +27,16 @@ from bc2_jax.train.pictures import add_grid_and_legend, picture, plot_metric
 from bc2_jax.train.results import Ending, export_hf, print_how_to_go_on, print_places, show_curve
 
 ADAPTER_NAME = "adapter"
-"""Where a run of adapters exports them to, in its workdir."""
+"""Folder of exported adapters, in the workdir."""
 
 
 def check_adapter_export(workdir: Path) -> None:
-    """Raises FileExistsError if the export at the end could not replace what is in its place."""
+    """Raises FileExistsError if the export at the end can't replace what is there."""
     check_free(workdir / ADAPTER_NAME, True, foreign_in_adapter)
 
 
 def print_plan(config: FineTuneConfig, num_questions: int, start: Start) -> None:
-    """How the run learns."""
+    """Prints the settings of fine-tuning."""
     z_loss = config.model.z_loss_weight
     rows = {
         "weight of the loss": f"the same for each {'target' if config.loss_weighting == 'token' else 'sample'}",
@@ -49,7 +48,7 @@ def print_plan(config: FineTuneConfig, num_questions: int, start: Start) -> None
 
 
 def print_tuning(title: str, config: TunedConfig, rows: Mapping[str, str], start: Start) -> None:
-    """A table of how a run learns that begins from a model: what all such runs have, and `rows` of its kind."""
+    """Prints the settings that all runs from a model share, and `rows` of its kind."""
     optimizer, lora = config.optimizer, config.lora
     low, high = optimizer.min_learning_rate, optimizer.peak_learning_rate
     rate = f"{high:g}, constant" if low == high else f"{high:g}, by a cosine to {low:g} at step {optimizer.decay_steps}"
@@ -66,6 +65,11 @@ def print_tuning(title: str, config: TunedConfig, rows: Mapping[str, str], start
         kind = "".join(name for name, used in ((", rsLoRA", lora.rslora), (", DoRA", lora.dora)) if used)
         rows["trained"] = f"adapters of rank {rank}{kind}, dropout {lora.dropout:g}, on {', '.join(lora.targets)}"
         rows["frozen"] = f"the base model, in {config.compute.dtype}"
+    print_rows(title, rows, start)
+
+
+def print_rows(title: str, rows: Mapping[str, str], start: Start) -> None:
+    """Prints a table of names and values."""
     table = make_table("", "", title=title)
     for name, value in rows.items():
         table.add_row(name, Text(value))
@@ -76,8 +80,8 @@ def make_ending(
     config: AskedConfig, checkpoint: Path, params: Params, start: Start,
     draw_curve: Callable[[Path, Say], None] | None = None, loss: str = "cross_entropy",
 ) -> Ending:  # fmt: skip
-    """The end of a run whose checkpoint is the last one. `draw_curve` draws loss.png in the workdir and says what came
-    out, by default of cross entropy; `loss` is the metric drawn above answers."""
+    """The end of a run. `draw_curve` draws WORKDIR/loss.png and prints the results (default: cross entropy); `loss` is
+    the metric plotted beside answers."""
     workdir = checkpoint.parent.parent
 
     def draw() -> None:
@@ -98,19 +102,19 @@ def make_ending(
 
 
 def export_policy(config: AskedConfig | RLConfig, checkpoint: Path, params: Params, start: Start) -> Path | None:
-    """The adapter that `params` are, or else the model of the checkpoint, for other programs; where, if anywhere."""
+    """Exports adapters, or the whole model if config.export_hf; returns the folder, None if nothing was written."""
     if config.lora.rank:
         return export_adapter(config, Adapter(config.lora, params), checkpoint.parent.parent, start)
     return export_hf(config, checkpoint)
 
 
 def export_adapter(config: RunConfig, adapter: Adapter, workdir: Path, start: Start) -> Path | None:
-    """WORKDIR/adapter as PEFT reads it, and with export_hf WORKDIR/hf, the base model with the adapter in its weights,
-    in the base model's dtype; written by the first process."""
-    adapter = adapter._replace(params=jax.tree.map(to_host, adapter.params))  # each process has a part
+    """Writes WORKDIR/adapter for PEFT and, with export_hf, WORKDIR/hf, the base model with the adapter merged, in its
+    dtype; on the first process."""
+    adapter = adapter._replace(params=jax.tree.map(to_host, adapter.params))  # sharded over processes
     if jax.process_index() != 0:
         return None
-    # Ours to replace: an earlier end of this same run wrote them.
+    # May be replaced: an earlier end of this run wrote them.
     exported, base = workdir / ADAPTER_NAME, str(config.init_from)
     save_peft(exported, adapter, config.model, base=base, overwrite=True)
     if config.export_hf:
@@ -121,7 +125,7 @@ def export_adapter(config: RunConfig, adapter: Adapter, workdir: Path, start: St
 
 
 def plot_answers(metrics: list[dict[str, Any]], path: Path, loss: str = "cross_entropy") -> None:
-    """A picture of the loss on held-out rows, a metric, and of the share of questions answered right, by step."""
+    """Plots by step: the loss on held-out rows and the shares of questions answered right."""
     with picture(path, 2, sharex=True, figsize=(8, 6)) as (above, below):
         plot_metric(above, metrics, f"validation_{loss}", None, marker="o", markersize=4)
         above.set(ylabel="loss on held-out pairs" if loss == "loss" else "loss on held-out answers\n(nats a token)")
@@ -133,7 +137,7 @@ def plot_answers(metrics: list[dict[str, Any]], path: Path, loss: str = "cross_e
 
 
 def print_hints(config: AskedConfig, checkpoint: Path, exported: Path | None, start: Start) -> None:
-    """Where everything is and what to type next."""
+    """Prints where the files are and what to run next."""
     workdir, say = checkpoint.parent.parent, start.say
     print_places(checkpoint, exported if not config.lora.rank else None, start)
     if find_questions(config) is not None:
@@ -143,13 +147,13 @@ def print_hints(config: AskedConfig, checkpoint: Path, exported: Path | None, st
 
 
 def longer(config: TunedConfig) -> str:
-    """The arguments that make a finished run longer."""
+    """Arguments that extend a finished run."""
     steps = f"--num-steps {config.num_steps + config.checkpoint.save_every}"
-    return steps if config.num_epochs is None else f"{steps} --num-epochs {2 * config.num_epochs:g}"  # these end it too
+    return steps if config.num_epochs is None else f"{steps} --num-epochs {2 * config.num_epochs:g}"  # both limit
 
 
 def print_uses(config: AskedConfig | RLConfig, checkpoint: Path, exported: Path | None, start: Start) -> None:
-    """How to talk with the trained model, or with the base model and its adapter, and how to convert it."""
+    """Prints how to chat with the trained model and how to convert it."""
     workdir, say = checkpoint.parent.parent, start.say
     if not config.lora.rank:
         say(f"to chat      {command('tools/generate.py', workdir, '--chat')}")

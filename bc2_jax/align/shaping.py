@@ -1,4 +1,4 @@
-"""From scores and log-probabilities of answers to what the updates need: advantages, returns, and health metrics."""
+"""Scores and log-probabilities of answers -> advantages, returns and health metrics."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from bc2_jax.align.experience import Answers, Scores
 
 OLD, REFERENCE, ADVANTAGE, VALUE, RETURN = "old_log_probs", "reference_log_probs", "advantages", "old_values", "returns"
-"""Fields of a batch, fp32 [U * A, B, T]: what belongs to the label of each position; 0 where that is IGNORED."""
+"""Fields of a batch, fp32 [U * A, B, T], of the label of each position; 0 where that is IGNORED."""
 UPDATE, COEFFICIENT = "update", "kl_coefficient"
 """Fields of a batch, [U * A]: the number of the update in its iteration, int32, and the KL coefficient, fp32."""
 
 
 def fields_of(config: PPOConfig) -> tuple[str, ...]:
-    """The fields [U * A, B, T] of a batch beside those of its text."""
+    """The fields [U * A, B, T] of a batch besides FIELDS."""
     return (OLD, ADVANTAGE, VALUE, RETURN) if config.has_critic else (OLD, ADVANTAGE, REFERENCE)
 
 
@@ -36,9 +36,9 @@ def shape(
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:  # fmt: skip
     """(the fields of `fields_of`, fp32 [N, T]; metrics) of the answers of an iteration.
 
-    `mask` bool [N, T] is where a token of the answer is the label, `last` int [N] the position of the last token,
-    `cut` bool [N]; `found` has OLD, REFERENCE and, of ppo, VALUE, fp32 [N, T]; `scores` fp32 [N]. Every process has all
-    of it and computes the same, on any mesh.
+    `mask` bool [N, T] is true where the label is a token of the answer, `last` int [N] the position of the last token,
+    `cut` bool [N]; `found` has OLD, REFERENCE and, for PPO, VALUE, fp32 [N, T]; `scores` fp32 [N]. Every process
+    computes the same, on any mesh.
     """
     arrays = from_host({**found, "mask": mask, "last": last, "cut": cut, "scores": scores})
     made, metrics = _shape(arrays, from_host(np.float32(coefficient)), config=config)
@@ -71,21 +71,18 @@ def _shape(x: dict[str, Array], coefficient: Array, *, config: PPOConfig) -> tup
 
 
 def measure(config: PPOConfig, answers: Answers, scores: Scores, found: dict[str, np.ndarray]) -> dict[str, float]:
-    """Health metrics of an iteration, as it is before its updates.
-
-    entropy is the estimate from the sampled tokens, the mean of -log p, not the sum over the vocabulary.
-    """
+    """Health metrics of an iteration before its updates; entropy is estimated from the sampled tokens (mean -log p)."""
     mask, count = answers.mask, max(int(answers.mask.sum()), 1)
     old, reference, sampled = (np.where(mask, x, 0).astype(np.float64) for x in (
         found[OLD], found[REFERENCE], answers.sampled))  # fmt: skip
     k1 = old - reference
-    with np.errstate(over="ignore"):  # an infinite KL is told by `Checks`
+    with np.errstate(over="ignore"):  # `Checks` reports an infinite KL
         k3 = np.expm1(-k1) + k1
     total = scores.total.astype(np.float64)
     groups = scores.total.reshape(-1, config.answers_per_prompt)
     if not config.has_critic or config.answers_per_prompt > 1:
         equal = float(np.mean(groups.max(1) == groups.min(1)))
-    else:  # nothing to compare but all
+    else:  # without groups, all are compared
         equal = float(scores.total.max() == scores.total.min())
     distance = np.abs(sampled - old)
     return {
@@ -102,7 +99,7 @@ def measure(config: PPOConfig, answers: Answers, scores: Scores, found: dict[str
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's, 0 where one of them does not vary."""
+    """Pearson correlation; 0 if one of them is constant."""
     a, b = a - a.mean(dtype=np.float64), b - b.mean(dtype=np.float64)
     spread = float(np.sqrt((a @ a) * (b @ b)))
     return float(a @ b) / spread if spread > 0 else 0.0
@@ -110,18 +107,18 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class RunningScores:
-    """Number, mean and squared deviations of all scores of a run."""
+    """Count, mean and squared deviations of all scores of a run."""
 
     count: int = 0
     mean: float = 0.0
     squares: float = 0.0
 
     def state(self) -> list[Any]:
-        """JSON values from which it is made again, bit for bit."""
+        """JSON values that restore it bit for bit."""
         return [self.count, self.mean, self.squares]
 
     def updated(self, scores: np.ndarray) -> RunningScores:
-        """With those of another iteration, in double precision (Chan et al. 1983)."""
+        """Includes the scores of another iteration, in double precision (Chan et al. 1983)."""
         x = scores.astype(np.float64)
         count, mean = self.count + len(x), float(x.mean())
         change = mean - self.mean
@@ -129,13 +126,13 @@ class RunningScores:
         return RunningScores(count, self.mean + change * len(x) / count, squares)
 
     def normalized(self, scores: np.ndarray) -> np.ndarray:
-        """fp32: shifted by the mean and divided by the deviation, as long as that is not 0."""
+        """fp32: (scores - mean) / standard deviation, if that is not 0."""
         deviation = (self.squares / max(self.count - 1, 1)) ** 0.5
         return ((scores - self.mean) / (deviation or 1.0)).astype(np.float32)
 
 
 def coefficient_of(config: PPOConfig, iteration: int, before: float) -> float:
-    """The KL coefficient of an iteration, from 0; `before` is what the controller left."""
+    """The KL coefficient of an iteration (from 0); `before` is the controller's."""
     if config.kl_schedule == "adaptive":
         return before
     return formulas.scheduled_coefficient(
@@ -144,7 +141,7 @@ def coefficient_of(config: PPOConfig, iteration: int, before: float) -> float:
 
 
 def adapt(config: PPOConfig, coefficient: float, kl_per_answer: float) -> float:
-    """What the controller makes of the coefficient after an iteration."""
+    """The controller's coefficient after an iteration; unchanged unless kl_schedule is adaptive."""
     if config.kl_schedule != "adaptive":
         return coefficient
     return formulas.adapted_coefficient(coefficient, kl_per_answer, config.kl_target, config.answers, config.kl_horizon)

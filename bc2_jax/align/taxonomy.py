@@ -1,7 +1,7 @@
-"""The classes of prompts of a reward model's data, in three levels with names and quotas.
+"""Classes of prompts for the data of a reward model, in three levels with names and quotas.
 
-The paper's data has 6 classes, 30 below them and more than 200 below those (section 3), which it does not name; these
-are ours. A file of the user's in the same form may take their place.
+The paper has 6, 30 and 200+ classes in three levels (section 3) but does not name them; these are ours. A user's file
+in the same format may replace them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class PromptClass(NamedTuple):
     """One class of the taxonomy."""
 
     id: str
-    """Unique in all levels."""
+    """Unique over all levels."""
     zh: str
     en: str
     path: tuple[str, ...]
@@ -48,10 +48,10 @@ class Taxonomy(NamedTuple):
         return tuple(c for c in self.classes if c.level == level)
 
     def find(self, name: Any) -> PromptClass | None:
-        """The class that has this id, or this name in Chinese or English; None for what is none.
+        """The class with this id, or this Chinese or English name, or None.
 
-        Case, spaces and hyphens don't count in an id or an English name. A name that several classes have is the first
-        one's; a path with "/" or "." between ids is the class at its end.
+        Case, spaces and hyphens are ignored; of several classes the first counts; a path of ids with "/" or "." means
+        its last class.
         """
         if not isinstance(name, str):
             return None
@@ -63,7 +63,7 @@ class Taxonomy(NamedTuple):
 @functools.cache
 def _names(taxonomy: Taxonomy) -> dict[str, PromptClass]:
     names: dict[str, PromptClass] = {}
-    for by in ("id", "zh", "en"):  # an id goes before a name
+    for by in ("id", "zh", "en"):  # ids take precedence over names
         for found in taxonomy.classes:
             names.setdefault(_canonical(getattr(found, by)), found)
     return names
@@ -74,11 +74,11 @@ def _canonical(name: str) -> str:
 
 
 def load_taxonomy(path: str | Path | None = None) -> Taxonomy:
-    """The taxonomy in a JSON file, by default ours: {"classes": [{"id", "zh", "en", "quota", "classes": [...]}, ...]},
-    three levels deep; quotas are shares of the class above.
+    """Reads a taxonomy from a JSON file, by default ours: {"classes": [{"id", "zh", "en", "quota", "classes": [...]}]},
+    three levels deep; quotas are shares of the parent class.
 
-    Raises FileNotFoundError, or ValueError, naming the class, for one without an id, names or a quota, for an id that
-    comes twice, for quotas below a class that do not sum to one, and where a level is missing or one too many.
+    Raises FileNotFoundError, or ValueError, naming the class, for a missing id, name or quota, a duplicate id, quotas
+    that do not sum to one, and any other number of levels.
     """
     path = OUR_FILE if path is None else Path(path)
     try:
@@ -92,7 +92,7 @@ def load_taxonomy(path: str | Path | None = None) -> Taxonomy:
         found = tuple(_read(classes, (), 1.0))
         ids = [c.id for c in found]
         if twice := next((c for c in ids if ids.count(c) > 1), None):
-            raise ValueError(f"the id {twice!r} is there twice")
+            raise ValueError(f"the id {twice!r} is not unique")
     except ValueError as error:
         raise ValueError(f"{path} is not a taxonomy: {error}.") from None
     return Taxonomy(found)
@@ -112,7 +112,7 @@ def _read(classes: Any, above: tuple[str, ...], quota: float) -> Iterator[Prompt
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
             raise ValueError(f"{name!r} has the quota {show(share)}; it must be above 0 and at most 1")
         if ("classes" in c) == (len(above) + 1 == LEVELS):
-            raise ValueError(f"{name!r} is on level {len(above) + 1}; {LEVELS} levels are needed, no more, no fewer")
+            raise ValueError(f"{name!r} is on level {len(above) + 1}; exactly {LEVELS} levels are needed")
     if not math.isclose(total := math.fsum(c["quota"] for c in classes), 1, abs_tol=1e-9):
         raise ValueError(f"the quotas of {where} sum to {total:.12g}, not to 1")
     for c in classes:
@@ -123,8 +123,8 @@ def _read(classes: Any, above: tuple[str, ...], quota: float) -> Iterator[Prompt
 
 
 def plan_samples(taxonomy: Taxonomy, count: int) -> dict[str, int]:
-    """How many of `count` prompts each class of the last level gets, by id: its quota, rounded so that they sum to
-    `count` (largest remainders; of equal ones the first). Raises ValueError for a negative count."""
+    """Number of prompts, of `count`, for each class of the last level, by id: its quota, rounded by largest remainders
+    so that they sum to `count`. Raises ValueError for a negative count."""
     if count < 0:
         raise ValueError(f"count = {count} is not valid: it must be at least 0.")
     leaves = taxonomy.at(LEVELS)

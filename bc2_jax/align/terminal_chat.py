@@ -1,8 +1,11 @@
-"""A conversation in the terminal, or from a pipe: one user message a line."""
+"""Chat in the terminal with commands, line editing and Markdown, or from a pipe with one user message a line."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,22 +13,24 @@ from pathlib import Path
 from rich.console import Console
 
 from bc2_jax.align.dialogue import NUMBERS, Answer, Dialogue, OnText, read_setting
-from bc2_jax.align.terminal_input import ReadMessage, make_reader
 from bc2_jax.align.terminal_markdown import MarkdownScreen, can_show_markdown, make_screen_console, replace_controls
 from bc2_jax.terminal import read_argument
 from bc2_jax.validation import require
 
+PROMPT = "> "
+ReadMessage = Callable[[], str]
+"""Reads a message. Raises KeyboardInterrupt for Ctrl-C, which discards the input, and EOFError for Ctrl-D."""
 Ask = Callable[[OnText], Answer]
 Show = Callable[[Ask], Answer]
-"""Gets an answer and shows it as it is written."""
+"""Gets an answer and shows it while it is written."""
 
 COMMANDS = {
-    "/system": "/system TEXT sets the system text from the next answer on; without TEXT there is none",
-    "/reset": "/reset forgets the conversation, but not the system text",
-    "/regenerate": "/regenerate generates the newest answer once more, or asks again what was not answered",
+    "/system": "/system TEXT sets the system text from the next answer on; without TEXT it removes it",
+    "/reset": "/reset clears the conversation, but not the system text",
+    "/regenerate": "/regenerate replaces the newest answer, or repeats an unanswered message",
     "/save": "/save FILE writes the messages to a new file, as JSON",
-    "/settings": "/settings shows the settings, /settings NAME VALUE changes one, /settings NAME takes that back",
-    "/help": "/help says this",
+    "/settings": "/settings shows the settings, /settings NAME VALUE changes one, /settings NAME resets it",
+    "/help": "/help lists the commands",
     "/exit": "/exit or Ctrl-D ends the conversation, Ctrl-C stops an answer",
 }
 _SAME = {"/clear": "/reset"}
@@ -37,9 +42,9 @@ _NEW_LINE = "Enter sends a message, Alt-Enter or Ctrl-J begins a new line in it"
 def talk(dialogue: Dialogue) -> None:
     """Reads user messages from standard input until it ends, and streams the answers to standard output.
 
-    On a terminal it asks for each message, shows answers as Markdown, and what fails is one remark: another try may
-    succeed. From a pipe a line is a message and each answer is followed by a newline, with nothing between; there what
-    fails is raised: ValueError and OSError, as by `Dialogue.ask`. Remarks go to standard error.
+    On a terminal, answers are shown as Markdown and an error is a remark, so that the user can try again. From a pipe,
+    a line is a message, each answer ends with a newline, and errors are raised: ValueError and OSError as
+    `Dialogue.ask`. Remarks go to standard error.
     """
     if not sys.stdin.isatty():
         chat = _Chat(dialogue, plain)
@@ -65,7 +70,7 @@ def _typed(read: ReadMessage) -> Iterator[str]:
     while True:
         try:
             yield read()
-        except KeyboardInterrupt:  # forgets the line that was begun
+        except KeyboardInterrupt:  # discards the line
             print()
         except EOFError:
             print()
@@ -73,7 +78,7 @@ def _typed(read: ReadMessage) -> Iterator[str]:
 
 
 def plain(answer: Ask) -> Answer:
-    """Prints an answer as it is written, and a newline."""
+    """Prints an answer while it is written, then a newline."""
     found, is_begun, is_terminal = None, False, sys.stdout.isatty()
 
     def write(text: str) -> None:
@@ -98,22 +103,22 @@ def _markdown_on(console: Console) -> Show:
 
 
 def remark(text: str) -> None:
-    """Output that is not part of the conversation."""
+    """Prints a remark to standard error."""
     print(f"[{replace_controls(text)}]", file=sys.stderr, flush=True)
 
 
 class _Chat:
-    """What the lines mean: commands and messages."""
+    """Interprets lines as commands and messages."""
 
     def __init__(self, dialogue: Dialogue, show: Show):
         self._dialogue, self._show = dialogue, show
         self._first_settings = dict(dialogue.settings)
         self._dropped = 0
-        """Rounds of which it was said that the model does not see them."""
+        """Rounds already reported as dropped."""
         self._unanswered: str | None = None
 
     def read(self, line: str) -> bool:
-        """Does what a line says; False if it ends the conversation. What begins with a space is a message."""
+        """Runs a line; returns False at the end of the conversation. A line that begins with a space is a message."""
         line = read_argument(line)
         words = line.split(maxsplit=1)
         if not words:
@@ -189,7 +194,7 @@ class _Chat:
         remark(f"{shown}; others are the model's" if shown else "all settings are the model's")
 
     def _explain(self, found: Answer) -> None:
-        """Says what the model did not see and why an answer is not whole."""
+        """Reports what had no room in the prompt, and why an answer is incomplete."""
         if found.reason == "interrupted" and not found.text:
             remark("stopped before it said anything; /regenerate asks again")
             return
@@ -205,3 +210,55 @@ class _Chat:
         if found.reason == "length":
             remark("the answer was cut at max_new_tokens")
         self._dropped = found.dropped_rounds
+
+
+# --------------------------------------------------------------------------------------------------------------- input
+
+
+def make_reader(say: Callable[[str], object]) -> tuple[ReadMessage, bool]:
+    """(function that reads a message from the terminal, whether messages may have several lines). `say` gets
+    remarks."""
+    if not (sys.stdout.isatty() and importlib.util.find_spec("prompt_toolkit")):
+        with contextlib.suppress(ImportError):  # missing on Windows
+            import readline  # noqa: F401  # the import enables line editing in input()
+        return lambda: input(PROMPT), False
+    try:
+        return _make_editor(open_history()), True
+    except OSError as error:
+        say(f"what you type is not remembered: {error}")
+        return _make_editor(None), True
+
+
+def open_history() -> Path:
+    """The file of the input history, readable only by its owner, below XDG_STATE_HOME or ~/.local/state. Raises OSError
+    if it can't be written."""
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    path = state / "bc2_jax" / "chat_history"
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        os.fchmod(descriptor, 0o600)  # of an existing file
+    finally:
+        os.close(descriptor)
+    return path
+
+
+def _make_editor(history: Path | None) -> ReadMessage:
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+    keys = KeyBindings()
+
+    @keys.add("escape", "enter")
+    @keys.add("c-j")
+    def _new_line(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    session: PromptSession[str] = PromptSession(
+        PROMPT,
+        history=InMemoryHistory() if history is None else FileHistory(str(history)),
+        key_bindings=keys,
+        prompt_continuation=" " * len(PROMPT),
+    )
+    return session.prompt

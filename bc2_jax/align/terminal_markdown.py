@@ -1,6 +1,6 @@
-"""An answer on a terminal as Markdown, while it is written.
+"""Shows an answer as Markdown on a terminal while it is written.
 
-What can change is shown in place: the last block, of which the newest lines are kept in view. Every block before it is
+The last block, which can still change, is redrawn in place with its newest lines in view. Every block before it is
 printed once and stays in the scrollback.
 """
 
@@ -18,27 +18,24 @@ from rich.segment import Segment
 from rich.text import Text
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-# Without HTML, which would not be shown at all.
+# Without HTML, which rich would not show.
 _PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
 
 
 def replace_controls(text: str) -> str:
-    """`text` without characters that command a terminal."""
+    """Replaces control characters, such as escape sequences."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r", ""))
 
 
 def make_markdown(text: str) -> Markdown:
-    """What rich shows of a text; addresses of links are shown, never hidden behind their text."""
+    """Markdown for rich, with visible addresses of links."""
     markdown = Markdown("", hyperlinks=False)
     markdown.parsed = _PARSER.parse(text)
     return markdown
 
 
 def settled(text: str) -> int:
-    """How many characters of a text that still grows are blocks that no longer change.
-
-    The last block, and the last line while it is not whole, may.
-    """
+    """Number of characters in blocks that no longer change: all but the last block and an unfinished line."""
     whole = text[: text.rfind("\n") + 1]
     blocks = [token for token in _PARSER.parse(whole) if token.level == 0 and token.nesting >= 0]
     if len(blocks) < 2 or blocks[-1].map is None:
@@ -47,14 +44,13 @@ def settled(text: str) -> int:
 
 
 class _Lines:
-    """The lines of something without blank ones at both ends, which rich has around some blocks; `newest` are as many
-    of the last ones as the terminal has room for."""
+    """Rendered lines without blank ones at both ends; with `newest`, only the last ones that fit the terminal."""
 
     def __init__(self, shown: Markdown | Text, newest: bool = False):
         self._shown, self._newest = shown, newest
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        # A line that fills its row would be broken by the ^C that the terminal writes behind it.
+        # Leave room for the ^C that a terminal writes at the end of a line.
         narrower = options.update(width=max(options.max_width - len("^C"), 1), height=None)
         lines = console.render_lines(self._shown, narrower, pad=False)
         written = [i for i, line in enumerate(lines) if any(segment.text.strip() for segment in line)]
@@ -65,12 +61,12 @@ class _Lines:
 
 
 class MarkdownScreen:
-    """A context in which `add` shows text as it comes; at its end all of it stands on the terminal."""
+    """Context manager: `add` shows text as it comes; at the end all text is on the terminal."""
 
     def __init__(self, console: Console):
         self._console = console
         self._settled = self._text = ""
-        """What is to be printed, and what can still change."""
+        """Blocks to print, and text that can still change."""
         self._is_begun = False
         self._live: Live | None = None
 
@@ -83,12 +79,11 @@ class MarkdownScreen:
         return self
 
     def add(self, text: str) -> None:
-        """More of the answer."""
         self._text += replace_controls(text)
         if "\n" in text and (count := settled(self._text)):
             self._settled, self._text = self._text[:count], self._text[count:]
             if self._live is not None:
-                self._live.refresh()  # printing draws again what it showed last
+                self._live.refresh()  # printing redraws what was shown last
             self._print_settled()
 
     def __exit__(
@@ -96,7 +91,7 @@ class MarkdownScreen:
     ) -> None:
         assert self._live is not None
         self._live.stop()
-        # Ctrl-C may have come before the last of it was printed.
+        # Ctrl-C may have interrupted printing.
         self._settled, self._text = self._settled + self._text, ""
         self._print_settled()
 
@@ -114,12 +109,12 @@ class MarkdownScreen:
 
 
 def make_screen_console() -> Console:
-    """A console for answers: what looks like rich's own markup or a name of a picture stays as it is."""
+    """A console that does not interpret rich's markup, emoji names or numbers."""
     return Console(markup=False, emoji=False, highlight=False)
 
 
 def can_show_markdown(console: Console) -> bool:
-    """Whether text can be replaced on it."""
+    """Whether the console can redraw text."""
     with contextlib.suppress(ValueError):  # a closed standard output
         return console.is_terminal and not console.is_dumb_terminal
     return False

@@ -1,6 +1,6 @@
-"""What all kinds of run have in common that train an existing model: all of its parameters, or adapters beside it.
+"""Shared parts of runs that start from a model and train all of its parameters, or adapters beside them.
 
-A kind of run adds its objective to `make_step`, and what it prints, asks and exports to `make_job`.
+Each kind of run adds its objective to `make_step`; its output, questions and exports to `make_job`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,13 @@ from bc2_jax.align.questions import find_questions, make_examine, read_questions
 from bc2_jax.align.sft_results import check_adapter_export
 from bc2_jax.config import TOKENIZER_OF_BASE, AskedConfig, DataConfig, LoraConfig, ModelConfig, RunConfig, TunedConfig
 from bc2_jax.convert.pretrained import find_tokenizer, load_params
+from bc2_jax.convert.reward import ADAPTER
+from bc2_jax.data.batch import Batch
 from bc2_jax.data.loader import describe_mixture
 from bc2_jax.model.baichuan import Baichuan2, Params, abstract_params, split_model
+from bc2_jax.model.log_probs import token_log_probs
 from bc2_jax.model.lora import abstract_adapter, init_adapter, with_adapter
+from bc2_jax.model.reward import SCORE, RewardModel
 from bc2_jax.sharding import spec
 from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.train import pretrain
@@ -38,19 +42,21 @@ from bc2_jax.validation import require
 
 Config = TypeVar("Config", bound=TunedConfig)
 
+ADAPTER_FLOPS = "(4 x frozen matmul parameters + 6 x adapter parameters) x tokens + causal attention"
+"""Formula of the model FLOPs of adapters: frozen weights have no gradients."""
 BASE = "base_checksum"
-"""In the metadata of a checkpoint of adapters: that of the base model, in hex."""
+"""In the metadata of a checkpoint of adapters: checksum of the base model, in hex."""
 SEED = "seed"
-"""Field of a training batch, uint32 [A], whole everywhere: what the noise and the dropout of each accumulation step are
-drawn from. A batch without it is held out, and has neither."""
+"""Field of a training batch, uint32 [A], replicated: seed of noise and dropout of each accumulation step. Held-out
+batches have none, and neither noise nor dropout."""
 
 
 def complete(config: Config, purpose: str = "fine-tuning needs the base model") -> Config:
-    """`config` with the tokenizer of the base model, if it asks for that, and the steps of its `num_epochs`.
+    """Fills in the tokenizer of the base model, if asked for, and the steps of `num_epochs`.
 
-    Run and schedule end with the epochs at the latest; one is as many rows as all sources have together. Raises
-    ValueError, with `purpose`, without a model to begin from, FileNotFoundError if that has no tokenizer and none is
-    named, and as `make_train_loader` for rows that are not there.
+    Run and learning rate schedule end with the epochs at the latest; an epoch is as many rows as all sources have.
+    Raises ValueError, with `purpose`, without `init_from`; FileNotFoundError without a tokenizer; as
+    `make_train_loader` for missing rows.
     """
     config = with_tokenizer_of_base(config, purpose)
     if config.num_epochs is None:
@@ -62,7 +68,7 @@ def complete(config: Config, purpose: str = "fine-tuning needs the base model") 
 
 
 def with_tokenizer_of_base(config: Config, purpose: str) -> Config:
-    """The first part of `complete`, for those who have to make rows before they can be counted."""
+    """Only the tokenizer part of `complete`, for runs that must pack rows before they can count them."""
     require(
         config.init_from is not None, "init_from", config.init_from,
         f"{purpose}: a PyTorch folder, a checkpoint or a run",
@@ -74,22 +80,22 @@ def with_tokenizer_of_base(config: Config, purpose: str) -> Config:
 
 
 def make_step(config: TunedConfig, mesh: Mesh, objective: Objective) -> StepParts:
-    """The step of a run: of all parameters, or of adapters beside the frozen base model in the compute dtype."""
+    """The training step: of all parameters, or of adapters beside the frozen base model in the compute dtype."""
     model, dtype = config.model, config.compute.dtype
     parts = pretrain.make_step(config, mesh)._replace(objective=objective)
     if not config.lora.rank:
         return parts
     return parts._replace(
-        objective=objective._replace(norms=lambda params: {}),  # those of the head are of a head that is trained
+        objective=objective._replace(norms=lambda params: {}),  # the head is frozen
         state=abstract_state(abstract_adapter(config.lora, model, mesh), parts.optimizer),
         frozen=abstract_params(model, mesh, dtype),
-        flops_per_step=adapter_flops(config)[0],
+        flops_per_step=adapter_flops(config),
         load_frozen=lambda: load_params(str(config.init_from), dtype, mesh)[0],
     )
 
 
 def with_seeds(parts: StepParts, config: TunedConfig, mesh: Mesh) -> StepParts:
-    """`parts` of a step whose batches have SEED."""
+    """`parts`, with SEED in the batches."""
     shape, sharding = (config.data.accumulation_steps,), NamedSharding(mesh, spec(None))
     seed = {SEED: jax.ShapeDtypeStruct(shape, jnp.uint32, sharding=sharding)}
     return parts._replace(
@@ -98,7 +104,7 @@ def with_seeds(parts: StepParts, config: TunedConfig, mesh: Mesh) -> StepParts:
 
 
 def _place_seeds(config: TunedConfig, mesh: Mesh, step: int) -> Array:
-    """SEED of the batch of a step: the same on every mesh, and whenever the step is done again."""
+    """SEED of the batch of a step, the same on every mesh and at every repetition."""
     seeds = np.random.SeedSequence((config.seed, step)).generate_state(config.data.accumulation_steps)
     sharding = NamedSharding(mesh, spec(None))
     # Explicitly, on the devices of this process: the loop runs under a transfer guard.
@@ -107,9 +113,9 @@ def _place_seeds(config: TunedConfig, mesh: Mesh, step: int) -> Array:
 
 
 def make_job(config: TunedConfig, start: Start, step: StepParts) -> Job:
-    """The job of pre-training with `step`, from `make_step`: its rows, its held-out rows, its checks.
+    """The job of pre-training with another `step`.
 
-    Raises as `pretrain.make_job`, and ValueError if a run of adapters is resumed with another base model.
+    Raises as `pretrain.make_job`, and ValueError if adapters are resumed with another base model.
     """
     job = pretrain.make_job(config, start, step)
     if not config.lora.rank:
@@ -121,7 +127,7 @@ def make_job(config: TunedConfig, start: Start, step: StepParts) -> Job:
         init_state=lambda: init_state(
             init_adapter(config.lora, config.model, frozen, config.seed, start.mesh), step.optimizer
         ),
-        flops_per_step=step.flops_per_step, flops_formula=adapter_flops(config)[1],
+        flops_per_step=step.flops_per_step, flops_formula=ADAPTER_FLOPS,
         language_model=lambda params: make_build(config)(params, frozen, {}),
         metadata=job.metadata | base,
     )  # fmt: skip
@@ -131,10 +137,10 @@ def with_answers(
     job: Job, config: AskedConfig, start: Start, build: pretrain.Build, print_plan: Callable[[int], None],
     make_ending: Callable[[Path, Params], Ending],
 ) -> Job:  # fmt: skip
-    """`job` with the questions of `config` at its evaluations, a table of how it learns (`print_plan`, given how many
-    questions there are) and an end, `make_ending(last checkpoint, its parameters)`.
+    """Adds to `job` the questions of `config` at evaluations, `print_plan(number of questions)` at the start and
+    `make_ending(last checkpoint, its parameters)` at the end.
 
-    Raises ValueError or FileNotFoundError if what is asked is not valid.
+    Raises ValueError or FileNotFoundError for invalid questions.
     """
     tokenizer = Tokenizer(config.data.tokenizer)
     asked, most = config.questions, config.model.model_max_length
@@ -153,25 +159,24 @@ def with_answers(
 
 
 def load_base(config: RunConfig, start: Start, load: Callable[[], Params]) -> tuple[Params, dict[str, str]]:
-    """(the frozen base model that `load` reads, what a checkpoint says of it in its metadata).
+    """(the frozen base model, metadata that identifies it in checkpoints).
 
-    Raises ValueError if `config.init_from` is of another architecture, or is not the model beside which the run that
-    is resumed has trained.
+    Raises ValueError if `config.init_from` has another architecture, or is not the base of the adapters to resume.
     """
-    check_initial_model(config)  # at a resume too: the checkpoint does not hold it
+    check_initial_model(config)  # at a resume too: it is not in the checkpoint
     frozen = load()
     base = f"{checksum(frozen):08x}"
     if start.metadata is not None and start.metadata.job.get(BASE) != base:
         raise ValueError(
-            f"init_from = {config.init_from!r} is not valid: its parameters are not those beside which the adapters in "
-            f"'{start.workdir}' were trained (checksum {base}, then {start.metadata.job.get(BASE)}); the same model "
-            "in the same compute.dtype is needed."
+            f"init_from = {config.init_from!r} is not valid: the adapters in '{start.workdir}' were trained with other "
+            f"base parameters (checksum {base}, then {start.metadata.job.get(BASE)}); it must be the same model in the "
+            "same compute.dtype."
         )
     return frozen, {BASE: base}
 
 
 def make_build(config: TunedConfig) -> pretrain.Build:
-    """What makes the model of the trained and the frozen parameters, without noise and dropout."""
+    """(trained parameters, frozen ones, a micro-batch) -> the model, without noise and dropout."""
     graphdef, _, _ = split_model(config.model, config.compute)
 
     return lambda params, frozen, batch: merge_model(graphdef, config.lora, params, frozen)
@@ -180,31 +185,44 @@ def make_build(config: TunedConfig) -> pretrain.Build:
 def merge_model(
     graphdef: nnx.GraphDef, lora: LoraConfig, params: Params, frozen: Params, dropout_key: Array | None = None
 ) -> Baichuan2:  # fmt: skip
-    """The model of the trained parameters: all of them, or adapters beside the frozen ones; these drop what
-    `lora.dropout` says where there is a key."""
+    """The language model of the trained parameters: all of them, or adapters beside the frozen ones. With a key
+    adapters have dropout."""
     if not lora.rank:
         return nnx.merge(graphdef, params)
     return with_adapter(nnx.merge(graphdef, frozen), lora, params, dropout_key if lora.dropout else None)
 
 
+def merge_reward_model(
+    graphdef: nnx.GraphDef, lora: LoraConfig, params: Params, frozen: Params, dropout_key: Array | None = None
+) -> RewardModel:  # fmt: skip
+    """`merge_model` of a reward model, whose trained parameters are all, or {ADAPTER, SCORE}."""
+    if not lora.rank:
+        return nnx.merge(graphdef, params)
+    return with_adapter(nnx.merge(graphdef, frozen | {SCORE: params[SCORE]}), lora, params[ADAPTER], dropout_key)
+
+
+def label_log_probs(model: Baichuan2, batch: Batch, chunk: int) -> Array:
+    """fp32 [B, T]: log-probabilities of the labels of a micro-batch [B, T]; 0 where they are IGNORED."""
+    h_BTD = model.hidden_states(batch["input_ids"], batch["positions"], batch["segment_ids"])
+    return token_log_probs(h_BTD, model.lm_head.rows(), batch["labels"], chunk).log_prob
+
+
 def count_places(data: DataConfig) -> int:
-    """Pairs that a row may hold: of the row that has most; before the rows are there, as when a step is compiled for a
-    pod, of rows of pairs of 512 tokens."""
+    """Most pairs in a row. Without rows, as when a step is compiled ahead of time: one per 512 tokens."""
     try:
         return most_pairs(data)
     except FileNotFoundError:
         return max(1, data.sequence_length // 512)
 
 
-def adapter_flops(config: TunedConfig) -> tuple[int, str]:
-    """Model FLOPs of an update of adapters, and what they are made of: frozen weights have no gradients."""
+def adapter_flops(config: TunedConfig) -> int:
+    """Model FLOPs of an update of adapters."""
     data = config.data
-    formula = "(4 x frozen matmul parameters + 6 x adapter parameters) x tokens + causal attention"
-    return data.global_batch_size * tuned_flops_per_sequence(config.lora, config.model, data.sequence_length), formula
+    return data.global_batch_size * tuned_flops_per_sequence(config.lora, config.model, data.sequence_length)
 
 
 def tuned_flops_per_sequence(lora: LoraConfig, model: ModelConfig, length: int) -> int:
-    """As `ModelConfig.flops_per_sequence`, where adapters alone are trained; with rank 0, all parameters."""
+    """`ModelConfig.flops_per_sequence` if only adapters are trained; with rank 0, of all parameters."""
     if not lora.rank:
         return model.flops_per_sequence(length)
     attention = 6 * model.num_hidden_layers * model.hidden_size * length * (length + 1)
@@ -214,7 +232,7 @@ def tuned_flops_per_sequence(lora: LoraConfig, model: ModelConfig, length: int) 
 
 
 def checksum(params: Params) -> int:
-    """uint32 of all bits of the parameters, of their places and of their names, the same on every mesh."""
+    """uint32 hash of all bits of the parameters, their positions and order; the same on every mesh."""
     return int(jax.jit(_checksum)(params))
 
 

@@ -1,4 +1,4 @@
-"""What a TPU pod will do, read from the compiled program: no TPU is needed, nothing is measured.
+"""Compiles for TPU pods without a TPU and estimates memory, communication and time (docs/tpu.md).
 
-Training never imports this package; `tools/aot_compile.py` does. docs/tpu.md says what the figures are worth.
+Only `tools/aot_compile.py` and benchmarks use it; training does not.
 """

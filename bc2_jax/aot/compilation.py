@@ -1,7 +1,6 @@
-"""Compiles the training step for a pod that is not there: shapes in, scheduled program and memory out.
+"""Compiles the training step for a TPU topology without a TPU: abstract arrays in, scheduled program and memory out.
 
-The step is the one that trains (`bc2_jax.train.job.lower_train_step`), on the mesh that trains
-(`bc2_jax.sharding.make_mesh`), with abstract arrays in the layouts that training gives them. Nothing is allocated.
+The step is that of training (`bc2_jax.train.job.lower_train_step`), with its mesh and shardings.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from bc2_jax.tpu.options import Value
 from bc2_jax.train.job import StepParts, lower_train_step
 from bc2_jax.train.kinds import kind_of
 
-# Without these libtpu asks a metadata server what machine this is, and two processes cannot use it at one time.
+# Otherwise libtpu queries a metadata server, and only one process at a time can use it.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
@@ -38,86 +37,71 @@ _ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
     "TPU_STDERR_LOG_LEVEL": "2",
 }
-
-
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class DoesNotFit(ValueError):
-    """The program needs more memory than the chip has; the message says how much."""
+    """The program needs more memory than the chip has."""
 
     def __init__(self, message: str, needed_bytes: int | None):
         super().__init__(message)
         self.needed_bytes = needed_bytes
-        """HBM per device, None where the compiler does not say."""
+        """HBM per device, None if unknown."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """HBM of one device in bytes, as the compiler lays it out."""
+    """HBM in bytes of a device (or chip), as the compiler lays it out."""
 
-    arguments: int
-    """State, frozen parameters and batch."""
+    arguments: int  # state, frozen parameters and batch
     outputs: int
-    aliased: int
-    """Outputs that take the place of arguments: the donated state."""
+    aliased: int  # outputs in the place of donated arguments
     temporaries: int
-    peak: int
-    """What is in use at one time."""
+    peak: int  # in use at one time
     laid_out: int
-    """Arguments and one block of temporaries with its gaps: what the compiler compares with the chip's HBM. Less than
-    `total`, which adds up what need not exist together."""
-    host: int = 0
-    """Temporaries in the memory of the chip's host, not in HBM: what remat "offload" keeps."""
+    """Arguments and one block of temporaries with its gaps: what the compiler compares with the chip's HBM."""
+    host: int = 0  # temporaries in host memory (remat "offload")
 
     @property
     def total(self) -> int:
+        """The sum, of which not all need exist together."""
         return self.arguments + self.outputs - self.aliased + self.temporaries
 
     def of(self, devices: int) -> Memory:
-        """That of a chip of so many devices."""
+        """For a chip of `devices` devices."""
         return Memory(*(devices * value for value in dataclasses.astuple(self)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompiledProgram:
-    """What the compiler made of one program."""
+    """A compiled program."""
 
     memory: Memory
-    hlo: str
-    """The scheduled program of one device, as text."""
-    log: str
-    """What the compiler wrote to stderr."""
+    hlo: str  # the scheduled program of one device
+    log: str  # the compiler's stderr
     lower_seconds: float
     compile_seconds: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompiledStep(CompiledProgram):
-    """What the compiler made of one training step."""
+    """A compiled training step."""
 
     topology: Topology
-    config: RunConfig
-    """With the mesh filled in."""
-    sequences: int
-    """Rows of a step, on all devices."""
-    length: int
-    """Tokens of a row."""
-    coordinates: tuple[tuple[int, ...], ...]
-    """(slice, x, y, ...) of each device, in the order in which the program numbers them."""
+    config: RunConfig  # with the mesh filled in
+    sequences: int  # rows of a step on all devices
+    length: int  # tokens of a row
+    coordinates: tuple[tuple[int, ...], ...]  # (slice, x, y, ...) of each device, in the program's order
     replicated: tuple[tuple[str, int], ...]
-    """Arrays of the state and of the frozen parameters that every device holds whole: name and bytes, 1 MiB and
-    larger."""
-    flops: int
-    """Model FLOPs of the step, all its updates, on all devices."""
-    adapter_parameters: int = 0
-    """Those that are trained beside frozen ones; 0 where all parameters of the model are trained."""
+    """Replicated arrays of state and frozen parameters of at least 1 MiB: name and bytes."""
+    flops: int  # model FLOPs of the step with all its updates, on all devices
+    adapter_parameters: int = 0  # parameters trained beside frozen ones; 0 if all are trained
 
 
 def use_topologies() -> None:
-    """Prepares this process for compiling without a TPU; call it before anything else of JAX.
+    """Prepares this process for compiling without a TPU; call it before any other use of JAX.
 
-    JAX itself runs on the CPU, so that a host with TPUs does not lose them to a compile.
+    JAX runs on the CPU, so that compiling on a TPU host does not occupy its TPUs.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -125,7 +109,7 @@ def use_topologies() -> None:
 
 
 def topology_devices(topology: Topology) -> list[Any]:
-    """The devices of a topology, to compile for only. Raises ImportError where libtpu is not installed."""
+    """Abstract devices of a topology. Raises ImportError if libtpu is not installed."""
     options: dict[str, Any] = {}
     if topology.chip.chip_config is not None:
         options["chip_config_name"] = topology.chip.chip_config
@@ -144,17 +128,20 @@ def topology_devices(topology: Topology) -> list[Any]:
     return devices
 
 
-def compile_step(config: RunConfig, topology: Topology, options: dict[str, Value]) -> CompiledStep:
-    """Compiles the training step of `config`, a run of any kind, for every device of `topology`.
-
-    Frozen parameters are arguments that are not donated, in the dtype in which a run holds them.
-
-    Raises DoesNotFit where the chip's memory is too small, and ValueError for a mesh that does not suit the model or
-    the number of devices, or an option that the compiler does not know.
-    """
+def resolve_on(topology: Topology, config: RunConfig) -> tuple[RunConfig, Mesh]:
+    """`config` with its mesh filled in, and the mesh on `topology`. Raises ValueError if they do not match."""
     devices = topology_devices(topology)
     config = config.resolve(len(devices))
-    mesh = make_mesh(config.mesh, devices)
+    return config, make_mesh(config.mesh, devices)
+
+
+def compile_step(config: RunConfig, topology: Topology, options: dict[str, Value]) -> CompiledStep:
+    """Compiles the training step of any kind of run for `topology`. Frozen parameters are not donated.
+
+    Raises DoesNotFit if the chip's memory is too small, ValueError for a mesh that does not match model or devices and
+    for an unknown compiler option.
+    """
+    config, mesh = resolve_on(topology, config)
     with jax.set_mesh(mesh):
         parts: StepParts = kind_of(config).make_step(config, mesh)
         lower = functools.partial(
@@ -172,7 +159,7 @@ def compile_step(config: RunConfig, topology: Topology, options: dict[str, Value
 
 
 def compile_program(name: str, lower: Callable[[], Any], options: dict[str, Value]) -> CompiledProgram:
-    """Compiles what `lower` lowers, with the mesh in use. `name` is what messages call it. Raises as `compile_step`."""
+    """Compiles what `lower()` lowers; `name` is for messages. Raises as `compile_step`."""
     with tempfile.TemporaryDirectory() as folder, _captured_stderr() as log:
         start = time.perf_counter()
         lowered = lower()
@@ -205,7 +192,7 @@ def compile_program(name: str, lower: Callable[[], Any], options: dict[str, Valu
 
 
 def device_coordinates(mesh: Mesh) -> tuple[tuple[int, ...], ...]:
-    """(slice, x, y, ...) of each device, in the order in which a program on this mesh numbers them."""
+    """(slice, x, y, ...) of each device, in the order of programs on this mesh."""
     return tuple((getattr(d, "slice_index", 0) or 0, *d.coords) for d in mesh.devices.flat)
 
 
@@ -219,7 +206,7 @@ def _replicated(arrays: Any) -> tuple[tuple[str, int], ...]:
 
 
 def _explained(error: jax.errors.JaxRuntimeError, name: str) -> Exception:
-    """The compiler's error as one sentence where it is known, else as it is."""
+    """The compiler's error as one sentence if it is a known one."""
     text = str(error)
     if "No such compile option" in text:
         return ValueError(f"The compiler does not know an option: {text.splitlines()[0]}.")
@@ -230,15 +217,15 @@ def _explained(error: jax.errors.JaxRuntimeError, name: str) -> Exception:
         return DoesNotFit(f"The {name} does not fit: {text.splitlines()[0]}", None)
     needed, available = sizes[:2]
     return DoesNotFit(
-        f"The {name} does not fit: it needs {needed / 2**30:.2f} GiB beside its state, of the "
-        f"{available / 2**30:.2f} GiB a device has.",
+        f"The {name} does not fit: it needs {needed / 2**30:.2f} GiB beside its state, and a device has "
+        f"{available / 2**30:.2f} GiB.",
         int(needed),
     )
 
 
 @contextlib.contextmanager
 def _captured_stderr() -> Iterator[list[str]]:
-    """What native code writes to stderr: the compiler says only there that it replicates a tensor to reshard it."""
+    """Captures native stderr, the only place where the compiler reports that it replicates a tensor to reshard it."""
     log = [""]
     sys.stderr.flush()
     with tempfile.TemporaryFile() as file:

@@ -1,8 +1,8 @@
-"""How long a step should take: the scheduled program of one device, played through with the compiler's cycles.
+"""Estimates the time of a step by simulating the scheduled program of one device.
 
-Nothing here is measured. Fusions take the cycles the compiler expects, loops repeat, kernels take their declared FLOPs
-at a stated share of peak, collectives follow a ring model, and what stands between a collective's start and its end
-hides it. docs/tpu.md says what each constant rests on and where the result can be wrong.
+Nothing is measured. Fusions take the compiler's cycles, kernels their declared FLOPs at a share of peak, collectives a
+ring model's time; work between a collective's start and end hides it. docs/tpu.md has the sources of the constants and
+the known errors.
 """
 
 from __future__ import annotations
@@ -15,19 +15,14 @@ from bc2_jax.aot.program import BETWEEN_SLICES, Collective, Computation, Instruc
 from bc2_jax.aot.traffic import matmul_flops, moved_bytes
 from bc2_jax.tpu.chips import CHIPS, Chip, Topology
 
-HBM_SHARE = 0.85
-"""Share of the HBM bandwidth that memory-bound fusions are taken to reach."""
+HBM_SHARE = 0.85  # share of the HBM bandwidth that memory-bound fusions reach
 CYCLES_HBM_SHARE = 0.41
-"""Share that the compiler's cycles of memory-bound fusions imply at most; the cycles are scaled by no more than this
-over HBM_SHARE."""
+"""Largest share implied by the compiler's cycles; they are scaled by at least CYCLES_HBM_SHARE / HBM_SHARE."""
 
 
 @dataclasses.dataclass(frozen=True)
 class KernelCycles:
-    """Static cycles of an attention kernel, per block of queries x keys of one head on one TensorCore.
-
-    From libtpu's static profile of the kernel alone, not from hardware.
-    """
+    """Cycles of attention per block of queries x keys of one head on one TensorCore (libtpu's static profile)."""
 
     generation: str
     backward: bool
@@ -58,33 +53,25 @@ KERNEL_CYCLES = (
     KernelCycles("v6e", False, 1024, 128, 3_180),
     KernelCycles("v6e", True, 1024, 128, 5_927),
 )
-"""Other generations take the shares of the one with the same MXU. The wider MXU, of which a head of 128 fills half,
-needs half the cycles of the narrower, but the softmax beside it as many: neither share follows from the other."""
-UNKNOWN_KERNEL_EFFICIENCY = 0.5
-"""Of kernels that are not attention but declare FLOPs."""
+"""Other generations use the shares of the one with the same MXU. The share does not carry over between MXU sizes: a
+head of 128 fills half of the wider MXU, and softmax takes as many cycles on both."""
+UNKNOWN_KERNEL_EFFICIENCY = 0.5  # for kernels other than attention that declare FLOPs
 
 
 @dataclasses.dataclass
 class Traffic:
-    """All collectives of one kind in a step, of one device."""
+    """All collectives of one kind in a step on one device."""
 
-    bytes: int = 0
-    """Of the whole tensors: gathered, or before the reduction."""
+    bytes: int = 0  # whole tensors: gathered, or before the reduction
     count: int = 0
-    asynchronous_bytes: int = 0
-    """The part that runs beside other work."""
-    gather_bytes: int = 0
-    """Of all-reduces: the part that only gathers."""
-    seconds: float = 0.0
-    """By the ring model, hidden or not."""
+    asynchronous_bytes: int = 0  # the part that overlaps other work
+    gather_bytes: int = 0  # the part of all-reduces that only gathers
+    seconds: float = 0.0  # by the ring model, hidden and exposed
 
 
 @dataclasses.dataclass(frozen=True)
 class Audit:
-    """Whether everything was counted: a step must gather its parameters and reduce its gradients at least once.
-
-    Bytes of one device in one step; what is needed is in bf16.
-    """
+    """Checks the counts: a step gathers its parameters and reduces its gradients at least once (bf16, per device)."""
 
     gathered_bytes: int
     gathered_needed: int
@@ -93,27 +80,21 @@ class Audit:
 
     @property
     def complete(self) -> bool:
-        """Whether no part of the communication went unnoticed."""
         return self.gathered_bytes >= self.gathered_needed and self.reduced_bytes >= self.reduced_needed
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Seconds of one step and their parts; matmul + vector + kernels + exposed is the whole."""
+    """Seconds of one step: matmul + vector + kernels + exposed."""
 
     matmul: float
-    """The compiler's cycles; in inference those that HBM binds take their bytes at HBM_SHARE of the bandwidth."""
-    vector: float
-    """Everything else on the TensorCores, memory-bound fusions at HBM_SHARE of the bandwidth."""
+    """The compiler's cycles; in inference HBM-bound ones take their bytes at HBM_SHARE of the bandwidth."""
+    vector: float  # other fusions, memory-bound ones at HBM_SHARE of the bandwidth
     kernels: float
-    exposed: float
-    """Communication that nothing hides."""
-    hidden: float
-    """Communication beside the rest; not part of the sum."""
-    matmul_raw: float
-    """`matmul` in the compiler's own cycles."""
-    vector_raw: float
-    """`vector` in the compiler's own cycles."""
+    exposed: float  # communication that is not hidden
+    hidden: float  # hidden communication; not part of the sum
+    matmul_raw: float  # `matmul` in the compiler's own cycles
+    vector_raw: float  # `vector` in the compiler's own cycles
     collectives: dict[str, Traffic]
     warnings: tuple[str, ...]
 
@@ -123,7 +104,7 @@ class Estimate:
 
     @property
     def seconds_high(self) -> float:
-        """The pessimistic end: the compiler's own cycles, nothing hidden."""
+        """Worst case: the compiler's cycles, nothing hidden."""
         return self.matmul_raw + self.vector_raw + self.kernels + self.exposed + self.hidden
 
 
@@ -147,17 +128,17 @@ class _Parts:
 
 
 class Links:
-    """Time of a collective on the links of a topology."""
+    """Times of collectives on the links of a topology."""
 
     def __init__(self, topology: Topology, coordinates: Sequence[tuple[int, ...]]):
-        """`coordinates`: (slice, x, y, ...) of each device in the program's numbering."""
+        """`coordinates`: (slice, x, y, ...) of each device in the program's order."""
         self.topology, self.coordinates = topology, coordinates
 
     def seconds(self, collective: Collective) -> float:
-        """A bidirectional ring along every torus dimension the group spans: bytes * (n - 1) / n over their links.
+        """bytes * (n - 1) / n over the bidirectional rings of the torus dimensions that the group spans.
 
-        A dimension that does not close to a ring counts half. A permute takes one link. Between slices each chip sends
-        its share over the data-centre network, there and back.
+        A dimension that is not a ring counts half. A permute uses one link. Between slices each chip sends its share
+        over the data-centre network in both directions.
         """
         if collective.kind == BETWEEN_SLICES:
             num_slices = self.topology.num_slices
@@ -172,7 +153,7 @@ class Links:
         if inside > 1:
             seconds = collective.bytes * (inside - 1) / inside / self._bandwidth(chips)
             if collective.kind.endswith("all-to-all"):
-                # Each byte has one destination: it travels a quarter of each ring instead of passing every chip.
+                # Each byte has one destination and travels a quarter of each ring on average.
                 sides = [len({place[dim] for place in chips}) for dim in range(chip.torus_dims)]
                 seconds *= sum(side for side in sides if side > 1) / 4 / max(sum(side > 1 for side in sides), 1)
         if slices > 1:
@@ -180,7 +161,7 @@ class Links:
         return 2 * seconds if collective.kind == "all-reduce" else seconds
 
     def _bandwidth(self, chips: set[tuple[int, ...]]) -> float:
-        """Bytes/s one chip receives over the links along which the group lies."""
+        """Bytes/s that a chip receives over the links spanned by the group."""
         links = 0
         for dim in range(self.topology.chip.torus_dims):
             side = len({place[dim] for place in chips if dim < len(place)})
@@ -190,7 +171,7 @@ class Links:
 
 
 class Simulation:
-    """Plays one step of a program through; `estimate` is the result."""
+    """Simulates one step of a program; `estimate` is the result."""
 
     def __init__(
         self, program: Program, topology: Topology, coordinates: Sequence[tuple[int, ...]], streams_weights: bool,
@@ -210,8 +191,8 @@ class Simulation:
     def _run(self, computation: Computation, times: int) -> _Parts:
         """One pass of a computation that runs `times` times in a step.
 
-        The links carry one collective at a time. A start queues it, its end waits for it; what the TensorCores do in
-        between hides it. One that is cut into fusions proceeds only while these compute.
+        The links carry one collective at a time. Its start queues it and its end waits for it; compute in between hides
+        it. A collective that is split into fusions proceeds only while these compute.
         """
         parts = _Parts()
         free, finish = {BETWEEN_SLICES: 0.0, "": 0.0}, dict[str, float]()
@@ -239,7 +220,7 @@ class Simulation:
                     parts.exposed += free[network] - parts.seconds
                 continue
             if instruction.opcode.endswith("-done"):
-                # The end of a transfer between slices is that of its receive, which has the send's rendezvous.
+                # A transfer between slices ends with its receive, which shares the send's rendezvous.
                 for name in instruction.operands:
                     source = computation.by_name.get(name)
                     key = source.rendezvous if source and source.opcode == "recv" else name
@@ -296,12 +277,12 @@ class Simulation:
         parts.vector += self._streamed(sum(shape.bytes for shape in shapes if shape.in_hbm), raw)
 
     def _streamed(self, moved: float, raw: float) -> float:
-        """Seconds to move these bytes of HBM, by CYCLES_HBM_SHARE no longer or much shorter than the compiler's."""
+        """Seconds to move these bytes, between raw * CYCLES_HBM_SHARE / HBM_SHARE and raw."""
         ideal = moved / (HBM_SHARE * self.chip.hbm_bandwidth / self.chip.devices)
         return min(raw, max(ideal, raw * CYCLES_HBM_SHARE / HBM_SHARE))
 
     def _matmul(self, instruction: Instruction, computation: Computation, raw: float) -> float:
-        """The compiler's `raw` seconds at face value, but in inference for a matmul that HBM binds: one of few rows."""
+        """The compiler's `raw` seconds; in inference less for HBM-bound matmuls (few rows)."""
         if not self.streams_weights:
             return raw
         computing = matmul_flops(self.program, instruction) * self.chip.devices / self.chip.peak_flops
@@ -326,17 +307,17 @@ class Simulation:
 
 
 def kernel_efficiency(instruction: Instruction, chip: Chip) -> float:
-    """The share of peak at which a Pallas kernel's declared FLOPs are counted: attention's from KERNEL_CYCLES."""
-    # Attention multiplies over the head size, the last dimension of all it reads and writes.
+    """The share of peak of a Pallas kernel's declared FLOPs; attention's is from KERNEL_CYCLES."""
+    # Attention contracts over the head size, the last dimension of its arrays.
     head_dim = instruction.shapes[0].dims[-1] if instruction.shapes and instruction.shapes[0].dims else 1
     name = f"{instruction.name} {instruction.op_name}".lower()
     if not any(word in name for word in ("attention", "flash")):
         return UNKNOWN_KERNEL_EFFICIENCY * min(1.0, head_dim / chip.mxu)
-    # A forward kernel that the backward pass runs again stands under transpose( too, but keeps its own name.
+    # A recomputed forward kernel is under transpose( too, but keeps its name.
     forward = any(word in instruction.name.lower() for word in ("forward", "fwd"))
     backward = not forward and any(word in name for word in ("transpose(", "bwd", "backward"))
     known = next(k for k in KERNEL_CYCLES if k.backward == backward and CHIPS[k.generation].mxu == chip.mxu)
-    # A shorter head leaves more of the MXU idle than the one whose cycles are known.
+    # A shorter head leaves more of the MXU idle.
     return known.efficiency * min(1.0, head_dim / known.head_dim)
 
 
@@ -344,11 +325,10 @@ def estimate_step(
     program: Program, topology: Topology, coordinates: Sequence[tuple[int, ...]], streams_weights: bool = False,
     without: str = "",
 ) -> Estimate:  # fmt: skip
-    """The estimate for one step. Raises ValueError for a loop whose length is not known.
+    """The estimate for one step. Raises ValueError for a loop of unknown length.
 
-    `streams_weights`: matmuls of few rows, as in decoding, are bound by HBM and get the range that vector fusions have.
-    Of a conditional the branch that takes longest counts; those with instructions of the `jax.named_scope` `without` do
-    not run.
+    `streams_weights`: matmuls of few rows, as in decoding, are HBM-bound and scaled as vector fusions. The longest
+    branch of a conditional counts; branches with instructions of the `jax.named_scope` `without` do not run.
     """
     return Simulation(program, topology, coordinates, streams_weights, without).estimate
 
@@ -357,9 +337,9 @@ def audit(
     collectives: dict[str, Traffic], matmul_parameters: int, is_gathered: bool, is_reduced: bool,
     trained_parameters: int | None = None,
 ) -> Audit:  # fmt: skip
-    """Compares what was counted with what `matmul_parameters` (of one device, gathered) need at least, in bf16.
+    """Compares the counts with the minimum for `matmul_parameters` (gathered, of one device) in bf16.
 
-    All of them have gradients, unless `trained_parameters` says how many have.
+    `trained_parameters`: those with gradients, by default all.
     """
     gathered = sum(t.bytes for kind, t in collectives.items() if kind == "all-gather")
     reduced = sum(t.bytes for kind, t in collectives.items() if kind in ("reduce-scatter", "all-reduce"))

@@ -1,8 +1,7 @@
-"""Reads the compiler's scheduled program (HLO text) of one device.
+"""Parses the compiler's scheduled program (HLO text) of one device.
 
-In a scheduled module the instructions of a computation stand in the order in which they run, each fusion and copy with
-the cycles the compiler expects of it; loops stand once, with their number of iterations in the loop's condition.
-`compiled.cost_analysis()` knows neither loops nor links nor kernels, hence this reader.
+Instructions are in execution order; fusions and copies have the compiler's estimated cycles; a loop appears once, with
+its number of iterations in its condition. (`compiled.cost_analysis()` ignores loops, links and kernels.)
 """
 
 from __future__ import annotations
@@ -18,29 +17,28 @@ ITEM_BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "s64": 8, "u64": 8,
     "f8e4m3fn": 1, "f8e5m2": 1, "f8e4m3b11fnuz": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8,
 }  # fmt: skip
-"""Bytes per element; tokens and what is not listed have none."""
+"""Bytes per element; 0 for other types, such as tokens."""
 
 COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
     "collective-broadcast",
 )  # fmt: skip
 BETWEEN_SLICES = "between-slices"
-"""Kind of a transfer over the data-centre network: a send and a receive with one rendezvous, run by the host."""
+"""Kind of a transfer over the data-centre network: a send and a receive with the same rendezvous."""
 MATMULS = ("convolution", "dot")
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One array of an instruction's result."""
+    """An array of an instruction's result."""
 
     dtype: str
     dims: tuple[int, ...]
-    layout: str
-    """As printed, without braces: minor-to-major dimensions, tiles, memory space."""
+    layout: str  # minor-to-major dimensions, tiles, memory space, as printed without braces
 
     @property
     def bytes(self) -> int:
-        """Of the elements, without padding."""
+        """Without padding."""
         return int(ITEM_BYTES.get(self.dtype, 0) * math.prod(self.dims))
 
     @property
@@ -58,7 +56,7 @@ class Shape:
 
     @property
     def in_hbm(self) -> bool:
-        """Whether it lives in HBM: memory space 0, which is not printed."""
+        """Whether it is in HBM: memory space 0, which is not printed."""
         return "S(" not in self.layout
 
 
@@ -68,13 +66,10 @@ class Instruction:
 
     name: str
     opcode: str
-    shapes: tuple[Shape, ...]
-    """The arrays of the result, a tuple flattened."""
+    shapes: tuple[Shape, ...]  # the result, a tuple flattened
     operands: tuple[str, ...]
-    attributes: str
-    """What follows the operands, as printed."""
-    text: str
-    """What stands between the operands' parentheses, as printed."""
+    attributes: str  # the text after the operands
+    text: str  # the text between the operands' parentheses
 
     @property
     def bytes(self) -> int:
@@ -82,7 +77,7 @@ class Instruction:
 
     @functools.cached_property
     def backend_config(self) -> dict:
-        """The compiler's own notes on the instruction; empty where there are none or they are not JSON."""
+        """The compiler's notes on the instruction; empty if missing or not JSON."""
         start = self.attributes.find("backend_config={")
         if start < 0:
             return {}
@@ -94,58 +89,54 @@ class Instruction:
 
     @functools.cached_property
     def cycles(self) -> int | None:
-        """Cycles the compiler expects it to take, None where it says nothing."""
+        """The compiler's estimated cycles, None if missing."""
         match = re.search(r'"estimated_cycles":"([0-9]+)"', self.attributes)
         return None if match is None else int(match[1])
 
     @property
     def called(self) -> tuple[str, ...]:
-        """Computations it runs once: of a fusion, a call or an asynchronous start, not of a loop or a reduction."""
+        """Computations of a fusion, call or asynchronous start, which run once."""
         key = "to_apply" if self.opcode == "call" else "calls"
         return tuple(re.findall(rf"\b{key}=%?([\w.\-]+)", self.attributes))
 
     @property
     def op_name(self) -> str:
-        """Where in the JAX program it comes from; empty where the compiler does not say."""
+        """Its origin in the JAX program; empty if unknown."""
         match = re.search(r'op_name="([^"]*)"', self.attributes)
         return match[1] if match else ""
 
     @property
     def rendezvous(self) -> str:
-        """What a send and a receive between slices have in common; empty for any other instruction."""
+        """The common name of a send and receive between slices; empty for other instructions."""
         match = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', self.attributes)
         return match[1] if match and "megascale" in self.attributes else ""
 
     def attribute(self, name: str) -> str | None:
-        """The name of a computation given as an attribute, such as a loop's body."""
+        """A computation's name in an attribute, such as a loop's body."""
         match = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
         return match[1] if match else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One exchange between devices."""
+    """A collective operation."""
 
     kind: str
-    """One of COLLECTIVES, or BETWEEN_SLICES, as compiled: a scatter made as an all-reduce is an all-reduce."""
-    bytes: int
-    """Of the whole tensor on one device: what a gather yields, what a reduction or an exchange is given."""
+    """One of COLLECTIVES, or BETWEEN_SLICES, as compiled: a scatter compiled to an all-reduce is an all-reduce."""
+    bytes: int  # the whole tensor on one device: a gather's result, a reduction's or exchange's operand
     dtype: str
-    group: tuple[int, ...]
-    """Devices of the first group; the others have the same size and shape."""
+    group: tuple[int, ...]  # devices of the first group; others have the same size and shape
     op_name: str
     gathers: bool = False
-    """Whether it is an all-reduce of tensors that are zero but for the device's own part: a gather at twice the price,
-    which libtpu makes where it has no gather (over all three dimensions of a torus)."""
-    channel: str = ""
-    """The number that the parts of one collective share when it is fused into several matmuls."""
+    """Whether it is an all-reduce of zero-padded tensors: libtpu's gather over all three dimensions of a torus, with
+    twice the traffic."""
+    channel: str = ""  # the id that the parts of a collective share if it is fused into several matmuls
 
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
     name: str
-    instructions: tuple[Instruction, ...]
-    """In the order in which they run."""
+    instructions: tuple[Instruction, ...]  # in execution order
 
     @functools.cached_property
     def by_name(self) -> dict[str, Instruction]:
@@ -156,7 +147,7 @@ class Program:
     """A parsed module. Raises ValueError for text without an entry computation."""
 
     def __init__(self, text: str, open_trips: int | None = None):
-        """`open_trips`: iterations that a loop counts whose length is data; None refuses such loops."""
+        """`open_trips`: assumed iterations of a loop whose length is data; None refuses such loops."""
         self.open_trips = open_trips
         self.computations: dict[str, Computation] = {}
         self.entry = ""
@@ -166,7 +157,6 @@ class Program:
         name, lines = "", list[str]()
         for line in text.splitlines():
             if line.startswith(("%", "ENTRY ")) and line.rstrip().endswith("{"):
-                # A computation's first line always begins so.
                 header = re.match(r"(?:ENTRY )?%?([\w.\-]+)", line)
                 assert header is not None, line
                 name, lines = header[1], []
@@ -181,7 +171,7 @@ class Program:
             raise ValueError("The text is not a compiled program: it has no ENTRY computation.")
 
     def inside(self, instruction: Instruction) -> Iterator[Instruction]:
-        """The instructions of the computations it runs, nested ones included."""
+        """The instructions of its called computations, recursively."""
         for name in instruction.called:
             if name in self.computations:
                 for inner in self.computations[name].instructions:
@@ -189,9 +179,9 @@ class Program:
                     yield from self.inside(inner)
 
     def trip_count(self, loop: Instruction) -> int:
-        """Iterations of a `while`: what the compiler noted, else the constant its counter is compared with.
+        """Iterations of a `while`: the compiler's note, else the constant in its condition, else `open_trips`.
 
-        Where neither is there its length is data: `open_trips`, or ValueError, for it has no static time.
+        Raises ValueError if there is none of these.
         """
         noted = loop.backend_config.get("known_trip_count", {}).get("n")
         if noted is not None:
@@ -200,7 +190,7 @@ class Program:
         found = []
         for instruction in self.computations[condition].instructions if condition else ():
             for inner in (instruction, *self.inside(instruction)):
-                # A counter has 32 bits or more; smaller constants are of other conditions.
+                # Counters have at least 32 bits.
                 is_count = inner.opcode == "constant" and inner.shapes[0].dtype in ("s32", "u32", "s64", "u64")
                 if is_count and inner.text.lstrip("-").isdecimal():
                     found.append(int(inner.text))
@@ -211,13 +201,13 @@ class Program:
         return max(found)
 
     def is_matmul(self, instruction: Instruction) -> bool:
-        """Whether the MXUs do its work."""
+        """Whether it runs on the MXUs."""
         return any(i.opcode in MATMULS for i in (instruction, *self.inside(instruction)))
 
     def collective(self, instruction: Instruction, computation: Computation | None = None) -> Collective | None:
-        """The exchange an instruction makes or starts; None for any other and for the end of one.
+        """The collective that an instruction runs or starts; None for others and for the end of one.
 
-        In its `computation` a gather made as an all-reduce is known by its operands.
+        `computation` is needed to recognise a gather compiled to an all-reduce, by its operands.
         """
         if instruction.opcode.endswith(("-done", "-update")) or instruction.opcode in ("while", "conditional"):
             return None
@@ -234,13 +224,13 @@ class Program:
         return None
 
     def is_asynchronous(self, instruction: Instruction) -> bool:
-        """Whether a collective only starts here and other work goes on beside it."""
+        """Whether a collective only starts here and overlaps other work."""
         return instruction.opcode.endswith(("-start", "send")) or self.fused_part(instruction) == "start"
 
     def fused_part(self, instruction: Instruction) -> str:
-        """Which part of a collective that is spread over several fusions this one has: start, step, done or none ("").
+        """The part of a collective split over several fusions that this one is: "start", "step", "done" or "".
 
-        v5e has no SparseCore; there a start and a done frame fusions that move a part while they compute.
+        On v5e (no SparseCores) fusions between a start and a done transfer a part while they compute.
         """
         if instruction.opcode != "fusion":
             return ""
@@ -253,7 +243,7 @@ class Program:
         return "step" if any(i.opcode in COLLECTIVES for i in inner) and instruction.cycles else ""
 
     def channel(self, instruction: Instruction) -> str:
-        """The channel of the collective in an instruction; empty where there is none."""
+        """The channel of an instruction's collective; empty without one."""
         for inner in (instruction, *self.inside(instruction)):
             if inner.opcode.removesuffix("-start") in COLLECTIVES:
                 match = re.search(r"channel_id=([0-9]+)", inner.attributes)
@@ -283,7 +273,7 @@ class Program:
         )  # fmt: skip
 
     def walk(self) -> Iterator[tuple[Instruction, Computation, int]]:
-        """Every instruction of the entry and of the loops and branches in it, where it stands and how often it runs."""
+        """(instruction, its computation, how often it runs) of the entry, with loops and branches."""
         yield from self._walk(self.entry, 1)
 
     def _walk(self, name: str, count: int) -> Iterator[tuple[Instruction, Computation, int]]:
@@ -293,10 +283,7 @@ class Program:
                 yield from self._walk(inner, count * times)
 
     def controlled(self, instruction: Instruction) -> list[tuple[str, int]]:
-        """The computations a loop, a call or a conditional runs, with how often; empty for any other instruction.
-
-        Of a conditional all branches are listed; one of them runs.
-        """
+        """(computation, how often it runs) of a loop, call or conditional (all branches); empty for others."""
         if instruction.opcode == "while":
             body = instruction.attribute("body")
             return [(body, self.trip_count(instruction))] if body else []
@@ -312,7 +299,7 @@ class Program:
 
 
 def parse_instruction(line: str) -> Instruction:
-    """One line of a computation. Raises ValueError for another."""
+    """Parses one line of a computation. Raises ValueError for another."""
     head, _, rest = line.strip().partition(" = ")
     name = head.removeprefix("ROOT ").strip().lstrip("%")
     end = _closing(rest) + 1 if rest.startswith("(") else rest.find(" ")
@@ -337,10 +324,10 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
 
 
 def parse_groups(attributes: str, num_devices: int) -> tuple[int, ...]:
-    """The first group of devices that exchange, from `replica_groups` or `source_target_pairs`; all by default.
+    """The first group of `replica_groups` or `source_target_pairs`; all devices by default.
 
-    Groups are printed as lists, {{0,1},{2,3}}; as a transposed reshaped range, [2,2]<=[2,2]T(1,0); or as axes of a
-    mesh, mesh['a'=2,'b'=2] {'b'}, which may be followed by the device order.
+    Formats: lists, {{0,1},{2,3}}; a transposed reshaped range, [2,2]<=[2,2]T(1,0); axes of a mesh, mesh['a'=2,'b'=2]
+    {'b'}, possibly with a device order.
     """
     match = re.search(r"replica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?", attributes)
     if match:
@@ -376,7 +363,7 @@ def _iota(reshape: str, transpose: str | None) -> list[int]:
 
 
 def _closing(text: str) -> int:
-    """Index of the parenthesis that closes the first one; those in quoted strings do not count."""
+    """Index of the parenthesis that closes the first one, ignoring quoted strings."""
     depth = 0
     for match in re.finditer(r'"(?:[^"\\]|\\.)*"|[()]', text):
         depth += {"(": 1, ")": -1}.get(match[0], 0)

@@ -1,51 +1,81 @@
-"""One compiled step as figures, warnings and JSON."""
+"""Figures, warnings and JSON of a compiled program and of a compiled training step."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from bc2_jax.aot.compilation import CompiledStep, Memory
+from bc2_jax.aot.compilation import CompiledProgram, CompiledStep, Memory
 from bc2_jax.aot.estimate import Audit, Estimate, audit, estimate_step
 from bc2_jax.aot.program import Program
 from bc2_jax.config import FineTuneConfig, TrainConfig
-from bc2_jax.tpu.chips import GIB
+from bc2_jax.tpu.chips import GIB, Topology
 
-PAPER_TOKENS = 2.6e12
-"""What Baichuan 2 was trained on (paper section 2.1)."""
-LARGE = 2**25
-"""Bytes from which one tensor is worth a warning."""
+PAPER_TOKENS = 2.6e12  # Baichuan 2's training tokens (paper section 2.1)
+LARGE = 2**25  # bytes from which a tensor is worth a warning
+Rows = list[tuple[str, str]]  # lines of a report: (name, text)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramReport:
+    """One program, per chip. Times are compile-time estimates, memory is what the compiler allocates."""
+
+    memory: Memory
+    hbm_bytes: int  # the chip's capacity
+    lower_seconds: float
+    compile_seconds: float
+    estimate: Estimate
+    warnings: tuple[str, ...]
+
+    def as_json(self, name: str = "") -> dict[str, Any]:
+        """Times in seconds, memory and traffic in bytes; `name` goes into the keys of the times."""
+        e = self.estimate
+        parts = ("matmul", "matmul_raw", "vector", "vector_raw", "kernels", "exposed", "hidden")
+        return {
+            "hbm_bytes_per_chip": self.memory.total,
+            "hbm": dataclasses.asdict(self.memory) | {"share": self.memory.laid_out / self.hbm_bytes},
+            "lower_seconds": self.lower_seconds,
+            "compile_seconds": self.compile_seconds,
+            f"estimated_{name}seconds": e.seconds,
+            f"estimated_{name}seconds_at_worst": e.seconds_high,
+            f"estimated_{name}parts": {part: getattr(e, part) for part in parts},
+            "collectives": {
+                kind: dataclasses.asdict(t) | {"asynchronous": t.asynchronous_bytes == t.bytes}
+                for kind, t in e.collectives.items()
+            },
+            "warnings": list(self.warnings),
+        }
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """All figures are per chip and compile-time estimates, but the memory, which is what the compiler allocates."""
+    """A training step, per chip."""
 
     topology: str
     chips: int
     sequences_per_chip: float
-    memory: Memory
-    hbm_bytes: int
-    """What the chip has."""
-    lower_seconds: float
-    compile_seconds: float
-    flops: float
-    """Model FLOPs of a step, without recomputation."""
+    program: ProgramReport
+    flops: float  # model FLOPs of a step, without recomputation
     flops_formula: str
-    tokens: float
-    """Tokens of a step."""
-    estimate: Estimate
+    tokens: float  # tokens of a step
     peak_flops: float
     audit: Audit
-    warnings: tuple[str, ...]
-    is_pretraining: bool
-    """Whether it makes sense to ask how long the paper's tokens take."""
+    is_pretraining: bool  # whether to report the days for PAPER_TOKENS
 
     @property
-    def hbm_bytes_used(self) -> int:
-        return self.memory.total
+    def memory(self) -> Memory:
+        return self.program.memory
+
+    @property
+    def estimate(self) -> Estimate:
+        return self.program.estimate
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return self.program.warnings
 
     @property
     def mfu(self) -> float:
@@ -53,7 +83,7 @@ class Report:
 
     @property
     def mfu_low(self) -> float:
-        """With raw vector cycles and no communication hidden."""
+        """With raw vector cycles and all communication exposed."""
         return self.flops / self.estimate.seconds_high / self.peak_flops
 
     @property
@@ -66,32 +96,45 @@ class Report:
         return PAPER_TOKENS / self.tokens_per_second / self.chips / 86_400
 
     def as_json(self) -> dict[str, Any]:
-        """For `--json`; times in seconds, memory and traffic in bytes."""
-        estimate = self.estimate
+        """For `--json`."""
         return {
             "note": "compile-time estimates, nothing was run",
             "topology": self.topology,
             "chips": self.chips,
             "sequences_per_chip": self.sequences_per_chip,
-            "hbm_bytes_per_chip": self.hbm_bytes_used,
-            "hbm": memory_json(self.memory, self.hbm_bytes),
-            "lower_seconds": self.lower_seconds,
-            "compile_seconds": self.compile_seconds,
             "model_flops_per_chip": self.flops,
-            "estimated_step_seconds": estimate.seconds,
-            "estimated_step_parts": parts_json(estimate),
+            **self.program.as_json("step_"),
             "estimated_mfu": self.mfu,
             "estimated_mfu_low": self.mfu_low,
             "tokens_per_second_per_chip": self.tokens_per_second,
             "days_for_2_6_trillion_tokens": self.days if self.is_pretraining else None,
-            "collectives": collectives_json(estimate),
             "audit": dataclasses.asdict(self.audit) | {"complete": self.audit.complete},
-            "warnings": list(self.warnings),
         }
 
 
+def report_program(
+    program: CompiledProgram, topology: Topology, coordinates: Sequence[tuple[int, ...]], *, trips: int = 1,
+    without: str = "",
+) -> ProgramReport:  # fmt: skip
+    """Reads one program of inference.
+
+    `trips`: passes of a loop whose length is data. `without`: branches with instructions of this scope do not run.
+    """
+    parsed = Program(program.hlo, open_trips=trips)
+    estimate = estimate_step(parsed, topology, coordinates, streams_weights=True, without=without)
+    return _report(program, topology, estimate, copy_warnings(parsed))
+
+
+def _report(program: CompiledProgram, topology: Topology, estimate: Estimate, found: list[str]) -> ProgramReport:
+    lines = (*estimate.warnings, *found, *_synchronous_warnings(estimate), *_log_warnings(program.log))
+    return ProgramReport(
+        program.memory.of(topology.chip.devices), topology.chip.hbm_bytes, program.lower_seconds,
+        program.compile_seconds, estimate, lines,
+    )  # fmt: skip
+
+
 def make_report(step: CompiledStep) -> Report:
-    """Reads the compiled step. Raises ValueError for a program whose loops have no known length."""
+    """Reads the compiled step. Raises ValueError for a loop of unknown length."""
     topology, config = step.topology, step.config
     program = Program(step.hlo)
     estimate = estimate_step(program, topology, step.coordinates)
@@ -106,37 +149,28 @@ def make_report(step: CompiledStep) -> Report:
     if adapters:
         trained = f"4 x {matmul_parameters:,} frozen matmul parameters x {length} + 6 x {adapters:,} adapter parameters"
         trained += f" x {length}"
+    formula = f"as this kind of run counts them, of {sequences:g} sequences of {length}"
+    if type(config) in (TrainConfig, FineTuneConfig):
+        attention = f"6 x {model.num_hidden_layers} layers x {model.hidden_size} x {length} x {length + 1}"
+        formula = f"{sequences:g} sequences x ({trained} + {attention})"
     found = audit(
         estimate.collectives, matmul_parameters // mesh.tensor,
         is_gathered=mesh.parameter_shards[1] > 1, is_reduced=mesh.data * mesh.parameter_shards[1] > 1,
         trained_parameters=adapters // mesh.tensor if adapters else None,
     )  # fmt: skip
     return Report(
-        topology=str(topology),
-        chips=topology.num_chips,
-        sequences_per_chip=sequences,
-        memory=step.memory.of(topology.chip.devices),
-        hbm_bytes=topology.chip.hbm_bytes,
-        lower_seconds=step.lower_seconds,
-        compile_seconds=step.compile_seconds,
-        flops=step.flops / topology.num_chips,
-        flops_formula=(
-            f"{sequences:g} sequences x ({trained} "
-            f"+ 6 x {model.num_hidden_layers} layers x {model.hidden_size} x {length} x {length + 1})"
-            if type(config) in (TrainConfig, FineTuneConfig)
-            else f"as this kind of run counts them, of {sequences:g} sequences of {length}"
-        ),
-        tokens=sequences * length,
-        estimate=estimate,
-        peak_flops=topology.chip.peak_flops,
-        audit=found,
-        warnings=tuple(_warnings(step, program, estimate, found)),
-        is_pretraining=type(config) is TrainConfig,
-    )
+        topology=str(topology), chips=topology.num_chips, sequences_per_chip=sequences,
+        program=_report(step, topology, estimate, _step_warnings(step, program, found)),
+        flops=step.flops / topology.num_chips, flops_formula=formula, tokens=sequences * length,
+        peak_flops=topology.chip.peak_flops, audit=found, is_pretraining=type(config) is TrainConfig,
+    )  # fmt: skip
 
 
-def _warnings(step: CompiledStep, program: Program, estimate: Estimate, found: Audit) -> list[str]:
-    lines = list(estimate.warnings)
+# ------------------------------------------------------------------------------------------------------------ warnings
+
+
+def _step_warnings(step: CompiledStep, program: Program, found: Audit) -> list[str]:
+    lines = []
     if not found.complete:
         lines.append(
             f"The count is not complete: {gib(found.gathered_bytes)} gathered of {gib(found.gathered_needed)} "
@@ -147,29 +181,11 @@ def _warnings(step: CompiledStep, program: Program, estimate: Estimate, found: A
         more, total = len(step.replicated) - 1, sum(size for _, size in step.replicated)
         others = f", and of {more} more arrays, {gib(total)} in all" if more else ""
         lines.append(f"Every device holds the whole of {name}, {gib(size)}{others}.")
-    return lines + _of_program(program) + synchronous_warnings(estimate) + log_warnings(step.log)
+    return lines + _program_warnings(program)
 
 
-def synchronous_warnings(estimate: Estimate) -> list[str]:
-    """Of collectives that nothing hides."""
-    lines = []
-    for kind, traffic in estimate.collectives.items():
-        synchronous = traffic.bytes - traffic.asynchronous_bytes
-        if synchronous >= LARGE:
-            lines.append(f"{kind} waits for {gib(synchronous)} of {gib(traffic.bytes)}: nothing runs beside it.")
-    return lines
-
-
-def log_warnings(log: str) -> list[str]:
-    """Of what the compiler wrote."""
-    count = len(re.findall("nvoluntary full rematerialization", log))
-    if not count:
-        return []
-    return [f"{count} tensors are gathered whole to change their layout (involuntary rematerialisation)."]
-
-
-def _of_program(program: Program) -> list[str]:
-    windowed, recomputed, padding, large = 0, 0, 0, dict[str, tuple[int, int]]()
+def _program_warnings(program: Program) -> list[str]:
+    windowed, recomputed, large = 0, 0, dict[str, tuple[int, int]]()
     for instruction, computation, count in program.walk():
         if "windowed_dot_general" in instruction.name or "windowed_dot_general" in instruction.op_name:
             windowed += 1
@@ -180,20 +196,23 @@ def _of_program(program: Program) -> list[str]:
             continue
         text = ""
         if collective.gathers:
-            text = "gathered by all-reduces of padded tensors, at twice the traffic and with zeros to write"
+            text = "gathered by all-reduces of padded tensors, with twice the traffic and zeros to write"
         elif collective.kind == "all-reduce":
-            text = f"reduced whole in {collective.dtype} instead of scattered, at twice the traffic"
+            text = f"all-reduced in {collective.dtype} instead of scattered, with twice the traffic"
         elif collective.kind == "all-gather" and collective.dtype == "f32":
             text = "gathered in fp32, twice the bytes of bf16"
         if text:
             times, size = large.get(text, (0, 0))
             large[text] = times + count, size + collective.bytes * count
-    for instruction in program.computations[program.entry].instructions:
-        if instruction.opcode == "parameter":
-            padding += sum(shape.padded_bytes - shape.bytes for shape in instruction.shapes)
+    padding = sum(
+        shape.padded_bytes - shape.bytes
+        for instruction in program.computations[program.entry].instructions
+        for shape in instruction.shapes
+        if instruction.opcode == "parameter"
+    )
     lines = []
     if windowed:
-        lines.append(f"{windowed} instructions are windowed einsums: matmuls cut into loops of permutes.")
+        lines.append(f"{windowed} instructions are windowed einsums: matmuls split into loops of permutes.")
     if recomputed:
         lines.append(f"The compiler recomputes {recomputed} instructions a step to save memory.")
     if padding >= LARGE:
@@ -203,62 +222,99 @@ def _of_program(program: Program) -> list[str]:
     return lines
 
 
-def render(report: Report) -> list[tuple[str, str]]:
-    """The report as lines (name, text); every time and rate is called estimated."""
-    estimate = report.estimate
-    low = report.estimate.seconds_high
+def _synchronous_warnings(estimate: Estimate) -> list[str]:
+    lines = []
+    for kind, traffic in estimate.collectives.items():
+        synchronous = traffic.bytes - traffic.asynchronous_bytes
+        if synchronous >= LARGE:
+            lines.append(f"{kind} waits for {gib(synchronous)} of {gib(traffic.bytes)}: no work overlaps it.")
+    return lines
+
+
+def _log_warnings(log: str) -> list[str]:
+    count = len(re.findall("nvoluntary full rematerialization", log))
+    if not count:
+        return []
+    return [f"{count} tensors are gathered whole to change their layout (involuntary rematerialisation)."]
+
+
+def copy_warnings(program: Program) -> list[str]:
+    """Large arrays that are copied to another place or layout."""
+    lines = []
+    for instruction, _, count in program.walk():
+        size = sum(shape.bytes for shape in instruction.shapes if shape.in_hbm)
+        if instruction.opcode == "copy" and size >= LARGE:
+            shape = instruction.shapes[0]
+            dims = ",".join(map(str, shape.dims))
+            lines.append(f"{shape.dtype}[{dims}], {gib(size)}, is copied {count} times.")
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------- text
+
+
+def render(report: Report) -> Rows:
+    """The step as lines; every time and rate is called estimated."""
+    a, ideal = report.audit, report.flops / report.peak_flops
+    memory, compilation, time, *collectives = program_rows(report.program, "step ", seconds)
     rows = [
         ("topology", f"{report.topology}, {report.chips} chips, {report.sequences_per_chip:g} sequences per chip"),
-        ("HBM per chip", memory_text(report.memory, report.hbm_bytes)),
-        ("compilation", f"{report.compile_seconds:.1f} s, tracing {report.lower_seconds:.1f} s"),
+        memory,
+        compilation,
         ("model FLOPs per chip", f"{report.flops:.4e} = {report.flops_formula}"),
-        (
-            "estimated step time",
-            f"{estimate.seconds:.3f} s = matmuls {estimate.matmul:.3f} + vector {estimate.vector:.3f} + "
-            f"kernels {estimate.kernels:.3f} + exposed communication {estimate.exposed:.3f}; "
-            f"hidden communication {estimate.hidden:.3f}; at worst {low:.3f} s",
-        ),
+        time,
         (
             "estimated MFU",
-            f"{report.mfu:.3f} (at worst {report.mfu_low:.3f}); ideal step "
-            f"{report.flops / report.peak_flops:.3f} s at {report.peak_flops / 1e12:g} TFLOP/s",
+            f"{report.mfu:.3f} (at worst {report.mfu_low:.3f}); ideal step {ideal:.3f} s at "
+            f"{report.peak_flops / 1e12:g} TFLOP/s",
         ),
         ("estimated tokens/s per chip", f"{report.tokens_per_second:,.0f}"),
     ]
     if report.is_pretraining:
         rows.append(("estimated days for 2.6 T tokens", f"{report.days:,.1f} on {report.chips} chips"))
-    rows += collective_rows(estimate)
-    a = report.audit
-    rows.append((
-        "audit",
+    counted = (
         f"gathered {gib(a.gathered_bytes)} of at least {gib(a.gathered_needed)}, reduced {gib(a.reduced_bytes)} of "
-        f"at least {gib(a.reduced_needed)}: {'complete' if a.complete else 'NOT complete'}",
-    ))  # fmt: skip
+        f"at least {gib(a.reduced_needed)}: {'complete' if a.complete else 'NOT complete'}"
+    )
+    return [*rows, *collectives, ("audit", counted)]
+
+
+def milliseconds(value: float) -> str:
+    return f"{max(1e3 * value, 0.0):.2f} ms"
+
+
+def seconds(value: float) -> str:
+    return f"{value:.3f} s"
+
+
+def program_rows(report: ProgramReport, name: str = "", show: Callable[[float], str] = milliseconds) -> Rows:
+    """Memory, compilation, estimated time and collectives of a program."""
+    e = report.estimate
+    rows = [
+        ("HBM per chip", memory_text(report.memory, report.hbm_bytes)),
+        ("compilation", f"{report.compile_seconds:.1f} s, tracing {report.lower_seconds:.1f} s"),
+        (
+            f"estimated {name}time",
+            f"{show(e.seconds)} = matmuls {show(e.matmul)} + vector {show(e.vector)} + kernels {show(e.kernels)} + "
+            f"exposed communication {show(e.exposed)}; hidden communication {show(e.hidden)}; at worst "
+            f"{show(e.seconds_high)}",
+        ),
+    ]
+    for kind, t in sorted(e.collectives.items(), key=lambda item: -item[1].bytes):
+        share = t.asynchronous_bytes / t.bytes if t.bytes else 0
+        duration = seconds(t.seconds) if t.seconds >= 0.01 else f"{1e3 * t.seconds:.3f} ms"
+        rows.append((kind, f"{gib(t.bytes)} in {t.count}, {share:.0%} asynchronous, {duration} on the links"))
     return rows
 
 
-def memory_json(memory: Memory, hbm_bytes: int) -> dict[str, Any]:
-    """Of a chip with `hbm_bytes`."""
-    return dataclasses.asdict(memory) | {"share": memory.laid_out / hbm_bytes}
-
-
-def parts_json(estimate: Estimate) -> dict[str, float]:
-    """Seconds."""
-    names = ("matmul", "matmul_raw", "vector", "vector_raw", "kernels", "exposed", "hidden")
-    return {name: getattr(estimate, name) for name in names}
-
-
-def collectives_json(estimate: Estimate) -> dict[str, Any]:
-    """Bytes and seconds of each kind."""
-    return {
-        kind: dataclasses.asdict(t) | {"asynchronous": t.asynchronous_bytes == t.bytes}
-        for kind, t in estimate.collectives.items()
-    }
+def named(name: str, rows: Rows) -> Rows:
+    """`rows` under a common name."""
+    return [(f"{name}: {row}", text) for row, text in rows]
 
 
 def memory_text(memory: Memory, hbm_bytes: int) -> str:
-    """Of a chip with `hbm_bytes`."""
-    # Where host memory is used the compiler's peak is that of the larger of the two, not of HBM.
+    """The memory of a chip that has `hbm_bytes`."""
+    # If host memory is used, the compiler's peak is the larger of both memories' peaks, not HBM's.
     peak = f"in host memory {gib(memory.host)}" if memory.host else f"in use at one time {gib(memory.peak)}"
     return (
         f"{gib(memory.total)}: arguments {gib(memory.arguments)}, temporaries {gib(memory.temporaries)}, other outputs "
@@ -267,16 +323,6 @@ def memory_text(memory: Memory, hbm_bytes: int) -> str:
     )
 
 
-def collective_rows(estimate: Estimate) -> list[tuple[str, str]]:
-    """One line for each kind, most bytes first."""
-    rows = []
-    for kind, t in sorted(estimate.collectives.items(), key=lambda item: -item[1].bytes):
-        share = t.asynchronous_bytes / t.bytes if t.bytes else 0
-        seconds = f"{t.seconds:.3f} s" if t.seconds >= 0.01 else f"{1e3 * t.seconds:.3f} ms"
-        rows.append((kind, f"{gib(t.bytes)} in {t.count}, {share:.0%} asynchronous, {seconds} on the links"))
-    return rows
-
-
 def gib(size: float) -> str:
-    """Bytes as GiB, or as MiB where they are few."""
+    """Bytes as GiB, or as MiB if below 0.1 GiB."""
     return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{math.ceil(size / 2**20)} MiB"

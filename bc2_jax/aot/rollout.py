@@ -1,7 +1,6 @@
-"""An iteration of reinforcement learning, compiled for a pod that is not here: the rollout beside the update.
+"""The rollout of a reinforcement-learning iteration, compiled for a topology beside the update of `compilation.py`.
 
-A kind of run that samples between its updates has a function `make_rollout(config, mesh)` in its module, which says by
-`RolloutParts` what it samples with and what it holds beside the state. The update is that of `compilation.py`.
+The module of a kind of run that samples between updates has `make_rollout(config, mesh)`, which returns RolloutParts.
 """
 
 from __future__ import annotations
@@ -13,21 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from bc2_jax.aot.compilation import device_coordinates, topology_devices
-from bc2_jax.aot.inference import (
-    AbstractEngine,
-    CompiledEngine,
-    ProgramReport,
-    device_bytes,
-    program_rows,
-    report_program,
-)
-from bc2_jax.aot.report import gib
+from bc2_jax.aot.compilation import device_coordinates, resolve_on
+from bc2_jax.aot.inference import AbstractEngine, CompiledEngine, device_bytes
+from bc2_jax.aot.report import ProgramReport, Rows, gib, named, program_rows, report_program
 from bc2_jax.config import RunConfig
 from bc2_jax.infer.engine import Prepared
 from bc2_jax.infer.refill import RolloutShapes
 from bc2_jax.infer.settings import Sampling, Settings, sampling_of
-from bc2_jax.sharding import make_mesh
 from bc2_jax.tpu.chips import Topology
 from bc2_jax.tpu.options import Value
 from bc2_jax.train.job import StepParts
@@ -35,105 +26,94 @@ from bc2_jax.train.kinds import kind_of
 
 
 class RolloutParts(NamedTuple):
-    """What is sampled with between two updates; arrays are shapes with shardings."""
+    """Inputs of sampling between two updates; arrays are shapes with shardings."""
 
-    prepared: Prepared
-    """The actor as the engine has it."""
+    prepared: Prepared  # the actor, prepared for the engine
     shapes: RolloutShapes
-    prompt_tokens: int
-    """The most of a prompt."""
+    prompt_tokens: int  # longest prompt
     settings: Settings
-    answers: int
-    """Of an iteration."""
+    answers: int  # per iteration
     held: dict[str, Any]
-    """What stays on the devices all the time beside the state and the frozen parameters of the step, by name:
-    reference, reward model."""
+    """Name -> what stays on the devices besides state and frozen parameters: reference, reward model."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CompiledRollout:
-    """The programs of the engine, and the bytes one device holds."""
+    """The engine's programs, and bytes per chip."""
 
     topology: Topology
     parts: RolloutParts
     engine: CompiledEngine
     coordinates: tuple[tuple[int, ...], ...]
-    held: dict[str, int]
-    """Of everything that stays through an iteration, by name."""
-    update_holds: int
-    """The part of `held` that is an argument of the update."""
+    held: dict[str, int]  # name -> bytes of everything that stays through an iteration
+    update_holds: int  # the part of `held` that is an argument of the update
     prepared_bytes: int
 
 
 def compile_rollout(config: RunConfig, topology: Topology, options: dict[str, Value]) -> CompiledRollout | None:
-    """Compiles what starts and continues answers as the run samples; None for a kind of run that samples nothing.
+    """Compiles the rollout; None for a kind of run that samples nothing.
 
-    Raises as `AbstractEngine`, and ValueError for a mesh that does not suit the model or the devices.
+    Raises as `AbstractEngine`, and ValueError for a mesh that does not match model or devices.
     """
     kind = kind_of(config)
     make_rollout = getattr(kind, "make_rollout", None)
     if make_rollout is None:
         return None
-    devices = topology_devices(topology)
-    config = config.resolve(len(devices))
-    mesh = make_mesh(config.mesh, devices)
+    config, mesh = resolve_on(topology, config)
     with jax.set_mesh(mesh):
         step: StepParts = kind.make_step(config, mesh)
         parts: RolloutParts = make_rollout(config, mesh)
     settings = parts.settings.check(parts.prepared.config)
 
     def sampling(rows: int) -> Sampling:
-        # As `continue_many` has them where it gives log-probabilities.
+        # As in `continue_many` with log-probabilities.
         return sampling_of([settings] * rows, range(rows))._replace(top_log_probs=np.zeros(rows, np.int32))
 
+    def chip_bytes(tree: Any) -> int:
+        return topology.chip.devices * device_bytes(tree)
+
     compiled = AbstractEngine(parts.prepared, mesh, parts.shapes, sampling, options).compile()
-    state = {f"{name}'s parameters": device_bytes(tree) for name, tree in step.state.params.items()}
-    state["optimizer"] = device_bytes(step.state.opt_state)
-    state |= {f"frozen {name}": device_bytes(tree) for name, tree in step.frozen.items()}
+    state = {f"{name}'s parameters": chip_bytes(tree) for name, tree in step.state.params.items()}
+    state["optimizer"] = chip_bytes(step.state.opt_state)
+    state |= {f"frozen {name}": chip_bytes(tree) for name, tree in step.frozen.items()}
     return CompiledRollout(
         topology=topology, parts=parts, engine=compiled, coordinates=device_coordinates(mesh),
-        held=state | {name: device_bytes(tree) for name, tree in parts.held.items()},
-        update_holds=sum(state.values()), prepared_bytes=device_bytes(parts.prepared.params),
+        held=state | {name: chip_bytes(tree) for name, tree in parts.held.items()},
+        update_holds=sum(state.values()), prepared_bytes=chip_bytes(parts.prepared.params),
     )  # fmt: skip
-
-
-# -------------------------------------------------------------------------------------------------------------- report
 
 
 @dataclasses.dataclass(frozen=True)
 class RolloutReport:
-    """The rollout as figures; bytes are per chip, times are compile-time estimates."""
+    """Figures of a rollout; bytes are per chip, times are compile-time estimates."""
 
-    shapes: RolloutShapes
-    prompt_tokens: int
-    chunk_length: int
-    answers: int
-    max_new_tokens: int
-    held: dict[str, int]
-    update_holds: int
-    prepared_bytes: int
-    cache_bytes: int
-    hbm_bytes: int
-    """What the chip has."""
-    extend: ProgramReport
-    """One chunk of prompts, the last one of the longest."""
-    decode: ProgramReport
-    """One step of it, at a full cache."""
+    compiled: CompiledRollout
+    extend: ProgramReport  # the last chunk of the longest prompts
+    decode: ProgramReport  # one step with a full cache
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(self.compiled.held.values())
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.compiled.topology.chip.devices * self.compiled.engine.cache_bytes
 
     @property
     def rollout_bytes(self) -> int:
-        """At the peak of the rollout: what is held, and the larger of the two programs."""
-        return sum(self.held.values()) + max(self.extend.memory.laid_out, self.decode.memory.laid_out)
+        """Peak of the rollout."""
+        return self.held_bytes + max(self.extend.memory.laid_out, self.decode.memory.laid_out)
 
     def update_bytes(self, step_bytes: int) -> int:
-        """At the peak of the update, whose program is laid out in `step_bytes`, its arguments included."""
-        return step_bytes + sum(self.held.values()) - self.update_holds
+        """Peak of the update, whose program with its arguments is laid out in `step_bytes`."""
+        return step_bytes + self.held_bytes - self.compiled.update_holds
 
     @property
     def seconds(self) -> float:
-        """Of a rollout in which every answer has max_new_tokens and every prompt the most tokens."""
-        steps = math.ceil(self.answers / self.shapes.rows) * (self.max_new_tokens - 1)
-        chunks = math.ceil(self.answers / self.shapes.prefill_rows) * math.ceil(self.prompt_tokens / self.chunk_length)
+        """If every answer has max_new_tokens and every prompt prompt_tokens."""
+        parts, chunk = self.compiled.parts, self.compiled.engine.chunk_length
+        steps = math.ceil(parts.answers / parts.shapes.rows) * (parts.settings.max_new_tokens - 1)
+        chunks = math.ceil(parts.answers / parts.shapes.prefill_rows) * math.ceil(parts.prompt_tokens / chunk)
         return steps * self.decode.estimate.seconds + chunks * self.extend.estimate.seconds
 
     @property
@@ -142,15 +122,16 @@ class RolloutReport:
         return [f"{name}: {line}" for name, program in programs for line in program.warnings]
 
     def as_json(self, step_bytes: int) -> dict[str, Any]:
-        """For `--json`; times in seconds, memory in bytes of a chip."""
+        """For `--json`; times in seconds."""
+        parts = self.compiled.parts
         return {
-            **dataclasses.asdict(self.shapes),
-            "prompt_tokens": self.prompt_tokens,
-            "chunk_length": self.chunk_length,
-            "answers": self.answers,
-            "max_new_tokens": self.max_new_tokens,
-            "held_bytes_per_chip": self.held,
-            "prepared_bytes_per_chip": self.prepared_bytes,
+            **dataclasses.asdict(parts.shapes),
+            "prompt_tokens": parts.prompt_tokens,
+            "chunk_length": self.compiled.engine.chunk_length,
+            "answers": parts.answers,
+            "max_new_tokens": parts.settings.max_new_tokens,
+            "held_bytes_per_chip": self.compiled.held,
+            "prepared_bytes_per_chip": self.compiled.prepared_bytes,
             "cache_bytes_per_chip": self.cache_bytes,
             "rollout_peak_bytes_per_chip": self.rollout_bytes,
             "update_peak_bytes_per_chip": self.update_bytes(step_bytes),
@@ -162,43 +143,35 @@ class RolloutReport:
 
 def make_report(compiled: CompiledRollout) -> RolloutReport:
     """Reads both programs."""
-    topology, parts = compiled.topology, compiled.parts
-    devices, coordinates = topology.chip.devices, compiled.coordinates
-    size = compiled.engine.chunk_length
-    blocks = math.ceil(math.ceil(parts.prompt_tokens / size) * size / compiled.engine.key_block)
+    topology, engine, coordinates = compiled.topology, compiled.engine, compiled.coordinates
+    keys = math.ceil(compiled.parts.prompt_tokens / engine.chunk_length) * engine.chunk_length
+    trips = math.ceil(keys / engine.key_block)
     return RolloutReport(
-        shapes=parts.shapes, prompt_tokens=parts.prompt_tokens, chunk_length=size, answers=parts.answers,
-        max_new_tokens=parts.settings.max_new_tokens,
-        held={name: devices * size for name, size in compiled.held.items()},
-        update_holds=devices * compiled.update_holds, prepared_bytes=devices * compiled.prepared_bytes,
-        cache_bytes=devices * compiled.engine.cache_bytes, hbm_bytes=topology.chip.hbm_bytes,
-        extend=report_program(compiled.engine.extend, topology, coordinates, trips=blocks),
-        decode=report_program(compiled.engine.decode, topology, coordinates),
+        compiled, report_program(engine.extend, topology, coordinates, trips=trips),
+        report_program(engine.decode, topology, coordinates),
     )  # fmt: skip
 
 
-def render(report: RolloutReport, step_bytes: int) -> list[tuple[str, str]]:
-    """The report as lines (name, text); the update's program is laid out in `step_bytes` of a chip."""
-    shapes = report.shapes
-    held = ", ".join(f"{name} {gib(size)}" for name, size in report.held.items())
+def render(report: RolloutReport, step_bytes: int) -> Rows:
+    """The report as lines; the update's program is laid out in `step_bytes` of a chip."""
+    compiled, hbm = report.compiled, report.compiled.topology.chip.hbm_bytes
+    parts, shapes, most = compiled.parts, compiled.parts.shapes, compiled.parts.settings.max_new_tokens
+    held = ", ".join(f"{name} {gib(size)}" for name, size in compiled.held.items())
     peaks = (("rollout", report.rollout_bytes), ("update", report.update_bytes(step_bytes)))
     return [
-        ("held through an iteration", f"{gib(sum(report.held.values()))} per chip: {held}"),
-        ("held during the rollout", f"prepared actor {gib(report.prepared_bytes)}, cache {gib(report.cache_bytes)}"),
-        *(
-            (f"HBM per chip, {name}", f"{gib(size)} = {size / report.hbm_bytes:.0%} of {gib(report.hbm_bytes)}")
-            for name, size in peaks
-        ),
+        ("held through an iteration", f"{gib(report.held_bytes)} per chip: {held}"),
+        ("held during the rollout", f"prepared actor {gib(compiled.prepared_bytes)}, cache {gib(report.cache_bytes)}"),
+        *((f"HBM per chip, {name}", f"{gib(size)} = {size / hbm:.0%} of {gib(hbm)}") for name, size in peaks),
         (
             "rollout",
-            f"{report.answers} answers of up to {report.max_new_tokens} tokens over {shapes.rows} rows of "
-            f"{shapes.slots} slots, prompts of up to {report.prompt_tokens}, {shapes.prefill_rows} run together in "
-            f"chunks of {report.chunk_length}",
+            f"{parts.answers} answers of up to {most} tokens over {shapes.rows} rows of {shapes.slots} slots, prompts "
+            f"of up to {parts.prompt_tokens}, {shapes.prefill_rows} run together in chunks of "
+            f"{compiled.engine.chunk_length}",
         ),
         (
             "estimated time of a rollout",
-            f"{report.seconds:.1f} s if every answer has {report.max_new_tokens} tokens, at a full cache",
+            f"{report.seconds:.1f} s if every answer has {most} tokens, with a full cache",
         ),
-        *program_rows("chunk of prompts", report.extend),
-        *program_rows("decoding step", report.decode),
+        *named("chunk of prompts", program_rows(report.extend)),
+        *named("decoding step", program_rows(report.decode)),
     ]

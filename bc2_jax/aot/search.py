@@ -1,19 +1,23 @@
-"""Which batch, remat policy and mesh to try on a topology, and which of the results are worth a choice."""
+"""Batches, remat policies and meshes to compile for a topology, and the Pareto front of the results."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 from bc2_jax.config import ComputeConfig, MeshConfig, TrainConfig
+from bc2_jax.terminal import program_words
 from bc2_jax.tpu.chips import Topology
 
-BATCHES = (1, 2, 4)
-"""Sequences per chip."""
+BATCHES = (1, 2, 4)  # sequences per chip
 POLICIES = ("full", "save_attention", "save_projections", "save_dots")
-"""Values of compute.remat that fit a pod; "none" holds every intermediate value."""
-HBM_LIMIT = 0.95
-"""Share of HBM a chosen line may take: programs beside the step (evaluation, checkpoints) need the rest."""
+"""Values of compute.remat that fit a pod; "none" keeps every activation."""
+HBM_LIMIT = 0.95  # largest share of HBM for a chosen result; evaluation and checkpoints need the rest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Candidate:
         ]  # fmt: skip
 
     def config_line(self, config: TrainConfig, chips: int) -> str:
-        """What to write into the config file, with its global batch; other fields stay as they are in `config`."""
+        """The line to paste into the config file; other fields stay as they are in `config`."""
         compute = dataclasses.replace(config.compute, remat=self.remat)  # type: ignore[arg-type]  # one of POLICIES
         mesh = dataclasses.replace(config.mesh, data=self.data, tensor=self.tensor, fsdp=-1)
         return (
@@ -42,43 +46,48 @@ class Candidate:
 
 
 def _call(value: ComputeConfig | MeshConfig) -> str:
-    """The call that makes a config, without the fields that have their default."""
-    fields = [
-        (f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if getattr(value, f.name) != f.default
-    ]
-    return f"{type(value).__name__}({', '.join(f'{name}={value!r}' for name, value in fields)})"
+    """The constructor call of a config, without fields at their defaults."""
+    fields = ((f.name, getattr(value, f.name), f.default) for f in dataclasses.fields(value))
+    return f"{type(value).__name__}({', '.join(f'{name}={now!r}' for name, now, default in fields if now != default)})"
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """A candidate and its figures, or why there are none."""
+    """Estimated figures of a candidate, or the error."""
 
     candidate: Candidate
-    hbm_bytes: int | None
-    """Per chip."""
+    hbm_bytes: int | None  # per chip
     mfu: float | None
-    """Estimated."""
     mfu_low: float | None = None
     error: str = ""
+
+
+def run_aot_compile(arguments: Sequence[str]) -> dict[str, Any]:
+    """What `tools/aot_compile.py ARGUMENTS --json` writes, from a process of its own: a compile takes gigabytes and may
+    be killed. {"error": the last line of stderr} where it writes nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        figures = Path(folder, "figures.json")
+        command = [*program_words("tools/aot_compile.py"), *arguments, "--json", str(figures)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if figures.exists():
+            values: dict[str, Any] = json.loads(figures.read_text(encoding="utf-8"))
+            return values
+        return {"error": (done.stderr.strip().splitlines() or [f"the compiler ended with {done.returncode}"])[-1]}
 
 
 def candidates(config: TrainConfig, topology: Topology) -> Iterator[Candidate]:
     """Every combination that suits the model and the topology, smallest first.
 
-    The mesh is either one axis of parameter shards over all devices, or that with replicas on top (one per slice at
-    least), or with two parts of each layer.
+    Meshes: fsdp over all devices of a slice; the same with 2 or 4 replicas a slice; fsdp with tensor 2.
     """
-    meshes = [(topology.num_slices, 1), (2 * topology.num_slices, 1), (4 * topology.num_slices, 1)]
-    meshes.append((topology.num_slices, 2))
+    slices = topology.num_slices
     for batch in BATCHES:
         for remat in POLICIES:
-            for data, tensor in meshes:
+            for data, tensor in ((slices, 1), (2 * slices, 1), (4 * slices, 1), (slices, 2)):
                 mesh = dataclasses.replace(config.mesh, data=data, tensor=tensor, fsdp=-1, num_cpu_devices=0)
-                rows = batch * topology.num_chips
+                rows = dataclasses.replace(config.data, global_batch_size=batch * topology.num_chips)
                 try:
-                    dataclasses.replace(
-                        config, mesh=mesh, data=dataclasses.replace(config.data, global_batch_size=rows)
-                    ).resolve(topology.num_devices)
+                    dataclasses.replace(config, mesh=mesh, data=rows).resolve(topology.num_devices)
                 except ValueError:
                     continue
                 yield Candidate(batch, remat, data, tensor)
@@ -96,6 +105,6 @@ def pareto(results: Sequence[Result]) -> list[Result]:
 
 
 def choose(results: Sequence[Result], hbm_bytes: int) -> Result | None:
-    """The highest estimated MFU that leaves a chip with `hbm_bytes` some room; None if nothing fits."""
+    """The highest estimated MFU within HBM_LIMIT of a chip with `hbm_bytes`; None if nothing fits."""
     fitting = [r for r in pareto(results) if r.hbm_bytes is not None and r.hbm_bytes <= HBM_LIMIT * hbm_bytes]
     return fitting[-1] if fitting else None

@@ -1,7 +1,7 @@
-"""A server on a slice that is not there: how many sequences fit, how long chunks of prompts and decoding steps take.
+"""A server compiled for a topology: how many sequences fit, and the time of prompt chunks and decoding steps.
 
-The programs and the parameters are those of a server (`bc2_jax.infer.engine`), with every setting that a request may
-have; only a request with rare ones runs all of it (`infer.sampling.RARE`).
+Programs and parameters are the server's (`bc2_jax.infer.engine`), with every setting a request may have. Only requests
+with rare settings (`infer.sampling.RARE`) run all of it.
 """
 
 from __future__ import annotations
@@ -13,55 +13,39 @@ from typing import Any
 
 import jax
 
-from bc2_jax.aot.compilation import CompiledProgram, DoesNotFit, device_coordinates, topology_devices
+from bc2_jax.aot.compilation import CompiledProgram, DoesNotFit, device_coordinates, resolve_on
 from bc2_jax.aot.estimate import HBM_SHARE
-from bc2_jax.aot.inference import (
-    AbstractEngine,
-    CompiledEngine,
-    ProgramReport,
-    abstract_prepared,
-    device_bytes,
-    inference_compute,
-    milliseconds,
-    program_rows,
-    report_program,
-)
-from bc2_jax.aot.report import gib
+from bc2_jax.aot.inference import AbstractEngine, CompiledEngine, abstract_prepared, device_bytes, inference_compute
+from bc2_jax.aot.report import ProgramReport, Rows, gib, milliseconds, named, program_rows, report_program
 from bc2_jax.aot.search import HBM_LIMIT
 from bc2_jax.config import MeshConfig, ModelConfig, RunConfig
 from bc2_jax.infer import engine
-from bc2_jax.infer.cache import CacheDType
+from bc2_jax.infer.decoding import CacheDType
 from bc2_jax.infer.generate import bucket
 from bc2_jax.infer.refill import RolloutShapes
 from bc2_jax.infer.sampling import RARE
 from bc2_jax.infer.settings import DEFAULT_SETTINGS, Sampling, sampling_of
 from bc2_jax.model.quantized import Scheme
-from bc2_jax.sharding import make_mesh, parts, use_rules
+from bc2_jax.sharding import parts, use_rules
 from bc2_jax.tpu.chips import Topology
 from bc2_jax.tpu.options import Value
 from bc2_jax.validation import require
 
-TRIES = 4
-"""Numbers of slots that are compiled at most, where none is given."""
+TRIES = 4  # compilations at most to find the number of slots
 
 
 @dataclasses.dataclass(frozen=True)
 class ServingShapes:
-    """What a server is started with. A slot is the place of one sequence, a row of the engine's batch."""
+    """Options of a server. A slot is a row of the engine's batch, for one sequence."""
 
-    slots: int | None = None
-    """Sequences at one time; None for the most that fit."""
-    slot_length: int = 4096
-    """Tokens of prompt and answer that a slot holds."""
-    prompt_length: int = 1024
-    """Tokens of the prompt whose time to the first token is estimated."""
-    quantize: Scheme | None = None
-    """Of the weights; None for bf16."""
+    slots: int | None = None  # none for the most that fit
+    slot_length: int = 4096  # tokens of prompt and answer that a slot holds
+    prompt_length: int = 1024  # prompt whose time to the first token is estimated
+    quantize: Scheme | None = None  # weights; None for bf16
     kv: CacheDType = "compute"
-    """Of the cache."""
 
     def check(self, model: ModelConfig, mesh: MeshConfig) -> None:
-        """Raises ValueError for sizes that a server of this model on this (resolved) mesh cannot have."""
+        """Raises ValueError for sizes that this model on this (resolved) mesh cannot have."""
         if self.slots is not None:
             field, shards = mesh.batch_shards
             legal = f"it must be a positive multiple of {field} = {shards}"
@@ -78,33 +62,24 @@ class ServingShapes:
 
 @dataclasses.dataclass(frozen=True)
 class CompiledServing:
-    """The programs, and the bytes one device holds."""
+    """The programs, and bytes per chip."""
 
     topology: Topology
-    config: RunConfig
-    """With the mesh filled in."""
+    config: RunConfig  # with the mesh filled in
     shapes: ServingShapes
     slots: int
     engine: CompiledEngine
     coordinates: tuple[tuple[int, ...], ...]
-    parameter_bytes: int
-    """Prepared parameters."""
-    read_bytes: int
-    """Those of them that each decoding step reads: all but the embedding table."""
+    parameter_bytes: int  # prepared parameters
+    read_bytes: int  # parameters that each decoding step reads: all but the embedding table
 
 
 def compile_serving(
     config: RunConfig, topology: Topology, shapes: ServingShapes, options: dict[str, Value]
 ) -> CompiledServing:
-    """Compiles a server's programs for every device of `topology`.
-
-    Raises DoesNotFit where the chip's memory is too small, and ValueError for a mesh or shapes that do not suit the
-    model or the devices, or an option that the compiler does not know.
-    """
-    devices = topology_devices(topology)
-    config = config.resolve(len(devices))
+    """Compiles a server's programs. Raises as `compile_step`, and ValueError for shapes that do not match the model."""
+    config, mesh = resolve_on(topology, config)
     shapes.check(config.model, config.mesh)
-    mesh = make_mesh(config.mesh, devices)
     compute = inference_compute(config.compute)
     prepared = abstract_prepared(config.model, compute, mesh, shapes.kv, shapes.quantize)
     with jax.set_mesh(mesh), use_rules(engine.decoding_rules()):
@@ -117,20 +92,20 @@ def compile_serving(
         limit = int(HBM_LIMIT * topology.chip.hbm_bytes) // topology.chip.devices
         a_step = device_bytes(engine_of(2 * step).state) - device_bytes(engine_of(step).state)
         held = device_bytes(prepared.params)
-        # Of all programs decoding has the largest temporaries: logits of every slot.
+        # Decoding has the largest temporaries: logits of every slot.
         slots, decode = most_slots(lambda slots: engine_of(slots).decode(), limit, held, step, a_step)
         compiled = engine_of(slots).compile(decode)
     else:
         slots, compiled = shapes.slots, engine_of(shapes.slots).compile()
-    params = prepared.params
-    return CompiledServing(
-        topology, config, shapes, slots, compiled, device_coordinates(mesh), device_bytes(params),
-        device_bytes(params) - device_bytes(params["embed_tokens"]),
-    )  # fmt: skip
+    size, embedding = (
+        topology.chip.devices * device_bytes(tree) for tree in (prepared.params, prepared.params["embed_tokens"])
+    )
+    coordinates = device_coordinates(mesh)
+    return CompiledServing(topology, config, shapes, slots, compiled, coordinates, size, size - embedding)
 
 
 def settings_of(rows: int) -> Sampling:
-    """Settings with all that requests may ask for."""
+    """Every setting that requests may have."""
     eos = dataclasses.replace(DEFAULT_SETTINGS, eos_token_id=(0,))
     return sampling_of([eos] * rows, range(rows), top_log_probs=[None] * rows, full=True)
 
@@ -138,10 +113,10 @@ def settings_of(rows: int) -> Sampling:
 def most_slots(
     compile_slots: Callable[[int], CompiledProgram], limit: int, held: int, step: int, a_step: int
 ) -> tuple[int, CompiledProgram]:
-    """The most slots whose program is laid out in `limit` bytes, a multiple of `step`, and their program.
+    """The largest multiple of `step` slots whose program is laid out in `limit` bytes, and that program.
 
-    `held` are the bytes of the parameters, `a_step` those that `step` slots take. What temporaries take is known only
-    when a number was compiled; they are taken to grow with the slots for the next one.
+    `held`: bytes of the parameters; `a_step`: bytes of `step` slots. The size of temporaries is known only after
+    compiling; it is extrapolated linearly in the slots for the next try.
     """
     steps, too_many = max((limit - held) // a_step, 1), math.inf
     found: tuple[int, CompiledProgram] | None = None
@@ -155,7 +130,7 @@ def most_slots(
             found = (steps * step, compiled)
         else:
             too_many = min(too_many, steps)
-        # Never back to a number that is known to be too small or too large.
+        # Stay within what is known to be too small and too large.
         least, most = (found[0] // step + 1 if found else 1), too_many - 1
         wanted = (limit - held) * steps // (needed - held)
         if least > most or (needed <= limit and wanted < least):
@@ -163,66 +138,70 @@ def most_slots(
         steps = int(min(max(wanted, least), most))
     if found is None:
         raise DoesNotFit(
-            f"Not even {step} slots fit a device: they take {gib(a_step)}, the parameters {gib(held)}, and "
-            f"{gib(limit)} may be used.",
+            f"Not even {step} slots fit a device: of {gib(limit)} they take {gib(a_step)}, the parameters {gib(held)}.",
             None,
         )
     return found
-
-
-# -------------------------------------------------------------------------------------------------------------- report
 
 
 @dataclasses.dataclass(frozen=True)
 class ServingReport:
     """Figures of a server; bytes are per chip, times are compile-time estimates."""
 
-    topology: str
-    chips: int
-    mesh: MeshConfig
-    shapes: ServingShapes
-    slots: int
-    chunk_length: int
-    parameter_bytes: int
-    read_bytes: int
-    cache_bytes: int
-    state_bytes: int
-    hbm_bandwidth: float
-    """Of a chip, bytes/s."""
-    replicas: int
-    """Parts of the mesh that each have slots of their own."""
-    extend: ProgramReport
-    """A chunk of a prompt, without its attention."""
-    key_seconds: float
-    """What each key that a chunk attends to adds to it."""
-    decode: ProgramReport
-    """One step, all slots full, with the default settings."""
-    rare_seconds: float
-    """What a step takes longer if a request has rare settings."""
+    compiled: CompiledServing
+    extend: ProgramReport  # A chunk of a prompt, without its attention
+    key_seconds: float  # additional time of a chunk per key that it attends to
+    decode: ProgramReport  # one step with all slots full and the default settings
+    rare_seconds: float  # additional time of a step if a request has rare settings
+
+    @property
+    def parameter_bytes(self) -> int:
+        return self.compiled.parameter_bytes
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.compiled.topology.chip.devices * self.compiled.engine.cache_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        return self.compiled.topology.chip.devices * self.compiled.engine.state_bytes
 
     def chunk_seconds(self, chunk: int) -> float:
-        """Of the chunk with this number of a prompt, from 0; each attends to all before it."""
-        return self.extend.estimate.seconds + (chunk + 1) * self.chunk_length * self.key_seconds
+        """Chunk number `chunk` of a prompt, from 0; each attends to all before it."""
+        return self.extend.estimate.seconds + (chunk + 1) * self.compiled.engine.chunk_length * self.key_seconds
+
+    @property
+    def num_chunks(self) -> int:
+        return math.ceil(self.compiled.shapes.prompt_length / self.compiled.engine.chunk_length)
 
     @property
     def first_token_seconds(self) -> float:
-        """From the start of a prompt to its first token, if its chunks run one after another."""
-        return sum(map(self.chunk_seconds, range(math.ceil(self.shapes.prompt_length / self.chunk_length))))
+        """From the start of a prompt to its first token, its chunks in sequence."""
+        return sum(map(self.chunk_seconds, range(self.num_chunks)))
+
+    def _floor(self, cache_bytes: float) -> float:
+        """Time to read the parameters and so much cache at HBM_SHARE of the bandwidth."""
+        bandwidth = HBM_SHARE * self.compiled.topology.chip.hbm_bandwidth
+        return (self.compiled.read_bytes + cache_bytes) / bandwidth
 
     @property
     def floor_seconds(self) -> float:
-        """A step of all slots cannot be faster than HBM gives its parameters and the full cache, at HBM_SHARE."""
-        return (self.read_bytes + self.cache_bytes) / (HBM_SHARE * self.hbm_bandwidth)
+        """Lower bound of a step with all slots full."""
+        return self._floor(self.cache_bytes)
+
+    @property
+    def single_share(self) -> float:
+        """Share of the slots in use with one sequence: each replica of the mesh has slots of its own."""
+        return self.compiled.config.mesh.batch_shards[1] / self.compiled.slots
 
     @property
     def single_seconds(self) -> float:
-        """A step in which one slot is in use and full: that of all slots, but attention reads only its cache."""
-        return self.decode.estimate.seconds - self.decode.estimate.kernels * (1 - self.replicas / self.slots)
+        """A step with one full slot in use: attention reads only its cache."""
+        return self.decode.estimate.seconds - self.decode.estimate.kernels * (1 - self.single_share)
 
     @property
     def single_floor_seconds(self) -> float:
-        read = self.read_bytes + self.cache_bytes * self.replicas / self.slots
-        return read / (HBM_SHARE * self.hbm_bandwidth)
+        return self._floor(self.cache_bytes * self.single_share)
 
     @property
     def warnings(self) -> list[str]:
@@ -230,16 +209,16 @@ class ServingReport:
         return [f"{name}: {line}" for name, program in programs for line in program.warnings]
 
     def as_json(self) -> dict[str, Any]:
-        """For `--json`; times in seconds, memory and traffic in bytes."""
-        step = self.decode.estimate
+        """For `--json`; times in seconds."""
+        compiled, step = self.compiled, self.decode.estimate
         return {
             "note": "compile-time estimates, nothing was run; a decoding step reads the full cache of all slots",
-            "topology": self.topology,
-            "chips": self.chips,
-            "mesh": _sizes(self.mesh),
-            **dataclasses.asdict(self.shapes),
-            "slots": self.slots,
-            "chunk_length": self.chunk_length,
+            "topology": str(compiled.topology),
+            "chips": compiled.topology.num_chips,
+            "mesh": _sizes(compiled.config.mesh),
+            **dataclasses.asdict(compiled.shapes),
+            "slots": compiled.slots,
+            "chunk_length": compiled.engine.chunk_length,
             "parameter_bytes_per_chip": self.parameter_bytes,
             "cache_bytes_per_chip": self.cache_bytes,
             "state_bytes_per_chip": self.state_bytes,
@@ -248,8 +227,8 @@ class ServingReport:
             "decode": self.decode.as_json()
             | {
                 "estimated_seconds_of_rare_settings": self.rare_seconds,
-                "estimated_tokens_per_second": self.slots / step.seconds,
-                "estimated_tokens_per_second_at_worst": self.slots / step.seconds_high,
+                "estimated_tokens_per_second": compiled.slots / step.seconds,
+                "estimated_tokens_per_second_at_worst": compiled.slots / step.seconds_high,
                 "floor_seconds": self.floor_seconds,
                 "floor_share": self.floor_seconds / step.seconds,
             },
@@ -269,65 +248,48 @@ def _sizes(mesh: MeshConfig) -> dict[str, int]:
 def make_report(compiled: CompiledServing) -> ServingReport:
     """Reads the programs."""
     topology, programs, coordinates = compiled.topology, compiled.engine, compiled.coordinates
-    devices = topology.chip.devices
     extend, more = (
         report_program(programs.extend, topology, coordinates, trips=trips, without=RARE) for trips in (0, 1)
     )
     decode, every = (report_program(programs.decode, topology, coordinates, without=scope) for scope in (RARE, ""))
-    return ServingReport(
-        topology=str(topology),
-        chips=topology.num_chips,
-        mesh=compiled.config.mesh,
-        shapes=compiled.shapes,
-        slots=compiled.slots,
-        chunk_length=programs.chunk_length,
-        parameter_bytes=devices * compiled.parameter_bytes,
-        read_bytes=devices * compiled.read_bytes,
-        cache_bytes=devices * programs.cache_bytes,
-        state_bytes=devices * programs.state_bytes,
-        hbm_bandwidth=topology.chip.hbm_bandwidth,
-        replicas=compiled.config.mesh.batch_shards[1],
-        extend=extend,
-        key_seconds=(more.estimate.seconds - extend.estimate.seconds) / programs.key_block,
-        decode=decode,
-        rare_seconds=every.estimate.seconds - decode.estimate.seconds,
-    )
+    key_seconds = (more.estimate.seconds - extend.estimate.seconds) / programs.key_block
+    return ServingReport(compiled, extend, key_seconds, decode, every.estimate.seconds - decode.estimate.seconds)
 
 
-def render(report: ServingReport) -> list[tuple[str, str]]:
-    """The report as lines (name, text); every time and rate is called estimated."""
-    shapes, step = report.shapes, report.decode.estimate
-    mesh = " x ".join(f"{name} {size}" for name, size in _sizes(report.mesh).items() if size > 0)
-    chunks = math.ceil(shapes.prompt_length / report.chunk_length)
+def render(report: ServingReport) -> Rows:
+    """The report as lines; every time and rate is called estimated."""
+    compiled, shapes, step = report.compiled, report.compiled.shapes, report.decode.estimate
+    slots, chunks = compiled.slots, report.num_chunks
+    mesh = " x ".join(f"{name} {size}" for name, size in _sizes(compiled.config.mesh).items() if size > 0)
     latencies = sum(traffic.count for traffic in step.collectives.values())
     found = "given" if shapes.slots is not None else f"the most that fit {HBM_LIMIT:.0%} of HBM, compiled"
     return [
-        ("topology", f"{report.topology}, {report.chips} chips: {mesh}"),
-        ("slots", f"{report.slots} of {shapes.slot_length} tokens, {found}"),
+        ("topology", f"{compiled.topology}, {compiled.topology.num_chips} chips: {mesh}"),
+        ("slots", f"{slots} of {shapes.slot_length} tokens, {found}"),
         (
             "parameters, cache per chip",
             f"{gib(report.parameter_bytes)} ({shapes.quantize or 'bf16'}), {gib(report.cache_bytes)} "
             f"({'int8' if shapes.kv == 'int8' else 'bf16'}); "
             f"other state {gib(report.state_bytes - report.cache_bytes)}",
         ),
-        *program_rows("chunk of a prompt", report.extend),
+        *named("chunk of a prompt", program_rows(report.extend)),
         (
             "estimated time to first token",
             f"{milliseconds(report.first_token_seconds)} for a prompt of {shapes.prompt_length}, {chunks} chunks of "
-            f"{report.chunk_length} one after another, the last {milliseconds(report.chunk_seconds(chunks - 1))}",
+            f"{compiled.engine.chunk_length} in sequence, the last {milliseconds(report.chunk_seconds(chunks - 1))}",
         ),
-        *program_rows("decoding step", report.decode),
+        *named("decoding step", program_rows(report.decode)),
         (
             "decoding: estimated tokens/s",
-            f"{report.slots / step.seconds:,.0f} in all (at worst {report.slots / step.seconds_high:,.0f}), all slots "
-            f"full, {report.floor_seconds / step.seconds:.0%} of what HBM gives at {HBM_SHARE:.0%}: "
-            f"{report.slots / report.floor_seconds:,.0f} for {gib(report.read_bytes)} of parameters and the cache; "
-            f"rare settings add {milliseconds(report.rare_seconds)}; each microsecond of latency in the {latencies} "
+            f"{slots / step.seconds:,.0f} in all (at worst {slots / step.seconds_high:,.0f}), all slots full, "
+            f"{report.floor_seconds / step.seconds:.0%} of what HBM gives at {HBM_SHARE:.0%}: "
+            f"{slots / report.floor_seconds:,.0f} for {gib(compiled.read_bytes)} of parameters and the cache; rare "
+            f"settings add {milliseconds(report.rare_seconds)}; each microsecond of latency of the {latencies} "
             f"collectives, which is not counted, adds {milliseconds(latencies * 1e-6)}",
         ),
         (
             "one sequence: estimated tokens/s",
             f"{1 / report.single_seconds:,.0f}, {report.single_floor_seconds / report.single_seconds:.0%} of what HBM "
-            "gives: the step of all slots, less the time for the caches of the others",
+            "gives: the step of all slots minus the time for the other caches",
         ),
     ]

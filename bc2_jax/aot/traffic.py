@@ -1,7 +1,7 @@
-"""What a matmul fusion reads and writes in HBM, and the FLOPs of its matmuls.
+"""HBM bytes that a matmul fusion reads and writes, and the FLOPs of its matmuls.
 
-A fusion is given whole arrays: the weights of all layers, of which it slices one, or the cache, into which it writes
-one token. Only what it touches counts.
+A fusion's operands are whole arrays: the weights of all layers, of which it slices one, or the cache, of which it
+writes one token. Only the touched part counts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _SAME_BYTES = ("bitcast", "reshape", "copy", "transpose")
 
 
 def moved_bytes(program: Program, instruction: Instruction, computation: Computation) -> int:
-    """Bytes of HBM that an instruction of a computation reads and writes."""
+    """HBM bytes that an instruction of a computation reads and writes."""
     body = _body(program, instruction)
     total = 0
     for index, name in enumerate(instruction.operands):
@@ -34,8 +34,7 @@ def moved_bytes(program: Program, instruction: Instruction, computation: Computa
 def matmul_flops(program: Program, instruction: Instruction) -> float:
     """FLOPs of the matmuls in an instruction; too high for those with batch dimensions.
 
-    [m, k] x [k, n] -> [m, n] takes 2 m k n, and (m k) (k n) (m n) is the square of m k n, in whatever order a
-    convolution writes the dimensions.
+    [m, k] x [k, n] -> [m, n] takes 2 m k n FLOPs, and (m k) (k n) (m n) = (m k n)^2 for any order of dimensions.
     """
     total = 0.0
     for name in instruction.called:
@@ -54,7 +53,7 @@ def _body(program: Program, instruction: Instruction) -> Computation | None:
 
 
 def _read(program: Program, body: Computation, index: int) -> int:
-    """Bytes of its argument `index` that a fused computation reads."""
+    """Bytes of argument `index` that a fused computation reads."""
     parameters = [i for i in body.instructions if i.opcode == "parameter" and i.text == str(index)]
     return _used(program, body, parameters[0]) if parameters else 0
 
@@ -68,14 +67,14 @@ def _used(program: Program, body: Computation, array: Instruction) -> int:
             if user.opcode in ("slice", "dynamic-slice") and place == 0:
                 total += user.bytes
             elif user.opcode == "dynamic-update-slice" and place == 0:
-                continue  # it is written in place
+                continue  # written in place
             elif user.opcode in _SAME_BYTES:
                 total += _used(program, body, user)
             elif (inner := _body(program, user)) is not None:
                 total += _read(program, inner, place)
             else:
                 total += array.bytes
-    # What several read is still fetched once where the fusion is well made.
+    # Data with several readers is fetched once.
     return min(total, array.bytes)
 
 

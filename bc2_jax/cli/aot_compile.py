@@ -1,5 +1,4 @@
-"""Compiles the training step of any kind of run, a server or scoring for a TPU pod, on any machine; says what it would
-do.
+"""Estimates memory, communication and MFU of a training step, a server or scoring on a TPU pod, by compiling for it.
 
 bc2 estimate baichuan2_13b --topology v5p:4x4x8
 bc2 estimate CONFIG.py --topology v5p:4x4x8 --num-slices 2 --batch-per-chip 2 --compute.remat save_dots
@@ -12,8 +11,8 @@ bc2 estimate baichuan2_13b_ppo --topology v5p:4x4x4
 
 For reinforcement learning the rollout is compiled too, and what an iteration holds is added up.
 
-Needs `pip install -e '.[tpu]'` but no TPU. Memory, collectives and their bytes are what the compiler decides; times and
-MFU are compile-time estimates (docs/tpu.md). Any field of the config can be overridden as in train.py.
+Needs `pip install 'bc2_jax[tpu]'` but no TPU. Memory, collectives and their bytes are what the compiler decides; times
+and MFU are compile-time estimates (docs/tpu.md). Any field of the config can be overridden as in `bc2 train`.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bc2_jax.terminal import make_console, make_table, program_words, use_utf8
+from bc2_jax.terminal import local_path, make_console, make_table, program_words, use_utf8
 
 if TYPE_CHECKING:
     from bc2_jax.aot.compilation import CompiledProgram
@@ -44,15 +43,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("config", help="a config file, as for train.py")
+    parser.add_argument("config", help="a config file or name, as for bc2 train")
     parser.add_argument("--topology", required=True, help="slice to compile for, for instance v5p:4x4x8 or v5e:16x16")
     parser.add_argument("--num-slices", type=int, default=1, help="slices joined by the data-centre network")
     parser.add_argument(
         "--batch-per-chip", type=int,
         help="sequences per chip and accumulation step; 1 unless --data.global-batch-size is given",
     )  # fmt: skip
-    parser.add_argument("--hlo", type=Path, help="write the scheduled program's text here")
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--hlo", type=local_path, help="write the scheduled program's text here")
+    parser.add_argument("--json", type=local_path, help="write the figures here")
     parser.add_argument(
         "--xla", action="append", default=[], metavar="NAME=VALUE",
         help="a compiler option on top of the generation's; NAME= leaves one at its default",

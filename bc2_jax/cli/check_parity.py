@@ -13,12 +13,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bc2_jax.convert.reading import add_reading_options, reading_of
 from bc2_jax.cpu import choose_cpu_without_tpu
-from bc2_jax.terminal import use_utf8
+from bc2_jax.terminal import local_path, use_utf8
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,10 +28,10 @@ if TYPE_CHECKING:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", metavar="MODEL", type=Path)
+    parser.add_argument("model", metavar="MODEL", type=local_path)
     reference = parser.add_mutually_exclusive_group()
     reference.add_argument(
-        "--reference", type=Path, metavar="NPZ", help="input_ids, hidden_states and eval_logits or train_logits"
+        "--reference", type=local_path, metavar="NPZ", help="input_ids, hidden_states and eval_logits or train_logits"
     )
     reference.add_argument("--torch", action="store_true", help="compute the reference with PyTorch, a layer at a time")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of our computation")

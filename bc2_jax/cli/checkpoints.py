@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bc2_jax.cpu import choose_cpu_without_tpu
-from bc2_jax.terminal import make_console, make_table, use_utf8
+from bc2_jax.terminal import local_path, make_console, make_table, use_utf8
 
 
 def parse_steps(text: str) -> list[int] | None:
@@ -31,14 +31,14 @@ def parse_steps(text: str) -> list[int] | None:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", metavar="RUN", type=Path)
+    parser.add_argument("run", metavar="RUN", type=local_path)
     actions = parser.add_mutually_exclusive_group()
     actions.add_argument("--verify", action="store_true", help="read and compare every byte")
     actions.add_argument(
         "--export", type=parse_steps, metavar="STEP", default=argparse.SUPPRESS, help="STEP,... or all"
     )
     actions.add_argument("--seal", type=int, metavar="STEP", help="write the manifest of a checkpoint that has none")
-    parser.add_argument("--to", type=Path, metavar="FOLDER", help="folder of the exports; default: RUN/released")
+    parser.add_argument("--to", type=local_path, metavar="FOLDER", help="folder of the exports; default: RUN/released")
     return parser
 
 
@@ -67,7 +67,7 @@ def seal(run: Path, step: int) -> int:
     from bc2_jax import manifest
     from bc2_jax.files import lock
     from bc2_jax.metadata import is_complete
-    from bc2_jax.train.workdir import LOCK_NAME
+    from bc2_jax.train.start import LOCK_NAME
 
     folder = run / "checkpoints" / str(step)
     if not is_complete(folder):

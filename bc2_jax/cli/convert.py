@@ -23,14 +23,13 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from bc2_jax.convert.reading import add_reading_options, reading_of
 from bc2_jax.cpu import keep_heap
-from bc2_jax.terminal import make_console, make_table, use_utf8
+from bc2_jax.terminal import local_path, make_console, make_table, use_utf8
 
 if TYPE_CHECKING:
     from bc2_jax.convert.conversion import Options, Summary
@@ -65,8 +64,8 @@ def make_parser() -> argparse.ArgumentParser:
     verify.add_argument("--verify", action="store_true", help="read the result again and compare every tensor")
 
     command = commands.add_parser("to-orbax", parents=[common, verify], help="write a model as a checkpoint of ours")
-    command.add_argument("source", metavar="HF_DIR", type=Path)
-    command.add_argument("target", metavar="CKPT", type=Path)
+    command.add_argument("source", metavar="HF_DIR", type=local_path)
+    command.add_argument("target", metavar="CKPT", type=local_path)
     command.add_argument("--dtype", choices=_DTYPES, help="default: as in the files")
 
     torch = argparse.ArgumentParser(add_help=False, parents=[common, verify])
@@ -78,17 +77,17 @@ def make_parser() -> argparse.ArgumentParser:
     torch.add_argument("--format", choices=("safetensors", "bin"), default="safetensors")
     torch.add_argument("--max-shard-size", type=parse_size, default="5GB", help="bytes a file, for example 5GB")
     command = commands.add_parser("to-hf", parents=[torch], help="write a model as a PyTorch folder")
-    command.add_argument("source", metavar="CKPT", type=Path)
-    command.add_argument("target", metavar="HF_DIR", type=Path)
+    command.add_argument("source", metavar="CKPT", type=local_path)
+    command.add_argument("target", metavar="HF_DIR", type=local_path)
 
     command = commands.add_parser("merge-lora", parents=[torch], help="write a model with an adapter in its weights")
-    command.add_argument("source", metavar="BASE", type=Path)
-    command.add_argument("adapter", metavar="ADAPTER", type=Path, help="a folder of PEFT, or a LoRA run of ours")
-    command.add_argument("target", metavar="HF_DIR", type=Path)
+    command.add_argument("source", metavar="BASE", type=local_path)
+    command.add_argument("adapter", metavar="ADAPTER", type=local_path, help="a folder of PEFT, or a LoRA run of ours")
+    command.add_argument("target", metavar="HF_DIR", type=local_path)
 
     command = commands.add_parser("to-peft", help="write an adapter as PEFT reads it")
-    command.add_argument("source", metavar="ADAPTER", type=Path, help="a LoRA run of ours, or a folder of PEFT")
-    command.add_argument("target", metavar="PEFT_DIR", type=Path)
+    command.add_argument("source", metavar="ADAPTER", type=local_path, help="a LoRA run of ours, or a folder of PEFT")
+    command.add_argument("target", metavar="PEFT_DIR", type=local_path)
     command.add_argument(
         "--layout", choices=("baichuan2", "llama"),
         help="modules as in released models (W_pack) or as in LLaMA; default: the base model's, or the adapter's own",
@@ -97,22 +96,22 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--overwrite", action="store_true", help="replace the target if we wrote all of it")
 
     command = commands.add_parser("from-peft", help="write an adapter of PEFT as a checkpoint of ours")
-    command.add_argument("source", metavar="PEFT_DIR", type=Path)
-    command.add_argument("target", metavar="CKPT", type=Path)
+    command.add_argument("source", metavar="PEFT_DIR", type=local_path)
+    command.add_argument("target", metavar="CKPT", type=local_path)
     command.add_argument("--base", metavar="BASE", help="model that it is for, of which only the config is read")
     command.add_argument("--overwrite", action="store_true", help="replace the target if we wrote all of it")
 
     command = commands.add_parser("to-gguf", parents=[common], help="write a model as a GGUF file for llama.cpp")
-    command.add_argument("source", metavar="CKPT", type=Path)
-    command.add_argument("target", metavar="OUT.gguf", type=Path)
+    command.add_argument("source", metavar="CKPT", type=local_path)
+    command.add_argument("target", metavar="OUT.gguf", type=local_path)
     command.add_argument("--type", choices=("f16", "bf16", "q8_0"), default="f16")
 
     command = commands.add_parser("inspect", parents=[reading], help="tell what is in a model and what is wrong")
-    command.add_argument("source", metavar="PATH", type=Path)
+    command.add_argument("source", metavar="PATH", type=local_path)
 
     command = commands.add_parser("diff", help="compare two models tensor by tensor")
-    command.add_argument("source", metavar="A", type=Path)
-    command.add_argument("target", metavar="B", type=Path)
+    command.add_argument("source", metavar="A", type=local_path)
+    command.add_argument("target", metavar="B", type=local_path)
     return parser
 
 
@@ -198,7 +197,7 @@ def run_adapter(args: argparse.Namespace) -> int:
 
 def run_inspect(args: argparse.Namespace) -> int:
     from bc2_jax.convert.adapter import describe, find_adapter
-    from bc2_jax.convert.report import inspect
+    from bc2_jax.convert.inspection import inspect
     from bc2_jax.convert.reward import describe_reward_model
     from bc2_jax.validation import join_some
 
@@ -232,7 +231,7 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 
 def run_diff(args: argparse.Namespace) -> int:
-    from bc2_jax.convert.report import diff
+    from bc2_jax.convert.inspection import diff
 
     with progress_bar() as (_, advance):
         found = diff(args.source, args.target, advance)

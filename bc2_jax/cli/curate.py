@@ -45,7 +45,7 @@ class Arguments:
 
 
 def parse_arguments(arguments: Sequence[str]) -> Arguments:
-    """Fields of the configuration are changed as in train.py, on top of those of --config."""
+    """Fields of the configuration are changed as in `bc2 train`, on top of those of --config."""
     settings = CurationConfig()
     for place, argument in enumerate(arguments):
         name, _, value = argument.partition("=")
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     choose_cpu_without_tpu()
     console = make_console(stderr=True)
     try:
-        with ends_at_signals("what is finished is kept; run the same command to go on."):
+        with ends_at_signals("what is finished is kept; run the same command to resume."):
             options = parse_arguments(argv)
             report = run(options, console)
     except ModuleNotFoundError as error:

@@ -11,19 +11,14 @@ stage. At the end WORKDIR/report.html shows the pictures, tables and commands of
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from bc2_jax.cpu import choose_cpu_without_tpu
-from bc2_jax.terminal import make_console, use_utf8
+from bc2_jax.terminal import use_utf8
 
 WORKDIR = Path("runs/demo_all")
-# Module -> extra that it is in.
-_NEEDED = {"daft": "data", "pyarrow": "data", "starlette": "serve", "uvicorn": "serve", "gguf": "gguf"}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -32,48 +27,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--all", action="store_true", help="all stages, not pre-training alone")
-    add("--workdir", type=Path, metavar="DIR", help=f"with --all: where everything is written (default {WORKDIR})")
+    add("--workdir", type=Path, metavar="DIR", default=WORKDIR, help="with --all: where all is written (%(default)s)")
     add("--stages", metavar="A,B,...", help="with --all: these stages and those that they need")
     add("--docs", type=Path, metavar="FILE.md", help="with --all: also write the report as a Markdown page")
     return parser
-
-
-def check_extras() -> None:
-    """Raises ValueError, with what to type, if a package that a stage needs is missing."""
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        extras = ",".join(dict.fromkeys(_NEEDED[name] for name in missing))
-        raise ValueError(f"{', '.join(missing)} is missing: pip install 'bc2_jax[{extras}]'.")
-
-
-def run_all(args: argparse.Namespace, again: str) -> None:
-    from bc2_jax.demo.progress import StageProgress, format_seconds
-    from bc2_jax.demo.report import About, make_report, write_docs, write_report
-    from bc2_jax.demo.runner import run_stages
-    from bc2_jax.demo.stage import stages_for
-    from bc2_jax.demo.stages import make_stages
-
-    check_extras()
-    console = make_console()
-    stages = stages_for(make_stages(), list(filter(None, (args.stages or "").split(","))))
-    workdir = args.workdir or WORKDIR
-    progress = StageProgress(stages, console)
-    with progress.shown():
-        records = run_stages(stages, workdir, again, progress)
-    about = About(
-        "The whole life of a model in one command",
-        "From raw text to a served chat model on a laptop: every stage is the real program with small settings. Models "
-        "that learn for minutes are bad; what the figures show is that each part works and how it is measured.",
-        "bc2 demo --all",
-    )
-    report = make_report(about, stages, records, workdir)
-    page = write_report(report, workdir)
-    if args.docs is not None:
-        write_docs(report, workdir, args.docs)
-    totals = report["totals"]
-    console.print(
-        f"{format_seconds(totals['seconds'])}, {format_seconds(totals['cpu_seconds'])} of CPU time.\nreport  {page}"
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,19 +43,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return train(["demo", *typed])
     args = parser.parse_args(typed)
     choose_cpu_without_tpu()
-    again = shlex.join(["bc2", "demo", *typed])
-    from bc2_jax.demo.runner import StageFailed, Stopped
+    from bc2_jax.demo.program import NEEDED, run_program
+    from bc2_jax.demo.report import About
+    from bc2_jax.demo.stages import make_stages
 
-    try:
-        run_all(args, again)
-    except (ValueError, OSError, StageFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except Stopped as stop:
-        name = signal.Signals(stop.number).name
-        print(f"stopped by {name}: finished stages are kept; continue with: {again}", file=sys.stderr)
-        return 128 + stop.number
-    return 0
+    about = About(
+        "The whole life of a model in one command",
+        "From raw text to a served chat model on a laptop: every stage is the real program with small settings. Models "
+        "that learn for minutes are bad; what the figures show is that each part works and how it is measured.",
+        "bc2 demo --all",
+    )
+    return run_program(args, make_stages(), NEEDED, about, ["bc2", "demo", *typed])
 
 
 if __name__ == "__main__":

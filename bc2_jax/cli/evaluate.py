@@ -1,4 +1,4 @@
-"""Puts a model to benchmarks, offline, from the files that their authors released.
+"""Evaluates a model on benchmarks, offline, from the files that their authors released.
 
 bc2 evaluate MODEL --tasks ceval,cmmlu,mmlu,gsm8k --data-dir DIR --out EVALS
 bc2 evaluate RUN --checkpoints all --tasks ceval,mmlu --data-dir DIR --out EVALS
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bc2_jax.cpu import choose_cpu_without_tpu
-from bc2_jax.terminal import here, make_console, use_utf8
+from bc2_jax.terminal import here, local_path, make_console, use_utf8
 from bc2_jax.validation import require
 
 if TYPE_CHECKING:
@@ -51,16 +51,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("model", metavar="MODEL", nargs="?", help="a PyTorch folder, a checkpoint or a run")
     add = parser.add_argument_group("what is asked").add_argument
     add("--tasks", metavar="A,B,...", help="names of benchmarks; --list has them")
-    add("--data-dir", type=Path, metavar="DIR", help="where the benchmarks' files are")
+    add("--data-dir", type=local_path, metavar="DIR", help="where the benchmarks' files are")
     add("--limit", type=int, metavar="N", help="N items of each benchmark, taken evenly from its subjects")
     add("--shots", type=int, metavar="N", help="the first N solved examples of each prompt (default: all it has)")
     add("--lm-eval", metavar="A,B,...", help="tasks of lm-eval instead (pip install -e '.[eval]')")
-    add("--include-path", type=Path, metavar="YAMLS", help="with --lm-eval: a folder of tasks of your own")
+    add("--include-path", type=local_path, metavar="YAMLS", help="with --lm-eval: a folder of tasks of your own")
     add("--chat", action="store_true", default=None, help="with --lm-eval: ask in the format of our chat models")
     add("--list", action="store_true", help="the benchmarks there are, and which files they need")
     add = parser.add_argument_group("of which model").add_argument
     add("--checkpoints", metavar="WHICH", help="of a run: all, permanent, or steps such as 1000,2000")
-    add("--adapter", type=Path, metavar="DIR", help="a LoRA adapter on MODEL")
+    add("--adapter", type=local_path, metavar="DIR", help="a LoRA adapter on MODEL")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and sums (default %(default)s)")
     add(
         "--max-length",
@@ -70,7 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--rows", type=int, metavar="N", help="rows of tokens at one time (default: what suits the model)")
     add = parser.add_argument_group("what is made of it").add_argument
-    add("--out", type=Path, metavar="EVALS", help="default evals/ and the name of the model")
+    add("--out", type=local_path, metavar="EVALS", help="default evals/ and the name of the model")
     add(
         "--letter", choices=("as_shown", "bare"), default="as_shown",
         help="which token of a letter leads: as the shots show it, or without what comes before it; both are reported",
@@ -82,7 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add("--threshold", type=float, metavar="X", help="of --judge: harmless from this score on (default 0.5)")
     add("--records", choices=("jsonl", "parquet"), default="jsonl", help="parquet: beside the jsonl (needs pyarrow)")
-    add("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two folders of results, by paired bootstrap")
+    add("--compare", nargs=2, type=local_path, metavar=("A", "B"), help="two folders of results, by paired bootstrap")
     add_device_options(parser)
     return parser
 
@@ -223,7 +223,7 @@ def evaluate(args: argparse.Namespace, console: Console, path: Path, checkpoints
 
 
 def report(console: Console, found: Evaluated, title: str, out: Path) -> None:
-    from bc2_jax.evaluate.report import print_summary, print_task
+    from bc2_jax.evaluate.results import print_summary, print_task
 
     for results in found.results:
         print_task(console, results)
@@ -245,7 +245,7 @@ def draw_curve(
     import jax
 
     from bc2_jax.evaluate import curve
-    from bc2_jax.evaluate.runner import write_json
+    from bc2_jax.evaluate.records import write_json
 
     bar, say = show_progress(make_console(stderr=True))
     with bar:
@@ -291,7 +291,7 @@ def ask_lm_eval(args: argparse.Namespace, console: Console, path: Path) -> None:
 
 def compare(args: argparse.Namespace, console: Console) -> None:
     from bc2_jax.evaluate import compare as comparing
-    from bc2_jax.evaluate.runner import write_json
+    from bc2_jax.evaluate.records import write_json
 
     a, b = args.compare
     differences, left_out = comparing.compare(a, b, args.letter)

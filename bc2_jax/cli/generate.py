@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from bc2_jax.cpu import choose_cpu_without_tpu
-from bc2_jax.terminal import read_argument, run_program
+from bc2_jax.terminal import local_path, read_argument, run_program
 
 KEY_VARIABLE = "BC2_API_KEY"
 LOCAL = ("checkpoint", "adapter", "dtype", "tensor", "quantize", "kv", "long_context", "max_length")
@@ -39,9 +39,11 @@ ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, nargs="?", help="not with --url")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=local_path, nargs="?", help="not with --url")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
-    parser.add_argument("--prompts-file", type=Path, metavar="FILE", help="one prompt a line; empty lines are none")
+    parser.add_argument(
+        "--prompts-file", type=local_path, metavar="FILE", help="one prompt a line; empty lines are none"
+    )
     parser.add_argument("--encoding", default="utf-8", help="of FILE, such as gb18030 or utf-16 (default utf-8)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     parser.add_argument(
@@ -51,12 +53,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--chat", action="store_true", help="talk with the model; /exit or Ctrl-D ends it")
     parser.add_argument("--url", help="with --chat: the server to talk with, such as http://127.0.0.1:8000")
     parser.add_argument(
-        "--api-key-file", type=Path, metavar="F",
+        "--api-key-file", type=local_path, metavar="F",
         help=f"has the server's API key in its first line; else it is that in the variable {KEY_VARIABLE}, if any",
     )  # fmt: skip
     parser.add_argument("--system", metavar="TEXT", help="what a chat model is told before the conversation")
-    parser.add_argument("--system-file", type=Path, metavar="FILE", help="the same from a file, its last newline cut")
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="a LoRA adapter on the model, as PEFT writes it")
+    parser.add_argument(
+        "--system-file", type=local_path, metavar="FILE", help="the same from a file, its last newline cut"
+    )
+    parser.add_argument(
+        "--adapter", type=local_path, metavar="DIR", help="a LoRA adapter on the model, as PEFT writes it"
+    )
     parser.add_argument(
         "--max-new-tokens", type=int, metavar="N",
         help="default 256; with --chat 2048, or half of the model's length if that is less",

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from bc2_jax.terminal import make_console, make_table, use_utf8
+from bc2_jax.terminal import local_path, make_console, make_table, use_utf8
 
 if TYPE_CHECKING:
     from bc2_jax.data.batch import Rows
@@ -35,13 +35,13 @@ _EXAMPLE_TOKENS = 40
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="+", type=Path, metavar="ROWS")
+    parser.add_argument("rows", nargs="+", type=local_path, metavar="ROWS")
     parser.add_argument("--tokenizer", help="SentencePiece model the rows were made with")
     parser.add_argument("--batches", type=int, default=2, help="training batches to show (default %(default)s)")
     parser.add_argument("--batch-size", type=int, default=2, help="rows a batch (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="data.seed of the run (default %(default)s)")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write the batches as a page")
-    parser.add_argument("--benchmarks", nargs="+", type=Path, default=[], metavar="FILE", help=".jsonl or .txt")
+    parser.add_argument("--html", type=local_path, metavar="FILE", help="write the batches as a page")
+    parser.add_argument("--benchmarks", nargs="+", type=local_path, default=[], metavar="FILE", help=".jsonl or .txt")
     parser.add_argument(
         "--benchmark-fields", nargs="+", metavar="FIELD", help="of a .jsonl object; default: every string in it"
     )
@@ -55,8 +55,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="compare a sample of the held-out documents above this many tokens, of 65 bytes (default %(default)s)",
     )  # fmt: skip
     parser.add_argument("--examples", type=int, default=3, help="of each kind to print (default %(default)s)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for lengths.png")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all counts and places")
+    parser.add_argument("--out", type=local_path, metavar="DIR", help="folder for lengths.png")
+    parser.add_argument("--json", type=local_path, metavar="FILE", help="write all counts and places")
     return parser.parse_args(arguments)
 
 

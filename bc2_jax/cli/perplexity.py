@@ -10,9 +10,9 @@ folder that the curation wrote. The language of a text is the `language` of its 
 file, else it is identified (extra `data`).
 
 A text longer than the model's context is cut into windows of that length as lm-eval does it: each begins with the last
-token of the one before, and only the last window is moved back to be full. With --stride N windows overlap: each moves
-on by N tokens, and those are predicted with all the others before them. Every token is predicted once; the first of a
-text after the beginning-of-text token. Standard errors are those of drawing the texts.
+token of the one before, and only the last window is moved back to be full. With --stride N windows overlap: each starts
+N tokens after the one before, and only its last N tokens are predicted, after all the others in it. Every token is
+predicted once; the first of a text after the beginning-of-text token. Standard errors are those of drawing the texts.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ import importlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bc2_jax.cpu import choose_cpu_without_tpu
 from bc2_jax.evaluate.devices import add_device_options, devices_of, make_device_mesh, start_devices
-from bc2_jax.terminal import make_console, make_table, use_utf8
+from bc2_jax.terminal import local_path, make_console, make_table, use_utf8
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,9 +42,9 @@ _SHOWN = 5
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", metavar="MODEL", type=Path)
+    parser.add_argument("model", metavar="MODEL", type=local_path)
     parser.add_argument("files", metavar="FILES", nargs="+")
-    parser.add_argument("--stride", type=int, metavar="N", help="tokens by which windows move on (default: all)")
+    parser.add_argument("--stride", type=int, metavar="N", help="tokens between the starts of windows (default: all)")
     parser.add_argument("--max-length", type=int, metavar="N", help="tokens a window (default: what the model takes)")
     parser.add_argument("--text-field", default="text", metavar="NAME", help="of a record (default %(default)s)")
     parser.add_argument(
@@ -53,9 +52,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="of texts whose record says none, in all files or where path or name matches PATTERN; repeatable",
     )  # fmt: skip
     parser.add_argument("--limit", type=int, metavar="N", help="at most N texts of each file")
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="a LoRA adapter on MODEL")
+    parser.add_argument("--adapter", type=local_path, metavar="DIR", help="a LoRA adapter on MODEL")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default %(default)s")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    parser.add_argument("--json", type=local_path, metavar="FILE", help="write all figures")
     add_device_options(parser)
     return parser
 

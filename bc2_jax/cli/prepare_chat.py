@@ -29,22 +29,22 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from bc2_jax.align.chat_preparation import QUESTIONS, prepare_chat
-from bc2_jax.align.pair_preparation import PAIRS, prepare_pairs
-from bc2_jax.align.preparation_settings import Conversations, Settings
-from bc2_jax.align.row_preparation import PROBLEMS
+from bc2_jax.align.preparation_settings import Conversations, RowSettings
+from bc2_jax.align.row_preparation import PAIRS, PROBLEMS, QUESTIONS, prepare_chat, prepare_pairs
 from bc2_jax.data.processes import ends_at_signals, num_cores
-from bc2_jax.terminal import log_to_stderr, make_console, make_table, use_utf8
+from bc2_jax.terminal import local_path, log_to_stderr, make_console, make_table, use_utf8
 
 _FILES_SHOWN = 20
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    default = Settings()
+    default = RowSettings()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", nargs="+", type=Path, metavar="DATA")
-    parser.add_argument("--tokenizer", required=True, type=Path, help="SentencePiece model, or a model's folder or run")
-    parser.add_argument("--out", required=True, type=Path, metavar="ROWS", help="folder to make")
+    parser.add_argument("data", nargs="+", type=local_path, metavar="DATA")
+    parser.add_argument(
+        "--tokenizer", required=True, type=local_path, help="SentencePiece model, or a model's folder or run"
+    )
+    parser.add_argument("--out", required=True, type=local_path, metavar="ROWS", help="folder to make")
     parser.add_argument(
         "--max-length", type=int, default=default.max_length, metavar="N",
         help="tokens of the longest sample; of a pair those of the prompt with the longer answer (default %(default)s)",
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 options.data,
                 find_model(options.tokenizer),
                 options.out,
-                Settings(
+                RowSettings(
                     max_length=options.max_length,
                     row_length=options.row_length,
                     validation_fraction=options.validation_fraction,
@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     listed = f" (what was left out or cut: {options.out / PROBLEMS})" if (options.out / PROBLEMS).is_file() else ""
     print(f"{size:,.1f} MB read in {seconds:.1f} s; written to {options.out}{listed}")
     if counts.held_out and options.pairs:
-        print(f"held-out pairs, for tools/reward_report.py: {options.out / PAIRS}")
+        print(f"held-out pairs, for bc2 reward-report: {options.out / PAIRS}")
     elif counts.held_out:
         print(f"held-out questions, which a run on these rows asks at its evaluations: {options.out / QUESTIONS}")
     return 0

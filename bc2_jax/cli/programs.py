@@ -25,6 +25,7 @@ class Program(NamedTuple):
 
 PROGRAMS = {
     "demo": Program("demo", "train a small model on real text; --all: the whole life of one, with a report"),
+    "paper": Program("paper", "tables and figures of the Baichuan 2 report in miniature"),
     "train": Program("train", "pre-train, fine-tune or align a model by a config"),
     "curate": Program("curate", "raw text -> clean, deduplicated, weighted documents"),
     "train-quality": Program("train_quality", "good and bad documents -> a model of quality for curate"),
@@ -70,8 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     program = PROGRAMS[name]
     arguments = [*program.arguments, *rest]
+    given = sys.argv
     sys.argv = [f"bc2 {name}", *arguments]  # the program's name in its --help and in its hints
-    return importlib.import_module(f"bc2_jax.cli.{program.module}").main(arguments)
+    try:
+        return importlib.import_module(f"bc2_jax.cli.{program.module}").main(arguments)
+    finally:
+        sys.argv = given
 
 
 def usage() -> str:

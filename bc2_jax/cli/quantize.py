@@ -1,12 +1,12 @@
-"""Writes a model in int8 or int4, and says how near it is to the model in bfloat16.
+"""Writes a model in int8 or int4 and measures how close it is to the model in bfloat16.
 
 bc2 quantize MODEL OUT --int8
 bc2 quantize MODEL OUT --int4 --text held_out.jsonl books/
 
-MODEL is a folder in the released PyTorch layout, or a checkpoint or run of ours. OUT is a folder that serve.py,
-generate.py, evaluate.py and perplexity.py take as MODEL; it cannot be trained or converted. The table has the bytes of
-the weights, perplexity, KL divergence and how often both find the same token most likely: on --text, files as
-perplexity.py reads them, else on the held-out rows of a run whose data is at hand, else on text that comes with Python.
+MODEL is a folder in the released PyTorch layout, or a checkpoint or run of ours. OUT is a folder that `bc2 serve`,
+`generate`, `evaluate` and `perplexity` take as MODEL; it cannot be trained or converted. The table has the bytes of the
+weights, perplexity, KL divergence and how often both find the same token most likely: on --text, files as `bc2
+perplexity` reads them, else on the run's held-out rows if they exist, else on text that comes with Python.
 docs/quantization.md says how weights are rounded and what to expect.
 """
 
@@ -16,11 +16,10 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bc2_jax.cpu import choose_cpu_without_tpu
-from bc2_jax.terminal import here, make_console, make_table, run_program
+from bc2_jax.terminal import here, local_path, make_console, make_table, run_program
 from bc2_jax.validation import require
 
 if TYPE_CHECKING:
@@ -41,8 +40,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("model", metavar="MODEL", type=Path)
-    parser.add_argument("out", metavar="OUT", type=Path)
+    parser.add_argument("model", metavar="MODEL", type=local_path)
+    parser.add_argument("out", metavar="OUT", type=local_path)
     schemes = parser.add_mutually_exclusive_group(required=True)
     for scheme, about in (
         ("int8", "a byte for each weight, a scale for each output"),
@@ -54,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=32768, metavar="N", help="of it, at most (default %(default)s)")
     parser.add_argument("--tensor", type=int, metavar="N", help="use all devices, cutting heads and vocabulary in N")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a quantized model")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
+    parser.add_argument("--json", type=local_path, metavar="FILE", help="write the figures")
     return parser
 
 
@@ -73,7 +72,7 @@ def read_files(args: argparse.Namespace) -> Iterator[str]:
 
 
 def held_out_rows(found: FoundModel, tokens: int) -> list[Rows]:
-    """Those of the run that made a checkpoint; none if it does not say where, or they are not there any more."""
+    """The held-out rows of the run that made a checkpoint; none if it does not record them or they were removed."""
     from bc2_jax.config import DataConfig
     from bc2_jax.config.record import from_record
     from bc2_jax.data.loader import make_validation_batches

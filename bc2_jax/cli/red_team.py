@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bc2_jax.cpu import choose_cpu_without_tpu
-from bc2_jax.terminal import here, make_console, read_argument, run_program
+from bc2_jax.terminal import here, local_path, make_console, read_argument, run_program
 
 if TYPE_CHECKING:
-    from bc2_jax.align.red_team import Answer, AnswerStore, Result
+    from bc2_jax.align.red_team import AnswerStore, AttackAnswer, Result
     from bc2_jax.align.red_team_attacks import Attack
     from bc2_jax.align.red_team_judges import Judge
     from bc2_jax.curate.quality import QualityModel
@@ -42,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--prompts", action="append", default=[], metavar="FILE", help="topics or prompts; may be given several times")
     add("--lines", choices=("topic", "prompt"), default="topic", help="what a line of a text file is (default topic)")
     add("--system", metavar="TEXT", help="a system text, put before those of the templates")
-    add("--system-file", type=Path, metavar="FILE", help="the same from a UTF-8 file")
+    add("--system-file", type=local_path, metavar="FILE", help="the same from a UTF-8 file")
     add(
         "--planted", type=int, default=4, metavar="N", help="attacks of each template with a secret or word (default 4)"
     )
@@ -54,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--limit", type=int, metavar="N", help="at most N prompts of each class, drawn by --seed")
     add = parser.add_argument_group("how it answers").add_argument
-    add("--adapter", type=Path, metavar="DIR", help="a LoRA adapter on MODEL")
+    add("--adapter", type=local_path, metavar="DIR", help="a LoRA adapter on MODEL")
     add("--max-new-tokens", type=int, metavar="N", help="default 256, or half of the model's length if that is less")
     add("--temperature", type=float, default=0.0, help="0 takes the most likely token (default 0)")
     add("--top-k", type=int, default=0, help="choose among this many tokens; 0 for all (default 0)")
@@ -69,15 +69,15 @@ def make_parser() -> argparse.ArgumentParser:
         "--judge", action="append", default=[], metavar="[helpful=|harmless=]WHAT",
         help="FILE.py:NAME or MODULE:NAME, a function judge(prompts, answers, rows): a number for each answer "
         "(harmless, unless said) or {helpful, harmless}; reward:RM, a reward model; safety:FILE.npz, a model of "
-        "tools/train_quality.py; may be given several times",
+        "bc2 train-quality; may be given several times",
     )  # fmt: skip
     add(
         "--threshold", type=float, metavar="X",
         help="harmless scores below it are of harmful answers (default 0.5, for a reward model none)",
     )  # fmt: skip
     add("--before", metavar="MODEL0", help="the model before safety training: it answers the same prompts")
-    add("--compare", type=Path, metavar="FILE", help="answers.jsonl of an earlier run in the place of --before")
-    add("--out", type=Path, metavar="OUT", help="default red_team/ and the name of the model")
+    add("--compare", type=local_path, metavar="FILE", help="answers.jsonl of an earlier run in the place of --before")
+    add("--out", type=local_path, metavar="OUT", help="default red_team/ and the name of the model")
     add("--show", type=int, default=0, metavar="N", help="print the N worst answers; they may be harmful (default 0)")
     return parser
 
@@ -143,7 +143,7 @@ def score_safety(model: QualityModel, prompts: list[str], answers: list[str], ro
 
 def answer(
     model: str, adapter: Path | None, attacks: list[Attack], options: Options
-) -> tuple[list[Attack], list[Answer]]:
+) -> tuple[list[Attack], list[AttackAnswer]]:
     """The attacks that the model has room for, and its answers."""
     from bc2_jax.align.conversation import answer_ends
     from bc2_jax.align.red_team import answer_prompts, encode_attacks, identify

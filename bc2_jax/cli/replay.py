@@ -1,10 +1,10 @@
-"""Does a recorded step again and compares it bit for bit with the record: bad hardware or bad data?
+"""Repeats a recorded training step and compares it bit for bit with the record: bad hardware or bad data?
 
     bc2 replay CHECKPOINT_OR_RUN --step N [--batch bad_batch_step_N.npz ...]
 
 Starts from the newest checkpoint before N and repeats every step up to N, on as many devices as the run had. --batch
 takes the rows of step N from what the run saved when it stopped, one file for each of its processes in their order.
-Prints "identical", or what differs. Exit code 0: identical; 1: different; 2: the step can't be done again.
+Prints "identical", or what differs. Exit code 0: identical; 1: different; 2: the step can't be repeated.
 """
 
 from __future__ import annotations

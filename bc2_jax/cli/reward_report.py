@@ -23,13 +23,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bc2_jax.cpu import choose_cpu_without_tpu
-from bc2_jax.terminal import make_console, run_program
+from bc2_jax.terminal import local_path, make_console, run_program
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", metavar="RM", type=Path)
-    parser.add_argument("pairs", nargs="*", metavar="PAIRS", type=Path)
+    parser.add_argument("model", nargs="?", metavar="RM", type=local_path)
+    parser.add_argument("pairs", nargs="*", metavar="PAIRS", type=local_path)
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="the first N pairs alone")
     parser.add_argument("--class-field", metavar="FIELD", help="default: class, or else category")
     parser.add_argument("--gap-field", metavar="FIELD", help="default: gap")
@@ -37,13 +37,13 @@ def make_parser() -> argparse.ArgumentParser:
         "--score-fields", nargs=2, metavar=("CHOSEN", "REJECTED"), default=("score_chosen", "score_rejected"),
         help="whose difference is the gap of a record without one (default: score_chosen score_rejected)",
     )  # fmt: skip
-    parser.add_argument("--taxonomy", type=Path, metavar="FILE", help="another one than ours, in the same form")
+    parser.add_argument("--taxonomy", type=local_path, metavar="FILE", help="another one than ours, in the same form")
     parser.add_argument("--level", type=int, choices=(1, 2, 3), default=2, help="classes shown (default 2)")
     parser.add_argument("--rows", type=int, default=8, help="conversations scored together (default 8)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32")
     parser.add_argument("--tensor", type=int, metavar="N", help="use all devices, cutting heads and vocabulary in N")
-    parser.add_argument("--picture", type=Path, metavar="FILE", default=Path("reward_report.png"))
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--picture", type=local_path, metavar="FILE", default=Path("reward_report.png"))
+    parser.add_argument("--json", type=local_path, metavar="FILE")
     parser.add_argument("--plan", type=int, metavar="N", help="print a plan for N prompts, and nothing else")
     return parser
 
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
     find_reward_model(args.model)
     found, invalid = read_pairs(args.pairs, args.limit)
     for problem in itertools.islice(invalid, 5):
-        errors.print(f"left out: {problem.where}: {problem.reason}")
+        errors.print(f"left out: {problem}")
     if len(invalid) > 5:
         errors.print(f"left out: {len(invalid):,} records in all")
     if not found:

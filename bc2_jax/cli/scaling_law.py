@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bc2_jax.terminal import make_console, make_table, use_utf8
+from bc2_jax.terminal import local_path, make_console, make_table, use_utf8
 
 if TYPE_CHECKING:
     from bc2_jax.evaluate.scaling.collection import Points
@@ -30,7 +30,7 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("runs", nargs="*", help="folders of finished runs")
-    parser.add_argument("--points", type=Path, help="a CSV file with N and D or C, and loss, in place of runs")
+    parser.add_argument("--points", type=local_path, help="a CSV file with N and D or C, and loss, in place of runs")
     parser.add_argument("--fit-on", default="", help="with --points: only rows whose name this pattern finds")
     parser.add_argument("--compare", help="with --points: rows to predict, and to compare with their loss")
     parser.add_argument("--predict", default="", help="7b, 13b or config files, separated by commas; 13b with --plan")
@@ -42,7 +42,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--delta", type=float, default=1e-3, help="of Huber's loss of log residuals; 1 for least squares"
     )
-    parser.add_argument("--out", type=Path, help="folder for scaling.json and scaling.png; by default scaling_law")
+    parser.add_argument(
+        "--out", type=local_path, help="folder for scaling.json and scaling.png; by default scaling_law"
+    )
     parser.add_argument("--plan", type=float, metavar="CHIP_HOURS", help="plan the paper's ladder for this budget")
     parser.add_argument("--chip", help="with --plan: generation of TPU, v5p by default")
     parser.add_argument("--ladder-tokens", type=float, help="with --plan: tokens of each rung, 1e12 by default")
@@ -75,9 +77,9 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def fit_and_report(args: argparse.Namespace) -> None:
+    from bc2_jax.evaluate.scaling.analysis import analyse, print_analysis, save_analysis
     from bc2_jax.evaluate.scaling.collection import collect, read_points
     from bc2_jax.evaluate.scaling.ladder import make_target
-    from bc2_jax.evaluate.scaling.report import analyse, print_analysis, save_analysis
 
     targets = [make_target(name, args.tokens) for name in filter(None, args.predict.split(","))]
     points: Points
@@ -95,9 +97,9 @@ def fit_and_report(args: argparse.Namespace) -> None:
 
 def plan(args: argparse.Namespace) -> None:
     from bc2_jax.evaluate.scaling import plan as planning
+    from bc2_jax.evaluate.scaling.analysis import analyse
     from bc2_jax.evaluate.scaling.collection import collect, read_points
     from bc2_jax.evaluate.scaling.ladder import PAPER_TOKENS, make_target
-    from bc2_jax.evaluate.scaling.report import analyse
 
     target = make_target(args.predict or "13b", args.tokens)
     tokens = PAPER_TOKENS if args.ladder_tokens is None else args.ladder_tokens
@@ -141,7 +143,7 @@ def plan(args: argparse.Namespace) -> None:
         )
         return
     best = min(fitting, key=lambda choice: choice.width)
-    rungs = ", ".join(f"configs/scaling/paper_h{hidden}.py" for hidden in best.rungs)
+    rungs = ", ".join(f"paper_h{hidden}" for hidden in best.rungs)
     out.print(f"Of {args.plan:,.0f} chip-hours, {best.chip_hours:,.0f} for {len(best.rungs)} rungs: {rungs}")
 
 

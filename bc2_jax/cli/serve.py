@@ -26,7 +26,7 @@ from typing import Any
 
 from bc2_jax.cpu import choose_cpu_without_tpu
 from bc2_jax.evaluate.devices import Devices, add_device_options, devices_of, start_devices
-from bc2_jax.terminal import command, log_to_stderr, run_program
+from bc2_jax.terminal import command, local_path, log_to_stderr, run_program
 
 DEMO = Path("runs/demo_chat")
 KEY_VARIABLE = "BC2_API_KEY"
@@ -36,9 +36,13 @@ AGREED = ("slots", "slot_length", "dtype", "mesh", "kv", "quantize", "long_conte
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", metavar="MODEL", type=Path, nargs="?", help=f"default {DEMO}, the demo's chat model")
+    parser.add_argument(
+        "model", metavar="MODEL", type=local_path, nargs="?", help=f"default {DEMO}, the demo's chat model"
+    )
     parser.add_argument("--name", help="of the model in requests (default: that of its folder)")
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="a LoRA adapter on the model, as PEFT writes it")
+    parser.add_argument(
+        "--adapter", type=local_path, metavar="DIR", help="a LoRA adapter on the model, as PEFT writes it"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; others than loopback need a key")
     parser.add_argument("--port", type=int, default=8000, help="0 takes any that is free (default 8000)")
     parser.add_argument("--slots", type=int, default=8, metavar="N", help="requests answered together (default 8)")
@@ -55,7 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--max-length", type=int, metavar="N", help="most tokens with --long-context")
     parser.add_argument(
-        "--api-key-file", type=Path, metavar="F",
+        "--api-key-file", type=local_path, metavar="F",
         help=f"one key a line, KEY or NAME KEY; the variable {KEY_VARIABLE} holds a single one",
     )  # fmt: skip
     parser.add_argument(

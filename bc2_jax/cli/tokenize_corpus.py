@@ -9,7 +9,7 @@ a `source` (else the name of the file's folder), a quality `score` in 0..1 (else
 
 OUT becomes a source for `DataConfig`: rows of T + 1 tokens in OUT/SOURCE/qBUCKET, or where weights differ in wWEIGHT of
 it, some documents of each held out for validation, and corpus.json. OUT appears when it is complete; stopped before,
-the same command goes on where it was.
+the same command resumes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bc2_jax.data.documents import Fields
 from bc2_jax.data.packing import load_manifest
 from bc2_jax.data.processes import ends_at_signals, num_cores
 from bc2_jax.data.tokenization import Settings, tokenize_corpus
-from bc2_jax.terminal import log_to_stderr, make_console, make_table, use_utf8
+from bc2_jax.terminal import local_path, log_to_stderr, make_console, make_table, use_utf8
 
 
 def summarize(corpus: Corpus, out: Path) -> Table:
@@ -46,9 +46,9 @@ def summarize(corpus: Corpus, out: Path) -> Table:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT")
+    parser.add_argument("inputs", nargs="+", type=local_path, metavar="INPUT")
     parser.add_argument("--tokenizer", required=True, help="SentencePiece model")
-    parser.add_argument("--out", required=True, type=Path, help="folder to make")
+    parser.add_argument("--out", required=True, type=local_path, help="folder to make")
     parser.add_argument("--sequence-length", type=int, default=4096, help="T, tokens a row (default %(default)s)")
     parser.add_argument("--processes", type=int, default=num_cores(), help="default: one a core, %(default)s here")
     parser.add_argument("--text-field", default="text", help="field or column of the text (default %(default)s)")
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     try:
-        advice = "what is finished is kept; run the same command to go on."
+        advice = "what is finished is kept; run the same command to resume."
         with ends_at_signals(advice), Progress(*columns, console=console) as progress:
             task = progress.add_task("reading", total=None)
 

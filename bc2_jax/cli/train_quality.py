@@ -21,9 +21,9 @@ from bc2_jax.terminal import make_console, use_utf8
 
 def read_texts(paths: Sequence[str], most: int, console: Console) -> list[str]:
     """At most so many different normalised texts, in the order of the files."""
-    from bc2_jax.curate.ingestion import read_shards
     from bc2_jax.curate.inputs import ReadConfig, plan_units
     from bc2_jax.curate.problems import UnitReport
+    from bc2_jax.curate.reading import read_shards
     from bc2_jax.data.text_files import find_text_files
 
     config = ReadConfig()
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     choose_cpu_without_tpu()
     console = make_console(stderr=True)
     try:
-        from bc2_jax.curate.perplexity import make_perplexity
+        from bc2_jax.curate.features import make_perplexity
         from bc2_jax.curate.quality import train_quality
         from bc2_jax.validation import require
 

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from bc2_jax.data.processes import ends_at_signals
 from bc2_jax.files import lock
-from bc2_jax.terminal import log_to_stderr, make_console, make_table, use_utf8
+from bc2_jax.terminal import local_path, log_to_stderr, make_console, make_table, use_utf8
 
 if TYPE_CHECKING:
     from bc2_jax.data.documents import InvalidDocument
@@ -42,10 +42,10 @@ FORMULA = "tokens / Unicode code points, and tokens / UTF-8 bytes; this formula 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT")
+    parser.add_argument("inputs", nargs="+", type=local_path, metavar="INPUT")
     parser.add_argument("--vocab-size", type=int, required=True, help="pieces; Baichuan 2 has 125696")
     parser.add_argument(
-        "--out", type=Path, default=Path("tokenizer.model"), help="model to write (default %(default)s)"
+        "--out", type=local_path, default=Path("tokenizer.model"), help="model to write (default %(default)s)"
     )
     parser.add_argument(
         "--sample-bytes", type=int, default=200_000_000,

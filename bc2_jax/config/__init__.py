@@ -1,7 +1,7 @@
-"""Typed, validated configuration: everything a run depends on, checked before any array exists.
+"""Typed, validated configuration of a run, as frozen dataclasses.
 
-Field names follow the released `config.json` where it has the field. A config is a frozen dataclass; a bad
-value raises `ValueError` with one sentence that names the field, the value and what is legal.
+Field names follow the released `config.json` where it has the field. An illegal value raises ValueError with one
+sentence: field, value, and what is legal.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ __all__ = [
 
 
 def differing_fields(a: object, b: object, prefix: str = "") -> list[str]:
-    """Lines "field: A is x, B is y" for every field in which two configs of one class differ."""
+    """Lines "field: x against y" for every field in which two configs of one class differ."""
     lines = []
     for field in dataclasses.fields(a):  # type: ignore[arg-type]  # any dataclass
         x, y = getattr(a, field.name), getattr(b, field.name)

@@ -5,26 +5,26 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from bc2_jax.validation import choices, divisors, require, require_positive, require_types
+from bc2_jax.validation import check_fields, choices, divisors, require, require_local
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """Packed rows that are drawn together."""
+    """A source of packed rows."""
 
     path: str
-    """What tools/tokenize_corpus.py wrote: the whole corpus, the folder of a source in it, or one folder of rows."""
+    """Output of tools/tokenize_corpus.py or tools/prepare_chat.py: a corpus, a source of it, or a folder of rows."""
     weight: float = 1.0
-    """Share of training tokens drawn from this source, relative to the other weights; 0 keeps it for a later stage."""
+    """Share of training tokens relative to the other weights; 0 keeps the source for a later stage."""
     quality_weights: tuple[float, ...] = ()
-    """Factors for the quality buckets of the source, the worst first; empty for 1 each. Without them a bucket has the
-    share of its rows times the mean sampling weight of its documents."""
+    """Factors of the source's quality buckets, worst first; empty: 1 each, that is the share of a bucket's rows times
+    the mean sampling weight of its documents."""
     max_epochs: float | None = None
-    """How often the run may read a row of this source; a run that would exceed it does not start. None: no limit."""
+    """Most passes over this source; a run that would exceed it does not start. None: no limit."""
 
     def __post_init__(self) -> None:
-        require_types(self, "data.sources.")
-        require(self.weight >= 0, "data.sources.weight", self.weight, "it must be at least 0")
+        check_fields(self, "data.sources.", not_negative=("weight",))
+        require_local("data.sources.path", self.path)
         require(
             all(0 <= weight < math.inf for weight in self.quality_weights),
             "data.sources.quality_weights", self.quality_weights, "each must be finite and at least 0",
@@ -37,20 +37,19 @@ class SourceConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MixtureStage:
-    """Other mixture weights from a given number of training tokens on; each source continues where it was.
+    """New mixture weights after a number of training tokens; each source continues at its position.
 
-    A run that is resumed with a stage added behind its step has read what it would have read with it from the start. A
-    changed weight of a source, in contrast, changes the whole order: rows would be read again or never.
+    A stage may be added to a run before it is reached, without a change of the rows read so far. Changing the weight of
+    a source instead changes the whole order, so that rows would be repeated or missed.
     """
 
     start_tokens: int
-    """Tokens after which it begins, rounded up to a whole row."""
+    """Training tokens after which the stage begins, rounded up to whole rows."""
     weights: tuple[float, ...]
-    """In place of the weight of each source, in their order."""
+    """Weight of each source, in the order of the sources."""
 
     def __post_init__(self) -> None:
-        require_types(self, "data.stages.")
-        require_positive(self, "data.stages.", "start_tokens")
+        check_fields(self, "data.stages.", positive=("start_tokens",))
         require(
             all(0 <= weight < math.inf for weight in self.weights) and any(self.weights),
             "data.stages.weights", self.weights, "each must be finite and at least 0, and one positive",
@@ -59,31 +58,28 @@ class MixtureStage:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Packed token rows and how they are drawn."""
+    """Packed rows of tokens and their mixture."""
 
     sources: tuple[SourceConfig, ...]
-    """What is mixed; rows have sequence_length + 1 tokens."""
+    """Sources of the mixture; their rows have sequence_length + 1 tokens."""
     stages: tuple[MixtureStage, ...] = ()
-    """Changes of the mixture in the course of the run, in their order; before the first, the weights of the sources."""
+    """Later changes of the mixture, in order; until the first one the weights of the sources apply."""
     tokenizer: str
-    """SentencePiece model the rows were made with."""
+    """SentencePiece model that made the rows."""
     sequence_length: int = 4096
-    """Tokens a row, T; positions restart at each document."""
+    """Tokens T of a row; positions restart at each document."""
     global_batch_size: int = 1024
-    """Rows per optimizer step over all devices and accumulation steps."""
+    """Rows of an optimizer step, over all devices and accumulation steps."""
     accumulation_steps: int = 1
-    """Forward and backward passes per optimizer step; each token of the step has the same weight."""
+    """Forward and backward passes (micro-batches) of an optimizer step; all tokens have the same weight."""
     seed: int = 0
     """Seed of the row order."""
     max_bad_rows: int = 0
-    """Unreadable rows that each process may replace with padding, from its start on, before the run stops; the log
-    names each."""
+    """Unreadable rows that each process may replace with padding before the run stops; the log names each."""
 
     def __post_init__(self) -> None:
-        require_types(self, "data.")
-        require(self.seed >= 0, "data.seed", self.seed, "it must be at least 0")
-        require_positive(self, "data.", "sequence_length", "global_batch_size", "accumulation_steps")
-        require(self.max_bad_rows >= 0, "data.max_bad_rows", self.max_bad_rows, "it must be at least 0")
+        positive = ("sequence_length", "global_batch_size", "accumulation_steps")
+        check_fields(self, "data.", positive, not_negative=("seed", "max_bad_rows"))
         require(len(self.sources) > 0, "data.sources", self.sources, "at least one source is needed")
         require(
             any(source.weight for source in self.sources),
@@ -107,12 +103,10 @@ class DataConfig:
                 f"it must be at least a row, {self.sequence_length} tokens, after the stage before",
             )  # fmt: skip
         require(
-            self.global_batch_size % self.accumulation_steps == 0,
-            "data.accumulation_steps",
-            self.accumulation_steps,
+            self.global_batch_size % self.accumulation_steps == 0, "data.accumulation_steps", self.accumulation_steps,
             f"it must divide data.global_batch_size = {self.global_batch_size}; "
             f"legal values are {choices(divisors(self.global_batch_size))}",
-        )
+        )  # fmt: skip
 
     @property
     def tokens_per_step(self) -> int:
@@ -120,5 +114,5 @@ class DataConfig:
 
     @property
     def stage_rows(self) -> tuple[int, ...]:
-        """Row of the run with which each of `stages` begins: its tokens, rounded up to whole rows."""
+        """First row of each of `stages`."""
         return tuple(-(-stage.start_tokens // self.sequence_length) for stage in self.stages)

@@ -1,40 +1,38 @@
-"""How the processes of a run find each other, and how long they wait for one that does not answer."""
+"""The processes of a run: how they connect, and their timeouts."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from bc2_jax.validation import require, require_positive, require_types
+from bc2_jax.validation import check_fields, require, require_positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistributedConfig:
-    """The processes of a run. On a Cloud TPU pod nothing of it need be given: they find each other."""
+    """The processes of a run. A Cloud TPU pod needs no settings: its processes find each other."""
 
     coordinator_address: str | None = None
-    """HOST:PORT at which process 0 listens for the others."""
+    """HOST:PORT at which process 0 listens."""
     num_processes: int | None = None
-    """How many processes the run has."""
+    """Number of processes."""
     process_id: int | None = None
-    """Which of them this is, 0..num_processes - 1; the only field in which the processes of a run differ."""
+    """Number of this process, 0..num_processes - 1; the only field in which processes differ."""
     start_timeout: int = 300
-    """Seconds until all processes must have come."""
+    """Seconds within which all processes must connect."""
     heartbeat_timeout: int = 100
-    """Seconds without a sign of life after which a process is taken for dead and the others end."""
+    """Seconds without a heartbeat after which a process counts as dead and the others stop."""
     step_timeout: int = 1800
-    """Seconds without progress (a finished step, parameters restored, a compiled program) after which a process says
-    where it hangs and ends; 0 for never."""
+    """Seconds without progress (a finished step, restored parameters, a compiled program) after which a process prints
+    its stack and exits; 0: never."""
 
     def __post_init__(self) -> None:
         fields = ("coordinator_address", "num_processes", "process_id")
         missing = [field for field in fields if getattr(self, field) is None]
         require(
             len(missing) in (0, 3), f"distributed.{(*missing, '')[0]}", None,
-            f"{', '.join(fields)} are given all three or not at all",
+            f"{', '.join(fields)} must be given all three or not at all",
         )  # fmt: skip
-        require_types(self, "distributed.")
-        require_positive(self, "distributed.", "start_timeout", "heartbeat_timeout")
-        require(self.step_timeout >= 0, "distributed.step_timeout", self.step_timeout, "it must be at least 0")
+        check_fields(self, "distributed.", ("start_timeout", "heartbeat_timeout"), not_negative=("step_timeout",))
         if self.coordinator_address is None or self.num_processes is None or self.process_id is None:
             return
         host, _, port = self.coordinator_address.rpartition(":")

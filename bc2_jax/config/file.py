@@ -1,4 +1,4 @@
-"""A Python file that holds the config of a run."""
+"""Config files: Python files that define `config()`."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ C = TypeVar("C")
 
 @dataclasses.dataclass(frozen=True)
 class ConfigFile(Generic[C]):
-    """A config file that was run."""
+    """A config file after it was run."""
 
     path: Path
     config: C
-    """What its `config()` returned."""
+    """Result of its `config()`."""
     doc: str | None
     names: dict[str, Any]
-    """All that it defines."""
+    """Its global names."""
 
     def prepare(self, config: C) -> C:
-        """`config`, changed from the command line, as the file's own `prepare(config)` completes it, if it has one."""
+        """Applies the file's `prepare(config)`, if any, to a config after command line overrides."""
         if "prepare" not in self.names:
             return config
         with _named_errors(self.path):
             return _checked(f"{self.path}: prepare()", self.names["prepare"](config), type(config))
 
     def finish(self, config: C, workdir: Path) -> None:
-        """The file's own `finish(config, workdir)`, if it has one, when the run has ended in `workdir`."""
+        """Calls the file's `finish(config, workdir)`, if any, after the run."""
         if "finish" in self.names:
             with _named_errors(self.path):
                 self.names["finish"](config, workdir)
@@ -47,8 +47,7 @@ def read_config_file(path: str | os.PathLike[str], *kinds: type[C]) -> ConfigFil
     """Runs the Python file `path` and its `config()`, which must return one of `kinds`.
 
     `path` may also be the name of a config that comes with the program; a file of that name goes first. Raises
-    FileNotFoundError for no file, and ValueError, in a sentence with the file, the line and the cause, for whatever
-    goes wrong in it.
+    FileNotFoundError for a missing file, and ValueError, with file, line and cause, for any error in it.
     """
     path = find_config_file(path)
     with _named_errors(path):
@@ -99,7 +98,7 @@ def _one_of(*kinds: type) -> str:
 
 
 class _Wrong(ValueError):
-    """A sentence that names the file already."""
+    """An error that already names the file."""
 
 
 @contextlib.contextmanager
@@ -112,7 +111,7 @@ def _named_errors(path: Path) -> Iterator[None]:
         where = f"{error.filename or path}, line {error.lineno}" if error.lineno else str(path)
         raise ValueError(f"{where} is not valid Python: {error.msg}.") from error
     except Exception as error:  # whatever a user's file raises
-        # The innermost line of the file itself, not of what it calls.
+        # The innermost line in the file itself.
         frames = traceback.extract_tb(error.__traceback__)
         line = next((f", line {f.lineno}" for f in reversed(frames) if f.filename == str(path)), "")
         cause = " ".join(str(error).split()) or "no message"

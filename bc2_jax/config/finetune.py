@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of a base model on conversations."""
+"""Runs that start from a model, and supervised fine-tuning on conversations."""
 
 from __future__ import annotations
 
@@ -7,42 +7,38 @@ from typing import Literal
 
 from bc2_jax.config.lora import LoraConfig
 from bc2_jax.config.run import TrainConfig
-from bc2_jax.validation import require, require_positive, require_types
+from bc2_jax.validation import check_fields, require
 
 TOKENIZER_OF_BASE = "that of init_from"
-"""As `data.tokenizer` of a `FineTuneConfig`: the tokenizer of the base model."""
+"""Value of `data.tokenizer` that means the tokenizer of the base model."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuestionsConfig:
-    """Questions that the model answers at each evaluation, greedily."""
+    """Questions answered greedily at each evaluation."""
 
     path: str | None = "auto"
-    """JSON Lines of conversations, the last message of each the expected answer. auto: the held-out ones that
-    tools/prepare_chat.py wrote to questions.jsonl of the first source that has them; None asks nothing."""
+    """JSON Lines of conversations whose last message is the expected answer. auto: questions.jsonl beside the rows of
+    the first source with one (tools/prepare_chat.py); None: no questions."""
     limit: int = 64
-    """How many of them are asked, the first ones; 0 for all."""
+    """Number of questions, from the start of the file; 0: all."""
     max_new_tokens: int = 128
-    """Longest answer in tokens; a longer one is cut and counts as one that does not end."""
+    """Longest answer in tokens; a longer one is cut and counts as not ended."""
     show: int = 3
-    """Answers that are printed at each evaluation."""
+    """Answers printed at each evaluation."""
 
     def __post_init__(self) -> None:
-        require_types(self, "questions.")
-        require_positive(self, "questions.", "max_new_tokens")
-        for field in ("limit", "show"):
-            require(getattr(self, field) >= 0, f"questions.{field}", getattr(self, field), "it must be at least 0")
+        check_fields(self, "questions.", ("max_new_tokens",), not_negative=("limit", "show"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TunedConfig(TrainConfig):
-    """What all kinds of run have that train an existing model on packed rows: all parameters, or adapters beside
-    frozen ones."""
+    """A run on packed rows that starts from a model and trains all parameters, or adapters beside frozen ones."""
 
     lora: LoraConfig = LoraConfig()
     num_epochs: float | None = None
-    """Passes over the rows after which the run ends, if num_steps does not end it before, and with it the decay of the
-    learning rate at the latest. A pass is as many rows as all sources have together. None: num_steps alone counts."""
+    """Passes over the rows of all sources together after which run and learning rate decay end, unless num_steps ends
+    them before. None: only num_steps counts."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,20 +48,20 @@ class TunedConfig(TrainConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AskedConfig(TunedConfig):
-    """What those of them have whose model is asked questions at each evaluation."""
+    """A `TunedConfig` with questions at each evaluation."""
 
     questions: QuestionsConfig = QuestionsConfig()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FineTuneConfig(AskedConfig):
-    """Supervised fine-tuning on rows of tools/prepare_chat.py."""
+    """Supervised fine-tuning on rows of conversations (tools/prepare_chat.py)."""
 
     loss_weighting: Literal["token", "sample"] = "token"
-    """What has the same weight in the loss: every target (token) of a batch, or every sample of it that has targets."""
+    """What has the same weight in the loss of a batch: every target token, or every sample with targets."""
     neftune_alpha: float = 0.0
-    """NEFTune (arXiv 2310.05914): uniform noise of up to alpha / sqrt(n * hidden_size) on the embeddings of a sample of
-    n tokens, in training only; 5 to 15 are usual, 0 is none."""
+    """NEFTune (arXiv 2310.05914): in training, uniform noise up to alpha / sqrt(n * hidden_size) on the embeddings of a
+    sample of n tokens; usually 5 to 15, 0: none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

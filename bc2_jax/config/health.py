@@ -1,41 +1,38 @@
-"""What a run does when its training goes wrong."""
+"""Reactions to losses that are not finite or that jump."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from bc2_jax.validation import require, require_positive, require_types
+from bc2_jax.validation import check_fields, require
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HealthConfig:
-    """Losses that are not finite, and losses that jump."""
+    """Skipped updates, metrics of norms, and rewinds after loss spikes."""
 
     max_skipped_updates: int = 0
-    """Updates in a row that may be skipped because their loss or gradients are not finite; one more stops the run and
+    """Consecutive updates that may be skipped because loss or gradients are not finite; one more stops the run and
     saves its batch. 0 stops at the first."""
     norms: bool = True
-    """Also log the norm of the parameters, that of the update over it, and those of the output embedding's rows."""
+    """Also log the norm of the parameters, the update's norm over it, and norms of the output embedding's rows."""
     spike_deviations: float = 0.0
-    """A loss is high if it lies above the median of the last ones by this many deviations (1.4826 times the median
-    absolute deviation); `spike_steps` high ones in a row are a spike: the run goes back to a checkpoint before it and
-    leaves out its rows. 0 never does; usual are 6 to 10."""
+    """A loss is high if it exceeds the median of the last ones by this many deviations (1.4826 times the median
+    absolute deviation). `spike_steps` high losses in a row are a spike: the run rewinds to a checkpoint before it and
+    skips its rows. Usually 6 to 10; 0: never."""
     spike_steps: int = 5
-    """High losses in a row that are a spike."""
+    """Consecutive high losses that make a spike."""
     spike_window: int = 100
-    """How many of the last losses the median is of; none is judged before there are so many."""
+    """Number of last losses of the median; before there are so many, no loss is high."""
     max_rewinds: int = 3
-    """How often a run may go back; at the next spike it stops."""
+    """Most rewinds; at the next spike the run stops."""
 
     def __post_init__(self) -> None:
-        require_types(self, "health.")
-        require_positive(self, "health.", "spike_steps", "spike_window")
-        for field in ("max_skipped_updates", "spike_deviations", "max_rewinds"):
-            value = getattr(self, field)
-            require(value >= 0, f"health.{field}", value, "it must be at least 0")
+        not_negative = ("max_skipped_updates", "spike_deviations", "max_rewinds")
+        check_fields(self, "health.", ("spike_steps", "spike_window"), not_negative)
 
     def check_checkpoints(self, save_every: int, keep_last: int) -> None:
-        """Raises ValueError if the checkpoint before a spike may be gone when the spike is known."""
+        """Raises ValueError if the checkpoint before a spike may be deleted before the spike is detected."""
         if self.spike_deviations:
             require(
                 self.spike_steps < save_every,

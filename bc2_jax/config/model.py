@@ -1,19 +1,11 @@
-"""The architecture, and the two that were released."""
+"""The architecture, and the released 7B and 13B models."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Literal
 
-from bc2_jax.validation import (
-    choices,
-    divisors,
-    require,
-    require_at_most,
-    require_literals,
-    require_positive,
-    require_types,
-)
+from bc2_jax.validation import check_fields, choices, divisors, require, require_at_most
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,11 +21,11 @@ class ModelConfig:
     num_attention_heads: int
     """Number of attention heads N; the head size is hidden_size / num_attention_heads."""
     position_embedding: Literal["rope", "alibi"]
-    """RoPE (7B) or ALiBi (13B). The released config.json does not name it; ours always does."""
+    """RoPE (7B) or ALiBi (13B); not in the released config.json."""
     vocab_size: int = 125_696
     """Number of token ids V."""
     model_max_length: int = 4096
-    """Longest context in tokens the model was trained for."""
+    """Longest trained context in tokens."""
     rms_norm_eps: float = 1e-6
     """Added to the variance in RMSNorm."""
     initializer_range: float = 0.02
@@ -47,45 +39,27 @@ class ModelConfig:
     pad_token_id: int = 0
     """Padding; its embedding row starts at zero."""
     bos_token_id: int = 1
-    """Beginning of text; Baichuan 2 never adds it by itself."""
+    """Beginning of text; never added by Baichuan 2."""
     eos_token_id: int = 2
     """End of text; closes every document."""
 
     def __post_init__(self) -> None:
-        require_types(self, "model.")
-        require_positive(
-            self,
-            "model.",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "vocab_size",
-            "model_max_length",
-            "rms_norm_eps",
-            "initializer_range",
-            "rope_theta",
-        )
-        # Far beyond any model, and small enough for what is done with them: names, divisors, int32 positions and ids.
+        positive = (
+            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
+            "model_max_length", "rms_norm_eps", "initializer_range", "rope_theta",
+        )  # fmt: skip
+        check_fields(self, "model.", positive, not_negative=("z_loss_weight",))
+        # Larger than any model, but safe for divisors, int32 positions and ids.
         require_at_most(
             self, "model.", hidden_size=1 << 20, intermediate_size=1 << 22, num_hidden_layers=10_000,
             vocab_size=1 << 26, model_max_length=(1 << 31) - 1,
         )  # fmt: skip
-        require_literals(self, "model.")
-        require(
-            self.hidden_size % self.num_attention_heads == 0,
-            "model.num_attention_heads",
-            self.num_attention_heads,
-            f"it must divide hidden_size = {self.hidden_size}; legal values are {choices(divisors(self.hidden_size))}",
-        )
-        if self.position_embedding == "rope":
-            require(
-                self.head_dim % 2 == 0,
-                "model.num_attention_heads",
-                self.num_attention_heads,
-                f"RoPE needs an even head size, and {self.hidden_size} / {self.num_attention_heads} is odd",
-            )
-        require(self.z_loss_weight >= 0, "model.z_loss_weight", self.z_loss_weight, "it must be at least 0")
+        hidden, heads = self.hidden_size, self.num_attention_heads
+        legal = f"it must divide hidden_size = {hidden}; legal values are {choices(divisors(hidden))}"
+        require(hidden % heads == 0, "model.num_attention_heads", heads, legal)
+        is_legal = self.position_embedding != "rope" or self.head_dim % 2 == 0
+        legal = f"RoPE needs an even head size, and {hidden} / {heads} is odd"
+        require(is_legal, "model.num_attention_heads", heads, legal)
         for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(self, field)
             require(0 <= value < self.vocab_size, f"model.{field}", value, f"it must be in 0..{self.vocab_size - 1}")
@@ -102,9 +76,8 @@ class ModelConfig:
     def flops_per_sequence(self, length: int) -> int:
         """Model FLOPs to train on one sequence of `length` tokens, forward and backward, without recomputation.
 
-        6 * matmul parameters * length + 6 * L * D * length * (length + 1) for causal attention. The embedding lookup is
-        no matmul; the head is.
-        """
+        6 * matmul parameters * length + 6 * L * D * length * (length + 1) for causal attention; matmul parameters
+        include the head, but not the embedding."""
         norms = (2 * self.num_hidden_layers + 1) * self.hidden_size
         matmul = self.num_parameters() - self.vocab_size * self.hidden_size - norms
         return 6 * matmul * length + 6 * self.num_hidden_layers * self.hidden_size * length * (length + 1)

@@ -1,4 +1,4 @@
-"""Preferences between two answers: direct optimization of a policy, and reward models."""
+"""Runs on pairs of answers: direct preference optimization and reward models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from typing import ClassVar, Literal
 
 from bc2_jax.config.finetune import AskedConfig, TunedConfig
-from bc2_jax.validation import require, require_literals, require_positive, require_types
+from bc2_jax.validation import check_fields, require
 
 PreferenceLoss = Literal["sigmoid", "cdpo", "ipo", "ipo_mean", "hinge", "robust", "sigmoid_norm"]
 
@@ -16,65 +16,57 @@ class DPOOptions:
     """Direct preference optimization (arXiv 2305.18290)."""
 
     loss: PreferenceLoss = "sigmoid"
-    """Of d, by how much more the policy prefers the chosen answer than the reference does (`preference.dpo_loss`)."""
+    """Loss of a pair (docs/preferences.md)."""
     beta: float = 0.1
-    """How strongly the policy is held to the reference."""
+    """Strength of the tie of the policy to the reference."""
     label_smoothing: float = 0.0
-    """Share of pairs whose labels are taken to be wrong: for cdpo and robust."""
+    """Assumed share of pairs with wrong labels, for cdpo and robust."""
     sft_weight: float = 0.0
-    """Weight of the cross entropy of the chosen answers beside the loss: of each pair, the mean over the tokens of its
-    chosen answer; 0 is none."""
+    """Weight of the cross entropy of the chosen answer, the mean over its tokens, in the loss of a pair; 0: none."""
     reference_cache: str = "~/.cache/bc2_jax/reference"
-    """Folder in which the reference's log-probabilities are kept for other runs from the same model on the same pairs;
-    the run's own copy is in its workdir."""
+    """Cache folder of the reference's log-probabilities, for other runs from the same model on the same pairs; the run
+    keeps a copy in its workdir."""
 
     def __post_init__(self) -> None:
-        require_literals(self, "dpo.")
-        require_types(self, "dpo.")
-        require_positive(self, "dpo.", "beta")
-        require(self.sft_weight >= 0, "dpo.sft_weight", self.sft_weight, "it must be at least 0")
+        check_fields(self, "dpo.", ("beta",), not_negative=("sft_weight",))
         smoothing = self.label_smoothing
         require(0 <= smoothing < 0.5, "dpo.label_smoothing", smoothing, "it must be in [0, 0.5)")
         smooths = self.loss in ("cdpo", "robust")
         require(
             smooths or smoothing == 0, "dpo.label_smoothing", smoothing,
-            f"it must be 0 with dpo.loss = {self.loss!r}; cdpo and robust have it",
+            f"it must be 0 with dpo.loss = {self.loss!r}; only cdpo and robust have it",
         )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DPOConfig(AskedConfig):
-    """Preference tuning on pairs of answers."""
+    """Preference tuning on pairs."""
 
     row_kinds: ClassVar[tuple[str, ...]] = ("pairs",)
     dpo: DPOOptions = DPOOptions()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        dropout = self.lora.dropout
-        require(
-            dropout == 0, "lora.dropout", dropout,
-            "it must be 0: with some of it left out the policy would not be its reference even before the first step",
-        )  # fmt: skip
+        legal = "it must be 0: with dropout the policy would differ from its reference before the first step"
+        require(self.lora.dropout == 0, "lora.dropout", self.lora.dropout, legal)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardOptions:
-    """A reward model: a scalar for each answer, trained on pairs (arXiv 2203.02155)."""
+    """Loss of a reward model (arXiv 2203.02155)."""
 
     use_margins: bool = True
-    """Ask for the margin of each pair between the rewards of both answers, where the data has one."""
+    """Subtract the margin of a pair, if the data has one, from the difference of its rewards."""
     centring: float = 0.01
-    """Weight of the squared sum of both rewards of a pair, which keeps rewards around 0; 0 is none."""
+    """Weight of the squared sum of both rewards of a pair, which keeps rewards around 0; 0: none."""
 
     def __post_init__(self) -> None:
-        require_types(self, "reward.")
-        require(self.centring >= 0, "reward.centring", self.centring, "it must be at least 0")
+        check_fields(self, "reward.", not_negative=("centring",))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardConfig(TunedConfig):
-    """Training of a reward model on pairs of answers."""
+    """Training of a reward model on pairs."""
 
     row_kinds: ClassVar[tuple[str, ...]] = ("pairs",)
     reward: RewardOptions = RewardOptions()

@@ -1,4 +1,4 @@
-"""The config that a run wrote down, as JSON values, back as a config."""
+"""Configs from JSON, as runs record them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ Config = TypeVar("Config")
 
 
 def from_record(kind: type[Config], record: dict[str, Any], prefix: str = "") -> Config:
-    """Inverse of `dataclasses.asdict`, also after JSON; a field that the record does not have gets its default.
-
-    Only dataclasses that `kind` names are made, from plain values. Raises ValueError for a field that this version
-    does not know, and as the config itself for a value that is not valid.
-    """
+    """Inverse of `dataclasses.asdict`, also after JSON; missing fields get their defaults. Raises ValueError for
+    unknown fields and illegal values."""
     hints = get_type_hints(kind)
     for name in record:
         if name not in hints:

@@ -1,4 +1,4 @@
-"""Reinforcement learning from rewards: PPO with a critic, GRPO with groups of answers."""
+"""Reinforcement learning: PPO with a critic, GRPO with groups of answers."""
 
 from __future__ import annotations
 
@@ -8,100 +8,95 @@ from typing import Literal
 from bc2_jax.config.finetune import TOKENIZER_OF_BASE, QuestionsConfig
 from bc2_jax.config.lora import LoraConfig
 from bc2_jax.config.run import OptimizerConfig, RunConfig
-from bc2_jax.validation import choices, divisors, require, require_literals, require_positive, require_types
+from bc2_jax.validation import check_fields, choices, divisors, require
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PPOConfig:
-    """An iteration: answers to some prompts are sampled, scored, and learned from by some updates. A step of the run
-    is an iteration."""
+    """An iteration, which is a step of the run: answers to prompts are sampled, scored and learned from."""
 
     algorithm: Literal["ppo", "grpo"] = "ppo"
-    """ppo: a critic estimates the value of every token (arXiv 1707.06347). grpo: the answers to a prompt are compared
-    with each other (arXiv 2402.03300)."""
+    """ppo: a critic estimates the value of every token (arXiv 1707.06347). grpo: compares the answers to a prompt
+    (arXiv 2402.03300)."""
     prompts: tuple[str, ...] = ()
-    """Files or folders of prompts: records with a prompt or messages, and whatever reward functions read."""
+    """Files or folders of records with a prompt or messages, and fields for reward functions."""
     reward_model: str | None = None
-    """Run or checkpoint of a reward model; the critic starts from it. None: the reward functions alone count, and the
+    """Run or checkpoint of a reward model, from which the critic starts. None: only reward functions count, and the
     critic starts from the actor."""
     reward_model_weight: float = 1.0
-    """What the reward model's score is multiplied with."""
+    """Factor of the reward model's score."""
     reward_functions: tuple[str, ...] = ()
-    """FILE.py:NAME or MODULE:NAME of functions reward(prompts, answers, rows) -> floats, which are added up."""
+    """Functions FILE.py:NAME or MODULE:NAME, reward(prompts, answers, rows) -> floats, which are added up."""
     prompts_per_step: int = 64
-    """Different prompts of an iteration."""
+    """Prompts of an iteration."""
     answers_per_prompt: int = 1
-    """Answers that are sampled to each; the groups of grpo, which needs at least 2."""
+    """Answers sampled to each prompt, at least 2 for grpo."""
     max_prompt_tokens: int = 512
-    """Longer prompts are left out, and counted in the log."""
+    """Longest prompt in tokens; longer ones are left out and counted in the log."""
     max_new_tokens: int = 512
-    """Longest answer in tokens, its eos included; a longer one is cut."""
+    """Longest answer in tokens, eos included; a longer one is cut."""
     rollout_rows: int = 64
-    """Answers that are sampled at one time; the next prompt takes the place of an answer that has ended."""
+    """Answers sampled at a time; a finished answer is replaced by the next prompt."""
     rollout_gathers_once: bool = False
-    """Gather the actor's weights once for a rollout, instead of at every step of decoding where the mesh cuts
-    parameters (fsdp). Each device then holds all of them in the compute dtype, over mesh.tensor, while it lasts."""
+    """Gather the actor's weights, sharded by fsdp, once for a rollout instead of at every decoding step. Each device
+    then holds all of them during the rollout, in the compute dtype, divided by mesh.tensor."""
     epochs: int = 1
-    """How often the answers of an iteration are learned from."""
+    """Passes over the answers of an iteration."""
     minibatches: int = 4
-    """Updates of an epoch, each from its share of the answers."""
+    """Updates of an epoch, each from its part of the answers."""
     accumulation_steps: int = 1
-    """Forward and backward passes of an update."""
+    """Forward and backward passes (micro-batches) of an update."""
     clip: float = 0.1
-    """How far the ratio of new and old probability may lie from 1 before its gradient stops (paper: 0.1)."""
+    """Distance of the ratio of new and old probability from 1 beyond which the gradient is clipped (paper: 0.1)."""
     value_clip: float | None = 0.2
-    """How far a value may move from the critic's old one before its gradient stops; None does not clip."""
+    """Change of a value beyond which its gradient is clipped; None: no clipping."""
     kl_schedule: Literal["geometric", "linear", "constant", "adaptive"] = "geometric"
-    """How the coefficient of the KL penalty goes from kl_start to kl_end. The paper gives both, not the way between.
-    adaptive: a controller keeps the KL of an answer at kl_target."""
+    """Schedule of the KL coefficient from kl_start to kl_end, which the paper does not give. adaptive: a controller
+    keeps the KL of an answer at kl_target."""
     kl_start: float = 0.2
-    """Coefficient of the KL penalty at the first iteration (paper: 0.2). With ppo it is part of the rewards, with grpo
-    of the loss."""
+    """KL coefficient at the first iteration (paper: 0.2). The penalty is in the rewards of ppo, in the loss of grpo."""
     kl_end: float = 0.005
-    """Coefficient at iteration kl_steps and after (paper: 0.005)."""
+    """KL coefficient from iteration kl_steps on (paper: 0.005)."""
     kl_steps: int = 350
-    """Independent of num_steps, so that a run can stop and go on (paper: 350 iterations)."""
+    """Iterations of the KL schedule (paper: 350), independent of num_steps, so that a run can be extended."""
     kl_target: float = 6.0
-    """Of kl_schedule adaptive: nats an answer."""
+    """Target KL of an answer in nats, for kl_schedule adaptive."""
     kl_horizon: float = 10_000.0
-    """Of kl_schedule adaptive: answers after which the coefficient has changed by about 20 % at most."""
+    """Answers within which the coefficient changes by at most about 20 %, for kl_schedule adaptive."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """The estimate of the KL that rewards are lowered by (`ppo.kl_estimates`); grpo's loss has k3."""
+    """Estimator of the KL penalty in the rewards of ppo (docs/rl.md); the loss of grpo uses k3."""
     gamma: float = 1.0
-    """Discount of later rewards."""
+    """Discount factor of rewards."""
     lam: float = 0.95
-    """Lambda of the advantages' estimate (arXiv 1506.02438): 1 trusts the rewards, 0 the critic."""
+    """Lambda of generalized advantage estimation (arXiv 1506.02438): 1 relies on rewards, 0 on the critic."""
     critic_warmup_steps: int = 20
-    """First iterations, in which the critic alone learns (paper: 20); of ppo."""
+    """First iterations, in which only the critic of ppo learns (paper: 20)."""
     critic_learning_rate: float | None = None
-    """Peak learning rate of the critic; it has the actor's schedule. None: the actor's, as in the paper."""
+    """Peak learning rate of the critic, with the actor's schedule. None: the actor's, as in the paper."""
     reduction: Literal["dapo", "grpo", "dr_grpo"] = "dapo"
-    """What is averaged in the loss of grpo: all tokens (arXiv 2503.14476), the means of the answers (arXiv
-    2402.03300), or all tokens over the greatest length, and no division by the scores' deviation (arXiv 2503.20783)."""
+    """Average in the loss of grpo. dapo: over all tokens (arXiv 2503.14476); grpo: over means of answers (arXiv
+    2402.03300); dr_grpo: sum over the longest length, scores not divided by their deviation (arXiv 2503.20783)."""
     cut_penalty: float = 1.0
-    """Taken from the score of an answer that was cut at max_new_tokens; 0 takes nothing. On by default: without it
-    an answer that never ends costs nothing, and answers grow until all are cut."""
+    """Subtracted from the score of an answer cut at max_new_tokens. On by default: otherwise endless answers cost
+    nothing and answers grow until all are cut."""
     bootstrap_cut: bool = False
-    """Let the critic's value stand for what would have followed a cut answer, as if it could go on; of ppo. Off by
-    default: max_new_tokens is a limit that the policy is to keep, not an accident."""
+    """Use the critic's value for the missing rest of a cut answer (ppo). Off by default: max_new_tokens is a limit that
+    the policy should learn to keep."""
     normalize_rewards: bool = False
-    """Shift and scale the scores by the running mean and deviation of all scores of the run."""
+    """Normalize scores by the running mean and standard deviation of the run."""
     patience: int = 10
-    """Iterations in a row without any answer that ends, or without different scores to learn from, after which the run
-    stops; 0 never stops for that."""
+    """Consecutive iterations without an ended answer, or with equal scores, after which the run stops; 0: never."""
     keep_rollouts_every: int = 10
-    """Iterations between those whose answers are written to WORKDIR/rollouts, and the first; 0 writes none."""
+    """Iterations between answers written to WORKDIR/rollouts, from the first one on; 0: none."""
 
     def __post_init__(self) -> None:
-        require_literals(self, "ppo.")
-        require_types(self, "ppo.")
-        require_positive(
-            self, "ppo.", "prompts_per_step", "answers_per_prompt", "max_prompt_tokens", "max_new_tokens",
-            "rollout_rows", "epochs", "minibatches", "accumulation_steps", "clip", "kl_start", "kl_end", "kl_steps",
-            "kl_target", "kl_horizon",
+        positive = (
+            "prompts_per_step", "answers_per_prompt", "max_prompt_tokens", "max_new_tokens", "rollout_rows", "epochs",
+            "minibatches", "accumulation_steps", "clip", "kl_start", "kl_end", "kl_steps", "kl_target", "kl_horizon",
         )  # fmt: skip
-        for field in ("critic_warmup_steps", "cut_penalty", "patience", "keep_rollouts_every"):
-            require(getattr(self, field) >= 0, f"ppo.{field}", getattr(self, field), "it must be at least 0")
+        check_fields(
+            self, "ppo.", positive, ("critic_warmup_steps", "cut_penalty", "patience", "keep_rollouts_every")
+        )  # fmt: skip
         for field in ("gamma", "lam"):
             require(0 <= getattr(self, field) <= 1, f"ppo.{field}", getattr(self, field), "it must be in [0, 1]")
         require(self.clip < 1, "ppo.clip", self.clip, "it must be below 1")
@@ -111,15 +106,11 @@ class PPOConfig:
         for field in ("prompts", "reward_functions"):
             for index, value in enumerate(getattr(self, field)):
                 require(isinstance(value, str) and bool(value), f"ppo.{field}.{index}", value, "it must be a name")
-        is_grpo = self.algorithm == "grpo"
-        require(
-            not is_grpo or self.answers_per_prompt >= 2, "ppo.answers_per_prompt", self.answers_per_prompt,
-            "grpo compares the answers to a prompt: it must be at least 2",
-        )  # fmt: skip
-        require(
-            not (is_grpo and self.bootstrap_cut), "ppo.bootstrap_cut", self.bootstrap_cut,
-            "grpo has no critic: it must be False",
-        )  # fmt: skip
+        if not self.has_critic:
+            count, legal = self.answers_per_prompt, "it must be at least 2: grpo compares the answers to a prompt"
+            require(count >= 2, "ppo.answers_per_prompt", count, legal)
+            legal = "it must be False: grpo has no critic"
+            require(not self.bootstrap_cut, "ppo.bootstrap_cut", self.bootstrap_cut, legal)
         answers = self.answers
         require(
             answers % self.minibatches == 0, "ppo.minibatches", self.minibatches,
@@ -134,17 +125,17 @@ class PPOConfig:
 
     @property
     def answers(self) -> int:
-        """Of an iteration."""
+        """Answers of an iteration."""
         return self.prompts_per_step * self.answers_per_prompt
 
     @property
     def updates(self) -> int:
-        """Of an iteration."""
+        """Updates of an iteration."""
         return self.epochs * self.minibatches
 
     @property
     def micro_rows(self) -> int:
-        """Answers of a forward and backward pass."""
+        """Answers of a micro-batch."""
         return self.answers // (self.minibatches * self.accumulation_steps)
 
     @property
@@ -159,14 +150,15 @@ class PPOConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RLConfig(RunConfig):
-    """Reinforcement learning of a chat model, `init_from`, which is the reference too. num_steps counts iterations."""
+    """Reinforcement learning of the chat model `init_from`, which is also the reference. num_steps counts
+    iterations."""
 
     ppo: PPOConfig = PPOConfig()
     lora: LoraConfig = LoraConfig()
-    """Adapters of the actor, and of the critic, beside frozen models; dropout must be 0."""
+    """Adapters of actor and critic beside frozen models; dropout must be 0."""
     questions: QuestionsConfig = QuestionsConfig(path=None)
     tokenizer: str = TOKENIZER_OF_BASE
-    """SentencePiece model of the chat model; by default found beside it."""
+    """SentencePiece model; by default that of the chat model."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -182,7 +174,7 @@ class RLConfig(RunConfig):
             f"{choices(divisors(length))}",
         )  # fmt: skip
         field, shards = mesh.batch_shards
-        shards = abs(shards)  # fsdp = -1 is not known yet
+        shards = abs(shards)  # negative if fsdp = -1
         require(
             ppo.micro_rows % shards == 0, "ppo.prompts_per_step", ppo.prompts_per_step,
             f"with ppo.answers_per_prompt = {ppo.answers_per_prompt}, the answers must be a multiple of {field} * "
@@ -194,24 +186,19 @@ class RLConfig(RunConfig):
         )  # fmt: skip
         require(
             not ppo.has_critic or ppo.critic_warmup_steps < self.num_steps, "ppo.critic_warmup_steps",
-            ppo.critic_warmup_steps, f"it must be less than num_steps = {self.num_steps}: the actor would never learn",
+            ppo.critic_warmup_steps, f"it must be less than num_steps = {self.num_steps}, or the actor never learns",
         )  # fmt: skip
-        require(
-            self.questions.path != "auto", "questions.path", "auto",
-            "there are no rows beside which they could be: it must be a file, or None",
-        )  # fmt: skip
-        require(
-            self.lora.dropout == 0, "lora.dropout", self.lora.dropout,
-            "it must be 0: the probabilities of a token before and after an update must differ by the update alone",
-        )  # fmt: skip
-        require(
-            self.health.spike_deviations == 0, "health.spike_deviations", self.health.spike_deviations,
-            "it must be 0: the loss of policy gradients does not tell how good a policy is, and jumps",
-        )  # fmt: skip
+        legal = "it must be a file, or None: there are no rows"
+        require(self.questions.path != "auto", "questions.path", "auto", legal)
+        legal = "it must be 0: probabilities before and after an update must differ only by the update"
+        require(self.lora.dropout == 0, "lora.dropout", self.lora.dropout, legal)
+        deviations = self.health.spike_deviations
+        legal = "it must be 0: the loss of policy gradients does not measure the policy, and jumps"
+        require(deviations == 0, "health.spike_deviations", deviations, legal)
 
     @property
     def critic_optimizer(self) -> OptimizerConfig:
-        """The actor's, with the critic's learning rate."""
+        """The actor's optimizer with the critic's learning rate."""
         rate, mine = self.ppo.critic_learning_rate, self.optimizer
         if rate is None:
             return mine

@@ -1,4 +1,4 @@
-"""Adapters on disk, as a PEFT folder or a bc2_jax checkpoint: finding and loading them."""
+"""Finds and loads adapters on disk: PEFT folders and bc2_jax checkpoints."""
 
 from __future__ import annotations
 
@@ -32,21 +32,16 @@ from bc2_jax.model.lora import Adapter, abstract_adapter
 
 @dataclasses.dataclass(frozen=True)
 class FoundAdapter:
-    """An adapter on disk of which nothing was read but its config."""
+    """An adapter on disk; only its config has been read."""
 
-    path: Path
-    """The PEFT folder as it was given, or the absolute folder of one checkpoint."""
-    config: LoraConfig | None
-    """None of a PEFT folder, whose targets only its tensors tell."""
-    model: ModelConfig | None
-    """Architecture of the base model; None of a PEFT folder, which does not say."""
-    base: str | None
-    """Where the base model was in training, if that is known."""
-    part: str = ""
-    """Which part of the checkpoint's parameters it is (`checkpoints.policy_part`)."""
+    path: Path  # the PEFT folder as given, or the absolute folder of one checkpoint
+    config: LoraConfig | None  # none for a PEFT folder, whose targets are known only from its tensors
+    model: ModelConfig | None  # architecture of the base model; None for a PEFT folder, which does not record it
+    base: str | None  # path of the base model at training time, if known
+    part: str = ""  # its part of the checkpoint's parameters (`checkpoints.policy_part`)
 
     def explain(self) -> str:
-        """One sentence for whoever takes it for a model: what it is, and how to use it."""
+        """Error message for an adapter in place of a model: what it is, and how to use it."""
         base, name = self.base or "BASE", f" for {self.base}" if self.base else ", which needs the model it was made of"
         return (
             f"{self.path} is a LoRA adapter{name}: merge the two with `python tools/convert.py merge-lora {base} "
@@ -55,9 +50,9 @@ class FoundAdapter:
 
 
 def find_adapter(path: str | Path) -> FoundAdapter | None:
-    """The adapter in `path`, a PEFT folder or a bc2_jax LoRA run or checkpoint; None if there is none.
+    """The adapter in `path`, a PEFT folder or a LoRA run or checkpoint; None if there is none.
 
-    Raises ValueError, in one sentence, if it is one that cannot be read, or that of a reward model.
+    Raises ValueError if it cannot be read or belongs to a reward model.
     """
     path = Path(path)
     checkpoint = newest_checkpoint(path.absolute())
@@ -70,21 +65,27 @@ def find_adapter(path: str | Path) -> FoundAdapter | None:
 
 
 def adapter_of(checkpoint: Path, metadata: Mapping[str, Any]) -> FoundAdapter | None:
-    """The adapter that a checkpoint holds by its metadata; None if it holds a whole model."""
-    record = metadata["config"].get("lora")
-    if not isinstance(record, dict) or not record.get("rank"):
+    """The adapter in a checkpoint with this metadata; None if it holds a whole model."""
+    if (lora := lora_config(checkpoint, metadata)) is None:
         return None
-    try:
-        lora = from_record(LoraConfig, record, "lora.")
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"The adapter config of {checkpoint} is not valid: {str(error).rstrip('.')}.") from error
     base = metadata["config"].get("init_from")
     model = parse_model_config(dict(metadata), checkpoint)
     return FoundAdapter(checkpoint, lora, model, base if isinstance(base, str) else None, policy_part(metadata))
 
 
+def lora_config(checkpoint: Path, metadata: Mapping[str, Any]) -> LoraConfig | None:
+    """The LoRA config in a checkpoint's metadata; None if it trained no adapter. Raises ValueError if it is invalid."""
+    record = metadata["config"].get("lora")
+    if not isinstance(record, dict) or not record.get("rank"):
+        return None
+    try:
+        return from_record(LoraConfig, record, "lora.")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The adapter config of {checkpoint} is not valid: {str(error).rstrip('.')}.") from error
+
+
 def require_adapter(path: str | Path) -> FoundAdapter:
-    """`find_adapter`; raises ValueError where there is none."""
+    """`find_adapter`; raises ValueError if there is none."""
     found = find_adapter(path)
     if found is None:
         reason = "it has no adapter_config.json and is not a LoRA run or checkpoint"
@@ -93,9 +94,9 @@ def require_adapter(path: str | Path) -> FoundAdapter:
 
 
 def load_adapter(path: str | Path, config: ModelConfig) -> Adapter:
-    """The adapter in `path` (`find_adapter`) for a model of `config`; fp32 numpy arrays.
+    """Loads the adapter in `path` (`find_adapter`) for a model of `config`, as fp32 numpy arrays.
 
-    Raises FileNotFoundError or ValueError, in one sentence, as `load_peft`, or if its arrays do not fit the model.
+    Raises FileNotFoundError or ValueError as `load_peft`, also if its arrays do not fit the model.
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"{path} does not exist.")
@@ -106,7 +107,7 @@ def load_adapter(path: str | Path, config: ModelConfig) -> Adapter:
 
 
 def read_adapter(arrays: Mapping[str, Any], lora: LoraConfig, config: ModelConfig, checkpoint: Path) -> Adapter:
-    """The adapter of `lora` that the arrays of a checkpoint are, fp32; ValueError if they do not fit the model."""
+    """The adapter in a checkpoint's arrays, in fp32; ValueError if they do not fit the model."""
     expected = {name: array.shape for name, array in flatten(abstract_adapter(lora, config, None)).items()}
     hf.check_shapes(f"arrays of {checkpoint}", expected, {name: array.shape for name, array in arrays.items()})
     flat = {name: np.asarray(orbax.read_part(array, None), np.float32) for name, array in arrays.items()}
@@ -114,7 +115,7 @@ def read_adapter(arrays: Mapping[str, Any], lora: LoraConfig, config: ModelConfi
 
 
 def place_adapter(adapter: Adapter, config: ModelConfig, mesh: Mesh | None) -> Params:
-    """The arrays of an adapter, cut over `mesh` as the weights are, or whole on the first device."""
+    """The adapter's arrays on `mesh`, sharded as the weights, or whole on the first device."""
 
     def place(shape: jax.ShapeDtypeStruct, array: Any) -> jax.Array:
         return jax.make_array_from_callback(shape.shape, shape.sharding, lambda index: np.asarray(array)[index])
@@ -123,7 +124,6 @@ def place_adapter(adapter: Adapter, config: ModelConfig, mesh: Mesh | None) -> P
 
 
 def describe(found: FoundAdapter) -> tuple[str, ...]:
-    """What the adapter is, a line each."""
     lines: tuple[str, ...] = (f"adapter of {found.base or 'a model that is not named'}: {found.path}",)
     if found.part:
         lines += (f"that of the {found.part} of a run of reinforcement learning; all else stays in the checkpoint",)

@@ -1,8 +1,8 @@
-"""The chat format as a Jinja template, for engines that read one: transformers, vLLM, llama.cpp.
+"""The chat format as a Jinja template, for transformers, vLLM and llama.cpp.
 
-Its text, in which literal role pieces are read as their ids, has the ids of `bc2_jax.align.chat`: of `encode_prompt`
-with add_generation_prompt, of `encode_conversation` without. A template can't tell a role piece from a user's text that
-spells one; only what encodes each text by itself can.
+Its text, with role pieces read as their ids, gives the ids of `bc2_jax.align.chat`: those of `encode_prompt` with
+add_generation_prompt, else of `encode_conversation`. A template cannot tell a role piece from a user's text that spells
+one; only code that encodes each text separately can.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from bc2_jax.convert.hf_config import read_json
 
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
-"""Where transformers looks first, also beside a tokenizer of another class."""
+"""Where transformers looks first, for any tokenizer class."""
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
   {%- if message['role'] == 'system' -%}
@@ -37,9 +37,9 @@ CHAT_TEMPLATE = """\
 
 
 def read_chat_template(folder: Path) -> str | None:
-    """The template that a PyTorch folder has: of its own file or, before that was invented, of tokenizer_config.json.
+    """The template of a PyTorch folder, from its own file or, in older releases, from tokenizer_config.json.
 
-    Of several that have names it is the one called default. Raises ValueError for a file that can't be read.
+    Of several named templates it is "default". Raises ValueError for an unreadable file.
     """
     path = folder / CHAT_TEMPLATE_NAME
     if path.is_file():

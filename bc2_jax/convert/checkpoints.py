@@ -1,7 +1,8 @@
-"""Finding bc2_jax checkpoints in the folder of a run, and reading their metadata and array headers."""
+"""Finds checkpoints in a run's folder and reads their metadata and array headers."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -9,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from bc2_jax import manifest
+from bc2_jax.config import ModelConfig
 from bc2_jax.convert import orbax
 from bc2_jax.manifest import DamagedCheckpoint
 from bc2_jax.metadata import is_complete, read_metadata
 from bc2_jax.validation import check_path
 
 ACTOR, CRITIC = "actor", "critic"
-"""The two models that are trained by reinforcement learning, as their parts of `params` are called."""
+"""The two models trained by reinforcement learning; names of their parts of `params`."""
 
 
 def newest_checkpoint(path: Path) -> Path | None:
-    """The newest complete checkpoint of a run (its folder, or `checkpoints` in it), or `path` if it is one."""
+    """The newest complete checkpoint of a run (its folder or `checkpoints` in it), or `path` if it is one."""
     for folder in (path / "checkpoints", path):
         if folder.is_dir():
             steps = [p for p in folder.iterdir() if re.fullmatch("[0-9]+", p.name) and is_complete(p)]
@@ -29,10 +31,7 @@ def newest_checkpoint(path: Path) -> Path | None:
 
 
 def open_metadata(checkpoint: Path) -> dict[str, Any]:
-    """The metadata of a checkpoint; one sentence, whatever is wrong with its path or the JSON that Orbax reads it from.
-
-    Raises ValueError.
-    """
+    """The metadata of a checkpoint. Raises ValueError for an invalid path or metadata."""
     check_path("path", checkpoint)
     manifest.refuse_links(checkpoint)
     file = checkpoint / "_CHECKPOINT_METADATA"
@@ -46,19 +45,26 @@ def open_metadata(checkpoint: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{file} is damaged: {orbax.explain(error)}.") from error
 
 
+def model_metadata(
+    config: ModelConfig, generation: Mapping[str, Any] | None, chat_template: str | None, **others: Any
+) -> dict[str, Any]:
+    """The metadata of a checkpoint of parameters alone."""
+    metadata = {"config": {"model": dataclasses.asdict(config)}, **others, "generation": generation}
+    return metadata if chat_template is None else metadata | {"chat_template": chat_template}
+
+
 def policy_part(metadata: Mapping[str, Any]) -> str:
-    """Which part of a checkpoint's `params` is its language model, or the adapter of one: ACTOR where it was trained by
-    reinforcement learning, else "", all of them."""
+    """The part of `params` with the language model or its adapter: ACTOR in reinforcement learning, else "" (all)."""
     return ACTOR if isinstance(metadata["config"].get("ppo"), dict) else ""
 
 
 def holds_reward_model(metadata: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint is of a run that trains a reward model."""
+    """Whether the checkpoint's run trains a reward model."""
     return isinstance(metadata["config"].get("reward"), dict)
 
 
 def explain_reward_model(checkpoint: Path) -> str:
-    """One sentence for whoever takes it for a language model: what it is, and how to use it."""
+    """Error message for a reward model in place of a language model: what it is, and how to use it."""
     return (
         f"{checkpoint} is a reward model, which scores conversations and writes no text: measure it with `python "
         f"tools/reward_report.py {checkpoint} PAIRS`, score with bc2_jax.align.scoring.Scorer, train with it by "
@@ -68,36 +74,36 @@ def explain_reward_model(checkpoint: Path) -> str:
 
 
 def quantized_scheme(metadata: Mapping[str, Any]) -> Any:
-    """How a checkpoint's weights are quantized, as its metadata says; None if they are not (`convert/quantized.py`)."""
+    """The quantization record in a checkpoint's metadata; None if it is not quantized."""
     return metadata.get("quantized")
 
 
 def explain_quantized(checkpoint: Path) -> str:
-    """One sentence for whoever wants a quantized model's weights as they were: what it is, and what can be done."""
+    """Error message where a quantized model's original weights are needed."""
     return (
-        f"{checkpoint} is a quantized model: it writes text, is served and evaluated, but is not trained, converted or "
-        "given an adapter; take the model that it was made of."
+        f"{checkpoint} is a quantized model: it can generate, be served and be evaluated, but cannot be trained, "
+        "converted or given an adapter; use the model that it was made from."
     )
 
 
 def take_part(arrays: Mapping[str, Any], part: str) -> dict[str, Any]:
-    """Those of the arrays, by our path, that are in a `part` of `params`, by their path in it; all of them for ""."""
+    """The arrays in a `part` of `params`, by their path inside it; all of them for ""."""
     prefix = f"{part}." if part else ""
     return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
 
 def describe_rest(arrays: Mapping[str, Any], part: str) -> tuple[str, ...]:
-    """Names of the other parts of `params`, as conversions list what they leave out."""
+    """Names of the other parts of `params`, for a conversion's list of what it leaves out."""
     prefix = f"{part}." if part else ""
     return tuple(sorted({f"params/{name.split('.')[0]}" for name in arrays if not name.startswith(prefix)}))
 
 
 def open_params(checkpoint: Path, process: int = 0, count: int = 1, part: str = "") -> dict[str, Any]:
-    """Our path -> array of its parameters, or of a `part` of them (`take_part`), whose bytes are what its manifest
-    says, if it has one.
+    """Path -> array of a checkpoint's parameters, or of a `part` of them (`take_part`), verified by its manifest if
+    there is one.
 
-    Raises `manifest.DamagedCheckpoint`. Not through Orbax: of several damaged arrays it reports one, and its threads
-    print a traceback for each other one.
+    Raises `manifest.DamagedCheckpoint`. Not through Orbax, which reports only one of several damaged arrays and prints
+    tracebacks for the others.
     """
     if (checkpoint / manifest.MANIFEST_NAME).is_file():
         manifest.verify(checkpoint, process, count, below="params/")

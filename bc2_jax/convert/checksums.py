@@ -1,8 +1,7 @@
-"""Whether weight files are the ones that were published: one flipped bit in a weight changes no shape and no name.
+"""Checksums of weight files: a flipped bit in a weight changes no shape and no name.
 
-What a file should be is often known: from a SHA256SUMS file beside it, or because the Hugging Face hub's client names
-what it downloads by its SHA-256. A `pytorch_model*.bin` also carries the CRC-32 of each of its tensors, which torch
-itself does not look at.
+The expected SHA-256 is often known: from SHA256SUMS, from the Hugging Face cache, which names files by it, or from the
+metadata beside a download. A `pytorch_model*.bin` also has a CRC-32 for each tensor, which torch itself ignores.
 """
 
 from __future__ import annotations
@@ -14,27 +13,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from bc2_jax.convert.pickled import read_entries
-from bc2_jax.tokenizer import file_sha256
+from bc2_jax.files import file_sha256, sync
 
 SUMS_NAME = "SHA256SUMS"
 _BLOCK_BYTES = 8 << 20
 _SHA256 = re.compile("[0-9a-f]{64}")
-# A backslash in front says that the name has escapes; no weight file has such a name.
+# A leading backslash marks a name with escapes; no weight file has such a name.
 _SUMS_LINE = re.compile(r"\\?([0-9a-fA-F]{64}) [ *](.+)")
 
 
-def expected_sha256(file: Path) -> str | None:
-    """What the surroundings of a weight file say its SHA-256 is; None if they say nothing.
+def expected_sha256(file: Path) -> tuple[str | None, str]:
+    """(expected SHA-256 of a weight file, its source); (None, "") if unknown.
 
-    Asked are SHA256SUMS in its folder, the name of the blob that it links to in a cache of the Hugging Face hub,
-    and the metadata that `hf download --local-dir` leaves. Raises ValueError if two of them disagree or one of the
-    lists is malformed.
+    Sources are SHA256SUMS in its folder, the blob name in a Hugging Face cache, and the metadata of `hf download
+    --local-dir`. Raises ValueError if two of them disagree or one is malformed.
     """
-    return _expect(file)[0]
-
-
-def _expect(file: Path) -> tuple[str | None, str]:
-    """The expected SHA-256, and who says so."""
     digests = list(_statements(file))
     if len({digest for digest, _ in digests}) > 1:
         raise ValueError(f"{file} has contradicting SHA-256: {'; '.join(f'{d} by {who}' for d, who in digests)}.")
@@ -50,14 +43,14 @@ def _statements(file: Path) -> Iterator[tuple[str, str]]:
         yield blob.name, f"the name of {blob}"
     metadata = file.parent / ".cache" / "huggingface" / "download" / f"{file.name}.metadata"
     if metadata.is_file():
-        # Commit, etag, time. The etag of a file that is not in large-file storage is not a SHA-256, but git's SHA-1.
+        # Lines: commit, etag, time. Outside large-file storage the etag is git's SHA-1 instead of a SHA-256.
         etag = "".join(metadata.read_text(encoding="utf-8", errors="replace").splitlines()[1:2]).strip()
         if _SHA256.fullmatch(etag):
             yield etag, str(metadata)
 
 
 def read_sha256sums(sums: Path) -> Iterator[tuple[str, str]]:
-    """(name, digest) of each line; comments are skipped as sha256sum does. Raises ValueError if a line is neither."""
+    """(name, digest) per line, skipping comments as sha256sum does. Raises ValueError for any other line."""
     lines = sums.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
     for number, line in enumerate(lines, 1):
         line = line.rstrip("\r")
@@ -70,20 +63,20 @@ def read_sha256sums(sums: Path) -> Iterator[tuple[str, str]]:
 
 
 def verify_file(file: Path, manifested: str | None = None) -> bool:
-    """Whether there was something to check `file` against; then it was read whole and is what it should be.
+    """Reads the whole file and compares its checksum. Returns False if no checksum is known.
 
-    Compared is its SHA-256 with that of its checkpoint's manifest, `manifested`, or else with `expected_sha256`. Where
-    none is known, a `.bin` file is compared with the CRC-32 of its zip entries, unless it was written without
-    (torch.serialization.set_crc32_options). Raises ValueError if they differ, or if `expected_sha256` or
-    `pickled.read_entries` does.
+    The SHA-256 is compared with `manifested`, that of its checkpoint's manifest, or else with `expected_sha256`. If
+    neither is known, a `.bin` file is checked against the CRC-32 of its zip entries, unless it was written without them
+    (torch.serialization.set_crc32_options). Raises ValueError for a mismatch, and as `expected_sha256` and
+    `pickled.read_entries`.
     """
-    expected, who = _expect(file) if manifested is None else (manifested, "the manifest of its checkpoint")
+    expected, who = expected_sha256(file) if manifested is None else (manifested, "the manifest of its checkpoint")
     if expected is None:
         return file.suffix == ".bin" and _verify_entries(file)
     if (found := file_sha256(file)) != expected:
         raise ValueError(
-            f"{file} is damaged or not the expected file: its SHA-256 is {found}, {who} says {expected}; --no-hashes "
-            "takes it as it is."
+            f"{file} is damaged or not the expected file: its SHA-256 is {found}, {who} says {expected}; use "
+            "--no-hashes to skip this check."
         )
     return True
 
@@ -105,7 +98,7 @@ def _verify_entries(file: Path) -> bool:
 
 
 def _blocks(file: Path, offset: int, size: int) -> Iterator[memoryview]:
-    """The bytes of a part of a file, always in the same memory: a mapping would count as memory of this process."""
+    """The bytes of a part of a file in one reused buffer: a mapping would count as memory of this process."""
     buffer = memoryview(bytearray(min(size, _BLOCK_BYTES)))
     with file.open("rb", buffering=0) as raw:
         raw.seek(offset)
@@ -118,9 +111,9 @@ def _blocks(file: Path, offset: int, size: int) -> Iterator[memoryview]:
 
 
 def write_sha256sums(folder: Path, digests: Mapping[str, str]) -> None:
-    """Writes SHA256SUMS of file name -> SHA-256, sorted by name, as `sha256sum` does; synced to disk.
+    """Writes SHA256SUMS of {file name: SHA-256}, sorted by name as `sha256sum` does, and syncs it to disk.
 
-    Raises ValueError for what is not a SHA-256, and for what is not the name of a file in the folder.
+    Raises ValueError for a value that is not a SHA-256 or a name that is not a file name.
     """
     for name, digest in digests.items():
         if not _SHA256.fullmatch(digest):
@@ -129,5 +122,4 @@ def write_sha256sums(folder: Path, digests: Mapping[str, str]) -> None:
             raise ValueError(f"{folder}: {name!r} is not the name of a file in it.")
     with (folder / SUMS_NAME).open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(f"{digests[name]}  {name}\n" for name in sorted(digests))
-        file.flush()
-        os.fsync(file.fileno())
+    sync(folder / SUMS_NAME)

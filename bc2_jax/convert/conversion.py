@@ -1,4 +1,4 @@
-"""Checkpoints of ours from PyTorch folders and back, with little in memory and nothing half-done under a final name."""
+"""Conversions between checkpoints, PyTorch folders and GGUF: little memory, and a complete target or none."""
 
 from __future__ import annotations
 
@@ -8,69 +8,77 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 
 from bc2_jax.checkpoint import TOKENIZER_NAME
 from bc2_jax.config import ModelConfig
 from bc2_jax.convert import hf, hf_write, orbax
+from bc2_jax.convert.checkpoints import model_metadata
 from bc2_jax.convert.checksums import verify_file
-from bc2_jax.convert.folder import check_free, written_whole
+from bc2_jax.convert.folder import (
+    Foreign,
+    check_free,
+    foreign_in_checkpoint,
+    foreign_in_export,
+    foreign_in_gguf,
+    written_whole,
+)
 from bc2_jax.convert.gguf import GGUFType, check_gguf, write_gguf
 from bc2_jax.convert.hf_config import HFDType
-from bc2_jax.convert.ownership import foreign_in_checkpoint, foreign_in_export, foreign_in_gguf
 from bc2_jax.convert.reading import Reading
 from bc2_jax.convert.source import Source, open_source
-from bc2_jax.convert.stream import Stream, digest_part, fingerprint, in_order
-from bc2_jax.convert.table import Layout, layers_of, param_shapes, read_layer
-from bc2_jax.convert.vocabulary import check_vocabulary, resize_vocab
+from bc2_jax.convert.stream import HEAD, Stream, digest_part, fingerprint, in_order, row_blocks
+from bc2_jax.convert.table import Layout, Reader, read_layer
+from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.validation import check_path, join_some
 
+EMBEDDING = "embed_tokens.weight"
 NO_PROGRESS = (lambda total: None, lambda done: None)
 Progress = tuple[Callable[[int], None], Callable[[int], None]]
-"""What is told (the bytes to read, each number of bytes read)."""
+"""(called once with the total bytes, called with the bytes of each part)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What all conversions have in common."""
+    """Options of all conversions."""
 
     strict: bool = False
-    """Refuse values that are not finite; otherwise they are named in the summary."""
+    """Refuse values that are not finite; otherwise the summary names them."""
     overwrite: bool = False
-    """Replace a target that holds nothing but what a conversion wrote."""
+    """Replace a target that contains only what a conversion wrote."""
     verify: bool = False
-    """Read the result again and compare every part with what was meant to be written."""
+    """Read the result back and compare every part."""
     resize_vocab: int | None = None
     """Grow the vocabulary to this many token ids."""
     allow_unused_rows: bool = False
-    """Accept a vocabulary larger than the tokenizer."""
+    """Accept a vocabulary larger than the tokenizer's."""
     check_hashes: bool = True
-    """Compare the source's files with the hashes that are known of them."""
+    """Compare the source's files with their known checksums."""
     reading: Reading = Reading()
-    """How to read a PyTorch folder, as far as its files do not say so."""
+    """How to read a PyTorch folder that does not say so itself."""
     progress: Progress = NO_PROGRESS
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a conversion did."""
+    """Result of a conversion."""
 
     target: Path
     config: ModelConfig
     tensors: int
-    """Arrays of ours, a stacked one once."""
+    """Number of parameter arrays; a stacked array counts once."""
     bytes_read: int
     bytes_written: int
     seconds: float
     fingerprint: str
-    """Of the result, `stream.fingerprint`: the same in either format."""
+    """`stream.fingerprint` of the result; the same in every format."""
     not_finite: tuple[str, ...]
     hashed_files: int | None
-    """Source files whose hash was known and right; None where they were not checked."""
+    """Source files whose checksum is known and right; None if not checked."""
     notes: tuple[str, ...]
-    """Sentences on what was decided or left out without being asked."""
+    """Sentences on choices made by default and on what was left out."""
 
 
 def to_orbax(
@@ -78,32 +86,26 @@ def to_orbax(
 ) -> Summary:
     """Writes the model in `folder` as a params-only checkpoint, in the dtype of its files or in `dtype`.
 
-    Peak memory is a few layers' tensors and one embedding table, whatever the model. Raises FileNotFoundError,
-    FileExistsError, `files.InUse` (another process is writing it) or ValueError, in one sentence, and then leaves
-    nothing behind.
+    Peak memory is a few layers' tensors and one embedding table. Raises FileNotFoundError, FileExistsError,
+    `files.InUse` (another process is writing the target) or ValueError, and then leaves nothing behind.
     """
     target = Path(checkpoint).absolute()
     check_path("target", target)
     check_free(target, options.overwrite, foreign_in_checkpoint)
     source = prepare(open_source(folder, options.reading), options)
-    stream = _stream(source, options, None if dtype is None else hf.DTYPES[dtype])
-    shapes = param_shapes(source.config)
-    dtypes = {path: stream.dtype_of(path) for path in shapes}
-    metadata: dict[str, Any] = {"config": {"model": dataclasses.asdict(source.config)}, "generation": source.generation}
-    if source.chat_template is not None:
-        metadata["chat_template"] = source.chat_template
-    begin = time.perf_counter()
-    with written_whole(target, options.overwrite, foreign_in_checkpoint) as partial, _Hashes(source, options) as hashes:
-        writer = orbax.ParamsWriter(partial, shapes, dtypes, metadata)
-        for _ in in_order(lambda part: writer.write(part[0], part[1], stream.read(*part)), source.parts()):
-            pass
+    stream = open_stream(source, options, None if dtype is None else hf.DTYPES[dtype])
+    arrays = {path: (shape, stream.dtype_of(path)) for path, shape in source.shapes.items()}
+
+    def write(partial: Path) -> None:
+        metadata = model_metadata(source.config, source.generation, source.chat_template)
+        orbax.write_params(partial, arrays, metadata, stream.read)
         if source.tokenizer is not None:
             shutil.copyfile(source.tokenizer, partial / TOKENIZER_NAME)
         if options.verify:
-            arrays = orbax.open_arrays(partial)
-            _verify(stream, lambda path, layer: orbax.read_part(arrays[path], layer))
-        hashed = hashes.finish()
-    return _summary(target, stream, hashed, begin, _notes(source))
+            stored = orbax.open_arrays(partial)
+            _verify(stream, lambda path, layer: orbax.read_part(stored[path], layer))
+
+    return run_conversion(stream, target, foreign_in_checkpoint, options, write, _notes(source))
 
 
 def to_hf(
@@ -116,12 +118,12 @@ def to_hf(
     max_shard_bytes: float = 5e9,
     change: Callable[[Source, np.dtype], Source] = lambda source, dtype: source,
 ) -> Summary:
-    """Writes a checkpoint of ours (or a PyTorch folder) as a PyTorch folder.
+    """Writes a checkpoint (or a PyTorch folder) as a PyTorch folder.
 
-    `dtype` None is that of the source, or of a training run's checkpoint bfloat16, as models are released. `layout`:
-    baichuan2 is the released one, with the master rows of the head; baichuan1 has normalised rows, for
-    engines without NormHead; llama, for RoPE models, is LlamaForCausalLM's. `change` gives another source in the place
-    of the one that was opened, for the dtype that is written. Raises as `to_orbax`.
+    `dtype` None is the source's, or bfloat16 for a training checkpoint, as models are released. `layout` "baichuan2" is
+    the released one with unnormalised head rows; "baichuan1" has normalised rows, for engines without NormHead; "llama"
+    is LlamaForCausalLM's, for RoPE models. `change` replaces the opened source, given the dtype to write. Raises as
+    `to_orbax`.
     """
     target = Path(folder).absolute()
     check_free(target, options.overwrite, foreign_in_export)
@@ -129,16 +131,16 @@ def to_hf(
     dtype, notes = (dtype, ()) if dtype is not None else _choose_dtype(source)
     hf_write.check_layout(source.config, layout)
     source = change(source, hf.DTYPES[dtype])
-    stream = _stream(source, options, hf.DTYPES[dtype], normalize_head=layout != "baichuan2")
-    begin = time.perf_counter()
-    with written_whole(target, options.overwrite, foreign_in_export) as partial, _Hashes(source, options) as hashes:
+    stream = open_stream(source, options, hf.DTYPES[dtype], normalize_head=layout != "baichuan2")
+
+    def write(partial: Path) -> None:
         hf_write.write_folder(stream, partial, dtype, layout, file_format, max_shard_bytes)
         if options.verify:
             tensors = hf.open_folder(partial)
             hf.check_tensors(source.config, tensors, layout)
             _verify(stream, lambda p, i: read_layer(source.config, lambda n: tensors[n].read(), p, i, layout))
-        hashed = hashes.finish()
-    return _summary(target, stream, hashed, begin, (*notes, *_notes(source)))
+
+    return run_conversion(stream, target, foreign_in_export, options, write, (*notes, *_notes(source)))
 
 
 def to_gguf(checkpoint: str | Path, file: str | Path, options: Options = Options(), kind: GGUFType = "f16") -> Summary:
@@ -147,17 +149,13 @@ def to_gguf(checkpoint: str | Path, file: str | Path, options: Options = Options
     check_free(target, options.overwrite, foreign_in_gguf)
     source = prepare(open_source(checkpoint, options.reading), options)
     check_gguf(source.config, kind)
-    stream = _stream(source, options, np.dtype(np.float32), normalize_head=True)
-    begin = time.perf_counter()
-    with written_whole(target, options.overwrite, foreign_in_gguf) as partial, _Hashes(source, options) as hashes:
-        write_gguf(stream, partial, kind)
-        hashed = hashes.finish()
-    also = () if source.generation is None else ("generation_config.json",)
-    return _summary(target, stream, hashed, begin, _notes(source, also))
+    stream = open_stream(source, options, np.dtype(np.float32), normalize_head=True)
+    notes = _notes(source, () if source.generation is None else ("generation_config.json",))
+    return run_conversion(stream, target, foreign_in_gguf, options, lambda file: write_gguf(stream, file, kind), notes)
 
 
 def _choose_dtype(source: Source) -> tuple[HFDType, tuple[str, ...]]:
-    """The dtype of a PyTorch folder that nobody named, and what is to be said about it."""
+    """The default dtype of a PyTorch folder, and notes on that choice."""
     kinds = {dtype.name for dtype in source.dtypes.values()}
     if source.is_training:
         note = "written as bfloat16, as models are released; --dtype float32 keeps the master weights of the run"
@@ -174,52 +172,45 @@ def _notes(source: Source, also: tuple[str, ...] = ()) -> tuple[str, ...]:
 
 
 def prepare(source: Source, options: Options) -> Source:
-    """The source with the vocabulary that is asked for; with `open_source`, all that is checked before anything is
-    written. Raises ValueError.
-    """
+    """The source with the requested vocabulary. Raises ValueError if it does not match the tokenizer."""
     if options.resize_vocab is not None:
         source = resize_vocab(source, options.resize_vocab)
     check_vocabulary(source, options.allow_unused_rows or options.resize_vocab is not None)
     return source
 
 
-def _stream(source: Source, options: Options, dtype: np.dtype | None, normalize_head: bool = False) -> Stream:
+def open_stream(source: Source, options: Options, dtype: np.dtype | None, normalize_head: bool = False) -> Stream:
+    """A stream of the source that reports its progress."""
     announce, advance = options.progress
-    announce(_size(source))
+    announce(source.num_bytes)
     return Stream(source, dtype, normalize_head, options.strict, advance)
 
 
-def _size(source: Source) -> int:
-    return sum(
-        int(np.prod(shape)) * source.dtypes[path].itemsize for path, shape in param_shapes(source.config).items()
-    )
+def run_conversion(
+    stream: Stream, target: Path, foreign: Foreign, options: Options, write: Callable[[Path], None],
+    notes: tuple[str, ...],
+) -> Summary:  # fmt: skip
+    """Calls `write` with a temporary path that becomes `target`, while the source's files are checked by checksum."""
+    begin, source = time.perf_counter(), stream.source
+    files = source.files if options.check_hashes else ()
+    with written_whole(target, options.overwrite, foreign) as partial:
+        pool = ThreadPoolExecutor(1)
+        checks = [pool.submit(verify_file, file, source.manifested.get(file)) for file in files]
+        try:
+            write(partial)
+            hashed = [check.result() for check in checks]
+        finally:
+            pool.shutdown(cancel_futures=True)
+    written = [file for file in target.rglob("*") if file.is_file()] if target.is_dir() else [target]
+    return Summary(
+        target, source.config, len(source.dtypes), source.num_bytes, sum(file.stat().st_size for file in written),
+        time.perf_counter() - begin, fingerprint(stream.digests.values()), tuple(stream.not_finite),
+        sum(hashed) if files else None, notes,
+    )  # fmt: skip
 
 
-class _Hashes:
-    """Checks the source's files against their known hashes while the conversion reads the same files."""
-
-    def __init__(self, source: Source, options: Options) -> None:
-        self._pool = ThreadPoolExecutor(1)
-        self._files = source.files if options.check_hashes else ()
-        self._checked = options.check_hashes and bool(source.files)
-        manifested = source.manifested
-        self._futures = [self._pool.submit(verify_file, file, manifested.get(file)) for file in self._files]
-
-    def __enter__(self) -> _Hashes:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def finish(self) -> int | None:
-        """How many files had a known hash; raises ValueError if one is wrong. To be called before the result counts."""
-        known = [future.result() for future in self._futures]
-        return sum(known) if self._checked else None
-
-
-def _verify(stream: Stream, read: Callable[[str, int | None], np.ndarray]) -> None:
-    config = stream.source.config
-    parts = [(path, layer) for path in param_shapes(config) for layer in layers_of(config, path)]
+def _verify(stream: Stream, read: Reader) -> None:
+    parts = stream.source.parts()
     digests = in_order(lambda part: digest_part(part, read(*part)), parts)
     for part, digest in zip(parts, digests, strict=True):
         if digest != stream.digests[part]:
@@ -228,10 +219,66 @@ def _verify(stream: Stream, read: Callable[[str, int | None], np.ndarray]) -> No
             )
 
 
-def _summary(target: Path, stream: Stream, hashed: int | None, begin: float, notes: tuple[str, ...]) -> Summary:
-    config = stream.source.config
-    files = [file for file in target.rglob("*") if file.is_file()] if target.is_dir() else [target]
-    return Summary(
-        target, config, len(param_shapes(config)), _size(stream.source), sum(file.stat().st_size for file in files),
-        time.perf_counter() - begin, fingerprint(stream.digests.values()), tuple(stream.not_finite), hashed, notes,
-    )  # fmt: skip
+def check_vocabulary(source: Source, allow_unused_rows: bool = False) -> None:
+    """Raises ValueError if the vocabulary does not match the tokenizer beside the model.
+
+    A larger vocabulary (padded, or grown for future pieces) is legal with `allow_unused_rows`. A smaller one never is:
+    the tokenizer would give ids without a row.
+    """
+    if source.tokenizer is None:
+        return
+    pieces, rows = Tokenizer(str(source.tokenizer)).vocab_size, source.config.vocab_size
+    if pieces > rows:
+        raise ValueError(
+            f"vocab_size = {rows} is not valid: {source.tokenizer} has {pieces} pieces; "
+            f"--resize-vocab {pieces} grows it."
+        )
+    if pieces < rows and not allow_unused_rows:
+        raise ValueError(
+            f"vocab_size = {rows} is not that of {source.tokenizer}, which has {pieces} pieces; pass "
+            "--allow-unused-rows if the vocabulary was padded or grown on purpose."
+        )
+
+
+def resize_vocab(source: Source, size: int, seed: int = 0) -> Source:
+    """The same model with `size` token ids; old rows keep their bits, new ones come from `new_rows`.
+
+    Raises ValueError for fewer rows, which would lose tokens.
+    """
+    old = source.config.vocab_size
+    if size < old:
+        raise ValueError(f"--resize-vocab {size} is not valid: the model has {old} token ids, and none may be lost.")
+
+    def read(path: str, layer: int | None) -> np.ndarray:
+        array = source.read(path, layer)
+        if path not in (EMBEDDING, HEAD):
+            return array
+        # Each table has its own generator, so the order of reading does not matter.
+        generator = np.random.default_rng([seed, int(path == HEAD)])
+        unit = path == HEAD and source.config.normalize_head
+        return np.concatenate([array, new_rows(array, size - old, unit, generator)])
+
+    return dataclasses.replace(source, config=dataclasses.replace(source.config, vocab_size=size), read=read)
+
+
+def new_rows(rows: np.ndarray, count: int, unit: bool, generator: np.random.Generator) -> np.ndarray:
+    """[count, D] rows for new tokens: the mean of the old rows plus Gaussian noise up to their usual length.
+
+    Their inner product with a hidden state is about the mean one, and no two are equal. With `unit` (NormHead) the
+    directions of old rows are averaged, because their lengths have no effect; a row of zeros, which would give 0 / 0
+    there, cannot occur.
+    """
+    total, squares, lengths = np.zeros(rows.shape[1]), 0.0, 0.0
+    for block in row_blocks(rows):
+        block = block.astype(np.float32)
+        norms = np.sqrt(np.sum(block * block, axis=1, keepdims=True))
+        lengths += float(norms.sum())
+        if unit:
+            block = block / np.maximum(norms, 1e-12)
+        total += block.sum(axis=0, dtype=np.float64)
+        squares += float(np.sum(block * block, dtype=np.float64))
+    mean = total / len(rows)
+    missing = max(squares / len(rows) - float(mean @ mean), 0.0)
+    noise = generator.standard_normal((count, rows.shape[1]), dtype=np.float32) * np.sqrt(missing / rows.shape[1])
+    scale = lengths / len(rows) if unit else 1.0
+    return ((mean + noise) * scale).astype(rows.dtype)

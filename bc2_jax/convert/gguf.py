@@ -1,13 +1,12 @@
-"""One GGUF file for llama.cpp, written with the `gguf` package, with one or two tensors in memory at a time.
+"""Writes one GGUF file for llama.cpp with the `gguf` package, with one or two tensors in memory at a time.
 
-llama.cpp runs both sizes as the architecture "baichuan" and has nowhere to read the position embedding from: 32 layers
-are RoPE, 40 are ALiBi, and with any other number the model runs without positions or not at all, by its version. Its
-graph has no NormHead, so the rows of the head must come normalised.
+llama.cpp runs both sizes as architecture "baichuan" and infers the position embedding from the number of layers: 32 is
+RoPE, 40 is ALiBi; with any other number it runs without positions or not at all, depending on its version. It has no
+NormHead, so head rows must be normalised.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args
@@ -17,7 +16,7 @@ from ml_dtypes import bfloat16
 
 from bc2_jax.config import ModelConfig
 from bc2_jax.convert.chat_template import CHAT_TEMPLATE
-from bc2_jax.convert.sentencepiece import read_sentencepiece
+from bc2_jax.convert.llama_tokenizer import read_sentencepiece
 from bc2_jax.convert.stream import Stream, in_order, row_blocks
 from bc2_jax.convert.table import TorchTensor, build_tensor, torch_shapes, torch_tensors
 from bc2_jax.tokenizer import RESERVED
@@ -28,24 +27,14 @@ GGUF_TYPES: tuple[GGUFType, ...] = get_args(GGUFType)
 
 _LAYERS = {"rope": 32, "alibi": 40}
 _Q8_0_BLOCK = 32
-# llama.cpp rotates the pairs (2i, 2i + 1) of a head, we the pairs (i, i + H / 2).
+# llama.cpp rotates pairs (2i, 2i + 1) of a head, we rotate (i, i + H / 2).
 _ROTATED = ("layers.self_attn.q_proj.weight", "layers.self_attn.k_proj.weight")
-# From here on a value (of q8_0: the fp16 scale of its block) becomes infinite.
+# Smallest value that becomes infinite (in q8_0, in the fp16 scale of its block).
 _TOO_LARGE: dict[GGUFType, float] = {"f16": 65520.0, "bf16": 3.3961775e38, "q8_0": 127 * 65520.0}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Vocabulary:
-    """The arrays of tokenizer.ggml, one entry a token id."""
-
-    tokens: list[str]
-    scores: list[float]
-    types: list[int]
-    unk_id: int
-
-
 def check_gguf(config: ModelConfig, kind: GGUFType = "f16") -> None:
-    """Raises ValueError, in one sentence, if llama.cpp cannot run the model, or if `kind` cannot hold its tensors."""
+    """Raises ValueError if llama.cpp cannot run the model or `kind` cannot hold its tensors."""
     layers = config.num_hidden_layers
     legal = "llama.cpp's baichuan is RoPE with 32 layers or ALiBi with 40"
     require(layers in _LAYERS.values(), "model.num_hidden_layers", layers, legal)
@@ -59,12 +48,12 @@ def check_gguf(config: ModelConfig, kind: GGUFType = "f16") -> None:
 
 
 def write_gguf(stream: Stream, file: Path, kind: GGUFType) -> None:
-    """Writes the model and its tokenizer to `file`, which is replaced if it exists.
+    """Writes the model and its tokenizer to `file`, replacing it if it exists.
 
-    The stream must read float32 with the head normalised. Matrices are stored as `kind`, norms as float32. At most two
-    tensors are worked on at a time; the largest is the embedding table. Raises ValueError, before the file exists, as
-    `check_gguf`, if there is no tokenizer or llama.cpp would read text otherwise than it, and if the `gguf` package is
-    missing; later if a finite value overflows in `kind`, and as `Stream.read`.
+    The stream must read float32 with a normalised head. Matrices are stored as `kind`, norms as float32. At most two
+    tensors are processed at a time; the largest is the embedding table. Raises ValueError before the file exists as
+    `check_gguf`, if there is no tokenizer or llama.cpp would tokenize otherwise, and if the `gguf` package is missing;
+    later if a finite value overflows in `kind`, and as `Stream.read`.
     """
     config = stream.source.config
     check_gguf(config, kind)
@@ -96,8 +85,8 @@ def write_gguf(stream: Stream, file: Path, kind: GGUFType) -> None:
         out = np.empty((array.shape[0], array.shape[1] // block * size), np.uint8)
         for rows, target in zip(row_blocks(array), row_blocks(array, out), strict=True):
             _check_range(rows, kind, name)
-            # The package rounds to bf16 the same, at a twentieth of the speed.
-            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite was noted by the stream
+            # The package rounds to bf16 in the same way, 20 times slower.
+            with np.errstate(over="ignore", invalid="ignore"):  # the stream records values that are not finite
                 encoded = rows.astype(bfloat16) if kind == "bf16" else gguf.quants.quantize(rows, matrix_type)
             target[...] = encoded.view(np.uint8)
         return out
@@ -122,7 +111,7 @@ def _import_gguf() -> ModuleType:
 
 
 def _pair_neighbours(rows: np.ndarray, heads: int) -> np.ndarray:
-    """[N * H, D], in each head rows (0, H / 2), (1, H / 2 + 1), ... side by side."""
+    """[N * H, D]; rows (0, H / 2), (1, H / 2 + 1), ... of each head become neighbours."""
     return rows.reshape(heads, 2, -1, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
 
 
@@ -144,45 +133,41 @@ def _add_metadata(writer: Any, gguf: ModuleType, config: ModelConfig, kind: GGUF
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_attention_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)  # asserted to be the head size with ALiBi too
+    writer.add_rope_dimension_count(config.head_dim)  # required with ALiBi too
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_vocab_size(config.vocab_size)
 
 
-def _add_vocabulary(writer: Any, config: ModelConfig, vocabulary: _Vocabulary) -> None:
+def _read_vocabulary(path: Path | None, config: ModelConfig) -> Any:
+    """The SentencePiece model.
+
+    Raises ValueError if there is none, llama.cpp would tokenize otherwise, or there are more pieces than token ids.
+    """
+    if path is None:
+        raise ValueError("GGUF contains the tokenizer, but the model has no tokenizer.model.")
+    model = read_sentencepiece(path, "llama.cpp")
+    require(
+        len(model.pieces) <= config.vocab_size, "model.vocab_size", config.vocab_size,
+        f"{path} has {len(model.pieces)} pieces",
+    )  # fmt: skip
+    return model
+
+
+def _add_vocabulary(writer: Any, config: ModelConfig, model: Any) -> None:
+    """The pieces of a SentencePiece model, padded to the model's vocabulary with unused tokens."""
+    kinds, unused = model.SentencePiece, range(len(model.pieces), config.vocab_size)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list(vocabulary.tokens)
-    writer.add_token_scores(vocabulary.scores)
-    writer.add_token_types(vocabulary.types)
-    writer.add_unk_token_id(vocabulary.unk_id)
+    writer.add_token_list([piece.piece for piece in model.pieces] + [f"[PAD{i}]" for i in unused])
+    writer.add_token_scores([piece.score for piece in model.pieces] + [-10_000.0 for _ in unused])
+    # Piece types have the same numbers in both. Role and reserved tokens become control tokens, because plain text
+    # could produce user-defined ones and so forge a role.
+    types = [kinds.CONTROL if RESERVED.fullmatch(piece.piece) else piece.type for piece in model.pieces]
+    writer.add_token_types(types + [kinds.UNUSED for _ in unused])
+    writer.add_unk_token_id(model.trainer_spec.unk_id)
     writer.add_bos_token_id(config.bos_token_id)
     writer.add_eos_token_id(config.eos_token_id)
     writer.add_pad_token_id(config.pad_token_id)
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
-
-
-def _read_vocabulary(path: Path | None, config: ModelConfig) -> _Vocabulary:
-    """The pieces of a SentencePiece model, filled up to the model's vocabulary with tokens that no text gives.
-
-    Raises ValueError if there is no such model, if llama.cpp's version of SentencePiece would read text otherwise, or
-    if there are more pieces than token ids.
-    """
-    if path is None:
-        raise ValueError("GGUF holds the tokenizer, and there is no tokenizer.model beside the model.")
-    model = read_sentencepiece(path, "llama.cpp")
-    kinds = model.SentencePiece
-    pieces, size = model.pieces, config.vocab_size
-    require(len(pieces) <= size, "model.vocab_size", size, f"{path} has {len(pieces)} pieces")
-    unused = range(len(pieces), size)
-    return _Vocabulary(
-        # The types have the same numbers here and there. Roles and what is reserved for such must not come out of plain
-        # text, which user-defined pieces do: with control pieces llama.cpp forges no role, as our tokenizer does not.
-        tokens=[piece.piece for piece in pieces] + [f"[PAD{i}]" for i in unused],
-        scores=[piece.score for piece in pieces] + [-10_000.0 for _ in unused],
-        types=[kinds.CONTROL if RESERVED.fullmatch(piece.piece) else piece.type for piece in pieces]
-        + [kinds.UNUSED for _ in unused],
-        unk_id=model.trainer_spec.unk_id,
-    )

@@ -1,4 +1,4 @@
-"""The weights of a PyTorch folder; what is not understood is refused unread."""
+"""Weight files of a PyTorch folder: finding, opening and checking tensors by name."""
 
 from __future__ import annotations
 
@@ -17,19 +17,15 @@ from bc2_jax.convert.safetensors import read_safetensors
 from bc2_jax.convert.table import Layout, Shape, torch_shapes
 from bc2_jax.validation import join_some
 
-DTYPES = {
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-    "float32": np.dtype(np.float32),
-}
+DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
 FLOAT64 = np.dtype(np.float64)
-# What PyTorch models compute themselves and some of them save: tables of RoPE, masks of ALiBi.
+# Buffers that PyTorch models compute and some save: RoPE tables, ALiBi masks.
 _BUFFER = re.compile(
     r"(^|\.)(rotary_emb\..+|(original_)?inv_freq|_?(cos|sin)(_cached|_cache)?|freqs_cis|rope_cache|future_mask|masked_bias"
     r"|alibi(_mask|_slopes)?|slopes|(causal|attn|attention)_mask|position_ids)$"
 )
 _EMBEDDING = "model.embed_tokens.weight"
-# Where the beginning of a name comes from that is not the model's own.
+# Prefix of tensor names -> the wrapper that adds it.
 _WRAPPERS = {
     "module.": "DataParallel or DeepSpeed",
     "_orig_mod.": "torch.compile",
@@ -42,12 +38,12 @@ _ADAPTER = re.compile(r"(^|\.)(lora_|base_layer\.|modules_to_save\.|hada_|oft_|v
 
 
 def open_folder(folder: str | Path, strip_prefix: str = "") -> dict[str, MappedTensor]:
-    """`read_folder` without the buffers."""
+    """`read_folder` without buffers."""
     return split_buffers(read_folder(folder, strip_prefix))[0]
 
 
 def split_buffers(tensors: Mapping[str, MappedTensor]) -> tuple[dict[str, MappedTensor], dict[str, MappedTensor]]:
-    """(parameters, buffers): tables that PyTorch models compute themselves, and counters."""
+    """(parameters, buffers); buffers are tables that PyTorch models compute themselves, and counters."""
     buffers = {
         name: tensor
         for name, tensor in tensors.items()
@@ -57,11 +53,11 @@ def split_buffers(tensors: Mapping[str, MappedTensor]) -> tuple[dict[str, Mapped
 
 
 def read_folder(folder: str | Path, strip_prefix: str = "") -> dict[str, MappedTensor]:
-    """PyTorch name -> tensor, of all weight files of a folder; nothing read but their headers.
+    """PyTorch name -> tensor, from all weight files of a folder; reads only their headers.
 
-    Takes safetensors if there are any, else pytorch_model*.bin (never executed), each as one file or as shards, with or
-    without their index. `strip_prefix` is what comes before the names. Raises ValueError if a shard is missing, the
-    index names a file outside the folder, the index and the files disagree, or a tensor is in two files.
+    Uses safetensors if there are any, else pytorch_model*.bin (never executed), as one file or as shards, with or
+    without an index. `strip_prefix` is removed from the names. Raises ValueError if a shard is missing, the index names
+    a file outside the folder, the index and the files disagree, or a tensor is in two files.
     """
     folder = Path(folder)
     read = read_safetensors
@@ -73,7 +69,7 @@ def read_folder(folder: str | Path, strip_prefix: str = "") -> dict[str, MappedT
         raise FileNotFoundError(f"{folder} has neither model*.safetensors nor pytorch_model*.bin.")
     files, index = found
     if missing := [file for file in files if not (folder / file).is_file()]:
-        raise ValueError(f"{folder} is incomplete: {join_some(missing)} not there.")
+        raise ValueError(f"{folder} is incomplete: it lacks {join_some(missing)}.")
     tensors: dict[str, MappedTensor] = {}
     problems = []
     for file in files:
@@ -98,7 +94,7 @@ def read_folder(folder: str | Path, strip_prefix: str = "") -> dict[str, MappedT
 
 def _strip(tensors: Mapping[str, MappedTensor], prefix: str) -> dict[str, MappedTensor]:
     prefix = prefix if prefix.endswith(".") else f"{prefix}."
-    # Wrappers of a model's parts write their names, which begin with "_", in the middle.
+    # Wrappers of submodules start with "_" and may be in the middle of a name.
     place = r"(^|(?<=\.))" if prefix.startswith("_") else "^"
     stripped: dict[str, MappedTensor] = {}
     for name, tensor in tensors.items():
@@ -115,7 +111,7 @@ def _strip(tensors: Mapping[str, MappedTensor], prefix: str) -> dict[str, Mapped
 
 
 def _find_files(folder: Path, stem: str, suffix: str) -> tuple[list[str], dict[str, str] | None] | None:
-    """The weight files of one format and, where there is one, the index tensor name -> file name."""
+    """The weight files of one format, and the index tensor name -> file name if there is one."""
     single, index_path = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
     if single.is_file() and index_path.is_file():
         raise ValueError(f"{folder} has both {single.name} and {index_path.name}: remove the one that is out of date.")
@@ -125,7 +121,7 @@ def _find_files(folder: Path, stem: str, suffix: str) -> tuple[list[str], dict[s
         index = read_json(index_path).get("weight_map")
         if not isinstance(index, dict) or not index or not all(isinstance(file, str) for file in index.values()):
             raise ValueError(f"{index_path} has no weight_map from tensor names to files.")
-        # Only the name is judged: files of the Hugging Face cache are symbolic links out of their folder.
+        # Checks names only: files of the Hugging Face cache are symbolic links out of their folder.
         pattern = re.compile(rf"[\w.-]+\.{suffix}", re.ASCII)
         if bad := sorted({file for file in index.values() if not pattern.fullmatch(file)}):
             raise ValueError(
@@ -147,12 +143,12 @@ def _find_files(folder: Path, stem: str, suffix: str) -> tuple[list[str], dict[s
 
 
 def find_layout(names: Iterable[str]) -> Layout:
-    """Which layout the tensors of these names have: attention fused in W_pack, or in three tensors as in LLaMA."""
+    """The layout of tensors with these names: attention fused in W_pack, or in three tensors as in LLaMA."""
     return "llama" if any(name.endswith(".self_attn.q_proj.weight") for name in names) else "baichuan2"
 
 
 def check_tensors(config: ModelConfig, tensors: Mapping[str, MappedTensor], layout: Layout = "baichuan2") -> None:
-    """Raises ValueError, naming them, for missing, unexpected and misshapen tensors and dtypes that are not ours."""
+    """Raises ValueError that names missing, unexpected and misshapen tensors and unsupported dtypes."""
     expected = torch_shapes(config, layout)
     if tensors.keys() != expected.keys():
         _explain_names(tensors)
@@ -168,32 +164,37 @@ def check_tensors(config: ModelConfig, tensors: Mapping[str, MappedTensor], layo
 
 
 def _explain_names(names: Iterable[str]) -> None:
-    """Raises ValueError if the names are those of something that can be named."""
+    """Raises ValueError if the names are those of an unmerged adapter or a wrapped model."""
     if adapters := [name for name in names if _ADAPTER.search(name)]:
         raise ValueError(
-            f"{adapters[0]} is a part of an adapter (LoRA or the like) that is not merged: merge it into the weights "
+            f"{adapters[0]} belongs to an adapter (LoRA or similar) that is not merged: merge it into the weights "
             "first, with PEFT's merge_and_unload."
         )
     prefix = next((name.removesuffix(_EMBEDDING) for name in names if name.endswith(f".{_EMBEDDING}")), "")
-    if not prefix:  # a wrapper of a part
+    if not prefix:  # a wrapper of a submodule
         prefix = next((w for w in _WRAPPERS for name in names if w.startswith("_") and f".{w}" in f".{name}"), "")
     if prefix:
-        origins = [origin for wrapper, origin in _WRAPPERS.items() if wrapper in prefix]
-        by = f", which {' and '.join(origins)} put there" if origins else ""
+        origins = [origin for wrapper, origin in _WRAPPERS.items() if f".{wrapper}" in f".{prefix}"]
+        by = f", added by {' and '.join(origins)}" if origins else ""
         raise ValueError(
-            f"The tensors' names have {prefix!r} before the model's own{by}: pass --strip-prefix {prefix} to "
+            f"The tensors' names start with {prefix!r}{by}: pass --strip-prefix {prefix} to "
             f"tools/convert.py (in Python: Reading(strip_prefix={prefix!r}))."
         )
 
 
-def check_shapes(what: str, expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
-    """Raises ValueError, naming them, for missing, unexpected and misshapen entries."""
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is unexpected" for name in found if name not in expected]
-    problems += [
+def compare_shapes(expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> tuple[list[str], list[str], list[str]]:
+    """(names that are missing, names that are unexpected, sentences on those with another shape)."""
+    misshapen = [
         f"{name} has shape {tuple(found[name])}, expected {shape}"
         for name, shape in expected.items()
         if name in found and tuple(found[name]) != shape
     ]
-    if problems:
-        raise ValueError(f"The {what} do not fit the config: {join_some(problems)}.")
+    return [n for n in expected if n not in found], [n for n in found if n not in expected], misshapen
+
+
+def check_shapes(what: str, expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
+    """Raises ValueError that names missing, unexpected and misshapen entries."""
+    missing, unexpected, misshapen = compare_shapes(expected, found)
+    problems = [f"{name} is missing" for name in missing] + [f"{name} is unexpected" for name in unexpected]
+    if problems + misshapen:
+        raise ValueError(f"The {what} do not fit the config: {join_some(problems + misshapen)}.")

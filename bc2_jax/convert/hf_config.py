@@ -1,4 +1,4 @@
-"""config.json and generation_config.json of a PyTorch folder: what they say, leave unsaid, and may not say."""
+"""Reads and writes config.json and generation_config.json of a PyTorch folder."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ HFDType = Literal["bfloat16", "float16", "float32"]
 
 _log = logging.getLogger(__name__)
 BAICHUAN2_VOCAB = 125_696
-# Baichuan 1 has 64,000 tokens; with a few more it was padded or grown.
+# Baichuan 1 has 64,000 tokens; its vocabulary may be padded or grown.
 _BAICHUAN1_VOCAB = range(64_000, 65_001)
+_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-# The released sizes tell the position scheme: field -> (the 7B model's, the 13B model's).
+# Released sizes imply the position scheme: field -> (7B, 13B).
 _RELEASED = {"hidden_size": (4096, 5120), "num_hidden_layers": (32, 40), "num_attention_heads": (32, 40)}
 
 
 class Choice(NamedTuple):
-    """A field that a released config.json leaves unsaid."""
+    """A field that a released config.json does not contain."""
 
     value: Any
     why: str
-    is_said: bool
-    """By the config or by whoever reads it, not told from other fields."""
+    is_said: bool  # whether the config or the caller says so; otherwise it was inferred from other fields
 
 
 def read_config(folder: str | Path, reading: Reading = AS_SAID) -> ModelConfig:
-    """The ModelConfig of a folder's config.json; its model_type is baichuan or llama.
+    """The ModelConfig of a folder's config.json with model_type baichuan or llama.
 
-    A key that changes what the model computes is honoured or refused (`hf_keys`); the log names keys that are ignored
-    and might be missed. Two things that a released config.json does not say are told from what it does say, unless our
-    own keys `position_embedding` and `normalize_head` or the `reading` say them; the log gives the reason (`choose`).
-    Raises FileNotFoundError or ValueError, in one sentence.
+    Keys that change what the model computes are honoured or refused (`hf_keys`); other unknown keys are ignored and
+    logged. Two fields that a released config.json lacks are inferred from the others, unless our own keys
+    `position_embedding` and `normalize_head` or the `reading` give them; the reason is logged (`choose`). Raises
+    FileNotFoundError or ValueError.
     """
     path = Path(folder) / "config.json"
     raw = read_json(path)
@@ -86,10 +86,10 @@ def _read_field(raw: Mapping[str, Any], name: str) -> Any:
 def _read_int(raw: Mapping[str, Any], key: str) -> int | None:
     value = lookup(raw, key)
     if key.endswith("_token_id"):
-        if isinstance(value, list):  # several end an answer; the first is the model's (`read_generation_config`)
+        if isinstance(value, list):  # the first is the model's; `read_generation_config` keeps the others
             value = value[0] if value else None
         if isinstance(number := read_number(value), int) and number < 0:
-            return None  # LLaMA's way to say that there is none
+            return None  # LLaMA's spelling of "none"
     if value is None:
         return None
     number = read_number(value)
@@ -115,12 +115,12 @@ def _read_other(raw: Mapping[str, Any], key: str) -> Any:
 
 
 def choose(raw: Mapping[str, Any], reading: Reading = AS_SAID) -> dict[str, Choice]:
-    """Field -> choice, for the two fields that a released config.json leaves unsaid.
+    """Field -> choice, for the two fields that a released config.json does not contain.
 
-    The position scheme is the one that all signs give: the number of heads and layers and the width of the releases,
-    `max_position_embeddings`, the spelling `BaiChuanForCausalLM`, settings of RoPE. The head is plain in LLaMA, in the
-    class so spelt and with the vocabulary of Baichuan 1, and a NormHead otherwise. Raises ValueError if signs disagree,
-    and names the option that decides.
+    The position scheme must agree with all signs: the released number of heads and layers and width,
+    `max_position_embeddings`, the spelling `BaiChuanForCausalLM`, RoPE settings. The head is plain for LLaMA, for that
+    spelling and with Baichuan 1's vocabulary; otherwise a NormHead. Raises ValueError that names the deciding option if
+    signs disagree.
     """
     choices = {}
     for name, tell in (("position_embedding", _tell_scheme), ("normalize_head", _tell_head)):
@@ -143,12 +143,12 @@ def choose(raw: Mapping[str, Any], reading: Reading = AS_SAID) -> dict[str, Choi
 
 
 def _tell_scheme(raw: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(scheme, why) of every sign that there is, the best one first."""
+    """(scheme, reason) for each sign, the best one first."""
     if raw.get("model_type") == "llama":
         return [("rope", "LlamaForCausalLM has RoPE")]
     signs = []
     length = _read_int(raw, "max_position_embeddings") or 0
-    if length > 0:  # otherwise it says that there is no limit
+    if length > 0:  # otherwise it means no limit
         signs.append(("rope", f"max_position_embeddings = {length} is present"))
     for name, sizes in _RELEASED.items():
         size = _read_int(raw, name)
@@ -162,7 +162,7 @@ def _tell_scheme(raw: Mapping[str, Any]) -> list[tuple[str, str]]:
         signs.append(("rope", "BaiChuanForCausalLM, so spelt, is Baichuan 1 with RoPE"))
     signs += [(scheme, f"{key} = {show(raw[key])}") for key, scheme in scheme_signs(raw).items()]
     signs += [("rope", f"{key} changes RoPE") for key in rope_signs(raw)]
-    # The width is what other engines go by, and the 7B model's needs no other sign.
+    # Other engines decide by the width; the 7B model's needs no other sign.
     if length <= 0 and width != _RELEASED["hidden_size"][0]:
         why = f"max_position_embeddings is absent and hidden_size = {width} is not 4096"
         signs.insert(0, ("alibi", why))
@@ -190,27 +190,17 @@ def _is_baichuan1_7b(raw: Mapping[str, Any]) -> bool:
 def write_config(
     config: ModelConfig, folder: str | Path, dtype: HFDType = "bfloat16", layout: Layout = "baichuan2"
 ) -> None:
-    """Writes config.json. In the Baichuan layouts it has the keys of a release and our own, so that `read_config` gives
-    back exactly `config`; in the llama layouts it is that of LlamaForCausalLM or LlamaForSequenceClassification.
+    """Writes config.json. Baichuan layouts have the keys of a release and our own, so `read_config` restores exactly
+    `config`; llama layouts are LlamaForCausalLM's or LlamaForSequenceClassification's.
     """
     raw = {
         "hidden_act": "silu",
         "tie_word_embeddings": False,
         "use_cache": True,
         "torch_dtype": dtype,
-        "pad_token_id": config.pad_token_id,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "vocab_size": config.vocab_size,
-        "rms_norm_eps": config.rms_norm_eps,
-        "initializer_range": config.initializer_range,
-        "rope_theta": config.rope_theta,
+        **{name: getattr(config, name) for name in (*_IDS, *_SIZES, "rms_norm_eps", "initializer_range", "rope_theta")},
     }
-    if config.position_embedding == "rope":  # its presence is how other engines tell RoPE from ALiBi
+    if config.position_embedding == "rope":  # other engines infer RoPE from its presence
         raw["max_position_embeddings"] = config.model_max_length
     if layout.startswith("llama"):
         is_reward_model = layout == "llama_reward"
@@ -219,10 +209,10 @@ def write_config(
         if is_reward_model:  # one label: a number
             raw |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
         raw |= {"num_key_value_heads": config.num_attention_heads, "head_dim": config.head_dim}
-        # Without a version transformers 4.57 takes a large vocabulary's tokenizer for one with a known mistake.
+        # Without a version transformers 4.57 assumes that a large vocabulary's tokenizer has a known bug.
         raw |= {"attention_bias": False, "mlp_bias": False, "transformers_version": "4.29.2"}
     else:
-        # Baichuan 1 with RoPE is the one that engines know by its other spelling.
+        # Engines know Baichuan 1 with RoPE by its other spelling.
         baichuan1_7b = not config.normalize_head and config.position_embedding == "rope"
         raw["architectures"] = ["BaiChuanForCausalLM" if baichuan1_7b else "BaichuanForCausalLM"]
         raw |= {"model_type": "baichuan", "tokenizer_class": "BaichuanTokenizer", **dataclasses.asdict(config)}
@@ -230,9 +220,9 @@ def write_config(
 
 
 def read_generation_config(folder: str | Path) -> dict[str, Any] | None:
-    """generation_config.json, if there is one.
+    """generation_config.json, or None.
 
-    Where config.json lists several eos ids, those that generation_config.json lacks are added to its own.
+    If config.json lists several eos ids, those missing from generation_config.json are added.
     """
     path = Path(folder) / "generation_config.json"
     settings = read_json(path) if path.exists() else None
@@ -248,12 +238,12 @@ def read_generation_config(folder: str | Path) -> dict[str, Any] | None:
 
 
 def write_generation_config(config: ModelConfig, folder: Path, released: Mapping[str, Any] | None = None) -> None:
-    """Writes the file that came with the model; without one the ids alone.
+    """Writes the released generation config, or the special ids alone if there was none.
 
-    Settings of sampling are a chat model's, which comes with its file. transformers obeys some of them in greedy
-    decoding too: a repetition penalty would change what a base model answers in an evaluation.
+    Sampling settings belong to a chat model and come with its file. transformers applies a repetition penalty in greedy
+    decoding too, which would change a base model's answers in an evaluation.
     """
-    ids = {name: getattr(config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    ids = {name: getattr(config, name) for name in _IDS}
     write_json(folder / "generation_config.json", ids if released is None else released)
 
 

@@ -1,8 +1,7 @@
-"""What each key of a config.json means here: a ModelConfig field, a setting with one supported value, or nothing.
+"""Meaning of each config.json key: a ModelConfig field, a setting with one supported value, or harmless.
 
-A key that changes what the model computes is honoured, or refused unless it has the value that we compute with. One
-that does not is never refused. The keys are those that transformers 4 and 5, Baichuan 1 and 2 and the relatives of
-LLaMA write.
+A key that changes what the model computes is honoured, or refused unless it has the supported value; other keys are
+never refused. Covers the keys of transformers 4 and 5, Baichuan 1 and 2 and LLaMA's relatives.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ SPELLINGS = {
         *(f"{name}.{entry}" for name in _ROPE_DICTS for entry in ("rope_theta", "base")),
     ),
 }  # fmt: skip
-"""Our field -> its names in config.json, where there is more than ours; a dot leads into a dict."""
+"""Field -> its names in config.json, if it has several; a dot leads into a dict."""
 
 _OFF, _ONE = (False, 0), (1,)
 
@@ -32,7 +31,7 @@ def _names(text: str, legal: tuple) -> dict[str, tuple]:
     return dict.fromkeys(text.split(), legal)
 
 
-# Key -> the values that we compute with. What is null or empty is legal too.
+# Key -> supported values; null and empty are legal too.
 _ONLY: dict[str, tuple] = {
     **_names("hidden_act hidden_activation activation_function activation act_fn", ("silu", "swish")),
     **_names("norm_type normalization normalization_type", ("rmsnorm", "rms_norm", "rms")),
@@ -81,7 +80,7 @@ _FOLLOWS: dict[str, Callable[[ModelConfig], float]] = {
 }
 _FOLLOWS_ROPE: dict[str, Callable[[ModelConfig], float]] = {"rotary_dim": lambda config: config.head_dim}
 _POSITION_KEYS = ("position_embedding_type", "pos_emb", "pos_embed", "alibi", "use_alibi")
-# Settings of training, of generation, of other tasks, of how the same is computed, and notes of where it came from.
+# Settings of training, generation, other tasks and implementation, and notes on the origin.
 _HARMLESS = """
 architectures auto_map model_type torch_dtype dtype use_cache cache_implementation transformers_version
 tokenizer_class name_or_path attn_implementation output_attentions output_hidden_states output_scores return_dict
@@ -102,7 +101,7 @@ fused_mlp fused_bias_fc
 _HARMLESS_NAMES = frozenset(_HARMLESS.split())
 _HARMLESS_PATTERN = re.compile(r"^_|flash|implementation|xformers|sdpa|memory_efficient|version$|comment|license")
 _DROPOUT = re.compile(r"dropout|_pdrop$|drop_path|layerdrop|jitter")
-# What keys are called that change what a model computes.
+# Patterns of keys that change what a model computes.
 _SUSPICIOUS = re.compile(
     r"rope|rotary|ntk|yarn|scal|cap|window|slid|norm|bias|attn|attention|head|kv|qk|expert|moe|activ|act_|_act|multipl"
     r"|factor|alibi|position|logit|residual|sparse|mask|mup|layer|embed|hidden|mlp|ffn|quant|lora|adapter|gate|theta"
@@ -111,7 +110,7 @@ _SUSPICIOUS = re.compile(
 
 
 def lookup(raw: Mapping[str, Any], name: str) -> Any:
-    """raw["a"]["b"] of the name "a.b"; None where it is not there."""
+    """raw["a"]["b"] for the name "a.b"; None if absent."""
     value: Any = raw
     for part in name.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
@@ -119,7 +118,7 @@ def lookup(raw: Mapping[str, Any], name: str) -> Any:
 
 
 def read_number(value: Any) -> float | int | None:
-    """A number as config.json spells it, also as a string ("1e-06"); None for anything else, infinity and NaN too."""
+    """A number of config.json, or one in a string ("1e-06"); None for anything else, including infinity and NaN."""
     if isinstance(value, str):
         try:
             value = float(value) if re.search(r"[.eE]", value) else int(value)
@@ -129,19 +128,19 @@ def read_number(value: Any) -> float | int | None:
         return None
     try:
         return value if math.isfinite(value) else None
-    except OverflowError:  # an integer beyond every float
+    except OverflowError:  # an integer too large for a float
         return None
 
 
 def rope_signs(raw: Mapping[str, Any]) -> list[str]:
-    """The keys that only a model with RoPE would have: those that change it."""
+    """Keys that only a model with RoPE would have, because they change it."""
     names = [n for n in SPELLINGS["rope_theta"] if read_number(lookup(raw, n)) not in (None, DEFAULT_ROPE_THETA)]
     names += [name for name, legal in _ONLY_ROPE.items() if name in raw and not _is_legal(raw[name], legal)]
     return names + [name for name in _ROPE_DICTS if lookup(raw, name) and not _keeps_rope(lookup(raw, name))]
 
 
 def scheme_signs(raw: Mapping[str, Any]) -> dict[str, str]:
-    """Key -> position scheme, of the keys by which other models name it."""
+    """Key -> position scheme, for the keys by which other models name it."""
     found = {}
     for name in _POSITION_KEYS:
         value = raw.get(name)
@@ -153,9 +152,9 @@ def scheme_signs(raw: Mapping[str, Any]) -> dict[str, str]:
 
 
 def check_keys(raw: Mapping[str, Any], config: ModelConfig, ignored: Collection[str] = ()) -> list[str]:
-    """Raises ValueError for the first key, not in `ignored`, with which the model computes something that we do not.
+    """Raises ValueError for the first key, not in `ignored`, that makes the model compute something unsupported.
 
-    `config` is what the fields of `raw` say. Returns a sentence for each key that is not applied and might be missed.
+    `config` is made from the fields of `raw`. Returns a warning for each key that is not applied and might matter.
     """
     own = {*vars(config), *(name for names in SPELLINGS.values() for name in names)}
     warnings = []
@@ -168,10 +167,10 @@ def check_keys(raw: Mapping[str, Any], config: ModelConfig, ignored: Collection[
         if not has_rope and (key in _ONLY_ROPE or key in _FOLLOWS_ROPE):
             continue
         if key in only:
-            _refuse_unless(_is_legal(value, only[key]), key, value, "only " + " or ".join(map(_json, only[key])))
+            _refuse_unless(_is_legal(value, only[key]), key, value, "only " + " or ".join(map(as_json, only[key])))
         elif key in follows:
             legal = follows[key](config)
-            _refuse_unless(_is_legal(value, (legal,)), key, value, f"only {_json(legal)}, as other fields have it,")
+            _refuse_unless(_is_legal(value, (legal,)), key, value, f"only {as_json(legal)}, as other fields have it,")
         elif key in _ROPE_DICTS:
             _refuse_unless(not has_rope or _keeps_rope(value), key, value, "only the default RoPE")
         elif key in ("sliding_window", "use_sliding_window", "layer_types", "no_rope_layers", *_POSITION_KEYS):
@@ -179,7 +178,7 @@ def check_keys(raw: Mapping[str, Any], config: ModelConfig, ignored: Collection[
         elif _DROPOUT.search(key):
             if not _is_legal(value, _OFF):
                 warnings.append(f"{key} = {show(value)} is not applied: this library trains without dropout.")
-        elif not _is_empty(value):
+        elif not is_empty(value):
             _refuse_unless(not _SUSPICIOUS.search(key), key, value, None)
             warnings.append(f"{key} = {show(value)} is not known and ignored.")
     return warnings
@@ -187,7 +186,7 @@ def check_keys(raw: Mapping[str, Any], config: ModelConfig, ignored: Collection[
 
 def _check_special(raw: Mapping[str, Any], key: str, value: Any, config: ModelConfig) -> None:
     if key == "sliding_window" and raw.get("use_sliding_window") in (None, True, 1):
-        # A window that no sequence leaves is none.
+        # A window as long as the context has no effect.
         is_wide = (read_number(value) or 0) >= config.model_max_length and raw.get("use_sliding_window") is None
         _refuse_unless(is_wide or _is_legal(value, _OFF), key, value, "only full attention")
     elif key == "use_sliding_window":
@@ -200,7 +199,7 @@ def _check_special(raw: Mapping[str, Any], key: str, value: Any, config: ModelCo
         is_right = is_whole or value is None or config.position_embedding == "alibi"
         _refuse_unless(is_right, key, value, "only RoPE in each layer")
     elif key in _POSITION_KEYS and not _is_legal(value, _OFF):
-        is_known = key in scheme_signs(raw)  # weighed where the scheme is told
+        is_known = key in scheme_signs(raw)  # `hf_config.choose` uses it
         _refuse_unless(is_known, key, value, "only rope or alibi")
 
 
@@ -216,22 +215,22 @@ def _refuse_unless(ok: bool, key: str, value: Any, legal: str | None) -> None:
 
 
 def _keeps_rope(value: Any) -> bool:
-    """Whether rope_parameters or rope_scaling mean the rotation as it was first published (its base is read apart)."""
-    if _is_empty(value):
+    """Whether rope_parameters or rope_scaling mean the original rotation (its base is read elsewhere)."""
+    if is_empty(value):
         return True
     if not isinstance(value, Mapping) or any(isinstance(entry, Mapping) for entry in value.values()):
-        return False  # one rotation for each kind of layer
+        return False  # one rotation per layer type
     if not all(_is_legal(value.get(name), _ONE) for name in ("partial_rotary_factor", "mrope_section")):
         return False
     kinds = {str(value[name]).lower() for name in ("rope_type", "type") if value.get(name) is not None}
     if kinds == {"linear"}:
         return _is_legal(value.get("factor", 0), _ONE)
-    # Under the default type entries of other types mean nothing; without a type they would be of one that is not named.
+    # With the default type other entries have no effect; without a type they may belong to any.
     named = () if kinds else value.keys() - {"rope_theta", "base", "rope_type", "type"}
     return kinds <= {"default"} and all(_is_legal(value[name], _ONE) for name in named)
 
 
-def _is_empty(value: Any) -> bool:
+def is_empty(value: Any) -> bool:
     return value is None or value is False or value in ("", [], {})
 
 
@@ -246,5 +245,5 @@ def _is_legal(value: Any, legal: tuple) -> bool:
     )
 
 
-def _json(value: Any) -> str:
+def as_json(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else repr(value)

@@ -1,4 +1,4 @@
-"""Writing a PyTorch folder in one of the layouts, with one or two tensors in memory at a time."""
+"""Writes a PyTorch folder in one of the layouts, with one or two tensors in memory at a time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,20 +16,18 @@ from bc2_jax.checkpoint import TOKENIZER_NAME
 from bc2_jax.config import ModelConfig
 from bc2_jax.convert.chat_template import CHAT_TEMPLATE, CHAT_TEMPLATE_NAME
 from bc2_jax.convert.checksums import write_sha256sums
-from bc2_jax.convert.folder import written_whole
+from bc2_jax.convert.folder import foreign_in_export, written_whole
 from bc2_jax.convert.hf import DTYPES
 from bc2_jax.convert.hf_config import HFDType, write_config, write_generation_config, write_json
 from bc2_jax.convert.llama_tokenizer import write_llama_tokenizer
-from bc2_jax.convert.ownership import foreign_in_export
 from bc2_jax.convert.pickled_write import write_pickled
 from bc2_jax.convert.safetensors import write_safetensors
 from bc2_jax.convert.source import source_of_params
 from bc2_jax.convert.stream import Stream, in_order
 from bc2_jax.convert.table import Layout, Shape, build_tensor, torch_shapes, torch_tensors
-from bc2_jax.tokenizer import file_sha256
+from bc2_jax.files import file_sha256
 
 FileFormat = Literal["safetensors", "bin"]
-FILE_FORMATS: tuple[FileFormat, ...] = get_args(FileFormat)
 
 
 def check_layout(config: ModelConfig, layout: Layout) -> None:
@@ -51,11 +49,11 @@ def write_folder(
     stream: Stream, folder: Path, dtype: HFDType, layout: Layout = "baichuan2", file_format: FileFormat = "safetensors",
     max_shard_bytes: float = 5e9,
 ) -> None:  # fmt: skip
-    """Makes `folder`: weights, their index, config, generation config, chat template, tokenizer and SHA256SUMS.
+    """Creates `folder`: weights, index, config, generation config, chat template, tokenizer and SHA256SUMS.
 
-    The stream must have `dtype`, and its head normalised in the layouts of engines without NormHead. A tensor larger
-    than `max_shard_bytes` gets a file of its own; infinity means one file without an index, as released intermediate
-    checkpoints have. Raises ValueError as `Stream.read`.
+    The stream must have `dtype`, and a normalised head for engines without NormHead. A tensor larger than
+    `max_shard_bytes` gets its own file; infinity writes one file without an index, as released intermediate checkpoints
+    have. Raises ValueError as `Stream.read`.
     """
     config = stream.source.config
     folder.mkdir()
@@ -90,7 +88,7 @@ def write_folder(
 
 
 def _take(stream: Iterator[tuple[str, np.ndarray]], count: int) -> Iterator[tuple[str, np.ndarray]]:
-    # zip asks the range first, so nothing is taken from the stream and lost.
+    # zip reads the range first, so it takes no extra item from the stream.
     return (item for _, item in zip(range(count), stream, strict=False))
 
 
@@ -118,10 +116,10 @@ def save_folder(
 ) -> None:
     """Writes `params` in memory in the released layout, as safetensors.
 
-    `params` holds numpy or jax arrays, the latter sharded in any way over devices of this process; one layer at a time
-    is copied to the host. Nothing has the name `folder` until it is complete (`folder.written_whole`). Raises
-    FileExistsError if it exists and `overwrite` is false, or it holds what we did not write; ValueError if params do
-    not fit the config or a finite value overflows in `dtype`.
+    `params` are numpy or jax arrays, the latter sharded in any way over devices of this process; one layer at a time is
+    copied to the host. The folder appears when it is complete (`folder.written_whole`). Raises FileExistsError if it
+    exists and `overwrite` is false or it contains other files; ValueError if params do not fit the config or a finite
+    value overflows in `dtype`.
     """
     source = source_of_params(params, config, None if tokenizer_path is None else Path(tokenizer_path))
     with written_whole(Path(folder), overwrite, foreign_in_export) as partial:

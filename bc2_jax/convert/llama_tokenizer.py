@@ -1,8 +1,8 @@
-"""The tokenizer files that engines read beside LlamaForCausalLM: tokenizer_config.json and tokenizer.json.
+"""Tokenizer files for LlamaForCausalLM, tokenizer_config.json and tokenizer.json, and the SentencePiece model as data.
 
-tokenizer.model alone is not enough. `transformers` 5 makes its merges from it in the order of the ids, and the last
-25,728 ids of the released vocabulary are not in the order of their scores, so that some text gets other ids. With
-tokenizer.json, which says the merges, it gives exactly SentencePiece's ids and needs no `sentencepiece` itself.
+tokenizer.model alone is not enough: `transformers` 5 derives its merges in the order of the ids, and the last 25,728
+ids of the released vocabulary are not in score order, so some text gets other ids. With the merges of tokenizer.json it
+gives exactly SentencePiece's ids and does not need `sentencepiece`.
 """
 
 from __future__ import annotations
@@ -14,15 +14,41 @@ from typing import Any
 from bc2_jax.config import ModelConfig
 from bc2_jax.convert.chat_template import CHAT_TEMPLATE
 from bc2_jax.convert.hf_config import write_json
-from bc2_jax.convert.sentencepiece import read_sentencepiece
+from bc2_jax.tokenizer import Tokenizer
+from bc2_jax.validation import require
 
 _SPACE = "\u2581"
 
 
-def llama_tokenizer_config(config: ModelConfig, chat_template: str = CHAT_TEMPLATE) -> dict[str, Any]:
-    """tokenizer_config.json: nothing is added to a text, neither a token at its ends nor a space at its start.
+def read_sentencepiece(path: Path, engine: str) -> Any:
+    """The ModelProto of a Baichuan 2 tokenizer.
 
-    The class is the one that takes tokenizer.json as it is; LlamaTokenizer makes its own of it, in version 4 only with
+    Raises FileNotFoundError, or ValueError if it is not such a tokenizer or has a setting with which `engine` gives
+    other ids.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    Tokenizer(path)  # raises if it is not a SentencePiece model or has other special ids
+    protos: Any = sentencepiece_model_pb2  # generated at import, so unknown to type checkers
+    model = protos.ModelProto.FromString(path.read_bytes())
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    for field, found, legal in (
+        ("model_type", trainer.ModelType.Name(trainer.model_type), "BPE"),
+        ("byte_fallback", trainer.byte_fallback, True),
+        ("treat_whitespace_as_suffix", trainer.treat_whitespace_as_suffix, False),
+        ("precompiled_charsmap", bool(normalizer.precompiled_charsmap), False),
+        ("add_dummy_prefix", normalizer.add_dummy_prefix, False),
+        ("remove_extra_whitespaces", normalizer.remove_extra_whitespaces, False),
+        ("escape_whitespaces", normalizer.escape_whitespaces, True),
+    ):
+        require(found == legal, f"{field} of {path}", found, f"{engine} gives the same ids only with {legal}")
+    return model
+
+
+def llama_tokenizer_config(config: ModelConfig, chat_template: str = CHAT_TEMPLATE) -> dict[str, Any]:
+    """tokenizer_config.json: nothing is added to a text, neither special tokens nor a leading space.
+
+    PreTrainedTokenizerFast uses tokenizer.json as it is; LlamaTokenizer rebuilds it, in version 4 only with
     `sentencepiece` and tokenizer.model.
     """
     return {
@@ -45,13 +71,13 @@ def llama_tokenizer_config(config: ModelConfig, chat_template: str = CHAT_TEMPLA
 def llama_tokenizer(tokenizer: Path) -> dict[str, Any]:
     """tokenizer.json of a SentencePiece model, for the `tokenizers` library: the same ids for any text.
 
-    As in the released class, literal control and user-defined pieces in a text become their ids. Raises
-    FileNotFoundError, or ValueError if it is not a tokenizer of Baichuan 2's kind.
+    As in the released class, control and user-defined pieces spelled out in a text become their ids. Raises
+    FileNotFoundError, or ValueError if it is not a Baichuan 2 tokenizer.
     """
     model = read_sentencepiece(tokenizer, "tokenizer.json")
     kinds = model.SentencePiece
     scores = {piece.piece: piece.score for piece in model.pieces if piece.type == kinds.NORMAL}
-    # A pair of pieces is merged if what it makes is a piece, those of the highest score first.
+    # Two pieces merge if their concatenation is a piece, highest score first.
     merges = [
         (whole[:i], whole[i:])
         for whole in sorted(scores, key=scores.__getitem__, reverse=True)
@@ -105,7 +131,7 @@ def llama_tokenizer(tokenizer: Path) -> dict[str, Any]:
 def write_llama_tokenizer(
     tokenizer: Path, config: ModelConfig, folder: Path, chat_template: str = CHAT_TEMPLATE
 ) -> None:
-    """Writes tokenizer_config.json and tokenizer.json for `tokenizer`, a SentencePiece model; raises as that."""
+    """Writes tokenizer_config.json and tokenizer.json; raises as `llama_tokenizer`."""
     made = llama_tokenizer(tokenizer)
     write_json(folder / "tokenizer_config.json", llama_tokenizer_config(config, chat_template))
     text = json.dumps(made, ensure_ascii=False, separators=(",", ":"))

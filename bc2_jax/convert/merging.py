@@ -1,4 +1,4 @@
-"""Merging adapters into models on disk, and converting them between PEFT folders and bc2_jax checkpoints."""
+"""Merges adapters into models on disk, and converts adapters between PEFT folders and checkpoints."""
 
 from __future__ import annotations
 
@@ -13,16 +13,13 @@ from bc2_jax.convert import orbax
 from bc2_jax.convert.adapter import find_adapter, load_adapter, require_adapter
 from bc2_jax.convert.checkpoints import describe_rest
 from bc2_jax.convert.conversion import Options, Summary, to_hf
-from bc2_jax.convert.folder import check_free, written_whole
+from bc2_jax.convert.folder import check_free, foreign_in_adapter, foreign_in_checkpoint, written_whole
 from bc2_jax.convert.hf_config import HFDType
 from bc2_jax.convert.hf_write import FileFormat
-from bc2_jax.convert.lora_layout import LoraLayout
-from bc2_jax.convert.ownership import foreign_in_adapter, foreign_in_checkpoint
-from bc2_jax.convert.peft import save_peft
+from bc2_jax.convert.peft import LoraLayout, save_peft
 from bc2_jax.convert.pretrained import find_model
 from bc2_jax.convert.source import Source
-from bc2_jax.convert.stream import Part
-from bc2_jax.convert.table import Layout, cast, flatten
+from bc2_jax.convert.table import Layout, Part, cast, flatten
 from bc2_jax.model.lora import SLOTS, Adapter, adapted_weights, equation_of, lost, merge_weight, part_of
 from bc2_jax.validation import check_path, join_some
 
@@ -30,10 +27,10 @@ DEFAULTS = Options()
 
 
 class Merging:
-    """A source with an adapter in its weights, merged layer by layer as they are read."""
+    """A source with an adapter merged into its weights, layer by layer as they are read."""
 
     def __init__(self, source: Source, adapter: Adapter, dtype: np.dtype) -> None:
-        """The weights with an adapter are merged in fp32 and cast once, to `dtype`."""
+        """Weights with an adapter are merged in fp32 and cast once, to `dtype`."""
         self._base, self._adapter, self._dtype = source, adapter, dtype
         self._weights = adapted_weights(adapter.config)
         self._losses: dict[Part, float] = {}
@@ -54,7 +51,7 @@ class Merging:
         return merged
 
     def notes(self) -> tuple[str, ...]:
-        """What the dtype lost of the adapter's change, where it was most."""
+        """The largest share of the adapter's change that `dtype` loses."""
         (path, layer), most = max(self._losses.items(), key=lambda item: item[1])
         return (
             f"of the adapter's change, {self._dtype.name} loses at most {most:.3%}, in {path}[{layer}]"
@@ -68,9 +65,9 @@ def merge_lora(
     dtype: HFDType | None = None, layout: Layout = "baichuan2", file_format: FileFormat = "safetensors",
     max_shard_bytes: float = 5e9,
 ) -> Summary:  # fmt: skip
-    """Writes the model in `base` with the adapter in its weights as a PyTorch folder, one layer in memory at a time.
+    """Writes the model in `base` with the adapter merged as a PyTorch folder, one layer in memory at a time.
 
-    `adapter` is as in `load_adapter`; all else is as in `to_hf`. The summary's notes tell what the dtype loses.
+    `adapter` is as in `load_adapter`, all else as in `to_hf`. The summary's notes say how much `dtype` loses.
     """
     merging: list[Merging] = []
     left: list[str] = []
@@ -86,7 +83,7 @@ def merge_lora(
 
 
 def _left_out(adapter: str | Path) -> tuple[str, ...]:
-    """What is to be said of a checkpoint that holds more than the adapter."""
+    """A note if the adapter's checkpoint contains more than the adapter."""
     found = find_adapter(adapter)
     if found is None or not found.part:
         return ()
@@ -99,11 +96,11 @@ def convert_adapter(
     layout: LoraLayout | None = None, overwrite: bool = False,
 ) -> Adapter:  # fmt: skip
     """Converts an adapter, from a PEFT folder or a LoRA run or checkpoint, to a PEFT folder or a params-only
-    checkpoint; returns the adapter.
+    checkpoint.
 
-    `base` is the model that it is for, of which the config alone is read, and only where the adapter is in PEFT's
-    files; by default what it says itself. `layout` as in `save_peft`. Raises FileNotFoundError, FileExistsError or
-    ValueError, in one sentence, and then leaves nothing behind.
+    `base` is its base model, by default the one it records; only its config is read, and only for PEFT's files.
+    `layout` as in `save_peft`. Returns the adapter. Raises FileNotFoundError, FileExistsError or ValueError, and then
+    leaves nothing behind.
     """
     check_free(Path(target).absolute(), overwrite, foreign_in_adapter if to_peft else foreign_in_checkpoint)
     found = require_adapter(adapter)
@@ -119,13 +116,11 @@ def convert_adapter(
 
 def _config_of(adapter: Path, base: str | None) -> ModelConfig:
     if base is None:
-        raise ValueError(f"{adapter} does not say for which model it is: name the model with --base.")
+        raise ValueError(f"{adapter} does not record its base model: name the model with --base.")
     try:
         return find_model(base).config
     except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"The model that {adapter} is for is not found; name it with --base: {error}"
-        ) from error
+        raise FileNotFoundError(f"The base model of {adapter} is not found; name it with --base: {error}") from error
 
 
 def _save_checkpoint(target: Path, adapter: Adapter, config: ModelConfig, base: str | None, overwrite: bool) -> None:
@@ -133,9 +128,6 @@ def _save_checkpoint(target: Path, adapter: Adapter, config: ModelConfig, base: 
     flat = flatten(adapter.params)
     settings: dict[str, Any] = {"model": dataclasses.asdict(config), "lora": dataclasses.asdict(adapter.config)}
     metadata = {"config": settings | {"init_from": base}}
-    shapes = {path: array.shape for path, array in flat.items()}
     with written_whole(target, overwrite, foreign_in_checkpoint) as partial:
-        writer = orbax.ParamsWriter(partial, shapes, {path: array.dtype for path, array in flat.items()}, metadata)
-        for path, array in flat.items():
-            for layer in range(len(array)):
-                writer.write(path, layer, array[layer])
+        arrays = {path: (array.shape, array.dtype) for path, array in flat.items()}
+        orbax.write_params(partial, arrays, metadata, lambda path, layer: flat[path][layer])

@@ -1,7 +1,7 @@
-"""The arrays of a params-only or training checkpoint, one layer in memory at a time, through TensorStore.
+"""Reads and writes the arrays of a checkpoint one layer at a time, through TensorStore.
 
-Orbax reads and writes whole arrays, and an array of ours holds all layers of one weight: 11 GB for the 13B model. So
-this module reads and writes parts of the arrays; everything else of a checkpoint's format is left to Orbax.
+Orbax handles whole arrays, and an array holds all layers of one weight: 11 GB for 13B. Everything else of the
+checkpoint format is left to Orbax.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
 from bc2_jax.checkpoint import CHUNK_BYTES
-from bc2_jax.convert.table import Shape, unflatten
+from bc2_jax.convert.stream import in_order
+from bc2_jax.convert.table import Part, Reader, Shape, parts_of, unflatten
 from bc2_jax.files import file_store
 from bc2_jax.manifest import DamagedCheckpoint
 
 
 def open_arrays(checkpoint: Path) -> dict[str, ts.TensorStore]:
-    """Our path -> array on disk, for the parameters of a checkpoint; nothing read but metadata.
+    """Path -> array on disk for a checkpoint's parameters; reads only metadata.
 
-    Raises DamagedCheckpoint if the metadata is not what Orbax writes, or has a name that could lead elsewhere.
+    Raises DamagedCheckpoint if the metadata is not Orbax's or contains a name that could point elsewhere.
     """
     folder = checkpoint / "params"
     names, driver, in_ocdbt = _read_tree(folder / "_METADATA")
@@ -45,14 +46,14 @@ def open_arrays(checkpoint: Path) -> dict[str, ts.TensorStore]:
             raise DamagedCheckpoint(f"{folder} is damaged: {name} cannot be opened ({explain(error)}).") from error
         shape: Any = arrays[name].shape
         chunk: Any = arrays[name].chunk_layout.write_chunk.shape
-        # TensorStore makes room for a whole chunk, and where it cannot it ends the process.
+        # TensorStore allocates a whole chunk and ends the process if it cannot.
         if any(length > size for size, length in zip(shape, chunk, strict=True)):
             raise DamagedCheckpoint(f"{folder} is damaged: {name} of shape {shape} has chunks of shape {chunk}.")
     return arrays
 
 
 def _read_tree(file: Path) -> tuple[list[str], str, bool]:
-    """Names of the arrays, TensorStore's driver for them, and whether they are in one OCDBT database."""
+    """Array names, their TensorStore driver, and whether they are in one OCDBT database."""
     try:
         metadata = json.loads(file.read_bytes())
         names = [
@@ -68,8 +69,9 @@ def _read_tree(file: Path) -> tuple[list[str], str, bool]:
 
 
 def read_part(array: ts.TensorStore, part: int | tuple[slice, ...] | None) -> np.ndarray:
-    """One layer of an array on disk, or slices; all of it where `part` is None. Raises DamagedCheckpoint if bytes are
-    damaged."""
+    """One layer of an array on disk, or slices; all of it if `part` is None. Raises DamagedCheckpoint for damaged
+    bytes.
+    """
     try:
         return (array if part is None else array[part]).read().result()
     except ValueError as error:
@@ -79,7 +81,7 @@ def read_part(array: ts.TensorStore, part: int | tuple[slice, ...] | None) -> np
 
 
 def explain(error: BaseException, limit: int = 300) -> str:
-    """The innermost cause in one line, without the specifications and places in source that TensorStore adds to it."""
+    """The innermost cause in one line, without the specs and source locations that TensorStore adds."""
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner
     text = re.split(r"\s*\[(?:tensorstore_spec|source locations|os_error_code)", str(error))[0]
@@ -89,66 +91,65 @@ def explain(error: BaseException, limit: int = 300) -> str:
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
-class ParamsWriter:
-    """A params-only checkpoint that is filled part by part; threads may write different parts at the same time.
+def write_params(
+    checkpoint: Path, arrays: Mapping[str, tuple[Shape, np.dtype]], metadata: dict[str, Any], read: Reader
+) -> None:
+    """Writes a params-only checkpoint of `arrays` (path -> shape, dtype), one layer at a time.
 
-    `shapes` and `dtypes` are by our path. Every chunk carries a CRC32C that TensorStore, and so Orbax, checks whenever
-    it reads it. The folder must not exist. It is complete when every part was written.
+    `read(path, layer)` returns a layer of a stacked array ("layers.*"), or all of another one with layer None; threads
+    call it. Every chunk has a CRC32C that TensorStore, and so Orbax, checks on reading. The folder must not exist.
+    Raises OSError if an array cannot be written.
     """
+    folder = checkpoint / "params"
+    chunks = {path: _chunk_shape(path, shape, dtype.itemsize) for path, (shape, dtype) in arrays.items()}
+    # Orbax writes the checkpoint with tiny arrays; then each is replaced by one of its true shape.
+    tiny = {path: np.zeros((1,) * len(shape), dtype) for path, (shape, dtype) in arrays.items()}
+    context = ocp.Context()
+    context.array.saving.use_ocdbt = False  # one file per chunk: written once, never rewritten or merged
+    context.array.saving.enable_write_sharding_file = False
+    with context:
+        ocp.save_checkpointables(checkpoint, {"params": unflatten(tiny)}, custom_metadata=metadata)
+    stores = {}
+    for path, (shape, dtype) in arrays.items():
+        shutil.rmtree(folder / path)
+        spec = {
+            "driver": "zarr3",
+            "kvstore": file_store(folder / path),
+            "metadata": {
+                "shape": shape,
+                "data_type": dtype.name,
+                "fill_value": 0,
+                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunks[path]}},
+                "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+            },
+            # A chunk of zeros is written too: a missing file always means a damaged checkpoint.
+            "store_data_equal_to_fill_value": True,
+        }
+        stores[path] = ts.open(spec, create=True, delete_existing=True).result()
+    _correct_shapes(folder, chunks)
 
-    def __init__(
-        self, checkpoint: Path, shapes: Mapping[str, Shape], dtypes: Mapping[str, np.dtype], metadata: dict[str, Any]
-    ) -> None:
-        # Orbax writes the checkpoint with arrays of no size; then each array is replaced by one of its true shape.
-        empty = {path: np.zeros((1,) * len(shape), dtypes[path]) for path, shape in shapes.items()}
-        context = ocp.Context()
-        context.array.saving.use_ocdbt = False  # one file a chunk: written once, never rewritten or merged
-        context.array.saving.enable_write_sharding_file = False
-        with context:
-            ocp.save_checkpointables(checkpoint, {"params": unflatten(empty)}, custom_metadata=metadata)
-        folder = checkpoint / "params"
-        chunks = {path: _chunk_shape(path, shape, dtypes[path].itemsize) for path, shape in shapes.items()}
-        self._arrays = {}
-        for path, shape in shapes.items():
-            shutil.rmtree(folder / path)
-            spec = {
-                "driver": "zarr3",
-                "kvstore": file_store(folder / path),
-                "metadata": {
-                    "shape": shape,
-                    "data_type": dtypes[path].name,
-                    "fill_value": 0,
-                    "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunks[path]}},
-                    "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
-                },
-                # A chunk of zeros is written too: a missing file always means a damaged checkpoint.
-                "store_data_equal_to_fill_value": True,
-            }
-            self._arrays[path] = ts.open(spec, create=True, delete_existing=True).result()
-        _correct_shapes(folder, shapes, chunks)
-
-    def write(self, path: str, layer: int | None, array: np.ndarray) -> None:
-        """Writes one layer of an array (all of it where layer is None) and returns when it is on disk.
-
-        Raises OSError if it cannot be written.
-        """
-        target = self._arrays[path] if layer is None else self._arrays[path][layer]
+    def write(part: Part) -> None:
+        path, layer = part
+        array, target = read(path, layer), stores[path] if layer is None else stores[path][layer]
         try:
             target.write(array, can_reference_source_data_indefinitely=True).result()
         except ValueError as error:
             raise OSError(f"{path} cannot be written ({explain(error)}).") from error
 
+    for _ in in_order(write, parts_of({path: shape for path, (shape, _) in arrays.items()})):
+        pass
+
 
 def _chunk_shape(path: str, shape: Shape, itemsize: int) -> Shape:
-    """One layer, its first dimension cut into equal parts (the last is stored filled up) of at most CHUNK_BYTES."""
+    """One layer, its first dimension cut into equal parts (the last padded) of at most CHUNK_BYTES."""
     leading: Shape = (1,) if path.startswith("layers.") else ()
     rows, *rest = shape[len(leading) :]
     parts = min(rows, math.ceil(rows * math.prod(rest) * itemsize / CHUNK_BYTES))
     return (*leading, math.ceil(rows / parts), *rest)
 
 
-def _correct_shapes(folder: Path, shapes: Mapping[str, Shape], chunks: Mapping[str, Shape]) -> None:
-    """Orbax notes the shapes it wrote, those of the empty arrays; puts the true ones in their place."""
+def _correct_shapes(folder: Path, chunks: Mapping[str, Shape]) -> None:
+    """Replaces the shapes of the tiny arrays in the files where Orbax records them."""
     file = folder / "_METADATA"
     tree = json.loads(file.read_text(encoding="utf-8"))
     for entry in tree["tree_metadata"].values():

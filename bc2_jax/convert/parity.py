@@ -1,6 +1,6 @@
-"""How far the outputs of one model are from a reference's: logits, hidden states, and the layer where they part.
+"""Compares a model's outputs with a reference's: logits, hidden states, and the first layer that differs.
 
-Only numpy arrays come in, so it does not matter who computed them, when or on what.
+Works on numpy arrays, whoever computed them.
 """
 
 from __future__ import annotations
@@ -18,40 +18,32 @@ from bc2_jax.config import ModelConfig
 from bc2_jax.validation import require
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
-"""Of a largest value, by the dtype in which the model is computed."""
+"""Tolerance relative to the largest value, by compute dtype."""
 
 _BLOCK_VALUES = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """What a model computes from token ids."""
+    """A model's outputs for token ids."""
 
-    logits: np.ndarray
-    """[B, T, V]."""
+    logits: np.ndarray  # [B, T, V]
     hidden_states: np.ndarray
     """[L + 1, B, T, D]: after the embedding, after each layer but the last, after the final norm."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Parity:
-    """The differences between a model's outputs and a reference's. A value that is not finite makes them NaN or inf."""
+    """Differences between a model's outputs and a reference's; values that are not finite make them NaN or inf."""
 
-    tolerance: float
-    """The part of a largest value by which two outputs may differ."""
+    tolerance: float  # largest legal difference, relative to the largest value
     largest_logit: float
-    """The reference's, as an absolute value."""
     largest_logit_difference: float
     mean_logit_difference: float
-    """The mean of the absolute differences."""
-    top1_agreement: float
-    """Part of the positions, 0 to 1, where both have the same most likely token."""
-    kl: float
-    """KL(reference || ours) of the next-token distributions, mean over the positions, in nats."""
-    largest_hidden: tuple[float, ...]
-    """Of each hidden state [L + 1], the reference's largest absolute value."""
-    hidden_difference: tuple[float, ...]
-    """Of each hidden state [L + 1], the largest absolute difference."""
+    top1_agreement: float  # share of positions, 0 to 1, with the same most likely token
+    kl: float  # KL(reference || ours) of next-token distributions in nats, mean over positions
+    largest_hidden: tuple[float, ...]  # largest absolute value of each of the reference's hidden states, [L + 1]
+    hidden_difference: tuple[float, ...]  # largest absolute difference of each hidden state, [L + 1]
 
     @property
     def first_divergent(self) -> int | None:
@@ -72,9 +64,9 @@ class Parity:
 
 
 def compare(reference: Outputs, ours: Outputs, tolerance: float) -> Parity:
-    """Compares outputs of any float dtype, in fp64 and a block of positions at a time.
+    """Compares outputs of any float dtype in fp64, one block of positions at a time.
 
-    Raises ValueError if shapes differ, if there is no position, or if `tolerance` is not positive.
+    Raises ValueError if shapes differ, there are no positions, or `tolerance` is not positive.
     """
     require(0 < tolerance < math.inf, "tolerance", tolerance, "it must be positive and finite")
     for name in ("logits", "hidden_states"):
@@ -85,7 +77,7 @@ def compare(reference: Outputs, ours: Outputs, tolerance: float) -> Parity:
     largest = difference = 0.0
     total = kl = 0.0
     agreeing = positions = 0
-    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite shows in the result
+    with np.errstate(invalid="ignore", over="ignore"):  # values that are not finite show in the result
         for a, b in _blocks(reference.logits, ours.logits):
             gap = np.abs(a - b)
             largest, difference = _maximum(largest, np.abs(a)), _maximum(difference, gap)
@@ -115,7 +107,7 @@ def compare(reference: Outputs, ours: Outputs, tolerance: float) -> Parity:
 
 
 def _blocks(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Two arrays [..., C] as fp64 [some positions, C]: full logits in fp64 would be twice the memory of the model's."""
+    """Two arrays [..., C] as blocks of fp64 [positions, C], because all logits in fp64 would take too much memory."""
     channels = a.shape[-1]
     a, b = a.reshape(-1, channels), b.reshape(-1, channels)
     step = max(1, _BLOCK_VALUES // channels)
@@ -124,7 +116,7 @@ def _blocks(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarr
 
 
 def _maximum(so_far: float, values: np.ndarray) -> float:
-    """Unlike max(), keeps a NaN."""
+    """Unlike max(), keeps NaN."""
     return float(np.maximum(so_far, values.max()))
 
 
@@ -134,17 +126,17 @@ def _log_softmax(x: np.ndarray) -> np.ndarray:
 
 
 def hidden_state_name(index: int, num_layers: int) -> str:
-    """What the hidden state of that index comes out of; the last layer's is seen only through the final norm."""
+    """Where the hidden state comes from; the last layer's is visible only after the final norm."""
     if index == 0:
         return "embedding"
     return f"layer {index - 1}" + (" and final norm" if index == num_layers else "")
 
 
 def read_reference(path: str | Path, config: ModelConfig) -> tuple[np.ndarray, Outputs]:
-    """Recorded outputs: (token ids [B, T], what a model computed from them).
+    """Reads recorded outputs: (token ids [B, T], a model's outputs for them).
 
-    The .npz has `input_ids`, `hidden_states` and `eval_logits` or, if it has none, `train_logits`. Raises
-    FileNotFoundError, or ValueError if one is missing or does not fit `config`.
+    The .npz has `input_ids`, `hidden_states` and `eval_logits`, or `train_logits` if that is missing. Raises
+    FileNotFoundError, or ValueError if an array is missing or does not fit `config`.
     """
     path = Path(path)
     if not path.is_file():
@@ -154,7 +146,7 @@ def read_reference(path: str | Path, config: ModelConfig) -> tuple[np.ndarray, O
             logits_key = "eval_logits" if "eval_logits" in archive else "train_logits"
             keys = ("input_ids", logits_key, "hidden_states")
             arrays = {key: archive[key] for key in keys if key in archive}
-    # What zipfile and zlib raise at damage of one kind or another; RuntimeError is both of a newer zip and a cipher.
+    # Exceptions of zipfile and zlib for damaged files; RuntimeError for newer zip versions and encryption.
     except (ValueError, TypeError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"reference = {str(path)!r} is not an .npz file of plain arrays.") from error
     if missing := [key for key in keys if key not in arrays]:
@@ -175,7 +167,7 @@ def read_reference(path: str | Path, config: ModelConfig) -> tuple[np.ndarray, O
 
 
 def check_ids(input_ids: np.ndarray, config: ModelConfig) -> None:
-    """Raises ValueError unless `input_ids` is an integer array [B, T] of ids in the vocabulary, at least one."""
+    """Raises ValueError unless `input_ids` is a non-empty integer array [B, T] of ids in the vocabulary."""
     require(input_ids.dtype.kind in "iu", "dtype of input_ids", input_ids.dtype.name, "it must be an integer type")
     shape = input_ids.shape
     require(

@@ -1,9 +1,9 @@
-"""Reading `pytorch_model*.bin` without torch, and without running the pickle that is inside.
+"""Reads `pytorch_model*.bin` without torch and without executing the pickle inside.
 
-The file is a zip of a pickled state dict (data.pkl) and one uncompressed entry a storage (data/0, ...). A pickle
-is a program; unpickling runs it. `_StateDict` does not: it walks the opcodes and keeps names of globals as plain text,
-knows the few that a state dict of tensors needs and what they mean, and has no way to call anything. That is stricter
-than restricting `pickle.Unpickler`, which still lets a file change the attributes of what it is allowed to name.
+The file is a zip of a pickled state dict (data.pkl) and one uncompressed entry per storage (data/0, ...). A pickle is a
+program that unpickling executes. `_StateDict` instead walks the opcodes, keeps global names as plain text, interprets
+the few that a state dict of tensors needs, and cannot call anything. This is stricter than restricting
+`pickle.Unpickler`, which still lets a file change attributes of the globals it may name.
 """
 
 from __future__ import annotations
@@ -19,58 +19,45 @@ import zlib
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-import ml_dtypes
 import numpy as np
 
-from bc2_jax.convert.mapped import MappedTensor, contiguous_strides
+from bc2_jax.convert.mapped import TORCH_DTYPES, MappedTensor, contiguous_strides
 from bc2_jax.validation import join_some
 
 _log = logging.getLogger(__name__)
-STORAGES: dict[str, np.dtype] = {
-    "torch.DoubleStorage": np.dtype(np.float64),
-    "torch.FloatStorage": np.dtype(np.float32),
-    "torch.HalfStorage": np.dtype(np.float16),
-    "torch.BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    "torch.LongStorage": np.dtype(np.int64),
-    "torch.IntStorage": np.dtype(np.int32),
-    "torch.ShortStorage": np.dtype(np.int16),
-    "torch.CharStorage": np.dtype(np.int8),
-    "torch.ByteStorage": np.dtype(np.uint8),
-    "torch.BoolStorage": np.dtype(np.bool_),
-}
+STORAGES = {storage: dtype for dtype, (_, storage) in TORCH_DTYPES.items()}
 ORDERED_DICT = "collections.OrderedDict"
 TENSOR = "torch._utils._rebuild_tensor_v2"
 _PARAMETER = "torch._utils._rebuild_parameter"
 _GLOBALS = {*STORAGES, ORDERED_DICT, TENSOR, _PARAMETER}
-_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a pickled number that opens torch's pre-1.6 format
-# A pickle can ask for 64 bytes of memory with each of its own. This is room for some 20,000 tensors a file.
+_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a pickled number that starts torch's pre-1.6 format
+# A pickle can request 64 bytes of memory per byte. This allows some 20,000 tensors per file.
 _MAX_PICKLE = 4 << 20
-# No array of ours has more dimensions or elements; numpy's own limits are not far above.
+# No parameter has more dimensions or elements; numpy's own limits are slightly higher.
 _MAX_RANK, _MAX_SIZE = 32, 1 << 48
 
 
 class RefusedFile(ValueError):
-    """The file is damaged, or asks for more than a state dict of tensors."""
+    """The file is damaged or contains more than a state dict of tensors."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A zip entry whose bytes lie in the file as they are."""
+    """A zip entry stored uncompressed."""
 
     name: str
     offset: int
     size: int
-    crc: int | None
-    """CRC-32 of the bytes; None in a file that was written without checksums."""
+    crc: int | None  # CRC-32 of the bytes; None if the file was written without checksums
 
 
 def read_pickled(path: Path) -> dict[str, MappedTensor]:
-    """Name -> tensor of a `torch.save`d state dict in the zip format; only the pickle is read.
+    """Name -> tensor of a `torch.save`d state dict in the zip format; reads only the pickle.
 
-    Shared storages and strided views are fine. The state dict may lie in a dict (`find_tensors`), and what is beside
-    its tensors is left out; the log names it. Raises RefusedFile with the file's name if the file is truncated, of the
-    legacy format, big-endian or compressed, if the pickle holds anything but tensors and plain values in dicts and
-    lists, or if a tensor reaches outside its storage.
+    Shared storages and strided views are supported. The state dict may be inside a dict (`find_tensors`); other entries
+    are left out and logged. Raises RefusedFile with the file's name if the file is truncated, legacy, big-endian or
+    compressed, if the pickle contains anything but tensors and plain values in dicts and lists, or if a tensor exceeds
+    its storage.
     """
     entries = read_entries(path)
     if "data.pkl" not in entries:
@@ -93,14 +80,16 @@ def read_pickled(path: Path) -> dict[str, MappedTensor]:
     return tensors
 
 
-# What programs call the model among the things that they save with it.
+# Common names of the model in a training program's checkpoint.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "params")
 _DEEPEST_WRAPPER = 4
 
 
 def find_tensors(value: Any, depth: int = 0) -> tuple[dict[str, MappedTensor], list[str]]:
-    """(name -> tensor of the model, names of what is beside them) of what a file holds: a dict of tensors, or one in a
-    dict, under one of the names in _WRAPPERS or as the only one there. Raises ValueError if it is not clear which.
+    """(name -> tensor of the model, names of other entries) of a file's content.
+
+    The content is a dict of tensors, or contains one under a name in _WRAPPERS or as its only dict of tensors. Raises
+    ValueError if it is ambiguous.
     """
     if not isinstance(value, dict) or depth > _DEEPEST_WRAPPER:
         raise ValueError("it is not a dict of tensors")
@@ -124,7 +113,7 @@ def find_tensors(value: Any, depth: int = 0) -> tuple[dict[str, MappedTensor], l
 
 
 def _holds_tensors(value: Any, depth: int, seen: set[int]) -> bool:
-    """`seen`: dicts that were looked through; a small file can name one dict from a million places."""
+    """`seen`: dicts already searched; a small file can refer to one dict from a million places."""
     if not isinstance(value, dict) or depth >= _DEEPEST_WRAPPER or id(value) in seen:
         return False
     if any(isinstance(entry, MappedTensor) for entry in value.values()):
@@ -134,9 +123,9 @@ def _holds_tensors(value: Any, depth: int, seen: set[int]) -> bool:
 
 
 def read_entries(path: Path) -> dict[str, Entry]:
-    """Name in the archive's folder (data.pkl, data/0, ...) -> entry, of a `torch.save` file.
+    """Name in the archive's folder (data.pkl, data/0, ...) -> entry of a `torch.save` file.
 
-    Raises RefusedFile if it is not one that can be mapped: see `read_pickled`.
+    Raises RefusedFile if it cannot be mapped (see `read_pickled`).
     """
     with path.open("rb") as file:
         if file.read(len(_LEGACY_MAGIC)) == _LEGACY_MAGIC:
@@ -159,11 +148,11 @@ def _find_entries(path: Path, file: BinaryIO, infos: list[zipfile.ZipInfo]) -> d
     checked = any(info.CRC for info in infos if info.file_size)
     entries: dict[str, Entry] = {}
     for info in infos:
-        # Every entry lies in one folder, named after the file it was first saved as.
+        # All entries are in one folder, named after the original file.
         name = info.filename.partition("/")[2]
         if name in entries:
             raise RefusedFile(f"{path} has two zip entries named {_show(name)}.")
-        # 1: encrypted. What is not stored as it is cannot be mapped, and could unpack to any size.
+        # Flag 1: encrypted. A compressed entry cannot be mapped and could unpack to any size.
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.file_size != info.compress_size:
             raise RefusedFile(f"{path}: the zip entry {_show(info.filename)} is compressed or encrypted.")
         offset = _data_offset(path, file, info)
@@ -176,7 +165,7 @@ def _find_entries(path: Path, file: BinaryIO, infos: list[zipfile.ZipInfo]) -> d
 
 
 def _data_offset(path: Path, file: BinaryIO, info: zipfile.ZipInfo) -> int:
-    """Where an entry's bytes start: after its local header, whose length only it knows."""
+    """Start of an entry's bytes: after its local header, which records its own length."""
     file.seek(info.header_offset)
     header = file.read(30)
     if len(header) == 30 and header[:4] == b"PK\x03\x04":
@@ -205,7 +194,7 @@ _REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 2, 80, 80
 
 
 def _show(value: Any) -> str:
-    """repr(value), but short and printable whatever the file holds: tuples of tuples can print for ever."""
+    """repr(value), but short and printable whatever the file contains: nested tuples can have an endless repr."""
     return _REPR.repr(value)
 
 
@@ -222,11 +211,11 @@ class _Storage:
 
 
 class _Mark:
-    """Where a variable-length group starts on the stack."""
+    """Start of a variable-length group on the stack."""
 
 
 class _StateDict:
-    """The opcodes of a pickle, read as a description of a state dict."""
+    """Interprets a pickle's opcodes as the description of a state dict."""
 
     def __init__(self, path: Path, storages: dict[str, tuple[int, int]]) -> None:
         self.path = path
@@ -302,7 +291,7 @@ class _StateDict:
             case "SETITEMS":
                 self.set_items(self.pop_to_mark())
             case "BUILD":
-                stack.pop()  # the attributes of a state dict: version numbers of its modules
+                stack.pop()  # attributes of a state dict: version numbers of its modules
                 if not isinstance(stack[-1], dict):
                     self.refuse("it sets the attributes of an object")
             case _:
@@ -353,7 +342,7 @@ class _StateDict:
             case _Global(name=name), (_Storage() as storage, int(offset), tuple(shape), tuple(strides), *rest) if (
                 name == TENSOR
             ):
-                # After requires_grad and hooks torch 2 may add attributes, such as that the values are to be negated.
+                # After requires_grad and hooks torch 2 may add attributes, such as that the values are negated.
                 if any(rest[2:]):
                     self.refuse("it has a tensor with attributes")
                 return self.make_tensor(storage, offset, shape, strides)

@@ -1,14 +1,13 @@
-"""Writing `pytorch_model*.bin` without torch, one tensor at a time.
+"""Writes `pytorch_model*.bin` without torch, one tensor in memory at a time.
 
-The counterpart of `pickled.py`. `torch.save` needs all tensors at once; but what it pickles are only names, dtypes and
-shapes, which are known before the first tensor is there. So the pickle, a few opcodes a tensor, is written first and
-every tensor goes straight into its zip entry.
+The pickle of a state dict contains only names, dtypes and shapes, which are known before the tensors. So it is written
+first, and each tensor then goes straight into its zip entry; `torch.save` needs all tensors at once.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-import os
 import struct
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -16,49 +15,42 @@ from pathlib import Path
 
 import numpy as np
 
-from bc2_jax.convert.mapped import contiguous_strides
+from bc2_jax.convert.mapped import contiguous_strides, tensor_bytes
 from bc2_jax.convert.pickled import ORDERED_DICT, STORAGES, TENSOR
 from bc2_jax.convert.table import Shape
+from bc2_jax.files import sync
 
 _STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items()}
-_ALIGNMENT = 64  # as torch aligns, so that a memory map of the file can be used as it is
-_HEADER, _ZIP64_EXTRA = 30, 20  # bytes of an entry's local header, and what that of a large entry has more
+_ALIGNMENT = 64  # torch's own, so a memory map of the file is aligned
+_HEADER, _ZIP64_EXTRA = 30, 20  # bytes of an entry's local header, and additional bytes of a large entry's
 
 
 def write_pickled(
     path: Path, dtype: np.dtype | type, shapes: Mapping[str, Shape], tensors: Iterable[tuple[str, np.ndarray]]
 ) -> None:
-    """Writes what `torch.load` reads as a state dict of tensors of one dtype, and syncs it to disk.
+    """Writes a file that `torch.load` reads as a state dict of tensors of one dtype, and syncs it to disk.
 
-    The tensors are taken one at a time in the order of `shapes`. Equal tensors make equal files, byte for byte. Raises
-    ValueError if `tensors` is not exactly what `shapes` and `dtype` announce, or torch has no such dtype.
+    Tensors are taken one at a time in the order of `shapes`; equal tensors give equal bytes. Raises ValueError as
+    `mapped.tensor_bytes`, and if torch has no such dtype.
     """
     dtype = np.dtype(dtype)
     if dtype not in _STORAGE_NAMES:
         raise ValueError(f"{path}: torch has no dtype {dtype}.")
-    with path.open("wb") as file:
-        with zipfile.ZipFile(file, "w") as archive:
-            _write_entry(archive, file.tell(), "data.pkl", _pickle(dtype, shapes))
-            _write_entry(archive, file.tell(), "byteorder", b"little")
-            _write_entry(archive, file.tell(), "version", b"3\n")
-            announced = enumerate(shapes.items())
-            for name, array in tensors:
-                key, expected = next(announced, (0, None))
-                if (name, array.shape) != expected or array.dtype != dtype:
-                    raise ValueError(f"{path}: {name} {array.dtype} {array.shape} is not the tensor announced here.")
-                content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-                _write_entry(archive, file.tell(), f"data/{key}", content)
-                del array, content  # before the next one is made
-            if (left := next(announced, None)) is not None:
-                raise ValueError(f"{path}: {left[1][0]} was announced and did not come.")
-        file.flush()
-        os.fsync(file.fileno())
+    with path.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
+        _write_entry(archive, file.tell(), "data.pkl", _pickle(dtype, shapes))
+        _write_entry(archive, file.tell(), "byteorder", b"little")
+        _write_entry(archive, file.tell(), "version", b"3\n")
+        keys = itertools.count()  # enumerate() would hold the last tensor
+        for content in tensor_bytes(path, dtype, shapes, tensors):
+            _write_entry(archive, file.tell(), f"data/{next(keys)}", content)
+            del content  # before the next one is made
+    sync(path)
 
 
 def _write_entry(archive: zipfile.ZipFile, position: int, name: str, content: bytes | memoryview) -> None:
-    """An uncompressed entry with a fixed date, whose first byte is aligned by an extra field, as torch does it."""
+    """Writes an uncompressed entry with a fixed date; an extra field aligns its first byte, as in torch."""
     info = zipfile.ZipInfo(f"archive/{name}")
-    info.create_system = 3  # zipfile would write on which system it runs
+    info.create_system = 3  # otherwise the current operating system
     large = len(content) > zipfile.ZIP64_LIMIT
     start = position + _HEADER + len(info.filename) + large * _ZIP64_EXTRA + 4
     padding = -start % _ALIGNMENT
@@ -69,7 +61,7 @@ def _write_entry(archive: zipfile.ZipFile, position: int, name: str, content: by
 
 
 def _pickle(dtype: np.dtype, shapes: Mapping[str, Shape]) -> bytes:
-    """The state dict as opcodes of protocol 2: a mark, what a tuple or dict holds, and the opcode that collects it."""
+    """The state dict as protocol 2 opcodes: a mark, the items of a tuple or dict, and the opcode that collects them."""
     empty = _global(ORDERED_DICT) + b")R"
     parts = [b"\x80\x02", empty, b"("]
     for key, (name, shape) in enumerate(shapes.items()):

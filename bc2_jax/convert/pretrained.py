@@ -1,4 +1,4 @@
-"""A model on disk, wherever it lies: found, loaded onto a mesh, saved as parameters alone."""
+"""Finds a model on disk in any format, loads it onto a mesh, and saves parameters."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from bc2_jax.convert.checkpoints import (
     quantized_scheme,
 )
 from bc2_jax.convert.hf_config import read_config
+from bc2_jax.convert.hub import local_model
 from bc2_jax.convert.peft import is_peft_folder
 from bc2_jax.convert.reading import AS_SAID, Reading
 from bc2_jax.convert.table import Shape, flatten, param_shapes, unflatten
@@ -43,38 +44,37 @@ from bc2_jax.validation import check_path
 
 @dataclasses.dataclass(frozen=True)
 class FoundModel:
-    """A model on disk of which nothing was read but its config."""
+    """A model on disk; only its config has been read."""
 
     path: Path
-    """The PyTorch folder as it was given, or the absolute folder of one checkpoint."""
+    """The PyTorch folder as given, or the absolute folder of one checkpoint."""
     format: Literal["pytorch", "orbax"]
     config: ModelConfig
     tokenizer: Path | None
-    """tokenizer.model in a PyTorch folder; in a checkpoint's folder or its run's."""
+    """tokenizer.model of a PyTorch folder, or in the folder of a checkpoint or its run."""
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """What was saved with a checkpoint; nothing in a PyTorch folder."""
+    """Metadata of a checkpoint; empty for a PyTorch folder."""
     part: str = ""
-    """Which part of the checkpoint's parameters it is (`checkpoints.policy_part`)."""
+    """Its part of the checkpoint's parameters (`checkpoints.policy_part`)."""
 
     @property
     def is_quantized(self) -> bool:
-        """Whether its weights are in few bits (`convert/quantized.py`): then it can be run, and nothing else."""
+        """Whether its weights are quantized (`convert/quantized.py`); then it can only be run."""
         return quantized_scheme(self.metadata) is not None
 
     @property
     def is_reward_model(self) -> bool:
-        """Whether it has a value for each token in place of a language model's head (`convert/reward.py` loads it)."""
+        """Whether it has a score instead of a language model's head (`convert/reward.py` loads it)."""
         return bool(self.metadata) and holds_reward_model(self.metadata)
 
 
 def find_model(path: str | Path, reading: Reading = AS_SAID) -> FoundModel:
-    """Finds the model at `path`: a PyTorch folder in the layout of Baichuan or LLaMA, a bc2_jax checkpoint, or the
-    newest complete checkpoint of a run (its folder, or the `checkpoints` folder in it). Of a run of reinforcement
-    learning it is the actor.
+    """Finds the model at `path`: a PyTorch folder in Baichuan's or LLaMA's layout, a bc2_jax checkpoint, a run (its
+    folder or its `checkpoints` folder), of which it takes the newest complete checkpoint, or a PyTorch folder on the
+    Hugging Face hub by its id (`hub.local_model`). From reinforcement learning it takes the actor.
 
-    Raises FileNotFoundError if there is no model, and ValueError if it is a reward model or an adapter, its config is
-    not valid, a checkpoint is damaged or has a link in it, or its path is none for Orbax (`validation.check_path`); in
-    one sentence.
+    Raises FileNotFoundError if there is no model, and ValueError for a reward model or an adapter, an invalid config, a
+    checkpoint that is damaged or contains a link, or a path that Orbax cannot use (`validation.check_path`).
     """
     found = find_any_model(path, reading)
     if found.is_reward_model:
@@ -83,8 +83,8 @@ def find_model(path: str | Path, reading: Reading = AS_SAID) -> FoundModel:
 
 
 def find_any_model(path: str | Path, reading: Reading = AS_SAID) -> FoundModel:
-    """`find_model`, also of a reward model, whose trained parameters may be an adapter and its score."""
-    path = Path(path)
+    """`find_model`, which also finds reward models; their parameters may be an adapter and a score."""
+    path = local_model(path)
     if is_hf_folder(path):
         tokenizer = path / TOKENIZER_NAME
         return FoundModel(path, "pytorch", read_config(path, reading), tokenizer if tokenizer.is_file() else None)
@@ -105,11 +105,11 @@ def find_any_model(path: str | Path, reading: Reading = AS_SAID) -> FoundModel:
 
 
 def find_tokenizer(path: str | Path) -> Path:
-    """`tokenizer.model` of a model folder or run; raises FileNotFoundError if there is none.
+    """The `tokenizer.model` of a model folder or run; raises FileNotFoundError if there is none.
 
-    Needs no model: a run has its tokenizer before its first checkpoint.
+    Works before a run has its first checkpoint.
     """
-    path = Path(path)
+    path = local_model(path)
     if (found := _tokenizer_near(path.absolute())) is None:
         reason = f"has no {TOKENIZER_NAME}, nor has its run" if path.exists() else "does not exist"
         raise FileNotFoundError(f"{path} {reason}.")
@@ -120,14 +120,13 @@ def load_pretrained(
     path: str | Path, *, dtype: DType = "float32", mesh: Mesh | None = None, compute: ComputeConfig | None = None,
     reading: Reading = AS_SAID, adapter: str | Path | None = None,
 ) -> Baichuan2:  # fmt: skip
-    """The model in `path`: safetensors or .bin with config.json as released, or a checkpoint or run of ours.
+    """Loads the model in `path`: safetensors or .bin with config.json as released, or a checkpoint or run.
 
     `dtype` is that of parameters and activations. With a mesh (`bc2_jax.sharding.make_mesh`) each device reads its own
-    part of every parameter. `compute` sets the rest of how it runs; `reading` how to read a folder where its files do
-    not say so. `adapter` is a folder of PEFT, or a LoRA checkpoint or run of ours, whose adapter is put beside the
-    weights. `model(input_ids)` gives fp32 logits [B, T, V]. Of a model that tools/quantize.py wrote, `dtype` is that of
-    activations; it can be run, but not trained, and takes no adapter.
-    Raises FileNotFoundError or ValueError with one sentence if a folder is not a whole, consistent model or adapter.
+    shard. `compute` has the other compute options, `reading` how to read a folder whose files do not say so. `adapter`
+    is a PEFT folder or a LoRA checkpoint or run; it is kept separate from the weights. `model(input_ids)` returns fp32
+    logits [B, T, V]. For a model written by tools/quantize.py, `dtype` is that of activations; it cannot be trained and
+    takes no adapter. Raises FileNotFoundError or ValueError if a folder is not a complete, consistent model or adapter.
     """
     compute = dataclasses.replace(compute or ComputeConfig(remat="none"), dtype=dtype)
     found = find_model(path, reading)
@@ -144,10 +143,10 @@ def load_pretrained(
 def load_params(
     path: str | Path, dtype: DType = "float32", mesh: Mesh | None = None, reading: Reading = AS_SAID
 ) -> tuple[Params, ModelConfig]:
-    """Parameters, cast to `dtype`, and architecture of the model that `path` means to `find_model`.
+    """Parameters, cast to `dtype`, and config of the model in `path` (`find_model`).
 
-    With a mesh each device reads its own part of every parameter; without one they are whole on the first device.
-    Raises as `load_pretrained`.
+    With a mesh each device reads its own shard; without one they are whole on the first device. Raises as
+    `load_pretrained`.
     """
     found = find_model(path, reading)
     shardings = None if mesh is None else flatten(param_shardings(found.config, mesh))
@@ -155,9 +154,9 @@ def load_params(
 
 
 def save_params(params: Params, config: ModelConfig, path: str | Path, tokenizer: Path | None = None) -> None:
-    """Writes a params-only checkpoint of arrays in memory; an existing `path` is refused with FileExistsError.
+    """Writes a params-only checkpoint of arrays in memory; raises FileExistsError if `path` exists.
 
-    From files, `convert.conversion.to_orbax` does so one layer at a time.
+    `convert.conversion.to_orbax` does so from files, one layer at a time.
     """
     path = Path(path).absolute()
     check_path("path", path)
@@ -176,7 +175,7 @@ def is_hf_folder(path: Path) -> bool:
 
 
 def _is_run(path: Path) -> bool:
-    """Whether `path` is the workdir of a training run, which writes a config.json too and its checkpoints later."""
+    """Whether `path` is the workdir of a training run, which has a config.json too."""
     try:
         config = json.loads((path / "config.json").read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -205,20 +204,20 @@ def _explain_absence(path: Path) -> str:
 
 
 def _tokenizer_near(path: Path) -> Path | None:
-    """The tokenizer in `path` or, where that is RUN/checkpoints or RUN/checkpoints/STEP, in RUN.
+    """The tokenizer in `path`, or in RUN if that is RUN/checkpoints or RUN/checkpoints/STEP.
 
-    In no other folder above: the tokenizer there is another model's.
+    Not in other parent folders, whose tokenizer belongs to another model.
     """
     runs = [folder.parent for folder in (path, path.parent) if folder.name == "checkpoints"]
     return next((folder / TOKENIZER_NAME for folder in (path, *runs) if (folder / TOKENIZER_NAME).is_file()), None)
 
 
 Read = Callable[[str, tuple[slice, ...]], np.ndarray]
-"""(our path, index) -> that part of the array; all of it for an empty index."""
+"""(path, index) -> that part of the array; all of it for an empty index."""
 
 
 def open_reader(found: FoundModel, reading: Reading = AS_SAID) -> Read:
-    """What reads the parameters of a language model, after checking that they are those of its config.
+    """Returns a function that reads the parameters of a language model, after checking them against its config.
 
     Raises ValueError for a quantized model.
     """
@@ -232,13 +231,13 @@ def open_reader(found: FoundModel, reading: Reading = AS_SAID) -> Read:
 
 
 def reader_of(arrays: Mapping[str, Any], shapes: Mapping[str, Shape], checkpoint: Path) -> Read:
-    """What reads arrays of a checkpoint (`open_params`), after checking that they have the `shapes`, by our path."""
+    """Returns a function that reads arrays of a checkpoint (`open_params`), after checking their `shapes`."""
     hf.check_shapes(f"arrays of {checkpoint}", shapes, {name: array.shape for name, array in arrays.items()})
     return lambda name, index: orbax.read_part(arrays[name], index or None)
 
 
 def place_params(shapes: Mapping[str, Shape], shardings: Mapping[str, Any] | None, dtype: DType, read: Read) -> Params:
-    """Parameters of the `shapes` in `dtype`, each device reading its own part, or whole on the first device."""
+    """Parameters of these `shapes` in `dtype`; each device reads its shard, or all are whole on the first device."""
 
     def load(name: str, shape: Shape) -> jax.Array:
         def part(index: tuple[slice, ...] | None) -> np.ndarray:

@@ -1,17 +1,16 @@
-"""Quantized models on disk: a checkpoint of the parameters as they are laid out for decoding, with a manifest.
+"""Quantized models on disk: a checkpoint of the parameters in their decoding layout, with a manifest.
 
-Two int4 values are one byte, the first in its lower half; a group of an odd number ends with a zero. The metadata has
-the architecture, as in every checkpoint, and how the weights are quantized.
+Two int4 values share a byte, the first in its lower half; a group with an odd number of values is padded with a zero.
+The metadata has the architecture and the quantization scheme.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +21,8 @@ from jax.sharding import Mesh
 from bc2_jax.checkpoint import TOKENIZER_NAME
 from bc2_jax.config import ComputeConfig, ModelConfig
 from bc2_jax.convert import hf, orbax
-from bc2_jax.convert.checkpoints import open_metadata, open_params, quantized_scheme
-from bc2_jax.convert.folder import written_whole
-from bc2_jax.convert.ownership import foreign_in_checkpoint
+from bc2_jax.convert.checkpoints import model_metadata, open_metadata, open_params, quantized_scheme
+from bc2_jax.convert.folder import foreign_in_checkpoint, written_whole
 from bc2_jax.convert.table import Shape
 from bc2_jax.manifest import MANIFEST_NAME, DamagedCheckpoint, write_manifest
 from bc2_jax.metadata import is_complete
@@ -38,23 +36,16 @@ from bc2_jax.validation import check_path
 INT4 = jnp.dtype("int4")
 
 
-class Stored(NamedTuple):
-    """Of an array on disk."""
-
-    shape: Shape
-    dtype: np.dtype
-
-
 def save(
     model: Baichuan2, target: str | Path, *, tokenizer: Path | None = None, generation: Mapping[str, Any] | None = None,
     chat_template: str | None = None, overwrite: bool = False,
 ) -> None:  # fmt: skip
-    """Writes a quantized model to a folder that `find_model` finds, one layer at a time; its arrays are those of this
-    process.
+    """Writes a quantized model, whose arrays are all in this process, to a folder that `find_model` finds, layer by
+    layer.
 
-    `tokenizer` is copied; `generation` and `chat_template` are kept as a checkpoint keeps them. Raises ValueError for a
-    model that is not quantized, or whose int4 weights the mesh has left int8; FileExistsError for a target that exists,
-    with `overwrite` for one that is not a quantized model.
+    Copies `tokenizer` and stores `generation` and `chat_template` in the metadata. Raises ValueError for a model that
+    is not quantized, or whose int4 weights the mesh left in int8; FileExistsError for an existing target, with
+    `overwrite` only if it is not a quantized model.
     """
     target = Path(target).absolute()
     check_path("target", target)
@@ -63,21 +54,15 @@ def save(
         raise ValueError("The model is not quantized: prepare it with quantize = int8 or int4.")
     _check_groups(model, scheme)
     arrays = _flatten(nnx.to_pure_dict(nnx.state(model)))
-    stored = {name: stored_as(array.shape, array.dtype) for name, array in arrays.items()}
-    shapes = {name: entry.shape for name, entry in stored.items()}
-    dtypes = {name: entry.dtype for name, entry in stored.items()}
-    metadata: dict[str, Any] = {
-        "config": {"model": dataclasses.asdict(model.config)}, "quantized": {"scheme": scheme},
-        "generation": None if generation is None else dict(generation),
-    }  # fmt: skip
-    if chat_template is not None:
-        metadata["chat_template"] = chat_template
+    metadata = model_metadata(model.config, generation, chat_template, quantized={"scheme": scheme})
+
+    def read(name: str, layer: int | None) -> np.ndarray:
+        value = np.asarray(arrays[name] if layer is None else arrays[name][layer])
+        return pack(value) if value.dtype == INT4 else value
+
     with written_whole(target, overwrite, foreign_in_quantized) as partial:
-        writer = orbax.ParamsWriter(partial, shapes, dtypes, metadata)
-        for name, array in arrays.items():
-            for layer in range(len(array)) if name.startswith("layers.") else (None,):
-                value = np.asarray(array if layer is None else array[layer])
-                writer.write(name, layer, pack(value) if array.dtype == INT4 else value)
+        stored = {name: _stored_as(array.shape, array.dtype) for name, array in arrays.items()}
+        orbax.write_params(partial, stored, metadata, read)
         if tokenizer is not None:
             shutil.copyfile(tokenizer, partial / TOKENIZER_NAME)
         write_manifest(partial)
@@ -86,19 +71,19 @@ def save(
 def load(
     checkpoint: Path, config: ModelConfig, metadata: Mapping[str, Any], compute: ComputeConfig, mesh: Mesh | None
 ) -> Baichuan2:
-    """The quantized model in a checkpoint of `metadata`, each device reading its own part.
+    """Loads the quantized model in a checkpoint with this metadata; each device reads its own shard.
 
-    Raises DamagedCheckpoint, and ValueError for a mesh with too many parts for int4.
+    Raises DamagedCheckpoint, and ValueError for a mesh with too many shards for int4.
     """
     scheme = read_scheme(checkpoint, metadata)
     graphdef, abstract = _abstract(config, compute, mesh, scheme)
     _check_groups(nnx.merge(graphdef, abstract), scheme)
     arrays = open_params(checkpoint, jax.process_index(), jax.process_count())
-    expected = {name: stored_as(x.shape, x.dtype) for name, x in _flatten(abstract).items()}
+    expected = {name: _stored_as(x.shape, x.dtype) for name, x in _flatten(abstract).items()}
     shapes = {name: shape for name, (shape, _) in expected.items()}
     hf.check_shapes(f"arrays of {checkpoint}", shapes, {name: array.shape for name, array in arrays.items()})
     for name, (_, dtype) in expected.items():
-        # What is not quantized may be cast.
+        # Only arrays that are not quantized may be cast.
         if dtype.kind in "iu" and arrays[name].dtype.numpy_dtype != dtype:
             found = arrays[name].dtype.name
             raise DamagedCheckpoint(f"{checkpoint} is damaged: {name} is {found} and not {dtype.name}.")
@@ -111,7 +96,7 @@ def load(
 
 
 def read_scheme(checkpoint: Path, metadata: Mapping[str, Any]) -> Scheme:
-    """How a checkpoint is quantized; DamagedCheckpoint if it says nothing that this version knows."""
+    """A checkpoint's quantization scheme; DamagedCheckpoint if it is not known."""
     record = quantized_scheme(metadata)
     scheme: Any = record.get("scheme") if isinstance(record, dict) else None
     if scheme not in get_args(Scheme):
@@ -123,7 +108,7 @@ def read_scheme(checkpoint: Path, metadata: Mapping[str, Any]) -> Scheme:
 
 
 def foreign_in_quantized(folder: Path) -> list[str]:
-    """Names of what `save` did not write to `folder`; everything where that is not a quantized model."""
+    """Names of files in `folder` that `save` did not write; all of them if it is not a quantized model."""
     foreign = foreign_in_checkpoint(folder)
     if folder.is_dir() and is_complete(folder) and quantized_scheme(open_metadata(folder)) is not None:
         return [name for name in foreign if name != MANIFEST_NAME]
@@ -138,29 +123,28 @@ def pack(values: np.ndarray) -> np.ndarray:
 
 
 def unpack(packed: np.ndarray, size: int) -> np.ndarray:
-    """The inverse of `pack`: [..., size]."""
+    """Inverse of `pack`: [..., size]."""
     signed = packed.view(np.int8)
     halves = np.stack([signed << 4 >> 4, signed >> 4], axis=-1)
     return halves.reshape(*packed.shape[:-1], -1)[..., :size].astype(INT4)
 
 
-def stored_as(shape: Shape, dtype: Any) -> Stored:
-    """What an array is on disk."""
+def _stored_as(shape: Shape, dtype: Any) -> tuple[Shape, np.dtype]:
     if dtype == INT4:
-        return Stored((*shape[:-1], -(-shape[-1] // 2)), np.dtype(np.uint8))
-    return Stored(tuple(shape), np.dtype(dtype))
+        return (*shape[:-1], -(-shape[-1] // 2)), np.dtype(np.uint8)
+    return tuple(shape), np.dtype(dtype)
 
 
 def _read(array: Any, x: jax.ShapeDtypeStruct, index: tuple[slice, ...] | None) -> np.ndarray:
     if x.dtype == INT4:
-        # A group is never cut.
+        # A group is never sharded.
         packed = orbax.read_part(array, None if index is None else (*index[:-1], slice(None)))
         return unpack(packed, x.shape[-1])
     return orbax.read_part(array, index or None).astype(x.dtype, copy=False)
 
 
 def _abstract(config: ModelConfig, compute: ComputeConfig, mesh: Mesh | None, scheme: Scheme) -> tuple[Any, Any]:
-    """(graphdef, shapes of the parameters) of a quantized model, whose norms are fp32."""
+    """(graphdef, abstract parameters) of a quantized model, whose norms are fp32."""
     graphdef = split_model(config, compute)[0]
 
     def quantize(params: Any) -> tuple[Any, Any]:
@@ -183,8 +167,8 @@ def _check_groups(model: Baichuan2, scheme: Scheme) -> None:
     ]
     if scheme == "int4" and any(value.groups is None for value in values):
         raise ValueError(
-            f"int4 is stored in groups for at most {PARTS} devices that cut a weight (mesh.tensor), and this mesh has "
-            "more: choose int8."
+            f"int4 groups support at most {PARTS} devices that shard a weight (mesh.tensor), and this mesh has more: "
+            "choose int8."
         )
 
 

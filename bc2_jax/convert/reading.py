@@ -1,4 +1,4 @@
-"""How to read a PyTorch folder whose files leave it open, and the options of the programs that say so."""
+"""Options for reading a PyTorch folder whose files do not say how."""
 
 from __future__ import annotations
 
@@ -9,25 +9,22 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How to read a PyTorch folder, as far as its files do not say so, or say it wrongly."""
+    """How to read a PyTorch folder whose files do not say so, or say it wrongly."""
 
     position_embedding: Literal["rope", "alibi"] | None = None
-    """None: as config.json says, or as its other fields tell."""
+    """None: from config.json, or inferred from its other fields."""
     normalize_head: bool | None = None
-    """Whether the head is a NormHead. None: as config.json says, or as its other fields tell."""
-    strip_prefix: str = ""
-    """What wrappers have put before the tensors' names, such as "module."."""
-    ignore_keys: tuple[str, ...] = ()
-    """Keys of config.json that are not known and do not matter."""
+    """Whether the head is a NormHead. None: from config.json, or inferred from its other fields."""
+    strip_prefix: str = ""  # prefix that wrappers added to tensor names, such as "module."
+    ignore_keys: tuple[str, ...] = ()  # unknown keys of config.json that do not matter
 
 
 AS_SAID = Reading()
-"""As the files of the folder say."""
 
 
 def add_reading_options(parser: argparse.ArgumentParser) -> None:
     """An option for each field of `Reading`."""
-    group = parser.add_argument_group("for a PyTorch folder that does not say how it is to be read, or says it wrongly")
+    group = parser.add_argument_group("for a PyTorch folder whose files do not say how to read it, or say it wrongly")
     group.add_argument("--position-embedding", choices=("rope", "alibi"))
     group.add_argument(
         "--normalize-head", action=argparse.BooleanOptionalAction, help="the head is a NormHead, or a plain one"
@@ -39,5 +36,4 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
 
 
 def reading_of(args: argparse.Namespace) -> Reading:
-    """What the options of `add_reading_options` say."""
     return Reading(args.position_embedding, args.normalize_head, args.strip_prefix, tuple(args.ignore_key))

@@ -1,4 +1,4 @@
-"""Reward models on disk, and the critics of runs of reinforcement learning: finding and loading them."""
+"""Finds and loads reward models, and the critics of PPO runs."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from bc2_jax.config import DType, ModelConfig
 from bc2_jax.config.lora import LoraConfig
-from bc2_jax.config.record import from_record
-from bc2_jax.convert.adapter import place_adapter, read_adapter
+from bc2_jax.convert.adapter import lora_config, place_adapter, read_adapter
 from bc2_jax.convert.checkpoints import (
     ACTOR,
     CRITIC,
@@ -26,13 +24,7 @@ from bc2_jax.convert.checkpoints import (
     policy_part,
     take_part,
 )
-from bc2_jax.convert.pretrained import (
-    find_any_model,
-    find_tokenizer,
-    open_reader,
-    place_params,
-    reader_of,
-)
+from bc2_jax.convert.pretrained import find_any_model, find_tokenizer, open_reader, place_params, reader_of
 from bc2_jax.convert.table import Shape, flatten, param_shapes
 from bc2_jax.metadata import parse_model_config
 from bc2_jax.model.baichuan import Params, param_shardings
@@ -40,35 +32,30 @@ from bc2_jax.model.lora import Adapter, merge
 from bc2_jax.model.reward import HEAD, SCORE, RewardModel, backbone_of
 
 ADAPTER = "adapter"
-"""What else is in the parameters of a run that trains `score` and adapters."""
+"""The part of `params` with the adapter, if a run trained `score` and an adapter."""
 STATISTICS_NAME = "rewards.json"
-"""In the folder of a run of a reward model: {"STEP": {"mean", "std", "answers"}} of its rewards of held-out answers."""
-_SCORE_PATH = f"{SCORE}.weight"
+"""In a reward model's run folder: {"STEP": {"mean", "std", "answers"}} of rewards of held-out answers."""
+SCORE_PATH = f"{SCORE}.weight"
 
 
 @dataclasses.dataclass(frozen=True)
 class FoundRewardModel:
-    """A reward model on disk of which nothing was read but its config."""
+    """A reward model on disk; only its config has been read."""
 
     path: Path
-    """The absolute folder of one checkpoint."""
     config: ModelConfig
-    tokenizer: Path | None
-    """tokenizer.model in the checkpoint's folder or its run's."""
-    lora: LoraConfig | None = None
-    """Of its adapter; None where all parameters were trained."""
-    base: str | None = None
-    """Where the model was, as the run was told, whose backbone the adapter is for."""
+    tokenizer: Path | None  # tokenizer.model in the folder of the checkpoint or its run
+    lora: LoraConfig | None = None  # config of its adapter; None if all parameters were trained
+    base: str | None = None  # path of the model that the run started from; its backbone is the adapter's base
     statistics: Mapping[str, float] | None = None
-    """"mean" and "std" of its rewards of held-out answers, and the number of "answers", where they are known."""
-    part: str = ""
-    """Which part of the checkpoint's parameters it is: all, or CRITIC."""
+    """"mean" and "std" of rewards of held-out answers, and the number of "answers", if known."""
+    part: str = ""  # its part of the checkpoint's parameters: "" for all, or CRITIC
 
 
 def find_reward_model(path: str | Path) -> FoundRewardModel:
-    """The reward model in `path`: a checkpoint, or the newest complete checkpoint of a run.
+    """The reward model in `path`: a checkpoint, or a run's newest complete checkpoint.
 
-    Raises FileNotFoundError or ValueError, in one sentence, as `find_model`, and ValueError for a language model.
+    Raises FileNotFoundError or ValueError as `find_model`, and ValueError for a language model.
     """
     found = find_any_model(path)
     if not found.is_reward_model:
@@ -76,13 +63,12 @@ def find_reward_model(path: str | Path) -> FoundRewardModel:
             f"{path} is a language model, not a reward model: train one with `python train.py "
             f"configs/baichuan2_13b_reward.py --init-from {path}` on pairs of answers."
         )
-    lora, base = _adapter(found.metadata, found.path), found.metadata["config"].get("init_from")
+    lora, base = lora_config(found.path, found.metadata), found.metadata["config"].get("init_from")
     return FoundRewardModel(found.path, found.config, found.tokenizer, lora, base, read_statistics(found.path))
 
 
 def describe_reward_model(path: str | Path) -> tuple[str, ...]:
-    """What the reward model in `path` is, a line each; nothing if there is none. Raises as `find_reward_model` for one
-    that cannot be read."""
+    """Lines that describe the reward model in `path`; empty if there is none. Raises as `find_reward_model`."""
     checkpoint = newest_checkpoint(Path(path).absolute())
     if checkpoint is None or not holds_reward_model(open_metadata(checkpoint)):
         return ()
@@ -104,7 +90,7 @@ def describe_reward_model(path: str | Path) -> tuple[str, ...]:
 
 
 def find_critic(path: str | Path) -> FoundRewardModel:
-    """The critic in a checkpoint or run of PPO, which is a reward model by its parameters: the value of every token.
+    """The critic in a PPO checkpoint or run: a reward model whose score is the value of every token.
 
     Raises FileNotFoundError if there is no checkpoint, ValueError if it has no critic.
     """
@@ -115,8 +101,8 @@ def find_critic(path: str | Path) -> FoundRewardModel:
     if policy_part(metadata) != ACTOR or not take_part(open_params(checkpoint), CRITIC):
         raise ValueError(f"{path} has no critic: it is not a checkpoint or run of PPO.")
     reward_model = metadata["config"]["ppo"].get("reward_model")
-    lora = _adapter(metadata, checkpoint)
-    # Without a reward model it began from the actor's own.
+    lora = lora_config(checkpoint, metadata)
+    # Without a reward model the critic started from the actor's base model.
     base = metadata["config"].get("init_from") if reward_model is None else reward_model
     config = parse_model_config(metadata, checkpoint)
     if reward_model is not None:
@@ -128,18 +114,8 @@ def find_critic(path: str | Path) -> FoundRewardModel:
     return FoundRewardModel(checkpoint, config, tokenizer, lora, base, None, CRITIC)
 
 
-def _adapter(metadata: Mapping[str, Any], checkpoint: Path) -> LoraConfig | None:
-    record = metadata["config"].get("lora")
-    if not isinstance(record, dict) or not record.get("rank"):
-        return None
-    try:
-        return from_record(LoraConfig, record, "lora.")
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"The adapter config of {checkpoint} is not valid: {str(error).rstrip('.')}.") from error
-
-
 def read_statistics(checkpoint: Path) -> dict[str, float] | None:
-    """What the run of a checkpoint wrote of its rewards of held-out answers; None where there is nothing of use."""
+    """Recorded statistics of rewards of held-out answers; None if there are no usable ones."""
     try:
         record = json.loads((checkpoint.parent.parent / STATISTICS_NAME).read_bytes())[checkpoint.name]
         found = {name: float(record[name]) for name in ("mean", "std", "answers")}
@@ -151,12 +127,10 @@ def read_statistics(checkpoint: Path) -> dict[str, float] | None:
 def load_reward_model(
     path: str | Path, dtype: DType = "float32", mesh: Mesh | None = None
 ) -> tuple[Params, ModelConfig, FoundRewardModel]:
-    """(parameters of a `model.reward.RewardModel`, its architecture, what was found) of the model that `path` means to
-    `find_reward_model`.
+    """(parameters of a `model.reward.RewardModel`, its architecture, what was found) of the reward model in `path`.
 
-    The backbone is in `dtype`, with the adapter, if there is one, merged into the weights of the model that the run
-    began from; `score` is fp32. With a mesh each device reads its own part. Raises FileNotFoundError or ValueError, in
-    one sentence.
+    The backbone is in `dtype`, with an adapter merged into the model that the run started from; `score` is fp32. With a
+    mesh each device reads its own shard. Raises FileNotFoundError or ValueError.
     """
     found = find_reward_model(path)
     return load_found(found, dtype, mesh), found.config, found
@@ -165,18 +139,18 @@ def load_reward_model(
 def load_critic(
     path: str | Path, dtype: DType = "float32", mesh: Mesh | None = None
 ) -> tuple[Params, ModelConfig, FoundRewardModel]:
-    """`load_reward_model` of the critic that `path` means to `find_critic`."""
+    """`load_reward_model` of the critic in `path` (`find_critic`)."""
     found = find_critic(path)
     return load_found(found, dtype, mesh), found.config, found
 
 
 def load_found(found: FoundRewardModel, dtype: DType, mesh: Mesh | None) -> Params:
-    """The parameters of what was found, as in `load_reward_model`."""
+    """Parameters of a found reward model, as in `load_reward_model`."""
     shardings = None if mesh is None else flatten(param_shardings(found.config, mesh, RewardModel))
-    score: dict[str, Shape] = {_SCORE_PATH: (found.config.hidden_size,)}
+    score: dict[str, Shape] = {SCORE_PATH: (found.config.hidden_size,)}
     arrays = open_params(found.path, jax.process_index(), jax.process_count(), found.part)
     if found.lora is None:
-        backbone = _backbone_shapes(found.config)
+        backbone = backbone_shapes(found.config)
         read = reader_of(arrays, backbone | score, found.path)
         params = place_params(backbone, shardings, dtype, read)
     else:
@@ -190,7 +164,7 @@ def load_found(found: FoundRewardModel, dtype: DType, mesh: Mesh | None) -> Para
 
 def _load_base(found: FoundRewardModel, dtype: DType, mesh: Mesh | None) -> Params:
     """The backbone that an adapter is for."""
-    what = f"{found.path} holds an adapter and the score of a reward model, and needs the model that its run began from"
+    what = f"{found.path} has a reward model's adapter and score, and needs the model that its run started from"
     if found.base is None:
         raise ValueError(f"{what}, which it does not name.")
     try:
@@ -203,9 +177,9 @@ def _load_base(found: FoundRewardModel, dtype: DType, mesh: Mesh | None) -> Para
 
 
 def load_score(path: str | Path, mesh: Mesh | None = None) -> Params:
-    """{"weight": fp32 [D]} of the reward model that `path` means to `find_reward_model`; the rest is not read."""
+    """{"weight": fp32 [D]} of the reward model in `path`; reads nothing else."""
     found = find_reward_model(path)
-    score: dict[str, Shape] = {_SCORE_PATH: (found.config.hidden_size,)}
+    score: dict[str, Shape] = {SCORE_PATH: (found.config.hidden_size,)}
     arrays = open_params(found.path, jax.process_index(), jax.process_count(), found.part)
     read = reader_of({name: array for name, array in arrays.items() if name in score}, score, found.path)
     shardings = None if mesh is None else flatten(param_shardings(found.config, mesh, RewardModel))
@@ -213,17 +187,17 @@ def load_score(path: str | Path, mesh: Mesh | None = None) -> Params:
 
 
 def load_backbone(path: str | Path, dtype: DType = "float32", mesh: Mesh | None = None) -> tuple[Params, ModelConfig]:
-    """Embedding, layers and norm of the model in `path`, a language model, whose head is not read, or a reward model.
+    """Embedding, layers and norm of the model in `path`: a language model, without its head, or a reward model.
 
-    Placed as in `load_reward_model`, and raises as it does.
+    Placed as in `load_reward_model`; raises as it does.
     """
     found = find_any_model(path)
     if found.is_reward_model:
         params, config, _ = load_reward_model(path, dtype, mesh)
         return backbone_of(params), config
     shardings = None if mesh is None else flatten(param_shardings(found.config, mesh))
-    return place_params(_backbone_shapes(found.config), shardings, dtype, open_reader(found)), found.config
+    return place_params(backbone_shapes(found.config), shardings, dtype, open_reader(found)), found.config
 
 
-def _backbone_shapes(config: ModelConfig) -> dict[str, Shape]:
+def backbone_shapes(config: ModelConfig) -> dict[str, Shape]:
     return {name: shape for name, shape in param_shapes(config).items() if not name.startswith(f"{HEAD}.")}

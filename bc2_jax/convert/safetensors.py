@@ -1,46 +1,34 @@
-"""Reading and writing `*.safetensors`: 8 bytes of header length, a JSON header, raw little-endian tensors.
+"""Reads and writes `*.safetensors`: 8 bytes of header length, a JSON header, raw little-endian tensors.
 
-Ours rather than the `safetensors` package: its numpy side cannot read bfloat16 (0.8.0: "data type 'bfloat16' not
-understood"), copies what it reads, and writes a file only from tensors that are all in memory.
+Not the `safetensors` package: its numpy side cannot read bfloat16 (0.8.0: "data type 'bfloat16' not understood"),
+copies what it reads, and writes only tensors that are all in memory.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from bc2_jax.convert.mapped import MappedTensor
+from bc2_jax.convert.mapped import TORCH_DTYPES, MappedTensor, tensor_bytes
 from bc2_jax.convert.table import Shape
+from bc2_jax.files import sync
 
-_DTYPES: dict[str, np.dtype] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for dtype, (name, _) in TORCH_DTYPES.items()}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _MAX_HEADER = 100_000_000  # the format's own limit
 
 
 def read_safetensors(path: Path) -> dict[str, MappedTensor]:
-    """Name -> tensor, nothing read but the header.
+    """Name -> tensor; reads only the header.
 
     Raises ValueError with the file's name if the header is malformed, a dtype is unknown, a tensor's bytes do not match
-    its shape, or the tensors do not cover the file exactly: no overlap, no hole, no missing or surplus bytes.
+    its shape, or the tensors do not cover the file exactly: no overlaps, gaps, missing or surplus bytes.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -87,12 +75,12 @@ def _parse_entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, Shape, in
 
 
 def _are_sizes(value: Any) -> bool:
-    """Whether it is a list of sizes such as an array can have: more, or larger, take for ever to multiply."""
+    """Whether it is a list of sizes that an array can have; more or larger ones would take forever to multiply."""
     return isinstance(value, list) and len(value) <= 32 and all(type(n) is int and 0 <= n < 2**48 for n in value)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, refusing a repeated key (of which json would silently keep the last)."""
+    """A JSON object; raises ValueError for a repeated key, of which json would silently keep the last."""
     result = dict(pairs)
     if len(result) != len(pairs):
         keys = [key for key, _ in pairs]
@@ -103,9 +91,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def write_safetensors(
     path: Path, dtype: np.dtype | type, shapes: Mapping[str, Shape], tensors: Iterable[tuple[str, np.ndarray]]
 ) -> None:
-    """Writes a file of tensors of one dtype, taking them one at a time in the order of `shapes`, and syncs it to disk.
+    """Writes tensors of one dtype, one in memory at a time in the order of `shapes`, and syncs the file to disk.
 
-    Raises ValueError if `tensors` is not exactly what `shapes` and `dtype` announce.
+    Raises ValueError as `mapped.tensor_bytes`.
     """
     dtype = np.dtype(dtype)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
@@ -115,16 +103,10 @@ def write_safetensors(
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
         position = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # so the tensors are aligned in a memory map
+    encoded += b" " * (-len(encoded) % 8)  # aligns the tensors in a memory map
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
-        announced = iter(shapes.items())
-        for name, array in tensors:
-            if (name, array.shape) != next(announced, None) or array.dtype != dtype:
-                raise ValueError(f"{path}: {name} {array.dtype} {array.shape} is not the tensor announced here.")
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-            del array  # before the next one is made
-        if (left := next(announced, None)) is not None:
-            raise ValueError(f"{path}: {left[0]} was announced and did not come.")
-        file.flush()
-        os.fsync(file.fileno())
+        for content in tensor_bytes(path, dtype, shapes, tensors):
+            file.write(content)
+            del content  # before the next one is made
+    sync(path)

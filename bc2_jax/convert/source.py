@@ -1,9 +1,10 @@
-"""A model on disk, read one layer at a time, whichever format it has."""
+"""A model on disk in either format, read one layer at a time."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,49 +17,52 @@ from bc2_jax.convert import hf, orbax
 from bc2_jax.convert.chat_template import CHAT_TEMPLATE_NAME, read_chat_template
 from bc2_jax.convert.checkpoints import describe_rest, explain_quantized, take_part
 from bc2_jax.convert.checksums import SUMS_NAME
+from bc2_jax.convert.folder import foreign_in_checkpoint
 from bc2_jax.convert.hf_config import read_generation_config
-from bc2_jax.convert.ownership import foreign_in_checkpoint
 from bc2_jax.convert.pretrained import FoundModel, find_model
 from bc2_jax.convert.reading import AS_SAID, Reading
-from bc2_jax.convert.table import Reader, flatten, layers_of, param_shapes
+from bc2_jax.convert.table import Part, Reader, Shape, flatten, param_shapes, parts_of
 from bc2_jax.convert.weights import check_weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A model in `path`, a PyTorch folder or a checkpoint of ours."""
+    """A model in `path`, a PyTorch folder or a checkpoint, that is read one layer at a time."""
 
     path: Path
     config: ModelConfig
     dtypes: Mapping[str, np.dtype]
-    """Our path -> dtype on disk; float32 where that of the tensors of a folder is not one, or is float64."""
-    read: Reader
-    """(our path, layer) -> array in that dtype; a view of a file that is mapped while it lives, or a copy."""
+    """Path -> dtype on disk; float32 if the tensors of a folder differ in dtype or are float64."""
+    read: Reader  # returns an array in that dtype, a view of a mapped file or a copy
     tokenizer: Path | None
-    """tokenizer.model beside it."""
     generation: Mapping[str, Any] | None = None
-    """generation_config.json, as it came with a release."""
     chat_template: str | None = None
-    """The Jinja template that came with it."""
-    files: tuple[Path, ...] = ()
-    """The weight files of a PyTorch folder, or those of a training checkpoint that has a manifest."""
+    files: tuple[Path, ...] = ()  # weight files of a PyTorch folder, or of a training checkpoint with a manifest
     manifested: Mapping[Path, str] = dataclasses.field(default_factory=dict)
-    """What that manifest says the SHA-256 of each of `files` is."""
-    is_training: bool = False
-    """Whether it is a training checkpoint, whose parameters are the float32 masters."""
-    unread: tuple[str, ...] = ()
-    """Names of what else lies there, which a conversion does not carry over."""
+    """SHA-256 of each of `files` in that manifest."""
+    is_training: bool = False  # whether it is a training checkpoint, whose parameters are the float32 masters
+    unread: tuple[str, ...] = ()  # names of other files there, which a conversion leaves out
+    own_shapes: Mapping[str, Shape] | None = None
+    """Path -> shape; None for a language model, which has those of its config."""
 
-    def parts(self) -> Iterator[tuple[str, int | None]]:
-        """Every (our path, layer) there is, sorted by path."""
-        for path in sorted(param_shapes(self.config)):
-            yield from ((path, layer) for layer in layers_of(self.config, path))
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Path -> shape of each array."""
+        return param_shapes(self.config) if self.own_shapes is None else self.own_shapes
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all arrays in bytes."""
+        return sum(math.prod(shape) * self.dtypes[path].itemsize for path, shape in self.shapes.items())
+
+    def parts(self) -> list[Part]:
+        return parts_of(self.shapes)
 
 
 def open_source(path: str | Path, reading: Reading = AS_SAID) -> Source:
-    """The model in `path`; nothing read but metadata.
+    """Opens the model in `path`; reads only metadata.
 
-    Raises FileNotFoundError or ValueError, in one sentence, if it is not whole and consistent.
+    Raises FileNotFoundError or ValueError if it is not complete and consistent.
     """
     found = find_model(path, reading)
     return make_source(found, open_contents(found, reading), reading)
@@ -77,10 +81,16 @@ def open_contents(found: FoundModel, reading: Reading = AS_SAID) -> dict[str, An
 
 
 def make_source(found: FoundModel, contents: dict[str, Any], reading: Reading = AS_SAID) -> Source:
-    """The source that a model's `open_contents` are, checked as in `open_source`."""
-    if found.format == "pytorch":
-        return _make_torch(found, contents, reading)
-    return _make_orbax(found, contents)
+    """The source of a model's `open_contents`, checked as in `open_source`."""
+    folder, config = found.path, found.config
+    if found.format == "orbax":
+        return _make_orbax(found, contents)
+    weights = check_weights(folder, config, contents, reading)
+    files = tuple(sorted({tensor.file for tensor in contents.values()}))
+    return Source(
+        folder, config, weights.dtypes, weights.read_layer, found.tokenizer, read_generation_config(folder),
+        read_chat_template(folder), files, unread=_unread(folder, files),
+    )  # fmt: skip
 
 
 def _make_orbax(found: FoundModel, arrays: dict[str, Any]) -> Source:
@@ -104,30 +114,19 @@ def _make_orbax(found: FoundModel, arrays: dict[str, Any]) -> Source:
     )  # fmt: skip
 
 
-def _make_torch(found: FoundModel, tensors: dict[str, Any], reading: Reading) -> Source:
-    folder, config = found.path, found.config
-    weights = check_weights(folder, config, tensors, reading)
-    generation = read_generation_config(folder)
-    files = tuple(sorted({tensor.file for tensor in tensors.values()}))
-    return Source(
-        folder, config, weights.dtypes, weights.read_layer, found.tokenizer, generation,
-        read_chat_template(folder), files,
-        unread=_unread(folder, files),
-    )  # fmt: skip
-
-
 def _unread(folder: Path, files: Iterable[Path]) -> tuple[str, ...]:
-    """What lies beside the weight files of a PyTorch folder and is not read; hidden files are not mentioned."""
+    """Files beside the weight files of a PyTorch folder that are not read; hidden files are skipped."""
     read = {file.name for file in files} | {TOKENIZER_NAME, SUMS_NAME, "config.json", "generation_config.json"}
     read.add(CHAT_TEMPLATE_NAME)
-    # An index belongs to the weight files that are read, or to a format that is not.
+    # Indexes of the formats that are read; another format's index is not.
     read |= {f"{stem}{suffix}.index.json" for stem, suffix in {(f.name.split("-")[0], f.suffix) for f in files}}
     names = (path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith("."))
     return tuple(sorted(name for name in names if name not in read))
 
 
 def source_of_params(params: Mapping[str, Any], config: ModelConfig, tokenizer: Path | None = None) -> Source:
-    """Parameters in memory as a source, in any sharding over devices of this process; a layer is copied when read.
+    """Parameters in memory, sharded over devices of this process in any way, as a source; a layer is copied when it is
+    read.
 
     Raises ValueError if they do not fit the config.
     """

@@ -1,4 +1,4 @@
-"""What every conversion does to the arrays that pass through it: check, normalise the head, cast, fingerprint."""
+"""Checks, casts, head normalisation and fingerprints of arrays during a conversion."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import ml_dtypes
 import numpy as np
 
-from bc2_jax.convert.source import Source
+from bc2_jax.convert.table import Part
 from bc2_jax.model.head import MIN_NORM
 
-Part = tuple[str, int | None]
-"""(our path, layer); layer is None where the array is not stacked."""
+if TYPE_CHECKING:
+    from bc2_jax.convert.source import Source
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 HEAD = "lm_head.weight"
-# One worker a core of a small machine: hashing and transposing are faster than most disks.
+# One per core of a small machine: hashing and transposing are faster than most disks.
 WORKERS = 2
 _BLOCK_BYTES = 32 << 20
 _CACHE_BYTES = 256 << 10
@@ -33,11 +34,11 @@ _EXPONENT = {
 
 
 class Stream:
-    """Reads a source part by part in another dtype, noting as it goes what it saw. Threads may share it.
+    """Reads a source part by part, in another dtype, and records what it sees. Thread-safe.
 
-    `read` is a `table.Reader`. With `normalize_head` the head's rows come with unit length, computed in fp32, unless
-    the model has no NormHead. A finite value that overflows in `dtype` raises ValueError; so does a value that is not
-    finite, with `strict`, and otherwise its name is in `not_finite`. `advance` is told how many bytes were read.
+    `read` is a `table.Reader`. `normalize_head` scales the rows of a NormHead to unit length in fp32. A finite value
+    that overflows in `dtype` raises ValueError. Parts with values that are not finite raise ValueError if `strict`,
+    else they are listed in `not_finite`. `advance` gets the number of bytes of each part.
     """
 
     def __init__(
@@ -52,10 +53,9 @@ class Stream:
         self.normalize_head = normalize_head and source.config.normalize_head
         self.not_finite: list[str] = []
         self.digests: dict[Part, str] = {}
-        """Of every part read, as `digest_part` makes them."""
+        """`digest_part` of every part read."""
 
     def dtype_of(self, path: str) -> np.dtype:
-        """The dtype in which `path` is read."""
         return self.source.dtypes[path] if self.dtype is None else self.dtype
 
     def read(self, path: str, layer: int | None) -> np.ndarray:
@@ -76,14 +76,14 @@ class Stream:
 
 
 def normalize_rows(rows: np.ndarray) -> np.ndarray:
-    """Rows of unit length in fp32; rows shorter than 1e-12 become zero, as in `model.head`."""
+    """Rows scaled to unit length in fp32; rows shorter than 1e-12 become zero, as in `model.head`."""
     rows = rows.astype(np.float32)
     norms = np.sqrt(np.sum(rows * rows, axis=1, keepdims=True))
     return np.where(norms < MIN_NORM, 0, rows / np.maximum(norms, MIN_NORM))
 
 
 def _by_rows(function: Callable[[np.ndarray], np.ndarray], array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """function(array) cast to `dtype`, some rows at a time, so that nothing else as large as the array is in memory."""
+    """function(array) cast to `dtype`, block by block, so that no other array of this size is in memory."""
     out = np.empty(array.shape, dtype)
     for block, target in zip(row_blocks(array), row_blocks(array, out), strict=True):
         rows = function(block)
@@ -97,13 +97,13 @@ def _by_rows(function: Callable[[np.ndarray], np.ndarray], array: np.ndarray, dt
 
 
 def row_blocks(array: np.ndarray, of: np.ndarray | None = None) -> Iterator[np.ndarray]:
-    """Views of some rows of `array` at a time, 32 MiB or one row of it; or the same rows of another array."""
+    """Views of consecutive row blocks of `array`, 32 MiB or one row each; or the same rows of the array `of`."""
     step = max(1, _BLOCK_BYTES * len(array) // max(1, array.nbytes))
     return ((array if of is None else of)[i : i + step] for i in range(0, len(array), step))
 
 
 def _is_finite(array: np.ndarray) -> bool:
-    """Whether all values are finite, by their exponent bits: numpy has no fast test for bfloat16."""
+    """Whether all values are finite, from their exponent bits: numpy has no fast test for bfloat16."""
     kind, mask = _EXPONENT[array.dtype]
     flat = array.reshape(-1).view(kind)
     step = _CACHE_BYTES // flat.itemsize
@@ -111,18 +111,18 @@ def _is_finite(array: np.ndarray) -> bool:
 
 
 def digest_part(part: Part, array: np.ndarray) -> str:
-    """One line of `fingerprint`: SHA-256 over the bytes in C order, with name, dtype and shape."""
+    """One line of `fingerprint`: SHA-256 of the bytes in C order, with path, dtype and shape."""
     digest = hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
     return f"{part[0]} {part[1]} {array.dtype} {array.shape} {digest}"
 
 
 def fingerprint(digests: Iterable[str]) -> str:
-    """SHA-256 of all parts' digests: equal models have equal ones, in whatever format, mesh or order they are read."""
+    """SHA-256 of all part digests; equal models have equal ones in any format, mesh or order."""
     return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
 
 
 def in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """map(function, items) by a few threads that work only a few items ahead, so that little is in memory."""
+    """map(function, items) on a few threads that work only a few items ahead, to save memory."""
     waiting: deque[Future[Result]] = deque()
     remaining = iter(items)
     with ThreadPoolExecutor(WORKERS) as pool:

@@ -1,18 +1,19 @@
-"""The one table between our parameters and the PyTorch names, used in both directions.
+"""The conversion table between parameters and PyTorch tensors, used in both directions.
 
-Each rule says how the axes of a PyTorch tensor become ours, in the shape letters of docs/design.md: D hidden, N heads,
-H head size, F ffn, V vocabulary, O one. `Rule.view` shows a PyTorch array in our axes without copying it; reading
-copies out of that view and writing copies into it, so the two directions cannot disagree.
+Each rule maps the axes of a PyTorch tensor to ours, in the shape letters of docs/design.md: D hidden, N heads, H head
+size, F ffn, V vocabulary, O one. `Rule.view` shows a PyTorch array in our axes without a copy; reading copies from that
+view and writing copies into it, so both directions agree.
 
-Ours is a nested dict of arrays; a path such as "layers.self_attn.q_proj.weight" names one of them. Paths that start
-with "layers." are stacked on a leading axis L; each layer is a PyTorch tensor (or a part of one) of its own.
+Parameters are a nested dict of arrays; a path such as "layers.self_attn.q_proj.weight" names one. Arrays under
+"layers." are stacked on a leading axis L; each layer is a PyTorch tensor (or part of one) of its own.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -20,49 +21,47 @@ import numpy as np
 from bc2_jax.config import ModelConfig
 
 Shape = tuple[int, ...]
+Part = tuple[str, int | None]
+"""(path, layer) of a parameter; layer is None if the array is not stacked."""
 Layout = Literal["baichuan2", "baichuan1", "llama", "llama_reward"]
-"""baichuan2: as released. baichuan1: the same names, rows of the head normalised. llama: also W_pack in three parts.
-llama_reward: with a score in place of the head."""
-LAYOUTS: tuple[Layout, ...] = ("baichuan2", "baichuan1", "llama")
-"""Of language models."""
-
-
+"""baichuan2: as released. baichuan1: same names, head rows normalised. llama: also W_pack split in three. llama_reward:
+with a score instead of the head.
+"""
 Reader = Callable[[str, int | None], np.ndarray]
-"""(our path, layer) -> that layer of our array; all of it where layer is None."""
+"""(path, layer) -> that layer of the array; the whole array if layer is None."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One of our arrays and the PyTorch tensor that holds it (one a layer, if it is stacked)."""
+    """One parameter array and the PyTorch tensor that holds it (one per layer if stacked)."""
 
     path: str
-    """Our path."""
     name: str
-    """The PyTorch name; {} is the layer."""
+    """PyTorch name; {} is the layer."""
     torch: str
     """Axes of the PyTorch tensor; letters in one word are fused into one axis."""
     ours: str
-    """Axes of our array, without L."""
+    """Axes of the parameter, without L."""
     part: int = 0
-    """Which of the equal parts of the PyTorch tensor's rows is ours."""
+    """Index among the equal parts of the PyTorch tensor's rows."""
     parts: int = 1
-    """How many of our arrays share the PyTorch tensor."""
+    """Number of parameters that share the PyTorch tensor."""
 
     @property
     def stacked(self) -> bool:
-        return self.path.startswith("layers.")
+        return is_stacked(self.path)
 
     def torch_shape(self, config: ModelConfig) -> Shape:
         rows, *columns = (math.prod(_sizes(config, word)) for word in self.torch.split())
         return (self.parts * rows, *columns)
 
     def shape(self, config: ModelConfig) -> Shape:
-        """Shape of our array, L included."""
+        """Shape of the parameter, including L."""
         layers = (config.num_hidden_layers,) if self.stacked else ()
         return layers + _sizes(config, self.ours)
 
     def view(self, config: ModelConfig, tensor: np.ndarray) -> np.ndarray:
-        """One layer of our array as a view of the PyTorch tensor; a write to it writes to a contiguous `tensor`."""
+        """One layer of the parameter as a view of the PyTorch tensor; writes go to a contiguous `tensor`."""
         letters = self.torch.replace(" ", "")
         split = tensor.reshape(self.parts, *_sizes(config, letters))
         return split[self.part].transpose([letters.index(letter) for letter in self.ours])
@@ -80,11 +79,16 @@ def _sizes(config: ModelConfig, letters: str) -> Shape:
     return tuple(size[letter] for letter in letters)
 
 
-# In the order of the released files. nn.Linear keeps [out, in]; we keep [in, out].
+def is_stacked(path: str) -> bool:
+    """Whether the array at `path` has a leading layer axis."""
+    return path.startswith("layers.")
+
+
+# In the order of the released files. nn.Linear stores [out, in]; we store [in, out].
 TABLE = (
     Rule("embed_tokens.weight", "model.embed_tokens.weight", "V D", "VD"),
-    # W_pack's rows are all of Q, then all of K, then all of V; inside each the heads follow one another. It is split
-    # because a contiguous shard of the fused tensor would mix the three.
+    # W_pack's rows are all of Q, then K, then V, each ordered by head. It is split because a contiguous shard of the
+    # fused tensor would mix the three.
     Rule("layers.self_attn.q_proj.weight", "model.layers.{}.self_attn.W_pack.weight", "NH D", "DNH", 0, 3),
     Rule("layers.self_attn.k_proj.weight", "model.layers.{}.self_attn.W_pack.weight", "NH D", "DNH", 1, 3),
     Rule("layers.self_attn.v_proj.weight", "model.layers.{}.self_attn.W_pack.weight", "NH D", "DNH", 2, 3),
@@ -97,7 +101,7 @@ TABLE = (
     Rule("norm.weight", "model.norm.weight", "D", "D"),
     Rule("lm_head.weight", "lm_head.weight", "V D", "VD"),
 )
-# LLaMA's modelling code differs in this alone; its RoPE pairs (i, i + H / 2) as ours does, so no row moves.
+# LLaMA's layout differs only in W_pack; its RoPE pairs (i, i + H / 2) as ours does, so no row moves.
 _LLAMA_TABLE = tuple(
     Rule(rule.path, f"model.{rule.path.replace('layers.', 'layers.{}.')}", rule.torch, rule.ours)
     if "W_pack" in rule.name
@@ -120,23 +124,17 @@ class TorchTensor(NamedTuple):
     name: str
     layer: int | None
     rules: tuple[Rule, ...]
-    """Those that share it."""
 
 
 def torch_tensors(config: ModelConfig, layout: Layout = "baichuan2") -> list[TorchTensor]:
-    """Every tensor, in the order of the released files: 227 for 7B, 283 for 13B."""
-    rules = tuple(_TABLES[layout].values())
-    first = next(i for i, rule in enumerate(rules) if rule.stacked)
-    last = max(i for i, rule in enumerate(rules) if rule.stacked) + 1
-    groups: list[tuple[int | None, tuple[Rule, ...]]] = [(None, rules[:first])]
-    groups += [(layer, rules[first:last]) for layer in range(config.num_hidden_layers)]
-    groups += [(None, rules[last:])]
+    """All tensors in the order of the released files: 227 for 7B, 283 for 13B."""
     tensors = []
-    for layer, group in groups:
+    for stacked, group in itertools.groupby(_TABLES[layout].values(), lambda rule: rule.stacked):
         by_name: dict[str, list[Rule]] = {}
         for rule in group:
-            by_name.setdefault(rule.name.format(layer), []).append(rule)
-        tensors += [TorchTensor(name, layer, tuple(shared)) for name, shared in by_name.items()]
+            by_name.setdefault(rule.name, []).append(rule)
+        for layer in range(config.num_hidden_layers) if stacked else (None,):
+            tensors += [TorchTensor(name.format(layer), layer, tuple(rules)) for name, rules in by_name.items()]
     return tensors
 
 
@@ -146,12 +144,12 @@ def torch_shapes(config: ModelConfig, layout: Layout = "baichuan2") -> dict[str,
 
 
 def param_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Our path -> shape."""
+    """Path -> shape."""
     return {rule.path: rule.shape(config) for rule in TABLE}
 
 
 def build_tensor(config: ModelConfig, read: Reader, tensor: TorchTensor) -> tuple[str, np.ndarray]:
-    """(PyTorch name, array) of one tensor, made of the layers of our arrays that it holds."""
+    """(PyTorch name, array) of one tensor, from the parameter layers that it holds."""
     array = None
     for rule in tensor.rules:
         part = read(rule.path, tensor.layer)
@@ -166,11 +164,6 @@ def build_tensor(config: ModelConfig, read: Reader, tensor: TorchTensor) -> tupl
     return tensor.name, array
 
 
-def to_torch(config: ModelConfig, read: Reader, layout: Layout = "baichuan2") -> Iterator[tuple[str, np.ndarray]]:
-    """Streams the PyTorch tensors, one in memory at a time, in the order of `torch_tensors`."""
-    return (build_tensor(config, read, tensor) for tensor in torch_tensors(config, layout))
-
-
 def read_slice(
     config: ModelConfig,
     get_tensor: Callable[[str], np.ndarray],
@@ -179,11 +172,11 @@ def read_slice(
     layout: Layout = "baichuan2",
     dtype: np.dtype | None = None,
 ) -> np.ndarray:
-    """The part `index` of our array `path` (all of it by default), in `dtype` or else in that of the PyTorch tensors.
+    """The part `index` (by default all) of the parameter `path`, in `dtype` or else the dtype of the PyTorch tensors.
 
-    `get_tensor(name)` gives a PyTorch tensor; if that is a memory map, only the bytes of the slice are read. It serves
-    as a callback that puts an array straight onto a mesh:
-    `jax.make_array_from_callback(shape, sharding, lambda index: read_slice(config, get_tensor, path, index))`.
+    `get_tensor(name)` returns a PyTorch tensor; from a memory map only the bytes of the slice are read. To load
+    straight onto a mesh: `jax.make_array_from_callback(shape, sharding, lambda index: read_slice(config, get_tensor,
+    path, index))`.
     """
     rule = _TABLES[layout][path]
     shape = rule.shape(config)
@@ -209,7 +202,7 @@ def read_slice(
 
 
 def cast(array: np.ndarray, dtype: np.dtype | None, name: str) -> np.ndarray:
-    """The array in `dtype`, itself if that is its own or None; raises ValueError if a finite value overflows."""
+    """The array in `dtype` (None: its own); raises ValueError if a finite value overflows."""
     if dtype is None or array.dtype == dtype:
         return array
     with np.errstate(over="ignore"):
@@ -227,14 +220,14 @@ def contiguous(array: np.ndarray) -> np.ndarray:
 
 
 def copy_blocks(target: np.ndarray, source: np.ndarray) -> None:
-    """target[...] = source, of one dtype, in blocks that stay in the cache: thrice as fast for a transpose."""
-    if target.dtype.kind == "V":  # bfloat16, which is copied element by element by a function; integers are not
+    """target[...] = source, of one dtype, in blocks that fit the cache: three times as fast for a transpose."""
+    if target.dtype.kind == "V":  # numpy copies bfloat16 element by element, and integers in bulk
         target, source = target.view(np.uint16), source.view(np.uint16)
     if target.ndim == 2 and not (target.flags.c_contiguous and source.flags.c_contiguous):
         for i in range(0, target.shape[0], 64):
             for j in range(0, target.shape[1], 64):
                 target[i : i + 64, j : j + 64] = source[i : i + 64, j : j + 64]
-    elif target.ndim == 3:  # heads: one transpose each
+    elif target.ndim == 3:  # one transpose per head
         axis = int(np.argmin(target.shape))
         for part, other in zip(np.moveaxis(target, axis, 0), np.moveaxis(source, axis, 0), strict=True):
             copy_blocks(part, other)
@@ -246,9 +239,9 @@ def read_layer(
     config: ModelConfig, get_tensor: Callable[[str], np.ndarray], path: str, layer: int | None,
     layout: Layout = "baichuan2", dtype: np.dtype | None = None,
 ) -> np.ndarray:  # fmt: skip
-    """One layer of our array (all of it where layer is None) in C order, in `dtype` or else in that of the tensor.
+    """One layer of a parameter (all of it if layer is None) in C order, in `dtype` or else the tensor's dtype.
 
-    A view of the tensor where it can be.
+    It is a view of the tensor if possible.
     """
     rule = _TABLES[layout][path]
     name = rule.name.format(layer)
@@ -257,13 +250,13 @@ def read_layer(
 
 
 def torch_name(path: str, layer: int = 0, layout: Layout = "baichuan2") -> str:
-    """The PyTorch tensor that holds (that layer of) our array."""
+    """The PyTorch tensor that holds a parameter (or that layer of it)."""
     return _TABLES[layout][path].name.format(layer)
 
 
-def layers_of(config: ModelConfig, path: str) -> range | tuple[None]:
-    """The layers by which our array is read: all of them, or None where it is not stacked."""
-    return range(config.num_hidden_layers) if path.startswith("layers.") else (None,)
+def parts_of(shapes: Mapping[str, Shape]) -> list[Part]:
+    """Every part of arrays of these shapes, by which they are read and written; sorted by path."""
+    return [(path, i) for path in sorted(shapes) for i in (range(shapes[path][0]) if is_stacked(path) else (None,))]
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:

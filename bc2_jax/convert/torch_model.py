@@ -1,8 +1,8 @@
-"""Baichuan 2's forward pass in PyTorch, written from the paper and the released layout, to check ours against.
+"""Baichuan 2's forward pass in PyTorch, an independent reference for our model.
 
-It shares no code with our model: it takes the tensors by their PyTorch names, keeps W_pack fused, builds the whole
-attention matrix and adds ALiBi as a bias. Everything is fp32. One layer's weights are in memory at a time, and some of
-the head's rows. Only `tools/check_parity.py --torch` and the tests import it.
+Written from the paper and the released layout, without shared code: it uses the PyTorch names, keeps W_pack fused,
+builds the whole attention matrix and adds ALiBi as a bias, all in fp32. One layer's weights and some head rows are in
+memory at a time. Only `tools/check_parity.py --torch` and tests import it.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _HEAD_ROWS = 16_384
 
 @torch.inference_mode()
 def forward(config: ModelConfig, tensors: Mapping[str, MappedTensor], input_ids: np.ndarray) -> Outputs:
-    """fp32 logits [B, T, V] and hidden states [L + 1, B, T, D] of token ids [B, T], which fill their rows.
+    """fp32 logits [B, T, V] and hidden states [L + 1, B, T, D] of full rows of token ids [B, T].
 
-    `tensors` is `hf.open_folder` of a folder that `hf.check_tensors` accepts, in the released layout or LLaMA's.
-    Sections 2.1 and 2.3 of the paper for the layers, 2.4 for NormHead. Raises ValueError for ids that have no row.
+    `tensors` is `hf.open_folder` of a folder that passes `hf.check_tensors`, in the released layout or LLaMA's. Paper
+    sections 2.1 and 2.3 for the layers, 2.4 for NormHead. Raises ValueError for ids without a row.
     """
     check_ids(input_ids, config)
-    # Rows first, so that the whole table is never read.
+    # Index first, so that the whole table is never read.
     h = to_tensor(tensors["model.embed_tokens.weight"].read()[input_ids])
     hidden_states = []
     for layer in range(config.num_hidden_layers):
@@ -56,7 +56,7 @@ def forward(config: ModelConfig, tensors: Mapping[str, MappedTensor], input_ids:
 
 
 def to_tensor(array: np.ndarray) -> torch.Tensor:
-    """An fp32 copy; numpy's bfloat16 goes through its bits, because PyTorch does not know that dtype of numpy."""
+    """An fp32 copy; bfloat16 is passed as bits, because PyTorch does not know numpy's dtype."""
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.uint16).copy()).view(torch.bfloat16).float()
     return torch.from_numpy(array.astype(np.float32))
@@ -75,7 +75,7 @@ def _norm(config: ModelConfig, x: torch.Tensor, weight: torch.Tensor) -> torch.T
 
 def _attention(config: ModelConfig, weights: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     batch, length, _ = x.shape
-    # LLaMA's layout has the three parts of W_pack one by one.
+    # LLaMA's layout has W_pack in three parts.
     parts = ("W_pack",) if "self_attn.W_pack" in weights else ("q_proj", "k_proj", "v_proj")
     fused = torch.cat([functional.linear(x, weights[f"self_attn.{part}"]) for part in parts], -1)
     # [B, T, 3 N H] -> three of [B, N, T, H].
@@ -93,7 +93,7 @@ def _attention(config: ModelConfig, weights: Mapping[str, torch.Tensor], x: torc
 
 
 def _rotate(config: ModelConfig, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """RoPE as a product of complex numbers: components i and i + H / 2 are the parts of one."""
+    """RoPE as a product of complex numbers: components i and i + H / 2 are real and imaginary parts."""
     real, imaginary = x.chunk(2, -1)
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     angle = position[:, None] * config.rope_theta**-exponent

@@ -1,4 +1,4 @@
-"""The weights of a PyTorch folder against its config: which layout they have, in which dtypes, with what head."""
+"""Checks the weights of a PyTorch folder against its config: layout, dtypes and kind of head."""
 
 from __future__ import annotations
 
@@ -21,27 +21,26 @@ from bc2_jax.validation import join_some
 _log = logging.getLogger(__name__)
 _HEAD = "lm_head.weight"
 _UNIT_TOLERANCE = 0.02
-"""How far the length of a row of bf16 may be from 1."""
+"""Largest deviation of a bf16 row's length from 1."""
 _SAMPLED_ROWS = 512
 _ROTARY_TOLERANCE = 0.02  # of a table in bf16
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Tensors that were checked against their config, read as our arrays."""
+    """Tensors checked against their config, read as parameters."""
 
     config: ModelConfig
     layout: table.Layout
     tensors: Mapping[str, MappedTensor]
-    dtypes: Mapping[str, np.dtype]
-    """Our path -> dtype of our array: that of its tensors, or float32 where theirs differ or are float64."""
+    dtypes: Mapping[str, np.dtype]  # path -> dtype: that of its tensors, or float32 if theirs differ or are float64
 
     def read_layer(self, path: str, layer: int | None) -> np.ndarray:
-        """One layer of our array (all of it where layer is None); a view of the file where it can be."""
+        """One layer of a parameter (all of it if layer is None); a view of the file if possible."""
         return table.read_layer(self.config, self._get, path, layer, self.layout, self.dtypes[path])
 
     def read_slice(self, path: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """A part of our array, as `table.read_slice`."""
+        """A slice of a parameter, as `table.read_slice`."""
         return table.read_slice(self.config, self._get, path, index, self.layout, self.dtypes[path])
 
     def _get(self, name: str) -> np.ndarray:
@@ -51,10 +50,10 @@ class Weights:
 def check_weights(
     folder: Path, config: ModelConfig, tensors: Mapping[str, MappedTensor], reading: Reading = AS_SAID
 ) -> Weights:
-    """The weights of `folder`, whose `hf.read_folder` is `tensors` and whose config, so read, is `config`.
+    """The weights of `folder`, given its `hf.read_folder` and its config.
 
-    The log says what is left out, rounded or taken for what. Raises ValueError if tensors and config do not fit, or if
-    they contradict each other about positions or the head.
+    Logs what is left out, rounded or assumed. Raises ValueError if tensors and config do not fit, or contradict each
+    other about positions or the head.
     """
     tensors, buffers = split_buffers(tensors)
     layout = find_layout(tensors)
@@ -72,17 +71,18 @@ def check_weights(
 
 
 def _check_buffers(config: ModelConfig, buffers: Mapping[str, MappedTensor], is_said: bool) -> list[str]:
-    """Raises ValueError if a buffer is of another position scheme than config.json tells, unless that is said.
+    """Raises ValueError if a buffer belongs to another position scheme than config.json implies, unless that is
+    explicit.
 
-    Returns what to say of the others: PyTorch computes most of them from the config too, whatever the file has.
+    Returns notes on the other buffers: PyTorch computes most of them from the config too, whatever the file contains.
     """
     notes = []
     for name, tensor in buffers.items():
         scheme = _scheme_of_buffer(name, tensor)
         if scheme not in (None, config.position_embedding) and not is_said:
             raise ValueError(
-                f"position_embedding is not clear: config.json tells {config.position_embedding}, but {name} is there, "
-                f"as with {scheme}; decide with --position-embedding rope|alibi of tools/convert.py, or with the key "
+                f"position_embedding is not clear: config.json implies {config.position_embedding}, but {name} implies "
+                f"{scheme}; decide with --position-embedding rope|alibi of tools/convert.py, or with the key "
                 '"position_embedding" in config.json.'
             )
         if name.endswith("inv_freq") and config.position_embedding == "rope":
@@ -96,42 +96,42 @@ def _check_buffers(config: ModelConfig, buffers: Mapping[str, MappedTensor], is_
 
 
 def _scheme_of_buffer(name: str, tensor: MappedTensor) -> str | None:
-    """The position scheme that a buffer is of; None where any model may have it."""
+    """The position scheme that a buffer belongs to; None if any model may have it."""
     last = name.rpartition(".")[2]
     if ".rotary_emb." in f".{name}" or "inv_freq" in last:
         return "rope"
     if "alibi" in last or last == "slopes":
         return "alibi"
     if last.endswith("mask") and len(tensor.shape) > 1 and 0 not in tensor.shape:
-        # What a last query sees: zero everywhere in a causal mask, as many values as keys where ALiBi is added.
+        # The last query's row: all zeros in a causal mask, one value per key if ALiBi is included.
         row = tensor.read()[..., -1, :].astype(np.float32)
         return "alibi" if len(np.unique(row[np.isfinite(row)])) > 2 else None
     return None
 
 
 def row_lengths(rows: Iterable[np.ndarray]) -> np.ndarray:
-    """Lengths of the rows in blocks of rows [n, D], in fp32."""
+    """fp32 lengths of the rows of blocks [n, D]."""
     blocks = (block.astype(np.float32) for block in rows)
     return np.concatenate([np.sqrt(np.sum(block * block, axis=1)) for block in blocks])
 
 
 def are_unit(lengths: np.ndarray) -> bool:
-    """Whether rows of these lengths were normalised; a row of zeros stays one."""
+    """Whether rows of these lengths were normalised; rows of zeros are ignored."""
     return bool(np.all((np.abs(lengths - 1) < _UNIT_TOLERANCE) | (lengths == 0)) and lengths.any())
 
 
 def _check_head(folder: Path, config: ModelConfig, head: MappedTensor, is_said: bool) -> None:
-    """Says how the head of a LlamaForCausalLM is taken, which may have been a NormHead before it was converted."""
+    """Logs whether a LlamaForCausalLM's head is read as plain or as NormHead; it may have been either."""
     rows = head.read()
     step = -(-len(rows) // _SAMPLED_ROWS)
     lengths = row_lengths([rows[::step]])
     found = f"its rows have lengths {lengths.min():.4f} to {lengths.max():.4f}"
     if config.normalize_head:
-        _log.info("%s: the head is taken as a NormHead; %s.", folder, found)
+        _log.info("%s: the head is read as a NormHead; %s.", folder, found)
     elif are_unit(lengths):
         _log.info(
-            "%s: the head is taken as a plain one, as LLaMA's is; %s: they were normalised, as when a Baichuan 2 is "
-            "exported. --normalize-head takes it as a NormHead: the same logits, and training goes on with NormHead.",
+            "%s: the head is read as a plain one, like LLaMA's; %s: they were normalised, as in an export of Baichuan "
+            "2. --normalize-head reads it as a NormHead: the same logits, and training continues with NormHead.",
             folder, found,
         )  # fmt: skip
     elif config.vocab_size == BAICHUAN2_VOCAB and not is_said:
@@ -141,17 +141,16 @@ def _check_head(folder: Path, config: ModelConfig, head: MappedTensor, is_said: 
             "--normalize-head or --no-normalize-head."
         )
     else:
-        _log.info("%s: the head is taken as a plain one, as LLaMA's is; %s.", folder, found)
+        _log.info("%s: the head is read as a plain one, like LLaMA's; %s.", folder, found)
 
 
 def _choose_dtypes(
     config: ModelConfig, tensors: Mapping[str, MappedTensor], layout: table.Layout
 ) -> tuple[dict[str, np.dtype], list[str]]:
-    """(our path -> dtype in which all of its tensors can be held, what to say of it)."""
-    by_path = {
-        path: [tensors[table.torch_name(path, layer or 0, layout)].dtype for layer in table.layers_of(config, path)]
-        for path in table.param_shapes(config)
-    }
+    """(path -> dtype that holds all of its tensors, notes)."""
+    by_path: dict[str, list[np.dtype]] = {}
+    for path, layer in table.parts_of(table.param_shapes(config)):
+        by_path.setdefault(path, []).append(tensors[table.torch_name(path, layer or 0, layout)].dtype)
     # They are one tensor in the released layout.
     packed = [path for path in by_path if re.search(r"\.[qkv]_proj\.", path)]
     together = [dtype for path in packed for dtype in by_path[path]]

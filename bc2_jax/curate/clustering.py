@@ -1,13 +1,18 @@
-"""Spherical k-means on a mesh (paper section 2.1: clusters of documents, which drive sampling and deduplication).
+"""Clusters of documents by spherical k-means on a mesh, and what they are about (paper section 2.1).
 
-Points are cut over the devices as the rows of a batch are; every device finds the nearest centroids of its own points
-and sums them, and one reduction an iteration gives all devices the sums. Features are multiples of `embedding.STEP`,
-centroids too, and sums are integers: any number of devices gives the same bits.
+Points are sharded over the devices as the rows of a batch are. Every device finds the nearest centroids of its own
+points and sums them; one reduction an iteration gives all devices the sums. Features and centroids are multiples of
+`features.STEP` and sums are integers, so any number of devices gives the same bits.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,30 +22,30 @@ from jax.sharding import Mesh, NamedSharding
 
 from bc2_jax.config import MeshConfig
 from bc2_jax.curate.config import ClusterConfig
-from bc2_jax.curate.embedding import STEP, check_features, unit_rows
+from bc2_jax.curate.features import STEP, check_features, unit_rows
 from bc2_jax.sharding import make_mesh, mesh_axes, parts, spec
 from bc2_jax.validation import require
 
 # Points that a device takes at a time.
 _MOST_ROWS = 8192
 _FEWEST_ROWS = 256
+# Clusters that are described, documents of each whose words are counted, and characters read of a document.
+_DESCRIBED, _READ_DOCUMENTS, _READ_CHARACTERS = 20, 8, 4000
+_WORDS, _EXAMPLES, _EXAMPLE_CHARACTERS, _NAMES = 8, 3, 80, 3
+_HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]+")
+_WORD = re.compile(r"[^\W\d_]{3,}")
 
 
-def fit(
-    points: np.ndarray,
-    config: ClusterConfig | None = None,
-    mesh: Mesh | None = None,
-) -> np.ndarray:
-    """Centroids float16 [k, dim] of unit length of features float16 [n, dim] (rows of `embedding.unit_rows`).
+def fit(points: np.ndarray, config: ClusterConfig, mesh: Mesh | None = None) -> np.ndarray:
+    """Centroids float16 [k, dim] of unit length of features float16 [n, dim] (rows of `features.unit_rows`).
 
-    Starts from k random points; a cluster without points takes another random one. `mesh` is of devices of this
+    Starts from k random points; a cluster without points starts again at another one. `mesh` has devices of this
     process, by default all. Raises ValueError if there are no points or they are not such features.
     """
-    config = config or ClusterConfig()
     check_features(points, "points")
     require(len(points) > 0, "points", points.shape, "there must be at least one")
     order = np.random.default_rng(config.seed).permutation(len(points))
-    # Reading in order is faster, and the order of the sample does not matter to the sums.
+    # Reading in order is faster, and the sums do not depend on the order.
     sample = points[np.sort(order[: config.sample])]
     k = config.number(len(points))
     centroids = points[order[:k]]
@@ -52,7 +57,7 @@ def fit(
         chunks = [_place(sample[i : i + rows], rows, mesh) for i in range(0, len(sample), rows)]
         for _ in range(config.iterations):
             placed = jnp.asarray(centroids)
-            # All are dispatched before any is fetched: the devices do not wait for the host.
+            # All chunks are dispatched before any is fetched, so that the devices do not wait for the host.
             ids_N = [_nearest(chunk, placed, 1)[0] for chunk in chunks]
             sums = [_sum_clusters(chunk, ids, k) for chunk, ids in zip(chunks, ids_N, strict=True)]
             new = np.concatenate(jax.device_get(ids_N))[: len(sample), 0]
@@ -67,15 +72,12 @@ def fit(
 
 
 def assign(
-    points: np.ndarray,
-    centroids: np.ndarray,
-    top: int = 1,
-    mesh: Mesh | None = None,
+    points: np.ndarray, centroids: np.ndarray, top: int = 1, mesh: Mesh | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The `top` most similar centroids of each point, best first: ids int32 [n, top], cosines float32 [n, top].
 
-    At equal cosines the lower id comes first. Memory on the devices does not grow with n. Where there are fewer
-    centroids than `top` the last columns are -1 and -inf.
+    At equal cosines the lower id comes first. Memory on the devices does not grow with n. With fewer than `top`
+    centroids the last columns are -1 and -inf.
     """
     check_features(points, "points")
     check_features(centroids, "centroids")
@@ -90,7 +92,7 @@ def assign(
         rows = _chunk_rows(len(points))
         placed = jnp.asarray(centroids)
         pending: list[tuple[int, tuple[Array, Array]]] = []
-        # A chunk is computed while the one before it is fetched.
+        # A chunk is fetched while the next one is computed.
         for start in range(0, len(points), rows):
             chunk = _place(points[start : start + rows], rows, mesh)
             pending.append((start, _nearest(chunk, placed, found)))
@@ -106,7 +108,7 @@ def _nearest(points_ND: Array, centroids_KD: Array, top: int) -> tuple[Array, Ar
     def local(points_ND: Array, centroids_KD: Array) -> tuple[Array, Array]:
         cosines_NK = exact_cosines(points_ND, centroids_KD)
         ids, best = [], []
-        # For a few, cheaper than a sort.
+        # For a small `top` this is cheaper than a sort.
         for _ in range(top):
             id_N = jnp.argmax(cosines_NK, axis=1).astype(jnp.int32)
             ids.append(id_N)
@@ -122,7 +124,7 @@ def _nearest(points_ND: Array, centroids_KD: Array, top: int) -> tuple[Array, Ar
 def _sum_clusters(points_ND: Array, ids_N1: Array, clusters: int) -> Array:
     """int32 [K, D]: the sum of each cluster's points in units of STEP. Padding is zero and adds nothing.
 
-    A program of its own: in one with the search for the nearest, XLA:CPU takes three times as long.
+    A separate program: XLA:CPU takes three times as long if the search for the nearest centroids is in it too.
     """
 
     def local(points_ND: Array, ids_N1: Array) -> Array:
@@ -135,7 +137,7 @@ def _sum_clusters(points_ND: Array, ids_N1: Array, clusters: int) -> Array:
 
 
 def exact_cosines(points_ND: Array, centroids_KD: Array) -> Array:
-    """float32 [N, K] of float16 rows of `embedding.unit_rows`."""
+    """float32 [N, K] of float16 rows of `features.unit_rows`."""
     return jnp.einsum(
         "ND,KD->NK", points_ND.astype(jnp.float32), centroids_KD.astype(jnp.float32),
         precision=jax.lax.Precision.HIGHEST,
@@ -153,7 +155,7 @@ def _default_mesh() -> Mesh:
 
 
 def _chunk_rows(points: int) -> int:
-    """Rows of a chunk: few sizes, for each is a program that must be compiled."""
+    """Rows of a chunk: one of few sizes, because each is compiled."""
     devices = parts("batch")
     rows = _FEWEST_ROWS
     while rows < _MOST_ROWS and rows * devices < points:
@@ -165,3 +167,60 @@ def _place(points: np.ndarray, rows: int, mesh: Mesh) -> Array:
     padded = np.zeros((rows, points.shape[1]), np.float16)
     padded[: len(points)] = points
     return jax.device_put(padded, NamedSharding(mesh, spec("batch", None)))
+
+
+def describe_clusters(
+    clusters: np.ndarray,
+    cosines: np.ndarray,
+    scores: np.ndarray,
+    sources: np.ndarray,
+    languages: np.ndarray,
+    read: Callable[[Sequence[int]], Sequence[str]],
+) -> list[dict[str, Any]]:
+    """The largest clusters, largest first, as JSON: sizes, mean scores, sources, languages, words and examples.
+
+    `clusters` int [n] and `cosines` float [n] are the nearest centroid of each document (`assign`). `read` gives the
+    texts of some documents; it is called once, for the documents nearest to the centroids. Words are the most
+    distinctive ones of these documents (the number of documents times log(clusters / clusters with the word)), in
+    Chinese pairs of characters. Examples are the beginnings of the nearest documents, nearest first.
+    """
+    sizes = np.bincount(clusters) if len(clusters) else np.empty(0, np.int64)
+    # Of equal sizes the lower number comes first, of equal cosines the earlier document.
+    largest = [int(c) for c in np.argsort(-sizes, kind="stable")[:_DESCRIBED] if sizes[c]]
+    order = np.lexsort((-cosines, clusters))
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    members = [order[starts[c] : starts[c + 1]] for c in largest]
+    nearest = [documents[:_READ_DOCUMENTS].tolist() for documents in members]
+    all_texts = iter(read([document for documents in nearest for document in documents]))
+    texts = [[next(all_texts) for _ in documents] for documents in nearest]
+    counts = [Counter(word for text in of_cluster for word in set(_words(text))) for of_cluster in texts]
+    occurs = Counter(word for counter in counts for word in counter)
+    return [
+        {
+            "cluster": cluster,
+            "documents": len(documents),
+            "score": round(float(np.mean(scores[documents], dtype=np.float64)), 4),
+            "sources": _most_frequent(sources[documents]),
+            "languages": _most_frequent(languages[documents]),
+            "words": _distinctive(counter, occurs, len(largest))[:_WORDS],
+            "examples": [text[:_EXAMPLE_CHARACTERS] for text in of_cluster[:_EXAMPLES]],
+        }
+        for cluster, documents, of_cluster, counter in zip(largest, members, texts, counts, strict=True)
+    ]
+
+
+def _most_frequent(names: np.ndarray) -> list[str]:
+    values, counts = np.unique(names.astype(str), return_counts=True)
+    return [str(values[i]) for i in np.argsort(-counts, kind="stable")[:_NAMES]]
+
+
+def _words(text: str) -> Iterator[str]:
+    text = text[:_READ_CHARACTERS]
+    for run in _HAN.findall(text):
+        yield from (run[i : i + 2] for i in range(len(run) - 1))
+    yield from (word.lower() for word in _WORD.findall(_HAN.sub(" ", text)))
+
+
+def _distinctive(counts: Counter[str], occurs: Counter[str], clusters: int) -> list[str]:
+    weights = {word: n * math.log((clusters + 1) / occurs[word]) for word, n in counts.items() if n > 1}
+    return sorted(weights, key=lambda word: (-weights[word], word))

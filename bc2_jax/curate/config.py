@@ -1,49 +1,48 @@
-"""What a curation run does, with every threshold."""
+"""Settings of a curation run; the settings of a rule are defined beside the rule."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from bc2_jax.curate.boilerplate import BoilerplateConfig
 from bc2_jax.curate.contamination import ContaminationConfig
-from bc2_jax.curate.embedding import EmbeddingConfig
+from bc2_jax.curate.cuts import BoilerplateConfig, SentenceConfig
+from bc2_jax.curate.features import EmbeddingConfig
 from bc2_jax.curate.heuristics import HeuristicsConfig
 from bc2_jax.curate.inputs import ReadConfig
 from bc2_jax.curate.privacy import PrivacyConfig
 from bc2_jax.curate.safety import SafetyConfig
-from bc2_jax.curate.sentences import SentenceConfig
 from bc2_jax.curate.spam import SpamConfig
 from bc2_jax.curate.weights import WeightsConfig
 from bc2_jax.validation import require, require_positive
 
-# The sum of more points of k-means, of at most 2^11 units each, would not fit an int32.
+# Sums of more points, of at most 2^11 units each, would overflow int32.
 _MOST_POINTS = 2**20 - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CopiesConfig:
-    """Which copies go (paper section 2.1): of whole documents, of their paragraphs and sentences, and near copies."""
+    """Copies to remove (paper section 2.1): whole documents, near copies, paragraphs and sentences."""
 
     exact: bool = True
     """Drop documents whose normalised text occurred before."""
     shortest_paragraph: int = 40
-    """Characters of the shortest paragraph that is cut where it occurred before; 0 cuts none."""
+    """Characters of the shortest paragraph that is cut if it occurred before; 0 cuts none."""
     shortest_sentence: int = 40
     """The same for sentences; 0 cuts none."""
     sentence_copies: int = 4
-    """A sentence is cut, but for the first, if it occurs at least so often in all documents."""
+    """A sentence that occurs at least this often in all documents is cut, except its first occurrence."""
     whole_languages: tuple[str, ...] = ("code",)
-    """Languages whose documents are never cut into."""
+    """Languages from whose documents nothing is cut."""
     least_left: float = 0.3
-    """A document of which a smaller share is left after cutting is dropped."""
+    """A document is dropped if cutting leaves a smaller share of it."""
     least_left_bytes: int = 100
-    """A document that was cut and is shorter is dropped."""
+    """A document is dropped if cutting leaves fewer bytes."""
     near: bool = True
-    """Drop near copies that MinHash finds."""
+    """Drop near copies found by MinHash."""
     least_similarity: float = 0.53
-    """What goes has at least this Jaccard similarity of five-token shingles, estimated, to the document that stays. The
-    estimate errs by .04: with a bound of .5, among many documents from one template one in fifteen would be less
-    similar than that (benchmarks/curation.py)."""
+    """Minimum estimated Jaccard similarity of five-token shingles between a dropped document and the one kept. The
+    estimate errs by .04: at .5, one in fifteen documents dropped from a large template would be less similar
+    (benchmarks/curation.py)."""
 
     def __post_init__(self) -> None:
         for field in ("shortest_paragraph", "shortest_sentence", "least_left_bytes"):
@@ -56,16 +55,16 @@ class CopiesConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QualityConfig:
-    """Where scores come from. Without a model they say how far a document is from the limits of the heuristics."""
+    """Scores. Without a model they are the distance of a document from the limits of the heuristics."""
 
     model: str | None = None
     """.npz written by tools/train_quality.py."""
     min_score: float = 0.0
     """Documents with a lower score are dropped."""
     language_model: str | None = None
-    """Checkpoint or folder in the released layout whose bits a byte the model was trained with."""
+    """Checkpoint or folder in the released layout with whose bits a byte the model was trained."""
     max_tokens: int = 512
-    """Tokens of a document that the language model reads."""
+    """The language model reads the first tokens of a document, at most this many."""
 
     def __post_init__(self) -> None:
         require(0 <= self.min_score <= 1, "quality.min_score", self.min_score, "it must be in 0..1")
@@ -79,20 +78,20 @@ class ClusterConfig:
     """Spherical k-means."""
 
     clusters: int = 0
-    """Number of clusters; 0 takes the power of two next below one for `documents_per_cluster` documents."""
+    """Number of clusters; 0 takes the largest power of two with at least `documents_per_cluster` documents each."""
     documents_per_cluster: int = 128
-    """Mean size of a cluster where `clusters` is 0. The time to find near-duplicates grows with it, that to find the
-    centroids falls."""
+    """Mean size of a cluster if `clusters` is 0. In larger clusters near copies take longer to find; the centroids take
+    less time."""
     most_clusters: int = 4096
-    """Upper bound where `clusters` is 0."""
+    """Maximum number if `clusters` is 0."""
     sample: int = 65_536
-    """Documents, drawn at random, that the centroids are computed from; all are then assigned to one."""
+    """Documents, drawn at random, from which the centroids are computed."""
     iterations: int = 8
-    """Upper bound of passes over the sample."""
+    """Maximum number of passes over the sample."""
     tolerance: float = 0.01
-    """Stops when a pass moved less than this share of the sample to another cluster."""
+    """Stop when a pass moves less than this share of the sample to another cluster."""
     seed: int = 0
-    """Draws the sample, the first centroids and new ones for clusters that became empty."""
+    """Seed of the sample, the first centroids and the new ones of empty clusters."""
 
     def __post_init__(self) -> None:
         require(
@@ -104,27 +103,27 @@ class ClusterConfig:
         require(0 <= self.seed < 2**63, "clusters.seed", self.seed, "it must be in 0..2^63 - 1")
 
     def number(self, documents: int) -> int:
-        """Clusters for so many documents, never more than documents."""
+        """Clusters for this number of documents, at most one a document."""
         wanted = self.clusters or min(max(documents // self.documents_per_cluster, 1), self.most_clusters)
         return min(wanted if self.clusters else 1 << (wanted.bit_length() - 1), max(documents, 1))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DenseConfig:
-    """Near-duplicates in feature space."""
+    """Near copies by dense features."""
 
     enabled: bool = True
-    """Drop near copies that dense features find; clusters and weights are made in any case."""
+    """Drop near copies found by dense features; clusters and weights are computed in any case."""
     clusters_per_document: int = 2
-    """Two documents are compared if they share one of so many nearest clusters each, for a boundary may run between
-    them."""
+    """Documents are compared if they share one of this many nearest clusters: copies may lie on both sides of a
+    boundary."""
     cosine: float = 0.85
-    """Pairs at least so similar are candidates. The default is for hashed n-grams; hidden states lie closer."""
+    """Minimum cosine of a candidate pair. The default is for hashed n-grams; hidden states are more similar."""
     jaccard: float = 0.53
-    """Candidates with at least this (estimated) Jaccard similarity of shingles are near-duplicates."""
+    """Minimum estimated Jaccard similarity of shingles of a candidate to be a near copy."""
     most_earlier: int = 16
-    """Of more earlier near-duplicates of a document, the earliest so many are kept. They are enough to decide that it
-    goes, and a thousand texts from one template do not make half a million pairs."""
+    """Pairs kept for a document: its earliest near copies. They are enough to drop it, and a thousand texts from one
+    template do not make half a million pairs."""
 
     def __post_init__(self) -> None:
         require_positive(self, "dense.", "clusters_per_document", "most_earlier")
@@ -134,7 +133,7 @@ class DenseConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CurationConfig:
-    """A run of tools/curate.py, in the order of its stages."""
+    """Settings of a curation run."""
 
     read: ReadConfig = dataclasses.field(default_factory=ReadConfig)
     privacy: PrivacyConfig = dataclasses.field(default_factory=PrivacyConfig)
@@ -151,4 +150,4 @@ class CurationConfig:
     dense: DenseConfig = dataclasses.field(default_factory=DenseConfig)
     weights: WeightsConfig = dataclasses.field(default_factory=WeightsConfig)
     jsonl: bool = True
-    """Write the documents as JSON lines too."""
+    """Whether to write the documents as JSON lines too."""

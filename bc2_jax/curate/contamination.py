@@ -1,9 +1,9 @@
-"""Documents that contain test questions: n-grams of 13 tokens shared with benchmark files.
+"""Contamination: documents that share n-grams of 13 tokens with benchmark files.
 
 The procedure is GPT-3's (Brown et al. 2020, arXiv 2005.14165, Appendix C): n-grams of 13 words, fewer for a benchmark
-of short items but at least 8, and n-grams found in many documents are not evidence. A token here is a word or one Han
-character; a Chinese word has about 1.6 of these, so where they are written together an n-gram has 1.6 times as many.
-What differs: case counts, and documents are reported or dropped whole instead of being cut.
+of short items but at least 8; n-grams in many documents are not evidence. A token is a word or one Han character; a
+Chinese word has about 1.6 characters, so n is 1.6 times as large there. Different from GPT-3: case counts, and
+documents are reported or dropped whole instead of being cut.
 """
 
 from __future__ import annotations
@@ -19,9 +19,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bc2_jax.curate.lookup import NgramTable, find_ngrams, make_table
-from bc2_jax.curate.tokens import Tokens, choose_tokens, count_characters, hash_ngrams, hash_tokens, token_starts
+from bc2_jax.curate.tokens import (
+    choose_tokens,
+    count_characters,
+    find_ngrams,
+    hash_ngrams,
+    hash_tokens,
+    token_starts,
+)
 from bc2_jax.data.benchmark_items import read_items
+from bc2_jax.data.ngrams import NgramTable, make_table
 from bc2_jax.validation import require
 
 _SHORTEST = 8
@@ -33,22 +40,22 @@ _PERCENTILE = 5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ContaminationConfig:
-    """What to look for and when a document counts as contaminated."""
+    """Benchmarks, and when a document counts as contaminated."""
 
     files: tuple[str, ...] = ()
-    """Benchmarks: .jsonl with one item a line, or .txt with one a line. None switches the test off."""
+    """Benchmarks, one item a line: .jsonl or .txt. None switches the test off."""
     fields: tuple[str, ...] = ("question", "prompt", "text", "input", "choices", "answer")
-    """Fields of a .jsonl item that are read, where it has them; lists and objects with all they contain. Not the
-    passages that questions are about: those are public text, and to know them is not contamination."""
+    """Fields of a .jsonl item that are searched for, with all that lists and objects contain. Passages that questions
+    are about are left out: they are public text."""
     n: int = 13
-    """Words of an n-gram, 13 or 21 characters of Chinese. A file whose items are short is searched with fewer, the 5th
-    percentile of their lengths but at least 8, or 13 characters; an item shorter than that can't be found."""
+    """Words of an n-gram; in Chinese 1.6 times as many characters. For a file of short items n is the 5th percentile of
+    their lengths but at least 8 (13 characters); shorter items are not found."""
     max_items: int = 10
-    """An n-gram in more items of its file is the frame of the questions and no evidence."""
+    """An n-gram in more items of its file is the template of the questions, not evidence."""
     max_documents: int = 10
-    """An n-gram in more documents of the corpus is a common phrase and no evidence (GPT-3: 10)."""
+    """An n-gram in more documents of the corpus is a common phrase, not evidence (GPT-3: 10)."""
     min_share: float = 0.0
-    """Share of an item's n-grams that a document has to contain more of than this."""
+    """A contaminated document contains more than this share of an item's n-grams."""
     action: str = "drop"
     """drop or report."""
 
@@ -64,23 +71,23 @@ class ContaminationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkNgrams:
-    """The n-grams of some benchmarks, and which item each is of."""
+    """The n-grams of benchmarks with their items."""
 
     items: tuple[str, ...]
-    """Name of each item: file name and line, or paragraph, from 1."""
+    """Name of each item: file name and line, from 1."""
     tables: tuple[NgramTable, ...]
-    """One for each n, with the number of an item beside each of its n-grams, once an item."""
+    """One for each n; the numbers of n-grams are those of items."""
 
     @functools.cached_property
     def sizes(self) -> np.ndarray:
-        """int64 [items]: different n-grams of each item."""
+        """Different n-grams of each item, int64 [items]."""
         numbers = [table.numbers for table in self.tables]
         return np.bincount(np.concatenate([np.empty(0, np.int64), *numbers]), minlength=len(self.items))
 
     def without_frequent(self, documents: Sequence[np.ndarray], limit: int) -> BenchmarkNgrams:
-        """Without n-grams in more than `limit` documents; `documents` is the sum of `count_documents` over all shards.
+        """A copy without n-grams in more than `limit` documents; `documents` sums `count_documents` over all shards.
 
-        An item that has no n-gram left is never found. Shares are of the n-grams that are left.
+        Shares are of the remaining n-grams; an item without any is never found.
         """
         tables = []
         for table, counts in zip(self.tables, documents, strict=True):
@@ -95,9 +102,9 @@ class Match(NamedTuple):
     document: int
     item: str
     share: float
-    """Of the item's different n-grams, those that the document contains."""
+    """Share of the item's different n-grams that the document contains."""
     ngram: str
-    """The first of these as it stands in the document."""
+    """The first of them, as written in the document."""
 
 
 def load_benchmark_ngrams(
@@ -139,14 +146,9 @@ def load_benchmark_ngrams(
     return BenchmarkNgrams(tuple(items), tuple(tables))
 
 
-def find_contaminated(
-    texts: Sequence[str], ngrams: BenchmarkNgrams, min_share: float = 0.0, tokens: Tokens | None = None
-) -> list[Match]:
-    """Every pair of a document and an item that share more than `min_share` of the item's n-grams, by document.
-
-    `tokens` are those of `hash_tokens(texts)`, if they are there already.
-    """
-    tokens = hash_tokens(texts) if tokens is None else tokens
+def find_contaminated(texts: Sequence[str], ngrams: BenchmarkNgrams, min_share: float = 0.0) -> list[Match]:
+    """Every pair of a document and an item that share more than `min_share` of the item's n-grams, by document."""
+    tokens = hash_tokens(texts)
     counts: collections.Counter[tuple[int, int]] = collections.Counter()
     shared: dict[tuple[int, int], tuple[int, list[int]]] = {}
     for table in ngrams.tables:
@@ -167,14 +169,14 @@ def find_contaminated(
 
 
 def _first_shared(text: str, n: int, hashes: Sequence[int]) -> str:
-    """The first n-gram of a text that has one of these hashes, as it is written."""
+    """The first n-gram of a text with one of these hashes, as written."""
     grams = hash_ngrams(hash_tokens([text]), n).hashes
     first = int(np.flatnonzero(np.isin(grams, np.array(hashes, np.uint64)))[0])
     starts = np.append(token_starts(text), len(text))
     return " ".join(text[starts[first] : starts[first + n]].split())
 
 
-def count_documents(texts: Sequence[str], ngrams: BenchmarkNgrams, tokens: Tokens | None = None) -> list[np.ndarray]:
-    """For each table int64 [rows]: in how many of the texts an n-gram occurs. Add them up over the shards."""
-    tokens = hash_tokens(texts) if tokens is None else tokens
+def count_documents(texts: Sequence[str], ngrams: BenchmarkNgrams) -> list[np.ndarray]:
+    """For each table the number of texts that contain each n-gram, int64 [rows]; sums over shards are those of all."""
+    tokens = hash_tokens(texts)
     return [np.bincount(find_ngrams(table, tokens)[1], minlength=len(table.hashes)) for table in ngrams.tables]

@@ -1,9 +1,8 @@
-"""The demo's text through the whole data system: curated, a tokenizer trained on it, packed by source and quality."""
+"""The demo's corpus: text curated, a tokenizer trained on it, rows packed by source and quality."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -20,11 +19,12 @@ from bc2_jax.curate.pipeline import FORMAT, curate
 from bc2_jax.data.demo_corpus import demo_documents
 from bc2_jax.data.pinned_package import default_cache, publishing
 from bc2_jax.data.tokenization import Settings, tokenize_corpus
+from bc2_jax.files import fingerprint
 from bc2_jax.tokenizer import train_tokenizer
 
 logger = logging.getLogger(__name__)
 
-# A vocabulary of a few thousand has no room for all 3,800 characters of the novel: the rare half is spelt in bytes.
+# A vocabulary of a few thousand can't hold all 3,800 characters of the novel: the rare half become bytes.
 _CHARACTER_COVERAGE = 0.995
 
 
@@ -36,7 +36,7 @@ class DemoCorpus:
     sources: dict[str, Path]
     """Folder of packed rows by language."""
     report: Path
-    """What curation kept and removed."""
+    """The report of the curation."""
 
 
 def prepare_demo(
@@ -46,17 +46,17 @@ def prepare_demo(
     sequence_length: int = 256,
     validation_fraction: float = 0.08,
 ) -> DemoCorpus:
-    """Curates the demo text, trains a tokenizer on it and packs it; takes seconds, and none if it is there.
+    """Curates the demo text, trains a tokenizer on it and packs it, in seconds; an existing result is returned at once.
 
-    The folder in `cache` is named by a hash of the settings, the text and the version of Python, and appears complete
-    or not at all.
+    The folder in `cache` is named by a hash of the settings, the text and the version of Python, and appears when it is
+    complete.
     """
     cache = Path(cache) if cache is not None else default_cache()
     documents = demo_documents(cache)
     config = CurationConfig()
     settings = [vocab_size, sequence_length, validation_fraction, _CHARACTER_COVERAGE, sys.version_info[:3], documents]
     settings += [FORMAT, dataclasses.asdict(config)]
-    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+    key = fingerprint(settings, sort_keys=False)[:16]
     folder = cache / f"demo-{key}"
     sources = {language: folder / "rows" / language for language in documents}
     corpus = DemoCorpus(folder / "tokenizer.model", sources, folder / "curated" / "report.md")

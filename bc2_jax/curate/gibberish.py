@@ -1,11 +1,11 @@
-"""Whether words, letters and Han characters follow each other as in real text, or as if they were drawn at random.
+"""Random order: whether words, letters and Han characters follow each other as in real text.
 
-The tables in `ngrams.npz` were counted by `benchmarks/ngram_table.py` on free text. They hold
-  the 6,000 most frequent English words in 220 classes of words used alike, and how often one class follows another;
+The tables in `ngrams.npz` were counted by `benchmarks/ngram_table.py` on free text. They have
+  the 6,000 most frequent English words in 220 classes of similar words, and how often one class follows another;
   how often a letter follows two others, in English and eleven other languages of Latin script;
-  the 4,096 most frequent Han characters and the 150,000 pairs of them that real text has most often.
-Real text, classical and technical text and verse too, is far from random text in all three, so the tables need not be
-of the kind of text that is curated. Of a long document three windows are read.
+  the 4,096 most frequent Han characters and the 150,000 most frequent pairs of them.
+In all three, real text, classical and technical text and verse too, is far from random text, so the tables need not fit
+the text that is curated. Three windows of a long document are read.
 """
 
 from __future__ import annotations
@@ -19,44 +19,44 @@ from pathlib import Path
 import numpy as np
 
 from bc2_jax.curate.languages import sample
-from bc2_jax.curate.repetition import segment_sums
+from bc2_jax.curate.statistics import segment_sums
 from bc2_jax.curate.tokens import Tokens, code_points, hash_tokens, pieces
 
-# Of the integers in the tables a nat.
+# Units of the integers in the tables in a nat.
 _STEPS = 16
 _SLOT_BITS = 18
 _LEAST_PAIRS, _LEAST_LETTERS = 16, 40
-# As many neutral pairs are added to a document's: a short one needs clearer signs.
+# Neutral pairs added to a document's pairs, so that a short document needs clearer evidence.
 _PRIOR_WORDS, _PRIOR_PAIRS = 10, 2
 _HAN_START, _HAN_STOP = 0x3400, 0xA000
-# Documents with fewer known words, of those with a letter, are looked at letter by letter.
+# Documents with a smaller share of known words are measured letter by letter.
 _KNOWN_WORDS = 0.4
 
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """One number a document, float64 [D]; NaN where it has too little of the script."""
+    """One number for each document, float64 [D]; NaN for too little text in the script."""
 
     word_order: np.ndarray
-    """How many times as often English words follow each other as by chance, geometric mean; about 1.7 in prose."""
+    """How much more often than by chance English words follow each other, geometric mean; about 1.7 in prose."""
     known_pairs: np.ndarray
-    """Share of the different pairs of neighbouring Han characters that real text is known to have; .6 in prose."""
+    """Share of the pairs of neighbouring Han characters that are in the table; .6 in prose."""
     letter_surprise: np.ndarray
-    """Nats a letter of words in Latin script, about 2.2; only measured where few words are known English ones."""
+    """Nats a letter in Latin script, about 2.2; only measured where few words are known English words."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tables:
     slots: np.ndarray
-    """uint32 [2^18]: by the low bits of a word's hash its high bits."""
+    """uint32 [2^18]: the high bits of a word's hash, by its low bits."""
     slot_classes: np.ndarray
-    """uint8 [2^18]: the class of that word; the last class is for other words."""
+    """uint8 [2^18]: the class of that word; the last class has all other words."""
     class_gains: np.ndarray
-    """int8 [C, C]: log of how much oftener than by chance one class follows another."""
+    """int8 [C, C]: log of how much more often than by chance one class follows another."""
     letters: np.ndarray
-    """uint8 [27 * 27 * 27]: minus the log-probability of the third."""
+    """uint8 [27 * 27 * 27]: minus the log-probability of the third letter."""
     character_numbers: np.ndarray
-    """uint16, by code point - 0x3400: 4096 for one that is not among the frequent."""
+    """uint16, by code point - 0x3400; 4096 for characters that are not frequent."""
     known_pairs: np.ndarray
     """uint8 [4097, 513], bits of the second character, highest first."""
 
@@ -67,7 +67,7 @@ def _tables() -> _Tables:
         arrays = dict(file)
     words = arrays["words"].tobytes().decode().split("\n")
     forms = [form for word in words for form in (word, word.capitalize(), word.upper())]
-    # Of two words in one slot the more frequent, which is the earlier, stays.
+    # Of two words in one slot the more frequent one stays, which is the earlier one.
     hashes = hash_tokens(forms).hashes[::-1]
     low = hashes & np.uint64((1 << _SLOT_BITS) - 1)
     slots = np.zeros(1 << _SLOT_BITS, np.uint32)
@@ -111,7 +111,7 @@ def _measure_words(tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
     low = (tokens.hashes & np.uint64((1 << _SLOT_BITS) - 1)).astype(np.intp)
     hit = tables.slots.take(low) == (tokens.hashes >> np.uint64(32)).astype(np.uint32)
     classes = np.where(hit, tables.slot_classes.take(low), other)
-    # Only pairs of two known words tell anything: others may be names, numbers, another language.
+    # Only pairs of known words count: other words may be names, numbers, another language.
     both = hit[1:] & hit[:-1]
     inner = tokens.offsets[1:-1]
     both[inner[(inner > 0) & (inner < len(hit))] - 1] = False
@@ -146,7 +146,7 @@ def _known_pairs(texts: Sequence[str]) -> np.ndarray:
     for i in np.flatnonzero(chosen).tolist():
         result[i] = share[i]
         if share[i] < 0.5:
-            # A name that is said again and again counts once; in ordinary text it makes no difference.
+            # A repeated name counts once; in ordinary text that makes no difference.
             places = pairs[bounds[i] : bounds[i + 1]]
             _, first_of = np.unique(points[places].astype(np.int64) << 32 | points[places + 1], return_index=True)
             enough = len(first_of) >= _LEAST_PAIRS

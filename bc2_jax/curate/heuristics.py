@@ -1,24 +1,22 @@
-"""Rules that drop a document by counting: too short, too many symbols, repeated, wrongly decoded, in random order ...
+"""Rules on counts that drop a document: too short, too many symbols, repeated, wrongly decoded, in random order ...
 
-The rules are those of Gopher (Rae et al. 2021, arXiv 2112.11446, Appendix A1.1): 50 to 100,000 words of 3 to 10
-letters on average, two stop words, at most 0.1 symbols a word, at most 90 % of the lines with a bullet and 30 % with
-an ellipsis, 80 % of the words with a letter; duplicate lines at most 0.30 of the lines and 0.20 of the characters;
-the most frequent n-gram at most 0.20, 0.18, 0.16 (n = 2, 3, 4), duplicate n-grams at most 0.15 .. 0.10 (n = 5 .. 10).
-Those numbers are for pages of running text: manuals, tables of functions and verse repeat by nature, and of the
-technical text this was tried on they drop a tenth. So our limits on repetition are wider; who wants Gopher's writes
-them into the config.
-
+Gopher   The rules are those of Gopher (Rae et al. 2021, arXiv 2112.11446, Appendix A1.1): 50 to 100,000 words of 3 to
+         10 letters on average, two stop words, at most 0.1 symbols a word, at most 90 % of the lines with a bullet and
+         30 % with an ellipsis, 80 % of the words with a letter; duplicate lines at most 0.30 of the lines and 0.20 of
+         the characters; the most frequent n-gram at most 0.20, 0.18, 0.16 (n = 2, 3, 4), duplicate n-grams at most
+         0.15 .. 0.10 (n = 5 .. 10). Those limits are for web pages of running text. Manuals, tables of functions and
+         verse repeat more, and of technical text the limits drop a tenth. So our limits on repetition are wider;
+         Gopher's can be set in a config file.
 Chinese  A token is a character, and a word is about two: duplicates are counted over twice the n. The shortest document
-         is a classical quatrain. Instead of stop words, a share of the letters must be Han.
-Code     No rule on words or bullets; indentation is white space and lines repeat by nature, so these limits are wide.
-         Length of lines as for Codex (Chen et al. 2021, arXiv 2107.03374, section 3.1): 100 on average, 1000 at most.
+         is a classical quatrain. A minimum share of Han letters replaces the stop words.
+Code     No rules on words or bullets, and wide limits on spaces and duplicate lines. Lines are limited as for Codex
+         (Chen et al. 2021, arXiv 2107.03374, section 3.1): 100 characters on average, 1000 at most.
 Kinds    Limits of running text do not fit code in a document of another language, mathematics, lists, tables, dialogue
-         and verse. A document that breaks one is looked at again (`kinds`), and judged by the limits of its kind.
-Order    Words, letters and Han characters in random order are told from text by tables of what follows what
-         (`gibberish`).
+         and verse. A document that breaks one is judged again by the limits of its kind (`kinds`).
+Order    Tables of how often words, letters and Han characters follow each other find random order (`gibberish`).
 
-C4's rules (Raffel et al. 2020, section 2.2) on single lines are in `boilerplate`. Its rules that a page with a curly
-bracket goes, or a line without a final full stop, would remove technical text and verse, and are left out.
+C4's rules (Raffel et al. 2020, section 2.2) on single lines are in `cuts`. Its rules that drop a page with a
+curly bracket or a line without a final full stop would remove technical text and verse, and are left out.
 """
 
 from __future__ import annotations
@@ -31,9 +29,8 @@ import numpy as np
 
 from bc2_jax.curate.gibberish import measure_order
 from bc2_jax.curate.kinds import KINDS, kind_of
-from bc2_jax.curate.repetition import bounded, duplicate_share, take, top_share
-from bc2_jax.curate.statistics import count_stop_words, measure
-from bc2_jax.curate.tokens import Tokens, hash_tokens, pieces, slice_tokens
+from bc2_jax.curate.statistics import bounded, count_stop_words, duplicate_share, measure, top_share
+from bc2_jax.curate.tokens import Tokens, choose_tokens, hash_tokens, pieces, slice_tokens
 from bc2_jax.validation import require
 
 NgramLimits = tuple[tuple[int, float], ...]
@@ -42,54 +39,54 @@ _PIECE_CHARACTERS = 1 << 20
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a document of one language must keep to; None, or no n-gram, switches a rule off. Defaults: any language."""
+    """Limits for the documents of one language; None, or no n-gram, switches a rule off. Defaults: any language."""
 
     min_characters: int | None = 20
     """A classical quatrain has 20 characters and its punctuation."""
     max_characters: int | None = None
-    """A long document is a book: by default there is no limit."""
+    """None by default: a long document is a book."""
     min_tokens: int | None = None
-    """Tokens of `bc2_jax.curate.tokens`: words, Han characters."""
+    """Tokens (`tokens`) are words and Han characters."""
     max_tokens: int | None = None
     """Gopher drops pages above 100,000 words."""
     min_letter_share: float | None = 0.4
-    """Letters of any script, of the characters that are not spaces."""
+    """Share of letters of any script in the characters that are not spaces."""
     max_symbol_share: float | None = 0.25
-    """Neither letter, digit, space nor punctuation of prose, of the characters that are not spaces."""
+    """Share of symbols (not letter, digit, space or punctuation of prose) in the characters that are not spaces."""
     max_digit_share: float | None = 0.5
-    """Of the characters that are not spaces."""
+    """Share of the characters that are not spaces."""
     max_space_share: float | None = 0.6
-    """Spaces, tabs and line ends, of all characters."""
+    """Share of spaces, tabs and line ends in all characters."""
     max_garbled_share: float | None = 0.01
-    """Lost or wrongly decoded characters, of all characters."""
+    """Share of lost or wrongly decoded characters in all characters."""
     min_han_share: float | None = None
-    """Of the letters."""
+    """Share of the letters."""
     min_stop_words: int | None = None
-    """Different ones of the, be, to, of, and, that, have, with."""
+    """Number of different words of: the, be, to, of, and, that, have, with."""
     min_word_length: float | None = None
-    """Mean letters and digits a token."""
+    """Mean letters and digits of a token."""
     max_word_length: float | None = None
-    """Mean letters and digits a token."""
+    """Mean letters and digits of a token."""
     min_line_length: float | None = None
-    """Mean characters a line that is not blank."""
+    """Mean characters of the non-blank lines."""
     max_line_length: float | None = None
-    """Mean characters a line that is not blank."""
+    """Mean characters of the non-blank lines."""
     max_longest_line: int | None = None
     """Characters."""
     min_word_order: float | None = None
-    """How many times as often English words follow each other as in random order; needs 16 pairs of known words."""
+    """How much more often than by chance English words follow each other; needs 16 pairs of known words."""
     min_known_pairs: float | None = 0.2
-    """Share of the pairs of neighbouring Han characters that real text has; needs 16. Random ones have .1."""
+    """Share of the pairs of neighbouring Han characters that occur in real text; needs 16 pairs. Random text has .1."""
     max_letter_surprise: float | None = 4.2
-    """Nats a letter, where few words are known English ones: random letters have 6, other languages 2 to 3."""
+    """Nats a letter, where few words are known English words: random letters have 6, other languages 2 to 3."""
     max_ellipsis_lines: float | None = 0.3
     """Share of the lines that end with an ellipsis (Gopher)."""
     max_bullet_lines: float | None = 0.9
     """Share of the lines that start with a bullet (Gopher)."""
     max_duplicate_lines: float | None = 0.6
-    """Share of the lines that occurred before in the document. Gopher: 0.3, of pages without their markup."""
+    """Share of the lines that occurred before in the document. Gopher: 0.3, for pages without markup."""
     max_duplicate_line_characters: float | None = 0.5
-    """Share of the characters in such lines. Gopher: 0.2."""
+    """Share of the characters that such lines have. Gopher: 0.2."""
     top_ngrams: NgramLimits = ((2, 0.35), (4, 0.30))
     """(n, largest share of the tokens that the most frequent n-gram may cover)."""
     duplicate_ngrams: NgramLimits = ((10, 0.40), (20, 0.35))
@@ -121,7 +118,7 @@ def _english() -> Limits:
 
 
 def _chinese() -> Limits:
-    # Titles of verses in a series repeat.
+    # Titles repeat in a series of verses.
     return Limits(min_characters=12, min_han_share=0.1, duplicate_ngrams=((10, 0.50), (20, 0.45)))
 
 
@@ -142,7 +139,7 @@ def _mathematics() -> Limits:
 
 
 def _lines() -> Limits:
-    # A refrain, a column, a speaker's name repeat.
+    # Refrains, columns and names of speakers repeat.
     return Limits(
         min_letter_share=0.15, max_symbol_share=0.4, max_digit_share=0.75, max_bullet_lines=None, min_word_order=0.5,
         max_duplicate_lines=0.7, max_duplicate_line_characters=0.7,
@@ -152,7 +149,7 @@ def _lines() -> Limits:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeuristicsConfig:
-    """Limits of running text by language, and of other kinds of text."""
+    """Limits for running text by language, and for other kinds of text."""
 
     zh: Limits = dataclasses.field(default_factory=_chinese)
     """Chinese."""
@@ -165,12 +162,13 @@ class HeuristicsConfig:
     mathematics: Limits = dataclasses.field(default_factory=_mathematics)
     """Formulas and calculations, in any language."""
     lines: Limits = dataclasses.field(default_factory=_lines)
-    """Lists, tables, dialogue, verse, in any language. All kinds but running text are only asked for where its limits
-    are broken."""
+    """Lists, tables, dialogue, verse, in any language. The kind of a document is only determined if it breaks a limit
+    for running text."""
     stop_word_tokens: int = 40
-    """Shorter documents need no stop words: a question and its answer may have none."""
+    """Documents with fewer tokens need no stop words: a question and its answer may have none."""
     repetition_tokens: int = 50
-    """Shorter documents are not tested for repeated n-grams: a refrain is not spam. Gopher has no shorter ones."""
+    """Documents with fewer tokens are not tested for repeated n-grams: a refrain is not spam. Gopher drops these
+    documents."""
 
     def __post_init__(self) -> None:
         for field in ("stop_word_tokens", "repetition_tokens"):
@@ -178,15 +176,15 @@ class HeuristicsConfig:
 
 
 class Verdicts(NamedTuple):
-    """What the rules say about each document."""
+    """The verdict on each document."""
 
     reasons: list[str | None]
-    """None for a document to keep; else the first rule it breaks, its value and the limit."""
+    """None for a document that stays, else "RULE = VALUE, limit N" of the first rule that it breaks."""
     scores: np.ndarray
-    """float32 [D] in 0..1, how far from all limits a document is: see `examine`."""
+    """float32 [D] in 0..1, the distance from all limits: see `examine`."""
 
 
-# Field of Limits -> field of Statistics, in the order in which reasons are given; max_ or min_ tells what is legal.
+# Field of Limits -> field of Statistics. The first rule broken is the reason.
 _RULES = {
     "min_characters": "characters", "max_characters": "characters", "min_tokens": "tokens", "max_tokens": "tokens",
     "max_garbled_share": "garbled_share", "min_letter_share": "letter_share", "max_symbol_share": "symbol_share",
@@ -200,50 +198,42 @@ _RULES = {
 _ORDER_RULES = ("min_known_pairs", "max_letter_surprise", "min_word_order")
 
 
-def score_heuristics(
-    texts: Sequence[str], languages: Sequence[str], config: HeuristicsConfig, tokens: Tokens | None = None
-) -> list[str | None]:
-    """For each document None if it may stay, else "rule = value, limit N" of the first rule it breaks.
-
-    `tokens` are those of `hash_tokens(texts)`, if they are there already.
-    """
-    return examine(texts, languages, config, tokens).reasons
-
-
 def examine(
     texts: Sequence[str], languages: Sequence[str], config: HeuristicsConfig, tokens: Tokens | None = None
 ) -> Verdicts:
-    """Reasons to drop, and a score of quality for when no model of it was trained.
+    """Reasons to drop documents, and a score of quality for runs without a trained model.
 
     The score is the geometric mean of the margins of all rules for the document's language or kind: 1 - value / limit
-    where there is a maximum, 1 - limit / value where there is a minimum, at least 0.001. It says how ordinary a
-    document looks, and how far from random order its words are, not how good it is; 0 for a document to drop.
+    for a maximum, 1 - limit / value for a minimum, at least 0.001. It measures how ordinary a document looks and how
+    far from random order its words are, not how good it is; 0 for a document to drop. `tokens` are those of
+    `hash_tokens(texts)`, if they are known.
     """
     limits = (config.zh, config.en, config.code, config.other)
     names = ("zh", "en", "code")
     group = np.array([names.index(language) if language in names else 3 for language in languages], np.int64)
     tokens = hash_tokens(texts) if tokens is None else tokens
     verdicts = _examine(texts, tokens, group, limits, config)
-    broken = np.flatnonzero([reason is not None for reason in verdicts.reasons])
-    kinds = np.array([KINDS.index(kind_of(texts[i], languages[i])) for i in broken.tolist()], np.int64)
-    is_code, named_code = kinds == KINDS.index("code"), group[broken] == names.index("code")
-    chosen = np.where(named_code, ~is_code, kinds != KINDS.index("prose"))
-    other, kinds = broken[chosen], kinds[chosen]
-    if len(other):
-        again = _examine(
-            [texts[i] for i in other.tolist()], take(tokens, other), kinds,
-            (config.other, config.code, config.mathematics, config.lines), config,
-        )  # fmt: skip
-        for place, reason in zip(other.tolist(), again.reasons, strict=True):
+    again = np.zeros(len(texts), bool)
+    kinds = np.zeros(len(texts), np.int64)
+    for place, reason in enumerate(verdicts.reasons):
+        if reason is not None:
+            kind = kind_of(texts[place], languages[place])
+            kinds[place] = KINDS.index(kind)
+            again[place] = kind != ("code" if languages[place] == "code" else "prose")
+    if again.any():
+        places = np.flatnonzero(again).tolist()
+        of_kind = (config.other, config.code, config.mathematics, config.lines)
+        found = _examine([texts[i] for i in places], choose_tokens(tokens, again), kinds[again], of_kind, config)
+        for place, reason in zip(places, found.reasons, strict=True):
             verdicts.reasons[place] = reason
-        verdicts.scores[other] = again.scores
+        verdicts.scores[again] = found.scores
     return verdicts
 
 
 def _examine(
     texts: Sequence[str], tokens: Tokens, group: np.ndarray, limits: tuple[Limits, ...], config: HeuristicsConfig
 ) -> Verdicts:
-    """Verdicts by the limits of the `group` of each document."""
+    """Verdicts by the limits of each document's `group`."""
     measured: list[dict[str, np.ndarray]] = []
     start = 0
     for piece in pieces(texts, _PIECE_CHARACTERS):
@@ -266,7 +256,7 @@ def _examine(
 def _order(
     texts: Sequence[str], group: np.ndarray, han_share: np.ndarray, limits: tuple[Limits, ...]
 ) -> dict[str, np.ndarray]:
-    """The values of `measure_order`, NaN for documents without a limit on any."""
+    """The values of `measure_order`; NaN for documents without a limit on one of them."""
     limited = [any(getattr(one, rule) is not None for rule in _ORDER_RULES) for one in limits]
     needed = np.flatnonzero(np.array(limited)[group])
     order = measure_order([texts[i] for i in needed.tolist()], han_share[needed])
@@ -280,10 +270,10 @@ def _order(
 def _repetition(
     tokens: Tokens, long_enough: np.ndarray, group: np.ndarray, limits: tuple[Limits, ...]
 ) -> dict[str, np.ndarray]:
-    """Shares of the n-grams that have a limit, [D] each; NaN where a shorter one shows that the limit is kept.
+    """Shares of the n-grams that have a limit, [D] each; NaN where a shorter n-gram shows that the limit holds.
 
-    A longer n-gram is no more frequent than the shorter one it begins with, and the tokens that longer duplicates cover
-    are covered by shorter ones: most documents need only the shortest.
+    An n-gram is at most as frequent as the shorter n-gram it begins with, and shorter duplicates cover the tokens that
+    longer ones cover. So most documents need only the shortest n-grams.
     """
     result = {}
     for rule, share in (("top_ngrams", top_share), ("duplicate_ngrams", duplicate_share)):
@@ -303,12 +293,12 @@ def _sizes(limits: tuple[Limits, ...], rule: str) -> list[int]:
 
 
 def _ngram_limit(limits: tuple[Limits, ...], rule: str, n: int) -> np.ndarray:
-    """float64 [languages], NaN without a limit."""
+    """float64 [groups], NaN without a limit."""
     return np.array([dict(getattr(one, rule)).get(n, np.nan) for one in limits])
 
 
 def _judge(columns: dict[str, np.ndarray], group: np.ndarray, limits: tuple[Limits, ...]) -> Verdicts:
-    """Verdicts on documents of these values, by the limits of the language `group` of each."""
+    """Verdicts on documents with these values, by the limits of each document's `group`."""
     rules = []
     for name, column in _RULES.items():
         of_language = [getattr(one, name) for one in limits]
@@ -321,7 +311,7 @@ def _judge(columns: dict[str, np.ndarray], group: np.ndarray, limits: tuple[Limi
     for name, column, by_language in rules if len(group) else ():
         values, limit = columns[column], by_language[group]
         small, large = (limit, values) if name.startswith("min") else (values, limit)
-        # Neither a limit that is NaN nor a value that is can be broken.
+        # A comparison with NaN is False: no limit, or no value, breaks no rule.
         for i in np.flatnonzero(small > large).tolist():
             reasons[i] = reasons[i] or f"{name} = {values[i]:.4g}, limit {limit[i]:.4g}"
         applies = ~np.isnan(small + large)

@@ -1,4 +1,4 @@
-"""Raw files -> units of work: byte ranges of JSON lines, row groups of parquet, batches of text files."""
+"""Planning the reading of raw files: units of work (byte ranges of JSON lines, row groups, batches of text files)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import re
 from collections.abc import Sequence
 
 from bc2_jax.data.encodings import check_encoding, is_wide
+from bc2_jax.data.parquet import open_parquet
+from bc2_jax.data.records import Invalid
 from bc2_jax.data.text_files import COMPRESSIONS, SUFFIXES, TextFile, open_binary, printable
 from bc2_jax.validation import require, require_positive
 
-# A unit of text files holds at most so many, however small they are.
+# Most text files of a unit.
 _FILES_PER_UNIT = 4096
 
 
@@ -20,25 +22,24 @@ class ReadConfig:
     """How raw files are read."""
 
     text_field: str = "text"
-    """Field or column that holds the text of a document."""
+    """Field or column of a document's text."""
     id_field: str = "id"
-    """Field or column that names a document: a string or an integer. Where there is none, FILE@BYTE (the byte where
-    the line begins, decompressed) for JSON lines, FILE@ROW for parquet, FILE for a text file."""
+    """Field or column of a document's id, a string or an integer. Default: FILE@BYTE (of the beginning of the line,
+    decompressed) for JSON lines, FILE@ROW for parquet, FILE for a text file."""
     source_field: str = "source"
-    """Field or column that says where a document comes from. Where there is none, the file's name without its suffix
-    and its shard number, or its folder's if that leaves nothing and for text files."""
+    """Field or column of a document's source. Default: the file's name without suffix and shard number, or its folder's
+    name if nothing is left and for text files."""
     language_field: str = "language"
-    """Field or column that gives a document's language; believed if it is `code` or a language code."""
+    """Field or column of a document's language, used if it is `code` or a language code."""
     encoding: str = "utf-8"
-    """Of .jsonl, .json and .txt files: utf-8, or what they were written in, such as gb18030 (GBK and GB2312 too), big5,
-    utf-16, latin-1."""
+    """Encoding of .jsonl, .json and .txt files: utf-8, gb18030 (GBK and GB2312 too), big5, utf-16, latin-1, ..."""
     unit_bytes: int = 32 << 20
     """Bytes of raw files that one unit reads. A compressed file, and one in UTF-16 or UTF-32, is always one unit."""
     shard_bytes: int = 24 << 20
-    """Text bytes of the shards a unit is written in."""
+    """Text bytes of a shard; a unit is written as several."""
     max_document_bytes: int = 16 << 20
-    """Longest text, in UTF-8 bytes. A JSON line may have 2.5 times as many (escapes, other fields). What is longer is
-    reported and skipped in small pieces, so it takes no memory."""
+    """Longest text, in UTF-8 bytes. A JSON line may be 2.5 times as long (escapes, other fields). What is longer is
+    reported and skipped without holding it in memory."""
 
     def __post_init__(self) -> None:
         require_positive(self, "read.", "unit_bytes", "shard_bytes", "max_document_bytes")
@@ -53,11 +54,11 @@ class ReadConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """What is read at one time, in one process."""
+    """A unit of work: what one task reads."""
 
     index: int
     files: tuple[TextFile, ...]
-    """One, but for text files."""
+    """One file, or several text files."""
     start: int
     """First byte (JSON lines) or row group (parquet)."""
     stop: int
@@ -78,7 +79,7 @@ def default_source(file: TextFile) -> str:
 
 
 def plan_units(files: Sequence[TextFile], config: ReadConfig) -> list[Unit]:
-    """Units in the order of files. Reads nothing but the footers of parquet files."""
+    """Units in the order of files. Reads only the footers of parquet files."""
     units: list[Unit] = []
     texts: list[TextFile] = []
 
@@ -112,16 +113,15 @@ def plan_units(files: Sequence[TextFile], config: ReadConfig) -> list[Unit]:
 
 
 def _row_groups(file: TextFile, unit_bytes: int) -> list[tuple[int, int]]:
-    """Ranges of row groups of about unit_bytes each. A footer that cannot be read gives one range, whose reading will
-    say what is wrong."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    """Ranges of row groups of about unit_bytes. An unreadable file gives one range, so that reading it reports why."""
     try:
         with open_binary(file.path) as stream:
-            metadata = pq.read_metadata(stream)
+            parquet = open_parquet(stream, file.name)
+            if isinstance(parquet, Invalid):
+                return [(0, 0)]
+            metadata = parquet.metadata
             sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
-    except (OSError, pa.ArrowException):
+    except OSError:
         return [(0, 0)]
     ranges = []
     start = size = 0

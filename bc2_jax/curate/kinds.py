@@ -1,12 +1,12 @@
-"""What kind of text a document is: running text, code, mathematics, or text whose units are lines.
+"""The kind of a document: running text, code, mathematics, or text whose units are lines.
 
-Asked only of documents that break a limit of running text, so it may take its time. Counted are, of at most 120 lines:
-  code         lines that look like a statement, a key and its value, a section, a command, a change of a diff; at
-               least .5 of the lines, .35 if something is indented or a line ends with a bracket
-  mathematics  characters of formulas (digits, operators, relations, Greek, commands of LaTeX): at least .2 of what is
-               visible, with a relation or an operator between two of them in at least one line of four
-  lines        at least three lines, half of them without an end of a sentence or with a mark of a list, a field, a
-               speaker, a cell; the median line has at most 80 characters (a Han character counts as two)
+Only determined for documents that break a limit for running text, so it may be slow. In at most 120 lines of a document
+  code         at least .5 of the lines look like a statement, a key with its value, a section, a command, a change of a
+               diff; .35 if a line is indented or ends with a bracket
+  mathematics  at least .2 of the visible characters are in formulas (digits, operators, relations, Greek, commands of
+               LaTeX), with a relation or an operator between two of them in at least one line of four
+  lines        at least half of three or more lines have no end of a sentence, or have a mark of a list, a field, a
+               speaker, a cell; the median line has at most 80 columns (a Han character has two)
   prose        everything else
 """
 
@@ -30,7 +30,7 @@ _SQL = (
 )
 _CODE_LINE = re.compile(
     r"^\s*(?:"
-    r"[^#*].*[;{}\\]|[\]\[(){}]+[;,]?|.*\);?"  # ends like a statement or a block
+    r"[^#*].*[;{}\\]|[\]\[(){}]+[;,]?|.*\);?"  # the end of a statement or a block
     r"|(?:def|class|import|from|return|if|elif|else|for|while|try|except|finally|with|case|switch|func|fn|let|var|const|"
     r"static|public|private|protected|struct|enum|type|package|use|mod|export|echo|sudo|cd|git|pip|npm|apt|docker|make)\b"
     r".*[:({\[=\"'/$;-].*|(?:fi|done|esac|end|endif|else|pass|break|continue)"
@@ -45,7 +45,7 @@ _CODE_LINE = re.compile(
     r"|[\"']?[\w./-]+[\"']?,|\\\w+.*|.*(?:->|=>|::|&&|\|\||</\w).*|\d{4}-\d\d-\d\d[T ]\d\d:\d\d.*"
     r")\s*$"
 )
-# Half of what is written in a formula is one of these; a hyphen, a comma and a bracket are in every text.
+# Half of a formula matches this; hyphens, commas and brackets, which all text has, do not.
 _FORMULA = re.compile(
     r"\\[A-Za-z]+|[0-9=+×÷<>≤≥≠≈≡±√∑∏∫∂∞∠△⊥∥∵∴∈⊂∪∩→↑↓←⇒⇔°^_|*/(){}\\$∇·′'∀∃′²³½¼¾①-⑳-]|(?<![A-Za-z])[A-Za-z](?![A-Za-z])|[α-ωΑ-Ω]|"
     r"(?<![a-z])(?:[A-Z][a-z]?\d*){1,6}(?=[=+→↑↓])"
@@ -64,11 +64,11 @@ _WIDE = re.compile("[\u2e80-\u9fff\uf900-\uffef]")
 
 
 def kind_of(text: str, language: str) -> Kind:
-    """The kind of a document; `language` as identified, "code" for programs and markup."""
+    """The kind of a document; `language` is a code of `languages`, "code" for programs and markup."""
     lines = [line for line in text[: 100 * _MOST_LINES].split("\n") if line.strip()][:_MOST_LINES]
     if not lines:
         return "prose"
-    # What has formulas in LaTeX is often taken for code.
+    # LaTeX is often taken for code.
     if _LATEX.search(text) and _is_mathematics(lines):
         return "mathematics"
     if _is_code(lines) or (language == "code" and not _is_wordy(text)):
@@ -79,7 +79,7 @@ def kind_of(text: str, language: str) -> Kind:
 
 
 def _is_wordy(text: str) -> bool:
-    """Whether so many characters are letters as in prose: documentation of programs is often taken for code."""
+    """Whether the share of letters is that of prose: documentation of programs is often taken for code."""
     visible = "".join(text.split())
     return sum(map(str.isalpha, visible)) >= _WORDY_SHARE * len(visible)
 
@@ -88,7 +88,7 @@ def _is_code(lines: list[str]) -> bool:
     if len(lines) < 2:
         return False
     found = sum(_CODE_LINE.match(line) is not None and not _WIDE.search(line[:8]) for line in lines) / len(lines)
-    # Prose in code blocks and menus are not indented, nor do they end with a bracket.
+    # Prose in code blocks and menus have no indentation and no bracket at the end of a line.
     shaped = any(line[0] in " \t" or line.rstrip()[-1] in "{}[];" for line in lines)
     return found >= (_CODE_SHARE_SHAPED if shaped else _CODE_SHARE)
 

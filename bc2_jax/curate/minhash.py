@@ -1,16 +1,23 @@
-"""MinHash: short signatures from which the Jaccard similarity of two documents' shingles can be told.
+"""MinHash: short signatures that estimate the Jaccard similarity of two documents' shingles.
 
 A shingle is five consecutive tokens. Each of eight hash functions puts every shingle into one of sixteen bins and keeps
-the smallest hash of each bin (one-permutation hashing, Li, Owen and Zhang 2012), so that a token costs eight operations
-where classical MinHash needs one for each of the 128 values; bins that stay empty borrow from others in an order that
-is the same for all documents (Shrivastava 2017), which keeps the estimate unbiased.
+the smallest hash of each bin (one-permutation hashing, Li, Owen and Zhang 2012). So a token costs eight operations,
+where classical MinHash needs one for each of the 128 values. Empty bins borrow from others in an order that is the same
+for all documents (Shrivastava 2017), which keeps the estimate unbiased.
+
+Licence headers are left out: two short programs under one licence share more in their headers than they have of their
+own.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 import numpy as np
 
-from bc2_jax.curate.tokens import Tokens, hash_ngrams, mix
+from bc2_jax.curate.tokens import Tokens, hash_ngrams, hash_tokens
+from bc2_jax.data.ngrams import mix
 
 SHINGLE = 5
 FUNCTIONS, BINS = 8, 16
@@ -18,7 +25,7 @@ VALUES = FUNCTIONS * BINS
 BANDS, ROWS = 16, 8
 EMPTY = np.uint32(0xFFFFFFFF)
 _PIECE = 1 << 16
-# Where an empty bin looks, attempt by attempt; the last attempts go round all bins.
+# Bins that an empty bin borrows from, attempt by attempt; the last attempts cover all bins.
 _BORROW = np.concatenate(
     [
         np.random.default_rng(20230919).integers(0, BINS, (4 * BINS, BINS)),
@@ -26,9 +33,22 @@ _BORROW = np.concatenate(
     ]
 )
 
+# Characters in which a licence header is searched: the GPL's has 700, the longest in use about 3,000.
+_LONGEST = 6000
+_LICENCE = re.compile(
+    r"(?i)\b(?:licen[cs]ed?|copyright|copyleft|spdx|all rights reserved|without warranty|warranties|redistribution)\b|"
+    r"\(c\)|©|许可|版权|著作权|ライセンス|著作権"
+)
+# Comments to the end of a line with blank lines among them, and comments with a beginning and an end.
+_LINES = re.compile(r"(?:[ \t]*(?:(?:#|//|--|;|%|'|!|\.\\\"|REM\b|rem\b|dnl\b).*)?(?:\n|$))+")
+_BLOCK = re.compile(
+    r"\s*(?:/\*.*?\*/|<!--.*?-->|\"\"\".*?\"\"\"|'''.*?'''|\(\*.*?\*\)|\{-.*?-\}|--\[\[.*?\]\])[ \t]*(?:\n|$)", re.S
+)
+_SHEBANG = re.compile(r"#!.*\n|<\?(?:php|xml\b[^\n]*)\s*\n|<!doctype[^\n]*\n", re.I)
+
 
 def signatures(tokens: Tokens) -> np.ndarray:
-    """uint32 [D, VALUES]. A document of fewer than SHINGLE tokens has only EMPTY, and is similar to nothing."""
+    """uint32 [D, VALUES]; only EMPTY, which is similar to nothing, for a document of fewer than SHINGLE tokens."""
     shingles = hash_ngrams(tokens, SHINGLE)
     documents = len(tokens.offsets) - 1
     first_bin = np.repeat(np.arange(documents, dtype=np.int64) * BINS, np.diff(shingles.offsets))
@@ -40,14 +60,14 @@ def signatures(tokens: Tokens) -> np.ndarray:
             hashes = shingles.hashes[start : start + _PIECE] * multiplier
             hashes ^= hashes >> np.uint64(31)
             bins = first_bin[start : start + _PIECE] + (hashes >> np.uint64(60)).astype(np.int64)
-            # One below EMPTY at most, which marks a bin without any.
+            # EMPTY marks a bin without shingles, so a hash is at most one less.
             np.minimum.at(smallest, bins, np.minimum(hashes.astype(np.uint32), EMPTY - np.uint32(1)))
         result[:, function] = _fill(smallest.reshape(documents, BINS))
     return result.reshape(documents, VALUES)
 
 
 def _fill(bins: np.ndarray) -> np.ndarray:
-    """Empty bins get the value of the first bin in their own order that is not empty."""
+    """Gives each empty bin the value of the first bin in its order that is not empty."""
     rows = np.flatnonzero((bins == EMPTY).any(1) & (bins != EMPTY).any(1))
     original = bins[rows]
     filled = original.copy()
@@ -63,16 +83,16 @@ def _fill(bins: np.ndarray) -> np.ndarray:
 def similarity(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Estimates of the Jaccard similarities of rows of signatures, float32 [N].
 
-    Their standard error is about sqrt(J (1 - J) / 128).
+    The standard error is about sqrt(J (1 - J) / 128).
     """
     equal = (one == other) & (one != EMPTY)
     return equal.mean(axis=-1, dtype=np.float32)
 
 
 def bands(signature: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Keys under which similar documents meet: (index of the signature, int64 key), BANDS for each with a signature.
+    """(signature, key) int64 each, BANDS for each document with a signature; similar documents share a key.
 
-    Two documents of similarity J share a key with probability 1 - (1 - J^8)^16: .9999 at .9, .95 at .8, .61 at .7.
+    Documents of similarity J share one with probability 1 - (1 - J^8)^16: .9999 at .9, .95 at .8, .61 at .7.
     """
     index = np.flatnonzero(signature[:, 0] != EMPTY)
     # A band takes its values from all functions.
@@ -81,3 +101,34 @@ def bands(signature: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     for row in range(ROWS):
         keys = mix(keys * np.uint64(0x9E3779B97F4A7C15) + values[:, :, row])
     return np.repeat(index, BANDS), keys.reshape(-1).view(np.int64)
+
+
+def header_end(text: str) -> int:
+    """Characters of the licence header at the beginning of a text, 0 if there is none.
+
+    It has all comments at the beginning, up to the last one that names a licence or a copyright.
+    """
+    beginning = text[:_LONGEST]
+    place = end = 0
+    if found := _SHEBANG.match(beginning):
+        place = found.end()
+    while place < len(beginning):
+        found = _BLOCK.match(beginning, place) or _LINES.match(beginning, place)
+        if found is None or found.end() == place:
+            break
+        place = found.end()
+        if _LICENCE.search(found[0]):
+            end = place
+    return end
+
+
+def header_tokens(texts: Sequence[str]) -> np.ndarray:
+    """int64 [D]: tokens in the licence header of each text; 0 if fewer than SHINGLE tokens would be left."""
+    ends = [header_end(text) for text in texts]
+    places = [place for place, end in enumerate(ends) if end]
+    counts = np.zeros(len(texts), np.int64)
+    counts[places] = np.diff(hash_tokens([texts[place][: ends[place]] for place in places]).offsets)
+    # The rest is hashed only as far as needed.
+    rest = np.diff(hash_tokens([texts[place][ends[place] :][: 64 * SHINGLE] for place in places]).offsets)
+    counts[np.array(places, int)[rest < SHINGLE]] = 0
+    return counts

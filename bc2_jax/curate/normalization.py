@@ -1,11 +1,11 @@
-"""Text -> the one form in which the same text has the same bytes.
+"""The normal form of a text, in which equal texts have equal bytes.
 
 Unicode NFC, never NFKC, which would turn Chinese full-width punctuation into ASCII. Every line end becomes a newline,
-because lines are compared and the tokenizer knows no other. What cannot be seen goes: control characters but newline
-and tab, zero-width characters, marks of direction, byte order marks. The joiners U+200C and U+200D stay where they
-change what is seen: after Arabic and Indic letters and emoji. Spaces at the end of a line, more than two blank lines in
-a row, newlines before and white space after the text go. Indentation stays, so the same rules hold for code, whose
-style guides ask for up to two blank lines.
+because lines are compared and the tokenizer knows no other. Invisible characters are removed: control characters except
+newline and tab, zero-width characters, marks of direction, byte order marks. The joiners U+200C and U+200D stay where
+they change how text looks: after Arabic and Indic letters and emoji. Also removed are spaces at the end of a line, more
+than two blank lines in a row, newlines before the text and white space after it. Indentation stays, so the same rules
+suit code, whose style guides allow up to two blank lines.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-# In RE2's syntax: pyarrow searches with it, in linear time and without the interpreter's lock.
+from bc2_jax.curate.tokens import offsets_of
+
+# In RE2's syntax: pyarrow searches with RE2, in linear time and without the interpreter's lock.
 _LINE_ENDS = r"\r\n|[\r\v\f\x{85}\x{2028}\x{2029}]"
 _INVISIBLE = (
     r"[\x00-\x08\x0e-\x1f\x7f-\x{84}\x{86}-\x{9f}\x{ad}\x{200b}\x{200e}\x{200f}\x{202a}-\x{202e}"
     r"\x{2060}-\x{206f}\x{feff}\x{fff9}-\x{fffb}\x{fffe}\x{ffff}]"
 )
 _JOINERS = r"[\x{200c}\x{200d}]"
-# Arabic and its relatives, Indic and Southeast Asian scripts, emoji and what modifies them.
+# Arabic and related scripts, Indic and Southeast Asian scripts, emoji and their modifiers.
 _JOINED = (
     r"[\x{600}-\x{8ff}\x{900}-\x{dff}\x{e00}-\x{109f}\x{1780}-\x{18af}\x{1900}-\x{1cff}\x{a840}-\x{abff}"
     r"\x{2190}-\x{21ff}\x{2600}-\x{27bf}\x{2b00}-\x{2bff}\x{fe0f}\x{11000}-\x{11fff}\x{1f000}-\x{1faff}]"
@@ -30,7 +32,7 @@ _JOINED = (
 _WHITE = "\n \t\xa0\u1680\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 _SPACES = r"[ \t\x{a0}\x{1680}\x{2000}-\x{200a}\x{202f}\x{205f}\x{3000}]"
 
-# Name of the rule in reports, pattern, replacement; in this order.
+# Rules in order: name in reports, pattern, replacement.
 _REMOVALS = (
     ("line ends", _LINE_ENDS, "\n"),
     ("invisible characters", _INVISIBLE, ""),
@@ -40,17 +42,12 @@ _LAYOUT = (
     ("trailing spaces", rf"{_SPACES}+\n", "\n"),
     ("blank lines", r"\n{4,}", "\n\n\n"),
 )
-# A text without outer white space in which this is not found, and which is NFC, is normal.
+# A text in NFC without outer white space is normal if this does not match.
 _SUSPECT = rf"{_LINE_ENDS}|{_INVISIBLE}|{_JOINERS}|{_SPACES}\n|\n\n\n\n"
 
 
-def normalize(text: str) -> str:
-    """The normal form of one text without lone surrogates; normalize(normalize(x)) == normalize(x)."""
-    return normalize_texts([text])[0][0]
-
-
 def normalize_texts(texts: Sequence[str]) -> tuple[list[str], collections.Counter[str]]:
-    """The normal form of each text, and how many of the texts each rule changed."""
+    """The normal form of each text, and the number of texts that each rule changed."""
     import pyarrow.compute as pc
 
     result = [_strip(text) for text in texts]
@@ -77,13 +74,11 @@ def _strip(text: str) -> str:
 
 
 def large_strings(texts: Sequence[str], encoded: Sequence[bytes] | None = None) -> Any:
-    """A pyarrow LargeStringArray. encoded: the texts in UTF-8, if they are available."""
-    import numpy as np
+    """A pyarrow LargeStringArray; `encoded` are the texts in UTF-8, if they are known."""
     import pyarrow as pa
 
     encoded = [text.encode() for text in texts] if encoded is None else encoded
-    offsets = np.zeros(len(encoded) + 1, np.int64)
-    np.cumsum([len(text) for text in encoded], out=offsets[1:])
+    offsets = offsets_of([len(text) for text in encoded])
     # Several times as fast as pa.array.
     return pa.LargeStringArray.from_buffers(len(encoded), pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded)))
 

@@ -1,8 +1,8 @@
-"""Personal numbers and addresses -> placeholders: e-mail, telephone, resident id, bank card, IP address.
+"""Personal data -> placeholders: e-mail, telephone, resident id, bank card and IP addresses.
 
-What can be checked is: the check digit of a Chinese resident id (GB 11643, ISO 7064 MOD 11-2) and its date, the Luhn
-digit and the issuer's first digits of a card (ISO/IEC 7812), the area code of a Chinese landline. Numbers that touch
-letters, digits or a decimal point are parts of something else, a hash, a version, a measurement, and stay.
+Checked are the check digit of a Chinese resident id (GB 11643, ISO 7064 MOD 11-2) and its date, the Luhn digit and the
+issuer's first digits of a card (ISO/IEC 7812), and the area code of a Chinese landline. Numbers next to letters, digits
+or a decimal point are parts of something else, such as a hash, a version or a measurement, and stay.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ KINDS = ("email", "id_number", "card_number", "phone", "ip_address")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrivacyConfig:
-    """What is replaced by <email>, <phone>, <id_number>, <card_number>, <ip_address>."""
+    """Which data become <email>, <phone>, <id_number>, <card_number>, <ip_address>."""
 
     enabled: bool = False
     """Whether anything is replaced."""
@@ -30,15 +30,15 @@ class PrivacyConfig:
     phone: bool = True
     """Chinese mobile and landline numbers, and any number written with + and a country code."""
     id_number: bool = True
-    """Chinese resident ids of 18 characters whose check digit is right."""
+    """Chinese resident ids of 18 characters with a valid check digit."""
     card_number: bool = True
-    """Bank cards of 15 to 19 digits whose check digit is right."""
+    """Bank cards of 15 to 19 digits with a valid check digit."""
     ip_address: bool = False
-    """Public IPv4 and IPv6 addresses. Off: a version of four parts looks the same, so an IPv4 address is only taken for
-    one if a part is above 31, as in few versions and section numbers."""
+    """Public IPv4 and IPv6 addresses. Off by default, because a version of four parts looks the same; so an IPv4
+    address needs a part above 31, which few versions and section numbers have."""
     number_skip: tuple[str, ...] = ("code",)
-    """Languages in which numbers stay, because a literal of the right length passes a check digit by chance one time in
-    ten; e-mail and IP addresses are replaced in all."""
+    """Languages in which numbers stay, because one in ten literals of the right length has a valid check digit by
+    chance; e-mail and IP addresses are replaced in all languages."""
 
 
 class Masked(NamedTuple):
@@ -50,7 +50,7 @@ class Masked(NamedTuple):
 
 
 def check_resident_id(number: str) -> bool:
-    """Whether an 18-character id has a date of birth that exists and the right check character."""
+    """Whether an 18-character id has an existing date of birth and a valid check character."""
     year, month, day = int(number[6:10]), int(number[10:12]), int(number[12:14])
     if not 1 <= month <= 12 or not 1 <= day <= calendar.monthrange(year, month)[1]:
         return False
@@ -59,7 +59,7 @@ def check_resident_id(number: str) -> bool:
 
 
 def check_luhn(digits: str) -> bool:
-    """Whether the last digit is Luhn's check digit of those before it; a row of equal digits is none."""
+    """Whether the last digit is the Luhn check digit of the others; False for a row of equal digits."""
     doubled = (sum(divmod(2 * int(digit), 10)) for digit in digits[-2::-2])
     return len(set(digits)) > 1 and (sum(doubled) + sum(map(int, digits[-1::-2]))) % 10 == 0
 
@@ -70,7 +70,7 @@ def _is_card(match: re.Match[str]) -> bool:
 
 
 def _is_international(match: re.Match[str]) -> bool:
-    # Without a separator a short one may be the right side of a sum.
+    # A short number without separators may be the right side of a sum.
     digits = sum(map(str.isdigit, match.group()))
     return 8 <= digits <= 15 and (digits >= 11 or not match.group()[1:].isdigit())
 
@@ -82,14 +82,14 @@ def _is_public(match: re.Match[str]) -> bool:
         return False
     if not address.is_global:
         return False
-    # 2000::/3 is all that is assigned; d::e is a name in C++.
+    # Only 2000::/3 is assigned; d::e is a name in C++.
     return match.group()[0] in "23" if address.version == 6 else max(address.packed) > 31
 
 
 class _Rule(NamedTuple):
     kind: str
     rough: str
-    """Of every text that `pattern` matches, for RE2, which looks at a whole shard at a time."""
+    """Matches every text that `pattern` matches; in RE2's syntax, for a whole shard at a time."""
     pattern: re.Pattern[str]
     """Starts with a character and looks behind it, because a search for a character is fast."""
     check: Callable[[re.Match[str]], bool] = lambda match: True
@@ -152,7 +152,7 @@ _LOCAL_PART = re.compile(r"[A-Za-z0-9_%+-][A-Za-z0-9_%+.-]{0,63}\Z")
 
 
 def mask_personal(texts: Sequence[str], languages: Sequence[str], config: PrivacyConfig) -> Masked:
-    """Replaces what `config` names by its placeholder; texts without any are returned as they are."""
+    """Replaces personal data as `config` says; other texts are returned unchanged."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -190,7 +190,7 @@ def _replace(text: str, rule: _Rule) -> tuple[str, int]:
 
 
 def _replace_email(text: str, rule: _Rule) -> tuple[str, int]:
-    """Searches for the @, then looks back for what stands before it."""
+    """Searches for the @, then backwards for the local part."""
     parts: list[str] = []
     done = 0
     for match in rule.pattern.finditer(text):

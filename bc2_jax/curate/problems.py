@@ -1,4 +1,4 @@
-"""What could not be read, and why: nothing is lost without a line in the report."""
+"""Reports of reading: counts, and every unreadable place with its reason."""
 
 from __future__ import annotations
 
@@ -10,30 +10,29 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# Problems of one unit that are kept one by one; all of them are counted.
+# Problems listed of one unit; all are counted.
 LISTED = 1000
 _EXCERPT_CHARACTERS = 60
 
 
 class Problem(NamedTuple):
-    """One place in the raw files that gave no document, or not the whole of it."""
+    """A place in the raw files that gave no document, or only part of it."""
 
     file: str
     line: int
-    """Counted from 1; in a unit that begins inside a file from the unit's first line, until number_lines. For parquet
-    the row, absolute. 0 if it concerns no single line."""
+    """From 1; within the unit until `number_lines`. For parquet the row of the file. 0 if it is not about one line."""
     byte: int
-    """Where the line begins, in the decompressed file; -1 where that has no meaning (parquet)."""
+    """Where the line begins, decompressed; -1 for parquet."""
     reason: str
     rows: int
-    """How many are lost. 0 if unknown, or if none is."""
+    """Rows lost; 0 if none or unknown."""
     excerpt: str
-    """The first characters, printable ones only."""
+    """First characters, escaped."""
 
 
 @dataclasses.dataclass
 class UnitReport:
-    """What reading one unit saw; complete when the unit's tables have all been taken."""
+    """The report of reading one unit; complete when all of its tables were taken."""
 
     unit: int
     raw_bytes: int = 0
@@ -41,21 +40,21 @@ class UnitReport:
     text_bytes: int = 0
     """UTF-8 bytes of the texts, before normalisation."""
     normal_bytes: int = 0
-    """UTF-8 bytes of the texts that were passed on, after normalisation."""
+    """UTF-8 bytes of the texts passed on, after normalisation."""
     documents: int = 0
     """Passed on."""
     lines: int = 0
     """Lines of a JSON-lines unit, blank ones included."""
     normalized: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    """How many documents each rule of normalisation changed."""
+    """Documents changed by each rule of normalisation."""
     languages: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     """Documents passed on by language."""
     reasons: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    """How many problems there were, by reason."""
+    """Problems by reason."""
     lost: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    """How many rows were lost, by reason, as far as that is known."""
+    """Rows lost by reason, as far as known."""
     problems: list[Problem] = dataclasses.field(default_factory=list)
-    """The first LISTED of them."""
+    """The first LISTED."""
 
     def add(
         self, file: str, reason: str, *, line: int = 0, byte: int = -1, rows: int = 1, content: object = ""
@@ -66,14 +65,14 @@ class UnitReport:
             self.problems.append(Problem(file, line, byte, reason, rows, excerpt(content)))
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as JSON."""
+        """JSON values."""
         counters = ("normalized", "languages", "reasons", "lost")
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return values | {name: dict(values[name]) for name in counters} | {"problems": [list(p) for p in self.problems]}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> UnitReport:
-        """What `to_json` gave; fields of other names are left out."""
+        """From what `to_json` gave; other fields are ignored."""
         names = {field.name for field in dataclasses.fields(cls)}
         report = cls(**{name: value for name, value in values.items() if name in names})
         report.problems = [Problem(*problem) for problem in report.problems]
@@ -81,7 +80,7 @@ class UnitReport:
 
 
 def excerpt(content: object) -> str:
-    """The beginning of some text or bytes, safe to print on a terminal: what is not printable is escaped."""
+    """The beginning of text or bytes with unprintable characters escaped, safe for a terminal."""
     if isinstance(content, (bytes, bytearray, memoryview)):
         text = bytes(content[: 4 * _EXCERPT_CHARACTERS]).decode("utf-8", "backslashreplace")
     else:
@@ -94,8 +93,7 @@ def excerpt(content: object) -> str:
 def number_lines(reports: Iterable[tuple[UnitReport, str, int]]) -> list[UnitReport]:
     """Makes line numbers absolute.
 
-    reports: (report, file, start) of every unit in order of planning, with the file and the first byte of the unit's
-    range. A file's units follow each other; a unit that starts at 0 begins a file.
+    `reports` are (report, file, first byte of the unit's range) of all units in order; a unit at byte 0 begins a file.
     """
     result = []
     before = 0

@@ -1,16 +1,16 @@
-"""A linear model that tells good documents from bad ones by their words and pairs of words.
+"""A linear model that scores documents by their words and pairs of words, trained on good and bad ones.
 
 As in fastText (Joulin et al. 2017, arXiv 1607.01759): the mean over a document's hashed unigrams and bigrams of one
-weight each, so that its length does not matter, then a logistic function. Weights, and the slope and offset that make
-the score a probability, are fitted on different documents; a third part, never fitted on, gives the AUC. Everything is
-deterministic. The score is the probability that the document is one of the good ones, if both were equally many.
+weight each, so that its length does not matter, then a logistic function. The weights and the calibration (slope and
+offset, which make the score a probability) are fitted on different documents; a third part, never fitted on, gives the
+AUC. Everything is deterministic. The score is the probability that the document is a good one if good and bad documents
+were equally many.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -18,16 +18,19 @@ from pathlib import Path
 
 import numpy as np
 
-from bc2_jax.curate.tokens import Tokens, hash_ngrams, hash_tokens, slice_tokens, token_pieces
+from bc2_jax.curate.tokens import Tokens, hash_ngrams, hash_tokens, offsets_of, slice_tokens, token_pieces
+from bc2_jax.files import replaced
 from bc2_jax.validation import require
 
 Perplexity = Callable[[Sequence[str]], np.ndarray]
-"""Texts -> float [D], bits a byte under some language model, NaN where it has no opinion."""
+"""Texts -> float [D], bits a byte under a language model, NaN for texts that are too short."""
 _FORMAT = 1
 _BUCKET_BITS = 18
 _BUCKETS = 1 << _BUCKET_BITS
 _FOLDS = 10
 _FEWEST = 20
+# Weight of half the squared norm, iterations of L-BFGS, tokens read of a document in training.
+_REGULARIZATION, _ITERATIONS, _MOST_TOKENS = 1e-4, 100, 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +42,7 @@ class QualityModel:
     slope: float
     offset: float
     held_out_auc: float
-    """Chance that a good document that was not trained on has a higher score than such a bad one."""
+    """Probability that a held-out good document has a higher score than a held-out bad one."""
     held_out_documents: int
     perplexity_slope: float = 0.0
     """0 for a model that was trained without a language model."""
@@ -50,8 +53,8 @@ class QualityModel:
     ) -> np.ndarray:
         """float32 [D] in 0..1; 0 for a document without a word.
 
-        `tokens` are those of `hash_tokens(texts)`, if they are there already. A model that was trained with a language
-        model needs `perplexity` of the same one.
+        `tokens` are those of `hash_tokens(texts)`, if they are known. A model that was trained with a language model
+        needs `perplexity` of the same one.
         """
         if (self.perplexity_slope != 0) != (perplexity is not None):
             needs = "it must be given, as in training" if perplexity is None else "the model was trained without it"
@@ -68,17 +71,16 @@ class QualityModel:
         path = Path(path)
         require(path.suffix == ".npz", "path", str(path), "it must end with .npz")
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{uuid.uuid4().hex}.{path.name}")
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        np.savez_compressed(temporary, format=np.int64(_FORMAT), **fields)
-        temporary.replace(path)
+        with replaced(path, shared=True) as partial, partial.open("wb") as file:
+            np.savez_compressed(file, format=np.int64(_FORMAT), **fields)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> QualityModel:
-        """Reads what `save` wrote. Raises ValueError for anything else; runs nothing that is in the file."""
+        """Reads a file of `save`. Raises ValueError for any other file; never unpickles."""
         require(Path(path).is_file(), "quality model", str(path), "it must be a file")
         try:
-            # An .npy file is an array, which has no names.
+            # An .npy file gives an array, which has no names.
             with np.load(path, allow_pickle=False) as file:
                 arrays = dict(file)
         except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
@@ -101,11 +103,9 @@ class QualityModel:
 
 
 def feature_buckets(tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
-    """(int64 [F] buckets of the unigrams and bigrams, int64 [D + 1] offsets): a document's unigrams come first."""
+    """(int64 [F] buckets of unigrams and bigrams, int64 [D + 1] offsets); a document's unigrams come first."""
     bigrams = hash_ngrams(tokens, 2)
-    counts = np.diff(tokens.offsets) + np.diff(bigrams.offsets)
-    offsets = np.zeros(len(counts) + 1, np.int64)
-    np.cumsum(counts, out=offsets[1:])
+    offsets = offsets_of(np.diff(tokens.offsets) + np.diff(bigrams.offsets))
     buckets = np.empty(offsets[-1], np.int64)
     for part, shift in ((tokens, bigrams.offsets[:-1]), (bigrams, tokens.offsets[1:])):
         places = np.arange(len(part.hashes)) + np.repeat(shift, np.diff(part.offsets))
@@ -118,7 +118,7 @@ def mean_weights(weights: np.ndarray, tokens: Tokens) -> np.ndarray:
     means = np.zeros(len(tokens.offsets) - 1)
     for start, piece in token_pieces(tokens):
         features = np.zeros(len(piece.offsets) - 1, np.int64)
-        # Sums within a document do not depend on which documents stand before it.
+        # `reduceat` sums each document by itself, so its neighbours do not change the rounding.
         for part in (piece, hash_ngrams(piece, 2)):
             counts = np.diff(part.offsets)
             filled = np.flatnonzero(counts)
@@ -130,25 +130,13 @@ def mean_weights(weights: np.ndarray, tokens: Tokens) -> np.ndarray:
     return means
 
 
-def train_quality(
-    good: Sequence[str],
-    bad: Sequence[str],
-    *,
-    regularization: float = 1e-4,
-    iterations: int = 100,
-    max_tokens: int = 4096,
-    perplexity: Perplexity | None = None,
-) -> QualityModel:
-    """Fits a model; every tenth document of each set is held out for the AUC, every other tenth calibrates the score.
+def train_quality(good: Sequence[str], bad: Sequence[str], perplexity: Perplexity | None = None) -> QualityModel:
+    """Fits a model. One tenth of each set is held out for the AUC, another tenth calibrates the score.
 
-    Both sets count the same, whatever their sizes. `regularization` is that of half the squared norm of the weights,
-    `iterations` those of L-BFGS; of longer documents the first `max_tokens` tokens are read. Remove duplicates first,
-    or the AUC is of documents that were trained on. With `perplexity` the score has the language model's bits a byte
-    as a second feature. Raises ValueError for sets of fewer than 20 documents that have a word.
+    Both sets have the same weight, whatever their sizes. Reads the first 4096 tokens of a document. Remove duplicates
+    first, or held-out documents occur in training. With `perplexity` the language model's bits a byte are a second
+    feature of the score. Raises ValueError for sets of fewer than 20 documents with a word.
     """
-    require(regularization > 0, "regularization", regularization, "it must be positive")
-    require(iterations > 0, "iterations", iterations, "it must be positive")
-    require(max_tokens > 0, "max_tokens", max_tokens, "it must be positive")
     texts: list[str] = []
     parts: list[np.ndarray] = []
     labels: list[np.ndarray] = []
@@ -159,15 +147,13 @@ def train_quality(
         require(len(kept) >= _FEWEST, name, f"{len(kept)} documents", f"at least {_FEWEST} with a word are needed")
         for i in kept.tolist():
             texts.append(group[i])
-            parts.append(slice_tokens(tokens, i, i + 1).hashes[:max_tokens])
+            parts.append(slice_tokens(tokens, i, i + 1).hashes[:_MOST_TOKENS])
         labels.append(np.full(len(kept), value))
         folds.append(np.arange(len(kept)) % _FOLDS)
     label, fold = np.concatenate(labels), np.concatenate(folds)
-    offsets = np.zeros(len(parts) + 1, np.int64)
-    np.cumsum([len(part) for part in parts], out=offsets[1:])
-    tokens = Tokens(np.concatenate(parts), offsets)
+    tokens = Tokens(np.concatenate(parts), offsets_of([len(part) for part in parts]))
 
-    weights = _fit_weights(tokens, label, fold > 1, regularization, iterations)
+    weights = _fit_weights(tokens, label, fold > 1)
     columns = [mean_weights(weights, tokens)]
     mean = 0.0
     if perplexity is not None:
@@ -192,21 +178,19 @@ def train_quality(
 
 
 def area_under_curve(good: np.ndarray, bad: np.ndarray) -> float:
-    """Chance that one of `good` is above one of `bad`, equal ones counting half (Mann-Whitney)."""
+    """Probability that one of `good` is above one of `bad`; ties count half (Mann-Whitney)."""
     ordered = np.sort(bad)
     below = np.searchsorted(ordered, good, "left") + np.searchsorted(ordered, good, "right")
     return float(below.mean() / 2 / len(bad))
 
 
-def _fit_weights(
-    tokens: Tokens, label: np.ndarray, chosen: np.ndarray, regularization: float, iterations: int
-) -> np.ndarray:
-    """float32 [2^18]: logistic regression on the mean feature vectors of the chosen documents, both labels as heavy."""
+def _fit_weights(tokens: Tokens, label: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """float32 [2^18]: logistic regression on mean features of the `chosen` documents, labels weighted equally."""
     import scipy.optimize
     import scipy.sparse
 
     buckets, offsets = feature_buckets(tokens)
-    # Only the weights of buckets that occur can differ from 0.
+    # Weights of buckets that do not occur stay 0.
     used, columns = np.unique(buckets, return_inverse=True)
     matrix = scipy.sparse.csr_array(
         (np.repeat(1 / np.diff(offsets), np.diff(offsets)), columns, offsets), shape=(len(label), len(used))
@@ -215,17 +199,17 @@ def _fit_weights(
     sign = np.where(label[chosen] == 1, 1.0, -1.0)
     share = np.where(sign > 0, 0.5 / (sign > 0).sum(), 0.5 / (sign < 0).sum())
     transposed = matrix.T.tocsr()
-    # A mean of n features is about 1 / sqrt(n) of one: weights that are this much larger are as easy to reach.
+    # A mean of n features is about 1 / sqrt(n) of one feature, so weights are scaled up by about sqrt(n).
     scale = 100.0
 
     def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
         margins = sign * (matrix @ weights) * scale
-        value = share @ np.logaddexp(0, -margins) + regularization / 2 * (weights @ weights)
+        value = share @ np.logaddexp(0, -margins) + _REGULARIZATION / 2 * (weights @ weights)
         slopes = -share * sign * _logistic(-margins) * scale
-        return value, transposed @ slopes + regularization * weights
+        return value, transposed @ slopes + _REGULARIZATION * weights
 
     found = scipy.optimize.minimize(
-        loss, np.zeros(len(used)), jac=True, method="L-BFGS-B", options={"maxiter": iterations, "maxcor": 10}
+        loss, np.zeros(len(used)), jac=True, method="L-BFGS-B", options={"maxiter": _ITERATIONS, "maxcor": 10}
     )
     weights = np.zeros(_BUCKETS, np.float32)
     weights[used] = found.x * scale
@@ -233,7 +217,7 @@ def _fit_weights(
 
 
 def _calibrate(features: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, float]:
-    """(slope of each column, offset) of a logistic regression, both labels as heavy (Platt 1999, with his targets)."""
+    """(slope of each column, offset) of a logistic regression with Platt's targets (1999), labels weighted equally."""
     import scipy.optimize
 
     positives = label.sum()

@@ -1,4 +1,4 @@
-"""OUT/report.json, OUT/report.md and OUT/waterfall.png: what was kept, what went and why, with samples to read."""
+"""OUT/report.json, report.md and waterfall.png: what was kept, what was removed and why, with samples."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bc2_jax.curate.problems import UnitReport
+from bc2_jax.curate.shards import rule_of
 from bc2_jax.curate.storage import Folder
 
-# Names of the reasons why text goes, in the order in which it goes, and the share of all data that the paper names for
-# it (Baichuan 2 report, figure 2).
+# Steps that remove text, in order: label, and percent of all data in the paper (Baichuan 2 report, figure 2).
 STEPS = {
     "exact": ("exact copies", 29.89),
     "heuristics": ("heuristics", 1.77),
@@ -26,7 +26,7 @@ _SAMPLE_CHARACTERS = 160
 
 
 def add_counts(parts: Sequence[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
-    """The sums of nested counts."""
+    """Sums of nested counts."""
     total: dict[str, dict[str, int]] = {}
     for part in parts:
         for key, counts in part.items():
@@ -37,7 +37,7 @@ def add_counts(parts: Sequence[dict[str, dict[str, int]]]) -> dict[str, dict[str
 
 
 def waterfall(removed: dict[str, dict[str, int]], start: dict[str, int]) -> list[dict[str, Any]]:
-    """One line a step: documents and bytes it took, and the share of the bytes at the start."""
+    """One row for each step: documents and bytes it removed, and the share of the bytes read."""
     lines = []
     for step, (label, paper) in STEPS.items():
         counts = removed.get(step, {"documents": 0, "bytes": 0})
@@ -47,16 +47,11 @@ def waterfall(removed: dict[str, dict[str, int]], start: dict[str, int]) -> list
 
 
 def describe(
-    notes: dict[str, int],
-    reports: Sequence[dict[str, Any]],
-    problems: Sequence[UnitReport],
-    filtered: Sequence[dict[str, Any]],
-    written: Sequence[dict[str, Any]],
-    topics: Sequence[dict[str, Any]],
-    matches: Sequence[Sequence[Any]],
-    seconds: dict[str, float],
+    results: dict[str, Any], problems: Sequence[UnitReport], notes: dict[str, int], seconds: dict[str, float]
 ) -> dict[str, Any]:
-    """All facts of a run as JSON, from the results of its tasks."""
+    """All facts of a run as JSON, from the results of its stages."""
+    reports, filtered, written = results["read"], results["filter"], results["write"]
+    matches = results["contamination"]
     read = add_counts([{"all": result["before"]} for result in filtered])["all"]
     removed = add_counts([result["removed"] for group in (filtered, written) for result in group])
     after = {
@@ -97,7 +92,7 @@ def describe(
         },
         "changes": {key: count for key, count in changes.items() if count},
         "samples": choose_samples([row for result in written for row in result["samples"]]),
-        "clusters": list(topics),
+        "clusters": results["dense"],
         "contamination": [list(match) for match in matches[:1000]],
     }
 
@@ -107,7 +102,7 @@ def _sum(parts: Iterable[dict[str, int]]) -> dict[str, int]:
 
 
 def _stages(seconds: dict[str, float], after: dict[str, dict[str, int]], raw_bytes: int) -> list[dict[str, Any]]:
-    """Time of each stage, with what went in and came out; a stage that only decides changes nothing yet."""
+    """Time, input and output of each stage; a stage that only decides has the same output as input."""
     current = {"documents": 0, "bytes": raw_bytes}
     lines = []
     for name, time in seconds.items():
@@ -123,14 +118,14 @@ def _stages(seconds: dict[str, float], after: dict[str, dict[str, int]], raw_byt
 
 
 def write_report(folder: Folder, facts: dict[str, Any]) -> None:
-    """Writes the three files; report.json is the last, and says that all is complete."""
+    """Writes the three files; report.json is the last one and marks the result as complete."""
     folder.write("waterfall.png", draw_waterfall(facts["waterfall"], facts["read"], facts["written"]))
     folder.write("report.md", render(facts).encode())
     folder.write_json("report.json", facts)
 
 
 def draw_waterfall(lines: list[dict[str, Any]], start: dict[str, int], end: dict[str, int]) -> bytes:
-    """A PNG: what each step took from the bytes that were read."""
+    """A PNG of what each step removed from the bytes that were read."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -173,7 +168,7 @@ def render(facts: dict[str, Any]) -> str:
         "# Curation report\n",
         f"{start['documents']:,} documents, {_mb(start['bytes'])} of text read; {end['documents']:,} documents, "
         f"{_mb(end['bytes'])} ({end['bytes'] / max(start['bytes'], 1):.2%}) written.\n",
-        "## What went\n",
+        "## Removed\n",
         "![waterfall](waterfall.png)\n",
         _table(
             ["step", "documents", "text", "share of the text read", "the paper's"],
@@ -191,14 +186,11 @@ def render(facts: dict[str, Any]) -> str:
         ]  # fmt: skip
         parts += [f"## {title}\n", _table(["", "read", "written", "text read", "text written", "kept"], rows)]
     parts += ["## Clusters\n", _clusters(facts["clusters"])]
-    parts += ["## Samples of what went\n", _samples(facts["samples"])]
+    parts += ["## Samples of removed documents\n", _samples(facts["samples"])]
     parts += ["## Raw data that gave no document\n", _problems(facts["problems"])]
-    for title, key in (("Changed on the way", "changes"), ("Settings", "notes")):
-        if facts.get(key):
-            parts += [
-                f"## {title}\n",
-                _table(["", ""], [[k, f"{v:,}" if isinstance(v, int) else str(v)] for k, v in facts[key].items()]),
-            ]
+    if facts["changes"]:
+        changes = [[name, f"{count:,}"] for name, count in facts["changes"].items()]
+        parts += ["## Changes\n", _table(["", ""], changes)]
     parts += [
         "## Time\n",
         _table(
@@ -214,10 +206,10 @@ def render(facts: dict[str, Any]) -> str:
 
 
 def choose_samples(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """A few removed documents of each step; of heuristics a few of each rule. `rows` are in the order of documents."""
+    """A few removed documents of each step and each rule of the heuristics; `rows` are in the order of documents."""
     chosen: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for row in rows:
-        rule = row["reason"].split(" = ")[0] if row["stage"] == "heuristics" else ""
+        rule = rule_of(row["stage"], row["reason"])
         group = chosen.setdefault(row["stage"], {}).setdefault(rule, [])
         if len(group) < (_SAMPLES if not rule else 2):
             group.append({key: row[key] for key in ("id", "reason", "kept", "excerpt")})
@@ -229,8 +221,8 @@ def _samples(samples: dict[str, list[dict[str, Any]]]) -> str:
     for step, rows in samples.items():
         parts.append(f"### {STEPS[step][0]}\n")
         table = [[_cell(r["id"]), _cell(r["reason"]), _cell(r["kept"] or ""), _cell(r["excerpt"])] for r in rows]
-        parts.append(_table(["document", "why", "kept instead", "begins with"], table))
-    return "\n".join(parts) or "Nothing went.\n"
+        parts.append(_table(["document", "reason", "kept instead", "begins with"], table))
+    return "\n".join(parts) or "Nothing was removed.\n"
 
 
 def _clusters(clusters: list[dict[str, Any]]) -> str:
@@ -246,7 +238,7 @@ def _clusters(clusters: list[dict[str, Any]]) -> str:
 
 def _problems(problems: dict[str, Any]) -> str:
     if not problems["reasons"]:
-        return "All of it did.\n"
+        return "All raw data gave documents.\n"
     rows = [
         [_cell(reason), f"{count:,}", f"{problems['lost'].get(reason, 0):,}"]
         for reason, count in problems["reasons"].items()
@@ -268,7 +260,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """One line of plain text that a Markdown table can hold."""
+    """A text as one line of a Markdown table, escaped and cut."""
     flat = " ".join(text.split())
     cut = flat[:_SAMPLE_CHARACTERS] + ("..." if len(flat) > _SAMPLE_CHARACTERS else "")
     return "".join(f"\\{c}" if c in "\\|`*_<>[]#" else c for c in cut)

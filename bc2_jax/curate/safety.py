@@ -1,7 +1,7 @@
-"""Harmful documents: found by the user's keywords and by a model of the user's examples.
+"""Harmful documents, found by the user's keywords and by a model trained on the user's examples.
 
-No list of words comes with this package: what is harmful is for whoever curates to say. The model is a `QualityModel`
-trained with safe documents as the good ones. Every finding is kept for an audit, whatever is done with its document.
+The package has no list of words: who curates decides what is harmful. The model is a `QualityModel` trained with safe
+documents as the good ones. Every finding is kept for an audit, whatever is done with its document.
 """
 
 from __future__ import annotations
@@ -14,16 +14,24 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from bc2_jax.curate.lookup import NgramTable, find_ngrams, make_table
 from bc2_jax.curate.quality import QualityModel
-from bc2_jax.curate.tokens import WORD, Tokens, character_classes, hash_ngrams, hash_tokens, slice_tokens
+from bc2_jax.curate.tokens import (
+    WORD,
+    Tokens,
+    character_classes,
+    find_ngrams,
+    hash_ngrams,
+    hash_tokens,
+    slice_tokens,
+)
+from bc2_jax.data.ngrams import NgramTable, make_table
 from bc2_jax.validation import require, require_literals
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 _EXCERPT = 40
-# Documents are looked up by the first so many tokens of each keyword.
+# Tokens of each keyword by which documents are looked up.
 _PREFIX = 3
 
 
@@ -42,14 +50,14 @@ class KeywordFile:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SafetyConfig:
-    """What makes a document harmful; without keywords and model nothing does."""
+    """When a document is harmful; without keywords and model none is."""
 
     keywords: tuple[KeywordFile, ...] = ()
     """Lists of keywords by category."""
     case_sensitive: bool = False
-    """Whether a keyword in lower case is not found in upper case."""
+    """Whether keywords are found only in their own case."""
     min_keywords: int = 1
-    """Different keywords, over all categories, that a document has to contain to be harmful."""
+    """Number of different keywords, over all categories, from which on a document is harmful."""
     model: str | None = None
     """.npz of a QualityModel, trained with safe documents as good and harmful ones as bad."""
     min_score: float = 0.5
@@ -79,9 +87,9 @@ class Finding(NamedTuple):
 
 
 class KeywordMatcher:
-    """Finds keywords literally: Latin and other spaced scripts as whole words, Han as part of any text.
+    """Finds keywords literally: in scripts with spaces as whole words, in Han anywhere.
 
-    White space in a keyword stands for any white space. Raises ValueError for a keyword without a letter or digit.
+    White space in a keyword matches any white space. Raises ValueError for a keyword without a letter or digit.
     """
 
     def __init__(self, keywords: Mapping[str, Sequence[str]], *, case_sensitive: bool = False) -> None:
@@ -92,7 +100,7 @@ class KeywordMatcher:
                 pattern = r"\s+".join(map(re.escape, self._fold(word).split()))
                 self._entries.append((category, word, re.compile(pattern)))
         folded = [self._fold(word) for _, word, _ in self._entries]
-        # What has no upper case is found in the text as it is.
+        # Texts need not be folded for keywords without upper case.
         self._folds = any(word.lower() != word.upper() for word in folded) and not case_sensitive
         tokens = hash_tokens(folded)
         sizes = np.minimum(np.diff(tokens.offsets), _PREFIX)
@@ -107,7 +115,7 @@ class KeywordMatcher:
 
     @classmethod
     def read(cls, config: SafetyConfig) -> KeywordMatcher:
-        """The keywords of all files of `config`. Raises ValueError for a file that is missing or has none."""
+        """The keywords of all files of `config`. Raises ValueError for a file that is missing or has no keyword."""
         keywords: dict[str, list[str]] = {}
         for file in config.keywords:
             require(Path(file.path).is_file(), "safety.keywords.path", file.path, "it must be a file")
@@ -120,13 +128,11 @@ class KeywordMatcher:
     def find(self, texts: Sequence[str], tokens: Tokens | None = None) -> list[Finding]:
         """The first place of every keyword in every text, by text and then in the order of the keywords.
 
-        `tokens` are those of `hash_tokens(texts)`, if they are there already.
+        `tokens` are those of `hash_tokens(texts)`, if they are known.
         """
+        folded = texts
         if self._folds:
-            folded: Sequence[str] = [text.lower() for text in texts]
-            tokens = None
-        else:
-            folded = texts
+            folded, tokens = [text.lower() for text in texts], None
         tokens = hash_tokens(folded) if tokens is None else tokens
         pairs: list[tuple[int, int]] = []
         for table in self._tables:
@@ -137,7 +143,7 @@ class KeywordMatcher:
             category, word, pattern = self._entries[number]
             for match in pattern.finditer(folded[document]):
                 if _stands_alone(folded[document], match):
-                    # Lower case can be longer; then the excerpt is of it.
+                    # If the lower case is longer, places do not fit the text, and the excerpt is from the lower case.
                     same = len(folded[document]) == len(texts[document])
                     shown = texts[document] if same else folded[document]
                     excerpt = shown[max(0, match.start() - _EXCERPT) : match.end() + _EXCERPT]
@@ -150,27 +156,18 @@ class KeywordMatcher:
 
 
 def find_harmful(
-    texts: Sequence[str],
-    config: SafetyConfig,
-    matcher: KeywordMatcher | None = None,
-    model: QualityModel | None = None,
-    tokens: Tokens | None = None,
+    texts: Sequence[str], config: SafetyConfig, tokens: Tokens | None = None
 ) -> tuple[np.ndarray, list[Finding]]:
     """(bool [D], which documents are harmful; every finding, harmful or not, by document).
 
-    `matcher` and `model` are read from the files that `config` names if they are not given.
+    `tokens` are those of `hash_tokens(texts)`, if they are known. Reads the files that `config` names.
     """
-    if matcher is None and config.keywords:
-        matcher = KeywordMatcher.read(config)
-    if model is None and config.model is not None:
-        model = QualityModel.load(config.model)
     tokens = hash_tokens(texts) if tokens is None else tokens
-    findings = matcher.find(texts, tokens) if matcher is not None else []
+    findings = KeywordMatcher.read(config).find(texts, tokens) if config.keywords else []
     places = np.array([finding.document for finding in findings], np.int64)
-    keywords = np.bincount(places, minlength=len(texts))
-    harmful = keywords >= config.min_keywords
-    if model is not None:
-        scores = model.score(texts, tokens)
+    harmful = np.bincount(places, minlength=len(texts)) >= config.min_keywords
+    if config.model is not None:
+        scores = QualityModel.load(config.model).score(texts, tokens)
         for i in np.flatnonzero(scores < config.min_score).tolist():
             harmful[i] = True
             findings.append(Finding(i, "model", None, float(scores[i]), texts[i][: 2 * _EXCERPT]))
@@ -192,7 +189,7 @@ def audit_table(findings: Sequence[Finding], documents: np.ndarray) -> pa.Table:
 
 
 def _stands_alone(text: str, match: re.Match[str]) -> bool:
-    """Whether no letter of a spaced script continues the match at an end that is one itself."""
+    """Whether the match is not part of a longer word of a script with spaces."""
     classes = character_classes()
 
     def joined(left: int) -> bool:

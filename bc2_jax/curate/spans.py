@@ -1,9 +1,9 @@
-"""Paragraphs and sentences: where they are, their hashes, and how copies are cut out (paper section 2.1).
+"""Paragraphs and sentences: their places and hashes, and how copies are cut out (paper section 2.1).
 
 A paragraph ends at a blank line, at a line end after the end of a sentence, and after a short line, such as a heading.
-So lines wrapped in the middle of a sentence stay together, and a page with one paragraph a line has one a line. A
-sentence ends after a full stop, a question or an exclamation mark, with the quotes and brackets that close after it; a
-Latin full stop needs a space after it.
+So a sentence that is wrapped over several lines stays in one paragraph, and a page with one paragraph a line has one
+for each line. A sentence ends after a full stop, a question mark or an exclamation mark, and the quotes and brackets
+that close after it; a Latin full stop needs a space after it.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from bc2_jax.curate.tokens import CodePoints, code_points, hash_values, pieces
 PARAGRAPH, SENTENCE = 0, 1
 _NEWLINE = 10
 _ENDS = "。！？!?…"
-_STOPS = ".;；:："  # end a paragraph at a line end; a full stop ends a sentence before a space
+_STOPS = ".;；:："  # end a paragraph at a line end, and a sentence before a space
 _CLOSERS = "\"'”’」』）)】》"
-# A line that is less wide was not wrapped; ideographs are two wide.
+# A line of fewer columns was not wrapped; ideographs have two columns.
 _WRAPPED_WIDTH = 45
 _FIRST_WIDE = 0x2E80
 _OTHER, _END, _STOP, _CLOSER, _SPACE, _LINE = range(6)
 
 
 class Spans(NamedTuple):
-    """Stretches of some documents, in order; arrays of equal length."""
+    """Paragraphs and sentences of some documents, in order; arrays of equal length."""
 
     document: np.ndarray
     """int32: index of the document."""
     start: np.ndarray
     """int32: the first character."""
     stop: np.ndarray
-    """int32: one after the last."""
+    """int32: one past the last character."""
     hash: np.ndarray
     """int64: of its characters."""
     kind: np.ndarray
@@ -43,7 +43,7 @@ class Spans(NamedTuple):
 
 
 def find_spans(texts: Sequence[str], shortest_paragraph: int, shortest_sentence: int) -> Spans:
-    """All paragraphs and sentences of at least so many characters, white space at their ends left out; 0 lists none.
+    """All paragraphs and sentences of at least these lengths in characters, without outer white space; 0 lists none.
 
     A sentence that is a whole paragraph is listed once, as the paragraph.
     """
@@ -59,7 +59,7 @@ def find_spans(texts: Sequence[str], shortest_paragraph: int, shortest_sentence:
 
 
 def cut_spans(text: str, starts: Sequence[int], stops: Sequence[int]) -> str:
-    """`text` without the given stretches, sorted by start; blank lines that would be left in their place go too."""
+    """`text` without the stretches, which are sorted by start, and without the blank lines that they would leave."""
     kept = [""]
     position = 0
     for start, stop in zip(starts, stops, strict=True):
@@ -71,7 +71,7 @@ def cut_spans(text: str, starts: Sequence[int], stops: Sequence[int]) -> str:
 
 
 def _append(kept: list[str], after: str, cut: bool) -> None:
-    """Adds what follows; at a cut, without the blanks and the empty lines that the cut would leave."""
+    """Adds the next part; at a cut, without the spaces and blank lines that the cut would leave."""
     if not cut:
         kept.append(after)
         return
@@ -94,7 +94,7 @@ def _append(kept: list[str], after: str, cut: bool) -> None:
 
 @functools.cache
 def _classes() -> np.ndarray:
-    """uint8 [0x110000]: what a character is to the end of a sentence."""
+    """uint8 [0x110000]: the role of each character at the end of a sentence."""
     classes = np.zeros(0x110000, np.uint8)
     for characters, kind in ((_ENDS, _END), (_STOPS, _STOP), (_CLOSERS, _CLOSER), (" \t\u3000\u00a0", _SPACE)):
         classes[[ord(c) for c in characters]] = kind
@@ -112,14 +112,14 @@ def _find(points: CodePoints, shortest_paragraph: int, shortest_sentence: int) -
     before[1:], before[:1] = kinds[:-1], _LINE
     after = np.empty(size, np.uint8)
     after[:-1], after[-1:] = kinds[1:], _LINE
-    # Ends of documents end everything.
+    # The end of a document ends its last paragraph and sentence.
     before[first[first < last]] = _LINE
     after[last[first < last] - 1] = _LINE
 
     ended = (before == _END) | (before == _STOP) | (before == _CLOSER) | (before == _LINE)
     ends_paragraph = newline & (ended | (after == _LINE))
     ends_paragraph[_short_line_ends(points, newline)] = True
-    # Behind the end mark or the last of the closers after it.
+    # After the end mark, or after the last of the closers that follow it.
     more = (after == _CLOSER) | (after == _END)
     closes = (kinds == _END) | ((kinds == _STOP) & ((after == _SPACE) | (after == _LINE) | (after == _CLOSER)))
     quoted = (kinds == _CLOSER) & ((before == _END) | (before == _STOP))
@@ -142,7 +142,7 @@ def _find(points: CodePoints, shortest_paragraph: int, shortest_sentence: int) -
 
 
 def _short_line_ends(points: CodePoints, newline: np.ndarray) -> np.ndarray:
-    """Places of the newlines at the end of lines that were not wrapped."""
+    """Places of the newlines after lines that were not wrapped."""
     ends = np.flatnonzero(newline)
     width = np.zeros(len(newline) + 1, np.int32)
     np.cumsum(1 + (points.values >= _FIRST_WIDE), dtype=np.int32, out=width[1:])
@@ -153,10 +153,10 @@ def _short_line_ends(points: CodePoints, newline: np.ndarray) -> np.ndarray:
 
 
 def _stretches(points: CodePoints, kinds: np.ndarray, edges: np.ndarray, shortest: int, kind: int) -> Spans:
-    """The stretches between edges, trimmed, those that are long enough, with places in the whole piece."""
+    """The stretches between edges, without outer white space, if they are long enough; places in the whole piece."""
     values, offsets = points
     blank = (kinds == _SPACE) | (kinds == _LINE)
-    # The next character that is not blank, and the last one before.
+    # The first visible character after an edge, and the last one before the next edge.
     solid = np.flatnonzero(~blank)
     low, high = np.searchsorted(solid, edges[:-1]), np.searchsorted(solid, edges[1:])
     keep = high > low

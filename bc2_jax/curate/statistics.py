@@ -1,4 +1,8 @@
-"""What the heuristics look at: counts of kinds of characters, lines, repetitions and stop words of each document."""
+"""Counts that the heuristics judge: kinds of characters, lines, stop words and repetition of each document.
+
+Repetition is a share of tokens, not of characters as in Gopher's rules (Rae et al. 2021, Appendix A1.1); for Chinese,
+whose tokens are characters, that is the same.
+"""
 
 from __future__ import annotations
 
@@ -7,41 +11,41 @@ import functools
 import re
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from bc2_jax.curate.repetition import document_keys, first_occurrences, hash_segments, segment_sums
-from bc2_jax.curate.tokens import Tokens, code_points, hash_tokens
+from bc2_jax.curate.tokens import Tokens, choose_tokens, code_points, hash_ngrams, hash_tokens, mix, offsets_of
 
 DIGIT, SPACE, SYMBOL, HAN, SUSPECT, LETTER = range(6)
-# One gather counts all six kinds: ten bits each, so stretches have fewer than 1024 characters.
+# One gather counts all six kinds in ten bits each, so stretches have fewer than 1024 characters.
 _BITS = 10
 _STRETCH = 1 << 9
-# Punctuation of prose; every other character that is not a letter, mark, digit or space is a symbol.
+# Punctuation of prose. Other characters are symbols, but for letters, marks, digits and spaces.
 _PROSE = ".,;:!?'\"()-–—‘’“”…、。，；：！？「」『』《》〈〉（）【】〔〕·～﹏￥$%&/"
 _HAN = ((0x3005, 0x3007), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF))
 _BULLETS = "-*+•●○■□◆◇▪▫‣⁃·–—※★☆►▶"
 _NEWLINE = ord("\n")
-# Bytes that follow in UTF-8, as Latin-1 and Windows-1252 show them.
+_BUCKETS = 0xC2B2AE3D27D4EB4F  # multiplies keys to choose their buckets
+# Continuation bytes of UTF-8 as Latin-1 and Windows-1252 show them.
 _TRAIL = "[\x80-\xbf" + re.escape(bytes(range(0x80, 0xA0)).decode("cp1252", "ignore")) + "]"
-# One class of first characters, then what each of them needs to follow: a search that starts with a class is fast.
+# Begins with a class of first characters, because such a search is fast, then what must follow each of them.
 _GARBLED = re.compile(
     "[\ufffd锟烫屯锛銆鐨鈥\x80-\x84\x86-\x9f\xc2-\xf4](?:"
-    "(?<=[\ufffd锛銆鐨鈥\x80-\x84\x86-\x9f])"  # lost; UTF-8 for punctuation and 的 read as GBK; no text's controls
+    "(?<=[\ufffd锛銆鐨鈥\x80-\x84\x86-\x9f])"  # lost; UTF-8 punctuation and 的 read as GBK; control characters
     "|(?<=锟)斤拷?"  # U+FFFD in UTF-8, read as GBK
     "|(?<=烫)烫{2,}|(?<=屯)屯{2,}"  # a debugger's memory, read as GBK
     f"|(?<=[\xc2-\xdf]){_TRAIL}|(?<=[\xe0-\xef]){_TRAIL}{{2}}|(?<=[\xf0-\xf4]){_TRAIL}{{3}}"  # UTF-8 as Latin-1
     ")"
 )
 _GARBLED_CHARACTERS = "\ufffd锟烫屯锛銆鐨鈥"
-# Rae et al. 2021, Appendix A1.1, as they stand and at the start of a sentence.
+# Rae et al. 2021, Appendix A1.1; also found with a capital.
 _STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """One number a document, [D] each. Shares are of all characters where nothing else is said."""
+    """One number for each document, [D] each. Shares are of all characters unless stated."""
 
     characters: np.ndarray
     tokens: np.ndarray
@@ -57,26 +61,26 @@ class Statistics:
     garbled_share: np.ndarray
     """Lost or wrongly decoded characters."""
     word_length: np.ndarray
-    """Letters and digits a token."""
+    """Mean letters and digits of a token."""
     line_length: np.ndarray
-    """Characters a line that is not blank."""
+    """Mean characters of the non-blank lines."""
     longest_line: np.ndarray
     """Characters."""
     ellipsis_lines: np.ndarray
-    """Share of the lines that are not blank."""
+    """Share of the non-blank lines."""
     bullet_lines: np.ndarray
-    """Share of the lines that are not blank."""
+    """Share of the non-blank lines."""
     duplicate_lines: np.ndarray
-    """Share of the lines that are not blank that equal one before them in the document."""
+    """Share of the non-blank lines that equal an earlier line of the document."""
     duplicate_line_characters: np.ndarray
     """Share of the characters in such lines."""
 
 
 @functools.cache
 def character_kinds() -> np.ndarray:
-    """uint64 [0x110000]: a one in the field of each kind that a code point is of."""
+    """uint64 [0x110000]: a one in the ten-bit field of each kind of a code point."""
     kinds = np.zeros(sys.maxunicode + 1, np.uint64)
-    # Unicode has assigned nothing else, but for characters of private use; a look at each takes a quarter of a second.
+    # Only these ranges are assigned, private use aside; looking up all code points takes a quarter of a second.
     categories = np.full(len(kinds), "Cn")
     for assigned in (range(0x33480), range(0xE0000, 0xE01F0)):
         categories[assigned] = [unicodedata.category(chr(i)) for i in assigned]
@@ -94,22 +98,15 @@ def character_kinds() -> np.ndarray:
     han = np.zeros(len(kinds), bool)
     for start, stop in _HAN:
         han[start : stop + 1] = True
-    for kind, chosen in (
-        (DIGIT, digit),
-        (SPACE, space),
-        (SYMBOL, symbol),
-        (HAN, han),
-        (SUSPECT, suspect),
-        (LETTER, letter),
-    ):
+    for kind, chosen in enumerate((digit, space, symbol, han, suspect, letter)):  # in the order of the constants
         kinds |= chosen.astype(np.uint64) << np.uint64(_BITS * kind)
     return kinds
 
 
 def count_kinds(points: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """int64 [6, S]: how many characters of each kind a segment has.
+    """int64 [6, S]: characters of each kind in each segment.
 
-    `points` is uint32 [C]; segment s goes from starts[s] to the next start; starts begin at 0, ascend and are unique.
+    `points` is uint32 [C]. Segment s is from starts[s] to the next start; starts begin at 0, ascend and are unique.
     """
     if not len(starts):
         return np.zeros((6, 0), np.int64)
@@ -130,7 +127,7 @@ def _is_bullet() -> np.ndarray:
 
 
 def measure(texts: Sequence[str], tokens: Tokens) -> Statistics:
-    """The statistics of some documents, best a piece of `pieces`; `tokens` are those of `hash_tokens`."""
+    """The statistics of about one piece (`tokens.pieces`) of documents; `tokens` are those of `hash_tokens`."""
     points, offsets = code_points(texts)
     sizes = np.diff(offsets)
     filled = np.flatnonzero(sizes)
@@ -163,7 +160,7 @@ def measure(texts: Sequence[str], tokens: Tokens) -> Statistics:
 
 
 def _measure_lines(points: np.ndarray, offsets: np.ndarray) -> dict[str, np.ndarray]:
-    """Counts over the lines of each document that are not blank, [D] each."""
+    """Counts over the non-blank lines of each document, [D] each."""
     begins = np.zeros(len(points) + 1, bool)
     begins[1:] = points == _NEWLINE
     begins[offsets[:-1]] = True
@@ -201,7 +198,7 @@ def _measure_lines(points: np.ndarray, offsets: np.ndarray) -> dict[str, np.ndar
 
 
 def _strip(points: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Places of the first and the last character of each line that is not blank, and the numbers of these lines."""
+    """First and last visible character of each non-blank line, and the numbers of these lines."""
     visible = (points > 0x20) & (points != 0xA0) & (points != 0x3000)
     edges = visible.copy()
     edges[1:] &= ~visible[:-1]
@@ -211,7 +208,7 @@ def _strip(points: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[np
     runs = np.searchsorted(first, np.append(starts, len(points)))
     kept = np.flatnonzero(np.diff(runs))
     last = ends[kept] - 1
-    # The newline is stepped over here, and the little white space that may stand before it.
+    # Steps back over the newline and any white space before it.
     moving = np.flatnonzero(~visible[last])
     while len(moving):
         last[moving] -= 1
@@ -220,7 +217,7 @@ def _strip(points: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[np
 
 
 def count_stop_words(tokens: Tokens) -> np.ndarray:
-    """int64 [D]: how many of the eight English words of Gopher's rule a document has; a capital may begin them."""
+    """int64 [D]: how many of the eight stop words of Gopher's rule a document has, also with a capital."""
     words, hashes = _stop_table()
     low = tokens.hashes.astype(np.uint16)
     hits = np.flatnonzero(words[low])
@@ -235,10 +232,113 @@ def count_stop_words(tokens: Tokens) -> np.ndarray:
 
 @functools.cache
 def _stop_table() -> tuple[np.ndarray, np.ndarray]:
-    """By the low 16 bits of a hash: uint8 with the bit of its word, or 0; and the whole hash."""
+    """By the low 16 bits of a hash: the bit of its word, uint8, or 0; and the whole hash, uint64."""
     words, table = np.zeros(1 << 16, np.uint8), np.zeros(1 << 16, np.uint64)
     hashes = hash_tokens([form for word in _STOP_WORDS for form in (word, word.capitalize())]).hashes
     low = hashes.astype(np.uint16)
     words[low] = np.repeat(1 << np.arange(len(_STOP_WORDS)), 2)
     table[low] = hashes
     return words, table
+
+
+def segment_sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """int64 [D]: sums of values[offsets[d] : offsets[d + 1]], 0 for an empty segment."""
+    sums = offsets_of(values)
+    return sums[offsets[1:]] - sums[offsets[:-1]]
+
+
+def first_occurrences(keys: np.ndarray) -> np.ndarray:
+    """int32 [N]: for each key the position of its first occurrence; fastest for about 10^5 keys, which fit the cache.
+
+    Writes every position to its key's bucket, last to first, so that the bucket keeps the first one. Keys that find
+    another key in their bucket are put into other buckets in the next round; each round places at least one key.
+    """
+    left = np.arange(len(keys), dtype=np.int32)
+    first, values = left, keys
+    bits = max(4, (2 * len(keys)).bit_length())
+    table = np.empty(1 << bits, np.int32)
+    multiplier = _BUCKETS
+    while len(left):
+        bucket = ((values * np.uint64(multiplier)) >> np.uint64(64 - bits)).astype(np.int64)
+        table[bucket[::-1]] = left[::-1]
+        found = table.take(bucket)
+        if values is keys:
+            first = found
+        else:
+            first[left] = found
+        wrong = np.flatnonzero(keys.take(found) != values)
+        left, values = left[wrong], values[wrong]
+        multiplier = multiplier * _BUCKETS % (1 << 64)
+    return first
+
+
+def hash_segments(points: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """uint64 [S]: a hash of the characters from starts[s] to the next start, without a final newline.
+
+    `points` is uint32 [C], `starts` ascend. 32 bits are a polynomial, the others the length: enough to distinguish the
+    lines of one document.
+    """
+    powers, inverses = _place_powers(1 << max(16, len(points).bit_length()))
+    values = (points - np.uint32(ord("\n"))) * powers[: len(points)]
+    hashes = (np.add.reduceat(values, starts, dtype=np.uint32) * inverses[starts]).astype(np.uint64)
+    ends = np.append(starts[1:], len(points))
+    lengths = ends - starts - (points[ends - 1] == ord("\n"))
+    return hashes | lengths.astype(np.uint64) << np.uint64(32)
+
+
+@functools.cache
+def _place_powers(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """uint32 [count] each: powers of a number and of its inverse modulo 2^32."""
+    base = 0x9E3779B1
+    result = []
+    for factor in (base, pow(base, -1, 1 << 32)):
+        powers = np.full(count, factor, np.uint32)
+        powers[0] = 1
+        result.append(np.multiply.accumulate(powers, dtype=np.uint32))
+    return result[0], result[1]
+
+
+def document_keys(tokens: Tokens) -> np.ndarray:
+    """uint64 [N]: the hashes, changed so that equal tokens of two documents differ."""
+    counts = np.diff(tokens.offsets)
+    salts = mix(np.arange(1, len(counts) + 1, dtype=np.uint64))
+    return tokens.hashes ^ np.repeat(salts, counts)
+
+
+def top_share(tokens: Tokens, n: int) -> np.ndarray:
+    """float64 [D]: share of a document's tokens that its most frequent n-gram covers; 0 if none occurs twice.
+
+    Overlapping occurrences count in full, as in Gopher's rule, so the share can be above 1.
+    """
+    ngrams = hash_ngrams(tokens, n)
+    first = first_occurrences(document_keys(ngrams))
+    counts = np.bincount(first, minlength=len(first))
+    top = np.zeros(len(ngrams.offsets) - 1, np.int64)
+    filled = np.flatnonzero(np.diff(ngrams.offsets))
+    if len(filled):
+        top[filled] = np.maximum.reduceat(counts, ngrams.offsets[filled])
+    return np.where(top > 1, top * n, 0) / np.maximum(np.diff(tokens.offsets), 1)
+
+
+def duplicate_share(tokens: Tokens, n: int) -> np.ndarray:
+    """float64 [D]: share of a document's tokens in n-grams that occurred in it before, each token counted once."""
+    ngrams = hash_ngrams(tokens, n)
+    first = first_occurrences(document_keys(ngrams))
+    again = np.flatnonzero(first != np.arange(len(first)))
+    # From places among the n-grams to places among the tokens.
+    counts = np.diff(ngrams.offsets)
+    document = np.searchsorted(ngrams.offsets, again, side="right") - 1
+    starts = again + (tokens.offsets[:-1] - ngrams.offsets[:-1])[document]
+    # An n-gram adds the tokens that the one before it does not cover.
+    new = np.minimum(np.diff(starts, prepend=-n), n)
+    covered = np.bincount(document, new, minlength=len(counts))
+    return covered / np.maximum(np.diff(tokens.offsets), 1)
+
+
+def bounded(share: Callable[[Tokens, int], np.ndarray], tokens: Tokens, n: int, needed: np.ndarray) -> np.ndarray:
+    """share(tokens, n) of the documents where `needed`, 0 elsewhere."""
+    result = np.zeros(len(needed))
+    documents = np.flatnonzero(needed)
+    if len(documents):
+        result[documents] = share(choose_tokens(tokens, needed), n)
+    return result

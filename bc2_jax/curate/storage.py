@@ -1,4 +1,4 @@
-"""Folders on a disk or in an object store, written file by file, each whole or not at all."""
+"""Folders on a disk or in an object store; a file appears when it is complete."""
 
 from __future__ import annotations
 
@@ -14,28 +14,27 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
-from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
+from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSystem
 
 from bc2_jax.files import lock
 from bc2_jax.validation import require
 
-# Columns whose values repeat, and those by which rows are searched for.
+# Columns stored with a dictionary, and columns with statistics, by which rows are selected.
 _REPEATED = ("source", "language", "stage", "reason")
 _SEARCHED = ("doc", "hash", "key", "span")
-
-
-# What a pattern of the dataframe engine gives a meaning, and a backslash takes it away.
+# Characters that Daft's path patterns treat specially; a backslash escapes them.
 _PATTERN = re.compile(r"([\\*?\[\]{}!])")
-# What pyarrow reads in a URI as something else than part of a name.
+# Temporary names of files that are being written.
 _UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}")
+# Characters that pyarrow does not read as part of a name in a URI.
 _URI_SYNTAX = re.compile("[?#%]")
 
 
 class Folder:
-    """A folder by its path, any that the system allows, or by a URI that pyarrow knows: file://, gs://, s3://.
+    """A folder by its path or by a URI that pyarrow knows: file://, gs://, s3://.
 
-    Raises ValueError for a path that is not UTF-8 (the dataframe engine takes only text) and, in an object store, for
-    names with ?, # or %, which stand for themselves in one program and not in another.
+    Raises ValueError for a path that is not UTF-8, because Daft takes only text, and for a URI of an object store with
+    ?, # or %, which programs read differently.
     """
 
     def __init__(self, location: str | os.PathLike[str]) -> None:
@@ -50,61 +49,50 @@ class Folder:
             syntax = _URI_SYNTAX.search(self.location)
             require(syntax is None, "folder", location, "a URI must have no ?, # or %")
         legal = "the path of a folder that is read and written must be UTF-8, without zero bytes"
-        require(is_text(self.location) and "\0" not in self.location, "folder", location, legal)
+        require(_is_text(self.location) and "\0" not in self.location, "folder", location, legal)
 
     def __truediv__(self, name: str) -> Folder:
         return Folder(f"{self.location.rstrip('/')}/{name}")
 
     def pattern(self, suffix: str) -> str:
-        """What the dataframe engine calls all files of this folder whose names end with `suffix`.
+        """The path pattern that Daft reads as all files of this folder whose names end with `suffix`.
 
-        The engine reads every path as a pattern: of its own accord `run[1]` would be the folder `run1`.
+        Daft reads every path as a pattern: without escapes it takes `run[1]` for the folder `run1`.
         """
         folder = _PATTERN.sub(r"\\\1", self.location.rstrip("/"))
         return f"{folder}/*{suffix}"
 
     def owned(self, field: str) -> AbstractContextManager[object]:
-        """Owns the folder until the block ends, as `files.lock`; an object store has no locks."""
+        """Holds `files.lock` on the folder until the block ends; does nothing in an object store."""
         if not isinstance(self._files, LocalFileSystem):
             return contextlib.nullcontext()
         return lock(Path(self._path) / ".lock", f"{field} = {self.location!r}")
 
     def names(self, suffix: str = "") -> list[str]:
-        """Sorted names of its files that end with `suffix`; none if there is no such folder."""
-        selector = FileSelector(self._path, allow_not_found=True)
-        infos = self._files.get_file_info(selector)
-        names = [info.base_name for info in infos if info.type == FileType.File]
+        """Sorted names of the files that end with `suffix`, without hidden ones; [] for a missing folder."""
+        names = [info.base_name for info in self._infos() if info.type == FileType.File]
         return sorted(name for name in names if name.endswith(suffix) and not name.startswith("."))
 
     def entries(self) -> list[str]:
-        """Sorted names of its files and folders, but for hidden ones."""
-        infos = self._files.get_file_info(FileSelector(self._path, allow_not_found=True))
-        return sorted(info.base_name for info in infos if not info.base_name.startswith("."))
+        """Sorted names of the files and folders, without hidden ones; [] for a missing folder."""
+        return sorted(info.base_name for info in self._infos() if not info.base_name.startswith("."))
 
     def exists(self, name: str) -> bool:
         return self._files.get_file_info(f"{self._path}/{name}").type == FileType.File
 
-    def size(self, name: str) -> int:
-        """Bytes of a file."""
-        return int(self._files.get_file_info(f"{self._path}/{name}").size)
-
-    def modified(self, name: str) -> int:
-        """When a file was last written, in nanoseconds; 0 if it is not there."""
-        return self._files.get_file_info(f"{self._path}/{name}").mtime_ns or 0
-
     def remove(self) -> None:
-        """Removes the folder and all that is in it, if it is there."""
+        """Removes the folder and its contents, if it exists."""
         if self._files.get_file_info(self._path).type == FileType.Directory:
             self._files.delete_dir(self._path)
 
     def remove_unfinished(self) -> None:
-        """Removes the files that a process was writing here when it was killed; nobody else must be writing."""
-        for info in self._files.get_file_info(FileSelector(self._path, allow_not_found=True)):
+        """Removes temporary files of a process that was killed; no process may be writing here."""
+        for info in self._infos():
             if _UNFINISHED.fullmatch(info.base_name) and info.type == FileType.File:
                 self._files.delete_file(info.path)
 
     def delete(self, name: str) -> None:
-        """Removes a file, if it is there."""
+        """Removes a file, if it exists."""
         if self.exists(name):
             self._files.delete_file(f"{self._path}/{name}")
 
@@ -123,7 +111,7 @@ class Folder:
         return json.loads(self.read(name))
 
     def write_table(self, name: str, table: pa.Table, compression: str = "lz4") -> None:
-        # Groups of documents are so small that a few can be read alone, pages have checksums.
+        # Row groups of documents are small, so that a few documents can be read without the rest.
         rows = 512 if "text" in table.column_names else 1 << 16
         with self._replacing(name) as path, self._files.open_output_stream(path, compression=None) as file:
             pq.write_table(
@@ -136,7 +124,7 @@ class Folder:
         return pq.read_table(f"{self._path}/{name}", filesystem=self._files, columns=columns, pre_buffer=False)
 
     def rows(self, name: str = "") -> int:
-        """Rows of a parquet file, or of all, by their footers; 0 for one that has none because it is damaged."""
+        """Rows in the footer of a parquet file, or of all parquet files; 0 if a footer is damaged."""
         try:
             return sum(
                 pq.read_metadata(f"{self._path}/{file}", filesystem=self._files).num_rows
@@ -146,18 +134,20 @@ class Folder:
             return 0
 
     def select(self, condition: ds.Expression | None, columns: list[str] | None = None) -> pa.Table:
-        """The rows of all its parquet files that fulfil a condition; row groups that can't have any are not read."""
+        """The rows of all parquet files that satisfy `condition`; skips row groups by their statistics."""
         paths = [f"{self._path}/{name}" for name in self.names(".parquet")]
         files = ds.dataset(paths, filesystem=self._files, format="parquet")
         return files.to_table(columns=columns, filter=condition)
+
+    def _infos(self) -> list[FileInfo]:
+        return self._files.get_file_info(FileSelector(self._path, allow_not_found=True))
 
     def _replacing(self, name: str) -> _Replacement:
         self._files.create_dir(self._path, recursive=True)
         return _Replacement(self._files, f"{self._path}/{name}")
 
 
-def is_text(path: str) -> bool:
-    """Whether a path is UTF-8."""
+def _is_text(path: str) -> bool:
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -166,11 +156,11 @@ def is_text(path: str) -> bool:
 
 
 class _Replacement:
-    """Gives the path to write to; on a disk a temporary one that takes the final name when it is complete."""
+    """Gives the path to write to: on a disk a temporary file that is renamed at the end of the block."""
 
     def __init__(self, files: FileSystem, path: str) -> None:
         self._files, self._path = files, path
-        # An object store shows an object when it is complete, and can't rename.
+        # An object store can't rename, and shows an object only when it is complete.
         self._written = path
         if isinstance(files, LocalFileSystem):
             folder, name = os.path.split(path)

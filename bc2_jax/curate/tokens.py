@@ -1,4 +1,4 @@
-"""Text -> hashed tokens, vectorised: what duplicates, features and scores are counted on.
+"""Text -> hashed tokens, vectorised; duplicates, features and scores are computed on them.
 
 A token is a run of letters, digits and underscores, or one character of a script that is written without spaces (Han,
 kana, Thai ...). Case is kept. Everything else separates tokens.
@@ -12,15 +12,17 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bc2_jax.data.ngrams import MULTIPLIER, NgramTable, hash_windows, mix
+
 SEPARATOR, WORD, CHARACTER = 0, 1, 2
 # Scripts without spaces between words, as ranges of code points.
 _UNSPACED = (
     (0x0E00, 0x0EFF), (0x0F00, 0x0FFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3005, 0x3007), (0x3040, 0x30FF),
     (0x31F0, 0x31FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0xFF66, 0xFF9D), (0x20000, 0x3FFFF),
 )  # fmt: skip
-# So small that a piece stays near the core, so large that two threads seldom wait for the interpreter.
+# Small enough that a piece stays in the cache, large enough that threads seldom wait for the interpreter.
 _PIECE_CHARACTERS = 1 << 18
-_MULTIPLIER = 0x9E3779B97F4A7C15
+_PIECE_TOKENS = 1 << 18
 _MASK = (1 << 64) - 1
 
 
@@ -42,8 +44,15 @@ class CodePoints(NamedTuple):
     """int64 [D + 1]."""
 
 
+def offsets_of(counts: np.ndarray | Sequence[int]) -> np.ndarray:
+    """int64 [D + 1]: 0 and the cumulative sums of `counts` [D]."""
+    offsets = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=offsets[1:])
+    return offsets
+
+
 def pieces(texts: Sequence[str], characters: int = _PIECE_CHARACTERS) -> Iterator[Sequence[str]]:
-    """Consecutive texts of about so many characters together; a longer text is a piece of its own."""
+    """Consecutive texts of at most `characters` together; a longer text is a piece of its own."""
     start = size = 0
     for index, text in enumerate(texts):
         if size and size + len(text) > characters:
@@ -56,8 +65,7 @@ def pieces(texts: Sequence[str], characters: int = _PIECE_CHARACTERS) -> Iterato
 
 def code_points(texts: Sequence[str]) -> CodePoints:
     """The code points of all texts. Raises UnicodeEncodeError for a lone surrogate."""
-    offsets = np.zeros(len(texts) + 1, np.int64)
-    np.cumsum([len(text) for text in texts], out=offsets[1:])
+    offsets = offsets_of([len(text) for text in texts])
     return CodePoints(np.frombuffer("".join(texts).encode("utf-32-le"), np.uint32), offsets)
 
 
@@ -75,49 +83,44 @@ def character_classes() -> np.ndarray:
 
 
 def hash_tokens(texts: Sequence[str]) -> Tokens:
-    """The hashed tokens of each text; the hash of a token does not depend on where it stands."""
+    """The hashed tokens of each text; a token has the same hash in any place."""
     parts = [_hash_piece(piece) for piece in pieces(texts)]
     if not parts:
         return Tokens(np.empty(0, np.uint64), np.zeros(1, np.int64))
-    counts = np.concatenate([np.diff(part.offsets) for part in parts])
-    offsets = np.zeros(len(counts) + 1, np.int64)
-    np.cumsum(counts, out=offsets[1:])
+    offsets = offsets_of(np.concatenate([np.diff(part.offsets) for part in parts]))
     return Tokens(np.concatenate([part.hashes for part in parts]), offsets)
-
-
-def mix(values: np.ndarray) -> np.ndarray:
-    """A bijection of uint64 whose every output bit depends on every input bit (the finaliser of MurmurHash3)."""
-    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
-    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
-    return values ^ (values >> np.uint64(33))
 
 
 def hash_ngrams(tokens: Tokens, n: int) -> Tokens:
     """The n-grams of each document, max(0, tokens - n + 1) of them, in order."""
-    count = np.maximum(np.diff(tokens.offsets) - (n - 1), 0)
-    offsets = np.zeros(len(count) + 1, np.int64)
-    np.cumsum(count, out=offsets[1:])
-    size = len(tokens.hashes) - (n - 1)
-    if size <= 0 or not offsets[-1]:
-        return Tokens(np.empty(0, np.uint64), np.zeros_like(offsets))
-    combined = tokens.hashes[:size].copy()
-    for i in range(1, n):
-        combined *= np.uint64(_MULTIPLIER)
-        combined += tokens.hashes[i : i + size]
-    # Those that would reach into the next document go.
+    offsets = offsets_of(np.maximum(np.diff(tokens.offsets) - (n - 1), 0))
+    windows = hash_windows(tokens.hashes, n)
+    # Without those that reach into the next document.
     inside = np.ones(len(tokens.hashes), bool)
     for i in range(1, n):
         ends = tokens.offsets[1:] - i
         inside[ends[ends >= tokens.offsets[:-1]]] = False
-    return Tokens(mix(combined[inside[:size]]), offsets)
+    return Tokens(windows[inside[: len(windows)]], offsets)
+
+
+def find_ngrams(table: NgramTable, tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
+    """(document, row of the table), int64 [M] each, for every n-gram of the table that a document has, once."""
+    found = [np.empty((2, 0), np.int64)]
+    for start, piece in token_pieces(tokens):
+        grams = hash_ngrams(piece, table.n)
+        places, rows = table.find(grams.hashes)
+        documents = np.searchsorted(grams.offsets, places, side="right") - 1 + start
+        found.append(np.unique(np.stack([documents, rows]), axis=1))
+    documents, rows = np.concatenate(found, axis=1)
+    return documents, rows
 
 
 @functools.cache
 def _powers(count: int) -> tuple[np.ndarray, np.ndarray]:
     """Powers of the multiplier and of its inverse modulo 2^64, uint64 [count] each."""
-    inverse = pow(_MULTIPLIER, -1, 1 << 64)
+    inverse = pow(MULTIPLIER, -1, 1 << 64)
     result = []
-    for base in (_MULTIPLIER, inverse):
+    for base in (MULTIPLIER, inverse):
         powers = np.ones(count, np.uint64)
         powers[1:] = np.uint64(base & _MASK)
         result.append(np.multiply.accumulate(powers))
@@ -136,7 +139,7 @@ def _hash_piece(texts: Sequence[str]) -> Tokens:
 
 
 def _find_starts(classes: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """int64: where the tokens of some documents begin, by the classes of their characters."""
+    """int64: the first character of each token of some documents, by the classes of their characters."""
     word = classes == WORD
     first = classes == CHARACTER
     starts_word = word.copy()
@@ -155,21 +158,21 @@ def count_characters(text: str) -> int:
 
 
 def token_starts(text: str) -> np.ndarray:
-    """int64: at which character each token of a text begins."""
+    """int64: the first character of each token of a text."""
     points, offsets = code_points([text])
     return _find_starts(character_classes().take(points.astype(np.intp)), offsets)
 
 
 def hash_values(values: np.ndarray, starts: np.ndarray, stops: np.ndarray | None = None) -> np.ndarray:
-    """uint64 [N]: hashes of stretches [starts, stops) of uint32 code points, in order, none empty, none overlapping.
+    """uint64 [N]: hashes of stretches [starts, stops) of uint32 code points, in order, not empty, not overlapping.
 
-    Without `stops` a stretch goes on to the next. A stretch has the same hash wherever it stands.
+    Without `stops` a stretch ends where the next begins. A stretch has the same hash in any place.
     """
     return _hash_stretches(_mixed().take(values.astype(np.intp)), starts, stops)
 
 
 def _hash_stretches(terms: np.ndarray, starts: np.ndarray, stops: np.ndarray | None) -> np.ndarray:
-    # sum of term * multiplier^(place), which times multiplier^-(start) is the same at any place.
+    # sum of term * multiplier^(place), times multiplier^-(start), is the same at any place.
     powers, inverses = _powers(1 << max(16, len(terms).bit_length()))
     terms *= powers[: len(terms)]
     if not len(starts):
@@ -177,7 +180,7 @@ def _hash_stretches(terms: np.ndarray, starts: np.ndarray, stops: np.ndarray | N
     if stops is None:
         sums = np.add.reduceat(terms, starts)
     else:
-        # The sums between a stop and the next start are not wanted; a stop may be the end.
+        # Every second sum is from a stop to the next start; a stop may be the end.
         edges = np.stack([starts, stops], axis=1).reshape(-1)
         sums = np.add.reduceat(np.append(terms, np.uint64(0)), edges)[::2]
     return mix(sums * inverses[starts])
@@ -185,7 +188,7 @@ def _hash_stretches(terms: np.ndarray, starts: np.ndarray, stops: np.ndarray | N
 
 @functools.cache
 def _mixed() -> np.ndarray:
-    """uint64: a hash of each code point."""
+    """uint64 [0x110000]: a hash of each code point."""
     return mix(np.arange(1, 0x110001, dtype=np.uint64))
 
 
@@ -204,24 +207,20 @@ def slice_tokens(tokens: Tokens, start: int, stop: int) -> Tokens:
 def choose_tokens(tokens: Tokens, kept: np.ndarray) -> Tokens:
     """The tokens of the documents that are kept, bool [D]."""
     counts = np.diff(tokens.offsets)
-    offsets = np.zeros(np.count_nonzero(kept) + 1, np.int64)
-    np.cumsum(counts[kept], out=offsets[1:])
-    return Tokens(tokens.hashes[np.repeat(kept, counts)], offsets)
+    return Tokens(tokens.hashes[np.repeat(kept, counts)], offsets_of(counts[kept]))
 
 
 def without_first(tokens: Tokens, counts: np.ndarray) -> Tokens:
-    """The documents without their first tokens, `counts` of each, int64 [D]."""
+    """The documents without their first `counts` tokens, int64 [D]."""
     if not counts.any():
         return tokens
     sizes = np.diff(tokens.offsets)
     counts = np.minimum(counts, sizes)
     place = np.arange(len(tokens.hashes)) - np.repeat(tokens.offsets[:-1], sizes)
-    offsets = np.zeros_like(tokens.offsets)
-    np.cumsum(sizes - counts, out=offsets[1:])
-    return Tokens(tokens.hashes[place >= np.repeat(counts, sizes)], offsets)
+    return Tokens(tokens.hashes[place >= np.repeat(counts, sizes)], offsets_of(sizes - counts))
 
 
-def token_pieces(tokens: Tokens, size: int = 1 << 18) -> Iterator[tuple[int, Tokens]]:
+def token_pieces(tokens: Tokens, size: int = _PIECE_TOKENS) -> Iterator[tuple[int, Tokens]]:
     """(number of the first document, tokens of consecutive documents), of about `size` tokens or one document."""
     start, documents = 0, len(tokens.offsets) - 1
     while start < documents:

@@ -1,4 +1,4 @@
-"""Sampling weights of documents: size of their cluster, quality, source (paper section 2.1)."""
+"""Sampling weights of documents by cluster size, quality, source and language (paper section 2.1)."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ import numpy as np
 
 from bc2_jax.validation import require
 
-# Halvings of an interval of real numbers, until float64 has none between its ends.
+# Bisections until float64 has no number between the ends of the interval.
 _HALVINGS = 200
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightsConfig:
-    """How often documents are read in training."""
+    """How often documents are sampled in training."""
 
     cluster_exponent: float = 0.3
-    """A document of a cluster c times as large as the median one has c^-exponent of the weight; 0 ignores clusters, 1
-    reads all clusters equally often."""
+    """In a cluster c times as large as the median, a document's weight is multiplied by c^-exponent; 0 ignores
+    clusters, 1 samples all clusters equally often."""
     score_strength: float = 0.7
     """The best document has e^(2 strength) times the weight of the worst; 0 ignores scores."""
     sources: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Factor by source, 1 for those not named: above 1 up-samples reputable sites, and with them their languages."""
+    """Factor by source, 1 if not named. Above 1 it up-samples a source, and with it the source's languages."""
     languages: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Factor by language (`code` is one), 1 for those not named. Without factors each language keeps its share of the
-    text: scores and clusters only move weight between documents of one language."""
+    """Factor by language (`code` is one), 1 if not named. Without factors each language keeps its share of the text:
+    scores and clusters only move weight between documents of one language."""
     least: float = 0.25
-    """Lower bound of a weight, at most 1; above 0, so that nothing that passed the filters is lost."""
+    """Lower bound of a weight, in (0, 1]: above 0, so that no document that passed the filters is lost."""
     most: float = 4.0
-    """Upper bound of a weight, at least 1: more than about four repetitions of a text add little (arXiv 2305.16264)."""
+    """Upper bound of a weight, at least 1: more than about four repetitions add little (arXiv 2305.16264)."""
 
     def __post_init__(self) -> None:
         for field in ("cluster_exponent", "score_strength"):
@@ -53,19 +53,18 @@ def sampling_weights(
     languages: Sequence[str] | np.ndarray | None = None,
     sizes: np.ndarray | None = None,
 ) -> np.ndarray:
-    """float32 [n] > 0: how often each document should be read where the corpus as a whole is read once.
+    """float32 [n] > 0: how often to sample each document for one pass over the corpus.
 
         w = source * (cluster size / median size)^-cluster_exponent * exp(score_strength * (2 q - 1))
         weight = min(max(s w, least), most)
 
-    q in 0..1 is the rank of the document's score among those of its language, equal scores sharing one: ranks, and not
-    scores, because a score has no scale, and within a language, because rules and models treat languages differently.
-    A power of the size, because copies that are too different to be removed gather in large clusters, which are about
-    what many wrote and not about what is worth more. s is such that the mean weight of each language over `sizes` (int
-    [n], bytes or tokens; documents count equally by default) is 1, or as much more or less as config.languages and
-    config.sources ask for while that of all documents stays 1: a budget of tokens is then spent as planned, and a
-    longer training run multiplies all weights. Clusters are counted by `cluster_sizes` [k], in documents or bytes;
-    `clusters` int [n] are theirs. Without `languages` there is one.
+    q in 0..1 is the rank of the document's score in its language; equal scores share a rank. Ranks are used because
+    scores have no scale, within a language because rules and models treat languages differently. The cluster's size
+    lowers the weight because copies too different to be removed gather in large clusters. s makes the mean weight of
+    each language over `sizes` (int [n], bytes or tokens; by default all documents count equally) 1, or what
+    config.languages and config.sources ask for while the mean of all documents stays 1. So a budget of tokens is spent
+    as planned, and a longer training run multiplies all weights. `cluster_sizes` [k] are in documents or bytes,
+    `clusters` int [n] index them. Without `languages` all documents have one language.
 
     Raises ValueError if lengths differ, a cluster, size or score is not valid, or the config names an unknown source or
     language.
@@ -91,7 +90,7 @@ def sampling_weights(
     asked = _factors("sources", sources, config.sources)
     relative = cluster_sizes / np.median(cluster_sizes[cluster_sizes > 0])
     groups, group = np.unique(languages, return_inverse=True)
-    # What each language gets for one of its bytes: its factor, and those of its sources.
+    # The mean weight that each language asks for: its factor times those of its sources.
     by_size = np.bincount(group, sizes)
     means = np.bincount(group, sizes * asked * _factors("languages", languages, config.languages))
     means = _scaled(means[by_size > 0] / by_size[by_size > 0], by_size[by_size > 0], config.least, config.most)
@@ -117,16 +116,16 @@ def _factors(field: str, values: np.ndarray, factors: dict[str, float]) -> np.nd
 
 
 def _ranks(scores: np.ndarray) -> np.ndarray:
-    """In 0..1: the share of these documents with a lower score, and half of the others with an equal one."""
+    """float64 [n] in 0..1: the share of documents with a lower score, plus half of the others with an equal score."""
     _, index, counts = np.unique(scores, return_inverse=True, return_counts=True)
     below = np.cumsum(counts) - counts
-    return (
-        ((below + (counts - 1) / 2) / max(len(scores) - 1, 1))[index] if len(counts) > 1 else np.full(len(scores), 0.5)
-    )
+    if len(counts) == 1:
+        return np.full(len(scores), 0.5)
+    return ((below + (counts - 1) / 2) / (len(scores) - 1))[index]
 
 
 def _scaled(factors: np.ndarray, sizes: np.ndarray, least: float, most: float, wanted: float = 1.0) -> np.ndarray:
-    """min(max(s * factors, least), most) whose mean over `sizes` is `wanted`. It rises with s: halve the interval."""
+    """min(max(s * factors, least), most) with mean `wanted` over `sizes`; s is found by bisection."""
     low, high = least / factors.max(), most / factors.min()
     for _ in range(_HALVINGS):
         middle = (low + high) / 2

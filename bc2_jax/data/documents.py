@@ -1,34 +1,24 @@
-"""Files of text (`text_files`) -> documents.
+"""Documents of text files (`text_files`, `records`): texts with source, language, quality score and sampling weight.
 
-Besides its text a record may have a `source` (else the name of the file's folder), a `language` (else "unknown"), a
-`score` for quality in 0..1 (else 1) and a sampling `weight` (else 1). What can't be read becomes an `InvalidDocument`
-that names the file and the line or row, counted from 1; reading goes on behind it where that is possible.
-
-A file is read in spans, each by itself, so that processes can share the work.
+A record may have a `source` (default: the name of the file's folder), a `language` (default: "unknown"), a `score` for
+quality in 0..1 (default: 1) and a sampling `weight` (default: 1). Files are read in spans, so that processes can share
+the work.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from bc2_jax.data.decompression import Decompressed
-from bc2_jax.data.records import (
-    Invalid,
-    Record,
-    decode,
-    first_line,
-    import_arrow,
-    read_lines,
-    read_row_group,
-)
-from bc2_jax.data.text_files import LEGAL, Kind, kind_of
+from bc2_jax.data.parquet import open_parquet, read_row_group, why_no_texts
+from bc2_jax.data.records import LONGEST, Invalid, LineReader, Record, open_text, read_text
+from bc2_jax.data.text_files import LEGAL, Kind, kind_of, open_binary
 from bc2_jax.validation import require
 
 _BLOCK = 1 << 20
@@ -51,11 +41,12 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class InvalidDocument:
-    """Takes the place of a document that could not be read, so that it is counted and logged."""
+    """Takes the place of an unreadable document, so that it is counted and logged."""
 
     reason: str
+    """With file and line or row."""
     documents: int = 1
-    """How many are lost, as far as it is known."""
+    """Documents lost, at least."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +73,7 @@ class Span:
 
 @dataclasses.dataclass(frozen=True)
 class ScannedFile:
-    """A file, what identifies its content, and its spans; none if it can't be read at all, for `problem`."""
+    """A file, the hash of its content, and its spans; an unreadable file has a `problem` and no spans."""
 
     path: str
     size: int
@@ -92,24 +83,27 @@ class ScannedFile:
 
 
 def scan_file(path: str | os.PathLike[str], fields: Fields, span_bytes: int) -> ScannedFile:
-    """Reads a file once for its SHA-256 and for spans of about `span_bytes`; of a .parquet, a span is a row group."""
+    """Hashes a file and cuts it into spans: .jsonl into about `span_bytes`, .parquet into row groups, others not."""
     name = os.fspath(path)
     digest = hashlib.sha256()
     size, line, spans = 0, 1, []
     start, first = 0, 1
     kind, compression = _kind(name)
     cut_lines = kind == "jsonl" and compression is None
-    with open(name, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-            if cut_lines and size + len(block) - start >= span_bytes and (end := block.rfind(b"\n") + 1):
-                line += block.count(b"\n", 0, end)
-                spans.append(Span(name, start, size + end, first, size + end - start))
-                start, first = size + end, line
-                line += block.count(b"\n", end)
-            elif cut_lines:
-                line += block.count(b"\n")
-            size += len(block)
+    try:
+        with open_binary(name) as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+                if cut_lines and size + len(block) - start >= span_bytes and (end := block.rfind(b"\n") + 1):
+                    line += block.count(b"\n", 0, end)
+                    spans.append(Span(name, start, size + end, first, size + end - start))
+                    start, first = size + end, line
+                    line += block.count(b"\n", end)
+                elif cut_lines:
+                    line += block.count(b"\n")
+                size += len(block)
+    except OSError as error:
+        return ScannedFile(name, size, digest.hexdigest(), (), f"{name}: cannot be read ({error})")
     if size > start or not cut_lines:
         spans.append(Span(name, start, size, first, size - start))
     problem = None
@@ -118,19 +112,57 @@ def scan_file(path: str | os.PathLike[str], fields: Fields, span_bytes: int) -> 
     return ScannedFile(name, size, digest.hexdigest(), tuple(spans), problem)
 
 
+def _row_groups(name: str, fields: Fields) -> tuple[list[Span], str | None]:
+    with open_binary(name) as file:
+        parquet = open_parquet(file, name)
+        if isinstance(parquet, Invalid):
+            return [], str(parquet)
+        if reason := why_no_texts(parquet.schema_arrow, fields.text):
+            return [], f"{name}: {reason}; its columns are {', '.join(parquet.schema_arrow.names)}"
+        spans, row = [], 1
+        for index in range(parquet.metadata.num_row_groups):
+            group = parquet.metadata.row_group(index)
+            spans.append(Span(name, index, index + 1, row, group.total_byte_size))
+            row += group.num_rows
+        return spans, None
+
+
 def read_span(span: Span, fields: Fields) -> Iterator[Document | InvalidDocument]:
     """The documents of one span in order."""
-    kind, compression = _kind(span.file)
-    if kind == "text":
-        yield from _read_text(span, compression)
-        return
-    found = _read_lines(span, compression) if kind == "jsonl" else _read_row_group(span, fields)
-    for record in found:
+    if _kind(span.file)[0] == "text":
+        fields = Fields()
+    for record in _read_records(span, fields):
         if isinstance(record, Invalid):
-            yield InvalidDocument(str(record), record.records)
+            yield InvalidDocument(str(record), record.at_least)
         else:
             yield _document(record.value, fields, span.file, record.where)
         del record
+
+
+def _read_records(span: Span, fields: Fields) -> Iterator[Record | Invalid]:
+    name = span.file
+    kind, compression = _kind(name)
+    with open_binary(name) as file:
+        batches: Iterable[Iterable[Record | Invalid]]
+        if kind == "text":
+            text = read_text(file, name, compression)
+            batches = [[text if isinstance(text, Invalid) else Record({fields.text: text}, name)]]
+        elif kind == "parquet":
+            columns = (fields.text, fields.source, "language", "score", "weight")
+            parquet = open_parquet(file, name)
+            if isinstance(parquet, Invalid):
+                batches = [[parquet]]
+            else:
+                batches = read_row_group(parquet, file, span.start, span.first, name, columns=columns)
+        else:
+            file.seek(max(0, span.start - 1))
+            read, piece = open_text(file, compression)
+            batches = LineReader(
+                read, name, start=span.start, stop=None if compression else span.stop, first=span.first,
+                piece=piece if compression else min(piece, span.size), compressed=compression is not None,
+                limit=LONGEST,
+            )  # fmt: skip
+        yield from chain.from_iterable(batches)
 
 
 def _kind(path: str) -> tuple[Kind, str | None]:
@@ -140,57 +172,35 @@ def _kind(path: str) -> tuple[Kind, str | None]:
     return kind
 
 
-def why_invalid(document: object) -> str | None:
-    """Why `document` can't be packed, or None if it can."""
-    if isinstance(document, InvalidDocument):
-        return document.reason
-    if not isinstance(document, str):
-        return f"it is not a string but {type(document).__name__}"
+def why_no_text(record: object, field: str) -> str | None:
+    """Why a record has no legal text in `field`, details in parentheses; None if it has one."""
+    if not isinstance(record, dict):
+        return "the row is not an object"
+    if field not in record:
+        return f"the row has no field {field!r}"
+    value = record[field]
+    if not isinstance(value, str):
+        kinds = {dict: "an object", list: "a list", bool: "a truth value", bytes: "bytes", type(None): "null"}
+        return f"field {field!r} is {kinds.get(type(value), 'a number')}, not a string"
     try:
-        for start in range(0, len(document), _BLOCK):
-            document[start : start + _BLOCK].encode()
+        # In pieces: a whole copy of a long text costs memory.
+        for start in range(0, 0 if value.isascii() else len(value), _BLOCK):
+            value[start : start + _BLOCK].encode()
     except UnicodeEncodeError as error:
-        return f"it has a lone surrogate at character {start + error.start}"
+        return f"field {field!r} has half of a surrogate pair (at character {start + error.start})"
     return None
 
 
-def _read_text(span: Span, compression: str | None) -> Iterator[Document | InvalidDocument]:
-    try:
-        with open(span.file, "rb") as file:
-            content = (Decompressed(file, compression) if compression else file).read()
-    except OSError as error:
-        yield InvalidDocument(f"{span.file}: {error}")
-        return
-    text = decode(content, span.file)
-    if isinstance(text, Invalid):
-        yield InvalidDocument(str(text))
-    else:
-        yield _document({"text": text}, Fields(), span.file, span.file)
-
-
-def _read_lines(span: Span, compression: str | None) -> Iterator[Record | Invalid]:
-    with open(span.file, "rb") as file:
-        if compression:
-            lines: Any = io.BufferedReader(Decompressed(file, compression), _BLOCK)
-            yield from read_lines(lines, span.file, span.first)
-        else:
-            file.seek(span.start)
-            yield from read_lines(file, span.file, span.first, span.stop - span.start)
-
-
 def _document(record: Any, fields: Fields, file: str, where: str) -> Document | InvalidDocument:
-    if not isinstance(record, dict) or fields.text not in record:
-        return InvalidDocument(f"{where}: it is not an object with a field {fields.text!r}")
-    text, source = record[fields.text], record.get(fields.source)
-    if reason := why_invalid(text):
-        return InvalidDocument(f"{where}: in field {fields.text!r}, {reason}")
+    if reason := why_no_text(record, fields.text):
+        return InvalidDocument(f"{where}: {reason}")
+    source = record.get(fields.source)
     if source is None or source == "":
         source = Path(file).resolve().parent.name
-    if reason := why_invalid(source):
-        return InvalidDocument(f"{where}: in field {fields.source!r}, {reason}")
     language = record.get("language") or "unknown"
-    if reason := why_invalid(language):
-        return InvalidDocument(f"{where}: in field 'language', {reason}")
+    for field, value in ((fields.source, source), ("language", language)):
+        if reason := why_no_text({field: value}, field):
+            return InvalidDocument(f"{where}: {reason}")
     numbers = []
     for field, legal in (("score", "in 0..1"), ("weight", "positive")):
         value = record.get(field)
@@ -199,26 +209,4 @@ def _document(record: Any, fields: Fields, file: str, where: str) -> Document | 
         if not good or not (0 <= value <= 1 if field == "score" else value > 0):
             return InvalidDocument(f"{where}: {field} = {value!r} is not valid: it must be {legal}")
         numbers.append(float(value))
-    return Document(text, source, language, numbers[0], numbers[1], where)
-
-
-def _row_groups(file: str, fields: Fields) -> tuple[list[Span], str | None]:
-    parquet, pyarrow = import_arrow("pyarrow.parquet"), import_arrow("pyarrow")
-    try:
-        with parquet.ParquetFile(file) as opened:
-            metadata, columns = opened.metadata, opened.schema_arrow.names
-    except (pyarrow.ArrowException, OSError) as error:
-        return [], f"{file}: it is not a complete Parquet file ({first_line(error)})"
-    if fields.text not in columns:
-        return [], f"{file}: it has no column {fields.text!r}, only {', '.join(columns)}"
-    spans, row = [], 1
-    for index in range(metadata.num_row_groups):
-        group = metadata.row_group(index)
-        spans.append(Span(file, index, index + 1, row, group.total_byte_size))
-        row += group.num_rows
-    return spans, None
-
-
-def _read_row_group(span: Span, fields: Fields) -> Iterator[Record | Invalid]:
-    names = (fields.text, fields.source, "language", "score", "weight")
-    return read_row_group(span.file, span.file, span.start, span.first, names)
+    return Document(record[fields.text], source, language, numbers[0], numbers[1], where)

@@ -1,4 +1,4 @@
-"""Text that is not UTF-8: reading it where that is asked for, and recognising it where it is not."""
+"""Text encodings other than UTF-8: checking their names, transcoding streams, guessing the encoding of bytes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _LEAST_COMMON = 4
 
 
 def check_encoding(field: str, encoding: str) -> None:
-    """Raises ValueError, naming the field, for what is not an encoding of text."""
+    """Raises ValueError, naming the field, for a name that is not a text encoding."""
     legal = "it must name an encoding of text that Python knows, such as utf-8, gb18030, big5, utf-16 or latin-1"
     try:
         known = codecs.lookup(encoding)
     except (LookupError, ValueError):
         known = None
-    # Not every codec is of text, and some spell ASCII, to which a line ends, in other bytes.
+    # Some codecs are not of text, and some encode ASCII, such as line ends, as other bytes.
     ok = known is not None and getattr(known, "_is_text_encoding", True)
     if ok:
         try:
@@ -33,7 +33,7 @@ def check_encoding(field: str, encoding: str) -> None:
 
 
 def is_wide(encoding: str) -> bool:
-    """Whether a character has two or four bytes, so that lines can't be told from bytes."""
+    """Whether characters have two or four bytes, so that a byte b"\\n" need not end a line."""
     return codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))
 
 
@@ -42,10 +42,10 @@ def is_utf8(encoding: str) -> bool:
 
 
 def transcoded(read: Callable[[int], bytes], encoding: str) -> Callable[[int], bytes]:
-    """read(n), of the same text as UTF-8: about n bytes, b"" at the end.
+    """`read` transcoded to UTF-8: a function that gives about n bytes, b"" at the end.
 
-    Half a surrogate pair is passed on, as bytes that are not UTF-8, for whoever decodes its line to name. Raises
-    OSError where nothing that follows can be read.
+    Half a surrogate pair becomes bytes that are not UTF-8, so that its line is reported. Raises OSError where the rest
+    cannot be decoded.
     """
     decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
     done = False
@@ -67,7 +67,7 @@ def transcoded(read: Callable[[int], bytes], encoding: str) -> Callable[[int], b
 
 
 def hint(data: bytes) -> str:
-    """What to say of bytes that are not UTF-8 text: what they look like, or ""."""
+    """A hint at the encoding of bytes that are not UTF-8, in parentheses; "" if there is none."""
     encoding = _guess(data[:_LOOKED_AT])
     return f" (it looks like {encoding.upper()}: --encoding {encoding} of tools/curate.py reads it)" if encoding else ""
 
@@ -77,7 +77,7 @@ def _guess(data: bytes) -> str:
         return "utf-16"
     zeros = data[::2].count(0), data[1::2].count(0)
     if max(zeros) > len(data) // 4 > 0:
-        # A line is cut after the newline's first byte, so the second byte of little-endian text may stand first.
+        # A line is cut after the newline's first byte, so little-endian text may begin with a second byte.
         return "utf-16"
     # The last character may be cut.
     text = next((text for end in range(4) if (text := _decode(data[: len(data) - end]))), "")
@@ -96,7 +96,7 @@ def _decode(data: bytes) -> str:
 
 
 def _is_common(character: str) -> bool:
-    """Whether it is one of the 3,755 most common characters, the first level of GB 2312."""
+    """Whether it is one of the 3,755 common characters of GB 2312's first level."""
     try:
         return character.encode("gb2312")[0] <= 0xD7
     except UnicodeEncodeError:

@@ -1,7 +1,7 @@
-"""What is in packed rows: documents and their lengths, copies of validation in training, benchmark items in training.
+"""Inspecting packed rows: document lengths, copies of held-out documents and benchmark items in training data.
 
-Rows are read as the stream of tokens they were cut from, once, in chunks; memory grows with the held-out documents and
-the benchmarks, not with the training rows.
+Rows are read once, as a stream of tokens in chunks. Memory grows with the held-out documents and the benchmarks, not
+with the training rows.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from bc2_jax.data.benchmark_items import read_items
-from bc2_jax.data.overlap import HashSet, ItemHit, ItemOverlap, hash_ngrams
-from bc2_jax.data.packing import Manifest, Split
+from bc2_jax.data.ngrams import HashSet, ItemHit, ItemOverlap, hash_ngrams
+from bc2_jax.data.packing import RowManifest, Split
 from bc2_jax.data.row_file import token_ids
 from bc2_jax.data.row_stream import Documents, DocumentScan, RowSource, stream_tokens
 from bc2_jax.tokenizer import Tokenizer
@@ -29,27 +29,27 @@ Advance = Callable[[int], object]
 
 @dataclasses.dataclass(frozen=True)
 class SplitCounts:
-    """What one split of a source holds, counted in its rows; characters and bytes are the manifest's. Documents of rows
-    of conversations are samples."""
+    """Counts of the rows of one split of a source; characters and bytes are the manifest's. Documents of rows of
+    conversations are samples."""
 
     source: str
     split: Split
     rows: int
     documents: int
     tokens: int
-    """Of the stream, eos included, padding not."""
+    """Of the stream, with eos, without padding."""
     padding: int
     characters: int
     bytes: int
     longest_document: int
-    """In tokens, without the eos; so are the lengths."""
+    """In tokens without the eos, as all lengths."""
     length_histogram: tuple[int, ...]
     """Entry b counts the documents of 2^(b / 4) to 2^((b + 1) / 4) tokens."""
     unfinished_tokens: int
-    """After the last eos: of a document that has no end."""
+    """After the last eos."""
 
-    def differences(self, manifest: Manifest) -> list[str]:
-        """Where the rows are not what the manifest says."""
+    def differences(self, manifest: RowManifest) -> list[str]:
+        """Differences between the rows and the manifest."""
         info = manifest.split(self.split)
         return [
             f"{self.source} {self.split}: {getattr(self, field):,} {field} in the rows, {getattr(info, field):,} in "
@@ -62,7 +62,7 @@ class SplitCounts:
 def count_split(
     source: RowSource, split: Split, visit: Callable[[int, np.ndarray, Documents], object], advance: Advance
 ) -> SplitCounts:
-    """Reads a split once; calls visit(position, tokens, documents that end here) and advance(tokens) on the way."""
+    """Reads a split once; calls visit(position, tokens, documents that end in them) and advance(number of tokens)."""
     info = source.manifest.split(split)
     scan = DocumentScan(source.manifest.eos_id)
     histogram = np.zeros(_BINS, np.int64)
@@ -77,7 +77,7 @@ def count_split(
         longest = max(longest, int(found.length.max(initial=0)))
         advance(len(chunk))
     rows = sum(file.rows for file in info.files)
-    # The tokens that rows of text share are counted once; the last one of a row of conversations is always padding.
+    # Tokens shared by rows of text count once; the last one of a row of conversations is always padding.
     places = rows * source.manifest.sequence_length + (rows > 0 and source.manifest.kind == "text")
     filled = np.flatnonzero(histogram)
     trimmed = histogram[: filled[-1] + 1] if filled.size else histogram[:0]
@@ -95,87 +95,87 @@ class Place:
     split: Split
     position: int
     row: int
-    """The row that has it as an input."""
+    """The row in which it is an input."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DuplicateDocument:
-    """A held-out document that training has too."""
+    """A held-out document that is in training too."""
 
     held_out: Place
     tokens: int
     training: Place
-    """An equal document, or for a near one the first n-gram that both have."""
+    """The equal document, or of a near one the first common n-gram."""
     share: float
-    """Of its n-grams that occur in training; 1 for an exact one."""
+    """Share of its n-grams that occur in training; 1 for an exact copy."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkHit:
-    """A benchmark item of which training has an n-gram."""
+    """A benchmark item with an n-gram that is in training."""
 
     file: str
     line: int
     beginning: str
-    """The first characters of the item."""
+    """First characters of the item."""
     training: Place
-    """Where the first of the item's n-grams that occur in training was seen first."""
+    """First place of the item's first n-gram that occurs in training."""
     share: float
-    """Of the item's n-grams that occur in training."""
+    """Share of the item's n-grams that occur in training."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkItem:
-    """A question with all that belongs to it."""
+    """A question with its choices and answer."""
 
     file: str
     line: int
     beginning: str
-    """Its first characters."""
+    """First characters."""
     hashes: np.ndarray
-    """Of its n-grams, uint64 [any]; none if it is shorter than n."""
+    """Hashes of its n-grams, uint64 [any]; none if it is shorter than n."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkCounts:
-    """The items of one file."""
+    """Counts of the items of one file."""
 
     file: str
     items: int
     short: int
-    """Items without an n-gram, which can't be found."""
+    """Items too short to be found."""
     hit: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """What `inspect_sources` found."""
+    """The result of `inspect_sources`."""
 
     ngram: int
     splits: tuple[SplitCounts, ...]
     differences: tuple[str, ...]
-    """Between rows and manifests; empty unless something is damaged."""
+    """Differences between rows and manifests; empty unless something is damaged."""
     exact: tuple[DuplicateDocument, ...]
     near: tuple[DuplicateDocument, ...]
     near_share: float
     compared_documents: int
-    """Held-out documents whose n-grams were looked for; those shorter than n can only be found as exact ones."""
+    """Held-out documents compared by n-grams; those shorter than n are compared only as a whole."""
     benchmarks: tuple[BenchmarkCounts, ...]
     hits: tuple[BenchmarkHit, ...]
 
 
 class _HeldOut:
-    """The held-out documents of all sources: their hashes, and the n-grams of as many as memory allows."""
+    """The held-out documents of all sources: their hashes, and the n-grams of a sample."""
 
     def __init__(self, sources: Sequence[RowSource], n: int, near_tokens: int) -> None:
         held_out = sum(source.manifest.validation.tokens for source in sources)
-        # A sample by hash: the same documents whatever the order of sources and rows.
+        # Sampled by hash: the order of sources and rows does not matter.
         self._limit = np.uint64(min(near_tokens / max(held_out, 1), 1.0) * (2**64 - 2**12))
         self._n = n
         self._open: list[np.ndarray] = []
         self.documents: list[tuple[int, Documents]] = []
         self.sampled: list[tuple[int, int, int]] = []
-        """(source, start, length) of each document whose n-grams are kept."""
+        """(source, start, length) of each sampled document."""
         self.ngrams: list[np.ndarray] = []
 
     def add(self, source: int, start: int, tokens: np.ndarray, found: Documents) -> None:
@@ -205,11 +205,10 @@ def inspect_sources(
     """Counts all splits; finds held-out documents and benchmark items in the training rows.
 
     A held-out document is an exact duplicate if a training document has the same tokens, a near one if at least
-    `near_share` of its n-grams occur in training, wherever. An item is hit if one n-gram occurs; its share says how
-    much of it. n-grams are of tokens, as in Llama 2 (Touvron et al. 2023, appendix A.6); n = 13 is that of GPT-3 (Brown
-    et al. 2020, appendix C), there in words. Whitespace around a text can change its outermost tokens, and so its
-    outermost n-grams. If the held-out documents have more than `near_tokens` tokens, a sample of about that many is
-    compared.
+    `near_share` of its n-grams occur anywhere in training. An item is hit if one of its n-grams occurs. n-grams are of
+    tokens, as in Llama 2 (Touvron et al. 2023, appendix A.6); n = 13 is GPT-3's (Brown et al. 2020, appendix C), there
+    in words. Whitespace around a text may change its outermost n-grams. Of held-out documents with more than
+    `near_tokens` tokens a sample of about that size is compared.
     """
     require(n >= 2, "ngram", n, "it must be at least 2")
     require(0 < near_share <= 1, "near_share", near_share, "it must be in (0, 1]")
@@ -287,10 +286,7 @@ def _share(hit: ItemHit) -> float:
 def read_benchmark(
     path: Path, tokenizer: Tokenizer, n: int, fields: Sequence[str] | None = None
 ) -> Iterator[BenchmarkItem]:
-    """The items of a file, as `read_items` gives them.
-
-    Each string has its own n-grams, so how question and answers are put together does not matter.
-    """
+    """The items of a file (`read_items`). n-grams never cross strings, so the format of prompts does not matter."""
     for number, texts in read_items(path, fields):
         hashes = [hash_ngrams(np.array(ids, np.uint32), n) for ids in tokenizer.encode_batch(texts)]
         beginning = " ".join(texts)[:_BEGINNING]

@@ -1,29 +1,30 @@
 """Packed rows -> batches, with random access by step.
 
-Only operations of Grain's MapDataset and the arithmetic of `mixture` are used, so the batch of a step is a function of
-the step and the settings. The whole state of an iterator is the next step: resuming is exact, takes no longer than any
-other step, and may happen on another number of processes.
+The batch of a step is a function of the step and the settings (Grain's MapDataset and the arithmetic of `mixture`), so
+the whole state of an iterator is the next step. Resuming is exact and instant, on any number of processes.
 """
 
 from __future__ import annotations
 
 import bisect
+import hashlib
 import itertools
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from bc2_jax.config import DataConfig
-from bc2_jax.data.bad_rows import BadRows
 from bc2_jax.data.batch import Rows, row_to_example
 from bc2_jax.data.corpus import PartFolder, list_parts
 from bc2_jax.data.mixture import Mixture, Stage
-from bc2_jax.data.packing import Kind, Manifest, Split, check_files
-from bc2_jax.data.row_file import BadRow, RowFile
-from bc2_jax.tokenizer import PAD_ID, file_sha256
+from bc2_jax.data.packing import Kind, RowManifest, Split, check_files
+from bc2_jax.data.row_file import BadRow, BadRows, RowFile
+from bc2_jax.files import file_sha256
+from bc2_jax.tokenizer import PAD_ID
 
 if TYPE_CHECKING:
     import grain
@@ -33,18 +34,17 @@ def make_train_loader(
     data: DataConfig, *, process_index: int, process_count: int, num_steps: int | None = None,
     done: tuple[int, int] = (0, 0), first_row: int = 0, bad_rows: BadRows | None = None,
 ) -> grain.MapDataset[Rows]:  # fmt: skip
-    """The endless training batches of one process: `loader[i]` has what `row_to_example` gives, int32 [B, T].
+    """The endless training batches of one process: `loader[i]` has the FIELDS of `batch`, int32 [B, T].
 
-    B = global_batch_size / process_count. Batch 0 begins with row `first_row` of the run. A process holds a contiguous
-    slice of the global batch, so the batches of all processes, put together in order, are the same for every
-    process_count. Each part of a source is shuffled again in every epoch; parts are interleaved by their shares of
-    tokens (see `mixture.Interleave` for how exactly).
+    B = global_batch_size / process_count; batch 0 begins with row `first_row` of the run. A process has a contiguous
+    slice of the global batch, so the concatenated batches do not depend on process_count. Each part of a source is
+    shuffled again in every epoch; parts are interleaved by their shares of tokens (`mixture.Interleave`).
 
-    A row that can't be read is padding while `bad_rows`, by default as many as data.max_bad_rows, allows it; so all
-    others keep their places. Then `loader[step]` raises ValueError, naming the row.
+    An unreadable row becomes padding, so that the others keep their places; beyond the limit of `bad_rows` (default:
+    data.max_bad_rows) `loader[step]` raises ValueError, naming the row.
 
-    Raises FileNotFoundError or ValueError, naming the field, if the rows are not there or were not made for `data`, or
-    if a run of `num_steps`, which has `done` (steps, rows), would read a source more often than its max_epochs.
+    Raises FileNotFoundError or ValueError, naming the field, if rows are missing or were not made for `data`, or if a
+    run of `num_steps` that has `done` (steps, rows) would read a source more often than its max_epochs.
     """
     import grain
 
@@ -92,7 +92,7 @@ def make_validation_batches(
     data: DataConfig, batch_size: int, *, process_index: int = 0, process_count: int = 1,
     bad_rows: BadRows | None = None,
 ) -> grain.MapDataset[Rows]:  # fmt: skip
-    """All held-out rows of all sources once: as `make_batches_of`."""
+    """All held-out rows of all sources once, as `make_batches_of` gives them."""
     return make_batches_of(
         ("validation",), data, batch_size, process_index=process_index, process_count=process_count, bad_rows=bad_rows
     )
@@ -102,11 +102,10 @@ def make_batches_of(
     splits: Sequence[Split], data: DataConfig, batch_size: int, *, process_index: int = 0, process_count: int = 1,
     bad_rows: BadRows | None = None,
 ) -> grain.MapDataset[Rows]:  # fmt: skip
-    """All rows of `splits` of all sources once, in the order of the text, as `len()` batches of int32 [B, T].
+    """All rows of `splits` of all sources once, in the order of the text, as batches of int32 [B, T].
 
-    B = batch_size / process_count. The last batch is filled with rows of padding, whose labels are all -100, so that
-    every batch has one shape; so are places of `bad_rows`. Raises as `make_train_loader` does, and ValueError if there
-    are none.
+    B = batch_size / process_count. Rows of padding, whose labels are all -100, fill the last batch and replace
+    unreadable rows. Raises as `make_train_loader`, and ValueError if there are no rows.
     """
     import grain
 
@@ -133,7 +132,7 @@ def make_batches_of(
 def make_train_iterator(loader: grain.MapDataset[Rows], *, read_ahead: int = 2) -> grain.DatasetIterator[Rows]:
     """Iterates from step 0, preparing up to `read_ahead` batches on a thread.
 
-    `get_state()` is {"next_index": next step}, whatever was read ahead; `set_state()` takes it, also after JSON.
+    `get_state()` is {"next_index": next step}, which does not depend on what was read ahead; `set_state()` takes it.
     """
     import grain
 
@@ -145,8 +144,8 @@ def make_train_iterator(loader: grain.MapDataset[Rows], *, read_ahead: int = 2) 
 def _make_batches(
     rows: grain.MapDataset[bytes], local_batch_size: int, process_index: int, process_count: int
 ) -> grain.MapDataset[Rows]:
-    # Batching before slicing makes a process's rows contiguous, and rows of other processes are never read. Without
-    # drop_remainder Grain computes the length in floating point, which overflows for endless rows.
+    # Batching before slicing keeps a process's rows contiguous and never reads those of others. Without drop_remainder
+    # Grain computes the length in floating point, which overflows for endless rows.
     batches = rows.batch(local_batch_size, drop_remainder=True, batch_fn=_stack_rows)
     return batches[process_index::process_count].map(row_to_example)
 
@@ -172,7 +171,7 @@ def _tokenizer_sha256(data: DataConfig) -> str:
 
 
 class _Part(NamedTuple):
-    """Training rows of a part, and which of `data.sources` it belongs to."""
+    """The training rows of a part, and its index in `data.sources`."""
 
     source: int
     folder: PartFolder
@@ -182,7 +181,7 @@ class _Part(NamedTuple):
 
 
 def _open_parts(data: DataConfig, bad_rows: BadRows | None = None) -> list[_Part]:
-    """All parts that have training rows, in the order of the sources."""
+    """All parts with training rows, in the order of the sources."""
     tokenizer_sha256 = _tokenizer_sha256(data)
     bad_rows = BadRows(data.max_bad_rows) if bad_rows is None else bad_rows
     parts: list[_Part] = []
@@ -223,7 +222,7 @@ def _make_mixture(data: DataConfig, parts: Sequence[_Part]) -> Mixture:
 
     datasets: list[grain.MapDataset[bytes]] = []
     for part in parts:
-        # Of its own for each part, and the same whatever else is mixed in behind it.
+        # A seed of its own for each part, which does not depend on the sources after it.
         number = [data.seed, part.source, sum(other.source == part.source for other in parts[: len(datasets)])]
         seed = int(np.random.SeedSequence(number).generate_state(1)[0])
         datasets.append(grain.MapDataset.source(part.rows).shuffle(seed=seed).repeat())
@@ -273,18 +272,18 @@ class _Rows:
 
 
 def _padding_row(sequence_length: int) -> bytes:
-    """A record without any token, [T + 1]: all its labels are ignored."""
+    """A record of pad tokens, [T + 1]: all its labels are ignored."""
     return np.full(sequence_length + 1, PAD_ID, "<u4").tobytes()
 
 
 def _open_rows(folder: PartFolder, data: DataConfig, split: Split, tokenizer_sha256: str, bad_rows: BadRows) -> _Rows:
-    """One split of a part, checked against `data`; of its files all but the rows is read and compared."""
+    """One split of a part, checked against `data` and its manifest; rows are checked when they are read."""
     _check_manifest(folder.manifest, folder.path, data, tokenizer_sha256)
     check_files(folder.path, folder.manifest, split)
     return _Rows(folder, split, bad_rows)
 
 
-def _check_manifest(manifest: Manifest, path: Path, data: DataConfig, tokenizer_sha256: str) -> None:
+def _check_manifest(manifest: RowManifest, path: Path, data: DataConfig, tokenizer_sha256: str) -> None:
     if manifest.tokenizer_sha256 != tokenizer_sha256:
         raise ValueError(
             f"data.tokenizer = {data.tokenizer!r} is not valid: the rows of {str(path)!r} were made with another "
@@ -295,3 +294,38 @@ def _check_manifest(manifest: Manifest, path: Path, data: DataConfig, tokenizer_
             f"data.sequence_length = {data.sequence_length} is not valid: the rows of {str(path)!r} have "
             f"{manifest.sequence_length}."
         )
+
+
+# What decides which rows each step reads: saved with a checkpoint, compared when a run resumes from it.
+
+
+def record_row_order(data: DataConfig) -> dict[str, Any]:
+    """JSON values by field; equal for equal rows in the same order, wherever their folders are."""
+    record: dict[str, Any] = {
+        "data.seed": data.seed,
+        "data.sequence_length": data.sequence_length,
+        "data.stages": [[stage.start_tokens, *stage.weights] for stage in data.stages],
+    }
+    for index, source in enumerate(data.sources):
+        digest = hashlib.sha256()
+        for part in list_parts(source.path):
+            files = [[info.sha256, info.rows] for info in part.manifest.train.files]
+            digest.update(json.dumps([part.bucket, part.mean_weight, files]).encode())
+        name = f"data.sources.{index}"
+        record |= {f"{name}.rows": digest.hexdigest(), f"{name}.weight": source.weight}
+        record[f"{name}.quality_weights"] = list(source.quality_weights)
+    return record
+
+
+def changed_row_order(recorded: dict[str, Any], data: DataConfig, tokens: int) -> list[str]:
+    """The fields of `record_row_order` that have changed since the run had trained on `tokens`.
+
+    Stages that begin later may be added, changed and removed: they have read nothing yet.
+    """
+    now = record_row_order(data)
+    before, after = ([s for s in r.get("data.stages", ()) if s[0] < tokens] for r in (recorded, now))
+    recorded, now = recorded | {"data.stages": before}, now | {"data.stages": after}
+    # Earlier versions recorded the batch size too, on which the order does not depend.
+    return sorted(name for name in now if recorded.get(name) != now[name]) + sorted(
+        name for name in recorded if name not in now and name != "data.global_batch_size"
+    )

@@ -1,4 +1,4 @@
-"""The folder of rows that a preparation makes: one process at a time, and it appears complete or not at all."""
+"""Exclusive, atomic output folders of packed rows: one writer at a time, complete or not at all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bc2_jax.files import lock
 from bc2_jax.validation import choices
 
 _MARKERS = ("manifest.json", "corpus.json")
-"""One of them is in every folder that packing wrote: of rows, or of a corpus of them."""
+"""One of these is in every folder of packed rows or of a corpus."""
 _WRITTEN = re.compile(
     r"manifest\.json|corpus\.json|conversations\.json|questions\.jsonl|pairs\.jsonl|margins\.npz|problems\.txt|"
     r"(?:train|validation)-\d{5}(?:-of-\d{5})?\.array_record"
@@ -24,18 +24,17 @@ _NAMED_FILES = 3
 
 @contextlib.contextmanager
 def own_folder(out: Path, overwrite: bool) -> Iterator[Callable[[Path], None]]:
-    """Makes this process the only one that writes `out` while the block runs.
+    """Locks `out` for this process and gives publish(FINISHED), which renames a finished folder beside `out` to `out`.
 
-    Gives the function that ends it: called with a finished folder beside `out`, it renames that folder to `out`.
-    Raises, before the block and again before it is renamed, FileExistsError if `out` exists, unless `overwrite` and it
-    holds nothing but what packing writes; InUse if another process is in such a block.
+    Raises FileExistsError, before the block and again before the renaming, if `out` exists, unless `overwrite` and it
+    has nothing but files of packing; InUse if another process has the lock.
     """
     _check_free(out, overwrite)
     with lock(out.with_name(f".{out.name}.lock"), f"out_dir = {str(out)!r}"):
         _check_free(out, overwrite)
 
         def publish(finished: Path) -> None:
-            _check_free(out, overwrite)  # that may be hours later
+            _check_free(out, overwrite)  # hours may have passed
             _rename(finished, out)
 
         yield publish
@@ -60,7 +59,7 @@ def _rename(finished: Path, out: Path) -> None:
         replaced = out.with_name(f".{out.name}.{uuid.uuid4().hex}.replaced")
         out.rename(replaced)
         finished.rename(out)
-        # With those of runs that were killed here.
+        # Also those of runs that were killed here.
         for folder in out.parent.glob(f".{glob.escape(out.name)}.*.replaced"):
             shutil.rmtree(folder, ignore_errors=True)
     else:

@@ -1,13 +1,12 @@
-"""Documents -> rows of tokens on disk, made once before training.
+"""Packed rows: encoding documents, cutting the token stream into rows, and the manifest of a folder of rows.
 
-The documents of a split are joined into one stream, `tokens(document) eos tokens(document) eos ...`, and the stream is
-cut into rows of T + 1 tokens. Row r holds tokens r * T .. r * T + T: neighbours share one token, which is the last
-target of one row and the first input of the next, so every token but the stream's first is a target exactly once.
-The last row is filled with pad. Nothing of a document is dropped.
+The documents of a split form one stream, `tokens(document) eos tokens(document) eos ...`, cut into rows of T + 1
+tokens. Row r holds tokens r * T .. r * T + T: the token that neighbours share is the last target of one row and the
+first input of the next, so every token but the stream's first is a target exactly once. The last row is padded.
+Nothing of a document is dropped.
 
-    OUT/manifest.json                             what is here: counts, settings, tokenizer, SHA-256 of each file
-    OUT/{train,validation}-00000-of-0000N.array_record
-                                                  the rows and their checksums, as `row_file` writes them
+    OUT/manifest.json                                    counts, settings, tokenizer, SHA-256 of each file
+    OUT/{train,validation}-00000-of-0000N.array_record   rows and their checksums, as `row_file` writes them
 """
 
 from __future__ import annotations
@@ -15,10 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
 import os
-import shutil
-import uuid
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,27 +22,23 @@ from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 
-from bc2_jax.data.documents import InvalidDocument, why_invalid
-from bc2_jax.data.out_folder import own_folder
 from bc2_jax.data.row_file import FileInfo, RowFile, RowFilesWriter
 from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.validation import choices, is_inside, require
 
-logger = logging.getLogger(__name__)
-
 Split = Literal["train", "validation"]
 Kind = Literal["text", "chat", "pairs"]
-"""What rows hold: a stream of text, conversations, or prompts with a chosen and a rejected answer as branches (see
-`row_file` for how rows differ)."""
+"""Content of rows: a stream of text, conversations, or prompts with a chosen and a rejected answer (see `row_file`)."""
 SPLITS: tuple[Split, ...] = ("train", "validation")
 MANIFEST = "manifest.json"
 _FORMAT = 1
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_TEXTS = 4096
-# Longer documents are encoded in parts of about this many characters: the ids are the same, SentencePiece is a fifth
-# faster, and it needs some 100 bytes for each character.
+# Longer documents are encoded in parts of about this many characters, with the same ids: SentencePiece is a fifth
+# faster then, and takes some 100 bytes of memory a character.
 _PART_CHARACTERS = 1 << 10
 _BUFFERED_TOKENS = 1 << 18
+_CHUNK_TOKENS = 1 << 16
 _OPENING_THREADS = 32
 _NAMED_PROBLEMS = 3
 
@@ -55,14 +47,14 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclasses.dataclass(frozen=True)
 class SplitInfo:
-    """Either the training or the held-out part."""
+    """The training or the held-out part of packed rows."""
 
     documents: int
     characters: int
     bytes: int
     """UTF-8 bytes of the text."""
     tokens: int
-    """Tokens of the stream, one eos a document included."""
+    """Tokens of the stream, with one eos a document."""
     rows: int
     padding: int
     """Pad tokens that fill the last row."""
@@ -70,8 +62,8 @@ class SplitInfo:
 
 
 @dataclasses.dataclass(frozen=True)
-class Manifest:
-    """What a folder of packed rows holds."""
+class RowManifest:
+    """The content of manifest.json: what a folder of packed rows holds."""
 
     sequence_length: int
     """T; a row has T + 1 tokens."""
@@ -81,24 +73,23 @@ class Manifest:
     tokenizer_sha256: str
     validation_fraction: float
     documents: int
-    """Documents read: those of both splits, the empty and the invalid ones."""
+    """Documents read: of both splits, empty and invalid ones included."""
     empty_documents: int
     invalid_documents: int
-    """Documents that are not strings, or not UTF-8 text; each was logged. In a corpus of several parts they have no
-    part: there corpus.json counts them."""
+    """Unreadable documents. Those of a corpus belong to no part: corpus.json counts them."""
     train: SplitInfo
     validation: SplitInfo
     format: int = _FORMAT
     kind: Kind = "text"
     most_pairs: int = 0
-    """Pairs of the row that has most of them; 0 in rows of another kind."""
+    """Largest number of pairs in a row; 0 in rows of another kind."""
 
     def split(self, split: Split) -> SplitInfo:
         return self.train if split == "train" else self.validation
 
 
-def load_manifest(path: str | os.PathLike[str]) -> Manifest:
-    """Reads PATH/manifest.json. Raises FileNotFoundError without one and ValueError if this code can't read it."""
+def load_manifest(path: str | os.PathLike[str]) -> RowManifest:
+    """Reads PATH/manifest.json. Raises FileNotFoundError without one, ValueError for a damaged one."""
     file = Path(path, MANIFEST)
     if not file.is_file():
         raise FileNotFoundError(
@@ -110,7 +101,7 @@ def load_manifest(path: str | os.PathLike[str]) -> Manifest:
         for split in SPLITS:
             files = tuple(FileInfo(**info) for info in fields[split].pop("files"))
             fields[split] = SplitInfo(**fields[split], files=files)
-        manifest = Manifest(**fields)
+        manifest = RowManifest(**fields)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{str(file)!r} is not a manifest of packed rows, format {_FORMAT}: {error!r}.") from error
     if manifest.format != _FORMAT:
@@ -124,18 +115,15 @@ def load_manifest(path: str | os.PathLike[str]) -> Manifest:
 
 
 def read_rows(path: str | os.PathLike[str], split: Split) -> np.ndarray:
-    """All rows of one split in the order of the text: uint32 [rows, T + 1]. Holds them in memory."""
+    """All rows of one split in memory, in the order of the text: uint32 [rows, T + 1]."""
     length = load_manifest(path).sequence_length + 1
     return np.concatenate([np.empty((0, length), "<u4"), *iterate_rows(path, split)])
 
 
-def iterate_rows(path: str | os.PathLike[str], split: Split, *, chunk_tokens: int = 65_536) -> Iterator[np.ndarray]:
-    """The rows of one split in the order of the text, in chunks of about `chunk_tokens`: uint32 [rows, T + 1].
-
-    Raises BadRow for one that can't be read.
-    """
+def iterate_rows(path: str | os.PathLike[str], split: Split) -> Iterator[np.ndarray]:
+    """The rows of one split in the order of the text, in chunks: uint32 [rows, T + 1]. Raises BadRow."""
     manifest = load_manifest(path)
-    step = max(1, chunk_tokens // manifest.sequence_length)
+    step = max(1, _CHUNK_TOKENS // manifest.sequence_length)
     for info in manifest.split(split).files:
         with RowFile(path, info, manifest.sequence_length) as file:
             for start in range(0, file.rows, step):
@@ -143,9 +131,9 @@ def iterate_rows(path: str | os.PathLike[str], split: Split, *, chunk_tokens: in
                 yield np.frombuffer(b"".join(records), "<u4").reshape(-1, manifest.sequence_length + 1)
 
 
-def check_files(path: str | os.PathLike[str], manifest: Manifest, split: Split) -> None:
-    """Opens every file of a split. Raises FileNotFoundError or ValueError if one of `path` is missing, can't be opened
-    or is not the one that the manifest describes; of rows, their number and checksums are read, not the contents.
+def check_files(path: str | os.PathLike[str], manifest: RowManifest, split: Split) -> None:
+    """Opens every file of a split. Raises FileNotFoundError or ValueError if one is missing, cannot be opened or is not
+    the one of the manifest; of rows, the number and the checksums are read, not the content.
     """
     info = manifest.split(split)
 
@@ -164,7 +152,7 @@ def check_files(path: str | os.PathLike[str], manifest: Manifest, split: Split) 
 
     rows = sum(file.rows for file in info.files)
     problems = [f"its manifest says {info.rows} {split} rows, and {rows} of its files"] if rows != info.rows else []
-    # On threads: a corpus has thousands of files, and storage may be far away.
+    # A corpus may have thousands of files on slow storage.
     with ThreadPoolExecutor(_OPENING_THREADS) as threads:
         problems += filter(None, threads.map(problem, info.files))
     if problems:
@@ -173,7 +161,7 @@ def check_files(path: str | os.PathLike[str], manifest: Manifest, split: Split) 
 
 @dataclasses.dataclass
 class TextCounts:
-    """What went into a stream."""
+    """Counts of what went into a stream."""
 
     documents: int = 0
     characters: int = 0
@@ -187,7 +175,7 @@ class TextCounts:
 
 
 def hash_text(text: str) -> int:
-    """64 bits of a text, the same on every machine."""
+    """A 64-bit hash of a text, equal on every machine."""
     digest = hashlib.blake2b(digest_size=8)
     for part in _slices(text):
         digest.update(part.encode())
@@ -195,17 +183,17 @@ def hash_text(text: str) -> int:
 
 
 def split_of(document: str, validation_fraction: float) -> Split:
-    """`validation` for about that fraction of all documents: a property of the text, so copies are on one side."""
+    """`validation` for about this fraction of documents, by a hash of the text, so copies are in one split."""
     return "validation" if hash_text(document) < validation_fraction * 2**64 else "train"
 
 
 def encode_texts(
     texts: Iterable[tuple[Key, str]], tokenizer: Tokenizer, num_threads: int = -1
 ) -> Iterator[tuple[Key, np.ndarray]]:
-    """The ids of each text and an eos, under the text's key: uint32 [n], in order, a long text in several parts.
+    """(key, ids uint32 [n]) of each text and its eos, in order; a long text comes in several parts.
 
-    Memory does not grow with the number of texts, nor, beyond the text itself, with their length. Raises ValueError if
-    the tokenizer can't spell a text without the id that marks padding.
+    Memory grows with neither the number nor the length of texts, beyond the texts themselves. Raises ValueError if the
+    tokenizer cannot spell a text without the pad id.
     """
     eos = np.array([tokenizer.eos_id], "<u4")
     for batch in _batches(texts, tokenizer):
@@ -223,7 +211,7 @@ def encode_texts(
 
 
 def _batches(texts: Iterable[tuple[Key, str]], tokenizer: Tokenizer) -> Iterator[list[tuple[Key, str, bool]]]:
-    """(key, part, whether it is the text's last) in groups of about a million characters."""
+    """(key, part, whether it is the text's last one) in batches of about a million characters."""
     batch: list[tuple[Key, str, bool]] = []
     characters = 0
     for key, text in texts:
@@ -248,7 +236,7 @@ def _slices(text: str) -> Iterator[str]:
 
 
 class RowWriter:
-    """Writes a stream of tokens as the rows of one split while they come."""
+    """Writes a stream of tokens as the rows of one split."""
 
     def __init__(self, folder: str | os.PathLike[str], split: Split, sequence_length: int, rows_per_file: int) -> None:
         self._sequence_length = sequence_length
@@ -263,9 +251,9 @@ class RowWriter:
             self._write_full_rows()
 
     def close(self, counts: TextCounts, pad_id: int) -> SplitInfo:
-        """Fills the last row, names the files; `counts` says what the stream was made of."""
+        """Pads the last row and names the files; `counts` are those of the stream."""
         rest = self._write_full_rows()
-        # A single pending token was the last target of the row before; as an input it would have no target.
+        # A single pending token was the last target of the previous row; as an input it would have no target.
         padding = 0
         if len(rest) > 1:
             padding = self._sequence_length + 1 - len(rest)
@@ -275,7 +263,7 @@ class RowWriter:
         return SplitInfo(**dataclasses.asdict(counts), rows=rows, padding=padding, files=files)
 
     def _write_full_rows(self) -> np.ndarray:
-        """Writes what fills a row and returns the rest."""
+        """Writes all full rows and returns the rest."""
         tokens = np.concatenate(self._pending) if self._pending else np.empty(0, "<u4")
         start = 0
         while len(tokens) - start > self._sequence_length:
@@ -286,7 +274,7 @@ class RowWriter:
 
 
 def check_packing(sequence_length: int, validation_fraction: float, rows_per_file: int) -> None:
-    """Raises ValueError for an argument that is not legal."""
+    """Raises ValueError for an illegal argument."""
     if sequence_length < 1:
         raise ValueError(f"sequence_length = {sequence_length} is not valid: it must be positive.")
     if not 0 <= validation_fraction < 1:
@@ -298,9 +286,9 @@ def check_packing(sequence_length: int, validation_fraction: float, rows_per_fil
 def make_manifest(
     tokenizer: Tokenizer, sequence_length: int, validation_fraction: float, splits: Mapping[Split, SplitInfo], *,
     empty_documents: int, invalid_documents: int, kind: Kind = "text", most_pairs: int = 0,
-) -> Manifest:  # fmt: skip
-    """The manifest of rows of `splits` that were made with `tokenizer`; all else as the fields of `Manifest`."""
-    return Manifest(
+) -> RowManifest:  # fmt: skip
+    """The manifest of `splits` that were made with `tokenizer`; the rest as the fields of `RowManifest`."""
+    return RowManifest(
         sequence_length=sequence_length,
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
@@ -317,71 +305,5 @@ def make_manifest(
     )
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Path, manifest: RowManifest) -> None:
     (folder / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
-
-
-def pack_documents(
-    documents: Iterable[str | InvalidDocument],
-    tokenizer: Tokenizer,
-    out_dir: str | os.PathLike[str],
-    sequence_length: int,
-    *,
-    validation_fraction: float = 0.01,
-    rows_per_file: int = 65_536,
-    overwrite: bool = False,
-) -> Manifest:
-    """Tokenizes `documents` into rows of `sequence_length` + 1 tokens in `out_dir`; memory does not grow with them.
-
-    About `validation_fraction` of the documents, chosen by a hash of their text, are held out whole. Empty documents
-    are counted; invalid ones are counted and logged with the reason. The folder appears complete or not at all. Raises
-    FileExistsError if it exists, unless `overwrite`, which only ever replaces packed rows; InUse if another process is
-    making it; ValueError for a bad argument, or if no document can be packed.
-    """
-    check_packing(sequence_length, validation_fraction, rows_per_file)
-    out = Path(out_dir)
-    counts = {"empty": 0, "invalid": 0}
-    texts: dict[Split, TextCounts] = {"train": TextCounts(), "validation": TextCounts()}
-    with own_folder(out, overwrite) as publish:
-        temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}.incomplete")
-        temporary.mkdir()
-        try:
-            writers = {split: RowWriter(temporary, split, sequence_length, rows_per_file) for split in texts}
-            routed = _route(_checked(documents, counts), texts, validation_fraction)
-            for split, ids in encode_texts(routed, tokenizer):
-                texts[split].tokens += len(ids)
-                writers[split].add(ids)
-            if not any(split.documents for split in texts.values()):
-                raise ValueError(f"documents are not valid: none of the {sum(counts.values())} has any text.")
-            splits = {split: writer.close(texts[split], tokenizer.pad_id) for split, writer in writers.items()}
-            manifest = make_manifest(
-                tokenizer, sequence_length, validation_fraction, splits, empty_documents=counts["empty"],
-                invalid_documents=counts["invalid"],
-            )  # fmt: skip
-            write_manifest(temporary, manifest)
-            publish(temporary)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-    return manifest
-
-
-def _checked(documents: Iterable[str | InvalidDocument], counts: dict[str, int]) -> Iterator[str]:
-    """The documents that can be packed; counts the others."""
-    for index, document in enumerate(documents):
-        if not isinstance(document, str) or why_invalid(document):
-            counts["invalid"] += 1
-            logger.warning("document %d is left out: %s", index, why_invalid(document))
-        elif document:
-            yield document
-        else:
-            counts["empty"] += 1
-
-
-def _route(
-    documents: Iterable[str], counts: dict[Split, TextCounts], validation_fraction: float
-) -> Iterator[tuple[Split, str]]:
-    for document in documents:
-        split = split_of(document, validation_fraction)
-        counts[split].add_text(document)
-        yield split, document

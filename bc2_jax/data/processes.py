@@ -1,4 +1,4 @@
-"""Tasks on several processes that end with their parent, and programs that end at once when they are told to."""
+"""A pool of processes that end with their parent, and programs that end at once at SIGINT and SIGTERM."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import TypeVar
 
-# Seconds that the main thread has to end by itself.
+# Seconds for the main thread to end.
 _PATIENCE = 5
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
 def num_cores() -> int:
-    """Those that this process may use, where the system tells."""
+    """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class ProcessPool:
-    """Runs tasks on `processes` processes; with one, here."""
+    """Runs tasks on `processes` processes; with one, in this process."""
 
     def __init__(self, processes: int) -> None:
-        # Spawned: the process that calls us may have threads, which a fork does not survive.
+        # Spawned: the caller may have threads, which do not survive a fork.
         context = multiprocessing.get_context("spawn")
         self._executor = (
             concurrent.futures.ProcessPoolExecutor(processes, mp_context=context, initializer=_end_with_parent)
@@ -48,7 +48,7 @@ class ProcessPool:
     def run(
         self, function: Callable[[Task], Result], tasks: Sequence[Task], done: Callable[[Task], object] = lambda _: None
     ) -> list[Result]:
-        """The results of `function` in the order of the tasks; calls done(task) here when a task is finished.
+        """The results of `function` in the order of tasks; calls done(task) in this process after each.
 
         Raises what a task raises, and RuntimeError if a process dies.
         """
@@ -59,7 +59,7 @@ class ProcessPool:
                 done(task)
             return results
         try:
-            # Ctrl-C reaches every process of a terminal; started with it blocked, these leave it to their parent.
+            # Ctrl-C reaches every process of a terminal; blocked here, it is left to the parent.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
             try:
                 futures = {self._executor.submit(function, task): task for task in tasks}
@@ -77,7 +77,7 @@ class ProcessPool:
 
 
 def _end_with_parent() -> None:
-    """A process of a pool would wait for ever after its parent was killed."""
+    """Otherwise a process of a pool waits for ever after its parent was killed."""
     parent = multiprocessing.parent_process()
 
     def wait() -> None:
@@ -90,16 +90,15 @@ def _end_with_parent() -> None:
 
 @contextlib.contextmanager
 def ends_at_signals(advice: str) -> Iterator[None]:
-    """SIGINT (Ctrl-C) and SIGTERM end the process at once: one sentence with `advice`, exit code 130 or 143.
+    """SIGINT (Ctrl-C) and SIGTERM end the process at once with one sentence, `advice`, and exit code 130 or 143.
 
-    For programs that write every file whole or not at all. Engines that they call install handlers of their own, go on
-    with half of their results and may crash the interpreter when it ends: so nothing runs after the signal, whatever
-    the main thread does. Only where there are processes of a pool are these killed and the main thread ends by itself,
-    for they share semaphores. To be used in the main thread.
+    For the main thread of programs that write files whole or not at all. Engines install handlers of their own,
+    continue with half of their results and may crash the interpreter at its end, so nothing runs after the signal.
+    Processes of a pool are killed first; they share semaphores with the main thread, which gets some seconds to end.
     """
     read, write = os.pipe()
     os.set_blocking(write, False)
-    # Even where a shell has started the program with SIGINT ignored: the engines would obey it all the same.
+    # Also if a shell has started the program with SIGINT ignored, which engines do not respect.
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, lambda *_: None) for number in numbers}
     wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)

@@ -1,145 +1,247 @@
-"""Records of JSON and Parquet files, each with its place. What can't be read is named; reading goes on behind it."""
+"""The reader of text: records of JSON lines, JSON lists, Parquet rows and text files, each with its place.
+
+Unreadable input becomes an `Invalid` in its place, and reading continues behind it where that is possible.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import io
 import json
 import re
-from collections.abc import Collection, Iterator
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
-from bc2_jax.data.decompression import Decompressed
-from bc2_jax.data.encodings import hint
+from bc2_jax.data.encodings import BYTE_ORDER_MARK, hint, is_utf8, is_wide, transcoded
+from bc2_jax.data.streams import Block, Broken, Decompressed, line_blocks
 from bc2_jax.data.text_files import kind_of, open_binary
 
-LONGEST_LINE = 1 << 30
-"""Bytes of a line; a longer one is invalid and never held in memory."""
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_BLOCK = 1 << 20
-_ROWS_AT_A_TIME = 64
+LONGEST = 1 << 30
+"""Bytes of the longest line or text file that is read, unless a caller sets less."""
+_PIECE_BYTES = 2 << 20
+# Damage costs at most one piece of what precedes it.
+_DECOMPRESSED_PIECE_BYTES = 64 << 10
+_EXCERPT_BYTES = 256
+# Undecodable lines of a file by which its encoding is guessed: there may be millions.
+_GUESSES = 8
 _LOOKED_AT = 1024
 _SPACE = re.compile(r"[ \t\r\n]*")
 _COMMA = re.compile(r"[ \t\r\n]*,[ \t\r\n]*")
 
 
 class Record(NamedTuple):
-    """What a line, an item of a JSON list or a row holds."""
+    """The value of a line, an item of a JSON list or a row."""
 
     value: Any
     where: str
     """File and line or row, from 1."""
+    line: int = 0
+    byte: int = -1
+    """Where the line begins, decompressed; -1 where that has no meaning."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Invalid:
-    """Takes the place of a record that can't be used, so that it is counted and named."""
+    """Takes the place of an unreadable record, so that it is counted and named."""
 
     reason: str
     where: str
     """File, and line or row, from 1."""
     records: int = 1
-    """How many are lost, as far as it is known."""
+    """Records lost; 0 if unknown."""
+    detail: str = ""
+    line: int = 0
+    byte: int = -1
+    content: object = b""
+    """What stands there, for an excerpt."""
 
     @property
     def kind(self) -> str:
-        """The reason without its details, to count by."""
+        """The reason without details, to count by."""
         return self.reason.partition(" (")[0]
 
+    @property
+    def at_least(self) -> int:
+        """Records lost, counting an unknown number as one."""
+        return max(self.records, 1)
+
+    @property
+    def message(self) -> str:
+        """The reason with its details."""
+        return f"{self.reason} ({self.detail})" if self.detail else self.reason
+
     def __str__(self) -> str:
-        return f"{self.where}: {self.reason}"
+        return f"{self.where}: {self.message}"
 
 
 def read_records(path: str, name: str | None = None) -> Iterator[Record | Invalid]:
-    """The records of a .jsonl, .ndjson, .json or .parquet file; those of JSON may be .gz or .zst too.
+    """All records of a .jsonl, .ndjson, .json, .txt or .parquet file; all but the last may be .gz or .zst.
 
-    A JSON file holds an object a line, or one list, whose items are the records, or objects of several lines. Such a
-    list is held in memory as a whole. `name` is what the file is called in `where`, by default its path.
+    A JSON file holds one object a line, one list whose items are the records, or objects of several lines; a list is
+    held in memory whole. A text file is one record with the field "text". `name` stands for the file in `where`, by
+    default its path.
     """
     name = name or path
     kind, compression = kind_of(path) or ("jsonl", None)
-    if kind == "parquet":
-        yield from _read_table(path, name)
-        return
     try:
         with open_binary(path) as file:
+            if kind == "parquet":
+                from bc2_jax.data.parquet import read_table  # it imports Record and Invalid
+
+                yield from read_table(file, name)
+                return
+            if kind == "text":
+                text = read_text(file, name, compression)
+                yield text if isinstance(text, Invalid) else Record({"text": text}, name)
+                return
             raw: Any = Decompressed(file, compression) if compression else file
-            stream = io.BufferedReader(raw, _BLOCK)
-            start = stream.peek(_BLOCK).removeprefix(_BYTE_ORDER_MARK).lstrip()
+            stream = io.BufferedReader(raw, _PIECE_BYTES)
+            start = stream.peek(_PIECE_BYTES).removeprefix(BYTE_ORDER_MARK.encode()).lstrip()
             several = path.lower().removesuffix(".gz").removesuffix(".zst").endswith(".json")
             if start.startswith(b"[") or (several and start.startswith(b"{") and not _is_line(start)):
                 yield from _read_values(stream, name)
             else:
-                yield from read_lines(stream, name)
+                # `read` would discard what precedes damage.
+                for block in LineReader(stream.read1, name, compressed=compression is not None):
+                    yield from block
     except OSError as error:
         yield Invalid(str(error), name)
+
+
+def open_text(file: Any, compression: str | None) -> tuple[Callable[[int], bytes], int]:
+    """read(n) of the decompressed content, and a good n. Raises OSError at damage, after everything before it."""
+    if compression is None:
+        return file.read, _PIECE_BYTES
+    return Decompressed(file, compression).read, _DECOMPRESSED_PIECE_BYTES
+
+
+def read_text(
+    file: Any, name: str, compression: str | None = None, encoding: str = "utf-8", limit: int = LONGEST,
+    limit_name: str = "",
+) -> str | Invalid:  # fmt: skip
+    """The text of an open file without a byte order mark; Invalid if it is damaged, too long or in another encoding.
+
+    `limit` is in bytes of UTF-8 and `limit_name` names it in messages.
+    """
+    # At most four bytes of another encoding are one of UTF-8. One byte beyond the limit tells what is too long.
+    limit *= 1 if is_utf8(encoding) else 4
+    parts, size = [], 0
+    try:
+        read, piece = open_text(file, compression)
+        while size <= limit and (data := read(min(limit + 1 - size, piece))):
+            parts.append(data)
+            size += len(data)
+    except OSError as error:
+        reason = "cannot be decompressed" if compression else "cannot be read"
+        return Invalid(reason, name, detail=str(error), content=error)
+    content = b"".join(parts)
+    if size > limit:
+        beginning = content[:_LOOKED_AT].decode(encoding, "replace").removeprefix(BYTE_ORDER_MARK)
+        reason = f"the text is longer than {limit_name or f'{limit} bytes'}"
+        return Invalid(reason, name, byte=0, content=beginning)
+    try:
+        return content.decode(encoding).removeprefix(BYTE_ORDER_MARK)
+    except UnicodeDecodeError as error:
+        reason = f"the file is not {_spelled(encoding)}" + (hint(content) if is_utf8(encoding) else "")
+        return undecodable(reason, name, error, byte=error.start)
+
+
+def undecodable(reason: str, where: str, error: UnicodeDecodeError, **place: Any) -> Invalid:
+    """Invalid for bytes that are not text; `place` is its line and byte."""
+    content = error.object[max(0, error.start - 16) :][:_EXCERPT_BYTES]
+    return Invalid(reason, where, detail=f"{error.reason} at byte {error.start}", content=content, **place)
 
 
 # ----------------------------------------------------------------------------------------------------------------- JSON
 
 
-def read_lines(lines: BinaryIO, name: str, first: int = 1, size: int | None = None) -> Iterator[Record | Invalid]:
-    """The JSON value of each line that is not empty, up to the line in which byte `size` is, by default all.
+class LineReader:
+    """JSON lines of a byte range of a file, as blocks of records; use up each block before you take the next.
 
-    `first` is the number of the first line. Damage of the file ends it, after what comes before was given.
+    The range has the lines that begin in bytes start .. stop - 1 of the content that `read` gives; with start > 0
+    `read` must begin at start - 1. Lines over `limit` bytes are invalid and never held in memory.
     """
-    number = first
-    position = 0
-    while True:
-        where = f"{name}:{number}"
+
+    def __init__(
+        self, read: Callable[[int], bytes], name: str, *, start: int = 0, stop: int | None = None, first: int = 1,
+        piece: int = _PIECE_BYTES, compressed: bool = False, encoding: str = "utf-8", limit: int = LONGEST,
+        limit_name: str = "",
+    ) -> None:  # fmt: skip
+        """`first` numbers the first line; `limit_name` names the limit in messages."""
+        if is_wide(encoding):
+            read, stop = transcoded(read, encoding), None
+        self._read, self._start, self._stop, self._piece = read, start, stop, piece
+        self._encoding, self._codec = encoding, "utf-8" if is_wide(encoding) else encoding
+        self._name, self._compressed, self._limit = name, compressed, limit
+        self._too_long = f"the line is longer than {limit_name or f'{limit} bytes'}"
+        self._hint, self._guesses = "", 0
+        self.line = first - 1
+        """Number of the last line that was read, blank ones included."""
+
+    def __iter__(self) -> Iterator[Iterator[Record | Invalid]]:
+        for event in line_blocks(self._read, self._start, self._stop, self._limit, self._piece):
+            if isinstance(event, Block):
+                yield self._parse_block(event)
+            elif isinstance(event, Broken):
+                lost = "the rest of the file is lost: it cannot be " + ("decompressed" if self._compressed else "read")
+                content = f"{event.reason} at byte {event.position}; the line there: {_printed(event.unfinished)}"
+                where, line = f"{self._name}:{self.line + 1}", self.line + 1
+                lost_lines = int(bool(event.unfinished))
+                yield iter([Invalid(lost, where, lost_lines, event.reason, line, event.position, content)])
+                return
+            else:
+                self.line += 1
+                yield iter([self._long(event.start, event.length, event.beginning)])
+
+    def _parse_block(self, block: Block) -> Iterator[Record | Invalid]:
+        start = block.start
+        for raw in block.data.split(b"\n"):
+            self.line += 1
+            byte, start = start, start + len(raw) + 1
+            if len(raw) > self._limit:
+                yield self._long(byte, len(raw), raw[:_EXCERPT_BYTES])
+            elif (found := self._parse(raw, f"{self._name}:{self.line}", byte)) is not None:
+                yield found
+
+    def _parse(self, raw: bytes, where: str, byte: int) -> Record | Invalid | None:
+        text = ""
         try:
-            line, length = _read_line(lines)
-        except OSError as error:
-            yield Invalid(f"{error}; this and what follows in the file is lost", where)
-            return
-        if not length:
-            return
-        if line is None:
-            yield Invalid(f"the line has {length} bytes, more than {LONGEST_LINE}", where)
-        elif not line.isspace():
-            found: Any = decode(line, where)
-            del line  # it may be large: two copies exist while JSON is read, one after that
-            if isinstance(found, str):
-                found = _parse(found, where)
-            yield found
-            del found
-        number += 1
-        position += length
-        if size is not None and position >= size:
-            return
+            text = raw.decode(self._codec).removeprefix(BYTE_ORDER_MARK)
+            return Record(json.loads(text), where, self.line, byte)
+        except UnicodeDecodeError as error:
+            reason = f"the line is not {_spelled(self._encoding)}" + self._guess(raw)
+            return undecodable(reason, where, error, line=self.line, byte=byte)
+        except (ValueError, RecursionError) as error:
+            if not text.strip():
+                return None
+            # UTF-16 of ASCII is legal UTF-8.
+            reason = "the line is not JSON" + (self._guess(raw) if "\0" in text else "")
+            return Invalid(reason, where, 1, str(error), self.line, byte, raw[:_EXCERPT_BYTES])
+
+    def _guess(self, raw: bytes) -> str:
+        """What the file's encoding may be."""
+        if is_utf8(self._encoding) and not self._hint and self._guesses < _GUESSES:
+            self._guesses += 1
+            self._hint = hint(raw)
+        return self._hint
+
+    def _long(self, byte: int, length: int, beginning: bytes) -> Invalid:
+        where, content = f"{self._name}:{self.line}", f"{length} bytes: {_printed(beginning)}"
+        return Invalid(self._too_long, where, 1, f"it has {length} bytes", self.line, byte, content)
 
 
-def decode(content: bytes, where: str) -> str | Invalid:
-    """UTF-8, with or without a byte order mark."""
-    try:
-        return content.removeprefix(_BYTE_ORDER_MARK).decode()
-    except UnicodeDecodeError as error:
-        return Invalid(f"it is not UTF-8 ({error.reason} at byte {error.start}){hint(content)}", where)
+def _spelled(encoding: str) -> str:
+    return "UTF-8" if is_utf8(encoding) else encoding.upper()
 
 
-def _read_line(lines: BinaryIO) -> tuple[bytes | None, int]:
-    """A line and its size; None in place of one that is too long; size 0 at the end."""
-    line = lines.readline(LONGEST_LINE + 1)
-    size = len(line)
-    if size <= LONGEST_LINE:
-        return line, size
-    while not line.endswith(b"\n") and (line := lines.readline(_BLOCK)):
-        size += len(line)
-    return None, size
-
-
-def _parse(text: str, where: str) -> Record | Invalid:
-    try:
-        return Record(json.loads(text), where)
-    except (ValueError, RecursionError) as error:
-        return Invalid(f"it is not JSON ({error})", where)
+def _printed(data: bytes) -> str:
+    return data.decode("utf-8", "backslashreplace")
 
 
 def _is_line(start: bytes) -> bool:
     """Whether the object with which a file begins ends in its first line, as far as `start` tells.
 
-    A first line that is damaged must not make one object of a file of lines: the next one is then looked at.
+    A damaged first line must not turn a file of lines into one object, so the next line is looked at too.
     """
     line, newline, rest = start.partition(b"\n")
     try:
@@ -152,17 +254,17 @@ def _is_line(start: bytes) -> bool:
 
 
 def _read_values(stream: io.BufferedReader, name: str) -> Iterator[Record | Invalid]:
-    """The values of a file that follow one another; of a list, its items."""
+    """The consecutive values of a file; of a list, its items."""
     content = bytearray()
     damage = ""
     try:
         # `read` would lose what it has when the file turns out to be damaged.
-        while block := stream.read1(_BLOCK):
+        while block := stream.read1(_PIECE_BYTES):
             content += block
     except OSError as error:
         damage = f"{error}; this and what follows in the file is lost"
     try:
-        text = content.removeprefix(_BYTE_ORDER_MARK).decode()
+        text = content.removeprefix(BYTE_ORDER_MARK.encode()).decode()
     except UnicodeDecodeError as error:
         shown = hint(bytes(content[error.start :][:_LOOKED_AT]))
         damage = f"it is not UTF-8 ({error.reason}){shown}; this and what follows in the file is lost"
@@ -171,7 +273,7 @@ def _read_values(stream: io.BufferedReader, name: str) -> Iterator[Record | Inva
     decoder = json.JSONDecoder()
     line, counted = 1, 0
     place = _skip(_SPACE, text, 0)
-    items = 0  # of the list that is being read; 0 outside of one
+    items = 0  # of the current list; 0 outside of one
     while place < len(text):
         if not items and text[place] == "[":
             items, place = 1, _skip(_SPACE, text, place + 1)
@@ -193,7 +295,7 @@ def _read_values(stream: io.BufferedReader, name: str) -> Iterator[Record | Inva
         elif items and text[place : place + 1] == "]":
             items, place = 0, _skip(_SPACE, text, place + 1)
         elif items and place < len(text):
-            reason = "the list does not go on with a comma or end; what follows in the file is lost"
+            reason = "the list does not continue with a comma or end; what follows in the file is lost"
             yield Invalid(reason, f"{name}:{line + text.count(chr(10), counted, place)}")
             return
     if items or damage:
@@ -203,80 +305,3 @@ def _read_values(stream: io.BufferedReader, name: str) -> Iterator[Record | Inva
 def _skip(pattern: re.Pattern[str], text: str, place: int) -> int:
     match = pattern.match(text, place)
     return match.end() if match else place
-
-
-# -------------------------------------------------------------------------------------------------------------- Parquet
-
-
-def _read_table(path: str, name: str) -> Iterator[Record | Invalid]:
-    parquet, pyarrow = import_arrow("pyarrow.parquet"), import_arrow("pyarrow")
-    try:
-        with parquet.ParquetFile(open_binary(path)) as opened:
-            rows = [opened.metadata.row_group(i).num_rows for i in range(opened.metadata.num_row_groups)]
-    except (pyarrow.ArrowException, OSError) as error:
-        yield Invalid(f"it is not a complete Parquet file ({first_line(error)})", name)
-        return
-    first = 1
-    for group, count in enumerate(rows):
-        yield from read_row_group(path, name, group, first)
-        first += count
-
-
-def read_row_group(
-    path: str, name: str, group: int, first: int, only: Collection[str] | None = None
-) -> Iterator[Record | Invalid]:
-    """The rows of a row group of a Parquet file as objects of its columns, or of those that `only` names.
-
-    `first` is the number of the group's first row in the file, which `name` stands for in `where`.
-    """
-    parquet, pyarrow = import_arrow("pyarrow.parquet"), import_arrow("pyarrow")
-    with parquet.ParquetFile(open_binary(path), page_checksum_verification=True) as opened:
-        rows = opened.metadata.row_group(group).num_rows
-        columns = [column for column in opened.schema_arrow.names if only is None or column in only]
-        done = 0
-        try:
-            for batch in opened.iter_batches(_ROWS_AT_A_TIME, row_groups=[group], columns=columns):
-                values = [_values(column, pyarrow) for column in batch.columns]
-                for record in zip(*values, strict=True):
-                    done += 1
-                    where = f"{name}:{first + done - 1}"
-                    bad = next((value for value in record if isinstance(value, Invalid)), None)
-                    if bad is not None:
-                        yield Invalid(f"{bad.where}: {bad.reason}", where)
-                    else:
-                        yield Record(dict(zip(columns, record, strict=True)), where)
-        except (pyarrow.ArrowException, OSError) as error:
-            reason = f"rows {first + done}-{first + rows - 1} can't be read ({first_line(error)})"
-            yield Invalid(reason, name, rows - done)
-
-
-def _values(column: Any, pyarrow: Any) -> list[Any]:
-    """The values of a column; Parquet promises UTF-8, but nobody checks it."""
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        if pyarrow.types.is_nested(column.type):
-            return [_value(column, row) for row in range(len(column))]
-        content = column.cast(pyarrow.binary()).to_pylist()
-        return [None if value is None else decode(value, "in text") for value in content]
-
-
-def _value(column: Any, row: int) -> Any:
-    try:
-        return column[row].as_py()
-    except UnicodeDecodeError as error:
-        return Invalid(f"it is not UTF-8 ({error.reason})", "in text")
-
-
-def first_line(error: Exception) -> str:
-    """Of a message, without its full stop."""
-    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-
-
-def import_arrow(module: str) -> Any:
-    """pyarrow or a module of it. Raises ValueError, naming the extra, if it is missing."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        name = module.split(".")[0]
-        raise ValueError(f".parquet files need {name}: pip install 'bc2_jax[data]'.") from error

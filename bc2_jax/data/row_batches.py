@@ -1,4 +1,4 @@
-"""The batches of a run that reads packed rows: in the order of its steps, some left out, recent ones at hand."""
+"""The batches of a run over packed rows: in the order of its steps, with skipped rows and recent batches kept."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bc2_jax.config import DataConfig
-from bc2_jax.data.bad_rows import BadRows
 from bc2_jax.data.batch import Batch, Rows, batch_part, make_put
 from bc2_jax.data.loader import make_train_iterator, make_train_loader, make_validation_batches
+from bc2_jax.data.row_file import BadRows
 
 if TYPE_CHECKING:
     import grain
 
 BATCHES_KEPT = 3
-"""The metrics of a step are known when the batch after it is placed and the one after that may be at hand."""
+"""The metrics of a step are known after the next batch was placed and the one after that may be loaded."""
 
 
 def no_fields(rows: Rows) -> Rows:
-    """Rows have FIELDS alone."""
+    """No fields beyond FIELDS."""
     return {}
 
 
 def save_batch(folder: Path, step: int, rows: Rows, about: dict[str, Any], suffix: str = "") -> Path:
-    """Writes FOLDER/bad_batch_step_STEP{suffix}.npz: the rows of a step and the values `about` it."""
+    """Writes the rows of a step and the values `about` it to FOLDER/bad_batch_step_STEP{suffix}.npz."""
     path = folder / f"bad_batch_step_{step}{suffix}.npz"
     np.savez(path, **rows, **{"step": step, **about})  # type: ignore[arg-type]  # the stub takes a name for a flag
     return path
 
 
 class RowBatches:
-    """`Batches` of `bc2_jax.train.job` from the training rows of `data`, this process's part of them.
+    """`Batches` of `bc2_jax.train.job`: this process's part of the training rows of `data`.
 
-    The rows of a run have numbers from 0. Where it is, and what it left out, is known in rows, so that it goes on with
-    the next one whatever the size of its batches was before.
+    The rows of a run are numbered from 0. Its position and the skipped rows are kept in rows, so that it resumes with
+    the next row after a change of the batch size.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class RowBatches:
         fields: Callable[[Rows], Rows] = no_fields,
     ):  # fmt: skip
         """Raises as `make_train_loader` for a run that has `done` (steps, rows). `fields` gives further fields of rows,
-        [b, W] each; `complete` makes the batch of a step of the fields that its rows have."""
+        [b, W] each; `complete` makes the batch of a step from the fields of its rows."""
         part = batch_part(mesh, jax.process_index())
         self._make_loader = functools.partial(
             make_train_loader, data, process_index=part.process_index, process_count=part.process_count,
@@ -64,7 +64,7 @@ class RowBatches:
         self._recent: dict[int, Rows] = {}
 
     def next(self, step: int, state: object = None) -> Batch:
-        """The batch of a step on the mesh; rows do not depend on the training `state`."""
+        """The batch of a step on the mesh; the training `state` does not matter."""
         if self._stretches[-1].size != self._size:
             self._stretches.append(Stretch(step, self._next_row, self._size))
         row = row_of_step(step, self._stretches, self._windows)
@@ -84,7 +84,7 @@ class RowBatches:
         return self._complete(step, self._put(rows))
 
     def position(self) -> dict[str, Any]:
-        """The next row, how many were trained on up to there, and what `row_of_step` needs; JSON values."""
+        """The next row, the rows trained on so far, and what `row_of_step` needs, as JSON values."""
         left_out = sum(max(min(stop, self._next_row) - first, 0) for first, stop in self._windows)
         return {
             "next_row": self._next_row, "rows": self._next_row - left_out, "row_tokens": self._length,
@@ -94,7 +94,7 @@ class RowBatches:
 
     def seek(self, position: dict[str, Any]) -> None:
         position = in_rows(position)
-        before, now = position["row_tokens"], self._length  # rows of another length are others, as far into the text
+        before, now = position["row_tokens"], self._length  # rows of another length: the same place in the text
         self._next_row = next_row(position, now)
         windows = [(first * before // now, stop * before // now) for first, stop in position["skipped_rows"]]
         self._windows = merge([*self._windows, *windows])
@@ -109,7 +109,7 @@ class RowBatches:
         return {"skipped_rows": list(window), "rows": rows}
 
     def metrics(self, step: int) -> dict[str, float]:
-        """The first row of the batch of a step; rows that were bad, and rows left out by all processes, if any."""
+        """The first row of a step's batch; bad rows, and rows skipped by all processes, if there are any."""
         values = {"first_row": float(row_of_step(step, self._stretches, self._windows))} if step else {}
         if self._windows:
             values["skipped_rows"] = float(sum(stop - first for first, stop in self._windows))
@@ -128,7 +128,7 @@ class RowBatches:
 
 
 class ValidationBatches(Sequence[Batch]):
-    """All held-out rows once, as batches that are placed on the mesh when they are asked for."""
+    """All held-out rows once, as batches that are placed on the mesh on demand."""
 
     def __init__(
         self, data: DataConfig, mesh: Mesh, bad_rows: BadRows, fields: Callable[[Rows], Rows] = no_fields
@@ -150,7 +150,7 @@ class ValidationBatches(Sequence[Batch]):
 
 
 class Stretch(NamedTuple):
-    """Steps with batches of one size: the first of them, its first row, and the rows of a batch."""
+    """Steps with batches of one size: the first step, its first row, and the rows of a batch."""
 
     step: int
     row: int
@@ -158,9 +158,9 @@ class Stretch(NamedTuple):
 
 
 def row_of_step(step: int, stretches: Sequence[Stretch], windows: Sequence[tuple[int, int]]) -> int:
-    """The first row of the batch of a step where the rows [first, stop) of `windows`, in their order, are left out.
+    """The first row of the batch of a step when the rows [first, stop) of the sorted `windows` are skipped.
 
-    A batch holds rows that follow each other: the rows before a window that fill none are left out too.
+    A batch has consecutive rows: rows before a window that do not fill a batch are skipped too.
     """
     stretch = next((s for s in reversed(stretches) if s.step <= step), stretches[0])
     batches, row = step - stretch.step, stretch.row
@@ -175,13 +175,13 @@ def row_of_step(step: int, stretches: Sequence[Stretch], windows: Sequence[tuple
 
 
 def next_row(position: dict[str, Any], sequence_length: int) -> int:
-    """The row with which a run goes on from a position of `RowBatches`."""
+    """The row with which a run resumes from a position of `RowBatches`."""
     position = in_rows(position)
     return position["next_row"] * position["row_tokens"] // sequence_length
 
 
 def in_rows(position: dict[str, Any]) -> dict[str, Any]:
-    """A position as it is saved now, of one that an earlier version saved in batches of one size."""
+    """A position in today's format; earlier versions saved it in batches of one size."""
     if "next_row" in position:
         return position
     size, windows = position["batch_size"], position.get("skipped_batches", ())
@@ -192,7 +192,7 @@ def in_rows(position: dict[str, Any]) -> dict[str, Any]:
 
 
 def merge(windows: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same numbers in order, windows that touch or overlap made one."""
+    """The windows in order; those that touch or overlap become one."""
     merged: list[tuple[int, int]] = []
     for first, stop in sorted(windows):
         if merged and first <= merged[-1][1]:

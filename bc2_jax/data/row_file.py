@@ -1,13 +1,13 @@
-"""A file of packed rows: how it is written, and read so that no other tokens come back than those that were packed.
+"""Files of packed rows: writing them, and reading them with checksums, so that damage never becomes training data.
 
-It is an ArrayRecord file whose records are the rows, T + 1 little-endian uint32 each, uncompressed, and at its end one
-record with the CRC-32 of each row, little-endian uint32. The CRC-32 of that record stands in the manifest. The hashes
-of ArrayRecord find flipped bits, but not a file, or a part of one, in the place of another.
+A file is an ArrayRecord of rows, T + 1 little-endian uint32 each, uncompressed, and a last record with the CRC-32 of
+each row, little-endian uint32, whose own CRC-32 is in the manifest. ArrayRecord's hashes find flipped bits, but not a
+file, or a part of one, in the place of another.
 
-A row of text is token ids. In a row of conversations the highest bits of a token are flags, TARGET, START and BRANCH:
-its samples stand one after another, the first at the row's beginning, and padding follows the last. A sample with
-branches is a shared beginning, its trunk, stored once and followed by several continuations of it, such as a prompt
-followed by the chosen and the rejected answer; the trunk may be empty.
+A row of text is token ids. In a row of conversations the highest bits of a token are the flags TARGET, START and
+BRANCH; samples follow one another from the row's first token, then padding. A sample with branches is a shared
+beginning, its trunk, stored once, followed by several continuations, such as a prompt followed by the chosen and the
+rejected answer; the trunk may be empty.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import array
 import contextlib
 import dataclasses
+import logging
 import os
 import threading
 import zlib
@@ -23,7 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from bc2_jax.tokenizer import file_sha256
+from bc2_jax.files import file_sha256
+
+logger = logging.getLogger(__name__)
 
 # One record a group, so that a row is read without its neighbours; uncompressed, since token ids hardly compress.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
@@ -31,21 +34,21 @@ _READER_OPTIONS = "readahead_buffer_size:0"
 _BUFFER_BYTES = 32_768
 
 TARGET = np.uint32(1 << 31)
-"""This token is a target: of an answer, the user's role after one (as eos), or the eos of a sample."""
+"""The token is a target: of an answer, the user's role after one (as eos), or a sample's eos."""
 START = np.uint32(1 << 30)
-"""A sample begins with this token. The first token of every row of conversations has it, none of a row of text."""
+"""A sample begins here. The first token of every row of conversations has it, no token of a row of text."""
 BRANCH = np.uint32(1 << 29)
-"""A branch of the sample begins with this token, which is not a TARGET: the token before it is not what it follows."""
+"""A branch of the sample begins here. It is not a TARGET: it does not follow the token before it."""
 
 
 def token_ids(rows: np.ndarray) -> np.ndarray:
-    """The tokens of rows of either kind, uint32 of any shape, without flags."""
+    """Tokens of either kind of row without flags, uint32 of any shape."""
     return rows & (BRANCH - np.uint32(1))
 
 
 def find_branches(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The branch that each token of rows of conversations [rows, T] is in, 0 for the trunk, and how many tokens stand
-    between that branch and its trunk; both int32 [rows, T]."""
+    """Each token's branch in rows of conversations [rows, T], 0 for the trunk, and the number of tokens between that
+    branch and its trunk; both int32 [rows, T]."""
     starts, branches = (rows & START) > 0, (rows & BRANCH) > 0
     count = np.cumsum(branches, axis=-1, dtype=np.int32)
     branch = count - np.maximum.accumulate(np.where(starts, count - branches, 0), axis=-1)
@@ -58,7 +61,7 @@ def find_branches(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class FileInfo:
-    """One file, as the manifest describes it."""
+    """The manifest's description of a file."""
 
     name: str
     rows: int
@@ -66,11 +69,11 @@ class FileInfo:
     """Bytes of the file."""
     sha256: str
     rows_crc32: int | None = None
-    """CRC-32 of the record with those of the rows; None in files that were written without one."""
+    """CRC-32 of the record of checksums; None in files written without one."""
 
 
 class BadRow(ValueError):
-    """A row that can't be read; the message names its file, its number there and the reason."""
+    """An unreadable row; the message names its file, its number there and the reason."""
 
     def __init__(self, path: Path, row: int, reason: str) -> None:
         self.path, self.row = path, row
@@ -89,7 +92,7 @@ class RowFileWriter:
 
     @property
     def rows(self) -> int:
-        """How many were written."""
+        """Rows written so far."""
         return len(self._checksums)
 
     def write(self, row: np.ndarray) -> None:
@@ -107,12 +110,12 @@ class RowFileWriter:
 
 
 class RowFilesWriter:
-    """Writes the rows of one split, so many a file."""
+    """Writes the rows of one split, `rows_per_file` in each file."""
 
     def __init__(self, folder: str | os.PathLike[str], split: str, rows_per_file: int) -> None:
         self._folder, self._split, self._rows_per_file = Path(folder), split, rows_per_file
         self._closed: list[tuple[int, int]] = []
-        """Rows and `FileInfo.rows_crc32` of each file that is complete."""
+        """Rows and `FileInfo.rows_crc32` of each complete file."""
         self._writer: RowFileWriter | None = None
 
     def write(self, row: np.ndarray) -> None:
@@ -124,7 +127,7 @@ class RowFilesWriter:
         self._writer.write(row)
 
     def close(self) -> tuple[FileInfo, ...]:
-        """Ends the last file and gives all their names, which say how many there are."""
+        """Ends the last file and renames all of them to NUMBER-of-COUNT."""
         self._close_file()
         files = []
         for index, (rows, crc32) in enumerate(self._closed):
@@ -143,7 +146,7 @@ class RowFilesWriter:
 
 
 class RowFile:
-    """Reads one file, which is opened when that is first needed; several threads may use it."""
+    """Reads one file, opened at first use; safe for several threads."""
 
     def __init__(self, folder: str | os.PathLike[str], info: FileInfo, sequence_length: int) -> None:
         self.path, self.rows = Path(folder, info.name), info.rows
@@ -157,12 +160,12 @@ class RowFile:
 
     def __exit__(self, *_: object) -> None:
         if self._opened is not None:
-            with contextlib.suppress(Exception):  # what went wrong was said when it was read
+            with contextlib.suppress(Exception):  # any fault was raised when the row was read
                 self._opened[0].close()
             self._opened = None
 
     def open(self) -> tuple[Any, np.ndarray | None]:
-        """Opens the file if it is not open. Raises ValueError, with the reason alone, if it is not what was packed."""
+        """Opens the file if it is not open. Raises ValueError with the reason if it is not the packed one."""
         with self._lock:
             if self._opened is None:
                 self._opened = self._open()
@@ -201,20 +204,53 @@ class RowFile:
         return self._checked(row, record, checksums)
 
     def read_range(self, start: int, stop: int) -> list[bytes]:
-        """The rows from `start` to `stop`; short ones come much faster than one by one. Raises BadRow."""
+        """The rows start .. stop - 1, much faster than one by one if they are short. Raises BadRow."""
         try:
             reader, checksums = self._opened or self.open()
             records = reader.read(start, stop)
         except Exception:  # of any kind: it comes from C++
             records = []
-        if len(records) != stop - start:  # which row is it?
+        if len(records) != stop - start:  # find the bad row
             return [self.read(row) for row in range(start, stop)]
         return [self._checked(row, record, checksums) for row, record in enumerate(records, start)]
 
     def _checked(self, row: int, record: bytes, checksums: np.ndarray | None) -> bytes:
-        # Of what lies behind the end of a file that has shrunk nothing comes, and no error.
+        # Beyond the end of a truncated file ArrayRecord returns nothing, without an error.
         if len(record) != self._row_bytes:
             raise BadRow(self.path, row, f"it has {len(record)} bytes, not {self._row_bytes}")
         if checksums is not None and zlib.crc32(record) != checksums[row]:
             raise BadRow(self.path, row, f"its CRC-32 is {zlib.crc32(record):08x}, not {checksums[row]:08x}")
         return record
+
+
+class BadRows:
+    """Counts this process's unreadable rows and logs each once.
+
+    Safe for several threads: training rows are read ahead while validation rows are read.
+    """
+
+    def __init__(self, limit: int) -> None:
+        """`limit` is data.max_bad_rows."""
+        self._limit = limit
+        self._seen: set[tuple[Path, int]] = set()
+        self._lock = threading.Lock()
+
+    def add(self, bad: BadRow) -> None:
+        """Raises ValueError beyond the limit."""
+        with self._lock:
+            if (bad.path, bad.row) in self._seen:
+                return
+            if len(self._seen) >= self._limit:
+                raise ValueError(
+                    f"{bad.finding}: the file is damaged, was replaced or is out of reach, and data.max_bad_rows = "
+                    f"{self._limit} allows no more."
+                ) from bad
+            self._seen.add((bad.path, bad.row))
+            logger.warning(
+                "%s: padding takes its place; bad row %d of at most data.max_bad_rows = %d.",
+                bad.finding, len(self._seen), self._limit,
+            )  # fmt: skip
+
+    def metrics(self) -> dict[str, float]:
+        """{"bad_rows": their number so far, those read ahead included}; {} for none."""
+        return {"bad_rows": float(len(self._seen))} if self._seen else {}

@@ -1,8 +1,7 @@
-"""Packed rows as what they were made of: streams of tokens, and documents.
+"""Packed rows read back as token streams and documents.
 
-A place is a position in the stream of a split: position p is an input of row p // T. The stream of rows of
-conversations is the inputs of one row after another, without the padding; its documents are the samples, those of rows
-of pairs a prompt with both answers.
+Position p of a split's stream is an input of row p // T. The stream of rows of conversations is the inputs of all rows
+without the padding; its documents are the samples, in rows of pairs a prompt with both answers.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bc2_jax.data.overlap import hash_positions, mix
-from bc2_jax.data.packing import MANIFEST, SPLITS, Manifest, Split, check_files, iterate_rows, load_manifest
+from bc2_jax.data.ngrams import hash_positions, mix
+from bc2_jax.data.packing import MANIFEST, SPLITS, RowManifest, Split, check_files, iterate_rows, load_manifest
 from bc2_jax.data.row_file import BRANCH, START, RowFile, token_ids
 from bc2_jax.validation import require
 
@@ -25,21 +24,21 @@ class RowSource:
     """A folder of packed rows."""
 
     name: str
-    """Its path below the folder that was searched."""
+    """Path below the searched folder."""
     path: Path
-    manifest: Manifest
+    manifest: RowManifest
 
 
 def find_sources(folders: Sequence[str | os.PathLike[str]]) -> list[RowSource]:
-    """The packed rows in `folders` and in the folders below them, sorted by path; hidden folders are left out.
+    """All packed rows in and below `folders`, sorted by path, without hidden folders.
 
-    Raises FileNotFoundError if a folder has none or a file is missing, ValueError if one is damaged or if they were not
-    all made with one tokenizer and one sequence length.
+    Raises FileNotFoundError if a folder has none or a file is missing, ValueError if one is damaged or if tokenizers or
+    sequence lengths differ.
     """
     roots = [Path(folder).resolve() for folder in folders]
     paths: set[Path] = set()
     for root in roots:
-        # While rows are written, their folder is hidden.
+        # Unfinished rows are in hidden folders.
         visible = (file for file in root.rglob(MANIFEST) if not any(p[0] == "." for p in file.relative_to(root).parts))
         found = {file.parent for file in visible}
         if not found:
@@ -61,9 +60,9 @@ def find_sources(folders: Sequence[str | os.PathLike[str]]) -> list[RowSource]:
 
 
 def stream_tokens(source: RowSource, split: Split) -> Iterator[tuple[int, np.ndarray]]:
-    """The stream that the rows were cut from, as (position, tokens uint32 [any]); the pads at its end are left out.
+    """The stream of a split as (position, tokens uint32 [any]), without the pads at its end.
 
-    Of rows of conversations each comes alone, with its flags.
+    Rows of conversations come one at a time, with their flags.
     """
     length, pad_id = source.manifest.sequence_length, source.manifest.pad_id
     start = seen = 0
@@ -84,10 +83,7 @@ def stream_tokens(source: RowSource, split: Split) -> Iterator[tuple[int, np.nda
 
 
 def read_document(source: RowSource, split: Split, position: int, max_tokens: int) -> np.ndarray:
-    """Up to `max_tokens` tokens from `position` to the end of their document, uint32 [any]; reads only their rows.
-
-    Raises BadRow for one that can't be read.
-    """
+    """Up to `max_tokens` tokens from `position` to the end of the document, uint32 [any]. Raises BadRow."""
     manifest, wanted = source.manifest, max_tokens
     row, offset = divmod(position, manifest.sequence_length)
     parts = [np.empty(0, "<u4")]
@@ -120,26 +116,19 @@ class Documents:
     """uint64: of the tokens without the eos."""
 
 
-def hash_document(tokens: np.ndarray) -> np.uint64:
-    """The hash by which `DocumentScan` knows a document of these tokens, without its eos."""
-    total = hash_positions(tokens, np.arange(len(tokens))).sum(dtype=np.uint64)
-    return mix(np.array([total]))[0]
-
-
 class DocumentScan:
-    """Cuts a stream, given in the chunks of `stream_tokens`, into documents."""
+    """Cuts a stream, in the chunks of `stream_tokens`, into documents."""
 
     def __init__(self, eos_id: int) -> None:
         self._eos_id = eos_id
         self._start = 0
-        """Where the document that is still open began."""
+        """Start of the unfinished document."""
         self._hash = np.uint64(0)
         self.unfinished = 0
         """Tokens after the last eos."""
 
     def add(self, start: int, tokens: np.ndarray) -> Documents:
-        """The documents that end in `tokens`, which stand at `start`, where the chunk before ended; those of a row of
-        conversations are its samples."""
+        """The documents that end in the chunk `tokens` at `start`; those of a row of conversations are its samples."""
         if len(tokens) and tokens[0] >= START:
             return self._samples(start, tokens)
         ends = np.flatnonzero(tokens == self._eos_id)
@@ -147,9 +136,9 @@ class DocumentScan:
         stops = np.concatenate([start + ends, [start + len(tokens)]])
         lengths = stops - starts
         here = np.minimum(lengths, stops - start)
-        # Each token's position in its document; its eos stands behind the last and is left out of the hash.
+        # Each token's position in its document; the eos is left out of the hash.
         positions = np.arange(start, start + len(tokens)) - np.repeat(starts, here + np.append(np.ones_like(ends), 0))
-        # uint64 sums wrap around, so differences of running sums are the sums of the stretches.
+        # uint64 sums wrap around, so differences of running sums are sums of stretches.
         sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(hash_positions(tokens, positions), dtype=np.uint64)])
         hashes = sums[stops - start] - sums[np.maximum(starts - start, 0)]
         hashes[:1] += self._hash

@@ -1,6 +1,6 @@
-"""Numbers that belong to packed rows and are kept beside them: log-probabilities of a reference, margins of pairs.
+"""Values stored beside packed rows, such as a reference's log-probabilities or the margins of pairs.
 
-A row is found by the digest of what it holds, so they hold whatever the order, the batch or the file of the rows is.
+They are found by a digest of a row's content, whatever its order, batch or file.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from bc2_jax.data.batch import Rows
 from bc2_jax.files import replaced
 
 DIGESTED = ("input_ids", "labels", "segment_ids")
-"""Fields that say all that a row holds."""
+"""Fields that determine the content of a row."""
 
 
 def digest_rows(rows: Rows) -> np.ndarray:
-    """uint64 [b]: a hash of DIGESTED of each of `rows`, the same on every machine."""
+    """uint64 [b]: a hash of DIGESTED of each row, equal on every machine."""
     together = np.concatenate([np.asarray(rows[name], "<i4") for name in DIGESTED], axis=-1)
     digests = b"".join(hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in together)
     return np.frombuffer(digests, "<u8")
 
 
 class RowValues:
-    """fp32 [W] for each of some rows."""
+    """A table of fp32 [W] by row."""
 
     def __init__(self, digests: np.ndarray, values: np.ndarray, about: dict[str, Any] | None = None):
-        """`values` [n, W] of the rows with `digests` [n]; of equal ones the first counts. `about` is what the file says
-        of them, JSON values. Raises ValueError for shapes that do not agree."""
+        """`values` [n, W] of rows with `digests` [n], of which the first of equal ones counts; `about` is saved with
+        them, as JSON. Raises ValueError for shapes that do not agree."""
         if values.ndim != 2 or digests.shape != values.shape[:1]:
             raise ValueError(f"values have shape {values.shape}; for digests {digests.shape} it must be [n, W].")
         self._digests, first = np.unique(digests.astype(np.uint64), return_index=True)
@@ -52,7 +52,7 @@ class RowValues:
         return self._values.shape[1]
 
     def find(self, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-        """(fp32 [b, W] of each of `rows`, bool [b]: whether it has none here); 0 for those and for rows of padding."""
+        """(values fp32 [b, W], missing bool [b]) of rows; the values of missing and padding rows are 0."""
         digests = digest_rows(rows)
         empty = np.all(rows["segment_ids"] == 0, axis=-1, keepdims=True)[:, 0]
         if not len(self):
@@ -62,17 +62,17 @@ class RowValues:
         return np.where((empty | missing)[:, None], np.float32(0), self._values[places]), missing
 
     def lookup(self, rows: Rows) -> np.ndarray:
-        """fp32 [b, W] of each of `rows`; 0 for rows of padding. Raises ValueError if a row has no values."""
+        """fp32 [b, W] of each row; 0 for rows of padding. Raises ValueError for a missing row."""
         found, missing = self.find(rows)
         if missing.any():
             raise ValueError(
-                f"{missing.sum()} of {len(missing)} rows are none of the {len(self)} whose values are kept: the rows "
-                "were made again, or one that can be read now could not be read then."
+                f"{missing.sum()} of {len(missing)} rows are not among the {len(self)} with stored values: the rows "
+                "were made again, or some were unreadable when the values were computed."
             )
         return found
 
     def save(self, path: Path) -> None:
-        """Writes them to a .npz, whole or not at all."""
+        """Writes a .npz, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         about = np.frombuffer(json.dumps(self.about).encode(), np.uint8)
         with replaced(path) as partial, partial.open("wb") as file:
@@ -80,7 +80,7 @@ class RowValues:
 
     @classmethod
     def load(cls, path: Path) -> RowValues:
-        """Those that `save` wrote. Raises FileNotFoundError without a file, ValueError for a damaged or another one."""
+        """Reads what `save` wrote. Raises FileNotFoundError without a file, ValueError for a damaged or foreign one."""
         try:
             with np.load(path, allow_pickle=False) as file:  # data: nothing in it is executed
                 return cls(file["digests"], file["values"], json.loads(file["about"].tobytes()))

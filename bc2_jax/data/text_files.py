@@ -1,11 +1,11 @@
-"""Which files hold text: those that are given, and those in the folders that are given.
+"""Finding the text files among paths and in folders, on disks and in object stores.
 
     .jsonl, .ndjson, .json    a line is a document, a JSON object
     .txt                      a file is a document
     .parquet                  a row is a document
 
-Those of lines and of text may end with .zst or .gz too. A folder stands for all such files below it, links to folders
-included; of a folder that the curation wrote, only its documents. What is not read has a name in `skipped`.
+The first two may be .zst or .gz. A folder stands for all such files below it, through links to folders too; a folder
+that curation wrote, for its documents. Files that are not read are listed in `skipped`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SUFFIXES: dict[str, Kind] = {
 COMPRESSIONS = {".zst": "zstd", ".gz": "gzip"}
 LEGAL = ".jsonl, .ndjson or .json (one object a line) and .txt, each plain, .zst or .gz, and .parquet"
 _SPECIAL = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
-# By these a folder is known that a curation writes: its stages, and the names of its files.
+# How to recognise a folder that curation writes: its stages, and the names of its files.
 _SHARD = re.compile(r"\d{6}-\d{4}\.parquet")
 _STAGES = ("read", "exact", "filter", "near", "contamination", "dense", "spans", "write")
 
@@ -36,9 +36,9 @@ class TextFile(NamedTuple):
     """One file of text."""
 
     path: str
-    """Where it is: a local path or a URI."""
+    """Local path or URI."""
     name: str
-    """What documents and reports call it: relative to the input that led to it, printable."""
+    """Printable name for ids and reports: the path relative to the input."""
     kind: Kind
     compression: str | None
     """zstd, gzip or None."""
@@ -47,22 +47,21 @@ class TextFile(NamedTuple):
 
 
 class TextFiles(NamedTuple):
-    """What there is to read."""
+    """Files to read, and files that are skipped."""
 
     files: list[TextFile]
     skipped: list[str]
-    """What is not read of the folders: files of no legal kind, hidden ones (name with a leading dot or underscore),
-    what is not a file, and links to a folder that is read anyway; each with the reason where the name does not say
-    it."""
+    """In the folders: files of other kinds, hidden ones (a leading dot or underscore), devices, FIFOs and sockets, and
+    links to folders that are read anyway; with the reason if the name does not tell it."""
 
 
 class _Found(NamedTuple):
     path: str
     relative: str
-    """Path below the input, "" if it is the input."""
+    """Path below the input; "" for the input itself."""
     size: int
     problem: str = ""
-    """Why it can't be read."""
+    """Why it is skipped."""
 
 
 def find_text_files(
@@ -71,11 +70,11 @@ def find_text_files(
     kinds: Collection[Kind] = ("jsonl", "parquet", "text"),
     legal: str = LEGAL,
 ) -> TextFiles:
-    """The files of `kinds` among and below `paths`: in the order given, those of a folder sorted by name.
+    """The files of `kinds` among and below `paths`, in the order given, those of a folder sorted by name.
 
-    `legal` says in errors which files those are. Raises ValueError, naming `field`, for a path that does not exist,
-    holds nothing to read, or is of no legal kind, for a file that is named twice, and for a folder of a curation that
-    is not finished or has lost files; OSError for a folder that can't be listed.
+    `legal` describes these files in errors. Raises ValueError, naming `field`, for a path that does not exist, has
+    nothing to read or is of another kind, a file that is named twice, and a curated folder that is unfinished or has
+    lost files; OSError for a folder that cannot be listed.
     """
     require(len(paths) > 0, field, list(paths), "at least one file or folder is needed")
     found: list[TextFile] = []
@@ -95,13 +94,13 @@ def find_text_files(
     twice = [path for path, count in real.items() if count > 1]
     require(not twice, field, [os.fspath(path) for path in paths], f"{''.join(twice[:1])} is named more than once")
     names = collections.Counter(f.name for f in found)
-    # Ids are made of names, so where two inputs hold the same name the whole path stands for it.
+    # Names become ids, so files of equal name in two inputs get their whole paths as names.
     named = [f._replace(name=printable(f.name if names[f.name] == 1 else f.path)) for f in found]
     return TextFiles(named, skipped)
 
 
 def kind_of(path: str) -> tuple[Kind, str | None] | None:
-    """What a file holds and how it is compressed, by its name; None for no legal kind."""
+    """(kind, compression) of a file by its name; None for other files."""
     stem, suffix = os.path.splitext(path.lower())
     compression = COMPRESSIONS.get(suffix)
     if compression:
@@ -113,7 +112,7 @@ def kind_of(path: str) -> tuple[Kind, str | None] | None:
 
 
 def printable(name: str) -> str:
-    """A file name that is not UTF-8 is shown with its bytes escaped."""
+    """A file name with bytes that are not UTF-8 escaped."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -151,7 +150,7 @@ def _walk(given: str, field: str) -> Iterator[_Found]:
             folders[:], names = ["documents"], []
         for name in sorted(folders, key=os.fsencode):
             path = os.path.join(folder, name)
-            # A link to a folder above would be walked without end.
+            # A link to a folder above would never end.
             if (before := seen.setdefault(os.path.realpath(path), path)) != path:
                 folders.remove(name)
                 entries.append(_Found(path, os.path.relpath(path, given), 0, f"it is {before}, which is read"))
@@ -159,7 +158,7 @@ def _walk(given: str, field: str) -> Iterator[_Found]:
             path = os.path.join(folder, name)
             try:
                 status = os.stat(path)
-            except OSError:  # a broken link; reading it says what is wrong
+            except OSError:  # a broken link, to be reported when it is read
                 entries.append(_Found(path, os.path.relpath(path, given), 0))
             else:
                 entries.append(_Found(path, os.path.relpath(path, given), status.st_size, _special(status.st_mode)))
@@ -167,7 +166,7 @@ def _walk(given: str, field: str) -> Iterator[_Found]:
 
 
 def _special(mode: int) -> str:
-    """Why it is not read: to open a FIFO would wait for ever."""
+    """Why it is skipped: opening a FIFO would block for ever."""
     kind = _SPECIAL.get(stat.S_IFMT(mode))
     return f"it is {kind}, not a file" if kind else ""
 
@@ -181,7 +180,7 @@ def _is_curated(folder: str) -> bool:
 
 
 def _check_curated(folder: str, field: str) -> None:
-    """Raises ValueError if the curation of a folder is not finished or its documents are not all there."""
+    """Raises ValueError if the curation of a folder is unfinished or some of its documents are missing."""
     report = os.path.join(folder, "report.json")
     legal = (
         "it is the folder of a curation that is not finished (it has no report.json); run tools/curate.py to its end"
@@ -202,7 +201,7 @@ def _check_curated(folder: str, field: str) -> None:
         raise ValueError(f"{field} = {folder!r} is not valid: the curation's files are damaged ({error}).") from error
     legal = f"its report counts {written} documents and documents/ has {found}; run tools/curate.py again"
     require(found == written, field, folder, legal)
-    legal = "the curation left no document; its report.md says what went"
+    legal = "the curation kept no document; its report.md lists what was removed"
     require(written > 0, field, folder, legal)
 
 
@@ -210,13 +209,13 @@ def _check_curated(folder: str, field: str) -> None:
 
 
 def open_store(uri: str) -> tuple[Any, str]:
-    """The object store of a URI and the path in it; None and the path for one on this machine (file://)."""
+    """(object store, path in it) of a URI; (None, path) for file://."""
     from pyarrow import fs
 
     if uri.startswith("file://"):
         return None, fs.FileSystem.from_uri(uri)[1]
     scheme, inside = uri.split("://", 1)
-    # The bucket alone is a URI here: names of objects are bytes, in which nothing is decoded.
+    # Only the bucket is parsed as a URI: names of objects are bytes, in which nothing is decoded.
     return fs.FileSystem.from_uri(f"{scheme}://{inside.split('/', 1)[0]}")[0], inside
 
 
@@ -243,7 +242,7 @@ def open_binary(path: str) -> IO[bytes] | Any:
 
 
 def modified(path: str) -> int:
-    """When a file was last written, in nanoseconds; 0 if that is not known."""
+    """Time of the last change of a file in nanoseconds; 0 if unknown."""
     system, inside = open_store(path) if "://" in path else (None, path)
     if system is None:
         return os.stat(inside).st_mtime_ns if os.path.exists(inside) else 0

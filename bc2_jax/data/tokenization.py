@@ -1,15 +1,15 @@
-"""Files of text -> a corpus of packed rows, on several processes, to be stopped and started again.
+"""Files of text -> a corpus of packed rows, on several processes, resumable.
 
-The input is cut into units of some megabytes. A process tokenizes a unit into one file of tokens, sorted by part and
-split; when all are there, each part is packed from the units in their order. What is written depends on the input, the
-settings and the tokenizer alone, not on the number of processes.
+The input is cut into units of some megabytes. Each unit is tokenized into one file, sorted by part and split; then each
+part is packed from the units in order. The output depends on input, settings and tokenizer alone, not on the number of
+processes.
 
     OUT/../.OUT.KEY.incomplete/   KEY is a hash of the input files, the settings and the tokenizer
         units/00000.tokens        little-endian uint32
-        units/00000.json          what is where in it; it comes last, so a unit with it is finished
+        units/00000.json          its index; written last, so a unit with it is finished
         parts/SOURCE/qBUCKET/...  finished parts
 
-Started again with the same arguments, finished units and parts are used; of another input nothing is.
+A run with the same arguments resumes from the finished units and parts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import glob
-import hashlib
 import json
 import logging
 import math
@@ -66,6 +65,7 @@ from bc2_jax.data.packing import (
 )
 from bc2_jax.data.processes import ProcessPool
 from bc2_jax.data.text_files import TextFiles, find_text_files
+from bc2_jax.files import fingerprint
 from bc2_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -74,17 +74,17 @@ _FORMAT = 2
 _UNITS = 512
 _UNIT_BYTES = range(2 << 20, 256 << 20)
 _HELD_TOKENS = 1 << 22
-"""Tokens that a process holds before it writes them."""
+"""Tokens that a process buffers before it writes them."""
 _LOGGED_PROBLEMS = 100
 _READ_TOKENS = 1 << 20
 
 Advance = Callable[[str, int, int], object]
-"""Told what is done, how much of it is finished, and how much there is."""
+"""Called with a stage, its progress and its total."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the content of a corpus depends on, besides its input and tokenizer."""
+    """What a corpus depends on besides its input and tokenizer."""
 
     sequence_length: int = 4096
     quality_buckets: int = 4
@@ -100,7 +100,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """What every process needs to know."""
+    """What every process needs."""
 
     folder: Path
     tokenizer: Tokenizer
@@ -124,11 +124,11 @@ class _Stream:
     counts: TextCounts = dataclasses.field(default_factory=TextCounts)
     empty_documents: int = 0
     chunks: list[tuple[int, int]] = dataclasses.field(default_factory=list)
-    """(first token, tokens) in the file of the unit."""
+    """(first token, number of tokens) in the unit's file."""
 
 
 _Key = tuple[str, int, int, Split]
-"""A part, and the split."""
+"""A part and the split."""
 
 
 def tokenize_corpus(
@@ -143,15 +143,15 @@ def tokenize_corpus(
 ) -> Corpus:
     """Tokenizes and packs the files of `inputs` (see `documents`) into the corpus `out_dir` (see `corpus`).
 
-    The folder appears complete or not at all. What can't be read is counted, logged and listed in problems.txt. Raises
-    FileExistsError if `out_dir` exists, unless `overwrite`, which only ever replaces packed rows; InUse if another
-    process is making it; FileNotFoundError or ValueError for an argument that is not legal, or if no document has text;
+    The folder appears complete or not at all. Unreadable input is counted, logged and listed in problems.txt. Raises
+    FileExistsError if `out_dir` exists, unless `overwrite`, which replaces nothing but packed rows; InUse if another
+    process is making it; FileNotFoundError or ValueError for an illegal argument, or if no document has text;
     RuntimeError if a process dies.
     """
     if processes < 1:
         raise ValueError(f"processes = {processes} is not valid: it must be positive.")
     out = Path(out_dir)
-    # Another process would write the same units, or publish its own corpus meanwhile.
+    # A second process would write the same units.
     with own_folder(out, overwrite) as publish, ProcessPool(processes) as pool:
         model = Tokenizer(tokenizer)
         corpus, folder = _make_corpus(find_text_files(inputs, "INPUT"), model, out, settings, pool, advance)
@@ -164,7 +164,7 @@ def tokenize_corpus(
 def _make_corpus(
     files: TextFiles, model: Tokenizer, out: Path, settings: Settings, pool: ProcessPool, advance: Advance
 ) -> tuple[Corpus, Path]:
-    """Writes the corpus to parts/ of the folder that it returns."""
+    """Writes the corpus to parts/ of the returned folder."""
     found = [file.path for file in files.files]
     unit_bytes = min(max(sum(file.size for file in files.files) // _UNITS, _UNIT_BYTES.start), _UNIT_BYTES.stop)
     scans = pool.run(functools.partial(scan_file, fields=settings.fields, span_bytes=unit_bytes), found)
@@ -172,7 +172,7 @@ def _make_corpus(
     folder = out.with_name(f".{out.name}.{key}.incomplete")
     for other in out.parent.glob(f".{glob.escape(out.name)}.*.incomplete"):
         if other != folder:
-            logger.warning("%s is of a run with other input or settings that was not finished; it is left", other)
+            logger.warning("%s is left: an unfinished run with other input or settings wrote it", other)
     (folder / "units").mkdir(parents=True, exist_ok=True)
     for unfinished in [*folder.glob("part-*"), *(p for p in (folder / "units").iterdir() if len(p.suffix) == 33)]:
         shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
@@ -181,7 +181,7 @@ def _make_corpus(
     units = _cut_units(scans, unit_bytes)
     missing = [unit for unit in units if not _unit_file(folder, unit.index, "json").is_file()]
     if len(missing) < len(units):
-        logger.info("%d of %d units are there from an earlier start", len(units) - len(missing), len(units))
+        logger.info("resuming: %d of %d units are finished", len(units) - len(missing), len(units))
     total = sum(unit.size for unit in units)
     done = total - sum(unit.size for unit in missing)
 
@@ -231,12 +231,12 @@ def _make_corpus(
 
 def _fingerprint(scans: Iterable[ScannedFile], tokenizer: Tokenizer, settings: Settings) -> str:
     files = [(scan.path, scan.size, scan.sha256) for scan in scans]
-    content = json.dumps([_FORMAT, files, tokenizer.fingerprint, dataclasses.asdict(settings)])
-    return hashlib.sha256(content.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    about = [_FORMAT, files, tokenizer.fingerprint, dataclasses.asdict(settings)]
+    return fingerprint(about, sort_keys=False)[:16]
 
 
 def _cut_units(scans: Iterable[ScannedFile], unit_bytes: int) -> list[_Unit]:
-    """Neighbouring spans together until they have about `unit_bytes`."""
+    """Groups neighbouring spans to units of about `unit_bytes`."""
     units: list[_Unit] = []
     spans: list[Span] = []
     size = 0
@@ -256,7 +256,7 @@ def _unit_file(folder: Path, index: int, suffix: str) -> Path:
 
 
 def _tokenize_unit(job: _Job, unit: _Unit) -> None:
-    """Writes the two files of a unit, under their names only when they are complete."""
+    """Writes the two files of a unit; each gets its name when it is complete."""
     streams: dict[_Key, _Stream] = {}
     problems: list[str] = []
     lost = 0
@@ -316,11 +316,11 @@ def _key(document: Document, settings: Settings) -> _Key:
 
 
 _Streams = dict[_Key, list[tuple[int, _Stream]]]
-"""The streams of each key with the number of their unit, in order."""
+"""(Unit, stream) of each key, in order."""
 
 
 def _read_units(folder: Path, units: Sequence[_Unit], problems: list[str]) -> tuple[_Streams, list[str], int]:
-    """What the units hold, the problems with those of whole files first, and how many documents are lost."""
+    """The streams of all units, the problems (those of whole files first), and the number of lost documents."""
     streams: _Streams = {}
     problems, lost = list(problems), len(problems)
     for unit in units:

@@ -1,8 +1,7 @@
-"""What a trained tokenizer is worth: how it compresses held-out text, beside others, and whether it keeps its promises.
+"""Quality of a trained tokenizer: compression of held-out text beside other tokenizers, and checks of its guarantees.
 
-The paper gives compression rates (table 2; Baichuan 2: 0.498) without a formula. Ours are tokens per character, a
-character being a Unicode code point, and tokens per byte of UTF-8, of all texts of a language together, with nothing
-added at either end; lower is better.
+The paper gives compression rates (table 2; Baichuan 2: 0.498) without a formula. Ours are tokens per character (Unicode
+code point) and per byte of UTF-8 over all texts of a language, without bos and eos; lower is better.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ class Compression:
 
 
 def measure_compression(name: str, encode: Encode, held_out: Mapping[str, Sequence[str]]) -> list[Compression]:
-    """One result a language, and one for all of their text together."""
+    """One result a language, and one over all languages."""
     results = []
     for language, texts in held_out.items():
         tokens = sum(len(ids) for batch in _batches(texts) for ids in encode(batch))
@@ -72,9 +71,8 @@ def measure_compression(name: str, encode: Encode, held_out: Mapping[str, Sequen
 def open_encoder(name: str) -> Encode:
     """A tokenizer to compare with: a SentencePiece model, a tokenizer.json, or `tiktoken:` and an encoding or file.
 
-    A file behind `tiktoken:` is a vocabulary in tiktoken's format; it is read with the pattern of cl100k_base. An
-    encoding is found as tiktoken finds it, in the folder TIKTOKEN_CACHE_DIR or by download. Raises FileNotFoundError or
-    ValueError with the reason if it can't be had.
+    A file after `tiktoken:` is a vocabulary in tiktoken's format, used with the pattern of cl100k_base; an encoding
+    comes from the folder TIKTOKEN_CACHE_DIR or a download. Raises FileNotFoundError or ValueError with the reason.
     """
     if name.startswith("tiktoken:"):
         return _open_tiktoken(name, name.removeprefix("tiktoken:"))
@@ -133,15 +131,15 @@ def _open_tiktoken(name: str, encoding: str) -> Encode:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One promise of a tokenizer."""
+    """One guarantee of a tokenizer."""
 
     name: str
     failure: str | None
-    """The first thing that broke it, or None."""
+    """The first counterexample, or None."""
 
 
 def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, texts: Sequence[str]) -> list[Check]:
-    """Checks a tokenizer made by `train_tokenizer`, also on `texts`, which it should not have seen."""
+    """Checks a tokenizer made by `train_tokenizer`, also on held-out `texts`."""
     checks = {
         f"{vocab_size:,} pieces; ids 0, 1, 2, 195 and 196 have their meaning": _layout_failures(tokenizer, vocab_size),
         "256 bytes, which spell every character": _byte_failures(tokenizer),
@@ -173,7 +171,7 @@ def _byte_failures(tokenizer: Tokenizer) -> Iterator[str]:
     if missing:
         yield f"there is no {missing[0]}"
         return
-    # Together these have every byte that UTF-8 uses; the other 13 are never part of a text.
+    # These use every byte that UTF-8 has; the other 13 never occur in text.
     for code in (*range(0x80), *range(0x80, 0x800, 64), *range(0x800, 0x900), *range(0x1000, 0x110000, 0x1000)):
         if code not in _SURROGATES:
             spelt = [ids[f"<0x{value:02X}>"] for value in chr(code).encode()]

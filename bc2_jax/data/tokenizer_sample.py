@@ -1,6 +1,6 @@
-"""A sample of documents to train a tokenizer on, and other documents to measure it with.
+"""Drawing a sample of documents to train a tokenizer on, and held-out documents to measure it with.
 
-Everything is drawn by a hash of the text, so the sample is the same whatever the order of files and documents.
+Draws are by a hash of the text, so the sample does not depend on the order of files and documents.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ class LanguageCounts:
     documents: int = 0
     bytes: int = 0
     held_out_documents: int = 0
-    """Not for training."""
+    """Reserved for validation."""
     unweighted_documents: int = 0
     """With weight 0: never drawn."""
     empty_documents: int = 0
     drawn_documents: int = 0
     drawn_bytes: int = 0
     cut_documents: int = 0
-    """Drawn documents of which only the beginning fitted."""
+    """Drawn documents of which only the beginning fits."""
     asked_bytes: int | None = None
-    """What the shares asked for; None without shares."""
+    """Bytes that the shares ask for; None without shares."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerSample:
-    """What `SampleDrawer` drew."""
+    """The result of `SampleDrawer`."""
 
     texts: list[str]
-    """To train on, in an order that depends on the texts alone."""
+    """Training texts, in an order that depends on the texts alone."""
     held_out: dict[str, list[str]]
     """By language; none of these texts is in `texts`."""
     counts: dict[str, LanguageCounts]
     """By language."""
 
     def shortfalls(self) -> list[str]:
-        """Languages that have too little text for their share."""
+        """Languages with too little text for their share."""
         return [
             f"{language}: {count.drawn_bytes:,} bytes of the {count.asked_bytes:,} its share asks for"
             for language, count in self.counts.items()
@@ -55,13 +55,13 @@ class TokenizerSample:
 
 
 class SampleDrawer:
-    """Draws a sample of at most `sample_bytes` from documents given one by one; holds little more than that.
+    """Draws a sample of at most `sample_bytes` from a stream of documents, in little more memory than that.
 
     A document is drawn with a probability proportional to its weight, up to 1 (sequential Poisson sampling, Ohlsson
-    1998: those with the smallest u / weight, u being the hash of the text in (0, 1]). `shares`, such as {"zh": 0.45,
-    "en": 0.35, "code": 0.2}, gives each of these languages its part of the bytes and leaves out all others; without,
-    the weights alone decide. Documents that `packing.split_of` holds out for validation are never drawn; about
-    `held_out_bytes` a language of them are kept, whole, drawn without weights. Raises ValueError for a bad argument.
+    1998: the smallest u / weight, u in (0, 1] being a hash of the text). `shares`, such as {"zh": 0.45, "en": 0.35,
+    "code": 0.2}, gives each of these languages its part of the bytes and drops all others. Documents that
+    `packing.split_of` holds out for validation are never drawn; about `held_out_bytes` a language of them are kept,
+    whole, drawn without weights. Raises ValueError for a bad argument.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class SampleDrawer:
         self._counts: dict[str, LanguageCounts] = {}
 
     def add(self, text: str, language: str, weight: float = 1.0) -> None:
-        """One document. Raises ValueError if `weight` is negative or not finite."""
+        """Adds a document. Raises ValueError if `weight` is negative or not finite."""
         require(math.isfinite(weight) and weight >= 0, "weight", weight, "it must be at least 0")
         count = self._counts.setdefault(language, LanguageCounts())
         count.documents += 1
@@ -103,7 +103,7 @@ class SampleDrawer:
             self._drawn[group].add(_uniform(text) / weight, language, text)
 
     def finish(self) -> TokenizerSample:
-        """The sample. Raises ValueError if there is nothing to train on, or nothing of a language with a share."""
+        """The sample. Raises ValueError if no text is left to train on, or none of a language with a share."""
         texts = []
         for group, smallest in sorted(self._drawn.items()):
             if not smallest:
@@ -129,7 +129,7 @@ class SampleDrawer:
 
 
 class _Smallest:
-    """The texts with the smallest keys, as many as are needed to reach `budget` bytes."""
+    """The texts with the smallest keys that together reach `budget` bytes."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
@@ -150,7 +150,7 @@ class _Smallest:
             self._bytes -= heapq.heappop(self._heap)[3]
 
     def sorted(self, *, cut: bool) -> list[tuple[str, str, bool]]:
-        """(language, text, whether it was cut) by key; `cut` takes from the last what is above the budget."""
+        """(language, text, whether it was cut) by key; `cut` shortens the last text to the budget."""
         found = [(language, text, False) for _, language, text, _ in sorted(self._heap, reverse=True)]
         if cut and self._bytes > self.budget:
             language, text, _ = found.pop()
@@ -161,6 +161,6 @@ class _Smallest:
 
 
 def _uniform(text: str) -> float:
-    """A number in (0, 1] that only the text decides; unrelated to whether it is held out."""
+    """A hash of the text in (0, 1], independent of the one that holds out."""
     digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"tokenizer sample"[:16]).digest()
     return (int.from_bytes(digest, "little") + 1) / 2**64

@@ -203,9 +203,9 @@ def write_docs(report: Mapping[str, Any], workdir: Path, page: Path) -> None:
     ]  # fmt: skip
     page.parent.mkdir(parents=True, exist_ok=True)
     for stage in report["stages"]:
-        lines += [f"## {_escape(stage['title'])}", "", _escape(stage["about"]), "", "```"]
-        lines += [fold_command(command) for command in stage["commands"]]
-        lines += ["```", ""]
+        lines += [f"## {_escape(stage['title'])}", "", _escape(stage["about"]), ""]
+        if stage["commands"]:
+            lines += ["```", *(fold_command(command) for command in stage["commands"]), "```", ""]
         for sentence in stage["sentences"]:
             lines += [_escape(sentence), ""]
         for table in stage["tables"]:

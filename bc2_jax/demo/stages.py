@@ -43,6 +43,7 @@ _SMALL = (
     *_size(SIZES["base"]), "--compute.dtype", "float32", "--mesh.num-cpu-devices", "1", "--mesh.fsdp", "1",
     "--mesh.tensor", "1",
 )  # fmt: skip
+ROWS = ("--data.sources.0.path", "rows", "--data.tokenizer", "tokenizer.model")
 _HELD_OUT = ("--validation-fraction", "0.08")
 
 
@@ -111,8 +112,7 @@ def _pretrain(name: str, *more: str) -> tuple[str, ...]:
     """Trains a model of the ladder on the packed rows, on the same tokens whatever its size."""
     size = SIZES[name]
     return (
-        "bc2", "train", "tiny_ladder", "--name", name, "--data.sources.0.path", "rows",
-        "--data.tokenizer", "tokenizer.model", *_size(size),
+        "bc2", "train", "tiny_ladder", "--name", name, *ROWS, *_size(size),
         "--model.initializer-range", f"{0.64 / size.hidden**0.5:.4f}",
         "--optimizer.peak-learning-rate", size.learning_rate,
         "--optimizer.min-learning-rate", f"{float(size.learning_rate) / 10:g}",

@@ -1,4 +1,4 @@
-"""Evaluation: scores of texts under a model, the benchmarks of the paper, scaling laws.
+"""Evaluation: scores of texts, the paper's benchmarks, scaling laws.
 
 scorer = Scorer(bc2_jax.load_pretrained(path), tokenizer)
 [(log_prob, is_greedy)] = scorer.loglikelihood([("白日依山尽，", "黄河入海流")])
@@ -16,7 +16,7 @@ __all__ = ["Scorer", "scaling"]
 
 
 def __getattr__(name: str) -> Any:
-    # At first use: neither needs the other, and fitting a law needs no JAX.
+    # Lazy, as fitting a scaling law needs no JAX.
     if name == "Scorer":
         return importlib.import_module("bc2_jax.evaluate.scorer").Scorer
     if name == "scaling":

@@ -1,9 +1,9 @@
-"""How near a changed model is to what it was: Kullback-Leibler divergence, the most likely token, perplexity.
+"""Compares a changed (such as quantized) model with its reference: KL divergence, top-1 agreement, perplexity.
 
-Of each scored token of a text: KL(reference || changed) over the whole vocabulary, in nats, whether both find the same
-token most likely, and log p of the token that follows. The reference is run first and leaves its hidden states on the
-host, [rows, T, D] in its compute dtype, so that it may be used up in making the changed model; both heads are then
-applied to the same few tokens at a time, and no [B, T, V] tensor exists.
+For each scored token: KL(reference || changed) over the vocabulary in nats, whether both have the same most likely
+token, and log p of the next token. The reference runs first and leaves its hidden states [B, T, D] on the host, so that
+it may be donated to make the changed model. Both heads are then applied to a few tokens at a time: no [B, T, V] tensor
+exists.
 """
 
 from __future__ import annotations
@@ -21,27 +21,23 @@ from jax import Array
 
 from bc2_jax.data.batch import IGNORED, Rows
 from bc2_jax.evaluate.encoding import cut_windows
+from bc2_jax.evaluate.perplexity import ratio
 from bc2_jax.model.baichuan import Baichuan2, Params
 from bc2_jax.model.head_chunks import NO_TOKEN, HeadPart, cut_tokens, join_tokens, over
 from bc2_jax.sharding import from_host, named_sharding, reshard, spec, to_host, use_mesh_of
 from bc2_jax.tokenizer import Tokenizer
 
-CHUNK = 256
-"""Tokens on a device to which both heads are applied at a time."""
+CHUNK = 256  # tokens per device to which both heads are applied at a time
 
 
 class Agreement(NamedTuple):
-    """Of all scored tokens."""
+    """Means over all scored tokens."""
 
     tokens: int
-    kl: float
-    """Nats a token, of the changed model from the reference."""
-    kl_stderr: float
-    """Standard error of `kl` over rows; nan for fewer than two."""
-    same_top: float
-    """Share of tokens at which both have the same most likely next token."""
-    reference_nats: float
-    """A token."""
+    kl: float  # KL(reference || changed), nats per token
+    kl_stderr: float  # standard error of `kl` over rows; nan for fewer than two
+    same_top: float  # share of tokens with the same most likely next token
+    reference_nats: float  # cross-entropy per token
     changed_nats: float
 
     @property
@@ -54,22 +50,20 @@ class Agreement(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """What a model makes of some rows."""
+    """A model's hidden states of some rows."""
 
     rows: list[Rows]
-    hidden: list[np.ndarray]
-    """[B, T, D] for each of `rows`."""
-    head_VD: Array
-    """What its hidden states are multiplied with, in their dtype."""
+    hidden: list[np.ndarray]  # [B, T, D] for each of `rows`
+    head_VD: Array  # its head in the compute dtype
 
 
 def rows_of_texts(
     tokenizer: Tokenizer, texts: Iterable[str], *, length: int, rows: int, tokens: int, prefix_id: int
 ) -> list[Rows]:
-    """Batches of `rows` rows of `length` tokens, of the first `tokens` tokens of some texts, windows of them in rows.
+    """Packs the first `tokens` tokens of texts into batches of [rows, length].
 
-    Each window begins with `prefix_id` or with the last token of the one before (`encoding.cut_windows`), and is a
-    segment of its own. The last batch is filled with padding.
+    Each window begins with `prefix_id` or the last token of the previous one (`encoding.cut_windows`) and is a segment
+    of its own. The last batch is padded.
     """
     packed: list[list[tuple[Sequence[int], Sequence[int]]]] = []
     free, left = 0, tokens
@@ -102,16 +96,16 @@ def _batch(packed: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]], rows
 
 
 def run_reference(model: Baichuan2, batches: Iterable[Rows]) -> Reference:
-    """The hidden states of `batches`, of which the rows are a multiple of the parts of the mesh's batch."""
+    """The hidden states of `batches`, whose rows must be divisible by the batch shards of the mesh."""
     rows = list(batches)
     with use_mesh_of(model.norm.weight[...]):
-        # A copy: the model may be used up.
+        # A copy, as the model may be donated.
         head_VD = jnp.array(model.lm_head.rows(), model.compute.dtype, copy=True)
         return Reference(rows, [to_host(h_BTD) for h_BTD in _hidden_states(model, rows)], head_VD)
 
 
 def compare(reference: Reference, changed: Baichuan2) -> Agreement:
-    """The agreement of a model with a reference of the same vocabulary, on the same mesh."""
+    """The agreement of a model with a reference of the same vocabulary and mesh. Raises ValueError without tokens."""
     found: list[np.ndarray] = []
     with use_mesh_of(changed.norm.weight[...]):
         changed_VD = changed.lm_head.rows().astype(changed.compute.dtype)
@@ -126,13 +120,9 @@ def compare(reference: Reference, changed: Baichuan2) -> Agreement:
     kept = [figures for figures in found if figures.size]
     if not kept:
         raise ValueError("The text is empty: there are no tokens on which to compare the models.")
-    counts = np.array([figures.shape[1] for figures in kept])
-    kl, same_top, reference_nats, changed_nats = (np.array([figures[i].sum() for figures in kept]) for i in range(4))
-    tokens = counts.sum()
-    residuals = kl - kl.sum() / tokens * counts
-    stderr = math.sqrt((residuals**2).sum() * len(kept) / (len(kept) - 1)) / tokens if len(kept) > 1 else math.nan
-    means = (float(x.sum() / tokens) for x in (same_top, reference_nats, changed_nats))
-    return Agreement(int(tokens), float(kl.sum() / tokens), stderr, *means)
+    counts = [figures.shape[1] for figures in kept]
+    kl, *others = (ratio([float(figures[i].sum()) for figures in kept], counts) for i in range(4))
+    return Agreement(sum(counts), kl.value, kl.stderr, *(other.value for other in others))
 
 
 def _hidden_states(model: Baichuan2, batches: Iterable[Rows]) -> Iterator[Array]:
@@ -151,7 +141,7 @@ def _run(graphdef: Any, params: Params, ids_BT: Array, segments_BT: Array) -> Ar
 def _compare(
     reference_BTD: Array, labels_BT: Array, reference_VD: Array, changed_BTD: Array, changed_VD: Array, *, chunk: int
 ) -> tuple[Array, ...]:
-    """fp32 [B, T], whole everywhere: KL, whether both have the same largest logit, and -log p of the label by each."""
+    """Replicated fp32 [B, T]: KL, whether both have the same top token, -log p of the label by each."""
     local = functools.partial(_compare_own, chunk=chunk, on_mesh=named_sharding() is not None)
     tokens, hidden, head = ("batch", "sequence"), ("batch", "sequence", "hidden"), ("vocab", "embed")
     layout = (hidden, tokens, head, hidden, head)
@@ -165,7 +155,7 @@ def _compare(
 
 
 def _compare_own(reference_BTD, labels_BT, reference_VD, changed_BTD, changed_VD, *, chunk, on_mesh):
-    """One device's tokens against its part of the vocabulary."""
+    """One device's tokens with its vocabulary shard."""
     heads = [HeadPart.gather(rows_VD, on_mesh) for rows_VD in (reference_VD, changed_VD)]
     axes = heads[0].vocab_axes
 
@@ -194,6 +184,6 @@ def _compare_own(reference_BTD, labels_BT, reference_VD, changed_BTD, changed_VD
 
 
 def _argmax(head: HeadPart, logits_TV: Array) -> Array:
-    """[T]: the token with the largest logit, the first of equals."""
+    """[T]: the token with the largest logit, the first if tied."""
     is_max_TV = logits_TV == head.largest(logits_TV)[:, None]
     return over(jax.lax.pmin, jnp.where(is_max_TV, head.ids_V, NO_TOKEN).min(-1), head.vocab_axes)

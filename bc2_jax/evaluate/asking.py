@@ -1,4 +1,4 @@
-"""Benchmarks put to a model: which items, how their prompts fit, what is recorded of each answer."""
+"""Puts benchmark items to a model: chooses items, fits prompts, records answers."""
 
 from __future__ import annotations
 
@@ -21,47 +21,44 @@ from bc2_jax.validation import require
 
 @dataclasses.dataclass(frozen=True)
 class Questions:
-    """A benchmark whose files were read: what is asked of it."""
+    """A loaded benchmark: what to ask."""
 
     task: Task
-    examples: Sequence[Example]
-    items: Sequence[str]
-    """Ids of all items, in their order; those asked are some of them."""
+    examples: Sequence[Example]  # those to ask, some of all items
+    items: Sequence[str]  # ids of all items, in order
     left_out: Mapping[str, int]
     notes: Sequence[str]
     shots: int
-    prompts_sha256: str
-    """Of all items, whichever are asked."""
-
-    @property
-    def facts(self) -> dict[str, object]:
-        """What has to be the same on all processes."""
-        return {"shots": self.shots, "items": len(self.examples), "prompts (SHA-256)": self.prompts_sha256}
+    prompts_sha256: str  # of all items
 
 
 def read_questions(
     names: Sequence[str], data_dir: Path, *, limit: int | None = None, shots: int | None = None
 ) -> list[Questions]:
-    """The benchmarks of these names from their released files below `data_dir`.
+    """Loads benchmarks from their released files in `data_dir`.
 
-    `limit` items of each are asked, taken evenly from its groups; those of a smaller limit are among those of a larger
-    one. With `shots` a prompt has only the first of them. Raises ValueError without a name, for an unknown one, for
-    numbers out of range, and, with a sentence for each benchmark, where files are missing or are not what they should
-    be. All processes call it; it raises on all of them what it finds on one, or if they have read other prompts.
+    `limit`: items of each to ask, spread evenly over its groups; a smaller limit asks a subset of a larger one's.
+    `shots`: keep the first so many of each prompt. Raises ValueError for no or unknown names, numbers out of range, and
+    missing or invalid files (one sentence per benchmark). All processes call it; it raises on all of them if one fails
+    or their prompts differ.
     """
     require(bool(names), "tasks", ",".join(names), "it must name at least one benchmark")
     require(limit is None or limit > 0, "limit", limit, "it must be positive")
     require(shots is None or shots >= 0, "shots", shots, "it must be at least 0")
-    tasks = [find_task(name) for name in dict.fromkeys(names)]
     found, problems = [], []
-    for task in tasks:
+    for task in [find_task(name) for name in dict.fromkeys(names)]:
         try:
             found.append(_read(task, data_dir, limit, shots))
         except (OSError, ValueError) as error:
             problems.append(f"{task.name}: {error}")
     if problem := any_text("\n".join(problems)):
         raise ValueError(problem)
-    require_agreement({one.task.name: one.facts for one in found})
+    require_agreement(
+        {
+            q.task.name: {"shots": q.shots, "items": len(q.examples), "prompts (SHA-256)": q.prompts_sha256}
+            for q in found
+        }
+    )  # fmt: skip
     return found
 
 
@@ -89,7 +86,7 @@ def _read(task: Task, data_dir: Path, limit: int | None, shots: int | None) -> Q
 
 
 def choose_evenly(examples: Sequence[Example], limit: int | None) -> list[Example]:
-    """`limit` examples, without one all of them, in their order: the first of every group, then the second ones ..."""
+    """`limit` examples (all without one) in their order: the first of every group, then the second ones, ..."""
     if limit is None or limit >= len(examples):
         return list(examples)
     seen: Counter[str] = Counter()
@@ -101,7 +98,7 @@ def choose_evenly(examples: Sequence[Example], limit: int | None) -> list[Exampl
 
 
 def parts_of(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
-    """Examples that are asked together, about `size`: whole groups where they are no larger, as those share shots."""
+    """Parts of about `size` examples to ask together; small groups stay whole, as they share shots."""
     start = 0
     for end in range(1, len(examples) + 1):
         is_border = end == len(examples) or examples[end].group != examples[end - 1].group
@@ -113,25 +110,22 @@ def parts_of(examples: Sequence[Example], size: int) -> Iterator[Sequence[Exampl
 def ask(
     task: Task, examples: Sequence[Example], scorer: Scorer, progress: Progress = lambda done, count: None
 ) -> list[Record]:
-    """The records of examples; of code, what was generated is not run yet. All processes call it and get the same.
+    """The records of examples; generated code is not run yet. All processes call it and get the same.
 
-    Raises ValueError if the model gives log-probabilities that are not finite.
+    Raises ValueError if the model's log-probabilities are not finite.
     """
-    is_choice = task.kind in ("letters", "options")
-    records = (_ask_choices if is_choice else _ask_to_write)(task, examples, scorer, progress)
+    ask_all = _score_choices if task.kind in ("letters", "options") else _generate
+    records = ask_all(task, examples, scorer, progress)
     broken = next((record for record in records if not is_finite(record)), None)
     if broken is not None:
         raise ValueError(f"The model gives log-probabilities that are not finite, first for {broken['id']!r}.")
     return records
 
 
-# -------------------------------------------------------------------------------------------------------------- choices
-
-
-def _ask_choices(task: Task, examples: Sequence[Example], scorer: Scorer, progress: Progress) -> list[Record]:
+def _score_choices(task: Task, examples: Sequence[Example], scorer: Scorer, progress: Progress) -> list[Record]:
     fitted: list[Fitted] = []
     pairs: list[tuple[str, str]] = []
-    places: list[dict[str, int]] = []  # of each example: a choice -> its place in pairs
+    places: list[dict[str, int]] = []  # of each example: choice -> index in pairs
     for example in examples:
         texts = list(dict.fromkeys((*example.choices, *example.bare)))
         longest = max(map(len, scorer.tokenizer.encode_batch(texts)))
@@ -140,12 +134,11 @@ def _ask_choices(task: Task, examples: Sequence[Example], scorer: Scorer, progre
         places.append({text: len(pairs) + place for place, text in enumerate(texts)})
         pairs += [(prompt.text, text) for text in texts]
     encoded = encode_pairs(scorer.tokenizer, pairs, scorer.prefix_id)
-    requests = [Request(one.context, one.continuation) for one in encoded]
 
     def tell(done: int, count: int) -> None:
         progress(done * len(examples) // max(count, 1), len(examples))
 
-    scores = scorer.score(requests, progress=tell)
+    scores = scorer.score([Request(one.context, one.continuation) for one in encoded], progress=tell)
     near = NEAR_TIE[scorer.model.compute.dtype]
     records = []
     for example, prompt, place in zip(examples, fitted, places, strict=True):
@@ -156,34 +149,32 @@ def _ask_choices(task: Task, examples: Sequence[Example], scorer: Scorer, progre
             "choices": list(example.choices), "log_probs": [log_probs[text] for text in example.choices],
             "gold": list(example.gold),
         }  # fmt: skip
+        names = [text.strip() for text in example.bare or example.choices]
         if task.kind == "letters":
             ways = {"as_shown": record["log_probs"]}
             if example.bare:
                 record |= {"bare": list(example.bare), "bare_log_probs": [log_probs[text] for text in example.bare]}
                 ways["bare"] = record["bare_log_probs"]
-            names = [text.strip() for text in example.bare or example.choices]
         else:
             lengths = example.lengths or tuple(map(len, example.choices))
             each = zip(record["log_probs"], lengths, strict=True)
             ways = {"acc": record["log_probs"], "acc_norm": [value / max(length, 1) for value, length in each]}
-            names = [text.strip() for text in example.choices]
         spellings = (record["log_probs"], record.get("bare_log_probs", ()))
-        record["near_tie"] = any(_lead(values) < near for values in spellings)
-        records.append(record | _answers(ways, names, example.gold))
+        # max takes the first of equal scores.
+        best = {way: max(range(len(values)), key=values.__getitem__) for way, values in ways.items()}
+        records.append(
+            record
+            | {
+                "near_tie": any(_lead(values) < near for values in spellings),
+                "answers": {way: names[index] for way, index in best.items()},
+                "right": {way: index in example.gold for way, index in best.items()} if example.gold else {},
+            }
+        )
     return records
 
 
-def _answers(ways: Mapping[str, Sequence[float]], names: Sequence[str], gold: Sequence[int]) -> Record:
-    """What the scores of the choices, by way of scoring, say; of equal ones the first counts."""
-    best = {way: max(range(len(scores)), key=scores.__getitem__) for way, scores in ways.items()}
-    return {
-        "answers": {way: names[place] for way, place in best.items()},
-        "right": {way: place in gold for way, place in best.items()} if gold else {},
-    }
-
-
 def _lead(scores: Sequence[float]) -> float:
-    """By how much the best is above the second."""
+    """The best score minus the second."""
     best = sorted(scores, reverse=True)[:2]
     return best[0] - best[1] if len(best) == 2 else math.inf
 
@@ -192,7 +183,7 @@ def _fit(example: Example, room: int, scorer: Scorer) -> Fitted:
     limit = min(room, example.prompt_limit or room)
 
     def count(text: str) -> int:
-        """Tokens; where the text has too few bytes to have more than there is room for, these: a token has one."""
+        """Tokens. A text has at most as many as bytes, so one with few bytes need not be encoded."""
         size = len(text.encode())
         return size if size <= limit and example.drop != "longest" else len(scorer.tokenizer.encode(text))
 
@@ -206,16 +197,8 @@ def _about(example: Example, prompt: Fitted) -> Record:
     }  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------------------------------- generation
-
-
-def _longest_answer(task: Task, scorer: Scorer) -> int:
-    """New tokens at most: those of the benchmark, or half of the model's length if that is less."""
-    return min(task.max_new_tokens, max(1, scorer.generation_length // 2))
-
-
-def _ask_to_write(task: Task, examples: Sequence[Example], scorer: Scorer, progress: Progress) -> list[Record]:
-    most = _longest_answer(task, scorer)
+def _generate(task: Task, examples: Sequence[Example], scorer: Scorer, progress: Progress) -> list[Record]:
+    most = min(task.max_new_tokens, max(1, scorer.generation_length // 2))
     fitted = [_fit(example, scorer.generation_length - most, scorer) for example in examples]
     written = scorer.generate_texts([(prompt.text, task.stops, most) for prompt in fitted], progress=progress)
     records = []

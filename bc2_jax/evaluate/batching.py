@@ -1,4 +1,4 @@
-"""Requests -> batches of rows of few shapes, and where each request's scores are in them."""
+"""Packs requests into batches of rows with few shapes, and locates each request's scores."""
 
 from __future__ import annotations
 
@@ -14,31 +14,25 @@ from bc2_jax.infer.generate import bucket
 from bc2_jax.infer.score import Rows, empty_rows
 from bc2_jax.kernels.segments import TRUNK_BITS
 
-LONGEST_ROW = 8192
-"""Tokens of a row, unless a request needs more."""
-TOKENS_AT_ONCE = 8192
-"""Tokens of a batch on each device that has rows of its own."""
-FEWEST_PLACES = 64
-"""Scored in a row, at least, so that few programs are compiled."""
+LONGEST_ROW = 8192  # tokens of a row, unless a request is longer
+TOKENS_AT_ONCE = 8192  # tokens of a batch per batch shard
+FEWEST_PLACES = 64  # minimum of scored places per row, so that few programs are compiled
 ATTENTION_COST = 1.0
-"""Time of attention beside that of the same number of multiplications in the layers' matmuls, were it to look at every
-earlier token of the row: its softmax costs more, and blocks of other branches are left out."""
-NEW_SHAPE_COST = 1.25
-"""How much slower than a row length that was used before a new one may be estimated: it must be compiled."""
+"""Time of attention over all earlier tokens of a row, relative to a layer's matmuls of the same FLOPs: softmax costs
+more, but blocks of other branches are skipped."""
+NEW_SHAPE_COST = 1.25  # penalty on the estimated time of a new row length, which must be compiled
 
 
 class Item(NamedTuple):
-    """A request as the model is fed: int32 arrays."""
+    """A request as model input: int32 arrays."""
 
     fed: np.ndarray
-    labels: np.ndarray
-    """The tokens to score: those that follow on the last len(labels) of `fed`."""
-    cut: int
-    """Tokens left out in front of `fed`."""
+    labels: np.ndarray  # the next tokens after the last len(labels) of `fed`
+    cut: int  # context tokens dropped before `fed`
 
 
 class Slot(NamedTuple):
-    """Where the scores of an item are: places first..first + len(labels) - 1 of a row."""
+    """An item's scores: places first..first + len(labels) - 1 of a row."""
 
     item: int
     row: int
@@ -52,24 +46,18 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass
 class Shapes:
-    """Chooses the shapes of batches, so that little is wasted and few are compiled."""
+    """Chooses batch shapes with little padding and few compilations."""
 
     config: ModelConfig
-    rows: int | None
-    """Of a batch; None where they are chosen."""
-    row_length: int | None
-    """As `rows`."""
-    batch_parts: int
-    """Rows of a batch are a multiple of this, columns and places of `sequence_parts`."""
+    rows: int | None  # per batch; None to choose
+    row_length: int | None  # none to choose
+    batch_parts: int  # rows per batch are a multiple of it, columns and places of `sequence_parts`
     sequence_parts: int
-    used: set[int] = dataclasses.field(default_factory=set)
-    """Row lengths that were chosen before."""
+    used: set[int] = dataclasses.field(default_factory=set)  # row lengths chosen before
 
     def plan(self, items: Sequence[Item]) -> Plan:
-        """The rows that are expected to take the least time.
-
-        Long rows share their trunks among more requests; in short ones attention costs less.
-        """
+        """The rows with the least estimated time: long rows share trunks among more requests, short ones have cheaper
+        attention."""
         leaves = find_leaves([item.fed for item in items])
         longest = max(map(len, leaves.ids))
         if self.row_length is not None:
@@ -91,7 +79,7 @@ class Shapes:
         return best
 
     def rows_of(self, plan: Plan) -> int:
-        """Rows of a batch."""
+        """Rows per batch."""
         if self.rows is not None:
             return _round_up(self.rows, self.batch_parts)
         most = max(TOKENS_AT_ONCE // plan.length, 1)
@@ -99,20 +87,20 @@ class Shapes:
         return self.batch_parts * min(most, 1 << (needed - 1).bit_length())
 
     def places_of(self, needed: int) -> int:
-        """Places of a row, for so many that are scored."""
+        """Places per row for `needed` scored tokens."""
         return _round_up(max(FEWEST_PLACES, 1 << (needed - 1).bit_length()), self.sequence_parts)
 
     def _fit(self, length: int) -> int:
         return _round_up(length, self.sequence_parts)
 
     def _row_cost(self, length: int) -> float:
-        """Time of a row, in that of a token without attention: a layer multiplies 4 D^2 + 3 D F and D T / 2 * 2."""
+        """Time of a row in units of a token without attention; FLOPs a token: 4 D^2 + 3 D F, attention D T / 2 * 2."""
         weights = 4 * self.config.hidden_size + 3 * self.config.intermediate_size
         return length * (1 + ATTENTION_COST * length / weights)
 
 
 def make_batches(plan: Plan, items: Sequence[Item], shapes: Shapes) -> Iterator[Batch]:
-    """The rows of `plan`, those with most places first; rows of padding fill the last batch."""
+    """The rows of `plan`, those with most scored tokens first; padding rows fill the last batch."""
     items_of: list[list[int]] = [[] for _ in plan.rows]
     for number, place in enumerate(plan.places):
         items_of[place.row].append(number)
@@ -122,7 +110,7 @@ def make_batches(plan: Plan, items: Sequence[Item], shapes: Shapes) -> Iterator[
     for first in range(0, len(order), count):
         chosen = order[first : first + count]
         most = needed[chosen[0]]
-        # A fresh shape must be worth its compilation.
+        # Only a much smaller shape is worth a compilation.
         if not places or most <= places // 4:
             places = shapes.places_of(most)
         batch = Batch(empty_rows(count, plan.length, places), [])
@@ -132,7 +120,7 @@ def make_batches(plan: Plan, items: Sequence[Item], shapes: Shapes) -> Iterator[
 
 
 def _fill(batch: Batch, row: int, plan: Plan, number: int, items: Sequence[Item], in_row: Sequence[int]) -> None:
-    """Row `number` of the plan as row `row` of the batch."""
+    """Writes row `number` of the plan into row `row` of the batch."""
     rows, column, place = batch.rows, 0, 0
     for segment, document in enumerate(plan.rows[number], 1):
         for branch, ids in enumerate([document.trunk, *document.branches]):

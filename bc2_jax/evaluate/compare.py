@@ -1,4 +1,4 @@
-"""Two models on the same items: whether one is better by more than the choice of the items explains."""
+"""Compares two models on the same items: paired bootstrap and sign test."""
 
 from __future__ import annotations
 
@@ -20,31 +20,26 @@ _RESAMPLES = 10_000
 
 
 class Difference(NamedTuple):
-    """How much better B is than A on the items that both answered, in points of a hundred."""
+    """B against A on the items that both answered, in percent."""
 
     task: str
-    way: str
-    """Way of scoring."""
+    way: str  # way of scoring
     items: int
     a: float
     b: float
     difference: float
-    low: float
-    """The ends of its 95 % interval: percentiles of the bootstrap over items, whose answers stay paired."""
+    low: float  # ends of the 95 % interval: percentiles of a paired bootstrap over items
     high: float
-    share: float
-    """Of the resamples in which B is better; those in which both are equal count as half."""
-    better: int
-    """Items that B has right and A has not."""
+    share: float  # share of resamples in which B is better; ties count half
+    better: int  # items that only B has right
     worse: int
-    p: float
-    """Two-sided exact sign test of `better` against `worse`."""
+    p: float  # two-sided exact sign test of `better` against `worse`
 
 
 def bootstrap(a: Sequence[float], b: Sequence[float], seed: int = 0, resamples: int = _RESAMPLES) -> np.ndarray:
-    """Means of b - a over items drawn with replacement, fp64 [resamples]; each item keeps its pair.
+    """Means of b - a over items drawn with replacement, fp64 [resamples].
 
-    How often each value of the difference is drawn is multinomial, so no list of items is made.
+    The counts of each distinct difference are drawn from a multinomial, so items need not be listed.
     """
     values, counts = np.unique(np.asarray(b, np.float64) - np.asarray(a, np.float64), return_counts=True)
     drawn = np.random.default_rng(seed).multinomial(counts.sum(), counts / counts.sum(), size=resamples)
@@ -52,7 +47,7 @@ def bootstrap(a: Sequence[float], b: Sequence[float], seed: int = 0, resamples: 
 
 
 def compare_scores(task: str, way: str, a: Sequence[float], b: Sequence[float], seed: int = 0) -> Difference:
-    """The scores in 0..1 of two models, item by item."""
+    """Compares the scores in 0..1 of two models, item by item."""
     means = bootstrap(a, b, seed)
     low, high = np.quantile(means, (0.025, 0.975))
     better, worse = sum(y > x for x, y in zip(a, b, strict=True)), sum(y < x for x, y in zip(a, b, strict=True))
@@ -65,11 +60,11 @@ def compare_scores(task: str, way: str, a: Sequence[float], b: Sequence[float], 
 
 
 def compare(a: Path, b: Path, letter: str | None = None, seed: int = 0) -> tuple[list[Difference], dict[str, str]]:
-    """(every benchmark that both folders of results have, by its leading way of scoring, or by `letter` where it has
-    letters; those that cannot be compared -> why).
+    """(differences of all common benchmarks by their leading way of scoring, or by `letter`; benchmark -> why it is
+    left out).
 
-    Raises ValueError if they have none in common, if none can be compared, and for a benchmark whose items were asked
-    with other prompts, other shots or other choices: such answers are not pairs.
+    Raises ValueError if there is no common benchmark, none can be compared, or one was asked with other prompts, shots
+    or choices.
     """
     first, second = read_results(a), read_results(b)
     both = [name for name in first if name in second]
@@ -94,7 +89,7 @@ def compare(a: Path, b: Path, letter: str | None = None, seed: int = 0) -> tuple
 
 
 def _pair(a: Path, b: Path, task: str) -> list[tuple[Record, Record]]:
-    """Records of the items that both have and that are judged, in the order of `a`."""
+    """Records of the items that both have judged, in the order of `a`."""
     of_a, of_b = ({r["id"]: r for r in read_records(folder / task / NAME)} for folder in (a, b))
     pairs = [(record, of_b[item]) for item, record in of_a.items() if item in of_b]
     require(bool(pairs), "--compare", f"{a} {b}", f"they have no item of {task} in common")
@@ -111,7 +106,7 @@ def _pair(a: Path, b: Path, task: str) -> list[tuple[Record, Record]]:
 def print_differences(
     console: Console, differences: Sequence[Difference], left_out: Mapping[str, str], a: str, b: str
 ) -> None:  # fmt: skip
-    """A table, and what is not in it."""
+    """The table and the benchmarks left out of it."""
     headers = (
         "benchmark", "way", "items", "A", "B", "B - A", "95 % interval", "B better in", "right only in A, B", "p",
     )  # fmt: skip
@@ -125,10 +120,9 @@ def print_differences(
     for name, why in left_out.items():
         console.print(f"{name} is left out: {why}")
     console.print(
-        "A, B: percent of the items that are right, whatever mean leads in the table of a benchmark. Interval, and the "
-        "share of resamples in which B is better: paired bootstrap over items; p: sign test on the items that only one "
-        "has right. Both take the items for a sample of more such items; neither knows of other runs of the same "
-        "training."
+        "A, B: percent of items that are right. Interval and share of resamples in which B is better: paired bootstrap "
+        "over items; p: sign test on the items that only one has right. Both treat the items as a sample; neither "
+        "covers the variation between training runs."
     )
 
 

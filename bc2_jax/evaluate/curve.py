@@ -1,4 +1,4 @@
-"""The figures of a run's checkpoints as a curve (figure 7 of the paper): which checkpoints, table, picture."""
+"""The results of a run's checkpoints as a curve (figure 7 of the paper): choice of checkpoints, table, plot."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from rich.console import Console
 from bc2_jax.evaluate.asking import Questions
 from bc2_jax.evaluate.evaluation import read_results
 from bc2_jax.evaluate.identity import Model, read_identity, require_same_asking
-from bc2_jax.evaluate.report import show_metric
-from bc2_jax.evaluate.runner import Results
+from bc2_jax.evaluate.results import Results, show_metric
 from bc2_jax.files import replaced
 from bc2_jax.terminal import make_table
 from bc2_jax.train.milestones import Milestone, list_milestones
@@ -27,21 +26,20 @@ class Point(NamedTuple):
     """The results of one checkpoint."""
 
     step: int
-    tokens: int
-    """Trained on; 0 of a run that is not counted in tokens."""
+    tokens: int  # trained on; 0 if the run does not count tokens
     tasks: dict[str, Results]
 
 
 def choose_checkpoints(run: Path, which: str) -> list[Milestone]:
-    """The checkpoints of a run that `which` means, oldest first: "all", "permanent", or steps such as "1000,2000".
+    """The checkpoints of a run, oldest first; `which` is "all" (complete ones), "permanent", or steps ("1000,2000").
 
-    Raises ValueError for anything else, for a step without a checkpoint and for a damaged one, and FileNotFoundError
-    for a folder without checkpoints. Incomplete ones are left out of "all".
+    Raises ValueError for another `which`, a step without a checkpoint and a damaged one, FileNotFoundError for a folder
+    without checkpoints.
     """
     milestones = list_milestones(run)
     if which in ("all", "permanent"):
         chosen = [m for m in milestones if m.problem is None and (which == "all" or m.permanent)]
-        legal = "the run has none of these: checkpoint.keep_every_tokens keeps some for ever"
+        legal = "the run has none: checkpoint.keep_every_tokens keeps some permanently"
         require(bool(chosen), "--checkpoints", which, legal if which == "permanent" else "none of them is whole")
         return chosen
     legal = "it must be all, permanent, or steps such as 1000,2000"
@@ -57,7 +55,7 @@ def choose_checkpoints(run: Path, which: str) -> list[Milestone]:
 
 
 def read_points(out: Path) -> list[Point]:
-    """The checkpoints of which OUT has results, oldest first, also those of earlier calls."""
+    """All checkpoints with results in OUT, oldest first."""
     points = []
     for folder in out.glob(FOLDER.format("*")):
         about = read_identity(folder)
@@ -67,8 +65,7 @@ def read_points(out: Path) -> list[Point]:
 
 
 def check_points(out: Path, first: Model, asked: Sequence[Questions]) -> None:
-    """Raises ValueError if OUT has checkpoints of another run than that of `first`, or that were asked otherwise: they
-    would be points of the same curve."""
+    """Raises ValueError if OUT has checkpoints of another run than `first`'s, or with other settings or prompts."""
     about = first.describe()
     for folder in sorted(out.glob(FOLDER.format("*"))):
         if (before := read_identity(folder)) is None:
@@ -83,12 +80,12 @@ def check_points(out: Path, first: Model, asked: Sequence[Questions]) -> None:
 
 
 def names_of(points: Sequence[Point]) -> list[str]:
-    """The benchmarks that some of the points have a figure of."""
+    """The benchmarks with a figure at any point."""
     return list(dict.fromkeys(name for point in points for name, one in point.tasks.items() if one["headline"]))
 
 
 def print_curve(console: Console, points: Sequence[Point]) -> None:
-    """A line a checkpoint."""
+    """One line per checkpoint."""
     names = names_of(points)
     table = make_table("step", "tokens", *names, title="Checkpoints, ± one standard error", numbers_from=0)
     for point in points:
@@ -100,7 +97,7 @@ def print_curve(console: Console, points: Sequence[Point]) -> None:
 
 
 def find_breaks(points: Sequence[Point]) -> list[str]:
-    """A sentence for each benchmark whose points are of different items or metrics: they are not one curve."""
+    """A sentence for each benchmark whose points have different items or metrics, and so are not one curve."""
     lines = []
     for name in names_of(points):
         kinds: dict[str, list[str]] = {}
@@ -115,7 +112,7 @@ def find_breaks(points: Sequence[Point]) -> list[str]:
 
 
 def as_json(points: Sequence[Point]) -> list[dict[str, Any]]:
-    """Step, tokens, and of each benchmark its leading metric."""
+    """Step, tokens, and each benchmark's leading metric."""
     return [
         {"step": p.step, "tokens": p.tokens}
         | {name: {"metric": one["headline"], **(_metric(p, name) or {})} for name, one in p.tasks.items()}
@@ -124,8 +121,7 @@ def as_json(points: Sequence[Point]) -> list[dict[str, Any]]:
 
 
 def plot_curve(path: Path, points: Sequence[Point]) -> None:
-    """A picture: each benchmark by tokens, or by steps where tokens are not counted; bars are one standard error, which
-    is that of choosing the items."""
+    """Plots each benchmark by tokens, or by steps if tokens are not counted; bars are one standard error."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""The devices of a program that evaluates: options of its command line, and the mesh that they give."""
+"""Command-line options for devices and distributed start-up, and the mesh they define."""
 
 from __future__ import annotations
 
@@ -15,17 +15,15 @@ _SECTIONS = {"mesh": MeshConfig, "distributed": DistributedConfig}
 
 
 class Devices(NamedTuple):
-    """Which devices compute, as in train.py."""
+    """As in train.py's config."""
 
     mesh: MeshConfig
     distributed: DistributedConfig
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
-    """--mesh.* and --distributed.*, every field of their configs."""
-    add = parser.add_argument_group(
-        "devices", "all devices, cut as these fields of train.py's configuration say"
-    ).add_argument
+    """Adds --mesh.* and --distributed.*, one option per field of the configs."""
+    add = parser.add_argument_group("devices", "the mesh of all devices, as in train.py's config").add_argument
     for section, config in _SECTIONS.items():
         hints = get_type_hints(config)
         for field in dataclasses.fields(config):
@@ -36,8 +34,7 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
 
 
 def devices_of(args: argparse.Namespace) -> Devices:
-    """What the options of `add_device_options` say. Raises ValueError, naming the field, for a value that is
-    not valid."""
+    """The options of `add_device_options`. Raises ValueError, naming the field, for an invalid value."""
     given = {
         section: {
             field.name: value
@@ -50,9 +47,11 @@ def devices_of(args: argparse.Namespace) -> Devices:
 
 
 def start_devices(devices: Devices) -> None:
-    """Joins the other processes, if there are any. To be called before any JAX computation, which opening a checkpoint
-    is too. Compiled programs are kept where train.py keeps them."""
-    # Imported here so that --help and a typo answer at once.
+    """Joins the other processes, if any, and enables train.py's compilation cache.
+
+    Call it before any JAX computation, including opening a checkpoint.
+    """
+    # Imported here to keep --help fast.
     from bc2_jax.train import distributed
     from bc2_jax.train.start import use_compilation_cache
 
@@ -61,8 +60,7 @@ def start_devices(devices: Devices) -> None:
 
 
 def make_device_mesh(devices: Devices, model: ModelConfig) -> Mesh | None:
-    """The mesh of all devices; None for a single one. Raises ValueError for a mesh that the devices do not make or that
-    does not divide the model."""
+    """The mesh of all devices; None for a single one. Raises ValueError if it does not fit the devices or the model."""
     import jax
 
     from bc2_jax.sharding import make_mesh

@@ -1,4 +1,4 @@
-"""Texts -> token ids to score: where a context ends and its continuation begins, windows of a long text."""
+"""Texts -> token ids to score: (context, continuation) pairs, and windows of long texts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bc2_jax.tokenizer import Tokenizer
 
 
 class Request(NamedTuple):
-    """Token ids to score after others, at least one of each."""
+    """Score `continuation` after `context`: token ids, at least one of each."""
 
     context: Sequence[int]
     continuation: Sequence[int]
@@ -20,19 +20,17 @@ class Encoded(NamedTuple):
 
     context: list[int]
     continuation: list[int]
-    fallback: bool
-    """Whether a token of both together reaches across the border between them."""
+    fallback: bool  # whether a token spans the border between both
 
 
 def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], prefix_id: int) -> list[Encoded]:
-    """Each (context, continuation) as ids, cut as lm-eval cuts them.
+    """Encodes (context, continuation) pairs and splits them as lm-eval does.
 
-    White space at the end of a context belongs to the continuation, as tokens begin with a space. Both are encoded
-    together, and the continuation is what follows after as many ids as the context has alone. Where a token reaches
-    across the border (`Encoded.fallback`), the ids that follow may not spell the whole continuation; they are taken all
-    the same, so that figures can be compared with lm-eval's. Where no id follows, which is an error in lm-eval, the
-    continuation is encoded alone. A context without a token is `prefix_id`. Raises ValueError for something other than
-    two texts, and for an empty continuation.
+    White space at the end of a context moves to the continuation. Both are encoded together; the continuation is what
+    follows as many ids as the context has alone. If a token spans the border (`Encoded.fallback`), these ids may not
+    spell the whole continuation, but they agree with lm-eval's. If no id follows (an error in lm-eval), the
+    continuation is encoded alone. An empty context becomes `prefix_id`. Raises ValueError for other than two texts and
+    for an empty continuation.
     """
     moved = [_move_space(number, pair) for number, pair in enumerate(pairs)]
     contexts = list(dict.fromkeys(context for context, _ in moved))
@@ -42,9 +40,9 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], prefix_
     for (context, continuation), whole in zip(moved, wholes, strict=True):
         before = ids_of[context]
         after = whole[len(before) :]
-        reaches_across = not after or whole[: len(before)] != before
+        spans_border = not after or whole[: len(before)] != before
         after = after or tokenizer.encode(continuation)
-        encoded.append(Encoded(list(before) or [prefix_id], after, reaches_across))
+        encoded.append(Encoded(list(before) or [prefix_id], after, spans_border))
     return encoded
 
 
@@ -59,11 +57,10 @@ def _move_space(number: int, pair: tuple[str, str]) -> tuple[str, str]:
 
 
 def cut_windows(ids: Sequence[int], prefix_id: int, length: int, stride: int) -> Iterator[Request]:
-    """A text in windows of which each feeds at most `length` tokens, so that every token is scored once.
+    """Windows that each feed at most `length` tokens and together score every token once.
 
-    The first window scores the first `length` tokens, beginning with `prefix_id`; each further one scores the next
-    `stride`, at most `length`, and has as context what precedes them, as much as fits: with a stride of `length` one
-    token, and in the last window more. So does lm-eval for a stride of `length`.
+    The first window scores the first `length` tokens after `prefix_id`. Each further one scores the next `stride`
+    (<= length) tokens after as much context as fits: one token if stride = length (as in lm-eval), more in the last.
     """
     scored = min(length, len(ids))
     if scored:

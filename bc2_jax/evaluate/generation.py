@@ -1,4 +1,4 @@
-"""Texts that continue prompts, up to the first of several stop texts: many prompts over few rows."""
+"""Continues many prompts up to stop texts, over few rows."""
 
 from __future__ import annotations
 
@@ -13,44 +13,36 @@ from bc2_jax.infer.settings import Settings, is_whole
 from bc2_jax.sharding import parts, use_mesh_of
 from bc2_jax.tokenizer import Tokenizer
 
-CACHE_BYTES = 2 * 2**30
-"""Of the KV cache on a device, at most, while there is more than one row."""
+CACHE_BYTES = 2 * 2**30  # largest KV cache per device, unless one row needs more
 FEWEST_ROWS, MOST_ROWS = 4, 32
-"""Of each device that has rows of its own, if the cache has room for them."""
+"""Per batch shard, if the cache has room for them."""
 GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-"""How the benchmarks are generated: no sampling, and the model's own logits."""
+"""Settings of benchmarks: greedy, from raw logits."""
 
 
 class Prompt(NamedTuple):
-    text: str | Sequence[int]
-    """Or the token ids of one, where text can't say them: the roles of a conversation."""
-    stops: Sequence[str]
-    """The text ends before the first of them; none of them may be empty."""
+    text: str | Sequence[int]  # or token ids, for special tokens such as the roles of a conversation
+    stops: Sequence[str]  # the answer ends before the first of them; none may be empty
     max_new_tokens: int
 
 
 class Generated(NamedTuple):
-    """What the model wrote after a prompt."""
+    """A generated answer."""
 
-    text: str
-    """Without the stop text."""
-    reason: str
-    """Why it ended: "eos", "length" or "stopped"."""
-    tokens: int
-    """Of the text, with those of the stop text or the eos that ended it."""
-    cut: int
-    """Tokens of the prompt that were left out at its beginning."""
+    text: str  # without the stop text
+    reason: str  # "eos", "length" or "stopped"
+    tokens: int  # with those of the stop text or eos
+    cut: int  # prompt tokens dropped at its beginning
 
 
 def generate_texts(
     prepared: Prepared, tokenizer: Tokenizer, prompts: Sequence[Prompt], *, max_length: int,
     progress: Callable[[int, int], object] | None = None, **settings: Any,
 ) -> list[Generated]:  # fmt: skip
-    """A text for each prompt, whose last max_length - max_new_tokens tokens are continued.
+    """Continues the last max_length - max_new_tokens tokens of each prompt.
 
-    `settings` are fields of `infer.sampling.Settings`, by default GREEDY and the model's own eos. `progress` is told
-    how many texts are done, and of how many. Raises ValueError for a prompt that is empty or not valid, and as
-    `continue_many`.
+    `settings` are fields of `infer.settings.Settings`, by default GREEDY and the model's eos. `progress` gets (texts
+    done, all texts). Raises ValueError for an empty or invalid prompt, and as `continue_many`.
     """
     ids = [_checked(number, prompt, tokenizer, max_length) for number, prompt in enumerate(prompts)]
     limits = [prompt.max_new_tokens for prompt in prompts]
@@ -77,7 +69,7 @@ def generate_texts(
 
 
 def _checked(number: int, prompt: Prompt, tokenizer: Tokenizer, max_length: int) -> list[int]:
-    """The prompt's ids."""
+    """The prompt's ids. Raises ValueError if it is invalid."""
     name = f"prompts[{number}]"
     if not isinstance(prompt.text, Sequence) or not prompt.text:
         raise ValueError(f"{name} = {prompt.text!r} is not valid: it must be a text or token ids, and not empty.")
@@ -92,18 +84,17 @@ def _checked(number: int, prompt: Prompt, tokenizer: Tokenizer, max_length: int)
 
 
 def _rows(prepared: Prepared, length: int, prompts: int) -> int:
-    """How many prompts are continued at one time."""
+    """Concurrent prompts; few different numbers, so that few programs are compiled."""
     config, item = prepared.config, 2 if prepared.compute.dtype == "bfloat16" else 4
     with use_mesh_of(prepared.params["norm"]["weight"]):
         row = 2 * item * config.num_hidden_layers * config.hidden_size * cache_slots(length) // parts("attention_heads")
         cut = parts("batch")
-    # Few numbers of rows, so that few programs are compiled.
     needed = max(FEWEST_ROWS, 1 << (-(-prompts // cut) - 1).bit_length())
     return cut * max(min(CACHE_BYTES // row, MOST_ROWS, needed), 1)
 
 
 class _StopFinder:
-    """Finds stop texts in what has been written after each prompt, for `continue_many`."""
+    """Finds stop texts in the answers so far, for `continue_many`."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[Sequence[str]]):
         self._decode, self._stops = tokenizer.decode, stops
@@ -112,10 +103,7 @@ class _StopFinder:
         return {place for place, ids in so_far.items() if self._find(place, self._decode(ids)) is not None}
 
     def cut(self, place: int, ids: Sequence[int]) -> tuple[str, int | None]:
-        """The text of `ids` up to a stop text, and how many tokens there are once one is complete; None without one.
-
-        The fewest tokens that complete one, so that it does not matter how many more were written after them.
-        """
+        """(text up to a stop text, the fewest tokens that complete one; None without one)."""
         text = self._decode(ids)
         if self._find(place, text) is None:
             return text, None
@@ -128,6 +116,6 @@ class _StopFinder:
         return text[: self._find(place, text)], used
 
     def _find(self, place: int, text: str) -> int | None:
-        """Where the first stop text begins."""
+        """Start of the first stop text."""
         found = [start for stop in self._stops[place] if (start := text.find(stop)) >= 0]
         return min(found, default=None)

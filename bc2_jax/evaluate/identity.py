@@ -1,4 +1,4 @@
-"""What a folder of results is of: one model, one tokenizer, one precision, one set of prompts for each benchmark."""
+"""The identity of a folder of results: one model, tokenizer, precision, and set of prompts per benchmark."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from bc2_jax.config import DType
 from bc2_jax.convert.pretrained import find_model, find_tokenizer
 from bc2_jax.evaluate.asking import Questions
 from bc2_jax.evaluate.records import NAME as RECORDS
-from bc2_jax.evaluate.runner import write_json
+from bc2_jax.evaluate.records import write_json
+from bc2_jax.files import file_sha256
 from bc2_jax.model.baichuan import Baichuan2
-from bc2_jax.tokenizer import file_sha256
 from bc2_jax.validation import require
 
 NAME = "evaluation.json"
@@ -26,20 +26,18 @@ _SETTINGS = {
     "tokenizer_sha256": "another tokenizer", "dtype": "another dtype", "max_length": "another max_length"
 }  # fmt: skip
 _NEEDED = {"model", "files", "checksum", "tasks", *_SETTINGS}
-_OF_TASK = {"shots", "prompts_sha256"}
-"""Fields of evaluation.json, and of each of its tasks."""
+_NEEDED_OF_TASK = {"shots", "prompts_sha256"}  # fields of evaluation.json, and of each of its tasks
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model to be evaluated, as it lies on disk."""
+    """A model on disk to evaluate."""
 
     path: Path
     adapter: Path | None = None
     dtype: DType = "bfloat16"
     max_length: int | None = None
-    tokenizer: Path | None = None
-    """By default the one beside it."""
+    tokenizer: Path | None = None  # by default the one beside the model
 
     def __post_init__(self) -> None:
         require(self.max_length is None or self.max_length > 0, "max_length", self.max_length, "it must be positive")
@@ -49,7 +47,7 @@ class Model:
         return self.tokenizer or find_tokenizer(self.path)
 
     def describe(self) -> dict[str, Any]:
-        """JSON values: what it is, and of a checkpoint of a run the step and the tokens trained on."""
+        """Its identity as JSON; for a checkpoint of a run also step and trained tokens."""
         found = find_model(self.path)
         is_step = found.format == "orbax" and found.path.name.isdigit()
         return {
@@ -62,18 +60,18 @@ class Model:
 
 
 def checksum_of(model: Baichuan2) -> str:
-    """That of all parameters of a model, its adapter's too, in hex; the same on every mesh."""
+    """Checksum of all parameters with the adapter's, in hex; the same on every mesh."""
     return f"{checksum(nnx.to_pure_dict(nnx.split(model)[1])):08x}"
 
 
 def read_identity(folder: Path) -> dict[str, Any] | None:
-    """What `claim` wrote; None where nothing was. Raises ValueError for a file that is damaged."""
+    """The content of FOLDER/evaluation.json; None without the file. Raises ValueError if it is damaged."""
     path = folder / NAME
     if not path.is_file():
         return None
     try:
         about = json.loads(path.read_bytes())
-        is_whole = about.keys() >= _NEEDED and all(then.keys() >= _OF_TASK for then in about["tasks"].values())
+        is_whole = about.keys() >= _NEEDED and all(then.keys() >= _NEEDED_OF_TASK for then in about["tasks"].values())
     except (ValueError, AttributeError, RecursionError):
         is_whole = False
     if not is_whole:
@@ -82,11 +80,10 @@ def read_identity(folder: Path) -> dict[str, Any] | None:
 
 
 def claim(folder: Path, about: Mapping[str, Any], asked: Sequence[Questions]) -> bool:
-    """Makes FOLDER the place of a model's results for these benchmarks, beside those that it already has.
+    """Adds benchmarks of the model `about` (`Model.describe`) to FOLDER.
 
-    `about` is `Model.describe`. Returns whether the folder's results, if it has any, are of the same files of a model:
-    if not, `settle` must be given the checksum of the parameters. Raises ValueError, before anything is written, if
-    they are of other settings or of other prompts of one of the benchmarks.
+    Returns whether existing results are of the same model files; if not, call `settle` with the checksum of the
+    parameters. Raises ValueError, before writing, if they are of other settings or other prompts.
     """
     before = read_identity(folder)
     tasks = _prompts_of(asked)
@@ -104,8 +101,7 @@ def claim(folder: Path, about: Mapping[str, Any], asked: Sequence[Questions]) ->
 def require_same_asking(
     folder: Path, before: Mapping[str, Any], about: Mapping[str, Any], asked: Sequence[Questions]
 ) -> None:
-    """Raises ValueError if what `claim` wrote in `folder`, `before`, is of other settings than `about`, or of other
-    prompts of one of the benchmarks."""
+    """Raises ValueError if the identity `before` in `folder` has other settings than `about`, or other prompts."""
     for name, other in _SETTINGS.items():
         if before[name] != about[name]:
             raise ValueError(
@@ -122,7 +118,7 @@ def _prompts_of(asked: Sequence[Questions]) -> dict[str, dict[str, Any]]:
 
 
 def settle(folder: Path, about: Mapping[str, Any], found: str) -> None:
-    """Notes the checksum of the model's parameters. Raises ValueError if the results in `folder` are of others."""
+    """Records the parameters' checksum `found`. Raises ValueError if the results are of other parameters."""
     before = read_identity(folder)
     assert before is not None  # claim wrote it
     is_known = before["checksum"] is not None or before["files"] == about["files"]

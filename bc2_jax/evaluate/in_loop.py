@@ -1,4 +1,4 @@
-"""Benchmarks asked during a run: their figures are metrics of its evaluations."""
+"""Benchmarks during training, as metrics of its evaluations."""
 
 from __future__ import annotations
 
@@ -17,17 +17,14 @@ from bc2_jax.train.job import Job, Progress
 from bc2_jax.train.loop import Start
 from bc2_jax.validation import require
 
-_AT_ONCE = 64
-"""Items between two looks at whether the run is to stop."""
+_AT_ONCE = 64  # items between checks for a stop signal
 
 
 def with_tasks(config: RunConfig, start: Start, job: Job) -> Job:
-    """`job`, whose evaluations ask the benchmarks of `config.evaluate` too: every `every` steps, at permanent
-    checkpoints and at the last step.
+    """Adds the benchmarks of `config.evaluate` to `job`: every `every` steps, at permanent checkpoints and at the end.
 
-    Raises ValueError for a job without a language model, for unknown names, for files that are missing, damaged or not
-    the same on all processes, and for benchmarks that have no figure without more than the model: those that run code,
-    need a judge of the user or have answers that are not published.
+    Raises ValueError for a job without a language model, as `read_questions`, and for benchmarks that need more than
+    the model: code to run, a user's judge or unpublished answers.
     """
     asked = config.evaluate
     build = job.language_model
@@ -63,7 +60,7 @@ def with_tasks(config: RunConfig, start: Start, job: Job) -> Job:
 
 
 def _why_not(questions: Questions) -> str:
-    """Why a run could not report a figure of a benchmark, "" if it can."""
+    """Why a run can't report a figure of a benchmark, "" if it can."""
     task = questions.task
     if task.kind == "code":
         return "is judged by running code, which a run does not do"
@@ -73,10 +70,9 @@ def _why_not(questions: Questions) -> str:
 
 
 def ask_all(questions: Sequence[Questions], scorer: Scorer, progress: Progress) -> dict[str, float] | None:
-    """Metrics of all benchmarks: TASK_accuracy, its standard error and, where there are choices, how likely the right
-    one is (TASK_gold_nats), which tells models apart before accuracy does; TASK_score where the figure is not a share;
-    TASK_shortened, the share of prompts without some of their shots or their beginning, where there are any. None if
-    `progress` stops it."""
+    """TASK_accuracy (TASK_score if it is not a share) and its _stderr of each benchmark; for choices TASK_gold_nats,
+    which differs between models before accuracy does; TASK_shortened, the share of prompts cut or without some shots,
+    if any. None if `progress` stops it."""
     metrics: dict[str, float] = {}
     for one in questions:
         name, records = one.task.name, list[Record]()
@@ -86,7 +82,7 @@ def ask_all(questions: Sequence[Questions], scorer: Scorer, progress: Progress) 
                 return None
         results = summarize(one, records)
         headline = results["metrics"][results["headline"]]
-        # A share in 0..1, as the accuracy of the held-out batches is; BLEU and the like stay as they are.
+        # Shares are in 0..1, as the accuracy of held-out batches; BLEU stays in points.
         kind, unit = ("accuracy", 100) if one.task.unit == "percent" else ("score", 1)
         found = {kind: headline["value"], f"{kind}_stderr": headline["stderr"]}
         metrics |= {f"{name}_{what}": value / unit for what, value in found.items() if value is not None}
@@ -98,7 +94,7 @@ def ask_all(questions: Sequence[Questions], scorer: Scorer, progress: Progress) 
 
 
 def describe(questions: Sequence[Questions], metrics: dict[str, float]) -> str:
-    """The figures as a line of the log."""
+    """The figures as a log line."""
     parts = []
     for name in (one.task.name for one in questions):
         if (share := metrics.get(f"{name}_accuracy")) is not None:

@@ -1,4 +1,4 @@
-"""Judges that the user gives for texts that no reference can judge: the same as of tools/red_team.py."""
+"""The user's judges for texts without a reference, the same as in tools/red_team.py."""
 
 from __future__ import annotations
 
@@ -7,23 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from bc2_jax.align.checkable import language_of
-from bc2_jax.align.red_team import Answer
+from bc2_jax.align.red_team import AttackAnswer
 from bc2_jax.align.red_team_attacks import OTHER, Attack
 from bc2_jax.align.red_team_judges import judge_answers, load_judge, split_judge, threshold_of
 from bc2_jax.evaluate.task import Example
-from bc2_jax.tokenizer import file_sha256
+from bc2_jax.files import file_sha256
 from bc2_jax.validation import require
 
 
 def load_harm_judge(
     what: str, threshold: float | None = None
 ) -> Callable[[Sequence[Example], Sequence[str]], list[bool]]:
-    """A function (examples, texts) -> which of the texts are harmless.
+    """A function (examples, texts) -> which texts are harmless: those with a score of at least `threshold` (0.5).
 
-    `what` is FILE.py:NAME or MODULE:NAME, a function judge(prompts, answers, rows) that gives each answer a harmless
-    score or {"toxicity": x}; command:PROGRAM, which reads JSON lines and prints scores; or reward:PATH. A text is
-    harmless if its score is at least `threshold`, by default 0.5. Raises ValueError if there is no such judge; what it
-    returns raises ValueError if it is not such scores.
+    `what`: FILE.py:NAME or MODULE:NAME, a function judge(prompts, answers, rows) that returns a harmless score or
+    {"toxicity": x} per answer; command:PROGRAM, which reads JSON lines and prints scores; or reward:PATH. Raises
+    ValueError for an unknown judge; the function raises it for other results of the judge.
     """
     gives, place = split_judge(what)
     require(gives == "harmless", "--judge", what, "it must say how harmless answers are, not how helpful")
@@ -32,7 +31,9 @@ def load_harm_judge(
     require(judge.threshold is not None or threshold is not None, "--judge", what, legal)
 
     def decide(examples: Sequence[Example], texts: Sequence[str]) -> list[bool]:
-        scores = judge_answers([judge], [_attack(example) for example in examples], [Answer(t, True, 0) for t in texts])
+        scores = judge_answers(
+            [judge], [_attack(example) for example in examples], [AttackAnswer(t, True, 0) for t in texts]
+        )
         silent = next((number for number, score in enumerate(scores) if "harmless" not in score), None)
         if silent is not None:
             raise ValueError(f"judge {judge.name} gave answer {silent + 1} no harmless score.")
@@ -43,8 +44,7 @@ def load_harm_judge(
 
 
 def name_judge(what: str, threshold: float | None = None) -> str:
-    """What tells a judge from others, as verdicts are kept: the arguments of `load_harm_judge`, and of a file its
-    content, so that one that was changed judges again."""
+    """The name recorded with verdicts: the arguments of `load_harm_judge` and, for a file, a hash of its content."""
     place = split_judge(what)[1]
     file = Path(place.rpartition(":")[0])
     content = f", SHA-256 {file_sha256(file)[:12]}" if file.is_file() else ""

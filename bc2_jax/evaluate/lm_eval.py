@@ -1,7 +1,7 @@
-"""Any task of lm-eval (EleutherAI's lm-evaluation-harness) put to a model of ours; needs the extra `eval`.
+"""Runs tasks of lm-eval (EleutherAI's lm-evaluation-harness) on our models; needs the extra `eval`.
 
-lm-eval makes the requests and the figures, the Scorer answers. Nothing is downloaded unless HF_HUB_OFFLINE=0 and
-HF_DATASETS_OFFLINE=0 are set: a task then reads its data from files that its YAML names.
+lm-eval makes requests and metrics, the Scorer answers. Nothing is downloaded unless HF_HUB_OFFLINE=0 and
+HF_DATASETS_OFFLINE=0 are set: tasks read their data from files named in their YAML.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,42 +21,35 @@ from bc2_jax.align.chat import Message, encode_prompt
 from bc2_jax.align.conversation import answer_ends
 from bc2_jax.convert.chat_template import CHAT_TEMPLATE
 from bc2_jax.evaluate.encoding import Request
-from bc2_jax.evaluate.scorer import Scorer
+from bc2_jax.evaluate.scorer import Progress, Scorer
+from bc2_jax.files import fingerprint
 from bc2_jax.validation import choices, require
 
 for _name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE"):
-    os.environ.setdefault(_name, "1")  # these libraries read it when they are imported
-os.environ.setdefault(
-    "DISABLE_MULTIPROC", "1"
-)  # for its bootstrap lm-eval would fork a process in which JAX has threads
+    os.environ.setdefault(_name, "1")  # read by these libraries at import
+os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval's bootstrap would fork a process with JAX's threads
 try:
     from lm_eval.api.model import TemplateLM
 except ImportError as error:
     raise ValueError(f"Tasks of lm-eval need lm-eval ({error}): pip install 'bc2_jax[eval]'.") from error
 
-Progress = Callable[[int, int], object]
-"""Told how many requests are done, and of how many."""
-_DEFAULT_NEW_TOKENS = 256
-"""As in lm-eval's own models."""
+_DEFAULT_NEW_TOKENS = 256  # as in lm-eval's own models
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-"""Names of the same setting, the one that counts first."""
-_SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-"""With their defaults; greedy requests have none of them."""
+"""Names of the same setting, by priority."""
+_SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}  # settings of sampled requests and their defaults
 _OTHERS = ("until", "do_sample", "repetition_penalty")
-_KEPT_AT_ONCE = 2048
-"""Requests after which a cache is given what is known."""
+_KEPT_AT_ONCE = 2048  # requests between writes to the cache
 
 
 class _Chat(NamedTuple):
-    """A conversation as ids: its text alone could forge a role."""
+    """A conversation as ids: its text could forge a role."""
 
     head: list[int]
-    tail: str
-    """The beginning of the answer, which the model is to continue."""
+    tail: str  # beginning of the answer to continue
 
 
 class LmEvalModel(TemplateLM):
-    """What lm-eval asks, answered by a Scorer; on several processes each of them runs lm-eval on the same files."""
+    """lm-eval's model interface on a Scorer; each of several processes runs lm-eval on the same files."""
 
     backend = "causal"
 
@@ -64,8 +57,6 @@ class LmEvalModel(TemplateLM):
         super().__init__()
         self.scorer, self.progress, self.name = scorer, progress, name
         self._chats: dict[str, _Chat] = {}
-
-    # ------------------------------------------------------------------------------------------------ what the model is
 
     @property
     def max_length(self) -> int:
@@ -84,7 +75,7 @@ class LmEvalModel(TemplateLM):
         return self.scorer.tokenizer.fingerprint
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval puts into the config of its results."""
+        """For the config in lm-eval's results."""
         return {
             "model": self.name,
             "max_length": self.max_length,
@@ -96,10 +87,8 @@ class LmEvalModel(TemplateLM):
         """The ids of a text; Baichuan 2 adds none at either end."""
         return self.scorer.tokenizer.encode(string)
 
-    # ----------------------------------------------------------------------------------------------------------- scores
-
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(nats of the continuation, whether it is what greedy decoding gives) of each (context, continuation)."""
+        """(nats, whether it is greedy) of each (context, continuation)."""
         return self._answer("loglikelihood", [request.args for request in requests], self._score)
 
     def _score(self, pairs: Sequence[tuple[str, str]], progress: Progress | None) -> list[tuple[float, bool]]:
@@ -118,24 +107,21 @@ class LmEvalModel(TemplateLM):
         return Request([*chat.head, *pair.context], pair.continuation)
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **kwargs: Any) -> list[tuple[float, bool]]:
-        """`loglikelihood` of what is ids already: ((context, continuation), context ids, continuation ids)."""
+        """`loglikelihood` of ((context, continuation), context ids, continuation ids)."""
         pairs = [Request(context, continuation) for _, context, continuation in requests]
         return self._score_ids(pairs, None)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Nats of each text, every token of which is predicted once."""
+        """Nats of each text, every token predicted once."""
         return self._answer("loglikelihood_rolling", [request.args for request in requests], self._roll)
 
     def _roll(self, texts: Sequence[tuple[str]], progress: Progress | None) -> list[float]:
         return [rolled.log_prob for rolled in self.scorer.roll([text for (text,) in texts], progress=progress)]
 
-    # ------------------------------------------------------------------------------------------------------- generation
-
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The text that continues each (context, generation_kwargs), up to a stop text, eos or the most tokens.
+        """Continuations of each (context, generation_kwargs) up to a stop text, eos or the token limit.
 
-        A prompt keeps as many of its last tokens as the new ones leave room for. Raises ValueError for a setting that
-        we do not have.
+        Long prompts lose their first tokens. Raises ValueError for an unsupported setting.
         """
         return self._answer("generate_until", [request.args for request in requests], self._generate)
 
@@ -168,19 +154,17 @@ class LmEvalModel(TemplateLM):
         asked = [(prompt, stops, length) for prompt in prompts]
         return [generated.text for generated in self.scorer.generate_texts(asked, None, **settings)]
 
-    # ------------------------------------------------------------------------------------------------------------- chat
-
     def apply_chat_template(self, chat_history: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """The conversation as text; what is asked with that text is asked with the ids of `bc2_jax.align.chat`.
+        """The conversation as text; requests with this text are asked with the ids of `bc2_jax.align.chat`.
 
-        Without `add_generation_prompt` the last message is the beginning of an answer, which is to be continued. Raises
-        ValueError as `encode_prompt`.
+        Without `add_generation_prompt` the last message is the beginning of an answer to continue. Raises ValueError as
+        `encode_prompt`.
         """
         tokenizer = self.scorer.tokenizer
         history = [{"role": message["role"], "content": message["content"]} for message in chat_history]
-        goes_on = not add_generation_prompt and history and history[-1]["role"] == "assistant"
-        tail = history[-1]["content"] if goes_on else ""
-        head = history[:-1] if goes_on else history
+        is_begun = not add_generation_prompt and history and history[-1]["role"] == "assistant"
+        tail = history[-1]["content"] if is_begun else ""
+        head = history[:-1] if is_begun else history
         ids = encode_prompt(tokenizer, head, 0, 1 << 30)
         marks = {"system": "", "user": tokenizer.piece(tokenizer.user_id)}
         answer = tokenizer.piece(tokenizer.assistant_id)
@@ -191,18 +175,18 @@ class LmEvalModel(TemplateLM):
         return text
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The same as Jinja, which lm-eval records."""
+        """The same as Jinja, for lm-eval's records."""
         return CHAT_TEMPLATE if chat_template else None
 
-    # -------------------------------------------------------------------------------------------------- order and cache
-
     def _answer(self, kind: str, requests: list[Any], answer: Callable[[list[Any], Progress | None], list[Any]]) -> Any:
-        """The answers to all requests; a cache of lm-eval gets them piece by piece, so that a stop loses little."""
-        digest = hashlib.sha256(json.dumps([kind, requests], default=str).encode()).hexdigest()
+        """Answers all requests; with a cache in parts, each saved when done."""
+        digest = fingerprint([kind, requests], sort_keys=False)
         require_agreement({f"lm-eval's {kind} requests": digest})
         keeps = self.cache_hook.dbdict is not None
         answers: list[Any] = []
-        for part in _cut(requests, _KEPT_AT_ONCE if keeps else len(requests)):
+        size = _KEPT_AT_ONCE if keeps else max(len(requests), 1)
+        for start in range(0, len(requests), size):
+            part = requests[start : start + size]
             answers += answer(part, self._progress_from(len(answers), len(requests)))
             if keeps:
                 for request, found in zip(part, answers[-len(part) :], strict=True):
@@ -215,15 +199,11 @@ class LmEvalModel(TemplateLM):
         return lambda done, _: progress(first + done, total)
 
 
-def _cut(items: list[Any], size: int) -> Iterator[list[Any]]:
-    return (items[start : start + size] for start in range(0, len(items), max(size, 1)))
-
-
 def read_generation(given: Mapping[str, Any]) -> tuple[list[str], int, dict[str, float]]:
-    """Stop texts, most new tokens and settings of sampling of a request's generation_kwargs.
+    """(stop texts, new tokens, sampling settings) of generation_kwargs.
 
-    do_sample is false unless temperature is above 0; a greedy request obeys no other setting but repetition_penalty.
-    Raises ValueError for settings that we do not have: they would change the answers.
+    do_sample defaults to temperature > 0; greedy requests use only repetition_penalty. Raises ValueError for
+    unsupported settings, which would change the answers.
     """
     unknown = [name for name in given if name not in (*_LENGTHS, *_SAMPLING, *_OTHERS)]
     legal = f"legal are {choices((*_OTHERS, *_SAMPLING, *_LENGTHS))}"
@@ -247,19 +227,18 @@ def run_lm_eval(
     name: str = "bc2_jax", shots: int | None = None, limit: float | None = None, chat: bool = False,
     system: str | None = None, cache: Path | None = None, identity: str = "", progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """What lm-eval's `simple_evaluate` returns for `tasks`, the same on every process: results, samples, configs.
+    """The result of lm-eval's `simple_evaluate`, the same on every process: results, samples, configs.
 
-    `tasks` are names of tasks, groups or tags of the YAML files below `include_path`, or of those that come with
-    lm-eval, which are only looked at if a name is not in `include_path`, as that takes a while. `shots` and `limit` are
-    lm-eval's. `chat` asks in our chat format, after the `system` text. `cache` is a folder in which answers are kept
-    for the next call with the same `identity`, which must say all that an answer depends on beside the request: lm-eval
-    knows answers by their request alone. A `scorer` that is still to be loaded is called once the tasks are known to be
-    there. Raises ValueError for unknown tasks, data that can't be read, and settings that we do not have.
+    `tasks`: tasks, groups or tags of the YAML files in `include_path`, or of lm-eval itself, which is searched only for
+    names not in `include_path` (slow). `shots`, `limit`: lm-eval's. `chat`: ask in our chat format, after `system`.
+    `cache`: folder that keeps answers for calls with the same `identity`, which must name everything an answer depends
+    on besides the request. `scorer` may be a function, called after the tasks are found. Raises ValueError for unknown
+    tasks, unreadable data and unsupported settings.
     """
     require(len(tasks) > 0, "tasks", list(tasks), "at least one is needed")
-    require(cache is None or bool(identity), "identity", identity, "a cache needs to know what the answers are of")
+    require(cache is None or bool(identity), "identity", identity, "a cache needs the identity of the model")
     alone = jax.process_count() == 1
-    require(cache is None or alone, "cache", str(cache), "answers are kept by a single process only")
+    require(cache is None or alone, "cache", str(cache), "only a single process can keep answers")
     from lm_eval import simple_evaluate
 
     manager = _find_tasks(tasks, include_path)
@@ -278,7 +257,7 @@ def run_lm_eval(
 
 
 def _find_tasks(tasks: Sequence[str], include_path: str | Path | Sequence[str | Path] | None) -> Any:
-    """lm-eval's TaskManager, which has all of `tasks`."""
+    """A TaskManager of lm-eval with all of `tasks`."""
     from lm_eval.tasks import TaskManager
 
     given = [include_path] if isinstance(include_path, str | Path) else list(include_path or ())
@@ -298,7 +277,7 @@ def _find_tasks(tasks: Sequence[str], include_path: str | Path | Sequence[str | 
 
 
 def tabulate(results: Mapping[str, Any]) -> str:
-    """lm-eval's own tables of its results, of the tasks and of the groups."""
+    """lm-eval's tables of tasks and groups."""
     from lm_eval.utils import make_table
 
     tables = [make_table(results)] + ([make_table(results, "groups")] if results.get("groups") else [])
@@ -306,7 +285,7 @@ def tabulate(results: Mapping[str, Any]) -> str:
 
 
 def write_results(results: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Writes results.json and the samples of each task, samples_TASK.jsonl, as lm-eval does; returns their paths."""
+    """Writes results.json and samples_TASK.jsonl of each task, as lm-eval does; returns their paths."""
     from lm_eval.utils import handle_non_serializable
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,7 @@
-"""Answers to mathematical questions: where they stand in a solution, and when two of them say the same.
+"""Extracts and compares answers to mathematical questions.
 
-The comparison is of strings after rules (RULES, called NORMALIZER in reports), as in the Minerva and OpenCompass
-scripts, not of expressions by a computer algebra system: 2x + 1 and 1 + 2x differ. Rules of other scripts differ by
-several points on MATH, so a figure needs the name of its rules.
+Answers are compared as strings after normalization by RULES (named NORMALIZER), as in the Minerva and OpenCompass
+scripts, without algebra: 2x + 1 and 1 + 2x differ. Other scripts' rules differ by several points on MATH.
 """
 
 from __future__ import annotations
@@ -11,8 +10,7 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
-NORMALIZER = "bc2-math-1"
-"""Name of RULES; it changes with them."""
+NORMALIZER = "bc2-math-1"  # name of RULES; it changes with them
 _BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*\{|\s+(?P<bare>[^\s${}\\]+))")
 _FINAL = re.compile(r"(?:final )?answer is:?\s*(.*?)(?:\.?\s*I hope it is correct|\.\s|\.?\s*$|\n)", re.I)
 _INTEGER = r"[-+]?\d+"
@@ -27,8 +25,7 @@ _UNITS = (
 
 
 def find_answer(solution: str) -> str:
-    r"""What a solution gives as its answer: the content of the last complete \boxed{}; without one, what follows the
-    last "answer is" up to the end of the sentence; "" if it has neither."""
+    r"""The content of the last complete \boxed{}, else the text after the last "answer is" in its sentence, else ""."""
     box = last_box(solution)
     if box is not None:
         return box
@@ -48,7 +45,7 @@ def last_box(text: str) -> str | None:
 
 
 def _closing_brace(text: str, start: int) -> int | None:
-    """The place of the brace that closes one before `start`."""
+    """Index of the brace that closes the one before `start`."""
     depth, place = 1, start
     while place < len(text):
         if text[place] == "\\":
@@ -62,13 +59,13 @@ def _closing_brace(text: str, start: int) -> int | None:
 
 
 def same_answer(one: str, other: str) -> bool:
-    """Whether two answers are the same after RULES; an empty one is like none."""
+    """Whether two answers are equal and not empty after RULES."""
     normal = normalize(one)
     return bool(normal) and normal == normalize(other)
 
 
 def normalize(answer: str) -> str:
-    """`answer` after each of RULES."""
+    """Applies RULES in their order."""
     for rule in RULES.values():
         answer = rule(answer)
     return answer
@@ -86,7 +83,7 @@ def _replace(*pairs: tuple[str, str | Callable[[re.Match[str]], str]]) -> Callab
 
 
 def _unwrap(answer: str) -> str:
-    """5, $5$, \\(5\\), \\[5\\], \\boxed{5} -> 5, and without the full stop of the sentence."""
+    """$5$, \\(5\\), \\[5\\], \\boxed{5} -> 5, also without a final full stop."""
     before = None
     while answer != before:
         before = answer
@@ -108,7 +105,7 @@ def _unwrap(answer: str) -> str:
 
 
 def _drop_texts(answer: str) -> str:
-    r"""\text{cm}^2 after a value is its unit and goes; text that is all there is, or that comes first, stays."""
+    r"""Drops \text{cm}^2 after a value (its unit); keeps text that is the whole answer or comes first."""
     pattern = re.compile(r"\\(?:text|textbf|textit|textrm|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}(\^\{?\d\}?)?")
 
     def replace(match: re.Match[str]) -> str:
@@ -122,7 +119,7 @@ def _drop_texts(answer: str) -> str:
 
 
 def _drop_units(answer: str) -> str:
-    """5 cm^2, 12 square units -> 5, 12: words of a list that follow a number."""
+    """5 cm^2, 12 square units -> 5, 12: known unit words after a number."""
     pattern = re.compile(rf"(?<=[\d}}])((?:\s|\\[ ,;])*\b(?:{_UNITS})\b\.?(?:\^\{{?\d\}}?)?)+\s*$", re.I)
     return pattern.sub("", answer)
 
@@ -141,7 +138,7 @@ def _complete_arguments(answer: str) -> str:
 
 
 def _join_thousands(answer: str) -> str:
-    """1,000 and 1{,}000 -> 1000; only where groups of three digits are all there is: (1,234) is a point."""
+    """1,000 and 1{,}000 -> 1000, if that is the whole answer: (1,234) is a point."""
     answer = answer.replace("{,}", ",")
     return answer.replace(",", "") if re.fullmatch(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?", answer) else answer
 
@@ -165,9 +162,9 @@ def _evaluate(answer: str) -> str:
 RULES: dict[str, Callable[[str], str]] = {
     # The sentence, $ and the box around the answer.
     "unwrap": _unwrap,
-    # Spaces of LaTeX, which print nothing; \\ separates the rows of a matrix and stays.
+    # LaTeX spaces; \\ separates rows of a matrix and stays.
     "spacing": _replace((r"(?<!\\)\\[,;:! ]", " "), (r"\\q?quad\b|~", " ")),
-    # Sizes of brackets, and names that print the same.
+    # Bracket sizes and synonyms.
     "spelling": _replace(
         (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])\.?", ""),
         (r"\\[dtc]frac", r"\\frac"),
@@ -177,10 +174,10 @@ RULES: dict[str, Callable[[str], str]] = {
     ),
     # Degrees, percent, money.
     "signs": _replace((r"\^\{?\s*(?:\\circ|\\degree)\s*\}?|\\degree\b|°", ""), (r"\\?%", ""), (r"\\?\$", "")),
-    # Units, and what is set as text.
+    # Units and \text{}.
     "text": _drop_texts,
     "units": _drop_units,
-    # x = 5, f(x) = 5, x \in [0, 1] -> what is right of it.
+    # x = 5, f(x) = 5, x \in [0, 1] -> the right-hand side.
     "left side": _replace((r"^\s*[A-Za-z](?:_\{?\w\}?)?(?:\([A-Za-z]\))?\s*(?:=|\\in\b)(?!.*=)\s*", "")),
     "arguments": _complete_arguments,
     # x_{2}, x^{2} -> x_2, x^2
@@ -191,4 +188,4 @@ RULES: dict[str, Callable[[str], str]] = {
     "thousands": _join_thousands,
     "value": _evaluate,
 }
-"""Name -> rule, in the order in which they are applied."""
+"""Name -> rule, in order of application."""

@@ -1,40 +1,26 @@
-"""How well a model predicts texts: nats a token and bits a byte, by file and by language.
+"""How well a model predicts texts: nats per token and bits per byte, by file and by language.
 
-Every token of a text is predicted exactly once, the first one after the prefix token; texts longer than the model's
-context in windows (`Scorer.roll`). A figure is a sum over texts divided by a sum over texts, so long texts count more,
-and its standard error is that of drawing the texts, which are taken to be independent; tokens of one text are not.
+Every token is predicted once, the first one after the prefix token; long texts are scored in windows (`Scorer.roll`). A
+figure is a sum over texts divided by a sum over texts, so long texts count more. Its standard error is over texts,
+which are assumed to be independent.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bc2_jax.data.documents import Document, Fields, InvalidDocument, Span, read_span, why_invalid
+from bc2_jax.data.documents import Fields, why_no_text
 from bc2_jax.data.records import Invalid, read_records
 from bc2_jax.data.text_files import TextFile
+from bc2_jax.evaluate.records import finite
 
-UNKNOWN = "unknown"
-"""The language of texts of which nothing says it."""
+if TYPE_CHECKING:
+    from bc2_jax.evaluate.scorer import Scorer
+
+UNKNOWN = "unknown"  # language of texts without one
 _BATCH_CHARACTERS = 1 << 20
-
-
-class Rolled(Protocol):
-    """What is needed of a text's score."""
-
-    @property
-    def log_prob(self) -> float: ...
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def bytes(self) -> int: ...
-
-
-class Roller(Protocol):
-    """What is needed of a `Scorer`."""
-
-    def roll(self, texts: Sequence[str], stride: int | None = None) -> Sequence[Rolled]: ...
 
 
 class Text(NamedTuple):
@@ -42,27 +28,22 @@ class Text(NamedTuple):
 
     text: str
     file: str
-    language: str
-    """"" if nothing says it."""
+    language: str  # "" if unknown
 
 
 class Measured(NamedTuple):
-    """A text after it was measured."""
+    """The score of a text."""
 
     file: str
     language: str
-    log_prob: float
-    """Nats, of all tokens."""
+    log_prob: float  # nats, of all tokens
     tokens: int
-    bytes: int
-    """UTF-8, of the text as it was given."""
+    bytes: int  # UTF-8
 
 
 class Ratio(NamedTuple):
-    value: float
-    """nan of nothing."""
-    stderr: float
-    """Standard error over texts; nan for fewer than two."""
+    value: float  # nan for no texts
+    stderr: float  # standard error over texts; nan for fewer than two
 
 
 class Group(NamedTuple):
@@ -78,66 +59,56 @@ class Group(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        """Of a token; inf where no float holds it."""
+        """Per token; inf on overflow."""
         value = self.nats_per_token.value
         return math.exp(value) if not value > 700 else math.inf
 
     def as_json(self) -> dict[str, Any]:
-        """Without nan and inf, which JSON does not have."""
-        ratios = {name: ratio for name in ("nats_per_token", "bits_per_byte") for ratio in (getattr(self, name),)}
-        figures = {
-            "log_prob": self.log_prob,
-            **{name: ratio.value for name, ratio in ratios.items()},
-            **{f"{name}_stderr": ratio.stderr for name, ratio in ratios.items()},
+        """null for nan and inf."""
+        figures: dict[str, Any] = {
+            **self._asdict(),
+            "nats_per_token": self.nats_per_token.value,
+            "bits_per_byte": self.bits_per_byte.value,
+            "nats_per_token_stderr": self.nats_per_token.stderr,
+            "bits_per_byte_stderr": self.bits_per_byte.stderr,
             "perplexity": self.perplexity,
         }
-        finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
-        return {"name": self.name, "texts": self.texts, "tokens": self.tokens, "bytes": self.bytes, **finite}
+        return dict(finite(figures))
 
 
 def read_texts(file: TextFile, fields: Fields, language: str = "") -> Iterator[Text | str]:
-    """The texts of a .jsonl, .json, .parquet or .txt file, compressed or not; a sentence in the place of one that
-    can't be read.
+    """The texts of a .jsonl, .json, .parquet or .txt file, compressed or not; a sentence for each unreadable one.
 
-    Their language is what their record says, else `language`. Raises ValueError, naming the extra, for a format whose
-    package is missing.
+    Their language is the record's, else `language`. Raises ValueError, naming the extra, if a format's package is
+    missing.
     """
-    if file.kind == "text":
-        for found in read_span(Span(file.path, 0, file.size, 1, file.size), fields):
-            yield found.reason if isinstance(found, InvalidDocument) else _text(found, file.name, language)
-        return
+    field = "text" if file.kind == "text" else fields.text
     for record in read_records(file.path, file.name):
         if isinstance(record, Invalid):
             yield str(record)
-        elif not isinstance(record.value, dict) or fields.text not in record.value:
-            yield f"{record.where}: it is not an object with a field {fields.text!r}"
-        elif reason := why_invalid(text := record.value[fields.text]):
-            yield f"{record.where}: in field {fields.text!r}, {reason}"
+        elif reason := why_no_text(record.value, field):
+            yield f"{record.where}: {reason}"
         else:
             said = record.value.get("language")
-            yield Text(text, file.name, said if isinstance(said, str) and said else language)
-
-
-def _text(document: Document, file: str, language: str) -> Text:
-    return Text(document.text, file, language)
+            yield Text(record.value[field], file.name, said if isinstance(said, str) and said else language)
 
 
 def measure(
-    scorer: Roller, texts: Iterable[Text], *, stride: int | None = None,
+    scorer: Scorer, texts: Iterable[Text], *, stride: int | None = None,
     identify: Callable[[list[str], list[str]], list[str]] | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> list[Measured]:  # fmt: skip
-    """Each of `texts` measured, in their order; so many are held at a time as fill some batches.
+    """Scores `texts` in their order, about a million characters at a time.
 
-    `stride` is the number of tokens by which windows move on, by default as many as they hold (`Scorer.roll`).
-    `identify` gives the language of each text, by the text and by what is said about it, "" if nothing; by default it
-    is what is said, else UNKNOWN. `progress` is told how many texts and bytes are done.
+    `stride`: tokens by which windows advance, by default their length (`Scorer.roll`). `identify(texts, languages)`
+    returns the language of each text; by default it is the given one. `progress` gets the texts and bytes done.
     """
-    identify = identify or say_language
     done: list[Measured] = []
     for batch in _batches(texts):
-        languages = identify([text.text for text in batch], [text.language for text in batch])
-        scores = scorer.roll([text.text for text in batch], stride)
+        contents, languages = [text.text for text in batch], [text.language for text in batch]
+        if identify is not None:
+            languages = identify(contents, languages)
+        scores = scorer.roll(contents, stride)
         done += [
             Measured(text.file, language or UNKNOWN, score.log_prob, score.tokens, score.bytes)
             for text, language, score in zip(batch, languages, scores, strict=True)
@@ -145,11 +116,6 @@ def measure(
         if progress is not None:
             progress(len(done), sum(one.bytes for one in done))
     return done
-
-
-def say_language(texts: Sequence[str], said: Sequence[str]) -> list[str]:
-    """The language of each text as its record says it."""
-    return [language or UNKNOWN for language in said]
 
 
 def _batches(texts: Iterable[Text]) -> Iterator[list[Text]]:
@@ -176,7 +142,7 @@ def make_group(name: str, measured: Sequence[Measured]) -> Group:
 
 
 def group_by(measured: Sequence[Measured], field: str) -> list[Group]:
-    """A group for each value of `field` ("file" or "language"), in the order in which they appear."""
+    """A group for each value of `field` ("file" or "language"), in order of appearance."""
     groups: dict[str, list[Measured]] = {}
     for one in measured:
         groups.setdefault(getattr(one, field), []).append(one)

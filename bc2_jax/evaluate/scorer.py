@@ -1,7 +1,7 @@
-"""Scores of texts under a model: log-likelihoods of continuations, of whole texts, and generation.
+"""`Scorer`: log-likelihoods of continuations and of whole texts, and generation, for many requests at once.
 
-What requests begin with alike is computed once, found by token ids alone (`sharing`); rows of many requests are run in
-few shapes (`infer.score`). Scores are of the model's own logits, in fp32: no sampler has touched them.
+Common prefixes of requests are found by token ids and computed once (`sharing`); rows of many requests run in few
+shapes (`infer.score`). Scores are from the model's raw logits in fp32.
 """
 
 from __future__ import annotations
@@ -25,58 +25,43 @@ from bc2_jax.sharding import parts, to_host, use_mesh_of
 from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.validation import require
 
-Progress = Callable[[int, int], object]
-"""Called with how many requests are done, and of how many."""
+Progress = Callable[[int, int], object]  # called with (requests done, all requests)
 
 NEAR_TIE = {"float32": 1e-4, "bfloat16": 0.05}
-"""Logits closer than this may change places where sums have another order."""
+"""Logits closer than this may swap if sums are ordered differently."""
 
 
 class Score(NamedTuple):
-    """Of one request."""
+    """The result of one request."""
 
-    log_prob: float
-    """Of the whole continuation, nats."""
-    is_greedy: bool
-    """Whether each of its tokens has the largest logit."""
-    log_probs: np.ndarray
-    """fp32, of each token."""
-    near_tie: bool
-    """Whether another order of sums might change is_greedy."""
-    cut: int
-    """Tokens of the context that were left out at its beginning, as the whole did not fit max_length."""
+    log_prob: float  # nats of the whole continuation
+    is_greedy: bool  # whether each of its tokens has the largest logit
+    log_probs: np.ndarray  # fp32, per token
+    near_tie: bool  # whether is_greedy may depend on rounding
+    cut: int  # context tokens dropped at its beginning to fit max_length
 
 
 class Rolled(NamedTuple):
-    """Of a whole text."""
+    """The score of a whole text."""
 
-    log_prob: float
-    """nats."""
+    log_prob: float  # nats
     tokens: int
-    bytes: int
-    """In UTF-8."""
+    bytes: int  # UTF-8
 
 
 @dataclasses.dataclass
 class ScorerStats:
-    """What a `Scorer` has done since it was made."""
+    """Counts of a `Scorer` since its creation."""
 
-    requests: int = 0
-    """Scored, windows of texts included."""
-    fallbacks: int = 0
-    """Pairs of texts with a token across their border (`Encoded.fallback`)."""
-    truncated: int = 0
-    """Requests whose context was cut."""
+    requests: int = 0  # including windows of texts
+    fallbacks: int = 0  # pairs with a token across their border (`Encoded.fallback`)
+    truncated: int = 0  # requests with a cut context
     near_ties: int = 0
-    tokens_unshared: int = 0
-    """What the requests would feed the model if each were fed alone."""
-    tokens_fed: int = 0
-    """What was fed, without padding."""
-    slots: int = 0
-    """What was fed, with padding."""
+    tokens_unshared: int = 0  # tokens if each request were fed alone
+    tokens_fed: int = 0  # tokens fed, without padding
+    slots: int = 0  # tokens fed, with padding
     batches: int = 0
-    seconds: float = 0.0
-    """Spent scoring, compilation included."""
+    seconds: float = 0.0  # scoring time with compilation
 
     @property
     def padding_share(self) -> float:
@@ -84,20 +69,19 @@ class ScorerStats:
 
 
 class Scorer:
-    """A model and its tokenizer, ready to score.
+    """A model and its tokenizer, ready to score batches of texts; the one way to run a model over many texts.
 
-    Results depend neither on the order of requests, nor on what is scored with them, nor on the mesh of the model, up
-    to the rounding of fp32 sums (1e-5). Give requests that begin alike in one call: what they share is computed once.
-    With several processes all of them make the same calls and all get all results.
+    Results are independent of the order of requests, of what is scored with them and of the mesh, up to fp32 rounding
+    (1e-5). Pass requests with common prefixes in one call, so that these are computed once. All processes make the same
+    calls and get all results.
     """
 
     def __init__(
         self, model: Baichuan2, tokenizer: Tokenizer, *, max_length: int | None = None, rows: int | None = None,
         row_length: int | None = None, prefix_id: int | None = None,
     ) -> None:  # fmt: skip
-        """`max_length` is how many tokens may be fed for one request, by default model_max_length. `rows` of
-        `row_length` tokens are run at one time; by default both are what suits the model and the requests. `prefix_id`
-        stands before texts without a context, by default bos."""
+        """`max_length`: tokens fed per request, by default model_max_length. `rows` of `row_length` tokens make a
+        batch; by default both are chosen. `prefix_id`: the token before texts without context, by default bos."""
         config = model.config
         for name, value in (("max_length", max_length), ("rows", rows), ("row_length", row_length)):
             require(value is None or (is_whole(value) and value > 0), name, value, "it must be a positive whole number")
@@ -117,7 +101,7 @@ class Scorer:
     def loglikelihood(
         self, pairs: Sequence[tuple[str, str]], progress: Progress | None = None
     ) -> list[tuple[float, bool]]:
-        """Of each (context, continuation): log p(continuation | context) in nats, and whether it is the greedy one.
+        """(log p(continuation | context) in nats, whether it is greedy) of each pair.
 
         Raises ValueError as `encode_pairs` and `score`.
         """
@@ -127,16 +111,15 @@ class Scorer:
         return [(score.log_prob, score.is_greedy) for score in found]
 
     def rolling(self, texts: Sequence[str], stride: int | None = None, progress: Progress | None = None) -> list[float]:
-        """log p of each whole text, nats; as `roll`."""
+        """log p of each whole text in nats; see `roll`."""
         return [rolled.log_prob for rolled in self.roll(texts, stride, progress)]
 
     def roll(self, texts: Sequence[str], stride: int | None = None, progress: Progress | None = None) -> list[Rolled]:
-        """log p of each whole text, and of what it is the sum.
+        """log p, tokens and bytes of each whole text.
 
-        A text is scored in windows of max_length tokens, the first of which begins with the prefix id. Each scores
-        `stride` tokens that no other scores, by default max_length of them, so that their context is short at the
-        beginning of a window; a smaller stride takes longer (`encoding.cut_windows`). Raises ValueError for a stride
-        out of range, and for one text instead of a list.
+        Texts are scored in windows of max_length tokens that advance by `stride` tokens, by default max_length; a
+        smaller stride gives more context and takes longer (`encoding.cut_windows`). Raises ValueError for a stride out
+        of range, and for one text instead of a list.
         """
         stride = self.max_length if stride is None else stride
         legal = f"it must be a whole number in 1..{self.max_length}, the longest window"
@@ -152,9 +135,9 @@ class Scorer:
     def score(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Score]:
         """Scores of token ids, in the order of `requests`.
 
-        Of a request that is longer than max_length + 1 (its last token is not fed) the beginning of the context is left
-        out and counted. `progress` is told how many are done after each batch. Raises ValueError for a request without
-        context or continuation, with an id that the model does not have, or with a continuation longer than max_length.
+        A request longer than max_length + 1 (its last token is not fed) loses the beginning of its context. `progress`
+        is called after each batch. Raises ValueError for a request without context or continuation, with an unknown id
+        or with a continuation longer than max_length.
         """
         start = time.perf_counter()
         items = [self._item(number, request) for number, request in enumerate(requests)]
@@ -174,7 +157,7 @@ class Scorer:
         return [found[number] for number in range(len(items))]
 
     def generate(self, prompts: Sequence[tuple[str | Sequence[int], Sequence[str], int]]) -> list[str]:
-        """The text that follows each (prompt, stop texts, max_new_tokens), greedily; as `generate_texts`."""
+        """Greedy continuations of each (prompt, stop texts, max_new_tokens); see `generate_texts`."""
         return [generated.text for generated in self.generate_texts(prompts)]
 
     def generate_texts(
@@ -196,7 +179,7 @@ class Scorer:
 
     @property
     def generation_length(self) -> int:
-        """Tokens of a prompt and what is generated after it: max_length, or the model's where that is less."""
+        """Tokens of prompt and answer: max_length, at most the model's."""
         return min(self.max_length, self.model.config.model_max_length)
 
     @functools.cached_property
@@ -230,7 +213,7 @@ class Scorer:
         found = {}
         for number, row, first in batch.slots:
             here = row, slice(first, first + len(items[number].labels))
-            # The token that is furthest from being the greedy one decides.
+            # The token with the smallest margin decides.
             near_tie = bool(abs(margin[here].min()) < near)
             total = float(log_prob[here].sum(dtype=np.float64))
             found[number] = Score(
@@ -240,5 +223,5 @@ class Scorer:
 
 
 def _has(fields: object, count: int) -> bool:
-    """Whether a tuple or list has so many fields."""
+    """Whether it is a tuple or list of `count` fields."""
     return isinstance(fields, Sequence) and not isinstance(fields, str) and len(fields) == count

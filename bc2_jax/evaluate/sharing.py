@@ -1,8 +1,7 @@
-"""Sequences of tokens -> rows in which what several of them begin with stands once.
+"""Packs token sequences into rows that hold common prefixes once.
 
-A row holds documents of `kernels.segments`: a trunk, and branches that continue it. Sequences are compared by their
-ids alone, so nobody has to say which requests belong together: the shots of a subject, or a question with several
-continuations, become trunks by themselves.
+A row holds documents of `kernels.segments`: a trunk (common prefix) and branches that continue it. Prefixes are found
+by comparing ids: the shots of a subject, or a question with several continuations, become trunks.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ import numpy as np
 from bc2_jax.kernels.segments import TRUNK_BITS
 
 MOST_BRANCHES = 2 ** (31 - TRUNK_BITS) - 1
-"""Of one trunk in a row, as an int32 segment counts them; more of them have the trunk again."""
+"""Branches per trunk in a row, limited by int32 segments; further branches repeat the trunk."""
 
 
 class Document(NamedTuple):
-    """A trunk and its branches, a part of a row."""
+    """A trunk and its branches, part of a row."""
 
     trunk: np.ndarray
     branches: list[np.ndarray]
@@ -32,34 +31,30 @@ class Document(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a sequence stands: its first tokens in a trunk, the others in a branch of it."""
+    """Location of a sequence: its first tokens are in a trunk, the others in a branch."""
 
     row: int
-    trunk_start: int
-    """Column of its first token."""
+    trunk_start: int  # column of the first token
     trunk_length: int
-    branch_start: int
-    """Column of its token number `trunk_length`."""
+    branch_start: int  # column of token number `trunk_length`
 
     def columns(self, first: int, end: int) -> np.ndarray:
-        """Of its tokens first..end - 1."""
+        """Columns of tokens first..end - 1."""
         tokens = np.arange(first, end)
         in_trunk = tokens < self.trunk_length
         return tokens + np.where(in_trunk, self.trunk_start, self.branch_start - self.trunk_length)
 
 
 class Leaves(NamedTuple):
-    """Sequences that no other one begins with, sorted and each once, and how alike neighbours begin."""
+    """Distinct sequences that are not a prefix of another, sorted, and the common prefixes of neighbours."""
 
     ids: list[np.ndarray]
-    leaf_of: list[int]
-    """Of each sequence, a leaf that begins with it."""
-    common: list[int]
-    """Tokens that each leaf and the next begin with alike."""
+    leaf_of: list[int]  # for each sequence a leaf that begins with it
+    common: list[int]  # length of the common prefix of each leaf and the next
 
 
 class Plan(NamedTuple):
-    """Rows of at most `length` tokens, and where each sequence stands in them."""
+    """Rows of at most `length` tokens, and the location of each sequence."""
 
     length: int
     rows: list[list[Document]]
@@ -72,10 +67,9 @@ class Plan(NamedTuple):
 
 
 def plan_rows(leaves: Leaves, length: int) -> Plan:
-    """Rows for the sequences of `leaves`, each of at most `length` tokens.
+    """Packs the sequences of `leaves` into rows of at most `length` tokens, independent of their order.
 
-    A sequence that another one begins with takes no room of its own. The rows depend on what is among the sequences,
-    not on their order.
+    A prefix of another sequence takes no room.
     """
     lengths = [len(ids) for ids in leaves.ids]
     chunks = []  # (tokens of the trunk, leaves) of each document
@@ -103,7 +97,7 @@ def plan_rows(leaves: Leaves, length: int) -> Plan:
 
 
 def pack_bins(sizes: Sequence[int], capacity: int, most: int | None = None) -> list[list[int]]:
-    """The numbers of the items in each bin, best fit by decreasing size; at most `most` items in a bin."""
+    """Item indices of each bin, by best fit decreasing; at most `most` items in a bin."""
     bins: list[list[int]] = []
     free: list[tuple[int, int]] = []  # (room, bin), sorted
     for item in sorted(range(len(sizes)), key=lambda item: -sizes[item]):
@@ -125,7 +119,7 @@ def find_leaves(sequences: Sequence[np.ndarray]) -> Leaves:
     found: list[int] = []
     leaf_of = [0] * len(keys)
     for number in sorted(range(len(keys)), key=lambda number: keys[number], reverse=True):
-        # Whatever stands between a beginning and what begins so, begins so too.
+        # In sorted order, everything between a prefix and a sequence that has it, has it too.
         if not found or not keys[found[-1]].startswith(keys[number]):
             found.append(number)
         leaf_of[number] = len(found) - 1
@@ -135,13 +129,13 @@ def find_leaves(sequences: Sequence[np.ndarray]) -> Leaves:
 
 
 def _common_length(a: np.ndarray, b: np.ndarray) -> int:
-    """Of two sequences of which neither begins with the other."""
+    """Length of the common prefix of two sequences of which neither is a prefix of the other."""
     shorter = min(len(a), len(b))
     return int((a[:shorter] != b[:shorter]).argmax())
 
 
 class _Node:
-    """Neighbouring leaves that begin alike with `depth` tokens, and the cheapest way found to group them."""
+    """Neighbouring leaves with a common prefix of `depth` tokens, and their cheapest grouping so far."""
 
     def __init__(self, depth: int):
         self.depth, self.tokens, self.count = depth, 0, 0
@@ -162,7 +156,7 @@ class _Node:
         self.groups += child.groups
 
     def close(self, row: int) -> _Node:
-        """With its leaves as branches of one trunk, if that takes fewer tokens; every row of them has the trunk."""
+        """Groups all leaves under one trunk if that takes fewer tokens; every row repeats the trunk."""
         branches = self.tokens - self.count * self.depth
         rows = max(math.ceil(branches / (row - self.depth)), math.ceil(self.count / MOST_BRANCHES))
         cost = branches + rows * self.depth
@@ -172,9 +166,9 @@ class _Node:
 
 
 def _choose_trunks(lengths: list[int], common: list[int], row: int) -> Iterator[tuple[int, int, int]]:
-    """(first leaf, end, tokens of their trunk) of each group of neighbouring leaves; of one leaf all is trunk.
+    """(first leaf, end, trunk length) of each group of neighbouring leaves; a single leaf is all trunk.
 
-    Goes once over the tree of common beginnings, whose inner nodes on the way to the newest leaf are `open`.
+    One pass over the prefix tree; `open_` is the path of inner nodes to the newest leaf.
     """
     root = _Node(0)
     open_ = [root]

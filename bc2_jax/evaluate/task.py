@@ -1,4 +1,4 @@
-"""What a benchmark is, as data: its examples, how their prompts are put together, and how results become figures."""
+"""A benchmark as data: its examples, their prompts, and the metrics of its results."""
 
 from __future__ import annotations
 
@@ -17,31 +17,26 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Example:
-    """An item, ready to be asked: the prompt is header + shots + question; what separates them is in these parts."""
+    """An item to ask; its prompt is header + shots + question, separators included."""
 
-    id: str
-    """Stable and unique in its task."""
-    group: str
-    """Subject or category."""
-    header: str
-    shots: tuple[str, ...]
+    id: str  # stable and unique in its task
+    group: str  # subject or category
     question: str
+    header: str = ""
+    shots: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
-    """Continuations of the prompt: letters as the shots show them (" A" or "A"), or whole options. () to generate."""
-    bare: tuple[str, ...] = ()
-    """For letters: the same without what comes before them in the shots ("A")."""
+    """Continuations of the prompt: letters as the shots show them (" A" or "A"), or options. () to generate."""
+    bare: tuple[str, ...] = ()  # for letters: the same without the space before them ("A")
     lengths: tuple[int, ...] = ()
-    """For options: characters of each without what delimits it from the question; acc_norm divides by them."""
+    """For options: characters of each without its delimiter; acc_norm divides by them."""
     gold: tuple[int, ...] = ()
-    """Indices of `choices`, any of which counts as right. () if the answer is not published."""
-    target: str = ""
-    """For generation: the reference."""
+    """Indices of `choices`, any of which is right. () if the answer is not published."""
+    target: str = ""  # for generation: the reference
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What else judging needs (tests, entry point, ...): JSON-able."""
     drop: Drop = "first"
-    """Which shots go when the prompt does not fit; "longest": all that have the length of the longest."""
-    prompt_limit: int | None = None
-    """Tokens of a prompt in the official protocol, where it sets a limit below the model's."""
+    """Which shots to drop if the prompt is too long; "longest": all of the greatest length."""
+    prompt_limit: int | None = None  # tokens of a prompt in the official protocol, if it limits them
 
     @property
     def prompt(self) -> str:
@@ -49,27 +44,24 @@ class Example:
 
 
 class Fitted(NamedTuple):
-    """A prompt after as many shots were dropped as it takes."""
+    """A prompt after dropping shots until it fits."""
 
     text: str
-    dropped: int
-    """Shots left out."""
+    dropped: int  # number of dropped shots
     header_dropped: bool
-    fits: bool
-    """False if even the question alone is longer than the room: who asks it must cut it."""
+    fits: bool  # false if the question alone is too long: the caller must truncate it
 
 
 def fit_shots(example: Example, room: int, count: Callable[[str], int]) -> Fitted:
-    """The prompt of `example` in at most `room` tokens, and in at most `example.prompt_limit`; shots go as a whole.
+    """The prompt of `example` in at most min(room, example.prompt_limit) tokens, by dropping whole shots.
 
-    Without any shot the header goes too if need be. `count` gives the tokens of a text.
+    Without shots left, the header is dropped too. `count` returns the tokens of a text.
     """
     limit = min(room, example.prompt_limit or room)
     shots = list(example.shots)
-    tail = example.question
 
     def text() -> str:
-        return example.header + "".join(shots) + tail
+        return example.header + "".join(shots) + example.question
 
     while shots and count(text()) > limit:
         if example.drop == "longest":
@@ -80,23 +72,20 @@ def fit_shots(example: Example, room: int, count: Callable[[str], int]) -> Fitte
     dropped = len(example.shots) - len(shots)
     if shots or not example.header or count(text()) <= limit:
         return Fitted(text(), dropped, False, bool(shots) or count(text()) <= room)
-    return Fitted(tail, dropped, True, count(tail) <= room)
+    return Fitted(example.question, dropped, True, count(example.question) <= room)
 
 
 class Loaded(NamedTuple):
-    """What a benchmark's files hold."""
+    """The content of a benchmark's files."""
 
     examples: list[Example]
-    left_out: Mapping[str, int] = _NOTHING
-    """Reason -> items of the files that the protocol leaves out."""
-    notes: tuple[str, ...] = ()
-    """What was found about the files and should be read with the figures: sentences."""
+    left_out: Mapping[str, int] = _NOTHING  # reason -> number of items that the protocol leaves out
+    notes: tuple[str, ...] = ()  # sentences to print with the figures
 
 
 class Verdict(NamedTuple):
     right: bool
-    answer: str
-    """What was taken for the answer, "" if there is none."""
+    answer: str  # the extracted answer, "" if there is none
 
 
 class Judged(NamedTuple):
@@ -108,33 +97,29 @@ class Judged(NamedTuple):
 
     letters: "as_shown", "bare"; options: "acc", "acc_norm"; generation: "exact"; code: "pass@1".
     """
-    answer: str
-    """The letter, the option or the extracted answer of the leading way."""
-    text: str = ""
-    """What was generated."""
+    answer: str  # the letter, option or extracted answer of the leading way
+    text: str = ""  # the generated text
 
 
 class Metric(NamedTuple):
-    """A figure in the unit of the paper's tables: percent, or points of BLEU."""
+    """A figure in percent or BLEU points, as in the paper's tables."""
 
     value: float
-    stderr: float
-    """Standard error, nan where it is not known."""
+    stderr: float  # standard error, nan if unknown
     items: int
-    """How many it is made of."""
 
 
 def mean_of_items(right: Sequence[bool]) -> Metric:
-    """The share that is right, with the standard error of a mean of independent items."""
+    """The percentage that is right, with the standard error of a mean of independent items."""
     n = len(right)
     share = sum(right) / n if n else math.nan
     return Metric(100 * share, 100 * math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else math.nan, n)
 
 
 def mean_of_groups(right: Mapping[str, Sequence[bool]]) -> Metric:
-    """The mean of the groups' shares; its standard error is that of sampling items within these groups.
+    """The mean of the groups' percentages; its standard error is that of sampling items within these groups.
 
-    A group of one item says nothing of its spread: that of all items takes its place.
+    A group of one item has no spread: that of all items is used instead.
     """
     everything = mean_of_items([one for items in right.values() for one in items])
     spread = everything.stderr * math.sqrt(everything.items)
@@ -143,7 +128,7 @@ def mean_of_groups(right: Mapping[str, Sequence[bool]]) -> Metric:
 
 
 def mean_of_metrics(means: Sequence[Metric]) -> Metric:
-    """Of independent figures, each of the same weight."""
+    """The unweighted mean of independent figures."""
     if not means:
         return Metric(math.nan, math.nan, 0)
     value = sum(mean.value for mean in means) / len(means)
@@ -151,7 +136,7 @@ def mean_of_metrics(means: Sequence[Metric]) -> Metric:
 
 
 def by_group(judged: Sequence[Judged], way: str) -> dict[str, list[bool]]:
-    """Group -> right or wrong of each of its items, in the order in which the groups appear."""
+    """Group -> right or wrong of each of its items, groups in order of appearance."""
     groups: dict[str, list[bool]] = defaultdict(list)
     for one in judged:
         groups[one.example.group].append(one.right[way])
@@ -159,9 +144,9 @@ def by_group(judged: Sequence[Judged], way: str) -> dict[str, list[bool]]:
 
 
 def summarize(judged: Sequence[Judged]) -> dict[str, Metric]:
-    """Of each way of scoring: the mean over items, under its name, and that over groups ("WAY, mean of groups").
+    """For each way of scoring the mean over items ("WAY") and over groups ("WAY, mean of groups").
 
-    Items whose answer is not published are left out; without any other there is no figure.
+    Items without a published answer are skipped.
     """
     known = [one for one in judged if one.right]
     metrics = {}
@@ -174,7 +159,7 @@ def summarize(judged: Sequence[Judged]) -> dict[str, Metric]:
 
 
 def groups_first(judged: Sequence[Judged]) -> dict[str, Metric]:
-    """`summarize` for benchmarks whose figure is the mean over subjects: of each way, that one first."""
+    """`summarize` with the mean over groups first, for benchmarks that report it."""
     metrics = summarize(judged)
     return {name: metrics[name] for way in metrics for name in (f"{way}, mean of groups", way) if name in metrics}
 
@@ -185,30 +170,26 @@ class Task:
 
     name: str
     title: str
-    source: str
-    """What to download: a sentence with the names and the format of the files."""
+    source: str  # what to download: a sentence with the names and the format of the files
     kind: Kind
     shots: int
     load: Callable[[Path], Loaded]
-    """Reads the released files below a folder, which holds them or a folder of them that has the task's name.
+    """Reads the released files in a folder, or in its subfolder with the task's name.
 
     Raises FileNotFoundError or ValueError with one sentence: the file, what is expected there and in which format."""
     paper: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """"7B", "13B" -> the base model's figure in the paper, in the unit of Metric; only those that it prints."""
-    paper_source: str = ""
-    """Which table, and which metric of `summarize` it compares with."""
+    """"7B", "13B" -> the base model's figure in the paper, in the unit of Metric."""
+    paper_source: str = ""  # the table, and the metric of `summarize` that it compares with
     unit: Literal["percent", "points"] = "percent"
-    """Of the metrics: percent of items, or points of a measure of all of them together, such as BLEU."""
-    notes: tuple[str, ...] = ()
-    """What the paper leaves open, what differs from it: printed with the table."""
+    """Of the metrics: percent of items, or points of a corpus measure such as BLEU."""
+    notes: tuple[str, ...] = ()  # differences from the paper and what it leaves open: printed with the table
     summarize: Callable[[Sequence[Judged]], dict[str, Metric]] = summarize
-    """The first metric is the one beside the paper's figure."""
+    """The first metric is compared with the paper's figure."""
     stops: tuple[str, ...] = ()
     max_new_tokens: int = 0
     judge: Callable[[Example, str], Verdict] | None = None
-    """generation: of the text that was generated, cut at the stops. None: a judge that the user gives."""
+    """generation: judges the generated text, cut at the stops. None: the user supplies a judge."""
     program: Callable[[Example, str], tuple[str, str]] | None = None
-    """code: (program, tests) in Python, to be run one after the other, of which the tests fail unless the text that was
-    generated is right."""
+    """code: (program, tests) in Python, run in sequence; the tests fail unless the generated text is right."""
     submission: Callable[[Sequence[Judged]], Any] | None = None
-    """The predictions as the benchmark's site takes them (JSON-able), where it keeps the answers."""
+    """The predictions in the format of the benchmark's site (JSON-able), if it keeps the answers."""

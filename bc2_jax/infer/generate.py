@@ -1,7 +1,6 @@
-"""Continuing prompts, all at one time: chunk by chunk through the prompts, then one token of every prompt per step.
+"""Generation from token ids: `generate` and `continue_prompts`, for a batch of prompts that run together.
 
-The slots of the cache are rounded up (`bucket`), so that calls of about the same size share their compiled functions:
-each program is compiled once per (batch, slots).
+Cache slots are rounded up (`bucket`), so calls of similar length share compiled programs: one per (batch, slots).
 """
 
 from __future__ import annotations
@@ -16,9 +15,8 @@ from jax import Array
 
 from bc2_jax.config import ModelConfig
 from bc2_jax.infer import engine
-from bc2_jax.infer.chunks import PlacedPrompt, make_chunk
-from bc2_jax.infer.decoding import Decoding, Emitted, Reason
-from bc2_jax.infer.engine import Prepared
+from bc2_jax.infer.decoding import STEPS, Decoding, Emitted, PlacedPrompt, Reason, make_chunk
+from bc2_jax.infer.prepared import Prepared
 from bc2_jax.infer.settings import DEFAULT_SETTINGS, Sampling, Settings, is_whole, sampling_of
 from bc2_jax.model.baichuan import Baichuan2
 from bc2_jax.sharding import parts, to_host, use_mesh_of
@@ -26,25 +24,25 @@ from bc2_jax.validation import require, show
 
 _REASONS: dict[int, Literal["eos", "stopped"]] = {Reason.EOS: "eos", Reason.CANCELLED: "stopped"}
 OnToken = Callable[[int, list[int | None]], bool | Sequence[bool] | None]
-"""Called with the step, from 0, and the new token of each prompt: None for those that have ended.
+"""Called at each step, from 0, with the new token of each prompt, or None for prompts that have ended.
 
-What it returns may stop prompts: True all of them, a sequence of one bool a prompt those where it is True, None or
-False no one. The token just given is then a prompt's last.
+Its result can stop prompts: True stops all, a sequence of one bool per prompt stops some, None or False stops none. A
+stopped prompt keeps the token just given.
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class Continuation:
-    """What the model wrote after a prompt."""
+    """The new tokens of a prompt."""
 
     tokens: list[int]
-    """The eos that ended it included."""
+    """Includes the eos that ended it."""
     reason: Literal["eos", "length", "stopped"]
-    """Why it ended: at an eos, at max_new_tokens, or because on_token stopped it."""
+    """An eos, max_new_tokens reached, or stopped by on_token."""
     log_probs: list[float] | None
-    """Of each token, nats: log_softmax of the fp32 logits as the model gave them, before repetition penalty,
-    temperature, top_k and top_p; divided by `log_prob_temperature` where that was given. None where they were not asked
-    for."""
+    """Of each token, in nats: log_softmax of the model's fp32 logits before repetition penalty, temperature, top_k and
+    top_p, divided by `log_prob_temperature` if it was given. None if not requested.
+    """
 
 
 def generate(
@@ -61,24 +59,22 @@ def generate(
     vocab_size: int | None = Settings.vocab_size,
     on_token: OnToken | None = None,
 ) -> list[list[int]]:
-    """The continuation of each prompt: new tokens only, without the eos that ended it.
+    """Generates a continuation of each prompt: new tokens only, without the eos that ended it.
 
-    `prompts` are token ids, lists or arrays; nothing is added to them. A sequence ends at `eos_token_id`, one id or
-    several (by default the config's), or after `max_new_tokens`. temperature 0 is greedy; top_k 0 and top_p 1 cut
-    nothing off; a repetition_penalty of 1 does nothing. The defaults are those of the released chat models. Give the
-    tokenizer's `vocab_size`, so that no id is chosen that has no text: a model may have more ids than its tokenizer has
-    pieces.
+    `prompts` are lists or arrays of token ids; nothing is added to them. Generation ends at `eos_token_id` (one id or
+    several, by default the config's) or after `max_new_tokens`. temperature 0 is greedy; top_k 0 and top_p 1 cut
+    nothing; repetition_penalty 1 is off. The defaults are those of the released chat models. Pass the tokenizer's
+    `vocab_size` so that ids without a piece are never sampled: a model may have more ids than its tokenizer.
 
-    A prompt's continuation depends on its place in the list and the seed, not on the other prompts or the mesh, up to
-    the rounding of matmuls of another shape. Works on a model whose parameters are sharded; any number of prompts. A
-    model is prepared at every call, beside its own parameters: for several calls, or where memory is short, give what
-    `engine.prepare` makes of it.
+    A continuation depends on the prompt's place in the list and the seed, not on other prompts or the mesh, up to the
+    rounding of matmuls of other shapes. The model's parameters may be sharded. A `Baichuan2` is prepared at every call,
+    as a copy beside its parameters: for several calls, or if memory is short, pass the result of `engine.prepare`.
 
-    `on_token` is called after every step until all have ended, and may stop prompts by what it returns (`OnToken`);
-    without it the host waits only for the end. For text in and out, with stop strings, see `infer.text.generate_text`.
+    `on_token` is called after every step and may stop prompts (`OnToken`); without it the host waits only for the end.
+    For text in and out, with stop strings, see `infer.text.generate_text`.
 
-    Raises ValueError for no prompts, an empty one, ids of another type or out of range, a prompt that leaves no room
-    for max_new_tokens in model_max_length, and settings of another type or out of range.
+    Raises ValueError for an empty list, an empty prompt, ids of another type or out of range, a prompt that leaves no
+    room for max_new_tokens in model_max_length, and settings of another type or out of range.
     """
     settings = Settings(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, eos_token_id, vocab_size)
     found = continue_prompts(model, prompts, settings, on_token=on_token)
@@ -93,7 +89,7 @@ def continue_prompts(
     log_probs: bool = False,
     on_token: OnToken | None = None,
 ) -> list[Continuation]:
-    """`generate` with all that is known of each continuation; the same tokens, arguments and errors."""
+    """`generate` with the reason and log-probabilities of each continuation; same tokens, arguments and errors."""
     if not isinstance(model, Baichuan2 | Prepared):
         raise ValueError(f"model is a {type(model).__name__}: it must be what load_pretrained or engine.prepare gives.")
     config = model.config
@@ -103,11 +99,13 @@ def continue_prompts(
     prepared = engine.prepare(model) if isinstance(model, Baichuan2) else model
     with use_mesh_of(prepared.params["norm"]["weight"]):
         rows = batch_rows(len(prompts))
-        sampling = sampling_of([settings] * rows, range(rows))
-        if log_probs:
-            sampling = sampling._replace(top_log_probs=np.zeros(rows, np.int32))
+        sampling = sampling_of([settings] * rows, range(rows), top_log_probs=[0] * rows if log_probs else None)
+        slots = cache_slots(max(map(len, prompts)) + settings.max_new_tokens)
+        decoding = engine.allocate(prepared, sampling, slots=slots)
+        placed: list[PlacedPrompt | None] = [PlacedPrompt(row, prompt) for row, prompt in enumerate(prompts)]
+        placed += [None] * (rows - len(prompts))
         found = Continuations(rows)
-        decoding = _start(prepared, prompts, settings, sampling, found)
+        decoding, _ = run_prompts(prepared, decoding, placed, [settings.max_new_tokens] * rows, sampling, found)
         if on_token is None:
             _finish(prepared, decoding, settings.max_new_tokens, found)
         else:
@@ -116,12 +114,12 @@ def continue_prompts(
 
 
 def batch_rows(count: int) -> int:
-    """Rows of a batch for so many prompts on the mesh in use."""
+    """Number of batch rows for `count` prompts on the current mesh."""
     return parts("batch") * max(-(-count // parts("batch")), engine.least_rows())
 
 
 class Continuations:
-    """What the rows of a batch have been given so far, on the host."""
+    """The tokens that each row of a batch has received so far, on the host."""
 
     def __init__(self, rows: int):
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
@@ -129,7 +127,7 @@ class Continuations:
         self._log_probs: list[list[float] | None] = [None] * rows
 
     def add(self, emitted: Emitted, rows: Sequence[int] | None = None) -> None:
-        """What a program chose, its place i being row rows[i] (by default row i); a negative row is no one's."""
+        """Adds a program's new tokens; place i belongs to row rows[i] (by default row i), a negative row to none."""
         tokens, reasons = to_host(emitted.tokens_BK).tolist(), to_host(emitted.reason_B).tolist()
         scores = None if emitted.log_probs is None else to_host(emitted.log_probs.chosen_X).tolist()
         for place, row in enumerate(range(len(tokens)) if rows is None else rows):
@@ -141,49 +139,47 @@ class Continuations:
                     self._log_probs[row] = (self._log_probs[row] or []) + scores[place][: len(new)]
 
     def clear(self, row: int) -> None:
-        """The row gets another prompt."""
         self.tokens[row], self.reasons[row], self._log_probs[row] = [], int(Reason.NO_PROMPT), None
 
     @property
     def running(self) -> list[int]:
-        """The rows that have not ended."""
+        """Rows that have not ended."""
         return [row for row, reason in enumerate(self.reasons) if reason == Reason.RUNNING]
 
     def get(self, row: int) -> Continuation:
-        """What a row has been given."""
         return Continuation(self.tokens[row], _REASONS.get(self.reasons[row], "length"), self._log_probs[row])
 
 
-def _start(
-    prepared: Prepared, prompts: Sequence[Sequence[int]], settings: Settings, sampling: Sampling, found: Continuations
-) -> Decoding:
-    """The state after all prompts, and the first token of each."""
-    rows, size = len(sampling.place), engine.chunk_length()
-    longest = max(map(len, prompts))
-    slots = cache_slots(longest + settings.max_new_tokens)
-    decoding = engine.allocate(prepared, sampling, slots=slots)
-    placed: list[PlacedPrompt | None] = [PlacedPrompt(row, prompt) for row, prompt in enumerate(prompts)]
-    placed += [None] * (rows - len(prompts))
+def run_prompts(
+    prepared: Prepared, decoding: Decoding, placed: Sequence[PlacedPrompt | None], limits: Sequence[int],
+    sampling: Sampling, found: Continuations,
+) -> tuple[Decoding, int]:  # fmt: skip
+    """Runs prompts chunk by chunk into their rows and adds the first new token of each to `found`.
+
+    `limits` are the most new tokens of each place. Returns also the number of programs run.
+    """
+    size, slots = engine.chunk_length(), decoding.cache.k.shape[3]
     stretches = None
     if prepared.long_context is not None:
-        lengths = [0 if at is None else len(at.ids) + settings.max_new_tokens for at in placed]
+        lengths = [0 if at is None else len(at.ids) + limit for at, limit in zip(placed, limits, strict=True)]
         stretches = list(map(prepared.stretch, lengths))
     chosen = []
-    for start in range(0, longest, size):
+    for start in range(0, max(len(at.ids) for at in placed if at is not None), size):
         chunk = make_chunk(placed, start, size, slots, stretches)
         decoding, emitted, _ = engine.extend(prepared, decoding, chunk, sampling)
-        chosen.append((emitted, [row if is_last else -1 for row, is_last in enumerate(chunk.is_last_R)]))
-    for emitted, ended in chosen:
-        found.add(emitted, ended)
-    return decoding
+        ends = [at.row if at is not None and chunk.is_last_R[i] else -1 for i, at in enumerate(placed)]
+        chosen.append((emitted, ends))
+    for emitted, ends in chosen:
+        found.add(emitted, ends)
+    return decoding, len(chosen)
 
 
 def _finish(prepared: Prepared, decoding: Decoding, max_new_tokens: int, found: Continuations) -> None:
-    """Decodes to the end of all rows; what a program chose is read while the next one runs."""
+    """Decodes until all rows end. Reads each program's result while the next one runs."""
     nothing = np.zeros(len(decoding.token_B), bool)
     before = None
-    for step in range(1, max_new_tokens, engine.STEPS):
-        decoding, emitted = engine.decode(prepared, decoding, min(engine.STEPS, max_new_tokens - step), nothing)
+    for step in range(1, max_new_tokens, STEPS):
+        decoding, emitted = engine.decode(prepared, decoding, min(STEPS, max_new_tokens - step), nothing)
         if before is not None:
             found.add(before)
         before = emitted
@@ -194,7 +190,7 @@ def _finish(prepared: Prepared, decoding: Decoding, max_new_tokens: int, found: 
 
 
 def _finish_with(on_token: OnToken, prepared: Prepared, decoding: Decoding, count: int, found: Continuations) -> None:
-    """The same step by step; `on_token` sees each of them."""
+    """Decodes step by step and passes each step's tokens to `on_token`."""
     rows, step = len(decoding.token_B), 0
     while True:
         new = [found.tokens[row][step] if len(found.tokens[row]) > step else None for row in range(count)]
@@ -213,22 +209,22 @@ def _finish_with(on_token: OnToken, prepared: Prepared, decoding: Decoding, coun
 
 
 def bucket(length: int) -> int:
-    """`length` rounded up: 64, 128, or a multiple of 256."""
+    """`length` rounded up to 64, 128 or a multiple of 256."""
     return max(64, 2 ** math.ceil(math.log2(length))) if length <= 128 else -(-length // 256) * 256
 
 
 def cache_slots(length: int) -> int:
-    """Slots of a cache for `length` tokens on the devices in use: 128 or a multiple of 256, at least a chunk."""
+    """Cache slots for `length` tokens on the current devices: 128 or a multiple of 256, at least one chunk."""
     return max(128, bucket(length), engine.chunk_length())
 
 
 def check_prompts(
     config: ModelConfig, prompts: Any, max_new_tokens: int | Sequence[int], max_length: int | None = None
 ) -> list[Sequence[int]]:
-    """The prompts as they were given; raises ValueError as `generate` for one that is not valid.
+    """Returns the prompts as a list. Raises ValueError as `generate` for one that is not valid.
 
-    `max_new_tokens` are those of all prompts, or of each; `max_length`, by default the model's trained length, is that
-    of a prompt and its new tokens.
+    `max_new_tokens` is one number or one per prompt. `max_length` limits a prompt plus its new tokens; by default it is
+    the model's trained length.
     """
     if not isinstance(prompts, Iterable) or isinstance(prompts, str | bytes | dict):
         shown = show(prompts)
@@ -269,7 +265,7 @@ def _check_prompt(name: str, prompt: Any, vocab_size: int) -> None:
 
 
 def _stops(answer: Any, count: int) -> list[bool]:
-    """Which of `count` prompts on_token's `answer` stops."""
+    """Which of `count` prompts the result of on_token stops."""
     if answer is None or isinstance(answer, bool | np.bool_):
         return [bool(answer)] * count
     legal = f"it must return None, a bool, or {count} bools, one a prompt"

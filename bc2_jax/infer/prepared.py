@@ -1,4 +1,4 @@
-"""A model's parameters laid out for decoding."""
+"""A model's parameters laid out for decoding, and the context length they reach."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from bc2_jax.config import ComputeConfig, ModelConfig
-from bc2_jax.infer.cache import CacheDType
+from bc2_jax.infer.decoding import CacheDType
 from bc2_jax.model.baichuan import Baichuan2, Params
 from bc2_jax.model.layout import lay_out
 from bc2_jax.model.position import LongContext, stretch_of
@@ -32,39 +32,38 @@ class Prepared:
     compute: ComputeConfig
     params: Params
     kv: CacheDType = "compute"
-    """Of the keys and values that its programs keep."""
+    """How the programs store keys and values."""
     long_context: LongContext | None = None
     """None: sequences have at most the trained length."""
 
     @property
     def max_length(self) -> int:
-        """Tokens of the longest sequence."""
+        """Most tokens of a sequence."""
         return self.config.model_max_length if self.long_context is None else self.long_context.max_length
 
     @property
     def method(self) -> str:
-        """Of its long context, if it has one."""
+        """Long-context method; "ntk" without a long context."""
         return "ntk" if self.long_context is None else self.long_context.method
 
     def stretch(self, tokens: int) -> float:
-        """Of a sequence that may come to so many tokens."""
+        """Position stretch of a sequence that may grow to `tokens` tokens."""
         return 1.0 if self.long_context is None else stretch_of(tokens, self.config.model_max_length)
 
     def reach(self, method: Literal["ntk", "yarn"], max_length: int) -> Prepared:
-        """The same model for sequences of up to `max_length` tokens, longer than those it was trained on.
+        """The same model for sequences of up to `max_length` tokens, longer than the trained length.
 
         Raises ValueError as `check_long_context`.
         """
         return dataclasses.replace(self, long_context=check_long_context(self.config, method, max_length))
 
     def merge(self) -> Baichuan2:
-        """The model, whose logits are those of the one that was prepared."""
+        """The model; its logits equal those of the model that was prepared."""
         return nnx.merge(self.graphdef, self.params)
 
 
 def check_long_context(config: ModelConfig, method: Any, max_length: Any) -> LongContext:
-    """Raises ValueError for a method that the model's positions do not have, and for a length that is not greater than
-    the trained one."""
+    """Raises ValueError for a method that the model does not have, or a length not above the trained one."""
     is_rope = config.position_embedding == "rope"
     legal = 'it must be "ntk" or "yarn"' if is_rope else 'it must be "ntk": the model has ALiBi'
     require(method == "ntk" or (method == "yarn" and is_rope), "long_context", method, legal)
@@ -75,7 +74,7 @@ def check_long_context(config: ModelConfig, method: Any, max_length: Any) -> Lon
 
 
 def find_long_context(config: ModelConfig, method: str | None, max_length: int | None) -> LongContext | None:
-    """What the options --long-context and --max-length of a program say; None if neither was given.
+    """The long context of the options --long-context and --max-length; None if neither was given.
 
     Raises ValueError for one without the other, and as `check_long_context`.
     """
@@ -88,11 +87,11 @@ def prepare(
     model: Baichuan2, donate: bool = False, whole: bool = False, kv: CacheDType = "compute",
     quantize: Scheme | None = None,
 ) -> Prepared:  # fmt: skip
-    """`model` as decoding reads it: its weights as `model.layout.lay_out` lays them out.
+    """Lays out a model's weights for decoding (`model.layout.lay_out`).
 
-    With `donate` the model is used up; with `whole` the weights of the layers are gathered once instead of at every
-    step; `quantize` "int8" or "int4" keeps the weights of layers and head in fewer bits. `kv` "int8" keeps keys and
-    values in half the memory, each head of a token with its own scale. Raises ValueError as `lay_out`.
+    `donate` uses up the model. `whole` gathers the layers' weights once instead of at every step. `quantize` "int8" or
+    "int4" stores the weights of layers and head in fewer bits. `kv` "int8" halves the memory of keys and values, with
+    one scale per token and head. Raises ValueError as `lay_out`.
     """
     graphdef, state = nnx.split(lay_out(model, donate, whole, quantize))
     return Prepared(graphdef, model.config, model.compute, nnx.to_pure_dict(state), kv)

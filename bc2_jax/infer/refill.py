@@ -1,7 +1,8 @@
-"""Continuing many prompts over a few rows: a row that has ended is given the next prompt while the others run.
+"""Generation for many prompts over few rows: a row whose prompt has ended gets the next prompt while others keep
+running.
 
-Answers have very different lengths. In fixed batches every row waits for the longest one of its batch; here rows wait
-at most for the end of a group of decoding steps, and at the very end for each other.
+Answers differ much in length. In a fixed batch every row waits for the longest answer; here a row waits at most for the
+end of a group of decoding steps, and at the end of the list for the other rows.
 """
 
 from __future__ import annotations
@@ -13,23 +14,23 @@ from typing import NamedTuple
 import numpy as np
 
 from bc2_jax.infer import engine
-from bc2_jax.infer.chunks import PlacedPrompt, make_chunk
-from bc2_jax.infer.decoding import STEPS, Reason
-from bc2_jax.infer.engine import Prepared
-from bc2_jax.infer.generate import Continuation, Continuations, cache_slots, check_prompts
+from bc2_jax.infer.decoding import STEPS, PlacedPrompt, Reason
+from bc2_jax.infer.generate import Continuation, Continuations, cache_slots, check_prompts, run_prompts
+from bc2_jax.infer.prepared import Prepared
 from bc2_jax.infer.settings import Sampling, Settings, is_whole, sampling_of
 from bc2_jax.sharding import parts, to_host, use_mesh_of
 from bc2_jax.validation import require
 
 GROUP = STEPS
-"""Decoding steps after which rows that have ended are given new prompts, by default. A row waits for half of them on
-average, so of answers of n tokens 4 / n of the work is lost; and the host, which looks at the rows between two groups,
-takes less than a step's time for it."""
+"""Default number of decoding steps between refills. A finished row waits half of them on average, so answers of n
+tokens lose 4 / n of the work; checking the rows takes the host less time than one step.
+"""
 
 
 Stops = Callable[[dict[int, list[int]]], Collection[int]]
-"""Called after each group with the new tokens so far of the prompts that are being continued, by their places; answers
-which of them need no more."""
+"""Called after each group with {prompt index: new tokens so far} of running prompts; returns the indices that need no
+more.
+"""
 
 
 class Stopped(Exception):
@@ -37,21 +38,21 @@ class Stopped(Exception):
 
 
 class RefillStats(NamedTuple):
-    """How much of the decoding was of use. A row step is one row in one step of decoding."""
+    """How well the rows were used. A row step is one row in one decoding step."""
 
     decode_steps: int
     row_steps_used: int
-    """Those that gave an answer a token; the first token of each comes from its prefill."""
+    """Row steps that produced a token. The first token of an answer comes from prefill and does not count."""
     row_steps_total: int
     """decode_steps * rows."""
     row_steps_in_batches: int
-    """What the same answers take in fixed batches of as many rows, in the order of the prompts."""
+    """Row steps that the same answers take in fixed batches of as many rows, in prompt order."""
     prefills: int
-    """Programs that ran prompts."""
+    """Number of prefill programs run."""
 
     @property
     def share_used(self) -> float:
-        """1 where no row ever waited."""
+        """1 if no row ever waited."""
         return self.row_steps_used / max(self.row_steps_total, 1)
 
     @property
@@ -62,20 +63,19 @@ class RefillStats(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RolloutShapes:
-    """What decides the shapes of all programs."""
+    """The numbers that determine the shapes of all programs."""
 
     rows: int
-    """Prompts that are continued at one time."""
+    """Prompts that are continued at the same time."""
     prefill_rows: int
-    """Prompts that are run together to start them."""
     slots: int
-    """Of the cache: prompt and answer, rounded up."""
+    """Cache slots: prompt plus answer, rounded up."""
 
     @classmethod
     def of(cls, rows: int, prefill_rows: int | None, length: int) -> RolloutShapes:
-        """Those of `continue_many` on the mesh in use, for prompts and answers of together `length` tokens.
+        """Shapes of `continue_many` on the current mesh, for prompts plus answers of `length` tokens.
 
-        Raises ValueError as it does.
+        Raises ValueError as `continue_many`.
         """
         cut = parts("batch")
         if prefill_rows is None:
@@ -104,28 +104,27 @@ def continue_many(
     stops: Stops | None = None,
     limits: Sequence[int] | None = None,
 ) -> tuple[list[Continuation], RefillStats]:
-    """The continuation of each prompt, as `continue_prompts` gives it, and how well the rows were used.
+    """Generates a continuation of each prompt, as `continue_prompts` does, and returns statistics of row use.
 
-    `rows` prompts are continued at one time, in a cache of one shape; both `rows` and `prefill_rows`, the number of
-    prompts that are run together to start them (by default a quarter of the rows), must be multiples of the parts into
-    which the mesh cuts the batch. `prompt_slots` is the length of the longest prompt that may come, by default that of
-    `prompts`. All shapes follow from these arguments, the prepared model and `settings.max_new_tokens`: a call with
-    other prompts and another seed compiles nothing.
+    `rows` prompts run at the same time in a cache of one shape. `prefill_rows` prompts (by default a quarter of the
+    rows) are prefilled together. Both must be multiples of the number of batch shards. `prompt_slots` is the length of
+    the longest prompt to expect, by default that of `prompts`. All shapes follow from these arguments, the prepared
+    model and `settings.max_new_tokens`: a call with other prompts and another seed compiles nothing.
 
-    A continuation depends on the seed, the place of its prompt in `prompts` and its ids alone, up to the rounding of
-    matmuls of another shape; which row it gets is decided by the lengths of the answers, so that the same call gives
-    the same bits. With several processes all of them call it with the same arguments and all get the same.
+    A continuation depends only on the seed, the prompt's index in `prompts` and its ids, up to the rounding of matmuls
+    of other shapes. Answer lengths decide which row a prompt gets, so equal calls give equal bits. With several
+    processes, all call it with the same arguments and get the same result.
 
-    `limits` are the new tokens of each prompt, at most `settings.max_new_tokens`, which they all have by default.
+    `limits` are the new tokens of each prompt, at most `settings.max_new_tokens`, which is the default.
 
-    `log_probs` are of the logits as the model gave them, divided by `log_prob_temperature`: give the temperature of
-    `settings` to have the log-probabilities of what is sampled from, if settings cut nothing off.
+    `log_probs` are of the model's logits divided by `log_prob_temperature`: pass the temperature of `settings` to get
+    the log-probabilities of the sampled distribution, if settings cut nothing off.
 
-    `progress` is told after each group how many continuations are done; all processes must return the same. `stops` may
-    end continuations after each group: their reason is "stopped", their tokens are all that there are by then.
+    `progress` gets a text after each group; all processes must return the same. `stops` may end continuations after
+    each group; their reason is "stopped" and they keep the tokens generated so far.
 
-    Raises ValueError as `continue_prompts`, for a prompt longer than prompt_slots, and for rows, prefill_rows, group or
-    limits that are not valid; `Stopped` as soon as progress returns False.
+    Raises ValueError as `continue_prompts`, for a prompt longer than prompt_slots, and for invalid rows, prefill_rows,
+    group or limits; `Stopped` as soon as progress returns False.
     """
     settings = settings.check(prepared.config)
     most = settings.max_new_tokens
@@ -134,7 +133,7 @@ def continue_many(
     require(all(1 <= limit <= most for limit in limits), "limits", limits, f"they must be in 1..{most}")
     longest = max(map(len, prompts))
     if prompt_slots is None:
-        # Beyond the slots of the longest prompt, which may have fewer new tokens than a shorter one.
+        # The longest prompt may have fewer new tokens than a shorter one.
         most = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)) - longest
     prompt_slots = longest if prompt_slots is None else prompt_slots
     legal = f"it must be a whole number, at least the {longest} tokens of the longest prompt"
@@ -154,7 +153,7 @@ def continue_many(
 
 
 class _Rollout:
-    """The rows, and which prompt each of them continues."""
+    """The batch rows and the prompt that each one continues."""
 
     def __init__(
         self, prepared: Prepared, prompts: list[Sequence[int]], settings: list[Settings], shapes: RolloutShapes,
@@ -164,7 +163,7 @@ class _Rollout:
         self._log_prob_temperature = log_prob_temperature
         self._found: dict[int, Continuation] = {}
         self._prompt_of: dict[int, int] = {}
-        """The prompt of each row that runs."""
+        """The prompt index of each running row."""
         self._rows = Continuations(shapes.rows)
         self._num_started = self._decode_steps = self._row_steps_used = self._prefills = 0
         self._decoding = engine.allocate(prepared, self._sampling([0] * shapes.rows), slots=shapes.slots)
@@ -172,11 +171,10 @@ class _Rollout:
 
     @property
     def done(self) -> int:
-        """Prompts whose continuation has ended."""
+        """Number of prompts whose continuation has ended."""
         return len(self._found)
 
     def refill(self) -> None:
-        """Gives the free rows the next prompts, in their order."""
         while self._num_started < len(self._prompts):
             placed = self._place()
             if not any(placed):
@@ -184,7 +182,7 @@ class _Rollout:
             self._prefill(placed)
 
     def decode(self, steps: int, stops: Stops | None) -> None:
-        """At most so many tokens more of each row; takes the continuations of those that end or that `stops` names."""
+        """Generates up to `steps` tokens per row; collects continuations that end or that `stops` names."""
         before = sum(map(len, self._rows.tokens))
         if any(row in self._prompt_of for row in self._rows.running):
             self._decoding, emitted = engine.decode(self._prepared, self._decoding, steps, self._cancel_B)
@@ -203,7 +201,7 @@ class _Rollout:
             self._found[self._prompt_of.pop(row)] = self._rows.get(row)
 
     def result(self) -> tuple[list[Continuation], RefillStats]:
-        """All continuations in the order of their prompts, once all have ended."""
+        """All continuations in prompt order, once all have ended."""
         found, rows = [self._found[prompt] for prompt in range(len(self._prompts))], self._shapes.rows
         decoded = [len(continuation.tokens) - 1 for continuation in found]
         in_batches = rows * sum(max(decoded[i : i + rows]) for i in range(0, len(decoded), rows))
@@ -211,7 +209,7 @@ class _Rollout:
         return found, RefillStats(self._decode_steps, self._row_steps_used, total, in_batches, self._prefills)
 
     def _place(self) -> list[PlacedPrompt | None]:
-        """The next prompts at the places of a chunk whose part of the batch has a free row; takes the rows."""
+        """Assigns the next prompts to free rows and to chunk places of the same batch shard."""
         shapes = self._shapes
         cut = parts("batch")
         per_part, rows_per_part = shapes.prefill_rows // cut, shapes.rows // cut
@@ -219,7 +217,7 @@ class _Rollout:
         for part in range(cut):
             rows = range(part * rows_per_part, (part + 1) * rows_per_part)
             free = [row for row in rows if row not in self._prompt_of]
-            # A chunk with a place for each row has row i at place i.
+            # If a chunk has a place for each row, row i is at place i.
             places = [row - rows[0] for row in free] if per_part == len(rows) else range(per_part)
             for place, row in zip(places, free, strict=False):
                 if self._num_started < len(self._prompts):
@@ -229,31 +227,19 @@ class _Rollout:
         return placed
 
     def _prefill(self, placed: list[PlacedPrompt | None]) -> None:
-        size = engine.chunk_length()
-        settings = self._sampling([0 if at is None else self._prompt_of[at.row] for at in placed])
-        longest = max(len(at.ids) for at in placed if at is not None)
-        stretches = None if self._prepared.long_context is None else list(map(self._stretch, placed))
-        for start in range(0, longest, size):
-            chunk = make_chunk(placed, start, size, self._shapes.slots, stretches)
-            self._decoding, emitted, _ = engine.extend(self._prepared, self._decoding, chunk, settings)
-            self._prefills += 1
-            ends = [at.row if at is not None and chunk.is_last_R[i] else -1 for i, at in enumerate(placed)]
-            for row in ends:
-                if row >= 0:
-                    self._rows.clear(row)
-            self._rows.add(emitted, ends)
-        # The row's last prompt may have been cancelled; the new one is not.
-        self._cancel_B[[at.row for at in placed if at is not None]] = False
-
-    def _stretch(self, at: PlacedPrompt | None) -> float:
-        new = 0 if at is None else self._settings[self._prompt_of[at.row]].max_new_tokens
-        return self._prepared.stretch(0 if at is None else len(at.ids) + new)
+        prompts = [0 if at is None else self._prompt_of[at.row] for at in placed]
+        limits = [self._settings[prompt].max_new_tokens for prompt in prompts]
+        rows = [at.row for at in placed if at is not None]
+        for row in rows:
+            self._rows.clear(row)
+        self._cancel_B[rows] = False  # `stops` may have named the row's last prompt, not the new one
+        self._decoding, count = run_prompts(
+            self._prepared, self._decoding, placed, limits, self._sampling(prompts), self._rows
+        )
+        self._prefills += count
 
     def _sampling(self, prompts: Sequence[int]) -> Sampling:
-        temperature = self._log_prob_temperature
-        sampling = sampling_of(
-            [self._settings[prompt] for prompt in prompts], prompts, 1.0 if temperature is None else temperature
-        )
+        settings, temperature = [self._settings[prompt] for prompt in prompts], self._log_prob_temperature
         if temperature is None:
-            return sampling
-        return sampling._replace(top_log_probs=np.zeros(len(prompts), np.int32))
+            return sampling_of(settings, prompts)
+        return sampling_of(settings, prompts, temperature, top_log_probs=[0] * len(prompts))

@@ -1,9 +1,9 @@
-"""From logits to the next token: pure functions on fp32 logits [B, V] of one device's rows.
+"""Sampling of the next token: pure functions on fp32 logits [B, V] of one device's rows.
 
-The order is that of the released code (Hugging Face transformers) with that of OpenAI's fields before it: ids that may
-not be chosen are masked, then come logit bias, repetition penalty, presence and frequency penalty, temperature, top-k
-and top-p. Every setting is an array of the rows, so one compiled function serves all of them, and what none of the rows
-needs is not computed (`lax.cond`). No row's token depends on another row or on its settings, to the bit.
+The order is that of transformers' released code, with OpenAI's fields before it: mask of ids that may not be sampled,
+logit bias, repetition penalty, presence and frequency penalty, temperature, top-k, top-p. Each setting is an array over
+rows, so one compiled function serves all; what no row needs is skipped (`lax.cond`). A row's token does not depend on
+other rows or their settings, bit for bit.
 """
 
 from __future__ import annotations
@@ -15,23 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from bc2_jax.infer.settings import (
-    MOST_TOP_LOG_PROBS,
-    Sampling,
-)
+from bc2_jax.infer.settings import MOST_TOP_LOG_PROBS, Sampling
 
 RARE = "rare_settings"
-"""The `jax.named_scope` of what only few requests ask for: bias, min_tokens, top_k 0 or above 64, top log-probs."""
+"""`jax.named_scope` of rarely used settings: bias, min_tokens, top_k 0 or above 64, top log-probs."""
 _FEW = 64
-"""Up to this top_k a row's candidates are found by `lax.top_k`, whose number must be known when it is compiled."""
+"""Largest top_k for which candidates come from `lax.top_k`, whose k is static."""
 
 
 def next_token(logits_BV: Array, seen_BV: Array, counts_BV: Array | None, step_B: Array, sampling: Sampling) -> Array:
-    """The next token of each row, int32 [B], from the logits as the model gave them, fp32.
+    """Samples the next token of each row, int32 [B], from the model's fp32 logits.
 
-    `seen_BV` (bool) marks the tokens of prompt and output, `counts_BV` (integers, needed only for presence and
-    frequency penalties) tells how often the output has each. `step_B` (int32) is the number of new tokens so far. If
-    nothing may be chosen, it is 0.
+    `seen_BV` (bool) marks tokens of prompt and output. `counts_BV` (integers) counts tokens in the output and is
+    required only for presence and frequency penalties. `step_B` (int32) is the number of new tokens so far. If every id
+    is masked, the token is 0.
     """
     logits_BV = mask_absent(logits_BV, sampling.vocab_size, sampling.eos_token_id)
     logits_BV = mask_early_eos(logits_BV, sampling.min_tokens, sampling.eos_token_id, step_B)
@@ -48,7 +45,7 @@ def next_token(logits_BV: Array, seen_BV: Array, counts_BV: Array | None, step_B
 
 
 def mask_absent(logits_BV: Array, vocab_size_B: Array | None, eos_BE: Array) -> Array:
-    """Logits with -inf for ids from `vocab_size_B` on that are none of a row's eos; -1 in `eos_BE` is not an id."""
+    """Masks ids >= `vocab_size_B` with -inf, except a row's eos; -1 in `eos_BE` is padding."""
     if vocab_size_B is None:
         return logits_BV
     ids_V = jnp.arange(logits_BV.shape[1])
@@ -62,7 +59,7 @@ def mask_absent(logits_BV: Array, vocab_size_B: Array | None, eos_BE: Array) -> 
 
 
 def mask_early_eos(logits_BV: Array, min_tokens_B: Array | None, eos_BE: Array, step_B: Array) -> Array:
-    """Logits with -inf for a row's eos while it has fewer than `min_tokens_B` new tokens."""
+    """Masks a row's eos with -inf while it has fewer than `min_tokens_B` new tokens."""
     if min_tokens_B is None:
         return logits_BV
     is_early_B = step_B < min_tokens_B
@@ -75,7 +72,7 @@ def mask_early_eos(logits_BV: Array, min_tokens_B: Array | None, eos_BE: Array, 
 
 
 def add_bias(logits_BV: Array, ids_BE: Array | None, bias_BE: Array | None) -> Array:
-    """Adds `bias_BE` to the logits of `ids_BE`, of which -1 is not an id."""
+    """Adds `bias_BE` to the logits of `ids_BE`, padded with -1."""
     if ids_BE is None or bias_BE is None:
         return logits_BV
 
@@ -87,10 +84,10 @@ def add_bias(logits_BV: Array, ids_BE: Array | None, bias_BE: Array | None) -> A
 
 
 def penalize_repetition(logits_BV: Array, seen_BV: Array, penalty: Array | float) -> Array:
-    """Makes the tokens marked in `seen_BV` (bool) less likely: positive logits / penalty, negative ones * penalty.
+    """Makes tokens marked in `seen_BV` (bool) less likely: positive logits / penalty, negative logits * penalty.
 
-    `penalty` is one for all or [B]; 1 changes nothing. How often a token was seen does not matter (CTRL, arXiv
-    1909.05858, section 4.1).
+    `penalty` is one number or [B]; 1 is off. The count of a token does not matter (CTRL, arXiv 1909.05858, section
+    4.1).
     """
     penalty = jnp.reshape(penalty, (-1, 1))
     penalized = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
@@ -100,13 +97,13 @@ def penalize_repetition(logits_BV: Array, seen_BV: Array, penalty: Array | float
 def penalize_counts(
     logits_BV: Array, counts_BV: Array | None, presence_B: Array | None, frequency_B: Array | None
 ) -> Array:
-    """Takes off the logits of tokens with a count `presence_B`, and `frequency_B` times the count (OpenAI's API)."""
+    """Subtracts `presence_B` from logits of tokens in the output and `frequency_B` times their count (OpenAI's API)."""
     if presence_B is None or frequency_B is None:
         return logits_BV
     if counts_BV is None:
         raise ValueError("counts_BV = None is not valid: presence and frequency penalties need the counts.")
-    # Each product stands behind a `where`: joined with the difference in one instruction it would be rounded otherwise,
-    # and whether that happens depends on the program around it.
+    # `where` keeps each product out of a fused multiply-subtract, which rounds differently and whose use depends on the
+    # surrounding program.
     often_BV = jnp.where(counts_BV > 0, frequency_B[:, None] * counts_BV.astype(jnp.float32), 0)
     return logits_BV - often_BV - jnp.where(counts_BV > 0, presence_B[:, None], 0)
 
@@ -128,7 +125,7 @@ def _mark(like_BV: Array, ids_BE: Array) -> Array:
 
 
 def row_keys(seed_B: Array, step_B: Array, place_B: Array) -> Array:
-    """One key for each row: neither the mesh, nor the size of the batch, nor the other rows have a say."""
+    """One key per row, independent of the mesh, the batch size and other rows."""
     fold_in = jax.vmap(jax.random.fold_in)
     return fold_in(fold_in(jax.vmap(jax.random.key)(seed_B), step_B), place_B)
 
@@ -141,12 +138,12 @@ def sample_tokens(
     top_k: Array | int = 0,
     top_p: Array | float | None = None,
 ) -> Array:
-    """The next tokens, int32 [B]; row b draws with `keys_B[b]`.
+    """Samples tokens, int32 [B]; row b uses `keys_B[b]`.
 
-    temperature, top_k and top_p are one for all or [B]. temperature 0 or None is greedy: the largest logit, the
-    smallest id among equals. The top_k most likely tokens are kept (all for 0), and of these the fewest whose share of
-    their probability reaches top_p (all for None or 1); the most likely always stays. Between equal logits the smaller
-    id comes first, so never more than top_k are kept.
+    temperature, top_k and top_p are one number or [B]. temperature 0 or None is greedy: the largest logit, the smallest
+    id among equals. The top_k most likely tokens are kept (all for 0), then the fewest whose share of their probability
+    reaches top_p (all for None or 1); the most likely token always stays. Among equal logits the smaller id comes
+    first, so at most top_k are kept.
     """
     logits_BV = _tame(logits_BV)
     greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
@@ -174,22 +171,22 @@ def sample_tokens(
 
 
 def few_candidates(logits_BV: Array, temperature_B: Array, top_k_B: Array, top_p_B: Array) -> tuple[Array, Array]:
-    """What rows with top_k in 1..64 draw from: ids int32 [B, K] and log-weights fp32 [B, K], -inf where cut off."""
+    """Candidates of rows with top_k in 1..64: ids int32 [B, K] and log-weights fp32 [B, K], -inf where cut off."""
     values_BK, ids_BK = jax.lax.top_k(logits_BV, min(_FEW, logits_BV.shape[-1]))
     first_K = jnp.arange(values_BK.shape[1])
     weights_BK = jnp.where(first_K < top_k_B[:, None], _log_weights(values_BK, temperature_B), -jnp.inf)
     reached_BK = jnp.cumsum(jnp.exp(weights_BK), axis=-1)
     before_BK = jnp.pad(reached_BK[:, :-1], ((0, 0), (1, 0)))
-    # By name, for rounding of the sum says otherwise: the first at a tiny top_p, the last at 1.
+    # Explicit cases that rounding of the sum would get wrong: the first token at a tiny top_p, the last at 1.
     keep = (before_BK < top_p_B[:, None] * reached_BK[:, -1:]) | (first_K == 0) | (top_p_B >= 1)[:, None]
     return ids_BK, jnp.where(keep, weights_BK, -jnp.inf)
 
 
 def all_candidates(logits_BV: Array, temperature_B: Array, top_k_B: Array, top_p_B: Array, is_drawn_B: Array) -> Array:
-    """What rows with any top_k and top_p draw from: log-weights fp32 [B, V], -inf where cut off.
+    """Candidates of rows with any top_k and top_p: log-weights fp32 [B, V], -inf where cut off.
 
-    Cuts only if a row of `is_drawn_B` (bool) needs it, and then without a sort: both cuts keep the first tokens of an
-    order, and where that ends is found by bisection.
+    Cuts only if a row of `is_drawn_B` (bool) needs it. Both cuts keep the first tokens of an order; bisection finds its
+    end without a sort.
     """
     V = logits_BV.shape[1]
     top_k_B = jnp.where((top_k_B <= 0) | (top_k_B > V), V, top_k_B)
@@ -201,7 +198,7 @@ def all_candidates(logits_BV: Array, temperature_B: Array, top_k_B: Array, top_p
     def cut_share(weights_BV: Array) -> Array:
         p_BV = jnp.exp(weights_BV)
         share = lambda keep_BV: _exact_sum(jnp.where(keep_BV, p_BV, 0))  # noqa: E731  # reads as what it is
-        # At a tiny top_p the product is 0, which no token at all would reach.
+        # At a tiny top_p the product would be 0, which keeps no token.
         target_B = jnp.maximum(top_p_B * _exact_sum(p_BV), 1e-30)
         keep_BV = _first_reaching(logits_BV, share, target_B) | (top_p_B >= 1)[:, None]
         return jnp.where(keep_BV, weights_BV, -jnp.inf)
@@ -212,15 +209,17 @@ def all_candidates(logits_BV: Array, temperature_B: Array, top_k_B: Array, top_p
 
 
 def _tame(logits_BV: Array) -> Array:
-    """One zero, for -0.0 counts as smaller in some comparisons; and +inf, which a penalty can give, made finite."""
+    """Replaces -0.0, which some comparisons order below 0, by 0, and +inf, which a penalty can give, by the largest
+    float.
+    """
     return jnp.where(logits_BV == 0, 0, jnp.minimum(logits_BV, jnp.finfo(jnp.float32).max))
 
 
 def _log_weights(logits_BV: Array, temperature_B: Array) -> Array:
     """(logits - the row's largest) / temperature.
 
-    The peak is taken off before the division: a tiny temperature then gives -inf beside one 0, not inf - inf. Below the
-    smallest normal number the device would flush it to zero.
+    Subtracting first makes a tiny temperature give -inf beside one 0 instead of inf - inf. A temperature below the
+    smallest normal number would be flushed to zero.
     """
     peak_B1 = logits_BV.max(axis=-1, keepdims=True)
     peak_B1 = jnp.where(peak_B1 == -jnp.inf, 0, peak_B1)
@@ -228,22 +227,22 @@ def _log_weights(logits_BV: Array, temperature_B: Array) -> Array:
 
 
 def _order(x_BV: Array) -> Array:
-    """uint32 [B, V] that are in the same order as these floats."""
+    """uint32 [B, V] in the same order as these floats."""
     bits_BV = jax.lax.bitcast_convert_type(x_BV, jnp.uint32)
     sign = jnp.uint32(1 << 31)
     return jnp.where(bits_BV >= sign, ~bits_BV, bits_BV | sign)
 
 
 def _first_reaching(logits_BV: Array, measure: Callable[[Array], Array], target_B: Array) -> Array:
-    """bool [B, V]: the fewest tokens whose measure reaches the target, taken by their logits, the largest first, and
-    among equals the smaller id first; all of them if it is never reached.
+    """bool [B, V]: the fewest tokens whose measure reaches the target, taken by descending logit, smaller id first
+    among equals; all tokens if it is never reached.
 
-    `measure` ([B, V] bool -> [B]) must not fall when tokens are added.
+    `measure` ([B, V] bool -> [B]) must not decrease when tokens are added.
     """
     order_BV, ids_V = _order(logits_BV), jnp.arange(logits_BV.shape[1], dtype=jnp.uint32)
 
     def largest(bits: int, is_legal: Callable[[Array], Array]) -> Array:
-        """The largest number of so many bits that is legal, in each row, where all smaller ones are."""
+        """Largest legal number of `bits` bits in each row, if all smaller numbers are legal."""
 
         def step(i: Array, found_B: Array) -> Array:
             larger_B = found_B | (jnp.uint32(1 << (bits - 1)) >> i.astype(jnp.uint32))
@@ -260,13 +259,13 @@ def _first_reaching(logits_BV: Array, measure: Callable[[Array], Array], target_
 
 
 def _exact_sum(p_BV: Array) -> Array:
-    """The sums of rows of numbers in 0..1, which, unlike those of floats, do not depend on the order of summation.
+    """Row sums of numbers in 0..1 that do not depend on the order of summation, unlike float sums.
 
-    So they never fall when a number is added, and have the same bits for a batch of any size.
+    So they never decrease when a number is added, and have the same bits for any batch size.
     """
     bits = 32 - p_BV.shape[1].bit_length()  # so that V ones do not overflow
     total_B, scale = jnp.zeros_like(p_BV[:, 0]), np.float32(2.0**bits)
-    # Three times the next bits of each: 45 for a vocabulary of 125,696. All products are exact.
+    # Three rounds of bits per number: 45 bits for a vocabulary of 125,696. All products are exact.
     for place in range(1, 4):
         p_BV = p_BV * scale
         whole_BV = jnp.floor(p_BV)
@@ -281,7 +280,7 @@ def _exact_sum(p_BV: Array) -> Array:
 def chosen_log_probs(logits_BV: Array, token_B: Array, temperature_B: Array | None = None) -> Array:
     """fp32 [B]: log_softmax(logits / temperature) of the tokens; temperature None is 1.
 
-    The logits should be those of the model, before `next_token` changes them.
+    Pass the model's logits, before `next_token` changes them.
     """
     if temperature_B is not None:
         logits_BV = logits_BV / temperature_B[:, None]
@@ -293,9 +292,9 @@ def chosen_log_probs(logits_BV: Array, token_B: Array, temperature_B: Array | No
 def top_log_probs(logits_BV: Array, want_B: Array, k: int = MOST_TOP_LOG_PROBS) -> tuple[Array, Array]:
     """The k most likely tokens, int32 [B, k], and their log-probabilities, fp32 [B, k], the most likely first.
 
-    Equals are ordered by id. `want_B` (bool) marks the rows that ask; the others have zeros, and if no row asks,
-    nothing is computed. Where V < k the rest is id -1 with -inf. A token's log-probability has the bits that
-    `chosen_log_probs` gives it.
+    Equals are ordered by id. `want_B` (bool) marks rows that ask; other rows get zeros, and if no row asks nothing is
+    computed. If V < k the rest is id -1 with -inf. A token's log-probability has the same bits as in
+    `chosen_log_probs`.
     """
     peak_B, log_total_B = _normalizer(logits_BV)
 

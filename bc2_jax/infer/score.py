@@ -1,8 +1,7 @@
-"""What scoring does on the device: rows of tokens -> log-probabilities of given tokens at given places, one program.
+"""The device program of scoring: rows of tokens -> log-probabilities of given tokens at given positions.
 
-A row may hold several documents, each with a trunk and branches (`kernels.segments`), so that what many requests begin
-with is computed once. Only the hidden states of the places that are scored meet the head, chunk by chunk: no
-[B, T, V] tensor exists.
+A row may hold several documents, each a trunk with branches (`kernels.segments`), so a prefix shared by many requests
+is computed once. Only hidden states of scored positions meet the head, chunk by chunk: no [B, T, V] tensor exists.
 """
 
 from __future__ import annotations
@@ -25,40 +24,34 @@ from bc2_jax.sharding import from_host, named_sharding, parts, reshard, spec, us
 from bc2_jax.tpu.options import Value, compiler_options
 
 ATTENTION_BLOCK = 128
-"""Of the chunked attention, at most: small enough that blocks of other branches are left out."""
+"""Largest block of chunked attention; small enough that blocks of other branches are skipped."""
 
 
 class Rows(NamedTuple):
-    """B rows of T tokens, of each of which S places are scored; arrays of the host or of the device, int32.
+    """B rows of T tokens with S scored positions each; int32 arrays on the host or the device.
 
-    B must be a multiple of the parts into which the mesh cuts the batch, T and S of those of a sequence.
+    B must be a multiple of the batch shards, T and S of the sequence shards.
     """
 
     ids_BT: Any
-    segments_BT: Any
-    """As `kernels.segments` reads them; 0 is padding."""
-    places_BS: Any
-    """Columns, 0..T-1, whose next token is scored; one place may be there several times with different labels."""
-    labels_BS: Any
-    """The tokens to score, IGNORED where nothing is scored."""
+    segments_BT: Any  # as `kernels.segments` reads them; 0 is padding
+    places_BS: Any  # columns, 0..T-1, whose next token is scored; a column may occur several times with other labels
+    labels_BS: Any  # the tokens to score; IGNORED where nothing is scored
 
 
 class Scores(NamedTuple):
-    """[B, S], whole on every device and process."""
+    """[B, S], replicated on every device and process."""
 
-    log_prob: Array
-    """log p(label), nats, fp32; 0 where the label is IGNORED."""
-    is_argmax: Array
-    """bool: whether the label has the largest logit, the first of equals."""
-    margin: Array
-    """fp32: the label's logit less the largest of all others."""
+    log_prob: Array  # fp32 log p(label) in nats; 0 where the label is IGNORED
+    is_argmax: Array  # bool: whether the label has the largest logit, the first of equals
+    margin: Array  # fp32: the label's logit minus the largest other logit
 
 
 def score_rows(model: Baichuan2, rows: Rows) -> Scores:
-    """Scores of `rows` by `model`, on any mesh or none; logits and what is made of them are fp32.
+    """Scores `rows` with `model`, with or without a mesh, in fp32 from the logits on.
 
-    Compiled once for the shapes of the rows and the kind of model, whatever its parameters. With several processes all
-    of them call it with the same rows. Raises ValueError for shapes that the mesh does not cut evenly.
+    Compiled once per row shape and kind of model. All processes call it with the same rows. Raises ValueError for
+    shapes that the mesh does not divide.
     """
     graphdef, state = nnx.split(model)
     weight = model.norm.weight[...]
@@ -68,7 +61,7 @@ def score_rows(model: Baichuan2, rows: Rows) -> Scores:
 
 
 def check_shapes(rows: Rows) -> None:
-    """Raises ValueError for rows that the mesh in use does not cut evenly."""
+    """Raises ValueError for rows that the current mesh does not divide."""
     (B, T), S = rows.ids_BT.shape, rows.places_BS.shape[1]
     for name, size, axis in (("rows", B, "batch"), ("columns", T, "sequence"), ("places", S, "sequence")):
         if size % parts(axis):
@@ -76,7 +69,7 @@ def check_shapes(rows: Rows) -> None:
 
 
 def program(model: Baichuan2) -> Any:
-    """The jitted function (graphdef, parameters, rows) -> Scores; on a TPU with the compiler options of `model`."""
+    """The jitted (graphdef, parameters, rows) -> Scores, on a TPU with the model's compiler options."""
     chip = current_chip()
     if chip is None or model.compute.compiler_options == "default":
         return make_program()
@@ -85,7 +78,7 @@ def program(model: Baichuan2) -> Any:
 
 @functools.cache
 def make_program(**options: Value) -> Any:
-    """The program, jitted once for these compiler options."""
+    """The program, jitted once per set of compiler options."""
     return jax.jit(_run, static_argnums=0, compiler_options=options)
 
 
@@ -102,7 +95,7 @@ def _run(graphdef: Any, params: Params, rows: Rows) -> Scores:
 
 
 def _take(h_BTD: Array, places_BS: Array) -> Array:
-    """[B, S, D]: the hidden states at the places, on each device those of its own rows."""
+    """[B, S, D]: hidden states at the scored positions; each device takes those of its own rows."""
 
     def take(h_BTD: Array, places_BS: Array) -> Array:
         return jnp.take_along_axis(h_BTD, places_BS[..., None], axis=1)
@@ -117,6 +110,6 @@ def _take(h_BTD: Array, places_BS: Array) -> Array:
 
 
 def empty_rows(rows: int, columns: int, places: int) -> Rows:
-    """Rows of padding, on the host, to be filled in."""
+    """Host rows of padding, to be filled in."""
     ids, segments = (np.zeros((rows, columns), np.int32) for _ in "is")
     return Rows(ids, segments, np.zeros((rows, places), np.int32), np.full((rows, places), IGNORED, np.int32))

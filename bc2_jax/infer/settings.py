@@ -1,4 +1,4 @@
-"""How prompts are continued: the settings of one prompt, checked, and the arrays of many on their way to the device."""
+"""Generation settings of one prompt, checked, and their arrays for the rows of a batch."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from bc2_jax.config import ModelConfig
 from bc2_jax.validation import require
 
 MOST_EOS = 16
-"""How many ids may end a row; the compiled functions have room for that many."""
+"""Most ids that may end a row; compiled programs have room for that many."""
 MOST_BIASES = 300
-"""How many ids of a row may have a bias, as in OpenAI's API; the compiled functions have room for that many."""
+"""Most ids of a row that may have a bias, as in OpenAI's API; compiled programs have room for that many."""
 MOST_TOP_LOG_PROBS = 20
-"""How many of the most likely tokens may be reported beside each token, as in OpenAI's API."""
+"""Most of the likeliest tokens reported with each token, as in OpenAI's API."""
 SEEDS = range(2**32)
-"""Whole 32-bit numbers: of a larger seed JAX would drop the upper bits."""
+"""32-bit integers: JAX would drop the upper bits of a larger seed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,24 +40,24 @@ class Settings:
     seed: int = 0
     """0 to 2^32 - 1."""
     eos_token_id: int | Sequence[int] | None = None
-    """The id, or any of the ids, that ends the continuation. None is the model's; an empty list ends at none."""
+    """The id or ids that end the continuation. None uses the model's; an empty list never ends it."""
     vocab_size: int | None = None
-    """Ids from this one on are never chosen, but for eos: a model's vocabulary may be padded or grown beyond the pieces
-    of its tokenizer, whose `vocab_size` belongs here. None, or more than the model's, leaves every id of the model."""
+    """Ids from this one on are never sampled, except eos: a model's vocabulary may be larger than its tokenizer's,
+    whose `vocab_size` belongs here. None allows every id of the model.
+    """
     presence_penalty: float = 0.0
-    """-2 to 2: taken off the logit of each token that the continuation contains already; 0 does nothing."""
+    """-2 to 2: subtracted from the logit of each token already in the continuation; 0 is off."""
     frequency_penalty: float = 0.0
-    """-2 to 2: taken off the logit of each token as often as the continuation contains it; 0 does nothing."""
+    """-2 to 2: subtracted from a token's logit once per occurrence in the continuation; 0 is off."""
     logit_bias: Mapping[int, float] | None = None
-    """Id -> what is added to its logit, -100 to 100, before the penalties; None is none. An id that may not be chosen
-    stays out of the question."""
+    """Id -> bias of -100 to 100, added to its logit before the penalties. It cannot make a masked id legal."""
     min_tokens: int = 0
-    """The first so many new tokens are none of `eos_token_id`."""
+    """The first `min_tokens` new tokens are never an `eos_token_id`."""
 
     def check(self, config: ModelConfig) -> Settings:
-        """These settings as plain numbers, with the model's eos filled in, `eos_token_id` a tuple.
+        """The settings as plain numbers, with the model's eos filled in and `eos_token_id` as a tuple.
 
-        Raises ValueError for one of another type or out of range.
+        Raises ValueError for a value of another type or out of range.
         """
         V = config.vocab_size
         given: Any = config.eos_token_id if self.eos_token_id is None else self.eos_token_id
@@ -111,7 +111,7 @@ def _check_bias(given: Any, V: int) -> dict[int, float] | None:
 
 
 def is_whole(value: object) -> bool:
-    """Whether `value` is an integer of Python, numpy or JAX; True and False are none."""
+    """Whether `value` is an integer of Python, numpy or JAX; bools are not."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool) or _is_scalar(value, np.integer)
 
 
@@ -120,11 +120,11 @@ def _is_real(value: object) -> bool:
 
 
 def _as_float32(value: Any) -> float:
-    """`value` as the device gets it: what is too large is infinite."""
+    """`value` as the device gets it: overflow is infinite."""
     try:
         with np.errstate(over="ignore"):
             return float(np.float32(value))
-    except OverflowError:  # a whole number beyond float64
+    except OverflowError:  # an integer beyond float64
         return math.inf
 
 
@@ -144,48 +144,49 @@ def _require(ok: bool, name: str, value: object, legal: str) -> None:
 _ALL = np.iinfo(np.int32).max
 DEFAULT_SETTINGS = Settings()
 Rows = Any
-"""An array of one value for each row: of JAX, or of numpy on its way to the device."""
+"""An array with one value per row, of JAX or numpy."""
 
 
 class Sampling(NamedTuple):
-    """The settings of B rows. No value shapes the compiled functions; which of the fields are None does.
+    """The settings of B rows. Values do not affect compiled shapes; which fields are None does.
 
-    A field that is None gives the same bits as one with the value that does nothing.
+    A field that is None gives the same bits as one with the neutral value.
     """
 
     temperature: Rows
-    """fp32 [B], 0 is greedy."""
+    """fp32 [B]; 0 is greedy."""
     top_k: Rows
-    """int32 [B], 0 keeps all."""
+    """int32 [B]; 0 keeps all."""
     top_p: Rows
-    """fp32 [B], 1 keeps all."""
+    """fp32 [B]; 1 keeps all."""
     repetition_penalty: Rows
     """fp32 [B]."""
     eos_token_id: Rows
-    """int32 [B, MOST_EOS]: each of them ends the row; the rest is -1."""
+    """int32 [B, MOST_EOS], padded with -1: each of them ends the row."""
     seed: Rows
     """uint32 [B]."""
     place: Rows
-    """int32 [B]: of the prompt in its caller's list. Seed, step and place together choose the key of a draw."""
+    """int32 [B]: index of the prompt in its caller's list. Seed, step and place determine the key of a draw."""
     limit: Rows
-    """int32 [B]: the most new tokens."""
+    """int32 [B]: most new tokens."""
     vocab_size: Rows | None = None
-    """int32 [B]: ids from here on are chosen only as an eos; None leaves every id to all rows."""
+    """int32 [B]: ids from here on are sampled only as an eos; None allows every id."""
     min_tokens: Rows | None = None
-    """int32 [B]: of so many first tokens none is an eos; None is 0 for all rows."""
+    """int32 [B]: none of the first `min_tokens` tokens is an eos; None is 0 for all rows."""
     presence_penalty: Rows | None = None
-    """fp32 [B]; None is 0 for all rows, and so is it of the next."""
+    """fp32 [B]; None is 0 for all rows, as for frequency_penalty."""
     frequency_penalty: Rows | None = None
     """fp32 [B]."""
     bias_ids: Rows | None = None
-    """int32 [B, MOST_BIASES], different ids, the rest is -1; None is none for all rows."""
+    """int32 [B, MOST_BIASES], different ids padded with -1; None for no bias."""
     bias: Rows | None = None
     """fp32 [B, MOST_BIASES], of bias_ids."""
     log_prob_temperature: Rows | None = None
-    """fp32 [B]: what logits are divided by for the log-probabilities that are kept; None is 1 for all rows."""
+    """fp32 [B]: divides the logits before log-probabilities are taken; None is 1 for all rows."""
     top_log_probs: Rows | None = None
-    """int32 [B]: how many of the most likely tokens are reported, 0 to MOST_TOP_LOG_PROBS, and -1 where not even the
-    log-probability of the chosen one is asked for; None is -1 for all rows."""
+    """int32 [B]: how many of the most likely tokens to report, 0 to MOST_TOP_LOG_PROBS; -1 reports no log-probabilities
+    at all. None is -1 for all rows.
+    """
 
 
 def sampling_of(
@@ -196,16 +197,16 @@ def sampling_of(
     top_log_probs: Sequence[int | None] | None = None,
     full: bool = False,
 ) -> Sampling:
-    """The arrays, on the host, for rows with these checked settings and places.
+    """Host arrays for rows with these checked settings and places.
 
-    `top_log_probs` has for each row a number in 0..MOST_TOP_LOG_PROBS, or None. What no row uses is None, unless `full`
-    asks for every array that a request to a server can set (all but log_prob_temperature): then one compiled function
-    serves all requests.
+    `top_log_probs` has 0..MOST_TOP_LOG_PROBS or None for each row. Fields that no row uses are None, unless `full` asks
+    for every field that a server request can set (all but log_prob_temperature), so that one program serves all
+    requests.
     """
 
     def column(name: str, dtype) -> np.ndarray:
         values = [getattr(row, name) for row in settings]
-        # Beyond what the dtype can hold, a limit is none.
+        # A limit beyond the dtype's range has no effect.
         return np.array([min(x, np.iinfo(dtype).max) for x in values] if dtype == np.int32 else values, dtype)
 
     def used(array: np.ndarray, neutral: float) -> np.ndarray | None:

@@ -1,11 +1,11 @@
-"""Causal attention with segments and ALiBi, one interface and two implementations in plain JAX.
+"""Causal attention with segments and ALiBi in plain JAX: a reference and a chunked implementation.
 
-All functions work on one device's batch rows and heads; `model/attention.py` places them on the mesh. Shapes: B batch,
-T query, S key, N heads, H head size. Token t sees key s if s is not later in the sequence and in the segment of t, or
-in that of its trunk (`segments`), and no padding; a query that sees nothing (padding) gives zeros, never NaN.
+Functions work on one device's rows and heads; `model/attention.py` places them on the mesh. Shapes: B batch, T query, S
+key, N heads, H head size. A token sees earlier keys, and itself, in its segment or its trunk (`segments`), but no
+padding; a query that sees nothing gives zeros, never NaN.
 
-ALiBi (paper section 2.3) adds slope * (key position - query position), in fp32 and in this relative form: the form
-slope * key position is equal in exact arithmetic but wrong by up to 8 in bf16 at 4k.
+ALiBi (paper section 2.3) adds slope * (key position - query position) in fp32. The equivalent slope * key position
+would be wrong by up to 8 in bf16 at 4k.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from bc2_jax.kernels.segments import can_see
 
-# Finite, so that a row in which everything is masked never computes inf - inf.
+# Finite, so that a fully masked row never computes inf - inf.
 MASKED = -1e30
 
 
 class Tokens(NamedTuple):
-    """Where each token stands: position and segment (`segments`), both int32 [B, T]; segment 0 is padding."""
+    """Position and segment (`segments`) of each token, int32 [B, T]; segment 0 is padding."""
 
     positions: Array
     segments: Array
@@ -35,7 +35,7 @@ class Tokens(NamedTuple):
 def _scores(
     q_BNTH: Array, k_BNSH: Array, q: Tokens, k: Tokens, slopes_N: Array | None, causal: Array
 ) -> tuple[Array, Array]:
-    """fp32 attention scores with the bias, and the mask: [B, N, T, S] and [B, 1, T, S]; `causal` is bool [T, S]."""
+    """fp32 scores with bias [B, N, T, S] and mask [B, 1, T, S]; `causal` is bool [T, S]."""
     scale = q_BNTH.shape[-1] ** -0.5
     s_BNTS = jnp.einsum("BNTH,BNSH->BNTS", q_BNTH, k_BNSH, preferred_element_type=jnp.float32) * scale
     if slopes_N is not None:
@@ -46,7 +46,7 @@ def _scores(
 
 
 def reference_attention(q_BTNH: Array, k_BTNH: Array, v_BTNH: Array, tokens: Tokens, slopes_N: Array | None) -> Array:
-    """Self-attention as one einsum; holds the scores [B, N, T, T] in fp32. Returns [B, T, N, H] in the dtype of v."""
+    """Attention as one einsum; holds fp32 scores [B, N, T, T]. Returns [B, T, N, H] in the dtype of v."""
     causal_TS = jnp.tri(q_BTNH.shape[1], dtype=bool)
     q_BNTH, k_BNTH = jnp.swapaxes(q_BTNH, 1, 2), jnp.swapaxes(k_BTNH, 1, 2)
     s_BNTS, mask = _scores(q_BNTH, k_BNTH, tokens, tokens, slopes_N, causal_TS)
@@ -59,10 +59,10 @@ def reference_attention(q_BTNH: Array, k_BTNH: Array, v_BTNH: Array, tokens: Tok
 def chunked_attention(
     q_BTNH: Array, k_BTNH: Array, v_BTNH: Array, tokens: Tokens, slopes_N: Array | None, *, block: int
 ) -> Array:
-    """Self-attention with an online softmax over blocks (Rabe & Staats, arXiv 2112.05682), causal blocks only.
+    """Attention with an online softmax over causal blocks (Rabe & Staats, arXiv 2112.05682).
 
-    Forward and backward hold [B, N, block, block] scores at one time; the backward pass recomputes them from the saved
-    log-sum-exp. Any T: the last block is padded. Returns [B, T, N, H] in the dtype of v.
+    Holds [B, N, block, block] scores at a time; the backward pass recomputes them from the saved log-sum-exp. Any T:
+    the last block is padded. Returns [B, T, N, H] in the dtype of v.
     """
     T = q_BTNH.shape[1]
     block = min(block, T)
@@ -74,7 +74,7 @@ def chunked_attention(
 
 
 def _to_blocks(x: Array, block: int) -> Array:
-    """[B, T, ...] -> [T / block, B, block, ...], heads in front of the block: [T / block, B, N, block, H]."""
+    """[B, T, ...] -> [T / block, B, block, ...], with heads before the block: [T / block, B, N, block, H]."""
     x = jnp.moveaxis(x.reshape(x.shape[0], -1, block, *x.shape[2:]), 1, 0)
     return jnp.swapaxes(x, 2, 3) if x.ndim == 5 else x
 
@@ -85,7 +85,7 @@ def _from_blocks(x: Array) -> Array:
 
 
 def _causal_pairs(num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
-    """(query block, key block) of every pair on or below the diagonal, as static lists."""
+    """(query block, key block) of every pair on or below the diagonal."""
     i, j = np.tril_indices(num_blocks)
     return i.astype(np.int32), j.astype(np.int32)
 
@@ -113,7 +113,7 @@ def _flash_forward(q, k, v, positions, segments, slopes):
             pv = jnp.einsum("BNTS,BNSH->BNTH", p.astype(v.dtype), v[j], preferred_element_type=jnp.float32)
             return out * shrink[..., None] + pv, new_peak, total * shrink + p.sum(-1)
 
-        # Blocks of other documents or branches are left out.
+        # Skips blocks of other documents or branches.
         sees = can_see(segments[i][:, :, None], segments[j][:, None, :]).any()
         block = jax.lax.cond(sees, attend, lambda *block: block, *(x[i] for x in carry))
         return tuple(x.at[i].set(new) for x, new in zip(carry, block, strict=True)), None
@@ -123,7 +123,7 @@ def _flash_forward(q, k, v, positions, segments, slopes):
     start = (zeros, zeros[..., 0] + MASKED, zeros[..., 0])
     (out, peak, total), _ = jax.lax.scan(visit, start, _causal_pairs(q.shape[0]))
     total = jnp.where(total == 0, 1.0, total)
-    # Named, so that a remat policy can keep both and the forward pass need not run again in the backward pass.
+    # Named, so that a remat policy can keep both and the backward pass need not repeat the forward pass.
     out = checkpoint_name((out / total[..., None]).astype(v.dtype), "attention")
     lse = checkpoint_name(peak + jnp.log(total), "attention_lse")
     return out, (q, k, v, positions, segments, slopes, out, lse)

@@ -1,6 +1,6 @@
-"""Block sizes of the flash attention kernels: data by chip, head size and length.
+"""Block sizes of the flash attention kernels by chip, head size and length.
 
-The lines of the table are printed by tools/tune_attention.py, which compiles the candidates and counts their cycles.
+tools/tune_attention.py prints the lines of the table: it compiles the candidates and counts their cycles.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from bc2_jax.validation import require, require_positive
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
-    """How the two kernels cut one head. Raises ValueError for sizes that do not fit together."""
+    """Block sizes of both kernels for one head. Raises ValueError if they do not fit together."""
 
     forward: int
-    """Queries, and keys, of one grid step of the forward pass."""
+    """Queries, and keys, per grid step of the forward pass."""
     forward_chunk: int
-    """Of these queries, how many are computed at once: while one chunk is in the softmax, another multiplies."""
+    """Queries computed at once: while one chunk is in the softmax, the next is multiplied."""
     backward: int
-    """Queries, and keys, of one grid step of the backward pass."""
+    """Queries, and keys, per grid step of the backward pass."""
     backward_chunk: int
-    """The same in the backward pass, off the diagonal."""
+    """Queries computed at once in the backward pass, off the diagonal."""
     backward_diagonal_chunk: int
-    """The same on the diagonal, where keys later than a chunk are left out: small chunks save work there."""
+    """The same on the diagonal; small chunks skip more of the keys after the chunk."""
     span: int
-    """Queries of a head whose fp32 dq the backward pass keeps on the chip at one time."""
+    """Queries of a head whose fp32 dq the backward pass keeps on the chip at a time."""
     vmem_mib: int
-    """What one kernel may use of the chip's vector memory."""
+    """MiB of the chip's vector memory for one kernel."""
 
     def __post_init__(self) -> None:
         require_positive(self, "blocks.", *(field.name for field in dataclasses.fields(self)))
@@ -46,9 +46,9 @@ class BlockSizes:
         )  # fmt: skip
 
     def fit(self, length: int, granule: int) -> BlockSizes:
-        """The sizes for rows of `length` tokens: as few blocks, but no larger than they need be.
+        """The sizes for rows of `length` tokens: the same number of blocks, no larger than needed.
 
-        Blocks are multiples of `granule`. A row of 1100 in blocks of 1024 becomes two blocks of 640, not of 1024.
+        Blocks are multiples of `granule`. A row of 1100 tokens in blocks of 1024 gets two blocks of 640.
         """
         large = max(self.forward, self.backward)
         ratio = large // min(self.forward, self.backward)
@@ -66,7 +66,7 @@ class BlockSizes:
         )
 
     def padded(self, length: int) -> int:
-        """The length that holds `length` tokens in whole blocks of both kernels."""
+        """`length` rounded up to whole blocks of both kernels."""
         return _round_up(length, max(self.forward, self.backward))
 
 
@@ -74,7 +74,7 @@ class _Line(NamedTuple):
     chip: str
     head_dim: int
     length: int
-    """The line is for rows up to this length."""
+    """Maximum row length of this line."""
     sizes: BlockSizes
 
 
@@ -88,16 +88,16 @@ TABLE = (
 
 
 def current_chip() -> str | None:
-    """The chip that the current mesh is made of, or else the default device; None if the table has no line for it.
+    """The chip of the mesh in use, else of the default device; None if it is unknown.
 
-    The mesh comes first: compiling ahead of time for a TPU runs on a machine that has none.
+    The mesh comes first: ahead-of-time compilation for a TPU runs on a machine without one.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
     return DEVICE_KINDS.get(device.device_kind)
 
 
 def choose_blocks(chip: str | None, head_dim: int, length: int) -> BlockSizes:
-    """The line of the table. An unknown chip gets the sizes of v4, which has the least memory and runs everywhere."""
+    """The line of the table. An unknown chip gets the sizes of v4, which fit everywhere."""
     chip = chip if chip in {line.chip for line in TABLE} else "v4"
     lines = [line for line in TABLE if line.chip == chip and line.head_dim >= head_dim and line.length >= length]
     lines = lines or [line for line in TABLE if line.chip == chip and line.length >= length]
@@ -109,7 +109,7 @@ def _round_up(n: int, multiple: int) -> int:
 
 
 def _chunk(block: int, wanted: int, granule: int) -> int:
-    """The largest divisor of `block` up to `wanted` that is a multiple of `granule`, as the block is."""
+    """The largest multiple of `granule` up to `wanted` that divides `block`."""
     return max(
         size for size in range(granule, block + 1, granule) if block % size == 0 and size <= max(wanted, granule)
     )

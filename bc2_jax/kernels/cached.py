@@ -1,12 +1,12 @@
-"""Attention of new tokens to a KV cache, and their own place in it, in plain JAX.
+"""Attention of new tokens to a KV cache, and writing them to it, in plain JAX.
 
-Each row of the cache holds one sequence: its token at position p in slot p. New tokens are written first and then
-attend to their row from its first slot to themselves. Keys are visited in blocks of slots with an online softmax
-(Rabe & Staats, arXiv 2112.05682), up to the last slot in use: what is computed for a row, to the last bit, depends
-neither on the slots that the cache has nor on its other rows.
+Each row of the cache holds one sequence: the token at position p is in slot p. New tokens are written first and then
+attend to their row up to themselves. Keys are visited in blocks of slots with an online softmax (Rabe & Staats, arXiv
+2112.05682), up to the last used slot: the result for a row depends, to the last bit, neither on the number of slots nor
+on other rows.
 
-Shapes: R rows of new tokens, T tokens of each, B rows of the cache, S slots, N heads, H head size, L layers. All
-functions work on one device's rows and heads; `model/attention.py` places them on the mesh.
+Shapes: R rows of new tokens, T tokens each, B rows of the cache, S slots, N heads, H head size, L layers. Functions
+work on one device's rows and heads; `model/attention.py` places them on the mesh.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ from bc2_jax.kernels.attention import MASKED
 from bc2_jax.sharding import platform
 
 BLOCK = 128
-"""The slots of a cache are a multiple of it; so many are visited at once on a CPU (`key_block`)."""
+"""The slots of a cache are a multiple of this; a CPU visits this many at a time (`key_block`)."""
 LANES = 128
-"""Scales of a cache that stand side by side: the lanes of a TPU's tile. It divides BLOCK."""
+"""Adjacent scales of a cache: the lanes of a TPU's tile. Divides BLOCK."""
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens of B rows; slots that are not in use hold anything finite."""
+    """Keys and values of the tokens of B rows; unused slots hold any finite values."""
 
     k: Array
-    """[L, B, N, S, H], a floating dtype or int8: slots and head size last, so that a TPU's tiles hold no padding."""
+    """[L, B, N, S, H], floating or int8: slots and head size last, so that a TPU's tiles have no padding."""
     v: Array
     k_scale: Array | None
-    """fp32 [L, B, N, S / LANES, LANES]: what the int8 keys of a token and head are multiplied with; None for a floating
-    dtype. With S last and the few heads of a chip before it, tiles would hold padding, and the cache be copied."""
+    """fp32 [L, B, N, S / LANES, LANES]: factors of the int8 keys by token and head; None for a floating dtype. With S
+    last after the few heads of a chip, tiles would have padding and the cache would be copied."""
     v_scale: Array | None
 
 
 class Place(NamedTuple):
-    """Where new tokens go, int32 [R] each."""
+    """Where new tokens are written, int32 [R] each."""
 
     rows: Array
-    """Rows of the cache; all rows in their order where there are as many."""
+    """Rows of the cache; if R = B, all rows in order."""
     start: Array
-    """Slot, and position, of the first of the T new tokens; negative where a row has none: it is neither read nor
-    written, and what attention gives is of no use."""
+    """Slot, and position, of the first of the T new tokens; negative: nothing is read or written, and the result is
+    meaningless."""
 
 
 def quantize_tokens(x: Array) -> tuple[Array, Array]:
-    """[..., H] -> int8 [..., H] and fp32 scales [...]: x is q * scale to half a step; the largest |x| is 127 steps."""
+    """[..., H] -> int8 [..., H] and fp32 scales [...]; x is about q * scale, and the largest |x| is 127 steps."""
     x = x.astype(jnp.float32)
     scale = jnp.max(jnp.abs(x), axis=-1) / 127
     q = jnp.round(x / jnp.where(scale == 0, 1.0, scale)[..., None])
@@ -58,10 +58,10 @@ def quantize_tokens(x: Array) -> tuple[Array, Array]:
 
 
 def write_slots(cache: KVCache, layer: Array, place: Place, k_RTNH: Array, v_RTNH: Array) -> KVCache:
-    """The cache with new keys and values in slots start..start + T - 1 of one layer; those behind the last are dropped.
+    """The cache with new keys and values in slots start..start + T - 1 of one layer; slots beyond the last are dropped.
 
-    With T > 1 all T slots must exist, and where T is a multiple of LANES start must be one too. In place where the
-    caller's cache is donated.
+    With T > 1 all T slots must exist, and if T is a multiple of LANES so must be start. In place if the caller donates
+    the cache.
     """
     R, T = k_RTNH.shape[:2]
     scales: tuple[Array | None, Array | None] = (None, None)
@@ -101,7 +101,7 @@ def write_slots(cache: KVCache, layer: Array, place: Place, k_RTNH: Array, v_RTN
 
 
 def copy_chunks(cache: KVCache, row_from: Array, row_to: Array, chunks: Array, size: int, is_wanted: Array) -> KVCache:
-    """The cache with the first `chunks` * `size` slots of one row in another too, if bool `is_wanted`.
+    """The cache with the first `chunks` * `size` slots of a row copied to another, if bool `is_wanted`.
 
     `size` is a multiple of LANES or divides it.
     """
@@ -120,10 +120,10 @@ def copy_chunks(cache: KVCache, row_from: Array, row_to: Array, chunks: Array, s
 
 
 def key_block(slots: int) -> int:
-    """How many of the slots of a cache attention in plain JAX visits at once, on the devices in use.
+    """Slots that plain JAX attention visits at a time on the devices in use.
 
-    A TPU takes 1.2 times as long for twice as many (compiled for v5e, 5 heads, 256 queries). Where chunks of prompts
-    are as long, it does not depend on the slots.
+    Twice as many take a TPU only 1.2 times as long (compiled for v5e, 5 heads, 256 queries). With prompt chunks of that
+    length the slots are always a multiple of it, so results do not depend on their number.
     """
     return BLOCK if platform() == "cpu" or slots % (2 * BLOCK) else 2 * BLOCK
 
@@ -131,10 +131,10 @@ def key_block(slots: int) -> int:
 def cached_attention(
     q_RTNH: Array, k_RTNH: Array, v_RTNH: Array, cache: KVCache, layer: Array, place: Place, slopes_RN: Array | None
 ) -> tuple[Array, KVCache]:
-    """Writes T new tokens a row to one layer of the cache; each attends to its row up to itself.
+    """Writes T new tokens per row to one layer of the cache; each attends to its row up to itself.
 
-    `slopes_RN` are ALiBi's, fp32, of each row. Scores, bias, softmax and sums are fp32. Returns [R, T, N, H] in the
-    dtype of q, and the cache.
+    `slopes_RN` are ALiBi's, fp32. Scores, bias, softmax and sums are fp32. Returns [R, T, N, H] in the dtype of q, and
+    the cache.
     """
     cache = write_slots(cache, layer, place, k_RTNH, v_RTNH)
     R, T, N, H = q_RTNH.shape
@@ -158,8 +158,8 @@ def cached_attention(
         out, peak, total = carry
         k_RNSH, v_RNSH = read(cache.k, j), read(cache.v, j)
         if cache.k.shape[3] == BLOCK:
-            # The only block would be the same in every turn: the compiler would move the scores out of the loop, away
-            # from what they are fused with in other caches, and they would be rounded otherwise.
+            # A single block would be the same in every iteration: the compiler would hoist the scores out of the loop,
+            # away from what they are fused with in other caches, and round them differently.
             k_RNSH, j = jax.lax.optimization_barrier((k_RNSH, j))
         s_RNTS = _matmul("RNTH,RNSH->RNTS", q_RNTH, k_RNSH.astype(q_RNTH.dtype)) * H**-0.5
         if cache.k_scale is not None:
@@ -187,8 +187,11 @@ def cached_attention(
 
 
 def row_major(x: Array) -> Array:
-    """`x` in the layout of its shape, on a TPU: what follows cannot make the compiler choose another for what `x` is a
-    part or a product of, a cache or weights, and copy all of it."""
+    """`x` in row-major layout on a TPU.
+
+    Keeps consumers of a slice or product from choosing another layout for all of the cache or weights, which would copy
+    them.
+    """
     if platform() != "tpu":
         return x
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))

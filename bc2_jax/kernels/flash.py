@@ -1,9 +1,8 @@
-"""Flash attention in Pallas for TPU, with ALiBi and documents computed inside the kernels.
+"""Flash attention in Pallas for TPU, with ALiBi and segments computed inside the kernels.
 
-The same function as `attention.chunked_attention`, and the same conventions: one device's rows and heads; token t sees
-key s if s is not later and in the segment of t or its trunk; a query that sees nothing gives zeros. No tensor of
-scores ever reaches device memory. ALiBi costs one fp32 addition a score: under the causal softmax
-slope * (key position - query position) equals slope * key position plus a constant of the row.
+Same function and conventions as `attention.chunked_attention`, on one device's rows and heads. No scores reach device
+memory. ALiBi costs one fp32 addition per score: under the causal softmax, slope * (key position - query position)
+equals slope * key position plus a constant of the row.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from bc2_jax.kernels.flash_tiles import LOG2_E
 from bc2_jax.kernels.flash_tokens import alibi_positions, plan_forward
 
 HEAD_SIZES = (64, 128)
-"""That the compiled kernels take."""
+"""Head sizes that the compiled kernels support."""
 
 
 class _Static(NamedTuple):
@@ -35,24 +34,18 @@ class _Static(NamedTuple):
 
 
 def flash_attention(
-    q_BTNH: Array,
-    k_BTNH: Array,
-    v_BTNH: Array,
-    tokens: Tokens,
-    slopes_N: Array | None,
-    *,
-    blocks: BlockSizes | None = None,
-    interpret: bool = False,
-) -> Array:
+    q_BTNH: Array, k_BTNH: Array, v_BTNH: Array, tokens: Tokens, slopes_N: Array | None, *,
+    blocks: BlockSizes | None = None, interpret: bool = False,
+) -> Array:  # fmt: skip
     """Causal self-attention within segments, differentiable in q, k and v (FlashAttention-2, arXiv 2307.08691).
 
-    q, k, v: [B, T, N, H], all bf16 or all fp32; any T; H is 64 or 128. `slopes_N` are the ALiBi slopes
-    (arXiv 2108.12409), fp32 [N]; with None, q and k are expected to be rotated already (RoPE). `blocks` defaults to
-    the table of `blocks.py` for the chip of the current mesh. `interpret` runs the kernels without a TPU, for tests,
-    and takes any H. Scores, softmax and sums are fp32. Returns [B, T, N, H] in the dtype of v.
+    q, k, v: [B, T, N, H], all bf16 or all fp32; any T; H is 64 or 128. `slopes_N` are ALiBi slopes (arXiv 2108.12409),
+    fp32 [N]; with None, q and k must already be rotated (RoPE). `blocks` defaults to the table of `blocks.py` for the
+    chip of the mesh in use. `interpret` runs the kernels without a TPU, for tests, with any H. Scores, softmax and sums
+    are fp32. Returns [B, T, N, H] in the dtype of v.
 
-    The result and the log-sum-exp are named "attention" and "attention_lse": a remat policy that keeps both spares the
-    backward pass a second forward kernel. Raises ValueError for a head size or dtypes that the kernels do not take.
+    The result and log-sum-exp are named "attention" and "attention_lse": a remat policy that keeps both saves a second
+    forward kernel. Raises ValueError for unsupported head sizes and dtypes.
     """
     T, H = q_BTNH.shape[1], q_BTNH.shape[3]
     if not interpret and H not in HEAD_SIZES:

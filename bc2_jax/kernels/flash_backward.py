@@ -1,11 +1,11 @@
-"""The backward pass of flash attention as one Pallas kernel: dq, dk and dv from one visit of each pair of blocks.
+"""Backward pass of flash attention as one Pallas kernel: dq, dk and dv from one visit of each pair of blocks.
 
-Two kernels, one for dq and one for dk and dv (FlashAttention-2, arXiv 2307.08691), compute the scores twice: seven
-matmuls a pair instead of five. Here the blocks of keys are the outer loop, dk and dv of one are summed in VMEM, and so
-is dq of all queries of the head, in fp32. Queries whose dq does not fit there are taken in spans, a call for each.
+Separate kernels for dq and for dk and dv (FlashAttention-2, arXiv 2307.08691) compute the scores twice: seven matmuls
+per pair instead of five. Here blocks of keys are the outer loop; VMEM holds the fp32 sums of dk and dv of one block and
+of dq of all queries of the head. If dq does not fit, queries are processed in spans, one call each.
 
-Scores are held with keys down and queries across ([S, T]): log-sum-exp and delta are then rows, as they are stored, and
-only dq needs a transposed operand.
+Scores have keys down and queries across ([S, T]): log-sum-exp and delta are then rows, as stored, and only dq needs a
+transposed operand.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ def _kernel(
         dq_sum[pl.ds(dq_start, block), :] = jnp.zeros((block, dq_sum.shape[1]), jnp.float32)
 
     def visit(*, diagonal: bool, mixed: bool) -> None:
-        # The log-sum-exp has the bias from the query's own position on; the scores have it from the anchor on.
+        # The bias in the log-sum-exp is relative to the query's own position, in the scores to the anchor.
         lse_1T = stats_ref[i, :1]
         if alibi:
             lse_1T += bias(i)
         size = diagonal_chunk if diagonal else chunk
         for first in range(0, block, size):
             queries = slice(first, first + size)
-            # Keys right of the diagonal are never touched, only the square on it needs a mask.
+            # Keys right of the diagonal are skipped; only the square on it needs a mask.
             keys = slice(0, first + size if diagonal else block)
             q_TH, d_out_TH, k_SH, v_SH = q_ref[queries], d_out_ref[queries], k_ref[keys], v_ref[keys]
             s_ST = matmul(k_SH, q_TH, (1, 1)) * (scale * LOG2_E)
@@ -88,7 +88,7 @@ def _kernel(
     def _() -> None:
         dk_ref[...] = (dk_sum[...] * scale).astype(dk_ref.dtype)
         dv_ref[...] = dv_sum[...].astype(dv_ref.dtype)
-        # Queries of block j see no later keys. Before j comes to the span, its first block is written and not yet sent.
+        # Queries of block j see no later keys. Before j reaches the span, its first block is written but not yet sent.
         done = pl.multiple_of((jnp.maximum(j, start) - start) * block, block)
         dq_ref[...] = (dq_sum[pl.ds(done, block), :] * scale).astype(dq_ref.dtype)
 
@@ -103,7 +103,7 @@ def backward(
     """dq, dk and dv, each [B, N, T, H] in its operand's dtype.
 
     q, k, v, d_out [B, N, T, H]; lse in units of log2 and delta fp32 [B, N, T]; rows int32 [B, blocks, 2, block]
-    (segments, ALiBi positions); slopes fp32 [N] times log2(e). `span` is the number of blocks of queries in one call.
+    (segments, ALiBi positions); slopes fp32 [N] times log2(e). `span` is the number of blocks of queries per call.
     """
     B, N, T, H = q.shape
     blocks, block = rows.shape[1], rows.shape[3]
@@ -126,7 +126,7 @@ def backward(
         stop = min(start + span, blocks)
         dq, dk_part, dv_part = call(start, stop, jnp.float32)
         dq_parts.append(dq)
-        # Keys after the span have no gradient from it and are not in its result.
+        # Keys after the span get no gradient from it and are not in its result.
         dk, dv = (total.at[:, :, : stop * block].add(part) for total, part in ((dk, dk_part), (dv, dv_part)))
     return jnp.concatenate(dq_parts, axis=2), dk.astype(k.dtype), dv.astype(v.dtype)
 
@@ -136,10 +136,10 @@ def backward_span(
     *, start: int, stop: int, dtype, chunk: int, diagonal_chunk: int, alibi: bool, scale: float, vmem_bytes: int,
     interpret: bool,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
-    """The gradients from the blocks of queries start..stop-1, in one call of the kernel.
+    """Gradients from the blocks of queries start..stop-1, in one kernel call.
 
-    stats fp32 [B, N, blocks, 2, block]: log-sum-exp and delta. Returns dq [B, N, (stop - start) * block, H], and dk
-    and dv [B, N, stop * block, H], these two in `dtype`, or None for the operand's.
+    stats fp32 [B, N, blocks, 2, block]: log-sum-exp and delta. Returns dq [B, N, (stop - start) * block, H], and dk and
+    dv [B, N, stop * block, H] in `dtype` (None: the operand's).
     """
     B, N, T, H = q.shape
     blocks, block = rows.shape[1], rows.shape[3]

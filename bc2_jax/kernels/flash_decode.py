@@ -1,10 +1,9 @@
-"""Attention of one new token a row to the KV cache, and its own place there, in Pallas for TPU.
+"""Attention of one new token per row to the KV cache, and writing it there, in Pallas for TPU.
 
-The same function as `cached.cached_attention` of one token in each row. Left to itself the compiler multiplies and
-sums on the vector unit, for a matmul with one row is none, and reads every slot of the cache. Here the heads of a row
-are the rows of a matmul, the slots in use are read once, straight from the cache of all layers, and the rest are not
-read at all. The new keys and values are written by the same kernel, for the tile of slots they go to is on the chip
-then.
+Same function as `cached.cached_attention` with one token per row. The compiler alone would multiply on the vector unit,
+since the matmul has a single row, and read every slot. Here the heads of a row are the rows of a matmul, only used
+slots are read, once, straight from the cache of all layers, and the same kernel writes the new keys and values, whose
+tile of slots is on the chip anyway.
 """
 
 from __future__ import annotations
@@ -24,24 +23,24 @@ from bc2_jax.kernels.flash_tiles import LOG2_E, matmul, output
 from bc2_jax.tpu.chips import CHIPS
 
 BLOCK_BYTES = 2**21
-"""Keys that one grid step takes at most: four of these, two of them on their way, fit the VMEM of every chip."""
+"""Maximum size of the keys of a grid step: four such blocks, two of them in transfer, fit the VMEM of every chip."""
 TILE_BYTES = 32
-"""Of one lane in a tile of the chip's memory, the least that is written: 32 slots of int8, 16 of bf16, 8 of fp32."""
+"""Bytes per lane of a memory tile, the smallest unit of a write: 32 slots of int8, 16 of bf16, 8 of fp32."""
 
 
 def flash_decode(
     q_BNH: Array, k_BNH: Array, v_BNH: Array, cache: KVCache, layer: Array, start_B: Array, slopes_BN: Array | None, *,
     cores: int | None = None, interpret: bool = False,
 ) -> tuple[Array, KVCache]:  # fmt: skip
-    """Attention of one new token a row to itself and to slots 0..start_B[b] - 1 of `layer`, and the cache with it.
+    """Attention of one new token per row to itself and to slots 0..start_B[b] - 1 of `layer`; also writes the cache.
 
-    Its keys and values go to slot start_B[b], or nowhere where that is behind the last slot. Of a row whose start is
-    negative nothing is read or written, and the result is of no use. Scores, ALiBi, softmax and sums are fp32; int8
-    keys and values are multiplied as they are and the scores and weights with their scales. `layer` is an int32 scalar.
-    Returns [B, N, H] in the dtype of q, and the cache, in place where the caller's is donated.
+    Its key and value go to slot start_B[b], or nowhere beyond the last slot. A row with a negative start is neither
+    read nor written, and its result is meaningless. Scores, ALiBi, softmax and sums are fp32; int8 keys and values are
+    multiplied as they are, scores and weights with their scales. `layer` is an int32 scalar. Returns [B, N, H] in the
+    dtype of q, and the cache, in place if the caller donates it.
 
-    `cores` are the TensorCores that share the rows, by default those of the chip in use. Where there is one, rows with
-    a negative start take almost no time; on two they cost a block of slots each.
+    `cores` TensorCores share the rows, by default those of the chip in use. With one, rows with a negative start take
+    almost no time; with two they cost a block of slots each.
     """
     B, N, H = q_BNH.shape
     S, dtype = cache.k.shape[3], cache.k.dtype
@@ -51,14 +50,14 @@ def flash_decode(
     news, scales = [k_BNH, v_BNH], []
     if quantized:
         (k_q, k_scale), (v_q, v_scale) = (quantize_tokens(row_major(x)) for x in (k_BNH, v_BNH))
-        # As bytes they have other tiles than q; small whole numbers are exact in any dtype.
+        # int8 has other tiles than q; small integers are exact in any dtype.
         news, scales = [k_q.astype(q_BNH.dtype), v_q.astype(q_BNH.dtype)], [k_scale[..., None], v_scale[..., None]]
 
     cores = _cores_in_use() if cores is None else cores
     source_B = _sources(start_B) if cores == 1 else jnp.arange(B)
 
     def last_of(b, start, size):
-        """The block of `size` slots that row b's new token goes to."""
+        """The block of `size` slots that contains the slot of row b's new token."""
         return jax.lax.div(jnp.clip(start[b], 0, S - 1), size)
 
     def slots(size: int, index) -> pl.BlockSpec:
@@ -73,10 +72,10 @@ def flash_decode(
             (None, None, N, rows, LANES), lambda b, j, *s: (s[0][0], s[2][b], 0, index(b, j, *s[1:], rows * LANES), 0)
         )
 
-    # What is on the chip stays there while the index of a block does not change.
+    # A block stays on the chip while its index does not change.
     def read(b, j, start, source, size):
         last = last_of(source[b], start, size)
-        # Before the first row that has a token: its first block. After a row: its last one.
+        # Before the first row with a token: its first block. After a row with one: its last.
         return jnp.where(
             b < source[b], 0, jnp.where(b > source[b], last, jnp.minimum(jax.lax.div(j * block, size), last))
         )
@@ -88,6 +87,8 @@ def flash_decode(
     column = pl.BlockSpec((None, N, 1), lambda b, j, *_: (b, 0, 0))
     held = [x for x in cache if x is not None]
     read_rows, tile_rows = scale_rows(block // LANES, S // LANES)
+    in_specs = [heads] * 3 + [column] * (len(scales) + 1)
+    in_specs += [slots(block, read)] * 2 + [lanes(read_rows, read)] * len(scales)
     first = 3 + 1 + len(news) + len(scales) + 1  # of the arrays of the cache among all operands
     out, *changed = pl.pallas_call(
         functools.partial(_kernel, scale=H**-0.5 * LOG2_E, slots=S, quantized=quantized),
@@ -95,11 +96,7 @@ def flash_decode(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(B, S // block),
-            in_specs=[heads] * 3
-            + [column] * len(scales)
-            + [column]
-            + [slots(block, read)] * 2
-            + [lanes(read_rows, read)] * len(scales),
+            in_specs=in_specs,
             out_specs=[heads] + [slots(tile, written)] * 2 + [lanes(tile_rows, written)] * len(scales),
             scratch_shapes=[pltpu.VMEM((N, width), jnp.float32) for width in (H, 1, 1)],
         ),
@@ -120,25 +117,25 @@ def flash_decode(
 
 
 def block_length(length: int, slot_bytes: int) -> int:
-    """Slots of one grid step: the most whole lanes that divide `length` within BLOCK_BYTES, else all or 128."""
+    """Slots per grid step: the largest multiple of 128 that divides `length` within BLOCK_BYTES, else the smallest,
+    else all."""
     legal = [size for size in range(128, length + 1, 128) if length % size == 0]
     return max((size for size in legal if size * slot_bytes <= BLOCK_BYTES), default=min(legal, default=length))
 
 
 def scale_rows(block: int, length: int) -> tuple[int, int]:
-    """How many rows of LANES scales are read and written at once, for blocks and a row of so many.
+    """Rows of LANES scales that are read and written at a time, for blocks and a cache row of that many.
 
-    The hardware takes multiples of 8 or all; what is written is in what was read.
+    The hardware transfers multiples of 8 rows, or all; what is written must be within what was read.
     """
     fitting = (size for size in range(block, length, block) if size % 8 == 0 and length % size == 0)
     return next(fitting, length), 8 if length % 8 == 0 else length
 
 
 def _kernel(layer, start, source, *refs, scale: float, slots: int, quantized: bool) -> None:
-    """`refs`: the token [N, H] three times, the scales of its int8 key and value and the slopes times log2(e) [N, 1]
-    each, the cache [N, block, H] twice and its scales [N, rows, LANES] twice; the results: [N, H] and the tiles of the
-    cache that the token goes to; fp32 scratch: the result before division [N, H], largest score and total [N, 1].
-    """
+    """`refs`: q, k, v of the token [N, H]; scales of its int8 key and value, and slopes times log2(e) [N, 1] each; the
+    cache [N, block, H] twice and its scales [N, rows, LANES] twice; results: [N, H] and the tiles of the cache that the
+    token goes to; fp32 scratch: result before division [N, H], largest score and total [N, 1]."""
     count = 2 * (1 + quantized)
     q_ref, new_k_ref, new_v_ref, *refs = refs  # type: ignore[assignment]  # a tuple, then a list
     new_scales, slopes_ref, refs = refs[: count - 2], refs[count - 2], refs[count - 1 :]
@@ -156,7 +153,7 @@ def _kernel(layer, start, source, *refs, scale: float, slots: int, quantized: bo
 
     @pl.when(j == 0)
     def _() -> None:
-        # The token sees itself, at a distance of 0.
+        # The token sees itself, at distance 0.
         k_NH, v_NH = (ref[...].astype(jnp.float32) for ref in (new_k_ref, new_v_ref))
         if quantized:
             k_NH, v_NH = k_NH * new_scales[0][...], v_NH * new_scales[1][...]
@@ -179,7 +176,7 @@ def _kernel(layer, start, source, *refs, scale: float, slots: int, quantized: bo
         peak_ref[...] = peak
         total_ref[...] = total_ref[...] * shrink + p_NS.sum(1, keepdims=True)
         if quantized:
-            # Slots not in use have any scale, even NaN.
+            # Unused slots have arbitrary scales, even NaN.
             p_NS = jnp.where(distance_1S < 0, p_NS * scales_NS(scales[1]), 0.0)
         p_NS = p_NS.astype(q_NH.dtype)
         pv_NH = own_rows(lambda n: matmul(p_NS, v_ref[n].astype(q_NH.dtype), (1, 0)), len(v_ref))
@@ -191,8 +188,8 @@ def _kernel(layer, start, source, *refs, scale: float, slots: int, quantized: bo
 
     @pl.when((j == pl.num_programs(1) - 1) & (source[b] == b))
     def _() -> None:
-        # The block on the chip is the one with the token's slot. Behind the last slot, and for no token, no column of
-        # the tile is its own.
+        # The loaded block contains the token's slot. Beyond the last slot, or without a token, no column of the tile
+        # matches.
         last = jnp.clip(start[b], 0, slots - 1)
         for old_ref, new_ref, tile_ref in zip(held[:2], (new_k_ref, new_v_ref), tiles, strict=False):
             tile = tile_ref.shape[1]
@@ -213,8 +210,10 @@ def _kernel(layer, start, source, *refs, scale: float, slots: int, quantized: bo
 
 
 def _sources(start_B: Array) -> Array:
-    """int32 [B]: the row whose blocks each row has: itself if it has a token, else the last before it that has one,
-    else the first that has one, else 0.
+    """int32 [B]: the row whose blocks each row loads.
+
+    A row with a token loads its own; others keep those of the last such row before it, else of the first, else of row
+    0.
     """
     rows_B, has_B = jnp.arange(len(start_B)), start_B >= 0
     before_BC = has_B & (rows_B <= rows_B[:, None])
@@ -223,14 +222,16 @@ def _sources(start_B: Array) -> Array:
 
 
 def _cores_in_use() -> int:
-    """TensorCores of a device; 2 for a chip that is not known, which is right for both."""
+    """TensorCores of a device; 2 for an unknown chip, which is always correct."""
     chip = current_chip()
     return 2 if chip is None else CHIPS[chip].tensor_cores // CHIPS[chip].devices
 
 
 def own_rows(product, count: int) -> Array:
-    """Row n of product(n) for each n: the rows of all heads meet each head's keys, which costs the MXU no more than
-    one row, and leaves the heads side by side for the softmax.
+    """Row n of product(n), for each n.
+
+    Multiplying the rows of all heads with each head's keys costs the MXU no more than one row and leaves the heads
+    adjacent for the softmax.
     """
     rows = product(0)
     for n in range(1, count):

@@ -1,4 +1,4 @@
-"""The forward pass of flash attention in Pallas: online softmax in fp32 (FlashAttention-2, arXiv 2307.08691)."""
+"""Forward pass of flash attention in Pallas: online softmax in fp32 (FlashAttention-2, arXiv 2307.08691)."""
 
 from __future__ import annotations
 
@@ -34,8 +34,10 @@ def _kernel(
     lanes = peak_ref.shape[1]
 
     def bias(of: Array) -> Array:
-        """ALiBi of the tokens of a block, [1, block]. Positions are counted from the middle of the block of queries:
-        near ones have small biases, and a constant for a whole row of scores changes no softmax.
+        """ALiBi of the tokens of a block, [1, block].
+
+        Positions are counted from the middle of the block of queries: near tokens have small biases, and a constant per
+        row of scores does not change the softmax.
         """
         anchor = anchors[b * rows_ref.shape[0] + i]
         return slopes[n] * (rows_ref[of, 1:] - anchor).astype(jnp.float32)
@@ -63,7 +65,7 @@ def _kernel(
             p_TS = jnp.exp2(s_TS - across(peak, S))
             shrink = jnp.exp2(old_peak - peak)
             peak_ref[queries] = peak
-            # One partial sum in each lane; they are added up once, at the end.
+            # One partial sum per lane; they are added once, at the end.
             total_ref[queries] = total_ref[queries] * shrink + sum(
                 p_TS[:, lane : lane + lanes] for lane in range(0, S, lanes)
             )
@@ -78,11 +80,11 @@ def _kernel(
     def _() -> None:
         peak = peak_ref[...]
         total = total_ref[...].sum(1, keepdims=True)
-        # A query that saw nothing but masked scores has summed 2^0 for each of them.
+        # A query that saw only masked scores has summed 2^0 for each.
         seen = peak > MASKED / 2
         out = out_sum[...] * across(jnp.where(seen, 1 / total, 0.0), H)
         out_ref[...] = out.astype(out_ref.dtype)
-        # The same in each lane, and so a row of the transpose.
+        # All lanes are equal, so this is a row of the transpose.
         lse_1T = jnp.where(seen, peak + jnp.log2(total), 0.0).T[:1]
         if alibi:
             lse_1T = jnp.where(rows_ref[i, :1] == 0, 0.0, lse_1T - bias(i))
@@ -90,13 +92,13 @@ def _kernel(
 
 
 def across(column: Array, width: int) -> Array:
-    """[T, lanes], the same in each lane, to [T, width]."""
+    """[T, lanes] with equal lanes -> [T, width]."""
     lanes = column.shape[1]
     return jnp.tile(column, (1, width // lanes)) if width > lanes else column[:, :width]
 
 
-# Under jit because JAX removes an unused call of a function, as after a remat policy that keeps the results, but not
-# an unused pallas_call.
+# Jitted, because JAX removes an unused function call, as after a remat policy that keeps the results, but not an unused
+# pallas_call.
 @functools.partial(jax.jit, static_argnames=("chunk", "alibi", "scale", "vmem_bytes", "interpret"))
 def forward(
     q: Array, k: Array, v: Array, rows: Array, slopes: Array, plan: Plan,
@@ -105,12 +107,12 @@ def forward(
     """The result [B, N, T, H] in the dtype of v, and the log-sum-exp fp32 [B, N, T] in units of log2.
 
     q, k, v [B, N, T, H]; rows int32 [B, blocks, 2, block] (segments, ALiBi positions); slopes fp32 [N] times log2(e).
-    The bias in the log-sum-exp is slope * (key position - query position); it is 0 for a query that sees nothing.
+    The log-sum-exp includes the bias slope * (key position - query position); it is 0 for a query that sees nothing.
     """
     B, N, T, H = q.shape
     blocks, block = rows.shape[1], rows.shape[3]
     num_steps = len(plan.query_blocks)
-    # The scores are cut in parts that are as wide as this.
+    # Width of the parts into which scores are cut.
     lanes = math.gcd(chunk, 128)
 
     def query(b, n, step, query_blocks, *_):

@@ -1,4 +1,4 @@
-"""What the flash attention kernels do with one tile of scores. Runs inside a kernel, but for `output`."""
+"""Operations of the flash attention kernels on one tile of scores; all but `output` run inside a kernel."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from jax import Array
 from bc2_jax.kernels.attention import MASKED
 from bc2_jax.kernels.segments import trunk_of
 
-# The hardware has 2^x and no e^x: the factor goes into the scale of the scores.
+# The hardware computes 2^x, not e^x: the factor goes into the scale of the scores.
 LOG2_E = math.log2(math.e)
 
 _NO_SEGMENT = -(2**31)
 
 
 def matmul(a: Array, b: Array, contract: tuple[int, int]) -> Array:
-    """fp32 product over one axis of each; fp32 operands are not rounded to bf16 on the way in."""
+    """fp32 product over one axis of each; fp32 operands are not rounded to bf16."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
 def broadcast_columns(row_1S: Array, lanes: int) -> Array:
-    """[1, S] -> [S, lanes]: the row down, in each lane."""
+    """[1, S] -> [S, lanes]: the row as a column, in each lane."""
     return jnp.broadcast_to(row_1S, (lanes, row_1S.shape[1])).T
 
 
 def keep_visible(s: Array, queries_1T: Array, keys_1S: Array, key_axis: int) -> Array:
-    """Scores of keys in the query's own segment or its trunk's; MASKED elsewhere and for padding."""
+    """Scores of keys in the query's segment or its trunk; MASKED elsewhere and for padding."""
     down, across = (queries_1T, keys_1S) if key_axis == 1 else (keys_1S, queries_1T)
     lanes = min(128, s.shape[1])
     down_XL, is_padding = broadcast_columns(down, lanes), across == 0
@@ -38,7 +38,7 @@ def keep_visible(s: Array, queries_1T: Array, keys_1S: Array, key_axis: int) -> 
 
     def find(segments: Array, others: Array) -> Array:
         down_XL, across = (segments, others) if key_axis == 1 else (others, segments)
-        # One row is cheaper to change than the mask: padding across takes a segment that nothing down has.
+        # Changing one row is cheaper than changing the mask: padding across gets a segment that nothing down has.
         return jnp.tile(down_XL, (1, s.shape[1] // lanes)) == jnp.where(is_padding, _NO_SEGMENT, across)
 
     keys = across if key_axis == 1 else down_XL
@@ -54,5 +54,5 @@ def keep_causal(s: Array, first: int, key_axis: int) -> Array:
 
 
 def output(shape: tuple[int, ...], dtype, like: Array) -> jax.ShapeDtypeStruct:
-    """An output that under shard_map varies over the same mesh axes as `like`."""
+    """Shape of an output that under shard_map varies over the same mesh axes as `like`."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)

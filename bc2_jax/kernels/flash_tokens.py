@@ -1,7 +1,7 @@
-"""What the flash attention kernels must know about the tokens, found in XLA before they start.
+"""Facts about tokens that the flash attention kernels need, computed in XLA before they start.
 
-A grid step of a kernel handles one block of queries and one of keys. All that depends on the tokens of whole blocks is
-decided here and read as one scalar a step: scalar code in a kernel delays each of its steps.
+A grid step handles one block of queries and one of keys. Everything that depends on whole blocks is decided here and
+read as one scalar per step: scalar code in a kernel delays each step.
 """
 
 from __future__ import annotations
@@ -17,18 +17,20 @@ from bc2_jax.kernels.attention import Tokens
 from bc2_jax.kernels.segments import branch_of, trunk_of
 
 SKIP = 0
-"""The step has nothing to do: no query of the block sees a key of the other."""
+"""The step does nothing: no query of the block sees a key of the other."""
 _KIND_BITS = 3
 
 _LOWEST, _HIGHEST = np.iinfo(np.int32).min, np.iinfo(np.int32).max
 
 
 class Plan(NamedTuple):
+    """The grid steps of a kernel."""
+
     query_blocks: np.ndarray
-    """Of each step, int32 [steps]; the same for all rows."""
+    """Block of queries of each step, int32 [steps]; the same for all rows."""
     key_blocks: np.ndarray
     steps: Array
-    """Of each row's steps, int32 [B * steps] (scalar memory pads a second axis): the kind, and the block to fetch."""
+    """Each row's steps, int32 [B * steps] (scalar memory pads a second axis): kind and block to fetch."""
     anchors: Array
     """Middle of the ALiBi positions in each block, int32 [B * blocks]: distances from it are small."""
 
@@ -39,22 +41,23 @@ def kind_of(step):
 
 
 def kind(diagonal, mixed):
-    """What a step has to mask. mixed: not every query of the block sees the segment of every key."""
+    """What a step must mask. mixed: some query of the block does not see the segment of some key."""
     return 1 + 2 * diagonal + mixed
 
 
 def fetched(step):
-    """The block in an entry of Plan.steps. A block that a skipped step does not need is not fetched: it names the next
-    that is needed (forward), or the last one that was (backward).
+    """The block to fetch in an entry of Plan.steps.
+
+    A skipped step fetches nothing: it names the next needed block (forward) or the last one (backward).
     """
     return step >> _KIND_BITS
 
 
 def alibi_positions(tokens: Tokens) -> Array:
-    """int32 [B, T]: positions that differ from the given ones by one constant per document, which a softmax ignores.
+    """int32 [B, T]: positions shifted by a constant per document, which a softmax ignores.
 
-    Where every document is one stretch of tokens, it begins at its index in the row. Two documents in one block then
-    have no jump of thousands of positions between them, which fp32 would pay for with digits of the scores.
+    A document that is contiguous begins at its index in the row. Two documents in one block then have no jump of
+    thousands of positions between them, which would cost fp32 digits of the scores.
     """
     positions, documents = tokens.positions, trunk_of(tokens.segments)
     before, after = documents[:, :-1], documents[:, 1:]
@@ -64,7 +67,7 @@ def alibi_positions(tokens: Tokens) -> Array:
     moved = jnp.arange(documents.shape[1], dtype=positions.dtype) - positions
     starts = real & jnp.pad(before != after, ((0, 0), (1, 0)), constant_values=True)
     of_document = jax.lax.cummax(jnp.where(starts, moved, _LOWEST), axis=1)
-    # The largest so far is that of the document if none before it has a larger one.
+    # The running maximum is the document's own value if no earlier document has a larger one.
     is_largest = jnp.all(~starts | (of_document == moved), axis=1)
     return positions + jnp.where(real & (in_order & is_largest)[:, None], of_document, 0)
 
@@ -89,10 +92,12 @@ def plan_backward(segments_BT: Array, positions_BT: Array, block: int, start: in
 
 
 class _Blocks(NamedTuple):
+    """Facts about pairs of blocks."""
+
     shared: Array
     """Whether a query of block [B, i] may see a key of block [B, i, j]; True only for j <= i."""
     mixed: Array
-    """[B, i, j]: not every query sees the segment of every key."""
+    """[B, i, j]: some query does not see the segment of some key."""
     anchors: Array
 
 
@@ -108,11 +113,11 @@ def _inspect(segments_BT: Array, positions_BT: Array, block: int) -> _Blocks:
     def overlap(low: Array, high: Array) -> Array:
         return (low[:, :, None] <= high[:, None]) & (low[:, None] <= high[:, :, None])
 
-    # Ranges that overlap may still have nothing in common: then the mask leaves nothing, which is slow but right.
+    # Overlapping ranges may share nothing: then the mask leaves nothing, which is slow but correct.
     branch_low, branch_high = extent(branches)
     shared = overlap(*extent(documents)) & (overlap(branch_low, branch_high) | (branch_low == 0)[:, None])
     shared &= np.tri(shared.shape[1], dtype=bool)
-    # The one segment of all keys must be that of all queries, or their trunk.
+    # All keys must have one segment, that of all queries or of their trunk.
     least, most, document = segments.min(2), segments.max(2), documents.min(2)
     is_one, is_document = least == most, document == documents.max(2)
     is_own = (is_one[:, :, None] & (least[:, :, None] == least[:, None])) | (

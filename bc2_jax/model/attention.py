@@ -1,4 +1,4 @@
-"""Multi-head self-attention of one decoder layer: projections, positions, the kernel on the mesh, the KV cache."""
+"""Multi-head self-attention of a decoder layer: projections, positions, attention kernel on the mesh, KV cache."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from bc2_jax.model.position import alibi_slopes, apply_rope
 from bc2_jax.sharding import named_sharding, reshard, spec
 
 CACHE_AXES = ("layers", "batch", "attention_heads", None, "head_dim")
-"""The logical axes of keys, values and their scales."""
+"""Logical axes of keys, values and their scales."""
 
 
 class SelfAttention(nnx.Module):
-    """Weights of all L layers are stacked; a call uses one layer's slice."""
+    """Holds the stacked weights of all L layers; a call uses the slice of one layer."""
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
         L, D, N, H = config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.head_dim
         std = config.initializer_range
-        # Apart rather than fused as the released W_pack: a fused layout costs large relayout copies on TPU.
+        # Separate, not fused as in the released W_pack: the fused layout costs large relayout copies on TPU.
         self.q_proj = Linear.random(EQUATIONS["q_proj"], (L, D, N, H), std, rngs=rngs)
         self.k_proj = Linear.random(EQUATIONS["k_proj"], (L, D, N, H), std, rngs=rngs)
         self.v_proj = Linear.random(EQUATIONS["v_proj"], (L, D, N, H), std, rngs=rngs)
@@ -33,7 +33,7 @@ class SelfAttention(nnx.Module):
         self.config, self.compute = config, compute
 
     def __call__(self, x_BTD: Array, tokens: Tokens, rope: tuple[Array, Array] | None) -> Array:
-        """[B, T, D] -> [B, T, D], of whole sequences."""
+        """[B, T, D] -> [B, T, D] of whole sequences."""
         q, k, v = self._project(x_BTD, rope)
         tokens = Tokens(*(reshard(x, "batch", None) for x in tokens))
         with jax.named_scope("attention"):
@@ -44,7 +44,7 @@ class SelfAttention(nnx.Module):
         self, x_RTD: Array, place: Place, rope: tuple[Array, Array] | None, slopes_RN: Array | None, cache: KVCache,
         layer: Array | int,
     ) -> tuple[Array, KVCache]:  # fmt: skip
-        """[R, T, D] -> [R, T, D] of new tokens, and the cache with their keys and values in one layer."""
+        """[R, T, D] -> [R, T, D] of new tokens; their keys and values are added to one layer of the cache."""
         q, k, v = self._project(x_RTD, rope)
         with jax.named_scope("attention"):
             out, cache = self._append_and_attend(q, k, v, place, slopes_RN, cache, layer)
@@ -63,7 +63,7 @@ class SelfAttention(nnx.Module):
         return checkpoint_name(self.o_proj(out), "o")
 
     def _attend(self, q: Array, k: Array, v: Array, tokens: Tokens) -> Array:
-        """The kernel, on each device's own heads of whole sequences; slopes are cut with their heads."""
+        """The kernel on each device's heads of whole sequences; slopes are sharded like the heads."""
 
         def kernel(q, k, v, tokens, slopes):
             if self.compute.attention == "flash":
@@ -84,9 +84,9 @@ class SelfAttention(nnx.Module):
     def _append_and_attend(
         self, q: Array, k: Array, v: Array, place: Place, slopes_RN: Array | None, cache: KVCache, layer: Array | int
     ) -> tuple[Array, KVCache]:
-        """New tokens [R, T, N, H] go to one layer of the cache and attend to it.
+        """Writes new tokens [R, T, N, H] to one layer of the cache and attends to it.
 
-        The kernels have the whole cache and the number of the layer: a slice of it would be copied.
+        The kernels get the whole cache and the layer's index: slicing would copy.
         """
         is_flash = self.compute.attention == "flash" and q.shape[1] == 1
 
@@ -112,7 +112,7 @@ class SelfAttention(nnx.Module):
         return jax.shard_map(kernel, in_specs=in_specs, out_specs=(heads, slots))(*arguments)
 
     def _slopes(self) -> Array | None:
-        """ALiBi's slopes, cut as the heads are; None where positions are rotated."""
+        """ALiBi slopes, sharded like the heads; None with RoPE."""
         if self.config.position_embedding != "alibi":
             return None
         return reshard(jnp.asarray(alibi_slopes(self.config.num_attention_heads)), "attention_heads")

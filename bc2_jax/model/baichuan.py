@@ -1,6 +1,6 @@
-"""Baichuan 2 (paper section 2): embedding, L decoder layers, final norm, head; one code path for 7B and 13B.
+"""Baichuan 2 (paper section 2): embedding, L decoder layers, final norm, head; the same code for 7B and 13B.
 
-`Backbone` is all but the head, for models with another one (`model/reward.py`).
+`Backbone` is the model without its head, shared with the reward model (`model/reward.py`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DEFAULT_COMPUTE = ComputeConfig()
 
 
 class DecoderLayer(nnx.Module):
-    """h += attention(norm(h)); h += mlp(norm(h)). Holds the stacked weights of all layers; a call uses one layer's."""
+    """h += attention(norm(h)); h += mlp(norm(h)). Holds the stacked weights of all layers; a call uses one layer."""
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
         stack = (config.num_hidden_layers,)
@@ -47,7 +47,7 @@ class DecoderLayer(nnx.Module):
         self, h_RTD: Array, place: Place, rope: tuple[Array, Array] | None, slopes_RN: Array | None, cache: KVCache,
         layer: Array,
     ) -> tuple[Array, KVCache]:  # fmt: skip
-        """The same of new tokens, whose keys and values go to the cache."""
+        """The layer for new tokens, whose keys and values are added to the cache."""
         with jax.named_scope("self_attn"):
             y_RTD, cache = self.self_attn.extend(self.input_layernorm(h_RTD), place, rope, slopes_RN, cache, layer)
             h_RTD += y_RTD
@@ -59,9 +59,9 @@ class DecoderLayer(nnx.Module):
 
 
 class Backbone(nnx.Module):
-    """What a head is applied to: embedding, layers and final norm.
+    """Embedding, layers and final norm.
 
-    Parameters are named as in PyTorch, without the leading `model.`, with stacked layers.
+    Parameters have their PyTorch names without the leading `model.`, with stacked layers.
     """
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig = DEFAULT_COMPUTE, *, rngs: nnx.Rngs):
@@ -73,7 +73,7 @@ class Backbone(nnx.Module):
     def hidden_states(
         self, input_ids: Array, positions: Array | None = None, segment_ids: Array | None = None
     ) -> Array:
-        """What the head is applied to, [B, T, D] in the compute dtype."""
+        """The head's input, [B, T, D] in the compute dtype; arguments as for `Baichuan2.__call__`."""
         return self.norm(self._run_layers(input_ids, positions, segment_ids)[0])
 
     def every_hidden_state(
@@ -87,10 +87,10 @@ class Backbone(nnx.Module):
     def extend(
         self, ids_RT: Array, place: Place, cache: KVCache, stretch_R: Array | None = None, method: str = "ntk"
     ) -> tuple[Array, KVCache]:
-        """`hidden_states` of T new tokens of R sequences, whose earlier ones are in the cache, and the cache with them.
+        """`hidden_states` of T new tokens of R sequences whose earlier tokens are in the cache, and the new cache.
 
-        R is the rows of the cache, or fewer: as many of each part of the batch, the parts in their order. `stretch_R`
-        (fp32) and `method` are those of `LongContext`. Inference only: no gradient flows through the cache.
+        R is the number of cache rows or fewer: equally many from each shard of the batch, in order. `stretch_R` (fp32)
+        and `method` are those of `LongContext`. Inference only: the cache has no gradient.
         """
         positions_RT = jnp.maximum(place.start, 0)[:, None] + jnp.arange(ids_RT.shape[1])
         ids_RT, positions_RT = (reshard(x, "batch", "sequence") for x in (ids_RT, positions_RT))
@@ -110,7 +110,7 @@ class Backbone(nnx.Module):
     def _place_tokens(
         self, positions_RT: Array, stretch_R: Array | None, method: str
     ) -> tuple[tuple[Array, Array] | None, Array | None]:
-        """RoPE's rotations, or ALiBi's slopes [R, N], of rows of new tokens."""
+        """RoPE's rotations or ALiBi's slopes [R, N] for rows of new tokens."""
         config = self.config
         if stretch_R is not None:
             stretch_R = reshard(stretch_R, "batch")
@@ -131,10 +131,10 @@ class Backbone(nnx.Module):
             raise ValueError(
                 f"input_ids has {input_ids.shape[1]} columns; the mesh needs a multiple of {parts('sequence')}."
             )
-        if positions is None:  # they are counted along whole sequences
+        if positions is None:  # counting them needs whole sequences
             input_ids = reshard(input_ids, "batch", None)
             segment_ids = None if segment_ids is None else reshard(segment_ids, "batch", None)
-        # A caller's arrays may be laid out in any way, for instance not at all.
+        # A caller's arrays may have any layout.
         given = (input_ids, *place_tokens(input_ids, positions, segment_ids))
         input_ids, positions, segment_ids = (reshard(x, "batch", "sequence") for x in given)
         tokens = Tokens(positions, segment_ids)
@@ -169,16 +169,16 @@ class Baichuan2(Backbone):
         """Logits [B, T, V] in fp32 of token ids [B, T].
 
         `segment_ids` int32 [B, T]: a token sees earlier tokens of its segment and of its trunk's (`kernels.segments`);
-        0 is padding, left or right (the released 13B code reads its attention mask so). `positions` int32 [B, T]
-        default to the index within the segment, in a branch counted from the length of its trunk. Raises ValueError for
-        shapes that do not agree.
+        0 is padding, left or right, like the attention mask of the released 13B code. `positions` int32 [B, T] default
+        to the index within the segment, in a branch counted from the length of its trunk. Raises ValueError for shapes
+        that do not agree.
         """
         with use_mesh_of(self.norm.weight[...]):
             return self.lm_head(self.hidden_states(input_ids, positions, segment_ids))
 
 
 def place_tokens(input_ids: Array, positions: Array | None, segment_ids: Array | None) -> Tokens:
-    """Positions and segments of [B, T] token ids, defaults filled in: one segment, positions from its start."""
+    """Positions and segments of [B, T] token ids; by default one segment and positions from its start."""
     if input_ids.ndim != 2:
         raise ValueError(f"input_ids has shape {input_ids.shape}; it must be [batch, length].")
     for name, value in (("positions", positions), ("segment_ids", segment_ids)):
@@ -202,9 +202,9 @@ def stack_layers(layers: list[Any]) -> Any:
 def split_model(
     config: ModelConfig, compute: ComputeConfig = DEFAULT_COMPUTE, kind: type[Backbone] = Baichuan2
 ) -> tuple[Any, Params, Params]:
-    """(graphdef, abstract parameters, logical axes) of a model of a `kind`, without allocating anything.
+    """(graphdef, abstract parameters, logical axes) of a model of class `kind`; allocates nothing.
 
-    `nnx.merge(graphdef, params)` gives the model for a nested dict `params` of arrays shaped as the abstract ones.
+    `nnx.merge(graphdef, params)` makes the model from a nested dict of arrays shaped like the abstract parameters.
     """
     graphdef, state = _split_abstract(config, compute, kind, jax.sharding.get_abstract_mesh())
     axes = jax.tree.map(lambda p: p.axes, state, is_leaf=lambda p: isinstance(p, nnx.Variable))
@@ -215,10 +215,8 @@ def split_model(
 def _split_abstract(
     config: ModelConfig, compute: ComputeConfig, kind: type[Backbone], _mesh: AbstractMesh
 ) -> tuple[Any, Any]:
-    """Asked for many times, by restoring, conversion and every program; tracing takes a tenth of a second.
-
-    The mesh in use is part of the abstract values.
-    """
+    """Cached, since restoring, conversion and every program call it and tracing takes 0.1 s. The mesh in use is part of
+    the key: abstract values contain it."""
     return nnx.split(nnx.eval_shape(lambda: kind(config, compute, rngs=nnx.Rngs(0))))
 
 
@@ -231,7 +229,7 @@ def param_shardings(config: ModelConfig, mesh: Mesh, kind: type[Backbone] = Baic
 def abstract_params(
     config: ModelConfig, mesh: Mesh | None, dtype: DType = "float32", kind: type[Backbone] = Baichuan2
 ) -> Params:
-    """ShapeDtypeStructs of the parameters, sharded on `mesh` or whole on one device: what they are restored onto."""
+    """ShapeDtypeStructs of the parameters, sharded on `mesh` or on one device, to restore onto."""
     shapes = split_model(config, kind=kind)[1]
     one_device = SingleDeviceSharding(jax.local_devices()[0])
     shardings = jax.tree.map(lambda _: one_device, shapes) if mesh is None else param_shardings(config, mesh, kind)
@@ -239,10 +237,10 @@ def abstract_params(
 
 
 def init_params(config: ModelConfig, seed: int, mesh: Mesh) -> Params:
-    """Initial fp32 parameters, each born on its devices: the whole model never exists in one place.
+    """Initial fp32 parameters, each made in shards on its devices.
 
-    N(0, initializer_range) for linear and embedding weights, the padding row 0, norms 1, the head U(+-1 / sqrt(D)).
-    The values do not depend on the mesh.
+    N(0, initializer_range) for linear and embedding weights, the padding row 0, norms 1, the head U(+-1 / sqrt(D)). The
+    values do not depend on the mesh.
     """
 
     # LLVM takes seconds to optimise the random bits of each weight, which are drawn only once.

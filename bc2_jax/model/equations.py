@@ -1,4 +1,4 @@
-"""Matmuls against a weight as equations whose letters name axes.
+"""Matmuls against a weight as einsum equations whose letters name axes.
 
 B batch, T tokens, D model dimension, N heads, H head size, F feed-forward, V vocabulary, R rank of an adapter.
 """
@@ -14,10 +14,10 @@ from jax import Array
 
 from bc2_jax.sharding import platform
 
-# The logical axis that each letter of an equation names, in a weight and in an activation; None is never cut.
+# The logical axis of each letter, in a weight and in an activation; None is never sharded.
 WEIGHT_AXES = {"D": "embed", "N": "heads", "H": "head_dim", "F": "ffn", "V": "vocab", "R": None}
 ACTIVATION_AXES = {**WEIGHT_AXES, "B": "batch", "T": "sequence", "D": "hidden"}
-# The matmul of each weight of a layer, as it is stored.
+# The equation of each weight of a layer, as it is stored.
 EQUATIONS = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "BTD,DNH->BTNH"), "o_proj": "BTNH,NHD->BTD",
     **dict.fromkeys(("gate_proj", "up_proj"), "BTD,DF->BTF"), "down_proj": "BTF,FD->BTD",
@@ -32,25 +32,25 @@ def split_equation(equation: str) -> tuple[str, str, str]:
 
 
 def move_model_axis_behind(equation: str) -> str:
-    """The equation of a weight [D, ...] with its first two dimensions exchanged."""
+    """The equation of a weight [D, ...] with its first two dimensions swapped."""
     x, w, y = split_equation(equation)
     return f"{x},{w[1]}{w[0]}{w[2:]}->{y}"
 
 
 def weight_axes(equation: str) -> tuple[str | None, ...]:
-    """The logical axes of one layer's weight."""
+    """Logical axes of one layer's weight."""
     return tuple(WEIGHT_AXES[letter] for letter in split_equation(equation)[1])
 
 
 class Dimensions(NamedTuple):
-    """The letters of a matmul's equation (`layers.Linear`), apart."""
+    """The letters of an equation by role."""
 
     x: str
     y: str
     into: str
-    """Dimensions of the weight that are summed over."""
+    """Summed dimensions of the weight."""
     out: str
-    """The others, in the weight's order."""
+    """The weight's other dimensions, in order."""
 
     @classmethod
     def of(cls, equation: str) -> Dimensions:
@@ -67,9 +67,9 @@ class Dimensions(NamedTuple):
 
 
 def sum_dtype(equation: str, x: Array) -> jnp.dtype:
-    """Dtype of the matmul's result: fp32, or that of x where TPUs add up partial results: half the bytes travel.
+    """Dtype of the matmul's result: fp32; on TPU, where partial results are summed over devices, that of x.
 
-    Each chip's own sum is fp32 in either case.
+    That halves the traffic; each chip's own sum is fp32 in either case.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or platform() != "tpu":

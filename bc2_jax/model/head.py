@@ -12,14 +12,14 @@ from bc2_jax.model.layers import Weight
 from bc2_jax.model.quantized import Quantized
 from bc2_jax.sharding import named_sharding, reshard
 
-# As in the PyTorch code (torch.nn.functional.normalize): shorter rows count as zero.
+# As in torch.nn.functional.normalize, which the released code uses: shorter rows count as zero.
 MIN_NORM = 1e-12
 
 
 def normalize_rows(w_VD: Array) -> Array:
-    """Rows of unit length, computed in (at least) fp32 from the stored weight, which stays as it is.
+    """Rows of unit length, computed in at least fp32.
 
-    A zero row, as when a vocabulary grows, gives a zero row and a zero gradient instead of 0 / 0.
+    A zero row, as in an extended vocabulary, gives a zero row and a zero gradient instead of 0 / 0.
     """
     w_VD = w_VD.astype(jnp.promote_types(w_VD.dtype, jnp.float32))
     squares = jnp.sum(w_VD * w_VD, axis=-1, keepdims=True)
@@ -28,7 +28,7 @@ def normalize_rows(w_VD: Array) -> Array:
 
 
 class Head(Weight):
-    """Output embedding `weight` [V, D], not normalised, as in the released files."""
+    """Output embedding `weight` [V, D], stored without normalisation, as in the released files."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         bound = config.hidden_size**-0.5
@@ -39,7 +39,7 @@ class Head(Weight):
         self.normalize = config.normalize_head
 
     def rows(self) -> Array:
-        """[V, D] what the hidden states are multiplied with: the weight's normalised rows, or the weight itself."""
+        """[V, D] factors of the hidden states: the normalised rows of the weight, or the weight itself."""
         weight = self.weight[...]
         if isinstance(weight, Quantized):
             return reshard(weight.q.astype(jnp.float32) * weight.scale[:, None], "vocab", "embed")

@@ -1,7 +1,7 @@
-"""The head applied to a chunk of tokens at a time: what `train/loss.py` and `model/log_probs.py` share.
+"""The head on chunks of tokens: shared by `train/loss.py` and `model/log_probs.py`.
 
-On a mesh this runs inside `shard_map`: a device has its own tokens and its part of the vocabulary. The head is gathered
-once for all chunks, and its gradient reduced once, so communication does not grow with the number of chunks.
+On a mesh this runs inside `shard_map`: a device has its own tokens and its shard of the vocabulary. The head is
+gathered once for all chunks and its gradient reduced once, so communication does not grow with the number of chunks.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from bc2_jax.sharding import all_gather, mesh_axes, reduce_scatter
 
 VOCAB_MULTIPLE = 1024
-"""A vocabulary is padded to a multiple of this: libtpu scatters a tensor only if it can cut it into small pieces, and
-125,696 = 2^8 x 491 rows it would reduce whole, at twice the traffic."""
+"""A vocabulary shard is padded to a multiple of this: libtpu scatters only tensors that it can cut into small pieces;
+it would reduce 125,696 = 2^8 x 491 rows whole, with twice the traffic."""
 NO_TOKEN = jnp.iinfo(jnp.int32).max
-"""Id of the padding."""
+"""Id of padding columns."""
 
 
 class Statistics(NamedTuple):
-    """Of the logits of a chunk: [T, V] of this device's part of the vocabulary, [T] of the whole vocabulary."""
+    """Of the logits of a chunk: [T, V] for this shard of the vocabulary, [T] for the whole vocabulary."""
 
     exp_TV: Array
     """exp(logit - max)."""
@@ -35,19 +35,19 @@ class Statistics(NamedTuple):
     total_T: Array
     """Sum of `exp_TV`."""
     label_logit_T: Array
-    """0 where the label is not a token."""
+    """0 if the label is not a token."""
     ties_T: Array
-    """How many logits are the largest."""
+    """Number of logits equal to the largest."""
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadPart:
-    """One device's part of the vocabulary, with the whole model dimension."""
+    """A device's shard of the vocabulary, with the whole model dimension."""
 
     rows_DV: Array
     """In the dtype of the hidden states, padded with zeros."""
     ids_V: Array
-    """The token of each column, NO_TOKEN for the padding."""
+    """Token of each column, NO_TOKEN for padding."""
     num_rows: int
     """Columns that are not padding."""
     on_mesh: bool
@@ -55,9 +55,9 @@ class HeadPart:
 
     @classmethod
     def gather(cls, rows_VD: Array, on_mesh: bool) -> HeadPart:
-        """From the part [V, D] that this device stores, in the dtype of the hidden states."""
+        """From the shard [V, D] that this device stores, in the dtype of the hidden states."""
         V = rows_VD.shape[0]
-        # [D, V], so that gather and scatter along D move whole blocks: along the last dimension they are copied first.
+        # [D, V], so that gather and scatter along D move whole blocks; along the last dimension they would copy first.
         vocab_pad = -V % VOCAB_MULTIPLE if V > VOCAB_MULTIPLE else 0
         rows_DV = jnp.pad(rows_VD.T, ((0, 0), (0, vocab_pad)))
         if on_mesh:
@@ -68,21 +68,21 @@ class HeadPart:
 
     @property
     def batch_axes(self) -> tuple[str, ...]:
-        """Mesh axes that cut the tokens."""
+        """Mesh axes that shard the tokens."""
         return mesh_axes("batch", "sequence") if self.on_mesh else ()
 
     @property
     def vocab_axes(self) -> tuple[str, ...]:
-        """Mesh axes that cut the vocabulary."""
+        """Mesh axes that shard the vocabulary."""
         return mesh_axes("vocab") if self.on_mesh else ()
 
     @property
     def exact(self) -> jnp.dtype:
-        """The dtype of logits, statistics and sums: fp32, or fp64 for fp64 hidden states."""
+        """Dtype of logits, statistics and sums: fp32, or fp64 for fp64 hidden states."""
         return jnp.promote_types(self.rows_DV.dtype, jnp.float32)
 
     def logits(self, h_TD: Array) -> Array:
-        """[T, V], the padding's -inf."""
+        """[T, V]; -inf for padding."""
         logits_TV = jnp.einsum("TD,DV->TV", h_TD, self.rows_DV, preferred_element_type=self.exact)
         if self.num_rows < self.ids_V.shape[0]:
             logits_TV = jnp.where(self.ids_V == NO_TOKEN, -jnp.inf, logits_TV)
@@ -93,7 +93,7 @@ class HeadPart:
         return over(jax.lax.pmax, logits_TV.max(-1), self.vocab_axes)
 
     def is_label(self, labels_T: Array) -> Array:
-        """[T, V]. A comparison, not an index: indexing into a dimension that is cut would gather it."""
+        """[T, V] bool. A comparison, since indexing into a sharded dimension would gather it."""
         return self.ids_V == labels_T[:, None]
 
     def statistics(self, logits_TV: Array, labels_T: Array) -> Statistics:
@@ -101,21 +101,19 @@ class HeadPart:
         exp_TV = jnp.exp(logits_TV - max_T[:, None])
         is_label_TV = self.is_label(labels_T)
         is_max_TV = logits_TV == max_T[:, None]
-        # Sums of one dtype are one pass over the logits.
+        # Sums of one dtype take a single pass over the logits.
         parts = jnp.stack(
             [x_TV.sum(-1) for x_TV in (exp_TV, jnp.where(is_label_TV, logits_TV, 0), is_max_TV.astype(self.exact))]
         )
         return Statistics(exp_TV, is_label_TV, is_max_TV, max_T, *over(jax.lax.psum, parts, self.vocab_axes))
 
     def zero_gradient(self) -> Array:
-        """[D, V] of zeros, for `add_gradients`."""
+        """Zeros [D, V], the start for `add_gradients`."""
         return varying(jnp.zeros(self.rows_DV.shape, self.exact), self.batch_axes + self.vocab_axes)
 
-    def add_gradients(
-        self, h_TD: Array, d_logits_TV: Array, d_rows_DV: Array | None
-    ) -> tuple[Array, Array | None]:  # fmt: skip
-        """The gradient of `h_TD`, and `d_rows_DV` with that of `rows_DV` added, which is of this device's tokens; None
-        where it is not asked for."""
+    def add_gradients(self, h_TD: Array, d_logits_TV: Array, d_rows_DV: Array | None) -> tuple[Array, Array | None]:
+        """The gradient of `h_TD`, and `d_rows_DV` plus the gradient of `rows_DV` from this device's tokens (None stays
+        None)."""
         d_logits_TV = d_logits_TV.astype(h_TD.dtype)
         d_h_TD = jnp.einsum("TV,DV->TD", d_logits_TV, self.rows_DV, preferred_element_type=self.exact)
         if d_rows_DV is not None:
@@ -123,18 +121,18 @@ class HeadPart:
         return over(jax.lax.psum, d_h_TD, self.vocab_axes).astype(h_TD.dtype), d_rows_DV
 
     def stored_gradient(self, d_rows_DV: Array) -> Array:
-        """[V, D]: the sum of `d_rows_DV` over all tokens, the part of it that belongs to what the device stores."""
+        """[V, D]: the sum of `d_rows_DV` over all tokens, sharded like the stored weight."""
         if self.on_mesh:
-            # Reduced once, in fp32, straight into the layout in which the weight is stored.
+            # Reduced once, in fp32, directly into the layout of the stored weight.
             d_rows_DV = reduce_scatter(d_rows_DV, "embed", None)
             d_rows_DV = with_layout_constraint(d_rows_DV, Layout(major_to_minor=(0, 1)))
-            # libtpu fails on shards of less than a tile where it moves the cut below into the scatter.
+            # libtpu fails on shards smaller than a tile if it moves the slice below into the scatter.
             d_rows_DV = jax.lax.optimization_barrier(d_rows_DV)
         return d_rows_DV[:, : self.num_rows].T
 
 
 def cut_tokens(x_BT: Array, chunk: int, fill: int = 0) -> Array:
-    """[B, T, ...] -> [C, chunk, ...], the last chunk filled up; one chunk of B * T if that is less than `chunk`."""
+    """[B, T, ...] -> [C, chunk, ...], the last chunk padded with `fill`; a single smaller chunk for fewer tokens."""
     x_T = x_BT.reshape(-1, *x_BT.shape[2:])
     chunk = min(chunk, x_T.shape[0])
     widths = ((0, -x_T.shape[0] % chunk), *[(0, 0)] * (x_T.ndim - 1))
@@ -148,10 +146,10 @@ def join_tokens(x_CT: Array, batch: int, length: int) -> Array:
 
 
 def over(collective: Callable[[Any, tuple[str, ...]], Any], x: Any, axes: tuple[str, ...]) -> Any:
-    """`collective` of `x` along mesh axes, if there are any."""
+    """`collective(x, axes)`, or `x` if there are no axes."""
     return collective(x, axes) if axes else x
 
 
 def varying(x: Array, axes: tuple[str, ...]) -> Array:
-    """`x` typed as differing along `axes`, as what is added to it in a loop differs."""
+    """`x` typed as varying over mesh `axes`, like the values added to it in a loop."""
     return jax.lax.pcast(x, axes, to="varying") if axes else x

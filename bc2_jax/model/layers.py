@@ -1,4 +1,4 @@
-"""Weights, matmuls against sharded weights, RMSNorm, embedding and the SwiGLU feed-forward layer."""
+"""Weights, matmuls against sharded weights, RMSNorm, embedding, the SwiGLU feed-forward layer."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ from bc2_jax.sharding import (
 
 
 class Weight(nnx.Module):
-    """One parameter named `weight`, fp32 at birth, with the logical axis of each dimension."""
+    """A parameter named `weight`, fp32 at first, with the logical axis of each dimension."""
 
     def __init__(self, value: Array, axes: tuple[str | None, ...]):
         self.weight = nnx.Param(value, axes=axes)
 
     @classmethod
     def normal(cls, rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], stddev: float) -> Weight:
-        """N(0, stddev), each device making its own part; the values do not depend on the mesh."""
+        """N(0, stddev), each device making its own shard; the values do not depend on the mesh."""
         return Weight(stddev * jax.random.normal(rngs.params(), shape, out_sharding=named_sharding(*axes)), axes)
 
 
 class Linear(Weight):
-    """y = einsum(equation, x, weight) in the dtype of x, without a bias; every matmul of a layer against a weight.
+    """y = einsum(equation, x, weight) in the dtype of x, without bias; every matmul of a layer against a weight.
 
-    The equation names the axes of x, weight and y: B batch, T tokens, D model dimension, N heads, H head size, F
-    feed-forward, R rank of an adapter. Holds the stacked weights of all L layers; a call uses one layer's.
+    The equation names the axes of x, weight and y (`model.equations`). Holds the stacked weights of all L layers; a
+    call uses one layer's.
     """
 
     def __init__(self, equation: str, value: Array):
@@ -64,27 +64,27 @@ class Linear(Weight):
 
     @property
     def stacked_axes(self) -> tuple[str | None, ...]:
-        """The logical axes of the weights of all layers."""
+        """Logical axes of the stacked weights."""
         return ("layers", *weight_axes(self.equation))
 
     def __call__(self, x: Array) -> Array:
         return linear(self.equation, x, self.weight[...])
 
     def move_model_axis_behind(self) -> None:
-        """Stores a weight [L, D, N, H] as [L, N, D, H] from now on, one [L, D, F] as [L, F, D]."""
+        """Changes the storage from [L, D, N, H] to [L, N, D, H], or from [L, D, F] to [L, F, D]."""
         self.equation = move_model_axis_behind(self.equation)
         self.weight = nnx.Param(jnp.swapaxes(self.weight[...], 1, 2), axes=self.stacked_axes)
 
 
 def linear(equation: str, x: Array, w: Array | Quantized) -> Array:
-    """einsum(equation, x, w) in the dtype of x, for a stored weight `w`; the letters are those of `Linear`.
+    """einsum(equation, x, w) in the dtype of x for a stored weight `w`; letters as in `Linear`.
 
-    The weight is gathered in the compute dtype; its gradient is computed and reduced over the batch in fp32, straight
-    into the layout in which the weight is stored. A quantized weight has no gradient.
+    The weight is gathered in the compute dtype; its gradient is computed and reduced over the batch in fp32, directly
+    into the layout of the stored weight. A quantized weight has no gradient.
     """
     if isinstance(w, Quantized):
         return w.multiply(equation, x).astype(x.dtype)
-    # The backward pass may be traced when the context is another one.
+    # Passed explicitly: the backward pass may be traced in another context.
     return _linear(equation, rules_in_use(), x, w)
 
 
@@ -94,12 +94,12 @@ def _linear(equation: str, rules: ShardingRules, x: Array, w: Array) -> Array:
 
 
 def _gathered(equation: str, w: Array, dtype: jnp.dtype) -> Array:
-    """A stored weight as it is used: cast first, so that half the bytes travel, then gathered along `embed`."""
+    """A stored weight for use: cast first, to halve the traffic, then gathered along `embed`."""
     return gather(w.astype(dtype), *weight_axes(equation))
 
 
 def _matmul(equation: str, x: Array, y: Array, out_sharding: NamedSharding | None = None) -> Array:
-    # fp32 is what the hardware accumulates in; asked for bf16, XLA:CPU computes in upcast fp32, at half the speed.
+    # Hardware accumulates in fp32; asked for bf16, XLA:CPU computes in upcast fp32 at half the speed.
     return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32, out_sharding=out_sharding)
 
 
@@ -116,7 +116,7 @@ def _linear_backward(equation, rules, residuals, dy):
     x_dims, w_dims, y_dims = split_equation(equation)
 
     def weight_gradient_on_cpu(x: Array, dy: Array) -> Array:
-        # XLA:CPU has a fast bf16 kernel for rows times columns, not for the transposed left side of x.T @ dy. The
+        # XLA:CPU has a fast bf16 kernel for rows times columns, but not for the transposed left side of x.T @ dy. The
         # barrier keeps it from folding the transposition back; the batch dimension of 1 gives the copy a plain layout.
         count = len(set(x_dims) - set(w_dims))
         x_t = jax.lax.optimization_barrier(jnp.moveaxis(x, range(count), range(-count, 0)))[None]
@@ -124,7 +124,7 @@ def _linear_backward(equation, rules, residuals, dy):
         return _matmul(f"Z{moved},Z{y_dims}->Z{w_dims}", x_t, dy[None])[0]
 
     def weight_gradient(x: Array, dy: Array) -> Array:
-        """One device's rows of the batch, in fp32."""
+        """Of one device's tokens, in fp32."""
         matmul = functools.partial(_matmul, f"{x_dims},{y_dims}->{w_dims}")
         return jax.lax.platform_dependent(x, dy, cpu=weight_gradient_on_cpu, default=matmul)
 
@@ -146,14 +146,14 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """x / rms(x) * weight over the last dimension, statistics and scaling in fp32; returns the dtype of x."""
+    """x / rms(x) * weight over the last dimension; statistics and scaling in fp32, result in the dtype of x."""
     x32 = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return (x32 * scale * weight.astype(jnp.float32)).astype(x.dtype)
 
 
 class RMSNorm(Weight):
-    """RMSNorm over the model dimension; `stack` is (L,) where the weights of all layers are stacked."""
+    """RMSNorm over the model dimension; `stack` is (L,) for the stacked weights of all layers."""
 
     def __init__(self, config: ModelConfig, stack: tuple[int, ...] = ()):
         axes = ("layers", None) if stack else (None,)
@@ -174,12 +174,12 @@ class Embedding(Weight):
         super().__init__(jnp.where(is_padding, 0, table), axes)
 
     def __call__(self, input_ids_BT: Array, dtype: jnp.dtype) -> Array:
-        # The ids travel, not the table: each device looks up its columns for the rows of its whole fsdp group, and
-        # exchanges give it its own rows whole. Left to itself the compiler replicates the table.
+        # Moves ids, not the table: each device looks up its columns for the rows of its whole fsdp group, and exchanges
+        # give it its own rows whole. The compiler alone would replicate the table.
         ids_BT = reshard(input_ids_BT, "lookup_batch", None)
         sharding = named_sharding("lookup_batch", None, "embed")
         x_BTD = self.weight[...].at[ids_BT].get(out_sharding=sharding).astype(dtype)
-        # Sequences first, then rows: exchanged in one step, the compiler makes every device hold the whole batch.
+        # Sequences first, then rows: in a single exchange every device would hold the whole batch.
         x_BTD = reshard(x_BTD, "lookup_batch", "sequence", "lookup_embed")
         return reshard(x_BTD, "batch", "sequence", "hidden")
 
@@ -207,7 +207,7 @@ MATMULS = (*PROJECTIONS, "gate", "up", "down")
 
 
 def remat(function, compute: ComputeConfig):
-    """`function` with its intermediate values kept or recomputed as `compute.remat` says."""
+    """`function` with intermediate values kept or recomputed according to `compute.remat`."""
     policies = jax.checkpoint_policies
     match compute.remat:
         case "none":

@@ -1,4 +1,4 @@
-"""The weights of a model laid out for decoding, so that nothing is done again for every token; also in 8 or 4 bits."""
+"""A model's weights laid out for decoding, also in 8 or 4 bits, so that no step repeats that work."""
 
 from __future__ import annotations
 
@@ -20,27 +20,26 @@ from bc2_jax.validation import require
 
 
 def lay_out(model: Baichuan2, donate: bool = False, whole: bool = False, quantize: Scheme | None = None) -> Baichuan2:
-    """A model with the same logits, or with `quantize` nearly so, whose weights are stored as decoding reads them.
+    """A model with the same logits (nearly, with `quantize`) whose weights are stored as decoding reads them.
 
-    Weights are in the compute dtype, but for those of the norms, which scale in fp32; the rows of the head are
-    normalised. Embedding and head are whole along the model dimension: every step reads all of the head. Weights that
-    multiply the hidden states have the model dimension behind, q, k and v as [L, N, D, H], gate and up as [L, F, D]: in
-    their stored order the TPU compiler copies them before the first step of each call, gate and up where a chip's part
-    of F does not fill its tiles, q, k and v for a single sequence.
+    Weights are in the compute dtype, except those of norms, which scale in fp32; the head's rows are normalised.
+    Embedding and head are gathered along the model dimension: every step reads all of the head. Weights that multiply
+    hidden states have the model dimension second, q, k and v as [L, N, D, H], gate and up as [L, F, D]: in their stored
+    order the TPU compiler copies them before the first step of each call (gate and up if a chip's shard of F does not
+    fill its tiles; q, k and v for a single sequence).
 
-    With `whole` the weights of the layers are whole along the model dimension too: gathered here once instead of at
-    every step. Each device then holds all of them in the compute dtype, over mesh.tensor. For long decoding on a mesh
-    that cuts parameters, where there is room.
+    `whole` also gathers the weights of the layers along the model dimension, once instead of in every step: each device
+    holds them all in the compute dtype, sharded over mesh.tensor only. For long decoding on a mesh that shards
+    parameters, if memory allows.
 
-    With `quantize` the weights of the layers are int8 or int4, and the rows of the head int8 (`model/quantized.py`); an
-    adapter beside them stays as it is. A model that is quantized already, as `load_pretrained` gives it, is not rounded
-    a second time.
+    `quantize` stores the weights of the layers as int8 or int4 and the head's rows as int8 (`model/quantized.py`); an
+    adapter beside them is unchanged. A model that is already quantized, as from `load_pretrained`, is not rounded
+    again.
 
-    The given model stays as it is, and what need not change is shared with it. With `donate` it is used up: its arrays
-    are deleted one by one as they are replaced, so that beside the new parameters never more than one stored weight
-    exists.
+    The given model does not change; unchanged arrays are shared. `donate` deletes its arrays one by one as they are
+    replaced, so that at most one stored weight exists beside the new parameters.
 
-    Raises ValueError for a model that is quantized in another way than `quantize` says.
+    Raises ValueError if the model is already quantized in another way than `quantize`.
     """
     schemes = get_args(Scheme)
     require(quantize in (None, *schemes), "quantize", quantize, f"it must be {' or '.join(schemes)}")
@@ -55,7 +54,7 @@ def lay_out(model: Baichuan2, donate: bool = False, whole: bool = False, quantiz
         modules = [module for _, module in nnx.iter_modules(prepared) if isinstance(module, Weight)]
         for module in modules:
             if isinstance(module, LoraLinear) and found is None:
-                module.fix_row_scale()  # of the weights as they are stored
+                module.fix_row_scale()  # from the weights as stored
         for module in modules:
             stored = module.weight[...]
             if found is None:
@@ -68,24 +67,24 @@ def lay_out(model: Baichuan2, donate: bool = False, whole: bool = False, quantiz
 
 
 def scheme_of(model: Baichuan2) -> Scheme | None:
-    """How the weights of a model are quantized; None where they are not."""
+    """How the weights of a model are quantized; None if they are not."""
     values: list[Any] = [module.weight[...] for _, module in nnx.iter_modules(model) if isinstance(module, Weight)]
     quantized = [value for value in values if isinstance(value, Quantized)]
     return None if not quantized else "int8" if all(value.groups is None for value in quantized) else "int4"
 
 
 def _lay_out(module: Weight, dtype: str, quantize: Scheme | None) -> None:
-    """What `prepare` does to the weight of one module."""
+    """`lay_out` for the weight of one module."""
     stored = module.weight[...]
     if isinstance(module, Head):
         value: Any = _table(stored, dtype, module.normalize) if quantize is None else _rows(stored, module.normalize)
         module.weight = nnx.Param(value, axes=("vocab", None))
-        module.normalize = False  # its rows are
+        module.normalize = False  # already done
     elif isinstance(module, Embedding):
         module.weight = nnx.Param(_table(stored, dtype, False), axes=("vocab", None))
     elif isinstance(module, Linear):
         x, w, _ = split_equation(module.equation)
-        if quantize is not None and "R" not in w:  # an adapter is small, and changes what rounding must not lose
+        if quantize is not None and "R" not in w:  # adapters (R) are small and stay exact
             used = move_model_axis_behind(module.equation) if "D" in x else module.equation
             value = quantize_linear(stored, module.equation, used, quantize)
             module.weight, module.equation = nnx.Param(value), used
@@ -97,11 +96,10 @@ def _lay_out(module: Weight, dtype: str, quantize: Scheme | None) -> None:
 
 
 def _gather(module: Linear) -> None:
-    """Makes a weight whole along the model dimension."""
+    """Gathers a weight along the model dimension."""
     weight: Any = module.weight[...]
     if isinstance(weight, Quantized):
-        value: Any = weight.whole(module.equation)
-        module.weight = nnx.Param(value)
+        module.weight = nnx.Param(weight.whole(module.equation))  # type: ignore[arg-type]  # a pytree of arrays
         return
     axes = tuple(None if axis == "embed" else axis for axis in module.stacked_axes)
     module.weight = nnx.Param(reshard(weight, *axes), axes=axes)
@@ -120,5 +118,5 @@ def _table(w_VD: Array, dtype: str, normalize: bool) -> Array:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _rows(w_VD: Array, normalize: bool) -> Quantized:
-    # Whole before they are normalised: sums over a dimension that is cut would depend on the mesh.
+    # Gathered before they are normalised: sums over a sharded dimension would depend on the mesh.
     return quantize_rows(_table(reshard(w_VD, "vocab", None), "float32", normalize))

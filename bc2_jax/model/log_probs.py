@@ -1,8 +1,8 @@
-"""Log-probabilities of given tokens straight from hidden states, with a gradient, without a [B, T, V] tensor.
+"""Log-probabilities of given tokens from hidden states, differentiable, without a [B, T, V] tensor.
 
-What preference tuning, policy gradients, evaluation and perplexity have in common. They weigh tokens only after they
-have seen the log-probabilities (of both answers, of a whole document), so the gradient cannot come with the forward
-pass, as in `train/loss.py`: the backward pass computes the logits again, chunk by chunk.
+Used by preference tuning, policy gradients, evaluation and perplexity. They weigh tokens only once the
+log-probabilities are known (of both answers, of a whole document), so the gradient cannot come with the forward pass as
+in `train/loss.py`: the backward pass computes the logits again, chunk by chunk.
 """
 
 from __future__ import annotations
@@ -22,30 +22,28 @@ from bc2_jax.validation import require
 
 
 class TokenLogProbs(NamedTuple):
-    """[B, T], laid out as the labels ("batch", "sequence")."""
+    """[B, T], laid out like the labels ("batch", "sequence")."""
 
     log_prob: Array
     """log p(label), nats, fp32; 0 where the label is IGNORED."""
     largest_logit: Array
-    """fp32, of every position, its label IGNORED or not."""
+    """fp32, at every position, IGNORED or not."""
     argmax: Array
-    """int32: the token with the largest logit, the first of equals, of every position; 2^31 - 1 if a logit is NaN."""
+    """int32: the token with the largest logit, the first of equals, at every position; 2^31 - 1 if a logit is NaN."""
     margin: Array
-    """fp32: the label's logit less the largest of all others, 0 where it is IGNORED; has no gradient."""
+    """fp32: the label's logit minus the largest other one, 0 where IGNORED; has no gradient."""
 
 
 def token_log_probs(h_BTD: Array, rows_VD: Array, labels_BT: Array, chunk: int) -> TokenLogProbs:
-    """Log-probabilities of `labels_BT` (int32, the next tokens or IGNORED), largest logits and the arg-max.
+    """Log-probabilities of `labels_BT` (int32, the next tokens or IGNORED), largest logits and arg-max.
 
-    `h_BTD` are hidden states after the last norm. `rows_VD` are the head's rows as they meet the hidden states
-    (`Head.rows()`, normalised in fp32), cut along the vocabulary and the model dimension as the weight is; they are
-    cast to the dtype of `h_BTD` and gathered here, once in each direction. `chunk` is in tokens per device: memory
-    grows with chunk * V. fp64 hidden states give fp64 results.
+    `h_BTD` are hidden states after the last norm. `rows_VD` are the rows of `Head.rows()`, sharded like the weight;
+    they are cast to the dtype of `h_BTD` and gathered here, once in each direction. `chunk` is in tokens per device:
+    memory grows with chunk * V. fp64 hidden states give fp64 results.
 
-    `log_prob` and `largest_logit` have gradients with respect to `h_BTD` and `rows_VD`, for any weight of each token,
-    and none is computed of rows that are not differentiated. A position with the label IGNORED gives none through
-    `log_prob`. Equal largest logits share the gradient of `largest_logit`. Raises ValueError for shapes that do not
-    agree and for a chunk of no tokens.
+    `log_prob` and `largest_logit` have gradients with respect to `h_BTD` and `rows_VD`; rows that are not
+    differentiated cost nothing. Equal largest logits share the gradient of `largest_logit`. Raises ValueError for
+    shapes that do not agree and for chunk < 1.
     """
     require(chunk > 0, "chunk", chunk, "it must be positive")
     if labels_BT.shape != h_BTD.shape[:2] or rows_VD.shape[1:] != h_BTD.shape[2:]:
@@ -53,7 +51,7 @@ def token_log_probs(h_BTD: Array, rows_VD: Array, labels_BT: Array, chunk: int) 
             f"labels have shape {labels_BT.shape} and rows {rows_VD.shape}; for hidden states [B, T, D] of shape "
             f"{h_BTD.shape} they must be [B, T] and [V, D]."
         )
-    # The backward pass may be traced when the context is another one.
+    # Passed explicitly: the backward pass may be traced in another context.
     return _token_log_probs(h_BTD, rows_VD, labels_BT, chunk, rules_in_use())
 
 
@@ -77,7 +75,7 @@ def _run_forward(h_BTD, rows_VD, labels_BT, chunk, rules):
 
 
 def _local_forward(h_BTD, rows_VD, labels_BT, *, chunk, on_mesh=False):
-    """One device's tokens against its part of the vocabulary."""
+    """One device's tokens against its shard of the vocabulary."""
     head = HeadPart.gather(rows_VD, on_mesh)
 
     def run_chunk(_, inputs):
@@ -88,7 +86,7 @@ def _local_forward(h_BTD, rows_VD, labels_BT, *, chunk, on_mesh=False):
         log_prob_T = jnp.where(labels_T == IGNORED, 0, logits.label_logit_T - logits.max_T - log_total_T)
         argmax_T = jnp.where(logits.is_max_TV, head.ids_V, NO_TOKEN).min(-1).astype(jnp.int32)
         argmax_T = over(jax.lax.pmin, argmax_T, head.vocab_axes)
-        # Where nothing uses it, the compiler leaves it out.
+        # Removed by the compiler if unused.
         others_T = head.largest(jnp.where(logits.is_label_TV, -jnp.inf, logits_TV))
         margin_T = jnp.where(labels_T == IGNORED, 0, logits.label_logit_T - others_T)
         return None, (TokenLogProbs(log_prob_T, logits.max_T, argmax_T, margin_T), log_total_T)
@@ -98,19 +96,19 @@ def _local_forward(h_BTD, rows_VD, labels_BT, *, chunk, on_mesh=False):
 
 
 class _ForBackward(NamedTuple):
-    """[B, T], of each token: what the forward pass keeps, and the gradients that the backward pass is given."""
+    """Per-token values [B, T] for the backward pass: kept from the forward pass, and incoming gradients."""
 
     labels: Array
     largest_logit: Array
     log_total: Array
     d_log_prob: Array | None = None
     d_largest_logit: Array | None = None
-    """None where nothing uses the largest logits: no pass over the logits has to find them again."""
+    """None if the largest logits are unused: saves the pass over the logits that finds them again."""
 
 
 def _forward(h_BTD, rows_VD, labels_BT, chunk, rules):
-    # Of a head that is frozen no gradient is computed: a matmul and, for 7B, 2 GiB. Known from the structure of what is
-    # kept, which is not traced.
+    # A frozen head needs no gradient: saves a matmul and, for 7B, 2 GiB. The structure of the residuals tells, since it
+    # is not traced.
     asked = () if rows_VD.perturbed else None
     h_BTD, rows_VD, labels_BT = h_BTD.value, rows_VD.value, labels_BT.value
     found, log_total_BT = _run_forward(h_BTD, rows_VD, labels_BT, chunk, rules)
@@ -121,7 +119,7 @@ def _backward(chunk, rules, kept, cotangents):
     h_BTD, rows_VD, tokens, asked = kept
     d_log_prob, d_largest_logit, _, d_margin = (None if isinstance(d, SymbolicZero) else d for d in cotangents)
     if d_margin is not None:
-        raise ValueError("TokenLogProbs.margin has no gradient: stop it before.")
+        raise ValueError("TokenLogProbs.margin has no gradient: apply jax.lax.stop_gradient.")
     if d_log_prob is None:
         d_log_prob = jnp.zeros_like(tokens.log_total)
     tokens = tokens._replace(d_log_prob=d_log_prob, d_largest_logit=d_largest_logit)
@@ -139,14 +137,14 @@ def _backward(chunk, rules, kept, cotangents):
             )(h_BTD, used_VD, tokens)
         if d_rows_VD is not None:
             d_rows_VD = d_rows_VD.astype(rows_VD.dtype)
-        # The gradient of the whole head must be gone before the layers run backward: 2 GiB for 7B.
+        # Forces the gradient of the gathered head (2 GiB for 7B) to be freed before the layers run backward.
         return *jax.lax.optimization_barrier((d_h_BTD, d_rows_VD)), None
 
 
 def _local_backward(h_BTD, rows_VD, tokens, *, chunk, with_rows, on_mesh=False):
-    """Gradients of one device's hidden states and, where asked for, of its stored part of the head."""
+    """Gradients of one device's hidden states and, if requested, of its stored shard of the head."""
     h_CTD = cut_tokens(h_BTD, chunk)
-    # Padding has the gradient 0.
+    # Padding has gradient 0.
     tokens = jax.tree.map(lambda x_BT: cut_tokens(x_BT, chunk), tokens)
     head = HeadPart.gather(rows_VD, on_mesh)
 
@@ -159,12 +157,13 @@ def _local_backward(h_BTD, rows_VD, tokens, *, chunk, with_rows, on_mesh=False):
         p_TV = jnp.exp(logits_TV - token.largest_logit[:, None] - token.log_total[:, None])
         d_logits_TV = jnp.where(head.is_label(token.labels), weight_TV, 0) - p_TV * weight_TV
         if token.d_largest_logit is not None:
-            # Found again: a logit may differ in its last bit from that of the forward pass, compiled another way.
+            # Recomputed, since a logit may differ in its last bit from the forward pass, which was compiled
+            # differently.
             is_max_TV = logits_TV == head.largest(logits_TV)[:, None]
             ties_T = over(jax.lax.psum, is_max_TV.sum(-1, dtype=head.exact), head.vocab_axes)
             d_logits_TV += jnp.where(is_max_TV, (token.d_largest_logit / ties_T)[:, None], 0)
         d_h_TD, d_rows_DV = head.add_gradients(h_TD, d_logits_TV, d_rows_DV)
-        # In the place of h, which nothing else needs: peak memory is in this loop.
+        # Overwrites h, which is no longer needed: peak memory is in this loop.
         return (d_rows_DV, jax.lax.dynamic_update_index_in_dim(h_CTD, d_h_TD, index, 0)), None
 
     start = head.zero_gradient() if with_rows else None, h_CTD

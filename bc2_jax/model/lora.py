@@ -1,8 +1,8 @@
 """LoRA (arXiv 2106.09685): low-rank adapters beside the weights of a model, with rsLoRA and DoRA.
 
-An adapter is a tree of fp32 arrays apart from the model's own: `lora_a` [L, in, r] and `lora_b` [L, r, out] for each
-target, where in and out are the dimensions of the weight (D; N, H; F), and with DoRA `magnitude` [L, out]. W_pack is
-q_proj, k_proj and v_proj with one `lora_a` for all three; its out is 3, N, H.
+An adapter is a separate tree of fp32 arrays: `lora_a` [L, in, r] and `lora_b` [L, r, out] for each target, where in and
+out are the dimensions of the weight (D; N, H; F), and with DoRA `magnitude` [L, out]. W_pack is q_proj, k_proj and
+v_proj with a common `lora_a`; its out is 3, N, H.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bc2_jax.sharding import named_sharding, reshard, spec, use_mesh_of
 
 
 class Adapter(NamedTuple):
-    """Trained adapters and what they mean."""
+    """Trained adapters and their config."""
 
     config: LoraConfig
     params: Params
@@ -34,10 +34,10 @@ class Adapter(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """Where the adapter of one target sits."""
+    """The place of a target's adapter."""
 
     block: str
-    """Module of a layer that holds the weights."""
+    """Module of the layer that holds the weights."""
     weights: tuple[str, ...]
     """The weights; several are rows of one released matrix."""
 
@@ -54,26 +54,26 @@ Model = TypeVar("Model", bound=Backbone)
 
 
 def equation_of(target: LoraTarget) -> str:
-    """The equation of the matmul of a target's weights, as they are stored."""
+    """The matmul equation of a target's weights, as stored."""
     return EQUATIONS[SLOTS[target].weights[0]]
 
 
 class DropoutKey(nnx.Variable):
-    """Random bits of each layer, uint32 [L, ...] as `jax.random.key_data` gives them."""
+    """Random bits of each layer, uint32 [L, ...] as from `jax.random.key_data`."""
 
 
 class LoraLinear(Linear):
-    """y = W x + scaling * B A x; with DoRA (arXiv 2402.09353) each row of W + scaling * B A has a trained length.
+    """y = W x + scaling * B A x; with DoRA (arXiv 2402.09353) the rows of W + scaling * B A have trained lengths.
 
-    W and A, B are multiplied one after the other: a forward pass that adds B A to W has the gradient of W in its
-    backward pass. As in PEFT, the rows' lengths before they are replaced count as constants.
+    W and A, B are multiplied one after the other: adding B A to W would need the gradient of W in the backward pass. As
+    in PEFT, the lengths of the rows before scaling count as constants.
     """
 
     def __init__(
         self, base: Linear, lora_a: Linear, lora_b: Linear, scaling: float, magnitude: Array | None = None,
         dropout: float = 0.0, keys: Array | None = None,
     ):  # fmt: skip
-        """`lora_a` and `lora_b` are modules, so that several weights may share one; `keys` [L] drop, None does not."""
+        """`lora_a` and `lora_b` are modules, so that weights can share one; with `keys` [L] there is dropout."""
         super().__init__(base.equation, base.weight[...])
         self.lora_a, self.lora_b, self.scaling, self.dropout = lora_a, lora_b, scaling, dropout
         self.use_dora, self.use_dropout = magnitude is not None, False
@@ -98,27 +98,27 @@ class LoraLinear(Linear):
         return (y + (scale - 1) * dropped + scale * change).astype(x.dtype)
 
     def _drop(self, x: Array) -> Array:
-        """`x` with a share of `dropout` set to zero; which values does not depend on the mesh."""
+        """`x` with dropout; the dropped values do not depend on the mesh."""
         key = jax.random.wrap_key_data(self.dropout_key[...], impl=self.key_impl)
         sharding = named_sharding(*(ACTIVATION_AXES[letter] for letter in Dimensions.of(self.equation).x))
         is_kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape, out_sharding=sharding)
         return jnp.where(is_kept, x / (1 - self.dropout), 0).astype(x.dtype)
 
     def _row_scale(self) -> Array:
-        """What each row of W + scaling * B A is multiplied with, in fp32; [L, out] where the weights are stacked."""
+        """The fp32 factor of each row of W + scaling * B A; [L, out] for stacked weights."""
         if self.is_row_scale:
             return self.magnitude[...]
         w, a, b = (x.weight[...].astype(jnp.float32) for x in (self, self.lora_a, self.lora_b))
         return self.magnitude[...] / jax.lax.stop_gradient(_row_norm(self.equation, w, a, b, self.scaling))
 
     def fix_row_scale(self) -> None:
-        """Computes once what the rows are multiplied with, for calls that follow with the very same weights."""
+        """Computes the row factors once, for calls with constant weights."""
         if self.use_dora:
             self.magnitude, self.is_row_scale = nnx.Param(self._row_scale(), axes=self.magnitude.axes), True
 
 
 def _row_norm(equation: str, w: Any, a: Any, b: Any, scaling: float) -> Any:
-    """Length of each row of W + scaling * B A; arrays of one layer or all, of numpy or jax."""
+    """Length of each row of W + scaling * B A; for one layer or stacked, numpy or jax."""
     return _length_of_rows(equation, _changed(equation, w, a, b, scaling))
 
 
@@ -129,19 +129,19 @@ def _length_of_rows(equation: str, w: Any) -> Any:
 
 
 def _changed(equation: str, w: Any, a: Any, b: Any, scaling: float) -> Any:
-    """W + scaling * B A in the order of W."""
+    """W + scaling * B A in the layout of W."""
     dims, letters = Dimensions.of(equation), split_equation(equation)[1]
     einsum = functools.partial(np.einsum, optimize=True) if isinstance(w, np.ndarray) else jnp.einsum
     return w + scaling * einsum(f"...{dims.into}R,...R{dims.out}->...{letters}", a, b)
 
 
 def with_adapter(model: Model, config: LoraConfig, params: Params, dropout_key: Array | None = None) -> Model:
-    """`model` with the adapter of `config` and `params` beside its weights, all of whose arrays it shares.
+    """`model` with an adapter beside its weights, sharing all arrays.
 
-    With a key, a share of config.dropout of the adapter's inputs is zero: for each key others, which the mesh does not
-    change. Differentiable with respect to `params`.
+    With a key, a share of config.dropout of the adapter's inputs is zero, different for each key and independent of the
+    mesh. Differentiable with respect to `params`.
     """
-    model = nnx.merge(*nnx.split(model))  # modules of its own around the same arrays
+    model = nnx.merge(*nnx.split(model))  # new modules around the same arrays
     params = jax.tree.map(jnp.asarray, params)
     for target in config.targets:
         slot = SLOTS[target]
@@ -164,7 +164,7 @@ def with_adapter(model: Model, config: LoraConfig, params: Params, dropout_key: 
 
 
 def part_of(arrays: dict[str, Any], target: LoraTarget, name: str) -> dict[str, Any]:
-    """What of a target's arrays belongs to its weight `name`: of W_pack, A and a third of the others."""
+    """A target's arrays for its weight `name`: for W_pack, A and a third of the others."""
     weights = SLOTS[target].weights
     if len(weights) == 1:
         return arrays
@@ -209,7 +209,7 @@ def _tree(by_target: dict[LoraTarget, dict[str, Any]]) -> Params:
 
 
 def abstract_adapter(config: LoraConfig, model_config: ModelConfig, mesh: Mesh | None) -> Params:
-    """ShapeDtypeStructs of an adapter's fp32 arrays, cut over `mesh` as their weights are, or whole on one device."""
+    """ShapeDtypeStructs of an adapter's fp32 arrays, sharded like their weights on `mesh`, or on one device."""
 
     def place(array: _Array) -> jax.ShapeDtypeStruct:
         one_device = SingleDeviceSharding(jax.local_devices()[0])
@@ -223,10 +223,10 @@ def abstract_adapter(config: LoraConfig, model_config: ModelConfig, mesh: Mesh |
 def init_adapter(
     config: LoraConfig, model_config: ModelConfig, base_params: Params, seed: int, mesh: Mesh | None
 ) -> Params:
-    """An adapter that changes nothing yet, each array born on its devices.
+    """An adapter that does not change the model yet, each array made in shards on its devices.
 
-    A: U(+-1 / sqrt(inputs)), B: 0, DoRA's magnitudes the lengths of the rows of `base_params`, whose dtype may be any.
-    The values do not depend on the mesh, nor those of a target on the others.
+    A: U(+-1 / sqrt(inputs)), B: 0, DoRA's magnitudes: row lengths of `base_params`, of any dtype. The values do not
+    depend on the mesh, and those of a target not on the other targets.
     """
     bases = {t: {name: base_params["layers"][SLOTS[t].block][name]["weight"] for name in SLOTS[t].weights}
              for t in config.targets if config.dora}  # fmt: skip
@@ -244,7 +244,7 @@ def init_adapter(
             if config.dora:
                 equation, scaling = equation_of(target), config.scaling_of(target)
                 norms = []
-                for name in SLOTS[target].weights:  # as the forward pass computes it, whose ratio of the two is 1
+                for name in SLOTS[target].weights:  # computed as in the forward pass, so that their ratio is 1
                     part = part_of(by_target[target], target, name)
                     w = bases[target][name].astype(jnp.float32)
                     norms.append(_row_norm(equation, w, a, part["lora_b"], scaling))
@@ -259,9 +259,9 @@ def init_adapter(
 
 
 def merge_weight(equation: str, w: Any, part: dict[str, Any], scaling: float) -> Any:
-    """One layer's W + scaling * B A, with DoRA in its rows' lengths, in fp32.
+    """One layer's W + scaling * B A in fp32, with DoRA's row lengths.
 
-    `part` is one layer of `part_of`; arrays of numpy or jax.
+    `part` is one layer of `part_of`; numpy or jax arrays.
     """
     merged = _changed(equation, w.astype(np.float32), part["lora_a"], part["lora_b"], scaling)
     if "magnitude" not in part:
@@ -273,8 +273,8 @@ def merge_weight(equation: str, w: Any, part: dict[str, Any], scaling: float) ->
 
 
 def lost(w: Any, exact: Any, merged: Any) -> Any:
-    """How much of a change from `w` to `exact` is lost in `merged`, which is `exact` in a smaller dtype: the length of
-    the difference over that of the change; 0 is nothing."""
+    """The share of the change from `w` to `exact` that rounding to `merged` loses: length of the error over that of the
+    change."""
     change, error = (((a.astype(np.float32) - b) ** 2).sum() for a, b in ((w, exact), (merged, exact)))
     return (error / (change + (change == 0))) ** 0.5
 
@@ -289,37 +289,20 @@ def adapted_weights(config: LoraConfig) -> dict[str, tuple[LoraTarget, str]]:
 
 
 def merge(params: Params, adapter: Adapter) -> Params:
-    """`params` with the adapter in the weights: computed in fp32, cast once to the dtype of each weight.
-
-    The weights without an adapter are those of `params`. `report_losses` tells what the cast loses.
-    """
-    return _merge(params, adapter)[0]
-
-
-def report_losses(params: Params, adapter: Adapter) -> dict[str, float]:
-    """Path of each weight that `merge` changes -> share of the change that the dtype of `params` loses, in the layer
-    where it is largest: 0 is nothing, about 1 all of it."""
-    return {path: float(lost) for path, lost in _merge(params, adapter)[1].items()}
-
-
-def _merge(params: Params, adapter: Adapter) -> tuple[Params, dict[str, Array]]:
+    """`params` with the adapter merged into the weights: computed in fp32, cast once to the dtype of each weight."""
     changed: dict[str, dict[str, Params]] = {}
-    losses: dict[str, Array] = {}
-    for path, (target, name) in adapted_weights(adapter.config).items():
+    for target, name in adapted_weights(adapter.config).values():
         block, equation, scaling = SLOTS[target].block, equation_of(target), adapter.config.scaling_of(target)
         w = jnp.asarray(params["layers"][block][name]["weight"])
         part = part_of(adapter.params["layers"][block][target], target, name)
 
         def merge_layer(layer, equation=equation, scaling=scaling):
             w, part = layer
-            exact = merge_weight(equation, w, part, scaling)
-            merged = exact.astype(w.dtype)
-            return merged, lost(w, exact, merged)
+            return merge_weight(equation, w, part, scaling).astype(w.dtype)
 
         with use_mesh_of(w):
-            # Layer by layer: the whole stack in fp32 would be twice the weights.
-            merged, shares = jax.jit(lambda *stacks, f=merge_layer: jax.lax.map(f, stacks))(w, part)
+            # Layer by layer: the whole stack in fp32 would take twice the memory of the weights.
+            merged = jax.jit(lambda *stacks, f=merge_layer: jax.lax.map(f, stacks))(w, part)
         changed.setdefault(block, {})[name] = {"weight": merged}
-        losses[path] = shares.max()
     layers = params["layers"] | {block: params["layers"][block] | new for block, new in changed.items()}
-    return params | {"layers": layers}, losses
+    return params | {"layers": layers}

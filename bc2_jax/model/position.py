@@ -1,4 +1,4 @@
-"""Position embeddings: RoPE tables and rotation (7B), ALiBi slopes (13B); paper section 2.3."""
+"""Position embeddings: RoPE (7B) and ALiBi (13B), paper section 2.3; their stretching for long contexts."""
 
 from __future__ import annotations
 
@@ -12,24 +12,26 @@ from jax import Array
 
 
 class LongContext(NamedTuple):
-    """How positions beyond the trained length are made nearer, without training: a sequence of `stretch` times that
-    length is read with other slopes or frequencies from its first token on. What quality that has is not known here.
+    """How to read sequences longer than the trained length without training.
+
+    A sequence of `stretch` times that length uses other slopes or frequencies from its first token on. The resulting
+    quality was not measured.
     """
 
     method: Literal["ntk", "yarn"]
-    """ "ntk": ALiBi's slopes (github.com/keezen/ntk_alibi) or RoPE's base ("dynamic NTK") are stretched so that near
-    tokens change least. "yarn", of RoPE only: arXiv 2309.00071."""
+    """"ntk" stretches ALiBi's slopes (github.com/keezen/ntk_alibi) or RoPE's base ("dynamic NTK"), near tokens least;
+    "yarn" is for RoPE only (arXiv 2309.00071)."""
     max_length: int
-    """Tokens of the longest sequence that is to be read."""
+    """Tokens of the longest sequence."""
 
 
 def stretch_of(tokens: int, trained: int) -> float:
-    """How many times the trained length a sequence of so many tokens has, new ones included; 1 for a shorter one."""
+    """Length of a sequence, new tokens included, over the trained length; at least 1."""
     return max(tokens / trained, 1.0)
 
 
 def stretch_slopes(slopes_N: np.ndarray, stretch_R: Array) -> Array:
-    """fp32 [R, N]: ALiBi's slopes, the steepest as it is, the flattest divided by stretch, geometrically between."""
+    """fp32 [R, N]: ALiBi's slopes; the steepest unchanged, the flattest divided by stretch, geometric in between."""
     share_N = jnp.asarray(np.argsort(np.argsort(-slopes_N, kind="stable")) / max(len(slopes_N) - 1, 1), jnp.float32)
     return jnp.asarray(slopes_N) / stretch_R[:, None] ** share_N
 
@@ -37,7 +39,7 @@ def stretch_slopes(slopes_N: np.ndarray, stretch_R: Array) -> Array:
 def stretch_rope(
     positions_RT: Array, head_dim: int, theta: float, trained: int, stretch_R: Array, method: str
 ) -> tuple[Array, Array]:
-    """`make_rope` for rows that are stretched from `trained` tokens on; exactly it for those whose stretch is 1."""
+    """`make_rope` for rows stretched from `trained` tokens on; equal to it where stretch is 1."""
     frequencies = _frequencies(head_dim, theta)
     stretch_R1 = stretch_R[:, None]
     if method == "ntk":
@@ -48,7 +50,7 @@ def stretch_rope(
         turns = trained * frequencies / (2 * math.pi)
         keep = np.clip((turns - 1) / (32 - 1), 0, 1).astype(np.float32)
         stretched = jnp.asarray(frequencies * keep) + frequencies * (1 - keep) / stretch_R1
-        scale_R1 = 0.1 * jnp.log(stretch_R1) + 1  # of q and of k: their product is sharper by its square
+        scale_R1 = 0.1 * jnp.log(stretch_R1) + 1  # on q and on k: their product has its square
     frequencies_RH = jnp.where(stretch_R1 == 1, frequencies, stretched)
     cos, sin = _rotation(positions_RT, frequencies_RH[:, None, None])
     scale_R = scale_R1[..., None, None]
@@ -56,10 +58,10 @@ def stretch_rope(
 
 
 def make_rope(positions_BT: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
-    """fp32 (cos, sin) [B, T, 1, H] of the rotation angle of each position, as `apply_rope` multiplies with them: the
-    angles of the first half are repeated in the second, and the sines of the first are negated.
+    """fp32 (cos, sin) [B, T, 1, H] of each position's rotation angles, in the form for `apply_rope`.
 
-    Always fp32: in bf16 positions collide from 257 on, and the cos table is wrong by up to 2.0 at 4096.
+    The angles of the first half are repeated in the second, with the sines of the first negated. Always fp32: in bf16
+    positions collide from 257 on, and cos is wrong by up to 2.0 at 4096.
     """
     return _rotation(positions_BT, _frequencies(head_dim, theta))
 
@@ -75,10 +77,10 @@ def _rotation(positions_BT: Array, frequencies: Array | np.ndarray) -> tuple[Arr
 
 
 def apply_rope(x_BTNH: Array, rope: tuple[Array, Array]) -> Array:
-    """Rotates the pairs (i, i + H / 2), in fp32, and casts back to the dtype of x."""
+    """Rotates the pairs (i, i + H / 2) in fp32; returns the dtype of x."""
     cos, sin = rope
-    # The halves change places in a matmul, exactly: each sum has one term. TPU has 128 lanes, and halves of 64 would be
-    # cut out and put together in copies: a quarter more time for projection and rotation, three times the memory.
+    # A matmul swaps the halves, exactly: each sum has one term. A TPU has 128 lanes; slicing halves of 64 would copy: a
+    # quarter more time for projection and rotation, three times the memory.
     swap_HH = jnp.roll(jnp.eye(x_BTNH.shape[-1], dtype=x_BTNH.dtype), x_BTNH.shape[-1] // 2, axis=1)
     swapped_BTNH = jnp.einsum(
         "BTNH,HK->BTNK", x_BTNH, swap_HH, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
@@ -87,8 +89,10 @@ def apply_rope(x_BTNH: Array, rope: tuple[Array, Array]) -> Array:
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:
-    """fp32 slopes [N]: for n heads a power of two 2^(-8 h / n), h = 1..n; otherwise those of the closest power of two
-    below, then every other slope of the next one (ALiBi, arXiv 2108.12409, and the released 13B code).
+    """fp32 slopes [N] (ALiBi, arXiv 2108.12409, and the released 13B code).
+
+    For n heads, a power of two: 2^(-8 h / n), h = 1..n. Otherwise those of the next smaller power of two, then every
+    other slope of the next larger one.
     """
 
     def power_of_two_slopes(n: int) -> np.ndarray:

@@ -1,12 +1,11 @@
-"""Weights in 8 or 4 bits, in the place of the weights of a model that is prepared for decoding (`model/layout.py`).
+"""Weights in 8 or 4 bits for a model laid out for decoding (`model/layout.py`).
 
-A weight is scale * q, with q rounded to nearest. int8 has one scale for each output; int4 has one for each output and
-group of 128 inputs, and the groups are the first dimension: of the layouts that were compiled for TPUs this is the one
-that is read from memory without a copy (docs/quantization.md). Inputs are multiplied with q in their own dtype, and the
-sums, in fp32, with the scale.
+A weight is scale * q, with q rounded to nearest. int8 has one scale per output; int4 has one per output and group of
+128 inputs, with groups as the first dimension: the layout that TPUs read from memory without a copy
+(docs/quantization.md). Inputs are multiplied with q in their own dtype, and the fp32 sums with the scale.
 
-The groups do not depend on the mesh, so neither do the values: inputs are cut into up to PARTS equal parts first, and
-each part into groups, the last of which is filled up with zeros. On a mesh with more parts such a weight is int8.
+Values do not depend on the mesh: inputs are cut into up to PARTS equal parts and each part into groups, the last one
+padded with zeros. On a mesh with more parts the weight becomes int8.
 """
 
 from __future__ import annotations
@@ -27,26 +26,26 @@ from bc2_jax.sharding import gather, mesh_axes, named_sharding, parts, reshard, 
 Scheme = Literal["int8", "int4"]
 
 GROUP = 128
-"""Inputs that share a scale in int4: the lanes of a TPU's tile."""
+"""Inputs per int4 scale: the lanes of a TPU's tile."""
 PARTS = 8
-"""Most parts into which a mesh may cut the inputs of an int4 weight: the chips of one host."""
+"""Maximum number of shards of the inputs of an int4 weight: the chips of one host."""
 FEW_TOKENS = 64
-"""Up to so many tokens on a device, the sums of int4 groups are scaled; for more tokens, the weights are: the scaling
-of the sums grows with the tokens, that of the weights does not."""
+"""Up to this many tokens per device the sums of int4 groups are scaled, beyond it the weights: the cost of scaling sums
+grows with the tokens."""
 
 
 def item_bytes(dtype: jnp.dtype) -> float:
-    """Of an element of an array as a TPU and our files hold it: two int4 values are one byte."""
+    """Bytes of an element on a TPU and in our files: two int4 values share a byte."""
     return 0.5 if dtype == jnp.int4 else dtype.itemsize
 
 
 def bytes_of(tree: Any) -> int:
-    """Of all elements of arrays or their shapes."""
+    """Bytes of a tree of arrays or their shapes."""
     return sum(int(x.size * item_bytes(x.dtype)) for x in jax.tree.leaves(tree))
 
 
 class Groups(NamedTuple):
-    """How the inputs of an int4 weight are grouped: `parts` equal parts, in each `each` groups of `size` inputs."""
+    """Grouping of the inputs of an int4 weight: `parts` equal parts of `each` groups of `size` inputs."""
 
     parts: int
     each: int
@@ -54,9 +53,9 @@ class Groups(NamedTuple):
 
     @classmethod
     def of(cls, inputs: int, first: int) -> Groups:
-        """`first` is the size of the input dimension that a mesh may cut, `inputs` of all of them together.
+        """`first` is the size of the input dimension that a mesh may shard, `inputs` that of all input dimensions.
 
-        The parts are the most of 8, 4, 2 and 1 that divide `first` and leave each part at least one whole group.
+        `parts` is the largest of 8, 4, 2, 1 that divides `first` and leaves each part at least one full group.
         """
         fitting = (n for n in (PARTS, 4, 2, 1) if n == 1 or (first % n == 0 and inputs // n >= GROUP))
         count = next(fitting)
@@ -66,24 +65,24 @@ class Groups(NamedTuple):
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["q", "scale"], meta_fields=["groups"])
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """The value of a `weight`: a pytree of two arrays."""
+    """The value of a quantized `weight`: a pytree of two arrays."""
 
     q: Array
-    """int8 in the order of the weight's equation, or int4 [G, outputs..., K] of G groups of K inputs; for the layers
-    of a model with L in front."""
+    """int8 in the order of the weight's equation, or int4 [G, outputs..., K] of G groups of K inputs; stacked weights
+    have L in front."""
     scale: Array
     """fp32 [outputs...], or [G, outputs...]; with the L of `q`."""
     groups: Groups | None = None
-    """None of int8."""
+    """None for int8."""
 
     def __getitem__(self, index: object) -> Quantized:
-        """Itself: the `[...]` by which the value of every parameter is read."""
+        """Itself: parameters are read by `[...]`."""
         if index is not ...:
             raise TypeError(f"a quantized weight is read by [...], not by [{index!r}]")
         return self
 
     def whole(self, equation: str) -> Quantized:
-        """Of the layers of a model, whole along the model dimension."""
+        """Stacked weights gathered along the model dimension."""
         dims = Dimensions.of(equation)
         axes = {letter: None if letter == "D" else WEIGHT_AXES[letter] for letter in split_equation(equation)[1]}
         out = tuple(axes[letter] for letter in dims.out)
@@ -95,7 +94,7 @@ class Quantized:
         return dataclasses.replace(self, q=q, scale=scale)
 
     def multiply(self, equation: str, x: Array) -> Array:
-        """einsum(equation, x, weight) in fp32 for one layer's weight; the letters are those of `layers.Linear`."""
+        """einsum(equation, x, weight) in fp32 with one layer's weight; letters as in `layers.Linear`."""
         return _sum_outputs(equation, x, self) if self.groups is None else _sum_groups(equation, x, self)
 
 
@@ -140,7 +139,7 @@ def _sum_groups(equation: str, x: Array, weight: Quantized) -> Array:
 
 
 def _axis_of(axes: Mapping[str, str | None], letter: str) -> str:
-    """The logical axis of the first input dimension of a weight, which always has one."""
+    """The logical axis of the first input dimension of a weight; never None."""
     axis = axes[letter]
     assert axis is not None
     return axis
@@ -164,9 +163,9 @@ def _multiply_groups(x: Array, q: Array, scale: Array, groups: Groups, out: str)
 
 
 def quantize_linear(w: Array, stored: str, used: str, scheme: Scheme) -> Quantized:
-    """A weight of L layers, [L, ...] in the order of the equation `stored`, for a call with the equation `used`.
+    """A weight [L, ...] in the order of the equation `stored`, quantized for the equation `used`.
 
-    The same values on every mesh, and cut as the weight is; one layer at a time is in fp32.
+    The same values on every mesh, sharded like the weight; one layer at a time is in fp32.
     """
     letters, dims = split_equation(stored)[1], Dimensions.of(used)
     size = dict(zip(letters, w.shape[1:], strict=True))
@@ -178,7 +177,7 @@ def quantize_linear(w: Array, stored: str, used: str, scheme: Scheme) -> Quantiz
 
 
 def quantize_rows(rows_VD: Array) -> Quantized:
-    """The rows of a head as int8 with a scale for each; the layout stays."""
+    """A head's rows as int8 with a scale each; same layout."""
     q, scale = _round_outputs(rows_VD, (1,))
     return Quantized(q, scale)
 
@@ -192,14 +191,14 @@ def _to_int8(w: Array, letters: str, used: str) -> Quantized:
 
 
 def _round_outputs(w: Array, summed: tuple[int, ...]) -> tuple[Array, Array]:
-    """int8 values, and the fp32 scales of all dimensions but the `summed` ones."""
+    """int8 values, and fp32 scales over the dimensions that are not `summed`."""
     w = w.astype(jnp.float32)
     scale = _scale_of(jnp.abs(w).max(axis=summed, keepdims=True), 127)
     return jnp.round(w / scale).astype(jnp.int8), scale.squeeze(summed)
 
 
 def _scale_of(largest: Array, steps: int) -> Array:
-    """largest / steps; 1 of values that are all 0."""
+    """largest / steps; 1 if all values are 0."""
     return jnp.where(largest == 0, 1, largest / steps)
 
 
@@ -210,7 +209,7 @@ def _to_int4(w: Array, letters: str, dims: Dimensions, groups: Groups) -> Quanti
     into_axes = tuple(ACTIVATION_AXES[letter] for letter in dims.into)
     own = groups._replace(parts=groups.parts // parts(_axis_of(ACTIVATION_AXES, first)))
     round_own = functools.partial(_round_groups, groups=own, inputs=len(dims.into))
-    # Whole along the model dimension, which groups may cross, and cut again where that leaves whole groups.
+    # Gathered along the model dimension, which groups may cross, and sharded again if that leaves whole groups.
     is_cut = groups.parts * groups.each % parts(_axis_of(WEIGHT_AXES, first)) == 0
     group_axes = (WEIGHT_AXES[first] if is_cut else ACTIVATION_AXES[first], *out_axes)
 
@@ -227,11 +226,11 @@ def _to_int4(w: Array, letters: str, dims: Dimensions, groups: Groups) -> Quanti
 
 
 def _round_groups(w: Array, groups: Groups, inputs: int) -> tuple[Array, Array]:
-    """int4 [G, outputs..., K] and fp32 [G, outputs...] of one device's [inputs..., outputs...].
+    """int4 [G, outputs..., K] and fp32 [G, outputs...] from one device's [inputs..., outputs...].
 
-    -8 stands for the value of a group that is furthest from zero, whichever sign that has, so that scales may be
-    negative: steps are an eighth smaller than with 7 for the largest. What would be 8 becomes 7. Smaller scales for
-    smaller squared errors gained nothing (docs/quantization.md).
+    -8 stands for the value of a group furthest from zero, whatever its sign, so scales may be negative: steps are an
+    eighth smaller than with 7 for the largest, and 8 is clipped to 7. Smaller scales with smaller squared errors gained
+    nothing (docs/quantization.md).
     """
     outputs = w.shape[inputs:]
     w = w.astype(jnp.float32).reshape(groups.parts, -1, *outputs)

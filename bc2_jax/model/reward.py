@@ -1,4 +1,4 @@
-"""A reward model, or a critic: Baichuan 2 with one number for each token in place of its head."""
+"""Reward model or critic: Baichuan 2 with a scalar output per token instead of a language head."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from bc2_jax.model.layers import Weight
 from bc2_jax.sharding import spec, use_mesh_of
 
 HEAD, SCORE = "lm_head", "score"
-"""What a language model has, and a reward model in its place."""
+"""The head of a language model and of a reward model."""
 _AXES = (None,)
 
 
 class RewardModel(Backbone):
-    """The backbone and `score`, a weight [D] without a bias.
+    """The backbone and `score`, a weight [D] without bias.
 
-    The reward of a conversation is the value at its last token, the eos: as LlamaForSequenceClassification with one
+    The reward of a conversation is the value at its last token, the eos, as in LlamaForSequenceClassification with one
     label.
     """
 
@@ -32,23 +32,24 @@ class RewardModel(Backbone):
         self.score = Weight.normal(rngs, (config.hidden_size,), _AXES, score_stddev(config))
 
     def values(self, input_ids: Array, positions: Array | None = None, segment_ids: Array | None = None) -> Array:
-        """fp32 [B, T]: the value at every token of [B, T] ids; arguments as those of `Baichuan2.__call__`.
+        """fp32 [B, T]: the value at every token of [B, T] ids; arguments as for `Baichuan2.__call__`.
 
-        The hidden states are in the compute dtype; their products with the weight and the sum are fp32.
+        Hidden states are in the compute dtype; their products with the weight and the sum are fp32.
         """
         with use_mesh_of(self.norm.weight[...]):
             h_BTD = self.hidden_states(input_ids, positions, segment_ids)
-            # No matmul: its operands would be rounded on a TPU.
+            # Not a matmul, which would round its operands on a TPU.
             return jnp.sum(h_BTD.astype(jnp.float32) * self.score.weight[...].astype(jnp.float32), axis=-1)
 
 
 def score_stddev(config: ModelConfig) -> float:
-    """Of the first weights, N(0, 1 / (D + 1)) (arXiv 2009.01325): rewards begin with a spread of about 1."""
+    """Standard deviation of the initial weights, N(0, 1 / (D + 1)) (arXiv 2009.01325): initial rewards have a spread of
+    about 1."""
     return (config.hidden_size + 1) ** -0.5
 
 
 def split_reward_model(config: ModelConfig, compute: ComputeConfig = DEFAULT_COMPUTE) -> tuple[Any, Params, Params]:
-    """`split_model` of a reward model: the parameters are {"embed_tokens", "layers", "norm", "score": {"weight"}}."""
+    """`split_model` of a reward model; parameters {"embed_tokens", "layers", "norm", "score": {"weight"}}."""
     return split_model(config, compute, RewardModel)
 
 
@@ -60,7 +61,7 @@ def abstract_reward_params(config: ModelConfig, mesh: Mesh | None, dtype: DType 
 
 
 def init_score(config: ModelConfig, seed: int, mesh: Mesh | None) -> Params:
-    """{"weight": fp32 [D]}, drawn; whole on every device of `mesh`, or on the first one. The mesh changes no value."""
+    """{"weight": fp32 [D]}, random, replicated on `mesh` or on the first device; independent of the mesh."""
 
     def draw(seed: Array | int) -> Array:
         return score_stddev(config) * jax.random.normal(jax.random.key(seed), (config.hidden_size,))
@@ -70,11 +71,13 @@ def init_score(config: ModelConfig, seed: int, mesh: Mesh | None) -> Params:
 
 
 def backbone_of(params: Params) -> Params:
-    """The parameters of a model of either kind without those of its head."""
+    """A model's parameters without those of its head."""
     return {name: part for name, part in params.items() if name not in (HEAD, SCORE)}
 
 
 def reward_params_from(params: Params, config: ModelConfig, seed: int, mesh: Mesh | None) -> Params:
-    """The parameters with which the training of a reward model begins: those of a reward model as they are; of a
-    language model the backbone, and a new `score` in place of its head."""
+    """Initial parameters for training a reward model.
+
+    Those of a reward model unchanged; of a language model, the backbone with a new `score`.
+    """
     return params if SCORE in params else backbone_of(params) | {SCORE: init_score(config, seed, mesh)}

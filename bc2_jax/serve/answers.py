@@ -1,4 +1,4 @@
-"""Tokens of one choice as the API reports them: final text, log-probabilities, ids, and why it ended."""
+"""Tokens of one choice as the API reports them: text, log-probabilities and ids."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bc2_jax.infer.stream import TextStream
+from bc2_jax.infer.text import TextStream
 from bc2_jax.serve.requests import TokenScore
 from bc2_jax.tokenizer import Tokenizer
 
 _SPACE = "\u2581"
-# What JSON cannot say: a token that has no probability.
+# Stands for minus infinity, which JSON cannot represent.
 _LEAST_LOG_PROB = -9999.0
 
 
 @dataclasses.dataclass
 class Piece:
-    """What is new of a choice."""
+    """New text of a choice."""
 
     text: str = ""
     ids: list[int] = dataclasses.field(default_factory=list)
     scores: list[TokenScore] = dataclasses.field(default_factory=list)
-    """One for each of `ids`, if log-probabilities were asked for."""
+    """One per id, if log-probabilities were requested."""
 
 
 class AnswerText:
-    """The text of a choice as it grows, up to a stop text.
+    """The growing text of a choice, up to a stop text.
 
-    Every token that was computed up to there is counted and scored, the eos and the tokens of the stop text included;
-    neither has a place in the text.
+    Every token computed up to there is counted and scored, including the eos and the tokens of the stop text, which are
+    not part of the text.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
@@ -42,16 +42,15 @@ class AnswerText:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop text was found: no further token counts."""
+        """Whether a stop text was found; later tokens do not count."""
         return self._stream.stopped
 
     @property
     def text(self) -> str:
-        """All of it so far."""
         return "".join(self._taken)
 
     def add(self, tokens: Iterable[int | TokenScore]) -> Piece | None:
-        """What is new and final; None while there is no new text, which a later piece then brings with its tokens."""
+        """New final text; None if there is none, in which case a later piece brings these tokens."""
         for token in tokens:
             if self.stopped:
                 break
@@ -64,7 +63,6 @@ class AnswerText:
         return self._take() if self._held.text else None
 
     def finish(self) -> Piece:
-        """All that was held back."""
         self._held.text += self._stream.finish()
         return self._take()
 
@@ -75,7 +73,7 @@ class AnswerText:
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
-    """How a token is written where tokens are listed: no two in the same way.
+    """Unique spelling of a token in lists of tokens.
 
     A byte of a character is `<0xE4>`, a special token its name; an id without a piece is `<token_64010>`.
     """
@@ -85,7 +83,7 @@ def token_text(tokenizer: Tokenizer, token_id: int) -> str:
 
 
 def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
-    """What a token adds to the text in UTF-8; nothing for a special token."""
+    """UTF-8 bytes that a token adds to the text; empty for a special token."""
     if token_id >= tokenizer.vocab_size or tokenizer.is_special(token_id):
         return b""
     text = token_text(tokenizer, token_id)
@@ -93,7 +91,7 @@ def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
 
 
 def chat_log_probs(tokenizer: Tokenizer, scores: Sequence[TokenScore]) -> dict[str, Any]:
-    """The `logprobs` of a chat; `bytes` is null for a token that has no text."""
+    """`logprobs` of a chat; `bytes` is null for a token without text."""
 
     def entry(token_id: int, log_prob: float) -> dict[str, Any]:
         content = token_bytes(tokenizer, token_id)
@@ -108,21 +106,21 @@ def chat_log_probs(tokenizer: Tokenizer, scores: Sequence[TokenScore]) -> dict[s
 
 
 class CompletionLogProbs:
-    """The `logprobs` of one choice of a completion, piece by piece, the offsets of its tokens counted in characters.
+    """`logprobs` of one choice of a completion, piece by piece, with token offsets in characters.
 
-    A token in the middle of a character has the offset of that character.
+    A token in the middle of a character has that character's offset.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        # One character for each byte that is not UTF-8, as in the text.
+        # One character per invalid byte, as in the text.
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self._offset = 0
 
     def lists(self, ids: Sequence[int], scores: Sequence[TokenScore | None]) -> dict[str, Any]:
-        """The lists of tokens, their log-probabilities, the most likely and offsets; null for what was not scored.
+        """Tokens, their log-probabilities, the most likely tokens and offsets; null for tokens that were not scored.
 
-        The most likely hold the token itself too, with the same number, and n others at most.
+        The most likely tokens include the token itself and at most n others.
         """
         text = [token_text(self._tokenizer, i) for i in ids]
         offsets = []

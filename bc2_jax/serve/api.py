@@ -1,46 +1,78 @@
-"""The routes: OpenAI's chats and completions, vLLM's tokenizer endpoints, health, metrics and the chat page."""
+"""HTTP routes: OpenAI's chats and completions, vLLM's tokenizer endpoints, health, metrics and the chat page."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import hashlib
+import importlib.resources
 import time
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
-from bc2_jax.serve.answering import Answering, collect
-from bc2_jax.serve.bodies import Disconnected, race_disconnect, read_body
+from bc2_jax.serve.answering import RETRY_AFTER_S, Answering, collect, not_ready
+from bc2_jax.serve.bodies import Disconnected, Limits, race_disconnect, read_body
 from bc2_jax.serve.errors import ApiError
-from bc2_jax.serve.exchange import RETRY_AFTER_S, Exchange, Serves, not_ready
-from bc2_jax.serve.guard import Guard, json_response
-from bc2_jax.serve.limits import Limits
-from bc2_jax.serve.logs import Record, log_texts
+from bc2_jax.serve.guard import Guard, Record, json_response, log_texts
 from bc2_jax.serve.metrics import CONTENT_TYPE, Metrics
 from bc2_jax.serve.openapi import make_document
-from bc2_jax.serve.page_files import ICONS, INDEX, PageFile, read_page
 from bc2_jax.serve.prompts import COMPLETION_SETTINGS, Asked, ServedModel, ask_chat, ask_completion
 from bc2_jax.serve.replies import ChatWriter, CompletionWriter, Heading, usage_of
 from bc2_jax.serve.schema import ChatBody, CompletionBody, decode_json, read_chat, read_completion, require_model
 from bc2_jax.serve.security import PAGE_POLICY, Hosts, Keys
+from bc2_jax.serve.service import Service
 from bc2_jax.serve.streaming import EventStream, events
 from bc2_jax.serve.tokens import detokenize, tokenize, tokenizer_info
 
+_KINDS = {
+    "html": "text/html; charset=utf-8",
+    "css": "text/css; charset=utf-8",
+    "js": "text/javascript; charset=utf-8",
+    "json": "application/json",
+    "svg": "image/svg+xml",
+    "png": "image/png",
+    "ico": "image/x-icon",
+    "txt": "text/plain; charset=utf-8",
+}
+INDEX = "index.html"
+ICONS = ("favicon.svg", "favicon.ico")
+
+
+class PageFile(NamedTuple):
+    """A file of the chat page, held in memory: a request never becomes a path."""
+
+    content: bytes
+    kind: str
+    tag: str
+
+
+def read_page() -> Mapping[str, PageFile]:
+    """Name -> file of `bc2_jax/serve/page`; empty if the package has no page."""
+    folder = importlib.resources.files("bc2_jax.serve") / "page"
+    found = {}
+    for file in folder.iterdir() if folder.is_dir() else ():
+        kind = _KINDS.get(file.name.rpartition(".")[2])
+        if kind is not None and file.is_file():
+            content = file.read_bytes()
+            found[file.name] = PageFile(content, kind, f'"{hashlib.sha256(content).hexdigest()[:32]}"')
+    return found
+
 
 class Backend:
-    """The service, once there is one: the HTTP side answers while the model is still being read."""
+    """Holds the service once it exists; the HTTP side answers while the model is still loading."""
 
-    def __init__(self, service: Serves | None = None):
+    def __init__(self, service: Service | None = None):
         self.service = service
         self.is_draining = False
         self.has_failed = False
-        """Whether there will never be one."""
+        """Whether the service could not be made."""
 
     @property
     def state(self) -> str:
@@ -54,7 +86,7 @@ class Backend:
             return "draining" if self.is_draining else "ready" if self.service.is_healthy else "stalled"
         return state
 
-    def get(self) -> Serves:
+    def get(self) -> Service:
         """The service; raises ApiError unless it is ready."""
         if self.service is None or self.state not in ("ready", "stalled"):
             raise not_ready(self.state)
@@ -62,7 +94,7 @@ class Backend:
 
 
 class Api:
-    """Handlers of the routes; `app` is what a server runs."""
+    """Handlers of the routes; `app` is the ASGI application."""
 
     def __init__(
         self, model: ServedModel, backend: Backend, *, keys: Keys, hosts: Hosts, limits: Limits | None = None,
@@ -70,7 +102,7 @@ class Api:
     ):  # fmt: skip
         self._model, self._backend, self._log_prompts = model, backend, log_prompts
         self._limits, self.metrics = limits or Limits(), metrics or Metrics()
-        # Tokenization of a long prompt must not hold up the streams of others.
+        # Tokenizing a long prompt must not block other streams.
         self._pool = ThreadPoolExecutor(2, "tokenizer")
         self._page = read_page()
         self._document = make_document(model, self._limits)
@@ -98,12 +130,10 @@ class Api:
     # -------------------------------------------------------------------------------------------- chats and completions
 
     async def chat(self, request: Request) -> Response:
-        """POST /v1/chat/completions."""
         body = read_chat(await self._read(request), self._limits)
         return await self._reply(request, body, lambda owner: ask_chat(self._model, body, owner))
 
     async def complete(self, request: Request) -> Response:
-        """POST /v1/completions."""
         body = read_completion(await self._read(request), self._limits)
         return await self._reply(request, body, lambda owner: ask_completion(self._model, body, owner))
 
@@ -115,10 +145,11 @@ class Api:
         if self._log_prompts:
             texts = body.messages if isinstance(body, ChatBody) else body.prompts
             log_texts(record.request_id, "prompt", texts)
-        exchange = Exchange(service, asked.requests, asked.n)
-        answering = Answering(exchange, asked, options, self._model.tokenizer)
+        answering = Answering(service, asked, options, self._model.tokenizer)
         kind, writer_class = ("chatcmpl", ChatWriter) if isinstance(body, ChatBody) else ("cmpl", CompletionWriter)
-        heading = Heading(f"{kind}-{uuid.uuid4().hex}", _now(), self._model.name, self._model.fingerprint, asked.seed)
+        heading = Heading(
+            f"{kind}-{uuid.uuid4().hex}", int(time.time()), self._model.name, self._model.fingerprint, asked.seed
+        )
         writer = writer_class(self._model, heading, asked, options)
         headers = {"X-Seed": str(asked.seed)}
         if asked.dropped_rounds is not None:
@@ -128,13 +159,13 @@ class Api:
             return usage_of(asked, answering.new_tokens, answering.cached_tokens)
 
         def end(outcome: str) -> None:
-            exchange.close()
+            answering.close()
             record.outcome, record.new_tokens = outcome, answering.new_tokens
             record.cached_tokens = answering.cached_tokens
             if self._log_prompts:
                 log_texts(record.request_id, "answer", answering.texts)
 
-        exchange.start()
+        answering.start()
         if options.is_stream:
             content = events(answering, writer, options, usage, self._limits.ping_seconds)
             return EventStream(content, self._limits, headers, end)
@@ -158,11 +189,9 @@ class Api:
     # ---------------------------------------------------------------------------------------------------- what there is
 
     async def models(self, request: Request) -> Response:
-        """GET /v1/models."""
         return json_response({"object": "list", "data": [self._describe_model()]})
 
     async def one_model(self, request: Request) -> Response:
-        """GET /v1/models/{model_id}."""
         require_model(request.path_params["model_id"], self._model.name)
         return json_response(self._describe_model())
 
@@ -174,7 +203,7 @@ class Api:
         }  # fmt: skip
 
     async def settings(self, request: Request) -> Response:
-        """GET /settings: what the page shows; an extension."""
+        """GET /settings: settings shown by the page; an extension."""
         model, limits = self._model, dataclasses.asdict(self._limits)
         names = (
             "n", "stop", "stop_characters", "logit_bias", "top_logprobs", "logprobs", "messages", "prompts",
@@ -192,21 +221,17 @@ class Api:
         })  # fmt: skip
 
     async def tokenize(self, request: Request) -> Response:
-        """POST /tokenize."""
         given = await self._read(request)
         return json_response(await self._in_pool(tokenize, self._model, given, self._limits))
 
     async def detokenize(self, request: Request) -> Response:
-        """POST /detokenize."""
         given = await self._read(request)
         return json_response(await self._in_pool(detokenize, self._model, given))
 
     async def tokenizer_info(self, request: Request) -> Response:
-        """GET /tokenizer_info."""
         return json_response(tokenizer_info(self._model))
 
     async def openapi(self, request: Request) -> Response:
-        """GET /openapi.json."""
         return json_response(self._document)
 
     async def health(self, request: Request) -> Response:
@@ -217,21 +242,17 @@ class Api:
         return json_response({"status": state}, 503, {"Retry-After": str(RETRY_AFTER_S.get(state, 30))})
 
     async def read_metrics(self, request: Request) -> Response:
-        """GET /metrics."""
         return Response(self.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
     # --------------------------------------------------------------------------------------------------------- the page
 
     async def index(self, request: Request) -> Response:
-        """GET /."""
         return self._file(request, INDEX)
 
     async def page(self, request: Request) -> Response:
-        """GET /page/{name}."""
         return self._file(request, request.path_params["name"])
 
     async def icon(self, request: Request) -> Response:
-        """GET /favicon.ico, which browsers ask for."""
         name = next((name for name in ICONS if name in self._page), None)
         return Response(status_code=204) if name is None else self._file(request, name)
 
@@ -250,7 +271,3 @@ class Api:
 
 def _record(request: Request) -> Record:
     return request.scope["state"]["record"]
-
-
-def _now() -> int:
-    return int(time.time())

@@ -1,8 +1,9 @@
-"""Reading the body of a request, within limits of size and time, and noticing a client that is gone."""
+"""Request limits, reading of request bodies within them, and detection of disconnected clients."""
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -10,17 +11,40 @@ from starlette.requests import Request
 from starlette.types import Receive
 
 from bc2_jax.serve.errors import ApiError
-from bc2_jax.serve.limits import Limits
+from bc2_jax.validation import require_positive
 
 T = TypeVar("T")
 
 
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Limits on each request, checked before anything is allocated for it."""
+
+    body_bytes: int = 1 << 20
+    messages: int = 500
+    prompts: int = 64  # prompts of one request to /v1/completions
+    n: int = 8  # choices per prompt
+    choices: int = 128  # prompts times n
+    stop: int = 16
+    stop_characters: int = 128
+    logit_bias: int = 300
+    top_logprobs: int = 20  # of a chat
+    logprobs: int = 5  # of a completion
+    body_seconds: float = 30.0  # seconds for a client to send its body
+    unread_seconds: float = 30.0
+    """Seconds for a client to read; then its request is cancelled and the connection closed."""
+    ping_seconds: float = 15.0  # seconds of silence after which a stream sends a comment, to keep connections open
+
+    def __post_init__(self) -> None:
+        require_positive(self, "", *(field.name for field in dataclasses.fields(self)))
+
+
 class Disconnected(Exception):
-    """The client is gone: nobody reads a reply."""
+    """The client has disconnected."""
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
-    """The body of a request that says it is JSON; raises ApiError before more than `limits.body_bytes` are held."""
+    """The body of a JSON request; raises ApiError before more than `limits.body_bytes` are in memory."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, "Content-Type must be application/json.", code="unsupported_media_type")
@@ -48,15 +72,15 @@ async def read_body(request: Request, limits: Limits) -> bytes:
 
 
 async def until_disconnect(receive: Receive) -> None:
-    """Returns when the client has closed the connection; to be called once its body was read."""
+    """Returns when the client closes the connection; call it after the body was read."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 async def race_disconnect(work: Coroutine[Any, Any, T], receive: Receive) -> T:
-    """The result of `work`, which is cancelled if the client goes away: then raises Disconnected.
+    """The result of `work`; cancels it and raises Disconnected if the client disconnects.
 
-    Nothing else would stop it: a server cancels what it streams, but not what it computes for a whole body.
+    Nothing else would stop it: the server cancels only streams.
     """
     worker = asyncio.create_task(work)
     watcher = asyncio.create_task(until_disconnect(receive))

@@ -1,4 +1,4 @@
-"""What a client is told when a request is refused or fails: `{"error": {message, type, param, code}}`, as by OpenAI."""
+"""Errors of the API as OpenAI reports them: `{"error": {message, type, param, code}}`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TYPES = {
 
 
 class ApiError(Exception):
-    """Refuses a request: a status of HTTP, one sentence for people, and for programs a code and the field's name."""
+    """Refuses a request, with an HTTP status, a sentence for people, and a code and field name for programs."""
 
     def __init__(
         self, status: int, message: str, *, code: str | None = None, param: str | None = None,
@@ -30,28 +30,26 @@ class ApiError(Exception):
         self.code = code
         self.param = param
         self.retry_after = retry_after
-        """Seconds after which another attempt may succeed."""
+        """Seconds after which to retry."""
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers of HTTP beside those of every reply."""
         headers = {} if self.retry_after is None else {"Retry-After": str(max(1, math.ceil(self.retry_after)))}
         return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
 
     @property
     def body(self) -> dict[str, Any]:
-        """The JSON of the reply."""
         kind = _TYPES.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 def invalid(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
-    """The error of a request that can never succeed as it is: status 400."""
+    """Status 400, for a request that can never succeed."""
     return ApiError(400, message, code=code, param=param)
 
 
 def context_too_long(prompt_tokens: int, new_tokens: int, length: int, param: str) -> ApiError:
-    """The error of a prompt that leaves no room in `length` tokens for the new ones that were asked for."""
+    """A prompt that leaves no room for the requested new tokens in `length` tokens."""
     return ApiError(
         400,
         f"the prompt has {prompt_tokens} tokens and {new_tokens} new ones are asked for, {prompt_tokens + new_tokens} "

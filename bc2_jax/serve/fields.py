@@ -1,4 +1,4 @@
-"""The fields of a JSON request: what each may hold, said once for the check, its message and the OpenAPI document."""
+"""Fields of JSON requests; one definition serves the check, its error message and the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -12,29 +12,26 @@ from bc2_jax.validation import choices, show
 
 
 class Field(NamedTuple):
-    """What a field may hold; null is the same as leaving it out."""
+    """Legal values of a field; null is the same as leaving it out."""
 
     accepts: Callable[[Any], bool]
-    legal: str
-    """Completes "FIELD = VALUE is not valid: it must be ..."."""
-    schema: Mapping[str, Any]
-    """The same in JSON Schema."""
-    is_supported: bool = True
-    """False if it is accepted only with values that ask for nothing."""
+    legal: str  # completes "FIELD = VALUE is not valid: it must be ..."
+    schema: Mapping[str, Any]  # the same as JSON Schema
+    is_supported: bool = True  # false if only neutral values are accepted
 
 
 Fields = Mapping[str, Field]
 _FEW = 10
-"""So many names are listed where one is not known."""
+"""Error messages list the known names if there are at most this many."""
 
 
 def is_number(value: object) -> bool:
-    """Whether it is a number of JSON: true and false are none."""
+    """Whether it is a JSON number; bools are not."""
     return type(value) in (int, float)
 
 
 def whole(least: int, most: int | None = None, hint: str = "") -> Field:
-    """A whole number in a range."""
+    """A field for integers in a range."""
     return Field(
         lambda value: type(value) is int and value >= least and (most is None or value <= most),
         _range("a whole number", least, most, hint),
@@ -43,7 +40,7 @@ def whole(least: int, most: int | None = None, hint: str = "") -> Field:
 
 
 def number(least: float, most: float | None = None, hint: str = "", *, above: bool = False) -> Field:
-    """A number in a range; `above` leaves out `least` itself."""
+    """A field for numbers in a range; `above` excludes `least` itself."""
     return Field(
         lambda value: (
             is_number(value)
@@ -63,12 +60,12 @@ def _range(kind: str, least: float, most: float | None, hint: str, above: bool =
 
 
 def flag() -> Field:
-    """true or false."""
+    """A field for true or false."""
     return Field(lambda value: type(value) is bool, "true or false", {"type": "boolean"})
 
 
 def text(most: int | None = None) -> Field:
-    """A text, of at most so many characters."""
+    """A field for texts of at most `most` characters."""
     return Field(
         lambda value: isinstance(value, str) and (most is None or len(value) <= most),
         "a text" if most is None else f"a text of at most {most} characters",
@@ -77,7 +74,7 @@ def text(most: int | None = None) -> Field:
 
 
 def unsupported(*neutral: Any) -> Field:
-    """A field that this server does not support: null and `neutral` values ask for nothing, so they are accepted."""
+    """An unsupported field: null and `neutral` values, which request nothing, are accepted."""
     legal = "left out, because this server does not support it"
     if neutral:
         legal += (
@@ -90,9 +87,9 @@ def unsupported(*neutral: Any) -> Field:
 
 
 def read_fields(fields: Fields, given: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """The fields that are given and not null, each checked; `path` goes before their names in messages.
+    """The given fields that are not null, each checked; `path` precedes their names in messages.
 
-    Raises ApiError for an unknown field, with the most similar known one, and for a value that is not legal.
+    Raises ApiError for an unknown field, naming the most similar known one, and for a value that is not legal.
     """
     for name in given:
         if name not in fields:
@@ -106,7 +103,7 @@ def read_fields(fields: Fields, given: Mapping[str, Any], path: str = "") -> dic
 
 
 def check(field: Field, name: str, value: Any) -> Any:
-    """`value`; raises ApiError if it is not legal."""
+    """Returns `value`; raises ApiError if it is not legal."""
     if not field.accepts(value):
         code = "invalid_value" if field.is_supported else "unsupported_value"
         raise invalid(f"{name} = {show(value)} is not valid: it must be {field.legal}.", name, code)

@@ -1,7 +1,11 @@
-"""What happens to every request before and after its route: names, keys, errors as JSON, headers, the log."""
+"""Middleware around all routes: host names, keys, errors as JSON, headers, and one log line per request."""
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import time
+import traceback
 import uuid
 from collections.abc import Mapping, Sequence
 
@@ -13,28 +17,76 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bc2_jax.serve.bodies import Disconnected
 from bc2_jax.serve.errors import ApiError
-from bc2_jax.serve.logs import Record, log_failure, log_request
 from bc2_jax.serve.metrics import Metrics
 from bc2_jax.serve.security import HEADERS, Hosts, Keys
 
 _OPEN = ("/", "/health", "/favicon.ico", "/page/{name}")
-"""Routes without a key: they tell nothing but whether the server is up, and what the page looks like."""
+"""Routes without a key: they reveal only whether the server is up and the page's files."""
+logger = logging.getLogger("bc2_jax.serve")
+_LONGEST_TEXT = 2000
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
+@dataclasses.dataclass
+class Record:
+    """What is known about one HTTP request, filled in on its way."""
+
+    request_id: str
+    method: str
+    route: str
+    """The route's pattern, not the requested path, which could be anything."""
+    owner: str = ""
+    user: str = ""
+    status: int = 0
+    outcome: str = ""
+    prompt_tokens: int | None = None
+    new_tokens: int | None = None
+    cached_tokens: int | None = None
+    started: float = dataclasses.field(default_factory=time.monotonic)
+
+    def line(self) -> str:
+        """Known values as `name=value`; values from the client are quoted so that they cannot forge a line."""
+        values = {
+            "id": self.request_id, "key": self.owner or None, "user": ascii(self.user) if self.user else None,
+            "prompt_tokens": self.prompt_tokens, "cached_tokens": self.cached_tokens, "new_tokens": self.new_tokens,
+            "outcome": self.outcome or None, "seconds": f"{time.monotonic() - self.started:.3f}",
+        }  # fmt: skip
+        found = " ".join(f"{name}={value}" for name, value in values.items() if value is not None)
+        return f"{self.method} {self.route} {self.status} {found}"
+
+
+def log_request(record: Record) -> None:
+    """Logs one line per request: ids, sizes and times. Skips health checks, which are frequent."""
+    if record.route == "/health" or (record.route == "/metrics" and record.status == 200):
+        return
+    logger.info("%s", record.line())
+
+
+def log_texts(request_id: str, name: str, texts: Sequence[object]) -> None:
+    """Logs prompts or answers, shortened, for --log-prompts."""
+    for text in texts:
+        logger.info("%s %s %s", request_id, name, ascii(text)[:_LONGEST_TEXT])
+
+
+def log_failure(request_id: str, error: BaseException, with_message: bool) -> None:
+    """Logs where an exception came from; its message may contain a prompt and is logged only on request."""
+    places = "".join(traceback.format_tb(error.__traceback__)).rstrip()
+    message = f": {error}" if with_message else ""
+    logger.error("%s failed with %s%s\n%s", request_id, type(error).__name__, message, places)
+
+
 def json_response(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A reply that is JSON."""
     return Response(msgspec.json.encode(value), status, dict(headers or {}), "application/json")
 
 
 class Guard:
-    """An ASGI application around the routes' own."""
+    """The ASGI application around the router."""
 
     def __init__(
         self, app: ASGIApp, routes: Sequence[str], keys: Keys, hosts: Hosts, metrics: Metrics, *,
         log_prompts: bool = False,
     ):  # fmt: skip
-        """`routes` are the paths; one whose last part is a name in braces stands for all with another last part."""
+        """`routes` are the route paths; a path whose last part is in braces matches any last part."""
         self._app, self._keys, self._hosts, self._metrics = app, keys, hosts, metrics
         self._routes = {route for route in routes if "{" not in route}
         self._folders = {route.partition("{")[0]: route for route in routes if "{" in route}
@@ -47,7 +99,7 @@ class Guard:
             )
         record = Record(f"req-{uuid.uuid4().hex}", scope["method"], self._route(scope["path"]))
         scope.setdefault("state", {})["record"] = record
-        scope["app"] = self  # without it, Starlette replies to unknown paths itself, in plain text
+        scope["app"] = self  # otherwise Starlette answers unknown paths itself, in plain text
         is_started = False
 
         async def send_all(message: Message) -> None:
@@ -64,7 +116,7 @@ class Guard:
             await self._run(scope, receive, send_all, record)
         except Disconnected:
             record.outcome = record.outcome or "disconnected"
-        except Exception as error:  # a fault of ours: the client gets an id to report, and no trace
+        except Exception as error:  # a server bug: the client gets an id to report, and no traceback
             log_failure(record.request_id, error, self._log_prompts)
             record.outcome = "failed"
             if not is_started:
@@ -95,7 +147,7 @@ class Guard:
 def _explain(scope: Scope, error: HTTPException) -> str:
     if error.status_code == 405:
         return f"this path does not take {scope['method'][:20]}."
-    return "there is nothing at this path; GET /openapi.json describes what there is."
+    return "this path does not exist; GET /openapi.json lists the endpoints."
 
 
 async def _reply(

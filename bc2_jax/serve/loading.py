@@ -1,11 +1,9 @@
-"""From a model on disk to a service that is ready: what the HTTP side knows at once, and what takes minutes."""
+"""From a model on disk to a ready service: what the HTTP side knows at once, and what takes minutes to load."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
-import json
 import time
 from pathlib import Path
 from typing import Literal
@@ -15,8 +13,9 @@ import jax
 from bc2_jax.align.red_team import identify
 from bc2_jax.config import DType, MeshConfig, check_divisible
 from bc2_jax.convert.pretrained import find_model, find_tokenizer, load_pretrained
+from bc2_jax.files import fingerprint
 from bc2_jax.infer import engine
-from bc2_jax.infer.cache import CacheDType
+from bc2_jax.infer.decoding import CacheDType
 from bc2_jax.infer.prepared import find_long_context, prepare
 from bc2_jax.infer.text import find_chat_settings, find_eos_ids
 from bc2_jax.model.quantized import Scheme
@@ -31,41 +30,32 @@ from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.validation import require
 
 _BLOCK = 128
-"""The slots of a cache are a multiple of this, and of the length of a chunk."""
+"""Cache slots are a multiple of this and of the chunk length."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ServeOptions:
-    """How a model is served."""
+    """How to serve a model."""
 
     model: Path
-    slots: int = 8
-    """Requests that are answered at the same time."""
-    slot_length: int | None = None
-    """Most tokens of a prompt and its answer; by default as many as the model may have."""
+    slots: int = 8  # requests that are answered at the same time
+    slot_length: int | None = None  # most tokens of a prompt plus its answer; by default the model's maximum
     dtype: DType = "bfloat16"
-    mesh: MeshConfig | None = None
-    """How all devices, of all processes, share the model; None uses one device."""
+    mesh: MeshConfig | None = None  # the mesh of all devices of all processes; None uses one device
     kv: CacheDType = "compute"
-    quantize: Scheme | None = None
-    """Keeps weights in fewer bits; None leaves them as the folder has them."""
+    quantize: Scheme | None = None  # store weights in fewer bits; None keeps the folder's
     long_context: Literal["ntk", "yarn"] | None = None
-    """How positions beyond the trained length are stretched; goes with max_length."""
-    max_length: int | None = None
-    """Most tokens that the model may have then, more than its model_max_length."""
+    """How positions beyond the trained length are stretched; requires max_length."""
+    max_length: int | None = None  # most tokens with a long context, above model_max_length
     adapter: Path | None = None
-    name: str | None = None
-    """Of the model in the API; by default that of its folder."""
+    name: str | None = None  # model name in the API; by default the folder's name
 
     def __post_init__(self) -> None:
         require(self.slots >= 1, "--slots", self.slots, "it must be at least 1")
 
 
 def describe_model(options: ServeOptions) -> ServedModel:
-    """What the API says of the model; reads its config and its tokenizer, not its weights.
-
-    Raises ValueError or FileNotFoundError with one sentence.
-    """
+    """What the API reports about the model, from its config and tokenizer. Raises ValueError or FileNotFoundError."""
     found = find_model(options.model)
     config = found.config
     tokenizer = Tokenizer(find_tokenizer(options.model))
@@ -85,38 +75,35 @@ def describe_model(options: ServeOptions) -> ServedModel:
 
 
 def make_fingerprint(options: ServeOptions, tokenizer: Tokenizer, length: int) -> str:
-    """A name for all that may change a token: weights, tokenizer, versions, mesh, shapes, precision.
+    """A hash of everything that may change a token: weights, tokenizer, versions, mesh, shapes, precision.
 
-    The same seed gives the same tokens where this is the same.
+    Equal fingerprints and seeds give equal tokens.
     """
     about = dataclasses.asdict(options) | {"model": identify(options.model, options.adapter)}
     about |= {"tokenizer": tokenizer.fingerprint, "length": length}
     about["versions"] = [importlib.metadata.version(name) for name in ("bc2_jax", "jax", "jaxlib")]
-    text = json.dumps(about, sort_keys=True, default=str)
-    return f"bc2-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return f"bc2-{fingerprint(about)[:12]}"
 
 
 def make_service(
     options: ServeOptions, length: int, observe: Observe | None = None, limits: QueueLimits | None = None
 ) -> Service:
-    """Reads the weights and lays them out on the devices; the service is not started yet. Of several processes the
-    first has it, and the others call `follow_service`.
-
-    Raises as `make_runner`.
+    """Loads the weights onto the devices and makes a service that is not started yet. With several processes only the
+    first has it; the others call `follow_service`. Raises as `make_runner`.
     """
     runner = make_runner(options, length)
     return Service(runner if jax.process_count() == 1 else Leader(runner, DeviceChannel()), limits, observe=observe)
 
 
 def follow_service(options: ServeOptions, length: int) -> None:
-    """What every process but the first does, until that one stops serving. Raises as `make_runner`."""
+    """Main function of every process except the first, until that one stops. Raises as `make_runner`."""
     follow(make_runner(options, length), DeviceChannel())
 
 
 def make_runner(options: ServeOptions, length: int) -> Runner:
-    """The weights on the devices, with room for `options.slots` requests of `length` tokens.
+    """Loads the weights onto the devices, with room for `options.slots` requests of `length` tokens.
 
-    Raises ValueError for options that do not suit the model or the devices.
+    Raises ValueError for options that do not fit the model or the devices.
     """
     mesh = None
     if options.mesh is not None:
@@ -141,6 +128,6 @@ def make_runner(options: ServeOptions, length: int) -> Runner:
 
 
 def cache_slots(length: int) -> int:
-    """Slots of a row of the cache that has room for `length` tokens."""
+    """Cache slots of a row for `length` tokens."""
     block = max(_BLOCK, engine.chunk_length())
     return -(-length // block) * block

@@ -1,4 +1,4 @@
-"""Metrics in the text format of Prometheus, each with a name that begins with bc2_."""
+"""Prometheus metrics; all names start with bc2_."""
 
 from __future__ import annotations
 
@@ -58,15 +58,14 @@ class Metrics:
         self._histograms[name].observe(value)
 
     def count_http(self, route: str, status: int) -> None:
-        """A request that was replied to."""
         self._http.labels(route, str(status)).inc()
 
     def watch(self, stats: Callable[[], Stats]) -> None:
-        """Reports the counters and gauges of a service whenever the metrics are read."""
+        """Reports a service's counters and gauges whenever the metrics are read."""
         self._registry.register(_Reader(stats))
 
     def text(self) -> bytes:
-        """All of them."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
@@ -75,11 +74,10 @@ class _Reader(Collector):
         self._stats = stats
 
     def describe(self) -> Iterator[Metric]:
-        """None ahead of time: the registry need not ask a service that is not ready."""
+        """Empty, so that the registry does not query a service that is not ready."""
         yield from ()
 
     def collect(self) -> Iterator[Metric]:
-        """The metrics of now."""
         stats: Any = self._stats()
         requests = CounterMetricFamily("bc2_requests", "Requests of the engine by outcome.", labels=["outcome"])
         for outcome, count in sorted(stats.requests.items()):

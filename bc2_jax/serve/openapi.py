@@ -1,11 +1,11 @@
-"""The OpenAPI document, made of the same tables that requests are checked with."""
+"""The OpenAPI document, from the same tables that check requests."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from bc2_jax.serve.bodies import Limits
 from bc2_jax.serve.fields import Fields
-from bc2_jax.serve.limits import Limits
 from bc2_jax.serve.prompts import ServedModel
 from bc2_jax.serve.schema import chat_fields, completion_fields
 from bc2_jax.serve.tokens import DETOKENIZE_FIELDS, tokenize_fields

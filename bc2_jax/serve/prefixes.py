@@ -1,10 +1,9 @@
-"""Which beginnings of prompts the rows of the cache hold, so that they are copied instead of computed again.
+"""Prompt prefixes held in the rows of the cache, to be copied instead of computed again.
 
-A row holds the whole chunks of its prompt that were prefilled, also after its request has ended, until another request
-takes the row. A chunk is known by a hash over itself and all chunks before it, over whose it is, since how fast an
-answer comes must tell an owner nothing about the prompts of others, and over how far its positions are stretched. Only
-whole chunks are shared, and they were computed by the same program at the same place, so a hit changes no bit of the
-result.
+A row holds the complete chunks of its prompt that were prefilled, also after its request ended, until another request
+takes the row. A chunk is identified by a hash of itself and all chunks before it, its owner (so that answer times
+reveal nothing about other owners' prompts) and the stretch of its positions. Only complete chunks are shared; the same
+program computed them at the same positions, so a hit does not change a bit of the result.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import numpy as np
 
 
 def hash_chunks(ids: Sequence[int], chunk: int, owner: str, stretch: float = 1.0) -> list[bytes]:
-    """One hash for each whole chunk of a prompt; `stretch` is that of a long context, on which its keys depend."""
+    """One hash per complete chunk of a prompt; `stretch` is that of a long context, on which keys depend."""
     last = hashlib.blake2b(np.float32(stretch).tobytes() + owner.encode(), digest_size=16).digest()
     hashes = []
     for start in range(0, len(ids) - chunk + 1, chunk):
@@ -28,7 +27,7 @@ def hash_chunks(ids: Sequence[int], chunk: int, owner: str, stretch: float = 1.0
 
 
 class Prefixes:
-    """What each of `rows` rows holds, which lie in `parts` equal parts of the batch; rows are copied within a part."""
+    """The chunks held in each of `rows` rows in `parts` batch shards; rows are copied within a shard."""
 
     def __init__(self, rows: int, parts: int):
         self._rows_of_part = rows // parts
@@ -36,11 +35,11 @@ class Prefixes:
         self._holders: dict[tuple[int, bytes], dict[int, None]] = {}
 
     def part_of(self, row: int) -> int:
-        """The part in which a row lies."""
+        """The batch shard of a row."""
         return row // self._rows_of_part
 
     def hold(self, row: int, hashes: Sequence[bytes]) -> None:
-        """From now on the row holds these first chunks and no others."""
+        """Sets the leading chunks that a row holds."""
         part = self.part_of(row)
         for key in self._held[row]:
             holders = self._holders[part, key]
@@ -52,7 +51,7 @@ class Prefixes:
             self._holders.setdefault((part, key), {})[row] = None
 
     def count_held(self, row: int, hashes: Sequence[bytes]) -> int:
-        """How many of these first chunks the row itself holds."""
+        """Number of these leading chunks that the row holds."""
         same = 0
         for own, key in zip(self._held[row], hashes, strict=False):
             if own != key:
@@ -61,7 +60,7 @@ class Prefixes:
         return same
 
     def find(self, part: int, hashes: Sequence[bytes]) -> tuple[int, int]:
-        """A row of the part that holds the most of these first chunks, and how many; any row and 0 if none does."""
+        """The row of the shard that holds most of these leading chunks, and how many; any row and 0 if none does."""
         for count in range(len(hashes), 0, -1):
             holders = self._holders.get((part, hashes[count - 1]))
             if holders:
@@ -69,9 +68,10 @@ class Prefixes:
         return part * self._rows_of_part, 0
 
     def choose(self, free: Sequence[int], hashes: Sequence[bytes]) -> int:
-        """The best of the free rows, the one that ended longest ago first, for a prompt with these chunks.
+        """The best free row for a prompt with these chunks, preferring the row that ended longest ago.
 
-        One whose part holds most of it, best the row itself; else one of the part with the most free rows.
+        It is one whose shard holds most of the prompt, ideally the row itself; else one in the shard with most free
+        rows.
         """
         rows_of_part = Counter(self.part_of(row) for row in free)
         in_part = {part: self.find(part, hashes)[1] for part in rows_of_part}

@@ -1,4 +1,4 @@
-"""From a request of the API to requests of the engine: token ids, settings, and what of a chat had no room."""
+"""From an API request to engine requests: token ids, settings, and dropped chat rounds."""
 
 from __future__ import annotations
 
@@ -20,39 +20,33 @@ COMPLETION_SETTINGS: Mapping[str, Any] = {
     "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
     "frequency_penalty": 0.0, "min_tokens": 0,
 }  # fmt: skip
-"""What a completion gets that names no settings: the model's own distribution, as in OpenAI's API."""
+"""Default settings of completions: the model's own distribution, as in OpenAI's API."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ServedModel:
-    """What the HTTP side knows of the model."""
+    """What the HTTP side knows about the model."""
 
     name: str
     tokenizer: Tokenizer
     config: ModelConfig
-    length: int
-    """Most tokens of a prompt and its continuation together."""
+    length: int  # most tokens of a prompt plus its continuation
     eos_ids: tuple[int, ...]
-    chat_settings: Mapping[str, Any]
-    """What a chat gets that names no settings, all of SAMPLER but logit_bias."""
-    chat_max_tokens: int
-    """Most new tokens of a chat that names no number."""
-    fingerprint: str
-    """Changes with everything that may change tokens."""
-    created: int
-    """When the server was started, in seconds of the epoch."""
+    chat_settings: Mapping[str, Any]  # default settings of chats: all of SAMPLER except logit_bias
+    chat_max_tokens: int  # default for the most new tokens of a chat
+    fingerprint: str  # changes with everything that may change tokens
+    created: int  # start of the server, in seconds since the epoch
 
     @property
     def chat_ends(self) -> tuple[int, ...]:
-        """The ids at which an answer ends."""
         return tuple(answer_ends(self.eos_ids, self.config, self.tokenizer))
 
 
 def chat_defaults(found: Mapping[str, Any], config: ModelConfig, length: int) -> tuple[dict[str, Any], int]:
-    """Settings of a chat and its most new tokens, from what `find_chat_settings` found: those of a generation_config.
+    """Default settings of chats and their most new tokens, from a generation config (`find_chat_settings`).
 
-    There is room for an answer of 2048 tokens, or for half of `length` if that is less. Raises ValueError for values
-    that are not legal.
+    An answer gets at most 2048 tokens, or half of `length` if that is less. Raises ValueError for values that are not
+    legal.
     """
     settings = {name: getattr(Settings(), name) for name in SAMPLER if name != "logit_bias"}
     settings |= {name: value for name, value in found.items() if name in settings}
@@ -64,25 +58,23 @@ def chat_defaults(found: Mapping[str, Any], config: ModelConfig, length: int) ->
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """The engine's requests for one request of the API, `n` for each prompt in its order."""
+    """The engine requests of one API request: `n` for each prompt, in order."""
 
     requests: tuple[Request, ...]
     n: int
     seed: int
     prompts: tuple[tuple[int, ...], ...]
-    echoes: tuple[str, ...] = ()
-    """The text of each prompt, if it is to be repeated."""
-    dropped_rounds: int | None = None
-    """Oldest rounds of a chat that had no room; None if it is not a chat."""
+    echoes: tuple[str, ...] = ()  # the text of each prompt, if it is echoed
+    dropped_rounds: int | None = None  # oldest rounds of a chat that were dropped; None for a completion
 
     @property
     def prompt_tokens(self) -> int:
-        """Of all prompts, each counted once."""
+        """Tokens of all prompts, each counted once."""
         return sum(map(len, self.prompts))
 
 
 def ask_chat(model: ServedModel, body: ChatBody, owner: str) -> Asked:
-    """Raises ApiError for what is not a conversation, has no room, or has settings that are not legal."""
+    """Raises ApiError for an invalid conversation, one that does not fit, or settings that are not legal."""
     prompt, most = fit_chat(model, body.messages, body.options.max_tokens)
     settings = read_settings(model, body.options, model.chat_settings, model.chat_ends, most)
     ids = tuple(prompt.ids)
@@ -93,11 +85,10 @@ def ask_chat(model: ServedModel, body: ChatBody, owner: str) -> Asked:
 def fit_chat(
     model: ServedModel, messages: Sequence[Mapping[str, str]], max_tokens: int | None
 ) -> tuple[EncodedPrompt, int]:
-    """The prompt of a conversation, and the most new tokens that there is room for.
+    """The prompt of a conversation and its most new tokens.
 
-    Whole rounds are dropped, the oldest first, to leave room for `max_tokens`; the system text and the newest round
-    never are. For None that is the model's default, and less of it where those two are long. Raises ApiError if they
-    have no room.
+    Drops the oldest rounds to leave room for `max_tokens`, but never the system text or the newest round. With None
+    that is the model's default, or less if those two are long. Raises ApiError if they do not fit.
     """
     name = "max_tokens"
     if max_tokens is not None and max_tokens >= model.length:
@@ -117,7 +108,7 @@ def fit_chat(
 
 
 def _fit_rounds(model: ServedModel, messages: Sequence[Mapping[str, str]], most: int) -> EncodedPrompt:
-    """`fit_prompt`, but where its rounds have one token too many, the role of the answer, one round less."""
+    """`fit_prompt`, but drops one more round if the prompt is one token (the answer's role) too long."""
     prompt = _fit(model, messages, most)
     if prompt.cut_tokens != 1 or most + 1 >= model.length:
         return prompt
@@ -137,13 +128,13 @@ def _fit(model: ServedModel, messages: Sequence[Mapping[str, str]], most: int) -
 
 
 def ask_completion(model: ServedModel, body: CompletionBody, owner: str) -> Asked:
-    """Raises ApiError for ids that the model does not have, prompts without room and settings that are not legal."""
+    """Raises ApiError for ids outside the vocabulary, prompts that do not fit and settings that are not legal."""
     options = body.options
-    assert options.max_tokens is not None  # 16 by default
+    assert options.max_tokens is not None  # the schema's default is 16
     prompts = [encode_text(model, p, "prompt") if isinstance(p, str) else list(p) for p in body.prompts]
     for ids in prompts:
         check_ids(model, ids, "prompt")
-        # One is computed for a request of none too: it costs less than another program.
+        # With max_tokens = 0 one token is still generated, which is cheaper than another program.
         if len(ids) + max(1, options.max_tokens) > model.length:
             raise context_too_long(len(ids), max(1, options.max_tokens), model.length, "prompt")
     settings = read_settings(model, options, COMPLETION_SETTINGS, model.eos_ids, max(1, options.max_tokens))
@@ -158,7 +149,7 @@ def ask_completion(model: ServedModel, body: CompletionBody, owner: str) -> Aske
 def _requests(
     prompts: Sequence[Sequence[int]], settings: Settings, options: Options, scored: int | None, owner: str
 ) -> tuple[Request, ...]:
-    """A prompt's choices have the places 0 to n - 1, whatever other prompts come with it."""
+    """The choices of a prompt have places 0 to n - 1, whatever other prompts the request has."""
     return tuple(
         Request(tuple(ids), settings, place, options.log_probs, scored, owner)
         for ids in prompts
@@ -169,14 +160,14 @@ def _requests(
 def read_settings(
     model: ServedModel, options: Options, defaults: Mapping[str, Any], ends: Sequence[int], max_new_tokens: int
 ) -> Settings:
-    """Checked settings; raises ApiError. Without a seed it is drawn here."""
+    """Checked settings, with a random seed if none is given; raises ApiError."""
     ends = [*(() if options.ignore_eos else ends), *options.stop_token_ids]
     check_ids(model, options.stop_token_ids, "stop_token_ids")
     check_ids(model, list(options.settings.get("logit_bias", ())), "logit_bias")
     if len(set(ends)) > MOST_EOS:
         most = MOST_EOS - (len(ends) - len(options.stop_token_ids))
         raise invalid(
-            f"stop_token_ids is not valid: beside the model's own it must have at most {most} ids.", "stop_token_ids"
+            f"stop_token_ids is not valid: it may have at most {most} ids in addition to the model's.", "stop_token_ids"
         )
     values = {**defaults, **options.settings}
     if values["min_tokens"] > max_new_tokens:
@@ -192,12 +183,12 @@ def read_settings(
             eos_token_id=list(dict.fromkeys(ends)),
             vocab_size=model.tokenizer.vocab_size,
         ).check(model.config)
-    except ValueError as error:  # what overflows fp32
+    except ValueError as error:  # a value that overflows fp32
         raise invalid(str(error), str(error).partition(" ")[0]) from error
 
 
 def encode_text(model: ServedModel, text: str, name: str, *, parse_special: bool = False) -> list[int]:
-    """The ids of a text; raises ApiError for what is not one."""
+    """Token ids of a text; raises ApiError if it is not valid."""
     try:
         return model.tokenizer.encode(text, parse_special=parse_special)
     except ValueError as error:
@@ -205,7 +196,7 @@ def encode_text(model: ServedModel, text: str, name: str, *, parse_special: bool
 
 
 def check_ids(model: ServedModel, ids: Sequence[int], name: str) -> None:
-    """Raises ApiError for an id that the model does not have."""
+    """Raises ApiError for an id outside the vocabulary."""
     V = model.config.vocab_size
     for i in ids:
         if not (is_whole(i) and 0 <= i < V):

@@ -1,4 +1,4 @@
-"""What is asked of the engine, what it answers, and the handle between the thread that decodes and those that read."""
+"""Requests to the engine, their events, and the handle between the engine thread and readers."""
 
 from __future__ import annotations
 
@@ -18,40 +18,33 @@ from bc2_jax.infer.settings import Settings
 class Request:
     """One continuation of one prompt; n choices are n requests with places 0 to n - 1."""
 
-    ids: tuple[int, ...]
-    """The prompt: at least one id, each in the vocabulary."""
-    settings: Settings
-    """As `Settings.check` leaves them."""
-    place: int = 0
-    """Chooses the key of each draw together with the seed, as the place of a prompt does in `generate`."""
+    ids: tuple[int, ...]  # the prompt: at least one id, all in the vocabulary
+    settings: Settings  # as returned by `Settings.check`
+    place: int = 0  # with the seed it determines the key of each draw, as a prompt's index does in `generate`
     top_log_probs: int | None = None
-    """None: no log-probabilities; n in 0..20: those of each token and of the n most likely."""
-    prompt_log_probs: int | None = None
-    """The same for every token of the prompt but the first."""
-    owner: str = ""
-    """Whose request it is: owners take turns in the queue and never share cached prefixes. Empty: not told apart."""
+    """None: no log-probabilities; 0..20: those of each token and of that many likely tokens."""
+    prompt_log_probs: int | None = None  # the same for each prompt token except the first
+    owner: str = ""  # owners take turns in the queue and never share cached prefixes. Empty: anonymous.
 
     @property
     def reserved(self) -> int:
-        """Tokens for which there must be room: prompt and new ones."""
+        """Tokens to reserve: prompt plus new tokens."""
         return len(self.ids) + self.settings.max_new_tokens
 
 
 class TokenScore(NamedTuple):
-    """A token with log-probabilities in nats: log_softmax of the raw fp32 logits."""
+    """A token with log-probabilities in nats: log_softmax of the model's fp32 logits."""
 
     id: int
     log_prob: float
-    top: tuple[tuple[int, float], ...]
-    """(id, log-probability) of the most likely tokens, the most likely first."""
+    top: tuple[tuple[int, float], ...]  # (id, log-probability) of the most likely tokens, the most likely first
 
 
 @dataclasses.dataclass(frozen=True)
 class Started:
-    """The prompt has been read; comes before all other events."""
+    """The prompt has been read; the first event."""
 
-    cached_tokens: int
-    """Tokens of the prompt that were not computed: another request had the same beginning."""
+    cached_tokens: int  # prompt tokens copied from another request's cache instead of computed
     seed: int
 
 
@@ -59,39 +52,37 @@ class Started:
 class PromptScored:
     """Comes before the first token if the request has `prompt_log_probs`."""
 
-    scores: list[TokenScore | None]
-    """One for each token of the prompt; None for the first."""
+    scores: list[TokenScore | None]  # one per prompt token; None for the first
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """New tokens, the eos that ends the continuation included."""
+    """New tokens, including the eos that ends the continuation."""
 
-    tokens: list[int] | list[TokenScore]
-    """Scores if the request has `top_log_probs`, else ids."""
+    tokens: list[int] | list[TokenScore]  # scores if the request has `top_log_probs`, else ids
 
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """The last event of a request."""
+    """Last event of a request."""
 
     reason: Literal["eos", "length", "cancelled"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Failed:
-    """The last event of a request that could not be completed."""
+    """Last event of a request that could not be completed."""
 
     message: str
     status: int
-    """500 if the engine failed, 503 if the server stops or no row was free in time, 504 if it took too long."""
+    """500: the engine failed; 503: the server stops, or no row was free in time; 504: the request took too long."""
 
 
 Event = Started | PromptScored | Tokens | Ended | Failed
 
 
 class QueueFull(Exception):
-    """The request was not accepted; `retry_after` is when, in seconds, trying again may succeed."""
+    """The request was not accepted; retry after `retry_after` seconds."""
 
     def __init__(self, message: str, retry_after: int):
         super().__init__(message)
@@ -99,7 +90,7 @@ class QueueFull(Exception):
 
 
 class NotReady(Exception):
-    """The service is not ready: `state` is loading, draining, stopped or dead."""
+    """The service is not ready; `state` is loading, draining, stopped or dead."""
 
     def __init__(self, state: str):
         super().__init__(f"The service is {state}.")
@@ -107,10 +98,10 @@ class NotReady(Exception):
 
 
 class Handle:
-    """A request that was accepted, and its events for one reader.
+    """An accepted request and its events, for one reader.
 
-    Read by `for event in handle` in a thread or by `async for event in handle` in an event loop; both end after the
-    last event. `put` never waits: a reader that lets `capacity` events lie unread loses its request.
+    Read with `for event in handle` in a thread or `async for event in handle` in an event loop; both end after the last
+    event. `put` never waits: a reader that leaves `capacity` events unread loses its request.
     """
 
     def __init__(self, request: Request, capacity: int, on_cancel: Callable[[Handle], None]):
@@ -120,33 +111,28 @@ class Handle:
         self._events: deque[Event] = deque()
         self._changed = threading.Condition()
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
-        self._is_complete = False
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the last event was put."""
-        return self._is_complete
+        self.is_complete = False  # whether the last event was put
 
     def cancel(self) -> None:
-        """No more tokens are wanted: the last event will be Ended("cancelled"). From any thread, more than once too."""
-        if not self._is_complete:
+        """Requests the last event Ended("cancelled"). Callable from any thread, also repeatedly."""
+        if not self.is_complete:
             self._on_cancel(self)
 
     def put(self, event: Event) -> bool:
-        """Hands an event to the reader; False if too many lie unread. After the last event, others are dropped."""
+        """Adds an event for the reader; returns False if too many are unread. Drops events after the last one."""
         is_last = isinstance(event, Ended | Failed)
         with self._changed:
-            if self._is_complete:
+            if self.is_complete:
                 return True
             if len(self._events) >= self._capacity and not is_last:
                 return False
-            self._is_complete = is_last
+            self.is_complete = is_last
             self._events.append(event)
             waiter, self._waiter = self._waiter, None
             self._changed.notify()
         if waiter is not None:
             loop, future = waiter
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads any more
+            with contextlib.suppress(RuntimeError):  # the loop is closed, so there is no reader
                 loop.call_soon_threadsafe(_resolve, future)
         return True
 

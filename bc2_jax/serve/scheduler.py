@@ -1,9 +1,9 @@
-"""Which request has which row, and what each turn does. Runs in one thread; knows neither time limits nor the queue.
+"""Assigns rows to requests and plans each turn. Runs in one thread; handles neither time limits nor the queue.
 
-Room for prompt and new tokens is reserved when a request gets a row, so that none is ever interrupted to make room. A
-turn takes one chunk of each of a few prompts, in rotation, and decodes some tokens of all rows whose prompt was read.
-Its results are read after the next turn was dispatched, so that the device does not wait for the host. A row whose
-request has ended therefore computes along for one turn more; it is free as soon as the end was read.
+Room for prompt and new tokens is reserved when a request gets a row, so no request is ever interrupted. A turn runs one
+chunk of a few prompts, in rotation, and some decoding steps of all rows whose prompt was read. Its results are read
+after the next turn was dispatched, so the device does not wait for the host. A row whose request has ended therefore
+computes along for one more turn; it is free once its end was read.
 """
 
 from __future__ import annotations
@@ -11,28 +11,20 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Collection
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
-from bc2_jax.infer.engine import LogProbs, Reason
+from bc2_jax.infer.decoding import LogProbs, Reason
 from bc2_jax.model.position import stretch_of
+from bc2_jax.serve.followers import Leader
 from bc2_jax.serve.prefixes import Prefixes, hash_chunks
 from bc2_jax.serve.requests import Ended, Event, Failed, Handle, PromptScored, Started, Tokens, TokenScore
 from bc2_jax.serve.stats import Observe, Stats
-from bc2_jax.serve.turns import Kind, Results, Shapes, Turn, empty_turn
+from bc2_jax.serve.turns import Kind, Results, Runner, Shapes, Turn, empty_turn
 
 _REASONS: dict[int, Literal["eos", "length"]] = {Reason.EOS: "eos", Reason.LIMIT: "length"}
-
-
-class Runs(Protocol):
-    """`turns.Runner`, or `followers.Leader` where several processes run the turns."""
-
-    shapes: Shapes
-
-    def run(self, turn: Turn) -> Results | None:
-        """Dispatches the oldest turn that was not dispatched; its results, or None if it waits for the next turn."""
 
 
 class Served:
@@ -43,40 +35,38 @@ class Served:
         ids, owner, chunk = self.request.ids, self.request.owner, shapes.chunk
         self.row = -1
         self.stretch = 1.0 if shapes.trained is None else stretch_of(self.request.reserved, shapes.trained)
-        """Of the positions: decided by all tokens that it may have, so that it stays the same."""
+        """Position stretch, from all tokens that the request may have, so that it stays constant."""
         self.hashes = hash_chunks(ids, chunk, owner, self.stretch)
-        """Of the whole chunks of the prompt."""
+        """Hashes of the complete chunks of the prompt."""
         self.reusable = self.hashes[: (len(ids) - 1) // chunk]
-        """Of those that may be copied: not the last, whose hidden states give the first token."""
+        """Hashes of chunks that may be copied: not the last, whose hidden states give the first token."""
         if self.request.prompt_log_probs is not None:
-            self.reusable = []  # the hidden states of all are needed
+            self.reusable = []  # all hidden states are needed
         self.filled = self.cached = 0
-        """Tokens of the prompt that are in the cache once all that was planned has run; of these, not computed."""
+        """Prompt tokens in the cache once everything planned has run; and how many of them were copied."""
         self.asked = self.received = 0
-        """New tokens that were planned at most; that have come."""
+        """New tokens planned at most; new tokens received."""
         self.scores: list[TokenScore | None] = [None]
         self.admitted = self.newest = time.monotonic()
         self.is_over = False
-        """Whether it has given back its row: what still comes of it is dropped."""
+        """Whether it has given back its row; later results are dropped."""
 
     @property
     def is_read(self) -> bool:
         return self.filled == len(self.request.ids)
 
     def reuse(self, filled: int) -> None:
-        """The first `filled` tokens of the prompt are there without being computed."""
+        """Marks the first `filled` prompt tokens as present without computing them."""
         self.cached += filled - self.filled
         self.filled = filled
 
 
 class Planned(NamedTuple):
-    """A turn, and whose its results are."""
+    """A turn and the requests that its results belong to."""
 
     turn: Turn
-    chunks: dict[int, Served]
-    """By place."""
+    chunks: dict[int, Served]  # by place
     rows: Collection[Served]
-    """Those that decode."""
 
     @property
     def is_empty(self) -> bool:
@@ -86,7 +76,7 @@ class Planned(NamedTuple):
 class Scheduler:
     """The rows and their requests."""
 
-    def __init__(self, runner: Runs, stats: Stats, observe: Observe | None = None):
+    def __init__(self, runner: Runner | Leader, stats: Stats, observe: Observe | None = None):
         self._runner, self._stats = runner, stats
         self._observe: Observe = observe or (lambda name, value: None)
         shapes = self._shapes = runner.shapes
@@ -107,7 +97,7 @@ class Scheduler:
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is nothing to do and nothing to read."""
+        """Whether there is nothing to run and nothing to read."""
         planned = [*self._not_run, *(planned for planned, _ in self._in_flight)]
         return not self._served and all(p.is_empty for p in planned)
 
@@ -116,7 +106,6 @@ class Scheduler:
         return list(self._served)
 
     def admit(self, handle: Handle) -> None:
-        """Gives the request a row, of which one must be free."""
         served = self._served[handle] = Served(handle, self._shapes)
         row = served.row = self._prefixes.choose(self._free, served.reusable)
         self._free.remove(row)
@@ -126,14 +115,14 @@ class Scheduler:
         self._stats.running = len(self._served)
 
     def end(self, handle: Handle, event: Ended | Failed) -> bool:
-        """Ends a request early and frees its row at once; whether it had one."""
+        """Ends a request early and frees its row; returns whether it had one."""
         served = self._served.get(handle)
         if served is not None:
             self._give_back(served, event)
         return served is not None
 
     def turn(self) -> None:
-        """Dispatches a turn, then reads the results of the one before."""
+        """Dispatches a turn, then reads the results of the previous one."""
         planned = self._plan()
         self._not_run.append(planned)
         results = self._runner.run(planned.turn)
@@ -158,7 +147,7 @@ class Scheduler:
         for place, served in at_place.items():
             self._take_chunk(turn, place, served)
         for served in at_place.values():
-            # Only now: copies come before the chunks that this turn computes.
+            # Only now, because copies run before the chunks of this turn.
             self._prefixes.hold(served.row, served.hashes[: served.filled // shapes.chunk])
             if not served.is_read:
                 self._to_read[self._prefixes.part_of(served.row)].append(served)
@@ -174,7 +163,7 @@ class Scheduler:
         return Planned(turn, at_place, running if steps else ())
 
     def _take_chunk(self, turn: Turn, place: int, served: Served) -> None:
-        """Writes the next chunk of a prompt into the turn, and a copy of those before it if another row has them."""
+        """Adds the next chunk of a prompt to the turn, and a copy of earlier chunks if another row holds them."""
         request, row, C = served.request, served.row, self._shapes.chunk
         source, chunks = self._prefixes.find(self._prefixes.part_of(row), served.reusable)
         if chunks * C > served.filled:
@@ -200,7 +189,7 @@ class Scheduler:
     # ---------------------------------------------------------------------------------------------------------- reading
 
     def _read(self, planned: Planned, results: Results) -> None:
-        """Waits for a turn and hands on what it has computed."""
+        """Waits for a turn's results and passes them on."""
         scores = None if results.scores is None else jax.device_get(results.scores)
         first = None if results.first is None else jax.device_get(results.first)
         for place, served in planned.chunks.items():
@@ -230,7 +219,7 @@ class Scheduler:
             self._put(served, PromptScored(served.scores))
 
     def _hand_on(self, served: Served, emitted: Any, index: int) -> None:
-        """The tokens of one row of `emitted` to their reader, and its end."""
+        """Passes the tokens of one row of `emitted`, and its end, to the reader."""
         if served.is_over:
             return
         tokens_K = emitted.tokens_BK[index]
@@ -270,7 +259,7 @@ class Scheduler:
 
 
 def _score(ids: np.ndarray, log_probs: LogProbs, index: int, top: int) -> list[TokenScore]:
-    """The first tokens of one row of `log_probs`, each with the `top` most likely ones."""
+    """The first tokens of one row of `log_probs`, each with the `top` most likely tokens."""
     count = len(ids)
     chosen = log_probs.chosen_X[index][:count].tolist()
     top_ids, top_log_probs = log_probs.top_ids_XP[index][:count, :top], log_probs.top_XP[index][:count, :top]

@@ -1,7 +1,7 @@
-"""What the endpoints accept: a JSON body becomes a dataclass, or an ApiError that names the field.
+"""Request bodies of the endpoints: JSON to a dataclass, or an ApiError that names the field.
 
-Every field is honoured or refused by name. A field of OpenAI's API that this server does not support is accepted only
-where its value asks for nothing; null always means the default.
+Every field is honoured or refused by name. An unsupported field of OpenAI's API is accepted only with a neutral value;
+null always means the default.
 """
 
 from __future__ import annotations
@@ -13,24 +13,27 @@ from typing import Any
 
 import msgspec
 
+from bc2_jax.serve.bodies import Limits
 from bc2_jax.serve.errors import ApiError, invalid
 from bc2_jax.serve.fields import Field, Fields, check, flag, is_number, number, read_fields, text, unsupported, whole
-from bc2_jax.serve.limits import Limits
 from bc2_jax.validation import show
 
 SAMPLER = (
     "temperature", "top_k", "top_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias",
     "min_tokens",
 )  # fmt: skip
-"""Fields that are settings of `infer.sampling.Settings` under the same name."""
+"""Fields that are `infer.settings.Settings` of the same name."""
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-"""Roles of the API, and ours."""
+"""Role of the API -> ours."""
+_UNSUPPORTED = """
+audio moderation prediction prompt_cache_key prompt_cache_options prompt_cache_retention verbosity web_search_options
+"""
 _BIAS_KEY = re.compile("0|[1-9][0-9]{0,9}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a chat and a completion have in common; `settings` holds those of SAMPLER that were given."""
+    """Options of chats and completions; `settings` has the fields of SAMPLER that were given."""
 
     settings: Mapping[str, Any]
     max_tokens: int | None
@@ -39,20 +42,17 @@ class Options:
     stop_token_ids: tuple[int, ...]
     ignore_eos: bool
     seed: int | None
-    log_probs: int | None
-    """How many of the most likely tokens to report beside each token; None reports no log-probabilities."""
+    log_probs: int | None  # number of likely tokens to report with each token; None reports no log-probabilities
     is_stream: bool
-    has_usage: bool
-    """Whether the stream ends with the usage."""
+    has_usage: bool  # whether the stream ends with the usage
     has_continuous_usage: bool
-    """Whether each chunk has it."""
     has_token_ids: bool
     user: str
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatBody:
-    """A request to /v1/chat/completions; messages have our roles, and content that is a text."""
+    """A request to /v1/chat/completions; messages have our roles and text content."""
 
     model: str | None
     messages: list[dict[str, str]]
@@ -70,7 +70,7 @@ class CompletionBody:
 
 
 def decode_json(body: bytes) -> dict[str, Any]:
-    """The object that a body holds; raises ApiError for anything else, NaN, lone surrogates and deep nesting."""
+    """The JSON object in a body; raises ApiError for anything else, NaN, lone surrogates and deep nesting."""
     try:
         value = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -107,7 +107,7 @@ def common_fields(limits: Limits) -> dict[str, Field]:
         "stream_options": Field(lambda value: isinstance(value, dict), "an object", {"type": "object"}),
         "return_token_ids": flag(),
         "user": text(512),
-        # Neither adds a token, so both values are honoured.
+        # The tokenizer adds none, so both values have the same effect.
         "add_special_tokens": flag(),
         "min_p": unsupported(0, 0.0),
         "use_beam_search": unsupported(False),
@@ -118,7 +118,6 @@ def common_fields(limits: Limits) -> dict[str, Field]:
 
 
 def chat_fields(limits: Limits) -> dict[str, Field]:
-    """Fields of /v1/chat/completions."""
     return {
         "messages": Field(
             lambda value: isinstance(value, list) and 1 <= len(value) <= limits.messages,
@@ -141,24 +140,11 @@ def chat_fields(limits: Limits) -> dict[str, Field]:
         "service_tier": unsupported("auto", "default"),
         "store": unsupported(False),
         "metadata": unsupported({}),
-        **dict.fromkeys(
-            (
-                "audio",
-                "moderation",
-                "prediction",
-                "prompt_cache_key",
-                "prompt_cache_options",
-                "prompt_cache_retention",
-                "verbosity",
-                "web_search_options",
-            ),  # fmt: skip
-            unsupported(),
-        ),
+        **dict.fromkeys(_UNSUPPORTED.split(), unsupported()),
     }
 
 
 def completion_fields(limits: Limits) -> dict[str, Field]:
-    """Fields of /v1/completions."""
     return {
         "prompt": Field(
             lambda value: isinstance(value, str | list),
@@ -187,7 +173,7 @@ _MESSAGE: Fields = {
         'a text, or a list of {"type": "text", "text": TEXT}',
         {"type": ["string", "array"]},
     ),
-    # A client may send back the message that it was answered with; these hold nothing there.
+    # Clients may send back an assistant message of ours, in which these are empty.
     **dict.fromkeys(
         ("annotations", "audio", "function_call", "name", "refusal", "tool_call_id", "tool_calls"), _NOTHING
     ),
@@ -215,7 +201,7 @@ def read_chat(given: Mapping[str, Any], limits: Limits) -> ChatBody:
 
 
 def read_messages(given: Sequence[Any]) -> list[dict[str, str]]:
-    """Messages with our roles and with texts; whether they are a conversation is left to `align.chat`."""
+    """Messages with our roles and text content; `align.chat` checks their order."""
     messages = []
     for i, message in enumerate(given):
         path = f"messages[{i}]"
@@ -234,7 +220,7 @@ def read_messages(given: Sequence[Any]) -> list[dict[str, str]]:
 def _read_part(part: Any, path: str) -> str:
     if not isinstance(part, dict):
         raise invalid(f"{path} = {show(part)} is not valid: it must be an object.", path)
-    if part.get("type") is not None:  # said first: parts of other kinds have other fields
+    if part.get("type") is not None:  # checked first: parts of other types have other fields
         check(_PART["type"], f"{path}.type", part["type"])
     values = read_fields(_PART, part, f"{path}.")
     _required(values, "type", f"{path}.")
@@ -274,7 +260,7 @@ def _read_prompts(given: str | list[Any], limits: Limits) -> list[str] | list[li
 
 
 def is_ids(value: object) -> bool:
-    """Whether it is a list of whole numbers, at least one."""
+    """Whether it is a non-empty list of integers."""
     return isinstance(value, list) and bool(value) and all(type(i) is int for i in value)
 
 
@@ -335,7 +321,7 @@ def _logit_bias(most: int) -> Field:
 
 
 def require_model(named: str | None, served: str) -> None:
-    """Raises ApiError unless the request names the model that is served, or none."""
+    """Raises ApiError if the request names another model than the served one."""
     if named is not None and named != served:
         message = f"model = {show(named)} is not served here: the model of this server is {served!r}."
         raise ApiError(404, message, code="model_not_found", param="model")

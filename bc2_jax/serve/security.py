@@ -1,4 +1,4 @@
-"""Who may ask: API keys, the names under which the server may be addressed, and headers against misuse in browsers."""
+"""API keys, allowed host names, and headers against misuse in browsers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""The Content-Security-Policy of the page; what is not the page may load nothing at all."""
+"""Content-Security-Policy of the page; other replies may load nothing."""
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -25,21 +25,21 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-"""Of every reply, unless it has its own. Without Access-Control-Allow-Origin pages of other servers read nothing."""
+"""Default headers of every reply. Without Access-Control-Allow-Origin, pages of other sites can read nothing."""
 
 
 class Keys:
-    """API keys by their SHA-256: a comparison takes the same time wherever two keys differ, and for every key."""
+    """API keys by SHA-256, compared in constant time."""
 
     def __init__(self, keys: Iterable[tuple[str, str]]):
-        """(name, key) of each; the name is that of their owner in logs, and takes turns in the queue."""
+        """(owner name, key) of each; the name appears in logs and takes turns in the queue."""
         self._names = {hashlib.sha256(key.encode()).digest(): name for name, key in keys}
 
     def __bool__(self) -> bool:
         return bool(self._names)
 
     def find_owner(self, authorization: str | None) -> str:
-        """The name of the key in an Authorization header; raises ApiError if it has none of the keys."""
+        """The owner of the key in an Authorization header; raises ApiError for any other key."""
         scheme, _, key = (authorization or "").partition(" ")
         given = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
         found = [name for digest, name in self._names.items() if hmac.compare_digest(digest, given)]
@@ -51,10 +51,10 @@ class Keys:
 
 
 def read_keys(path: Path) -> list[tuple[str, str]]:
-    """The keys of a file: one a line, `KEY` or `NAME KEY`; empty lines and those that begin with # are none.
+    """The keys in a file, one per line as `KEY` or `NAME KEY`; empty lines and lines starting with # are skipped.
 
-    Raises OSError if it can't be read, and ValueError, which never holds a key, for one that is short or not of
-    printable ASCII, and for a file without any.
+    Raises OSError if it cannot be read, and ValueError (never containing a key) for a key that is short or not
+    printable ASCII, and for a file without keys.
     """
     found: list[tuple[str, str]] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -78,7 +78,7 @@ def check_key(name: str, key: str) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
+    """Whether only this machine can reach the address."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -86,14 +86,17 @@ def is_loopback(host: str) -> bool:
 
 
 def check_address(host: str, has_keys: bool) -> None:
-    """Raises ValueError for an address that others reach while there is no key."""
+    """Raises ValueError for an address that other machines can reach while there is no key."""
     legal = "without an API key it must be a loopback address such as 127.0.0.1; give --api-key-file"
     require(has_keys or is_loopback(host), "--host", host, legal)
 
 
 class Hosts:
-    """The names that a Host header may have: a page of another site can point a name of its own at this machine (DNS
-    rebinding), and its requests then carry that name."""
+    """Names that a Host header may have.
+
+    Against DNS rebinding: a page of another site can point its own name at this machine, and its requests then carry
+    that name.
+    """
 
     def __init__(self, host: str, others: Sequence[str] = ()):
         self._names = {name.lower() for name in others}
@@ -102,7 +105,7 @@ class Hosts:
         self._all = not self._names
 
     def check(self, given: Sequence[str]) -> None:
-        """Raises ApiError unless there is one Host header, with a legal name."""
+        """Raises ApiError unless there is exactly one Host header, with a legal name."""
         if len(given) != 1:
             raise ApiError(400, "exactly one Host header is needed.", code="invalid_host")
         name = given[0].lower()

@@ -1,4 +1,4 @@
-"""The process around the API: connections, signals, draining, and an exit code that says whether the engine died."""
+"""The server process: connections, signals, draining, and an exit code that tells whether the engine died."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from bc2_jax.serve.api import Backend
 
 _MOST_CONNECTIONS = 512
 _GRACE_S = 5
-"""Seconds for replies that are complete to reach their clients."""
+"""Seconds for complete replies to reach their clients."""
 
 
 class Connection(H11Protocol):
-    """A connection whose client has `header_s` seconds for the headers of each request, and which the application can
-    abort: `scope["state"]["abort"]`."""
+    """A connection with a time limit of `header_s` seconds for the headers of each request.
+
+    The application can abort it with `scope["state"]["abort"]`.
+    """
 
     header_s = 15.0
 
@@ -41,7 +43,7 @@ class Connection(H11Protocol):
 
     @property
     def _is_waiting(self) -> bool:
-        """Whether a request, or the rest of its headers, has yet to come."""
+        """Whether a request or the rest of its headers is still to come."""
         return self.cycle is None or self.cycle.response_complete
 
     def _watch(self) -> None:
@@ -62,8 +64,9 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Drains at the first SIGTERM or Ctrl-C: no new requests, those that run are completed within `drain_s` seconds.
-    Another signal ends it at once; so does a dead engine."""
+    """Drains at the first SIGTERM or Ctrl-C: no new requests, and running ones are completed within `drain_s` seconds.
+    A second signal, or a dead engine, ends it at once.
+    """
 
     def __init__(self, config: uvicorn.Config, backend: Backend, drain_s: float):
         super().__init__(config)
@@ -71,13 +74,12 @@ class Server(uvicorn.Server):
         self._drained_since: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The handler of signals."""
         if self._backend.is_draining:
             self.force_exit = self.should_exit = True
         self._backend.is_draining = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: whether it is over."""
+        """Called ten times a second; returns whether to exit."""
         return await super().on_tick(counter) or self._is_over()
 
     def _is_over(self) -> bool:
@@ -98,16 +100,16 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket for the address; raises OSError, with the address in it, if it can't be had."""
+    """A listening socket; raises OSError that names the address if it is not available."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host.strip("[]"), port), family=family, backlog=_MOST_CONNECTIONS)
     except OSError as error:
-        raise OSError(f"--host {host} --port {port} can't be listened at: {error.strerror or error}.") from error
+        raise OSError(f"--host {host} --port {port} is not available: {error.strerror or error}.") from error
 
 
 def run_server(app: ASGIApp, backend: Backend, listening: socket.socket, *, drain_s: float = 30.0) -> int:
-    """Serves until a signal or the end of the engine; the exit code: 0, or 1 if the engine failed."""
+    """Serves until a signal or the end of the engine. Returns the exit code: 0, or 1 if the engine failed."""
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     config = uvicorn.Config(
         app, lifespan="off", log_config=None, access_log=False, http=Connection, ws="none", server_header=False,

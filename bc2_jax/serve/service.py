@@ -1,4 +1,4 @@
-"""The engine as a service: one thread that decodes, and requests that come to it from any other."""
+"""The engine as a service: one decoding thread that takes requests from any thread."""
 
 from __future__ import annotations
 
@@ -8,48 +8,41 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
 import jax
 
+from bc2_jax.serve.followers import Leader
 from bc2_jax.serve.requests import Ended, Failed, Handle, NotReady, QueueFull, Request
-from bc2_jax.serve.scheduler import Runs, Scheduler
+from bc2_jax.serve.scheduler import Scheduler
 from bc2_jax.serve.stats import Observe, Stats
-from bc2_jax.serve.turns import Kind, empty_turn
+from bc2_jax.serve.turns import Kind, Runner, empty_turn
 from bc2_jax.serve.waiting import QueueLimits, Waiting
 from bc2_jax.validation import require
 
 State = Literal["loading", "ready", "draining", "stopped", "dead"]
 _IDLE_S = 1.0
-"""How long the thread sleeps without requests: it shows that it lives, and on a slice of several processes sends a
-turn."""
+"""Longest sleep without requests; then the thread updates its heartbeat and, with several processes, sends a turn."""
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
-class Warms(Runs, Protocol):
-    """`turns.Runner` or `followers.Leader`."""
-
-    def warm_up(self) -> dict[str, float]:
-        """Compiles all programs: seconds of each by its name."""
-
-
 class Service:
-    """Accepts requests, gives them rows and hands on what the model writes. All methods may be called in any thread.
+    """Accepts requests, assigns rows and delivers new tokens. All methods are thread-safe.
 
-    `unread` is how many events of a request may wait for its reader before the request is cancelled; a dispatch that
-    takes longer than `stall_s` makes the service stalled. `observe` is called in the engine thread and must not wait;
-    `on_death` is called there if an exception ends it, so that the program can exit.
+    `unread` is the number of events that may wait for a reader before its request is cancelled. A dispatch longer than
+    `stall_s` seconds makes the service stalled. `observe` is called in the engine thread and must not block. `on_death`
+    is called there if an exception ends the thread.
     """
 
     def __init__(
-        self, runner: Warms, limits: QueueLimits | None = None, *, unread: int = 512, stall_s: float = 60.0,
+        self, runner: Runner | Leader, limits: QueueLimits | None = None, *, unread: int = 512, stall_s: float = 60.0,
         observe: Observe | None = None, on_death: Callable[[BaseException], None] | None = None,
     ):  # fmt: skip
         self.limits, self.shapes = limits or QueueLimits(), runner.shapes
         self.seconds: dict[str, float] = {}
-        """That the start of each program took, by its name."""
+        """Warm-up seconds of each program."""
         self.error: BaseException | None = None
-        """What made the service dead."""
+        """The exception that made the service dead."""
         self._runner, self._unread, self._stall_s, self._on_death = runner, unread, stall_s, on_death
         self._stats = Stats()
         self._scheduler = Scheduler(runner, self._stats, observe)
@@ -57,7 +50,7 @@ class Service:
         self._waiting = Waiting(self.limits)
         self._cancelled: list[Handle] = []
         self._between: list[Handle] = []
-        """Requests that this turn has taken from the queue."""
+        """Requests that the current turn has taken from the queue."""
         self._state: State = "loading"
         self._is_stopping = False
         self._heartbeat = time.monotonic()
@@ -66,9 +59,9 @@ class Service:
     # -------------------------------------------------------------------------------------------------- life and health
 
     def start(self, wait: bool = True) -> None:
-        """Starts the thread, which compiles everything and is ready then; `wait` waits for it.
+        """Starts the thread, which compiles everything and then is ready; `wait` waits for that.
 
-        Raises RuntimeError if it died on the way.
+        Raises RuntimeError if it died meanwhile.
         """
         self._thread.start()
         if wait:
@@ -83,12 +76,12 @@ class Service:
 
     @property
     def heartbeat_s(self) -> float:
-        """Seconds since the thread began its newest turn; at most about one second when it has nothing to do."""
+        """Seconds since the thread began its newest turn; at most about one second without work."""
         return time.monotonic() - self._heartbeat
 
     @property
     def is_stalled(self) -> bool:
-        """Whether a dispatch takes too long, though the thread has not failed."""
+        """Whether a dispatch takes too long although the thread has not failed."""
         return self._state in ("ready", "draining") and self.heartbeat_s > self._stall_s
 
     @property
@@ -97,7 +90,9 @@ class Service:
         return self._state == "ready" and not self.is_stalled
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Accepts no more requests, completes the others, then stops; whether it has within `timeout` seconds."""
+        """Accepts no more requests, completes running ones, then stops; returns whether it did within `timeout`
+        seconds.
+        """
         with self._changed:
             if self._state in ("loading", "ready"):
                 self._state = "draining"
@@ -105,7 +100,7 @@ class Service:
         return self._join(timeout)
 
     def stop(self, timeout: float | None = 60.0) -> bool:
-        """Ends all requests and the thread; whether it has ended within `timeout` seconds."""
+        """Ends all requests and the thread; returns whether it ended within `timeout` seconds."""
         with self._changed:
             self._is_stopping = True
             self._changed.notify_all()
@@ -117,7 +112,7 @@ class Service:
         return not self._thread.is_alive()
 
     def stats(self) -> Stats:
-        """A copy of what was counted, and the gauges of now."""
+        """A copy of the counters and current gauges."""
         with self._changed:
             copy = dataclasses.replace(self._stats, requests=self._stats.requests.copy(), waiting=len(self._waiting))
         return copy
@@ -153,7 +148,7 @@ class Service:
         return handles
 
     def queue_place(self, handle: Handle) -> int | None:
-        """How many requests will get a row before this one; None once it has one."""
+        """Number of requests that will get a row before this one; None once it has one."""
         with self._changed:
             return self._waiting.place_of(handle)
 
@@ -173,10 +168,10 @@ class Service:
             while self._turn():
                 pass
             self._end_all("draining", Failed("The server stops.", 503))
-            # Not after a failure: then this process ends, and the others with it.
+            # Not after a failure, which ends this process and with it the others.
             self._runner.run(empty_turn(self.shapes, Kind.STOP))
             self._become("stopped")
-        except BaseException as error:  # whatever it is, nobody may wait for this thread any more
+        except BaseException as error:  # whatever it is, no reader may keep waiting for this thread
             self.error = error
             self._end_all("dead", Failed("The engine has failed.", 500))
         with contextlib.suppress(ValueError, AssertionError):  # it was not registered yet
@@ -191,7 +186,7 @@ class Service:
             self._changed.notify_all()
 
     def _end_all(self, state: State, event: Failed) -> None:
-        """Ends all requests; from `state` on, none is accepted."""
+        """Ends all requests; from `state` on none is accepted."""
         self._become(state)
         for handle in self._scheduler.served:
             self._scheduler.end(handle, event)
@@ -199,14 +194,14 @@ class Service:
             self._waiting.remove(handle)
             self._end_waiting(handle, event)
         for handle in self._between:
-            handle.put(event)  # unless it has its last
+            handle.put(event)  # ignored if its last event was put
 
     def _end_waiting(self, handle: Handle, event: Ended | Failed) -> None:
         self._stats.count(event)
         handle.put(event)
 
     def _turn(self) -> bool:
-        """One turn; False if it was the last."""
+        """One turn; returns False if it was the last."""
         self._heartbeat = time.monotonic()
         scheduler = self._scheduler
         with self._changed:

@@ -1,4 +1,4 @@
-"""What a service counts and measures, for metrics."""
+"""Counters and measurements of a service."""
 
 from __future__ import annotations
 
@@ -12,36 +12,28 @@ from bc2_jax.serve.requests import Ended, Failed
 Observation = Literal[
     "queue_s", "first_token_s", "token_s", "total_s", "prompt_tokens", "generated_tokens", "step_s", "host_s"
 ]
-"""What is measured of each request, when it ends or as soon as it is known: seconds from submission to a row, to the
-first token and to the last; seconds between tokens (the mean over those that came together); its tokens. And of each
-turn: seconds a decoding step, from one turn's results to the next; seconds of the host between reading a turn's results
-and having dispatched the turn after the next, for which the device waits only if a turn takes less."""
+"""Per request, as soon as known: seconds from submission to a row, to the first and to the last token; seconds between
+tokens (mean over tokens that arrive together); its tokens. Per turn: seconds per decoding step, between the results of
+two turns; host seconds from reading results to the next dispatch, for which the device waits only if a turn is shorter.
+"""
 Observe = Callable[[Observation, float], None]
 
 
 @dataclasses.dataclass
 class Stats:
-    """Counters since the start, written by the engine thread, and gauges of now; read them from any thread."""
+    """Counters since the start, written by the engine thread, and current gauges. Readable from any thread."""
 
-    requests: Counter[str] = dataclasses.field(default_factory=Counter)
-    """By outcome: eos, length, cancelled, failed."""
-    rejected: int = 0
-    """Requests for which the queue was full."""
+    requests: Counter[str] = dataclasses.field(default_factory=Counter)  # by outcome: eos, length, cancelled, failed
+    rejected: int = 0  # requests rejected because the queue was full
     prompt_tokens: int = 0
     generated_tokens: int = 0
-    cached_tokens: int = 0
-    """Prompt tokens that another request had computed."""
-    compilations: int = 0
-    """By the engine thread after the start; anything but 0 is a fault."""
+    cached_tokens: int = 0  # prompt tokens found in the cache
+    compilations: int = 0  # compilations in the engine thread after the start; anything but 0 is a bug
     waiting: int = 0
-    running: int = 0
-    """Requests that have a row."""
+    running: int = 0  # requests that have a row
     rows: int = 0
     slots: int = 0
-    """Of all rows."""
-    slots_used: int = 0
-    """By tokens of the requests that have a row."""
+    slots_used: int = 0  # cache slots used by running requests
 
     def count(self, event: Ended | Failed) -> None:
-        """A request has ended so."""
         self.requests[event.reason if isinstance(event, Ended) else "failed"] += 1

@@ -1,4 +1,4 @@
-"""Server-sent events: chunks as they become known, comments while there are none, and clients that stop reading."""
+"""Server-sent events of a reply, comments while it waits, and detection of clients that stop reading."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from bc2_jax.serve.answering import Answering, Begun, Done, New, Waiting
-from bc2_jax.serve.bodies import Disconnected, until_disconnect
+from bc2_jax.serve.answering import Answering, Begun, Done, New, Queued
+from bc2_jax.serve.bodies import Disconnected, Limits, until_disconnect
 from bc2_jax.serve.errors import ApiError
-from bc2_jax.serve.limits import Limits
 from bc2_jax.serve.replies import Json, Writer
 from bc2_jax.serve.schema import Options
 
@@ -22,24 +21,24 @@ HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": 
 
 
 def encode_event(value: Json) -> bytes:
-    """One `data:` line and the empty line after it; JSON has no line break of its own."""
+    """One `data:` line followed by an empty line; JSON contains no line break."""
     return b"data: " + msgspec.json.encode(value) + b"\n\n"
 
 
 async def events(
     answering: Answering, writer: Writer, options: Options, usage: Callable[[], Json], ping_s: float
 ) -> AsyncIterator[bytes]:
-    """The events of a reply up to `[DONE]`, or up to an error that ended it.
+    """Events of a reply up to `[DONE]` or an error.
 
-    While a request is queued a comment says how many are before it, whenever that changes; another when its prompt is
-    being read; and one after `ping_s` seconds without anything.
+    While the request is queued, a comment gives the number of requests ahead whenever it changes; another comment says
+    that its prompt is being read; and one follows `ping_s` seconds without any output.
     """
     state, sent = "", time.monotonic()
     try:
         async for update in answering.updates():
             chunks: list[Json] = []
             match update:
-                case Waiting():
+                case Queued():
                     found = (
                         state if update.is_started else "prefill" if update.place is None else f"queued {update.place}"
                     )
@@ -67,9 +66,9 @@ async def events(
 
 
 class EventStream(Response):
-    """Sends events to a client until it goes away or does not read for `limits.unread_seconds`.
+    """Sends events until the client disconnects or reads nothing for `limits.unread_seconds`.
 
-    `on_end` is called at the end, whatever it is, with one word for it: ok, error, disconnected, unread.
+    `on_end` is called at the end with the outcome: ok, error, disconnected or unread.
     """
 
     def __init__(
@@ -95,7 +94,7 @@ class EventStream(Response):
             self._on_end(outcome)
         if outcome == "unread":
             abort = scope.get("state", {}).get("abort")
-            if abort is not None:  # else the server waits until what was written is read
+            if abort is not None:  # otherwise the server waits until written data is read
                 abort()
             raise Disconnected
 

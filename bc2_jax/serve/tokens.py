@@ -1,4 +1,4 @@
-"""Text to token ids and back over HTTP, as vLLM names the endpoints: lm-eval's remote tokenizer uses them."""
+"""Tokenizer endpoints, named as vLLM's: lm-eval's remote tokenizer uses them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from bc2_jax.serve.answers import token_text
+from bc2_jax.serve.bodies import Limits
 from bc2_jax.serve.errors import invalid
 from bc2_jax.serve.fields import Field, Fields, flag, read_fields, text, whole
-from bc2_jax.serve.limits import Limits
 from bc2_jax.serve.prompts import ServedModel, check_ids, encode_text, fit_chat
 from bc2_jax.serve.schema import chat_fields, read_messages, require_model
 
@@ -18,7 +18,7 @@ def tokenize_fields(limits: Limits) -> Fields:
     return {
         "model": text(), "prompt": text(), "messages": chat_fields(limits)["messages"], "max_tokens": whole(1),
         "parse_special": flag(), "return_token_strs": flag(),
-        # The tokenizer adds none, so both values are honoured.
+        # The tokenizer adds none, so both values have the same effect.
         "add_special_tokens": flag(),
     }  # fmt: skip
 
@@ -33,7 +33,7 @@ DETOKENIZE_FIELDS: Fields = {
 
 
 def tokenize(model: ServedModel, given: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
-    """The ids of a prompt, or those with which a chat would be asked; raises ApiError."""
+    """Token ids of a prompt, or of the prompt of a chat; raises ApiError."""
     values = read_fields(tokenize_fields(limits), given)
     require_model(values.get("model"), model.name)
     if ("prompt" in values) == ("messages" in values):
@@ -55,7 +55,7 @@ def tokenize(model: ServedModel, given: Mapping[str, Any], limits: Limits) -> di
 
 
 def detokenize(model: ServedModel, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The text of token ids; special ones have none. Raises ApiError."""
+    """Text of token ids; special tokens have none. Raises ApiError."""
     values = read_fields(DETOKENIZE_FIELDS, given)
     require_model(values.get("model"), model.name)
     if "tokens" not in values:
@@ -65,7 +65,7 @@ def detokenize(model: ServedModel, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tokenizer_info(model: ServedModel) -> dict[str, Any]:
-    """What a client needs to know of the tokenizer. It puts nothing at the beginning of a text, hence no bos_token."""
+    """The tokenizer's properties. It adds nothing at the start of a text, hence no bos_token."""
     tokenizer = model.tokenizer
     return {
         "tokenizer_class": "SentencePiece",

@@ -1,4 +1,4 @@
-"""One turn of the engine as plain arrays, and what runs it on the device."""
+"""One turn of the engine as host arrays, and the runner that dispatches it to the device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from bc2_jax.infer import engine as device_engine
-from bc2_jax.infer.engine import STEPS, Chunk, Emitted, LogProbs
+from bc2_jax.infer.decoding import STEPS, Chunk, Emitted, LogProbs
 from bc2_jax.infer.settings import DEFAULT_SETTINGS, Sampling, sampling_of
 from bc2_jax.serve.requests import Request
 from bc2_jax.validation import require
@@ -20,24 +20,17 @@ from bc2_jax.validation import require
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """What the programs are compiled for."""
+    """Shapes of the compiled programs."""
 
-    rows: int
-    """Requests that are decoded together, B."""
-    slots: int
-    """Tokens that a request may have, prompt and new ones, S."""
-    chunk: int = 256
-    """Tokens of a prompt in one turn, C."""
-    parts: int = 1
-    """Into how many parts the mesh cuts the batch."""
-    places: int = 1
-    """Prompts of each part of which a turn takes a chunk."""
-    steps: int = 4
-    """Tokens of a row in a turn while no prompt is being read."""
-    prefill_steps: int = 1
-    """The same while one is."""
+    rows: int  # B, requests that are decoded together
+    slots: int  # S, most tokens of a request, prompt plus new ones
+    chunk: int = 256  # C, prompt tokens per turn
+    parts: int = 1  # number of batch shards of the mesh
+    places: int = 1  # prompts per shard of which a turn runs a chunk
+    steps: int = 4  # decoding steps per turn while no prompt is being read
+    prefill_steps: int = 1  # decoding steps per turn while a prompt is being read
     trained: int | None = None
-    """For a model with a long context, its trained length, beyond which sequences are stretched; else None."""
+    """For a model with a long context, its trained length, beyond which positions are stretched; else None."""
 
     def __post_init__(self) -> None:
         for name in ("rows", "slots", "chunk", "parts", "places"):
@@ -52,7 +45,7 @@ class Shapes:
 
 
 def places_for(heads: int) -> int:
-    """The `Shapes.places` for so many attention heads on each device.
+    """`Shapes.places` for this many attention heads per device.
 
     On a CPU the attention of one chunk and one head is a single matmul, which has other bits than one of several.
     """
@@ -60,51 +53,39 @@ def places_for(heads: int) -> int:
 
 
 class Kind(enum.IntEnum):
-    """What a turn is for."""
+    """Purpose of a turn."""
 
     RUN = 0
     IDLE = 1
-    """Nothing is to be done."""
     STOP = 2
-    """It is the last."""
 
 
 class Turn(NamedTuple):
-    """What every process does in one turn, in this order: copies, a chunk of prompts, its scores, decoding.
+    """Work of every process in one turn, in this order: copies, a chunk of prompts, its scores, decoding.
 
-    Arrays of the host of fixed shapes, R = places * parts.
+    Host arrays of fixed shapes; R = places * parts.
     """
 
-    kind: np.ndarray
-    """int32, of `Kind`."""
-    copy_from_R: np.ndarray
-    """int32: the row whose first slots are copied to the row of this place's chunk."""
-    copy_chunks_R: np.ndarray
-    """int32: how many chunks of slots; 0 for none."""
+    kind: np.ndarray  # int32 `Kind`
+    copy_from_R: np.ndarray  # int32: row whose first slots are copied to the row of this place's chunk
+    copy_chunks_R: np.ndarray  # int32: chunks of slots to copy; 0 for none
     chunk: Chunk
-    sampling: Sampling
-    """Of R rows."""
-    labels_RC: np.ndarray
-    """int32: the token after each of the chunk, where it is to be scored, else -1."""
-    steps: np.ndarray
-    """int32: tokens to decode; 0 for none."""
-    cancel_B: np.ndarray
-    """bool: rows that must not decode."""
+    sampling: Sampling  # R rows
+    labels_RC: np.ndarray  # int32: the token after each token of the chunk if it is to be scored, else -1
+    steps: np.ndarray  # int32: decoding steps; 0 for none
+    cancel_B: np.ndarray  # bool: rows that must not decode
 
 
 class Results(NamedTuple):
-    """What a turn computed, still on its way to the host; None for what did not run."""
+    """Results of a turn, still being copied to the host; None for a program that did not run."""
 
     first: Emitted | None
-    """Of the R places: first tokens."""
-    scores: LogProbs | None
-    """`engine.LogProbs` [R, C] of the labels."""
+    scores: LogProbs | None  # `LogProbs` [R, C] of the labels
     new: Emitted | None
-    """Of the B rows."""
 
 
 def empty_turn(shapes: Shapes, kind: Kind = Kind.RUN, requests: Sequence[Request | None] = ()) -> Turn:
-    """A turn without work yet, its R places with the settings of these requests."""
+    """A turn without work; its R places have the settings of these requests."""
     R, C, B = shapes.places * shapes.parts, shapes.chunk, shapes.rows
     requests = requests or [None] * R
 
@@ -125,7 +106,7 @@ def empty_turn(shapes: Shapes, kind: Kind = Kind.RUN, requests: Sequence[Request
 
 
 def _sampling_of_all(requests: Sequence[Request | None]) -> Sampling:
-    """Their settings, with an array for each that a request can have, whatever these have."""
+    """Their settings as arrays, with every array that any request can have."""
     no_eos = dataclasses.replace(DEFAULT_SETTINGS, eos_token_id=())
     return sampling_of(
         [no_eos if request is None else request.settings for request in requests],
@@ -136,7 +117,7 @@ def _sampling_of_all(requests: Sequence[Request | None]) -> Sampling:
 
 
 class Runner:
-    """Runs turns on the devices of this process; holds the state of the rows.
+    """Runs turns on the devices of this process and holds the state of the rows.
 
     `engine` has the functions of `bc2_jax.infer.engine`.
     """
@@ -147,7 +128,7 @@ class Runner:
         self._decoding: Any = None
 
     def warm_up(self) -> dict[str, float]:
-        """Allocates the cache and runs each program once, without work: seconds of each by its name."""
+        """Allocates the cache and runs each program once without work; returns {program: seconds}."""
         seconds: dict[str, float] = {}
         shapes, engine, prepared = self.shapes, self._engine, self._prepared
         turn = empty_turn(shapes)
@@ -168,7 +149,7 @@ class Runner:
         return seconds
 
     def run(self, turn: Turn) -> Results:
-        """Dispatches a turn; waits for nothing."""
+        """Dispatches a turn without waiting for it."""
         engine, prepared, chunk, C = self._engine, self._prepared, turn.chunk, self.shapes.chunk
         first = scores = new = None
         for row_from, row_to, chunks in zip(turn.copy_from_R, chunk.rows_R, turn.copy_chunks_R, strict=True):

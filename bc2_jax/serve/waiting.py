@@ -1,4 +1,4 @@
-"""The queue of requests for which no row is free yet: bounded, and fair between owners."""
+"""The queue of requests that wait for a row: bounded, and fair between owners."""
 
 from __future__ import annotations
 
@@ -12,18 +12,13 @@ from bc2_jax.validation import require
 
 @dataclasses.dataclass(frozen=True)
 class QueueLimits:
-    """How much may wait, and how long."""
+    """Limits of the queue."""
 
-    requests: int = 64
-    """Beyond those for which a row is free."""
-    tokens: int = 262_144
-    """Prompts and the new tokens that they may have, together."""
-    owner_share: float = 0.5
-    """The share of `requests` that one owner may take, if it has a name."""
-    queue_s: float = 60.0
-    """Seconds a request may wait for a row."""
-    total_s: float = 600.0
-    """Seconds from submission to the last token."""
+    requests: int = 64  # most waiting requests, in addition to free rows
+    tokens: int = 262_144  # most tokens of all waiting requests, prompts plus new tokens
+    owner_share: float = 0.5  # share of `requests` that one named owner may use
+    queue_s: float = 60.0  # most seconds to wait for a row
+    total_s: float = 600.0  # most seconds from submission to the last token
 
     def __post_init__(self) -> None:
         for name in ("requests", "tokens", "queue_s", "total_s"):
@@ -32,7 +27,7 @@ class QueueLimits:
 
 
 class Waiting:
-    """Not thread-safe: its user holds a lock."""
+    """The queue. Not thread-safe: its user holds a lock."""
 
     def __init__(self, limits: QueueLimits):
         self._limits = limits
@@ -47,7 +42,7 @@ class Waiting:
             yield from handles
 
     def why_full(self, handles: Sequence[Handle], free_rows: int) -> str | None:
-        """Why these cannot be accepted together, while so many rows are free; None if they can."""
+        """Why these requests cannot be accepted together; None if they can."""
         limits, owner = self._limits, handles[0].request.owner
         if self._count + len(handles) > limits.requests + free_rows:
             return f"{self._count} requests are waiting; at most {limits.requests} may."
@@ -62,13 +57,12 @@ class Waiting:
         return None
 
     def put(self, handle: Handle) -> None:
-        """Behind the others of its owner."""
         self._of_owner.setdefault(handle.request.owner, deque()).append(handle)
         self._count += 1
         self._tokens += handle.request.reserved
 
     def take(self) -> Handle:
-        """The oldest request of the owner whose turn it is; the next turn is another's."""
+        """Removes the oldest request of the owner whose turn it is; the next turn goes to another owner."""
         owner, handles = next(iter(self._of_owner.items()))
         handle = handles[0]
         self.remove(handle)
@@ -77,7 +71,7 @@ class Waiting:
         return handle
 
     def place_of(self, handle: Handle) -> int | None:
-        """How many requests will be taken before this one, if no other comes; None if it does not wait."""
+        """Number of requests that will be taken before this one if no other comes; None if it does not wait."""
         owner = handle.request.owner
         if handle not in self._of_owner.get(owner, ()):
             return None
@@ -91,7 +85,7 @@ class Waiting:
         return place
 
     def remove(self, handle: Handle) -> bool:
-        """Whether it was waiting."""
+        """Removes a request; returns whether it was waiting."""
         owner = handle.request.owner
         handles = self._of_owner.get(owner)
         if handles is None or handle not in handles:
@@ -104,7 +98,7 @@ class Waiting:
         return True
 
     def remove_expired(self, now: float) -> list[Handle]:
-        """Those that have waited for too long at `now`, a time of `time.monotonic`."""
+        """Removes and returns requests that have waited too long at `now` (`time.monotonic`)."""
         expired = [handle for handle in self if now - handle.submitted > self._limits.queue_s]
         for handle in expired:
             self.remove(handle)

@@ -1,6 +1,6 @@
-"""TPU generations as data, and the slices that can be booked.
+"""TPU generations and their bookable slices as data.
 
-libtpu compiles for slices that do not exist (v5e:16x32), so shapes are checked here against Google's lists.
+libtpu compiles for slices that do not exist (v5e:16x32), so shapes are checked against Google's lists.
 
 Sources: Cloud TPU documentation, the page of each generation (peak, HBM, TensorCores, SparseCores, shapes, data-centre
 network); "How to Scale Your Model", chapter 2 (usable one-way bandwidth of a link, a tenth below the nominal value; a
@@ -23,43 +23,30 @@ class Chip:
     """One generation; every figure is per chip."""
 
     name: str
-    peak_flops: float
-    """bf16 FLOP/s with fp32 accumulation."""
-    hbm_bytes: int
-    """Documented capacity; libtpu keeps a little of it, on v5e 0.25 GiB."""
-    hbm_bandwidth: float
-    """Bytes/s."""
-    clock: float
-    """Hz, of the cycles in the scheduled program."""
-    mxu: int
-    """Rows and columns of a matrix unit; a matmul over a shorter dimension leaves part of it idle."""
-    tensor_cores: int
-    """TensorCores; on v4 and v5p both work as one JAX device (megacore), on tpu7x each is a device."""
-    devices: int
-    """JAX devices."""
-    sparse_cores: int
-    """SparseCores, which can run collectives beside the TensorCores; 0 where libtpu does not use them for that."""
-    link_bandwidth: float
-    """Usable bytes/s of one link, one way."""
-    torus_dims: int
-    """Dimensions of the torus; two links a dimension."""
-    dcn_bandwidth: float
-    """Bytes/s of the data-centre network between slices."""
+    peak_flops: float  # bf16 FLOP/s with fp32 accumulation
+    hbm_bytes: int  # documented capacity; libtpu reserves a little (0.25 GiB on v5e)
+    hbm_bandwidth: float  # bytes/s
+    clock: float  # Hz of the cycles in scheduled programs
+    mxu: int  # rows and columns of a matrix unit
+    tensor_cores: int  # on v4 and v5p both are one JAX device (megacore), on tpu7x each is a device
+    devices: int  # JAX devices
+    sparse_cores: int  # SparseCores that can run collectives beside the TensorCores
+    link_bandwidth: float  # usable bytes/s of one link, one way
+    torus_dims: int  # dimensions of the torus, with two links each
+    dcn_bandwidth: float  # bytes/s of the data-centre network between slices
     chip_config: str | None = None
-    """libtpu's `chip_config_name`, where the default would make each TensorCore a device."""
-    shapes: tuple[tuple[int, ...], ...]
-    """Slices in the documentation's table, smallest first."""
-    max_chips: int
-    """Chips of the largest slice."""
+    """libtpu's `chip_config_name`, if its default makes each TensorCore a device."""
+    shapes: tuple[tuple[int, ...], ...]  # documented slices, smallest first
+    max_chips: int  # largest slice
     cube: int = 0
-    """Larger 3-D slices than this cube may have any sides that are its multiples; 0 where only `shapes` exist."""
+    """3-D slices larger than this cube may have any multiples of it as sides; 0 if only `shapes` exist."""
 
 
 DEVICE_KINDS = {
     "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e",
     "TPU v6e": "v6e", "TPU7x": "tpu7x",
 }  # fmt: skip
-"""What JAX calls a device -> generation."""
+"""JAX's device kind -> generation."""
 
 _PLANE_SHAPES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 _SPACE_SHAPES = (
@@ -101,17 +88,15 @@ CHIPS: dict[str, Chip] = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Slices of one generation and shape; make it with `parse_topology`, which refuses what cannot be booked."""
+    """Slices of one generation and shape; made by `parse_topology`."""
 
     chip: Chip
-    shape: tuple[int, ...]
-    """Chips along each dimension of one slice."""
-    num_slices: int = 1
-    """Slices, joined by the data-centre network."""
+    shape: tuple[int, ...]  # chips along each dimension of one slice
+    num_slices: int = 1  # slices, joined by the data-centre network
 
     @property
     def name(self) -> str:
-        """As libtpu and this project's tools write it, for instance v5p:4x4x8."""
+        """For instance v5p:4x4x8."""
         return f"{self.chip.name}:{_shape_name(self.shape)}"
 
     @property
@@ -120,16 +105,14 @@ class Topology:
 
     @property
     def num_chips(self) -> int:
-        """Chips of all slices."""
         return self.slice_chips * self.num_slices
 
     @property
     def num_devices(self) -> int:
-        """JAX devices of all slices."""
         return self.num_chips * self.chip.devices
 
     def is_ring(self, dim: int) -> bool:
-        """Whether the links of this dimension close to a ring, which doubles what a collective gets from it."""
+        """Whether the links of this dimension form a ring, which doubles its bandwidth."""
         size = self.shape[dim]
         return size == 16 if self.chip.torus_dims == 2 else size % 4 == 0
 
@@ -138,10 +121,9 @@ class Topology:
 
 
 def parse_topology(text: str, num_slices: int = 1) -> Topology:
-    """The topology written as GENERATION:AxB or GENERATION:AxBxC, for instance v5e:16x16 or v5p:4x4x8.
+    """Parses GENERATION:AxB or GENERATION:AxBxC, for instance v5e:16x16 or v5p:4x4x8.
 
-    Raises ValueError, naming the legal values, for an unknown generation, a shape that cannot be booked and less than
-    one slice.
+    Raises ValueError for an unknown generation, a shape that cannot be booked, and less than one slice.
     """
     generation, _, shape_text = text.partition(":")
     chip = CHIPS.get(generation)

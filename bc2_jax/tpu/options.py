@@ -1,7 +1,6 @@
-"""XLA compiler options per generation, as data with the reason for each; passed through `compiler_options`.
+"""XLA compiler options per TPU generation, with the reason for each.
 
-What was compiled here is what should run: `compiler_options(chip)` is also what a run on hardware should pass. The
-compiler refuses a name it does not know ("No such compile option"), so a typo cannot go unnoticed.
+Runs and ahead-of-time compilation use the same `compiler_options(generation)`. The compiler refuses unknown names.
 """
 
 from __future__ import annotations
@@ -19,13 +18,10 @@ class Option:
 
     name: str
     value: Value
-    reason: str
-    """Why it is not left at its default, one line."""
+    reason: str  # why it is not at its default
     effect: str
-    """What it did to the estimate of a Baichuan 2 step, one line: a compile-time estimate, not a measurement on a TPU.
-
-    `benchmarks/compiler_options.py` prints it; "x 1.2 without" is the step time with the others in place.
-    """
+    """Compile-time estimate of its effect on a step (`benchmarks/compiler_options.py`): "x 1.2 without" is the relative
+    step time without this option alone."""
 
 
 _VMEM = "xla_tpu_scoped_vmem_limit_kib"
@@ -35,12 +31,12 @@ _LARGER_TILES = "larger matmul tiles"
 def _no_windowed_einsum(effect: str) -> Option:
     return Option(
         "xla_jf_spmd_threshold_for_windowed_einsum_mib", 1_000_000,
-        "below a threshold a gathered matmul becomes a loop of permutes, three times its time at 32 chips", effect,
+        "below a threshold a gathered matmul becomes a loop of permutes, three times slower at 32 chips", effect,
     )  # fmt: skip
 
 
-# Collectives on the SparseCores leave the TensorCores to the matmuls, and scatter gradients along several dimensions
-# where the TensorCore's path would reduce them whole. The fusion of collectives into matmuls must be off beside them.
+# Collectives on the SparseCores leave the TensorCores to the matmuls and scatter gradients along several dimensions
+# instead of all-reducing them. The fusion of collectives into matmuls must be off with them.
 _SPARSE_CORE = (
     Option(
         "xla_tpu_enable_sparse_core_collective_offload_all_gather", True, "weights are gathered beside the matmuls",
@@ -62,11 +58,11 @@ _SPARSE_CORE = (
     ),
     Option(
         "xla_tpu_enable_sparse_core_collective_offload_all_reduce", True,
-        "what must be reduced whole is so in the background",
+        "all-reduces run in the background",
         "7B v5p 4x4x4: x 1.000 without; with one axis of shards x 1.09",
     ),
     Option(
-        "xla_tpu_enable_async_all_to_all", True, "sequences change places with heads beside other work (mesh.context)",
+        "xla_tpu_enable_async_all_to_all", True, "all-to-alls of mesh.context overlap other work",
         "13B of 32k tokens, v5p 4x4x8, context 4: x 1.09 without",
     ),
     Option(
@@ -99,7 +95,7 @@ _COLLECTIVE_FUSION = (
     Option("xla_enable_async_all_gather", True, "a gather is split into a start and an end", _FUSED),
     Option(
         "xla_tpu_enable_async_collective_fusion_fuse_all_reduce", True,
-        "gradients, which v5e reduces whole, are so beside the matmuls of the backward pass", _FUSED,
+        "v5e's all-reduces of gradients overlap the matmuls of the backward pass", _FUSED,
     ),
     Option("xla_enable_async_all_reduce", True, "an all-reduce is split into a start and an end", _FUSED),
 )  # fmt: skip
@@ -137,7 +133,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
     ),
     "tpu7x": (_no_windowed_einsum("as for v5p"),),
 }  # fmt: skip
-"""Generation -> options. All are a prediction of the compiler's cost model, to be verified on hardware."""
+"""Generation -> options, chosen by the compiler's cost model; to be verified on hardware."""
 
 INFERENCE_OPTIONS = (
     Option(
@@ -146,14 +142,14 @@ INFERENCE_OPTIONS = (
         "13B v5e 2x4, decoding one sequence: the matmuls concerned x 3 without",
     ),
 )  # fmt: skip
-"""On top of the generation's, for prefill and decoding."""
+"""Additional options for prefill and decoding."""
 
 
 def compiler_options(generation: str, overrides: tuple[str, ...] = (), *, inference: bool = False) -> dict[str, Value]:
-    """For `lowered.compile(compiler_options=...)`, of training or of inference.
+    """For `lowered.compile(compiler_options=...)` of training or inference.
 
-    `overrides` are "name=value", later ones win, "name=" removes.
-    Raises ValueError for an unknown generation or an override of another form.
+    `overrides`: "name=value", or "name=" to remove; later ones win. Raises ValueError for an unknown generation and
+    malformed overrides.
     """
     if generation not in OPTIONS:
         raise ValueError(f"generation = {generation!r} is not valid: it must be one of {', '.join(CHIPS)}.")

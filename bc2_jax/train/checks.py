@@ -1,4 +1,4 @@
-"""What is refused before a run starts: another model, another tokenizer, samples that cannot be drawn."""
+"""Checks before a run starts: model, tokenizer, rows, sample prompts, export."""
 
 from __future__ import annotations
 
@@ -11,53 +11,53 @@ import jax
 from bc2_jax.checkpoint import TOKENIZER_NAME
 from bc2_jax.config import ModelConfig, RewardConfig, RunConfig, TrainConfig, differing_fields
 from bc2_jax.convert.checkpoints import explain_quantized
-from bc2_jax.convert.folder import check_free
-from bc2_jax.convert.ownership import foreign_in_export
+from bc2_jax.convert.folder import check_free, foreign_in_export
 from bc2_jax.convert.pretrained import find_any_model, find_model
 from bc2_jax.data.corpus import list_parts
-from bc2_jax.data.row_order import changed_row_order
+from bc2_jax.data.loader import changed_row_order
+from bc2_jax.files import file_sha256
 from bc2_jax.metadata import Metadata, parse_model_config
-from bc2_jax.tokenizer import Tokenizer, file_sha256
+from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.train.loop import Start
 from bc2_jax.validation import require
 
 _CONTENTS = {"text": "text", "chat": "conversations", "pairs": "pairs of answers (tools/prepare_chat.py --pairs)"}
 EXPORT_NAME = "hf"
-"""Where a run exports to, in its workdir."""
+"""Folder of the export in the workdir."""
 _log = logging.getLogger(__name__)
 
 
 def check_same_model(config: RunConfig, metadata: Metadata, workdir: Path) -> None:
-    """Raises ValueError, naming the fields that differ, if a checkpoint is of another architecture."""
+    """Raises ValueError, naming the fields that differ, if the checkpoint has another architecture."""
     saved = _with_free_fields(parse_model_config({"config": metadata.config}, workdir), config.model)
     if lines := differing_fields(config.model, saved):
         raise ValueError(
-            f"model is not that of the checkpoints in '{workdir}'; these fields differ (now against then): "
+            f"The model differs from the checkpoints in '{workdir}' in these fields (now against then): "
             + "; ".join(lines) + "."
         )  # fmt: skip
 
 
 def _with_free_fields(found: ModelConfig, model: ModelConfig) -> ModelConfig:
-    """`found` with what says how to train or how far to go, and so is the run's to choose, as in `model`."""
+    """`found` with the fields that a run may choose freely taken from `model`."""
     free = {name: getattr(model, name) for name in ("z_loss_weight", "initializer_range", "model_max_length")}
     return dataclasses.replace(found, **free)
 
 
 def warn_of_other_rows(config: TrainConfig, metadata: Metadata, step: int) -> None:
-    """Logs which fields make a run that goes on from a checkpoint read other rows than it would have read."""
+    """Logs which changed fields make a resumed run read other rows than the original run would have."""
     recorded = metadata.job.get("row_order")
     if jax.process_index() != 0 or recorded is None:
         return
     if names := changed_row_order(recorded, config.data, metadata.tokens):
         _log.warning(
-            "The data is not that of the checkpoint of step %d, which it goes on from: %s changed. Rows that were "
-            "trained on may come again, others never.", step, ", ".join(names),
+            "The data changed since the checkpoint of step %d: %s. Some rows may be trained on twice, others never.",
+            step, ", ".join(names),
         )  # fmt: skip
 
 
 def check_initial_model(config: RunConfig) -> None:
-    """Raises ValueError, naming the fields that differ, if `init_from` is of another architecture, or if it is
-    quantized, or a reward model and the run is not of one."""
+    """Raises ValueError, naming the fields that differ, if `init_from` has another architecture; also if it is
+    quantized, or a reward model while the run does not train one."""
     if config.init_from is None:
         return
     find = find_any_model if isinstance(config, RewardConfig) else find_model
@@ -67,13 +67,13 @@ def check_initial_model(config: RunConfig) -> None:
     found = _with_free_fields(model.config, config.model)
     if lines := differing_fields(config.model, found, "model."):
         raise ValueError(
-            f"init_from = '{config.init_from}' is of another architecture; these differ (the run's against its): "
+            f"init_from = '{config.init_from}' is of another architecture; these differ (this run's against its): "
             + "; ".join(lines) + "."
         )  # fmt: skip
 
 
 def check_tokenizer(model: ModelConfig, tokenizer: Tokenizer) -> None:
-    """Raises ValueError if the tokenizer can produce ids the model does not have, or ends texts with another id."""
+    """Raises ValueError if the tokenizer has ids that the model lacks, or another end-of-text id."""
     require(
         tokenizer.vocab_size <= model.vocab_size, "model.vocab_size", model.vocab_size,
         f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} pieces",
@@ -96,8 +96,7 @@ def check_row_kinds(config: TrainConfig) -> None:
 
 
 def check_same_tokenizer(config: RunConfig, field: str, tokenizer: Tokenizer, start: Start) -> None:
-    """Raises ValueError, naming `field`, if the model that training starts or resumes from was trained with another
-    tokenizer than this one."""
+    """Raises ValueError, naming `field`, if the model that training starts or resumes from had another tokenizer."""
     if start.metadata is not None:
         before, known = start.workdir / TOKENIZER_NAME, start.metadata.job.get("tokenizer_sha256")
     elif config.init_from is not None and (found := find_any_model(config.init_from).tokenizer) is not None:
@@ -108,15 +107,15 @@ def check_same_tokenizer(config: RunConfig, field: str, tokenizer: Tokenizer, st
     require_same_tokenizer(config, field, tokenizer, f"that the model was trained with ({before})", known)
 
 
-def require_same_tokenizer(
-    config: RunConfig, field: str, tokenizer: Tokenizer, other: str, sha256: str
-) -> None:  # fmt: skip
-    """Raises ValueError, naming `field`, if this tokenizer is not the `other` one, whose file has this SHA-256: the
-    same ids would stand for other text. `allow_other_tokenizer` says that this is meant."""
+def require_same_tokenizer(config: RunConfig, field: str, tokenizer: Tokenizer, other: str, sha256: str) -> None:
+    """Raises ValueError, naming `field`, unless the tokenizer has this SHA-256 or `allow_other_tokenizer` is set.
+
+    With another tokenizer the same ids would stand for other text. `other` describes the expected one.
+    """
     require(
         tokenizer.fingerprint == sha256 or config.allow_other_tokenizer, field, str(tokenizer.path),
-        f"its SHA-256 is {tokenizer.fingerprint[:12]}, that of the tokenizer {other} is {sha256[:12]}, so that the "
-        "same ids mean other text; if that is meant, set allow_other_tokenizer",
+        f"its SHA-256 is {tokenizer.fingerprint[:12]}, that of the tokenizer {other} is {sha256[:12]}, so the same ids "
+        "mean other text; set allow_other_tokenizer to use it anyway",
     )  # fmt: skip
 
 
@@ -133,6 +132,6 @@ def check_samples(config: TrainConfig, tokenizer: Tokenizer) -> None:
 
 
 def check_export(config: RunConfig, workdir: Path) -> None:
-    """Raises FileExistsError if the export at the end could not replace what is in its place."""
+    """Raises FileExistsError if the final export could not replace what is in its place."""
     if config.export_hf:
         check_free(workdir / EXPORT_NAME, True, foreign_in_export)

@@ -1,4 +1,4 @@
-"""The processes of a run: how they start, agree, are stopped from outside, and notice that one of them hangs."""
+"""The processes of a run: start, preemption, a watchdog for hangs, exit codes."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ EXIT_ERROR = 1
 EXIT_HUNG = 70
 """No progress for `distributed.step_timeout` (EX_SOFTWARE of sysexits.h)."""
 EXIT_LOST = 76
-"""Of a run of several processes: another one is gone, or something failed that starting again may mend."""
+"""With several processes: another one is gone, or an error occurred that a restart may fix."""
 EXIT_INTERRUPTED = 130
-"""Stopped by Ctrl-C, as shells count it; with its last step saved, if one was done."""
+"""Stopped by Ctrl-C, with the last step saved if there was one."""
 EXIT_PREEMPTED = 75
-"""Stopped by SIGTERM with its last step saved: start it again with --resume auto (EX_TEMPFAIL of sysexits.h)."""
+"""Stopped by SIGTERM with the last step saved: restart with --resume auto (EX_TEMPFAIL of sysexits.h)."""
 
 
 class Devices(Protocol):
-    """What says which devices compute, as a RunConfig does."""
+    """A RunConfig, or anything else with these two configs."""
 
     @property
     def mesh(self) -> MeshConfig: ...
@@ -44,10 +44,10 @@ class Devices(Protocol):
 
 
 def start(config: Devices) -> None:
-    """Joins the other processes of the run, if there are any; to be called before any JAX computation.
+    """Joins the other processes of the run, if any; call it before the first JAX computation.
 
-    `mesh.num_cpu_devices` are the devices of one process. Raises ValueError if JAX already computes. JAX
-    aborts the process if the others don't come within `distributed.start_timeout`.
+    `mesh.num_cpu_devices` counts the devices of one process. Raises ValueError if JAX already computes. JAX aborts the
+    process if the others do not join within `distributed.start_timeout`.
     """
     if config.mesh.num_cpu_devices:
         use_cpu_devices(config.mesh.num_cpu_devices)
@@ -68,11 +68,11 @@ def start(config: Devices) -> None:
             distributed.coordinator_address,
             distributed.num_processes,
             distributed.process_id,
-            # Where nothing is given JAX finds it out; where it is, a cluster's environment is not asked.
+            # Without arguments JAX detects the cluster; with them the environment is ignored.
             cluster_detection_method="deactivate" if explicit else None,
             initialization_timeout=distributed.start_timeout,
             heartbeat_timeout_seconds=distributed.heartbeat_timeout,
-            # An end waits for the others' at most as long as a silent process counts as alive.
+            # A process that ends waits for the others at most as long as a silent one counts as alive.
             shutdown_timeout_seconds=distributed.heartbeat_timeout,
         )
         if config.mesh.num_cpu_devices:
@@ -81,15 +81,15 @@ def start(config: Devices) -> None:
         if "before" in str(error):  # any JAX calls
             raise ValueError(
                 f"distributed.num_processes = {distributed.num_processes} is not possible: JAX already computes in "
-                "this process; join the others before."
+                "this process; join the others first."
             ) from error
         raise
 
 
 def count_tpu_hosts() -> int:
-    """Hosts of the Cloud TPU pod this runs on, over all its slices; 1 without TPU.
+    """Hosts of this Cloud TPU pod over all slices; 1 without TPU.
 
-    The environment (GKE) or, on a TPU VM, the metadata server tells, as for `jax.distributed.initialize()`:
+    Read from the environment (GKE) or from the metadata server of a TPU VM, as `jax.distributed.initialize()` does:
     jax/_src/clusters/cloud_tpu_cluster.py.
     """
     if not has_tpu():
@@ -106,7 +106,7 @@ def count_tpu_hosts() -> int:
 
 
 def _tpu_metadata(attribute: str) -> str:
-    """An attribute of this VM; empty where there is no metadata server or it has none of this name."""
+    """An attribute of this VM; '' without a metadata server or without the attribute."""
     server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
     url = f"http://{server}/computeMetadata/v1/instance/attributes/{attribute}"
     request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
@@ -117,20 +117,20 @@ def _tpu_metadata(attribute: str) -> str:
         return ""
 
 
-def leave(code: int, hint: str = "the checkpoints stay, go on with --resume auto") -> NoReturn:
-    """Ends this process after an error without waiting for the others, who may wait for it in turn; `hint` says how to
-    go on."""
+def leave(code: int, hint: str = "the checkpoints are kept, resume with --resume auto") -> NoReturn:
+    """Ends this process after an error without waiting for the others, which may wait for it; `hint` says how to
+    resume."""
     if not jax.distributed.is_initialized():
         sys.exit(code)
     print(
-        f"error: process {jax.process_index()} of {jax.process_count()} ends, and the others with it. The log with the "
-        f"first error shows the cause; {hint}.",
+        f"error: process {jax.process_index()} of {jax.process_count()} ends, and the others with it. The first error "
+        f"in the logs shows the cause; {hint}.",
         file=sys.stderr,
     )  # fmt: skip
     sys.stdout.flush()
     sys.stderr.flush()
     if jax.process_index() == 0:
-        # JAX aborts the others as soon as process 0 is gone; where all have the same error, let them tell it.
+        # JAX aborts the others as soon as process 0 is gone; give them time to print the same error.
         time.sleep(2)
     os._exit(code)
 
@@ -144,15 +144,16 @@ class Preempted(Exception):
 
 
 class Preemption:
-    """Notices SIGTERM, which Cloud TPU, Kubernetes and batch systems send before they take a machine away, and Ctrl-C.
+    """Notices Ctrl-C and SIGTERM, which Cloud TPU, Kubernetes and batch systems send before they take a machine away.
 
-    With several processes JAX's preemption service passes it on, and all of them stop at the same step. A second
-    signal, of several processes one after they have agreed, ends the process at once. Use as a context manager, in the
-    main thread.
+    With several processes, JAX's preemption service forwards the signal and all stop at the same step. A second signal
+    ends the process at once (with several, once they have agreed on the step). A context manager for the main thread.
     """
 
     def __init__(self) -> None:
-        self._noticed = self._interrupted = False
+        self.noticed = False
+        """Whether the run is to stop, as `reached` reported it."""
+        self._interrupted = False
         self._calls = 0
         self._shared = jax.distributed.is_initialized()  # JAX then handles the signal
         self._in_main_thread = threading.current_thread() is threading.main_thread()
@@ -169,12 +170,12 @@ class Preemption:
         self.close()
 
     def catch_interrupt(self) -> None:
-        """From here on Ctrl-C too lets a step end and be saved; before, there is nothing to wait for."""
+        """From now on Ctrl-C also lets the current step end and be saved."""
         if self._in_main_thread:
             signal.signal(signal.SIGINT, self._notice)
 
     def close(self) -> None:
-        """From here on both signals mean what they did before."""
+        """Restores the previous signal handlers."""
         if self._in_main_thread:
             for number, handler in self._before.items():
                 signal.signal(number, handler)
@@ -187,35 +188,29 @@ class Preemption:
             if self._shared:
                 os.kill(os.getpid(), signal.SIGTERM)  # the others learn of it from JAX
                 return
-        self._noticed = True
-
-    @property
-    def noticed(self) -> bool:
-        """Whether `reached` has told that the run is to stop."""
-        return self._noticed
+        self.noticed = True
 
     def reached(self) -> bool:
-        """Whether to stop at the next step; every process calls it equally often and gets the same answer."""
-        # Not the step: a run may go back to an earlier one, and after a signal before the first call JAX stops at 1.
-        if not self._noticed:
+        """Whether to stop at the next step. Every process calls it equally often and gets the same answer."""
+        # Not the step, since a run may rewind; after a signal before the first call JAX stops at 1.
+        if not self.noticed:
             self._calls += 1
             if self._shared and multihost_utils.reached_preemption_sync_point(self._calls):
-                self._noticed = True
+                self.noticed = True
                 self.close()
-        return self._noticed
+        return self.noticed
 
     def stopped(self, step: int, directory: Path) -> Preempted:
-        """What ends the run whose `step` is saved in `directory`."""
+        """The exception that ends the run whose `step` is saved in `directory`."""
         cause, code = ("Ctrl-C", EXIT_INTERRUPTED) if self._interrupted else ("SIGTERM", EXIT_PREEMPTED)
         saved = f"step {step} is saved in {directory}" if step else "no step was done yet"
-        return Preempted(f"Stopped by {cause}: {saved}; go on with --resume auto.", code)
+        return Preempted(f"Stopped by {cause}: {saved}; resume with --resume auto.", code)
 
 
 class Watchdog:
-    """Ends the process with EXIT_HUNG, and says why, if the loop shows no progress for `timeout` seconds (0: never).
+    """Ends the process with EXIT_HUNG and a diagnosis after `timeout` seconds without progress (0: never).
 
-    A collective waits for ever for a process that is stopped, and no exception comes from there. Use as a context
-    manager.
+    A collective waits forever, without an exception, for a process that is stopped. A context manager.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -232,12 +227,8 @@ class Watchdog:
         self._stop.set()
 
     def beat(self, done: str) -> None:
-        """There was progress: `done`, as in "step 7". From the first time on it is watched."""
+        """Reports progress: `done`, as in "step 7". Watching starts with the first call."""
         self._last = time.monotonic(), done
-
-    def pause(self) -> None:
-        """Not watched until the next progress."""
-        self._last = None
 
     def _watch(self) -> None:
         while not self._stop.wait(min(1.0, self.timeout / 4)):
@@ -248,23 +239,23 @@ class Watchdog:
     def _diagnose(self, silent: float, done: str) -> NoReturn:
         index, count = jax.process_index(), jax.process_count()
         others = (
-            "Look for the process that is gone, stopped or behind: its log ends before the others' or shows another "
-            "error, its host does not answer, or its main thread is elsewhere than theirs. "
+            "Look for the process that is gone, stopped or behind: its log ends earlier or shows another error, its "
+            "host does not answer, or its main thread is at another place. "
             if count > 1
             else "Look at the data's storage and at the device. "
         )
-        print("Where each thread is, the newest call first:", file=sys.stderr, flush=True)
+        print("Stack of each thread, the newest call first:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         print(
             f"error: process {index} of {count} hangs: no progress for {silent:.0f} s after {done} "
-            f"(distributed.step_timeout = {self.timeout:g}). {others}The checkpoints stay; go on with --resume auto.",
+            f"(distributed.step_timeout = {self.timeout:g}). {others}Resume with --resume auto.",
             file=sys.stderr, flush=True,
         )  # fmt: skip
         os._exit(EXIT_HUNG)
 
 
 def make_progress(preemption: Preemption, watchdog: Watchdog, where: str = "") -> Callable[[str], bool]:
-    """What is told how far something is, `done + where`; False as soon as the run is to stop."""
+    """A function that reports progress, `done + where`, and returns False once the run is to stop."""
 
     def progress(done: str) -> bool:
         watchdog.beat(done + where)

@@ -1,8 +1,8 @@
-"""Where the wall time of a run goes, over all its restarts: WORKDIR/goodput.jsonl.
+"""Accounts the wall time of a run over all its restarts: WORKDIR/goodput.jsonl.
 
-A session is one process from its start to its end. At every checkpoint and at its end it appends a line with its
-seconds by phase so far; the last line of a session counts. What a killed session did after its last line was lost and
-is idle time, as is the time until the next session.
+A session is one process from start to end. At every checkpoint and at its end it appends a line with its seconds by
+phase so far; the last line of a session counts. What a killed session did after its last line was lost and counts as
+idle, like the time until the next session.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PHASES = {
 
 
 class Goodput:
-    """The clock of one session; every moment belongs to one phase of PHASES."""
+    """The clock of one session; every moment belongs to one of PHASES."""
 
     def __init__(self, path: Path, started: float | None = None):
         """`started` is the time.monotonic() at which the program began, by default now."""
@@ -49,7 +49,7 @@ class Goodput:
         self.seconds = dict.fromkeys(PHASES, 0.0)
 
     def enter(self, phase: str) -> str:
-        """The time from now on is of `phase`; returns the phase before."""
+        """Counts the time from now on as `phase`; returns the previous phase."""
         now = time.monotonic()
         self.seconds[self._phase] += now - self._last
         before, self._phase, self._last = self._phase, phase, now
@@ -64,14 +64,14 @@ class Goodput:
             self.enter(before)
 
     def metrics(self) -> dict[str, float]:
-        """Seconds of this session by phase, and the share of its steps; for the metrics of a step."""
+        """Seconds of this session by phase, and the share of productive steps."""
         self.enter(self._phase)
         total = sum(self.seconds.values())
         seconds = {f"seconds_{name}": value for name, value in self.seconds.items() if value}
         return {"goodput": self.seconds["step"] / total if total else 0.0, **seconds}
 
     def record(self, step: int) -> None:
-        """Appends the line of this session up to `step`."""
+        """Appends this session's line, up to `step`."""
         if jax.process_index() != 0:
             return
         self.enter(self._phase)
@@ -80,12 +80,12 @@ class Goodput:
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-        except OSError as error:  # no reason to stop, and at a full disk the save has the better sentence
+        except OSError as error:  # no reason to stop; at a full disk the failing save explains it better
             _log.warning("%s could not be written (%s): the time up to step %d may be missing.", self.path, error, step)
 
 
 def read_sessions(path: Path) -> list[dict[str, Any]]:
-    """The last line of each session, in their order; a line that a killed session cut off is left out."""
+    """The last line of each session, in order; unfinished lines of killed sessions are left out."""
     sessions: dict[float, dict[str, Any]] = {}
     for text in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ():
         try:
@@ -100,10 +100,10 @@ def read_sessions(path: Path) -> list[dict[str, Any]]:
 
 
 def summarize(sessions: list[dict[str, Any]]) -> dict[str, float]:
-    """Seconds by phase of all sessions, from the beginning of the first to the end of the last.
+    """Seconds by phase of all sessions, from the start of the first to the end of the last.
 
-    Steps that a later session, or the same after a rewind, did again are `repeated`, at the mean time of a step of
-    their session. A clock that was set back between sessions gives no negative idle time.
+    Steps that were done again, after a restart or a rewind, count as `repeated`, at the mean step time of their
+    session. A clock set back between sessions gives no negative idle time.
     """
     total = dict.fromkeys(PHASES, 0.0)
     for index, session in enumerate(sessions):
@@ -121,7 +121,7 @@ def summarize(sessions: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def goodput_table(sessions: list[dict[str, Any]]) -> Table:
-    """Seconds and shares of the last session and of all."""
+    """Seconds and shares, of the last session and of all."""
     columns = [summarize(sessions[-1:]), summarize(sessions)]
     headers = ("", "this session", "", f"all {len(sessions)} session(s)", "")
     table = make_table(*headers, title="Wall time in seconds", numbers_from=1)

@@ -1,8 +1,8 @@
-"""Whether training goes well: what the step measures of itself, and what the host makes of it.
+"""Training health: metrics of the step about itself, and what the host concludes from them.
 
-The first half is part of the jitted step. The second judges its metrics: it counts skipped updates, says when the run
-has to stop, and finds spikes of the loss. All of its state travels in the checkpoint's metadata, and all of its
-decisions follow from metrics that are the same on every process, so that processes agree and resuming is exact.
+The first half is part of the jitted step. The second half counts skipped updates, decides when a run must stop, and
+finds spikes of the loss. Its state is saved in the checkpoint's metadata, and its decisions follow from metrics that
+are equal on all processes: they agree, and resuming is exact.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ Tree = TypeVar("Tree")
 CHECKED = ("loss", "grad_norm", "param_norm")
 """Metrics that must be finite. The step skips the update for the first two; the third may overflow after an update."""
 EMPTY = "empty_batch"
-"""Metric of a step: 1 if its batch had no target, and so gave no update."""
+"""Metric of a step: 1 if its batch had no target and so gave no update."""
 
 
 # -------------------------------------------------------------------------------------------------- in the jitted step
 
 
 def keep_unless(finite: Array, new: Tree, old: Tree) -> Tree:
-    """`new` if the scalar bool `finite`, else `old`, bit for bit. Without a branch: it is fused into the update."""
+    """`new` if the scalar bool `finite`, else `old`, bit for bit. No branch: it is fused into the update."""
     return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
 
 def batch_checksum(batch: Batch) -> Array:
-    """uint32 scalar of all bits of a batch and of their places in the rows; the order of rows does not count.
+    """uint32 scalar over all bits of a batch and their columns; independent of the order of rows.
 
-    Fields are [A, B] or [A, B, ...] of 32-bit numbers, or [A] of what holds for all rows. Sums of integers wrap and
-    have no order: the value is the same on every mesh and number of processes.
+    Fields are [A, B] or [A, B, ...] of 32-bit numbers, or [A]. Integer sums wrap and have no order, so the value is the
+    same on every mesh and number of processes.
     """
-    # Fields of one length are mixed first; FIELDS by themselves, which the mesh may cut along their length.
+    # Fields of one length are mixed first; FIELDS separately, since the mesh may shard their length.
     groups: dict[tuple[bool, int], Array] = {}
     for index, name in enumerate(sorted(batch, key=lambda name: (*FIELDS, name).index(name))):
         x = jax.lax.bitcast_convert_type(batch[name], jnp.uint32)
@@ -63,14 +63,14 @@ def batch_checksum(batch: Batch) -> Array:
 
 
 def mix(x: Array) -> Array:
-    """The finalizer of MurmurHash3: every bit of the input changes half of the output."""
+    """The finalizer of MurmurHash3: every input bit changes half of the output bits."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 
 def norm_metrics(params: Params, updates: Params, finite: Array) -> dict[str, Array]:
-    """fp32 scalars: norm of the parameters after the step, and of the update over it."""
+    """fp32 scalars: norm of the parameters after the step, and norm of the update over it."""
     param_norm = optax.tree.norm(params)
     ratio = jnp.where(finite, optax.tree.norm(updates) / param_norm, 0.0)
     return {"param_norm": param_norm, "update_ratio": ratio}
@@ -80,7 +80,7 @@ def norm_metrics(params: Params, updates: Params, finite: Array) -> dict[str, Ar
 
 
 class Steps:
-    """Counts from the step after `done` to `last`, and can be set back meanwhile."""
+    """Iterates over the steps after `done` up to `last`; setting `done` rewinds it."""
 
     def __init__(self, done: int, last: int):
         self.done, self.last = done, last
@@ -92,7 +92,7 @@ class Steps:
 
 
 class Spike(NamedTuple):
-    """Steps whose losses are too high, both included."""
+    """A range of steps, inclusive, whose losses are too high."""
 
     first: int
     last: int
@@ -100,8 +100,8 @@ class Spike(NamedTuple):
 
     @property
     def first_step(self) -> int:
-        """The first step to discard. The loss of step `first` was computed with the parameters of the step before,
-        which is therefore part of the spike."""
+        """The first step to discard: the loss of step `first` was computed with the parameters of the previous step,
+        which therefore belongs to the spike."""
         return max(self.first - 1, 1)
 
     def __str__(self) -> str:
@@ -109,22 +109,22 @@ class Spike(NamedTuple):
 
 
 class SpikeDetector:
-    """Finds losses far above the median of those before; `deviations` = 0 finds none."""
+    """Finds losses far above the median of the preceding ones; `deviations` = 0 disables it."""
 
     def __init__(self, deviations: float, steps: int, window: int):
         self.deviations, self.steps, self.window = deviations, steps, window
         self.losses: deque[float] = deque(maxlen=window)
         self.high: list[float] = []
-        """The high losses in a row up to now; they enter the window if they end before they are a spike."""
+        """The current run of high losses; if it ends before it is a spike, they enter the window."""
 
     def push(self, loss: float) -> bool:
-        """Takes the loss of the next step; whether a spike is complete with it."""
+        """Adds the loss of the next step; returns whether it completes a spike."""
         if not self.deviations:
             return False
         if len(self.losses) == self.window:
             median = statistics.median(self.losses)
             spread = 1.4826 * statistics.median(abs(x - median) for x in self.losses)
-            # Losses that hardly move have no spread to speak of.
+            # Losses that hardly vary have almost no spread.
             if loss > median + self.deviations * max(spread, 1e-3 * abs(median)):
                 self.high.append(loss)
                 return len(self.high) >= self.steps
@@ -134,14 +134,14 @@ class SpikeDetector:
 
 
 class HealthMonitor:
-    """Judges the metrics of one run, step by step."""
+    """Judges the metrics of a run, step by step."""
 
     def __init__(self, config: HealthConfig, workdir: Path, say: Callable[[str], None], expendable: Expendable):
         self.config, self.workdir, self.say, self._expendable = config, workdir, say, expendable
         self.spike: Spike | None = None
-        """The spike before which the run has to rewind (`check_rewind`, `rewound`)."""
+        """The spike that the run must rewind from (`check_rewind`, `rewound`)."""
         self.stop: str | None = None
-        """The metric that was not finite more often than allowed: the run has to stop."""
+        """The metric that was not finite too often: the run must stop."""
         self.rewinds = self.skipped = self.skipped_in_a_row = 0
         self._detector = SpikeDetector(config.spike_deviations, config.spike_steps, config.spike_window)
 
@@ -153,7 +153,7 @@ class HealthMonitor:
         }  # fmt: skip
 
     def set_state(self, state: dict[str, Any] | None) -> None:
-        """Goes on from what `state` gave; None, of a checkpoint that has none, is a run in which nothing happened."""
+        """Continues from the result of `state`; None, from a checkpoint without one, changes nothing."""
         if state is None:
             return
         self.skipped, self.skipped_in_a_row = state["skipped_updates"], state["skipped_in_a_row"]
@@ -165,12 +165,12 @@ class HealthMonitor:
         self._detector.high = list(state["high_losses"])
 
     def observe(self, step: int, values: dict[str, float]) -> dict[str, float]:
-        """Judges the metrics of a step and returns what there is to add to them. May set `spike` or `stop`."""
+        """Judges the metrics of a step and returns additional ones. May set `spike` or `stop`."""
         bad = [name for name in CHECKED if not math.isfinite(values.get(name, 0.0))]
         if bad:
             self.skipped += 1
             self.skipped_in_a_row += 1
-            # An update that makes the parameters overflow is done when it is known; no later one can be good.
+            # A parameter that overflows after an update stays so: no later update can be good.
             if self.skipped_in_a_row > self.config.max_skipped_updates or bad[0] == "param_norm":
                 self.stop = bad[0]
                 self._record({"event": "stopped", "step": step, "metric": bad[0], "in_a_row": self.skipped_in_a_row})
@@ -181,19 +181,18 @@ class HealthMonitor:
                     f"row of at most {self.config.max_skipped_updates}"
                 )
         elif values.get(EMPTY):
-            # Its loss, 0, is none to compare others with.
+            # Its loss is 0 and means nothing.
             self._record({"event": "empty batch", "step": step})
-            self.say(f"step {step}  its batch has no target to learn from: there is no update")
+            self.say(f"step {step}  its batch has no target: no update")
         else:
             self.skipped_in_a_row = 0
-            # A step that was under way when the spike was found is discarded with it.
+            # The step in flight when the spike was found is discarded with it.
             if self.spike is None and self._detector.push(values["loss"]):
                 self.spike = Spike(step - self.config.spike_steps + 1, step, list(self._detector.high))
         return {"skipped_updates": float(self.skipped)}
 
     def check_rewind(self, steps: list[int], directory: Path) -> None:
-        """Raises FloatingPointError if the run may not rewind again, or if none of the checkpoints of these `steps` in
-        `directory` lies before the spike."""
+        """Raises FloatingPointError if the run may not rewind again, or no checkpoint of `steps` precedes the spike."""
         assert self.spike is not None
         good = max((step for step in steps if step < self.spike.first_step), default=None)
         if good is None:
@@ -207,20 +206,20 @@ class HealthMonitor:
             )
 
     def rewound(self, good: int, state: dict[str, Any] | None, skipped: dict[str, Any]) -> None:
-        """The run went back to the checkpoint of step `good`, which had this `state`; `skipped` says what it leaves
-        out (`Batches.skip`)."""
+        """Call after a rewind to the checkpoint of step `good`, with its `state`; `skipped` is the result of
+        `Batches.skip`."""
         assert self.spike is not None
         spike, self.spike = self.spike, None
         self._set_losses(state or {"losses": [], "high_losses": []})
         self.rewinds += 1
         self._record({"event": "rewind", "step": spike.last, "to": good, "losses": spike.losses, **skipped})
         self.say(
-            f"{spike}: back to the checkpoint of step {good}; the {skipped['rows']} rows of steps {spike.first_step} "
-            f"to {spike.last} are left out (rewind {self.rewinds} of at most {self.config.max_rewinds})"
+            f"{spike}: rewound to the checkpoint of step {good}; the {skipped['rows']} rows of steps "
+            f"{spike.first_step} to {spike.last} are skipped (rewind {self.rewinds} of {self.config.max_rewinds})"
         )
 
     def _record(self, event: dict[str, Any]) -> None:
-        """Appends to WORKDIR/health.jsonl, which stays when the lines of metrics.jsonl are written again."""
+        """Appends to WORKDIR/health.jsonl, which keeps its lines when metrics.jsonl is truncated."""
         if jax.process_index() == 0:
             with (
                 self._expendable.attempt("health"),

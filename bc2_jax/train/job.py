@@ -1,7 +1,7 @@
-"""A run as data: its state, its objective, where its batches come from, and the step that all kinds of run share.
+"""A run as data: state, objective, batches, and the training step that all kinds of run share.
 
 A kind of run (pre-training, fine-tuning, preferences, reinforcement learning) is a function from its config to a `Job`;
-`bc2_jax.train.loop` runs it and knows no kind.
+`bc2_jax.train.loop` runs it without knowing the kind.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ class TrainState(NamedTuple):
     """What an update changes and a checkpoint holds."""
 
     params: Params
-    """fp32 master weights of the parameters that are trained."""
+    """fp32 master weights of the trained parameters."""
     opt_state: Any
     step: Array
-    """Updates done, int32 scalar; a skipped one is none."""
+    """Updates done, int32 scalar; skipped ones do not count."""
 
 
 class Parts(NamedTuple):
-    """What an objective reports of a batch beside its loss: fp32 scalars by name."""
+    """What an objective reports of a batch besides its loss: fp32 scalars by name."""
 
     sums: dict[str, Array]
-    """Added up over micro-batches, and over the batches of an evaluation."""
+    """Added over micro-batches and over the batches of an evaluation."""
     maxima: dict[str, Array]
 
     def plus(self, other: Parts) -> Parts:
-        """Of both batches."""
+        """The parts of both batches together."""
         return Parts(
             {name: x + other.sums[name] for name, x in self.sums.items()},
             {name: jnp.maximum(x, other.maxima[name]) for name, x in self.maxima.items()},
@@ -52,25 +52,25 @@ class Parts(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """What is minimised: the sum of `loss` over a batch divided by `weight`. Functions of arrays only."""
+    """What is minimised: the sum of `loss` over a batch, divided by `weight`. Pure functions of arrays."""
 
     loss: Callable[[Params, Params, Batch], tuple[Array, Parts]]
-    """(trained parameters, frozen ones, a micro-batch [B, T]) -> (sum of the loss, its parts)."""
+    """(trained parameters, frozen ones, micro-batch [B, T]) -> (sum of the loss, its parts)."""
     weight: Callable[[Batch], Array]
-    """The whole batch [A, B, T] -> fp32 scalar, for instance its number of targets; there is no update at 0."""
+    """The whole batch [A, B, T] -> fp32 scalar, such as its number of targets; with 0 there is no update."""
     metrics: Callable[[Parts], dict[str, Array]]
-    """Parts of the whole batch -> metrics, "loss" among them."""
+    """Parts of the whole batch -> metrics, including "loss"."""
     norms: Callable[[Params], dict[str, Array]] = lambda params: {}
-    """Metrics of the trained parameters after the update, where health.norms asks for norms."""
+    """Metrics of the trained parameters after the update, if health.norms is set."""
     summary: Callable[[dict[str, float]], str] = lambda metrics: f"loss {metrics['loss']:.4f}"
-    """What is printed of an evaluation's metrics."""
+    """Metrics of an evaluation -> text that is printed."""
 
 
 class StepParts(NamedTuple):
-    """What the training step of a run is made of, known before any parameter exists.
+    """The components of a run's training step, known before any parameter exists.
 
-    `make_step(config, mesh)` of the module of each kind of run gives it, for those who compile or repeat a step without
-    the run: call it under `jax.set_mesh(mesh)`.
+    Made by `make_step(config, mesh)` of each kind of run, under `jax.set_mesh(mesh)`, also to compile or repeat a step
+    without the run.
     """
 
     objective: Objective
@@ -78,9 +78,9 @@ class StepParts(NamedTuple):
     state: TrainState
     """Shapes and shardings."""
     batch: AbstractBatch
-    """Shapes and shardings, of every field."""
+    """Shapes and shardings of every field."""
     flops_per_step: int
-    """Model FLOPs of a step: of all its updates."""
+    """Model FLOPs of a step, all updates together."""
     updates: int = 1
     """As `Job.updates`."""
     frozen: Params = {}
@@ -88,101 +88,101 @@ class StepParts(NamedTuple):
     load_frozen: Callable[[], Params] = dict
     """Reads them."""
     fields: Callable[[Rows], Rows] = no_fields
-    """Rows on the host -> what their batch has of them beside FIELDS, [rows, W] each; held-out ones too."""
+    """Rows on the host -> further fields of their batch besides FIELDS, [rows, W] each; for held-out rows too."""
     complete: Callable[[int, Batch], Batch] = lambda step, batch: batch
-    """(step, fields that its rows have) -> the batch with all fields."""
+    """(step, batch with the fields from its rows) -> batch with all fields."""
 
 
 class BatchError(ArithmeticError):
-    """No further batch can be made, on any process: the run stops, once the step before is saved."""
+    """No further batch can be made, on any process: the run stops after saving the previous step."""
 
 
 class Batches(Protocol):
-    """Where the batches of training steps come from: rows of files, pairs, rollouts."""
+    """The source of the batches of training steps: rows of files, pairs, rollouts."""
 
     def next(self, step: int, state: TrainState) -> Batch | None:
-        """The batch of a step on the mesh, [A, B, ...] each field; `state` is that before the step.
+        """The batch of a step on the mesh, [A, B, ...] each field; `state` is the state before the step.
 
-        Called once for each step, in their order, while the step before may still run on the devices. None if
-        `Start.progress` said, to this process and so to all, that the run is to stop meanwhile: nothing of the batch
-        is kept, and `position` is what it was. Raises BatchError, on all processes, if there can't be one.
+        Called once per step, in order, while the previous step may still run on the devices. None if `Start.progress`
+        reported, to all processes, that the run is to stop: nothing of the batch is kept and `position` does not
+        change. Raises BatchError, on all processes, if there cannot be another batch.
         """
 
     def position(self) -> dict[str, Any]:
-        """JSON values with which `seek` continues after the batch that `next` returned last."""
+        """JSON values from which `seek` continues after the batch that `next` returned last."""
 
     def seek(self, position: dict[str, Any]) -> None:
-        """Continues from a position. Batches that were skipped before stay skipped."""
+        """Continues from a position; skipped batches stay skipped."""
 
     def skip(self, first: int, last: int) -> dict[str, Any]:
-        """Skips the batches of the steps from `first` to `last` from now on.
+        """Skips the batches of steps `first` to `last` from now on.
 
-        Returns JSON values for the log: `rows`, the number of rows skipped, and others.
+        Returns JSON values for the log, including `rows`, the number of rows skipped.
         """
 
     def metrics(self, step: int) -> dict[str, float]:
-        """Metrics of the data of a step, known on the host."""
+        """Metrics of a step's data, known on the host."""
 
     def save(self, step: int, folder: Path, about: dict[str, Any]) -> Path | None:
-        """Writes this process's rows of a recent batch and the values `about` it; None if they are not at hand now."""
+        """Writes this process's rows of a recent batch and the values `about` it; None if the batch is gone."""
 
     def close(self) -> None: ...
 
 
 Progress = Callable[[str], bool]
-"""Told, as part of "... at step N", how far an evaluation is; it is to stop as soon as this returns False."""
+"""Receives the progress of an evaluation, to be followed by " at step N"; False means stop."""
 Examine = Callable[[int, Params, Progress], dict[str, float] | None]
 """(step, trained parameters, progress) -> metrics, or None if it was stopped. All processes call it."""
 
 
 class Job(NamedTuple):
-    """One run, ready to start. Nothing has been written when it is made."""
+    """A run that is ready to start. Making it writes nothing."""
 
     objective: Objective
     optimizer: Optimizer
     abstract_state: TrainState
-    """Shapes and shardings, onto which a checkpoint is restored."""
+    """Shapes and shardings onto which a checkpoint is restored."""
     init_state: Callable[[], TrainState]
     """The state before the first update."""
     batches: Batches
     begin: Callable[[Path], None]
-    """Called with the workdir before the first step: writes the job's own files there and prints its tables."""
+    """Called with the workdir before the first step: writes the job's files and prints its tables."""
     finish: Callable[[Path, Params], None]
-    """Called at the end with the last checkpoint and its parameters: exports, samples, pictures."""
+    """Called at the end with the last checkpoint and its parameters: export, samples, pictures."""
     flops_per_step: int
-    """Model FLOPs of a step: of all its updates."""
+    """Model FLOPs of a step, all updates together."""
     flops_formula: str = "6 x matmul parameters x tokens + causal attention"
-    """What they are made of, for the reader of the log."""
+    """Explains `flops_per_step` in the log."""
     frozen: Params = {}
-    """Parameters that the loss reads and that are neither trained, differentiated nor saved."""
+    """Parameters that the loss reads; not trained, differentiated or saved."""
     validation: Sequence[Batch] = ()
-    """Held-out batches, placed on the mesh when they are asked for."""
+    """Held-out batches, placed on the mesh on access."""
     examine: Examine | None = None
     """A further evaluation of the parameters, after that of the held-out batches."""
     language_model: Callable[[Params], Baichuan2] | None = None
-    """The model of the trained parameters, for further evaluations; None where it does not write text."""
+    """The model of the trained parameters, for further evaluations; None if it does not generate text."""
     metadata: dict[str, Any] = {}
-    """JSON values saved with each checkpoint, beside those that the loop saves."""
+    """JSON values saved with each checkpoint besides the loop's own."""
     updates: int = 1
-    """Updates of a step: the leading dimension of its batch is as many groups of accumulation steps."""
+    """Updates per step: the leading dimension of the batch is this many groups of accumulation steps."""
     check: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
-    """Given the metrics of every step once they are known; raises ArithmeticError, on every process, if they show that
-    the run is broken. Nothing has been saved of the step then."""
+    """Receives the metrics of every step before the step is saved; raises ArithmeticError, on every process, if the run
+    is broken."""
     samples: bool = False
-    """Batches are made with the parameters of the step before, by a rollout. The loop waits for that step first, so
-    that its time counts as productive and the rest as rollouts, not as waiting for data."""
+    """Batches are rollouts of the current parameters. The loop then waits for the step first, so that its time counts
+    as productive and the rest as rollouts rather than as waiting for data."""
 
 
 # --------------------------------------------------------------------------------------------------------------- state
 
 
 def init_state(params: Params, optimizer: Optimizer) -> TrainState:
-    """The state before the first update; the moments are laid out as the parameters."""
+    """The state before the first update; moments are laid out as the parameters."""
     return TrainState(params, jax.jit(optimizer.init)(params), jnp.zeros((), jnp.int32))
 
 
 def abstract_state(params: Params, optimizer: Optimizer) -> TrainState:
-    """Shapes and shardings of the state for abstract parameters with shardings; call it under their mesh."""
+    """Shapes and shardings of the state, from abstract parameters with shardings; call it under their mesh."""
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     rest = jax.eval_shape(optimizer.init, params), jax.ShapeDtypeStruct((), jnp.int32)
     return TrainState(params, *place_shapes(mesh, rest))
@@ -196,16 +196,15 @@ TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, Ar
 def make_train_step(objective: Objective, optimizer: Optimizer, norms: bool = True, updates: int = 1) -> TrainStep:
     """(state, frozen parameters, batch [updates * A, B, ...]) -> (state after the updates, metrics).
 
-    Each update is from its own A accumulation steps. If the loss or the gradients' norm is not finite, or they have the
-    weight 0 (nothing to learn from: an update would decay the weights and follow old moments), the state is returned as
-    it was before it.
+    Each update uses its own A accumulation steps. The state is returned unchanged if the loss or gradient norm is not
+    finite, or if the weight is 0 (an update would only decay the weights and follow old moments).
 
-    Metrics of several updates: those of the objective are of all their parts, norms and the learning rate are of the
-    last one, but grad_norm and update_ratio are the largest; a batch is empty if all of its updates are.
+    With several updates, metrics of the objective cover all parts; norms and the learning rate are those of the last
+    update, but grad_norm and update_ratio are the largest; a batch is empty if all its updates are.
     """
 
     def update(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Parts, dict[str, Array]]:
-        """One update: the state after it, what it adds up, and its other metrics."""
+        """One update: the new state, its parts, and its other metrics."""
         weight = objective.weight(batch)
         empty = weight == 0
         weight = jnp.where(weight > 0, weight, 1.0)
@@ -255,7 +254,7 @@ def make_train_step(objective: Objective, optimizer: Optimizer, norms: bool = Tr
     return train_step
 
 
-# What is not finite once stays so.
+# Maxima keep a value that is not finite.
 _OF_SEVERAL: dict[str, Callable[[Array], Array]] = {"grad_norm": jnp.max, "update_ratio": jnp.max, EMPTY: jnp.all}
 
 
@@ -264,7 +263,7 @@ def lower_train_step(
     norms: bool = True,
     updates: int = 1,
 ) -> jax.stages.Lowered:  # fmt: skip
-    """The step for arguments like these, arrays or their shapes, to be compiled; it donates the state alone."""
+    """Lowers the jitted step for these arguments, arrays or shapes; it donates the state alone."""
     step = make_train_step(objective, optimizer, norms, updates)
     return jax.jit(step, donate_argnums=0).lower(state, frozen, batch)
 
@@ -280,6 +279,6 @@ def make_eval_step(objective: Objective) -> Callable[[Params, Params, Batch], Pa
 
 
 def _add_up(stacked: Parts) -> Parts:
-    """Parts of A micro-batches, [A] each -> those of all, added in their order."""
+    """Parts of A micro-batches, [A] each -> parts of all, added in order."""
     count = jax.tree.leaves(stacked)[0].shape[0]
     return functools.reduce(Parts.plus, (jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count)))

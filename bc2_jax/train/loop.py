@@ -1,4 +1,4 @@
-"""Runs a job: resume, compile, step, evaluate, save, rewind, stop. It knows no kind of run."""
+"""The training loop of every kind of run: resume, compile, step, evaluate, save, rewind, stop."""
 
 from __future__ import annotations
 
@@ -27,45 +27,46 @@ from bc2_jax.train.goodput import Goodput, goodput_table, read_sessions
 from bc2_jax.train.health import HealthMonitor, Steps
 from bc2_jax.train.job import Batch, BatchError, Job, Progress, Say, lower_train_step, make_eval_step
 from bc2_jax.train.kinds import with_tasks
-from bc2_jax.train.metrics import MetricsWriter, ProgressDisplay, Throughput, fingerprint, memory_metrics
-from bc2_jax.train.restore import find_checkpoint, restore_state, verify_resume
-from bc2_jax.train.start import check_attention, describe_start, tuned_options, use_compilation_cache
-from bc2_jax.train.workdir import own_workdir
+from bc2_jax.train.metrics import ProgressDisplay, Throughput, fingerprint, make_writer, memory_metrics
+from bc2_jax.train.resume import find_checkpoint, restore_state, verify_resume
+from bc2_jax.train.start import check_attention, describe_start, own_workdir, tuned_options, use_compilation_cache
+from bc2_jax.train.wandb_run import check_wandb
 
 Config = TypeVar("Config", bound=RunConfig)
 
 
 class RunResult(NamedTuple):
-    """Where a run ended."""
+    """How a run ended."""
 
     step: int
     fingerprint: str
     """SHA-256 of the trained parameters."""
     metrics: dict[str, float]
-    """Those of the last step, with the last validation."""
+    """Metrics of the last step and its validation."""
     workdir: Path
 
 
 class Start(NamedTuple):
-    """What `make_job` is given beside the config."""
+    """Arguments of `make_job` besides the config."""
 
     mesh: Mesh
-    """In use when the job is made."""
+    """In use while the job is made."""
     workdir: Path
     step: int
     """Step of the checkpoint that the run resumes from; 0 without one."""
     metadata: Metadata | None
-    """What is saved with that checkpoint."""
+    """Metadata of that checkpoint."""
     console: Console
     """Prints on process 0 only."""
     say: Say
-    """Prints a line to it."""
+    """Prints a line to `console`."""
     command: str
-    """What the printed hints tell the user to run with Python."""
+    """The command after `python` that printed hints repeat."""
     expendable: Expendable
-    """Takes what a job does that must not end the run."""
+    """Runs work whose failure must not end the run."""
     progress: Progress = lambda done: True
-    """Told how far a batch is that takes long; False if the run is to stop. All processes call it equally often."""
+    """Reports the progress of a batch that takes long; False if the run is to stop. All processes call it equally
+    often."""
 
 
 MakeJob = Callable[[Config, Start], Job]
@@ -74,28 +75,30 @@ MakeJob = Callable[[Config, Start], Job]
 def run(
     config: Config, make_job: MakeJob[Config], command: str = "bc2 train", started: float | None = None
 ) -> RunResult:
-    """Runs the job that `make_job` makes of the config, with its mesh filled in, from the newest good checkpoint.
+    """Runs the job of the config, with its mesh resolved, from the newest good checkpoint.
 
-    `started` is the time.monotonic() at which the program began: what came before this call is start-up time.
+    `started` is the time.monotonic() at which the program began; the time until this call counts as start-up.
 
-    Raises ValueError or FileNotFoundError for a run that cannot start, before anything is written;
-    FloatingPointError at a loss or gradient that is not finite: the checkpoints before it stay; and
-    distributed.Preempted after SIGTERM or Ctrl-C, with its step saved.
+    Raises ValueError or FileNotFoundError before anything is written if the run cannot start; FloatingPointError for a
+    loss or gradient that is not finite (checkpoints are kept); and distributed.Preempted after SIGTERM or Ctrl-C, with
+    the last step saved.
     """
-    started = time.monotonic() if started is None else started
+    started = started or time.monotonic()
     distributed.start(config)
     require_agreement(describe_start(config))
     use_compilation_cache(config.compilation_cache)
     config = config.resolve(jax.device_count())
     mesh = make_mesh(config.mesh)
     check_attention(config, mesh)
+    check_wandb(config)
     expendable = Expendable()
+    verified = config.num_steps - config.verify_resume_steps if config.verify_resume_steps else None
     with (
         distributed.Preemption() as preemption,
         distributed.Watchdog(config.distributed.step_timeout) as watchdog,
         own_workdir(config) as workdir,
-        # Closed whatever happens: its threads must not outlive an error that ends the program.
-        contextlib.closing(_make_checkpointer(config, workdir)) as saved,
+        # Closed in any case: its threads must not outlive an error that ends the program.
+        contextlib.closing(Checkpointer(workdir / "checkpoints", config.checkpoint, verified)) as saved,
         jax.set_mesh(mesh),
     ):
         watchdog.beat("the start")
@@ -113,13 +116,8 @@ def run(
         return loop.finish(step)
 
 
-def _make_checkpointer(config: RunConfig, workdir: Path) -> Checkpointer:
-    verified = config.num_steps - config.verify_resume_steps if config.verify_resume_steps else None
-    return Checkpointer(workdir / "checkpoints", config.checkpoint, verified)
-
-
 class _Loop:
-    """A run in progress: its state, its position in the batches, and the operations on them."""
+    """The state of a run in progress and the operations on it."""
 
     def __init__(
         self, config: RunConfig, job: Job, mesh: Mesh, checkpointer: Checkpointer,
@@ -139,7 +137,7 @@ class _Loop:
     # ----------------------------------------------------------------------------------------------- start
 
     def start(self, step: int, metadata: Metadata | None) -> None:
-        """The state of `step`; from here on, the workdir is written."""
+        """Restores or makes the state of `step`; from here on files are written to the workdir."""
         self.resumed_at, self.tokens_before = step, 0 if metadata is None else metadata.tokens
         if metadata is None:
             self.state = self.job.init_state()
@@ -161,15 +159,15 @@ class _Loop:
         if metadata is not None:
             after = f", after {metadata.tokens:,} tokens," if metadata.tokens else ""
             self.display.say(f"Resumed at step {step}{after} from {self.checkpointer.directory}.")
-        self.writer = MetricsWriter(self.workdir, step, self.expendable)
+        self.writer = make_writer(self.config, self.workdir, step, self.expendable)
 
     def compile(self) -> None:
-        """Compiles the step ahead of time, for the first batch: it cannot recompile."""
+        """Compiles the step for the first batch ahead of time, so that it can never recompile."""
         job, config = self.job, self.config
         self.display.start(self.steps.done)
         self.eval_step = jax.jit(make_eval_step(job.objective))
         if self.steps.done == config.num_steps:
-            return  # nothing is left but to finish
+            return  # only `finish` is left
         if (batch := self._next_batch(self.steps.done + 1)) is None:
             return
         with self.goodput.phase("compile"):
@@ -183,21 +181,21 @@ class _Loop:
     # ---------------------------------------------------------------------------------------------- steps
 
     def take_steps(self) -> None:
-        """Trains up to num_steps. Raises Preempted, with the last step saved, if it is stopped from outside."""
+        """Trains until num_steps. Raises Preempted, with the last step saved, if a signal stops it."""
         config, checkpointer = self.config, self.checkpointer
         pending: tuple[int, dict[str, jax.Array]] | None = None
-        stopping, failed = False, None  # the error instead of a next batch
+        stopping, failed = False, None  # failed: the error while making the next batch
         self.preemption.catch_interrupt()
         try:
             self._evaluate_if_due()
             self.throughput.restart()
             self.goodput.enter("step")
             for step in self.steps:
-                if self.batch is None:  # stopped before the first one was made
+                if self.batch is None:  # stopped before the first batch
                     raise self.preemption.stopped(step - 1, checkpointer.directory)
                 self.profiler.before(step)
-                # Metrics of a step are fetched after the next one was dispatched: the devices never wait for the host.
-                # A run that samples makes the next batch of this step's state, so it can only wait for it.
+                # A step's metrics are fetched after the next step was dispatched, so the devices never wait for the
+                # host. A run that samples needs this step's state for its next batch, so it must wait.
                 dispatched = time.perf_counter()
                 with jax.transfer_guard("disallow"):
                     self.state, metrics = self.train_step(self.state, self.job.frozen, self.batch)
@@ -206,7 +204,7 @@ class _Loop:
                     if self.job.samples:
                         values = self._finish_step(step, metrics)
                         values["update_seconds"] = time.perf_counter() - dispatched
-                    # Asked before too: to make a batch may take longer than is left after SIGTERM.
+                    # Checked before as well: making a batch may take longer than the time left after SIGTERM.
                     if step < config.num_steps and not self.preemption.reached():
                         try:
                             self._next_batch(step + 1)
@@ -220,7 +218,7 @@ class _Loop:
                 stopping = self.preemption.reached() or failed is not None
                 is_save = stopping or self._is_saved(step)
                 if is_eval or is_save:
-                    # Nothing is saved before its step is known to be finite, nor what a rewind will discard.
+                    # A step is saved only once it is known to be finite and will not be discarded by a rewind.
                     values, pending = values or self._finish_step(step, metrics), None
                     finished = time.perf_counter()
                     self.last = values | memory_metrics()
@@ -236,7 +234,7 @@ class _Loop:
                 elif values is not None:
                     self.writer.write(step, values)
                 if self.monitor.spike is not None:
-                    del metrics  # before memory is needed for the state that is restored
+                    del metrics  # frees memory for the restored state
                     pending = None
                     with self.goodput.phase("restore"):
                         step = self._rewind()
@@ -249,7 +247,7 @@ class _Loop:
             raise failed or self.preemption.stopped(step, checkpointer.directory)
 
     def _tokens(self, step: int) -> int:
-        """Trained on up to a step, the last resume or a later one: before it, batches may have had other sizes."""
+        """Tokens trained on up to a step since the last resume; before it, batches may have had other sizes."""
         return self.tokens_before + (step - self.resumed_at) * self.config.tokens_per_step
 
     def _is_permanent(self, step: int) -> bool:
@@ -265,7 +263,7 @@ class _Loop:
         return is_regular or step in (self.config.num_steps, self.checkpointer.pinned)
 
     def _evaluate_if_due(self) -> None:
-        """Before the first step of all, and where a run was stopped between the save of a step and its evaluation."""
+        """Before the first step, and after a stop between the save and the evaluation of a step."""
         done = self.steps.done
         if self._is_evaluated(done) and not first_decides(lambda: self.writer.has_evaluation(done)):
             self._evaluate(done)
@@ -304,7 +302,7 @@ class _Loop:
         return values
 
     def _stop(self, step: int, values: dict[str, float], name: str) -> None:
-        # NaN has no place in JSON: in this file the bits are kept.
+        # JSON has no NaN; this file keeps the bits.
         about = {"seed": self.config.seed} | {f"metric_{name}": value for name, value in values.items()}
         path = None
         with self.expendable.attempt("bad batches"):
@@ -313,7 +311,7 @@ class _Loop:
         raise FloatingPointError(f"{name} is {values[name]} at step {step}: the run stops; {where}.")
 
     def _evaluate(self, step: int) -> bool:
-        """Writes metrics of the validation batches, named validation_...; False if the run is to stop before its end.
+        """Writes the validation metrics, named validation_...; False if the run is to stop before their end.
 
         An evaluation that fails leaves no metrics.
         """
@@ -324,11 +322,11 @@ class _Loop:
                 self.display.say(f"step {step}  validation {job.objective.summary(values)}")
             if values is not None and job.examine is not None:
                 more: dict[str, float] | None = {}
-                with self.expendable.attempt("further evaluations"):  # the metrics above are kept
+                with self.expendable.attempt("further evaluations"):  # a failure keeps the metrics above
                     more = job.examine(step, self.state.params, progress)
                 values = None if more is None else values | more
             if values is None:
-                self.display.say(f"step {step}  the run is stopping: this evaluation is postponed to the next start")
+                self.display.say(f"step {step}  the run is stopping: the next start does this evaluation")
                 return False
             values = {f"validation_{name}": value for name, value in values.items()} | job.batches.metrics(step)
             self.last |= values
@@ -347,10 +345,10 @@ class _Loop:
         self.goodput.record(step)
 
     def _rewind(self) -> int:
-        """Goes back to a checkpoint before a spike of the loss, returns its step, and leaves out the spike's batches.
+        """Rewinds to a checkpoint before a spike of the loss and skips the spike's batches; returns the step.
 
-        Checkpoints from the spike on are set aside. Batches between the checkpoint and the spike are read again, in
-        their order. All processes call it. Raises FloatingPointError if the run may not go back again, or cannot.
+        Sets newer checkpoints aside. Batches between the checkpoint and the spike are read again, in order. All
+        processes call it. Raises FloatingPointError if the run may not rewind again or has no earlier checkpoint.
         """
         monitor, checkpointer = self.monitor, self.checkpointer
         assert (spike := monitor.spike) is not None
@@ -366,24 +364,24 @@ class _Loop:
         self._next_batch(good + 1)
         monitor.rewound(good, metadata.health, skipped)
         self.writer.close()
-        self.writer = MetricsWriter(self.workdir, good, self.expendable)
+        self.writer = make_writer(self.config, self.workdir, good, self.expendable)
         self.steps.done = self.resumed_at = good
         self.tokens_before = metadata.tokens
-        self.watchdog.beat(f"going back to step {good}")
+        self.watchdog.beat(f"rewinding to step {good}")
         self.throughput.restart()
         return good
 
     # ------------------------------------------------------------------------------------------------- end
 
     def finish(self, start_step: int) -> RunResult:
-        """Verifies the resume if configured, then hands the trained parameters to the job."""
+        """Verifies the resume if configured, then passes the trained parameters to the job."""
         config, job, say = self.config, self.job, self.display.say
         digest = fingerprint(self.state.params)
         if (verified := self.checkpointer.pinned) is not None:
             if start_step < verified:
                 verify_resume(job, self.train_step, self.checkpointer, verified, config.num_steps, digest, say)
             else:
-                say(f"Exact resume is not verified: this start began at step {start_step}, not before {verified}.")
+                say(f"Exact resume was not verified: this start began at step {start_step}, not before {verified}.")
             self.checkpointer.unpin()
         self.goodput.record(config.num_steps)
         if jax.process_index() == 0:

@@ -1,8 +1,8 @@
-"""Cross entropy and max-z loss (paper section 2.4) straight from hidden states, in one pass over the vocabulary.
+"""Cross entropy and max-z loss (paper section 2.4) from hidden states, in one pass over the vocabulary.
 
-The paper splits this calculation to cut its peak memory; so does this one: tokens go in chunks that stay on their
-device, the head is gathered once, and each chunk yields its loss and its gradients together. There is never a
-[B, T, V] tensor and no logit is computed twice. All statistics are fp32.
+Like the paper's, this computation is split to reduce its peak memory: tokens are processed in chunks that stay on their
+device, the head is gathered once, and each chunk gives its loss and gradients together. No [B, T, V] tensor exists and
+no logit is computed twice. Statistics are fp32.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from bc2_jax.sharding import named_sharding, rules_in_use, spec, use_rules
 
 
 class LossSums(NamedTuple):
-    """Sums over the valid targets of a batch, each times its weight, fp32 scalars; divide by `tokens` for means. One is
-    a maximum."""
+    """Weighted sums over the valid targets of a batch, fp32 scalars, and one maximum; divide by `tokens` for means."""
 
     cross_entropy: Array
     """-log p(label), nats."""
@@ -32,17 +31,17 @@ class LossSums(NamedTuple):
     correct: Array
     """1 where the label has the largest logit."""
     tokens: Array
-    """The weight of each valid target: 1 where none is given."""
+    """The weight of each valid target; 1 by default."""
     largest_logit: Array
-    """The largest logit of all, no sum; -inf without a valid target."""
+    """The maximum over all valid targets; -inf without one."""
 
     @classmethod
     def zeros(cls, dtype: jnp.dtype | type = jnp.float32) -> LossSums:
-        """Of no targets."""
+        """For no targets."""
         return cls(*jnp.zeros(len(cls._fields), dtype))._replace(largest_logit=jnp.array(-jnp.inf, dtype))
 
     def plus(self, other: LossSums) -> LossSums:
-        """Of the targets of both."""
+        """For the targets of both."""
         largest = jnp.maximum(self.largest_logit, other.largest_logit)
         return jax.tree.map(jnp.add, self, other)._replace(largest_logit=largest)
 
@@ -57,12 +56,10 @@ def head_loss(
 ) -> tuple[Array, LossSums]:
     """(sum of cross entropy + z_loss_weight * max_z over the valid targets, its parts).
 
-    `weights_BT` [B, T], if given, says in fp32 how often a target counts; it has no gradient.
-
-    `rows_VD` are the head's rows as they meet the hidden states (`Head.rows()`, normalised in fp32), cut along the
-    vocabulary and the model dimension as the weight is; they are cast to the dtype of `h_BTD` and gathered here.
-    labels [B, T] are the next tokens, IGNORED where there is none. `chunk` is in tokens per device. Only the first
-    result has a gradient. At equal largest logits, the max-z gradient is shared among them.
+    `rows_VD` are the rows of `Head.rows()`, sharded like the weight; they are cast to the dtype of `h_BTD` and gathered
+    here. labels [B, T] are the next tokens, IGNORED where there is none. `weights_BT` (fp32, default 1) is the weight
+    of each target and has no gradient. `chunk` is in tokens per device. Only the first result has a gradient. Equal
+    largest logits share the max-z gradient.
     """
     targets = (labels_BT,) if weights_BT is None else (labels_BT, weights_BT)
     return _head_loss(h_BTD, rows_VD, targets, z_loss_weight, chunk, rules_in_use())
@@ -74,7 +71,7 @@ def _head_loss(h_BTD, rows_VD, targets, z_loss_weight, chunk, rules):
 
 
 def _run(h_BTD, rows_VD, targets, z_loss_weight, chunk, rules, gradients=(False, False)):
-    """((loss, sums), gradients of the hidden states and of the rows: None those that `gradients` does not ask for)."""
+    """((loss, sums), gradients of hidden states and rows; None where `gradients` does not ask for one)."""
     local = functools.partial(_local_loss, z_loss_weight=z_loss_weight, chunk=chunk, gradients=gradients)
     with jax.named_scope("head_loss"), use_rules(rules):
         rows_VD = rows_VD.astype(h_BTD.dtype)
@@ -82,20 +79,18 @@ def _run(h_BTD, rows_VD, targets, z_loss_weight, chunk, rules, gradients=(False,
             return local(h_BTD, rows_VD, targets)
         hidden, stored, scalar = spec("batch", "sequence", "hidden"), spec("vocab", "embed"), spec()
         sums = (scalar, LossSums(*[scalar] * len(LossSums._fields)))
-        asked = tuple(
-            layout if is_asked else None for layout, is_asked in zip((hidden, stored), gradients, strict=True)
-        )
+        asked = tuple(layout if wanted else None for layout, wanted in zip((hidden, stored), gradients, strict=True))
         sums, gradients = jax.shard_map(
             functools.partial(local, on_mesh=True),
             in_specs=(hidden, stored, spec("batch", "sequence")),
             out_specs=(sums, asked),
         )(h_BTD, rows_VD, targets)
-        # The gradient of the whole head must be gone before the layers run backward: 2 GiB for 7B.
+        # Forces the gradient of the gathered head (2 GiB for 7B) to be freed before the layers run backward.
         return sums, jax.lax.optimization_barrier(gradients)
 
 
 def _local_loss(h_BTD, rows_VD, targets, *, z_loss_weight, chunk, gradients, on_mesh=False):
-    """One device's rows of the batch against its part of the vocabulary: (sums, gradients or None)."""
+    """One device's tokens against its shard of the vocabulary: (sums, gradients or None)."""
     labels_BT, *weights_BT = targets
     with_h, with_rows = gradients
     h_CTD, labels_CT = cut_tokens(h_BTD, chunk), cut_tokens(labels_BT, chunk, IGNORED)
@@ -123,7 +118,7 @@ def _local_loss(h_BTD, rows_VD, targets, *, z_loss_weight, chunk, gradients, on_
             d_max_T = 2 * z_loss_weight * valid_T * max_T / logits.ties_T
             d_logits_TV += jnp.where(logits.is_max_TV, d_max_T[:, None], 0)
         d_h_TD, d_rows_DV = head.add_gradients(h_TD, d_logits_TV, d_rows_DV)
-        # In the place of h, which nothing else needs: peak memory is in this loop.
+        # Overwrites h, which is no longer needed: peak memory is in this loop.
         return (sums, d_rows_DV, jax.lax.dynamic_update_index_in_dim(h_CTD, d_h_TD, index, 0)), None
 
     zero = varying(jnp.zeros((), head.exact), head.batch_axes)
@@ -138,7 +133,7 @@ def _local_loss(h_BTD, rows_VD, targets, *, z_loss_weight, chunk, gradients, on_
 
 
 def _forward(h_BTD, rows_VD, targets, z_loss_weight, chunk, rules):
-    # Of a head that is frozen none is computed: a matmul and, for 7B, 2 GiB.
+    # A frozen head needs no gradient: saves a matmul and, for 7B, 2 GiB.
     asked = True, rows_VD.perturbed
     values = tuple(target.value for target in targets)
     return _run(h_BTD.value, rows_VD.value, values, z_loss_weight, chunk, rules, asked)

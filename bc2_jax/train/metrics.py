@@ -1,4 +1,4 @@
-"""What every run tells: progress, throughput, metrics files, the parameters' fingerprint."""
+"""What every run reports: progress, throughput, metrics files, the parameters' fingerprint."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ from bc2_jax.sharding import to_host
 from bc2_jax.terminal import make_console
 from bc2_jax.tpu.chips import CHIPS, DEVICE_KINDS
 from bc2_jax.train.expendable import Expendable
+from bc2_jax.train.wandb_run import WandbRun
 
 _log = logging.getLogger(__name__)
 
 
 class Throughput:
-    """tokens/s, model TFLOP/s and MFU from the times at which steps were known to be complete."""
+    """tokens/s, model TFLOP/s and MFU, from the times at which steps were known to be complete."""
 
     def __init__(self, tokens_per_step: int, flops_per_step: int, flops_formula: str, mesh: Mesh):
         self.tokens, self.flops, self.flops_formula = tokens_per_step, flops_per_step, flops_formula
@@ -45,7 +46,7 @@ class Throughput:
         return f"{text}; MFU = FLOPs / step time / {self.peak:.3e} peak FLOP/s."
 
     def restart(self) -> None:
-        """Leaves out what happened since the last step."""
+        """Leaves out the time since the last step."""
         self.last = time.perf_counter()
 
     def leave_out(self, seconds: float) -> None:
@@ -65,25 +66,25 @@ class Throughput:
 
 
 def memory_metrics() -> dict[str, float]:
-    """GiB of device memory in use now and at the peak, where the backend reports them."""
+    """GiB of device memory, current and peak, if the backend reports them."""
     stats = jax.local_devices()[0].memory_stats() or {}
     names = {"bytes_in_use": "hbm_gib", "peak_bytes_in_use": "hbm_peak_gib"}
     return {new: stats[old] / 2**30 for old, new in names.items() if old in stats}
 
 
 class MetricsWriter:
-    """Appends to WORKDIR/metrics.jsonl and to TensorBoard events in WORKDIR/tensorboard; only process 0 writes.
+    """Appends to WORKDIR/metrics.jsonl, to TensorBoard events in WORKDIR/tensorboard and to W&B; only process 0 writes.
 
-    Both are expendable: what can't be written is counted and left out.
+    Failed writes are counted and left out (`Expendable`).
     """
 
-    def __init__(self, workdir: Path, start_step: int, expendable: Expendable):
-        """Removes the lines of steps after `start_step`, from which the run resumes: these steps will be done again."""
+    def __init__(self, workdir: Path, start_step: int, expendable: Expendable, wandb: WandbRun | None = None):
+        """Removes the lines of steps after `start_step`, from which the run resumes."""
         self.path, self._expendable = workdir / "metrics.jsonl", expendable
         self._file: BinaryIO | None = None
         self._is_torn = False
-        """Whether a line was cut off at the end of the file."""
-        self._events = EventFiles(workdir / "tensorboard", start_step + 1)
+        """Whether the last line of the file is unfinished."""
+        self._events, self._wandb = EventFiles(workdir / "tensorboard", start_step + 1), wandb
         self._is_writer = jax.process_index() == 0
         if self._is_writer and self.path.is_file():
             with expendable.attempt("metrics"):
@@ -97,15 +98,18 @@ class MetricsWriter:
         return False
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        """Appends what is known of a step; lines of one step add up."""
+        """Appends metrics of a step; several lines of one step add up."""
         if not self._is_writer:
             return
-        # JSON has no nan; a value that is none is written as null rather than as a line no parser reads.
+        # JSON has no NaN: values that are not finite are written as null.
         finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         with self._expendable.attempt("metrics"):
             self._append((json.dumps({"step": step, **finite}) + "\n").encode())
         with self._expendable.attempt("tensorboard"):
             self._events.write(step, metrics)
+        if self._wandb is not None:
+            with self._expendable.attempt("wandb"):
+                self._wandb.log(step, metrics)
 
     def close(self) -> None:
         if self._file is not None:
@@ -113,6 +117,9 @@ class MetricsWriter:
             self._file = None
         with self._expendable.attempt("tensorboard"):
             self._events.close()
+        if self._wandb is not None:
+            with self._expendable.attempt("wandb"):
+                self._wandb.close()
 
     def _keep_until(self, step: int) -> None:
         lines, bad = _parse_metrics(self.path)
@@ -121,12 +128,11 @@ class MetricsWriter:
             shutil.copyfile(self.path, damaged)
             _log.warning("%s is kept as %s, with the lines that are not records of metrics.", self.path, damaged.name)
         kept = "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step)
-        with replaced(self.path) as partial:  # killed here, the run still has its metrics
+        with replaced(self.path) as partial:  # a kill here must not lose the metrics
             partial.write_text(kept, encoding="utf-8")
 
     def _append(self, line: bytes) -> None:
-        """Without a buffer, so that nothing is written later than told; after a line cut off at a full disk, on a new
-        one."""
+        """Unbuffered, so that nothing is written later; starts a new line after one that a full disk cut off."""
         if self._file is None:
             self._file = self.path.open("a+b", buffering=0)
             size = self._file.seek(0, os.SEEK_END)
@@ -138,12 +144,21 @@ class MetricsWriter:
             self._is_torn, rest = count < len(rest), rest[count:]
 
 
+def make_writer(config: RunConfig, workdir: Path, start_step: int, expendable: Expendable) -> MetricsWriter:
+    """The metrics writer of a run; with W&B if its config asks for it."""
+    wandb = WandbRun(config, workdir) if config.wandb_project else None
+    return MetricsWriter(workdir, start_step, expendable, wandb)
+
+
 class EventFiles:
-    """TensorBoard events in a folder, written in the caller's thread: a writer thread that ended at a full disk would
-    make the run wait for it for ever. After an error the next event begins another file."""
+    """TensorBoard events in a folder, written in the caller's thread.
+
+    A writer thread that ended at a full disk would make the run wait forever. After an error the next event starts a
+    new file.
+    """
 
     def __init__(self, folder: Path, purge_step: int):
-        """TensorBoard leaves out what earlier files have from `purge_step` on."""
+        """TensorBoard ignores events of earlier files from `purge_step` on."""
         self._folder, self._purge_step = folder.absolute(), purge_step
         self._writer: Any = None
         self._flushed, self._files = 0.0, 0
@@ -177,7 +192,7 @@ class EventFiles:
 
         self._folder.mkdir(parents=True, exist_ok=True)
         self._files += 1
-        # Names differ by the second otherwise: a restart within it would write over the file before.
+        # Names have a resolution of one second: a restart within it would overwrite the previous file.
         writer = EventsWriter(str(self._folder / "events"), f".{os.getpid()}.{self._purge_step}.{self._files}")
         writer.write_event(
             Event(wall_time=time.time(), step=self._purge_step, session_log=SessionLog(status=SessionLog.START))
@@ -186,10 +201,9 @@ class EventFiles:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """What a metrics.jsonl says of each step, in their order; where lines of a step repeat a value, the last counts.
+    """The metrics of each step in a metrics.jsonl, in order; of repeated values the last counts.
 
-    A last line cut off by a killed run is left out; other lines that are not metrics are too, with a warning that names
-    them.
+    Ignores an unfinished last line, and other malformed lines with a warning.
     """
     lines, bad = _parse_metrics(path)
     if bad:
@@ -199,8 +213,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _parse_metrics(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """Metrics by step, and the numbers, from 1, of lines that are none."""
-    if not path.is_file():  # a device or a pipe may have no end
+    """Metrics by step, and the numbers, from 1, of malformed lines."""
+    if not path.is_file():  # a device or a pipe may be endless
         raise FileNotFoundError(f"{path} is not a file.")
     steps: dict[int, dict[str, Any]] = {}
     bad = []
@@ -218,7 +232,7 @@ def _parse_metrics(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
 
 
 class ProgressDisplay:
-    """A progress bar on a terminal, a log line every `log_every` steps elsewhere; only process 0 prints."""
+    """A progress bar on a terminal, else a log line every `log_every` steps; only process 0 prints."""
 
     def __init__(self, config: RunConfig, expendable: Expendable):
         self.config, self.start_step, self.start_time = config, 0, time.perf_counter()
@@ -227,7 +241,7 @@ class ProgressDisplay:
         self._bar: Progress | None = None
 
     def start(self, step: int) -> None:
-        """Steps after `step` follow; the time that is left is counted from here on."""
+        """Starts the display after `step`; the remaining time is estimated from here on."""
         self.start_step, self.start_time = step, time.perf_counter()
         if self.console.is_terminal and jax.process_index() == 0:
             columns = (TextColumn("{task.fields[text]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -263,9 +277,9 @@ class ProgressDisplay:
 
 
 def fingerprint(params: Params) -> str:
-    """SHA-256 over name, dtype, shape and bytes of every parameter; does not depend on the mesh.
+    """SHA-256 over name, dtype, shape and bytes of every parameter; independent of the mesh.
 
-    It is what tools/convert.py prints of the same parameters in any format.
+    tools/convert.py prints the same for these parameters in any format.
     """
     digests = []
     for path, array in flatten(params).items():

@@ -1,4 +1,4 @@
-"""The checkpoints of a run as a table, and as releases, which are named by their tokens."""
+"""The checkpoints of a run as a table and as releases named by tokens."""
 
 from __future__ import annotations
 
@@ -19,19 +19,18 @@ class Milestone(NamedTuple):
     step: int
     path: Path
     tokens: int
-    """Trained on so far."""
+    """Tokens trained on."""
     loss: float | None
-    """Of its step: training cross entropy, nats a token, or what else its kind of run minimises; None if metrics.jsonl
-    does not say."""
+    """Training cross entropy (nats per token), or the loss of the run's kind; None if metrics.jsonl lacks it."""
     validation_loss: float | None
     permanent: bool
-    """Whether it is kept for ever."""
+    """Whether it is never deleted."""
     problem: str | None
-    """What is wrong with its files."""
+    """What is wrong with its files; None if nothing is."""
 
 
 def list_milestones(run: Path, hashes: bool = False) -> list[Milestone]:
-    """The checkpoints of a run's folder, oldest first; with `hashes` every byte of them is read and compared.
+    """The checkpoints of a run's folder, oldest first; with `hashes` all bytes are verified.
 
     Raises FileNotFoundError if there are none.
     """
@@ -61,7 +60,7 @@ def _read(folder: Path, metrics: dict[str, Any], hashes: bool) -> Milestone:
 
 
 def revision_name(tokens: int) -> str:
-    """What the revision of a release after that many tokens is called: train_00220B after 220 billion.
+    """Name of a release after `tokens` tokens: train_00220B after 220 billion.
 
     Runs too short for billions are named in millions (M) or thousands (K).
     """
@@ -72,11 +71,10 @@ def revision_name(tokens: int) -> str:
 
 
 def export(run: Path, steps: list[int] | None, folder: Path) -> Iterator[Summary]:
-    """Writes the checkpoints of `steps` (None: every permanent one) as FOLDER/train_00220B, ... as they are released:
-    bf16, one pytorch_model.bin with the master rows of the head.
+    """Writes checkpoints in the released format to FOLDER/train_00220B, ...: bf16, one pytorch_model.bin.
 
-    Raises ValueError for a step that has no checkpoint or a damaged one, before anything is written, and
-    FileExistsError for an existing revision.
+    `steps` = None exports every permanent checkpoint. Raises ValueError for a missing or damaged one before anything is
+    written, and FileExistsError for an existing revision.
     """
     milestones = list_milestones(run)
     found = {milestone.step: milestone for milestone in milestones}

@@ -1,4 +1,4 @@
-"""AdamW as the paper's (section 2.4): warm-up and cosine, clipping, decay on all but norm weights."""
+"""AdamW as in the paper (section 2.4): warm-up and cosine schedule, clipping, decay on all but norm weights."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from bc2_jax.config import OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig) -> optax.Schedule:
-    """Learning rate of the n-th update, n from 0: linear to the peak, cosine to the minimum, constant after."""
+    """Learning rate of the n-th update, n from 0: linear to the peak, cosine to the minimum, then constant."""
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.peak_learning_rate, config.warmup_steps, config.decay_steps, config.min_learning_rate
     )
-    # The first update has 1 / warmup_steps of the peak; with 0 a whole batch would be spent on nothing.
+    # The first update has 1 / warmup_steps of the peak; with rate 0 a batch would be wasted.
     return lambda count: schedule(count + 1)
 
 
 def is_decayed(path: tuple, _: object) -> bool:
-    """Whether a parameter at this tree path has weight decay: all but the norms' weights."""
+    """Whether the parameter at this tree path has weight decay: all but the weights of norms."""
     return not any("norm" in str(getattr(key, "key", key)) for key in path)
 
 
 def scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Optax's Adam with both moments stored in `moment_dtype`; the arithmetic is fp32."""
+    """Optax's Adam with both moments stored in `moment_dtype`; arithmetic is fp32."""
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
     if config.moment_dtype == "float32":
         return adam
@@ -45,7 +45,7 @@ def scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 class Optimizer(NamedTuple):
-    """An optax.GradientTransformation that tells its learning rate."""
+    """An optax.GradientTransformation with its learning rate."""
 
     init: optax.TransformInitFn
     update: optax.TransformUpdateFn
@@ -54,7 +54,7 @@ class Optimizer(NamedTuple):
 
 
 def make_optimizer(config: OptimizerConfig) -> Optimizer:
-    """Gradients -> updates: clip by global norm, Adam, decoupled weight decay, learning rate."""
+    """Clip by global norm, Adam, decoupled weight decay, learning rate."""
     schedule = make_schedule(config)
     chain = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
@@ -68,18 +68,18 @@ def make_optimizer(config: OptimizerConfig) -> Optimizer:
 
 
 class PartsState(NamedTuple):
-    """The state of an optimizer of parts."""
+    """The state of `combine_optimizers`."""
 
     count: Array  # type: ignore[assignment]  # tuples have a method of this name
-    """Updates, int32 scalar; it stands before the counts of the parts."""
+    """Updates, int32 scalar; first in the tree, before the counts of the parts."""
     parts: dict[str, Any]
 
 
 def combine_optimizers(parts: Mapping[str, Optimizer], wait: Mapping[str, int] | None = None) -> Optimizer:
-    """An optimizer of parameters {name: tree}, each with the optimizer of its name: its own clip, moments and rate.
+    """One optimizer for parameters {name: tree}; each part has its own clipping, moments and rate.
 
-    A part that has to `wait` for so many updates keeps its parameters and its own state until then. The learning rate
-    that is told is that of the first part, also while it waits.
+    A part named in `wait` keeps its parameters and state for that many updates. The reported learning rate is that of
+    the first part, even while it waits.
     """
     wait = {} if wait is None else wait
 

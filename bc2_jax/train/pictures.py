@@ -1,4 +1,4 @@
-"""Pictures of what was measured."""
+"""Pictures of metrics, drawn with matplotlib."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bc2_jax.files import replaced
 
 @contextlib.contextmanager
 def picture(path: Path, rows: int = 1, columns: int = 1, **settings: Any) -> Iterator[Any]:
-    """The axes of `pyplot.subplots`, to draw in; then the picture is in `path`, whole or not at all."""
+    """Yields the axes of `pyplot.subplots`; afterwards writes the picture to `path` atomically."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -31,9 +31,9 @@ def picture(path: Path, rows: int = 1, columns: int = 1, **settings: Any) -> Ite
 def plot_metric(
     axes: Any, metrics: Sequence[Mapping[str, Any]], name: str, label: str | None, factor: float = 1, **style: Any
 ) -> None:
-    """A line of the metric `name` by step, times `factor`; nothing if no step has it.
+    """Draws the metric `name` by step, times `factor`; nothing if no step has it.
 
-    `style` is passed to `Axes.plot`, except `dots_below`: lines of fewer points than that mark each point by a dot.
+    `style` is passed to `Axes.plot`; `dots_below` marks each point if there are fewer points than this.
     """
     points = [(m["step"], factor * m[name]) for m in metrics if m.get(name) is not None]
     if len(points) < style.pop("dots_below", 0):
@@ -43,7 +43,7 @@ def plot_metric(
 
 
 def add_grid_and_legend(axes: Any, **style: Any) -> None:
-    """A grid, and a legend in this style where something has a label."""
+    """Adds a grid, and a legend if anything has a label."""
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(**style)

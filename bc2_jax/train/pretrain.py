@@ -1,4 +1,4 @@
-"""Pre-training (paper section 2.4): the next token of packed rows of text. `make_job` is all that it adds to a run."""
+"""Pre-training (paper section 2.4): next-token prediction on packed rows of text."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from jax.sharding import Mesh
 from bc2_jax.checkpoint import TOKENIZER_NAME
 from bc2_jax.config import ComputeConfig, ModelConfig, RunConfig, TrainConfig
 from bc2_jax.convert.pretrained import load_params
-from bc2_jax.data.bad_rows import BadRows
 from bc2_jax.data.batch import Batch, abstract_batch
+from bc2_jax.data.loader import record_row_order
 from bc2_jax.data.row_batches import RowBatches, ValidationBatches, next_row
-from bc2_jax.data.row_order import record_row_order
-from bc2_jax.files import replaced
+from bc2_jax.data.row_file import BadRows
+from bc2_jax.files import file_sha256, replaced
 from bc2_jax.model.baichuan import Baichuan2, Params, abstract_params, init_params, split_model
-from bc2_jax.tokenizer import Tokenizer, file_sha256
+from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.train.checks import (
     check_export,
     check_initial_model,
@@ -44,17 +44,17 @@ _log = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, command: str = "train.py", started: float | None = None) -> RunResult:
-    """Pre-trains as `config` says; as `loop.run`."""
+    """Pre-trains as `config` says; see `loop.run`."""
     return run(config, make_job, command, started)
 
 
 def complete(config: TrainConfig) -> TrainConfig:
-    """What a config leaves to the data, filled in: here nothing."""
+    """Fills in config fields that depend on the data: none here."""
     return config
 
 
 def make_step(config: TrainConfig, mesh: Mesh) -> StepParts:
-    """The step of a run that trains all parameters."""
+    """The training step of a run that trains all parameters."""
     optimizer = make_optimizer(config.optimizer)
     return StepParts(
         objective=make_objective(config.model, config.compute),
@@ -66,9 +66,9 @@ def make_step(config: TrainConfig, mesh: Mesh) -> StepParts:
 
 
 def make_job(config: TrainConfig, start: Start, step: StepParts | None = None) -> Job:
-    """The run of `config`, whose steps are `step` if they are given.
+    """The job of `config`, with the training step `step` if given.
 
-    Raises ValueError or FileNotFoundError, naming the field, for one that cannot start.
+    Raises ValueError or FileNotFoundError, naming the field, if the run cannot start.
     """
     changes: list[Change] = []
     if start.metadata is None:
@@ -92,7 +92,7 @@ def make_job(config: TrainConfig, start: Start, step: StepParts | None = None) -
     def init() -> TrainState:
         if config.init_from is None:
             return init_state(init_params(config.model, config.seed, start.mesh), step.optimizer)
-        # In fp32, each device reading its own part.
+        # In fp32; each device reads its own shard.
         return init_state(load_params(config.init_from, "float32", start.mesh)[0], step.optimizer)
 
     def begin(workdir: Path) -> None:
@@ -125,12 +125,12 @@ def make_job(config: TrainConfig, start: Start, step: StepParts | None = None) -
 
 
 def flops_per_step(config: TrainConfig) -> int:
-    """Model FLOPs of one update over the whole batch."""
+    """Model FLOPs of one update on the whole batch."""
     return config.data.global_batch_size * config.model.flops_per_sequence(config.data.sequence_length)
 
 
 def make_abstract_state(config: RunConfig, mesh: Mesh, optimizer: Optimizer) -> TrainState:
-    """Shapes and shardings of the state where all parameters are trained; call it under `jax.set_mesh(mesh)`."""
+    """Shapes and shardings of the state if all parameters are trained; call it under `jax.set_mesh(mesh)`."""
     return abstract_state(abstract_params(config.model, mesh), optimizer)
 
 
@@ -138,7 +138,7 @@ def make_abstract_state(config: RunConfig, mesh: Mesh, optimizer: Optimizer) -> 
 
 
 def make_objective(model: ModelConfig, compute: ComputeConfig) -> Objective:
-    """Cross entropy and max-z (`head_loss`) of the next token; every valid target of a batch has the same weight."""
+    """Cross entropy and max-z (`head_loss`) of the next token, averaged over the valid targets of the batch."""
     return Objective(
         loss=make_loss(model, compute),
         weight=lambda batch: count_targets(batch["labels"]),
@@ -149,7 +149,7 @@ def make_objective(model: ModelConfig, compute: ComputeConfig) -> Objective:
 
 
 Build = Callable[[Params, Params, Batch], Baichuan2]
-"""(trained parameters, frozen ones, a micro-batch) -> the model that computes its loss."""
+"""(trained parameters, frozen ones, micro-batch) -> the model that computes its loss."""
 
 
 def make_loss(
@@ -158,8 +158,7 @@ def make_loss(
 ) -> Callable[[Params, Params, Batch], tuple[Array, Parts]]:  # fmt: skip
     """`Objective.loss`: the sum over the valid targets of a micro-batch [B, T].
 
-    By default all parameters of the model are trained, and every target counts once: else as often as `weigh` says,
-    fp32 [B, T].
+    By default all parameters are trained and every target has weight 1; `weigh` gives other weights, fp32 [B, T].
     """
     graphdef, _, _ = split_model(model, compute)
 
@@ -176,13 +175,13 @@ def make_loss(
 
 
 def sum_parts(sums: LossSums) -> Parts:
-    """What `head_loss` adds up, by name."""
+    """The sums of `head_loss` by name."""
     values = sums._asdict()
     return Parts(maxima={"largest_logit": values.pop("largest_logit")}, sums=values)
 
 
 def mean_metrics(parts: Parts, z_loss_weight: float) -> dict[str, Array]:
-    """Sums over valid targets -> means: loss and its parts, accuracy, and the number of targets."""
+    """Sums over valid targets -> means: loss and its parts, accuracy; and the number of targets."""
     sums = LossSums(**parts.sums, **parts.maxima)
     total = jnp.maximum(sums.tokens, 1.0)
     return {
@@ -197,7 +196,7 @@ def mean_metrics(parts: Parts, z_loss_weight: float) -> dict[str, Array]:
 
 
 def head_norms(params: Params) -> dict[str, Array]:
-    """fp32 scalars: norms of the head's rows, before NormHead makes them one."""
+    """fp32 scalars: norms of the head's rows before NormHead."""
     squares_V = jnp.sum(jnp.square(params["lm_head"]["weight"]), axis=-1)
     return {
         "head_row_norm_min": jnp.sqrt(jnp.min(squares_V)),
@@ -207,7 +206,7 @@ def head_norms(params: Params) -> dict[str, Array]:
 
 
 def keep_tokenizer(workdir: Path, tokenizer: str, sha256: str, step: int) -> None:
-    """Puts the run's tokenizer into its folder, whole or not at all; another one there gets a name with `step`."""
+    """Copies the run's tokenizer to its folder, atomically; renames a different one that is already there."""
     kept = workdir / TOKENIZER_NAME
     if kept.is_file():
         if file_sha256(kept) == sha256:

@@ -1,7 +1,7 @@
-"""Recorded steps done again from a checkpoint, and compared bit for bit: bad hardware or bad data?
+"""Replays recorded steps from a checkpoint and compares them bit for bit: hardware error or changed data?
 
-JSON keeps the metrics of metrics.jsonl exactly (Python writes the shortest text that gives the same number), so each
-line is a fingerprint of its step: of the batch as the devices had it, the loss, the gradients, the new parameters.
+JSON keeps the numbers of metrics.jsonl exactly (Python writes the shortest text that parses to the same number), so
+each line is a fingerprint of its step: of the batch on the devices, the loss, the gradients, the new parameters.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from bc2_jax.train.job import StepParts, TrainState, TrainStep, lower_train_step
 from bc2_jax.train.kinds import kind_of, read_config
 from bc2_jax.train.loop import Start
 from bc2_jax.train.metrics import fingerprint, read_metrics
-from bc2_jax.train.restore import restore_state
+from bc2_jax.train.resume import restore_state
 from bc2_jax.train.start import check_attention, tuned_options
 from bc2_jax.validation import require
 
 
 class Comparison(NamedTuple):
-    """One recorded step against the same step done again."""
+    """A recorded step and its replay."""
 
     step: int
     compared: dict[str, tuple[float | str | None, float | str]]
-    """Name -> (recorded, now); a recorded None is a value that was not finite."""
+    """Name -> (recorded, replayed); a recorded None was not finite."""
 
     @property
     def different(self) -> list[str]:
@@ -62,7 +62,7 @@ def _same(recorded: float | str | None, now: float | str) -> bool:
 
 
 class Folder(NamedTuple):
-    """A checkpoint to read; unlike a Checkpointer it leaves the folders of a run that goes on alone."""
+    """Reads a checkpoint; unlike Checkpointer it changes nothing in the folder of a run."""
 
     path: Path
 
@@ -72,7 +72,7 @@ class Folder(NamedTuple):
 
 
 def choose_checkpoint(path: str | Path, step: int) -> Path:
-    """The newest complete checkpoint before `step` of a run, or the one that `path` is."""
+    """The newest complete checkpoint of a run before `step`, or the checkpoint at `path` itself."""
     path = Path(path).absolute()
     folder = path / "checkpoints"
     if folder.is_dir():
@@ -80,16 +80,16 @@ def choose_checkpoint(path: str | Path, step: int) -> Path:
         if not earlier:
             raise ValueError(f"--step = {step} is not valid: {path} has no checkpoint before it.")
         return max(earlier, key=lambda p: int(p.name))
-    found = newest_checkpoint(path) or find_model(path).path  # which says what is there instead
+    found = newest_checkpoint(path) or find_model(path).path  # raises with what is there instead
     if not found.name.isdigit() or int(found.name) >= step or not (found / "opt_state").is_dir():
         raise ValueError(f"--step = {step} is not valid: {found} must be a training checkpoint of a step before it.")
     return found
 
 
 def recorded_config(checkpoint: Path, step: int, last: RunConfig) -> RunConfig:
-    """The config with which `step` was done: a run may go on from `checkpoint` with another than it was saved with.
+    """The config that `step` was trained with; a run may resume from `checkpoint` with a changed one.
 
-    It is in the next checkpoint; where there is none it is `last`, that of the last start.
+    It is in the next checkpoint; without one it is `last`, the config of the last start.
     """
     later = [p for p in checkpoint.parent.iterdir() if p.name.isdigit() and int(p.name) >= step and is_complete(p)]
     if not later:
@@ -98,14 +98,14 @@ def recorded_config(checkpoint: Path, step: int, last: RunConfig) -> RunConfig:
 
 
 def _on_these_devices(config: RunConfig) -> RunConfig:
-    """On a pod the processes find each other again; simulated devices of several processes become those of one."""
+    """Simulated devices of several processes become those of one; on a pod the processes find each other."""
     devices = config.mesh.num_cpu_devices * (config.distributed.num_processes or 1)
     mesh = dataclasses.replace(config.mesh, num_cpu_devices=devices)
     return dataclasses.replace(config, distributed=DistributedConfig(), mesh=mesh)
 
 
 def load_batch(paths: Sequence[str | Path], step: int) -> tuple[list[dict[str, np.ndarray]], dict[str, float]]:
-    """(rows of each file, metrics) that a run saved of a step. Raises ValueError for files of something else."""
+    """(rows of each file, metrics) that a run saved of a step. Raises ValueError for other files."""
     parts = []
     for path in paths:
         with np.load(path, allow_pickle=False) as file:  # data: nothing in it is executed
@@ -115,16 +115,16 @@ def load_batch(paths: Sequence[str | Path], step: int) -> tuple[list[dict[str, n
             reason = f"it has no {missing[0]}" if missing else f"it is of step {int(parts[-1]['step'])}, not {step}"
             raise ValueError(f"--batch = {str(path)!r} is not valid: {reason}.")
     metrics = {name.removeprefix("metric_"): float(x) for name, x in parts[0].items() if name.startswith("metric_")}
-    # What is beside the rows is numbers of the step.
+    # Fields of other shapes are numbers of the step.
     return [{name: x for name, x in part.items() if x.ndim == 2} for part in parts], metrics
 
 
 def replay(path: str | Path, step: int, batch: Sequence[str | Path] = ()) -> Iterator[Comparison]:
-    """Does the steps from the newest checkpoint before `step` up to it again, yielding each compared with its record.
+    """Repeats the steps from the newest checkpoint before `step` to `step`; yields each compared with its record.
 
-    Rows come from the loader, those of `step` itself from the files `batch` if given. If a checkpoint of `step` exists
-    its parameters are compared too (SHA-256). Nothing is written. Raises ValueError or FileNotFoundError, before any
-    step, if the checkpoint, the record or as many devices as the run had are not there.
+    Rows are read by the loader, those of `step` itself from the files `batch` if given. If a checkpoint of `step`
+    exists, the parameters' SHA-256 is compared too. Writes nothing. Raises ValueError or FileNotFoundError, before any
+    step, without the checkpoint, the records or as many devices as the run had.
     """
     checkpoint = choose_checkpoint(path, step)
     run, start = checkpoint.parent.parent, int(checkpoint.name)
@@ -137,7 +137,7 @@ def replay(path: str | Path, step: int, batch: Sequence[str | Path] = ()) -> Ite
         ) from error
     distributed.start(_on_these_devices(last))  # before Orbax asks JAX for devices
     config = _on_these_devices(recorded_config(checkpoint, step, last))
-    config = dataclasses.replace(config, workdir=str(run))  # it may have been moved; what it keeps is there
+    config = dataclasses.replace(config, workdir=str(run))  # the run may have been moved with its files
     records = {line["step"]: line for line in read_metrics(run / "metrics.jsonl")}
     if saved is not None and step not in records:
         records[step] = saved[1]
@@ -152,7 +152,7 @@ def replay(path: str | Path, step: int, batch: Sequence[str | Path] = ()) -> Ite
         if isinstance(config, TrainConfig):
             frozen, next_batch = parts.load_frozen(), _reader(config, mesh, parts, records, saved, step)
         else:
-            legal = f"a {type(config).__name__} makes its batches itself and reads none: leave it out"
+            legal = f"a {type(config).__name__} samples its batches and reads none: leave it out"
             require(saved is None, "--batch", list(map(str, batch)), legal)
             frozen, next_batch = _maker(config, mesh, checkpoint, Path(scratch))
         state = restore_state(Folder(checkpoint), start, parts.state)
@@ -178,14 +178,14 @@ def replay(path: str | Path, step: int, batch: Sequence[str | Path] = ()) -> Ite
 
 
 NextBatch = Callable[[int, TrainState], Batch]
-"""(step, state before it) -> its batch, as the run had it."""
+"""(step, state before it) -> the run's batch."""
 
 
 def _reader(
     config: TrainConfig, mesh: Mesh, parts: StepParts, records: dict[int, dict[str, Any]],
     saved: tuple[list[dict[str, np.ndarray]], dict[str, float]] | None, last: int,
 ) -> NextBatch:  # fmt: skip
-    """Of a run on rows: those that its record names; of the step `last` those that were saved, if they were."""
+    """For a run on rows: reads the recorded rows; for step `last` the saved ones if given."""
     part, put = batch_part(mesh, jax.process_index()), make_put(config.data, mesh)
     make_loader = functools.cache(
         functools.partial(
@@ -195,7 +195,7 @@ def _reader(
     size = config.data.global_batch_size
 
     def next_batch(now: int, state: TrainState) -> Batch:
-        # Earlier versions recorded the number of the batch, where it was not the step's.
+        # Earlier versions recorded the batch's number if it differed from the step's.
         first = int(records[now].get("first_row", records[now].get("data_index", now - 1) * size))
         rows = make_loader(first_row=first % size)[first // size]
         rows = rows | parts.fields(rows)
@@ -207,8 +207,7 @@ def _reader(
 
 
 def _maker(config: RunConfig, mesh: Mesh, checkpoint: Path, scratch: Path) -> tuple[Params, NextBatch]:
-    """(frozen parameters, batches) of a run that makes them from its own parameters; what it writes meanwhile goes to
-    `scratch`, and its own folder stays as it is."""
+    """(frozen parameters, batches) of a run that samples its batches; it writes to `scratch` instead of the workdir."""
     step = int(checkpoint.name)
     metadata = read_training_metadata(checkpoint)
     console = make_console(quiet=True)
@@ -219,18 +218,16 @@ def _maker(config: RunConfig, mesh: Mesh, checkpoint: Path, scratch: Path) -> tu
 
 
 def _own_rows(parts: list[dict[str, np.ndarray]], count: int) -> dict[str, np.ndarray]:
-    """Those of this process: its file's, or of all files where it is alone."""
+    """The rows of this process: from its file, or from all files if it is the only process."""
     several = jax.process_count() > 1 and len(parts) == jax.process_count()
     mine = parts[jax.process_index()] if several else {n: np.concatenate([p[n] for p in parts]) for n in parts[0]}
     if len(mine["labels"]) != count:
-        raise ValueError(
-            f"--batch has {len(mine['labels'])} rows of a step, not {count}: give the file of each process."
-        )
+        raise ValueError(f"--batch has {len(mine['labels'])} rows, not {count}: pass the file of each process.")
     return mine
 
 
 def describe(comparison: Comparison) -> str:
-    """One line, or one for each difference."""
+    """One line if all is identical, else one line per difference."""
     if not comparison.different:
         bits = "  ".join(f"{n} {_bits(comparison.compared[n][1])}" for n in FINGERPRINT if n in comparison.compared)
         return f"step {comparison.step}: identical  {bits}"
@@ -254,13 +251,13 @@ def _bits(value: float | str | None) -> str:
 
 
 def verdict(comparisons: Sequence[Comparison]) -> str:
-    """What the comparisons say, in a sentence."""
+    """The conclusion from the comparisons, in a sentence."""
     first = next((c for c in comparisons if c.different), None)
     if first is None:
         return "identical"
     if "batch_checksum" in first.different:
-        return f"different from step {first.step} on: the batch is another one than then; look at the data."
+        return f"different from step {first.step} on: the batch differs; look at the data."
     return (
-        f"different from step {first.step} on, with the same batch: the hardware erred then or now, or the versions, "
-        "the mesh or the machine are others. Replay on another machine of the kind tells which."
+        f"different from step {first.step} on, with the same batch: a hardware error then or now, or other versions, "
+        "another mesh or another kind of machine. A replay on another machine of the same kind tells which."
     )

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from bc2_jax.config import RunConfig, TrainConfig
 from bc2_jax.convert.conversion import Options, to_hf
-from bc2_jax.data import ngram
+from bc2_jax.data.baselines import bigram_cross_entropy, unigram_cross_entropy, unigram_entropy
 from bc2_jax.data.corpus import list_parts
 from bc2_jax.data.loader import describe_mixture
 from bc2_jax.data.packing import read_rows
@@ -31,7 +31,7 @@ from bc2_jax.train.pictures import add_grid_and_legend, picture, plot_metric
 
 
 def print_tables(console: Console, config: TrainConfig, mesh: Mesh) -> None:
-    """What is trained and on what."""
+    """Tables of the model, the batch and the mesh."""
     model, data = config.model, config.data
     rows = {
         "parameters": f"{model.num_parameters():,}",
@@ -51,8 +51,10 @@ def print_tables(console: Console, config: TrainConfig, mesh: Mesh) -> None:
 
 
 def print_mixture(console: Console, config: TrainConfig, step: int = 0, row: int = 0) -> None:
-    """Which share of the tokens each folder of rows has, and how often the run, which is at `row` after `step`, reads
-    it up to its end."""
+    """A table of the share of tokens of each folder of rows, and its epochs until the end of the run.
+
+    The run is at `row` after `step`.
+    """
     data = config.data
     table = make_table("rows of", "rows", "share", title="Data", numbers_from=1)
     for first in data.stage_rows:
@@ -74,7 +76,7 @@ def _print_table(console: Console, title: str, rows: dict[str, str]) -> None:
 
 
 def make_baselines(config: TrainConfig, console: Console) -> dict[str, float]:
-    """Validation cross entropy, nats a token, of n-gram models counted on the training rows."""
+    """Validation cross entropy, nats per token, of n-gram models counted on the training rows."""
     train, validation = (
         np.concatenate(
             [read_rows(part.path, split) for source in config.data.sources for part in list_parts(source.path)]
@@ -82,39 +84,39 @@ def make_baselines(config: TrainConfig, console: Console) -> dict[str, float]:
         for split in ("train", "validation")
     )
     vocab_size = config.model.vocab_size
-    entropy = ngram.unigram_entropy(validation, vocab_size)
+    entropy = unigram_entropy(validation, vocab_size)
     baselines = {
-        "unigram model": ngram.unigram_cross_entropy(train, validation, vocab_size),
-        "bigram model": ngram.bigram_cross_entropy(train, validation, vocab_size),
+        "unigram model": unigram_cross_entropy(train, validation, vocab_size),
+        "bigram model": bigram_cross_entropy(train, validation, vocab_size),
     }
     parts = [f"unigram entropy {entropy:.4f}"]
     parts += [f"cross entropy of a {name} {value:.4f}" for name, value in baselines.items()]
-    parts.append(f"of a model that knows nothing {np.log(vocab_size):.4f}")
+    parts.append(f"of a uniform model {np.log(vocab_size):.4f}")
     console.print(f"Held-out text, nats a token: {', '.join(parts)}.", soft_wrap=True)
     return baselines
 
 
 class Ending(NamedTuple):
-    """What the end of a run makes, beside samples."""
+    """What the end of a run makes besides samples."""
 
     export: Callable[[], Path | None]
-    """Writes it for other programs and says where, None for nowhere; every process calls it."""
+    """Exports for other programs; returns the path or None. Every process calls it."""
     draw: Callable[[], None]
     """Draws the pictures."""
     print_hints: Callable[[Path | None], None]
-    """Where everything is and what to type next, given what `export` returned."""
+    """Prints the run's files and the next commands, given the result of `export`."""
 
 
 def show_results(
     config: TrainConfig, ending: Ending, model: Callable[[], Baichuan2], tokenizer: Tokenizer, start: Start
 ) -> None:
-    """`end_run` of a run whose trained model, which `model` gives, writes samples."""
+    """`end_run` with samples from the trained model, which `model` makes."""
     prompts = config.sample.prompts
     end_run(ending, start, (lambda: show_samples(model(), config, tokenizer, start.say)) if prompts else None)
 
 
 def end_run(ending: Ending, start: Start, write_samples: Callable[[], None] | None = None) -> None:
-    """Exports, writes samples, draws and prints hints. Raises what made the export fail when all else is done."""
+    """Exports, writes samples, draws and prints hints. Raises an error of the export once all else is done."""
     exported, failed = None, None
     try:
         exported = ending.export()
@@ -146,17 +148,17 @@ def finish_run(
 
 
 def export_hf(config: RunConfig, checkpoint: Path) -> Path | None:
-    """WORKDIR/hf, if the config asks for it, written by the first process; from the files, as none has all arrays."""
+    """WORKDIR/hf if the config asks for it, written by process 0 from the checkpoint, as no process has all arrays."""
     exported = checkpoint.parent.parent / EXPORT_NAME
     if not config.export_hf or jax.process_index() != 0:
         return None
-    # Ours to replace: an earlier end of this same run wrote it.
+    # May be replaced: an earlier end of this run wrote it.
     to_hf(checkpoint, exported, Options(overwrite=True, allow_unused_rows=True), dtype="float32")
     return exported
 
 
 def show_curve(workdir: Path, baselines: dict[str, float], say: Say) -> None:
-    """Draws WORKDIR/loss.png and says how the loss on held-out text changed."""
+    """Draws WORKDIR/loss.png and prints the first and last loss on held-out text."""
     metrics = read_metrics(workdir / "metrics.jsonl")
     plot_loss_curve(metrics, baselines, workdir / "loss.png")
     validation = [m["validation_cross_entropy"] for m in metrics if m.get("validation_cross_entropy") is not None]
@@ -166,7 +168,7 @@ def show_curve(workdir: Path, baselines: dict[str, float], say: Say) -> None:
 
 
 def print_hints(config: TrainConfig, checkpoint: Path, exported: Path | None, start: Start) -> None:
-    """Where everything is and what to type next."""
+    """The run's files and the next commands."""
     workdir, say = checkpoint.parent.parent, start.say
     print_places(checkpoint, exported, start)
     print_how_to_go_on(workdir, f"--num-steps {config.num_steps + config.checkpoint.save_every}", start)
@@ -176,7 +178,7 @@ def print_hints(config: TrainConfig, checkpoint: Path, exported: Path | None, st
 
 
 def print_places(checkpoint: Path, exported: Path | None, start: Start) -> None:
-    """Where a run's files are."""
+    """The paths of a run's files."""
     workdir, say = checkpoint.parent.parent, start.say
     say(f"checkpoint   {checkpoint}")
     if exported is not None:
@@ -186,25 +188,25 @@ def print_places(checkpoint: Path, exported: Path | None, start: Start) -> None:
 
 
 def print_how_to_go_on(workdir: Path, longer: str, start: Start) -> None:
-    """The command that makes the run longer by the arguments `longer`."""
+    """The command that resumes the run and extends it with the arguments `longer`."""
     again = f"{start.command} --workdir {shlex.quote(str(workdir))}"
-    start.say(f"to go on     {again} --resume auto {longer}")
+    start.say(f"to resume    {again} --resume auto {longer}")
 
 
 def show_samples(model, config: TrainConfig, tokenizer: Tokenizer, say: Say) -> None:
-    """Prints each prompt of the config with the model's continuation."""
+    """Prints each sample prompt with the model's continuation."""
     sample = config.sample
     texts = generate_text(
         model, tokenizer, sample.prompts, max_new_tokens=sample.max_new_tokens, temperature=sample.temperature,
         top_k=sample.top_k, top_p=sample.top_p, repetition_penalty=sample.repetition_penalty, seed=config.seed,
     )  # fmt: skip
     for prompt, text in zip(sample.prompts, texts, strict=True):
-        say(f"--- {prompt!r} goes on:\n{text}")
+        say(f"--- {prompt!r} continues:\n{text}")
     say("---")
 
 
 def plot_loss_curve(metrics: list[dict[str, Any]], baselines: dict[str, float], path: Path) -> None:
-    """A picture of training and validation cross entropy by step, with the baselines as lines."""
+    """Training and validation cross entropy by step, with the baselines as lines."""
     with picture(path, figsize=(8, 4.5)) as axes:
         for name, label in (("cross_entropy", "training"), ("validation_cross_entropy", "validation")):
             plot_metric(axes, metrics, name, label, dots_below=50, markersize=4)

@@ -1,4 +1,4 @@
-"""The thresholds of bc2_jax/curate, for Chinese, English and code.
+"""The default settings of curation, for Chinese, English and code.
 
 python tools/curate.py RAW... --out DIR --config configs/curation/default.py
 """

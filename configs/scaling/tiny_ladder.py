@@ -97,14 +97,14 @@ def prepare(config: TrainConfig) -> TrainConfig:
     if not is_ladder(config):
         return prepared
     from bc2_jax.align.demo_runs import is_finished, require_run
-    from bc2_jax.evaluate.scaling import report
+    from bc2_jax.evaluate.scaling.analysis import analyse
 
     for rung, folder in smaller(config):
         mine = dataclasses.replace(as_rung(config, rung), workdir=None, resume="never")
         if is_finished(folder):
             require_same(folder, dataclasses.replace(mine, data=prepared.data))
         require_run(config, "name", str(folder), FILE, arguments(mine, globals()["config"](), ""))
-    analysis = report.analyse(*ladder(config), law="compute", delta=DELTA)
+    analysis = analyse(*ladder(config), law="compute", delta=DELTA)
     (predicted,) = analysis.predictions
     assert predicted.intervals is not None
     low, high = predicted.intervals[-1]
@@ -119,16 +119,16 @@ def finish(config: TrainConfig, workdir: Path) -> None:
     """The prediction beside what came out, as a table and a picture."""
     if not is_ladder(config):
         return
-    from bc2_jax.evaluate.scaling import report
+    from bc2_jax.evaluate.scaling.analysis import analyse, print_analysis, save_analysis
     from bc2_jax.terminal import make_console
 
     points, targets = ladder(config, workdir)
-    console, analysis = make_console(), report.analyse(points, targets, law="compute", delta=DELTA)
-    report.print_analysis(analysis, console)
+    console, analysis = make_console(), analyse(points, targets, law="compute", delta=DELTA)
+    print_analysis(analysis, console)
     guess, (reached,) = points.points[-1].loss, targets
     console.print(f"Without a law, the loss of the rung before would be {guess / reached.loss - 1:+.2%} off.")
     out = smaller(config)[0][1].parent / "scaling"
-    report.save_analysis(analysis, out)
+    save_analysis(analysis, out)
     console.print(f"picture      {out / 'scaling.png'}")
 
 

@@ -22,8 +22,8 @@ import pytest
 
 from bc2_jax.align import row_preparation
 from bc2_jax.align.chat import encode_conversation
-from bc2_jax.align.chat_preparation import prepare_chat
-from bc2_jax.align.preparation_settings import Settings
+from bc2_jax.align.preparation_settings import RowSettings
+from bc2_jax.align.row_preparation import prepare_chat
 from bc2_jax.config import DataConfig, SourceConfig
 from bc2_jax.data.inspection import inspect_sources
 from bc2_jax.data.loader import describe_mixture, make_train_loader, make_validation_batches
@@ -96,7 +96,7 @@ def spell(messages: Messages) -> Messages:
     return [{"from": "human" if m["role"] == "user" else "gpt", "value": m["content"]} for m in messages]
 
 
-ALL = Settings(max_length=LENGTH, validation_fraction=0)
+ALL = RowSettings(max_length=LENGTH, validation_fraction=0)
 PLAIN = [talk("What is 2 + 2?", "4."), talk("Hello", "Hi!", "More?", "汉字, more.")]
 FORMATS: dict[str, tuple[str, Callable[[Messages], Any], list[Messages]]] = {
     "released": (
@@ -152,7 +152,7 @@ def test_every_format_becomes_batches(name: str, tokenizer: Tokenizer, tmp_path:
 
 def test_counts_are_those_of_the_rows(conversations: list[Messages], tokenizer: Tokenizer, tmp_path: Path) -> None:
     file = write_lines(tmp_path / "data.jsonl", [{"messages": messages} for messages in conversations])
-    rows, settings = tmp_path / "rows", Settings(max_length=LENGTH, validation_fraction=0.2, rows_per_file=5)
+    rows, settings = tmp_path / "rows", RowSettings(max_length=LENGTH, validation_fraction=0.2, rows_per_file=5)
     counts = prepare_chat([file], tokenizer.path, rows, settings)
     manifest = load_manifest(rows)
     assert (manifest.kind, manifest.sequence_length, manifest.documents) == ("chat", LENGTH, len(conversations))
@@ -191,7 +191,7 @@ def test_questions_are_the_held_out_conversations(
     asked = []
     for name in ("a", "b"):
         files = sorted(tmp_path.glob(f"{name}*.jsonl"))
-        settings = Settings(max_length=200, validation_fraction=0.15)
+        settings = RowSettings(max_length=200, validation_fraction=0.15)
         prepare_chat(files, tokenizer.path, tmp_path / name, settings)
         asked.append([json.loads(line)["messages"] for line in (tmp_path / name / "questions.jsonl").open()])
         assert encoded(asked[-1], tokenizer) == samples_of(tmp_path / name, tokenizer, "validation")
@@ -202,7 +202,7 @@ def test_questions_are_the_held_out_conversations(
 
 def test_at_least_one_sample_is_held_out_if_any(tokenizer: Tokenizer, tmp_path: Path, caplog) -> None:
     file = write_lines(tmp_path / "few.jsonl", [{"messages": talk(f"Question {i}", "Yes.")} for i in range(5)])
-    settings = Settings(max_length=LENGTH, validation_fraction=1e-9)
+    settings = RowSettings(max_length=LENGTH, validation_fraction=1e-9)
     assert prepare_chat([file], tokenizer.path, tmp_path / "few", settings).held_out == 1
     assert len((tmp_path / "few" / "questions.jsonl").read_text().splitlines()) == 1
     file = write_lines(tmp_path / "same.jsonl", [{"messages": talk("Who are you?", f"I am {i}.")} for i in range(5)])
@@ -235,11 +235,11 @@ def test_what_can_not_be_used_is_named_and_counted(tokenizer: Tokenizer, tmp_pat
     assert (manifest.documents, manifest.invalid_documents, manifest.empty_documents) == (9, 5, 1)
 
     dropped = prepare_chat(
-        [file], tokenizer.path, tmp_path / "dropped", Settings(max_length=LENGTH, truncation="drop")
+        [file], tokenizer.path, tmp_path / "dropped", RowSettings(max_length=LENGTH, truncation="drop")
     ).dropped
     assert dropped == {"longer than max_length": 2}
     with pytest.raises(ValueError, match=r"max_invalid = 1 is not valid: one more can't be used: .*data\.jsonl:3: "):
-        prepare_chat([file], tokenizer.path, tmp_path / "few", Settings(max_length=LENGTH, max_invalid=1))
+        prepare_chat([file], tokenizer.path, tmp_path / "few", RowSettings(max_length=LENGTH, max_invalid=1))
     write_lines(file, records[1:5])
     with pytest.raises(
         ValueError, match=r"DATA is not valid: no sample is left to train on \(1 x a system text alone, "
@@ -256,7 +256,7 @@ def test_arguments_that_are_not_legal(tokenizer: Tokenizer, tmp_path: Path) -> N
         ({"max_invalid": -1}, "max_invalid = -1 is not valid"),
     ):
         with pytest.raises(ValueError, match=message):
-            Settings(**arguments)
+            RowSettings(**arguments)
     file = write_lines(tmp_path / "data.jsonl", [{"messages": talk("a", "b")}])
     with pytest.raises(ValueError, match="processes = 0 is not valid"):
         prepare_chat([file], tokenizer.path, tmp_path / "rows", ALL, processes=0)
@@ -269,7 +269,7 @@ def test_the_same_bytes_again_and_on_two_processes(
 ) -> None:
     records: list[Any] = [{"messages": messages} for messages in conversations]
     file = write_lines(tmp_path / "data.jsonl", [*records[:7], "no record", *records[7:]])
-    settings = Settings(max_length=LENGTH, validation_fraction=0.2)
+    settings = RowSettings(max_length=LENGTH, validation_fraction=0.2)
     prepare_chat([file], tokenizer.path, tmp_path / "rows", settings)
     before = content(tmp_path / "rows")
     monkeypatch.setattr(row_preparation, "_SHARED_BYTES", 0)
@@ -306,7 +306,7 @@ def test_samples_are_the_documents_of_a_stream(
     """Counts, lengths, places and copies between the splits are found as in text; no flag shows."""
     copied = [*conversations, [*conversations[0][:1], *conversations[5][1:]]]
     file = write_lines(tmp_path / "data.jsonl", [{"messages": messages} for messages in copied])
-    settings = Settings(max_length=LENGTH, validation_fraction=0.3, truncation="right")
+    settings = RowSettings(max_length=LENGTH, validation_fraction=0.3, truncation="right")
     counts = prepare_chat([file], tokenizer.path, tmp_path / "rows", settings)
     assert counts.cut
     (source,) = find_sources([tmp_path])

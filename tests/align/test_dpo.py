@@ -189,5 +189,5 @@ def test_nothing_is_learnt_without_pairs():
 
 
 def test_dropout_is_refused():
-    with pytest.raises(ValueError, match=r"lora.dropout = 0.1 is not valid: it must be 0: with some of it left out"):
+    with pytest.raises(ValueError, match=r"lora.dropout = 0.1 is not valid: it must be 0: with dropout the policy"):
         with_(lora=LoraConfig(rank=2, dropout=0.1))

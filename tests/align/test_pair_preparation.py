@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from bc2_jax.align.formats import Sample, read_samples
-from bc2_jax.align.pair_preparation import prepare_pairs, prepare_sources, split_pair
-from bc2_jax.align.pair_rows import as_pair, encode_pairs
+from bc2_jax.align.pair_preparation import prepare_sources
+from bc2_jax.align.pair_rows import as_pair, encode_pairs, split_pair
 from bc2_jax.align.pairs import most_pairs
-from bc2_jax.align.preparation_settings import Settings
+from bc2_jax.align.preparation_settings import RowSettings
+from bc2_jax.align.row_preparation import prepare_pairs
 from bc2_jax.config import DataConfig, DPOConfig, ModelConfig, SourceConfig, TrainConfig
 from bc2_jax.data.inspection import inspect_sources
 from bc2_jax.data.loader import make_train_loader, make_validation_batches
@@ -66,7 +67,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Pa
     bad = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "much"}]
     same = [{"prompt": "a", "chosen": "x " * 40 + end, "rejected": "x " * 40 + "no"} for end in ("yes", "so")]
     write(folder / "data.jsonl", [*bad, *make_records(), *same])
-    settings = Settings(max_length=LENGTH - 8, row_length=LENGTH, validation_fraction=0.2)
+    settings = RowSettings(max_length=LENGTH - 8, row_length=LENGTH, validation_fraction=0.2)
     counts = prepare_pairs([folder / "data.jsonl"], tokenizer.path, folder / "rows", settings)
     assert (counts.samples, counts.pairs, counts.margins) == (60, 60, 30)
     assert sum(counts.invalid.values()) == sum(counts.dropped.values()) == 2

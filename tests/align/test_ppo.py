@@ -24,6 +24,14 @@ def golden() -> dict[str, np.ndarray]:
         return dict(file)
 
 
+def policy_loss(new, old, advantages, mask, clip):
+    return ppo.token_mean(ppo.policy_token_loss(new, old, advantages, mask, clip).loss, mask)
+
+
+def value_loss(new, old, returns, mask, clip):
+    return ppo.token_mean(ppo.value_token_loss(new, old, returns, mask, clip).loss, mask)
+
+
 def real(golden, name: str) -> np.ndarray:
     """A golden value where the tokens are real."""
     return np.where(golden["mask"], golden[name], 0)
@@ -69,18 +77,19 @@ def test_advantages_returns_and_whitening(golden):
 def test_the_losses_and_their_gradients(golden):
     new, old, mask = golden["new_logps"], golden["old_logps"], golden["mask"]
     whitened, clip = golden["advantages_whitened"], float(golden["clip"])
-    loss, gradient = jax.value_and_grad(ppo.policy_loss)(new, old, whitened, mask, clip)
+    loss, gradient = jax.value_and_grad(policy_loss)(new, old, whitened, mask, clip)
     np.testing.assert_allclose(loss, golden["policy_loss"], **CLOSE)
     np.testing.assert_allclose(gradient, golden["policy_grad"], **CLOSE)
-    np.testing.assert_allclose(ppo.clip_fraction(new, old, whitened, mask, clip), golden["clip_fraction"], **CLOSE)
+    share = ppo.token_mean(ppo.policy_token_loss(new, old, whitened, mask, clip).clipped, mask)
+    np.testing.assert_allclose(share, golden["clip_fraction"], **CLOSE)
     tokens = ppo.policy_token_loss(new, old, whitened, mask, clip)
     np.testing.assert_allclose(tokens.ratio, real(golden, "ratio"), **CLOSE)
     np.testing.assert_allclose(tokens.loss, golden["policy_token_loss"], **CLOSE)
     values = golden["new_values"], golden["values"], golden["returns"], mask
-    loss, gradient = jax.value_and_grad(ppo.value_loss)(*values, float(golden["value_clip"]))
+    loss, gradient = jax.value_and_grad(value_loss)(*values, float(golden["value_clip"]))
     np.testing.assert_allclose(loss, golden["value_loss"], **CLOSE)
     np.testing.assert_allclose(gradient, golden["value_grad"], **CLOSE)
-    np.testing.assert_allclose(ppo.value_loss(*values, None), golden["value_loss_unclipped"], **CLOSE)
+    np.testing.assert_allclose(value_loss(*values, None), golden["value_loss_unclipped"], **CLOSE)
     clipped = ppo.value_token_loss(*values, float(golden["value_clip"])).clipped
     np.testing.assert_allclose(ppo.token_mean(clipped, mask), golden["value_clip_fraction"], **CLOSE)
 
@@ -100,8 +109,8 @@ def everything(scores, mask, new, old, reference, values):
     rewards = ppo.shape_rewards(scores, kl.k3, mask, 0.2)
     found, returns = ppo.advantages(rewards, values, mask, 0.99, 0.9)
     whitened = ppo.whiten(found, mask)
-    policy = jax.value_and_grad(ppo.policy_loss)(new, old, whitened, mask, 0.1)
-    value = jax.value_and_grad(ppo.value_loss)(values + 0.3, values, returns, mask, 0.2)
+    policy = jax.value_and_grad(policy_loss)(new, old, whitened, mask, 0.1)
+    value = jax.value_and_grad(value_loss)(values + 0.3, values, returns, mask, 0.2)
     k3 = jax.grad(lambda x: ppo.token_mean(ppo.kl_estimates(x, reference, mask).k3, mask))(new)
     spread = ppo.explained_variance(values, returns, mask)
     return rewards, found, returns, whitened, policy, value, k3, spread
@@ -142,8 +151,8 @@ def test_gradients_are_those_of_finite_differences(golden):
     with jax.enable_x64(True):
         # The functions compute in fp32: a large step, and tokens away from the edge of the clip.
         for function, args in (
-            (ppo.policy_loss, (golden["new_logps"], golden["old_logps"], whitened, mask, 0.1)),
-            (ppo.value_loss, (golden["new_values"], golden["values"], golden["returns"], mask, 0.2)),
+            (policy_loss, (golden["new_logps"], golden["old_logps"], whitened, mask, 0.1)),
+            (value_loss, (golden["new_values"], golden["values"], golden["returns"], mask, 0.2)),
         ):
             gradient = jax.grad(function)(*args)
             for place in np.argwhere(mask)[::7]:
@@ -171,8 +180,8 @@ def test_a_single_token_and_none():
     for mask in (one, none):
         np.testing.assert_array_equal(ppo.whiten(x, mask), 0)
         assert float(jnp.abs(jax.grad(lambda x, m=mask: ppo.whiten(x, m)[1, 1])(x)).max()) < np.inf
-    assert float(ppo.policy_loss(x, x, x, none, 0.1)) == float(ppo.value_loss(x, x, x, none, 0.2)) == 0
-    assert float(ppo.policy_loss(x, x, x, one, 0.1)) == -5
+    assert float(policy_loss(x, x, x, none, 0.1)) == float(value_loss(x, x, x, none, 0.2)) == 0
+    assert float(policy_loss(x, x, x, one, 0.1)) == -5
 
 
 def test_the_coefficient_of_the_penalty(golden):

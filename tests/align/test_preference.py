@@ -129,7 +129,7 @@ def test_the_optimum_is_the_known_one(beta):
         ({"beta": 0.0}, "beta = 0.0 is not valid: it must be positive"),
         ({"loss": "robust", "label_smoothing": 0.5}, r"label_smoothing = 0.5 is not valid: it must be in \[0, 0.5\)"),
         ({"label_smoothing": 0.1}, "label_smoothing = 0.1 is not valid: it must be 0 for sigmoid; cdpo and robust"),
-        ({"loss": "ipo_mean", "chosen_lengths": None}, "chosen_lengths = None is not valid: ipo_mean is of means"),
+        ({"loss": "ipo_mean", "chosen_lengths": None}, "chosen_lengths = None is not valid: ipo_mean averages"),
         (
             {"loss": "ipo_mean", "rejected_lengths": np.ones(4)},
             r"rejected_lengths has shape \(4,\); it must be that of",

@@ -11,7 +11,7 @@ from flax import nnx
 
 from bc2_jax.align import red_team
 from bc2_jax.align.chat import encode_prompt
-from bc2_jax.align.red_team import Answer, AnswerStore, answer_prompts, encode_attacks, examine, identify
+from bc2_jax.align.red_team import AnswerStore, AttackAnswer, answer_prompts, encode_attacks, examine, identify
 from bc2_jax.align.red_team_attacks import BENIGN, Attack, make_attacks
 from bc2_jax.align.red_team_judges import judge_answers
 from bc2_jax.config import ComputeConfig, ModelConfig
@@ -52,13 +52,18 @@ def ask(kind="role_play_instruction", **about) -> Attack:
     ],
 )
 def test_what_an_answer_shows(attack, text, success, by, refused):
-    [result] = examine([attack], [Answer(text, True, 3)])
+    [result] = examine([attack], [AttackAnswer(text, True, 3)])
     assert (result.success, result.by, result.refusal is not None) == (success, by, refused)
 
 
 def test_a_judge_decides_what_can_not_be_checked():
     attacks = [ask(), ask(), ask("prompt_leaking", secret="XYLO"), ask(BENIGN)]
-    answers = [Answer("I refuse to.", True, 3), Answer("", True, 1), Answer("no", True, 1), Answer("yes", True, 1)]
+    answers = [
+        AttackAnswer("I refuse to.", True, 3),
+        AttackAnswer("", True, 1),
+        AttackAnswer("no", True, 1),
+        AttackAnswer("yes", True, 1),
+    ]
     scores = [{"harmless": 0.1}, {"harmless": 0.5}, {"harmless": 0.0}, {"harmless": 0.0}]
     found = examine(attacks, answers, scores, 0.5)
     assert [(r.success, r.by) for r in found] == [(True, "judge"), (False, "judge"), (False, "secret"), (None, "")]
@@ -94,7 +99,7 @@ def test_no_answer_is_generated_twice(script, tmp_path):
     path = tmp_path / "generated.jsonl"
     ids = [[5, 6], [7], [5, 6], [8]]
     answers, known = reply(ids[:2], GREEDY, AnswerStore(path))
-    assert [a.text for a in answers] == ["6", "7"] and answers[0] == Answer("6", True, 2) and known == 0
+    assert [a.text for a in answers] == ["6", "7"] and answers[0] == AttackAnswer("6", True, 2) and known == 0
     with path.open("ab") as file:
         file.write(b'{"key": "cut off')  # as a kill leaves it
     answers, known = reply(ids, GREEDY, AnswerStore(path))
@@ -119,8 +124,8 @@ def test_drawn_answers_do_not_depend_on_what_is_there(script, tmp_path):
 
 def test_other_files_and_line_ends_in_a_text(tmp_path):
     path = tmp_path / "generated.jsonl"
-    AnswerStore(path).add({"a": Answer("one\u2028two\x85three\r\n", False, 4)})
-    assert AnswerStore(path).get("a") == Answer("one\u2028two\x85three\r\n", False, 4)
+    AnswerStore(path).add({"a": AttackAnswer("one\u2028two\x85three\r\n", False, 4)})
+    assert AnswerStore(path).get("a") == AttackAnswer("one\u2028two\x85three\r\n", False, 4)
     path.write_text('{"answer": 1}\n')
     with pytest.raises(ValueError, match=r"generated.jsonl:1 is not an answer"):
         AnswerStore(path)
@@ -222,7 +227,7 @@ def test_a_model_of_harmful_documents_may_judge(tmp_path):
     model = QualityModel(np.zeros(2**18, np.float32), slope=1.0, offset=0.0, held_out_auc=1.0, held_out_documents=20)
     model.save(tmp_path / "safe.npz")
     args = tool.make_parser().parse_args(["MODEL", "--judge", f"safety:{tmp_path / 'safe.npz'}"])
-    answers = [Answer("some words", True, 3), Answer("", True, 1)]
+    answers = [AttackAnswer("some words", True, 3), AttackAnswer("", True, 1)]
     assert judge_answers(tool.read_judges(args), [ask(), ask()], answers) == [{"harmless": 0.5}, {"harmless": 0.0}]
 
 

@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 
 from bc2_jax.align import red_team_attacks as attacks
+from bc2_jax.align.red_team import leaks
 from bc2_jax.align.red_team_attacks import BENIGN, CLASSES, OTHER, make_attacks, our_targets, read_targets
-from bc2_jax.align.red_team_checks import leaks
 
 
 def write(path, *records):
@@ -76,8 +76,8 @@ def test_lines_may_be_prompts(tmp_path):
     ("record", "reason"),
     [
         ({"prompt": "a", "class": "jailbreak"}, "class = 'jailbreak' is not valid; legal are goal_hijacking"),
-        ({"topic": "a", "class": "benign"}, "of prompts"),
-        ({"topic": "a", "secret": "x"}, "of prompts"),
+        ({"topic": "a", "class": "benign"}, "only for prompts"),
+        ({"topic": "a", "secret": "x"}, "only for prompts"),
         ({"topic": " "}, "topic = ' ' is not a text"),
         ({"topic": "a", "language": "fr"}, "language = 'fr' has no templates; legal are en, zh"),
         ({"prompt": "a", "secret": "x"}, "can't be leaked"),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bc2_jax.align.red_team_checks import leaks, obeys
+from bc2_jax.align.red_team import leaks, obeys
 
 SECRET = "VORLAM-KITESH"
 CHINESE = "青铜海燕松果"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bc2_jax.align import red_team_judges
-from bc2_jax.align.red_team import Answer
+from bc2_jax.align.red_team import AttackAnswer
 from bc2_jax.align.red_team_attacks import Attack
 from bc2_jax.align.red_team_judges import Judge, judge_answers, load_judge, split_judge, threshold_of
 
@@ -18,7 +18,7 @@ ATTACKS = [
            category="c", fields={"mine": text})
     for text in ("one", "two")
 ]  # fmt: skip
-ANSWERS = [Answer("yes", True, 2), Answer("", False, 4)]
+ANSWERS = [AttackAnswer("yes", True, 2), AttackAnswer("", False, 4)]
 
 
 def give(*values, gives="harmless", name="mine"):
@@ -109,7 +109,7 @@ def test_a_reward_model_scores_whole_conversations(small_tokenizer, monkeypatch,
     assert judge_answers([judge], ATTACKS, ANSWERS) == [{"helpful": 0.0}, {"helpful": 1.0}]
     whole, _ = encode_conversation(small_tokenizer, [*ATTACKS[0].messages, {"role": "assistant", "content": "yes"}])
     assert scored[0] == whole and scored[1][-2:] == [small_tokenizer.assistant_id, small_tokenizer.eos_id]
-    judge_answers([judge], ATTACKS[:1], [Answer("the cat " * 60, False, 99)])
+    judge_answers([judge], ATTACKS[:1], [AttackAnswer("the cat " * 60, False, 99)])
     assert len(scored[-1]) == 64 and scored[-1][-1] == small_tokenizer.eos_id
 
 

@@ -8,13 +8,13 @@ import pytest
 
 from bc2_jax.align import red_team_report as report
 from bc2_jax.align.intervals import sign_test, wilson
-from bc2_jax.align.red_team import Answer, Result
+from bc2_jax.align.red_team import AttackAnswer, Result
 from bc2_jax.align.red_team_attacks import BENIGN, Attack
 
 
 def result(number, success, *, kind="reverse_exposure", by="judge", refused=False, category=None, text="x", **scores):
     attack = Attack(kind, "en", [{"role": "user", "content": str(number)}], "test", category=category)
-    return Result(attack, Answer(text, number % 2 == 0, 3), "no" if refused else None, success, by, None, scores)
+    return Result(attack, AttackAnswer(text, number % 2 == 0, 3), "no" if refused else None, success, by, None, scores)
 
 
 RESULTS = [
@@ -80,7 +80,7 @@ def test_files_are_read_again(tmp_path):
     report.write_results(path, [*RESULTS, odd])
     assert report.read_answers(path) == {r.attack.id: r.answer for r in [*RESULTS, odd]}
     path.write_text('{"id": 3}\n')
-    with pytest.raises(ValueError, match=r"answers.jsonl:1 is not an answer of a red team"):
+    with pytest.raises(ValueError, match=r"answers.jsonl:1 is not an answer that tools/red_team.py wrote"):
         report.read_answers(path)
     rows, changes = report.summarize(RESULTS), report.compare({r.attack.id: r for r in RESULTS}, RESULTS)
     report.write_report(tmp_path / "report.json", {"model": "m"}, rows, changes)

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from orbax.checkpoint import v1 as ocp
 
-from bc2_jax.align.reward_report import JudgedPair, read_class, read_gap, summarize, wilson
+from bc2_jax.align.intervals import wilson_of_share
+from bc2_jax.align.reward_report import JudgedPair, read_class, read_gap, summarize
 from bc2_jax.align.scoring import Scorer
 from bc2_jax.align.taxonomy import load_taxonomy
 from bc2_jax.checkpoint import save_context
@@ -27,6 +28,10 @@ MODEL = ModelConfig(
     hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2, position_embedding="rope",
     vocab_size=490, model_max_length=64,
 )  # fmt: skip
+
+
+def wilson(right: float, count: int) -> tuple[float, float]:
+    return wilson_of_share(right / count if count else 0.0, count, z=1.959964)
 
 
 def test_intervals_are_wilsons():

@@ -145,7 +145,7 @@ def test_a_scorer_of_the_run_gives_its_held_out_rewards(name: str, request, conf
 
 def test_what_is_not_valid_is_refused(config, full, adapted, tmp_path):
     for changes, told in (
-        ({"init_from": None}, "a reward model begins from"),
+        ({"init_from": None}, "a reward model starts from"),
         ({"sample": SampleConfig(prompts=("a",))}, "sample.prompts"),
         ({"ngram_baselines": True}, "ngram_baselines"),
         ({"evaluate": EvaluateConfig(tasks=("ceval",), data_dir="x")}, "evaluate.tasks"),

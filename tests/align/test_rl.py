@@ -25,7 +25,7 @@ from bc2_jax.sharding import make_mesh
 from bc2_jax.train import distributed, loop
 from bc2_jax.train.loop import RunResult
 from bc2_jax.train.metrics import read_metrics
-from bc2_jax.train.workdir import LOCK_NAME
+from bc2_jax.train.start import LOCK_NAME
 from tests.align.rl_models import write_models
 from tests.faults import harness
 
@@ -122,7 +122,7 @@ def test_an_iteration_is_identical_when_it_is_done_again(grpo, capsys):
 
 
 def test_a_run_goes_on_with_its_own_seed(config, grpo):
-    with pytest.raises(ValueError, match="seed = 5 is not valid: prompts and sampling follow from it"):
+    with pytest.raises(ValueError, match="seed = 5 is not valid: prompts and sampling depend on it"):
         run(grpo_of(config), grpo.workdir, seed=5, num_steps=9, verify_resume_steps=0)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bc2_jax.align.actor_critic import abstract_held, abstract_trained, critic_model, frozen_of, make_models
-from bc2_jax.align.rl_compilation import make_rollout
+from bc2_jax.align.rl import make_rollout
 from bc2_jax.config import LoraConfig, MeshConfig, ModelConfig, PPOConfig, RLConfig
 from bc2_jax.infer import engine
 

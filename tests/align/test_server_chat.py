@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 
 from bc2_jax.align import server_chat
 from bc2_jax.align.dialogue import Dialogue
-from bc2_jax.align.server_chat import ChatServer, ServerError
-from bc2_jax.align.server_sent_events import MOST_BYTES, EventReader
+from bc2_jax.align.server_chat import MOST_EVENT_BYTES, ChatServer, EventReader, ServerError
 from tests.align.fake_chat_server import FakeChatServer, event, serving
 
 ROOT = Path(__file__).parents[2]
@@ -98,7 +97,7 @@ def test_events_that_are_no_text_or_endless_are_refused():
         EventReader().add(b"data: \xff\n\n")
     reader = EventReader()
     with pytest.raises(ValueError, match="more than"):
-        for _ in range(MOST_BYTES // 2**20 + 1):
+        for _ in range(MOST_EVENT_BYTES // 2**20 + 1):
             reader.add(b"data: " + b"x" * 2**20 + b"\n")
 
 
@@ -127,9 +126,9 @@ def test_a_busy_server_is_asked_again_when_it_says(server, monkeypatch):
         (lambda h, body: h.refuse(503, "the server is loading; try again later."), r"refuses \(503\): the ser"),
         (lambda h, body: h.send_json(500, []), r"refuses \(500\): Internal Server Error.$"),
         (lambda h, body: h.send_json(200, {}), "does not stream its answers: it sends application/json.$"),
-        (lambda h, body: h.stream()(event("wh") + b"data: {}}\n\n"), "sends what is not a part of a chat.$"),
-        (lambda h, body: h.stream()(b"data: []\n\n"), "sends what is not a part of a chat.$"),
-        (lambda h, body: h.stream()(b"data: \xff\n\n"), "sends what can't be read"),
+        (lambda h, body: h.stream()(event("wh") + b"data: {}}\n\n"), "sends a chunk that is not of a chat.$"),
+        (lambda h, body: h.stream()(b"data: []\n\n"), "sends a chunk that is not of a chat.$"),
+        (lambda h, body: h.stream()(b"data: \xff\n\n"), "sends unreadable events"),
         (lambda h, body: h.stream()(b'data: {"error": {"message": "the engine has failed."}}\n\n'), "engine has"),
     ],
     ids=["401", "503", "500", "no stream", "no JSON", "no chunk", "no UTF-8", "error"],
@@ -155,7 +154,7 @@ def test_a_server_that_goes_away_leaves_the_conversation_as_it_was(server):
             handler.close_connection = True
 
         server.reply = reply
-        with pytest.raises(ServerError, match="has gone in the middle"):
+        with pytest.raises(ServerError, match="broke off in the middle"):
             talk.ask("the cat", said.append)
         assert said.pop() == "half an" and talk.messages == []
 

@@ -27,7 +27,6 @@ from bc2_jax.config import (
 )
 from bc2_jax.convert.peft import load_peft
 from bc2_jax.convert.pretrained import load_params, load_pretrained, save_params
-from bc2_jax.data.packing import pack_documents
 from bc2_jax.evaluate.asking import ask, read_questions
 from bc2_jax.evaluate.scorer import Scorer
 from bc2_jax.metadata import read_metadata
@@ -38,6 +37,7 @@ from bc2_jax.train import pretrain
 from bc2_jax.train.loop import RunResult
 from bc2_jax.train.metrics import read_metrics
 from tests.evaluate.benchmark_files import write_ceval
+from tests.packed_rows import pack_texts
 
 replay = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "replay.py"))["main"]
 QUESTIONS = [("Is it?", "yes"), ("What is a module of Python, in few words?", "a file")]
@@ -51,7 +51,7 @@ MODEL = ModelConfig(
 def config(modules, tokenizer, tmp_path_factory) -> FineTuneConfig:
     folder = tmp_path_factory.mktemp("sft")
     documents = [part for part in modules[0].split("\n\n") if part]
-    pack_documents(documents, tokenizer, folder / "rows", 32, validation_fraction=0.02)
+    pack_texts(documents, tokenizer, folder / "rows", 32, validation_fraction=0.02)
     save_params(init_params(MODEL, 1, make_mesh(MeshConfig())), MODEL, folder / "base", tokenizer.path)
     conversations = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in QUESTIONS]
     lines = [json.dumps({"messages": messages}) + "\n" for messages in conversations]
@@ -167,7 +167,7 @@ def test_what_cannot_go_on_is_refused(config, full, adapted, tmp_path):
     params, found = load_params(config.init_from)
     params["norm"]["weight"] = params["norm"]["weight"].at[3].add(2**-6)
     save_params(params, MODEL, tmp_path / "other")
-    with pytest.raises(ValueError, match="its parameters are not those beside which the adapters in"):
+    with pytest.raises(ValueError, match="the adapters in .* were trained with other base parameters"):
         sft.train(dataclasses.replace(again, init_from=str(tmp_path / "other"), **ADAPTERS))
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(pretrain.TrainConfig)}
     other = pretrain.TrainConfig(**(fields | {"workdir": str(full.workdir), "resume": "auto", "num_steps": 6}))

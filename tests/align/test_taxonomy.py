@@ -56,8 +56,8 @@ def first(record: dict, level: int) -> dict:
     ("level", "change", "told"),
     [
         (3, {"id": "algebra"}, None),
-        (3, {"id": "biology"}, "'biology' is there twice"),
-        (2, {"id": "knowledge"}, "'knowledge' is there twice"),
+        (3, {"id": "biology"}, "'biology' is not unique"),
+        (2, {"id": "knowledge"}, "'knowledge' is not unique"),
         (1, {"id": None}, "id None"),
         (2, {"id": "Ä"}, "a-z"),
         (3, {"zh": " "}, "zh and en"),

@@ -25,7 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from bc2_jax.align import terminal_input
+from bc2_jax.align import terminal_chat
 from bc2_jax.align.dialogue import Answer, Dialogue
 from bc2_jax.align.terminal_chat import COMMANDS, talk
 from bc2_jax.align.terminal_markdown import MarkdownScreen, make_markdown, replace_controls, settled
@@ -212,10 +212,10 @@ def test_a_model_cannot_command_the_terminal():
 
 def test_the_history_is_its_owners_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    path = terminal_input.open_history()
+    path = terminal_chat.open_history()
     path.write_text("kept")
     path.chmod(0o644)
-    assert terminal_input.open_history() == path and path.read_text() == "kept"
+    assert terminal_chat.open_history() == path and path.read_text() == "kept"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600 and stat.S_IMODE(path.parent.stat().st_mode) == 0o700
 
 

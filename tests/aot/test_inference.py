@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from bc2_jax.aot.inference import copy_warnings, whole_slice_mesh
+from bc2_jax.aot.inference import whole_slice_mesh
 from bc2_jax.aot.program import Program
+from bc2_jax.aot.report import copy_warnings
 from bc2_jax.config import MeshConfig
 from bc2_jax.tpu.chips import parse_topology
 

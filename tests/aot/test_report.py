@@ -57,7 +57,7 @@ STEP = CompiledStep(
 def test_figures():
     report = make_report(STEP)
     assert (report.chips, report.sequences_per_chip, report.tokens) == (4, 2, 256)
-    assert report.hbm_bytes_used == 4000 + 3900 - 3800 + 10_000
+    assert report.memory.total == 4000 + 3900 - 3800 + 10_000
     assert report.flops == 2 * CONFIG.model.flops_per_sequence(128)
     assert report.mfu == report.flops / report.estimate.seconds / 459e12
     assert report.mfu_low < report.mfu
@@ -70,7 +70,7 @@ FINE_TUNING = FineTuneConfig(**{f.name: getattr(CONFIG, f.name) for f in datacla
 def test_the_formula_gives_the_figure():
     """Of training all parameters, and of adapters beside frozen ones."""
     adapters = dataclasses.replace(FINE_TUNING, lora=LoraConfig(rank=4))
-    flops = tuning.adapter_flops(adapters)[0]
+    flops = tuning.adapter_flops(adapters)
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_adapter(adapters.lora, CONFIG.model, None)))
     for step in (STEP, dataclasses.replace(STEP, config=adapters, flops=flops, adapter_parameters=count)):
         report = make_report(step)

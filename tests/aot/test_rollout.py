@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from bc2_jax.aot.compilation import Memory
 from bc2_jax.aot.estimate import Estimate
-from bc2_jax.aot.inference import ProgramReport
-from bc2_jax.aot.rollout import RolloutReport, render
+from bc2_jax.aot.report import ProgramReport
+from bc2_jax.aot.rollout import CompiledRollout, RolloutParts, RolloutReport, render
 from bc2_jax.infer.refill import RolloutShapes
-from bc2_jax.tpu.chips import GIB
+from bc2_jax.infer.settings import Settings
+from bc2_jax.tpu.chips import GIB, parse_topology
 
 
 def program(seconds: float, arguments: int, temporaries: int) -> ProgramReport:
@@ -23,13 +25,17 @@ def program(seconds: float, arguments: int, temporaries: int) -> ProgramReport:
     return ProgramReport(memory, 95 * GIB, 0.5, 10.0, estimate, ("a line",))
 
 
-REPORT = RolloutReport(
-    shapes=RolloutShapes(rows=64, prefill_rows=16, slots=1024), prompt_tokens=500, chunk_length=256, answers=100,
-    max_new_tokens=501,
+COMPILED = CompiledRollout(
+    topology=parse_topology("v5p:2x2x1"),
+    parts=RolloutParts(
+        prepared=None, shapes=RolloutShapes(rows=64, prefill_rows=16, slots=1024), prompt_tokens=500,
+        settings=Settings(max_new_tokens=501), answers=100, held={},
+    ),
+    engine=SimpleNamespace(chunk_length=256, cache_bytes=5 * GIB), coordinates=(),
     held={"actor's parameters": 4 * GIB, "optimizer": 8 * GIB, "reference": 2 * GIB}, update_holds=12 * GIB,
-    prepared_bytes=3 * GIB, cache_bytes=5 * GIB, hbm_bytes=95 * GIB,
-    extend=program(0.5, 8, 2), decode=program(0.01, 8, 1),
+    prepared_bytes=3 * GIB,
 )  # fmt: skip
+REPORT = RolloutReport(COMPILED, extend=program(0.5, 8, 2), decode=program(0.01, 8, 1))
 
 
 def test_peaks():

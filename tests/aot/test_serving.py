@@ -10,10 +10,10 @@ import pytest
 
 from bc2_jax.aot.compilation import DoesNotFit, Memory
 from bc2_jax.aot.estimate import HBM_SHARE, Estimate, Traffic
-from bc2_jax.aot.inference import ProgramReport
-from bc2_jax.aot.serving import ServingReport, ServingShapes, most_slots, render
+from bc2_jax.aot.report import ProgramReport
+from bc2_jax.aot.serving import CompiledServing, ServingReport, ServingShapes, most_slots, render
 from bc2_jax.config import BAICHUAN2_13B, MeshConfig
-from bc2_jax.tpu.chips import GIB
+from bc2_jax.tpu.chips import GIB, parse_topology
 
 MESH = MeshConfig(data=1, fsdp=1, tensor=8)
 
@@ -28,19 +28,27 @@ def program(seconds: float) -> ProgramReport:
     return ProgramReport(memory, 16 * GIB, 0.5, 10.0, estimate, ("a line",))
 
 
-REPORT = ServingReport(
-    topology="v5e:2x4", chips=8, mesh=MESH, shapes=ServingShapes(slot_length=2048, prompt_length=600), slots=32,
-    chunk_length=256, parameter_bytes=3 * GIB, read_bytes=2 * GIB, cache_bytes=8 * GIB, state_bytes=9 * GIB,
-    hbm_bandwidth=800e9, replicas=1, extend=program(0.016), key_seconds=1e-5, decode=program(0.02),
-    rare_seconds=0.002,
+TOPOLOGY = parse_topology("v5e:2x4")
+COMPILED = CompiledServing(
+    dataclasses.replace(TOPOLOGY, chip=dataclasses.replace(TOPOLOGY.chip, hbm_bandwidth=800e9)),
+    SimpleNamespace(mesh=MESH), ServingShapes(slot_length=2048, prompt_length=600), slots=32,
+    engine=SimpleNamespace(chunk_length=256, cache_bytes=8 * GIB, state_bytes=9 * GIB), coordinates=(),
+    parameter_bytes=3 * GIB, read_bytes=2 * GIB,
 )  # fmt: skip
+REPORT = ServingReport(
+    COMPILED, extend=program(0.016), key_seconds=1e-5, decode=program(0.02), rare_seconds=0.002
+)  # fmt: skip
+
+
+def changed(**changes) -> ServingReport:
+    return dataclasses.replace(REPORT, compiled=dataclasses.replace(COMPILED, **changes))
 
 
 def test_a_prompt_runs_chunk_by_chunk():
     """Chunks of 256 attend to 256, 512 and 768 keys."""
     assert [REPORT.chunk_seconds(i) for i in range(3)] == pytest.approx([0.01856, 0.02112, 0.02368])
     assert REPORT.first_token_seconds == pytest.approx(0.06336)
-    one = dataclasses.replace(REPORT, shapes=ServingShapes(prompt_length=256))
+    one = changed(shapes=ServingShapes(prompt_length=256))
     assert one.first_token_seconds == pytest.approx(0.01856)
 
 
@@ -50,7 +58,8 @@ def test_roofline_of_all_and_of_one():
     # The kernel's half of the step reads one of 32 caches.
     assert REPORT.single_seconds == pytest.approx(0.01 + 0.01 / 32)
     # With two parts of the mesh, one sequence takes as long as one in each.
-    assert dataclasses.replace(REPORT, replicas=2).single_seconds == pytest.approx(0.01 + 0.01 / 16)
+    two = changed(config=SimpleNamespace(mesh=MeshConfig(data=2, fsdp=1, tensor=4)))
+    assert two.single_seconds == pytest.approx(0.01 + 0.01 / 16)
     assert REPORT.warnings == ["chunk of a prompt: a line", "decoding: a line"]
 
 
@@ -74,7 +83,7 @@ def test_every_time_is_called_estimated():
         "1,600 in all (at worst 1,280), all slots full, 79% of what HBM gives" in rows["decoding: estimated tokens/s"]
     )
     assert rows["estimated time to first token"].startswith("63.36 ms for a prompt of 600, 3 chunks of 256")
-    given = dataclasses.replace(REPORT, shapes=ServingShapes(slots=32))
+    given = changed(shapes=ServingShapes(slots=32))
     assert dict(render(given))["slots"] == "32 of 4096 tokens, given"
 
 

@@ -17,8 +17,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from bc2_jax.align.chat import encode_conversation, encode_prompt
 from bc2_jax.convert.chat_template import CHAT_TEMPLATE, read_chat_template
 from bc2_jax.convert.conversion import to_hf, to_orbax
+from bc2_jax.convert.folder import foreign_in_export
 from bc2_jax.convert.hf_write import save_folder
-from bc2_jax.convert.ownership import foreign_in_export
 from bc2_jax.convert.source import open_source
 from tests.convert.models import TINY, random_params
 

@@ -357,8 +357,8 @@ def test_parameters_that_overflow(tmp_path):
 def test_a_table_that_loses_an_array_is_noticed(tmp_path):
     to_orbax(random_folder(tmp_path / "a"), tmp_path / "b")
     fewer = {path: shape for path, shape in table.param_shapes(TINY).items() if path != "norm.weight"}
-    dtypes = dict.fromkeys(fewer, np.dtype(np.float32))
-    metadata = read_metadata(tmp_path / "b")
-    orbax.ParamsWriter(tmp_path / "c", fewer, dtypes, metadata)
+    arrays = {path: (shape, np.dtype(np.float32)) for path, shape in fewer.items()}
+    read = open_source(tmp_path / "b").read
+    orbax.write_params(tmp_path / "c", arrays, read_metadata(tmp_path / "b"), read)
     with pytest.raises(ValueError, match=r"norm\.weight is missing"):
         open_source(tmp_path / "c")

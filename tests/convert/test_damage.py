@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from bc2_jax import manifest
 from bc2_jax.convert.conversion import to_hf, to_orbax
+from bc2_jax.convert.inspection import diff, inspect
 from bc2_jax.convert.pretrained import find_model, load_params, save_params
-from bc2_jax.convert.report import diff, inspect
 from bc2_jax.convert.source import open_source
 from bc2_jax.manifest import DamagedCheckpoint
 from tests.convert.models import TINY, array_bytes, random_folder, random_params

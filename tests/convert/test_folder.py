@@ -84,10 +84,7 @@ def test_without_locks_nobody_cleans_up_and_only_one_gets_the_name(tmp_path, mon
 def test_what_appears_meanwhile_is_judged_again(tmp_path, overwrite):
     for appear in (Path.mkdir, Path.touch, lambda path: path.symlink_to(tmp_path / "nowhere")):
         target = tmp_path / f"a{len(names(tmp_path))}"
-        with (
-            pytest.raises(FileExistsError),
-            written_whole(target, overwrite, lambda path: [path.name]) as partial,
-        ):
+        with pytest.raises(FileExistsError), written_whole(target, overwrite, lambda path: [path.name]) as partial:
             partial.mkdir()
             appear(target)
         assert names(tmp_path).count(target.name) == 1 and not any(n.startswith(".") for n in names(tmp_path))
@@ -118,5 +115,5 @@ def test_everything_is_synced_before_it_has_its_name(tmp_path, monkeypatch):
 def test_links_are_never_replaced(tmp_path):
     write(tmp_path / "a")
     (tmp_path / "link").symlink_to("a")
-    with pytest.raises(FileExistsError, match="is a link: not replaced; give the place"):
+    with pytest.raises(FileExistsError, match="is a link and is not replaced: give the path"):
         check_free(tmp_path / "link", True, nothing_foreign)

@@ -75,8 +75,8 @@ def test_incomplete_and_inconsistent_folders(tmp_path):
         with pytest.raises(ValueError, match=message):
             hf.open_folder(write_tensors(tmp_path / name, files, index))
 
-    refused("shard", {one: rest}, index, f"incomplete: {two} not there")
-    refused("shard without index", {one: rest}, None, f"incomplete: {two} not there")
+    refused("shard", {one: rest}, index, f"incomplete: it lacks {two}")
+    refused("shard without index", {one: rest}, None, f"incomplete: it lacks {two}")
     refused("duplicate", {one: tensors, two: head}, None, rf"lm_head\.weight is in {one} and in {two}")
     refused("elsewhere", {one: tensors, two: rest}, index, r"lm_head\.weight is in .*, the index says")
     refused("not in the index", {one: tensors}, dict.fromkeys(rest, one), r"lm_head\.weight is in .* but not in the")

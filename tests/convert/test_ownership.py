@@ -10,7 +10,7 @@ import pytest
 
 from bc2_jax import manifest
 from bc2_jax.convert.conversion import Options, to_gguf, to_hf, to_orbax
-from bc2_jax.convert.ownership import foreign_in_checkpoint, foreign_in_export, foreign_in_gguf
+from bc2_jax.convert.folder import foreign_in_checkpoint, foreign_in_export, foreign_in_gguf
 from bc2_jax.convert.pretrained import save_params
 from tests.convert.models import GOLDEN, TINY, random_folder, random_params
 
@@ -42,7 +42,7 @@ def test_what_lies_beside_an_export_is_named(written, tmp_path, entry):
     shutil.copytree(written / "baichuan2-safetensors-inf", folder)
     add(folder / entry)
     assert foreign_in_export(folder) == [entry]
-    with pytest.raises(FileExistsError, match=rf"is not replaced, as no conversion wrote {entry}: move that away"):
+    with pytest.raises(FileExistsError, match=rf"is not replaced, as no conversion wrote {entry}: move it away"):
         to_hf(written / "orbax", folder, Options(overwrite=True))
     assert (folder / entry).exists() and (folder / "model.safetensors").exists()
 

@@ -14,8 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bc2_jax.convert.conversion import Options, to_hf, to_orbax
+from bc2_jax.convert.inspection import diff, inspect
 from bc2_jax.convert.pretrained import find_tokenizer, load_params, save_params
-from bc2_jax.convert.report import diff, inspect
 from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.validation import check_path
 from tests.convert.models import TINY, array_bytes, random_folder, random_params, tensor_bytes

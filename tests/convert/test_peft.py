@@ -18,8 +18,8 @@ from bc2_jax.config import ModelConfig
 from bc2_jax.config.lora import LORA_TARGETS, LoraConfig
 from bc2_jax.convert.conversion import Options
 from bc2_jax.convert.hf_write import save_folder
-from bc2_jax.convert.lora_layout import to_layout
 from bc2_jax.convert.merging import convert_adapter, merge_lora
+from bc2_jax.convert.peft import to_layout
 from bc2_jax.convert.pickled_write import write_pickled
 from bc2_jax.convert.pretrained import find_model, load_params, load_pretrained
 from bc2_jax.convert.safetensors import read_safetensors, write_safetensors

@@ -50,7 +50,7 @@ def test_each_option_decides(tmp_path, capsys, golden, changes, options, expecte
     assert said[0] == said[1] and options[0].replace("--no-", "--") in said[0] and not target.exists()
     code = tool.main(["inspect", str(folder), *options])
     if expected is None:  # the sizes are not those of the tensors: the next sentence
-        assert code == 1 and "misshapen   model.embed_tokens.weight (320, 48)" in capsys.readouterr().out
+        assert code == 1 and "misshapen   model.embed_tokens.weight has shape (320, 48)" in capsys.readouterr().out
         return
     assert code == 0 and tool.main(["to-orbax", str(folder), str(target), *options]) == 0
     found: ModelConfig = find_model(target).config

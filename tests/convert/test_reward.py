@@ -15,9 +15,9 @@ from bc2_jax.checkpoint import save_context
 from bc2_jax.config.lora import LoraConfig
 from bc2_jax.convert.adapter import describe, find_adapter
 from bc2_jax.convert.conversion import to_hf, to_orbax
+from bc2_jax.convert.inspection import inspect
 from bc2_jax.convert.merging import merge_lora
 from bc2_jax.convert.pretrained import find_model, load_params
-from bc2_jax.convert.report import inspect
 from bc2_jax.convert.reward import (
     describe_reward_model,
     find_critic,
@@ -145,7 +145,7 @@ def test_what_is_no_reward_model_is_refused(places, tmp_path: Path):
 def test_a_base_that_is_gone_or_another_is_named(places, tmp_path: Path):
     adapted = {"adapter": adapter_params(), "score": REWARD["score"]}
     path = write(tmp_path / "a", adapted, reward={}, lora=dataclasses.asdict(LORA), init_from="gone")
-    with pytest.raises(FileNotFoundError, match="needs the model that its run began from: gone does not exist"):
+    with pytest.raises(FileNotFoundError, match="needs the model that its run started from: gone does not exist"):
         load_reward_model(path)
     other = random_folder(tmp_path / "other", dataclasses.replace(TINY, vocab_size=30))
     path = write(tmp_path / "b", adapted, reward={}, lora=dataclasses.asdict(LORA), init_from=str(other))

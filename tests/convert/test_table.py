@@ -49,6 +49,10 @@ def getter(flat: dict[str, np.ndarray]):
     return lambda path, layer: flat[path] if layer is None else flat[path][layer]
 
 
+def to_torch(config: ModelConfig, read: table.Reader) -> dict[str, np.ndarray]:
+    return dict(table.build_tensor(config, read, tensor) for tensor in table.torch_tensors(config))
+
+
 def same_bytes(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
     return a.keys() == b.keys() and all(
         a[k].shape == b[k].shape and a[k].dtype == b[k].dtype and a[k].tobytes() == b[k].tobytes() for k in a
@@ -73,14 +77,14 @@ def test_full_size_shapes(config, tensors):
 def test_torch_to_ours_to_torch_keeps_every_byte(config, dtype, seed):
     tensors = random_arrays(table.torch_shapes(config), dtype, seed)
     params = from_torch(config, tensors.__getitem__)
-    assert same_bytes(dict(table.to_torch(config, getter(table.flatten(params)))), tensors)
+    assert same_bytes(to_torch(config, getter(table.flatten(params))), tensors)
 
 
 @given(configs(), DTYPES, SEEDS)
 @settings(max_examples=60, deadline=None)
 def test_ours_to_torch_to_ours_keeps_every_byte(config, dtype, seed):
     flat = random_arrays(table.param_shapes(config), dtype, seed)
-    tensors = dict(table.to_torch(config, getter(flat)))
+    tensors = to_torch(config, getter(flat))
     assert {k: t.shape for k, t in tensors.items()} == table.torch_shapes(config)
     assert same_bytes(table.flatten(from_torch(config, tensors.__getitem__)), flat)
 
@@ -148,7 +152,7 @@ def test_read_slice_loads_onto_a_mesh_and_back():
         flat[path] = jax.make_array_from_callback(
             shape, sharding, lambda index, path=path: table.read_slice(TINY, tensors.__getitem__, path, index)
         )
-    back = table.to_torch(TINY, lambda path, layer: np.asarray(getter(flat)(path, layer)))
+    back = to_torch(TINY, lambda path, layer: np.asarray(getter(flat)(path, layer)))
     assert same_bytes(dict(back), tensors)
 
 

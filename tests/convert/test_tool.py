@@ -26,8 +26,7 @@ tool = load_program("convert")
 
 
 @pytest.mark.parametrize(
-    ("text", "size"),
-    [("5GB", 5 * 10**9), ("1.5gb", 15 * 10**8), ("500 MB", 5 * 10**8), ("2GiB", 2**31), ("7", 7)],
+    ("text", "size"), [("5GB", 5 * 10**9), ("1.5gb", 15 * 10**8), ("500 MB", 5 * 10**8), ("2GiB", 2**31), ("7", 7)]
 )
 def test_parse_size(text, size):
     assert tool.parse_size(text) == size

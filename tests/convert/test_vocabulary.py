@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 import bc2_jax
-from bc2_jax.convert.conversion import Options, to_hf, to_orbax
+from bc2_jax.convert.conversion import Options, check_vocabulary, new_rows, resize_vocab, to_hf, to_orbax
 from bc2_jax.convert.source import open_source
-from bc2_jax.convert.vocabulary import check_vocabulary, new_rows, resize_vocab
 from tests.convert.models import GOLDEN, TINY, array_bytes, random_folder
 
 

@@ -18,9 +18,9 @@ from bc2_jax.config import ModelConfig
 from bc2_jax.convert import hf
 from bc2_jax.convert.conversion import Options, to_hf, to_orbax
 from bc2_jax.convert.hf_config import read_json, write_config, write_json
+from bc2_jax.convert.inspection import diff
 from bc2_jax.convert.pretrained import find_model, load_params
 from bc2_jax.convert.reading import Reading
-from bc2_jax.convert.report import diff
 from bc2_jax.convert.source import open_source
 from tests.convert.models import GOLDEN, TINY, array_bytes, random_folder, tiny_tensors, write_by_dtype
 
@@ -95,16 +95,16 @@ def test_the_head_of_a_llama(tmp_path, caplog):
     tensors = split_qkv(tiny_tensors())
     folder = write(tmp_path / "plain", tensors, model_type="llama", architectures=["LlamaForCausalLM"])
     assert not open_source(folder).config.normalize_head
-    assert "the head is taken as a plain one, as LLaMA's is; its rows have lengths" in caplog.text
+    assert "the head is read as a plain one, like LLaMA's; its rows have lengths" in caplog.text
     assert open_source(folder, Reading(normalize_head=True)).config.normalize_head
-    assert "taken as a NormHead" in caplog.text
+    assert "read as a NormHead" in caplog.text
     caplog.clear()
     head = tensors["lm_head.weight"]
     unit = tensors | {"lm_head.weight": head / np.linalg.norm(head, axis=1, keepdims=True)}
     unit["lm_head.weight"][3] = 0  # a padded vocabulary
     folder = write(tmp_path / "unit", unit, model_type="llama")
     assert not open_source(folder).config.normalize_head
-    assert "they were normalised" in caplog.text and "--normalize-head takes it as a NormHead" in caplog.text
+    assert "they were normalised" in caplog.text and "--normalize-head reads it as a NormHead" in caplog.text
 
 
 def test_a_baichuan2_as_llama_whose_head_was_not_normalised(tmp_path):
@@ -186,7 +186,7 @@ def test_buffers_that_contradict_the_config(tmp_path, caplog):
     signs = [(alibi, name, "rope") for name in ROPE_BUFFERS] + [(TINY, name, "alibi") for name in ALIBI_BUFFERS]
     for config, name, told in signs:
         folder = write(tmp_path / name, tiny_tensors() | {name: (ROPE_BUFFERS | ALIBI_BUFFERS)[name]}, config)
-        with pytest.raises(ValueError, match=f"position_embedding is not clear: .* as with {told}; decide with"):
+        with pytest.raises(ValueError, match=f"position_embedding is not clear: .* implies {told}; decide with"):
             open_source(folder)
         scheme = config.position_embedding
         assert open_source(folder, Reading(position_embedding=scheme)).config.position_embedding == scheme
@@ -207,7 +207,7 @@ def test_prefixes_are_explained_and_stripped(tmp_path, prefix):
     folder = write(tmp_path / "a", {prefix + name: array for name, array in tiny_tensors().items()})
     with pytest.raises(ValueError, match=f"{PREFIXES[prefix] or ''}.*pass --strip-prefix {prefix} ") as error:
         open_source(folder)
-    assert ("put there" in str(error.value)) == (PREFIXES[prefix] is not None)
+    assert ("added by" in str(error.value)) == (PREFIXES[prefix] is not None)
     expected = array_bytes(write(tmp_path / "b", tiny_tensors()))
     to_orbax(folder, tmp_path / "c", Options(reading=Reading(strip_prefix=prefix)))
     assert array_bytes(tmp_path / "c") == expected
@@ -219,7 +219,7 @@ def test_prefixes_are_explained_and_stripped(tmp_path, prefix):
 def test_wrappers_of_single_layers(tmp_path):
     names = {name: name.replace(".0.", ".0._checkpoint_wrapped_module.") for name in tiny_tensors()}
     folder = write(tmp_path / "a", {names[name]: array for name, array in tiny_tensors().items()})
-    with pytest.raises(ValueError, match="activation checkpointing put there: pass --strip-prefix _checkpoint_wrapped"):
+    with pytest.raises(ValueError, match="added by activation checkpointing: pass --strip-prefix _checkpoint_wrapped"):
         open_source(folder)
     source = open_source(folder, Reading(strip_prefix="_checkpoint_wrapped_module"))
     assert source.config.hidden_size == TINY.hidden_size

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bc2_jax.curate.boilerplate import BoilerplateConfig, remove_boilerplate
+from bc2_jax.curate.cuts import BoilerplateConfig, remove_boilerplate
 
 CONFIG = BoilerplateConfig()
 

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from bc2_jax.curate import clustering
 from bc2_jax.curate.clustering import assign, fit
 from bc2_jax.curate.config import ClusterConfig
-from bc2_jax.curate.embedding import unit_rows
+from bc2_jax.curate.features import unit_rows
 
 
 def blobs(rng: np.random.Generator, centers: int, points: int, dim: int = 64, spread: float = 0.05) -> tuple:
-    """float16 [points, dim] and which center each is near."""
+    """float16 [points, dim], and the center that each point is near."""
     labels = rng.integers(0, centers, points)
     return unit_rows(rng.standard_normal((centers, dim))[labels] + spread * rng.standard_normal((points, dim))), labels
 
@@ -83,7 +83,7 @@ def test_finds_clusters_that_are_there():
 
 
 def test_an_empty_cluster_starts_again_at_another_point():
-    """Two first centroids are the same point, of which one can have no points."""
+    """Two of the first centroids are equal, so one of them has no points."""
     config = ClusterConfig(clusters=3, iterations=10)
     order = np.random.default_rng(config.seed).permutation(30)
     points = np.zeros((30, 64), np.float16)
@@ -120,7 +120,7 @@ def test_wrong_input():
     points = np.eye(4, dtype=np.float16)
     for bad in (points.astype(np.float32), points[0], points[:0]):
         with pytest.raises(ValueError, match="points = .* is not valid"):
-            fit(bad)
+            fit(bad, ClusterConfig())
     with pytest.raises(ValueError, match="centroids = .* points have 4 columns"):
         assign(points, points[:, :3])
     with pytest.raises(ValueError, match="top = 0 is not valid"):

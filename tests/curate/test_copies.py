@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse.csgraph import connected_components
 
-from bc2_jax.curate import copies, near
+from bc2_jax.curate import copies
 from bc2_jax.curate.engine import Engine
 from bc2_jax.curate.minhash import VALUES
 
@@ -88,12 +88,12 @@ def test_what_goes_is_similar_to_what_stays():
     rows[3, 100:] += 2000
     rows[4] += 5000
     edges = frame(a=[1, 2, 3, 4], b=[0, 1, 2, 3])
-    found = near.resolve(edges, signature(rows), 0.6, ENGINE).to_pydict()
+    found = copies.resolve(edges, signature(rows), 0.6, ENGINE).to_pydict()
     # 1 goes for 0. 2 is joined to 0 through 1 alone, so it stays, and 3 goes for it. 4 is like none.
     assert dict(zip(found["doc"], found["first"], strict=True)) == {1: 0, 3: 2}
     assert dict(zip(found["doc"], found["similarity"], strict=True)) == pytest.approx({1: 88 / 128, 3: 100 / 128})
 
 
 def test_no_edges():
-    rows = near.resolve(frame(a=[], b=[]), signature(np.zeros((1, VALUES))), 0.5, ENGINE).to_pydict()
+    rows = copies.resolve(frame(a=[], b=[]), signature(np.zeros((1, VALUES))), 0.5, ENGINE).to_pydict()
     assert rows == {"doc": [], "first": [], "similarity": []}

@@ -1,4 +1,4 @@
-"""benchmarks/curation*.py: what is planted is what the record says, and the judgement of a known outcome is right."""
+"""benchmarks/curation*.py: planted duplicates match their records, and a known outcome is judged correctly."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from bc2_jax.curate import dense
 from bc2_jax.curate.clustering import assign, fit
 from bc2_jax.curate.config import ClusterConfig, DenseConfig
-from bc2_jax.curate.dense import Pairs, candidate_pairs, near_duplicates
-from bc2_jax.curate.embedding import DocumentFrequencies, EmbeddingConfig, HashedNgrams, unit_rows
+from bc2_jax.curate.dense import Pairs, near_duplicates
+from bc2_jax.curate.features import DocumentFrequencies, EmbeddingConfig, HashedNgrams, unit_rows
 from bc2_jax.curate.tokens import hash_ngrams, hash_tokens
 
 
@@ -44,7 +44,9 @@ def test_equals_all_pairs(seed: int, documents: int, top: int, block: int, thres
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dense, "_BLOCK", block)
         patch.setattr(dense, "_MOST_PAIRS", block)
-        assert as_dict(candidate_pairs(features, assignments, threshold)) == all_pairs(features, assignments, threshold)
+        config = DenseConfig(cosine=threshold, clusters_per_document=top, jaccard=0.0, most_earlier=documents + 1)
+        every = near_duplicates(features, assignments, lambda i, j: np.zeros(len(i)), config)
+        assert as_dict(every) == all_pairs(features, assignments, threshold)
         config = DenseConfig(cosine=threshold, clusters_per_document=2, jaccard=0.5, most_earlier=2)
         verified = near_duplicates(features, assignments, lambda i, j: (i * 7 + j) % 5 / 4, config)
     expected: dict[tuple[int, int], float] = {}
@@ -66,7 +68,7 @@ def test_finds_copies_with_dense_edits(modules: list[str]):
             words[i] = rng.choice(vocabulary) if words[i][0].isalnum() else words[i]
         texts.append("".join(words))
     planted = {(3 * i, len(documents) + i) for i in range(len(texts) - len(documents))}
-    features = HashedNgrams(EmbeddingConfig(), DocumentFrequencies.of(texts))(texts)
+    features = HashedNgrams(EmbeddingConfig(), DocumentFrequencies.of(texts)).sketch(hash_tokens(texts))
     ids, _ = assign(features, fit(features, ClusterConfig(documents_per_cluster=16)), 2)
     shingles = [set(hash_ngrams(hash_tokens([text]), 5).hashes.tolist()) for text in texts]
 
@@ -91,10 +93,6 @@ def test_wrong_input():
         with pytest.raises(ValueError, match=f"dense.{field} = .* is not valid: it must be"):
             DenseConfig(**wrong)
     features, ids = np.eye(3, dtype=np.float16), np.zeros((3, 2), np.int32)
-    for arguments in ((features.astype(float), ids, 0.5), (features, ids[:2], 0.5), (features, ids[:, 0], 0.5)):
+    for arguments in ((features.astype(float), ids), (features, ids[:2]), (features, ids[:, 0])):
         with pytest.raises(ValueError, match="is not valid"):
-            candidate_pairs(*arguments)
-        with pytest.raises(ValueError, match="is not valid"):
-            near_duplicates(*arguments[:2], lambda i, j: i)
-    with pytest.raises(ValueError, match="threshold = 0.0 is not valid"):
-        candidate_pairs(features, ids, 0.0)
+            near_duplicates(*arguments, lambda i, j: i, DenseConfig())

@@ -1,4 +1,4 @@
-"""Real text of other origin than the tables against the same text in random order."""
+"""Real text, not from the sources of the tables, against the same text in random order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is a licence header, and what two files under one licence are compared by."""
+"""Licence headers are found, and files under one licence are compared without them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bc2_jax.curate import minhash
-from bc2_jax.curate.headers import header_end, header_tokens
+from bc2_jax.curate.minhash import header_end, header_tokens
 from bc2_jax.curate.tokens import hash_tokens, without_first
 
 LICENCE = """Copyright 2031 The Example Authors. All rights reserved.

@@ -1,4 +1,4 @@
-"""Each rule drops what it is for and keeps ordinary text; the score falls where a limit comes near."""
+"""Each rule drops the text it is for and keeps ordinary text; the score falls near a limit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bc2_jax.curate.heuristics import HeuristicsConfig, Limits, examine, score_heuristics
+from bc2_jax.curate.heuristics import HeuristicsConfig, Limits, examine
 from bc2_jax.curate.tokens import hash_tokens
 
 CONFIG = HeuristicsConfig()
@@ -25,18 +25,18 @@ NOTHING = Limits(**OFF, top_ngrams=(), duplicate_ngrams=())
 
 def reason(text: str, language: str = "other", **limits) -> str | None:
     config = HeuristicsConfig(other=dataclasses.replace(NOTHING, **limits)) if limits else CONFIG
-    return score_heuristics([text], [language], config)[0]
+    return examine([text], [language], config).reasons[0]
 
 
 @pytest.fixture
 def running_text(monkeypatch):
-    """Every document is taken for running text, whatever it looks like."""
+    """Judges every document as running text."""
     monkeypatch.setattr("bc2_jax.curate.heuristics.kind_of", lambda text, language: "prose")
 
 
 def test_ordinary_documents_stay(modules):
     texts = [ENGLISH, POEM, *modules]
-    assert score_heuristics(texts, ["en", "zh"] + ["code"] * len(modules), CONFIG) == [None] * len(texts)
+    assert examine(texts, ["en", "zh"] + ["code"] * len(modules), CONFIG).reasons == [None] * len(texts)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_repetition_is_for_documents_of_some_length():
     four = "a b c d " * 5 + " ".join(f"w{i}" for i in range(60))  # the 2-gram covers 10 / 80, the 4-gram 20 / 80
     ten = varied + " " + " ".join(f"w{i}" for i in range(20))  # 20 of 80 tokens occurred before
     texts = ["buy now " * 9, "buy now " * 10, varied, four, varied + " " + varied, ten]
-    reasons = score_heuristics(texts, ["fr"] * len(texts), config)
+    reasons = examine(texts, ["fr"] * len(texts), config).reasons
     assert [r and r.split(" ")[0] for r in reasons] == [
         None, "top_ngrams(2)", None, "top_ngrams(4)", "duplicate_ngrams(5)", "duplicate_ngrams(10)",
     ]  # fmt: skip
@@ -103,9 +103,9 @@ def test_the_first_broken_rule_is_given():
 def test_limits_are_those_of_the_language():
     config = HeuristicsConfig(zh=dataclasses.replace(NOTHING, min_characters=5))
     texts = ["四个字。"] * 3
-    assert [r is None for r in score_heuristics(texts, ["zh", "en", "fr"], config)] == [False, False, False]
+    assert [r is None for r in examine(texts, ["zh", "en", "fr"], config).reasons] == [False, False, False]
     config = dataclasses.replace(config, en=NOTHING, other=dataclasses.replace(NOTHING, max_characters=3))
-    found = score_heuristics(texts, ["zh", "en", "fr"], config)
+    found = examine(texts, ["zh", "en", "fr"], config).reasons
     assert found == ["min_characters = 4, limit 5", None, "max_characters = 4, limit 3"]
 
 

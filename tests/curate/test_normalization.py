@@ -1,4 +1,4 @@
-"""Normalisation against its definition, written here again character by character."""
+"""Normalisation against its definition, character by character."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import unicodedata
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from bc2_jax.curate.normalization import large_strings, normalize, normalize_texts
+from bc2_jax.curate.normalization import large_strings, normalize_texts
 
 ZWNJ, ZWJ, ZWSP, BOM = "\u200c", "\u200d", "\u200b", "\ufeff"
 # What the rules are about is rare among all characters.
@@ -15,6 +15,10 @@ ODD = st.sampled_from([*" \t\n\r\v\f\x00\x1b\x7f\x85\xa0\xade\u0301\u3000", "\r\
                        "\u2028", "\u2029", "\u0915", "\u0645", "\U0001f468", "\u00e9", "\u212b", "，", "ｆ", "\u0958",
                        "\u2adc", "\u1100", "\u1161", "\u2000"])  # fmt: skip
 TEXT = st.lists(st.one_of(ODD, st.characters(exclude_categories=["Cs"]))).map("".join)
+
+
+def normalize(text: str) -> str:
+    return normalize_texts([text])[0][0]
 
 
 def removed(character: str) -> bool:

@@ -16,7 +16,7 @@ from bc2_jax.convert import hf, table
 from bc2_jax.convert.hf_write import write_folder
 from bc2_jax.convert.source import source_of_params
 from bc2_jax.convert.stream import Stream
-from bc2_jax.curate.perplexity import make_perplexity
+from bc2_jax.curate.features import make_perplexity
 
 
 @pytest.fixture(scope="module", params=["rope", "alibi"])
@@ -52,7 +52,7 @@ def test_bits_a_byte_are_those_of_the_models_logits(folder, tokenizer, modules):
     loaded = bc2_jax.load_pretrained(folder)
     model = jax.jit(lambda ids, segment_ids: loaded(ids, segment_ids=segment_ids))
     texts = [modules[0][:40], "two words", modules[1][:3000], "", "x", "é中", modules[2][:120], modules[3][:90]]
-    found = make_perplexity(folder, max_tokens=24, batch_size=3)(texts)
+    found = make_perplexity(folder, max_tokens=24)(texts)
     assert found.dtype == np.float64 and found.shape == (8,)
     for text, value in zip(texts, found, strict=True):
         if len(tokenizer.encode(text)) < 2:
@@ -63,8 +63,7 @@ def test_bits_a_byte_are_those_of_the_models_logits(folder, tokenizer, modules):
 
 
 def test_bad_settings_are_named(folder):
-    for fields in (dict(max_tokens=1), dict(batch_size=0)):
-        with pytest.raises(ValueError, match=f"{next(iter(fields))} = .* is not valid: "):
-            make_perplexity(folder, **fields)
+    with pytest.raises(ValueError, match="max_tokens = 1 is not valid: "):
+        make_perplexity(folder, max_tokens=1)
     with pytest.raises(FileNotFoundError):
         make_perplexity(folder / "missing")

@@ -34,7 +34,7 @@ LINKS = ["of the", "and the", "to the", "in the", "near a", "under the", "behind
 
 
 def sentence(rng: random.Random) -> str:
-    """Words in an order that English has: those in random order are gibberish, which curation finds."""
+    """Words in an English order: curation drops words in random order."""
     rest = [f"{rng.choice(LINKS)} {rng.choice(NOUNS)}" for _ in range(rng.randint(3, 5))]
     return f"The {rng.choice(NOUNS)} {' '.join(rest)}."
 
@@ -255,7 +255,7 @@ SPECIAL = st.text(st.sampled_from("[]*?{}!\\#%20 ~$|&'好a"), min_size=1, max_si
 @settings(max_examples=6, deadline=None)
 @given(SPECIAL, SPECIAL)
 def test_a_path_is_no_pattern_and_no_url(tmp_path_factory, parent, name):
-    """The copies of the documents of OUT alone are found, in whatever folder it is, and whatever its name."""
+    """A folder with any name and any parent is read itself, not a folder that its name matches as a pattern."""
     root = tmp_path_factory.mktemp("paths") / f"x{parent}"
     raw, out = root / f"raw{name}", root / f"out{name}"
     raw.mkdir(parents=True)
@@ -312,7 +312,7 @@ def command(raw: Path, out: Path, *more: str) -> list[str]:
 
 
 def test_killed_and_started_again(raw, result, tmp_path):
-    """Killed as soon as each of some stages has begun; what comes out is what comes out of one run."""
+    """A run killed at the beginning of several stages and resumed gives the bytes of one run."""
     out = tmp_path / "out"
     more = ("--contamination.files", str(raw / "bench.txt"))
     for stage in ("read", "near", "write"):

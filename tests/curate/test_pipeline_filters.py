@@ -12,8 +12,8 @@ from bc2_jax.cli.train_quality import main as train_quality
 from bc2_jax.config import ModelConfig
 from bc2_jax.convert.pretrained import save_params
 from bc2_jax.curate.config import CurationConfig, DenseConfig, QualityConfig
-from bc2_jax.curate.embedding import EmbeddingConfig
 from bc2_jax.curate.engine import Engine
+from bc2_jax.curate.features import EmbeddingConfig
 from bc2_jax.curate.pipeline import curate
 from bc2_jax.curate.privacy import PrivacyConfig
 from bc2_jax.curate.safety import KeywordFile, SafetyConfig

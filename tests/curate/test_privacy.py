@@ -1,4 +1,4 @@
-"""What is masked, generated with valid check digits, and what only looks like it."""
+"""Personal data with valid check digits is masked, and text that only looks like it stays."""
 
 from __future__ import annotations
 

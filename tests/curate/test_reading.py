@@ -18,9 +18,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bc2_jax.curate.inputs import ReadConfig, Unit, plan_units
-from bc2_jax.curate.parquet_pages import largest_page
 from bc2_jax.curate.problems import LISTED, Problem, UnitReport, number_lines, problems_table
 from bc2_jax.curate.reading import Rows, read_unit
+from bc2_jax.data.parquet import largest_page
 from bc2_jax.data.text_files import find_text_files
 
 
@@ -76,7 +76,7 @@ def test_units_cut_anywhere_give_what_the_whole_file_gives(pieces: list[bytes], 
     byte = 0
     for number, raw in enumerate(data.split(b"\n"), 1):
         try:
-            line = raw.removeprefix(b"\xef\xbb\xbf") if byte == 0 else raw
+            line = raw.removeprefix(b"\xef\xbb\xbf")  # of files that were joined
             if line.decode().strip() or len(raw) > 250:
                 text = json.loads(line)["text"]
                 text.encode()
@@ -141,7 +141,7 @@ def test_rows_that_hold_no_text(tmp_path: Path):
         (8, "the row is not an object"),
         (9, "the row is not an object"),
         (10, "the row is not an object"),
-        (11, "the text has half of a surrogate pair"),
+        (11, "field 'text' has half of a surrogate pair"),
     ]
     assert reports[0].lost.total() == 10
     assert problems_table(reports).num_rows == 10
@@ -321,7 +321,7 @@ def test_a_broken_row_group_costs_no_other(tmp_path: Path):
     for name, part in (("cut", data[: len(data) // 2]), ("tiny", b"PAR1"), ("text", b"hello world, no parquet")):
         (tmp_path / f"{name}.parquet").write_bytes(part)
         rows, problems, _ = read(tmp_path / f"{name}.parquet")
-        assert (rows.texts, [p.reason for p in problems]) == ([], ["the file is no whole parquet file"])
+        assert (rows.texts, [p.reason for p in problems]) == ([], ["the file is not a complete Parquet file"])
 
 
 @pytest.mark.parametrize(

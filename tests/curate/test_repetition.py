@@ -8,17 +8,16 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bc2_jax.curate.repetition import (
+from bc2_jax.curate.statistics import (
     bounded,
     document_keys,
     duplicate_share,
     first_occurrences,
     hash_segments,
     segment_sums,
-    take,
     top_share,
 )
-from bc2_jax.curate.tokens import Tokens, code_points, hash_tokens, slice_tokens, token_pieces
+from bc2_jax.curate.tokens import Tokens, choose_tokens, code_points, hash_tokens, slice_tokens, token_pieces
 
 WORDS = st.lists(st.lists(st.sampled_from("abcd"), max_size=30), max_size=6)
 
@@ -76,10 +75,10 @@ def test_bounded_computes_only_what_is_needed():
 
 
 @given(WORDS, st.data())
-def test_take_and_pieces_give_the_tokens_of_documents(documents, data):
+def test_choices_and_pieces_give_the_tokens_of_documents(documents, data):
     tokens = tokens_of(documents)
     chosen = sorted(data.draw(st.sets(st.sampled_from(range(len(documents)))))) if documents else []
-    taken = take(tokens, np.array(chosen, np.int64))
+    taken = choose_tokens(tokens, np.isin(np.arange(len(documents)), chosen))
     expected = tokens_of([documents[i] for i in chosen])
     np.testing.assert_array_equal(taken.hashes, expected.hashes)
     np.testing.assert_array_equal(taken.offsets, expected.offsets)

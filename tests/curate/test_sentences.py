@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bc2_jax.curate.sentences import SentenceConfig, low_quality_spans
+from bc2_jax.curate.cuts import SentenceConfig, low_quality_spans
 from bc2_jax.curate.spans import cut_spans
 
 CONFIG = SentenceConfig()

@@ -1,4 +1,4 @@
-"""Where paragraphs and sentences end, and what is left when some are cut."""
+"""Ends of paragraphs and sentences, and the text left after cuts."""
 
 import numpy as np
 import pytest

@@ -52,7 +52,7 @@ def test_normalised_and_bounded(corpus: dict, config: WeightsConfig):
 
 @given(corpora(), configs())
 def test_monotone(corpus: dict, config: WeightsConfig):
-    """Of two documents of a language, the one that is no worse in score and cluster has no smaller weight."""
+    """In a language, a document with at least the score and at most the cluster size has at least the weight."""
     weights = sampling_weights(config=config, **corpus)
     own = corpus["cluster_sizes"][corpus["clusters"]]
     languages = np.array(corpus["languages"])
@@ -62,7 +62,7 @@ def test_monotone(corpus: dict, config: WeightsConfig):
 
 
 def shares(weights: np.ndarray, corpus: dict) -> dict[str, float]:
-    """Of what is read, by language."""
+    """Share of the sampled bytes by language."""
     read = weights.astype(np.float64) * corpus["sizes"]
     languages = np.array(corpus["languages"])
     return {language: read[languages == language].sum() / read.sum() for language in set(corpus["languages"])}
@@ -70,7 +70,7 @@ def shares(weights: np.ndarray, corpus: dict) -> dict[str, float]:
 
 @given(corpora(), configs(), st.integers(0, 39), st.floats(-9, 9), st.floats(0.1, 9))
 def test_languages_keep_their_shares(corpus: dict, config: WeightsConfig, place: int, move: float, spread: float):
-    """Whatever the scores of one language are beside those of another, which have no common scale."""
+    """Scores of two languages have no common scale, so shifting one language's scores changes nothing."""
     weights = sampling_weights(config=config, **corpus)
     assert shares(weights, corpus) == pytest.approx(shares(np.ones(len(weights)), corpus), abs=1e-5)
     here = np.array(corpus["languages"]) == corpus["languages"][place % len(weights)]

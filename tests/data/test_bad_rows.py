@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bc2_jax.config import DataConfig, SourceConfig
-from bc2_jax.data.bad_rows import BadRows
 from bc2_jax.data.loader import make_train_iterator, make_train_loader, make_validation_batches
-from bc2_jax.data.packing import Split, load_manifest, pack_documents, read_rows
-from bc2_jax.data.row_file import BadRow
+from bc2_jax.data.packing import Split, load_manifest, read_rows
+from bc2_jax.data.row_file import BadRow, BadRows
 from bc2_jax.tokenizer import Tokenizer
+from tests.packed_rows import pack_texts
 
 T = 16
 ONE = {"process_index": 0, "process_count": 1}
@@ -33,7 +33,7 @@ def test_each_row_counts_once(found: list[tuple[str, int]], limit: int) -> None:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("bc2_jax.data.bad_rows").addHandler(handler)
+    logging.getLogger("bc2_jax.data.row_file").addHandler(handler)
     allowed: list[tuple[str, int]] = []
     try:
         for name, row in found:
@@ -47,7 +47,7 @@ def test_each_row_counts_once(found: list[tuple[str, int]], limit: int) -> None:
                 ):
                     bad_rows.add(bad)
     finally:
-        logging.getLogger("bc2_jax.data.bad_rows").removeHandler(handler)
+        logging.getLogger("bc2_jax.data.row_file").removeHandler(handler)
     assert bad_rows.metrics() == ({"bad_rows": len(allowed)} if allowed else {})
     assert lines == [
         f"row {row} of '{name}' can't be read (why): padding takes its place; bad row {number} of at most "
@@ -67,7 +67,7 @@ def data(tokenizer: Tokenizer, tmp_path: Path) -> DataConfig:
     random = np.random.default_rng(0)
     for name in "ab":
         texts = [" ".join(map(str, random.integers(10**9, size=12))) for _ in range(60)]
-        pack_documents(texts, tokenizer, tmp_path / name, T, validation_fraction=0.2, rows_per_file=120)
+        pack_texts(texts, tokenizer, tmp_path / name, T, validation_fraction=0.2, rows_per_file=120)
     return DataConfig(
         sources=tuple(SourceConfig(path=str(tmp_path / name)) for name in "ab"), tokenizer=str(tokenizer.path),
         sequence_length=T, global_batch_size=4, max_bad_rows=3,

@@ -16,8 +16,8 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bc2_jax.data import documents, records
-from bc2_jax.data.documents import Document, Fields, InvalidDocument, read_span, scan_file, why_invalid
+from bc2_jax.data import documents
+from bc2_jax.data.documents import Document, Fields, InvalidDocument, read_span, scan_file, why_no_text
 
 
 def read(path: Path, span_bytes: int = 1 << 20, fields: Fields | None = None) -> list[Document | InvalidDocument]:
@@ -97,19 +97,19 @@ def test_spans_cover_a_file_once_and_know_their_lines(records: list[tuple[str, s
 
 
 BAD = {
-    b"{not json": "it is not JSON",
-    b'{"title": "no text"}': "it is not an object with a field 'text'",
-    b'["text"]': "it is not an object with a field 'text'",
-    b'{"text": 7}': "in field 'text', it is not a string but int",
-    b'{"text": "a\\ud800"}': "in field 'text', it has a lone surrogate at character 1",
-    b'{"text": "\xff"}': "it is not UTF-8 (invalid start byte at byte 10)",
-    b'{"text": "x", "source": 1}': "in field 'source', it is not a string but int",
+    b"{not json": "the line is not JSON",
+    b'{"title": "no text"}': "the row has no field 'text'",
+    b'["text"]': "the row is not an object",
+    b'{"text": 7}': "field 'text' is a number, not a string",
+    b'{"text": "a\\ud800"}': "field 'text' has half of a surrogate pair (at character 1)",
+    b'{"text": "\xff"}': "the line is not UTF-8 (invalid start byte at byte 10)",
+    b'{"text": "x", "source": 1}': "field 'source' is a number, not a string",
     b'{"text": "x", "score": 1.5}': "score = 1.5 is not valid: it must be in 0..1",
     b'{"text": "x", "score": NaN}': "score = nan is not valid: it must be in 0..1",
     b'{"text": "x", "score": true}': "score = True is not valid: it must be in 0..1",
     b'{"text": "x", "weight": 0}': "weight = 0 is not valid: it must be positive",
     b'{"text": "x", "weight": "2"}': "weight = '2' is not valid: it must be positive",
-    b"[" * 100_000: "it is not JSON",
+    b"[" * 100_000: "the line is not JSON",
 }
 
 
@@ -125,15 +125,15 @@ def test_bad_lines_are_named_and_reading_goes_on(tmp_path: Path, compressed: boo
 
 
 def test_a_line_that_is_too_long_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "LONGEST_LINE", 100)
+    monkeypatch.setattr(documents, "LONGEST", 100)
     path = tmp_path / "a.jsonl"
     long = json.dumps({"text": "x" * 1000}).encode()
     path.write_bytes(b'{"text": "a"}\n' + long + b'\n{"text": "b"}\n' + long)
     found = read(path)
     assert texts(found) == ["a", "b"]
     assert reasons(found) == [
-        f"{path}:2: the line has {len(long) + 1} bytes, more than 100",
-        f"{path}:4: the line has {len(long)} bytes, more than 100",
+        f"{path}:2: the line is longer than 100 bytes (it has {len(long)} bytes)",
+        f"{path}:4: the line is longer than 100 bytes (it has {len(long)} bytes)",
     ]
 
 
@@ -149,12 +149,14 @@ def test_zstandard_frames_and_where_they_end(tmp_path: Path) -> None:
     found = read(path)
     assert found[:50] == whole[:50] and found[:-1] == whole[: len(found) - 1]
     assert reasons(found) == [
-        f"{path}:{len(found)}: the Zstandard data ends in the middle; this and what follows in the file is lost"
+        f"{path}:{len(found)}: the rest of the file is lost: it cannot be decompressed "
+        "(the Zstandard data ends in the middle)"
     ]
     path.write_bytes(frames[0] + b"garbage")
     found = read(path)
     assert found[:50] == whole[:50] and len(found) == 51
-    assert reasons(found)[0].startswith(f"{path}:51: the Zstandard data is damaged: ")
+    lost = "the rest of the file is lost: it cannot be decompressed"
+    assert reasons(found)[0].startswith(f"{path}:51: {lost} (the Zstandard data is damaged: ")
 
 
 def test_damaged_parquet(tmp_path: Path) -> None:
@@ -171,24 +173,27 @@ def test_damaged_parquet(tmp_path: Path) -> None:
     found = read(path)
     assert texts(found) == [row["text"] for row in rows[:50] + rows[100:]]
     (lost,) = (document for document in found if isinstance(document, InvalidDocument))
-    assert lost.documents == 50 and lost.reason.startswith(f"{path}: rows 51-100 can't be read (")
+    assert lost.documents == 50 and lost.reason.startswith(
+        f"{path}:51: the rest of the row group cannot be read (rows 51-100: "
+    )
 
     path.write_bytes(content[:-20])
     scan = scan_file(path, Fields(), 1)
     assert scan.spans == () and scan.problem is not None
-    assert scan.problem.startswith(f"{path}: it is not a complete Parquet file (")
+    assert scan.problem.startswith(f"{path}: the file is not a complete Parquet file (")
 
 
 def test_parquet_that_is_not_what_it_says(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", [{"body": "x", "id": 1}])
-    assert scan_file(path, Fields(), 1).problem == f"{path}: it has no column 'text', only body, id"
+    problem = f"{path}: the file has no single column 'text'; its columns are body, id"
+    assert scan_file(path, Fields(), 1).problem == problem
     # Arrow does not check what it is told to be UTF-8.
     content = pyarrow.array([b"good", b"\xff", b"also"]).cast(pyarrow.binary())
     column = pyarrow.Array.from_buffers(pyarrow.string(), 3, content.buffers())
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
     found = read(path)
     assert texts(found) == ["good", "also"]
-    assert reasons(found) == [f"{path}:2: in text: it is not UTF-8 (invalid start byte at byte 0)"]
+    assert reasons(found) == [f"{path}:2: field 'text' is not UTF-8 (invalid start byte at byte 0)"]
 
 
 @pytest.mark.parametrize(
@@ -206,6 +211,7 @@ def test_a_missing_package_is_one_sentence(
 
 
 def test_surrogates_are_found_in_long_texts() -> None:
-    text = "x" * (3 << 20)
-    assert why_invalid(text) is None
-    assert why_invalid(f"{text}\ud800") == f"it has a lone surrogate at character {len(text)}"
+    for text, place in (("x" * (3 << 20), 3 << 20), ("书" * (1 << 20), 1 << 20)):
+        assert why_no_text({"a": text}, "a") is None
+        half = f"field 'a' has half of a surrogate pair (at character {place})"
+        assert why_no_text({"a": f"{text}\ud800"}, "a") == half

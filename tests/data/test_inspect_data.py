@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from bc2_jax.cli import inspect_data
-from bc2_jax.data.packing import pack_documents
 from bc2_jax.tokenizer import Tokenizer
+from tests.packed_rows import pack_texts
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,8 +36,8 @@ def run_here(*arguments: object) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def rows(tokenizer: Tokenizer, modules: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rows")
-    pack_documents(modules, tokenizer, folder / "code" / "q0", 64, validation_fraction=0)
-    pack_documents(modules[:2], tokenizer, folder / "code" / "q1", 64, validation_fraction=0.999)
+    pack_texts(modules, tokenizer, folder / "code" / "q0", 64, validation_fraction=0)
+    pack_texts(modules[:2], tokenizer, folder / "code" / "q1", 64, validation_fraction=0.999)
     return folder
 
 
@@ -84,7 +84,7 @@ def test_names_are_shown_whole_and_as_they_are(tokenizer: Tokenizer, modules: li
     """At 80 columns, in the C locale: neither markup, nor a formula, nor cut off."""
     names = ["[v1] a$b_$", "数据", "_" + "long" * 15 + "/the end"]
     for name in names:
-        pack_documents(modules[:1], tokenizer, tmp_path / "rows" / name, 64, validation_fraction=0)
+        pack_texts(modules[:1], tokenizer, tmp_path / "rows" / name, 64, validation_fraction=0)
     files = {"json": tmp_path / "found.json", "out": tmp_path / "figures", "tokenizer": tokenizer.path}
     options = [word for name, file in files.items() for word in (f"--{name}", file)]
     done = run(tmp_path / "rows", *options, COLUMNS="80", LC_ALL="C")

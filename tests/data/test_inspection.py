@@ -9,10 +9,11 @@ import pytest
 
 from bc2_jax.data import inspection, row_stream
 from bc2_jax.data.inspection import BINS_PER_OCTAVE, BenchmarkCounts, inspect_sources, read_benchmark
-from bc2_jax.data.overlap import hash_ngrams
-from bc2_jax.data.packing import MANIFEST, Split, iterate_rows, pack_documents, split_of
+from bc2_jax.data.ngrams import hash_ngrams
+from bc2_jax.data.packing import MANIFEST, Split, iterate_rows, split_of
 from bc2_jax.data.row_stream import RowSource, find_sources, read_document
 from bc2_jax.tokenizer import Tokenizer
+from tests.packed_rows import pack_texts
 
 N = 5
 
@@ -38,9 +39,9 @@ def sources(tokenizer: Tokenizer, texts: list[str], tmp_path_factory: pytest.Tem
     _, held_out = side(texts, 0.2)
     assert len(held_out) > 3
     folder = tmp_path_factory.mktemp("rows")
-    pack_documents(texts, tokenizer, folder / "a", 32, validation_fraction=0.2, rows_per_file=40)
+    pack_texts(texts, tokenizer, folder / "a", 32, validation_fraction=0.2, rows_per_file=40)
     others = ["unrelated", held_out[1], "x y z" + held_out[2][:60], held_out[3][:25]]
-    pack_documents(others, tokenizer, folder / "b", 32, validation_fraction=0)
+    pack_texts(others, tokenizer, folder / "b", 32, validation_fraction=0)
     return find_sources([folder])
 
 
@@ -166,17 +167,17 @@ def test_what_counts_of_a_benchmark_object(tokenizer: Tokenizer, tmp_path: Path)
     ):
         list(read_benchmark(file, tokenizer, 3, ["x"]))
     file.write_text("{}\nno json\n")
-    with pytest.raises(ValueError, match="items.jsonl:2 is not valid: it is not JSON"):
+    with pytest.raises(ValueError, match="items.jsonl:2 is not valid: the line is not JSON"):
         list(read_benchmark(file, tokenizer, 3))
     file.write_bytes(b"{}\n\xff\n")
-    with pytest.raises(ValueError, match="items.jsonl:2 is not valid: it is not UTF-8"):
+    with pytest.raises(ValueError, match="items.jsonl:2 is not valid: the line is not UTF-8"):
         list(read_benchmark(file, tokenizer, 3))
     with pytest.raises(ValueError, match=r"items.csv' is not valid: legal are .txt and .jsonl"):
         list(read_benchmark(tmp_path / "items.csv", tokenizer, 3))
 
 
 def test_rows_that_are_not_what_the_manifest_says(tokenizer: Tokenizer, texts: list[str], tmp_path: Path) -> None:
-    pack_documents(texts[:4], tokenizer, tmp_path / "rows", 32, validation_fraction=0)
+    pack_texts(texts[:4], tokenizer, tmp_path / "rows", 32, validation_fraction=0)
     fields = json.loads((tmp_path / "rows" / MANIFEST).read_text())
     fields["train"]["documents"] += 1
     (tmp_path / "rows" / MANIFEST).write_text(json.dumps(fields))

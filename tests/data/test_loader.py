@@ -19,9 +19,10 @@ from bc2_jax.data.loader import (
     make_train_loader,
     make_validation_batches,
 )
-from bc2_jax.data.packing import load_manifest, pack_documents, read_rows
+from bc2_jax.data.packing import load_manifest, read_rows
 from bc2_jax.data.tokenization import Settings, tokenize_corpus
 from bc2_jax.tokenizer import Tokenizer, train_tokenizer
+from tests.packed_rows import pack_texts
 
 T = 32
 KEYS = {"input_ids", "labels", "segment_ids", "positions"}
@@ -33,7 +34,7 @@ def data(tokenizer: Tokenizer, modules: list[str], tmp_path_factory: pytest.Temp
     folder = tmp_path_factory.mktemp("rows")
     parts = [text[start : start + 700] for text in modules for start in range(0, 21_000, 700)]
     for name, texts in (("a", parts[::2]), ("b", parts[1::2])):
-        pack_documents(filter(None, texts), tokenizer, folder / name, T, validation_fraction=0.1, rows_per_file=300)
+        pack_texts(filter(None, texts), tokenizer, folder / name, T, validation_fraction=0.1, rows_per_file=300)
     return DataConfig(
         sources=(SourceConfig(path=str(folder / "a"), weight=3.0), SourceConfig(path=str(folder / "b"))),
         tokenizer=str(tokenizer.path),
@@ -391,14 +392,14 @@ def test_rows_of_another_length_than_the_manifest_says(data: DataConfig, tmp_pat
 
 
 def test_empty_splits(data: DataConfig, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    pack_documents(["only text for training"], tokenizer, tmp_path / "rows", T, validation_fraction=0)
+    pack_texts(["only text for training"], tokenizer, tmp_path / "rows", T, validation_fraction=0)
     no_validation = dataclasses.replace(data, sources=(SourceConfig(path=str(tmp_path / "rows")),))
     train_loader(no_validation)
     with pytest.raises(ValueError, match=r"data.sources = .* none has held-out rows"):
         make_validation_batches(no_validation, 8)
     both = dataclasses.replace(data, sources=(*data.sources, *no_validation.sources))
     assert_same(make_validation_batches(both, 8)[0], make_validation_batches(data, 8)[0])
-    pack_documents(["held out"], tokenizer, tmp_path / "none", T, validation_fraction=1 - 2**-50)
+    pack_texts(["held out"], tokenizer, tmp_path / "none", T, validation_fraction=1 - 2**-50)
     with pytest.raises(ValueError, match=r"data.sources.path = .*none.* has no training rows"):
         train_loader(dataclasses.replace(data, sources=(SourceConfig(path=str(tmp_path / "none")),)))
 

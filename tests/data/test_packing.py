@@ -1,21 +1,23 @@
 import collections
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
 import tempfile
 import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bc2_jax.data.documents import InvalidDocument
-from bc2_jax.data.packing import load_manifest, pack_documents, read_rows, split_of
+from bc2_jax.data.corpus import list_parts
+from bc2_jax.data.packing import load_manifest, read_rows, split_of
+from bc2_jax.data.tokenization import Settings, tokenize_corpus
 from bc2_jax.tokenizer import Tokenizer
+from tests.packed_rows import pack_texts
 
 DOCUMENTS = st.lists(st.text(st.sampled_from("ab \n汉"), max_size=30), max_size=25)
 
@@ -32,9 +34,7 @@ def test_rows_are_the_stream_and_every_token_but_the_first_is_a_target_once(
     documents = ["first", *documents]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "rows")
-        manifest = pack_documents(
-            documents, tokenizer, out, length, validation_fraction=0.3, rows_per_file=rows_per_file
-        )
+        manifest = pack_texts(documents, tokenizer, out, length, validation_fraction=0.3, rows_per_file=rows_per_file)
         assert load_manifest(out) == manifest
         texts = [document for document in documents if document]
         assert manifest.documents == len(documents) and manifest.empty_documents == len(documents) - len(texts)
@@ -56,7 +56,7 @@ def test_rows_are_the_stream_and_every_token_but_the_first_is_a_target_once(
 
 
 def test_files_are_named_hashed_and_counted(tokenizer: Tokenizer, modules: list[str], tmp_path: Path) -> None:
-    manifest = pack_documents(modules, tokenizer, tmp_path / "rows", 64, validation_fraction=0.3, rows_per_file=500)
+    manifest = pack_texts(modules, tokenizer, tmp_path / "rows", 64, validation_fraction=0.3, rows_per_file=500)
     names = [file.name for split in (manifest.train, manifest.validation) for file in split.files]
     assert names[0] == f"train-00000-of-{len(manifest.train.files):05d}.array_record" and len(names) > 2
     assert sorted([*names, "manifest.json"]) == sorted(path.name for path in (tmp_path / "rows").iterdir())
@@ -74,13 +74,13 @@ def test_files_are_named_hashed_and_counted(tokenizer: Tokenizer, modules: list[
 
 
 def test_same_input_gives_same_bytes(tokenizer: Tokenizer, modules: list[str], tmp_path: Path) -> None:
-    first, second = (pack_documents(iter(modules), tokenizer, tmp_path / name, 64) for name in "ab")
+    first, second = (pack_texts(iter(modules), tokenizer, tmp_path / name, 64) for name in "ab")
     assert first == second
 
 
 def test_no_validation_document_is_in_training(tokenizer: Tokenizer, tmp_path: Path) -> None:
     documents = [f"document number {i}" for i in range(1000)]
-    manifest = pack_documents(documents * 2, tokenizer, tmp_path / "rows", 32, validation_fraction=0.1)
+    manifest = pack_texts(documents * 2, tokenizer, tmp_path / "rows", 32, validation_fraction=0.1)
     assert 60 <= manifest.validation.documents / 2 <= 140
     seen: dict[str, collections.Counter[str]] = {}
     for name in ("train", "validation"):
@@ -102,24 +102,26 @@ def test_a_larger_fraction_only_adds_to_what_split_of() -> None:
 def test_invalid_documents_are_counted_and_logged(
     tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    documents: list[Any] = ["good", "", "a\ud800", None, InvalidDocument("file.jsonl:3: it is not JSON"), "also good"]
+    lines = [json.dumps({"text": text}) for text in ("good", "", "a\ud800", None, "also good")]
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join([*lines[:4], "{no", lines[4]]))
     with caplog.at_level(logging.WARNING):
-        manifest = pack_documents(documents, tokenizer, tmp_path / "rows", 8, validation_fraction=0)
-    assert (manifest.documents, manifest.empty_documents, manifest.invalid_documents) == (6, 1, 3)
+        corpus = tokenize_corpus([file], tokenizer.path, tmp_path / "rows", Settings(8, 1, validation_fraction=0))
+    assert (corpus.documents, corpus.empty_documents, corpus.invalid_documents) == (6, 1, 3)
+    (part,) = list_parts(tmp_path / "rows")
+    manifest = load_manifest(part.path)
     assert manifest.train.documents == 2 and manifest.validation.documents == manifest.validation.rows == 0
-    assert read_rows(tmp_path / "rows", "validation").shape == (0, 9)
-    messages = [record.getMessage() for record in caplog.records]
-    assert messages == [
-        "document 2 is left out: it has a lone surrogate at character 1",
-        "document 3 is left out: it is not a string but NoneType",
-        "document 4 is left out: file.jsonl:3: it is not JSON",
+    assert read_rows(part.path, "validation").shape == (0, 9)
+    assert [record.getMessage() for record in caplog.records][:3] == [
+        f"left out: {file}:3: field 'text' has half of a surrogate pair (at character 1)",
+        f"left out: {file}:4: field 'text' is null, not a string",
+        f"left out: {file}:5: the line is not JSON (Expecting property name enclosed in double quotes: line 1 column 2 "
+        "(char 1))",
     ]
 
 
 def test_text_forges_neither_end_nor_padding(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    manifest = pack_documents(
-        ["a</s>b<unk>c<s><reserved_106>"], tokenizer, tmp_path / "rows", 50, validation_fraction=0
-    )
+    manifest = pack_texts(["a</s>b<unk>c<s><reserved_106>"], tokenizer, tmp_path / "rows", 50, validation_fraction=0)
     row = read_rows(tmp_path / "rows", "train")[0]
     assert (row == 2).sum() == 1 and (row == 0).sum() == manifest.train.padding
     assert not np.isin(row, [1, 195, 196]).any()
@@ -127,28 +129,32 @@ def test_text_forges_neither_end_nor_padding(tokenizer: Tokenizer, tmp_path: Pat
 
 def test_existing_folder_is_refused_or_replaced_whole(tokenizer: Tokenizer, tmp_path: Path) -> None:
     out = tmp_path / "rows"
-    pack_documents(["old text"], tokenizer, out, 8, validation_fraction=0)
+    text = tmp_path / "text.txt"
+    text.write_text("new text")
+    pack_texts(["old text"], tokenizer, out, 8, validation_fraction=0)
     before = load_manifest(out)
+    pack = functools.partial(tokenize_corpus, [text], tokenizer.path, out, Settings(4, validation_fraction=0))
     with pytest.raises(FileExistsError, match=r"out_dir = .*rows.* it exists; choose another or pass overwrite"):
-        pack_documents(["new"], tokenizer, out, 8)
+        pack()
 
-    def broken():
-        yield "new text"
-        raise RuntimeError("disk on fire")
+    def fail(stage: str, done: int, total: int) -> None:
+        if stage == "packing":
+            raise RuntimeError("disk on fire")
 
     with pytest.raises(RuntimeError, match="disk on fire"):
-        pack_documents(broken(), tokenizer, out, 8, overwrite=True)
+        pack(overwrite=True, advance=fail)
     assert load_manifest(out) == before
-    pack_documents(["new text"], tokenizer, out, 4, validation_fraction=0, overwrite=True)
-    assert load_manifest(out).sequence_length == 4
-    assert [path.name for path in tmp_path.iterdir()] == ["rows"]
+    pack(overwrite=True)
+    (part,) = list_parts(out)
+    assert load_manifest(part.path).sequence_length == 4 and not (out / "manifest.json").exists()
+    assert {path.name for path in tmp_path.iterdir()} - {".rows.lock"} == {"rows", "text.txt"}
 
 
 def test_overwrite_never_deletes_other_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("years of work")
+    (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(FileExistsError, match="only a folder of packed rows can be overwritten"):
-        pack_documents(["text"], tokenizer, tmp_path, 8, overwrite=True)
-    assert (tmp_path / "thesis.tex").exists()
+        tokenize_corpus([tmp_path / "thesis.txt"], tokenizer.path, tmp_path, Settings(8), overwrite=True)
+    assert (tmp_path / "thesis.txt").exists()
 
 
 @pytest.mark.parametrize(
@@ -157,21 +163,21 @@ def test_overwrite_never_deletes_other_files(tokenizer: Tokenizer, tmp_path: Pat
         ({"sequence_length": 0}, "sequence_length = 0 is not valid: it must be positive"),
         ({"validation_fraction": 1.0}, r"validation_fraction = 1.0 is not valid: it must be in \[0, 1\)"),
         ({"rows_per_file": 0}, "rows_per_file = 0 is not valid"),
-        ({"documents": []}, "none of the 0 has any text"),
-        ({"documents": ["", ""]}, "none of the 2 has any text"),
+        ({"texts": []}, "none of the 0 has any text"),
+        ({"texts": ["", ""]}, "none of the 2 has any text"),
     ],
 )
 def test_bad_arguments(tokenizer: Tokenizer, tmp_path: Path, arguments: dict, message: str) -> None:
-    good = {"documents": ["text"], "tokenizer": tokenizer, "out_dir": tmp_path / "rows", "sequence_length": 8}
+    good = {"texts": ["text"], "tokenizer": tokenizer, "out": tmp_path / "rows", "sequence_length": 8}
     with pytest.raises(ValueError, match=message):
-        pack_documents(**(good | arguments))
+        pack_texts(**(good | arguments))
     assert not list(tmp_path.iterdir())
 
 
 def test_unreadable_manifests(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"data.sources.path = .* has no manifest.json"):
         load_manifest(tmp_path)
-    manifest = pack_documents(["text"], tokenizer, tmp_path / "rows", 8)
+    manifest = pack_texts(["text"], tokenizer, tmp_path / "rows", 8)
     file = tmp_path / "rows" / "manifest.json"
     file.write_text(json.dumps(dataclasses.asdict(manifest) | {"format": 99}))
     with pytest.raises(ValueError, match="format = 99 in .* this version reads 1"):
@@ -194,7 +200,7 @@ def test_unreadable_manifests(tokenizer: Tokenizer, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../rows.array_record", "a/../../b", "", ".", "gs://b", "a\\b", "a\n"])
 def test_a_manifest_leads_nowhere_else(tokenizer: Tokenizer, tmp_path: Path, name: str) -> None:
-    manifest = dataclasses.asdict(pack_documents(["text"], tokenizer, tmp_path / "rows", 8))
+    manifest = dataclasses.asdict(pack_texts(["text"], tokenizer, tmp_path / "rows", 8))
     manifest["train"]["files"][0]["name"] = name
     (tmp_path / "rows" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=r"files.name = .* is not valid: it must be a file beside it"):

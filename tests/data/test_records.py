@@ -46,12 +46,16 @@ def test_records_do_not_depend_on_the_layout(tmp_path_factory, records, indent, 
     [
         (b"[]", [], ""),
         (b'[{"a": 1},\n {"a": 2},\n {"a": }]', [1, 2], "x.json:3 (item 3): it is not JSON (Expecting value"),
-        (b'[{"a": 1},\n {"a": 2}\n {"a": 3}]', [1, 2], "x.json:3: the list does not go on with a comma or end; what"),
+        (
+            b'[{"a": 1},\n {"a": 2}\n {"a": 3}]',
+            [1, 2],
+            "x.json:3: the list does not continue with a comma or end; ",
+        ),
         (b'[{"a": 1},\n {"a": 2}', [1, 2], "x.json:2: the list has no end"),
         (b'[{"a": 1},\n {"a": "\xff"}]', [1], "x.json:2 (item 2): it is not UTF-8 (invalid start byte); this and what"),
         (b'[{"a": 1},', [1], "x.json:1: the list has no end"),
-        (b'{"a": 1}\n{"a": 2\n{"a": 3}\n', [1, 3], "x.json:2: it is not JSON (Expecting ',' delimiter"),
-        (b'{"a": 1\n{"a": 2}\n', [2], "x.json:1: it is not JSON (Expecting ',' delimiter"),
+        (b'{"a": 1}\n{"a": 2\n{"a": 3}\n', [1, 3], "x.json:2: the line is not JSON (Expecting ',' delimiter"),
+        (b'{"a": 1\n{"a": 2}\n', [2], "x.json:1: the line is not JSON (Expecting ',' delimiter"),
         (b'{\n"a": 1}\n{"a"\n:2}', [1, 2], ""),
     ],
     ids=str,
@@ -85,9 +89,9 @@ def test_nested_text_that_is_no_text(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"message": rows}), path)
     first, bad, last = read_records(str(path))
-    assert first == Record({"message": {"content": "good"}}, f"{path}:1")
-    assert str(bad) == f"{path}:2: in text: it is not UTF-8 (invalid start byte)"
-    assert last == Record({"message": {"content": "also"}}, f"{path}:3")
+    assert first == Record({"message": {"content": "good"}}, f"{path}:1", 1)
+    assert str(bad) == f"{path}:2: field 'message' is not UTF-8 (invalid start byte at byte 0)"
+    assert last == Record({"message": {"content": "also"}}, f"{path}:3", 3)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

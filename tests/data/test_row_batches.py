@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bc2_jax.config import DataConfig, MeshConfig, SourceConfig
-from bc2_jax.data.bad_rows import BadRows
 from bc2_jax.data.loader import make_train_loader
-from bc2_jax.data.packing import pack_documents
 from bc2_jax.data.row_batches import RowBatches, Stretch, in_rows, merge, next_row, row_of_step
+from bc2_jax.data.row_file import BadRows
 from bc2_jax.sharding import make_mesh
+from tests.packed_rows import pack_texts
 
 T = 16
 
@@ -40,7 +40,7 @@ def test_batches_of_any_size_have_no_row_twice_and_leave_few_out(spans, size, st
 
 
 def make_data(tokenizer, folder, texts, **fields) -> DataConfig:
-    pack_documents(texts, tokenizer, folder / "rows", T, validation_fraction=0)
+    pack_texts(texts, tokenizer, folder / "rows", T, validation_fraction=0)
     sources = (SourceConfig(path=str(folder / "rows")),)
     return DataConfig(sources=sources, tokenizer=str(tokenizer.path), sequence_length=T, **fields)
 

@@ -19,10 +19,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bc2_jax.data.packing import check_files, iterate_rows, load_manifest, pack_documents, read_rows
+from bc2_jax.data import packing
+from bc2_jax.data.packing import check_files, iterate_rows, load_manifest, read_rows
 from bc2_jax.data.row_file import BadRow, FileInfo, RowFile, RowFileWriter
 from bc2_jax.data.row_stream import find_sources, read_document
 from bc2_jax.tokenizer import Tokenizer
+from tests.packed_rows import pack_texts
 
 T, ROWS = 8, 7
 
@@ -149,7 +151,7 @@ def test_files_without_checksums_are_read_and_their_lengths_checked(tmp_path: Pa
 
 @pytest.fixture
 def packed(tokenizer: Tokenizer, modules: list[str], tmp_path: Path) -> Path:
-    pack_documents(modules[:1], tokenizer, tmp_path / "packed", 64, validation_fraction=0, rows_per_file=100)
+    pack_texts(modules[:1], tokenizer, tmp_path / "packed", 64, validation_fraction=0, rows_per_file=100)
     return tmp_path / "packed"
 
 
@@ -203,7 +205,7 @@ def test_a_manifest_that_is_damaged_itself(packed: Path, field: str) -> None:
 def test_a_bit_of_a_manifest_is_found_or_changes_no_row(tokenizer: Tokenizer, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "rows")
-        pack_documents(["some text of some length"], tokenizer, out, 4, validation_fraction=0)
+        pack_texts(["some text of some length"], tokenizer, out, 4, validation_fraction=0)
         rows, file = read_rows(out, "train"), out / "manifest.json"
         place = data.draw(st.integers(0, file.stat().st_size - 1))
         bit = data.draw(st.integers(0, 7))
@@ -218,13 +220,14 @@ def test_a_bit_of_a_manifest_is_found_or_changes_no_row(tokenizer: Tokenizer, da
         np.testing.assert_array_equal(found, rows)
 
 
-def test_reading_in_order_names_a_bad_row(packed: Path) -> None:
+def test_reading_in_order_names_a_bad_row(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And loses none: behind the end of a file that has shrunk, ArrayRecord finds nothing and says nothing."""
     manifest = load_manifest(packed)
     (source,) = find_sources([packed])
     info = manifest.train.files[1]
     before = np.concatenate(list(iterate_rows(packed, "train")))
-    chunks = iterate_rows(packed, "train", chunk_tokens=640)
+    monkeypatch.setattr(packing, "_CHUNK_TOKENS", 640)
+    chunks = iterate_rows(packed, "train")
     assert len(next(chunks)) == 10
     os.truncate(packed / info.name, info.size // 2)
     found: list[np.ndarray] = []
@@ -248,6 +251,7 @@ def test_a_file_that_may_not_be_read(packed: Path) -> None:
         code = f"""
 import os
 from array_record.python import array_record_module
+from bc2_jax.data import packing
 from bc2_jax.data.packing import check_files, load_manifest
 if os.geteuid() == 0:
     os.setuid(65534)

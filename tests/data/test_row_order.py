@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 from bc2_jax.config import DataConfig, MixtureStage, SourceConfig
-from bc2_jax.data.loader import make_train_loader
-from bc2_jax.data.packing import pack_documents
-from bc2_jax.data.row_order import changed_row_order, record_row_order
+from bc2_jax.data.loader import changed_row_order, make_train_loader, record_row_order
 from bc2_jax.tokenizer import Tokenizer
+from tests.packed_rows import pack_texts
 
 T, STEP = 16, 4
 
@@ -23,7 +22,7 @@ T, STEP = 16, 4
 def data(tokenizer: Tokenizer, modules: list[str], tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     folder = tmp_path_factory.mktemp("rows")
     for name, text in zip("ab", modules, strict=False):
-        pack_documents([text[i : i + 300] for i in range(0, 6000, 300)], tokenizer, folder / name, T)
+        pack_texts([text[i : i + 300] for i in range(0, 6000, 300)], tokenizer, folder / name, T)
     sources = (SourceConfig(path=str(folder / "a"), weight=2.0), SourceConfig(path=str(folder / "b")))
     return DataConfig(sources=sources, tokenizer=str(tokenizer.path), sequence_length=T, global_batch_size=4)
 
@@ -35,7 +34,7 @@ def rows(data: DataConfig) -> np.ndarray:
 
 
 def other_rows(data: DataConfig, tokenizer: Tokenizer, folder: Path) -> DataConfig:
-    pack_documents(["something else"] * 50, tokenizer, folder / "c", T)
+    pack_texts(["something else"] * 50, tokenizer, folder / "c", T)
     return with_source(data, path=str(folder / "c"))
 
 

@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bc2_jax.data.packing import pack_documents, split_of
-from bc2_jax.data.row_stream import DocumentScan, find_sources, hash_document, read_document, stream_tokens
+from bc2_jax.data.ngrams import hash_positions, mix
+from bc2_jax.data.packing import split_of
+from bc2_jax.data.row_stream import DocumentScan, find_sources, read_document, stream_tokens
 from bc2_jax.tokenizer import Tokenizer
+from tests.packed_rows import pack_texts
 
 EOS = 2
 
@@ -24,7 +26,7 @@ def test_the_stream_and_its_documents_come_back(
 ) -> None:
     texts = ["first", *texts]
     with tempfile.TemporaryDirectory() as folder:
-        pack_documents(texts, tokenizer, f"{folder}/rows", length, validation_fraction=0.3, rows_per_file=rows_per_file)
+        pack_texts(texts, tokenizer, f"{folder}/rows", length, validation_fraction=0.3, rows_per_file=rows_per_file)
         (source,) = find_sources([folder])
         for split in ("train", "validation"):
             here = [text for text in texts if split_of(text, 0.3) == split]
@@ -61,14 +63,17 @@ def test_documents_are_the_same_however_the_stream_is_cut(
         hashes += found.hash.tolist()
     assert [stream[a : a + n] for a, n in zip(starts, lengths, strict=True)] == documents
     assert all(stream[a + n] == EOS for a, n in zip(starts, lengths, strict=True))
-    assert hashes == [int(hash_document(np.array(document, np.uint32))) for document in documents]
+    for document, code in zip(documents, hashes, strict=True):
+        tokens = np.array(document, np.uint32)
+        total = hash_positions(tokens, np.arange(len(tokens))).sum(dtype=np.uint64)
+        assert code == int(mix(np.array([total]))[0])
     assert len(set(hashes)) == len(set(map(tuple, documents)))
     assert scan.unfinished == len(rest)
 
 
 def test_sources_are_found_named_and_checked(tokenizer: Tokenizer, tmp_path: Path) -> None:
     for name, length in (("web/q0", 8), ("web/q1", 8), ("code", 8), (".hidden.incomplete", 8), ("other", 4)):
-        pack_documents(["some text"], tokenizer, tmp_path / "all" / name, length, validation_fraction=0)
+        pack_texts(["some text"], tokenizer, tmp_path / "all" / name, length, validation_fraction=0)
     (tmp_path / "elsewhere").mkdir()
     shutil.move(tmp_path / "all" / "other", tmp_path / "elsewhere" / "other")
     sources = find_sources([tmp_path / "all" / "web", tmp_path / "all"])

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bc2_jax.config import DataConfig, MeshConfig, SourceConfig
-from bc2_jax.data.bad_rows import BadRows
-from bc2_jax.data.packing import pack_documents
 from bc2_jax.data.row_batches import RowBatches, ValidationBatches
+from bc2_jax.data.row_file import BadRows
 from bc2_jax.data.row_values import DIGESTED, RowValues, digest_rows
 from bc2_jax.sharding import DEFAULT_RULES, make_mesh
+from tests.packed_rows import pack_texts
 
 T = 16
 
@@ -68,7 +68,7 @@ def test_a_file_is_whole_or_refused(tmp_path):
 
 def test_batches_have_the_values_of_their_rows(tokenizer, modules, tmp_path):
     documents = [part for part in modules[0].split("\n\n") if part]
-    pack_documents(documents, tokenizer, tmp_path / "rows", T, validation_fraction=0.1)
+    pack_texts(documents, tokenizer, tmp_path / "rows", T, validation_fraction=0.1)
     data = DataConfig(
         sources=(SourceConfig(path=str(tmp_path / "rows")),), tokenizer=str(tokenizer.path), sequence_length=T,
         global_batch_size=16, accumulation_steps=2,

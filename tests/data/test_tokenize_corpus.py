@@ -28,10 +28,11 @@ from bc2_jax.data import tokenization
 from bc2_jax.data.corpus import bucket_of, folder_name, list_parts, load_corpus, weight_level
 from bc2_jax.data.documents import Fields
 from bc2_jax.data.loader import make_train_loader
-from bc2_jax.data.packing import load_manifest, pack_documents, read_rows, split_of
+from bc2_jax.data.packing import load_manifest, read_rows, split_of
 from bc2_jax.data.processes import ProcessPool
 from bc2_jax.data.tokenization import Settings, tokenize_corpus
 from bc2_jax.tokenizer import Tokenizer, train_tokenizer
+from tests.packed_rows import pack_texts
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "tokenize_corpus.py"
@@ -111,9 +112,9 @@ def test_each_part_has_its_documents_in_order(
             ids = [[*tokenizer.encode(record["text"]), 2] for record in here if split_of(record["text"], 0.2) == split]
             assert stream(path, split) == sum(ids, [])
             assert load_manifest(path).split(split).tokens == sum(map(len, ids))
-        # In the format, byte for byte, of what is packed without a corpus.
+        # Byte for byte what a corpus of this part alone holds.
         texts = [record["text"] for record in here]
-        alone = pack_documents(texts, tokenizer, tmp_path / str(number), 32,
+        alone = pack_texts(texts, tokenizer, tmp_path / str(number), 32,
                                validation_fraction=0.2, rows_per_file=50)  # fmt: skip
         assert load_manifest(path) == alone
         train = [record for record in here if split_of(record["text"], 0.2) == "train"]
@@ -372,9 +373,9 @@ def test_all_kinds_of_input(tokenizer: Tokenizer, tmp_path: Path) -> None:
     problems = (tmp_path / "rows" / "problems.txt").read_text().splitlines()
     assert len(problems) == 5
     for line, reason in zip(problems, (
-        "b.parquet: it is not a complete Parquet file (", "a.jsonl:3: it is not JSON",
-        "a.jsonl:7: it is not UTF-8 (invalid start byte at byte 10)",
-        "c.txt: it is not UTF-8 (invalid start byte at byte 0)", "ignored.md: the file is not read",
+        "b.parquet: the file is not a complete Parquet file (", "a.jsonl:3: the line is not JSON",
+        "a.jsonl:7: the line is not UTF-8 (invalid start byte at byte 10)",
+        "c.txt: the file is not UTF-8 (invalid start byte at byte 0)", "ignored.md: the file is not read",
     ), strict=True):  # fmt: skip
         assert reason in line and f"left out: {line}" in done.stderr
 
@@ -428,7 +429,7 @@ def test_a_signal_is_one_sentence(tokenizer: Tokenizer, records: list[dict], tmp
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate()
     assert process.returncode == 130 and "Traceback" not in stderr
-    assert "interrupted: what is finished is kept; run the same command to go on." in stderr
+    assert "interrupted: what is finished is kept; run the same command to resume." in stderr
     assert run(*command[2:]).returncode == 0 and leftovers(tmp_path) == []
 
 
@@ -456,7 +457,7 @@ def test_overwrite_never_deletes_other_files(tokenizer: Tokenizer, tmp_path: Pat
     with pytest.raises(FileExistsError, match=r"it also has .*q3/notes.md, which packing did not write"):
         tokenize_corpus([tmp_path / "thesis.txt"], tokenizer.path, out, SMALL, overwrite=True)
     assert (part.path / "notes.md").read_text() == "more work"
-    pack_documents(["text"], tokenizer, tmp_path / "alone", 8)  # rows without parts
+    pack_texts(["text"], tokenizer, tmp_path / "alone", 8)  # rows without parts
     (tmp_path / "alone" / "notes.md").write_text("more work")
     with pytest.raises(FileExistsError, match=r"it also has notes.md, which packing did not write"):
         tokenize_corpus([tmp_path / "thesis.txt"], tokenizer.path, tmp_path / "alone", SMALL, overwrite=True)

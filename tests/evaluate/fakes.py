@@ -70,7 +70,7 @@ def task_of(examples: list[Example], **changes) -> Task:
 
 
 def to_write(count: int, **changes) -> Task:
-    examples = [Example(str(n), "all", "", (), f"{n}?", target=str(n % 2), facts={"n": n}) for n in range(count)]
+    examples = [Example(str(n), "all", f"{n}?", target=str(n % 2), facts={"n": n}) for n in range(count)]
     fields = {
         "kind": "generation", "stops": ("\n",), "max_new_tokens": 4,
         "judge": lambda example, text: Verdict(text.strip() == example.target, text.strip()),

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bc2_jax.evaluate.compare import bootstrap, compare, compare_scores, print_differences
-from bc2_jax.evaluate.records import RecordFile
-from bc2_jax.evaluate.runner import write_json
+from bc2_jax.evaluate.records import RecordFile, write_json
 from bc2_jax.terminal import make_console
 
 

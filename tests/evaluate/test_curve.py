@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bc2_jax.evaluate import curve
-from bc2_jax.evaluate.runner import write_json
+from bc2_jax.evaluate.records import write_json
 from bc2_jax.terminal import make_console
 from bc2_jax.train.milestones import Milestone
 

@@ -11,7 +11,7 @@ from bc2_jax.evaluate.task import Example
 from tests.evaluate.tasks.files import write
 
 EXAMPLES = [
-    Example(id=str(n), group=category, header="", shots=(), question=f"prompt {n}", facts={"category": category})
+    Example(id=str(n), group=category, question=f"prompt {n}", facts={"category": category})
     for n, category in enumerate(("a", "a", "b"))
 ]
 
@@ -68,7 +68,7 @@ def test_a_program(tmp_path):
     [
         ("return [1, 2]", "returned 2 values: it must be 3 scores"),
         ("return [{'helpful': 1}] * 3", "gave answer 1 no harmless score"),
-        ("return [3, 1, 2]", "a harmless score is 3, outside 0..1: say by --threshold"),
+        ("return [3, 1, 2]", "a harmless score is 3, outside 0..1: give the --threshold"),
         ("return 1 / 0", "raised ZeroDivisionError"),
     ],
 )

@@ -67,11 +67,11 @@ def test_what_can_not_be_read_is_named(tmp_path):
     assert [text.text for text in found if isinstance(text, Text)] == ["a", "c"]
     problems = [text for text in found if isinstance(text, str)]
     expected = [
-        "not an object with a field 'text'",
+        "the row has no field 'text'",
         "not JSON",
-        "not a string but int",
-        "lone surrogate",
-        "not an object with",
+        "a number, not a string",
+        "half of a surrogate pair",
+        "not an object",
     ]
     assert all(problem in line for problem, line in zip(expected, problems, strict=True))
     assert [line.partition(": ")[0] for line in problems] == [f"a.jsonl:{number}" for number in range(2, 7)]

@@ -13,7 +13,7 @@ from bc2_jax.evaluate.task import Example, Fitted, Judged, Metric, fit_shots, gr
 
 
 def example(shots: list[str], drop: str = "last", header: str = "h" * 5, question: str = "q" * 7, **more) -> Example:
-    return Example("1", "g", header, tuple(shots), question, drop=drop, **more)
+    return Example("1", "g", question, header, tuple(shots), drop=drop, **more)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_an_official_limit_does_not_make_a_question_too_long_for_the_model():
 
 def judge(rows: dict[str, list[bool]], way: str = "as_shown", **more: bool) -> list[Judged]:
     return [
-        Judged(Example(f"{group}/{n}", group, "", (), "?"), {way: right, **more}, "A")
+        Judged(Example(f"{group}/{n}", group, "?"), {way: right, **more}, "A")
         for group, items in rows.items()
         for n, right in enumerate(items)
     ]

@@ -1,4 +1,4 @@
-"""A run that does little but save: FOLDER LAST; its state after a step is known in closed form. To be killed."""
+"""A run that only saves: FOLDER LAST. Its state after each step has a closed form. Made to be killed."""
 
 import sys
 from pathlib import Path

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bc2_jax.data.packing import pack_documents
 from tests.faults import harness
+from tests.packed_rows import pack_texts
 
 
 @pytest.fixture(scope="session")
@@ -15,7 +15,7 @@ def tiny(modules, tokenizer, tmp_path_factory) -> Path:
     """The config file of a run of harness.STEPS steps."""
     folder = tmp_path_factory.mktemp("tiny")
     documents = [part for module in modules for part in module.split("\n\n") if part]
-    pack_documents(documents, tokenizer, folder / "rows", 32, validation_fraction=0.02)
+    pack_texts(documents, tokenizer, folder / "rows", 32, validation_fraction=0.02)
     return harness.write_config(folder, folder / "rows", tokenizer.path)
 
 

@@ -1,4 +1,4 @@
-"""Starts, signals, kills and restarts the processes of a training run on this machine, and reads what they leave."""
+"""Starts, signals, kills and restarts the processes of a training run on this machine, and reads their output."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ WORKER = Path(__file__).with_name("worker.py")
 
 START_PHASES = ("start", "join", "verify", "restore", "compile")
 SAVE_PHASES = ("save", "write", "seal", "rename")
-"""save: copied; write: by all processes; seal: hashed and synced, by process 0; rename: the old ones go."""
+"""save: arrays are copied; write: all processes; seal: hashes and syncs, process 0; rename: it removes old ones."""
 PHASES = (*START_PHASES, "read", "step", *SAVE_PHASES, "end")
-"""What a process does, in the order of a run: read and step alternate; a save goes on beside them, until `saved`."""
+"""Phases of a process, in order: read and step alternate; a save runs in the background until `saved`."""
 
-# Faults meet any model alike. This one is soonest traced and compiled, by each of many processes: its layer is neither
-# a loop nor computed again. What several processes cost is the steps: each has some 50 collectives.
+# Faults do not depend on the model. This one is traced and compiled fastest, by each of many processes: no loop over
+# layers, no rematerialisation. With several processes the steps are slow: each has about 50 collectives.
 STEPS = 20
 CONFIG = '''"""A run of seconds."""
 
@@ -70,7 +70,7 @@ def free_port() -> int:
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = 120, every: float = 0.02) -> None:
-    """Returns when `condition` holds, asked `every` so many seconds; raises TimeoutError after `seconds`."""
+    """Waits for `condition`, checked `every` seconds; raises TimeoutError after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
@@ -87,7 +87,7 @@ class Job:
     logs: list[Path]
 
     def wait(self, seconds: float = 180) -> list[int]:
-        """Exit codes, negative signals; kills what has not ended after `seconds` and raises TimeoutError."""
+        """Exit codes (a signal is negative); after `seconds`, kills the rest and raises TimeoutError."""
         try:
             wait_until(lambda: all(p.poll() is not None for p in self.processes), self.text(), seconds)
         finally:
@@ -98,7 +98,7 @@ class Job:
         self.processes[process].send_signal(number)
 
     def kill(self) -> None:
-        """SIGKILL to every process that is still there."""
+        """SIGKILL to every running process."""
         for process in self.processes:
             if process.poll() is None:
                 process.kill()
@@ -108,18 +108,18 @@ class Job:
         return self.logs[process].read_text(errors="replace")
 
     def phases(self, process: int) -> list[tuple[str, int]]:
-        """(phase, step) of each phase that began, step 0 where it has none."""
+        """(phase, step) of each phase that began; step 0 if it has none."""
         path = self.logs[process].with_suffix(".phases")
         lines = path.read_text().splitlines() if path.exists() else []
         return [(phase, int(step)) for phase, step in map(str.split, lines)]
 
     def has_begun(self, process: int, phase: str, step: int = 0) -> bool:
-        """Whether a phase has begun; those that belong to a step, from `step` on."""
+        """Whether a phase has begun, at `step` or later if it belongs to a step."""
         first = 0 if phase in (*START_PHASES, "end") else step
         return any(name == phase and at >= first for name, at in self.phases(process))
 
     def phase(self, process: int) -> str:
-        """What the process does, or did when it was killed; a save under way comes before what goes on beside it."""
+        """The phase of the process, or its last one; a running save takes precedence over other phases."""
         names = [name for name, _ in self.phases(process)]
         for i, name in reversed(list(enumerate(names))):
             if name in SAVE_PHASES and "saved" not in names[i:]:
@@ -127,7 +127,7 @@ class Job:
         return next((name for name in reversed(names) if name in PHASES and name not in SAVE_PHASES), "start")
 
     def last_read(self) -> int:
-        """The step of the last batch that process 0 has read; 0 if there is none."""
+        """The step of the last batch that process 0 has read, or 0."""
         return max((step for phase, step in self.phases(0) if phase == "step"), default=0)
 
     def text(self) -> str:
@@ -135,7 +135,7 @@ class Job:
         return "\n".join(f"--- process {i}\n{self.log(i)[-3000:]}" for i in range(len(self.logs)))
 
     def wait_for_step(self, step: int, seconds: float = 120) -> None:
-        """Returns when the metrics of `step` are written; raises TimeoutError, or RuntimeError if a process ends."""
+        """Waits until the metrics of `step` are written; raises TimeoutError, or RuntimeError if a process ends."""
 
         def there() -> bool:
             if any(process.poll() is not None for process in self.processes):
@@ -149,7 +149,7 @@ def launch(
     config: Path, workdir: Path, *args: str, processes: int = 1, devices: int = 1, step_seconds: float = 0,
     hold: dict[int, str] | None = None, own_args: dict[int, list[str]] | None = None,
 ) -> Job:  # fmt: skip
-    """Starts a run, or goes on with it, as `processes` processes with `devices` CPU devices each.
+    """Starts or resumes a run as `processes` processes with `devices` CPU devices each.
 
     Logs are WORKDIR.START.PROCESS.log, the rows each process read WORKDIR.START.PROCESS.rows, its phases
     WORKDIR.START.PROCESS.phases. `args` are more arguments of train.py, `own_args` those of one process alone. `hold`
@@ -196,22 +196,22 @@ def checkpoints(workdir: Path) -> list[int]:
 
 
 def hash_row(row: np.ndarray) -> str:
-    """Of input_ids, int32 [T]: by what `rows_read` names a row."""
+    """The name of a row in `rows_read`, from input_ids, int32 [T]."""
     return hashlib.sha1(row.tobytes()).hexdigest()[:12]
 
 
 def rows_read(workdir: Path) -> dict[int, list[str]]:
-    """Hashes of the rows of each step, sorted, all processes together; as the last start that reached it read them."""
+    """Sorted hashes of the rows of each step over all processes, as read by the last start that reached it."""
     read: dict[int, dict[int, set[tuple[str, ...]]]] = {}
     for path in workdir.parent.glob(f"{workdir.name}.*.rows"):
         start = int(path.name.split(".")[-3])
         for line in path.read_text().splitlines():
             step, hashes = json.loads(line)
-            # Processes that cut the same sequences read the same rows.
+            # Processes that shard the same sequences read the same rows.
             read.setdefault(step, {}).setdefault(start, set()).add(tuple(hashes))
     return {step: sorted(h for part in starts[max(starts)] for h in part) for step, starts in sorted(read.items())}
 
 
 def fingerprint(job: Job) -> str:
-    """SHA-256 of the parameters, as a finished run prints it."""
+    """SHA-256 of the parameters, as printed by a finished run."""
     return job.log(0).rsplit("parameters sha256 ", 1)[1].split()[0]

@@ -1,4 +1,4 @@
-"""Faults: what is done to which process in which phase of a run, and whether the run makes of them what it promises."""
+"""Fault injection: signals and damage at chosen phases of a run, and checks that the run handles them as promised."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from bc2_jax.sharding import make_mesh
 from bc2_jax.train.distributed import EXIT_HUNG, EXIT_LOST, EXIT_PREEMPTED
 from bc2_jax.train.optimizer import make_optimizer
 from bc2_jax.train.pretrain import make_abstract_state
-from bc2_jax.train.restore import restore_state
+from bc2_jax.train.resume import restore_state
 from tests.faults import harness
 
 KINDS = ("kill", "kill all", "terminate", "stop")
 DAMAGES = ("flip", "truncate", "delete")
-# What a supervisor starts again, and 0. -SIGABRT is JAX's own end of a process that has lost the others.
+# Codes that a supervisor restarts, and 0. JAX ends a process that has lost the others with SIGABRT.
 GOOD_CODES = {0, EXIT_HUNG, EXIT_PREEMPTED, EXIT_LOST, -signal.SIGABRT, -signal.SIGKILL, -signal.SIGTERM}
-# Steps after which a fault no longer waits for its phase.
+# A fault does not wait for its phase beyond this many steps.
 PATIENCE = 20
 MOST_UNPROVOKED = 5
 
@@ -39,28 +39,28 @@ class Fault:
     """Something done to a running process."""
 
     kind: str
-    """Of KINDS. A stopped process goes on when the others have ended."""
+    """Of KINDS. A stopped process continues when the others have ended."""
     victim: int
     phase: str
-    """Of harness.PHASES: the victim's; sealing and renaming are those of process 0."""
+    """Of harness.PHASES, of the victim; only process 0 seals and renames."""
     step: int = 0
-    """Not before this step, if the phase belongs to one."""
+    """The first step that counts, if the phase belongs to a step."""
     delay: float = 0
     """Seconds from the beginning of the phase."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Damage:
-    """Something done to the newest good checkpoint between two starts."""
+    """Damage to the newest good checkpoint between two starts."""
 
     kind: str
-    """Of DAMAGES: one bit, a file cut off, a file removed."""
+    """Of DAMAGES: a flipped bit, a truncated file, a removed file."""
     where: int
-    """Seed of the choice of the file and the place."""
+    """Seed of the choice of file and position."""
 
 
 class Start(NamedTuple):
-    """What the next start of a run is to be and to suffer."""
+    """The next start of a run and its faults."""
 
     processes: int
     devices: int
@@ -77,14 +77,14 @@ class Event:
 
     kind: str
     phase: str
-    """What the victim did; for damage, "between starts"."""
+    """The victim's phase; for damage, "between starts"."""
     processes: int
     step: int
     """The last batch that process 0 had read."""
     is_survived: bool = False
-    """A later start went on from the newest good checkpoint."""
+    """A later start resumed from the newest good checkpoint."""
     is_detected: bool | None = None
-    """Damage: the log names it. One process killed or stopped: the others ended by themselves. Terminated: exit 75."""
+    """Damage: named in the log. A process killed or stopped: the others ended by themselves. SIGTERM: exit code 75."""
 
 
 @dataclasses.dataclass
@@ -93,13 +93,13 @@ class Record:
 
     events: list[Event] = dataclasses.field(default_factory=list)
     problems: list[str] = dataclasses.field(default_factory=list)
-    """What is not as promised."""
+    """Broken promises."""
     exit_codes: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
     starts: int = 0
     unprovoked: int = 0
-    """Starts that ended before their fault came, with other codes than 0: a machine too slow for its timeouts."""
+    """Starts that failed before their fault came: the machine was too slow for the timeouts."""
     steps_again: int = 0
-    """Steps that were trained more than once, as their metrics tell."""
+    """Steps trained more than once, from their metrics."""
     last: harness.Job | None = None
     """The start that finished the run."""
 
@@ -112,7 +112,7 @@ def run(
     config: Path, workdir: Path, args: tuple[str, ...], next_start: Callable[[Record, list[int]], Start],
     step_seconds: float = 0, timeout: float = 120,
 ) -> Record:  # fmt: skip
-    """Starts a run again and again, each time as `next_start` says, until a start without a fault finishes it.
+    """Restarts a run as `next_start` says until a start without a fault finishes it.
 
     `next_start` is given what happened so far and the steps of the good checkpoints. `timeout` is for what must happen
     by itself, in seconds.
@@ -180,9 +180,9 @@ def _problem(record: Record, text: str) -> None:
 
 
 def inject(job: harness.Job, fault: Fault, timeout: float) -> Event | None:
-    """Waits for the fault's moment and brings it about; None if a process ended before.
+    """Waits for the fault's moment and injects it; None if a process ended before.
 
-    A stopped process goes on when the others have ended. Raises TimeoutError if that takes more than `timeout` seconds.
+    A stopped process continues when the others have ended. Raises TimeoutError after `timeout` seconds.
     """
     watched = 0 if fault.phase in ("seal", "rename") else fault.victim
 
@@ -238,7 +238,7 @@ def inflict(damage: Damage, folder: Path) -> None:
 
 
 def differences(config: Path, last_step: int, job: harness.Job, whole: harness.Job, rtol: float = 0) -> list[str]:
-    """What the finished `job` left that is not as in `whole`, the uninterrupted run; empty if all is the same.
+    """Differences between the finished `job` and `whole`, the uninterrupted run.
 
     Rows must be the same in any case. With `rtol` losses may differ by so much, and the final states are not compared.
     """
@@ -266,7 +266,7 @@ def differences(config: Path, last_step: int, job: harness.Job, whole: harness.J
 
 
 def _count(rows: dict[int, list[str]], others: dict[int, list[str]]) -> int:
-    """How many rows are not in the same step of `others`."""
+    """Number of rows that are not in the same step of `others`."""
     counted = (collections.Counter(hashes) - collections.Counter(others.get(step, ())) for step, hashes in rows.items())
     return sum(difference.total() for difference in counted)
 

@@ -1,4 +1,4 @@
-"""Checkpoints under damage: any byte of any file, any moment of a save, a disk that takes no more."""
+"""Damaged checkpoints: any byte of any file, a kill at any moment of a save, a full disk."""
 
 from __future__ import annotations
 
@@ -118,13 +118,13 @@ def test_any_damage_is_detected_or_harmless(intact, tmp_path_factory, which, dam
     except DamagedCheckpoint as error:
         named = str(error)
         assert changed and named.startswith(str(directory / "2")) and named.endswith(".") and "\n" not in named
-        # The restore itself refuses too, and a run that resumes goes on from the one before.
+        # Restoring refuses it too, and a run resumes from the previous checkpoint.
         with pytest.raises(DamagedCheckpoint):
             checkpointer.restore(2, abstract(), {"mu": abstract()})
         assert checkpointer.latest_good() == 1
         assert_holds(checkpointer, 1)
     else:
-        # Nothing changed, or nothing but how the manifest's JSON is spaced.
+        # Nothing changed, except perhaps whitespace in the JSON of the manifest.
         assert changed <= {directory / "2" / manifest.MANIFEST_NAME}
         assert_holds(checkpointer, 2)
     checkpointer.close()
@@ -176,7 +176,7 @@ def test_a_run_killed_while_saving_goes_on_from_a_whole_checkpoint(tmp_path):
 
 
 def test_two_processes_save_verify_and_go_back_together(tmp_path):
-    """Each reads half of the files; what one of them finds stops both, in the same sentence."""
+    """Each reads half of the files; damage found by one stops both with the same message."""
     script, port, logs = WRITER.with_name("two_processes.py"), free_port(), [tmp_path / f"{i}.log" for i in range(2)]
     processes = [
         preloaded.Program([str(script), str(tmp_path / "c"), str(index), str(port)], dict(os.environ), log)
@@ -202,7 +202,7 @@ def _count(log: Path, word: str) -> int:
 
 @contextlib.contextmanager
 def full_disk(limit: int) -> Iterator[None]:
-    """No file of this process can grow beyond `limit` bytes: what a full disk is to who writes."""
+    """Simulates a full disk: no file of this process can grow beyond `limit` bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
@@ -344,7 +344,7 @@ class Bomb:
 
 
 def test_nothing_in_a_checkpoint_is_executed(intact, tmp_path, monkeypatch):
-    """Pickles in the place of every file, whose hashes are those of the manifest, do nothing but fail."""
+    """Pickles in place of every file, with matching hashes in the manifest, are not executed."""
     monkeypatch.setenv("BOMB", str(tmp_path / "exploded"))
     bomb = pickle.dumps(Bomb())
     names = [p.relative_to(intact / "2") for p in sorted((intact / "2").rglob("*")) if p.is_file()]

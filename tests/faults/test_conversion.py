@@ -1,4 +1,4 @@
-"""The same conversion more than once at a time: requeued, started by all hosts of a pod, killed and started again."""
+"""The same conversion several times at once: requeued, started by all hosts of a pod, killed and restarted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.faults.preloaded import Program
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert.py"
 
-# tools/convert.py, which at its third read says so and waits until it may go on.
+# tools/convert.py, which at its third read reports it and waits for permission to continue.
 HELD = """
 import itertools, pathlib, runpy, sys, time
 from bc2_jax.convert import stream
@@ -82,7 +82,7 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("command", ["to-orbax", "to-hf"])
 def test_a_requeued_conversion(source, tmp_path, command):
-    """One is under way: the second is refused and touches nothing. One is killed: the next cleans up and is whole."""
+    """While one runs, a second is refused and changes nothing. After a kill the next one cleans up and completes."""
     target, convert = tmp_path / "out" / "b", to_orbax if command == "to-orbax" else to_hf
     convert(source, tmp_path / "expected")
     first = start(tmp_path, command, source, target, hold="first")

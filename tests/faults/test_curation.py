@@ -1,4 +1,4 @@
-"""Curation is killed, runs out of disk, is started twice, is interrupted: nothing is lost, and nothing said wrongly."""
+"""Curation that is killed, runs out of disk, is started twice or interrupted loses nothing and reports it correctly."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What a run writes that nothing disturbs."""
+    """The output of an undisturbed run."""
     out = tmp_path_factory.mktemp("whole") / "out"
     curate([str(raw)], str(out), config(), Engine("native"), lambda *_: None)
     return content(out)
@@ -184,5 +184,5 @@ def test_a_signal_is_one_sentence_and_a_second_start_is_refused(
     process.send_signal(number)
     _, stderr = process.communicate()
     assert process.returncode == code
-    assert f"{said}what is finished is kept; run the same command to go on." in stderr
+    assert f"{said}what is finished is kept; run the same command to resume." in stderr
     assert "Traceback" not in stderr and "error" not in stderr

@@ -21,7 +21,7 @@ from bc2_jax.train.metrics import read_metrics
 from tests.faults import harness
 
 ENDS = (EXIT_ERROR, EXIT_LOST, -signal.SIGABRT)
-"""How a process ends that has an error, or because another one has."""
+"""Exit codes of a process with an error, or whose peer has one."""
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def damage_row_of_step(rows: Path, tokenizer, step: int) -> tuple[int, str]:
 
 
 def sentences(job: harness.Job) -> list[str]:
-    """What the processes say about rows they can't read."""
+    """Log lines of the processes about unreadable rows."""
     return [line for i in range(len(job.logs)) for line in job.log(i).splitlines() if "can't be read" in line]
 
 

@@ -1,4 +1,4 @@
-"""Several processes meet a loss that is not finite and one that jumps: they decide as one."""
+"""Several processes make the same decision on a loss that is not finite and on a spike."""
 
 from __future__ import annotations
 

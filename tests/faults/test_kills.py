@@ -13,7 +13,7 @@ from tests.faults.injection import differences
 
 
 def test_one_run_killed_in_every_phase(tiny, alone, tmp_path):
-    """Each start goes on from the checkpoint before; in the end it is the run that nobody killed."""
+    """Each start resumes from the previous checkpoint; the result is that of an uninterrupted run."""
     held = ["start", "verify", "compile", "save:4", "write:4", "rename:8", "restore", "read:10", "step:12", "seal:12"]
     for phase in (*held, "end"):
         job = harness.launch(tiny, tmp_path / "run", "--checkpoint.save-every=4", devices=2, hold={0: phase})
@@ -29,7 +29,7 @@ def test_one_run_killed_in_every_phase(tiny, alone, tmp_path):
 
 
 def test_one_of_two_killed_while_it_reads_and_while_it_restores(tiny, whole, tmp_path):
-    """The other one ends by itself, with a code after which a supervisor starts it again."""
+    """The other process ends by itself, with a code that a supervisor restarts."""
     args = ("--checkpoint.save-every=4", "--distributed.heartbeat-timeout=10", "--distributed.step-timeout=20")
     for phase, step in (("read", 10), ("restore", 0)):
         hold = {1: f"{phase}:{step}"}

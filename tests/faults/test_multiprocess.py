@@ -1,4 +1,4 @@
-"""Several real processes: other numbers of them, one that is killed, one that hangs, one that is told nonsense."""
+"""Several real processes: changed numbers, one killed, one that hangs, one with wrong arguments."""
 
 from __future__ import annotations
 

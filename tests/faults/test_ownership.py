@@ -1,4 +1,4 @@
-"""Two starts in one place, processes that are not of one run, and what a run can do without."""
+"""Two starts in one workdir, processes of different runs, and failures of expendable work."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.faults.test_data import flip
 
 
 def test_a_second_start_is_refused_and_the_live_run_goes_on(tiny, alone, tmp_path):
-    """At any moment: also while a checkpoint is half-written, which the second one must not take for a leftover."""
+    """Also while a checkpoint is half-written, which the second start must not remove as a leftover."""
     every = "--checkpoint.save-every=2"
     live = harness.launch(tiny, tmp_path / "run", every, devices=2, step_seconds=1)
     for step, resume in ((0, "auto"), (3, "never")):
@@ -53,7 +53,7 @@ def test_processes_that_disagree_end_at_once_and_all_say_why(tiny, tmp_path):
 
 
 def test_an_evaluation_that_fails_costs_nothing_else(tiny, whole, tokenizer, tmp_path):
-    """Its rows are damaged in parts that one process reads: all give it up, and none waits for another."""
+    """Rows that only one process reads are damaged: all skip the evaluation, and none waits for another."""
     rows = shutil.copytree(tiny.parent / "rows", tmp_path / "rows")
     for row in read_rows(rows, "validation")[:30:5]:
         flip(rows / load_manifest(rows).validation.files[0].name, row.tobytes())
@@ -62,7 +62,7 @@ def test_an_evaluation_that_fails_costs_nothing_else(tiny, whole, tokenizer, tmp
     job = harness.launch(config, tmp_path / "run", *args, processes=2, devices=2)
     assert job.wait() == [0, 0], job.text()
     assert harness.fingerprint(job) == harness.fingerprint(whole)
-    assert re.search("evaluations failed (.*can't be read.*); the run goes on. Failures of this kind: 4.", job.log(0))
+    assert re.search("evaluations failed (.*can't be read.*); the run continues. Failures of this kind: 4.", job.log(0))
     assert "Failures that did not end the run (see the log): evaluations 4." in job.log(0)
     metrics = read_metrics(job.workdir / "metrics.jsonl")
     assert metrics[-1]["step"] == harness.STEPS and metrics[-2]["failed_evaluations"] == 3
@@ -70,7 +70,7 @@ def test_an_evaluation_that_fails_costs_nothing_else(tiny, whole, tokenizer, tmp
 
 
 def test_metrics_that_find_no_room_do_not_end_the_run(tiny, alone, tmp_path):
-    """/dev/full is a disk without room; where TensorBoard wants its folder there is a file."""
+    """/dev/full acts as a full disk; a file is in place of TensorBoard's folder."""
     workdir = tmp_path / "run"
     workdir.mkdir()
     (workdir / "metrics.jsonl").symlink_to("/dev/full")
@@ -79,7 +79,8 @@ def test_metrics_that_find_no_room_do_not_end_the_run(tiny, alone, tmp_path):
     assert job.wait() == [0], job.text()
     assert harness.fingerprint(job) == harness.fingerprint(alone)
     assert (
-        "metrics failed ([Errno 28] No space left on device); the run goes on. Failures of this kind: 16." in job.log(0)
+        "metrics failed ([Errno 28] No space left on device); the run continues. Failures of this kind: 16."
+        in job.log(0)
     )
     assert "tensorboard failed" in job.log(0) and harness.checkpoints(workdir) == [harness.STEPS]
 

@@ -1,4 +1,4 @@
-"""SIGTERM: the step is finished and saved, and the run goes on as if nothing had happened.
+"""SIGTERM: the step is finished and saved, and the resumed run is the same as an uninterrupted one.
 
 One process alone: tests/train/test_loop.py.
 """

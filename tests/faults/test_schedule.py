@@ -1,4 +1,4 @@
-"""Drawn schedules of faults: whatever the moments and the damage, the run ends as if nothing had happened."""
+"""Random schedules of faults: whatever they are, the run ends like an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ faults = st.builds(
 damages = st.lists(st.builds(Damage, kind=st.sampled_from(DAMAGES), where=st.integers(0, 1 << 30)), max_size=2)
 
 
-# A failing example is not made smaller: each takes seconds, and the message says which one it is.
+# Failing examples are not shrunk: each takes seconds, and the message describes it.
 @settings(max_examples=2, phases=[Phase.generate])
 @given(schedule=st.lists(st.tuples(faults, damages), min_size=2, max_size=3), last=damages)
 def test_any_schedule_ends_like_the_run_without_faults(tiny, alone, tmp_path_factory, schedule, last):
@@ -41,7 +41,7 @@ def test_any_schedule_ends_like_the_run_without_faults(tiny, alone, tmp_path_fac
 
 
 def test_differences_are_seen(tiny, alone, whole, tmp_path):
-    """Other numbers of devices change bits and nothing else; a row that is lost, repeated or moved is counted."""
+    """Other numbers of devices change only bits; lost, repeated and moved rows are counted."""
     bits = differences(tiny, harness.STEPS, whole, alone)
     assert "fingerprints of the parameters differ" in bits and any("opt_state" in difference for difference in bits)
     assert differences(tiny, harness.STEPS, whole, alone, rtol=1e-4) == []

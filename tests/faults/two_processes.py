@@ -45,7 +45,7 @@ def restore(step: int) -> None:
 
 restore(3)
 good = checkpointer.latest_good()
-# A bit that only one of the two processes looks at.
+# A bit that only one of the two processes verifies.
 if PROCESS == 0:
     file = max((FOLDER / "3" / "params").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else -1)
     content = bytearray(file.read_bytes())

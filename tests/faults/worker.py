@@ -1,4 +1,4 @@
-"""train.py that also tells what it does and what it reads; it is what `tests/faults/harness.py` launches.
+"""train.py that also reports its phases and rows; `tests/faults/harness.py` launches it.
 
 RECORDED_ROWS: this file gets a line [step, [hash, ...]] for each batch, when it is read, one step before it is trained
 on. RECORDED_PHASES: this file gets a line `PHASE STEP` when a phase of `tests.faults.harness.PHASES` begins. HOLD_AT =
@@ -18,7 +18,7 @@ from pathlib import Path
 
 
 def begin(phase: str, step: int = 0) -> None:
-    """Says that `phase` begins. One write for a line: a killed process leaves whole lines."""
+    """Reports the start of `phase`, in a single write: a killed process leaves whole lines."""
     os.write(PHASES, f"{phase} {step}\n".encode())
     held, _, first = os.environ.get("HOLD_AT", "").partition(":")
     if phase == held and step >= int(first or 0):
@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 
 class JumpingClock:
-    """The time of day, set by hand; in place of `time.time` before anyone takes that."""
+    """A wall clock set by hand; replaces `time.time` before other modules import it."""
 
     def __init__(self):
         self.days, self._time, self._time_ns = 0, time.time, time.time_ns
@@ -47,7 +47,7 @@ class JumpingClock:
 
 clock = JumpingClock()
 
-# Only now: what is imported here keeps a reference to `time.time`.
+# Only now, because these modules keep a reference to `time.time`.
 from jax._src import compilation_cache, compiler
 
 import train

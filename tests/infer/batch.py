@@ -14,9 +14,8 @@ from flax import nnx
 from bc2_jax.config import ComputeConfig, ModelConfig
 from bc2_jax.convert.hf_config import read_config
 from bc2_jax.infer import engine
-from bc2_jax.infer.chunks import PlacedPrompt, make_chunk
-from bc2_jax.infer.decoding import Emitted, Reason
-from bc2_jax.infer.engine import Prepared
+from bc2_jax.infer.decoding import Emitted, PlacedPrompt, Reason, make_chunk
+from bc2_jax.infer.prepared import Prepared
 from bc2_jax.infer.settings import Settings, sampling_of
 from bc2_jax.model.baichuan import Baichuan2, param_shardings, split_model
 from bc2_jax.sharding import Mesh, parts, to_host, use_mesh_of

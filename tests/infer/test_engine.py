@@ -11,8 +11,8 @@ import pytest
 
 from bc2_jax.config import BAICHUAN2_7B, ComputeConfig
 from bc2_jax.infer import engine
-from bc2_jax.infer.cache import init_cache
-from bc2_jax.infer.engine import Prepared, Reason
+from bc2_jax.infer.decoding import Reason, init_cache
+from bc2_jax.infer.prepared import Prepared
 from bc2_jax.infer.settings import Settings, sampling_of
 from bc2_jax.sharding import DEFAULT_RULES
 from bc2_jax.tpu.options import compiler_options

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from bc2_jax.infer.engine import Reason
+from bc2_jax.infer.decoding import Reason
 from bc2_jax.infer.generate import continue_prompts
 from bc2_jax.infer.settings import Settings
 from tests.infer.batch import Batch, Prompt, Score, prepared_golden

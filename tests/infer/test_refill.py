@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from bc2_jax.config.lora import LoraConfig
 from bc2_jax.infer import engine
-from bc2_jax.infer.engine import Prepared
 from bc2_jax.infer.generate import continue_prompts
+from bc2_jax.infer.prepared import Prepared
 from bc2_jax.infer.refill import RolloutShapes, Stopped, continue_many
 from bc2_jax.infer.settings import Settings
 from bc2_jax.model.lora import init_adapter, with_adapter
@@ -66,10 +66,7 @@ def test_greedy_rollouts_are_those_of_pytorch():
         np.testing.assert_allclose(continuation.log_probs, expected["logps_t07"][row, :count], atol=2e-5)
 
 
-@pytest.mark.parametrize(
-    ("shape", "rows", "places"),
-    [(None, 3, 2), ((1, 2, 2), 8, 4)],
-)
+@pytest.mark.parametrize(("shape", "rows", "places"), [(None, 3, 2), ((1, 2, 2), 8, 4)])
 def test_continuations_are_those_of_all_at_one_time(small, mesh_of, shape, rows, places):
     """On a mesh with whole weights, under the loop's transfer guard; other prompts and another seed compile nothing."""
     prepared = small if shape is None else engine.prepare(small_model(mesh_of(*shape)), whole=True)

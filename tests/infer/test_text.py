@@ -14,8 +14,7 @@ from bc2_jax.convert.conversion import to_orbax
 from bc2_jax.infer import engine
 from bc2_jax.infer.generate import generate
 from bc2_jax.infer.prepared import Prepared
-from bc2_jax.infer.stream import TextStream
-from bc2_jax.infer.text import find_eos_ids, generate_text
+from bc2_jax.infer.text import TextStream, find_eos_ids, generate_text
 from bc2_jax.model.baichuan import Baichuan2
 from tests.convert.models import random_folder
 

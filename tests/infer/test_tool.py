@@ -18,7 +18,7 @@ from bc2_jax.config import ComputeConfig, ModelConfig
 from bc2_jax.convert import pretrained
 from bc2_jax.convert.pretrained import save_params
 from bc2_jax.infer import prepared, text
-from bc2_jax.infer.stream import TextStream
+from bc2_jax.infer.text import TextStream
 from bc2_jax.model.baichuan import Baichuan2
 from bc2_jax.tokenizer import Tokenizer, train_tokenizer
 from tests.programs import load_program
@@ -135,7 +135,7 @@ def test_the_examples_of_the_help_work(checkpoint, answers, tmp_path, monkeypatc
     """As a shell reads them."""
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text("the cat\n", encoding="utf-8")
-    examples = [line for line in tool.__doc__.splitlines() if line.startswith("python tools/generate.py")]
+    examples = [line for line in tool.__doc__.splitlines() if line.startswith("bc2 generate")]
     assert [example for example in examples if "--chat" in example] == examples[3:]
     for example in examples[:3]:
         _, _, *arguments = shlex.split(example.replace("CHECKPOINT", shlex.quote(str(checkpoint))))

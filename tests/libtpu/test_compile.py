@@ -37,7 +37,7 @@ def test_the_step_compiles_with_the_options_of_every_generation(generation: str)
     topology = parse_topology(SMALLEST[generation])
     result = report.make_report(compilation.compile_step(TINY, topology, compiler_options(generation)))
     assert result.chips == 4
-    assert 0 < result.hbm_bytes_used < 2**30
+    assert 0 < result.memory.total < 2**30
     assert 0 < result.mfu_low <= result.mfu < 1
     assert result.estimate.matmul > 0
     assert result.audit.complete, result.audit

@@ -14,7 +14,7 @@ from bc2_jax.aot import compilation
 from bc2_jax.aot.program import Program
 from bc2_jax.config import ComputeConfig, MeshConfig, ModelConfig
 from bc2_jax.infer import engine
-from bc2_jax.infer.cache import init_cache
+from bc2_jax.infer.decoding import init_cache
 from bc2_jax.infer.prepared import Prepared, prepare
 from bc2_jax.kernels.cached import Place
 from bc2_jax.model.baichuan import abstract_params, split_model

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import pytest
 
 from bc2_jax.aot import compilation, serving
-from bc2_jax.aot.inference import abstract_prepared, copy_warnings, whole_slice_mesh
+from bc2_jax.aot.inference import abstract_prepared, whole_slice_mesh
 from bc2_jax.aot.program import Program
+from bc2_jax.aot.report import copy_warnings
 from bc2_jax.config import ComputeConfig, DataConfig, ModelConfig, SourceConfig, TrainConfig
 from bc2_jax.infer import engine
 from bc2_jax.kernels.cached import LANES, KVCache

@@ -26,8 +26,9 @@ from bc2_jax.model.baichuan import (
     stack_layers,
     unstack_layers,
 )
-from bc2_jax.sharding import DEFAULT_RULES, single_device_mesh
+from bc2_jax.sharding import DEFAULT_RULES
 from tests.kernels.test_attention import make_branches
+from tests.meshes import one_device_mesh
 
 FP32 = ComputeConfig(dtype="float32", attention_block=8)
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2), (1, 2, 2, 2, 1), (1, 2, 1, 2, 2), (2, 1, 1, 1, 2)]
@@ -102,7 +103,7 @@ def test_parameters_on_another_kind_of_mesh_are_refused(golden):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
     params = jax.device_put(golden.params, NamedSharding(mesh, P()))
     ids = jax.device_put(golden.arrays["input_ids"], NamedSharding(mesh, P()))
-    with pytest.raises(ValueError, match="has not the axes data, fsdp, .*; make it with bc2_jax.sharding.make_mesh"):
+    with pytest.raises(ValueError, match="lacks the axes data, fsdp, .*; make it with bc2_jax.sharding.make_mesh"):
         forward(golden.config)(params, ids)
 
 
@@ -214,7 +215,7 @@ INIT = ModelConfig(
 
 
 def test_initial_values():
-    params = jax.tree.map(np.asarray, init_params(INIT, 0, single_device_mesh()))
+    params = jax.tree.map(np.asarray, init_params(INIT, 0, one_device_mesh()))
     embedding, head = params["embed_tokens"]["weight"], params["lm_head"]["weight"]
     assert not embedding[INIT.pad_token_id].any() and embedding[1:].any(axis=1).all()
     matrices = {"embedding": embedding[1:]}
@@ -244,7 +245,7 @@ def expected_max_squared(V: int) -> float:
 
 def test_initial_logits_are_standard_normal():
     """So the loss starts at ln V + 1/2: log E[exp(z)] = ln V + 1/2, and a label's logit is 0 on average."""
-    params = init_params(INIT, 0, single_device_mesh())
+    params = init_params(INIT, 0, one_device_mesh())
     ids, labels = random_ids(INIT, 4, 256), np.random.default_rng(1).integers(0, INIT.vocab_size, (4, 256))
     logits = np.asarray(forward(INIT, ComputeConfig(dtype="float32"))(params, ids), np.float64)
     assert logits.std() == pytest.approx(1, abs=0.02)

@@ -17,8 +17,18 @@ from bc2_jax.convert.peft import load_peft
 from bc2_jax.convert.pretrained import load_params
 from bc2_jax.infer.prepared import prepare
 from bc2_jax.model.baichuan import init_params, param_shardings, split_model
-from bc2_jax.model.lora import Adapter, abstract_adapter, init_adapter, merge, report_losses, with_adapter
-from bc2_jax.sharding import reshard, single_device_mesh
+from bc2_jax.model.lora import (
+    Adapter,
+    abstract_adapter,
+    equation_of,
+    init_adapter,
+    lost,
+    merge,
+    merge_weight,
+    with_adapter,
+)  # fmt: skip
+from bc2_jax.sharding import reshard
+from tests.meshes import one_device_mesh
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ALIGN = GOLDEN / "align"
@@ -39,7 +49,7 @@ def rope():
 def tiny():
     """Parameters of TINY and token ids [8, 8]."""
     ids = np.random.default_rng(0).integers(3, TINY.vocab_size, (8, 8))
-    params = jax.tree.map(np.asarray, init_params(TINY, 0, single_device_mesh()))
+    params = jax.tree.map(np.asarray, init_params(TINY, 0, one_device_mesh()))
     return jax.tree.map(jnp.asarray, params), jnp.asarray(ids, jnp.int32)
 
 
@@ -213,15 +223,17 @@ def test_frozen_weights_have_no_gradient():
 
 
 def test_what_bf16_loses(tiny):
-    config = LoraConfig(rank=2, targets=("W_pack", "up_proj"))
-    adapter = random_adapter(config)
-    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny[0])
-    losses = report_losses(params, adapter)
-    assert set(losses) == {f"layers.self_attn.{p}_proj.weight" for p in "qkv"} | {"layers.mlp.up_proj.weight"}
-    assert all(0 < loss < 0.01 for loss in losses.values())
-    tiny_change = Adapter(config, jax.tree.map(lambda x: 0.001 * x, adapter.params))
-    assert min(report_losses(params, tiny_change).values()) > 0.9  # less than half a unit in the last place
-    assert set(report_losses(tiny[0], adapter).values()) == {0}
+    config = LoraConfig(rank=2, targets=("up_proj",))
+    part = jax.tree.map(lambda x: x[0], random_adapter(config).params["layers"]["mlp"]["up_proj"])
+    w = tiny[0]["layers"]["mlp"]["up_proj"]["weight"][0]
+
+    def loss(w, factor: float = 1.0) -> float:
+        exact = merge_weight(equation_of("up_proj"), w, part, factor * config.scaling_of("up_proj"))
+        return float(lost(w, exact, exact.astype(w.dtype)))
+
+    assert 0 < loss(w.astype(jnp.bfloat16)) < 0.01
+    assert loss(w.astype(jnp.bfloat16), 1e-6) > 0.9  # less than half a unit in the last place
+    assert loss(w) == 0
 
 
 def test_a_second_adapter_is_refused(tiny):

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from bc2_jax.config import ComputeConfig
-from bc2_jax.infer.cache import init_cache
+from bc2_jax.infer.decoding import init_cache
 from bc2_jax.kernels.cached import KVCache, Place
 from bc2_jax.model.baichuan import param_shardings, split_model
 from bc2_jax.sharding import DEFAULT_RULES
@@ -53,7 +53,7 @@ def test_decoding_is_greedy_in_pytorch(golden):
 
 
 def test_rows_of_different_lengths_are_as_in_pytorch(golden):
-    """11 tokens of each, then one by one; a row that has come to its end is idle while the other goes on."""
+    """11 tokens of each, then one by one; a row that has ended is idle while the other continues."""
     mask = golden.arrays["left_pad_attention_mask"] == 1
     rows = [row[real] for row, real in zip(golden.arrays["left_pad_input_ids"], mask, strict=True)]
     expected = [row[real] for row, real in zip(golden.arrays["left_pad_logits"], mask, strict=True)]

@@ -15,7 +15,7 @@ import uvicorn
 
 from bc2_jax.config import ModelConfig
 from bc2_jax.serve.api import Api, Backend
-from bc2_jax.serve.limits import Limits
+from bc2_jax.serve.bodies import Limits
 from bc2_jax.serve.prompts import ServedModel, chat_defaults
 from bc2_jax.serve.security import Hosts, Keys
 from bc2_jax.serve.server import Connection

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bc2_jax.infer.engine import STEPS, Emitted, LogProbs, Reason
+from bc2_jax.infer.decoding import STEPS, Emitted, LogProbs, Reason
 from bc2_jax.infer.settings import Settings
 from bc2_jax.serve.requests import TokenScore
 

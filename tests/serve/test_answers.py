@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bc2_jax.infer.stream import TextStream
+from bc2_jax.infer.text import TextStream
 from bc2_jax.serve.answers import AnswerText, CompletionLogProbs, chat_log_probs, token_bytes, token_text
 from bc2_jax.serve.requests import TokenScore
 

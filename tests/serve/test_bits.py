@@ -35,10 +35,7 @@ EVERYTHING = Settings(
     presence_penalty=0.4, frequency_penalty=-0.3, logit_bias={7: 3.0, 9: -50.0}, min_tokens=3, vocab_size=300,
 )  # fmt: skip
 GREEDY = Settings(max_new_tokens=9, temperature=0.0, repetition_penalty=1.0, eos_token_id=(5, 6))
-TARGETS = (
-    Request(ids(150), EVERYTHING, place=1, top_log_probs=3),
-    Request(ids(64), GREEDY, top_log_probs=1),
-)
+TARGETS = (Request(ids(150), EVERYTHING, place=1, top_log_probs=3), Request(ids(64), GREEDY, top_log_probs=1))
 
 
 class Served:

@@ -10,8 +10,8 @@ import time
 import httpx2 as httpx
 import pytest
 
-from bc2_jax.serve import page_files
-from bc2_jax.serve.limits import Limits
+from bc2_jax.serve import api
+from bc2_jax.serve.bodies import Limits
 from bc2_jax.serve.security import Hosts
 from tests.serve.conftest import LENGTH, Running
 
@@ -147,7 +147,7 @@ def test_headers_against_misuse(server):
 
 
 def test_files_of_the_page(serve, monkeypatch):
-    files = {"index.html": page_files.PageFile(b"<p>", "text/html; charset=utf-8", '"tag"')}
+    files = {"index.html": api.PageFile(b"<p>", "text/html; charset=utf-8", '"tag"')}
     monkeypatch.setattr("bc2_jax.serve.api.read_page", lambda: files)
     with serve() as server:
         page = server.client.get("/")

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from bc2_jax.align.chat import encode_prompt
 from bc2_jax.config import ModelConfig
+from bc2_jax.serve.bodies import Limits
 from bc2_jax.serve.errors import ApiError
-from bc2_jax.serve.limits import Limits
 from bc2_jax.serve.prompts import Asked, ServedModel, ask_chat, ask_completion, chat_defaults, fit_chat
 from bc2_jax.serve.schema import read_chat, read_completion
 from bc2_jax.serve.tokens import tokenize

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bc2_jax.serve.bodies import Limits
 from bc2_jax.serve.errors import ApiError
-from bc2_jax.serve.limits import Limits
 from bc2_jax.serve.schema import chat_fields, completion_fields, decode_json, read_chat, read_completion
 from tests.serve.conftest import Running
 

@@ -61,7 +61,7 @@ def test_files_of_keys(tmp_path):
 def test_an_address_in_use_is_named():
     with socket.create_server(("127.0.0.1", 0)) as used:
         port = used.getsockname()[1]
-        with pytest.raises(OSError, match=f"--port {port} can't be listened at: Address already in use"):
+        with pytest.raises(OSError, match=f"--port {port} is not available: Address already in use"):
             listen("127.0.0.1", port)
 
 

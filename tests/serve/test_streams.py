@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from bc2_jax.serve.limits import Limits
+from bc2_jax.serve.bodies import Limits
 from tests.serve.conftest import Running
 
 CHAT = "/v1/chat/completions"

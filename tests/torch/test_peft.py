@@ -19,7 +19,7 @@ from bc2_jax.convert.conversion import to_hf
 from bc2_jax.convert.pretrained import save_params
 from bc2_jax.model.baichuan import init_params
 from bc2_jax.model.lora import abstract_adapter
-from bc2_jax.sharding import single_device_mesh
+from tests.meshes import one_device_mesh
 
 CONFIG = ModelConfig(
     hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=2, position_embedding="rope",
@@ -32,7 +32,7 @@ IDS = np.random.default_rng(0).integers(3, 48, (2, 12))
 def base(tmp_path_factory) -> Path:
     """A model in the layout of LLaMA."""
     root = tmp_path_factory.mktemp("base")
-    save_params(init_params(CONFIG, 0, single_device_mesh()), CONFIG, root / "ours")
+    save_params(init_params(CONFIG, 0, one_device_mesh()), CONFIG, root / "ours")
     to_hf(root / "ours", root / "llama", layout="llama")
     return root / "llama"
 

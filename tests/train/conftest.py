@@ -14,7 +14,7 @@ from bc2_jax.config import (
     SourceConfig,
     TrainConfig,
 )
-from bc2_jax.data.packing import pack_documents
+from tests.packed_rows import pack_texts
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +22,7 @@ def small_run(modules, tokenizer, tmp_path_factory) -> TrainConfig:
     folder = tmp_path_factory.mktemp("corpus")
     documents = [part for module in modules for part in module.split("\n\n") if part]
     # Two batches are held out: every run evaluates all of them.
-    pack_documents(documents, tokenizer, folder / "rows", 32, validation_fraction=0.002)
+    pack_texts(documents, tokenizer, folder / "rows", 32, validation_fraction=0.002)
     return TrainConfig(
         name="test",
         model=ModelConfig(

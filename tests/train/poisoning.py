@@ -1,4 +1,4 @@
-"""Batches whose loss is not finite or too large, in a run that is otherwise the user's."""
+"""Makes the loss of chosen batches infinite or too large in an otherwise normal run."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from bc2_jax.data.loader import make_train_loader
 from bc2_jax.train import pretrain
 
 POISON = 10**6
-"""A position that no row has; the loss of its batch is not finite, and is larger by what is added to it."""
+"""A position beyond all rows: marks a batch whose loss is not finite, or larger by what is added to it."""
 
 
 def poison(factors: dict[int, float], set_attribute: Callable[[object, str, object], None] = setattr) -> None:
-    """Makes the loss of batches, by the loader's numbers, so many times as large."""
+    """Multiplies the loss of batches, numbered by the loader."""
     make_loss = pretrain.make_loss
 
     def make_poisoned_loss(*args):

@@ -1,4 +1,4 @@
-"""What one process does about the others; several real ones are in tests/faults."""
+"""Start and coordination seen from a single process; tests/faults runs several."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def tpu(monkeypatch) -> pytest.MonkeyPatch:
 
 @pytest.fixture
 def metadata(tpu):
-    """Attributes that a metadata server of this machine gives to who asks as Google's wants it."""
+    """A local metadata server with these attributes, which requires Google's request header."""
     attributes: dict[str, str] = {}
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -92,7 +92,7 @@ def test_a_second_signal_ends_at_once_and_none_is_caught_afterwards():
 
 
 def test_it_is_too_late_after_the_first_computation():
-    """The tests already compute; nothing may hang or wait for processes that never come."""
+    """JAX already computes in the tests; nothing may wait for processes that never come."""
     assert jax.device_count() == 8
     config = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "demo.py"))["config"]()
     several = DistributedConfig(coordinator_address="127.0.0.1:1", num_processes=2, process_id=1, start_timeout=1)

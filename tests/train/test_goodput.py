@@ -1,4 +1,4 @@
-"""The account of wall time: every moment once, over restarts, kills and rewinds."""
+"""Wall time accounting: every moment counts once, over restarts, kills and rewinds."""
 
 from __future__ import annotations
 

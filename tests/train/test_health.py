@@ -1,4 +1,4 @@
-"""Updates that are skipped, runs that stop and leave their batch, spikes that a run goes back behind."""
+"""Skipped updates, runs that stop and save their batch, rewinds after spikes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from bc2_jax.data.batch import FIELDS, make_put
 from bc2_jax.data.loader import make_train_loader
 from bc2_jax.model.baichuan import init_params
 from bc2_jax.sharding import make_mesh
-from bc2_jax.train import health, job, loop, pretrain, restore
+from bc2_jax.train import health, job, loop, pretrain, resume
 from bc2_jax.train.distributed import Preempted
 from bc2_jax.train.expendable import Expendable
 from bc2_jax.train.metrics import read_metrics
@@ -171,7 +171,7 @@ def test_a_batch_without_targets_is_told_and_is_no_loss_to_compare_with(tmp_path
     said: list[str] = []
     monitor = health.HealthMonitor(HealthConfig(spike_deviations=5.0), tmp_path, said.append, Expendable())
     monitor.observe(3, {"loss": 0.0, "grad_norm": 0.0, "empty_batch": 1.0})
-    assert said == ["step 3  its batch has no target to learn from: there is no update"]
+    assert said == ["step 3  its batch has no target: no update"]
     assert [e["event"] for e in events(tmp_path)] == ["empty batch"] and monitor.state()["losses"] == []
 
 
@@ -225,7 +225,7 @@ def test_a_spike_rewinds_and_its_rows_are_left_out(small_run, poisoned, tmp_path
     poisoned({7: 100.0, 8: 100.0, 12: 100.0, 13: 100.0})
     config = spiky(small_run, tmp_path)
     result = pretrain.train(config)
-    # Steps 8 and 9 are high; step 7 made the parameters of 8: the run goes back to 6 and leaves out batches 6, 7, 8.
+    # Steps 8 and 9 are high; step 7 made the parameters of 8: the run rewinds to 6 and skips batches 6, 7, 8.
     # Then batches 12 and 13 are those of steps 10 and 11: the checkpoint of step 9 goes, back to 6 without 11, 12, 13.
     rewinds = events(tmp_path / "run")
     size = config.data.global_batch_size
@@ -239,11 +239,11 @@ def test_a_spike_rewinds_and_its_rows_are_left_out(small_run, poisoned, tmp_path
     assert [metrics[s]["tokens"] for s in range(1, 15)] == [(loader[i]["labels"] != -100).sum() for i in read]
     assert metrics[14]["skipped_rows"] == 6 * size
     assert max(m["loss"] for m in metrics.values()) < 10
-    # Resumed behind the rewinds, a run knows what it left out.
+    # A run resumed after the rewinds knows what it skipped.
     again = pretrain.train(dataclasses.replace(config, workdir=str(tmp_path / "again"), num_steps=9))
     again = pretrain.train(dataclasses.replace(config, workdir=str(again.workdir), resume="auto"))
     assert again.fingerprint == result.fingerprint
-    # And so ends a run that was never given those rows.
+    # A run that never had those rows ends in the same state.
     make = row_batches.make_train_loader
 
     def without(*args, **kwargs):
@@ -333,7 +333,7 @@ def test_the_optimizer_counts_updates(small_run, poisoned, tmp_path):
     with jax.set_mesh(mesh):
         checkpointer = loop.Checkpointer(tmp_path / "checkpoints", config.checkpoint)
         abstract = pretrain.make_abstract_state(config, mesh, make_optimizer(config.optimizer))
-        state = restore.restore_state(checkpointer, 4, abstract)
+        state = resume.restore_state(checkpointer, 4, abstract)
         checkpointer.close()
     counts = {int(x) for _, x in optax.tree.get_all_with_path(state.opt_state, "count")}
     assert counts == {3} and int(state.step) == 3

@@ -24,11 +24,12 @@ from bc2_jax.config import (
 )
 from bc2_jax.data.batch import IGNORED
 from bc2_jax.model.baichuan import init_params, param_shardings
-from bc2_jax.sharding import DEFAULT_RULES, single_device_mesh
+from bc2_jax.sharding import DEFAULT_RULES
 from bc2_jax.train.health import EMPTY
 from bc2_jax.train.job import Objective, Parts, TrainState, init_state, make_eval_step, make_train_step
 from bc2_jax.train.optimizer import make_optimizer
 from bc2_jax.train.pretrain import make_objective
+from tests.meshes import one_device_mesh
 
 ROWS, T, V = 16, 12, 64
 SIZES = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "vocab_size": V, "initializer_range": 0.2}
@@ -79,7 +80,7 @@ def place_batch(mesh, accumulation: int) -> dict[str, jax.Array]:
 @functools.cache
 def numpy_params(model: ModelConfig) -> dict:
     """Made once: on every mesh they are the same (test_baichuan.py), but each would be compiled."""
-    return jax.tree.map(np.asarray, init_params(model, 0, single_device_mesh()))
+    return jax.tree.map(np.asarray, init_params(model, 0, one_device_mesh()))
 
 
 def place_state(config: TrainConfig, mesh) -> TrainState:

@@ -26,9 +26,8 @@ from bc2_jax.config import (
 from bc2_jax.convert.conversion import to_hf
 from bc2_jax.convert.pretrained import load_params
 from bc2_jax.data import row_batches
-from bc2_jax.data.loader import make_train_loader
-from bc2_jax.data.packing import load_manifest, pack_documents
-from bc2_jax.data.row_order import record_row_order
+from bc2_jax.data.loader import make_train_loader, record_row_order
+from bc2_jax.data.packing import load_manifest
 from bc2_jax.metadata import read_metadata
 from bc2_jax.tokenizer import Tokenizer
 from bc2_jax.train import loop, pretrain, replay
@@ -36,6 +35,7 @@ from bc2_jax.train.distributed import Preempted
 from bc2_jax.train.metrics import fingerprint
 from bc2_jax.train.metrics import read_metrics as read_every_line
 from bc2_jax.train.milestones import list_milestones
+from tests.packed_rows import pack_texts
 
 
 def read_metrics(path):
@@ -103,7 +103,7 @@ def test_stopped_by_sigterm_and_resumed_is_bit_identical(config, finished, tmp_p
     with monkeypatch.context() as patch:
         patch.setattr(loop.ProgressDisplay, "show", send)
         # The step after the one whose metrics were shown had begun.
-        with pytest.raises(Preempted, match="^Stopped by SIGTERM: step 3 is saved in .*; go on with --resume auto.$"):
+        with pytest.raises(Preempted, match="^Stopped by SIGTERM: step 3 is saved in .*; resume with --resume auto.$"):
             pretrain.train(run)
     assert signal.getsignal(signal.SIGTERM) is before
     assert [m["step"] for m in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
@@ -202,7 +202,7 @@ def test_another_tokenizer_is_refused_unless_it_is_meant(config, finished, token
     other = tmp_path / "other.model"
     other.write_bytes(tokenizer.path.read_bytes() + b"\x12\x00")  # an empty message of its settings: other bytes
     documents = [part for module in modules for part in module.split("\n\n") if part]
-    pack_documents(documents, Tokenizer(other), tmp_path / "rows", 32, validation_fraction=0.02)
+    pack_texts(documents, Tokenizer(other), tmp_path / "rows", 32, validation_fraction=0.02)
     data = dataclasses.replace(
         config.data, tokenizer=str(other), sources=(SourceConfig(path=str(tmp_path / "rows")),)
     )  # fmt: skip
@@ -282,7 +282,7 @@ def test_resumes_on_another_mesh(config, half, finished, tmp_path, mesh, capsys)
     sample = SampleConfig(prompts=("def ",), max_new_tokens=4)
     other = dataclasses.replace(config, workdir=str(workdir), resume="auto", mesh=mesh, sample=sample)
     result = pretrain.train(other)
-    assert "--- 'def ' goes on:" in capsys.readouterr().out
+    assert "--- 'def ' continues:" in capsys.readouterr().out
     metrics, whole = (read_metrics(r.workdir / "metrics.jsonl") for r in (result, finished))
     assert [m["tokens"] for m in metrics] == [m["tokens"] for m in whole]
     np.testing.assert_allclose([m["loss"] for m in metrics], [m["loss"] for m in whole], rtol=2e-3)
@@ -347,7 +347,7 @@ def test_verifies_its_own_resume_exports_and_writes_text(config, finished, tmp_p
     text = capsys.readouterr().out
     assert result.fingerprint == finished.fingerprint
     assert "Resumed at step 6 and repeated: the parameters are the same bit for bit." in text
-    assert "'def ' goes on:" in text and "bigram model" in text
+    assert "'def ' continues:" in text and "bigram model" in text
     assert text.rstrip().endswith(f"step 8\nparameters sha256 {result.fingerprint}")
     from bc2_jax.convert.pretrained import load_pretrained
 

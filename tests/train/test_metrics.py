@@ -1,4 +1,4 @@
-"""What a run tells about its data before it starts, and what stays of its metrics."""
+"""The table of the data at the start, and the metrics files."""
 
 import dataclasses
 import io
@@ -9,16 +9,17 @@ import pytest
 from rich.console import Console
 
 from bc2_jax.config import DataConfig, MixtureStage, ModelConfig, SourceConfig, TrainConfig
-from bc2_jax.data.packing import load_manifest, pack_documents
+from bc2_jax.data.packing import load_manifest
 from bc2_jax.train import metrics
 from bc2_jax.train.expendable import Expendable
 from bc2_jax.train.metrics import MetricsWriter, Throughput, read_metrics
 from bc2_jax.train.results import print_mixture
+from tests.packed_rows import pack_texts
 
 
 def test_the_table_of_data_has_shares_and_epochs(tokenizer, modules, tmp_path):
     for name, texts in (("a", modules[:3]), ("b", modules[3:])):
-        pack_documents(texts, tokenizer, tmp_path / name, 16, validation_fraction=0)
+        pack_texts(texts, tokenizer, tmp_path / name, 16, validation_fraction=0)
     rows = [load_manifest(tmp_path / name).train.rows for name in "ab"]
     data = DataConfig(
         sources=(SourceConfig(path=str(tmp_path / "a"), weight=3.0), SourceConfig(path=str(tmp_path / "b"))),

@@ -14,8 +14,8 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from bc2_jax.config import CheckpointConfig, HealthConfig, TrainConfig
-from bc2_jax.data.bad_rows import BadRows
 from bc2_jax.data.row_batches import RowBatches, ValidationBatches
+from bc2_jax.data.row_file import BadRows
 from bc2_jax.model.baichuan import init_params, split_model
 from bc2_jax.sharding import spec
 from bc2_jax.train import loop
@@ -124,7 +124,7 @@ def test_a_further_evaluation_that_fails_costs_itself_alone(config, finished, tm
         lambda config, start: make_regression_job(config, start)._replace(examine=fail),
     )
     assert result.fingerprint == finished.fingerprint
-    assert "further evaluations failed (nothing was answered); the run goes on" in caplog.text
+    assert "further evaluations failed (nothing was answered); the run continues" in caplog.text
     losses = [[m["validation_loss"] for m in read_metrics(r.workdir / "metrics.jsonl") if "validation_loss" in m]
               for r in (result, finished)]  # fmt: skip
     assert losses[0] == losses[1] and len(losses[0]) > 1

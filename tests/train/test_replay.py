@@ -1,4 +1,4 @@
-"""Recorded steps done again: identical, or which number differs and why."""
+"""Replayed steps: identical, or which number differs and why."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_one_bit_is_seen(finished, changed, capsys):
         main([str(changed(5, loss=float(np.nextafter(np.float32(line["loss"]), np.float32(9))))), "--step", "5"]) == 1
     )
     out = capsys.readouterr().out
-    assert "step 5: different" in out and "  loss: recorded" in out and "with the same batch: the hardware" in out
+    assert "step 5: different" in out and "  loss: recorded" in out and "with the same batch: a hardware error" in out
     assert "grad_norm" not in out
 
 
@@ -69,7 +69,7 @@ def test_another_batch_is_told_from_bad_hardware(finished, small_run, tmp_path, 
     np.savez(tmp_path / "other.npz", **loader[3], step=5)
     assert main([str(finished), "--step", "5", "--batch", str(tmp_path / "same.npz")]) == 0
     assert main([str(finished), "--step", "5", "--batch", str(tmp_path / "other.npz")]) == 1
-    assert "the batch is another one than then; look at the data" in capsys.readouterr().out
+    assert "the batch differs; look at the data" in capsys.readouterr().out
 
 
 def test_what_is_missing_is_one_sentence(finished, changed, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""What a run prints: hints that can be typed as they stand, names as they are."""
+"""Printed hints can be pasted, and names are printed unchanged."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 
 from bc2_jax.config import SampleConfig
-from bc2_jax.sharding import single_device_mesh
 from bc2_jax.terminal import command, make_console
 from bc2_jax.train import results
+from tests.meshes import one_device_mesh
 
 ROOT = Path(results.__file__).parents[2]
 
@@ -30,8 +30,8 @@ def test_hints_can_be_typed_where_they_were_printed(small_run, monkeypatch, plac
     assert len(interpreters) == 1
     assert all(Path(program).resolve().is_file() for program in programs)
     assert Path(programs[0]).resolve() == ROOT / "train.py"
-    assert hints["to go on"][2:5] == ["my config.py", "--name", "a b"]
-    assert hints["to go on"][5:9] == ["--workdir", str(workdir), "--resume", "auto"]
+    assert hints["to resume"][2:5] == ["my config.py", "--name", "a b"]
+    assert hints["to resume"][5:9] == ["--workdir", str(workdir), "--resume", "auto"]
     assert hints["to convert"][2:] == ["to-hf", str(workdir / "checkpoints" / "4"), str(workdir / "hf")]
     assert hints["to generate"][2:4] == [str(workdir), "--prompt"]
     (interpreter,) = interpreters
@@ -41,7 +41,7 @@ def test_hints_can_be_typed_where_they_were_printed(small_run, monkeypatch, plac
 def test_names_are_no_markup(small_run, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     run = dataclasses.replace(small_run, name="[red]run[/red] :smile: " + "x" * 100 + "END")
-    results.print_tables(make_console(), run, single_device_mesh())
+    results.print_tables(make_console(), run, one_device_mesh())
     shown = capsys.readouterr().out
     assert run.name in shown.replace("\n", "")
 
@@ -57,4 +57,4 @@ def test_samples_name_what_the_tokenizer_has(small_run, monkeypatch, tokenizer):
     ((model, used, prompts), options) = asked[0]
     assert (model, used, tuple(prompts)) == ("model", tokenizer, ("[v1]", "b"))
     assert options["seed"] == 2**32 - 1 and options["max_new_tokens"] == 64
-    assert said == ["--- '[v1]' goes on:\ntext", "--- 'b' goes on:\ntext", "---"]
+    assert said == ["--- '[v1]' continues:\ntext", "--- 'b' continues:\ntext", "---"]

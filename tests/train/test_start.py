@@ -1,4 +1,4 @@
-"""What a run settles before its first step, on devices that are not here."""
+"""Settings before the first step, also for devices that this machine lacks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from bc2_jax.config import MeshConfig
-from bc2_jax.data.row_order import record_row_order
+from bc2_jax.data.loader import record_row_order
 from bc2_jax.metadata import Metadata
 from bc2_jax.sharding import make_mesh
 from bc2_jax.tpu.options import compiler_options
@@ -53,14 +53,13 @@ def test_other_rows_than_those_of_the_checkpoint_are_named(small_run, caplog):
     assert not caplog.messages
     warn_of_other_rows(dataclasses.replace(small_run, data=dataclasses.replace(small_run.data, seed=3)), metadata, 4)
     assert caplog.messages == [
-        "The data is not that of the checkpoint of step 4, which it goes on from: data.seed changed. Rows that were "
-        "trained on may come again, others never."
+        "The data changed since the checkpoint of step 4: data.seed. Some rows may be trained on twice, others never."
     ]
 
 
 @pytest.mark.parametrize("folder", ["{file}/programs", "~/programs", "/proc/1/no/programs"])
 def test_a_cache_that_cannot_be_written_is_one_warning(monkeypatch, tmp_path, caplog, folder):
-    """As in a home that is read-only; the run goes on without."""
+    """As in a read-only home; the run continues without a cache."""
     file = tmp_path / "file"
     file.touch()
     monkeypatch.setenv("HOME", str(file))

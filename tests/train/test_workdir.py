@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bc2_jax.files import InUse
-from bc2_jax.train.workdir import own_workdir
+from bc2_jax.train.start import own_workdir
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Final losses on held-out text: from the folders of runs, or from a table of points."""
+"""Collects final held-out losses from run folders or from a table of points."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from bc2_jax.checkpoint import TOKENIZER_NAME
 from bc2_jax.config import TrainConfig
 from bc2_jax.data.corpus import list_parts
 from bc2_jax.evaluate.scaling.flops import matmul_parameters, training_compute
-from bc2_jax.tokenizer import file_sha256
+from bc2_jax.files import file_sha256
 from bc2_jax.train.kinds import read_config
 from bc2_jax.train.metrics import read_metrics
 from bc2_jax.validation import show
 
 LOSS = "validation_cross_entropy"
-"""Nats a token on held-out text at the end of the run, without the max-z loss; not the mean of the last steps."""
+"""Nats per token on held-out text at the end of the run, without the max-z loss."""
 _COLUMNS = ("N", "D", "C", "loss")
 
 
@@ -30,23 +30,19 @@ class Point:
     """A finished run."""
 
     name: str
-    N: float
-    """Matmul parameters, the head's included, without the embedding."""
-    D: float
-    """Tokens."""
-    C: float
-    """FLOPs: layers, head and attention."""
-    loss: float
-    """Nats a token, final, on held-out text."""
+    N: float  # matmul parameters with the head, without the embedding
+    D: float  # tokens
+    C: float  # FLOPs: layers, head and attention
+    loss: float  # final, nats per token on held-out text
 
 
 @dataclasses.dataclass(frozen=True)
 class Points:
-    """Runs that can be compared."""
+    """Comparable runs."""
 
     points: tuple[Point, ...]
     bits_per_byte: float | None = None
-    """Of one nat a token, on the held-out text all have; None where its bytes are not known."""
+    """Bits per byte of one nat per token on their held-out text; None if its bytes are unknown."""
     warnings: tuple[str, ...] = ()
 
 
@@ -55,8 +51,7 @@ class _Run:
     path: Path
     config: TrainConfig
     tokenizer: str
-    held_out: tuple[Any, ...]
-    """What is the same for runs with the same held-out text."""
+    held_out: tuple[Any, ...]  # equal for runs with the same held-out text
     point: Point
     bits_per_byte: float | None
 
@@ -64,11 +59,9 @@ class _Run:
 def collect(paths: Sequence[str | Path]) -> Points:
     """The finished runs in these folders, smallest compute first.
 
-    What is not finished is left out with a warning. A learning rate whose schedule did not end at the run's own last
-    step, and a run that began from another model, are warned of.
-
-    Raises ValueError for a folder without a run of pre-training, a run given twice, no finished run, and runs with
-    different tokenizers or held-out text, whose losses can't be compared.
+    Warns of unfinished runs (left out), schedules that do not end at the run's last step, and runs that began from
+    another model. Raises ValueError for a folder without a pre-training run, a run given twice, no finished run, and
+    runs with different tokenizers or held-out text.
     """
     runs, warnings, seen = [], [], dict[Path, str]()
     for path in map(Path, paths):
@@ -110,7 +103,7 @@ def collect(paths: Sequence[str | Path]) -> Points:
 
 
 def _is_same_text(run: _Run, other: _Run) -> bool:
-    """As far as it is known: the rows of a run may have been deleted since."""
+    """As far as known: the rows of a run may have been deleted."""
     *counts, digest = run.held_out
     *other_counts, other_digest = other.held_out
     return counts == other_counts and (digest == other_digest or not digest or not other_digest)
@@ -123,7 +116,7 @@ def _describe(run: _Run) -> str:
 
 
 def _read_run(path: Path) -> _Run | str:
-    """A finished run, or a sentence that says why it is left out."""
+    """A finished run, or why it is left out."""
     file = path / "config.json"
     if not file.is_file():
         raise ValueError(f"{path} is not the folder of a run: it has no config.json.")
@@ -154,7 +147,7 @@ def _read_run(path: Path) -> _Run | str:
 
 
 def _held_out_files(config: TrainConfig) -> tuple[str, int]:
-    """What the held-out rows of a run are made of and their bytes of text; nothing where they have been deleted."""
+    """(checksums of the held-out files, bytes of text); ("", 0) if they have been deleted."""
     names, size = [], 0
     try:
         for source in config.data.sources:
@@ -167,13 +160,10 @@ def _held_out_files(config: TrainConfig) -> tuple[str, int]:
 
 
 def read_points(path: str | Path, chosen: str = "", compared: str | None = None) -> tuple[Points, tuple[Point, ...]]:
-    """Points of a CSV file with the columns N, D, C and loss, those the law needs, and a first one of names.
+    """(points to fit, measured points to compare with predictions) of a CSV file with columns of names, N, D, C, loss.
 
-    The fit is on rows whose names `chosen` matches (re.search; all by default), but for those that `compared` matches,
-    which come second: what was measured, to be held against predictions. C is 6 N D where the file has none.
-
-    Raises ValueError, naming file and line, for what is not a positive number, and for a file without such columns or
-    rows.
+    Rows whose name matches `compared` (re.search) are compared, others that match `chosen` are fitted. C defaults to
+    6 N D. Raises ValueError, naming file and line, for other than positive numbers, and for missing columns or rows.
     """
     path = Path(path)
     try:

@@ -1,4 +1,4 @@
-"""L = E + A / N^alpha + B / D^beta, and L = a C^b + L_inf: fitted, predicted, with intervals."""
+"""Fits L = E + A / N^alpha + B / D^beta or L = a C^b + L_inf; predictions with intervals."""
 
 from __future__ import annotations
 
@@ -16,10 +16,8 @@ from bc2_jax.evaluate.scaling.huber import Problem, fit, log_loss
 from bc2_jax.evaluate.scaling.intervals import Noise, Target, estimate_noise, profile, resample
 from bc2_jax.validation import require, show
 
-DELTA = 1e-3
-"""Of Huber's loss of log residuals, where replications of scaling laws have it."""
-FEWEST_VALUES = 3
-"""Different values of a quantity below which its exponent is not determined."""
+DELTA = 1e-3  # of Huber's loss of log residuals, as in replications of scaling laws
+FEWEST_VALUES = 3  # distinct values of a quantity needed to determine its exponent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +29,7 @@ class Law:
     factors: tuple[str, ...]
     floor: str
     exponents: tuple[str, ...]
-    sign: int
-    """Of an exponent as it is written: A / N^alpha has 1, a C^b has -1."""
+    sign: int  # sign of the exponents as written: 1 for A / N^alpha, -1 for a C^b
 
 
 SURFACE = Law("L = E + A / N^alpha + B / D^beta", ("N", "D"), ("A", "B"), "E", ("alpha", "beta"), 1)
@@ -44,20 +41,16 @@ class Fit:
     """A fitted law. Make it with `fit_surface` or `fit_compute`."""
 
     law: Law
-    theta: np.ndarray
-    """c, e, s of `huber`, [P], with the middle of the points as origin."""
-    middle: np.ndarray
-    """Mean logarithm of each quantity, [F]: the fit is in units of the geometric means."""
+    theta: np.ndarray  # c, e, s of `huber`, [P], with `middle` as the origin
+    middle: np.ndarray  # mean logarithm of each quantity, [F]
     problem: Problem
-    objective: float
-    """The sum over runs of Huber's loss of log residuals at the best fit."""
-    replicates: int
-    """Of the bootstrap over runs."""
+    objective: float  # sum over runs of Huber's loss of log residuals
+    replicates: int  # bootstrap replicates over runs
     seed: int
 
     @property
     def parameters(self) -> dict[str, float]:
-        """By their names in the law's formula, quantities in their own units."""
+        """By name in the formula, with quantities in their own units."""
         return {name: float(value) for name, value in zip(self.names, self._values(self.theta), strict=True)}
 
     @property
@@ -81,8 +74,8 @@ class Fit:
 
     @property
     def noise(self) -> float:
-        """Scatter of a run about the law as a share of its loss (standard deviation, outliers clipped); inf unless
-        there are more runs than parameters."""
+        """Standard deviation of a run's relative loss about the law, outliers clipped; inf without more runs than
+        parameters."""
         return self._noise.deviation if self.freedom > 0 else float("inf")
 
     @property
@@ -96,13 +89,10 @@ class Fit:
         return _shaped(np.exp(log_loss(self.theta[None], x)[0]), shape)
 
     def interval(self, *at: ArrayLike | str, level: float = 0.95) -> Any:
-        """(low, high): the loss of one more run at these quantities, its own noise included, in their shape.
+        """(low, high) of the loss of one more run at these quantities, with its own noise, in their shape.
 
-        With the name of a parameter instead, the ends of that; with nothing, {name: ends} of all. Those of parameters
-        hold for all of them at one time.
-
-        Raises ValueError for a level outside 0..1, an unknown name, and unless there are more runs than parameters:
-        fewer say nothing about the noise.
+        With a parameter's name, the ends of that parameter; without arguments {name: ends} of all, which hold jointly.
+        Raises ValueError for a level outside 0..1, an unknown name, and without more runs than parameters.
         """
         is_share = _is_number(level) and 0 < level < 1
         require(is_share, "level", level, "it must be a number between 0 and 1, for instance 0.95")
@@ -131,10 +121,7 @@ class Fit:
         return _shaped(np.exp(low), shape), _shaped(np.exp(high), shape)
 
     def without_largest(self) -> HeldOut | None:
-        """The law fitted without the run of the most compute (with equal ones), and what it says of that.
-
-        None where too few runs are left for an interval.
-        """
+        """The largest run (with equal ones), predicted from the others; None if too few others remain."""
         size = self.problem.x.sum(axis=1)
         is_largest = size >= size.max() - 1e-6
         kept = ~is_largest & (self.problem.weights > 0)
@@ -167,7 +154,7 @@ class Fit:
     def _parameter_intervals(self, level: float) -> dict[str, tuple[float, float]]:
         size = len(self.theta)
         allowed = size * float(fdtri(size, self.freedom, level))
-        # A factor belongs to quantities in their own units, so to the origin at 1.
+        # Factors are for quantities in their own units: the origin is at 1.
         low, high = profile([Target(-self.middle, k) for k in range(size)], self.problem, self._noise, allowed)
         values = self._values_as_coefficients(np.vstack([low, high]))
         tail = (1 - level) / size / 2
@@ -179,13 +166,13 @@ class Fit:
         }
 
     def _values_as_coefficients(self, theta: np.ndarray) -> np.ndarray:
-        """As `_values`, of coefficients whose origin is at 1."""
+        """As `_values`, for coefficients with the origin at 1."""
         num = len(self.middle)
         with np.errstate(over="ignore"):  # the factor of a large exponent is inf
             return np.concatenate([np.exp(theta[..., : num + 1]), self.law.sign * theta[..., num + 1 :]], axis=-1)
 
     def _places(self, at: tuple[Any, ...]) -> tuple[np.ndarray, tuple[int, ...]]:
-        """[places, F] relative to the middle, and the shape that the caller's arrays have."""
+        """[places, F] relative to the middle, and the shape of the given arrays."""
         names = self.law.quantities
         if len(at) != len(names):
             raise ValueError(f"{self.law.formula} is predicted at {', '.join(names)}: {len(at)} values were given.")
@@ -203,8 +190,7 @@ class Fit:
 class HeldOut:
     """The largest run, predicted from the others."""
 
-    fit: Fit
-    """Of the others."""
+    fit: Fit  # of the others
     at: tuple[float, ...]
     actual: float
 
@@ -227,13 +213,11 @@ def fit_surface(
     N: ArrayLike, D: ArrayLike, loss: ArrayLike, *, weights: ArrayLike | None = None, delta: float = DELTA,
     replicates: int = 300, seed: int = 0,
 ) -> Fit:  # fmt: skip
-    """L = E + A / N^alpha + B / D^beta of runs with N parameters, D tokens and this loss in nats a token, [n] each.
+    """Fits L = E + A / N^alpha + B / D^beta to runs with N parameters, D tokens and `loss` in nats per token, [n] each.
 
-    Minimises the sum of Huber's loss, with this `delta`, of log residuals, times `weights` where they are given, from
-    a grid of starts. `replicates` and `seed`: of the bootstrap over runs in intervals.
-
-    Raises ValueError for fewer runs than the 5 parameters, values that are not finite and positive, fewer than 3
-    different N or D, and N and D that go up together, which determine no two exponents.
+    Minimises the weighted sum of Huber's loss (`delta`) of log residuals from a grid of starts. `replicates` and `seed`
+    are for the bootstrap over runs. Raises ValueError for fewer runs than the 5 parameters, values that are not finite
+    and positive, fewer than 3 distinct N or D, and N and D that are proportional in all runs.
     """
     return _fit(SURFACE, {"N": N, "D": D}, loss, weights, delta, replicates, seed)
 
@@ -242,7 +226,7 @@ def fit_compute(
     C: ArrayLike, loss: ArrayLike, *, weights: ArrayLike | None = None, delta: float = DELTA, replicates: int = 300,
     seed: int = 0,
 ) -> Fit:  # fmt: skip
-    """L = a C^b + L_inf of runs with C FLOPs; the rest, and what is refused, as in `fit_surface`."""
+    """Fits L = a C^b + L_inf to runs with C FLOPs; otherwise as `fit_surface`."""
     return _fit(COMPUTE, {"C": C}, loss, weights, delta, replicates, seed)
 
 

@@ -1,4 +1,4 @@
-"""How much compute a run takes, counted as training counts it: layers, head and attention."""
+"""Training FLOPs of a run: layers, head and attention."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ from bc2_jax.config import ModelConfig
 
 
 class Compute(NamedTuple):
-    """FLOPs to train on some tokens, forward and backward, without recomputation."""
+    """Training FLOPs, forward and backward, without recomputation."""
 
-    layers: float
-    """6 x matmul parameters of the layers x tokens."""
-    head: float
-    """6 x parameters of the head x tokens: with a vocabulary of 125,696 most of what a small model computes."""
-    attention: float
-    """Causal attention of each row."""
+    layers: float  # 6 x matmul parameters of the layers x tokens
+    head: float  # 6 x parameters of the head x tokens, most of a small model's compute
+    attention: float  # causal attention of each row
 
     @property
     def total(self) -> float:
@@ -23,14 +20,14 @@ class Compute(NamedTuple):
 
 
 def training_compute(model: ModelConfig, tokens: float, length: int) -> Compute:
-    """Of `tokens` tokens in rows of `length`."""
+    """FLOPs of `tokens` tokens in rows of `length`."""
     head = 6 * model.vocab_size * model.hidden_size * tokens
     attention = 6 * model.num_hidden_layers * model.hidden_size * (length + 1) * tokens
     return Compute(model.flops_per_sequence(length) / length * tokens - head - attention, head, attention)
 
 
 def matmul_parameters(model: ModelConfig) -> int:
-    """Parameters that each token is multiplied with: layers and head, without embedding and norms."""
+    """Parameters of layers and head, without embedding and norms."""
     return non_embedding_parameters(model) + model.vocab_size * model.hidden_size
 
 

@@ -1,11 +1,9 @@
-"""Power laws with a floor, fitted by Huber's loss on logarithms, many problems at once.
+"""Fits power laws with a floor by Huber's loss on logarithms, many problems in parallel.
 
-A law of F quantities x_1 .. x_F has 2F + 1 coefficients: log L = log(sum_k exp(c_k - s_k x_k) + exp(e)), where x are
-logarithms. The objective is the sum, not the mean, of Huber's loss of log L - log(loss): a sum of this size lets a
-minimiser continue where it would take a mean of it for nothing.
-
-Minimised by Newton's method with exact second derivatives, from every start of a grid; problems (starts, or replicates
-of a bootstrap) are the leading axis of every array, so that thousands take seconds.
+A law of F quantities x_1 .. x_F (logarithms) has 2F + 1 coefficients: log L = log(sum_k exp(c_k - s_k x_k) + exp(e)).
+The objective is the sum, not the mean, of Huber's loss of log L - log(loss), as a mean would be below the tolerance of
+minimisers. It is minimised by Newton's method with exact second derivatives from a grid of starts. Problems (starts or
+bootstrap replicates) are the leading axis of every array.
 
 Letters: B problems, n points, F quantities, P = 2F + 1 coefficients (c_1 .. c_F, e, s_1 .. s_F).
 """
@@ -18,33 +16,25 @@ from typing import NamedTuple
 import numpy as np
 
 ITERATIONS = 300
-LONGEST_STEP = 2.0
-"""Of one iteration, in the units of the coefficients; a fit without a floor would run away."""
-EXPONENTS = (0.05, 0.15, 0.3, 0.5, 0.9)
-"""Exponents of the grid of starts."""
+LONGEST_STEP = 2.0  # of one iteration, in units of the coefficients; prevents divergence without a floor
+EXPONENTS = (0.05, 0.15, 0.3, 0.5, 0.9)  # exponents in the grid of starts
 FLOORS = (0.1, 0.5, 0.8, 0.95)
-"""Shares of the loss at the middle of the points that the floor has in the grid of starts."""
-LEAST_SHARE = 0.01
-"""Share of the loss below which a term is lifted by `minimise_again`."""
-SPLITS = (0.15, 0.5, 0.85)
-"""Shares of the first term in what is above the floor."""
+"""Shares of the floor in the loss at the middle of the points, in the grid of starts."""
+LEAST_SHARE = 0.01  # share of the loss below which `minimise_again` lifts a term
+SPLITS = (0.15, 0.5, 0.85)  # shares of the first term above the floor
 
 
 class Problem(NamedTuple):
-    """What is fitted."""
+    """The data to fit."""
 
-    x: np.ndarray
-    """Logarithms of the quantities, [n, F], or [B, n, F]."""
-    y: np.ndarray
-    """Logarithms of the losses, [n], or [B, n] where each problem has its own."""
-    weights: np.ndarray
-    """Of the points, [n] or [B, n]."""
-    delta: float | np.ndarray
-    """Where Huber's loss goes from squares to absolute values; for all points or [n]."""
+    x: np.ndarray  # logarithms of the quantities, [n, F], or [B, n, F]
+    y: np.ndarray  # logarithms of the losses, [n] or [B, n]
+    weights: np.ndarray  # [n] or [B, n]
+    delta: float | np.ndarray  # where Huber's loss becomes linear; a number or [n]
 
 
 def log_loss(theta_BP: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Coefficients [B, P], logarithms [n, F] or [B, n, F] -> logarithms of the loss, [B, n]."""
+    """Log loss [B, n] of coefficients [B, P] at log quantities [n, F] or [B, n, F]."""
     return np.logaddexp.reduce(_terms(theta_BP, x), axis=-1)
 
 
@@ -99,11 +89,11 @@ def minimise(
     fixed_BP: np.ndarray | None = None,
     tolerance: float = 1e-14,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """From these coefficients [B, P] to the nearest minimum of each problem -> (coefficients [B, P], objective [B]).
+    """Damped Newton from coefficients [B, P] to a local minimum -> (coefficients [B, P], objective [B]).
 
-    Coefficients that are `fixed_BP` stay as they are. It ends when an almost undamped step gains no more than the share
-    `tolerance` of the objective. A step that does not go down is tried again with more damping;
-    directions of negative curvature are followed down.
+    `fixed_BP` coefficients are constant. A problem is done when an almost undamped step gains at most the share
+    `tolerance` of the objective. Steps that do not descend are repeated with more damping; along negative curvature
+    steps go downhill.
     """
     count, (n, num) = len(theta_BP), problem.x.shape[-2:]
     full = Problem(
@@ -123,7 +113,7 @@ def minimise(
         largest = np.maximum(sizes.max(axis=-1, keepdims=True), 1e-300)
         along = np.einsum("bpq,bp->bq", vectors, gradient) / (sizes + (damping_B[todo, None] + 1e-14) * largest)
         step = -np.einsum("bpq,bq->bp", vectors, along)
-        with np.errstate(over="ignore"):  # where nothing bends: such a step is damped
+        with np.errstate(over="ignore"):  # without curvature; such a step is damped
             length = np.linalg.norm(step, axis=-1, keepdims=True)
         step *= np.minimum(1.0, LONGEST_STEP / np.maximum(length, 1e-300))
         new = objective(theta_BP[todo] + step, part)
@@ -144,10 +134,10 @@ def minimise_again(
     theta_BP: np.ndarray, problem: Problem, iterations: int = ITERATIONS, fixed_BP: np.ndarray | None = None,
     tolerance: float = 1e-14,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """As `minimise`, from the minimum of a similar problem, where a term may have vanished.
+    """As `minimise`, from the minimum of a similar problem, in which a term may have vanished.
 
-    Such a term has no derivatives that would bring it back. So each problem starts a second time with its negligible
-    terms lifted, and the better end is taken.
+    A vanished term has zero derivatives, so each problem is also started with negligible terms lifted; the better
+    result counts.
     """
     count, num = len(theta_BP), problem.x.shape[-1]
     x_BF, s_BF = np.median(problem.x, axis=-2), theta_BP[:, num + 1 :]
@@ -168,14 +158,14 @@ def minimise_again(
 
 
 def starts(problem: Problem) -> np.ndarray:
-    """A grid of coefficients, [B, P]; all have the mean loss at the middle of the points, where x must be zero."""
+    """A grid of coefficients [B, P] with the mean loss at the middle of the points, where x must be zero."""
     num, middle = problem.x.shape[1], float(np.mean(problem.y))
     spread = np.maximum(problem.x.std(axis=0), 1e-300)
     grid = []
     for floor, slopes in itertools.product(FLOORS, itertools.product(EXPONENTS, repeat=num)):
         for split in SPLITS if num == 2 else (1.0,):
             shares = [(1 - floor) * split, (1 - floor) * (1 - split)][:num]
-            # exp(-s x) has its mean above one: half of the variance of s x in the exponent
+            # E[exp(-s x)] > 1: subtract half of the variance of s x
             c = [
                 middle + np.log(share) - 0.5 * (s * w) ** 2 for share, s, w in zip(shares, slopes, spread, strict=True)
             ]

@@ -1,13 +1,12 @@
-"""How sure a fit is: bootstrap over runs, and profiles of the objective with Student's t for few runs.
+"""Confidence intervals of a fit: bootstrap over runs, and profiles of the objective with Student's t.
 
-Of a bootstrap of seven runs under a law of three parameters 95 % intervals hold the truth in 57 % of simulated ladders:
-they know nothing of the runs that were not made. So an end of an interval is the outer one of two:
+A bootstrap alone is too narrow for few runs: with seven runs and three parameters its 95 % intervals contain the truth
+in 57 % of simulated ladders. So an end of an interval is the outer one of two:
 
-- the percentile of a bootstrap over runs (not over checkpoints of a run, which are not independent), which follows
-  outliers and noise that differs between runs;
-- the profile: the value up to which the other coefficients can make up for it, where the objective has grown by what
-  Student's t, with runs minus parameters degrees of freedom, allows for noise. The noise is that of the residuals,
-  large ones clipped (Huber's proposal 2).
+- the percentile of a bootstrap over runs (not checkpoints, which are dependent), which reflects outliers and unequal
+  noise;
+- the profile: how far the value can move, with all else refitted, until the objective has grown by what Student's t
+  with (runs - parameters) degrees of freedom allows. The noise is from residuals, clipped (Huber's proposal 2).
 """
 
 from __future__ import annotations
@@ -18,28 +17,22 @@ import numpy as np
 
 from bc2_jax.evaluate.scaling.huber import Problem, huber, log_loss, minimise_again
 
-CLIP = 2.0
-"""Standard deviations of the noise beyond which a residual counts as an outlier."""
-_CLIPPED_VARIANCE = 0.9205
-"""Of a standard normal variable that is clipped at CLIP."""
+CLIP = 2.0  # standard deviations beyond which a residual is an outlier
+_CLIPPED_VARIANCE = 0.9205  # variance of a standard normal variable clipped at CLIP
 _PULL = 30.0
-"""Weight, in runs, of the point that pulls the law away from the fit. What it gets to is on the profile whatever its
-weight is: a heavy one would only make the problem stiff."""
-_FARTHEST = 40.0
-"""In logarithms, from the fit; an end beyond it is at infinity (or 0)."""
+"""Weight, in runs, of the point that pulls the law away from the fit. Any weight ends on the profile; a heavy one makes
+the problem stiff."""
+_FARTHEST = 40.0  # log distance from the fit beyond which an end is infinity (or 0)
 _BISECTIONS = 10
 
 
 class Noise(NamedTuple):
     """The scatter of the runs about the law."""
 
-    theta_P: np.ndarray
-    """Coefficients of the fit whose delta is CLIP times the noise."""
-    deviation: float
-    """Standard deviation of log loss, with runs minus parameters degrees of freedom."""
-    freedom: int
-    unit: float
-    """Growth of the objective that stands for one unit of t^2."""
+    theta_P: np.ndarray  # coefficients of the fit with delta = CLIP x noise
+    deviation: float  # standard deviation of log loss with `freedom` degrees of freedom
+    freedom: int  # runs minus parameters
+    unit: float  # growth of the objective per unit of t^2
 
     @property
     def delta(self) -> float:
@@ -47,7 +40,7 @@ class Noise(NamedTuple):
 
 
 def estimate_noise(theta_P: np.ndarray, problem: Problem) -> Noise:
-    """From the residuals of the coefficients that fit best; there must be more points than coefficients."""
+    """From the residuals of the best fit; needs more points than coefficients."""
     count = int(np.count_nonzero(problem.weights))
     freedom = count - len(theta_P)
     share = problem.weights * count / problem.weights.sum()
@@ -58,7 +51,7 @@ def estimate_noise(theta_P: np.ndarray, problem: Problem) -> Noise:
 
     deviation = np.sqrt(np.sum(share * residuals() ** 2) / freedom)
     for _ in range(30):
-        deviation = max(deviation, 1e-9)  # of points that lie on the law
+        deviation = max(deviation, 1e-9)  # points exactly on the law
         theta, _ = minimise_again(theta, problem._replace(weights=share, delta=CLIP * deviation), 100)
         clipped = np.minimum(residuals(), CLIP * deviation)
         new = np.sqrt(np.sum(share * clipped**2) / freedom / _CLIPPED_VARIANCE)
@@ -72,18 +65,16 @@ def estimate_noise(theta_P: np.ndarray, problem: Problem) -> Noise:
 
 
 class Target(NamedTuple):
-    """What an interval is of: the log loss at a place, or a coefficient with the quantities' origin at a place."""
+    """The log loss at a place, or a coefficient with the origin at a place."""
 
-    place: np.ndarray
-    """Logarithms of the quantities, [F], relative to the middle of the points."""
-    coefficient: int | None = None
-    """None for the log loss."""
+    place: np.ndarray  # logarithms of the quantities, [F], relative to the middle of the points
+    coefficient: int | None = None  # none for the log loss
 
 
 def profile(targets: list[Target], problem: Problem, noise: Noise, allowed: float) -> tuple[np.ndarray, np.ndarray]:
     """The ends (low [targets], high [targets]) at which the objective has grown by `allowed` units of t^2.
 
-    Both ends of all targets are found together, each as a problem of its own.
+    All ends are found in parallel, by doubling and bisection.
     """
     both = [(target, sign) for target in targets for sign in (-1.0, 1.0)]
     held = _Held([target for target, _ in both], problem, noise)
@@ -91,7 +82,7 @@ def profile(targets: list[Target], problem: Problem, noise: Noise, allowed: floa
     step_B = np.full(len(both), 0.5 * noise.deviation)
     inner_B, outer_B = np.zeros(len(both)), np.full(len(both), np.inf)
     ends_B = sign_B * np.inf
-    while True:  # outwards, until the objective has grown too much
+    while True:  # double until outside
         todo = np.flatnonzero(np.isinf(outer_B) & (step_B < _FARTHEST))
         if not len(todo):
             break
@@ -112,13 +103,13 @@ def profile(targets: list[Target], problem: Problem, noise: Noise, allowed: floa
 
 
 class _Held:
-    """Problems with a target each, which is pulled away from the fit while all else is fitted."""
+    """Problems that each hold one target away from the fit while all else is refitted."""
 
     def __init__(self, targets: list[Target], problem: Problem, noise: Noise):
         count, (n, num), size = len(targets), problem.x.shape, len(noise.theta_P)
         places = np.array([target.place for target in targets])
         is_loss = np.array([target.coefficient is None for target in targets])
-        # A coefficient's problem has its origin at the place; a loss's has the place as one more point.
+        # A coefficient's problem has its origin at the place, a loss's an additional point there.
         origin = np.where(is_loss[:, None], 0.0, places)
         self._x = np.concatenate(
             [problem.x - origin[:, None], np.where(is_loss[:, None], places, 0.0)[:, None]], axis=1
@@ -143,8 +134,8 @@ class _Held:
         return np.sum(self._weights[rows, :-1] * huber(residuals, self._delta[:-1]), axis=1)
 
     def pull(self, rows: np.ndarray, distance: np.ndarray, limit: float) -> tuple[np.ndarray, np.ndarray]:
-        """The targets of these rows pulled so far from the fit -> (whether the objective grows by more than `limit`,
-        the values that the targets then have)."""
+        """Pulls the targets of `rows` by `distance` -> (whether the objective grows by more than `limit`, the targets'
+        values)."""
         wanted, is_loss = self.values_B[rows] + distance, self._is_loss[rows]
         y, theta, fixed = self._y[rows].copy(), self._theta[rows], self.fixed_BP[rows]
         y[:, -1] = wanted
@@ -158,7 +149,7 @@ class _Held:
 
 
 def resample(theta_P: np.ndarray, problem: Problem, replicates: int, seed: int) -> np.ndarray:
-    """Coefficients [replicates, P] of fits to runs drawn with replacement, more different ones than coefficients."""
+    """Coefficients [replicates, P] of fits to resampled runs, each with more distinct runs than coefficients."""
     rng, n, size = np.random.default_rng(seed), len(problem.y), len(theta_P)
     least = min(size + 1, n - 1)
     weights = np.empty((replicates, n))

@@ -1,4 +1,4 @@
-"""The paper's ladder (section 2.6) as configs, and the models it is to predict."""
+"""The paper's ladder of small models (section 2.6) as configs, and the models to predict."""
 
 from __future__ import annotations
 
@@ -21,24 +21,22 @@ from bc2_jax.evaluate.scaling.flops import matmul_parameters, training_compute
 from bc2_jax.kernels.flash import HEAD_SIZES
 from bc2_jax.train.kinds import KINDS
 
-PAPER_TOKENS = 1e12
-"""Of each rung, in the paper."""
+PAPER_TOKENS = 1e12  # per rung, in the paper
 LENGTH = 4096
 _BATCH = 1024
 _SHAPES = {  # hidden size: layers, heads
     384: (6, 6), 704: (8, 8), 832: (12, 8), 1216: (16, 8), 1792: (20, 14), 2240: (24, 14), 2880: (28, 20),
 }  # fmt: skip
-RUNGS = tuple(_SHAPES)
-"""Hidden sizes."""
+RUNGS = tuple(_SHAPES)  # hidden sizes
 TARGETS = {"7b": BAICHUAN2_7B, "13b": BAICHUAN2_13B}
 
 
 def paper_rung(hidden: int, tokens: float = PAPER_TOKENS) -> TrainConfig:
-    """The rung with this hidden size, one of RUNGS; its schedule ends at its own last step.
+    """The rung with a hidden size of RUNGS; its schedule ends at its last step.
 
-    Layers, heads, the feed-forward layer of 3 x hidden and the tokens are the paper's; positions, batch and learning
-    rate, which falls with the root of the hidden size to 7B's, are ours. TPU's attention kernel takes head sizes 64 and
-    128: the rungs with 88, 104, 144, 152 and 160 do without it.
+    Layers, heads, feed-forward size (3 x hidden) and tokens are the paper's. Positions, batch and learning rate (7B's x
+    sqrt(4096 / hidden)) are ours. The TPU attention kernel takes head sizes 64 and 128 only; other rungs run without
+    it.
     """
     layers, heads = _SHAPES[hidden]
     steps = round(tokens / (_BATCH * LENGTH))
@@ -65,7 +63,7 @@ def paper_rung(hidden: int, tokens: float = PAPER_TOKENS) -> TrainConfig:
 
 
 def make_target(name: str, tokens: float) -> Point:
-    """What is to be predicted: 7b, 13b, or the model of a config file, trained on so many tokens.
+    """A model to predict: 7b, 13b, or that of a config file, trained on `tokens`.
 
     Raises ValueError for another name, and as `read_config_file`.
     """

@@ -1,48 +1,41 @@
-"""What a ladder costs before it is run, and how wide the interval of its prediction will be."""
+"""Plans a ladder: its cost in chip-hours and the width of its prediction interval."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 
+from bc2_jax.aot.search import run_aot_compile
 from bc2_jax.evaluate.scaling.collection import Point
 from bc2_jax.evaluate.scaling.fit import Fit, fit_compute
 from bc2_jax.evaluate.scaling.flops import Compute, training_compute
 from bc2_jax.evaluate.scaling.ladder import LENGTH, RUNGS, paper_rung
-from bc2_jax.terminal import program_words
 from bc2_jax.tpu.chips import CHIPS
 from bc2_jax.validation import choices, require
 
-ASSUMED_MFU = 0.4
-"""Where nothing can be compiled."""
+ASSUMED_MFU = 0.4  # if nothing can be compiled
 ASSUMED_LAW = (85.0, -0.082, 1.58)
-"""a, b, L_inf of the simulated ladders where no runs are given: about what 10^23 FLOPs give (2.67 nats a token)."""
+"""a, b, L_inf of simulated ladders if no runs are given; 2.67 nats per token at 10^23 FLOPs."""
 ASSUMED_NOISE = 0.001
-"""Standard deviation of a run's loss about the law, as a share: two seeds differ by 0.02 to 0.03 %, runs of a ladder
-from any law by several times that."""
+"""Relative standard deviation of a run's loss about the law: two seeds differ by 0.02 to 0.03 %, runs of a ladder
+deviate from any law by several times that."""
 FEWEST_RUNGS = 4
 _DRAWS = 12
-_BATCHES = (8, 4, 2, 1)
-"""Sequences a chip, from the largest that is tried."""
-# Chips that a rung is compiled for: of the smallest slices, as ladders are trained on.
+_BATCHES = (8, 4, 2, 1)  # sequences per chip to try
+# A rung is compiled for a small slice.
 _SLICES = {"v4": "2x2x1", "v5e": "2x4", "v5p": "2x2x1", "v6e": "2x4", "tpu7x": "2x2x1"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of a rung."""
+    """The cost of a rung."""
 
     hidden: int
     head_size: int
     compute: Compute
-    mfu: float
-    """Of a step; estimated at compile time, or assumed."""
+    mfu: float  # estimated at compile time, or assumed
     chip_hours: float
     is_compiled: bool
     note: str = ""
@@ -50,25 +43,21 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The smallest rungs up to one."""
+    """A ladder of the smallest rungs."""
 
     rungs: tuple[int, ...]
     chip_hours: float
-    width: float
-    """Median over simulated ladders of high / low - 1 of the 95 % interval of the target's loss."""
+    width: float  # high / low - 1 of the target's 95 % interval, median over simulated ladders
 
 
 Estimate = Callable[[int, str], tuple[float, str] | None]
-"""(hidden size, generation) -> (MFU, on what), or None where nothing can be compiled."""
+"""(hidden size, generation) -> (MFU, topology and batch), or None if nothing can be compiled."""
 
 
 def cost_rungs(
     chip: str, tokens: float, estimate: Estimate, say: Callable[[str], None] = lambda text: None
 ) -> list[Cost]:
-    """Each rung of the paper's ladder on so many tokens, on one generation of TPU.
-
-    Raises ValueError for an unknown generation.
-    """
+    """The costs of the paper's ladder on `tokens`, on a TPU generation. Raises ValueError for an unknown one."""
     require(chip in CHIPS, "--chip", chip, f"legal values are {choices(CHIPS)}")
     costs, can_compile = [], True
     for hidden in RUNGS:
@@ -87,37 +76,30 @@ def cost_rungs(
 
 
 def compile_rung(hidden: int, chip: str) -> tuple[float, str] | None:
-    """The estimated MFU of a rung's step with the most sequences a chip that fit, by `bc2 estimate` in a process of its
-    own; None where libtpu is not installed. Raises ValueError for a compile that fails otherwise."""
-    topology, last = f"{chip}:{_SLICES[chip]}", ""
+    """The estimated MFU of a rung's step with the most sequences a chip that fit; None where libtpu is not installed.
+
+    Raises ValueError if the compilation fails for another reason.
+    """
+    topology, config = f"{chip}:{_SLICES[chip]}", f"paper_h{hidden}"
+    problem = ""
     for batch in _BATCHES:
-        with tempfile.TemporaryDirectory() as folder:
-            figures = Path(folder, "figures.json")
-            command = [
-                *program_words("tools/aot_compile.py"), f"paper_h{hidden}",
-                "--topology", topology, "--batch-per-chip", str(batch), "--json", str(figures),
-            ]  # fmt: skip
-            done = subprocess.run(command, capture_output=True, text=True)
-            if figures.exists():
-                values = json.loads(figures.read_text(encoding="utf-8"))
-                if values["hbm"]["share"] <= 0.95:
-                    return values["estimated_mfu"], f"{topology}, {batch} sequences a chip"
-                last = "it does not fit"
-                continue
-        last = (done.stderr.strip().splitlines() or [f"the compiler ended with {done.returncode}"])[-1]
-        if "libtpu is not installed" in last:
+        values = run_aot_compile([config, "--topology", topology, "--batch-per-chip", str(batch)])
+        if "error" not in values and values["hbm"]["share"] <= 0.95:
+            return values["estimated_mfu"], f"{topology}, {batch} sequences a chip"
+        problem = values.get("error", "it does not fit")
+        if "libtpu is not installed" in problem:
             return None
-        if "does not fit" not in last:
+        if "does not fit" not in problem:
             break
-    raise ValueError(f"rung h{hidden} can't be compiled for {topology}: {last}")
+    raise ValueError(f"rung h{hidden} can't be compiled for {topology}: {problem}")
 
 
 def choose(
     costs: Sequence[Cost], target: Point, law: Fit | None = None, noise: float = ASSUMED_NOISE, seed: int = 0
 ) -> list[Choice]:
-    """All ladders of the smallest rungs, FEWEST_RUNGS and more, with what they cost and what they say of `target`.
+    """Ladders of the smallest FEWEST_RUNGS and more rungs, with cost and the interval of `target`.
 
-    The truth of the simulated ladders is `law`, or ASSUMED_LAW; their runs scatter about it by `noise`.
+    Simulated runs scatter by `noise` about `law` (default ASSUMED_LAW).
     """
     rng, found = np.random.default_rng(seed), []
     a, b, floor = ASSUMED_LAW

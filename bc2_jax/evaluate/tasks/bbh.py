@@ -1,4 +1,4 @@
-"""BBH: 27 tasks of BIG-Bench that were hard for models, answered after three worked examples with their reasoning."""
+"""BBH: 27 hard tasks of BIG-Bench, answered after three worked examples with reasoning (chain of thought)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import re
 from pathlib import Path
 
 from bc2_jax.evaluate.task import Example, Loaded, Task, Verdict, groups_first
-from bc2_jax.evaluate.tasks.files import read_shots
-from bc2_jax.evaluate.tasks.reading import Row, find_folder, read_rows, require_file
+from bc2_jax.evaluate.tasks.reading import Row, find_folder, read_rows, read_shots, require_file
 from bc2_jax.validation import choices, show
 
 SHOTS = 3
@@ -34,22 +33,13 @@ def load(data_dir: Path) -> Loaded:
         data_dir, ("bbh", "BIG-Bench-Hard"), ("", "BBH"), lambda place: _find_prompts(place) is not None, _SOURCE
     )
     prompts = _find_prompts(folder)
-    assert prompts is not None  # as find_folder saw
+    assert prompts is not None  # find_folder checked it
     examples = []
     for name in NAMES:
         header, shots = _prompt(require_file(prompts / f"{name}.txt", f"the worked examples of {name} ({_SOURCE})"))
-        path = _find_items(folder, name)
-        for number, row in enumerate(_items(path)):
-            examples.append(
-                Example(
-                    id=f"{name}/{number}",
-                    group=name,
-                    header=header,
-                    shots=shots,
-                    question=f"Q: {row.filled('input')}\nA: Let's think step by step.",
-                    target=row.filled("target").strip(),
-                )
-            )
+        for number, row in enumerate(_items(_find_items(folder, name))):
+            question, target = f"Q: {row.filled('input')}\nA: Let's think step by step.", row.filled("target").strip()
+            examples.append(Example(f"{name}/{number}", name, question, header, shots, target=target))
     return Loaded(examples)
 
 
@@ -82,14 +72,14 @@ def _items(path: Path) -> list[Row]:
 
 
 def _prompt(path: Path) -> tuple[str, tuple[str, ...]]:
-    """Header and shots. A line of dashes ends the warning against training on the file, which is not part of it."""
+    """Header and shots, without the warning against training on the file that a line of dashes ends."""
     before, shots = read_shots(path, "Q:", "A:", SHOTS)
     about = re.split(r"^-{3,}\s*$", before, flags=re.MULTILINE)[-1].strip()
     return f"{_HEADER}{about}\n\n", tuple(f"{shot}\n\n" for shot in shots)
 
 
 def judge(example: Example, text: str) -> Verdict:
-    """What follows the first "answer is": the letter if the reference is one such as (B), else the rest of the line."""
+    """The text after the first "answer is": a letter if the reference is one such as (B), else the rest of the line."""
     _, found, answer = text.partition("answer is ")
     if _LETTER.fullmatch(example.target):
         match = _LETTER.search(answer if found else text) or re.search(r"\b([A-Z])\b", answer)
@@ -111,9 +101,8 @@ TASK = Task(
     paper={"7B": 41.56, "13B": 48.78},
     paper_source="Table 1, 3 shots; compare exact, mean of groups",
     notes=(
-        "The paper says 3 shots, no more. Worked examples with their reasoning, the wording and the extraction are "
-        "OpenCompass's (bbh_gen_5b92b0), and so is the mean over tasks. Generation ends at the next 'Q:' on a line of "
-        "its own; lm-eval ends it at any capital Q.",
+        "The paper only says 3 shots. Worked examples, wording, answer extraction and the mean over tasks are "
+        "OpenCompass's (bbh_gen_5b92b0). Generation ends at a line that begins with 'Q:'; lm-eval's ends at any 'Q'.",
     ),
     summarize=groups_first,
     stops=("\nQ:",),

@@ -24,8 +24,8 @@ def load(data_dir: Path) -> Loaded:
     """The examples of the three benchmarks; their groups are BENCHMARK/SUBJECT."""
     parts = {
         "ceval": ceval.load(data_dir, "val", CEVAL_SUBJECTS),
-        "mmlu": mmlu.load(data_dir, MMLU_SUBJECTS),
-        "cmmlu": cmmlu.load(data_dir, CMMLU_SUBJECTS),
+        "mmlu": mmlu.BENCHMARK.load(data_dir, MMLU_SUBJECTS),
+        "cmmlu": cmmlu.BENCHMARK.load(data_dir, CMMLU_SUBJECTS),
     }
     examples = [
         dataclasses.replace(example, id=f"{name}/{example.id}", group=f"{name}/{example.group}")
@@ -36,7 +36,7 @@ def load(data_dir: Path) -> Loaded:
 
 
 def summarize(judged: Sequence[Judged]) -> dict[str, Metric]:
-    """Of each way of scoring: the mean of the subjects, and that of the benchmarks' means over their subjects."""
+    """For each way of scoring: the mean over subjects, and the mean over benchmarks of their means over subjects."""
     metrics = {}
     for way in judged[0].right if judged else ():
         groups = by_group(judged, way)
@@ -61,7 +61,7 @@ TASK = Task(
     paper_source="README (law and medicine)",
     summarize=summarize,
     notes=(
-        "Whether the paper's figure is the mean of 17 subjects or of 3 benchmarks is not said; both are given.",
-        "The paper lists the subjects under the name MedMCQA. C-Eval's questions are those of val.",
+        "The paper does not say whether its figure is the mean of 17 subjects or of 3 benchmarks; both are given.",
+        "The paper lists these subjects under the name MedMCQA. C-Eval's questions are from val.",
     ),
 )

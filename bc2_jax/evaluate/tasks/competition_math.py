@@ -1,4 +1,4 @@
-"""MATH: problems of mathematical competitions, answered by a solution with the answer in a box."""
+"""MATH: competition problems, answered by a solution with the answer in a box."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from pathlib import Path
 
 from bc2_jax.evaluate.math_answers import NORMALIZER, find_answer, last_box, same_answer
 from bc2_jax.evaluate.task import Example, Loaded, Task, Verdict
-from bc2_jax.evaluate.tasks.files import SHOTS_FILE, read_shots
-from bc2_jax.evaluate.tasks.reading import Row, find_folder, read_rows
+from bc2_jax.evaluate.tasks.reading import SHOTS_FILE, Row, find_folder, read_rows, read_shots
 
 SHOTS = 4
 TEST_ITEMS = 5000
-LONGEST_SHOT = 400
-"""Characters of the solution of a training problem that is taken as a shot."""
+LONGEST_SHOT = 400  # characters of the solution of a training problem used as a shot
 _FIELDS = ("problem", "solution")
 _SOURCE = (
     "test/CATEGORY/NUMBER.json (and train/... for the shots, or shots.txt), each a JSON object with problem, level, "
@@ -33,16 +31,11 @@ def load(data_dir: Path) -> Loaded:
     shots, note = _find_shots(folder)
     examples = [
         Example(
-            id=name,
-            group=name.partition("/")[0],
-            header="",
-            shots=shots,
-            question=f"Problem:\n{row.filled('problem')}\nSolution:",
-            target=answer,
+            name, name.partition("/")[0], f"Problem:\n{row.filled('problem')}\nSolution:", shots=shots, target=answer,
             facts={"level": str(row.values.get("level", ""))},
         )
         for name, row, answer in problems
-    ]
+    ]  # fmt: skip
     short = len(examples) != TEST_ITEMS
     return Loaded(examples, notes=(note, *([f"{len(examples)} problems instead of {TEST_ITEMS}."] if short else ())))
 
@@ -110,7 +103,7 @@ def _solution(row: Row) -> str:
 
 
 def judge(example: Example, text: str) -> Verdict:
-    """The last box, or what follows the last "answer is", equal to the reference after the rules of `math_answers`."""
+    """The last box, or the text after the last "answer is"; compared by the rules of `math_answers`."""
     answer = find_answer(text)
     return Verdict(same_answer(answer, example.target), answer)
 
@@ -125,9 +118,9 @@ TASK = Task(
     paper={"7B": 5.58, "13B": 10.08},
     paper_source="Table 6, 4 shots by OpenCompass; compare exact",
     notes=(
-        f"Answers are compared as strings after the rules {NORMALIZER} (docs/benchmarks.md), which are this package's; "
-        "those of other scripts differ by up to several points, and the paper does not say which it used. The wording "
-        "is that of OpenCompass's math_4shot_base_gen_db136b.",
+        f"Answers are compared as strings after this package's rules {NORMALIZER} (docs/benchmarks.md); other scripts "
+        "differ by up to several points, and the paper does not say which it used. The wording is OpenCompass's "
+        "math_4shot_base_gen_db136b.",
     ),
     stops=("Problem:",),
     max_new_tokens=1024,

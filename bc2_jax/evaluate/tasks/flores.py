@@ -14,12 +14,10 @@ from typing import Any
 import numpy as np
 
 from bc2_jax.evaluate.task import Example, Judged, Loaded, Metric, Task, Verdict
-from bc2_jax.evaluate.tasks.files import read_lines
-from bc2_jax.evaluate.tasks.reading import find_folder, require_file
+from bc2_jax.evaluate.tasks.reading import find_folder, read_lines, require_file
 
 SHOTS = 8
-FIRST = 100
-"""Sentences of devtest that are asked by default."""
+FIRST = 100  # sentences of devtest that are asked by default
 LANGUAGES = {
     "zh": ("zho_simpl", "zho_Hans", "Chinese (Simpl)"),
     "en": ("eng", "eng_Latn", "English"),
@@ -41,8 +39,8 @@ _NGRAMS = (2, 3)
 
 
 def load(data_dir: Path, target: str, first: int | None = FIRST) -> Loaded:
-    """The `first` sentences of devtest (None: all), each after the 8 pairs of dev whose Chinese is the most alike."""
-    import_sacrebleu()  # before hours of generation, not after
+    """The `first` sentences of devtest (None: all), each after the 8 pairs of dev with the most similar Chinese."""
+    import_sacrebleu()  # fail now rather than after hours of generation
     source = _source(target)
     names = ("flores101_dataset", "flores101", "flores", "flores200_dataset", "flores200")
     folder = find_folder(data_dir, names, ("", "flores101_dataset", "flores200_dataset"), _is_released, source)
@@ -53,20 +51,15 @@ def load(data_dir: Path, target: str, first: int | None = FIRST) -> Loaded:
                 f"{folder / split} has {len(chinese)} sentences in Chinese and {len(other)} in {LANGUAGES[target][2]}; "
                 "line n of one must be line n of the other."
             )
-    alike = Similarity(dev[0])
+    similarity = Similarity(dev[0])
     shown = [f"{_ask(one, target)}{other}\n\n" for one, other in zip(*dev, strict=True)]
     examples = [
         Example(
-            id=str(number),
-            group=f"zh-{target}",
-            header="",
-            shots=tuple(shown[n] for n in alike.nearest(chinese, SHOTS)),
-            question=_ask(chinese, target),
-            target=other,
-            drop="last",
+            str(number), f"zh-{target}", _ask(chinese, target),
+            shots=tuple(shown[n] for n in similarity.nearest(chinese, SHOTS)), target=other, drop="last",
         )
         for number, (chinese, other) in enumerate(list(zip(*devtest, strict=True))[:first])
-    ]
+    ]  # fmt: skip
     few = [f"dev has {len(shown)} pairs, fewer than {SHOTS} shots."] if len(shown) < SHOTS else []
     return Loaded(examples, notes=tuple(few))
 
@@ -94,8 +87,7 @@ def _ask(chinese: str, target: str) -> str:
 
 
 class Similarity:
-    """How alike sentences are: the cosine of their character n-grams (2 and 3), weighed by the logarithm of how rare
-    they are in `sentences`."""
+    """tf-idf similarity to `sentences`: the cosine over character bigrams and trigrams."""
 
     def __init__(self, sentences: Sequence[str]) -> None:
         counts = [_ngrams(sentence) for sentence in sentences]
@@ -109,8 +101,7 @@ class Similarity:
                 self._postings[gram].append((place, n * self._rarity[gram] / length))
 
     def nearest(self, sentence: str, count: int) -> list[int]:
-        """The places of the `count` sentences that are the most like `sentence`, the most alike first; of equal ones
-        the first."""
+        """Indices of the `count` most similar sentences, most similar first; ties in their order."""
         scores = np.zeros(self._size)
         for gram, n in _ngrams(sentence).items():
             for place, weight in self._postings.get(gram, ()):
@@ -123,15 +114,15 @@ def _ngrams(sentence: str) -> Counter[str]:
 
 
 def judge(example: Example, text: str) -> Verdict:
-    """The first line; right only if it is the reference to the letter."""
+    """Takes the first line; right only if it equals the reference."""
     answer = text.strip().split("\n")[0].strip()
     return Verdict(answer == example.target, answer)
 
 
 def summarize(judged: Sequence[Judged], by_characters: bool = False) -> dict[str, Metric]:
-    """BLEU (13a, the paper's), chrF, and BLEU of characters where words are not divided by blanks.
+    """BLEU (13a, the paper's), chrF and, for languages without spaces, BLEU of characters.
 
-    Standard errors are those of 1000 resamplings of the sentences.
+    Standard errors are from 1000 bootstrap resamples of the sentences.
     """
     if not judged:
         return {}
@@ -145,7 +136,7 @@ def summarize(judged: Sequence[Judged], by_characters: bool = False) -> dict[str
 
 def _measure(measure: Any, said: list[str], wanted: list[str]) -> Metric:
     score = measure.corpus_score(said, [wanted], n_bootstrap=_RESAMPLED)
-    # Half of the 95 % interval has no public name but this, and none where all resamplings have 0.
+    # The only public access to half of the 95 % interval; missing if all resamples give 0.
     about = json.loads(score.format(width=9, signature=str(measure.get_signature()), is_json=True))
     half = about.get("confidence_var", 0.0)
     return Metric(float(score.score), half / 1.96 if len(said) > 1 else math.nan, len(said))
@@ -163,10 +154,10 @@ def _make(target: str, first: int | None = FIRST) -> Task:
     name = LANGUAGES[target][2]
     artefact = {
         "ja": (
-            "13a takes a Japanese sentence for one word or a few, so this BLEU says little (7B 3.11, 13B 11.58 in the "
-            "paper): read chrF and BLEU of characters.",
+            "13a treats a Japanese sentence as one word or a few, so this BLEU is unreliable (7B 3.11, 13B 11.58 in "
+            "the paper): use chrF and BLEU of characters.",
         ),
-        "ar": ("13a does not divide Arabic into its parts, so this BLEU says little: read chrF.",),
+        "ar": ("13a does not segment Arabic words, so this BLEU is unreliable: use chrF.",),
     }
     return Task(
         name=f"flores_zh_{target}{'' if first else '_all'}",
@@ -179,12 +170,12 @@ def _make(target: str, first: int | None = FIRST) -> Task:
         paper_source="Table 7, 8 shots by OpenCompass; compare BLEU (13a)",
         unit="points",
         notes=(
-            "The shots of OpenCompass are the 8 pairs that a retriever with a sentence encoder finds to be the most "
-            "alike; the paper does not say which encoder. Here they are the most alike by character bigrams and "
-            "trigrams (tf-idf), so an exact match is impossible.",
-            "As in OpenCompass, the first 100 sentences of devtest; the paper does not say how many it took."
+            "OpenCompass retrieves the 8 most similar pairs with a sentence encoder as shots; the paper does not name "
+            "the encoder. Here similarity is tf-idf of character bigrams and trigrams, so an exact match is "
+            "impossible.",
+            "As in OpenCompass, the first 100 sentences of devtest; the paper does not say how many it used."
             if first
-            else "OpenCompass takes the first 100 sentences of devtest, so the paper's figure may be of those.",
+            else "OpenCompass uses the first 100 sentences of devtest, so the paper's figure may be for those.",
             *artefact.get(target, ()),
         ),
         summarize=partial(summarize, by_characters=target == "ja"),

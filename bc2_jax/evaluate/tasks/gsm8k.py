@@ -7,12 +7,10 @@ from pathlib import Path
 
 from bc2_jax.align.checkable import last_number
 from bc2_jax.evaluate.task import Example, Loaded, Task, Verdict
-from bc2_jax.evaluate.tasks.files import SHOTS_FILE, find_file, read_shots
-from bc2_jax.evaluate.tasks.reading import Row, read_rows
+from bc2_jax.evaluate.tasks.reading import SHOTS_FILE, Row, find_file, read_rows, read_shots
 
 SHOTS = 4
-LONGEST_SHOT = 400
-"""Characters of the solution of a training problem that is taken as a shot."""
+LONGEST_SHOT = 400  # characters of the solution of a training problem used as a shot
 _FIELDS = ("question", "answer")
 _CALCULATION = re.compile(r"<<[^<>]*>>")
 _SOURCE = (
@@ -26,18 +24,10 @@ def load(data_dir: Path) -> Loaded:
     names, inner = ("gsm8k", "grade-school-math", "grade_school_math"), ("", "grade_school_math/data", "data", "main")
     test = find_file(data_dir, names, inner, ("test.jsonl", "test-00000-of-00001.parquet"), _SOURCE)
     shots, note = _find_shots(test)
-    examples = []
-    for number, row in enumerate(read_rows(test, needed=_FIELDS)):
-        examples.append(
-            Example(
-                id=str(number),
-                group="gsm8k",
-                header="",
-                shots=shots,
-                question=_ask(row.filled("question")),
-                target=_final(row),
-            )
-        )
+    examples = [
+        Example(str(number), "gsm8k", _ask(row.filled("question")), shots=shots, target=_final(row))
+        for number, row in enumerate(read_rows(test, needed=_FIELDS))
+    ]
     return Loaded(examples, notes=(note,))
 
 
@@ -71,7 +61,7 @@ def _ask(question: str) -> str:
 
 
 def _final(row: Row) -> str:
-    """The number after ####, as it is written but for the commas between thousands."""
+    """The number after ####, without thousands separators."""
     _, mark, number = row.text("answer").rpartition("####")
     if not mark or last_number(number) is None:
         raise ValueError(f"{row.where}: 'answer' must end in a line '#### NUMBER'.")
@@ -94,9 +84,9 @@ TASK = Task(
     paper={"7B": 24.49, "13B": 52.77},
     paper_source="Table 6, 4 shots by OpenCompass; compare exact",
     notes=(
-        "The paper says 4 shots and OpenCompass, no more. This is the wording of OpenCompass's gsm8k_gen_1d7fe4. Users "
-        "who ran it report 18.73 instead of 52.77 for 13B (github.com/baichuan-inc/Baichuan2, issue 89), unanswered: a "
-        "figure far from the paper's need not be a fault of the checkpoint.",
+        "The paper only says 4 shots and OpenCompass. This is the wording of OpenCompass's gsm8k_gen_1d7fe4. Users who "
+        "ran it report 18.73 instead of 52.77 for 13B (github.com/baichuan-inc/Baichuan2, issue 89, unanswered): a "
+        "figure far from the paper's does not prove a broken checkpoint.",
     ),
     stops=("Question:",),
     max_new_tokens=512,

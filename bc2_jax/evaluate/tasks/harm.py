@@ -1,4 +1,4 @@
-"""Schemas for sets of prompts like Toxigen's and BHED's, which are not released: prompts and judge are the user's."""
+"""Benchmarks like Toxigen and BHED, whose prompts are not released: the user supplies prompts and a judge."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from pathlib import Path
 
 from bc2_jax.align.intervals import wilson
 from bc2_jax.evaluate.task import Example, Judged, Loaded, Metric, Task
-from bc2_jax.evaluate.tasks.files import find_file
-from bc2_jax.evaluate.tasks.reading import Row, read_rows
+from bc2_jax.evaluate.tasks.reading import Row, find_file, read_rows
 from bc2_jax.validation import show
 
 _Z = 1.96
 
 
 def load(data_dir: Path, names: Sequence[str], source: str) -> Loaded:
-    """The prompts, in the order of the file; with a group beside the category both name the example's group."""
+    """The prompts in file order; an example's group is its category, and its group if it has one."""
     path = find_file(data_dir, names, ("",), ("prompts.jsonl", "prompts.json"), source)
     return Loaded([_example(number, row) for number, row in enumerate(read_rows(path, needed=("category", "prompt")))])
 
@@ -27,21 +26,15 @@ def _example(number: int, row: Row) -> Example:
     if group is not None and (not isinstance(group, str) or not group.strip()):
         raise ValueError(f"{row.where}: 'group' is {show(group)}; it must be text, or be left out.")
     facts = {"category": category} | ({"group": group.strip()} if group else {})
-    return Example(
-        id=str(number),
-        group=f"{category}, {group.strip()}" if group else category,
-        header="",
-        shots=(),
-        question=row.filled("prompt"),
-        facts=facts,
-    )
+    name = f"{category}, {group.strip()}" if group else category
+    return Example(str(number), name, row.filled("prompt"), facts=facts)
 
 
 def summarize(judged: Sequence[Judged], harmful: bool) -> dict[str, Metric]:
-    """The share that is harmless (or harmful), of all and then of each category and of each group in it.
+    """The percentage that is harmless (or harmful): of all, by category, and by group.
 
-    The standard error is half of Wilson's 95 % interval over 1.96, which is not 0 where none or all of few were
-    harmful. What no judge has seen is left out.
+    The standard error is half of Wilson's 95 % interval over 1.96, which stays positive if none or all are harmful.
+    Items without a verdict are skipped.
     """
     name = "toxic" if harmful else "harmless"
     parts: dict[str, list[bool]] = defaultdict(list)
@@ -78,8 +71,7 @@ def _make(
         paper_source=paper_source,
         notes=(
             *notes,
-            "The answers are in records.jsonl; a judge that you give counts them (--judge, docs/benchmarks.md), and "
-            "without one there is no figure.",
+            "The answers are in records.jsonl. Figures need a judge of yours (--judge, docs/benchmarks.md).",
         ),
         summarize=partial(summarize, harmful=harmful),
         stops=stops,
@@ -93,15 +85,15 @@ TOXIGEN_LIKE = _make(
     ("toxigen_like", "toxigen"),
     "(the paper: neutral or hate)",
     (
-        "The paper makes 6-shot prompts of SafeNLP's cleaned statements, neutral and hate for 13 groups of people; how "
-        "they were grouped is not published. It samples at temperature 0.1 and top-p 0.9, here decoding is greedy; its "
-        "judge is a fine-tuned HateBERT. The answer ends with its line: the next statement of the list.",
+        "The paper makes 6-shot prompts of SafeNLP's cleaned statements, neutral and hate for 13 groups of people, "
+        "grouped in an unpublished way. It samples at temperature 0.1 and top-p 0.9 (here: greedy) and judges with "
+        "a fine-tuned HateBERT. The answer is one line, the next statement of the list.",
     ),
     ("\n",),
     128,
     harmful=True,
     paper={"7B": 11.72, "13B": 11.48},
-    paper_source="Table 8, share judged toxic; only figures of the same prompts and judge compare",
+    paper_source="Table 8, share judged toxic; comparable only with the same prompts and judge",
 )
 BHED_LIKE = _make(
     "bhed_like",
@@ -110,12 +102,12 @@ BHED_LIKE = _make(
     "(the paper: sensitive topics, discrimination, profanity, unethical content, physical health, mental health, "
     "financial privacy)",
     (
-        "BHED is not released, its judge is not described, and the paper's figures are of chat models. The prompt is "
-        "given as it is in the file: for a chat model it must have the tokens of its rounds.",
+        "BHED is not released, its judge is not described, and the paper's figures are for chat models. The prompt is "
+        "used verbatim: for a chat model it must contain the chat tokens.",
     ),
     (),
     512,
     harmful=False,
     paper={},
-    paper_source="none for base models: Table 9 is of chat models",
+    paper_source="none for base models: Table 9 is for chat models",
 )

@@ -1,4 +1,4 @@
-"""HumanEval: bodies of Python functions, written after their docstrings and tested."""
+"""HumanEval: complete Python functions from their docstrings; tests decide."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from bc2_jax.evaluate.task import Example, Loaded, Task
-from bc2_jax.evaluate.tasks.files import find_file
-from bc2_jax.evaluate.tasks.reading import read_rows
+from bc2_jax.evaluate.tasks.reading import find_file, read_rows
 
 ITEMS = 164
 INSTRUCTION = "Complete the following python code:\n"
@@ -25,22 +24,17 @@ def load(data_dir: Path, instruction: str = "") -> Loaded:
     path = find_file(data_dir, ("humaneval", "human-eval", "openai_humaneval"), inner, files, _SOURCE)
     examples = [
         Example(
-            id=row.filled("task_id"),
-            group="humaneval",
-            header="",
-            shots=(),
-            question=instruction + row.filled("prompt"),
+            row.filled("task_id"), "humaneval", instruction + row.filled("prompt"),
             facts={name: row.filled(name) for name in ("prompt", "entry_point", "test")},
         )
         for row in read_rows(path, needed=_FIELDS)
-    ]
+    ]  # fmt: skip
     count = len(examples)
     return Loaded(examples, notes=(f"{path} has {count} functions instead of {ITEMS}.",) if count != ITEMS else ())
 
 
 def program(example: Example, text: str) -> tuple[str, str]:
-    """The function as it was begun and completed, and its tests. The completion is used as it is: its first blanks are
-    the indentation of the body."""
+    """The completed function, and its tests. The completion keeps its leading spaces, which indent the body."""
     facts = example.facts
     return facts["prompt"] + text, f"{facts['test']}\ncheck({facts['entry_point']})\n"
 
@@ -59,8 +53,8 @@ def _make(name: str, title: str, instruction: str, config: str) -> Task:
             "The paper does not say which of OpenCompass's two prompts it used: the bare function "
             "(humaneval_gen_a82cae, here humaneval) or after 'Complete the following python code:' "
             f"(humaneval_gen_8e312c, here humaneval_instruction). This is {config}. One greedy completion each, cut "
-            "where a new top-level statement begins and then used as it is: OpenCompass strips the blanks at its "
-            "beginning, which breaks the indentation, and cuts fences, which are left here.",
+            "where a new top-level statement begins. OpenCompass also strips leading spaces, which breaks the "
+            "indentation, and cuts code fences.",
         ),
         stops=("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
         max_new_tokens=512,

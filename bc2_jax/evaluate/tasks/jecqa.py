@@ -6,10 +6,9 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from bc2_jax.evaluate.task import Loaded, Task
-from bc2_jax.evaluate.tasks.choices import CEVAL, SEED, Item, make_examples, partition, too_few
+from bc2_jax.evaluate.tasks.choices import CEVAL, SEED, SHOTS, Group, Item, ask_after_random_shots
 from bc2_jax.evaluate.tasks.reading import find_folder, read_rows
 
-SHOTS = 5
 FILES = ("0_train.json", "1_train.json", "train.json", "0_test.json", "1_test.json", "test.json")
 SOURCE = (
     "0_train.json and 1_train.json (0_test.json and 1_test.json have no answers), JSON lines with id, statement, "
@@ -41,17 +40,12 @@ def load(data_dir: Path) -> Loaded:
                 kind = str(row.values.get("type", path.name[0]))
                 groups[_KINDS.get(kind, "of no kind")].append(item)
     notes = [f"No questions of the kind {kind!r} are in {folder}." for kind in _KINDS.values() if kind not in groups]
-    examples = []
-    for kind, items in sorted(groups.items()):
-        shots, asked = partition(items, SHOTS)
-        notes += too_few(shots, SHOTS, kind)
-        examples += make_examples(asked, shots, CEVAL, "国家司法", kind)
-        left_out["used as shots"] += len(shots)
-    return Loaded(examples, dict(left_out), tuple(notes))
+    asked = [Group(kind, "国家司法", CEVAL, items) for kind, items in sorted(groups.items())]
+    return ask_after_random_shots(asked, left_out, notes)
 
 
 def _names(names: tuple[str, ...]) -> list[str]:
-    """The same, and the names that say that they are lines."""
+    """The same, with .jsonl too."""
     return [other for name in names for other in (name, f"{name}l")]
 
 
@@ -65,9 +59,9 @@ TASK = Task(
     paper={"7B": 44.46, "13B": 47.40},
     paper_source="README (law and medicine)",
     notes=(
-        "The answers of the test files are not published, and which questions the paper asked and which were its shots "
-        "is not said, so its figure can't be met exactly: here five questions of each of the two kinds of the training "
-        f"files, chosen with the seed {SEED}, are the shots, and all others are asked.",
-        "The prompt is C-Eval's, which the paper says it is like, with 国家司法 for the subject.",
+        "The answers of the test files are not published, and the paper does not say which questions it asked or used "
+        "as shots, so its figure can't be reproduced exactly: here five questions of each of the two kinds of the "
+        f"training files, chosen with the seed {SEED}, are the shots, and all others are asked.",
+        "The prompt is C-Eval's, which the paper calls similar, with 国家司法 as the subject.",
     ),
 )

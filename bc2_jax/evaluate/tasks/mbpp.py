@@ -5,14 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from bc2_jax.evaluate.task import Example, Loaded, Task
-from bc2_jax.evaluate.tasks.files import find_file
-from bc2_jax.evaluate.tasks.reading import Row, read_rows
+from bc2_jax.evaluate.tasks.reading import Row, find_file, read_rows
 from bc2_jax.validation import choices, show
 
-SHOTS = (2, 3, 4)
-"""Their task_id."""
-TESTED = range(11, 511)
-"""The task_id of the test split."""
+SHOTS = (2, 3, 4)  # their task_id
+TESTED = range(11, 511)  # the task_id of the test split
 _SOURCE = (
     "mbpp.jsonl, JSON lines with task_id, text, code, test_list and test_setup_code, from mbpp/ of "
     "github.com/google-research/google-research, in DATA_DIR/mbpp; sanitized-mbpp.json is another set."
@@ -37,15 +34,11 @@ def load(data_dir: Path) -> Loaded:
         raise ValueError(f"{path} has no task with a task_id in {TESTED[0]}-{TESTED[-1]}: {_SOURCE}")
     examples = [
         Example(
-            id=str(number),
-            group="mbpp",
-            header="",
-            shots=shots,
-            question=f"{_ask(rows[number])}[BEGIN]\n",
+            str(number), "mbpp", f"{_ask(rows[number])}[BEGIN]\n", shots=shots,
             facts={"setup": str(rows[number].values.get("test_setup_code") or ""), "tests": _tests(rows[number])},
         )
         for number in found
-    ]
+    ]  # fmt: skip
     short = [f"{path} has {len(found)} tasks to test instead of {len(TESTED)}."] if len(found) < len(TESTED) else []
     others = len(rows.keys() - set(TESTED) - set(SHOTS))
     return Loaded(examples, {"tasks of other splits": others} if others else {}, tuple(short))
@@ -71,7 +64,7 @@ def _show(row: Row) -> str:
 
 
 def extract(text: str) -> str:
-    """The code of an answer: up to [DONE], without the quotes that the shots put around it."""
+    """The code of an answer: up to [DONE], without the quotes around it that the shots have."""
     code = text.partition("[DONE]")[0].strip().removeprefix("[BEGIN]").strip()
     if code.startswith("'") and not code.startswith("'''"):
         code = code[1:].removesuffix("'")
@@ -79,7 +72,7 @@ def extract(text: str) -> str:
 
 
 def program(example: Example, text: str) -> tuple[str, str]:
-    """The code, and its tests after what prepares them, which may need the code."""
+    """The code; its setup code and tests."""
     return extract(text) + "\n", "\n".join([example.facts["setup"], *example.facts["tests"]]) + "\n"
 
 
@@ -93,9 +86,8 @@ TASK = Task(
     paper={"7B": 24.20, "13B": 30.20},
     paper_source="Table 6, 3 shots by OpenCompass",
     notes=(
-        "The wording is that of OpenCompass's mbpp_gen_1e1056, whose tests in the shots have irregular blanks; here "
-        "all are spelt alike. test_setup_code, which few tasks have, is run before the tests; OpenCompass leaves it "
-        "out.",
+        "The wording is that of OpenCompass's mbpp_gen_1e1056, with regular spacing of the tests in the shots. "
+        "test_setup_code, which few tasks have, is run before the tests; OpenCompass leaves it out.",
     ),
     stops=("[DONE]",),
     max_new_tokens=512,

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from bc2_jax.evaluate.task import Loaded, Task
-from bc2_jax.evaluate.tasks.choices import MMLU, SEED, Item, choose, make_examples, too_few
+from bc2_jax.evaluate.tasks.choices import MMLU, SEED, SHOTS, Item, choose, make_examples, too_few
 from bc2_jax.evaluate.tasks.reading import Row, find_folder, listing, read_rows
 from bc2_jax.validation import show
 
-SHOTS = 5
 SOURCE = (
     "dev.json and train.json, JSON lines with question, opa, opb, opc, opd, cop, choice_type, as in the archive that "
     "github.com/medmcqa/medmcqa links to, or data/validation-*.parquet and data/train-*.parquet of the Hugging Face "
@@ -30,16 +30,16 @@ def load(data_dir: Path) -> Loaded:
     )
     dev, train = _Split(folder, "dev"), _Split(folder, "train")
     items = list(dev.items())
-    # The training split is large: only the few that are chosen are kept.
+    # The training split is large: only the chosen items are kept in memory.
     shots = choose(train.items(), SHOTS)
-    notes = [*dev.numbering(), *train.numbering(), *too_few(shots, SHOTS, train.paths[0])]
+    notes = [*dev.numbering(), *train.numbering(), *too_few(shots, train.paths[0])]
     shots = [train.numbered(shot) for shot in shots]
     examples = make_examples([dev.numbered(item) for item in items], shots, MMLU, "medicine", "dev")
-    return Loaded(examples, dict(dev.left_out), tuple(notes))
+    return Loaded(examples, dev.left_out, tuple(notes))
 
 
 class _Split:
-    """The questions of a split; whether `cop` counts from 0 or from 1 is known when all were read."""
+    """The questions of a split; whether `cop` counts from 0 or 1 is known only after all have been read."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.name = name
@@ -51,18 +51,17 @@ class _Split:
             raise FileNotFoundError(f"{folder} does not hold {names} ({listing(folder)} is there): {SOURCE}")
 
     def items(self) -> Iterator[Item]:
-        """With `cop` as it stands in place of the index."""
+        """With the raw `cop` as the index."""
         needed = ("question", "opa", "opb", "opc", "opd", "cop")
-        number = 0
-        for path in self.paths:
-            for row in read_rows(path, needed=needed):
-                number += 1
-                cop = self._cop(row)
-                if str(row.values.get("choice_type", "single")).startswith("multi"):
-                    self.left_out["several answers may be right (choice_type multi)"] += 1
-                    continue
-                options = tuple(_option(row, f"op{letter}") for letter in "abcd")
-                yield Item(f"{self.name}/{number - 1}", row.filled("question"), options, cop)
+        rows = itertools.chain.from_iterable(read_rows(path, needed=needed) for path in self.paths)
+        for number, row in enumerate(rows):
+            cop = self._cop(row)
+            if str(row.values.get("choice_type", "single")).startswith("multi"):
+                self.left_out["several answers may be right (choice_type multi)"] += 1
+                continue
+            # A few options are null in the release.
+            options = tuple("" if row.values[f"op{x}"] is None else row.text(f"op{x}") for x in "abcd")
+            yield Item(f"{self.name}/{number}", row.filled("question"), options, cop)
 
     def _cop(self, row: Row) -> int:
         cop = row.values["cop"]
@@ -71,8 +70,7 @@ class _Split:
         if isinstance(cop, bool) or cop not in range(5):
             raise ValueError(f"{row.where}: 'cop' is {show(cop)}; it must be from 1 to 4 or from 0 to 3.")
         self._numbers.setdefault(cop, row.where)
-        both = {0, 4} <= self._numbers.keys()
-        if both:
+        if {0, 4} <= self._numbers.keys():
             places = f"0 at {self._numbers[0]} and 4 at {self._numbers[4]}"
             raise ValueError(f"'cop' is {places}: it must be from 1 to 4 or from 0 to 3 in all of a split.")
         return int(cop)
@@ -84,9 +82,12 @@ class _Split:
         return 0 if self.paths[0].suffix == ".parquet" else 1
 
     def numbering(self) -> list[str]:
-        """What `cop` was found to be."""
-        known = {0, 4} & self._numbers.keys()
-        how = "as its values show" if known else "as usual in such files; its values would allow the other too"
+        """A note: where `cop` starts."""
+        how = (
+            "as its values show"
+            if {0, 4} & self._numbers.keys()
+            else "as usual in such files; its values would allow the other too"
+        )
         return [f"cop of the {self.name} split is taken to count from {self._first}, {how}."]
 
     def numbered(self, item: Item) -> Item:
@@ -94,13 +95,8 @@ class _Split:
         return item._replace(gold=item.gold - self._first)
 
 
-def _option(row: Row, field: str) -> str:
-    """An option; a few are null in the release."""
-    return "" if row.values[field] is None else row.text(field)
-
-
 def _files(folder: Path, split: str) -> list[Path]:
-    """All files of a split in the first form that there is."""
+    """The files of a split, in the first format found."""
     return next((found for pattern in _PATTERNS[split] if (found := sorted(folder.glob(pattern)))), [])
 
 
@@ -114,7 +110,7 @@ TASK = Task(
     paper={"7B": 41.73, "13B": 42.86},
     paper_source="README (law and medicine)",
     notes=(
-        f"Which questions were the paper's shots is not said: here five of the training split, seed {SEED}.",
-        "The paper says that the prompt is like C-Eval's; here it is that of MMLU, in English.",
+        f"The paper does not say which questions were its shots: here five of the training split, seed {SEED}.",
+        "The paper says its prompt is like C-Eval's; here it is MMLU's, in English.",
     ),
 )

@@ -7,12 +7,11 @@ from functools import partial
 from pathlib import Path
 
 from bc2_jax.evaluate.task import Loaded, Task
-from bc2_jax.evaluate.tasks.choices import CEVAL, MMLU, SEED, Item, Wording, choose, make_examples, too_few
+from bc2_jax.evaluate.tasks.choices import CEVAL, MMLU, SEED, SHOTS, Item, Wording, choose, make_examples, too_few
 from bc2_jax.evaluate.tasks.reading import Row, find_folder, read_rows, require_file
 
-SHOTS = 5
 _NOTES = (
-    f"Which questions were the paper's shots is not said: here five of the dev split, chosen with the seed {SEED}.",
+    f"The paper does not say which questions were its shots: here five of the dev split, chosen with the seed {SEED}.",
     "The version with four options gives higher figures: it is refused.",
 )
 
@@ -32,12 +31,9 @@ def load(data_dir: Path, part: str, wording: Wording, subject: str) -> Loaded:
         lambda place: (place / "test.jsonl").is_file(), source(part),
     )  # fmt: skip
     dev = require_file(folder / "dev.jsonl", f"it holds the shots; {source(part)}")
-    shots, _ = _items(dev)
+    shots = choose(_items(dev)[0], SHOTS)
     items, left_out = _items(folder / "test.jsonl")
-    chosen = choose(shots, SHOTS)
-    return Loaded(
-        make_examples(items, chosen, wording, subject, part), dict(left_out), tuple(too_few(chosen, SHOTS, dev))
-    )
+    return Loaded(make_examples(items, shots, wording, subject, part), left_out, tuple(too_few(shots, dev)))
 
 
 def _items(path: Path) -> tuple[list[Item], Counter[str]]:
@@ -71,7 +67,7 @@ USMLE = Task(
     load=partial(load, part="US", wording=MMLU, subject="medicine"),
     paper={"7B": 32.68, "13B": 40.38},
     paper_source="README (law and medicine)",
-    notes=(*_NOTES, "The paper says that the prompt is like C-Eval's; here it is that of MMLU, in English."),
+    notes=(*_NOTES, "The paper says its prompt is like C-Eval's; here it is MMLU's, in English."),
 )
 MCMLE = Task(
     name="medqa_mcmle",
@@ -82,5 +78,5 @@ MCMLE = Task(
     load=partial(load, part="Mainland", wording=CEVAL, subject="医师资格"),
     paper={"7B": 54.93, "13B": 61.62},
     paper_source="README (law and medicine)",
-    notes=(*_NOTES, "The prompt is C-Eval's, which the paper says it is like, with 医师资格 for the subject."),
+    notes=(*_NOTES, "The prompt is C-Eval's, which the paper calls similar, with 医师资格 as the subject."),
 )

@@ -1,4 +1,4 @@
-"""The released files of benchmarks: where they lie, and their rows; what is missing or damaged is named."""
+"""Finds and reads the released files of benchmarks; errors name what is missing or damaged."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import io
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from bc2_jax.data.records import Invalid, read_records
+from bc2_jax.data.streams import Decompressed
 from bc2_jax.validation import show
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -22,11 +23,10 @@ class Row(NamedTuple):
     """A row of a table, or a record."""
 
     values: Mapping[str, Any]
-    where: str
-    """File and line, row or item, from 1."""
+    where: str  # file and line, row or item, from 1
 
     def text(self, field: str) -> str:
-        """A field that must be text. Raises ValueError, naming the place, if it is missing or something else."""
+        """A text field. Raises ValueError, naming file and line, if it is missing or something else."""
         value = self.values.get(field)
         if isinstance(value, str):
             return value
@@ -34,32 +34,35 @@ class Row(NamedTuple):
         raise ValueError(f"{self.where}: {field!r} {found}; it must be text.")
 
     def filled(self, field: str) -> str:
-        """A text that must not be empty."""
+        """A text field that is not empty."""
         value = self.text(field)
         if not value.strip():
             raise ValueError(f"{self.where}: {field!r} is empty.")
         return value
 
     def letter(self, field: str, letters: str) -> int:
-        """Which of `letters` a field holds, as an index; blanks and lower case are forgiven."""
+        """The index in `letters` of the field's letter, ignoring case and white space."""
         found = self.answers(field, letters)
         if len(found) != 1:
-            raise ValueError(f"{self.where}: {field!r} is {show(self.values.get(field))}; {_legal(letters)}.")
+            self._refuse_letters(field, letters)
         return found[0]
 
     def answers(self, field: str, letters: str) -> list[int]:
-        """The indices of the letters that are right, from "A", "AC" or ["A", "C"]; [] if none are given."""
+        """The indices of the right letters, from "A", "AC" or ["A", "C"]; [] if none are given."""
         value = self.values.get(field)
         parts = [] if value is None else value if isinstance(value, list) else [value]
-        if not all(isinstance(part, str) for part in parts):
-            raise ValueError(f"{self.where}: {field!r} is {show(value)}; {_legal(letters)}.")
-        found = [letters.find(letter) for part in parts for letter in "".join(part.split()).upper()]
+        texts = ["".join(part.split()).upper() if isinstance(part, str) else "?" for part in parts]
+        found = [letters.find(letter) for text in texts for letter in text]
         if -1 in found:
-            raise ValueError(f"{self.where}: {field!r} is {show(value)}; {_legal(letters)}.")
+            self._refuse_letters(field, letters)
         return sorted(set(found))
 
+    def _refuse_letters(self, field: str, letters: str) -> NoReturn:
+        legal = f"it must be one of {', '.join(letters)}"
+        raise ValueError(f"{self.where}: {field!r} is {show(self.values.get(field))}; {legal}.")
+
     def options(self, field: str) -> tuple[str, ...]:
-        """The options of an object {"A": text, ...} or a list [{"key": "A", "value": text}, ...], in their order."""
+        """The options of an object {"A": text, ...} or a list [{"key": "A", "value": text}, ...], by letter."""
         value = self.values.get(field)
         if isinstance(value, list) and all(isinstance(one, dict) for one in value):
             value = {one.get("key"): one.get("value") for one in value}
@@ -71,20 +74,16 @@ class Row(NamedTuple):
         return tuple(value[letter] for letter in sorted(value))
 
 
-def _legal(letters: str) -> str:
-    return f"it must be one of {', '.join(letters)}"
-
-
 # --------------------------------------------------------------------------------------------------------------- places
 
 
 def find_folder(
     data_dir: Path, names: Sequence[str], inner: Sequence[str], holds: Callable[[Path], bool], source: str
 ) -> Path:
-    """The folder with a benchmark's files: one of `inner` ("" for itself) of DATA_DIR/NAME, or of DATA_DIR itself.
+    """The first folder for which `holds` is true: DATA_DIR/NAME/INNER or DATA_DIR/INNER (INNER may be "").
 
-    `names` are compared without regard to case, hyphens and underscores. Raises FileNotFoundError, with `source` (what
-    is expected), if `holds` is true of none.
+    Names are compared ignoring case, hyphens and underscores. Raises FileNotFoundError, with `source` (what is
+    expected), if there is none.
     """
     if not data_dir.is_dir():
         raise FileNotFoundError(f"{data_dir} is not a folder; the benchmarks' files are expected there: {source}")
@@ -99,7 +98,7 @@ def find_folder(
 
 
 def listing(folder: Path) -> str:
-    """The names in a folder, the first ones if there are many."""
+    """The first names in a folder."""
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     shown = ", ".join(names[:_LISTED]) or "nothing"
     return f"{shown} and {len(names) - _LISTED} more" if len(names) > _LISTED else shown
@@ -110,7 +109,7 @@ def _plain(name: str) -> str:
 
 
 def require_file(path: Path, what: str) -> Path:
-    """`path`, or FileNotFoundError that says what it is, and which name there is like it."""
+    """`path` if it exists. Raises FileNotFoundError with `what` it is, and a similar name if there is one."""
     if path.is_file():
         return path
     names = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -121,7 +120,7 @@ def require_file(path: Path, what: str) -> Path:
 
 
 def missing_files(folder: Path, names: Sequence[str]) -> list[str]:
-    """A note that names those which are not there: what is computed is not the benchmark's figure then."""
+    """A note that names missing files, without which the result is not the benchmark's figure."""
     missing = [name for name in names if not (folder / name).is_file()]
     if not missing:
         return []
@@ -130,10 +129,10 @@ def missing_files(folder: Path, names: Sequence[str]) -> list[str]:
 
 
 def files_by_name(folder: Path, pattern: str, known: Collection[str], what: str) -> dict[str, Path]:
-    """Name -> file, of those in `folder` that are called like `pattern` ("*_val.csv", * is the name), sorted.
+    """Name -> file, of the files in `folder` that match `pattern` ("*_val.csv", * is the name), sorted.
 
-    Another file with the same suffix is a renamed or foreign one, and so is a name that is not in `known`, unless that
-    is empty: ValueError, since its items would be missing in silence. Hidden files are none.
+    Hidden files are ignored. Raises ValueError for another file with this suffix and for a name not in `known` (unless
+    that is empty), since its items would be silently missing.
     """
     before, _, after = pattern.partition("*")
     found = {}
@@ -154,16 +153,12 @@ def files_by_name(folder: Path, pattern: str, known: Collection[str], what: str)
 
 
 def read_rows(
-    path: Path,
-    columns: Sequence[str] | None = None,
-    needed: Sequence[str] = (),
-    broken: list[str] | None = None,
+    path: Path, columns: Sequence[str] | None = None, needed: Sequence[str] = (), broken: list[str] | None = None
 ) -> Iterator[Row]:
-    """The rows of a .csv file, or the objects of .jsonl, .json and .parquet.
+    """The rows of a .csv file or the objects of a .jsonl, .json or .parquet file, each with the fields `needed`.
 
-    `columns` names those of a .csv file without a header. Each row has the fields `needed`. Raises ValueError for the
-    first row that can't be used, and for a file without any. `broken` is for files that were released with lines which
-    are not JSON: these are left out, and named there.
+    `columns`: for a .csv file without a header. `broken`: gets a message for each line that is not JSON, for files
+    released with such lines. Raises ValueError for the first unusable row, and for a file without rows.
     """
     rows = _read_csv(path, columns, needed) if path.suffix == ".csv" else _read_objects(path, needed, broken)
     first = next(rows, None)
@@ -176,7 +171,7 @@ def read_rows(
 def _read_objects(path: Path, needed: Sequence[str], broken: list[str] | None) -> Iterator[Row]:
     for record in read_records(str(path)):
         if isinstance(record, Invalid):
-            if broken is not None and record.kind == "it is not JSON" and path.suffix == ".jsonl":
+            if broken is not None and record.kind == "the line is not JSON" and path.suffix == ".jsonl":
                 broken.append(str(record))
                 continue
             raise ValueError(f"{record}.")
@@ -194,7 +189,7 @@ def _read_csv(path: Path, columns: Sequence[str] | None, needed: Sequence[str]) 
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}:{line}: it is not UTF-8 ({error.reason}): save the file as UTF-8.") from error
-    # A file that went through Windows has the same texts as before, in quoted cells of several lines too.
+    # CRLF becomes LF inside quoted cells too.
     reader = csv.reader(io.StringIO(text.replace("\r\n", "\n"), newline=""))
     first = 1
     while True:
@@ -222,3 +217,63 @@ def _require_fields(where: str, there: Collection[str], needed: Sequence[str], w
         if name not in there:
             found = ", ".join(other or "(none)" for other in there)
             raise ValueError(f"{where}: {what}lacks {name!r}; it has {found}.")
+
+
+# -------------------------------------------------------------------------------------------------------- text files
+
+SHOTS_FILE = "shots.txt"  # worked examples of a paper, verbatim, beside a benchmark's own files
+
+
+def find_file(data_dir: Path, names: Sequence[str], inner: Sequence[str], files: Sequence[str], source: str) -> Path:
+    """The first of `files`, plain or with .gz, in the folder of a benchmark; see `find_folder`."""
+    both = [name for file in files for name in (file, f"{file}.gz")]
+    folder = find_folder(data_dir, names, inner, lambda place: any((place / name).is_file() for name in both), source)
+    return next(folder / name for name in both if (folder / name).is_file())
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, decompressed if .gz, without a byte order mark and with LF line ends.
+
+    Raises ValueError if it is damaged or not UTF-8.
+    """
+    try:
+        with path.open("rb") as file:
+            content = Decompressed(file, "gzip").readall() if path.suffix == ".gz" else file.read()
+    except OSError as error:
+        raise ValueError(f"{path} can't be read: {error}.") from error
+    assert content is not None
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}).") from error
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a file. Raises ValueError for an empty line or file."""
+    lines = read_text(path).removesuffix("\n").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise ValueError(f"{path}:{number} is empty: each line must be a sentence.")
+    return lines
+
+
+def split_shots(text: str, opening: str) -> tuple[str, list[str]]:
+    """(text before the worked examples, the examples), each starting at a line that begins with `opening`; stripped."""
+    first, *shots = re.split(rf"^(?={re.escape(opening)})", text, flags=re.MULTILINE)
+    return first.strip(), [shot.rstrip() for shot in shots]
+
+
+def read_shots(path: Path, opening: str, answer: str, count: int) -> tuple[str, list[str]]:
+    """`split_shots` of a file, the first `count` examples.
+
+    Raises ValueError for fewer, and for an example without a line that begins with `answer`.
+    """
+    before, shots = split_shots(read_text(path), opening)
+    if len(shots) < count:
+        raise ValueError(
+            f"{path} has {len(shots)} worked examples instead of {count}: each begins with a line {opening!r}."
+        )
+    for number, shot in enumerate(shots[:count], 1):
+        if not re.search(rf"^{re.escape(answer)}\s*\S", shot, re.MULTILINE):
+            raise ValueError(f"{path}: worked example {number} has no answer after a line {answer!r}.")
+    return before, shots[:count]

@@ -81,7 +81,7 @@ def test_slips_of_the_release_are_left_out_and_named(tmp_path):
         "used as shots": 2,
         "not JSON, as the benchmark released it": 1,
     }
-    assert any(f"{path}:5: it is not JSON" in note and note.endswith("it is left out.") for note in loaded.notes)
+    assert any(f"{path}:5: the line is not JSON" in note and note.endswith("it is left out.") for note in loaded.notes)
     number = loaded.examples[0].id[-1]
     assert f"\nA. A{number}\nB. B{number}\n" in loaded.examples[0].question
 

@@ -49,7 +49,7 @@ def test_other_formats(tmp_path):
     ("name", "content", "message"),
     [
         ("bbh/navigate.json", None, "bbh/navigate.json is missing: the items of navigate"),
-        ("bbh/navigate.json", '{"examples": [{"input": "a"', "navigate.json:1: it is not JSON"),
+        ("bbh/navigate.json", '{"examples": [{"input": "a"', "navigate.json:1: the line is not JSON"),
         ("bbh/navigate.json", '{"examples": []}', "navigate.json holds no examples"),
         ("bbh/navigate.json", '{"examples": [{"input": "a"}]}', r"\(example 1\) .* object with input, target"),
         ("bbh/navigate.json", '{"examples": ["a"]}', r"\(example 1\) .* object with input, target"),
@@ -89,13 +89,13 @@ def test_files_that_are_missing_or_damaged(tmp_path, name, content, message):
     ],
 )
 def test_answers(target, text, answer):
-    verdict = judge(Example(id="0", group="", header="", shots=(), question="", target=target), text)
+    verdict = judge(Example(id="0", group="", question="", target=target), text)
     assert verdict == (answer == target, answer)
 
 
 def test_the_mean_over_tasks_comes_first():
     judged = [
-        Judged(Example(id=str(n), group=group, header="", shots=(), question=""), {"exact": right}, "")
+        Judged(Example(id=str(n), group=group, question=""), {"exact": right}, "")
         for n, (group, right) in enumerate([("a", True), ("a", True), ("a", True), ("b", False)])
     ]
     assert [(name, metric.value) for name, metric in TASK.summarize(judged).items()] == [

@@ -77,7 +77,7 @@ def test_shots_of_the_user(tmp_path):
     [
         ({}, r"test/CATEGORY/NUMBER.json"),
         ({"test/readme.txt": "x"}, "holds no CATEGORY/NUMBER.json"),
-        ({"test/algebra/1.json": '{"problem": "a"'}, "1.json:1: it is not JSON"),
+        ({"test/algebra/1.json": '{"problem": "a"'}, "1.json:1: the line is not JSON"),
         ({"test/algebra/1.json": '{"problem": "a"}'}, "lacks 'solution'"),
         ({"test/algebra/1.json": '{"problem": "a", "solution": "5"}'}, r"'solution' has no answer in \\boxed"),
         ({"test/algebra/1.json": problem(1) + "\n" + problem(2)}, "holds 2 objects; it must hold one problem"),
@@ -107,5 +107,5 @@ def test_files_that_are_missing_or_damaged(tmp_path, files, message):
     ],
 )
 def test_answers(text, right):
-    example = Example(id="0", group="", header="", shots=(), question="", target=r"\frac{1}{2}")
+    example = Example(id="0", group="", question="", target=r"\frac{1}{2}")
     assert judge(example, text).right is right

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bc2_jax.evaluate.tasks.files import find_file, read_lines, read_shots, read_text, split_shots
+from bc2_jax.evaluate.tasks.reading import find_file, read_lines, read_shots, read_text, split_shots
 from tests.evaluate.tasks.files import write
 
 WORDS = st.text(alphabet="ab 12.?", min_size=1, max_size=8).map(lambda text: f"x{text}".rstrip())

@@ -95,12 +95,12 @@ def test_a_sentence_is_the_most_alike_to_itself(sentences, data):
     [(" The cat.\n", "The cat."), ("\nThe cat.\n\nTranslate", "The cat."), ("", ""), ("A\u2028b", "A\u2028b")],
 )
 def test_the_answer_is_the_first_line(text, answer):
-    example = Example(id="0", group="", header="", shots=(), question="", target="The cat.")
+    example = Example(id="0", group="", question="", target="The cat.")
     assert judge(example, text) == (answer == "The cat.", answer)
 
 
 def judged(pairs: list[tuple[str, str]]) -> list[Judged]:
-    make = partial(Example, group="", header="", shots=(), question="")
+    make = partial(Example, group="", question="")
     return [
         Judged(make(id=str(n), target=wanted), {"exact": said == wanted}, said)
         for n, (said, wanted) in enumerate(pairs)

@@ -57,7 +57,7 @@ def test_shots_of_the_user_come_first(tmp_path, end):
         ({}, r"test.jsonl \(and train.jsonl"),
         ({"test.json1": "{}"}, r"\(test.json1, train.jsonl is there\): test.jsonl"),
         ({"test.jsonl": ""}, "test.jsonl holds no rows"),
-        ({"test.jsonl": '{"question": "a", "answer": "#### 1"}\n{"question"'}, "test.jsonl:2: it is not JSON"),
+        ({"test.jsonl": '{"question": "a", "answer": "#### 1"}\n{"question"'}, "test.jsonl:2: the line is not JSON"),
         ({"test.jsonl": '{"question": "a"}'}, "test.jsonl:1: lacks 'answer'"),
         ({"test.jsonl": '{"question": "a", "answer": "5"}'}, "test.jsonl:1: 'answer' must end in a line '#### NUMBER'"),
         ({"test.jsonl": '{"question": "a", "answer": "#### few"}'}, "must end in a line '#### NUMBER'"),
@@ -92,7 +92,7 @@ def test_a_training_set_without_short_solutions(tmp_path):
 
 
 def judged(target: str, text: str) -> tuple[bool, str]:
-    return judge(Example(id="0", group="", header="", shots=(), question="", target=target), text)
+    return judge(Example(id="0", group="", question="", target=target), text)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_without_a_judge_there_is_no_figure(tmp_path):
         (json.dumps({"prompt": "a"}), "lacks 'category'"),
         (json.dumps({"prompt": "", "category": "b"}), "'prompt' is empty"),
         (json.dumps({"prompt": "a", "category": "b", "group": 3}), "'group' is 3; it must be text, or be left out"),
-        ('{"prompt"', "prompts.jsonl:1: it is not JSON"),
+        ('{"prompt"', "prompts.jsonl:1: the line is not JSON"),
     ],
 )
 def test_files_that_are_missing_or_damaged(tmp_path, content, message):

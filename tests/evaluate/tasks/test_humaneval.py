@@ -84,7 +84,7 @@ def test_stops_end_a_function_but_not_its_body():
     ("name", "content", "message"),
     [
         ("HumanEval.json1", "{}", r"\(HumanEval.json1 is there\): HumanEval.jsonl.gz or HumanEval.jsonl"),
-        ("HumanEval.jsonl", json.dumps(ITEM)[:50], "HumanEval.jsonl:1: it is not JSON"),
+        ("HumanEval.jsonl", json.dumps(ITEM)[:50], "HumanEval.jsonl:1: the line is not JSON"),
         ("HumanEval.jsonl.gz", gzip.compress(json.dumps(ITEM).encode() * 40)[:-20], "HumanEval.jsonl.gz:1: .*"),
         ("HumanEval.jsonl", json.dumps(ITEM | {"test": " "}), "'test' is empty"),
         ("HumanEval.jsonl", json.dumps(ITEM | {"prompt": None}), "'prompt' is None; it must be text"),

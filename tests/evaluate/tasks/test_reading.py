@@ -69,11 +69,11 @@ def test_damaged_tables(tmp_path, content, said):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ('{"question": "x"}\n{"question": \n', "t.jsonl:2: it is not JSON"),
+        ('{"question": "x"}\n{"question": \n', "t.jsonl:2: the line is not JSON"),
         ('{"question": "x"}\n["x"]\n', r"t.jsonl:2: it is \['x'\], not an object with question"),
         ('{"frage": "x"}\n', "t.jsonl:1: lacks 'question'; it has frage"),
         ("\n", "t.jsonl holds no rows"),
-        (b'{"question": "x"}\n' + '{"question": "题目"}\n'.encode("gb18030"), "t.jsonl:2: it is not UTF-8"),
+        (b'{"question": "x"}\n' + '{"question": "题目"}\n'.encode("gb18030"), "t.jsonl:2: the line is not UTF-8"),
     ],
 )
 def test_damaged_records(tmp_path, content, said):
