@@ -188,7 +188,10 @@ def read_rl(workdir: Path) -> Result:
     (table,) = result.tables
     rows = tuple(
         (label, *(f"{sum(m[name] for m in part) / len(part):.3f}" for part in (metrics[:few], metrics[-few:])))
-        for name, label in (("reward", "mean reward in training"), ("kl", "KL, nats a token"))
+        for name, label in (
+            ("reward", "mean reward, first and last quarter of the iterations"),
+            ("kl", "KL to the chat model, nats a token, likewise"),
+        )
         if name in metrics[0]
     )
     return Result(
@@ -225,6 +228,9 @@ def describe_change(before: float, after: float, count: int) -> str:
     return f"{text}, which is within two standard errors ({error:.1%}): no difference can be claimed."
 
 
+_BENCHMARK_HEADERS = ("model", "benchmark", "items", "right", "standard error", "letters answered")
+
+
 def read_evaluation(workdir: Path) -> Result:
     folders = [folder for name in ("base", "chat", "rl") if (folder := workdir / "evals" / name).is_dir()]
     rows, figures, far = [], {}, []
@@ -232,31 +238,27 @@ def read_evaluation(workdir: Path) -> Result:
         for path in sorted(folder.glob("*/results.json")):
             results = read_json(path)
             metric = results["metrics"][results["headline"]]
-            rows.append(
-                (
-                    folder.name,
-                    results["title"],
-                    f"{metric['items']}",
-                    f"{metric['value']:.1f} %",
-                    f"{metric['stderr']:.1f}",
-                )
-            )
+            letters = results["answers"].get("as_shown", {})
+            answered = " ".join(f"{letter} {count}" for letter, count in letters.items())
+            value, error = f"{metric['value']:.1f} %", f"{metric['stderr']:.1f}"
+            rows.append((folder.name, results["title"], str(metric["items"]), value, error, answered))
             figures[f"{folder.name} {results['task']}"] = metric
             if abs(metric["value"] - 25) > 2 * metric["stderr"]:
                 far.append(f"{folder.name} in {results['title']} ({metric['value']:.1f} %)")
-    chance = (
-        f"A guess is right in 25 %. {'; '.join(far)} is more than two standard errors from that" if far
-        else "A guess is right in 25 %, and every figure is within two standard errors of that"
-    )  # fmt: skip
+    chance = "A guess is right in 25 %, and "
+    if far:
+        chance += f"these figures are more than two standard errors from that: {'; '.join(far)}."
+    else:
+        chance += "every figure is within two standard errors of that: no model understands multiple choice."
     compared = read_json(workdir / "evals" / "base_rl" / "compare.json")["tasks"]
     differences = tuple(
         (one["task"], f"{one['difference']:+.1f}", f"{one['low']:+.1f} to {one['high']:+.1f}", f"{one['p']:.2f}")
         for one in compared
     )
     return Result(
-        (f"{chance}: models of this size do not understand multiple choice.",),
+        (chance,),
         (
-            Table("Benchmarks", ("model", "benchmark", "items", "right", "standard error"), tuple(rows)),
+            Table("Benchmarks", _BENCHMARK_HEADERS, tuple(rows)),
             Table("rl against base", ("benchmark", "points", "95 % interval", "p of a sign test"), differences),
         ),
         figures=figures,

@@ -22,10 +22,11 @@ SIZES = {
     "h32": Size(32, 2, 2, "1.2e-2"),
     "h48": Size(48, 2, 3, "9.4e-3"),
     "h64": Size(64, 3, 4, "7.9e-3"),
+    "h80": Size(80, 3, 5, "6.9e-3"),
     "base": Size(112, 3, 7, "5.7e-3"),
 }
 """The smaller models of the scaling law, and the model of all other stages, from configs/scaling/tiny_ladder.py."""
-RUNGS = ("h32", "h48", "h64")
+RUNGS = ("h32", "h48", "h64", "h80")
 MODELS = ("base", "chat", "rl")
 BENCHMARKS = ("mmlu", "cmmlu")
 
@@ -143,7 +144,7 @@ def _scaling() -> Stage:
             *(_pretrain(name, "--eval-every", str(STEPS["base"])) for name in RUNGS),
             ("bc2", "scaling-law", *RUNGS, "base", "--law", "compute", "--delta", "0.01", "--out", "scaling"),
         ),
-        (*RUNGS, "scaling"), reading.read_scaling, ("base",), seconds=80,
+        (*RUNGS, "scaling"), reading.read_scaling, ("base",), seconds=130,
     )  # fmt: skip
 
 

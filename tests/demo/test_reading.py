@@ -56,7 +56,8 @@ def test_a_run_without_evaluations_is_an_error(tmp_path: Path):
 def test_benchmarks_near_and_far_from_a_guess(tmp_path: Path):
     def results(value: float) -> dict[str, Any]:
         metrics = {"as_shown": {"value": value, "stderr": 2.5, "items": 290}}
-        return {"title": "MMLU", "task": "mmlu", "headline": "as_shown", "metrics": metrics}
+        answers = {"as_shown": {"A": 200, "C": 90}, "gold": {"A": 290}}
+        return {"title": "MMLU", "task": "mmlu", "headline": "as_shown", "metrics": metrics, "answers": answers}
 
     difference = {"task": "mmlu", "difference": 1.0, "low": -3.0, "high": 5.0, "p": 0.7}
     write(tmp_path / "evals" / "base_rl" / "compare.json", {"tasks": [difference]})
@@ -64,10 +65,12 @@ def test_benchmarks_near_and_far_from_a_guess(tmp_path: Path):
     write(tmp_path / "evals" / "rl" / "mmlu" / "results.json", results(25.0))
     result = reading.read_evaluation(tmp_path)
     assert "every figure is within two standard errors" in result.sentences[0]
-    assert result.tables[0].rows[1] == ("rl", "MMLU", "290", "25.0 %", "2.5")
+    assert result.tables[0].rows[1] == ("rl", "MMLU", "290", "25.0 %", "2.5", "A 200 C 90")
     assert result.tables[1].rows == (("mmlu", "+1.0", "-3.0 to +5.0", "0.70"),)
     write(tmp_path / "evals" / "rl" / "mmlu" / "results.json", results(35.0))
-    assert "rl in MMLU (35.0 %)" in reading.read_evaluation(tmp_path).sentences[0]
+    assert (
+        "more than two standard errors from that: rl in MMLU (35.0 %)" in reading.read_evaluation(tmp_path).sentences[0]
+    )
 
 
 def test_scaling(tmp_path: Path):

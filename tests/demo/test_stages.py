@@ -12,7 +12,8 @@ import tyro
 
 from bc2_jax.cli.programs import PROGRAMS
 from bc2_jax.config.file import read_config_file
-from bc2_jax.demo.stage import Stage
+from bc2_jax.demo.report import fold_command
+from bc2_jax.demo.stage import Stage, typed_commands
 from bc2_jax.demo.stages import SIZES, STEPS, make_stages
 from bc2_jax.evaluate.scaling.fit import FEWEST_VALUES
 from bc2_jax.train.kinds import KINDS
@@ -75,6 +76,14 @@ def needed(stage: Stage) -> set[str]:
     """All stages before it that it stands on."""
     by_name = {one.name: one for one in STAGES}
     return {name for need in stage.needs for name in (need, *needed(by_name[need]))}
+
+
+def test_the_docs_show_these_commands():
+    """Else docs/demo.md must be written again: bc2 demo --all --docs docs/demo.md."""
+    page = (Path(__file__).parents[2] / "docs" / "demo.md").read_text(encoding="utf-8")
+    for stage in STAGES:
+        for command in typed_commands(stage):
+            assert fold_command(command) in page
 
 
 def test_names_are_different_and_needs_come_before():
