@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bc2_jax.cli import demo, train
+from bc2_jax.demo import program
 from bc2_jax.demo.records import read_record
 from bc2_jax.demo.runner import StageFailed, Stopped
 from bc2_jax.demo.stage import Result, Stage
@@ -43,10 +44,10 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
 def test_how_it_ends(
     error: BaseException, code: int, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    def run_all(args, again):
+    def run_and_report(*args):
         raise error
 
-    monkeypatch.setattr(demo, "run_all", run_all)
+    monkeypatch.setattr(program, "run_and_report", run_and_report)
     assert demo.main(["--all", "--workdir", "a b"]) == code
     assert text in capsys.readouterr().err
 
