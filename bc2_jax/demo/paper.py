@@ -11,7 +11,7 @@ from bc2_jax.demo.stages import ROWS, make_stages
 SHARED = ("texts", "curate", "tokenizer", "base", "chat", "reward", "rl")
 """Stages of `bc2 demo --all` that the parts build on."""
 SEEDS = (0, 1)
-RATES = ("3e-3", "1e-2", "3e-2", "1e-1")
+RATES = ("1e-2", "3e-2", "1e-1")
 """Peak learning rates at which models with and without NormHead are trained."""
 Z_WEIGHTS = ("0", "2e-4", "1e-2")
 """Weights of the max-z loss: without, the paper's, and one that shows at this size."""
@@ -97,7 +97,7 @@ def _norm_head() -> Stage:
         for rate in RATES
         for name, option in heads
     )  # fmt: skip
-    runs = {f"norm_head/{name}_{rate}": f"{name} NormHead, {rate}" for rate in RATES[1:] for name, _ in heads}
+    runs = {f"norm_head/{name}_{rate}": f"{name} NormHead, {rate}" for rate in RATES for name, _ in heads}
     return Stage(
         "norm_head", "Appendix B: NormHead at high learning rates",
         "The same model with and without NormHead, at learning rates from usual to far too high.",
