@@ -58,7 +58,7 @@ def _waterfall() -> Stage:
 
 
 def _compression() -> Stage:
-    sizes = ("1024", "2048", "8192")
+    sizes = ("3072", "6144", "8192")
     train = tuple(
         (
             "bc2", "train-tokenizer", "curated", "--vocab-size", size, "--character-coverage", "0.995",
