@@ -127,7 +127,7 @@ def test_other_files_and_line_ends_in_a_text(tmp_path):
     AnswerStore(path).add({"a": AttackAnswer("one\u2028two\x85three\r\n", False, 4)})
     assert AnswerStore(path).get("a") == AttackAnswer("one\u2028two\x85three\r\n", False, 4)
     path.write_text('{"answer": 1}\n')
-    with pytest.raises(ValueError, match=r"generated.jsonl:1 is not an answer"):
+    with pytest.raises(ValueError, match=r"generated.jsonl:1 is not a stored answer"):
         AnswerStore(path)
 
 

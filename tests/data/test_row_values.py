@@ -32,7 +32,7 @@ def test_a_row_has_its_own_values(count, order, name, place):
     np.testing.assert_array_equal(kept.lookup(shuffled), values[order])
     other = {field: x.copy() for field, x in rows.items()}
     other[name][0, place] += 1
-    with pytest.raises(ValueError, match=f"1 of {count} rows are none of the {count} whose values are kept"):
+    with pytest.raises(ValueError, match=f"1 of {count} rows are not among the {count} with stored values"):
         kept.lookup(other)
     padding = {field: np.zeros_like(x) for field, x in rows.items()}
     np.testing.assert_array_equal(kept.lookup(padding), np.zeros((count, 3), np.float32))

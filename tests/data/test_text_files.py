@@ -195,5 +195,5 @@ def test_so_are_damaged_and_empty_ones(tmp_path: Path):
     (folder / "documents" / "000000-0000.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match=r"the curation's files are damaged \("):
         find_text_files([folder])
-    with pytest.raises(ValueError, match="the curation left no document; its report.md says what went"):
+    with pytest.raises(ValueError, match="the curation kept no document; its report.md lists what was removed"):
         find_text_files([curated(tmp_path / "c", documents=0, written=0)])

@@ -82,7 +82,7 @@ def test_a_curated_folder(rows: Rows, tokenizer: Tokenizer, tmp_path: Path) -> N
     assert trained.vocab_size == 640
     report = json.loads((tmp_path / "out" / "a.report.json").read_text())
     assert report["sha256"] == trained.fingerprint and report["invalid_documents"] == 1
-    assert "000001-0000.parquet:" in done.stderr and "it is not a string but NoneType" in done.stderr
+    assert "000001-0000.parquet:" in done.stderr and "is null, not a string" in done.stderr
     languages = report["languages"]
     assert {language: count["documents"] for language, count in languages.items()} == {
         language: sum(row["language"] == language for row in rows) for language in ("code", "fr", "zh")

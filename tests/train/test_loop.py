@@ -207,7 +207,7 @@ def test_another_tokenizer_is_refused_unless_it_is_meant(config, finished, token
         config.data, tokenizer=str(other), sources=(SourceConfig(path=str(tmp_path / "rows")),)
     )  # fmt: skip
     run = dataclasses.replace(config, workdir=str(workdir), resume="auto", data=data, num_steps=9)
-    sentence = "^data.tokenizer = '.*other.model' is not valid: its SHA-256 is .*set allow_other_tokenizer.$"
+    sentence = "^data.tokenizer = '.*other.model' is not valid: its SHA-256 is .*set allow_other_tokenizer to use it"
     with pytest.raises(ValueError, match=sentence):
         pretrain.train(run)
     fresh = dataclasses.replace(run, workdir=str(tmp_path / "new"), resume="never", init_from=str(finished.workdir))
