@@ -34,6 +34,10 @@ def make_parts() -> list[Stage]:
     ]  # fmt: skip
 
 
+# Batches of an evaluation where the loss is only to be told from a failed run's.
+_FEW = ("--eval-batches", "10")
+
+
 def _train(folder: str, *settings: str, steps: int = STEPS) -> tuple[str, ...]:
     """A run of the small model in `folder`."""
     return (
@@ -93,7 +97,7 @@ def _norm_head() -> Stage:
     heads = (("with", "--model.normalize-head"), ("without", "--model.no-normalize-head"))
     train = tuple(
         _train(f"norm_head/{name}_{rate}", option, "--optimizer.peak-learning-rate", rate,
-               "--optimizer.min-learning-rate", f"{float(rate) / 10:g}", steps=STEPS // 2)
+               "--optimizer.min-learning-rate", f"{float(rate) / 10:g}", *_FEW, steps=STEPS // 2)
         for rate in RATES
         for name, option in heads
     )  # fmt: skip
@@ -109,7 +113,7 @@ def _norm_head() -> Stage:
 def _max_z() -> Stage:
     folders = [f"max_z/{weight}" for weight in Z_WEIGHTS]
     train = tuple(
-        _train(folder, "--model.z-loss-weight", weight)
+        _train(folder, "--model.z-loss-weight", weight, *_FEW)
         for folder, weight in zip(folders, Z_WEIGHTS, strict=True)
     )  # fmt: skip
     runs = {folder: f"weight {weight}" for folder, weight in zip(folders, Z_WEIGHTS, strict=True)}
