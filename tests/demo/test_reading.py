@@ -107,7 +107,7 @@ def test_answers_of_the_server(tmp_path: Path):
 
 
 def test_samples_of_the_log():
-    log = "x\n--- 'old' goes on:\nold\n---\n$ again\n"
-    log += "--- '却说' goes on:\nline one\nline two\n--- 'def ' goes on:\nf():\n---\nend"
+    log = "x\n--- 'old' continues:\nold\n---\n$ again\n"
+    log += "--- '却说' continues:\nline one\nline two\n--- 'def ' continues:\nf():\n---\nend"
     assert reading.read_samples(log) == {"却说": "line one\nline two", "def ": "f():"}
     assert reading.read_samples("nothing") == {}

@@ -43,7 +43,7 @@ def test_every_command_is_understood(name: str, command: tuple[str, ...]):
 
 def test_the_runs_fit_each_other():
     configs = {c.workdir: c for _, command in COMMANDS if command[1] == "train" for c in [parse(command)]}
-    assert set(configs) == {"base", "h32", "h48", "h64", "chat", "reward", "dpo", "rl"}
+    assert set(configs) == {*SIZES, "chat", "reward", "dpo", "rl"}
     base = configs["base"]
     for name, config in configs.items():
         assert config.resume == "auto" and config.num_steps > config.checkpoint.save_every
