@@ -8,7 +8,7 @@ from bc2_jax.demo import paper_reading as reading
 from bc2_jax.demo.stage import Stage
 from bc2_jax.demo.stages import ROWS, make_stages
 
-SHARED = ("texts", "curate", "tokenizer", "base", "chat", "reward", "rl")
+SHARED = ("texts", "curate", "tokenizer", "base", "scaling", "chat", "reward", "rl")
 """Stages of `bc2 demo --all` that the parts build on."""
 SEEDS = (0, 1)
 RATES = ("1e-2", "3e-2", "1e-1")
@@ -29,7 +29,7 @@ def make_parts() -> list[Stage]:
     """The shared stages and all parts, in the order in which they run."""
     shared = [stage for stage in make_stages() if stage.name in SHARED]
     return [
-        *shared, _waterfall(), _compression(), _positions(), _norm_head(), _max_z(), _scaling(), _curves(),
+        *shared, _waterfall(), _compression(), _positions(), _norm_head(), _max_z(), _ladder(), _curves(),
         _reward_gaps(), _alignment(), _mfu(),
     ]  # fmt: skip
 
@@ -130,12 +130,11 @@ def _max_z() -> Stage:
     )  # fmt: skip
 
 
-def _scaling() -> Stage:
+def _ladder() -> Stage:
     return Stage(
         "ladder", "Figure 4: the scaling law and its prediction of the largest model",
-        "Five small models; a law fitted to their losses predicts the sixth before it is trained.",
-        (("bc2", "train", "tiny_ladder", *ROWS, "--resume", "auto"),), ("runs",), reading.read_ladder, ("tokenizer",),
-        seconds=500,
+        "A law fitted to the losses of the demo's smaller models, and what it predicts for the largest.",
+        (), (), reading.read_ladder, ("scaling",), seconds=1,
     )  # fmt: skip
 
 

@@ -175,21 +175,21 @@ def read_max_z(workdir: Path) -> Result:
 
 
 def read_ladder(workdir: Path) -> Result:
-    (path,) = (workdir / "runs").rglob("scaling.json")
-    record = read_json(path)
-    runs = tuple((Path(run["name"]).name, f"{run['C']:.3g}", f"{run['loss']:.4f}") for run in record["runs"])
-    (target,) = record["predictions"]
-    (largest,) = sorted((workdir / "runs").rglob("metrics.jsonl"), key=lambda file: int(file.parent.name[1:]))[-1:]
-    actual, predicted = final_loss(largest.parent), float(target["loss"])
+    record = read_json(workdir / "scaling" / "scaling.json")
+    held = record["largest_left_out"]
+    rows = tuple((run["name"], f"{run['C']:.3g}", f"{run['loss']:.4f}") for run in record["runs"])
+    guess = record["runs"][-2]["loss"] / held["actual"] - 1
+    better = abs(held["error"]) < abs(guess)
     return Result(
         (
-            f"The law predicts {predicted:.4f} nats a token for the largest model, which reaches {actual:.4f}: "
-            f"{predicted / actual - 1:+.2%} off. The report predicts its 7B and 13B from models of 10 M to 3 B and "
-            "calls it accurate, without figures; its own coefficients are not printed.",
+            f"From {len(rows) - 1} smaller models the law predicts {held['predicted']:.4f} nats a token for the "
+            f"largest, which reaches {held['actual']:.4f}: {held['error']:+.2%} off, "
+            f"{'better' if better else 'not better'} than taking the loss of the next smaller one ({guess:+.2%}). The "
+            "report predicts its 7B and 13B from models of 10 M to 3 B and calls that accurate, without figures.",
         ),
-        (Table("Losses on held-out text", ("model", "training FLOPs", "nats a token"), runs),),
-        (Picture(str(path.with_name("scaling.png").relative_to(workdir)), "The law, and the model it predicts"),),
-        figures={"predicted": predicted, "actual": actual, "error": predicted / actual - 1},
+        (Table("Losses on held-out text", ("model", "training FLOPs", "nats a token"), rows),),
+        (Picture("scaling/scaling.png", "The law through the losses of the models"),),
+        figures={"predicted": held["predicted"], "actual": held["actual"], "error": held["error"]},
     )
 
 
