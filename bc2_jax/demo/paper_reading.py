@@ -38,8 +38,8 @@ def read_waterfall(workdir: Path) -> Result:
     rows.append(("kept", f"{kept:.2%}", "31.68 %"))
     return Result(
         (
-            f"We keep {kept:.0%}, the report 31.68 %: a book and two documentations have few copies of each other, "
-            "where crawls of the web consist of them. The order of the steps agrees; the shares can't at this size.",
+            f"We keep {kept:.0%}, the report 31.68 %: a novel, a manual and a library have few copies of each other, "
+            "where crawls of the web are full of them. The shares can't agree on such text.",
         ),
         (Table("Share of the raw bytes that each step removes", ("step", "ours", "the report"), tuple(rows)),),
         (Picture("curated/waterfall.png", "What each step leaves, as the report's figure"),),
@@ -54,7 +54,7 @@ def read_compression(workdir: Path) -> Result:
     rows = tuple((f"ours, {size:,} pieces", f"{rate:.3f}") for size, rate in measured)
     rows += tuple((f"{name}, {size:,} pieces (the report)", f"{rate:.3f}") for name, size, rate in _PAPER_COMPRESSION)
     falls = all(a[1] > b[1] for a, b in zip(measured, measured[1:], strict=False))
-    verdict = "falls with every larger vocabulary, as between the report's" if falls else "does not always fall"
+    verdict = "falls with every larger vocabulary" if falls else "does not fall with every larger vocabulary"
     return Result(
         (
             f"The number of tokens a character {verdict}. The values can't be compared: the report's text is mostly "
@@ -230,8 +230,9 @@ def read_reward_gaps(workdir: Path) -> Result:
     verdict = "rises with the gap, as in the report" if rises else "does not rise with every gap, unlike the report's"
     return Result(
         (
-            f"Accuracy {verdict}. Our gaps are made: an answer that repeats itself is easier to see than one that is "
-            "in the wrong language, and that than a wrong one. People's judgements are behind the report's.",
+            f"Accuracy {verdict}. The report's gaps are differences of people's scores. Ours number the kinds of "
+            "mistake (1 repeats itself, 3 is in the wrong language, 5 is wrong), and a small model notices the form of "
+            "an answer before its truth.",
         ),
         (Table("Accuracy by gap between both answers", ("gap", "pairs", "ours", "95 %", "the report"), rows),),
         (Picture("reward_report.png", "Accuracy by gap and by class"),), figures=report["by_gap"],
