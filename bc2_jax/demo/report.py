@@ -192,7 +192,7 @@ def _html_table(
 
 
 def write_docs(report: Mapping[str, Any], workdir: Path, page: Path) -> None:
-    """Writes the report as a Markdown page, its pictures beside it as PAGE_STAGE_NAME.png."""
+    """Writes the report as a Markdown page; beside it its JSON and its pictures, as PAGE_STAGE_NAME.png."""
     lines = [
         f"# {_escape(report['title'])}", "", _escape(report["intro"]), "",
         f"Written by `{report['command']} --docs docs/{page.name}`; not edited by hand.", "",
@@ -216,8 +216,12 @@ def write_docs(report: Mapping[str, Any], workdir: Path, page: Path) -> None:
             name = f"{page.stem}_{stage['name']}_{Path(picture['path']).name}"
             shutil.copyfile(workdir / picture["path"], page.parent / name)
             lines += [f"![{_escape(picture['caption'])}]({name})", ""]
-    with replaced(page) as partial:
-        partial.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    for path, text in (
+        (page, "\n".join(lines).rstrip()),
+        (page.with_suffix(".json"), json.dumps(report, indent=1, ensure_ascii=False)),
+    ):
+        with replaced(path) as partial:
+            partial.write_text(text + "\n", encoding="utf-8")
 
 
 def _markdown_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

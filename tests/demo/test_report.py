@@ -121,6 +121,7 @@ def test_the_docs_say_the_same(report: dict[str, Any], workdir: Path, tmp_path: 
     page = tmp_path / "docs" / "demo.md"
     write_docs(report, workdir, page)
     text = page.read_text(encoding="utf-8")
+    assert json.loads(page.with_suffix(".json").read_text(encoding="utf-8")) == report
     assert (page.parent / "demo_first_loss.png").read_bytes() == PIXEL and "](demo_first_loss.png)" in text
     assert "| all | 1:04 min | 1:44 min | 2.5 MB |" in text
     # Outside of code the texts mean nothing, and a table has as many cells in each row.
