@@ -3,7 +3,7 @@
 bc2 parity MODEL --reference golden.npz
 bc2 parity HF_DIR --torch --length 128
 
-MODEL is a folder in the released PyTorch layout or a checkpoint or run of ours; --torch reads the weights itself and so
+MODEL is a folder in the released PyTorch layout or a bc2_jax checkpoint or run; --torch reads the weights itself and so
 needs such a folder, HF_DIR. The reference is fp32 whatever --dtype is. Exits with 0 if the largest difference of the
 logits and that of each hidden state are within --tolerance times the reference's largest value, with 1 otherwise.
 """

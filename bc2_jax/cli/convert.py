@@ -10,7 +10,7 @@ bc2 convert from-peft PEFT_DIR CKPT --base BASE
 bc2 convert inspect PATH
 bc2 convert diff A B
 
-A path may be a PyTorch folder, a checkpoint or a run, of an adapter also a folder of PEFT; docs/conversion.md has the
+A path may be a PyTorch folder, a checkpoint or a run, of an adapter also a PEFT folder; docs/conversion.md has the
 details.
 """
 
@@ -63,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     verify = argparse.ArgumentParser(add_help=False)
     verify.add_argument("--verify", action="store_true", help="read the result again and compare every tensor")
 
-    command = commands.add_parser("to-orbax", parents=[common, verify], help="write a model as a checkpoint of ours")
+    command = commands.add_parser("to-orbax", parents=[common, verify], help="write a model as a bc2_jax checkpoint")
     command.add_argument("source", metavar="HF_DIR", type=local_path)
     command.add_argument("target", metavar="CKPT", type=local_path)
     command.add_argument("--dtype", choices=_DTYPES, help="default: as in the files")
@@ -82,11 +82,11 @@ def make_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("merge-lora", parents=[torch], help="write a model with an adapter in its weights")
     command.add_argument("source", metavar="BASE", type=local_path)
-    command.add_argument("adapter", metavar="ADAPTER", type=local_path, help="a folder of PEFT, or a LoRA run of ours")
+    command.add_argument("adapter", metavar="ADAPTER", type=local_path, help="a PEFT folder, or a bc2_jax LoRA run")
     command.add_argument("target", metavar="HF_DIR", type=local_path)
 
     command = commands.add_parser("to-peft", help="write an adapter as PEFT reads it")
-    command.add_argument("source", metavar="ADAPTER", type=local_path, help="a LoRA run of ours, or a folder of PEFT")
+    command.add_argument("source", metavar="ADAPTER", type=local_path, help="a bc2_jax LoRA run, or a PEFT folder")
     command.add_argument("target", metavar="PEFT_DIR", type=local_path)
     command.add_argument(
         "--layout", choices=("baichuan2", "llama"),
@@ -95,7 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--base", metavar="BASE", help="model that the adapter is for; default: what it says itself")
     command.add_argument("--overwrite", action="store_true", help="replace the target if we wrote all of it")
 
-    command = commands.add_parser("from-peft", help="write an adapter of PEFT as a checkpoint of ours")
+    command = commands.add_parser("from-peft", help="write a PEFT adapter as a bc2_jax checkpoint")
     command.add_argument("source", metavar="PEFT_DIR", type=local_path)
     command.add_argument("target", metavar="CKPT", type=local_path)
     command.add_argument("--base", metavar="BASE", help="model that it is for, of which only the config is read")

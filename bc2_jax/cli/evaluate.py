@@ -121,7 +121,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         raise ValueError("--checkpoints are of a run that trains all parameters: --adapter does not go with it.")
     if args.records == "parquet":
         try:
-            import pyarrow  # noqa: F401
+            import pyarrow  # noqa: F401  # only whether it can be imported
         except ImportError as error:
             raise ValueError("--records parquet needs pyarrow: pip install 'bc2_jax[data]'.") from error
 
@@ -355,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\ninterrupted: {HINT}.", file=sys.stderr)
         return leave(130)
-    except Exception:
+    except Exception:  # of any kind: other processes must not wait for this one
         traceback.print_exc()
         return leave(1)
     return 0

@@ -1,4 +1,4 @@
-"""Continues text with a model: a folder in the released PyTorch layout, or a checkpoint or run of ours.
+"""Continues text with a model: a folder in the released PyTorch layout, or a bc2_jax checkpoint or run.
 
 bc2 generate CHECKPOINT --prompt "登鹳雀楼->"
 bc2 generate CHECKPOINT --escapes --prompt "登鹳雀楼->王之涣\\n夜雨寄北->" --stop "\\n"

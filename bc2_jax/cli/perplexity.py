@@ -4,7 +4,7 @@ bc2 perplexity MODEL valid.jsonl books/ page.txt.gz
 bc2 perplexity MODEL *.zst --stride 512 --json perplexity.json
 bc2 perplexity MODEL zh.txt en.txt --language 'zh*=zh' --language 'en*=en'
 
-MODEL is a folder in the released PyTorch layout, or a checkpoint or run of ours. FILES are .jsonl, .json and .parquet,
+MODEL is a folder in the released PyTorch layout, or a bc2_jax checkpoint or run. FILES are .jsonl, .json and .parquet,
 of which a record is a text, .txt, of which a file is one, all but .parquet also .gz and .zst, folders of them, or the
 folder that the curation wrote. The language of a text is the `language` of its record, else what --language says of its
 file, else it is identified (extra `data`).

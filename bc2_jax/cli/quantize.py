@@ -3,7 +3,7 @@
 bc2 quantize MODEL OUT --int8
 bc2 quantize MODEL OUT --int4 --text held_out.jsonl books/
 
-MODEL is a folder in the released PyTorch layout, or a checkpoint or run of ours. OUT is a folder that `bc2 serve`,
+MODEL is a folder in the released PyTorch layout, or a bc2_jax checkpoint or run. OUT is a folder that `bc2 serve`,
 `generate`, `evaluate` and `perplexity` take as MODEL; it cannot be trained or converted. The table has the bytes of the
 weights, perplexity, KL divergence and how often both find the same token most likely: on --text, files as `bc2
 perplexity` reads them, else on the run's held-out rows if they exist, else on text that comes with Python.

@@ -5,7 +5,7 @@ bc2 serve MODEL --slots 16 --slot-length 2048
 bc2 serve MODEL --tensor 8 --quantize int8 --kv int8
 bc2 serve MODEL --host 0.0.0.0 --api-key-file keys.txt
 
-MODEL is a folder in the released PyTorch layout, or a checkpoint or run of ours. All programs are compiled first; until
+MODEL is a folder in the released PyTorch layout, or a bc2_jax checkpoint or run. All programs are compiled first; until
 then /health says 503. docs/serving.md has the endpoints and what they accept.
 
 The first SIGTERM or Ctrl-C drains: requests that run are completed, for --drain-seconds at most. A second one ends at

@@ -20,7 +20,7 @@ def from_record(kind: type[Config], record: dict[str, Any], prefix: str = "") ->
 
 def _value(kind: Any, value: Any, prefix: str) -> Any:
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        return from_record(kind, value, prefix)  # type: ignore[arg-type]
+        return from_record(kind, value, prefix)  # type: ignore[arg-type]  # any dataclass
     if get_origin(kind) is tuple and isinstance(value, (list, tuple)):
         return tuple(_value(get_args(kind)[0], item, prefix) for item in value)
     return value
