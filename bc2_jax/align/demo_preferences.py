@@ -82,7 +82,7 @@ def make_pairs(tasks: Sequence[Sequence[Mapping[str, str]]], seed: int = 0) -> l
     pairs = []
     for question, answer in tasks:
         text, right = question["content"], answer["content"]
-        # None if there is no such answer.
+        # None where a question has no worse answer of that kind.
         worse = {
             "wrong": wrong_answer(text, right, rng),
             "other language": _TRANSLATION.get(right),

@@ -104,7 +104,7 @@ def can_identify() -> bool:
 
 
 def identify(texts: list[str], said: list[str]) -> list[str]:
-    """The language of each text, by what is said about it, also where that is no code we know, else by the text."""
+    """The language of each text: the one its record states, even if unknown to us, otherwise detected from the text."""
     from bc2_jax.curate import languages
 
     found = [languages.known_language(one) or one for one in said]

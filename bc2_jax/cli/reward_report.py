@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
     if len(invalid) > 5:
         errors.print(f"left out: {len(invalid):,} records in all")
     if not found:
-        raise ValueError(f"PAIRS: there is no preference pair in {', '.join(map(str, args.pairs))}.")
+        raise ValueError(f"PAIRS has no preference pair: {', '.join(map(str, args.pairs))}.")
     mesh = None if args.tensor is None else make_mesh(MeshConfig(tensor=args.tensor))
     scorer = Scorer.load(args.model, dtype=args.dtype, mesh=mesh, rows=args.rows)
     class_fields = CLASS_FIELDS if args.class_field is None else (args.class_field,)

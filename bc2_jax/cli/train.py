@@ -79,8 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ArithmeticError) as error:
         print(f"error: {error}", file=sys.stderr)
         distributed.leave(distributed.EXIT_LOST if isinstance(error, InterruptedSave) else distributed.EXIT_ERROR)
-    except Exception:
-        # Also when another process is gone: JAX says which.
+    except Exception:  # of any kind, also that another process is gone: the exit code must say so
         traceback.print_exc()
         several = jax.distributed.is_initialized()
         distributed.leave(distributed.EXIT_LOST if several else distributed.EXIT_ERROR)

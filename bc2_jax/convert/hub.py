@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from bc2_jax.files import file_sha256
 from bc2_jax.validation import require_local
 
 _ID = re.compile(r"([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
@@ -121,12 +122,12 @@ def _download_file(name: str, revision: str | None, commit: str, file: Any, is_n
 
 def _digest(place: Path, file: Any) -> str | None:
     """The checksum of a file if it is not the one that the hub states; that of Git for files that are not large."""
-    with place.open("rb") as stream:
-        if file.lfs is not None:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
-            return None if found == file.lfs.sha256 else found
-        git = hashlib.sha1(b"blob %d\0" % place.stat().st_size + stream.read(), usedforsecurity=False).hexdigest()
-        return None if file.blob_id in (None, git) else git
+    if file.lfs is not None:
+        found = file_sha256(place)
+        return None if found == file.lfs.sha256 else found
+    content = place.read_bytes()
+    git = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+    return None if file.blob_id in (None, git) else git
 
 
 def _choose(given: str, files: dict[str, Any]) -> list[Any]:

@@ -115,7 +115,7 @@ def find_critic(path: str | Path) -> FoundRewardModel:
 
 
 def read_statistics(checkpoint: Path) -> dict[str, float] | None:
-    """Recorded statistics of rewards of held-out answers; None if there are no usable ones."""
+    """Recorded statistics of rewards of held-out answers; None if they are missing or unusable."""
     try:
         record = json.loads((checkpoint.parent.parent / STATISTICS_NAME).read_bytes())[checkpoint.name]
         found = {name: float(record[name]) for name in ("mean", "std", "answers")}

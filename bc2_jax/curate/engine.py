@@ -6,6 +6,7 @@ Work that compares documents is a dataframe of hashes and numbers. Text never mo
 
 from __future__ import annotations
 
+import abc
 import atexit
 import dataclasses
 import json
@@ -117,20 +118,20 @@ class Run:
     config: CurationConfig
 
 
-class Stage:
+class Stage(abc.ABC):
     """A step of the pipeline. It reads folders of earlier stages and writes to `run.work / name`."""
 
     name: str
 
+    @abc.abstractmethod
     def settings(self, config: CurationConfig) -> Any:
         """What the result depends on besides the stage before: JSON."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def run(self, runner: Runner) -> Any:
         """Does the work and returns the result as JSON."""
-        raise NotImplementedError
 
-    def clear(self, run: Run) -> None:
+    def clear(self, run: Run) -> None:  # noqa: B027  # most stages write nothing there
         """Removes what an earlier run with other settings wrote outside the stage's folder."""
 
     def is_intact(self, runner: Runner, result: Any) -> bool:

@@ -1,7 +1,7 @@
 """N-grams as 64-bit hashes: a set, a table and a scan that find known n-grams in token streams.
 
-Tokens may be token ids, code points or hashes of words. Unrelated n-grams share a hash with a chance of 2^-64; there
-is no defence against text that was made to collide.
+Tokens may be token ids, code points or hashes of words. Unrelated n-grams share a hash with a chance of 2^-64;
+text that was constructed to collide is not detected.
 """
 
 from __future__ import annotations

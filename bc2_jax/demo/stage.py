@@ -48,7 +48,7 @@ class Stage:
     about: str
     """What is done and why, in a sentence or two."""
     commands: tuple[tuple[str, ...], ...]
-    """Words of each command. The first is "bc2", for a subcommand of ours, or "python"."""
+    """Words of each command. The first is "bc2", for one of our subcommands, or "python"."""
     outputs: tuple[str, ...]
     """Files and folders that it makes, relative to the workdir: removed before it is repeated with other settings."""
     read: Callable[[Path], Result]

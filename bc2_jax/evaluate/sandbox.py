@@ -43,7 +43,7 @@ _KEPT_CHARACTERS = 4000
 
 
 class SandboxError(RuntimeError):
-    """There is no working sandbox, so nothing is known about the program."""
+    """The sandbox does not work here, so the program was not judged."""
 
 
 class Outcome(NamedTuple):
