@@ -25,7 +25,8 @@ def check_extras(needed: Mapping[str, str]) -> None:
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         extras = ",".join(dict.fromkeys(needed[name] for name in missing))
-        raise ValueError(f"{', '.join(missing)} is missing: pip install 'bc2_jax[{extras}]'.")
+        names = ", ".join(missing)
+        raise ValueError(f"not installed: {names}; pip install 'bc2_jax[{extras}]', or choose other stages.")
 
 
 def run_and_report(stages: Sequence[Stage], workdir: Path, docs: Path | None, about: About, again: str) -> None:

@@ -30,7 +30,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("daft", "gguf") else find(name))
     assert demo.main(["--all"]) == 1
-    assert "daft, gguf is missing: pip install 'bc2_jax[data,gguf]'" in capsys.readouterr().err
+    assert "not installed: daft, gguf; pip install 'bc2_jax[data,gguf]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
