@@ -28,6 +28,7 @@ from bc2_jax.sharding import (
     reduce_scatter,
     reshard,
     rules_in_use,
+    scatterable_columns,
     spec,
     use_rules,
 )
@@ -111,6 +112,11 @@ def _linear_forward(equation: str, rules: ShardingRules, x: Array, w: Array) -> 
     return y.astype(x.dtype), (x, w)
 
 
+def _pad_columns(x: Array, dims: str, columns: int) -> Array:
+    """`x` with its feed-forward columns, if `dims` has them, padded with zeros to `columns`."""
+    return jnp.pad(x, [(0, columns - size if dim == "F" else 0) for dim, size in zip(dims, x.shape, strict=True)])
+
+
 def _linear_backward(equation, rules, residuals, dy):
     x, w = residuals
     x_dims, w_dims, y_dims = split_equation(equation)
@@ -134,8 +140,16 @@ def _linear_backward(equation, rules, residuals, dy):
         if x_sharding is None:
             dw = weight_gradient(x, dy)
         else:
+
+            def scattered_gradient(x: Array, dy: Array) -> Array:
+                columns = dict(zip(x_dims + y_dims, x.shape + dy.shape, strict=True)).get("F", 0)
+                padded = scatterable_columns(w.shape[w_dims.index("D")], columns)
+                x, dy = (_pad_columns(z, dims, padded) for z, dims in ((x, x_dims), (dy, y_dims)))
+                dw = reduce_scatter(weight_gradient(x, dy), *weight_axes(equation))
+                return jax.lax.slice_in_dim(dw, 0, columns, axis=w_dims.index("F")) if padded > columns else dw
+
             dw = jax.shard_map(
-                lambda x, dy: reduce_scatter(weight_gradient(x, dy), *weight_axes(equation)),
+                scattered_gradient,
                 in_specs=(x_sharding.spec, spec(*(ACTIVATION_AXES[letter] for letter in y_dims))),
                 out_specs=spec(*weight_axes(equation)),
             )(x, dy)
