@@ -25,6 +25,7 @@ from bc2_jax.sharding import (
     ShardingRules,
     gather,
     named_sharding,
+    parts,
     reduce_scatter,
     reshard,
     rules_in_use,
@@ -140,10 +141,10 @@ def _linear_backward(equation, rules, residuals, dy):
         if x_sharding is None:
             dw = weight_gradient(x, dy)
         else:
+            columns = w.shape[w_dims.index("F")] // parts("ffn") if "F" in w_dims else 0  # of one device
+            padded = scatterable_columns(w.shape[w_dims.index("D")], columns)
 
             def scattered_gradient(x: Array, dy: Array) -> Array:
-                columns = dict(zip(x_dims + y_dims, x.shape + dy.shape, strict=True)).get("F", 0)
-                padded = scatterable_columns(w.shape[w_dims.index("D")], columns)
                 x, dy = (_pad_columns(z, dims, padded) for z, dims in ((x, x_dims), (dy, y_dims)))
                 dw = reduce_scatter(weight_gradient(x, dy), *weight_axes(equation))
                 return jax.lax.slice_in_dim(dw, 0, columns, axis=w_dims.index("F")) if padded > columns else dw
