@@ -68,14 +68,14 @@ class GroupedQueryAttention(SelfAttention):
         std = config.initializer_range
         self.k_proj, self.v_proj = (Linear.random("BTD,DNH->BTNH", shape, std, rngs=rngs) for _ in range(2))
 
-    def _attend(self, q: Array, k: Array, v: Array, tokens: Tokens) -> Array:
+    def _attend(self, q: Array, k: Array, v: Array, tokens: Tokens, rope: tuple[Array, Array] | None = None) -> Array:
         B, T, N, H = q.shape
 
         def repeat(x: Array) -> Array:
             K = x.shape[2]
             return jnp.broadcast_to(x[:, :, :, None], (B, T, K, N // K, H)).reshape(q.shape)
 
-        return super()._attend(q, repeat(k), repeat(v), tokens)
+        return super()._attend(q, repeat(k), repeat(v), tokens, rope)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

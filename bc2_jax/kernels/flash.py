@@ -24,6 +24,8 @@ from bc2_jax.kernels.flash_tokens import alibi_positions, plan_forward
 
 HEAD_SIZES = (64, 128)
 """Head sizes that the compiled kernels support."""
+ROTATED_LENGTH = 8192
+"""Longest row that the kernels rotate (RoPE) themselves: they keep its cosines and sines in vector memory."""
 
 
 class _Static(NamedTuple):
@@ -35,12 +37,13 @@ class _Static(NamedTuple):
 
 def flash_attention(
     q_BTNH: Array, k_BTNH: Array, v_BTNH: Array, tokens: Tokens, slopes_N: Array | None, *,
-    blocks: BlockSizes | None = None, interpret: bool = False,
+    rope: tuple[Array, Array] | None = None, blocks: BlockSizes | None = None, interpret: bool = False,
 ) -> Array:  # fmt: skip
     """Causal self-attention within segments, differentiable in q, k and v (FlashAttention-2, arXiv 2307.08691).
 
     q, k, v: [B, T, N, H], all bf16 or all fp32; any T; H is 64 or 128. `slopes_N` are ALiBi slopes (arXiv 2108.12409),
-    fp32 [N]; with None, q and k must already be rotated (RoPE). `blocks` defaults to the table of `blocks.py` for the
+    fp32 [N]; with None, `rope` (`model.position.make_rope`, fp32 [B, T, 1, H] twice) rotates q and k in the kernels if
+    `rotates`; without it they must already be rotated. `blocks` defaults to the table of `blocks.py` for the
     chip of the mesh in use. `interpret` runs the kernels without a TPU, for tests, with any H. Scores, softmax and sums
     are fp32. Returns [B, T, N, H] in the dtype of v.
 
@@ -66,15 +69,33 @@ def flash_attention(
     if slopes_N is not None:
         positions = jnp.pad(alibi_positions(tokens).astype(jnp.int32), ((0, 0), (0, pad)))
         slopes = slopes_N.astype(jnp.float32) * LOG2_E
+    tables: tuple[Array, ...] = ()
+    if rope is not None:
+        padded = (jnp.pad(x[:, :, 0], ((0, 0), (0, pad), (0, 0))) for x in rope)
+        tables = tuple(x.reshape(x.shape[0], -1, blocks.forward, H) for x in padded)
     static = _Static(blocks, slopes_N is not None, H**-0.5, interpret)
-    out_BNTH = _flash(q, k, v, segments, positions, slopes, static)
+    out_BNTH = _flash(q, k, v, segments, positions, slopes, tables, static)
     return jnp.swapaxes(out_BNTH[:, :, :T], 1, 2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _flash(q: Array, k: Array, v: Array, segments: Array, positions: Array, slopes: Array, static: _Static) -> Array:
-    """q, k, v, result [B, N, T, H], T in whole blocks; segments and positions [B, T]; slopes times log2(e)."""
-    return _forward(q, k, v, segments, positions, slopes, static)[0]
+def rotates(length: int, head_dim: int) -> bool:
+    """Whether the kernels apply RoPE themselves, which spares a pass over q and k in device memory each way."""
+    return head_dim == 128 and length <= ROTATED_LENGTH
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _flash(
+    q: Array, k: Array, v: Array, segments: Array, positions: Array, slopes: Array, rope: tuple[Array, ...],
+    static: _Static,
+) -> Array:  # fmt: skip
+    """q, k, v, result [B, N, T, H], T in whole blocks; segments and positions [B, T]; slopes times log2(e); rope: () or
+    two tables [B, blocks, block, H]."""
+    return _forward(q, k, v, segments, positions, slopes, rope, static)[0]
+
+
+def _blocked(rope: tuple[Array, ...], block: int) -> tuple[Array, ...]:
+    """The tables in blocks of another size."""
+    return tuple(x.reshape(x.shape[0], -1, block, x.shape[3]) for x in rope)
 
 
 def _rows(segments: Array, positions: Array, block: int) -> Array:
@@ -82,30 +103,30 @@ def _rows(segments: Array, positions: Array, block: int) -> Array:
     return jnp.stack([x.reshape(x.shape[0], -1, block) for x in (segments, positions)], axis=2)
 
 
-def _forward(q, k, v, segments, positions, slopes, static: _Static):
+def _forward(q, k, v, segments, positions, slopes, rope, static: _Static):
     sizes = static.blocks
     plan = plan_forward(segments, positions, sizes.forward)
     out, lse = forward(
-        q, k, v, _rows(segments, positions, sizes.forward), slopes, plan,
+        q, k, v, _rows(segments, positions, sizes.forward), slopes, plan, _blocked(rope, sizes.forward),
         chunk=sizes.forward_chunk, alibi=static.alibi, scale=static.scale, vmem_bytes=sizes.vmem_mib << 20,
         interpret=static.interpret,
     )  # fmt: skip
     out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention_lse")
-    return out, (q, k, v, segments, positions, slopes, out, lse)
+    return out, (q, k, v, segments, positions, slopes, rope, out, lse)
 
 
 def _backward(static: _Static, residuals, d_out: Array):
-    q, k, v, segments, positions, slopes, out, lse = residuals
+    q, k, v, segments, positions, slopes, rope, out, lse = residuals
     sizes = static.blocks
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
     gradients = backward(
-        q, k, v, d_out, lse, delta, _rows(segments, positions, sizes.backward), slopes,
+        q, k, v, d_out, lse, delta, _rows(segments, positions, sizes.backward), slopes, _blocked(rope, sizes.backward),
         span=max(1, sizes.span // sizes.backward), chunk=sizes.backward_chunk,
         diagonal_chunk=sizes.backward_diagonal_chunk, alibi=static.alibi, scale=static.scale,
         vmem_bytes=sizes.vmem_mib << 20, interpret=static.interpret,
     )  # fmt: skip
-    # Segments, positions and slopes are not parameters.
-    return *gradients, None, None, None
+    # Segments, positions, slopes and angles are not parameters.
+    return *gradients, None, None, None, jax.tree.map(lambda _: None, rope)
 
 
 _flash.defvjp(_forward, _backward)

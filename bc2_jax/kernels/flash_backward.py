@@ -19,7 +19,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from bc2_jax.kernels.flash_tiles import LOG2_E, broadcast_columns, keep_causal, keep_visible, matmul, output
+from bc2_jax.kernels.flash_tiles import LOG2_E, broadcast_columns, keep_causal, keep_visible, matmul, output, rotate
 from bc2_jax.kernels.flash_tokens import Plan, fetched, kind, kind_of, plan_backward
 
 
@@ -27,11 +27,13 @@ def _kernel(
     # Scalars: what to do in each step (flash_tokens.Plan), ALiBi slopes times log2(e).
     query_blocks, key_blocks, steps, anchors, slopes,
     # Blocks [block, H] four times; of the head log-sum-exp and delta, of the row segments and positions, both
-    # [blocks, 2, block].
-    q_ref, k_ref, v_ref, d_out_ref, stats_ref, rows_ref,
+    # [blocks, 2, block]; with RoPE cos and signed sin of the row, fp32 [blocks, block, H].
+    q_ref, k_ref, v_ref, d_out_ref, stats_ref, rows_ref, rope_refs,
     dq_ref, dk_ref, dv_ref,
     # fp32: dq of the span [span, H], dk and dv of the block of keys, its part of the ALiBi bias down [block, lanes].
     dq_sum, dk_sum, dv_sum, bias_ref,
+    # With RoPE: the blocks of queries and of keys, rotated.
+    rotated_refs,
     *, start: int, stop: int, chunk: int, diagonal_chunk: int, alibi: bool, scale: float,
 ) -> None:  # fmt: skip
     b, n, step = pl.program_id(0), pl.program_id(1), pl.program_id(2)
@@ -44,8 +46,19 @@ def _kernel(
         """ALiBi of the tokens of a block, [1, block], counted from the middle of the block of keys."""
         return slopes[n] * (rows_ref[of, 1:] - anchors[b * rows_ref.shape[0] + j]).astype(jnp.float32)
 
+    if rope_refs:
+        q_used, k_used = rotated_refs
+        cos_ref, sin_ref = rope_refs
+    else:
+        q_used, k_used = q_ref, k_ref
+
+    def unrotated(gradient: Array, of: Array) -> Array:
+        return rotate(gradient, cos_ref[of], -sin_ref[of]) if rope_refs else gradient
+
     @pl.when(i == jnp.maximum(j, start))
     def _() -> None:
+        if rope_refs:
+            k_used[...] = rotate(k_ref[...], cos_ref[j], sin_ref[j]).astype(k_ref.dtype)
         dk_sum[...] = jnp.zeros_like(dk_sum)
         dv_sum[...] = jnp.zeros_like(dv_sum)
         if alibi:
@@ -60,12 +73,14 @@ def _kernel(
         lse_1T = stats_ref[i, :1]
         if alibi:
             lse_1T += bias(i)
+        if rope_refs:
+            q_used[...] = rotate(q_ref[...], cos_ref[i], sin_ref[i]).astype(q_ref.dtype)
         size = diagonal_chunk if diagonal else chunk
         for first in range(0, block, size):
             queries = slice(first, first + size)
             # Keys right of the diagonal are skipped; only the square on it needs a mask.
             keys = slice(0, first + size if diagonal else block)
-            q_TH, d_out_TH, k_SH, v_SH = q_ref[queries], d_out_ref[queries], k_ref[keys], v_ref[keys]
+            q_TH, d_out_TH, k_SH, v_SH = q_used[queries], d_out_ref[queries], k_used[keys], v_ref[keys]
             s_ST = matmul(k_SH, q_TH, (1, 1)) * (scale * LOG2_E)
             if alibi:
                 s_ST += jnp.tile(bias_ref[keys], (1, size // bias_ref.shape[1]))
@@ -86,11 +101,12 @@ def _kernel(
 
     @pl.when(i == stop - 1)
     def _() -> None:
-        dk_ref[...] = (dk_sum[...] * scale).astype(dk_ref.dtype)
+        dk_ref[...] = (unrotated(dk_sum[...], j) * scale).astype(dk_ref.dtype)
         dv_ref[...] = dv_sum[...].astype(dv_ref.dtype)
         # Queries of block j see no later keys. Before j reaches the span, its first block is written but not yet sent.
-        done = pl.multiple_of((jnp.maximum(j, start) - start) * block, block)
-        dq_ref[...] = (dq_sum[pl.ds(done, block), :] * scale).astype(dq_ref.dtype)
+        done = jnp.maximum(j, start)
+        first = pl.multiple_of((done - start) * block, block)
+        dq_ref[...] = (unrotated(dq_sum[pl.ds(first, block), :], done) * scale).astype(dq_ref.dtype)
 
 
 @functools.partial(
@@ -98,12 +114,14 @@ def _kernel(
 )
 def backward(
     q: Array, k: Array, v: Array, d_out: Array, lse: Array, delta: Array, rows: Array, slopes: Array,
+    rope: tuple[Array, ...] = (),
     *, span: int, chunk: int, diagonal_chunk: int, alibi: bool, scale: float, vmem_bytes: int, interpret: bool,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """dq, dk and dv, each [B, N, T, H] in its operand's dtype.
 
     q, k, v, d_out [B, N, T, H]; lse in units of log2 and delta fp32 [B, N, T]; rows int32 [B, blocks, 2, block]
-    (segments, ALiBi positions); slopes fp32 [N] times log2(e). `span` is the number of blocks of queries per call.
+    (segments, ALiBi positions); slopes fp32 [N] times log2(e); rope: as for the forward pass. `span`
+    is the number of blocks of queries per call.
     """
     B, N, T, H = q.shape
     blocks, block = rows.shape[1], rows.shape[3]
@@ -113,7 +131,7 @@ def backward(
     def call(start: int, stop: int, dtype) -> tuple[Array, Array, Array]:
         plan = plan_backward(segments, positions, block, start, stop)
         return backward_span(
-            q, k, v, d_out, stats, rows, slopes, plan, start=start, stop=stop, dtype=dtype,
+            q, k, v, d_out, stats, rows, slopes, plan, rope, start=start, stop=stop, dtype=dtype,
             chunk=chunk, diagonal_chunk=diagonal_chunk, alibi=alibi, scale=scale, vmem_bytes=vmem_bytes,
             interpret=interpret,
         )  # fmt: skip
@@ -133,6 +151,7 @@ def backward(
 
 def backward_span(
     q: Array, k: Array, v: Array, d_out: Array, stats: Array, rows: Array, slopes: Array, plan: Plan,
+    rope: tuple[Array, ...] = (),
     *, start: int, stop: int, dtype, chunk: int, diagonal_chunk: int, alibi: bool, scale: float, vmem_bytes: int,
     interpret: bool,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
@@ -157,6 +176,7 @@ def backward_span(
     q_spec, k_spec, dq_spec = (pl.BlockSpec((None, None, block, H), index) for index in (query, key, dq_index))
     stats_spec = pl.BlockSpec((None, None, blocks, 2, block), lambda b, n, *_: (b, n, 0, 0, 0))
     row_spec = pl.BlockSpec((None, blocks, 2, block), lambda b, *_: (b, 0, 0, 0))
+    rope_spec = pl.BlockSpec((None, blocks, block, H), lambda b, *_: (b, 0, 0, 0))
     scores = B * N * num_steps * block * block
     dtypes = q.dtype, dtype or k.dtype, dtype or v.dtype
     lengths = (stop - start) * block, stop * block, stop * block
@@ -170,13 +190,14 @@ def backward_span(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
             grid=(B, N, num_steps),
-            in_specs=[q_spec, k_spec, k_spec, q_spec, stats_spec, row_spec],
+            in_specs=[q_spec, k_spec, k_spec, q_spec, stats_spec, row_spec, tuple(rope_spec for _ in rope)],
             out_specs=[dq_spec, k_spec, k_spec],
             scratch_shapes=[
                 pltpu.VMEM((lengths[0], H), jnp.float32),
                 pltpu.VMEM((block, H), jnp.float32),
                 pltpu.VMEM((block, H), jnp.float32),
                 pltpu.VMEM((block, math.gcd(chunk, diagonal_chunk, 128)), jnp.float32),
+                tuple(pltpu.VMEM((block, H), q.dtype) for _ in rope),
             ],
         ),
         out_shape=[output((B, N, length, H), kind, q) for length, kind in zip(lengths, dtypes, strict=True)],
@@ -185,4 +206,4 @@ def backward_span(
         ),
         cost_estimate=pl.CostEstimate(flops=10 * scores * H, transcendentals=scores, bytes_accessed=B * N * moved),
         interpret=interpret,
-    )(*plan, slopes, q, k, v, d_out, stats, rows)
+    )(*plan, slopes, q, k, v, d_out, stats, rows, rope)

@@ -12,19 +12,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from bc2_jax.kernels.attention import MASKED
-from bc2_jax.kernels.flash_tiles import LOG2_E, keep_causal, keep_visible, matmul, output
+from bc2_jax.kernels.flash_tiles import LOG2_E, keep_causal, keep_visible, matmul, output, rotate
 from bc2_jax.kernels.flash_tokens import Plan, fetched, kind, kind_of
 
 
 def _kernel(
     # Scalars: what to do in each step (flash_tokens.Plan), ALiBi slopes times log2(e).
     query_blocks, key_blocks, steps, anchors, slopes,
-    # Blocks [block, H] three times, segments and positions of the row [blocks, 2, block].
-    q_ref, k_ref, v_ref, rows_ref,
+    # Blocks [block, H] three times; of the row, segments and positions [blocks, 2, block] and with RoPE cos and signed
+    # sin, fp32 [blocks, block, H].
+    q_ref, k_ref, v_ref, rows_ref, rope_refs,
     # Results [block, H], and of the head [blocks, 1, block].
     out_ref, lse_ref,
     # fp32, for the block of queries: the result before division [block, H], largest score and total [block, lanes].
     out_sum, peak_ref, total_ref,
+    # With RoPE: the blocks of queries and of keys, rotated.
+    rotated_refs,
     *, chunk: int, alibi: bool, scale: float,
 ) -> None:  # fmt: skip
     b, n, step = pl.program_id(0), pl.program_id(1), pl.program_id(2)
@@ -42,18 +45,28 @@ def _kernel(
         anchor = anchors[b * rows_ref.shape[0] + i]
         return slopes[n] * (rows_ref[of, 1:] - anchor).astype(jnp.float32)
 
+    if rope_refs:
+        q_used, k_used = rotated_refs
+        cos_ref, sin_ref = rope_refs
+    else:
+        q_used, k_used = q_ref, k_ref
+
     @pl.when(j == 0)
     def _() -> None:
+        if rope_refs:
+            q_used[...] = rotate(q_ref[...], cos_ref[i], sin_ref[i]).astype(q_ref.dtype)
         out_sum[...] = jnp.zeros_like(out_sum)
         peak_ref[...] = jnp.full_like(peak_ref, MASKED)
         total_ref[...] = jnp.zeros_like(total_ref)
 
     def visit(*, diagonal: bool, mixed: bool) -> None:
         bias_1S = bias(j) if alibi else None
+        if rope_refs:
+            k_used[...] = rotate(k_ref[...], cos_ref[j], sin_ref[j]).astype(k_ref.dtype)
         for first in range(0, block, chunk):
             queries = slice(first, first + chunk)
             S = first + chunk if diagonal else block
-            s_TS = matmul(q_ref[queries], k_ref[:S], (1, 1)) * (scale * LOG2_E)
+            s_TS = matmul(q_used[queries], k_used[:S], (1, 1)) * (scale * LOG2_E)
             if bias_1S is not None:
                 s_TS += bias_1S[:, :S]
             if mixed:
@@ -101,12 +114,13 @@ def across(column: Array, width: int) -> Array:
 # pallas_call.
 @functools.partial(jax.jit, static_argnames=("chunk", "alibi", "scale", "vmem_bytes", "interpret"))
 def forward(
-    q: Array, k: Array, v: Array, rows: Array, slopes: Array, plan: Plan,
+    q: Array, k: Array, v: Array, rows: Array, slopes: Array, plan: Plan, rope: tuple[Array, ...] = (),
     *, chunk: int, alibi: bool, scale: float, vmem_bytes: int, interpret: bool,
 ) -> tuple[Array, Array]:  # fmt: skip
     """The result [B, N, T, H] in the dtype of v, and the log-sum-exp fp32 [B, N, T] in units of log2.
 
-    q, k, v [B, N, T, H]; rows int32 [B, blocks, 2, block] (segments, ALiBi positions); slopes fp32 [N] times log2(e).
+    q, k, v [B, N, T, H]; rows int32 [B, blocks, 2, block] (segments, ALiBi positions); slopes fp32 [N] times log2(e);
+    rope: nothing, or cos and signed sin fp32 [B, blocks, block, H] by which q and k are rotated here.
     The log-sum-exp includes the bias slope * (key position - query position); it is 0 for a query that sees nothing.
     """
     B, N, T, H = q.shape
@@ -123,6 +137,7 @@ def forward(
 
     q_spec, k_spec = (pl.BlockSpec((None, None, block, H), index) for index in (query, key))
     row_spec = pl.BlockSpec((None, blocks, 2, block), lambda b, *_: (b, 0, 0, 0))
+    rope_spec = pl.BlockSpec((None, blocks, block, H), lambda b, *_: (b, 0, 0, 0))
     lse_spec = pl.BlockSpec((None, None, blocks, 1, block), lambda b, n, *_: (b, n, 0, 0, 0))
     scores = B * N * num_steps * block * block
     moved = 2 * num_steps * block * H * k.dtype.itemsize + 2 * T * H * q.dtype.itemsize + 4 * T
@@ -132,12 +147,13 @@ def forward(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
             grid=(B, N, num_steps),
-            in_specs=[q_spec, k_spec, k_spec, row_spec],
+            in_specs=[q_spec, k_spec, k_spec, row_spec, tuple(rope_spec for _ in rope)],
             out_specs=[q_spec, lse_spec],
             scratch_shapes=[
                 pltpu.VMEM((block, H), jnp.float32),
                 pltpu.VMEM((block, lanes), jnp.float32),
                 pltpu.VMEM((block, lanes), jnp.float32),
+                tuple(pltpu.VMEM((block, H), q.dtype) for _ in rope),
             ],
         ),
         out_shape=[output(q.shape, v.dtype, q), output((B, N, blocks, 1, block), jnp.float32, q)],
@@ -146,5 +162,5 @@ def forward(
         ),
         cost_estimate=pl.CostEstimate(flops=4 * scores * H, transcendentals=scores, bytes_accessed=B * N * moved),
         interpret=interpret,
-    )(*plan, slopes, q, k, v, rows)
+    )(*plan, slopes, q, k, v, rows, rope)
     return out, lse.reshape(B, N, T)

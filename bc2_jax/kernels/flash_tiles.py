@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental.pallas import tpu as pltpu
 
 from bc2_jax.kernels.attention import MASKED
 from bc2_jax.kernels.segments import trunk_of
@@ -51,6 +52,13 @@ def keep_causal(s: Array, first: int, key_axis: int) -> Array:
     key, query = (jax.lax.broadcasted_iota(jnp.int32, corner.shape, axis) for axis in (key_axis, 1 - key_axis))
     corner = jnp.where(key <= query, corner, MASKED)
     return jnp.concatenate([jax.lax.slice_in_dim(s, 0, first, axis=key_axis), corner], key_axis) if first else corner
+
+
+def rotate(x: Array, cos: Array, signed_sin: Array) -> Array:
+    """RoPE in fp32 on [T, H] as in `model.position.apply_rope`: pairs (i, i + H / 2), `signed_sin` negated in the first
+    half. With -`signed_sin` the inverse."""
+    x = x.astype(jnp.float32)
+    return x * cos + pltpu.roll(x, x.shape[1] // 2, 1) * signed_sin
 
 
 def output(shape: tuple[int, ...], dtype, like: Array) -> jax.ShapeDtypeStruct:

@@ -34,10 +34,11 @@ class SelfAttention(nnx.Module):
 
     def __call__(self, x_BTD: Array, tokens: Tokens, rope: tuple[Array, Array] | None) -> Array:
         """[B, T, D] -> [B, T, D] of whole sequences."""
-        q, k, v = self._project(x_BTD, rope)
+        inside = rope is not None and self._rotates_inside(x_BTD.shape[1])
+        q, k, v = self._project(x_BTD, None if inside else rope)
         tokens = Tokens(*(reshard(x, "batch", None) for x in tokens))
         with jax.named_scope("attention"):
-            out = self._attend(q, k, v, tokens)
+            out = self._attend(q, k, v, tokens, rope if inside else None)
         return self._merge_heads(out)
 
     def extend(
@@ -62,23 +63,35 @@ class SelfAttention(nnx.Module):
         out = reshard(out, "batch", "sequence", "heads", "head_dim")
         return checkpoint_name(self.o_proj(out), "o")
 
-    def _attend(self, q: Array, k: Array, v: Array, tokens: Tokens) -> Array:
-        """The kernel on each device's heads of whole sequences; slopes are sharded like the heads."""
+    def _rotates_inside(self, length: int) -> bool:
+        """Whether the kernel applies RoPE itself."""
+        if self.compute.attention != "flash":
+            return False
+        from bc2_jax.kernels.flash import rotates  # Pallas takes most of a second to import
 
-        def kernel(q, k, v, tokens, slopes):
+        return rotates(length, self.config.head_dim)
+
+    def _attend(self, q: Array, k: Array, v: Array, tokens: Tokens, rope: tuple[Array, Array] | None = None) -> Array:
+        """The kernel on each device's heads of whole sequences; slopes are sharded like the heads. `rope` if q and k
+        are not rotated yet."""
+
+        def kernel(q, k, v, tokens, slopes, rope):
             if self.compute.attention == "flash":
                 from bc2_jax.kernels.flash import flash_attention  # Pallas takes most of a second to import
 
-                return flash_attention(q, k, v, tokens, slopes)
+                return flash_attention(q, k, v, tokens, slopes, rope=rope)
             if self.compute.attention == "reference":
                 return reference_attention(q, k, v, tokens, slopes)
             return chunked_attention(q, k, v, tokens, slopes, block=self.compute.attention_block)
 
-        arguments = (q, k, v, tokens, self._slopes())
+        if rope is not None:
+            rope = (reshard(rope[0], "batch", None, None, None), reshard(rope[1], "batch", None, None, None))
+        arguments = (q, k, v, tokens, self._slopes(), rope)
         if named_sharding() is None:
             return kernel(*arguments)
         heads = spec("batch", None, "attention_heads", "head_dim")
-        in_specs = (heads, heads, heads, spec("batch", None), spec("attention_heads"))
+        rows = spec("batch", None)
+        in_specs = (heads, heads, heads, rows, spec("attention_heads"), rows)
         return jax.shard_map(kernel, in_specs=in_specs, out_specs=heads)(*arguments)
 
     def _append_and_attend(

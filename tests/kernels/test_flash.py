@@ -14,9 +14,9 @@ from jax.sharding import PartitionSpec as P
 
 from bc2_jax.kernels.attention import Tokens, reference_attention
 from bc2_jax.kernels.blocks import TABLE, BlockSizes, choose_blocks
-from bc2_jax.kernels.flash import flash_attention
+from bc2_jax.kernels.flash import flash_attention, rotates
 from bc2_jax.kernels.flash_tokens import SKIP, alibi_positions, fetched, kind, kind_of, plan_backward, plan_forward
-from bc2_jax.model.position import alibi_slopes
+from bc2_jax.model.position import alibi_slopes, apply_rope, make_rope
 from tests.kernels.test_attention import KINDS, check_branches_alone, make_tokens, random_inputs
 
 SMALL = BlockSizes(16, 8, 16, 16, 8, span=1024, vmem_mib=16)
@@ -46,6 +46,27 @@ def assert_close(result, expected, out: float, gradient: float):
     assert np.abs(result[0] - expected[0]).max() < out
     for got, wanted in zip(result[1:], expected[1:], strict=True):
         assert np.abs(got - wanted).max() <= gradient * max(np.abs(wanted).max(), 0.1)
+
+
+@settings(max_examples=8)
+@given(
+    T=st.integers(1, 50), H=st.sampled_from([8, 16]), kind=st.sampled_from(KINDS), seed=st.integers(0, 99),
+    sizes=st.sampled_from([(16, 8, 16, 16, 8, 64), (32, 16, 16, 8, 8, 64), (16, 16, 32, 8, 16, 32), (8,) * 5 + (16,)]),
+)  # fmt: skip
+def test_rope_inside_equals_rope_before(T: int, H: int, kind: str, seed: int, sizes):
+    q, k, v, d_out = random_inputs((2, T, 2, H), seed)
+    tokens = make_tokens(2, T, kind, seed)
+    rope = make_rope(tokens.positions, H, 10_000.0)
+
+    def inside(q, k, v):
+        blocks = BlockSizes(*sizes, vmem_mib=16)
+        return flash_attention(q, k, v, tokens, None, rope=rope, blocks=blocks, interpret=True)
+
+    def before(q, k, v):
+        return reference_attention(apply_rope(q, rope), apply_rope(k, rope), v, tokens, None)
+
+    expected = with_gradients(before, q, k, v, d_out)
+    assert_close(with_gradients(inside, q, k, v, d_out), expected, 1e-5, 2e-5)
 
 
 @settings(max_examples=12)
@@ -273,7 +294,10 @@ def test_lowers_for_tpu_without_one(T: int, H: int, dtype, alibi: bool):
     tokens = Tokens(*[jax.ShapeDtypeStruct((2, T), jnp.int32)] * 2)
 
     def loss(q, k, v, tokens):
-        return jnp.sum(flash_attention(q, k, v, tokens, alibi_slopes(4) if alibi else None).astype(jnp.float32))
+        rope = make_rope(tokens.positions, H, 10_000.0) if rotates(T, H) and not alibi else None
+        return jnp.sum(
+            flash_attention(q, k, v, tokens, alibi_slopes(4) if alibi else None, rope=rope).astype(jnp.float32)
+        )
 
     gradient = jax.jit(jax.grad(loss, (0, 1, 2))).trace(x, x, x, tokens)
     text = gradient.lower(lowering_platforms=("tpu",)).as_text()

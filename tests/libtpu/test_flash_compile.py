@@ -11,7 +11,8 @@ from jax.experimental import topologies
 
 from bc2_jax.kernels.attention import Tokens
 from bc2_jax.kernels.blocks import current_chip
-from bc2_jax.kernels.flash import flash_attention
+from bc2_jax.kernels.flash import flash_attention, rotates
+from bc2_jax.model.position import make_rope
 
 # libtpu asks the cloud what machine this is, and allows one process at a time, unless told otherwise.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -42,7 +43,8 @@ def test_compiles_with_gradients(chip: str, B: int, T: int, N: int, H: int, dtyp
 
     def loss(q, k, v, tokens, slopes):
         assert current_chip() == chip
-        return jnp.sum(flash_attention(q, k, v, tokens, slopes if alibi else None).astype(jnp.float32))
+        rope = make_rope(tokens.positions, H, 10_000.0) if rotates(T, H) and not alibi else None
+        return jnp.sum(flash_attention(q, k, v, tokens, slopes if alibi else None, rope=rope).astype(jnp.float32))
 
     x, tokens = placed((B, T, N, H), dtype), Tokens(*[placed((B, T), jnp.int32)] * 2)
     with jax.set_mesh(mesh):
