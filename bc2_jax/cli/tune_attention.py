@@ -76,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--length", type=int, default=4096, metavar="T")
     parser.add_argument("--blocks", type=int, nargs="+", default=[512, 1024], metavar="N")
     parser.add_argument("--chunks", type=int, nargs="+", default=[128, 256, 512, 1024], metavar="N")
-    parser.add_argument("--rope", action="store_true", help="without the ALiBi bias")
+    parser.add_argument("--rope", action="store_true", help="with RoPE instead of the ALiBi bias")
     parser.add_argument("--run", action="store_true", help="also time the best candidates on this machine's TPU")
     parser.add_argument("--splash", action="store_true", help="also count JAX's splash attention; implies --rope")
     parser.add_argument("--measure", type=int, nargs=4, help=argparse.SUPPRESS)  # kernel, block, ...
@@ -137,14 +137,15 @@ def compile_kernel(args: argparse.Namespace, kernel: int, block: int, chunk: int
     }  # fmt: skip
     # The plan's integers are arguments: libtpu aborts when it counts some of the operations that would compute them.
     tail = rows, placed(HEADS), placed(steps, dtype=jnp.int32), placed(BLOCKS, dtype=jnp.int32)
+    tail += ((placed(1, BLOCKS, block, args.head_dim),) * 2 if args.rope and args.head_dim == 128 else (),)
 
-    def attend(q, k, v, rows, slopes, steps, anchors):
-        return forward(q, k, v, rows, slopes, Plan(queries, keys, steps, anchors), **settings)
+    def attend(q, k, v, rows, slopes, steps, anchors, rope):
+        return forward(q, k, v, rows, slopes, Plan(queries, keys, steps, anchors), rope, **settings)
 
-    def differentiate(q, k, v, d_out, stats, rows, slopes, steps, anchors):
+    def differentiate(q, k, v, d_out, stats, rows, slopes, steps, anchors, rope):
         return backward_span(
-            q, k, v, d_out, stats, rows, slopes, Plan(queries, keys, steps, anchors), start=0, stop=BLOCKS, dtype=None,
-            diagonal_chunk=chunk, **settings,
+            q, k, v, d_out, stats, rows, slopes, Plan(queries, keys, steps, anchors), rope, start=0, stop=BLOCKS,
+            dtype=None, diagonal_chunk=chunk, **settings,
         )  # fmt: skip
 
     if kernel == 0:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import dataclasses
 import re
 
+import jax
 import pytest
+from jax.sharding import NamedSharding
 
 from bc2_jax.aot import compilation, report
 from bc2_jax.aot.program import BETWEEN_SLICES, Program
 from bc2_jax.config import ComputeConfig, DataConfig, MeshConfig, ModelConfig, SourceConfig, TrainConfig
+from bc2_jax.model.equations import EQUATIONS
+from bc2_jax.model.layers import linear
+from bc2_jax.sharding import make_mesh, spec
 from bc2_jax.tpu.chips import parse_topology
 from bc2_jax.tpu.options import compiler_options
 
@@ -39,7 +44,11 @@ def compile_on(topology: str, rows: int, *, slices: int = 1, length: int = 1024,
 
 
 def collectives(step: compilation.CompiledStep):
-    program = Program(step.hlo, step.topology.num_devices)
+    return find_collectives(step.hlo, step.topology.num_devices)
+
+
+def find_collectives(hlo: str, devices: int):
+    program = Program(hlo, devices)
     found = ((program.collective(i, computation), i) for i, computation, _ in program.walk())
     return [(collective, instruction) for collective, instruction in found if collective is not None]
 
@@ -91,6 +100,31 @@ def test_one_axis_over_the_whole_torus_is_what_the_stages_avoid():
     """The reason for the two stages: should this fail, a newer compiler may not need them."""
     _, result = compile_on("v5p:4x4x4", rows=64, fsdp=64, fsdp_inner=1)
     assert result.estimate.collectives["all-reduce"].gather_bytes > result.audit.gathered_needed // 2
+
+
+@pytest.mark.parametrize(("D", "F"), [(4096, 11008), (5120, 13696)])
+def test_the_released_feed_forward_gradients_are_scattered_on_1024_chips(D: int, F: int):
+    """Without padding libtpu would all-reduce them whole (`sharding.scatterable_columns`)."""
+    shape = parse_topology("v5p:8x8x16")
+    mesh = make_mesh(MeshConfig(data=16), compilation.topology_devices(shape))
+
+    def place(dims: tuple[int, ...], dtype: str, *axes: str | None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, spec(*axes)))
+
+    def gradient(x, w, dy):
+        return jax.vjp(lambda w: linear(EQUATIONS["gate_proj"], x, w), w)[1](dy)
+
+    with jax.set_mesh(mesh):
+        rows = shape.num_chips
+        arguments = (
+            place((rows, 128, D), "bfloat16", "batch", "sequence", "hidden"), place((D, F), "float32", "embed", "ffn"),
+            place((rows, 128, F), "bfloat16", "batch", "sequence", "ffn"),
+        )  # fmt: skip
+        options = compiler_options("v5p", FAST_COMPILE)
+        program = compilation.compile_program("gradient", lambda: jax.jit(gradient).lower(*arguments), options)
+    found = {c.kind: c.bytes for c, _ in find_collectives(program.hlo, shape.num_devices)}
+    assert found["reduce-scatter"] >= 4 * D * F
+    assert found["all-reduce"] < 0.05 * found["reduce-scatter"], "the sum of the shards over replicas"
 
 
 @pytest.mark.parametrize("tensor", [2, 4])

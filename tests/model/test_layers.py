@@ -10,6 +10,8 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from bc2_jax.config import ModelConfig
+from bc2_jax.model import layers
+from bc2_jax.model.equations import EQUATIONS
 from bc2_jax.model.layers import MLP, Embedding, Linear, linear, rms_norm
 from bc2_jax.sharding import DEFAULT_RULES, use_rules
 
@@ -87,6 +89,14 @@ def test_weight_gradients_are_summed_in_fp32(projection, shape, mesh_of):
     error = np.abs(np.asarray(gradient, np.float64) - exact).max() / np.abs(exact).max()
     rounded = np.abs(exact - exact.astype(jnp.bfloat16).astype(np.float64)).max() / np.abs(exact).max()
     assert error < 2e-6 < rounded / 100
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (1, 2, 4)], ids=str)
+@pytest.mark.parametrize("equation", [EQUATIONS["gate_proj"], EQUATIONS["down_proj"]])
+def test_a_gradient_that_is_padded_for_its_scatter_is_the_same(equation: str, shape, mesh_of, monkeypatch):
+    monkeypatch.setattr(layers, "scatterable_columns", lambda rows, columns: columns + 3)
+    axes, out_axes = next(p[1:] for p in PROJECTIONS if p[0] == equation)
+    test_linear_equals_einsum(equation, axes, out_axes, shape, mesh_of)
 
 
 def test_linear_computes_in_the_dtype_of_x():
