@@ -201,7 +201,7 @@ def _plan(sizes: np.ndarray) -> list[str]:
             first, held = cluster, 0
         held += size
     names.append((first, len(sizes) - 1, held))
-    parts = [-(-held // _MOST_COMPARED) for *_, held in names]
+    parts = [max(1, -(-held // _MOST_COMPARED)) for *_, held in names]
     return [
         f"{first:06d}-{last:06d}-{part:04d}-{count:04d}"
         for (first, last, _), count in zip(names, parts, strict=True)
