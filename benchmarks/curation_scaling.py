@@ -202,9 +202,7 @@ def main() -> None:
         sum(runs[1]["stages"].values()),
     )))  # fmt: skip
     console.print(table)
-    table = Table(
-        "TB", "machines", "cores", "wall h", "core h of work", "efficiency", "one process h", "longest task s", "$"
-    )
+    table = Table("TB", "machines", "cores", "wall h", "core h", "efficiency", "one process h", "longest task s", "$")
     for terabytes in args.terabytes:
         for machines in MACHINES:
             plan = simulate(costs, runs[0], terabytes * 1e12, machines, args)
