@@ -13,6 +13,9 @@ pairs        the dense stage's comparison: documents^2 / clusters, cut into task
 one process  the fit of a sample (constant), and weights and descriptions (cost per document)
 
 Reading and writing are bounded by --bandwidth a machine. Measure on a machine that does nothing else.
+
+Not yet validated: no figures of it have been recorded, and the constants below and the defaults of --weights, --shuffle
+and --bandwidth are assumptions.
 """
 
 from __future__ import annotations
@@ -35,9 +38,9 @@ from rich.table import Table
 CORES_PER_MACHINE = 32
 MACHINES = (1, 4, 16, 64, 256, 1024)
 DATAFRAMES = ("exact", "near", "spans")
-# Bytes read and written in a run for each byte of raw text: shards of the stages, measured on the benchmark's corpus.
+# Assumed, not measured: bytes read and written in a run for each byte of raw text.
 IO_PER_BYTE = 4.0
-# FLOP/s of one core in the blocks of cosines, float32.
+# Assumed, not measured: FLOP/s of one core in the blocks of cosines, float32.
 PAIR_FLOPS = 4e10
 DIM, MOST_CLUSTERS, DOCUMENTS_PER_CLUSTER, CLUSTERS_PER_DOCUMENT, MOST_COMPARED = 256, 4096, 128, 2, 1 << 17
 
