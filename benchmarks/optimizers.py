@@ -3,9 +3,10 @@
 python benchmarks/optimizers.py [--steps 200] [--seeds 0 1] [--options adamw bf16 ...] [--json OUT]
 
 Trains a small Baichuan 2 (hidden 128, 4 layers, vocabulary 4096) on the demo's text in bf16 from the same start, on the
-same batches, once for each option and seed, about 1.5 CPU minutes each with 150 steps. Prints the loss on the held-out rows, its difference
-from AdamW's of the same seed, that of the mean loss of the last quarter of the steps, the bytes of the optimizer's
-state per parameter, and the median time of the update alone. The noise to compare with is what another seed changes.
+same batches, once for each option and seed, about 1.5 CPU minutes each with 150 steps. Prints the loss on the held-out
+rows, its difference from AdamW's of the same seed, that of the mean loss of the last quarter of the steps, the bytes of
+the optimizer's state per parameter, and the median time of the update alone. The noise to compare with is what another
+seed changes.
 """
 
 from __future__ import annotations
