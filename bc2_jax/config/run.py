@@ -63,14 +63,22 @@ class OptimizerConfig:
     """Decoupled weight decay; not applied to norm weights."""
     clip_norm: float = 0.5
     """Largest global gradient norm."""
-    moment_dtype: DType = "float32"
-    """Storage dtype of both moments; bfloat16 halves their memory."""
+    moment_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Storage of both moments: 8, 4 or about 2 bytes a parameter. int8 has one fp32 scale a row and needs
+    stochastic_rounding."""
+    stochastic_rounding: bool = False
+    """Round stored moments up or down at random, right on average; to nearest, bf16 moments stop decaying once
+    1 - b2 is below .004."""
 
     def __post_init__(self) -> None:
         positive = ("peak_learning_rate", "decay_steps", "eps", "clip_norm")
         check_fields(self, "optimizer.", positive, ("min_learning_rate", "warmup_steps", "weight_decay"))
         for field in ("b1", "b2"):
             require(0 <= getattr(self, field) < 1, f"optimizer.{field}", getattr(self, field), "it must be in [0, 1)")
+        if self.moment_dtype == "int8" or self.stochastic_rounding:
+            legal = f"it must be {self.moment_dtype == 'int8'} with moment_dtype = {self.moment_dtype}"
+            fits = self.stochastic_rounding == (self.moment_dtype != "float32")
+            require(fits, "optimizer.stochastic_rounding", self.stochastic_rounding, legal)
         low, high = self.min_learning_rate, self.peak_learning_rate
         require(low <= high, "optimizer.min_learning_rate", low, f"it must be at most peak_learning_rate = {high}")
         warmup, decay = self.warmup_steps, self.decay_steps

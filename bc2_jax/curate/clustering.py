@@ -12,7 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -36,11 +36,24 @@ _HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]+")
 _WORD = re.compile(r"[^\W\d_]{3,}")
 
 
-def fit(points: np.ndarray, config: ClusterConfig, mesh: Mesh | None = None) -> np.ndarray:
+class Points(Protocol):
+    """An array [n, dim] or something whose rows are read like its rows."""
+
+    shape: tuple[int, ...]
+    ndim: int
+    dtype: np.dtype
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: np.ndarray, /) -> np.ndarray: ...
+
+
+def fit(points: Points, config: ClusterConfig, mesh: Mesh | None = None) -> np.ndarray:
     """Centroids float16 [k, dim] of unit length of features float16 [n, dim] (rows of `features.unit_rows`).
 
-    Starts from k random points; a cluster without points starts again at another one. `mesh` has devices of this
-    process, by default all. Raises ValueError if there are no points or they are not such features.
+    Rows are read by index, first a sample; the rows read later are usually in it. Starts from k random points; a
+    cluster without points starts again at another one. `mesh` has devices of this process, by default all. Raises
+    ValueError if there are no points or they are not such features.
     """
     check_features(points, "points")
     require(len(points) > 0, "points", points.shape, "there must be at least one")

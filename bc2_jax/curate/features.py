@@ -44,7 +44,7 @@ def unit_rows(features: np.ndarray) -> np.ndarray:
     return (np.rint(features / np.maximum(norms, 1e-30) / STEP) * STEP).astype(np.float16)
 
 
-def check_features(features: np.ndarray, name: str) -> None:
+def check_features(features: Any, name: str) -> None:
     """Raises ValueError if an array cannot be rows of `unit_rows`."""
     kind = f"{features.dtype} {list(features.shape)}"
     require(features.ndim == 2 and features.dtype == np.float16, name, kind, "it must be float16 [n, dim]")

@@ -110,9 +110,10 @@ class Folder:
     def read_json(self, name: str) -> Any:
         return json.loads(self.read(name))
 
-    def write_table(self, name: str, table: pa.Table, compression: str = "lz4") -> None:
+    def write_table(self, name: str, table: pa.Table, compression: str = "lz4", rows: int | None = None) -> None:
+        """Writes a parquet file with row groups of `rows` rows."""
         # Row groups of documents are small, so that a few documents can be read without the rest.
-        rows = 512 if "text" in table.column_names else 1 << 16
+        rows = rows or (512 if "text" in table.column_names else 1 << 16)
         with self._replacing(name) as path, self._files.open_output_stream(path, compression=None) as file:
             pq.write_table(
                 table, file, compression=compression, row_group_size=rows, write_page_checksum=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import optax
 from jax import Array
 
 from bc2_jax.config import OptimizerConfig
+from bc2_jax.train import moments
 
 
 def make_schedule(config: OptimizerConfig) -> optax.Schedule:
@@ -30,18 +32,32 @@ def is_decayed(path: tuple, _: object) -> bool:
 def scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformation:
     """Optax's Adam with both moments stored in `moment_dtype`; arithmetic is fp32."""
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
-    if config.moment_dtype == "float32":
+    dtype = config.moment_dtype
+    if dtype == "float32":
         return adam
 
-    def cast(state: optax.ScaleByAdamState, dtype: str) -> optax.ScaleByAdamState:
-        mu, nu = optax.tree.cast(state.mu, jnp.dtype(dtype)), optax.tree.cast(state.nu, jnp.dtype(dtype))
+    def init(params):
+        state = adam.init(params)
+        mu, nu = (
+            jax.tree.map_with_path(functools.partial(moments.zeros, dtype=dtype, signed=signed), params)
+            for signed in (True, False)
+        )
         return state._replace(mu=mu, nu=nu)
 
     def update(updates, state, params=None):
-        updates, state = adam.update(updates, cast(state, "float32"), params)
-        return updates, cast(state, config.moment_dtype)
+        state = state._replace(mu=moments.load(state.mu), nu=moments.load(state.nu))
+        updates, state = adam.update(updates, state, params)
 
-    return optax.GradientTransformation(lambda params: cast(adam.init(params), config.moment_dtype), update)
+        def store(path, mu, nu):
+            bits = moments.random_bits(path, mu, state.count) if config.stochastic_rounding else None
+            return moments.store(path, mu, dtype, True, bits), moments.store(path, nu, dtype, False, bits)
+
+        paths, treedef = jax.tree.flatten_with_path(state.mu)
+        pairs = [store(path, mu, nu) for (path, mu), nu in zip(paths, jax.tree.leaves(state.nu), strict=True)]
+        mu, nu = (treedef.unflatten(leaves) for leaves in zip(*pairs, strict=True))
+        return updates, state._replace(mu=mu, nu=nu)
+
+    return optax.GradientTransformation(init, update)
 
 
 class Optimizer(NamedTuple):

@@ -91,7 +91,14 @@ def check_changes(config: RunConfig, metadata: Metadata, workdir: Path, changes:
             f"workdir = '{workdir}' is not valid: its checkpoints are of a {saved.__name__}, this run is of a "
             f"{type(config).__name__}; choose another workdir, and pass the model to start from as init_from."
         )
-    if lines := [f"{c.field}: {c.now} is {c.before} in them" for c in changes if c.effect == "refused"]:
+    # Between float32 and bfloat16 restoring casts; 8-bit moments are another tree of arrays.
+    cast = {'"float32"', '"bfloat16"'}
+    refused = [
+        c
+        for c in changes
+        if c.effect == "refused" or (c.field == "optimizer.moment_dtype" and not {c.before, c.now} <= cast)
+    ]
+    if lines := [f"{c.field}: {c.now} is {c.before} in them" for c in refused]:
         raise ValueError(f"The checkpoints in '{workdir}' are of another run; these fields differ: {'; '.join(lines)}.")
 
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bc2_jax.curate import dense
+from bc2_jax.curate import dense_pairs
 from bc2_jax.curate.clustering import assign, fit
 from bc2_jax.curate.config import ClusterConfig, DenseConfig
-from bc2_jax.curate.dense import Pairs, near_duplicates
+from bc2_jax.curate.dense_pairs import Pairs, near_duplicates
 from bc2_jax.curate.features import DocumentFrequencies, EmbeddingConfig, HashedNgrams, unit_rows
 from bc2_jax.curate.tokens import hash_ngrams, hash_tokens
 
@@ -42,8 +42,8 @@ def test_equals_all_pairs(seed: int, documents: int, top: int, block: int, thres
     features[rng.random(documents) < 0.1] = 0
     assignments = np.argsort(rng.random((documents, 6)))[:, :top].astype(np.int32) - 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dense, "_BLOCK", block)
-        patch.setattr(dense, "_MOST_PAIRS", block)
+        patch.setattr(dense_pairs, "_BLOCK", block)
+        patch.setattr(dense_pairs, "_MOST_PAIRS", block)
         config = DenseConfig(cosine=threshold, clusters_per_document=top, jaccard=0.0, most_earlier=documents + 1)
         every = near_duplicates(features, assignments, lambda i, j: np.zeros(len(i)), config)
         assert as_dict(every) == all_pairs(features, assignments, threshold)

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from bc2_jax.agreement import flatten
 from bc2_jax.metadata import Metadata
-from bc2_jax.train.resume import Change, effect_of, list_changes, print_changes
+from bc2_jax.train.resume import Change, check_changes, effect_of, list_changes, print_changes
 
 
 def saved(config) -> Metadata:
@@ -57,6 +57,26 @@ def test_a_checkpoint_of_a_version_that_lacked_fields_has_their_defaults(small_r
     assert list_changes(small_run, metadata) == []
     metadata.config["optimizer"]["momentum"] = 0.9  # of another version
     assert Change("optimizer.momentum", "0.9", "not set", "changes what is learnt") in list_changes(small_run, metadata)
+
+
+@pytest.mark.parametrize(("before", "now", "refused"), [
+    ("float32", "bfloat16", False), ("float32", "int8", True), ("int8", "bfloat16", True),
+])  # fmt: skip
+def test_8_bit_moments_resume_only_as_such(small_run, tmp_path, before: str, now: str, refused: bool):
+    """Orbax casts between float dtypes; codes and scales are other arrays."""
+    configs = [
+        dataclasses.replace(
+            small_run,
+            optimizer=dataclasses.replace(small_run.optimizer, moment_dtype=x, stochastic_rounding=x == "int8"),
+        )
+        for x in (before, now)
+    ]
+    metadata = saved(configs[0])
+    changes = list_changes(configs[1], metadata)
+    if not refused:
+        return check_changes(configs[1], metadata, tmp_path, changes)
+    with pytest.raises(ValueError, match=f'optimizer.moment_dtype: "{now}" is "{before}" in them'):
+        check_changes(configs[1], metadata, tmp_path, changes)
 
 
 LEARNT = {
