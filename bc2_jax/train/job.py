@@ -173,6 +173,17 @@ class Job(NamedTuple):
     as productive and the rest as rollouts rather than as waiting for data."""
 
 
+class RunResult(NamedTuple):
+    """How a run ended."""
+
+    step: int
+    fingerprint: str
+    """SHA-256 of the trained parameters."""
+    metrics: dict[str, float]
+    """Metrics of the last step and its validation."""
+    workdir: Path
+
+
 # --------------------------------------------------------------------------------------------------------------- state
 
 
