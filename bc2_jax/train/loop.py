@@ -174,17 +174,18 @@ class _Loop:
             if not is_alone:
                 self._next_batch(step + 1)
             restoring = pool.submit(restore)
-            if is_alone:
-                self._next_batch(step + 1)
-            self._compile()
-            self.state = restoring.result()
+            try:
+                if is_alone:
+                    self._next_batch(step + 1)
+                self._compile()
+            finally:  # its error comes first
+                self.state = restoring.result()
 
     def _compile(self) -> None:
-        if self.batch is None:  # the run is to stop
-            return
-        with self.goodput.phase("compile"):
-            self.train_step = compile_step(self.config, self.job, self.mesh, self.state, self.batch, self.clock)
-        self.is_compiled = True
+        if self.batch is not None:  # else the run is to stop
+            with self.goodput.phase("compile"):
+                self.train_step = compile_step(self.config, self.job, self.mesh, self.state, self.batch, self.clock)
+            self.is_compiled = True
 
     def compile(self) -> None:
         """Makes the first batch and compiles the step, unless that was done beside the restore."""
