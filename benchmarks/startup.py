@@ -64,10 +64,10 @@ def prepare(folder: Path, hidden: int) -> Path:
     folder.mkdir(parents=True)
     lines = [json.dumps({"text": " ".join(generator.choices(words, k=400))}) for _ in range(300)]
     (folder / "text.jsonl").write_text("\n".join(lines))
-    text, tokenizer = str(folder / "text.jsonl"), str(folder / "tokenizer.model")
+    text, tokenizer, rows = (str(folder / name) for name in ("text.jsonl", "tokenizer.model", "rows"))
     for tool, *arguments in (
         ("train_tokenizer.py", "--vocab-size", "1000", "--out", tokenizer, text),
-        ("tokenize_corpus.py", "--tokenizer", tokenizer, "--sequence-length", str(LENGTH), "--out", f"{folder}/rows", text),
+        ("tokenize_corpus.py", "--tokenizer", tokenizer, "--sequence-length", str(LENGTH), "--out", rows, text),
     ):  # fmt: skip
         subprocess.run([sys.executable, str(tools / tool), *arguments], check=True, stdout=subprocess.DEVNULL)
     config = folder / "config.py"
@@ -75,7 +75,7 @@ def prepare(folder: Path, hidden: int) -> Path:
         "from bc2_jax.config import *\n"
         f"config = TrainConfig(name='startup', model=ModelConfig(hidden_size={hidden}, intermediate_size="
         f"{hidden * 43 // 16}, num_hidden_layers=32, num_attention_heads=32, position_embedding='rope', vocab_size="
-        f"{VOCABULARY}), data=DataConfig(sources=(SourceConfig(path={str(folder / 'rows')!r}),), tokenizer="
+        f"{VOCABULARY}), data=DataConfig(sources=(SourceConfig(path={rows!r}),), tokenizer="
         f"{tokenizer!r}, sequence_length={LENGTH}, global_batch_size=8), num_steps=1, eval_every=1000)\n"
     )
     return config

@@ -7,16 +7,15 @@ import dataclasses
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import Mesh
-from rich.console import Console
 
 from bc2_jax.agreement import first_decides, require_agreement
 from bc2_jax.checkpoint import Checkpointer
 from bc2_jax.config import RunConfig
+from bc2_jax.manifest import DamagedCheckpoint
 from bc2_jax.metadata import Metadata
 from bc2_jax.sharding import make_mesh
 from bc2_jax.train import distributed
@@ -24,7 +23,7 @@ from bc2_jax.train.evaluation import evaluate_and_examine
 from bc2_jax.train.expendable import Expendable, Profiler
 from bc2_jax.train.goodput import Goodput, goodput_table, read_sessions
 from bc2_jax.train.health import HealthMonitor, Steps
-from bc2_jax.train.job import BatchError, Job, Progress, RunResult, Say, TrainState, make_eval_step
+from bc2_jax.train.job import BatchError, Job, RunResult, Start, TrainState, make_eval_step
 from bc2_jax.train.kinds import with_tasks
 from bc2_jax.train.metrics import ProgressDisplay, Throughput, fingerprint, make_writer, memory_metrics
 from bc2_jax.train.resume import find_checkpoint, restore_state, verify_resume
@@ -34,29 +33,6 @@ from bc2_jax.train.startup import StartUp, compile_step
 from bc2_jax.train.wandb_run import check_wandb
 
 Config = TypeVar("Config", bound=RunConfig)
-
-
-class Start(NamedTuple):
-    """Arguments of `make_job` besides the config."""
-
-    mesh: Mesh
-    """In use while the job is made."""
-    workdir: Path
-    step: int
-    """Step of the checkpoint that the run resumes from; 0 without one."""
-    metadata: Metadata | None
-    """Metadata of that checkpoint."""
-    console: Console
-    """Prints on process 0 only."""
-    say: Say
-    """Prints a line to `console`."""
-    command: str
-    """The command after `python` that printed hints repeat."""
-    expendable: Expendable
-    """Runs work whose failure must not end the run."""
-    progress: Progress = lambda done: True
-    """Reports the progress of a batch that takes long; False if the run is to stop. All processes call it equally
-    often."""
 
 
 MakeJob = Callable[[Config, Start], Job]
@@ -97,15 +73,28 @@ def run(
         watchdog.beat("the start")
         goodput = Goodput(workdir / "goodput.jsonl", started)
         display = ProgressDisplay(config, expendable)
-        with clock.phase("verify"):
-            step, metadata = find_checkpoint(config, saved, goodput)
         progress = distributed.make_progress(preemption, watchdog)
-        start = Start(mesh, workdir, step, metadata, display.console, display.say, command, expendable, progress)
-        with clock.phase("data"):
-            job = with_tasks(config, start, make_job(config, start))
-            require_agreement(job.metadata)
-        loop = _Loop(config, job, mesh, saved, preemption, watchdog, goodput, display, expendable, clock)
-        loop.start(step, metadata)
+
+        def make(verified: bool) -> tuple[_Loop, int, Metadata | None]:
+            with clock.phase("checkpoint"):
+                step, metadata = find_checkpoint(config, saved, goodput, verified)
+            start = Start(mesh, workdir, step, metadata, display.console, display.say, command, expendable, progress)
+            with clock.phase("data"):
+                job = with_tasks(config, start, make_job(config, start))
+                require_agreement(job.metadata)
+            loop = _Loop(config, job, mesh, saved, preemption, watchdog, goodput, display, expendable, clock)
+            return loop, step, metadata
+
+        # The newest checkpoint is verified beside the compilation. Until it is restored nothing is written.
+        loop, step, metadata = make(verified=False)
+        try:
+            loop.start(step, metadata)
+        except DamagedCheckpoint:
+            if metadata is None:  # it is the model to start from
+                raise
+            loop.job.batches.close()
+            loop, step, metadata = make(verified=True)
+            loop.start(step, metadata)
         loop.compile()
         loop.take_steps()
         return loop.finish(step)
