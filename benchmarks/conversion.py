@@ -11,6 +11,7 @@ The files are removed at the end unless --keep is given.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -37,7 +38,8 @@ def make(size: str, folder: Path) -> None:
         hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, position_embedding="alibi",
         vocab_size=320,
     )  # fmt: skip
-    config = {"7b": BAICHUAN2_7B, "13b": BAICHUAN2_13B, "tiny": tiny}[size]
+    one = dataclasses.replace(BAICHUAN2_7B, num_hidden_layers=4, vocab_size=32_000)  # 7B's tensors, fewer of them
+    config = {"7b": BAICHUAN2_7B, "13b": BAICHUAN2_13B, "1b": one, "tiny": tiny}[size]
     shapes, bfloat16 = param_shapes(config), hf.DTYPES["bfloat16"]
 
     def read(path: str, layer: int | None) -> np.ndarray:
@@ -72,7 +74,7 @@ def measure(name: str, command: list[str], size: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=("7b", "13b", "tiny"), default="7b")
+    parser.add_argument("--size", choices=("7b", "13b", "1b", "tiny"), default="7b")
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--keep", action="store_true")
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import math
 import shutil
 from collections.abc import Iterator, Mapping
@@ -58,17 +60,24 @@ def write_folder(
     config = stream.source.config
     folder.mkdir()
     shards = _plan_shards(torch_shapes(config, layout), DTYPES[dtype].itemsize, max_shard_bytes)
-    tensors = in_order(lambda t: build_tensor(config, stream.read, t), torch_tensors(config, layout))
-    stem, write = ("model", write_safetensors) if file_format == "safetensors" else ("pytorch_model", write_pickled)
+    build = functools.partial(build_tensor, config, stream.read)
+    stem = "model" if file_format == "safetensors" else "pytorch_model"
     has_index = not math.isinf(max_shard_bytes)
     weight_map: dict[str, str] = {}
-    digests: dict[str, Future[str]] = {}
-    with ThreadPoolExecutor(1) as pool:  # a file is hashed while the next one is written
+    digests: dict[str, str] = {}
+    pickled: dict[str, Future[str]] = {}
+    tensors = in_order(build, torch_tensors(config, layout))
+    with ThreadPoolExecutor(1) as pool, contextlib.closing(tensors):
         for i, shard in enumerate(shards, 1):
             name = f"{stem}-{i:05}-of-{len(shards):05}.{file_format}" if has_index else f"{stem}.{file_format}"
-            write(folder / name, DTYPES[dtype], shard, _take(tensors, len(shard)))
+            path, contents = folder / name, _take(tensors, len(shard))
+            if file_format == "safetensors":
+                digests[name] = write_safetensors(path, DTYPES[dtype], shard, contents)
+            else:  # its headers are completed after their contents, so it is hashed while the next file is written
+                write_pickled(path, DTYPES[dtype], shard, contents)
+                pickled[name] = pool.submit(file_sha256, path)
             weight_map |= dict.fromkeys(shard, name)
-            digests[name] = pool.submit(file_sha256, folder / name)
+    digests |= {name: digest.result() for name, digest in pickled.items()}
     total = sum(map(math.prod, torch_shapes(config, layout).values())) * DTYPES[dtype].itemsize
     if has_index:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -84,7 +93,7 @@ def write_folder(
         if layout.startswith("llama"):
             write_llama_tokenizer(stream.source.tokenizer, config, folder, chat_template)
     others = {file.name: file_sha256(file) for file in folder.iterdir() if file.name not in digests}
-    write_sha256sums(folder, others | {name: digest.result() for name, digest in digests.items()})
+    write_sha256sums(folder, others | digests)
 
 
 def _take(stream: Iterator[tuple[str, np.ndarray]], count: int) -> Iterator[tuple[str, np.ndarray]]:

@@ -6,10 +6,12 @@ checkpoint format is left to Orbax.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
 import shutil
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,9 @@ from bc2_jax.convert.stream import in_order
 from bc2_jax.convert.table import Part, Reader, Shape, parts_of, unflatten
 from bc2_jax.files import file_store
 from bc2_jax.manifest import DamagedCheckpoint
+
+_WRITES = 3
+"""Parts that are written to disk while the next ones are read and transposed."""
 
 
 def open_arrays(checkpoint: Path) -> dict[str, ts.TensorStore]:
@@ -128,16 +133,34 @@ def write_params(
         stores[path] = ts.open(spec, create=True, delete_existing=True).result()
     _correct_shapes(folder, chunks)
 
+    started: deque[tuple[str, ts.WriteFutures]] = deque()
+
     def write(part: Part) -> None:
         path, layer = part
-        array, target = read(path, layer), stores[path] if layer is None else stores[path][layer]
-        try:
-            target.write(array, can_reference_source_data_indefinitely=True).result()
-        except ValueError as error:
-            raise OSError(f"{path} cannot be written ({explain(error)}).") from error
+        target = stores[path] if layer is None else stores[path][layer]
+        started.append((path, target.write(read(path, layer), can_reference_source_data_indefinitely=True)))
 
-    for _ in in_order(write, parts_of({path: shape for path, (shape, _) in arrays.items()})):
-        pass
+    # Layer by layer, as in the files of a release, so that neighbours are read together.
+    parts = parts_of({path: shape for path, (shape, _) in arrays.items()})
+    parts.sort(key=lambda part: -1 if part[1] is None else part[1])
+    try:
+        with contextlib.closing(in_order(write, parts)) as written:
+            for _ in written:
+                if len(started) > _WRITES:
+                    _wait(*started.popleft())
+        while started:
+            _wait(*started.popleft())
+    finally:  # after an error nothing may be written any more: the folder is about to be removed
+        for _, future in started:
+            future.exception()
+
+
+def _wait(path: str, future: ts.WriteFutures) -> None:
+    """Waits until a part is on disk."""
+    try:
+        future.result()
+    except ValueError as error:
+        raise OSError(f"{path} cannot be written ({explain(error)}).") from error
 
 
 def _chunk_shape(path: str, shape: Shape, itemsize: int) -> Shape:

@@ -171,9 +171,9 @@ def save_peft(
     with written_whole(Path(path), overwrite, foreign_in_adapter) as partial:
         partial.mkdir()
         shapes = {name: shape for name, shape, _ in tensors}
-        write_safetensors(partial / WEIGHTS_NAME, np.float32, shapes, arrays)
+        weights = write_safetensors(partial / WEIGHTS_NAME, np.float32, shapes, arrays)
         write_json(partial / CONFIG_NAME, _write_config(adapter.config, None if base is None else str(base)))
-        write_sha256sums(partial, {name: file_sha256(partial / name) for name in (WEIGHTS_NAME, CONFIG_NAME)})
+        write_sha256sums(partial, {WEIGHTS_NAME: weights, CONFIG_NAME: file_sha256(partial / CONFIG_NAME)})
 
 
 def _layout_of(base: str | Path | None) -> LoraLayout | None:

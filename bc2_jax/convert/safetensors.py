@@ -6,10 +6,13 @@ copies what it reads, and writes only tensors that are all in memory.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import reprlib
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +93,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def write_safetensors(
     path: Path, dtype: np.dtype | type, shapes: Mapping[str, Shape], tensors: Iterable[tuple[str, np.ndarray]]
-) -> None:
+) -> str:
     """Writes tensors of one dtype, one in memory at a time in the order of `shapes`, and syncs the file to disk.
 
-    Raises ValueError as `mapped.tensor_bytes`.
+    Returns the file's SHA-256 in hex. Raises ValueError as `mapped.tensor_bytes`.
     """
     dtype = np.dtype(dtype)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
@@ -104,9 +107,20 @@ def write_safetensors(
         position = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # aligns the tensors in a memory map
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
+    header_bytes = len(encoded).to_bytes(8, "little") + encoded
+    digest = hashlib.sha256(header_bytes)
+    # Each tensor is hashed while it is written, and what was written goes to disk meanwhile.
+    with path.open("wb") as file, ThreadPoolExecutor(1) as hashing, ThreadPoolExecutor(1) as syncing:
+        file.write(header_bytes)
+        synced = syncing.submit(os.fsync, file.fileno())
         for content in tensor_bytes(path, dtype, shapes, tensors):
+            hashed = hashing.submit(digest.update, content)
             file.write(content)
-            del content  # before the next one is made
+            if synced.done():
+                synced.result()  # raises what failed
+                synced = syncing.submit(os.fsync, file.fileno())
+            hashed.result()
+            del content, hashed  # before the next one is made
+        synced.result()
     sync(path)
+    return digest.hexdigest()

@@ -9,7 +9,8 @@ import jax
 from bc2_jax.agreement import any_text
 from bc2_jax.data.batch import Batch
 from bc2_jax.model.baichuan import Params
-from bc2_jax.train.job import Job, Parts, Progress
+from bc2_jax.train.expendable import Expendable
+from bc2_jax.train.job import Job, Parts, Progress, Say
 
 
 def evaluate(
@@ -34,6 +35,23 @@ def evaluate(
     maxima = {name: max(float(p.maxima[name]) for p in parts) for name in parts[0].maxima}
     total = Parts(sums, maxima)  # type: ignore[arg-type]  # numbers stand in for arrays
     return {name: float(value) for name, value in job.objective.metrics(total).items()}
+
+
+def evaluate_and_examine(
+    job: Job, eval_step: Callable[[Params, Params, Batch], Parts], step: int, params: Params, most: int,
+    progress: Progress, expendable: Expendable, say: Say,
+) -> dict[str, float] | None:  # fmt: skip
+    """`evaluate`, then the job's further evaluation, as metrics named validation_...; None if the run is to stop
+    before their end."""
+    values = evaluate(job, eval_step, params, most, progress)
+    if values:
+        say(f"step {step}  validation {job.objective.summary(values)}")
+    if values is not None and job.examine is not None:
+        more: dict[str, float] | None = {}
+        with expendable.attempt("further evaluations"):  # a failure keeps the metrics above
+            more = job.examine(step, params, progress)
+        values = None if more is None else values | more
+    return None if values is None else {f"validation_{name}": value for name, value in values.items()}
 
 
 def read_together(read: Callable[[int], Batch], index: int) -> Batch:

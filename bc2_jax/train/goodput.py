@@ -47,6 +47,8 @@ class Goodput:
         self._begin = time.time() - (now - self._last)
         self._phase = "start"
         self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.start_up: dict[str, float] = {}
+        """Seconds of the start by `startup.StartUp` phase; empty until the first step has ended."""
 
     def enter(self, phase: str) -> str:
         """Counts the time from now on as `phase`; returns the previous phase."""
@@ -76,7 +78,7 @@ class Goodput:
             return
         self.enter(self._phase)
         line: dict[str, Any] = {"begin": self._begin, "end": time.time(), "start_step": self.start_step, "step": step}
-        line |= {"steps_done": self.steps_done, "seconds": self.seconds}
+        line |= {"steps_done": self.steps_done, "seconds": self.seconds, "start_up": self.start_up}
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")

@@ -4,69 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import Mesh
-from rich.console import Console
 
 from bc2_jax.agreement import first_decides, require_agreement
 from bc2_jax.checkpoint import Checkpointer
 from bc2_jax.config import RunConfig
-from bc2_jax.files import replaced
-from bc2_jax.metadata import Metadata, is_permanent
+from bc2_jax.manifest import DamagedCheckpoint
+from bc2_jax.metadata import Metadata
 from bc2_jax.sharding import make_mesh
 from bc2_jax.train import distributed
-from bc2_jax.train.evaluation import evaluate
+from bc2_jax.train.evaluation import evaluate_and_examine
 from bc2_jax.train.expendable import Expendable, Profiler
 from bc2_jax.train.goodput import Goodput, goodput_table, read_sessions
 from bc2_jax.train.health import HealthMonitor, Steps
-from bc2_jax.train.job import Batch, BatchError, Job, Progress, Say, lower_train_step, make_eval_step
+from bc2_jax.train.job import BatchError, Job, RunResult, Start, TrainState, make_eval_step
 from bc2_jax.train.kinds import with_tasks
 from bc2_jax.train.metrics import ProgressDisplay, Throughput, fingerprint, make_writer, memory_metrics
 from bc2_jax.train.resume import find_checkpoint, restore_state, verify_resume
-from bc2_jax.train.start import check_attention, describe_start, own_workdir, tuned_options, use_compilation_cache
+from bc2_jax.train.schedule import Schedule
+from bc2_jax.train.start import check_attention, describe_start, own_workdir, record_config, use_compilation_cache
+from bc2_jax.train.startup import StartUp, compile_step
 from bc2_jax.train.wandb_run import check_wandb
 
 Config = TypeVar("Config", bound=RunConfig)
-
-
-class RunResult(NamedTuple):
-    """How a run ended."""
-
-    step: int
-    fingerprint: str
-    """SHA-256 of the trained parameters."""
-    metrics: dict[str, float]
-    """Metrics of the last step and its validation."""
-    workdir: Path
-
-
-class Start(NamedTuple):
-    """Arguments of `make_job` besides the config."""
-
-    mesh: Mesh
-    """In use while the job is made."""
-    workdir: Path
-    step: int
-    """Step of the checkpoint that the run resumes from; 0 without one."""
-    metadata: Metadata | None
-    """Metadata of that checkpoint."""
-    console: Console
-    """Prints on process 0 only."""
-    say: Say
-    """Prints a line to `console`."""
-    command: str
-    """The command after `python` that printed hints repeat."""
-    expendable: Expendable
-    """Runs work whose failure must not end the run."""
-    progress: Progress = lambda done: True
-    """Reports the progress of a batch that takes long; False if the run is to stop. All processes call it equally
-    often."""
 
 
 MakeJob = Callable[[Config, Start], Job]
@@ -84,11 +50,14 @@ def run(
     the last step saved.
     """
     started = started or time.monotonic()
-    distributed.start(config)
-    require_agreement(describe_start(config))
+    clock = StartUp(started)
+    with clock.phase("agreement"):
+        distributed.start(config)
+        require_agreement(describe_start(config))
     use_compilation_cache(config.compilation_cache)
-    config = config.resolve(jax.device_count())
-    mesh = make_mesh(config.mesh)
+    with clock.phase("mesh"):
+        config = config.resolve(jax.device_count())
+        mesh = make_mesh(config.mesh)
     check_attention(config, mesh)
     check_wandb(config)
     expendable = Expendable()
@@ -104,13 +73,28 @@ def run(
         watchdog.beat("the start")
         goodput = Goodput(workdir / "goodput.jsonl", started)
         display = ProgressDisplay(config, expendable)
-        step, metadata = find_checkpoint(config, saved, goodput)
         progress = distributed.make_progress(preemption, watchdog)
-        start = Start(mesh, workdir, step, metadata, display.console, display.say, command, expendable, progress)
-        job = with_tasks(config, start, make_job(config, start))
-        require_agreement(job.metadata)
-        loop = _Loop(config, job, mesh, saved, preemption, watchdog, goodput, display, expendable)
-        loop.start(step, metadata)
+
+        def make(verified: bool) -> tuple[_Loop, int, Metadata | None]:
+            with clock.phase("checkpoint"):
+                step, metadata = find_checkpoint(config, saved, goodput, verified)
+            start = Start(mesh, workdir, step, metadata, display.console, display.say, command, expendable, progress)
+            with clock.phase("data"):
+                job = with_tasks(config, start, make_job(config, start))
+                require_agreement(job.metadata)
+            loop = _Loop(config, job, mesh, saved, preemption, watchdog, goodput, display, expendable, clock)
+            return loop, step, metadata
+
+        # The newest checkpoint is verified beside the compilation. Until it is restored nothing is written.
+        loop, step, metadata = make(verified=False)
+        try:
+            loop.start(step, metadata)
+        except DamagedCheckpoint:
+            if metadata is None:  # it is the model to start from
+                raise
+            loop.job.batches.close()
+            loop, step, metadata = make(verified=True)
+            loop.start(step, metadata)
         loop.compile()
         loop.take_steps()
         return loop.finish(step)
@@ -122,15 +106,16 @@ class _Loop:
     def __init__(
         self, config: RunConfig, job: Job, mesh: Mesh, checkpointer: Checkpointer,
         preemption: distributed.Preemption, watchdog: distributed.Watchdog, goodput: Goodput, display: ProgressDisplay,
-        expendable: Expendable,
+        expendable: Expendable, clock: StartUp,
     ):  # fmt: skip
         self.config, self.job, self.mesh = config, job, mesh
         self.checkpointer, self.workdir = checkpointer, goodput.path.parent
         self.preemption, self.watchdog, self.goodput, self.display = preemption, watchdog, goodput, display
-        self.expendable = expendable
+        self.expendable, self.clock = expendable, clock
         self.monitor = HealthMonitor(config.health, self.workdir, display.say, expendable)
         self.profiler = Profiler(config.profile_start, config.profile_steps, self.workdir / "profile", expendable)
         self.throughput = Throughput(config.tokens_per_step, job.flops_per_step, job.flops_formula, mesh)
+        self.is_compiled = False
         self.last: dict[str, float] = {}
         """Metrics of the last step that was evaluated or saved."""
 
@@ -138,22 +123,22 @@ class _Loop:
 
     def start(self, step: int, metadata: Metadata | None) -> None:
         """Restores or makes the state of `step`; from here on files are written to the workdir."""
-        self.resumed_at, self.tokens_before = step, 0 if metadata is None else metadata.tokens
+        evaluated = len(self.job.validation) > 0 or self.job.examine is not None
+        self.schedule = Schedule(self.config, evaluated, step, 0 if metadata is None else metadata.tokens)
+        self.steps = Steps(step, self.config.num_steps)
         if metadata is None:
-            self.state = self.job.init_state()
+            with self.clock.phase("initial state"):
+                self.state = self.job.init_state()
         else:
-            with self.goodput.phase("restore"):
-                self.state = restore_state(self.checkpointer, step, self.job.abstract_state)
             self.job.batches.seek(metadata.data)
             self.monitor.set_state(metadata.health)
+            self._restore(step)
         self.watchdog.beat("the parameters were placed")
-        self.steps = Steps(step, self.config.num_steps)
         self.workdir.mkdir(parents=True, exist_ok=True)  # on every host
         self.checkpointer.remove_leftovers()
         self.checkpointer.set_aside_after(step)
-        if jax.process_index() == 0:
-            with self.expendable.attempt("config.json"), replaced(self.workdir / "config.json") as partial:
-                partial.write_text(json.dumps(dataclasses.asdict(self.config), indent=1), encoding="utf-8")
+        with self.expendable.attempt("config.json"):
+            record_config(self.config, self.workdir)
         self.job.begin(self.workdir)
         self.display.say(self.throughput.formula())
         if metadata is not None:
@@ -161,21 +146,43 @@ class _Loop:
             self.display.say(f"Resumed at step {step}{after} from {self.checkpointer.directory}.")
         self.writer = make_writer(self.config, self.workdir, step, self.expendable)
 
+    def _restore(self, step: int) -> None:
+        """Restores the state; meanwhile makes the first batch and compiles the step, for which shapes suffice."""
+
+        def restore() -> TrainState:
+            with jax.set_mesh(self.mesh), self.clock.phase("restore"):
+                return restore_state(self.checkpointer, step, self.job.abstract_state)
+
+        # Processes must start programs on their devices in one order: with several, only one thread starts any.
+        is_alone = jax.process_count() == 1
+        with self.goodput.phase("restore"), ThreadPoolExecutor(1, thread_name_prefix="restore") as pool:
+            if self.job.samples or step == self.config.num_steps:  # a batch needs the values; or only `finish` is left
+                self.state = restore()
+                return
+            self.state = self.job.abstract_state
+            if not is_alone:
+                self._next_batch(step + 1)
+            restoring = pool.submit(restore)
+            try:
+                if is_alone:
+                    self._next_batch(step + 1)
+                self._compile()
+            finally:  # its error comes first
+                self.state = restoring.result()
+
+    def _compile(self) -> None:
+        if self.batch is not None:  # else the run is to stop
+            with self.goodput.phase("compile"):
+                self.train_step = compile_step(self.config, self.job, self.mesh, self.state, self.batch, self.clock)
+            self.is_compiled = True
+
     def compile(self) -> None:
-        """Compiles the step for the first batch ahead of time, so that it can never recompile."""
-        job, config = self.job, self.config
+        """Makes the first batch and compiles the step, unless that was done beside the restore."""
         self.display.start(self.steps.done)
-        self.eval_step = jax.jit(make_eval_step(job.objective))
-        if self.steps.done == config.num_steps:
-            return  # only `finish` is left
-        if (batch := self._next_batch(self.steps.done + 1)) is None:
-            return
-        with self.goodput.phase("compile"):
-            lowered = lower_train_step(
-                job.objective, job.optimizer, self.state, job.frozen, batch, norms=config.health.norms,
-                updates=job.updates,
-            )  # fmt: skip
-            self.train_step = lowered.compile(compiler_options=tuned_options(config, self.mesh))
+        self.eval_step = jax.jit(make_eval_step(self.job.objective))
+        if not self.is_compiled and self.steps.done < self.config.num_steps:  # else only `finish` is left
+            self._next_batch(self.steps.done + 1)
+            self._compile()
         self.watchdog.beat("compilation")
 
     # ---------------------------------------------------------------------------------------------- steps
@@ -214,9 +221,9 @@ class _Loop:
                         self.writer.write(pending[0], self._finish_step(*pending))
                     pending = (step, metrics) if values is None else None
                 self.profiler.after(step, metrics)
-                is_eval = self._is_evaluated(step)
+                is_eval = self.schedule.is_evaluated(step)
                 stopping = self.preemption.reached() or failed is not None
-                is_save = stopping or self._is_saved(step)
+                is_save = stopping or self.schedule.is_saved(step, checkpointer.pinned)
                 if is_eval or is_save:
                     # A step is saved only once it is known to be finite and will not be discarded by a rewind.
                     values, pending = values or self._finish_step(step, metrics), None
@@ -246,26 +253,10 @@ class _Loop:
         if stopping:
             raise failed or self.preemption.stopped(step, checkpointer.directory)
 
-    def _tokens(self, step: int) -> int:
-        """Tokens trained on up to a step since the last resume; before it, batches may have had other sizes."""
-        return self.tokens_before + (step - self.resumed_at) * self.config.tokens_per_step
-
-    def _is_permanent(self, step: int) -> bool:
-        return is_permanent(self.config.checkpoint, step, self._tokens(step), self.config.tokens_per_step)
-
-    def _is_evaluated(self, step: int) -> bool:
-        is_regular = step % self.config.eval_every == 0 or self._is_permanent(step)
-        has_any = len(self.job.validation) > 0 or self.job.examine is not None
-        return has_any and (is_regular or step == self.config.num_steps)
-
-    def _is_saved(self, step: int) -> bool:
-        is_regular = step % self.config.checkpoint.save_every == 0 or self._is_permanent(step)
-        return is_regular or step in (self.config.num_steps, self.checkpointer.pinned)
-
     def _evaluate_if_due(self) -> None:
         """Before the first step, and after a stop between the save and the evaluation of a step."""
         done = self.steps.done
-        if self._is_evaluated(done) and not first_decides(lambda: self.writer.has_evaluation(done)):
+        if self.schedule.is_evaluated(done) and not first_decides(lambda: self.writer.has_evaluation(done)):
             self._evaluate(done)
 
     def _end_steps(self) -> None:
@@ -279,12 +270,11 @@ class _Loop:
         self.goodput.enter("other")
         self.preemption.close()
 
-    def _next_batch(self, step: int) -> Batch | None:
-        """Makes the batch of a step; None if the run is to stop."""
+    def _next_batch(self, step: int) -> None:
+        """Makes the batch of a step; it is None if the run is to stop."""
         with self.goodput.phase("rollout" if self.job.samples else "data_wait"):
             self.batch = self.job.batches.next(step, self.state)
         self.position: dict[str, Any] = self.job.batches.position()
-        return self.batch
 
     def _finish_step(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, float]:
         """Waits for a step's metrics, judges and shows them."""
@@ -296,9 +286,10 @@ class _Loop:
         values |= judged | self.throughput.step() | self.job.batches.metrics(step) | self.expendable.metrics()
         self.job.check(step, values)
         if self.config.tokens_per_step:
-            values["trained_tokens"] = float(self._tokens(step))
+            values["trained_tokens"] = float(self.schedule.tokens(step))
         self.goodput.steps_done += 1
         self.display.show(step, values)
+        self.clock.end(self.display.say, self.goodput)
         return values
 
     def _stop(self, step: int, values: dict[str, float], name: str) -> None:
@@ -317,18 +308,14 @@ class _Loop:
         """
         job, progress = self.job, distributed.make_progress(self.preemption, self.watchdog, f" at step {step}")
         with self.goodput.phase("evaluation"), self.expendable.attempt("evaluations"):
-            values = evaluate(job, self.eval_step, self.state.params, self.config.eval_batches, progress)
-            if values:
-                self.display.say(f"step {step}  validation {job.objective.summary(values)}")
-            if values is not None and job.examine is not None:
-                more: dict[str, float] | None = {}
-                with self.expendable.attempt("further evaluations"):  # a failure keeps the metrics above
-                    more = job.examine(step, self.state.params, progress)
-                values = None if more is None else values | more
+            values = evaluate_and_examine(
+                job, self.eval_step, step, self.state.params, self.config.eval_batches, progress, self.expendable,
+                self.display.say,
+            )  # fmt: skip
             if values is None:
                 self.display.say(f"step {step}  the run is stopping: the next start does this evaluation")
                 return False
-            values = {f"validation_{name}": value for name, value in values.items()} | job.batches.metrics(step)
+            values |= job.batches.metrics(step)
             self.last |= values
             self.writer.write(step, values)
         return True
@@ -336,10 +323,15 @@ class _Loop:
     # ----------------------------------------------------------------------------------------- save, rewind
 
     def _save(self, step: int, position: dict[str, Any]) -> None:
+        config, schedule = dataclasses.asdict(self.config), self.schedule
         metadata = Metadata(
-            dataclasses.asdict(self.config), position, self.monitor.state(), self.job.metadata, self._tokens(step),
-            self._is_permanent(step),
-        )  # fmt: skip
+            config,
+            position,
+            self.monitor.state(),
+            self.job.metadata,
+            schedule.tokens(step),
+            schedule.is_permanent(step),
+        )
         with self.goodput.phase("save"):
             self.checkpointer.save(step, self.state.params, self.state.opt_state, metadata)
         self.goodput.record(step)
@@ -365,8 +357,8 @@ class _Loop:
         monitor.rewound(good, metadata.health, skipped)
         self.writer.close()
         self.writer = make_writer(self.config, self.workdir, good, self.expendable)
-        self.steps.done = self.resumed_at = good
-        self.tokens_before = metadata.tokens
+        self.steps.done = good
+        self.schedule = self.schedule._replace(resumed_at=good, tokens_before=metadata.tokens)
         self.watchdog.beat(f"rewinding to step {good}")
         self.throughput.restart()
         return good

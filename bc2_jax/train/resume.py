@@ -116,8 +116,13 @@ def _show(values: dict[str, object], name: str) -> str:
     return json.dumps(values[name], ensure_ascii=False) if name in values else "not set"
 
 
-def find_checkpoint(config: RunConfig, checkpointer: Checkpointer, goodput: Goodput) -> tuple[int, Metadata | None]:
-    """Step and metadata of the checkpoint to resume from, or (0, None). Raises ValueError if the run may not resume."""
+def find_checkpoint(
+    config: RunConfig, checkpointer: Checkpointer, goodput: Goodput, verified: bool = True
+) -> tuple[int, Metadata | None]:  # fmt: skip
+    """Step and metadata of the checkpoint to resume from, or (0, None). Raises ValueError if the run may not resume.
+
+    With `verified` = False its arrays are left for `Checkpointer.restore` to verify.
+    """
     workdir = goodput.path.parent
     saved = first_decides(checkpointer.steps)
     if saved and config.resume == "never":
@@ -126,7 +131,7 @@ def find_checkpoint(config: RunConfig, checkpointer: Checkpointer, goodput: Good
             "pass --resume auto to resume from there, or another --workdir."
         )
     with goodput.phase("restore"):
-        step = goodput.start_step = checkpointer.latest_good() or 0
+        step = goodput.start_step = checkpointer.latest_good(verified) or 0
     if step > config.num_steps:
         raise ValueError(f"num_steps = {config.num_steps} is not valid: the run in '{workdir}' is at {step}.")
     return step, checkpointer.metadata(step) if step else None

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import itertools
+import json
 import logging
 import os
 import tempfile
@@ -19,7 +20,7 @@ from jax.sharding import Mesh
 
 from bc2_jax.agreement import first_decides
 from bc2_jax.config import RunConfig
-from bc2_jax.files import InUse, lock
+from bc2_jax.files import InUse, lock, replaced
 from bc2_jax.tpu.chips import DEVICE_KINDS
 from bc2_jax.tpu.options import compiler_options
 from bc2_jax.validation import check_path
@@ -71,6 +72,13 @@ def tuned_options(config: RunConfig, mesh: Mesh) -> dict[str, Any] | None:
     if generation is None or config.compute.compiler_options == "default":
         return None
     return dict(compiler_options(generation))
+
+
+def record_config(config: RunConfig, workdir: Path) -> None:
+    """Writes the config of the run to its folder; process 0 only."""
+    if jax.process_index() == 0:
+        with replaced(workdir / "config.json") as partial:
+            partial.write_text(json.dumps(dataclasses.asdict(config), indent=1), encoding="utf-8")
 
 
 def check_attention(config: RunConfig, mesh: Mesh) -> None:

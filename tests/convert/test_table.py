@@ -166,3 +166,15 @@ def test_mixed_dtypes_are_refused():
 def test_flatten_inverts_unflatten():
     flat = {"a.b.c": 1, "a.d": 2, "e": 3}
     assert table.flatten(table.unflatten(flat)) == flat
+
+
+@given(rows=st.integers(1, 300), columns=st.integers(1, 300), dtype=DTYPES, seed=SEEDS)
+@settings(max_examples=30, deadline=None)
+def test_transposes_larger_than_a_block_keep_every_element(rows, columns, dtype, seed):
+    """Both ways, with whole and partial blocks of 128."""
+    array = random_arrays({"x": (rows, columns)}, dtype, seed)["x"]
+    read, written = np.empty((columns, rows), dtype), np.empty((columns, rows), dtype)
+    table.copy_blocks(read, array.T)
+    table.copy_blocks(written.T, array)
+    expected = b"".join(array[:, j].tobytes() for j in range(columns))
+    assert read.tobytes() == expected and written.tobytes() == expected

@@ -1,0 +1,55 @@
+"""The compiled step, and the clock of a start: seconds by phase until the end of the first step."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+from jax.sharding import Mesh
+
+from bc2_jax.config import RunConfig
+from bc2_jax.train.goodput import Goodput
+from bc2_jax.train.job import Batch, Job, Say, TrainState, TrainStep, lower_train_step
+from bc2_jax.train.start import tuned_options
+
+
+class StartUp:
+    """Seconds of each phase of this start. Two threads may be in different phases at the same time, so they may add up
+    to more than the total."""
+
+    def __init__(self, started: float):
+        """`started` is the time.monotonic() at which the program began; the time until now is the phase "imports"."""
+        self._started = started
+        self.seconds: dict[str, float] = {"imports": time.monotonic() - started}
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time of the block to a phase."""
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - begin
+
+    def end(self, say: Say, goodput: Goodput) -> None:
+        """Reports all phases at the end of the first step; later calls do nothing."""
+        if "total" in self.seconds:
+            return
+        total = time.monotonic() - self._started
+        phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items())
+        say(f"start-up: {total:.1f} s to the end of the first step ({phases})")
+        self.seconds["total"] = total
+        goodput.start_up = self.seconds
+
+
+def compile_step(
+    config: RunConfig, job: Job, mesh: Mesh, state: TrainState, batch: Batch, clock: StartUp
+) -> TrainStep:  # fmt: skip
+    """The compiled step for this state, arrays or shapes, and batches like this one."""
+    with clock.phase("lower"):
+        lowered = lower_train_step(
+            job.objective, job.optimizer, state, job.frozen, batch, norms=config.health.norms, updates=job.updates
+        )
+    with clock.phase("compile"):
+        return lowered.compile(compiler_options=tuned_options(config, mesh))
