@@ -11,7 +11,9 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
 
-from bc2_jax.aot.program import BETWEEN_SLICES, Collective, Computation, Instruction, Program
+from bc2_jax.aot.links import QUEUES, Links
+from bc2_jax.aot.offload import host_transfer
+from bc2_jax.aot.program import Collective, Computation, Instruction, Program
 from bc2_jax.aot.traffic import matmul_flops, moved_bytes
 from bc2_jax.tpu.chips import Chip, Topology
 from bc2_jax.tpu.rates import ATTENTION_HEAD_DIM, Rates, default_rates
@@ -52,7 +54,8 @@ class Estimate:
     """Seconds of one step: matmul + vector + kernels + exposed."""
 
     matmul: float
-    """The compiler's cycles; in inference HBM-bound ones take their bytes at `Rates.hbm_share` of the bandwidth."""
+    """The compiler's cycles, at most `Rates.matmul_share` of peak; in inference the time of their bytes at
+    `Rates.hbm_share` of the bandwidth, if they are HBM-bound."""
     vector: float  # other fusions, memory-bound ones at `Rates.hbm_share` of the bandwidth
     kernels: float
     exposed: float  # communication that is not hidden
@@ -68,8 +71,8 @@ class Estimate:
 
     @property
     def seconds_high(self) -> float:
-        """Worst case: the compiler's cycles, nothing hidden."""
-        return self.matmul_raw + self.vector_raw + self.kernels + self.exposed + self.hidden
+        """Worst case: the compiler's cycles if they are more, nothing hidden."""
+        return max(self.matmul, self.matmul_raw) + self.vector_raw + self.kernels + self.exposed + self.hidden
 
 
 @dataclasses.dataclass
@@ -89,48 +92,6 @@ class _Parts:
     @property
     def seconds(self) -> float:
         return self.matmul + self.vector + self.kernels + self.exposed
-
-
-class Links:
-    """Times of collectives on the links of a topology."""
-
-    def __init__(self, topology: Topology, coordinates: Sequence[tuple[int, ...]], rates: Rates):
-        """`coordinates`: (slice, x, y, ...) of each device in the program's order."""
-        self.topology, self.coordinates, self.rates = topology, coordinates, rates
-
-    def seconds(self, collective: Collective) -> float:
-        """bytes * (n - 1) / n over the bidirectional rings of the torus dimensions that the group spans.
-
-        A dimension that is not a ring counts half. A permute uses one link. Between slices each chip sends its share
-        over the data-centre network in both directions.
-        """
-        if collective.kind == BETWEEN_SLICES:
-            num_slices = self.topology.num_slices
-            return 2 * collective.bytes * (num_slices - 1) / num_slices / self.rates.dcn_bandwidth
-        places = [self.coordinates[device] for device in collective.group if device < len(self.coordinates)]
-        slices = len({place[0] for place in places})
-        chips = {place[1:] for place in places}
-        if collective.kind == "collective-permute":
-            return collective.bytes / (self.rates.dcn_bandwidth if slices > 1 else self.rates.link_bandwidth)
-        seconds, inside = 0.0, len(chips)
-        if inside > 1:
-            seconds = collective.bytes * (inside - 1) / inside / self._bandwidth(chips)
-            if collective.kind.endswith("all-to-all"):
-                # Each byte has one destination and travels a quarter of each ring on average.
-                sides = [len({place[dim] for place in chips}) for dim in range(self.topology.chip.torus_dims)]
-                seconds *= sum(side for side in sides if side > 1) / 4 / max(sum(side > 1 for side in sides), 1)
-        if slices > 1:
-            seconds += collective.bytes / inside * (slices - 1) / slices / self.rates.dcn_bandwidth
-        return 2 * seconds if collective.kind == "all-reduce" else seconds
-
-    def _bandwidth(self, chips: set[tuple[int, ...]]) -> float:
-        """Bytes/s that a chip receives over the links spanned by the group."""
-        links = 0
-        for dim in range(self.topology.chip.torus_dims):
-            side = len({place[dim] for place in chips if dim < len(place)})
-            if side > 1:
-                links += 2 if side == self.topology.shape[dim] and self.topology.is_ring(dim) else 1
-        return max(links, 1) * self.rates.link_bandwidth
 
 
 class Simulation:
@@ -155,11 +116,12 @@ class Simulation:
     def _run(self, computation: Computation, times: int) -> _Parts:
         """One pass of a computation that runs `times` times in a step.
 
-        The links carry one collective at a time. Its start queues it and its end waits for it; compute in between hides
-        it. A collective that is split into fusions proceeds only while these compute.
+        The links carry one collective at a time, beside transfers to and from host memory. A start queues it and its
+        end waits for it; compute in between hides it. A collective that is split into fusions proceeds only while these
+        compute.
         """
         parts = _Parts()
-        free, finish = {BETWEEN_SLICES: 0.0, "": 0.0}, dict[str, float]()
+        free, finish = dict.fromkeys(QUEUES, 0.0), dict[str, float]()
         left = dict[str, float]()  # seconds that a collective in fusions still needs, by its channel
         for instruction in computation.instructions:
             controlled = self.program.controlled(instruction)
@@ -167,6 +129,7 @@ class Simulation:
                 self._run_controlled(instruction, controlled, times, parts)
                 continue
             collective = self.program.collective(instruction, computation)
+            collective = collective or host_transfer(self.program, instruction, computation)
             if collective is not None:
                 seconds = self.links.seconds(collective)
                 asynchronous = self.program.is_asynchronous(instruction)
@@ -175,7 +138,7 @@ class Simulation:
                 if self.program.fused_part(instruction) == "start":
                     left[collective.channel] = seconds
                     continue
-                network = collective.kind if collective.kind in free else ""
+                network = collective.kind if collective.kind in QUEUES else ""
                 free[network] = max(free[network], parts.seconds) + seconds
                 if asynchronous:
                     named = instruction.opcode == "send"
@@ -245,18 +208,18 @@ class Simulation:
         return min(raw, max(moved / self.hbm_bandwidth, raw * CYCLES_HBM_SHARE / self.rates.hbm_share))
 
     def _matmul(self, instruction: Instruction, computation: Computation, raw: float) -> float:
-        """The compiler's `raw` seconds, more if no matmul is measured to be so fast; in inference less for HBM-bound
-        matmuls (few rows)."""
-        if not self.streams_weights and self.rates.matmul_share == 1:
-            return raw
-        computing = matmul_flops(self.program, instruction) * self.chip.devices / self.chip.peak_flops
-        computing /= self.rates.matmul_share
+        """The compiler's `raw` seconds, but not faster than `Rates.matmul_share` of peak.
+
+        In inference, HBM-bound matmuls (few rows) take the time of their bytes.
+        """
+        ideal = matmul_flops(self.program, instruction) * self.chip.devices / self.chip.peak_flops
+        computing = max(raw, ideal / self.rates.matmul_share)
         if not self.streams_weights:
-            return max(raw, computing)
+            return computing
         moved = moved_bytes(self.program, instruction, computation)
-        if moved * self.chip.devices / self.chip.hbm_bandwidth <= computing:
-            return raw
-        return max(self._streamed(moved, raw), min(computing, raw))
+        if moved * self.chip.devices / self.chip.hbm_bandwidth <= ideal:
+            return computing
+        return max(self._streamed(moved, raw), min(ideal / self.rates.matmul_share, raw))
 
     def _kernel(self, instruction: Instruction) -> float:
         cost = instruction.backend_config.get("custom_call_config", {}).get("cost_estimate", {})

@@ -15,6 +15,11 @@ from typing import Any
 from bc2_jax.tpu.chips import CHIPS, Chip
 from bc2_jax.validation import choices, require
 
+MATMUL_SHARE = {"v4": 0.94, "v5e": 0.94, "v5p": 0.94, "v6e": 0.793, "tpu7x": 0.965}
+"""Share of peak of the fastest bf16 matmul that others measured. v5e: 8192 x 8192 x 8192 in 6.05 ms less the 0.11 ms of
+dispatch that a small one takes (https://docs.jax.dev/en/latest/pallas/tpu/matmul.html, "XLA matmul"). v6e: the same in
+1.51 ms on the device; tpu7x: 16384 x 8192 x 8192 in 1.97 ms (results_trace_test.csv and results_v7_trace.csv of
+https://github.com/yangwhale/gpu-tpu-pedia/tree/main/tpu/v7_perf). v4 and v5p have the MXUs of v5e, not measured."""
 HOST_BANDWIDTH = {"v6e": 32e9}
 """Bytes/s of a chip to or from host memory, one way. The PCIe of "How to Scale Your Model" gives 15 GB/s to the others
 (https://github.com/jax-ml/scaling-book/blob/main/tpus.md)."""
@@ -61,13 +66,14 @@ head of 128 fills half of the wider MXU, and softmax takes as many cycles on bot
 class Rates:
     """What one chip reaches. Shares are of `Chip.peak_flops` and `Chip.hbm_bandwidth`, in 0..1."""
 
-    matmul_share: float  # the fastest large bf16 matmul
+    matmul_share: float  # the fastest large bf16 matmul; no matmul of the estimate is faster
     hbm_share: float  # streaming fusions and kernels
     attention_forward_share: float  # the attention kernel with heads of ATTENTION_HEAD_DIM
     attention_backward_share: float
     link_bandwidth: float  # bytes/s of one link, one way
     dcn_bandwidth: float  # bytes/s of the network between slices
     host_bandwidth: float  # bytes/s between HBM and host memory, one way
+    collective_latency: float  # seconds that a collective takes however small it is
     measured: tuple[str, ...] = ()  # the fields above that a report gave
 
     def __post_init__(self) -> None:
@@ -91,9 +97,10 @@ def default_rates(chip: Chip) -> Rates:
         for is_backward in (False, True)
     )
     return Rates(
-        matmul_share=1.0, hbm_share=0.85, attention_forward_share=forward, attention_backward_share=backward,
+        matmul_share=MATMUL_SHARE[chip.name], hbm_share=0.85,
+        attention_forward_share=forward, attention_backward_share=backward,
         link_bandwidth=chip.link_bandwidth, dcn_bandwidth=chip.dcn_bandwidth,
-        host_bandwidth=HOST_BANDWIDTH.get(chip.name, 15e9),
+        host_bandwidth=HOST_BANDWIDTH.get(chip.name, 15e9), collective_latency=0.0,
     )  # fmt: skip
 
 
@@ -124,5 +131,7 @@ def _check(field: str, value: object) -> None:
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
     if field.endswith("_share"):
         require(0 < number <= 1, field, value, "it must be more than 0 and at most 1")
+    elif field.endswith("_latency"):
+        require(0 <= number < math.inf, field, value, "it must be at least 0 and finite")
     else:
         require(0 < number < math.inf, field, value, "it must be positive and finite")

@@ -135,9 +135,10 @@ def test_measured_rates_are_named():
     default = default_rates(STEP.topology.chip)
     assert make_report(STEP).program.rates == default and "rates" not in dict(render(make_report(STEP)))
     rates = dataclasses.replace(
-        default, matmul_share=0.9, host_bandwidth=12e9, measured=("matmul_share", "host_bandwidth")
+        default, matmul_share=0.01, host_bandwidth=12e9, measured=("matmul_share", "host_bandwidth")
     )
     report = make_report(STEP, rates)
-    said = "measured: matmul_share 0.9, host_bandwidth 12 GB/s; the other 5 by default"
+    said = "measured: matmul_share 0.01, host_bandwidth 12 GB/s; the other 6 by default"
     assert dict(render(report))["rates"] == said
+    assert report.mfu_high > report.mfu == pytest.approx(report.flops / report.estimate.seconds / 459e12)
     assert json.loads(json.dumps(report.as_json()))["rates"]["measured"] == ["matmul_share", "host_bandwidth"]
