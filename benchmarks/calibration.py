@@ -139,7 +139,8 @@ _LLAMA31_8B = dataclasses.replace(
 # https://maxtext.readthedocs.io/en/latest/reference/models/tiering.html has all four figures. The settings and step
 # times are those of the recipes (https://github.com/AI-Hypercomputer/tpu-recipes/tree/main/training/trillium, folders
 # Llama2-70B-MaxText, Llama3.1-8B-MaxText/v6e-256 and Llama3.1-70B-MaxText/v6e-256) and, on v5p, of
-# https://github.com/AI-Hypercomputer/maxtext/blob/92e59fdf/benchmarks/maxtext_v5p_model_configs.py#L156. The recipe of
+# https://github.com/AI-Hypercomputer/maxtext/blob/92e59fdf/benchmarks/maxtext_v5p_model_configs.py#L156,
+# with the compiler options of its MaxText/configs/v5p/llama2_70b.sh. The recipe of
 # Llama 2 70B says 3 sequences a chip; its log line is that of 2 (2,097,152 tokens a step on 256 chips).
 PUBLISHED = {
     "llama2-70b-v5p": Published(
