@@ -30,7 +30,7 @@ from bc2_jax.train.job import StepParts, lower_train_step
 from bc2_jax.train.kinds import kind_of
 
 # Otherwise libtpu queries a metadata server, and only one process at a time can use it.
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -103,7 +103,7 @@ def use_topologies() -> None:
 
     JAX runs on the CPU, so that compiling on a TPU host does not occupy its TPUs.
     """
-    for name, value in _ENVIRONMENT.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")
 
@@ -170,25 +170,33 @@ def compile_program(name: str, lower: Callable[[], Any], options: dict[str, Valu
         except jax.errors.JaxRuntimeError as error:
             raise _explained(error, name) from error
         compile_seconds = time.perf_counter() - lowered_at
-        found = sorted(Path(folder).glob("*.after_codegen.txt"), key=lambda path: path.stat().st_size)
-        if not found:
-            raise RuntimeError(f"The compiler wrote no scheduled program of the {name}; libtpu 0.0.42 does.")
-        hlo = found[-1].read_text(encoding="utf-8")
+        hlo, laid_out = read_dump(Path(folder), name)
         memory: Any = compiled.memory_analysis()
-        usage = Path(str(found[-1]).replace("after_codegen", "after_optimizations-memory-usage-report"))
-        laid_out = re.search(r"color=0\)\s+Total bytes: ([0-9]+)", usage.read_text(encoding="utf-8"))
-        if laid_out is None:
-            raise RuntimeError(f"The compiler wrote no memory of the {name}; libtpu 0.0.42 does.")
     return CompiledProgram(
         memory=Memory(
             memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.alias_size_in_bytes,
-            memory.temp_size_in_bytes, memory.peak_memory_in_bytes, int(laid_out[1]), memory.host_temp_size_in_bytes,
+            memory.temp_size_in_bytes, memory.peak_memory_in_bytes, laid_out, memory.host_temp_size_in_bytes,
         ),
         hlo=hlo,
         log=log[0],
         lower_seconds=lowered_at - start,
         compile_seconds=compile_seconds,
     )  # fmt: skip
+
+
+def read_dump(folder: Path, name: str) -> tuple[str, int]:
+    """The scheduled program and the HBM in which it is laid out, from the compiler's dump of one program.
+
+    Raises RuntimeError if libtpu wrote none.
+    """
+    found = sorted(folder.glob("*.after_codegen.txt"), key=lambda path: path.stat().st_size)
+    if not found:
+        raise RuntimeError(f"The compiler wrote no scheduled program of the {name}; libtpu 0.0.42 does.")
+    usage = Path(str(found[-1]).replace("after_codegen", "after_optimizations-memory-usage-report"))
+    laid_out = re.search(r"color=0\)\s+Total bytes: ([0-9]+)", usage.read_text(encoding="utf-8"))
+    if laid_out is None:
+        raise RuntimeError(f"The compiler wrote no memory of the {name}; libtpu 0.0.42 does.")
+    return found[-1].read_text(encoding="utf-8"), int(laid_out[1])
 
 
 def device_coordinates(mesh: Mesh) -> tuple[tuple[int, ...], ...]:

@@ -13,6 +13,7 @@ from bc2_jax.aot.estimate import Audit, Estimate, audit, estimate_step
 from bc2_jax.aot.program import Program
 from bc2_jax.config import FineTuneConfig, TrainConfig
 from bc2_jax.tpu.chips import GIB, Topology
+from bc2_jax.tpu.rates import FIELDS, Rates, default_rates
 
 PAPER_TOKENS = 2.6e12  # Baichuan 2's training tokens (paper section 2.1)
 LARGE = 2**25  # bytes from which a tensor is worth a warning
@@ -27,6 +28,7 @@ class ProgramReport:
     hbm_bytes: int  # the chip's capacity
     lower_seconds: float
     compile_seconds: float
+    rates: Rates  # those of the estimate
     estimate: Estimate
     warnings: tuple[str, ...]
 
@@ -46,6 +48,7 @@ class ProgramReport:
                 kind: dataclasses.asdict(t) | {"asynchronous": t.asynchronous_bytes == t.bytes}
                 for kind, t in e.collectives.items()
             },
+            "rates": self.rates.as_json(),
             "warnings": list(self.warnings),
         }
 
@@ -64,6 +67,7 @@ class Report:
     peak_flops: float
     audit: Audit
     is_pretraining: bool  # whether to report the days for PAPER_TOKENS
+    seconds_by_cycles: float  # estimated with matmuls at the compiler's cycles, also where none was measured so fast
 
     @property
     def memory(self) -> Memory:
@@ -80,6 +84,11 @@ class Report:
     @property
     def mfu(self) -> float:
         return self.flops / self.estimate.seconds / self.peak_flops
+
+    @property
+    def mfu_high(self) -> float:
+        """With matmuls at the compiler's cycles."""
+        return self.flops / self.seconds_by_cycles / self.peak_flops
 
     @property
     def mfu_low(self) -> float:
@@ -106,6 +115,7 @@ class Report:
             **self.program.as_json("step_"),
             "estimated_mfu": self.mfu,
             "estimated_mfu_low": self.mfu_low,
+            "estimated_mfu_high": self.mfu_high,
             "tokens_per_second_per_chip": self.tokens_per_second,
             "days_for_2_6_trillion_tokens": self.days if self.is_pretraining else None,
             "audit": dataclasses.asdict(self.audit) | {"complete": self.audit.complete},
@@ -113,31 +123,40 @@ class Report:
 
 
 def report_program(
-    program: CompiledProgram, topology: Topology, coordinates: Sequence[tuple[int, ...]], *, trips: int = 1,
-    without: str = "",
+    program: CompiledProgram, topology: Topology, coordinates: Sequence[tuple[int, ...]], rates: Rates | None = None, *,
+    trips: int = 1, without: str = "",
 ) -> ProgramReport:  # fmt: skip
     """Reads one program of inference.
 
-    `trips`: passes of a loop whose length is data. `without`: branches with instructions of this scope do not run.
+    `rates`: by default `default_rates` of the chip. `trips`: passes of a loop whose length is data. `without`: branches
+    with instructions of this scope do not run.
     """
     parsed = Program(program.hlo, open_trips=trips)
-    estimate = estimate_step(parsed, topology, coordinates, streams_weights=True, without=without)
-    return _report(program, topology, estimate, copy_warnings(parsed))
+    rates = rates or default_rates(topology.chip)
+    estimate = estimate_step(parsed, topology, coordinates, rates, streams_weights=True, without=without)
+    return _report(program, topology, rates, estimate, copy_warnings(parsed))
 
 
-def _report(program: CompiledProgram, topology: Topology, estimate: Estimate, found: list[str]) -> ProgramReport:
+def _report(
+    program: CompiledProgram, topology: Topology, rates: Rates, estimate: Estimate, found: list[str]
+) -> ProgramReport:
     lines = (*estimate.warnings, *found, *_synchronous_warnings(estimate), *_log_warnings(program.log))
     return ProgramReport(
         program.memory.of(topology.chip.devices), topology.chip.hbm_bytes, program.lower_seconds,
-        program.compile_seconds, estimate, lines,
+        program.compile_seconds, rates, estimate, lines,
     )  # fmt: skip
 
 
-def make_report(step: CompiledStep) -> Report:
-    """Reads the compiled step. Raises ValueError for a loop of unknown length."""
+def make_report(step: CompiledStep, rates: Rates | None = None) -> Report:
+    """Reads the compiled step. `rates`: by default `default_rates` of the chip.
+
+    Raises ValueError for a loop of unknown length.
+    """
     topology, config = step.topology, step.config
+    rates = rates or default_rates(topology.chip)
     program = Program(step.hlo)
-    estimate = estimate_step(program, topology, step.coordinates)
+    estimate = estimate_step(program, topology, step.coordinates, rates)
+    at_cycles = dataclasses.replace(rates, matmul_share=1.0)
     length, model = step.length, config.model
     sequences = step.sequences / topology.num_chips
     matmul_parameters = (
@@ -160,9 +179,10 @@ def make_report(step: CompiledStep) -> Report:
     )  # fmt: skip
     return Report(
         topology=str(topology), chips=topology.num_chips, sequences_per_chip=sequences,
-        program=_report(step, topology, estimate, _step_warnings(step, program, found)),
+        program=_report(step, topology, rates, estimate, _step_warnings(step, program, found)),
         flops=step.flops / topology.num_chips, flops_formula=formula, tokens=sequences * length,
         peak_flops=topology.chip.peak_flops, audit=found, is_pretraining=type(config) is TrainConfig,
+        seconds_by_cycles=estimate_step(program, topology, step.coordinates, at_cycles).seconds,
     )  # fmt: skip
 
 
@@ -265,8 +285,8 @@ def render(report: Report) -> Rows:
         time,
         (
             "estimated MFU",
-            f"{report.mfu:.3f} (at worst {report.mfu_low:.3f}); ideal step {ideal:.3f} s at "
-            f"{report.peak_flops / 1e12:g} TFLOP/s",
+            f"{report.mfu:.3f} (at worst {report.mfu_low:.3f}, by the compiler's cycles {report.mfu_high:.3f}); ideal "
+            f"step {ideal:.3f} s at {report.peak_flops / 1e12:g} TFLOP/s",
         ),
         ("estimated tokens/s per chip", f"{report.tokens_per_second:,.0f}"),
     ]
@@ -300,6 +320,8 @@ def program_rows(report: ProgramReport, name: str = "", show: Callable[[float], 
             f"{show(e.seconds_high)}",
         ),
     ]
+    if report.rates.measured:
+        rows.append(("rates", rates_text(report.rates)))
     for kind, t in sorted(e.collectives.items(), key=lambda item: -item[1].bytes):
         share = t.asynchronous_bytes / t.bytes if t.bytes else 0
         duration = seconds(t.seconds) if t.seconds >= 0.01 else f"{1e3 * t.seconds:.3f} ms"
@@ -321,6 +343,15 @@ def memory_text(memory: Memory, hbm_bytes: int) -> str:
         f"{gib(memory.outputs - memory.aliased)}; {peak}; laid out in {gib(memory.laid_out)} = "
         f"{memory.laid_out / hbm_bytes:.0%} of {gib(hbm_bytes)}"
     )
+
+
+def rates_text(rates: Rates) -> str:
+    """The measured rates of an estimate, and how many are not."""
+    values = ((name, getattr(rates, name)) for name in rates.measured)
+    texts = (
+        f"{name} {value:.3g}" if name.endswith("_share") else f"{name} {value / 1e9:.4g} GB/s" for name, value in values
+    )
+    return f"measured: {', '.join(texts)}; the other {len(FIELDS) - len(rates.measured)} by default"
 
 
 def gib(size: float) -> str:

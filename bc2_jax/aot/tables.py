@@ -12,8 +12,8 @@ import string
 from pathlib import Path
 from typing import Any
 
-from bc2_jax.aot.estimate import KERNEL_CYCLES
 from bc2_jax.tpu.chips import CHIPS, GIB
+from bc2_jax.tpu.rates import KERNEL_CYCLES
 
 _PARTS = " / ".join(f"{{estimated_step_parts[{name}]:.3f}}" for name in ("matmul", "vector", "kernels", "exposed"))
 _PARTS_NAME = "matmul / vector / kernels / exposed s"
@@ -23,13 +23,30 @@ _HBM = {"HBM GiB: sum, in use": "{hbm_bytes_per_chip!g:.1f}, {hbm[peak]!g:.1f}"}
 _TOKENS = {"tokens/s a chip": "{tokens_per_second_per_chip:,.0f}"}
 TABLES: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "calibration": (
-        ("", "remat"),
+        ("", "remat", "compiler options"),
         {
             "HBM GiB, in host memory": "{hbm_bytes_per_chip!g:.1f}, {hbm[host]!g:.0f}",
             _PARTS_NAME: _PARTS,
-            "MFU (at worst)": "{estimated_mfu_full_square:.3f} ({estimated_mfu_low_full_square:.3f})",
+            "MFU (at worst, by the compiler's cycles)": (
+                "{estimated_mfu_full_square:.3f} ({estimated_mfu_low_full_square:.3f}, "
+                "{estimated_mfu_high_full_square:.3f})"
+            ),
             "published": "{published_mfu_full_square:.3f}",
             "ratio (at worst)": "{ratio:.2f} ({ratio_low:.2f})",
+        },
+    ),
+    "peers": (
+        ("", "slice, sequences a chip", "MaxText: remat, options"),
+        {
+            "MaxText: HBM GiB": "{peer[hbm_bytes_per_chip]!g:.1f}",
+            "MaxText: step s = matmul / vector / kernels / exposed": (
+                "{peer[estimated_step_seconds]:.3f} = "
+                + " / ".join(f"{{peer[{name}]:.3f}}" for name in ("matmul", "vector", "kernels", "exposed"))
+            ),
+            "ours: HBM GiB": "{ours[hbm_bytes_per_chip]!g:.1f}",
+            "ours: step s": "{ours[estimated_step_seconds]:.3f}",
+            "MaxText / ours: time": "{step_ratio:.2f}",
+            "HBM": "{hbm_ratio:.2f}",
         },
     ),
     "options": (("7B, v5p 4x4x4, 2 sequences a chip",), _STEP | _MFU),

@@ -7,6 +7,7 @@ writes one token. Only the touched part counts.
 from __future__ import annotations
 
 import math
+import re
 
 from bc2_jax.aot.program import MATMULS, Computation, Instruction, Program
 
@@ -32,9 +33,10 @@ def moved_bytes(program: Program, instruction: Instruction, computation: Computa
 
 
 def matmul_flops(program: Program, instruction: Instruction) -> float:
-    """FLOPs of the matmuls in an instruction; too high for those with batch dimensions.
+    """FLOPs of the matmuls in an instruction.
 
-    [m, k] x [k, n] -> [m, n] takes 2 m k n FLOPs, and (m k) (k n) (m n) = (m k n)^2 for any order of dimensions.
+    [b, m, k] x [b, k, n] -> [b, m, n] takes 2 b m k n FLOPs, and (b m k) (b k n) (b m n) / b = (b m k n)^2 for any
+    order of dimensions.
     """
     total = 0.0
     for name in instruction.called:
@@ -42,9 +44,28 @@ def matmul_flops(program: Program, instruction: Instruction) -> float:
         for inner in computation.instructions if computation else ():
             if inner.opcode in MATMULS and computation is not None:
                 arrays = [inner, *(computation.by_name[operand] for operand in inner.operands[:2])]
-                total += 2 * math.sqrt(math.prod(math.prod(array.shapes[0].dims) for array in arrays))
+                shapes = [array.shapes[0].dims for array in arrays]
+                total += 2 * math.sqrt(math.prod(map(math.prod, shapes)) / _batch(inner, *shapes))
             total += matmul_flops(program, inner)
     return total
+
+
+def _batch(matmul: Instruction, out: tuple[int, ...], left: tuple[int, ...], right: tuple[int, ...]) -> int:
+    """Product of the batch dimensions, which the operands and the result share.
+
+    The TPU compiler writes a batch dimension as a window of a convolution that is as long as the input.
+    """
+    if matmul.opcode == "dot":
+        found = re.search(r"lhs_batch_dims=\{([0-9,]+)\}", matmul.attributes)
+        return math.prod(left[int(dim)] for dim in found[1].split(",")) if found else 1
+    found = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", matmul.attributes)
+    if not found:
+        return 1
+    of_left, of_right, of_out = (
+        dict(zip(labels, dims, strict=True)) for labels, dims in zip(found.groups(), (left, right, out), strict=True)
+    )
+    windows = (label for label in of_left if label.isdecimal())
+    return math.prod(of_left[w] for w in windows if of_left[w] == of_right.get(w) == of_out.get(w))
 
 
 def _body(program: Program, instruction: Instruction) -> Computation | None:
