@@ -39,6 +39,7 @@ from bc2_jax.data.batch import IGNORED
 from bc2_jax.sharding import gather, named_sharding, reshard
 from bc2_jax.tpu.chips import GIB, parse_topology
 from bc2_jax.tpu.options import compiler_options
+from bc2_jax.tpu.rates import default_rates
 from bc2_jax.train import pretrain
 from bc2_jax.train.loss import LossSums, head_loss
 
@@ -145,7 +146,8 @@ def measure(args: argparse.Namespace, loss: str, chunk: int) -> dict[str, Any]:
             )
     except compilation.DoesNotFit as error:
         return {"error": str(error)}
-    part = LossPart(Program(compiled.hlo), topology, compiled.coordinates, streams_weights=False).estimate
+    rates = default_rates(topology.chip)
+    part = LossPart(Program(compiled.hlo), topology, compiled.coordinates, rates).estimate
     gathered, reduced = traffic(part)
     figures = {
         "matmul": part.matmul, "vector": part.vector, "vector_raw": part.vector_raw, "gathered_bytes": gathered,

@@ -13,48 +13,12 @@ from collections.abc import Sequence
 
 from bc2_jax.aot.program import BETWEEN_SLICES, Collective, Computation, Instruction, Program
 from bc2_jax.aot.traffic import matmul_flops, moved_bytes
-from bc2_jax.tpu.chips import CHIPS, Chip, Topology
+from bc2_jax.tpu.chips import Chip, Topology
+from bc2_jax.tpu.rates import ATTENTION_HEAD_DIM, Rates, default_rates
 
-HBM_SHARE = 0.85  # share of the HBM bandwidth that memory-bound fusions reach
 CYCLES_HBM_SHARE = 0.41
-"""Largest share implied by the compiler's cycles; they are scaled by at least CYCLES_HBM_SHARE / HBM_SHARE."""
-
-
-@dataclasses.dataclass(frozen=True)
-class KernelCycles:
-    """Cycles of attention per block of queries x keys of one head on one TensorCore (libtpu's static profile)."""
-
-    generation: str
-    backward: bool
-    block: int
-    head_dim: int
-    cycles: int
-
-    @property
-    def matmuls(self) -> int:
-        """Block matmuls: scores and values forward; scores again and four gradients backward."""
-        return 5 if self.backward else 2
-
-    @property
-    def efficiency(self) -> float:
-        """Share of the TensorCore's peak."""
-        flops = self.matmuls * 2 * self.block**2 * self.head_dim
-        return flops / self.cycles / _flops_per_cycle(self.generation)
-
-
-def _flops_per_cycle(generation: str) -> float:
-    chip = CHIPS[generation]
-    return chip.peak_flops / chip.tensor_cores / chip.clock
-
-
-KERNEL_CYCLES = (
-    KernelCycles("v5p", False, 1024, 128, 4_855),
-    KernelCycles("v5p", True, 1024, 128, 10_894),
-    KernelCycles("v6e", False, 1024, 128, 3_180),
-    KernelCycles("v6e", True, 1024, 128, 5_927),
-)
-"""Other generations use the shares of the one with the same MXU. The share does not carry over between MXU sizes: a
-head of 128 fills half of the wider MXU, and softmax takes as many cycles on both."""
+"""Largest share of the HBM bandwidth implied by the compiler's cycles, which are scaled by at least this by
+`Rates.hbm_share`."""
 UNKNOWN_KERNEL_EFFICIENCY = 0.5  # for kernels other than attention that declare FLOPs
 
 
@@ -88,8 +52,8 @@ class Estimate:
     """Seconds of one step: matmul + vector + kernels + exposed."""
 
     matmul: float
-    """The compiler's cycles; in inference HBM-bound ones take their bytes at HBM_SHARE of the bandwidth."""
-    vector: float  # other fusions, memory-bound ones at HBM_SHARE of the bandwidth
+    """The compiler's cycles; in inference HBM-bound ones take their bytes at `Rates.hbm_share` of the bandwidth."""
+    vector: float  # other fusions, memory-bound ones at `Rates.hbm_share` of the bandwidth
     kernels: float
     exposed: float  # communication that is not hidden
     hidden: float  # hidden communication; not part of the sum
@@ -130,9 +94,9 @@ class _Parts:
 class Links:
     """Times of collectives on the links of a topology."""
 
-    def __init__(self, topology: Topology, coordinates: Sequence[tuple[int, ...]]):
+    def __init__(self, topology: Topology, coordinates: Sequence[tuple[int, ...]], rates: Rates):
         """`coordinates`: (slice, x, y, ...) of each device in the program's order."""
-        self.topology, self.coordinates = topology, coordinates
+        self.topology, self.coordinates, self.rates = topology, coordinates, rates
 
     def seconds(self, collective: Collective) -> float:
         """bytes * (n - 1) / n over the bidirectional rings of the torus dimensions that the group spans.
@@ -142,22 +106,21 @@ class Links:
         """
         if collective.kind == BETWEEN_SLICES:
             num_slices = self.topology.num_slices
-            return 2 * collective.bytes * (num_slices - 1) / num_slices / self.topology.chip.dcn_bandwidth
+            return 2 * collective.bytes * (num_slices - 1) / num_slices / self.rates.dcn_bandwidth
         places = [self.coordinates[device] for device in collective.group if device < len(self.coordinates)]
         slices = len({place[0] for place in places})
         chips = {place[1:] for place in places}
-        chip = self.topology.chip
         if collective.kind == "collective-permute":
-            return collective.bytes / (chip.dcn_bandwidth if slices > 1 else chip.link_bandwidth)
+            return collective.bytes / (self.rates.dcn_bandwidth if slices > 1 else self.rates.link_bandwidth)
         seconds, inside = 0.0, len(chips)
         if inside > 1:
             seconds = collective.bytes * (inside - 1) / inside / self._bandwidth(chips)
             if collective.kind.endswith("all-to-all"):
                 # Each byte has one destination and travels a quarter of each ring on average.
-                sides = [len({place[dim] for place in chips}) for dim in range(chip.torus_dims)]
+                sides = [len({place[dim] for place in chips}) for dim in range(self.topology.chip.torus_dims)]
                 seconds *= sum(side for side in sides if side > 1) / 4 / max(sum(side > 1 for side in sides), 1)
         if slices > 1:
-            seconds += collective.bytes / inside * (slices - 1) / slices / chip.dcn_bandwidth
+            seconds += collective.bytes / inside * (slices - 1) / slices / self.rates.dcn_bandwidth
         return 2 * seconds if collective.kind == "all-reduce" else seconds
 
     def _bandwidth(self, chips: set[tuple[int, ...]]) -> float:
@@ -167,18 +130,19 @@ class Links:
             side = len({place[dim] for place in chips if dim < len(place)})
             if side > 1:
                 links += 2 if side == self.topology.shape[dim] and self.topology.is_ring(dim) else 1
-        return max(links, 1) * self.topology.chip.link_bandwidth
+        return max(links, 1) * self.rates.link_bandwidth
 
 
 class Simulation:
     """Simulates one step of a program; `estimate` is the result."""
 
     def __init__(
-        self, program: Program, topology: Topology, coordinates: Sequence[tuple[int, ...]], streams_weights: bool,
-        without: str = "",
+        self, program: Program, topology: Topology, coordinates: Sequence[tuple[int, ...]], rates: Rates,
+        streams_weights: bool = False, without: str = "",
     ):  # fmt: skip
         self.program, self.chip, self.streams_weights, self.without = program, topology.chip, streams_weights, without
-        self.links = Links(topology, coordinates)
+        self.rates, self.links = rates, Links(topology, coordinates, rates)
+        self.hbm_bandwidth = rates.hbm_share * self.chip.hbm_bandwidth / self.chip.devices
         self.collectives: dict[str, Traffic] = defaultdict(Traffic)
         self.warnings: list[str] = []
         parts = self._run(program.computations[program.entry], 1)
@@ -277,15 +241,18 @@ class Simulation:
         parts.vector += self._streamed(sum(shape.bytes for shape in shapes if shape.in_hbm), raw)
 
     def _streamed(self, moved: float, raw: float) -> float:
-        """Seconds to move these bytes, between raw * CYCLES_HBM_SHARE / HBM_SHARE and raw."""
-        ideal = moved / (HBM_SHARE * self.chip.hbm_bandwidth / self.chip.devices)
-        return min(raw, max(ideal, raw * CYCLES_HBM_SHARE / HBM_SHARE))
+        """Seconds to move these bytes, between raw * CYCLES_HBM_SHARE / `Rates.hbm_share` and raw."""
+        return min(raw, max(moved / self.hbm_bandwidth, raw * CYCLES_HBM_SHARE / self.rates.hbm_share))
 
     def _matmul(self, instruction: Instruction, computation: Computation, raw: float) -> float:
-        """The compiler's `raw` seconds; in inference less for HBM-bound matmuls (few rows)."""
-        if not self.streams_weights:
+        """The compiler's `raw` seconds, more if no matmul is measured to be so fast; in inference less for HBM-bound
+        matmuls (few rows)."""
+        if not self.streams_weights and self.rates.matmul_share == 1:
             return raw
         computing = matmul_flops(self.program, instruction) * self.chip.devices / self.chip.peak_flops
+        computing /= self.rates.matmul_share
+        if not self.streams_weights:
+            return max(raw, computing)
         moved = moved_bytes(self.program, instruction, computation)
         if moved * self.chip.devices / self.chip.hbm_bandwidth <= computing:
             return raw
@@ -294,11 +261,11 @@ class Simulation:
     def _kernel(self, instruction: Instruction) -> float:
         cost = instruction.backend_config.get("custom_call_config", {}).get("cost_estimate", {})
         flops = float(cost.get("flops", 0))
-        moved = float(cost.get("bytes_accessed", 0)) / (HBM_SHARE * self.chip.hbm_bandwidth / self.chip.devices)
+        moved = float(cost.get("bytes_accessed", 0)) / self.hbm_bandwidth
         if not flops and not moved:
             self._warn(f"Kernel {instruction.name} declares no cost; it counts as nothing.")
             return 0.0
-        share = kernel_efficiency(instruction, self.chip)
+        share = kernel_efficiency(instruction, self.chip, self.rates)
         return max(flops * self.chip.devices / self.chip.peak_flops / share, moved)
 
     def _warn(self, text: str) -> None:
@@ -306,8 +273,8 @@ class Simulation:
             self.warnings.append(text)
 
 
-def kernel_efficiency(instruction: Instruction, chip: Chip) -> float:
-    """The share of peak of a Pallas kernel's declared FLOPs; attention's is from KERNEL_CYCLES."""
+def kernel_efficiency(instruction: Instruction, chip: Chip, rates: Rates) -> float:
+    """The share of peak of a Pallas kernel's declared FLOPs."""
     # Attention contracts over the head size, the last dimension of its arrays.
     head_dim = instruction.shapes[0].dims[-1] if instruction.shapes and instruction.shapes[0].dims else 1
     name = f"{instruction.name} {instruction.op_name}".lower()
@@ -316,21 +283,23 @@ def kernel_efficiency(instruction: Instruction, chip: Chip) -> float:
     # A recomputed forward kernel is under transpose( too, but keeps its name.
     forward = any(word in instruction.name.lower() for word in ("forward", "fwd"))
     backward = not forward and any(word in name for word in ("transpose(", "bwd", "backward"))
-    known = next(k for k in KERNEL_CYCLES if k.backward == backward and CHIPS[k.generation].mxu == chip.mxu)
+    share = rates.attention_backward_share if backward else rates.attention_forward_share
     # A shorter head leaves more of the MXU idle.
-    return known.efficiency * min(1.0, head_dim / known.head_dim)
+    return share * min(1.0, head_dim / ATTENTION_HEAD_DIM)
 
 
 def estimate_step(
-    program: Program, topology: Topology, coordinates: Sequence[tuple[int, ...]], streams_weights: bool = False,
-    without: str = "",
+    program: Program, topology: Topology, coordinates: Sequence[tuple[int, ...]], rates: Rates | None = None,
+    streams_weights: bool = False, without: str = "",
 ) -> Estimate:  # fmt: skip
     """The estimate for one step. Raises ValueError for a loop of unknown length.
 
-    `streams_weights`: matmuls of few rows, as in decoding, are HBM-bound and scaled as vector fusions. The longest
-    branch of a conditional counts; branches with instructions of the `jax.named_scope` `without` do not run.
+    `rates`: by default `default_rates` of the chip. `streams_weights`: matmuls of few rows, as in decoding, are
+    HBM-bound and scaled as vector fusions. The longest branch of a conditional counts; branches with instructions of
+    the `jax.named_scope` `without` do not run.
     """
-    return Simulation(program, topology, coordinates, streams_weights, without).estimate
+    rates = rates or default_rates(topology.chip)
+    return Simulation(program, topology, coordinates, rates, streams_weights, without).estimate
 
 
 def audit(

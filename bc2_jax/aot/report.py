@@ -13,6 +13,7 @@ from bc2_jax.aot.estimate import Audit, Estimate, audit, estimate_step
 from bc2_jax.aot.program import Program
 from bc2_jax.config import FineTuneConfig, TrainConfig
 from bc2_jax.tpu.chips import GIB, Topology
+from bc2_jax.tpu.rates import FIELDS, Rates, default_rates
 
 PAPER_TOKENS = 2.6e12  # Baichuan 2's training tokens (paper section 2.1)
 LARGE = 2**25  # bytes from which a tensor is worth a warning
@@ -27,6 +28,7 @@ class ProgramReport:
     hbm_bytes: int  # the chip's capacity
     lower_seconds: float
     compile_seconds: float
+    rates: Rates  # those of the estimate
     estimate: Estimate
     warnings: tuple[str, ...]
 
@@ -46,6 +48,7 @@ class ProgramReport:
                 kind: dataclasses.asdict(t) | {"asynchronous": t.asynchronous_bytes == t.bytes}
                 for kind, t in e.collectives.items()
             },
+            "rates": self.rates.as_json(),
             "warnings": list(self.warnings),
         }
 
@@ -113,31 +116,39 @@ class Report:
 
 
 def report_program(
-    program: CompiledProgram, topology: Topology, coordinates: Sequence[tuple[int, ...]], *, trips: int = 1,
-    without: str = "",
+    program: CompiledProgram, topology: Topology, coordinates: Sequence[tuple[int, ...]], rates: Rates | None = None, *,
+    trips: int = 1, without: str = "",
 ) -> ProgramReport:  # fmt: skip
     """Reads one program of inference.
 
-    `trips`: passes of a loop whose length is data. `without`: branches with instructions of this scope do not run.
+    `rates`: by default `default_rates` of the chip. `trips`: passes of a loop whose length is data. `without`: branches
+    with instructions of this scope do not run.
     """
     parsed = Program(program.hlo, open_trips=trips)
-    estimate = estimate_step(parsed, topology, coordinates, streams_weights=True, without=without)
-    return _report(program, topology, estimate, copy_warnings(parsed))
+    rates = rates or default_rates(topology.chip)
+    estimate = estimate_step(parsed, topology, coordinates, rates, streams_weights=True, without=without)
+    return _report(program, topology, rates, estimate, copy_warnings(parsed))
 
 
-def _report(program: CompiledProgram, topology: Topology, estimate: Estimate, found: list[str]) -> ProgramReport:
+def _report(
+    program: CompiledProgram, topology: Topology, rates: Rates, estimate: Estimate, found: list[str]
+) -> ProgramReport:
     lines = (*estimate.warnings, *found, *_synchronous_warnings(estimate), *_log_warnings(program.log))
     return ProgramReport(
         program.memory.of(topology.chip.devices), topology.chip.hbm_bytes, program.lower_seconds,
-        program.compile_seconds, estimate, lines,
+        program.compile_seconds, rates, estimate, lines,
     )  # fmt: skip
 
 
-def make_report(step: CompiledStep) -> Report:
-    """Reads the compiled step. Raises ValueError for a loop of unknown length."""
+def make_report(step: CompiledStep, rates: Rates | None = None) -> Report:
+    """Reads the compiled step. `rates`: by default `default_rates` of the chip.
+
+    Raises ValueError for a loop of unknown length.
+    """
     topology, config = step.topology, step.config
+    rates = rates or default_rates(topology.chip)
     program = Program(step.hlo)
-    estimate = estimate_step(program, topology, step.coordinates)
+    estimate = estimate_step(program, topology, step.coordinates, rates)
     length, model = step.length, config.model
     sequences = step.sequences / topology.num_chips
     matmul_parameters = (
@@ -160,7 +171,7 @@ def make_report(step: CompiledStep) -> Report:
     )  # fmt: skip
     return Report(
         topology=str(topology), chips=topology.num_chips, sequences_per_chip=sequences,
-        program=_report(step, topology, estimate, _step_warnings(step, program, found)),
+        program=_report(step, topology, rates, estimate, _step_warnings(step, program, found)),
         flops=step.flops / topology.num_chips, flops_formula=formula, tokens=sequences * length,
         peak_flops=topology.chip.peak_flops, audit=found, is_pretraining=type(config) is TrainConfig,
     )  # fmt: skip
@@ -300,6 +311,8 @@ def program_rows(report: ProgramReport, name: str = "", show: Callable[[float], 
             f"{show(e.seconds_high)}",
         ),
     ]
+    if report.rates.measured:
+        rows.append(("rates", rates_text(report.rates)))
     for kind, t in sorted(e.collectives.items(), key=lambda item: -item[1].bytes):
         share = t.asynchronous_bytes / t.bytes if t.bytes else 0
         duration = seconds(t.seconds) if t.seconds >= 0.01 else f"{1e3 * t.seconds:.3f} ms"
@@ -321,6 +334,15 @@ def memory_text(memory: Memory, hbm_bytes: int) -> str:
         f"{gib(memory.outputs - memory.aliased)}; {peak}; laid out in {gib(memory.laid_out)} = "
         f"{memory.laid_out / hbm_bytes:.0%} of {gib(hbm_bytes)}"
     )
+
+
+def rates_text(rates: Rates) -> str:
+    """The measured rates of an estimate, and how many are not."""
+    values = ((name, getattr(rates, name)) for name in rates.measured)
+    texts = (
+        f"{name} {value:.3g}" if name.endswith("_share") else f"{name} {value / 1e9:.4g} GB/s" for name, value in values
+    )
+    return f"measured: {', '.join(texts)}; the other {len(FIELDS) - len(rates.measured)} by default"
 
 
 def gib(size: float) -> str:

@@ -21,6 +21,7 @@ from bc2_jax.infer.refill import RolloutShapes
 from bc2_jax.infer.settings import Sampling, Settings, sampling_of
 from bc2_jax.tpu.chips import Topology
 from bc2_jax.tpu.options import Value
+from bc2_jax.tpu.rates import Rates
 from bc2_jax.train.job import StepParts
 from bc2_jax.train.kinds import kind_of
 
@@ -141,14 +142,14 @@ class RolloutReport:
         }
 
 
-def make_report(compiled: CompiledRollout) -> RolloutReport:
-    """Reads both programs."""
+def make_report(compiled: CompiledRollout, rates: Rates | None = None) -> RolloutReport:
+    """Reads both programs. `rates`: by default `default_rates` of the chip."""
     topology, engine, coordinates = compiled.topology, compiled.engine, compiled.coordinates
     keys = math.ceil(compiled.parts.prompt_tokens / engine.chunk_length) * engine.chunk_length
     trips = math.ceil(keys / engine.key_block)
     return RolloutReport(
-        compiled, report_program(engine.extend, topology, coordinates, trips=trips),
-        report_program(engine.decode, topology, coordinates),
+        compiled, report_program(engine.extend, topology, coordinates, rates, trips=trips),
+        report_program(engine.decode, topology, coordinates, rates),
     )  # fmt: skip
 
 

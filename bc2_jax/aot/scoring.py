@@ -22,6 +22,7 @@ from bc2_jax.model.baichuan import abstract_params, split_model
 from bc2_jax.sharding import place_shapes
 from bc2_jax.tpu.chips import Topology
 from bc2_jax.tpu.options import Value
+from bc2_jax.tpu.rates import Rates
 from bc2_jax.validation import require_positive
 
 
@@ -159,9 +160,14 @@ class ScoringReport:
         }
 
 
-def make_report(compiled: CompiledScoring, benchmarks: tuple[Benchmark, ...] = DEFAULT_BENCHMARKS) -> ScoringReport:
-    """Reads the program. Its `seconds` raise ValueError for a benchmark that does not fit the rows."""
-    program = report_program(compiled.program, compiled.topology, compiled.coordinates)
+def make_report(
+    compiled: CompiledScoring, benchmarks: tuple[Benchmark, ...] = DEFAULT_BENCHMARKS, rates: Rates | None = None
+) -> ScoringReport:
+    """Reads the program. `rates`: by default `default_rates` of the chip.
+
+    The report's `seconds` raise ValueError for a benchmark that does not fit the rows.
+    """
+    program = report_program(compiled.program, compiled.topology, compiled.coordinates, rates)
     return ScoringReport(compiled, program, benchmarks)
 
 

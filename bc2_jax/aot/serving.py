@@ -14,7 +14,6 @@ from typing import Any
 import jax
 
 from bc2_jax.aot.compilation import CompiledProgram, DoesNotFit, device_coordinates, resolve_on
-from bc2_jax.aot.estimate import HBM_SHARE
 from bc2_jax.aot.inference import AbstractEngine, CompiledEngine, abstract_prepared, device_bytes, inference_compute
 from bc2_jax.aot.report import ProgramReport, Rows, gib, milliseconds, named, program_rows, report_program
 from bc2_jax.aot.search import HBM_LIMIT
@@ -29,6 +28,7 @@ from bc2_jax.model.quantized import Scheme
 from bc2_jax.sharding import parts, use_rules
 from bc2_jax.tpu.chips import Topology
 from bc2_jax.tpu.options import Value
+from bc2_jax.tpu.rates import Rates
 from bc2_jax.validation import require
 
 TRIES = 4  # compilations at most to find the number of slots
@@ -180,8 +180,8 @@ class ServingReport:
         return sum(map(self.chunk_seconds, range(self.num_chunks)))
 
     def _floor(self, cache_bytes: float) -> float:
-        """Time to read the parameters and so much cache at HBM_SHARE of the bandwidth."""
-        bandwidth = HBM_SHARE * self.compiled.topology.chip.hbm_bandwidth
+        """Time to read the parameters and so much cache at `Rates.hbm_share` of the bandwidth."""
+        bandwidth = self.decode.rates.hbm_share * self.compiled.topology.chip.hbm_bandwidth
         return (self.compiled.read_bytes + cache_bytes) / bandwidth
 
     @property
@@ -245,13 +245,15 @@ def _sizes(mesh: MeshConfig) -> dict[str, int]:
     return {name: size for name, size in dataclasses.asdict(mesh).items() if name != "num_cpu_devices"}
 
 
-def make_report(compiled: CompiledServing) -> ServingReport:
-    """Reads the programs."""
+def make_report(compiled: CompiledServing, rates: Rates | None = None) -> ServingReport:
+    """Reads the programs. `rates`: by default `default_rates` of the chip."""
     topology, programs, coordinates = compiled.topology, compiled.engine, compiled.coordinates
     extend, more = (
-        report_program(programs.extend, topology, coordinates, trips=trips, without=RARE) for trips in (0, 1)
+        report_program(programs.extend, topology, coordinates, rates, trips=trips, without=RARE) for trips in (0, 1)
     )
-    decode, every = (report_program(programs.decode, topology, coordinates, without=scope) for scope in (RARE, ""))
+    decode, every = (
+        report_program(programs.decode, topology, coordinates, rates, without=scope) for scope in (RARE, "")
+    )
     key_seconds = (more.estimate.seconds - extend.estimate.seconds) / programs.key_block
     return ServingReport(compiled, extend, key_seconds, decode, every.estimate.seconds - decode.estimate.seconds)
 
@@ -282,7 +284,7 @@ def render(report: ServingReport) -> Rows:
         (
             "decoding: estimated tokens/s",
             f"{slots / step.seconds:,.0f} in all (at worst {slots / step.seconds_high:,.0f}), all slots full, "
-            f"{report.floor_seconds / step.seconds:.0%} of what HBM gives at {HBM_SHARE:.0%}: "
+            f"{report.floor_seconds / step.seconds:.0%} of what HBM gives at {report.decode.rates.hbm_share:.0%}: "
             f"{slots / report.floor_seconds:,.0f} for {gib(compiled.read_bytes)} of parameters and the cache; rare "
             f"settings add {milliseconds(report.rare_seconds)}; each microsecond of latency of the {latencies} "
             f"collectives, which is not counted, adds {milliseconds(latencies * 1e-6)}",

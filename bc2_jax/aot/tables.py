@@ -12,8 +12,8 @@ import string
 from pathlib import Path
 from typing import Any
 
-from bc2_jax.aot.estimate import KERNEL_CYCLES
 from bc2_jax.tpu.chips import CHIPS, GIB
+from bc2_jax.tpu.rates import KERNEL_CYCLES
 
 _PARTS = " / ".join(f"{{estimated_step_parts[{name}]:.3f}}" for name in ("matmul", "vector", "kernels", "exposed"))
 _PARTS_NAME = "matmul / vector / kernels / exposed s"

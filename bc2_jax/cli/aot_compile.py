@@ -6,6 +6,8 @@ bc2 estimate CONFIG.py --topology v5e:16x16 --search
 bc2 estimate baichuan2_13b --topology v5e:2x4 --serve --quantize int8 --kv int8
 bc2 estimate baichuan2_13b --topology v5e:2x4 --score --batch 2 --row-length 4096
 
+bc2 estimate baichuan2_13b --topology v5e:16x16 --calibrate REPORT.json
+
 bc2 estimate baichuan2_13b_chat --topology v5e:2x4 --lora.rank 16
 bc2 estimate baichuan2_13b_ppo --topology v5p:4x4x4
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from bc2_jax.aot.search import Candidate, Result
     from bc2_jax.config import RunConfig
     from bc2_jax.tpu.chips import Topology
+    from bc2_jax.tpu.rates import Rates
 
 out = make_console()
 SERVING_OPTIONS = ("slots", "slot_length", "prompt_length", "quantize", "kv")
@@ -55,6 +58,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--xla", action="append", default=[], metavar="NAME=VALUE",
         help="a compiler option on top of the generation's; NAME= leaves one at its default",
+    )  # fmt: skip
+    parser.add_argument(
+        "--calibrate", type=local_path, metavar="REPORT.json",
+        help="estimate with the rates that tools/check_hardware.py measured on this generation",
     )  # fmt: skip
     parser.add_argument("--search", action="store_true", help="try batches, remat policies and meshes; takes long")
     parser.add_argument(
@@ -145,6 +152,7 @@ def compile_and_report(args: argparse.Namespace, config: RunConfig, topology: To
     from bc2_jax.aot import compilation, report, rollout
     from bc2_jax.tpu.options import compiler_options
 
+    rates = read_given_rates(args, topology)
     compilation.use_topologies()
     name, xla = topology.chip.name, tuple(args.xla)
     step = compilation.compile_step(config, topology, compiler_options(name, xla))
@@ -153,16 +161,23 @@ def compile_and_report(args: argparse.Namespace, config: RunConfig, topology: To
     if sampled is not None:
         programs |= {"_extend": sampled.engine.extend, "_decode": sampled.engine.decode}
     write_hlo(args.hlo, programs)
-    result = report.make_report(step)
+    result = report.make_report(step, rates)
     values, rows, warnings = result.as_json(), report.render(result), result.warnings
     if sampled is not None:
-        beside, used = rollout.make_report(sampled), result.memory.laid_out
+        beside, used = rollout.make_report(sampled, rates), result.memory.laid_out
         values["rollout"] = beside.as_json(used)
         rows = [(f"update: {name}", text) for name, text in rows] + rollout.render(beside, used)
         warnings = (*(f"update: {line}" for line in warnings), *beside.warnings)
     if args.json:
         args.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     print_table(f"{config.name} on {topology}", rows, warnings)
+
+
+def read_given_rates(args: argparse.Namespace, topology: Topology) -> Rates:
+    """The measured rates of --calibrate, else the default."""
+    from bc2_jax.tpu.rates import default_rates, read_rates
+
+    return read_rates(args.calibrate, topology.chip) if args.calibrate else default_rates(topology.chip)
 
 
 def write_hlo(path: Path | None, programs: Mapping[str, CompiledProgram]) -> None:
@@ -176,13 +191,14 @@ def compile_and_report_serving(args: argparse.Namespace, config: RunConfig, topo
     from bc2_jax.aot import compilation, serving
     from bc2_jax.tpu.options import compiler_options
 
+    rates = read_given_rates(args, topology)
     compilation.use_topologies()
     given = {name: getattr(args, name) for name in SERVING_OPTIONS if getattr(args, name) is not None}
     options = compiler_options(topology.chip.name, tuple(args.xla), inference=True)
     compiled = serving.compile_serving(config, topology, serving.ServingShapes(**given), options)
     programs = compiled.engine
     write_hlo(args.hlo, {"_extend": programs.extend, "_decode": programs.decode})
-    result = serving.make_report(compiled)
+    result = serving.make_report(compiled, rates)
     if args.json:
         args.json.write_text(json.dumps(result.as_json(), indent=1) + "\n", encoding="utf-8")
     print_table(f"{config.name}, serving on {topology}", serving.render(result), result.warnings)
@@ -197,11 +213,12 @@ def compile_and_report_scoring(args: argparse.Namespace, config: RunConfig, topo
     shapes = scoring.ScoringShapes(**{name: value for name, value in given.items() if value is not None})
     for benchmark in benchmarks:
         benchmark.rows(shapes.row_length)  # raises where it does not fit, before the minutes of compilation
+    rates = read_given_rates(args, topology)
     compilation.use_topologies()
     options = compiler_options(topology.chip.name, tuple(args.xla), inference=True)
     compiled = scoring.compile_scoring(config, topology, shapes, options)
     write_hlo(args.hlo, {"": compiled.program})
-    result = scoring.make_report(compiled, benchmarks)
+    result = scoring.make_report(compiled, benchmarks, rates)
     if args.json:
         args.json.write_text(json.dumps(result.as_json(), indent=1) + "\n", encoding="utf-8")
     print_table(f"{config.name}, scoring on {topology}", scoring.render(result), result.warnings)
@@ -223,6 +240,7 @@ def search(args: argparse.Namespace, overrides: list[str], config: RunConfig, to
 
     if not isinstance(config, TrainConfig):
         raise ValueError(f"--search is for runs on packed rows, not for a {type(config).__name__}: leave it out.")
+    read_given_rates(args, topology)  # refuses a wrong report before the minutes of compilation
     results = []
     for candidate in candidates(config, topology):
         results.append(result := try_candidate(args, overrides, candidate))
@@ -255,7 +273,7 @@ def try_candidate(args: argparse.Namespace, overrides: list[str], candidate: Can
         command = [
             *program_words("tools/aot_compile.py"), args.config, "--topology", args.topology,
             "--num-slices", str(args.num_slices), "--json", str(figures), *(f"--xla={text}" for text in args.xla),
-            *overrides, *candidate.overrides(),
+            *(("--calibrate", str(args.calibrate)) if args.calibrate else ()), *overrides, *candidate.overrides(),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
         if not figures.exists():

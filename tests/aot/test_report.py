@@ -25,6 +25,7 @@ from bc2_jax.config import (
 )
 from bc2_jax.model.lora import abstract_adapter
 from bc2_jax.tpu.chips import parse_topology
+from bc2_jax.tpu.rates import default_rates
 
 CONFIG = TrainConfig(
     name="tiny",
@@ -128,3 +129,15 @@ def test_host_memory_is_named_and_no_peak_beside_it():
 def test_every_time_is_called_estimated():
     names = [name for name, _ in render(make_report(STEP))]
     assert {"estimated step time", "estimated MFU", "estimated tokens/s per chip"} <= set(names)
+
+
+def test_measured_rates_are_named():
+    default = default_rates(STEP.topology.chip)
+    assert make_report(STEP).program.rates == default and "rates" not in dict(render(make_report(STEP)))
+    rates = dataclasses.replace(
+        default, matmul_share=0.9, host_bandwidth=12e9, measured=("matmul_share", "host_bandwidth")
+    )
+    report = make_report(STEP, rates)
+    said = "measured: matmul_share 0.9, host_bandwidth 12 GB/s; the other 5 by default"
+    assert dict(render(report))["rates"] == said
+    assert json.loads(json.dumps(report.as_json()))["rates"]["measured"] == ["matmul_share", "host_bandwidth"]

@@ -14,7 +14,8 @@ from bc2_jax.aot.report import ProgramReport
 from bc2_jax.aot.rollout import CompiledRollout, RolloutParts, RolloutReport, render
 from bc2_jax.infer.refill import RolloutShapes
 from bc2_jax.infer.settings import Settings
-from bc2_jax.tpu.chips import GIB, parse_topology
+from bc2_jax.tpu.chips import CHIPS, GIB, parse_topology
+from bc2_jax.tpu.rates import default_rates
 
 
 def program(seconds: float, arguments: int, temporaries: int) -> ProgramReport:
@@ -22,7 +23,7 @@ def program(seconds: float, arguments: int, temporaries: int) -> ProgramReport:
     memory = Memory(
         arguments * GIB, GIB, GIB, temporaries * GIB, peak=9 * GIB, laid_out=(arguments + temporaries) * GIB
     )
-    return ProgramReport(memory, 95 * GIB, 0.5, 10.0, estimate, ("a line",))
+    return ProgramReport(memory, 95 * GIB, 0.5, 10.0, default_rates(CHIPS["v5p"]), estimate, ("a line",))
 
 
 COMPILED = CompiledRollout(

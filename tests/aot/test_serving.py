@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import pytest
 
 from bc2_jax.aot.compilation import DoesNotFit, Memory
-from bc2_jax.aot.estimate import HBM_SHARE, Estimate, Traffic
+from bc2_jax.aot.estimate import Estimate, Traffic
 from bc2_jax.aot.report import ProgramReport
 from bc2_jax.aot.serving import CompiledServing, ServingReport, ServingShapes, most_slots, render
 from bc2_jax.config import BAICHUAN2_13B, MeshConfig
-from bc2_jax.tpu.chips import GIB, parse_topology
+from bc2_jax.tpu.chips import CHIPS, GIB, parse_topology
+from bc2_jax.tpu.rates import default_rates
 
 MESH = MeshConfig(data=1, fsdp=1, tensor=8)
 
@@ -25,7 +26,7 @@ def program(seconds: float) -> ProgramReport:
         warnings=(),
     )  # fmt: skip
     memory = Memory(arguments=4 * GIB, outputs=2 * GIB, aliased=2 * GIB, temporaries=GIB, peak=7 * GIB, laid_out=GIB)
-    return ProgramReport(memory, 16 * GIB, 0.5, 10.0, estimate, ("a line",))
+    return ProgramReport(memory, 16 * GIB, 0.5, 10.0, default_rates(CHIPS["v5e"]), estimate, ("a line",))
 
 
 TOPOLOGY = parse_topology("v5e:2x4")
@@ -53,8 +54,8 @@ def test_a_prompt_runs_chunk_by_chunk():
 
 
 def test_roofline_of_all_and_of_one():
-    assert REPORT.floor_seconds == 10 * GIB / (HBM_SHARE * 800e9)
-    assert REPORT.single_floor_seconds == 2.25 * GIB / (HBM_SHARE * 800e9)
+    assert REPORT.floor_seconds == 10 * GIB / (0.85 * 800e9)
+    assert REPORT.single_floor_seconds == 2.25 * GIB / (0.85 * 800e9)
     # The kernel's half of the step reads one of 32 caches.
     assert REPORT.single_seconds == pytest.approx(0.01 + 0.01 / 32)
     # With two parts of the mesh, one sequence takes as long as one in each.

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 
 from bc2_jax.aot import compilation
-from bc2_jax.cli.aot_compile import check_options, compile_and_report_scoring, load_config, make_parser, search
+from bc2_jax.cli.aot_compile import (
+    check_options,
+    compile_and_report,
+    compile_and_report_scoring,
+    compile_and_report_serving,
+    load_config,
+    make_parser,
+    read_given_rates,
+    search,
+)
 from bc2_jax.config import MeshConfig
 from bc2_jax.tpu.chips import parse_topology
 
@@ -44,6 +53,23 @@ def test_scoring_is_on_the_mesh_of_serving_and_refuses_before_it_compiles(monkey
         assert config.mesh == MeshConfig(data=1, fsdp=1, tensor=4)
         with pytest.raises(ValueError, match=message):
             compile_and_report_scoring(args, config, TOPOLOGY)
+
+
+@pytest.mark.parametrize("kind", [(), ("--serve",), ("--score",), ("--search",)])
+def test_a_report_of_another_chip_is_refused_before_it_compiles(monkeypatch, tmp_path, kind):
+    monkeypatch.setattr(compilation, "use_topologies", lambda: pytest.fail("it compiles"))
+    path = tmp_path / "report.json"
+    path.write_text('{"device": "v5e", "rates": {"matmul_share": 0.9}}')
+    config, args = load("baichuan2_13b", "--calibrate", str(path), *kind)
+    programs = {"--serve": compile_and_report_serving, "--score": compile_and_report_scoring}
+    with pytest.raises(ValueError, match="device = 'v5e' is not valid: its rates are for another chip than v5p"):
+        if kind == ("--search",):
+            search(args, [], config, TOPOLOGY)
+        else:
+            programs.get("".join(kind), compile_and_report)(args, config, TOPOLOGY)
+    path.write_text('{"device": "v5p", "rates": {"matmul_share": 0.9}}')
+    assert read_given_rates(args, TOPOLOGY).matmul_share == 0.9
+    assert read_given_rates(load("baichuan2_13b")[1], TOPOLOGY).measured == ()
 
 
 @pytest.mark.parametrize(
