@@ -108,10 +108,10 @@ def classify(program: Program | None) -> Callable[[str], str]:
     return find
 
 
-def split(lines: list[list[Event]], steps: int, program: Program | None) -> dict[str, float]:
-    """Seconds of a step by class, the mean of the lines: one for each TPU, or for each thread or stream."""
+def split(lines: list[list[Event]], steps: int, devices: int, program: Program | None) -> dict[str, float]:
+    """Seconds of a step by class on each of `devices`. Where several streams or threads run at once, their sum."""
     find, totals = classify(program), dict.fromkeys(CLASSES, 0.0)
     for events in lines:
         for name, ns in own_times(events).items():
-            totals[find(name)] += ns * 1e-9 / steps
-    return {name: seconds / max(len(lines), 1) for name, seconds in totals.items()}
+            totals[find(name)] += ns * 1e-9 / steps / devices
+    return totals
