@@ -16,7 +16,9 @@ ROOT = Path(__file__).parents[2]
 
 def code_lines() -> list[str]:
     cells = json.loads((ROOT / "notebooks" / "check_hardware.ipynb").read_text(encoding="utf-8"))["cells"]
-    return [line for cell in cells if cell["cell_type"] == "code" for line in "".join(cell["source"]).splitlines()]
+    return [
+        line for cell in cells if cell["cell_type"] == "code" for line in "".join(cell["source"]).splitlines() if line
+    ]
 
 
 def test_its_python_parses_and_it_is_short():
