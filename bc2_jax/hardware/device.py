@@ -57,11 +57,13 @@ def find_device() -> Device:
 
 
 def topology_of(chip: Chip, devices: list[Any]) -> Topology | None:
-    """The slice that these devices make up; None if their coordinates are unknown or they are not all of a block."""
+    """The slice that these devices make up; None if their coordinates are unknown or not those of a whole block."""
     if not all(hasattr(device, "coords") for device in devices):
         return None
     places = [tuple(device.coords)[: chip.torus_dims] for device in devices]
     sides = tuple(len({place[dim] for place in places}) for dim in range(chip.torus_dims))
+    if any(min(place[dim] for place in places) for dim in range(chip.torus_dims)):
+        return None  # a part of a larger slice
     slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
     topology = Topology(chip, sides, slices)
     return topology if topology.num_devices == len(devices) else None

@@ -5,9 +5,10 @@ Each is beside the constant that the estimate uses (`tpu.rates.default_rates`), 
 
 from __future__ import annotations
 
+import functools
 import math
+import statistics
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from bc2_jax.kernels.attention import Tokens
 from bc2_jax.kernels.blocks import choose_blocks, current_chip
 from bc2_jax.kernels.cudnn import cudnn_attention
 from bc2_jax.kernels.flash import flash_attention
-from bc2_jax.tpu.chips import GIB
+from bc2_jax.tpu.chips import GIB, Topology
 from bc2_jax.tpu.rates import ATTENTION_HEAD_DIM, default_rates
 
 _MIB = 2**20
@@ -100,8 +101,7 @@ def measure_host(device: Device) -> Outcome:
     lines, rates = [], []
     estimated = default_rates(device.chip).host_bandwidth / 1e9 if device.chip else None
     for name, x, target in (("to the host", on_device, there), ("from the host", on_host, here)):
-        taken = sorted(seconds_of_calls(lambda x=x, target=target: jax.device_put(x, target)))
-        rates.append(size / taken[len(taken) // 2])
+        rates.append(size / statistics.median(seconds_of_calls(functools.partial(jax.device_put, x, target))))
         what = "rates.host_bandwidth: remat policy offload"
         lines.append(Line(f"{name}, {size // _MIB} MiB", "GB/s", rates[-1] / 1e9, estimated, what))
     return Outcome("measured", lines=tuple(lines), rates={"host_bandwidth": min(rates)})
@@ -158,49 +158,44 @@ def measure_collectives(device: Device) -> Outcome:
 
     A rate is the bytes of the whole tensor over the time, as `aot.estimate.Links` counts them.
     """
-    devices = jax.devices()
-    if len(devices) == 1:
+    if jax.device_count() == 1:
         return Outcome("skipped", "there is one device")
-    topology = topology_of(device.chip, devices) if device.chip else None
-    grid, sides = np.array(devices), (len(devices),)
-    if topology is not None and device.chip is not None and device.chip.devices == 1 and topology.num_slices == 1:
-        places = {tuple(d.coords)[: len(topology.shape)]: d for d in devices}
-        sides = topology.shape
-        grid = (
-            np.array([places[index] for index in np.ndindex(*sides)]).reshape(sides)
-            if _is_whole(places, sides)
-            else grid
-        )
-        sides = grid.shape
-    names = tuple(f"side{i}" for i in range(len(sides)))
+    grid, topology = _arrange(device)
+    names: tuple[str, ...] = tuple(f"side{i}" for i in range(grid.ndim))
     mesh = Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
     links = None
-    if topology is not None and device.chip is not None:
+    if topology is not None:
         coordinates = [(getattr(d, "slice_index", 0) or 0, *d.coords) for d in grid.flat]
-        links = Links(topology, coordinates, default_rates(device.chip))
-    groups = [(name,) for name, side in zip(names, sides, strict=True) if side > 1]
+        links = Links(topology, coordinates, default_rates(topology.chip))
+    groups: list[tuple[str, ...]] = [(name,) for name in names if mesh.shape[name] > 1]
     groups += [names] if len(groups) > 1 else []
     lines, bandwidths = [], []
     for group in groups:
+        where = " x ".join(str(mesh.shape[name]) for name in group)
         for kind, seconds, size in _time_group(device, mesh, group):
             estimated = None
-            if links is not None and device.chip is not None:
-                members = _members(mesh, group)
-                expected = links.seconds(Collective(kind, size, "f32", members, ""))
+            if links is not None:
+                expected = links.seconds(Collective(kind, size, "f32", _members(mesh, group), ""))
                 estimated = size / expected / 1e9
                 if kind in ("all-gather", "reduce-scatter"):
-                    bandwidths.append(device.chip.link_bandwidth * expected / seconds)
-            where = " x ".join(str(mesh.shape[name]) for name in group)
+                    bandwidths.append(links.rates.link_bandwidth * expected / seconds)
+            name = f"{kind} over {where} devices, {size // _MIB} MiB"
             what = "rates.link_bandwidth, if gathers and scatters agree on it"
-            lines.append(
-                Line(f"{kind} over {where} devices, {size // _MIB} MiB", "GB/s", size / seconds / 1e9, estimated, what)
-            )
+            lines.append(Line(name, "GB/s", size / seconds / 1e9, estimated, what))
     rates = {"link_bandwidth": float(np.median(bandwidths))} if bandwidths else {}
     return Outcome("measured", lines=tuple(lines), rates=rates)
 
 
-def _is_whole(places: dict[tuple[int, ...], Any], sides: tuple[int, ...]) -> bool:
-    return len(places) == math.prod(sides) and all(index in places for index in np.ndindex(*sides))
+def _arrange(device: Device) -> tuple[np.ndarray, Topology | None]:
+    """All devices in the shape of their slice, with the slice; in a row if that is unknown or there are several."""
+    devices = jax.devices()
+    topology = topology_of(device.chip, devices) if device.chip else None
+    if topology is None or topology.chip.devices > 1 or topology.num_slices > 1:
+        return np.array(devices), topology
+    grid = np.empty(topology.shape, object)
+    for one in devices:
+        grid[tuple(one.coords)[: grid.ndim]] = one
+    return grid, topology
 
 
 def _members(mesh: Mesh, group: tuple[str, ...]) -> tuple[int, ...]:

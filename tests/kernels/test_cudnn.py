@@ -49,10 +49,10 @@ def test_what_cudnn_gets_is_attention_within_segments(T: int, N: int, kind: str,
 @pytest.mark.parametrize("kind", ["full", "packed"])
 def test_alibi_in_bf16_is_no_worse_than_rope(kind: str):
     """The columns are bf16 as well, and their products exact."""
-    inputs = random_inputs((1, 256, 4, 16), dtype=jnp.bfloat16)
+    q, k, v, d_out = random_inputs((1, 256, 4, 16), dtype=jnp.bfloat16)
     tokens, slopes = make_tokens(1, 256, kind), jnp.asarray(alibi_slopes(4))
-    out, gradients = with_gradients(*inputs, tokens, slopes)
-    exact, exact_gradients = numpy_attention(*inputs[:3], tokens, slopes, inputs[3])
+    out, gradients = with_gradients(q, k, v, d_out, tokens, slopes)
+    exact, exact_gradients = numpy_attention(q, k, v, tokens, slopes, d_out)
     assert np.abs(out - exact).max() < 0.012
     for got, wanted in zip(gradients, exact_gradients, strict=True):
         assert np.abs(got - wanted).max() < 0.01 * max(np.abs(wanted).max(), 1.0)
