@@ -45,22 +45,21 @@ def trace(call: Callable[[], Any], steps: int) -> list[list[Event]]:
 
 
 def read_planes(planes: Iterable[Any]) -> list[list[Event]]:
-    """The lines of events of instructions: "XLA Ops" of a TPU, what has an `hlo_op` of a GPU or CPU."""
-    found = []
+    """The lines of events of instructions: "XLA Ops" of the TensorCores, else what has an `hlo_op` (GPU and CPU).
+
+    SparseCores have planes of their own; what runs on them is hidden.
+    """
+    found, others = [], []
     for plane in planes:
-        lines = list(plane.lines)
-        is_tpu = any(line.name == "XLA Ops" for line in lines)
-        for line in lines:
-            if is_tpu and line.name != "XLA Ops":
+        for line in plane.lines:
+            if re.fullmatch(r"/device:TPU:\d+", plane.name):
+                if line.name == "XLA Ops":
+                    found.append([Event(instruction_name(e.name), e.start_ns, e.duration_ns) for e in line.events])
                 continue
-            events = []
-            for event in line.events:
-                name = event.name if is_tpu else dict(event.stats).get("hlo_op")
-                if name and not (not is_tpu and event.name.startswith("end:")):
-                    events.append(Event(instruction_name(str(name)), event.start_ns, event.duration_ns))
-            if events:
-                found.append(events)
-    return found
+            named = ((dict(e.stats).get("hlo_op"), e) for e in line.events if not e.name.startswith("end:"))
+            if events := [Event(instruction_name(str(op)), e.start_ns, e.duration_ns) for op, e in named if op]:
+                others.append(events)
+    return found or others
 
 
 def instruction_name(text: str) -> str:
