@@ -14,8 +14,8 @@ PACKAGE = ROOT / "bc2_jax"
 # A module imports only from its own package and from those before it (docs/design.md).
 ORDER = (
     "version", "validation", "files", "config", "cpu", "terminal", "sharding", "tokenizer", "tpu", "kernels", "data",
-    "model", "agreement", "manifest", "metadata", "checkpoint", "convert", "infer", "train", "aot", "align", "evaluate",
-    "curate", "serve", "demo", "cli", "__main__",
+    "model", "agreement", "manifest", "metadata", "checkpoint", "convert", "infer", "train", "aot", "hardware", "align",
+    "evaluate", "curate", "serve", "demo", "cli", "__main__",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [str(path.relative_to(PACKAGE)) for path in FILES]

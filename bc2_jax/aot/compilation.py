@@ -81,6 +81,7 @@ class CompiledProgram:
     log: str  # the compiler's stderr
     lower_seconds: float
     compile_seconds: float
+    executable: Any = None  # runs if it was compiled for devices that are here
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,6 +182,7 @@ def compile_program(name: str, lower: Callable[[], Any], options: dict[str, Valu
         log=log[0],
         lower_seconds=lowered_at - start,
         compile_seconds=compile_seconds,
+        executable=compiled,
     )  # fmt: skip
 
 

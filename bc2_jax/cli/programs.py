@@ -46,6 +46,9 @@ PROGRAMS = {
     "reward-report": Program("reward_report", "how often a reward model prefers the answer that people chose"),
     "scaling-law": Program("scaling_law", "fit a scaling law to runs and predict larger ones"),
     "estimate": Program("aot_compile", "compile a run for a TPU pod without one: memory, collectives, MFU"),
+    "check-hardware": Program(
+        "check_hardware", "check kernels on this machine's devices and measure what estimates assume"
+    ),
     "parity": Program("check_parity", "compare a model's outputs with PyTorch's or recorded ones"),
     "tune-attention": Program("tune_attention", "choose block sizes of the attention kernels for a chip"),
     "completion": Program("completion", "print the completion script for bash, zsh or fish"),

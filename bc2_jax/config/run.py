@@ -24,7 +24,7 @@ class ComputeConfig:
     """Dtype of matmuls and activations. Master weights, norms, softmax, logits and losses are always float32."""
     attention: Literal["reference", "chunked", "flash"] = "chunked"
     """reference: one einsum, holds [heads, T, S]. chunked: online softmax over blocks, memory linear in length. flash:
-    the same as Pallas kernels, only on TPU."""
+    the same as kernels, Pallas on TPU and cuDNN on an NVIDIA GPU."""
     attention_block: int = 512
     """Queries and keys per block of the chunked attention."""
     remat: Literal["none", "full", "save_dots", "save_projections", "save_attention", "offload"] = "full"

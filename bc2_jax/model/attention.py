@@ -11,9 +11,10 @@ from jax.ad_checkpoint import checkpoint_name
 from bc2_jax.config import ComputeConfig, ModelConfig
 from bc2_jax.kernels.attention import Tokens, chunked_attention, reference_attention
 from bc2_jax.kernels.cached import KVCache, Place, cached_attention
+from bc2_jax.kernels.cudnn import cudnn_attention
 from bc2_jax.model.layers import EQUATIONS, Linear
 from bc2_jax.model.position import alibi_slopes, apply_rope
-from bc2_jax.sharding import named_sharding, reshard, spec
+from bc2_jax.sharding import named_sharding, platform, reshard, spec
 
 CACHE_AXES = ("layers", "batch", "attention_heads", None, "head_dim")
 """Logical axes of keys, values and their scales."""
@@ -65,7 +66,7 @@ class SelfAttention(nnx.Module):
 
     def _rotates_inside(self, length: int) -> bool:
         """Whether the kernel applies RoPE itself."""
-        if self.compute.attention != "flash":
+        if self.compute.attention != "flash" or platform() == "gpu":
             return False
         from bc2_jax.kernels.flash import rotates  # Pallas takes most of a second to import
 
@@ -76,6 +77,8 @@ class SelfAttention(nnx.Module):
         are not rotated yet."""
 
         def kernel(q, k, v, tokens, slopes, rope):
+            if self.compute.attention == "flash" and platform() == "gpu":
+                return cudnn_attention(q, k, v, tokens, slopes)
             if self.compute.attention == "flash":
                 from bc2_jax.kernels.flash import flash_attention  # Pallas takes most of a second to import
 
@@ -101,7 +104,7 @@ class SelfAttention(nnx.Module):
 
         The kernels get the whole cache and the layer's index: slicing would copy.
         """
-        is_flash = self.compute.attention == "flash" and q.shape[1] == 1
+        is_flash = self.compute.attention == "flash" and q.shape[1] == 1 and platform() != "gpu"
 
         def kernel(q, k, v, cache, layer, place, slopes, rows):
             # Rows are numbered within each part of the batch.

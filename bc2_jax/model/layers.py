@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
 from bc2_jax.config import ComputeConfig, ModelConfig
+from bc2_jax.kernels.cudnn import PRIMITIVE
 from bc2_jax.model.equations import (
     ACTIVATION_AXES,
     EQUATIONS,
@@ -221,6 +222,14 @@ PROJECTIONS = ("q", "k", "v", *ATTENTION, "o")
 MATMULS = (*PROJECTIONS, "gate", "up", "down")
 
 
+def _keep(names: tuple[str, ...]):
+    """The remat policy that keeps the values of these names, and cuDNN's attention, whose log-sum-exp has no name."""
+    policies = jax.checkpoint_policies
+    return policies.save_from_both_policies(
+        policies.save_only_these_names(*names), lambda primitive, *_, **__: primitive.name.startswith(PRIMITIVE)
+    )  # fmt: skip
+
+
 def remat(function, compute: ComputeConfig):
     """`function` with intermediate values kept or recomputed according to `compute.remat`."""
     policies = jax.checkpoint_policies
@@ -230,11 +239,11 @@ def remat(function, compute: ComputeConfig):
         case "full":
             policy = policies.nothing_saveable
         case "save_dots":
-            policy = policies.save_only_these_names(*MATMULS)
+            policy = _keep(MATMULS)
         case "save_projections":
-            policy = policies.save_only_these_names(*PROJECTIONS)
+            policy = _keep(PROJECTIONS)
         case "save_attention":
-            policy = policies.save_only_these_names(*ATTENTION)
+            policy = _keep(ATTENTION)
         case "offload":
             policy = policies.save_and_offload_only_these_names(
                 names_which_can_be_saved=[], names_which_can_be_offloaded=list(MATMULS),

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from bc2_jax.agreement import first_decides
 from bc2_jax.config import RunConfig
 from bc2_jax.files import InUse, lock, replaced
+from bc2_jax.kernels.cudnn import check_cudnn, head_limit
 from bc2_jax.tpu.chips import DEVICE_KINDS
 from bc2_jax.tpu.options import compiler_options
 from bc2_jax.validation import check_path
@@ -84,11 +85,15 @@ def record_config(config: RunConfig, workdir: Path) -> None:
 def check_attention(config: RunConfig, mesh: Mesh) -> None:
     """Raises ValueError if the devices cannot run the attention kernel of the config."""
     platform = mesh.devices.flat[0].platform
-    if config.compute.attention == "flash" and platform != "tpu":
+    if config.compute.attention != "flash" or platform == "tpu":
+        return
+    if platform != "gpu":
         raise ValueError(
-            f"compute.attention = 'flash' is not valid on {platform}: it runs only on TPU; legal values here are "
-            "chunked and reference."
+            f"compute.attention = 'flash' is not valid on {platform}: it runs only on TPU and GPU; legal values "
+            "here are chunked and reference."
         )
+    model, limit = config.model, head_limit(list(mesh.devices.flat))
+    check_cudnn(config.compute.dtype, model.head_dim, model.position_embedding == "alibi", limit)
 
 
 def holds_checkpoints(workdir: Path) -> bool:
