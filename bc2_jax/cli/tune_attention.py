@@ -136,8 +136,8 @@ def compile_kernel(args: argparse.Namespace, kernel: int, block: int, chunk: int
         "interpret": False,
     }  # fmt: skip
     # The plan's integers are arguments: libtpu aborts when it counts some of the operations that would compute them.
-    tail = rows, placed(HEADS), placed(steps, dtype=jnp.int32), placed(BLOCKS, dtype=jnp.int32)
-    tail += ((placed(1, BLOCKS, block, args.head_dim),) * 2 if args.rope and args.head_dim == 128 else (),)
+    rope = (placed(1, BLOCKS, block, args.head_dim),) * 2 if args.rope and args.head_dim == 128 else ()
+    tail = rows, placed(HEADS), placed(steps, dtype=jnp.int32), placed(BLOCKS, dtype=jnp.int32), rope
 
     def attend(q, k, v, rows, slopes, steps, anchors, rope):
         return forward(q, k, v, rows, slopes, Plan(queries, keys, steps, anchors), rope, **settings)

@@ -138,7 +138,9 @@ def write_params(
     def write(part: Part) -> None:
         path, layer = part
         target = stores[path] if layer is None else stores[path][layer]
-        started.append((path, target.write(read(path, layer), can_reference_source_data_indefinitely=True)))
+        future = target.write(read(path, layer), can_reference_source_data_indefinitely=True)
+        future.commit.force()  # begins at once instead of when it is waited for
+        started.append((path, future))
 
     # Layer by layer, as in the files of a release, so that neighbours are read together.
     parts = parts_of({path: shape for path, (shape, _) in arrays.items()})

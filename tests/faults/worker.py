@@ -54,7 +54,7 @@ import train
 from bc2_jax import manifest
 from bc2_jax.checkpoint import Checkpointer
 from bc2_jax.data import row_batches
-from bc2_jax.train import distributed, loop
+from bc2_jax.train import distributed, loop, startup
 from tests.faults.harness import hash_row
 from tests.train.poisoning import poison
 
@@ -118,7 +118,7 @@ if "POISON" in os.environ:
 announce(distributed, "start", "join")
 announce(Checkpointer, "latest_good", "verify")
 announce(Checkpointer, "restore", "restore")
-announce(loop, "lower_train_step", "compile")
+announce(startup, "lower_train_step", "compile")
 announce(Checkpointer, "save", "save", step_of=lambda self, step, *_: step)
 announce(Checkpointer, "_finish", "write", "saved", step_of=lambda self, step, *_: step)
 announce(manifest, "write_manifest", "seal", "rename", step_of=lambda folder: int(folder.name.split(".")[0]))
