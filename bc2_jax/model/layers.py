@@ -143,7 +143,7 @@ def _linear_backward(equation, rules, residuals, dy):
             dw = weight_gradient(x, dy)
         else:
             columns = w.shape[w_dims.index("F")] // parts("ffn") if "F" in w_dims else 0  # of one device
-            padded = scatterable_columns(w.shape[w_dims.index("D")], columns)
+            padded = scatterable_columns(w.shape[w_dims.index("D")], columns) if "D" in w_dims else columns
 
             def scattered_gradient(x: Array, dy: Array) -> Array:
                 x, dy = (_pad_columns(z, dims, padded) for z, dims in ((x, x_dims), (dy, y_dims)))

@@ -15,15 +15,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.sharding import Mesh
-from rich.console import Console
 
 from bc2_jax.data.batch import AbstractBatch, Batch, Rows
 from bc2_jax.data.row_batches import no_fields
-from bc2_jax.metadata import Metadata
 from bc2_jax.model.baichuan import Baichuan2, Params
 from bc2_jax.sharding import place_shapes
-from bc2_jax.train.expendable import Expendable
 from bc2_jax.train.health import EMPTY, batch_checksum, keep_unless, norm_metrics
 from bc2_jax.train.optimizer import Optimizer
 
@@ -175,40 +171,6 @@ class Job(NamedTuple):
     samples: bool = False
     """Batches are rollouts of the current parameters. The loop then waits for the step first, so that its time counts
     as productive and the rest as rollouts rather than as waiting for data."""
-
-
-class Start(NamedTuple):
-    """Arguments of `make_job` besides the config."""
-
-    mesh: Mesh
-    """In use while the job is made."""
-    workdir: Path
-    step: int
-    """Step of the checkpoint that the run resumes from; 0 without one."""
-    metadata: Metadata | None
-    """Metadata of that checkpoint."""
-    console: Console
-    """Prints on process 0 only."""
-    say: Say
-    """Prints a line to `console`."""
-    command: str
-    """The command after `python` that printed hints repeat."""
-    expendable: Expendable
-    """Runs work whose failure must not end the run."""
-    progress: Progress = lambda done: True
-    """Reports the progress of a batch that takes long; False if the run is to stop. All processes call it equally
-    often."""
-
-
-class RunResult(NamedTuple):
-    """How a run ended."""
-
-    step: int
-    fingerprint: str
-    """SHA-256 of the trained parameters."""
-    metrics: dict[str, float]
-    """Metrics of the last step and its validation."""
-    workdir: Path
 
 
 # --------------------------------------------------------------------------------------------------------------- state

@@ -23,13 +23,13 @@ from bc2_jax.train.evaluation import evaluate_and_examine
 from bc2_jax.train.expendable import Expendable, Profiler
 from bc2_jax.train.goodput import Goodput, goodput_table, read_sessions
 from bc2_jax.train.health import HealthMonitor, Steps
-from bc2_jax.train.job import BatchError, Job, RunResult, Start, TrainState, make_eval_step
+from bc2_jax.train.job import BatchError, Job, TrainState, make_eval_step
 from bc2_jax.train.kinds import with_tasks
 from bc2_jax.train.metrics import ProgressDisplay, Throughput, fingerprint, make_writer, memory_metrics
 from bc2_jax.train.resume import find_checkpoint, restore_state, verify_resume
 from bc2_jax.train.schedule import Schedule
 from bc2_jax.train.start import check_attention, describe_start, own_workdir, record_config, use_compilation_cache
-from bc2_jax.train.startup import StartUp, compile_step
+from bc2_jax.train.startup import RunResult, Start, StartUp, compile_step
 from bc2_jax.train.wandb_run import check_wandb
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -325,13 +325,9 @@ class _Loop:
     def _save(self, step: int, position: dict[str, Any]) -> None:
         config, schedule = dataclasses.asdict(self.config), self.schedule
         metadata = Metadata(
-            config,
-            position,
-            self.monitor.state(),
-            self.job.metadata,
-            schedule.tokens(step),
+            config, position, self.monitor.state(), self.job.metadata, schedule.tokens(step),
             schedule.is_permanent(step),
-        )
+        )  # fmt: skip
         with self.goodput.phase("save"):
             self.checkpointer.save(step, self.state.params, self.state.opt_state, metadata)
         self.goodput.record(step)

@@ -1,17 +1,56 @@
-"""The compiled step, and the clock of a start: seconds by phase until the end of the first step."""
+"""What a start gets and a run returns, the compiled step, and the seconds of a start's phases until the first step's end."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
 
 from jax.sharding import Mesh
+from rich.console import Console
 
 from bc2_jax.config import RunConfig
+from bc2_jax.metadata import Metadata
+from bc2_jax.train.expendable import Expendable
 from bc2_jax.train.goodput import Goodput
-from bc2_jax.train.job import Batch, Job, Say, TrainState, TrainStep, lower_train_step
+from bc2_jax.train.job import Batch, Job, Progress, Say, TrainState, TrainStep, lower_train_step
 from bc2_jax.train.start import tuned_options
+
+
+class Start(NamedTuple):
+    """Arguments of `make_job` besides the config."""
+
+    mesh: Mesh
+    """In use while the job is made."""
+    workdir: Path
+    step: int
+    """Step of the checkpoint that the run resumes from; 0 without one."""
+    metadata: Metadata | None
+    """Metadata of that checkpoint."""
+    console: Console
+    """Prints on process 0 only."""
+    say: Say
+    """Prints a line to `console`."""
+    command: str
+    """The command after `python` that printed hints repeat."""
+    expendable: Expendable
+    """Runs work whose failure must not end the run."""
+    progress: Progress = lambda done: True
+    """Reports the progress of a batch that takes long; False if the run is to stop. All processes call it equally
+    often."""
+
+
+class RunResult(NamedTuple):
+    """How a run ended."""
+
+    step: int
+    fingerprint: str
+    """SHA-256 of the trained parameters."""
+    metrics: dict[str, float]
+    """Metrics of the last step and its validation."""
+    workdir: Path
 
 
 class StartUp:

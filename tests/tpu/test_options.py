@@ -34,7 +34,7 @@ def test_fusion_of_collectives_is_for_v5e_alone():
 
 def test_values():
     v5p = compiler_options("v5p")
-    assert v5p["xla_tpu_scoped_vmem_limit_kib"] == 32768
+    assert v5p["xla_tpu_scoped_vmem_limit_kib"] == 50_000
     assert v5p["xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter"] is True
     assert compiler_options("v5e")["xla_tpu_scoped_vmem_limit_kib"] == 32768
     assert all("xla_jf_spmd_threshold_for_windowed_einsum_mib" in compiler_options(name) for name in OPTIONS)
