@@ -1,4 +1,4 @@
-"""What a start gets and a run returns, the compiled step, and the seconds of a start's phases until the first step's end."""
+"""What a start gets and a run returns, the compiled step, and the seconds of each phase of a start."""
 
 from __future__ import annotations
 
