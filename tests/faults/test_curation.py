@@ -122,13 +122,13 @@ def test_a_full_disk_in_write(
     for room in (0, 3, 4):
         written = 0
 
-        def write_table(self, name, table, compression="lz4", *, room=room):
+        def write_table(self, name, table, compression="lz4", *, room=room, **options):
             nonlocal written
             if self.location.startswith(str(out)) and "work" not in self.location.removeprefix(str(out)):
                 written += 1
                 if written > room:
                     raise OSError(28, "No space left on device")
-            return real(self, name, table, compression)
+            return real(self, name, table, compression, **options)
 
         monkeypatch.setattr(Folder, "write_table", write_table)
         with pytest.raises(OSError, match="No space left on device"):
