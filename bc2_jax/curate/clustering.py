@@ -53,7 +53,7 @@ def fit(points: Points, config: ClusterConfig, mesh: Mesh | None = None) -> np.n
 
     Rows are read by index, first a sample; the rows read later are usually in it. Starts from k random points; a
     cluster without points starts again at another one. `mesh` has devices of this process, by default all. Raises
-    ValueError if there are no points or they are not such features.
+    ValueError without points, or for points of another dtype or shape.
     """
     check_features(points, "points")
     require(len(points) > 0, "points", points.shape, "there must be at least one")

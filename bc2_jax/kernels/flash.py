@@ -42,18 +42,24 @@ def flash_attention(
     """Causal self-attention within segments, differentiable in q, k and v (FlashAttention-2, arXiv 2307.08691).
 
     q, k, v: [B, T, N, H], all bf16 or all fp32; any T; H is 64 or 128. `slopes_N` are ALiBi slopes (arXiv 2108.12409),
-    fp32 [N]; with None, `rope` (`model.position.make_rope`, fp32 [B, T, 1, H] twice) rotates q and k in the kernels if
-    `rotates`; without it they must already be rotated. `blocks` defaults to the table of `blocks.py` for the
-    chip of the mesh in use. `interpret` runs the kernels without a TPU, for tests, with any H. Scores, softmax and sums
-    are fp32. Returns [B, T, N, H] in the dtype of v.
+    fp32 [N]. With `rope` (cosines and signed sines of `model.position.make_rope`, fp32 [B, T, 1, H] each) the kernels
+    rotate q and k, where `rotates` allows it; without, q and k are used as they are. `blocks` defaults to the table of
+    `blocks.py` for the chip of the mesh in use. `interpret` runs the kernels without a TPU, for tests, with any H.
+    Scores, softmax and sums are fp32. Returns [B, T, N, H] in the dtype of v.
 
     The result and log-sum-exp are named "attention" and "attention_lse": a remat policy that keeps both saves a second
-    forward kernel. Raises ValueError for unsupported head sizes and dtypes.
+    forward kernel. Raises ValueError for unsupported head sizes, dtypes and lengths
+    with `rope`.
     """
     T, H = q_BTNH.shape[1], q_BTNH.shape[3]
     if not interpret and H not in HEAD_SIZES:
         sizes = " or ".join(map(str, HEAD_SIZES))
         raise ValueError(f"A head size of {H} is not supported by the TPU kernel: it must be {sizes}.")
+    if rope is not None and not interpret and not rotates(T, H):
+        raise ValueError(
+            f"Rows of {T} tokens with heads of {H} are not rotated by the TPU kernel, only up to {ROTATED_LENGTH} tokens "
+            "with heads of 128: apply RoPE before."
+        )
     dtypes = {x.dtype for x in (q_BTNH, k_BTNH, v_BTNH)}
     if len(dtypes) > 1 or not dtypes <= {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)}:
         names = ", ".join(sorted(str(dtype) for dtype in dtypes))

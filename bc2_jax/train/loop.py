@@ -194,8 +194,10 @@ class _Loop:
         stopping, failed = False, None  # failed: the error while making the next batch
         self.preemption.catch_interrupt()
         try:
-            self._evaluate_if_due()
+            with self.clock.phase("evaluation"):
+                self._evaluate_if_due()
             self.throughput.restart()
+            self.clock.begin_steps()
             self.goodput.enter("step")
             for step in self.steps:
                 if self.batch is None:  # stopped before the first batch
@@ -272,7 +274,7 @@ class _Loop:
 
     def _next_batch(self, step: int) -> None:
         """Makes the batch of a step; it is None if the run is to stop."""
-        with self.goodput.phase("rollout" if self.job.samples else "data_wait"):
+        with self.goodput.phase("rollout" if self.job.samples else "data_wait"), self.clock.phase("batch"):
             self.batch = self.job.batches.next(step, self.state)
         self.position: dict[str, Any] = self.job.batches.position()
 

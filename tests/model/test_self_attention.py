@@ -7,12 +7,15 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
-from bc2_jax.config import ComputeConfig
+from bc2_jax.config import ComputeConfig, ModelConfig
 from bc2_jax.infer.decoding import init_cache
+from bc2_jax.kernels import flash
+from bc2_jax.kernels.blocks import BlockSizes
 from bc2_jax.kernels.cached import KVCache, Place
-from bc2_jax.model.baichuan import param_shardings, split_model
+from bc2_jax.model.baichuan import Baichuan2, param_shardings, split_model
 from bc2_jax.sharding import DEFAULT_RULES
 
 COMPUTE = ComputeConfig(dtype="float32", attention_block=8)
@@ -84,3 +87,30 @@ def test_on_a_mesh(golden, mesh_of):
             logits, cache = extend(golden, token[:, None], [prompt.shape[1] + step] * 2, cache, params)
     assert cache.k.sharding.spec == DEFAULT_RULES.spec(None, "batch", "attention_heads", None, None)
     assert jnp.isfinite(cache.k).all()
+
+
+@pytest.mark.parametrize("length", [40, 24])
+def test_the_kernel_rotates_what_the_model_does_not(length: int, monkeypatch):
+    """RoPE is applied exactly once, in the kernel or before it, with the positions of packed documents."""
+    config = ModelConfig(
+        hidden_size=256, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, position_embedding="rope",
+        vocab_size=64, model_max_length=64,
+    )  # fmt: skip
+    given = []
+
+    def interpreted(*arguments, rope):
+        given.append(rope is not None)
+        return kernel(*arguments, rope=rope, blocks=BlockSizes(16, 8, 16, 16, 8, span=64, vmem_mib=16), interpret=True)
+
+    kernel = flash.flash_attention
+    monkeypatch.setattr(flash, "flash_attention", interpreted)
+    monkeypatch.setattr(flash, "ROTATED_LENGTH", 32)
+    ids = np.random.default_rng(0).integers(3, 64, (2, length))
+    segments = 1 + (np.arange(length) > 9).astype(np.int32)[None].repeat(2, 0)
+    logits = {}
+    for attention in ("reference", "flash"):
+        compute = ComputeConfig(dtype="float32", attention=attention, remat="none")
+        model = Baichuan2(config, compute, rngs=nnx.Rngs(0))
+        logits[attention] = model(jnp.asarray(ids, jnp.int32), segment_ids=jnp.asarray(segments))
+    assert set(given) == {length <= 32}
+    np.testing.assert_allclose(logits["flash"], logits["reference"], atol=2e-5)
