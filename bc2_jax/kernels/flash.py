@@ -57,8 +57,8 @@ def flash_attention(
         raise ValueError(f"A head size of {H} is not supported by the TPU kernel: it must be {sizes}.")
     if rope is not None and not interpret and not rotates(T, H):
         raise ValueError(
-            f"Rows of {T} tokens with heads of {H} are not rotated by the TPU kernel, only up to {ROTATED_LENGTH} tokens "
-            "with heads of 128: apply RoPE before."
+            f"Rows of {T} tokens with heads of {H} are not rotated by the TPU kernel: it rotates heads of 128 in "
+            f"rows of at most {ROTATED_LENGTH} tokens."
         )
     dtypes = {x.dtype for x in (q_BTNH, k_BTNH, v_BTNH)}
     if len(dtypes) > 1 or not dtypes <= {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)}:
