@@ -73,7 +73,7 @@ def prepare(folder: Path, hidden: int) -> Path:
     config = folder / "config.py"
     config.write_text(
         "from bc2_jax.config import *\n"
-        f"config = TrainConfig(name='startup', model=ModelConfig(hidden_size={hidden}, intermediate_size="
+        f"def config(): return TrainConfig(name='startup', model=ModelConfig(hidden_size={hidden}, intermediate_size="
         f"{hidden * 43 // 16}, num_hidden_layers=32, num_attention_heads=32, position_embedding='rope', vocab_size="
         f"{VOCABULARY}), data=DataConfig(sources=(SourceConfig(path={rows!r}),), tokenizer="
         f"{tokenizer!r}, sequence_length={LENGTH}, global_batch_size=8), num_steps=1, eval_every=1000)\n"
@@ -109,6 +109,7 @@ def main() -> None:
                 columns[f"{devices} {order} {state}"] = json.loads(done.stdout.splitlines()[-1])
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
     print("| devices, order, cache |", *(f"{name} |" for name in columns))
+    print("|---" * (len(columns) + 1) + "|")
     for name in names:
         print(f"| {name} |", *(f"{column.get(name, 0.0):.1f} |" for column in columns.values()))
     shutil.rmtree(root)

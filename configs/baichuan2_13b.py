@@ -11,7 +11,7 @@ Flags for some slices, with compile-time estimates of tools/aot_compile.py (docs
     v5p-512 (v5p:4x8x8)      --data.global-batch-size 512
                              45.1 GiB, MFU 0.82, 4,470 tokens/s a chip, 26 days
     v5p-2048 (v5p:8x8x16)    --mesh.data 16 --data.global-batch-size 1024
-                             28.9 GiB, MFU 0.83, 4,490 tokens/s a chip, 6.5 days
+                             28.9 GiB, MFU 0.84, 4,550 tokens/s a chip, 6.5 days
     2 x v5p-128 (v5p:4x4x4)  --mesh.data 2 --data.global-batch-size 256
                              46.4 GiB, MFU 0.82, 4,470 tokens/s a chip, 53 days
     v5e-256 (v5e:16x16)      --data.global-batch-size 256 --compute.remat save_attention

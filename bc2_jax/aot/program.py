@@ -162,11 +162,13 @@ class Program:
                 name, lines = header[1], []
                 if line.startswith("ENTRY "):
                     self.entry = name
-            elif line.startswith("}") and name:
+            elif name and re.fullmatch(r'\}(, execution_thread="[^"]*")?\s*(//.*)?', line):
                 self.computations[name] = Computation(name, tuple(map(parse_instruction, lines)))
                 name = ""
-            elif name and " = " in line:
+            elif name and re.match(r"\s+(ROOT )?%?[\w.\-]+ = ", line):
                 lines.append(line)
+            elif name and lines:  # a kernel's attributes may have several lines
+                lines[-1] += f" {line}"
         if self.entry not in self.computations:
             raise ValueError("The text is not a compiled program: it has no ENTRY computation.")
 

@@ -160,6 +160,21 @@ def test_groups(text: str, group: tuple[int, ...]):
     assert parse_groups(f"channel_id=1, {text}, dimensions={{0}}", 8) == group
 
 
+def test_attributes_of_several_lines_end_no_computation():
+    """As in programs with JAX's splash attention."""
+    text = """ENTRY %main (a: f32[8,128]) -> f32[8,128] {
+  %a = f32[8,128]{1,0} parameter(0)
+  %kernel = f32[8,128]{1,0} custom-call(%a), custom_call_target="k", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="kernel"}, backend_config={"custom_call_config":{"cost_estimate":{"flops":"7"}}}
+  ROOT %b = f32[8,128]{1,0} copy(%kernel)
+}
+"""
+    kernel, last = Program(text).computations["main"].instructions[1:]
+    assert (kernel.op_name, last.name) == ("kernel", "b")
+    assert kernel.backend_config["custom_call_config"]["cost_estimate"] == {"flops": "7"}
+
+
 def test_what_is_no_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         Program("HloModule m\n")
