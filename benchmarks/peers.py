@@ -18,6 +18,7 @@ import itertools
 import math
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -89,9 +90,8 @@ def compile_peer(python: Path, folder: Path, topology: str, vocabulary: int, seq
     settings = SETTINGS[topology]
     # JAX takes the compiler's own options as true, but XLA's debugging options as True.
     flags = f"{options} --xla_dump_to={folder} --xla_dump_hlo_as_text=True"
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in folder.iterdir():
-        file.unlink()
+    shutil.rmtree(folder, ignore_errors=True)  # an earlier dump would be read instead
+    folder.mkdir(parents=True)
     found = subprocess.run(
         [str(python), "-c", "import maxtext; print(maxtext.__path__[0])"], check=True, capture_output=True, text=True
     )
