@@ -198,10 +198,8 @@ class Simulation:
             parts.matmul_raw += raw
             parts.matmul += self._matmul(instruction, computation, raw)
             return
-        operands = (computation.by_name.get(name) for name in instruction.operands)
-        shapes = [*instruction.shapes, *(s for operand in operands if operand for s in operand.shapes)]
         parts.vector_raw += raw
-        parts.vector += self._streamed(sum(shape.bytes for shape in shapes if shape.in_hbm), raw)
+        parts.vector += self._streamed(moved_bytes(self.program, instruction, computation), raw)
 
     def _streamed(self, moved: float, raw: float) -> float:
         """Seconds to move these bytes, between raw * CYCLES_HBM_SHARE / `Rates.hbm_share` and raw."""

@@ -99,6 +99,29 @@ def test_kernels_take_the_cycles_of_the_same_mxu():
     assert share("v5p", "other.1") == UNKNOWN_KERNEL_EFFICIENCY
 
 
+def test_a_slice_of_stacked_layers_moves_only_the_slice():
+    """A fusion that copies one of 32 layers reads and writes 32 MiB each, and does not read the whole stack."""
+    cycles = 'backend_config={"window_config":{"estimated_cycles":"100000"}}'
+    text = f"""HloModule m, is_scheduled=true, num_partitions=4
+
+%slice_layer (s: bf16[32,4096,4096], i: s32[]) -> bf16[1,4096,4096] {{
+  %s = bf16[32,4096,4096]{{2,1,0}} parameter(0)
+  %i = s32[] parameter(1)
+  %z = s32[] constant(0)
+  ROOT %d = bf16[1,4096,4096]{{2,1,0}} dynamic-slice(%s, %i, %z, %z), dynamic_slice_sizes={{1,4096,4096}}
+}}
+
+ENTRY %main (p: bf16[32,4096,4096], i: s32[]) -> bf16[1,4096,4096] {{
+  %p = bf16[32,4096,4096]{{2,1,0}} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %f = bf16[1,4096,4096]{{2,1,0}} fusion(%p, %i), kind=kLoop, calls=%slice_layer, {cycles}
+}}
+"""
+    e = estimate(text)
+    assert e.vector_raw == pytest.approx(100_000 / CLOCK)
+    assert e.vector == pytest.approx(2 * 2**25 / (0.85 * 2765e9), rel=1e-6)
+
+
 def test_a_fused_collective_proceeds_only_in_the_fusions_that_carry_it():
     """As on v5e. A matmul of 0.1 ms carries the gather of 0.2 ms, a copy between it and the end does not."""
     gather = "all-gather(%a), channel_id=9, replica_groups={{0,1,2,3}}, dimensions={0}"
