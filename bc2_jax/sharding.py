@@ -19,6 +19,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bc2_jax.config import MeshConfig
+from bc2_jax.tpu.chips import CHIPS, DEVICE_KINDS
 from bc2_jax.validation import require
 
 MESH_AXES = ("data", "fsdp", "fsdp_inner", "context", "tensor")
@@ -117,15 +118,15 @@ def reshard(x: jax.Array, *axes: str | None) -> jax.Array:
 def gather(x: jax.Array, *axes: str | None) -> jax.Array:
     """A stored weight `x` with these logical axes, gathered along `embed`.
 
-    One gather for each mesh axis, innermost first, when the least data is sent. Each gather then lies along whole
-    dimensions of the TPU torus; the compiler turns a single large one into an all-reduce.
+    On a 2-D torus one gather along both of its dimensions. Elsewhere one for each mesh axis, innermost first, when the
+    least data is sent: the compiler turns one along three dimensions into an all-reduce.
     """
     sharding = named_sharding(*axes)
     if sharding is None or "embed" not in axes:
         return x
     dim, cut = axes.index("embed"), mesh_axes("embed")
     is_whole = jax.typeof(x).sharding.spec[dim] is None  # type: ignore[attr-defined]  # jax declares the base class
-    for count in reversed(range(len(cut))):
+    for count in [0] if _is_on_plane() else reversed(range(len(cut))):
         if count == 0 or (sharding.mesh.shape[cut[count]] > 1 and not is_whole):
             stage = (*sharding.spec[:dim], cut[:count] or None, *sharding.spec[dim + 1 :])
             x = jax.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*stage)))
@@ -133,10 +134,18 @@ def gather(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def all_gather(x: jax.Array, dim: int) -> jax.Array:
-    """Inside `shard_map`: `x` gathered along dimension `dim`, which is sharded as `embed`, in stages."""
-    for axis in reversed(mesh_axes("embed")):
-        x = jax.lax.all_gather(x, axis, axis=dim, tiled=True)
+    """Inside `shard_map`: `x` gathered along dimension `dim`, which is sharded as `embed`, as `gather` does it."""
+    cut = mesh_axes("embed")
+    for axes in [cut] if _is_on_plane() else reversed(cut):
+        x = jax.lax.all_gather(x, axes, axis=dim, tiled=True)
     return x
+
+
+def _is_on_plane() -> bool:
+    """Whether the mesh in use is of TPU chips whose torus has two dimensions."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    chip = None if device is None else CHIPS.get(DEVICE_KINDS.get(device.device_kind, ""))
+    return chip is not None and chip.torus_dims == 2
 
 
 def reduce_scatter(x: jax.Array, *axes: str | None) -> jax.Array:

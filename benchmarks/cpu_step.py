@@ -1,16 +1,18 @@
-"""Median time of a training step on one CPU device, beside PyTorch eager in the same run.
+"""Median time of a training step on one CPU device, beside PyTorch eager and torch.compile in the same run.
 
-python benchmarks/cpu_step.py [--dtype float32 bfloat16] [--steps 8] [--torch-python PYTHON]
+python benchmarks/cpu_step.py [--dtype float32 bfloat16] [--steps 8] [--torch-python PYTHON] [--neighbour]
 
 Shape: hidden 512, 8 heads, 8 layers, feed-forward 1376, vocabulary 16384, batch 4 x 512 synthetic tokens, no
-rematerialisation, AdamW. Ours and PyTorch alternate, one process each time, so that both see the same load of the
-machine. Our first process compiles; the later ones use the compilation cache. --torch-python is a Python with torch
-installed (by default this one, if it has torch).
+rematerialisation, AdamW. The programs alternate, one process each time, so that all see the same load of the machine.
+Our first process compiles; the later ones use the compilation cache. --torch-python is a Python with torch installed
+(by default this one, if it has torch). --neighbour repeats everything beside a process that copies arrays larger than
+the caches without pause, which takes memory bandwidth and a part of one core.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -18,10 +20,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 START = time.perf_counter()
 ROWS, LENGTH = 4, 512
+NEIGHBOUR = "import numpy\na, b = numpy.zeros((2, 2**25))\nwhile True: a[:], b[:] = b, a"
+"""Copies 256 MiB after 256 MiB."""
 
 
 def run_ours(dtype: Any, steps: int, args: argparse.Namespace) -> dict[str, float]:
@@ -82,6 +87,7 @@ def run_ours(dtype: Any, steps: int, args: argparse.Namespace) -> dict[str, floa
         "median": statistics.median(seconds), "min": min(seconds), "cpu": statistics.median(cpu_seconds),
         "start_to_first_step": first, "loss": float(metrics["loss"]),
         "temporary_gib": getattr(step.memory_analysis(), "temp_size_in_bytes", 0) / 2**30,
+        "accessed_gib": (step.cost_analysis() or {}).get("bytes accessed", 0) / 2**30,
     }  # fmt: skip
 
 
@@ -92,6 +98,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=2, help="times each program is run")
     parser.add_argument("--torch-python", default=sys.executable)
     parser.add_argument("--no-torch", action="store_true")
+    parser.add_argument("--neighbour", action="store_true", help="repeat beside a memory-bound process")
     parser.add_argument("--no-keep-heap", action="store_true")
     parser.add_argument("--unroll-layers", action="store_true", help="a faster bf16 step for a slower start")
     parser.add_argument("--position-embedding", choices=("rope", "alibi"), default="rope")
@@ -104,31 +111,45 @@ def main() -> None:
     if args.child:
         print(json.dumps(run_ours(args.dtype[0], args.steps, args)))
         return
+    for loaded in (False, True) if args.neighbour else (False,):
+        with neighbour() if loaded else contextlib.nullcontext():
+            for dtype in args.dtype:
+                compare(dtype, args, "beside a neighbour" if loaded else "alone")
+
+
+@contextlib.contextmanager
+def neighbour() -> Iterator[None]:
+    """A process that is bound by memory bandwidth."""
+    process = subprocess.Popen([sys.executable, "-c", NEIGHBOUR])
+    try:
+        yield
+    finally:
+        process.kill()
+
+
+def compare(dtype: str, args: argparse.Namespace, label: str) -> None:
+    """Runs the programs in turn and prints their medians and ratios."""
     torch_step = os.path.join(os.path.dirname(os.path.abspath(__file__)), "cpu_step_torch.py")
-    for dtype in args.dtype:
-        cache = tempfile.TemporaryDirectory()
-        ours = [sys.executable, __file__, "--compilation-cache", cache.name, *sys.argv[1:], "--child", "--dtype", dtype]
+    with tempfile.TemporaryDirectory() as cache:
+        ours = [sys.executable, __file__, "--compilation-cache", cache, *sys.argv[1:], "--child", "--dtype", dtype]
         programs = {"bc2_jax": ours}
         if not args.no_torch:
-            programs["PyTorch"] = [args.torch_python, torch_step, dtype, str(args.steps)]
+            programs["PyTorch eager"] = [args.torch_python, torch_step, dtype, str(args.steps)]
+            programs["torch.compile"] = [*programs["PyTorch eager"], "compile"]
         results: dict[str, list[dict[str, float]]] = {name: [] for name in programs}
         for _ in range(args.turns):
             for name, command in programs.items():
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
                 results[name].append(json.loads(done.stdout.splitlines()[-1]))
-        medians = {}
-        for name, turns in results.items():
-            means = {key: statistics.median(turn[key] for turn in turns) for key in turns[0]}
-            medians[name] = means["median"]
-            print(f"{dtype:9} {name:8}", "  ".join(f"{key} {value:.3f}" for key, value in means.items()), flush=True)
-        starts = [turn["start_to_first_step"] for turn in results["bc2_jax"]]
-        print(
-            f"{dtype:9} process start to first finished step, turn by turn:",
-            *(f"{s:.1f} s" for s in starts),
-            flush=True,
-        )
-        if len(medians) == 2:
-            print(f"{dtype:9} bc2_jax / PyTorch = {medians['bc2_jax'] / medians['PyTorch']:.2f}", flush=True)
+    medians = {}
+    for name, turns in results.items():
+        means = {key: statistics.median(turn[key] for turn in turns) for key in turns[0]}
+        medians[name] = means["median"]
+        print(f"{dtype}, {label}, {name}:", ", ".join(f"{k} {v:.3f}" for k, v in means.items()), flush=True)
+    starts = (f"{turn['start_to_first_step']:.1f} s" for turn in results["bc2_jax"])
+    print(f"{dtype}, {label}, process start to first finished step, turn by turn:", *starts, flush=True)
+    for name in [name for name in medians if name != "bc2_jax"]:
+        print(f"{dtype}, {label}, bc2_jax / {name} = {medians['bc2_jax'] / medians[name]:.2f}", flush=True)
 
 
 if __name__ == "__main__":

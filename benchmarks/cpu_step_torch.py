@@ -1,5 +1,6 @@
-"""The step of cpu_step.py in PyTorch eager: python cpu_step_torch.py float32|bfloat16 STEPS; prints one JSON line.
+"""The step of cpu_step.py in PyTorch: python cpu_step_torch.py float32|bfloat16 STEPS [compile]; prints one JSON line.
 
+Eager, or forward, loss and backward through torch.compile.
 float32 throughout, or bfloat16 autocast with fp32 weights; fused AdamW; attention by scaled_dot_product_attention.
 """
 
@@ -50,7 +51,7 @@ class Model(nn.Module):
         return self.head(self.norm(x))
 
 
-def main(dtype: str, steps: int) -> None:
+def main(dtype: str, steps: int, compiled: bool) -> None:
     torch.manual_seed(0)
     model = Model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, fused=True)
@@ -58,12 +59,17 @@ def main(dtype: str, steps: int) -> None:
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].flatten()
     angles = torch.outer(torch.arange(T), 10000 ** -(torch.arange(0, D // N, 2) / (D // N)))
     cos, sin = angles.cos(), angles.sin()
+
+    def loss_of(inputs: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            logits = model(inputs, cos, sin)
+        return F.cross_entropy(logits.view(-1, V).float(), labels)
+
+    forward = torch.compile(loss_of) if compiled else loss_of
     seconds, cpu_seconds = [], []
     for _ in range(steps + 1):
         begin, cpu = time.perf_counter(), time.process_time()
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            logits = model(inputs, cos, sin)
-        loss = F.cross_entropy(logits.view(-1, V).float(), labels)
+        loss = forward(inputs)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -74,4 +80,4 @@ def main(dtype: str, steps: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), "compile" in sys.argv[3:])

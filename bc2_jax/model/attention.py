@@ -56,9 +56,9 @@ class SelfAttention(nnx.Module):
         q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
-        q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
         q, k, v = (reshard(x, "batch", None, "attention_heads", "head_dim") for x in (q, k, v))
-        return q, k, v
+        # Named after the exchange, so that the backward pass does not repeat it.
+        return checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
 
     def _merge_heads(self, out: Array) -> Array:
         out = reshard(out, "batch", "sequence", "heads", "head_dim")

@@ -27,6 +27,7 @@ from bc2_jax.sharding import (
     gather,
     named_sharding,
     parts,
+    platform,
     reduce_scatter,
     reshard,
     rules_in_use,
@@ -93,7 +94,7 @@ def linear(equation: str, x: Array, w: Array | Quantized) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _linear(equation: str, rules: ShardingRules, x: Array, w: Array) -> Array:
-    return _linear_forward(equation, rules, x, w)[0]
+    return _multiply(equation, rules, x, w)
 
 
 def _gathered(equation: str, w: Array, dtype: jnp.dtype) -> Array:
@@ -106,12 +107,33 @@ def _matmul(equation: str, x: Array, y: Array, out_sharding: NamedSharding | Non
     return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32, out_sharding=out_sharding)
 
 
-def _linear_forward(equation: str, rules: ShardingRules, x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
+def _multiply(equation: str, rules: ShardingRules, x: Array, w: Array) -> Array:
     out_axes = (ACTIVATION_AXES[letter] for letter in split_equation(equation)[2])
     with use_rules(rules):
         used, out_sharding = _gathered(equation, w, x.dtype), named_sharding(*out_axes)
     y = jnp.einsum(equation, x, used, preferred_element_type=sum_dtype(equation, x), out_sharding=out_sharding)
-    return y.astype(x.dtype), (x, w)
+    return y.astype(x.dtype)
+
+
+def _linear_forward(equation: str, rules: ShardingRules, x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
+    with use_rules(rules):
+        axis = _model_axis(equation)
+    return _multiply(_moved_to_front(equation, axis), rules, x, jnp.moveaxis(w, axis, 0)), (x, w)
+
+
+def _model_axis(equation: str) -> int:
+    """The dimension of the weight that training on a TPU mesh moves to the front; 0 for none.
+
+    Along the model dimension shards are gathered and gradients scattered. In front, that moves whole blocks. As the
+    last one, in o_proj and down_proj, it would copy the gathered weight to another layout; this copies the shard.
+    """
+    is_sharded = platform() == "tpu" and parts("embed") > 1
+    return max(split_equation(equation)[1].find("D"), 0) if is_sharded else 0
+
+
+def _moved_to_front(equation: str, axis: int) -> str:
+    x, w, y = split_equation(equation)
+    return f"{x},{w[axis]}{w[:axis]}{w[axis + 1 :]}->{y}"
 
 
 def _pad_columns(x: Array, dims: str, columns: int) -> Array:
@@ -121,6 +143,9 @@ def _pad_columns(x: Array, dims: str, columns: int) -> Array:
 
 def _linear_backward(equation, rules, residuals, dy):
     x, w = residuals
+    with use_rules(rules):
+        axis = _model_axis(equation)
+    equation, w = _moved_to_front(equation, axis), jnp.moveaxis(w, axis, 0)
     x_dims, w_dims, y_dims = split_equation(equation)
 
     def weight_gradient_on_cpu(x: Array, dy: Array) -> Array:
@@ -155,7 +180,7 @@ def _linear_backward(equation, rules, residuals, dy):
                 in_specs=(x_sharding.spec, spec(*(ACTIVATION_AXES[letter] for letter in y_dims))),
                 out_specs=spec(*weight_axes(equation)),
             )(x, dy)
-    return dx.astype(x.dtype), dw.astype(w.dtype)
+    return dx.astype(x.dtype), jnp.moveaxis(dw.astype(w.dtype), 0, axis)
 
 
 _linear.defvjp(_linear_forward, _linear_backward)

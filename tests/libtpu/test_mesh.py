@@ -76,6 +76,21 @@ def test_a_whole_v5p_slice_gathers_and_scatters_in_two_stages():
     assert groups == {4, 16}
 
 
+def test_a_plane_gathers_at_once_and_scatters_in_two_stages():
+    step, result = compile_on("v6e:4x4", rows=16, fsdp=4, fsdp_inner=4)
+    assert_sound(step, result)
+    groups = {(c.kind, len(c.group)) for c, _ in collectives(step) if c.kind in ("all-gather", "reduce-scatter")}
+    assert groups == {("all-gather", 16), ("reduce-scatter", 4)}
+
+
+def test_gathered_weights_are_not_copied_to_another_layout():
+    """o_proj and down_proj have the model dimension last, where a gather would not move whole blocks."""
+    step, _ = compile_on("v5p:4x4x4", rows=64)
+    smallest = 2 * MODEL.hidden_size**2  # bytes in bf16
+    copies = [i for i, _, _ in Program(step.hlo, 64).walk() if i.opcode == "copy" and "/reshard" in i.op_name]
+    assert copies == [] or max(i.bytes for i in copies) < smallest
+
+
 def test_gathers_stay_in_a_slice_where_there_are_several():
     step, result = compile_on("v5p:2x2x2", rows=16, slices=2, data=2)
     slice_of = [place[0] for place in step.coordinates]

@@ -99,6 +99,19 @@ def test_a_gradient_that_is_padded_for_its_scatter_is_the_same(equation: str, sh
     test_linear_equals_einsum(equation, axes, out_axes, shape, mesh_of)
 
 
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 2, 4)], ids=str)
+@pytest.mark.parametrize("equation", [EQUATIONS["o_proj"], EQUATIONS["down_proj"]])
+def test_on_a_tpu_mesh_the_model_axis_is_gathered_and_scattered_in_front(equation: str, shape, mesh_of, monkeypatch):
+    seen = []
+    gather, reduce_scatter = layers.gather, layers.reduce_scatter
+    monkeypatch.setattr(layers, "platform", lambda: "tpu")
+    monkeypatch.setattr(layers, "gather", lambda x, *axes: seen.append(axes) or gather(x, *axes))
+    monkeypatch.setattr(layers, "reduce_scatter", lambda x, *axes: seen.append(axes) or reduce_scatter(x, *axes))
+    axes, out_axes = next(p[1:] for p in PROJECTIONS if p[0] == equation)
+    test_linear_equals_einsum(equation, axes, out_axes, shape, mesh_of)
+    assert len(seen) == 3 and {axes[0] for axes in seen} == {"embed" if shape[1] > 1 else axes[0]}
+
+
 def test_linear_computes_in_the_dtype_of_x():
     y = linear("BTD,DF->BTF", jnp.ones((1, 2, 4), jnp.bfloat16), jnp.ones((4, 3)))
     assert y.dtype == jnp.bfloat16
