@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from bc2_jax.config import ComputeConfig, ModelConfig
 from bc2_jax.kernels.attention import Tokens, chunked_attention, reference_attention
@@ -36,7 +37,8 @@ class SelfAttention(nnx.Module):
     def __call__(self, x_BTD: Array, tokens: Tokens, rope: tuple[Array, Array] | None) -> Array:
         """[B, T, D] -> [B, T, D] of whole sequences."""
         inside = rope is not None and self._rotates_inside(x_BTD.shape[1])
-        q, k, v = self._project(x_BTD, None if inside else rope)
+        projected = self._project(x_BTD, None if inside else rope)
+        q, k, v = (self._keep(x, name) for x, name in zip(projected, "qkv", strict=True))
         tokens = Tokens(*(reshard(x, "batch", None) for x in tokens))
         with jax.named_scope("attention"):
             out = self._attend(q, k, v, tokens, rope if inside else None)
@@ -57,8 +59,17 @@ class SelfAttention(nnx.Module):
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         q, k, v = (reshard(x, "batch", None, "attention_heads", "head_dim") for x in (q, k, v))
-        # Named after the exchange, so that the backward pass does not repeat it.
-        return checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
+        return q, k, v
+
+    def _keep(self, x_BTNH: Array, name: str) -> Array:
+        """Names q, k or v for the remat policies.
+
+        After their exchange, which the backward pass then does not repeat, and in the layout that the TPU's kernel
+        reads, which saves copies.
+        """
+        if self.compute.attention == "flash" and platform() == "tpu":
+            x_BTNH = with_layout_constraint(x_BTNH, Layout(major_to_minor=(0, 2, 1, 3)))
+        return checkpoint_name(x_BTNH, name)
 
     def _merge_heads(self, out: Array) -> Array:
         out = reshard(out, "batch", "sequence", "heads", "head_dim")
