@@ -37,8 +37,7 @@ class SelfAttention(nnx.Module):
     def __call__(self, x_BTD: Array, tokens: Tokens, rope: tuple[Array, Array] | None) -> Array:
         """[B, T, D] -> [B, T, D] of whole sequences."""
         inside = rope is not None and self._rotates_inside(x_BTD.shape[1])
-        projected = self._project(x_BTD, None if inside else rope)
-        q, k, v = (self._keep(x, name) for x, name in zip(projected, "qkv", strict=True))
+        q, k, v = self._project(x_BTD, None if inside else rope)
         tokens = Tokens(*(reshard(x, "batch", None) for x in tokens))
         with jax.named_scope("attention"):
             out = self._attend(q, k, v, tokens, rope if inside else None)
@@ -61,16 +60,6 @@ class SelfAttention(nnx.Module):
         q, k, v = (reshard(x, "batch", None, "attention_heads", "head_dim") for x in (q, k, v))
         return q, k, v
 
-    def _keep(self, x_BTNH: Array, name: str) -> Array:
-        """Names q, k or v for the remat policies.
-
-        After their exchange, which the backward pass then does not repeat, and in the layout that the TPU's kernel
-        reads, which saves copies.
-        """
-        if self.compute.attention == "flash" and platform() == "tpu":
-            x_BTNH = with_layout_constraint(x_BTNH, Layout(major_to_minor=(0, 2, 1, 3)))
-        return checkpoint_name(x_BTNH, name)
-
     def _merge_heads(self, out: Array) -> Array:
         out = reshard(out, "batch", "sequence", "heads", "head_dim")
         return checkpoint_name(self.o_proj(out), "o")
@@ -88,6 +77,11 @@ class SelfAttention(nnx.Module):
         are not rotated yet."""
 
         def kernel(q, k, v, tokens, slopes, rope):
+            if self.compute.attention == "flash" and platform() == "tpu":
+                # The layout that the kernel reads. Outside of shard_map the compiler would gather q, k and v for this.
+                q, k, v = (with_layout_constraint(x, Layout(major_to_minor=(0, 2, 1, 3))) for x in (q, k, v))
+            # Named after their exchange, so that the backward pass does not repeat it.
+            q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
             if self.compute.attention == "flash" and platform() == "gpu":
                 return cudnn_attention(q, k, v, tokens, slopes)
             if self.compute.attention == "flash":

@@ -74,6 +74,11 @@ def test_a_whole_v5p_slice_gathers_and_scatters_in_two_stages():
     assert_sound(step, result)
     groups = {len(c.group) for c, i in collectives(step) if c.kind in ("all-gather", "reduce-scatter")}
     assert groups == {4, 16}
+    # No gathered weight of a layer is copied to another layout, not o_proj and down_proj either, whose model dimension
+    # is the last.
+    instructions = [i for i, _, _ in Program(step.hlo, 64).walk()]
+    copies = [i for i in instructions if i.opcode == "copy" and re.search("while/body.*/reshard", i.op_name)]
+    assert max((i.bytes for i in copies), default=0) < 2 * MODEL.hidden_size**2
 
 
 def test_a_plane_gathers_at_once_and_scatters_in_two_stages():
@@ -81,14 +86,6 @@ def test_a_plane_gathers_at_once_and_scatters_in_two_stages():
     assert_sound(step, result)
     groups = {(c.kind, len(c.group)) for c, _ in collectives(step) if c.kind in ("all-gather", "reduce-scatter")}
     assert groups == {("all-gather", 16), ("reduce-scatter", 4)}
-
-
-def test_gathered_weights_are_not_copied_to_another_layout():
-    """o_proj and down_proj have the model dimension last, where a gather would not move whole blocks."""
-    step, _ = compile_on("v5p:4x4x4", rows=64)
-    smallest = 2 * MODEL.hidden_size**2  # bytes in bf16
-    copies = [i for i, _, _ in Program(step.hlo, 64).walk() if i.opcode == "copy" and "/reshard" in i.op_name]
-    assert copies == [] or max(i.bytes for i in copies) < smallest
 
 
 def test_gathers_stay_in_a_slice_where_there_are_several():
