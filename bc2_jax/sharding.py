@@ -155,7 +155,8 @@ def reduce_scatter(x: jax.Array, *axes: str | None) -> jax.Array:
     """
     scattered = mesh_axes("embed") if "embed" in axes else ()
     for axis in scattered:
-        x = jax.lax.psum_scatter(x, axis, scatter_dimension=axes.index("embed"), tiled=True)
+        if jax.lax.axis_size(axis) > 1:  # XLA:CPU would copy `x`
+            x = jax.lax.psum_scatter(x, axis, scatter_dimension=axes.index("embed"), tiled=True)
     rest = tuple(axis for axis in mesh_axes("batch", "sequence") if axis not in scattered)
     return jax.lax.psum(x, rest) if rest else x
 
