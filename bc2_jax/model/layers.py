@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import NamedSharding
 
 from bc2_jax.config import ComputeConfig, ModelConfig
@@ -118,7 +119,8 @@ def _multiply(equation: str, rules: ShardingRules, x: Array, w: Array) -> Array:
 def _linear_forward(equation: str, rules: ShardingRules, x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
     with use_rules(rules):
         axis = _model_axis(equation)
-    return _multiply(_moved_to_front(equation, axis), rules, x, jnp.moveaxis(w, axis, 0)), (x, w)
+        y = _multiply(_moved_to_front(equation, axis), rules, x, jnp.moveaxis(w, axis, 0))
+        return _row_major(y) if equation.endswith("BTD") else y, (x, w)
 
 
 def _model_axis(equation: str) -> int:
@@ -134,6 +136,18 @@ def _model_axis(equation: str) -> int:
 def _moved_to_front(equation: str, axis: int) -> str:
     x, w, y = split_equation(equation)
     return f"{x},{w[axis]}{w[:axis]}{w[axis + 1 :]}->{y}"
+
+
+def _row_major(x: Array) -> Array:
+    """`x` with its last dimension fastest in the memory of a TPU mesh.
+
+    Left to itself the compiler gives hidden states or gradients a layout in which it then copies what the other pass
+    saves or reads. On a sharded array the constraint would gather it, hence `shard_map`.
+    """
+    if named_sharding() is None or platform() != "tpu":
+        return x
+    layout, cut = Layout(major_to_minor=tuple(range(x.ndim))), jax.typeof(x).sharding.spec
+    return jax.shard_map(lambda x: with_layout_constraint(x, layout), in_specs=cut, out_specs=cut)(x)
 
 
 def _pad_columns(x: Array, dims: str, columns: int) -> Array:
@@ -164,6 +178,7 @@ def _linear_backward(equation, rules, residuals, dy):
     with use_rules(rules):
         x_sharding = None if named_sharding() is None else jax.typeof(x).sharding
         dx = _matmul(f"{y_dims},{w_dims}->{x_dims}", dy, _gathered(equation, w, x.dtype), x_sharding)
+        dx = _row_major(dx.astype(x.dtype)) if x.ndim == 3 else dx.astype(x.dtype)
         if x_sharding is None:
             dw = weight_gradient(x, dy)
         else:
@@ -180,7 +195,7 @@ def _linear_backward(equation, rules, residuals, dy):
                 in_specs=(x_sharding.spec, spec(*(ACTIVATION_AXES[letter] for letter in y_dims))),
                 out_specs=spec(*weight_axes(equation)),
             )(x, dy)
-    return dx.astype(x.dtype), jnp.moveaxis(dw.astype(w.dtype), 0, axis)
+    return dx, jnp.moveaxis(dw.astype(w.dtype), 0, axis)
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
