@@ -161,34 +161,11 @@ def reduce_scatter(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.psum(x, rest) if rest else x
 
 
-def scatterable_columns(rows: int, columns: int) -> int:
-    """Columns to which a gradient [rows, columns] with `rows` along `embed` is padded so that libtpu can scatter it.
-
-    The SparseCores cut a shard into pieces of whole tiles (8 x 128 fp32). If the tiles of a row have a prime factor
-    that is large beside the tile rows of a shard, libtpu all-reduces the whole gradient, with twice the traffic. The
-    limits are those found by compiling (docs/tpu.md): a group of more than 16 chips spans two dimensions of the torus
-    and cuts finer. `columns` on other platforms.
-    """
+def first_stage() -> int:
+    """The number of devices in the first stage of a scatter along `embed`; 1 without one."""
     mesh = _mesh_in_use()
-    sizes = [] if mesh is None else [mesh.shape[axis] for axis in mesh_axes("embed") if mesh.shape[axis] > 1]
-    tile_rows = rows // sizes[0] // 8 if sizes and platform() == "tpu" else 0
-    if not tile_rows:
-        return columns
-    limit = max(2.0, tile_rows * (2.75 if sizes[0] > 16 else 1.375))
-    whole = tiles = -(-columns // 128)
-    while _largest_prime_factor(tiles) > limit:
-        tiles += 1
-    return columns if tiles == whole else 128 * tiles
-
-
-def _largest_prime_factor(n: int) -> int:
-    factor = 2
-    while factor * factor <= n:
-        if n % factor == 0:
-            n //= factor
-        else:
-            factor += 1
-    return n
+    sizes = [] if mesh is None else [mesh.shape[axis] for axis in mesh_axes("embed")]
+    return next((size for size in sizes if size > 1), 1)
 
 
 def _mesh_in_use() -> AbstractMesh | None:

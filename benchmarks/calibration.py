@@ -32,7 +32,8 @@ from rich.table import Table
 from bc2_jax.aot import compilation, report
 from bc2_jax.config import ComputeConfig, DataConfig, MeshConfig, ModelConfig, SourceConfig, TrainConfig
 from bc2_jax.kernels.attention import Tokens
-from bc2_jax.model import baichuan, layers
+from bc2_jax.model import baichuan
+from bc2_jax.model import remat as remat_policies
 from bc2_jax.model.attention import SelfAttention
 from bc2_jax.model.layers import Linear
 from bc2_jax.tpu.chips import parse_topology
@@ -175,7 +176,7 @@ def model_of(published: Published) -> Iterator[None]:
 
     def published_remat(run_layer: Callable[..., Any], compute: ComputeConfig) -> Callable[..., Any]:
         if compute.remat != "save_dots":
-            return layers.remat(run_layer, compute)
+            return remat_policies.remat(run_layer, compute)
         policy = jax.checkpoint_policies.save_and_offload_only_these_names(
             names_which_can_be_saved=list(published.saved), names_which_can_be_offloaded=list(published.offloaded),
             offload_src="device", offload_dst="pinned_host",

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bc2_jax"
 # A module imports only from its own package and from those before it (docs/design.md).
 ORDER = (
-    "version", "validation", "files", "config", "cpu", "terminal", "sharding", "tokenizer", "tpu", "kernels", "data",
+    "version", "validation", "files", "config", "cpu", "terminal", "tpu", "sharding", "tokenizer", "kernels", "data",
     "model", "agreement", "manifest", "metadata", "checkpoint", "convert", "infer", "train", "aot", "hardware", "align",
     "evaluate", "curate", "serve", "demo", "cli", "__main__",
 )  # fmt: skip

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bc2_jax import sharding
@@ -103,22 +103,11 @@ def test_the_longest_side_of_a_torus_is_a_stage_of_its_own(sides: tuple[int, ...
     assert sharding._second_stage(MeshConfig(fsdp=8), jax.devices()) == 1, "the CPU has no torus"
 
 
-# Found by compiling for v5p: whether a gradient of as many columns over as many shards is scattered as it is.
-@pytest.mark.parametrize(
-    ("rows", "columns", "shards", "padded"),
-    [
-        (4096, 11008, (16, 4), 11008), (4096, 11008, (32, 8), 11008), (4096, 11008, (64, 1), 11264),
-        (5120, 13696, (16, 1), 13824), (5120, 13696, (32, 8), 13824), (5120, 13696, (64, 1), 13824),
-        (5120, 13824, (64, 1), 13824), (4096, 11520, (64, 1), 11520), (64, 1408, (16, 4), 1408),
-    ],
-)  # fmt: skip
-def test_columns_that_libtpu_can_scatter(rows: int, columns: int, shards, padded: int, monkeypatch):
-    shape = dict(zip(MESH_AXES, (1, *shards, 1, 1), strict=True))
-    mesh = AbstractMesh(tuple(shape.values()), MESH_AXES, axis_types=(AxisType.Explicit,) * 5)
-    with jax.sharding.use_abstract_mesh(mesh):
-        assert sharding.scatterable_columns(rows, columns) == columns, "other platforms need no padding"
-        monkeypatch.setattr(sharding, "platform", lambda: "tpu")
-        assert sharding.scatterable_columns(rows, columns) == padded
+def test_the_first_stage(mesh_of):
+    for shape, devices in (((2, 4, 1), 4), ((8, 1, 1), 1), ((1, 1, 2, 4), 4), ((1, 2, 1, 4), 2)):
+        with jax.set_mesh(mesh_of(*shape)):
+            assert sharding.first_stage() == devices
+    assert sharding.first_stage() == 1
 
 
 def test_mesh_must_be_explicit():

@@ -20,8 +20,9 @@ from bc2_jax.kernels.cached import KVCache, Place
 from bc2_jax.kernels.segments import positions_of
 from bc2_jax.model.attention import SelfAttention
 from bc2_jax.model.head import Head
-from bc2_jax.model.layers import MLP, Embedding, RMSNorm, remat
+from bc2_jax.model.layers import MLP, Embedding, RMSNorm
 from bc2_jax.model.position import alibi_slopes, make_rope, stretch_rope, stretch_slopes
+from bc2_jax.model.remat import remat
 from bc2_jax.sharding import parts, reshard, spec, use_mesh_of
 
 Params = dict[str, Any]

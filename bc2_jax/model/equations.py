@@ -37,6 +37,12 @@ def move_model_axis_behind(equation: str) -> str:
     return f"{x},{w[1]}{w[0]}{w[2:]}->{y}"
 
 
+def move_to_front(equation: str, axis: int) -> str:
+    """The equation with this dimension of the weight as its first."""
+    x, w, y = split_equation(equation)
+    return f"{x},{w[axis]}{w[:axis]}{w[axis + 1 :]}->{y}"
+
+
 def weight_axes(equation: str) -> tuple[str | None, ...]:
     """Logical axes of one layer's weight."""
     return tuple(WEIGHT_AXES[letter] for letter in split_equation(equation)[1])

@@ -12,12 +12,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import NamedSharding
 
-from bc2_jax.config import ComputeConfig, ModelConfig
-from bc2_jax.kernels.cudnn import PRIMITIVE
+from bc2_jax.config import ModelConfig
 from bc2_jax.model.equations import (
     ACTIVATION_AXES,
     EQUATIONS,
     move_model_axis_behind,
+    move_to_front,
     split_equation,
     sum_dtype,
     weight_axes,
@@ -25,6 +25,7 @@ from bc2_jax.model.equations import (
 from bc2_jax.model.quantized import Quantized
 from bc2_jax.sharding import (
     ShardingRules,
+    first_stage,
     gather,
     named_sharding,
     parts,
@@ -32,10 +33,10 @@ from bc2_jax.sharding import (
     reduce_scatter,
     reshard,
     rules_in_use,
-    scatterable_columns,
     spec,
     use_rules,
 )
+from bc2_jax.tpu.tiles import scatterable_columns
 
 
 class Weight(nnx.Module):
@@ -119,7 +120,7 @@ def _multiply(equation: str, rules: ShardingRules, x: Array, w: Array) -> Array:
 def _linear_forward(equation: str, rules: ShardingRules, x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
     with use_rules(rules):
         axis = _model_axis(equation)
-        y = _multiply(_moved_to_front(equation, axis), rules, x, jnp.moveaxis(w, axis, 0))
+        y = _multiply(move_to_front(equation, axis), rules, x, jnp.moveaxis(w, axis, 0))
         return _row_major(y) if equation.endswith("BTD") else y, (x, w)
 
 
@@ -131,11 +132,6 @@ def _model_axis(equation: str) -> int:
     """
     is_sharded = platform() == "tpu" and parts("embed") > 1
     return max(split_equation(equation)[1].find("D"), 0) if is_sharded else 0
-
-
-def _moved_to_front(equation: str, axis: int) -> str:
-    x, w, y = split_equation(equation)
-    return f"{x},{w[axis]}{w[:axis]}{w[axis + 1 :]}->{y}"
 
 
 def _row_major(x: Array) -> Array:
@@ -159,7 +155,7 @@ def _linear_backward(equation, rules, residuals, dy):
     x, w = residuals
     with use_rules(rules):
         axis = _model_axis(equation)
-    equation, w = _moved_to_front(equation, axis), jnp.moveaxis(w, axis, 0)
+    equation, w = move_to_front(equation, axis), jnp.moveaxis(w, axis, 0)
     x_dims, w_dims, y_dims = split_equation(equation)
 
     def weight_gradient_on_cpu(x: Array, dy: Array) -> Array:
@@ -183,7 +179,9 @@ def _linear_backward(equation, rules, residuals, dy):
             dw = weight_gradient(x, dy)
         else:
             columns = w.shape[w_dims.index("F")] // parts("ffn") if "F" in w_dims else 0  # of one device
-            padded = scatterable_columns(w.shape[w_dims.index("D")], columns) if "D" in w_dims else columns
+            padded = columns
+            if columns and platform() == "tpu":
+                padded = scatterable_columns(w.shape[w_dims.index("D")], columns, first_stage())
 
             def scattered_gradient(x: Array, dy: Array) -> Array:
                 x, dy = (_pad_columns(z, dims, padded) for z, dims in ((x, x_dims), (dy, y_dims)))
@@ -254,39 +252,3 @@ class MLP(nnx.Module):
         gate_BTF, up_BTF = self.gate_proj(x_BTD), self.up_proj(x_BTD)
         gate_BTF, up_BTF = checkpoint_name(gate_BTF, "gate"), checkpoint_name(up_BTF, "up")
         return checkpoint_name(self.down_proj(jax.nn.silu(gate_BTF) * up_BTF), "down")
-
-
-# What each remat policy keeps of a layer, by the names given above and in attention.py.
-ATTENTION = ("attention", "attention_lse")
-PROJECTIONS = ("q", "k", "v", *ATTENTION, "o")
-MATMULS = (*PROJECTIONS, "gate", "up", "down")
-
-
-def _keep(names: tuple[str, ...]):
-    """The remat policy that keeps the values of these names, and cuDNN's attention, whose log-sum-exp has no name."""
-    policies = jax.checkpoint_policies
-    return policies.save_from_both_policies(
-        policies.save_only_these_names(*names), lambda primitive, *_, **__: primitive.name.startswith(PRIMITIVE)
-    )  # fmt: skip
-
-
-def remat(function, compute: ComputeConfig):
-    """`function` with intermediate values kept or recomputed according to `compute.remat`."""
-    policies = jax.checkpoint_policies
-    match compute.remat:
-        case "none":
-            return function
-        case "full":
-            policy = policies.nothing_saveable
-        case "save_dots":
-            policy = _keep(MATMULS)
-        case "save_projections":
-            policy = _keep(PROJECTIONS)
-        case "save_attention":
-            policy = _keep(ATTENTION)
-        case "offload":
-            policy = policies.save_and_offload_only_these_names(
-                names_which_can_be_saved=[], names_which_can_be_offloaded=list(MATMULS),
-                offload_src="device", offload_dst="pinned_host",
-            )  # fmt: skip
-    return jax.checkpoint(function, policy=policy, prevent_cse=not compute.scan_layers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bc2_jax.model.layers import MATMULS
+from bc2_jax.model.remat import MATMULS
 from bc2_jax.tpu.chips import parse_topology
 from benchmarks.calibration import PUBLISHED
 

@@ -116,7 +116,7 @@ def test_one_axis_over_the_whole_torus_is_what_the_stages_avoid():
 
 @pytest.mark.parametrize(("D", "F"), [(4096, 11008), (5120, 13696)])
 def test_the_released_feed_forward_gradients_are_scattered_on_1024_chips(D: int, F: int):
-    """Without padding libtpu would all-reduce them whole (`sharding.scatterable_columns`)."""
+    """Without padding libtpu would all-reduce them whole (`tpu/tiles.py`)."""
     shape = parse_topology("v5p:8x8x16")
     mesh = make_mesh(MeshConfig(data=16), compilation.topology_devices(shape))
 
