@@ -2,11 +2,11 @@
 
 python benchmarks/cpu_step.py [--dtype float32 bfloat16] [--steps 8] [--torch-python PYTHON] [--neighbour]
 
-Shape: hidden 512, 8 heads, 8 layers, feed-forward 1376, vocabulary 16384, batch 4 x 512 synthetic tokens, no
-rematerialisation, AdamW. The programs alternate, one process each time, so that all see the same load of the machine.
-Our first process compiles; the later ones use the compilation cache. --torch-python is a Python with torch installed
-(by default this one, if it has torch). --neighbour repeats everything beside a process that copies arrays larger than
-the caches without pause, which takes memory bandwidth and a part of one core.
+Shape: hidden 512, 8 heads, 8 layers, feed-forward 1376, vocabulary 16384, batch 4 x 512 synthetic tokens, AdamW, no
+rematerialisation (ours: --remat). The programs alternate, one process each time, so that all see the same load of the
+machine. Our first process compiles; the later ones use the compilation cache. --torch-python is a Python with torch
+installed (by default this one, if it has torch). --neighbour repeats everything beside a process that copies arrays
+larger than the caches without pause, which takes memory bandwidth and a part of one core.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 START = time.perf_counter()
@@ -56,7 +56,7 @@ def run_ours(dtype: Any, steps: int, args: argparse.Namespace) -> dict[str, floa
             sources=(SourceConfig(path="synthetic"),), tokenizer="none", sequence_length=LENGTH, global_batch_size=ROWS
         ),
         compute=ComputeConfig(
-            dtype=dtype, remat="none", scan_layers=not args.unroll_layers, attention=args.attention,
+            dtype=dtype, remat=args.remat, scan_layers=not args.unroll_layers, attention=args.attention,
             attention_block=args.attention_block, loss_chunk=args.loss_chunk,
         ),
         mesh=MeshConfig(num_cpu_devices=1),
@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--neighbour", action="store_true", help="repeat beside a memory-bound process")
     parser.add_argument("--no-keep-heap", action="store_true")
     parser.add_argument("--unroll-layers", action="store_true", help="a faster bf16 step for a slower start")
+    parser.add_argument("--remat", choices=("none", "save_dots"), default="none")
     parser.add_argument("--position-embedding", choices=("rope", "alibi"), default="rope")
     parser.add_argument("--attention", choices=("reference", "chunked"), default="chunked")
     parser.add_argument("--attention-block", type=int, default=128)
@@ -113,6 +114,7 @@ def main() -> None:
         return
     for loaded in (False, True) if args.neighbour else (False,):
         with neighbour() if loaded else contextlib.nullcontext():
+            print(f"{'beside a neighbour' if loaded else 'alone'}: {machine()}", flush=True)
             for dtype in args.dtype:
                 compare(dtype, args, "beside a neighbour" if loaded else "alone")
 
@@ -125,6 +127,25 @@ def neighbour() -> Iterator[None]:
         yield
     finally:
         process.kill()
+
+
+def machine() -> str:
+    """How fast this machine is now: a step is bound by arithmetic, memory bandwidth or both."""
+    import numpy as np
+
+    x, source, target = np.ones((2048, 2048), np.float32), *np.ones((2, 2**25))
+
+    def seconds(work: Callable[[], object]) -> float:
+        times = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    flops, moved = 2 * len(x) ** 3, source.nbytes + target.nbytes
+    matmul, copy = seconds(lambda: x @ x), seconds(lambda: np.copyto(target, source))
+    return f"fp32 matmul of numpy {flops / matmul / 1e9:.0f} GFLOP/s, copy {moved / copy / 1e9:.1f} GB/s on one core"
 
 
 def compare(dtype: str, args: argparse.Namespace, label: str) -> None:
