@@ -110,6 +110,20 @@ def test_the_first_stage(mesh_of):
     assert sharding.first_stage() == 1
 
 
+@pytest.mark.parametrize("on_plane", [False, True])
+def test_gathered_weights_are_whole_and_in_order(on_plane: bool, mesh_of, monkeypatch):
+    """In stages, and at once as on a 2-D torus."""
+    monkeypatch.setattr(sharding, "_is_on_plane", lambda: on_plane)
+    w = np.arange(48.0).reshape(16, 3)
+    with jax.set_mesh(mesh_of(1, 2, 1, 4)):
+        stored = reshard(jnp.asarray(w), "embed", None)
+        assert stored.sharding.shard_shape(w.shape) == (2, 3)
+        np.testing.assert_array_equal(jax.jit(lambda x: sharding.gather(x, "embed", None))(stored), w)
+        cut = sharding.spec("embed", None)
+        gather = jax.shard_map(lambda x: sharding.all_gather(x, 0), in_specs=cut, out_specs=cut)
+        np.testing.assert_array_equal(jax.jit(gather)(stored), np.concatenate([w] * 8))
+
+
 def test_mesh_must_be_explicit():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     with jax.set_mesh(mesh), pytest.raises(ValueError, match="not Explicit.*make_mesh"):
