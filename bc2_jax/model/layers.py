@@ -186,7 +186,10 @@ def _linear_backward(equation, rules, residuals, dy):
             def scattered_gradient(x: Array, dy: Array) -> Array:
                 x, dy = (_pad_columns(z, dims, padded) for z, dims in ((x, x_dims), (dy, y_dims)))
                 dw = reduce_scatter(weight_gradient(x, dy), *weight_axes(equation))
-                return jax.lax.slice_in_dim(dw, 0, columns, axis=w_dims.index("F")) if padded > columns else dw
+                if padded == columns:
+                    return dw
+                # libtpu fails on shards smaller than a tile if it moves the slice into the scatter.
+                return jax.lax.slice_in_dim(jax.lax.optimization_barrier(dw), 0, columns, axis=w_dims.index("F"))
 
             dw = jax.shard_map(
                 scattered_gradient,
