@@ -142,10 +142,9 @@ def all_gather(x: jax.Array, dim: int) -> jax.Array:
 
 
 def _is_on_plane() -> bool:
-    """Whether the mesh in use is of TPU chips whose torus has two dimensions."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    chip = None if device is None else CHIPS.get(DEVICE_KINDS.get(device.device_kind, ""))
-    return chip is not None and chip.torus_dims == 2
+    """Whether the devices are TPU chips whose torus has two dimensions."""
+    chip = current_chip()
+    return chip is not None and CHIPS[chip].torus_dims == 2
 
 
 def reduce_scatter(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -238,6 +237,15 @@ def platform() -> str:
     """The platform of the mesh in use, which may be abstract, else of JAX's default backend: "cpu", "gpu" or "tpu"."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
+
+
+def current_chip() -> str | None:
+    """The chip of the mesh in use, else of the default device; None if it is unknown.
+
+    The mesh comes first: ahead-of-time compilation for a TPU runs on a machine without one.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return DEVICE_KINDS.get(device.device_kind)
 
 
 def place_shapes(mesh: Mesh, tree: Any) -> Any:

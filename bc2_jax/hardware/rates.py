@@ -23,9 +23,10 @@ from bc2_jax.hardware.device import Device, topology_of
 from bc2_jax.hardware.results import Line, Outcome
 from bc2_jax.hardware.timing import seconds_of_calls, seconds_per_pass
 from bc2_jax.kernels.attention import Tokens
-from bc2_jax.kernels.blocks import choose_blocks, current_chip
+from bc2_jax.kernels.blocks import choose_blocks
 from bc2_jax.kernels.cudnn import cudnn_attention
 from bc2_jax.kernels.flash import flash_attention
+from bc2_jax.sharding import current_chip
 from bc2_jax.tpu.chips import GIB, Topology
 from bc2_jax.tpu.rates import ATTENTION_HEAD_DIM, default_rates
 

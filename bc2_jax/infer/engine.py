@@ -42,12 +42,12 @@ from bc2_jax.infer.prepared import Prepared
 from bc2_jax.infer.prepared import prepare as prepare  # part of this module's interface
 from bc2_jax.infer.sampling import MOST_TOP_LOG_PROBS, chosen_log_probs, next_token, top_log_probs
 from bc2_jax.infer.settings import Sampling
-from bc2_jax.kernels.blocks import current_chip
 from bc2_jax.kernels.cached import KVCache, Place, copy_chunks
 from bc2_jax.model.attention import CACHE_AXES
 from bc2_jax.model.baichuan import Baichuan2
 from bc2_jax.sharding import (
     ShardingRules,
+    current_chip,
     from_host,
     named_sharding,
     platform,

@@ -17,10 +17,9 @@ from flax import nnx
 from jax import Array
 
 from bc2_jax.data.batch import IGNORED
-from bc2_jax.kernels.blocks import current_chip
 from bc2_jax.model.baichuan import Baichuan2, Params
 from bc2_jax.model.log_probs import token_log_probs
-from bc2_jax.sharding import from_host, named_sharding, parts, reshard, spec, use_mesh_of
+from bc2_jax.sharding import current_chip, from_host, named_sharding, parts, reshard, spec, use_mesh_of
 from bc2_jax.tpu.options import Value, compiler_options
 
 ATTENTION_BLOCK = 128

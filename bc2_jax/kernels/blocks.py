@@ -8,9 +8,6 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-import jax
-
-from bc2_jax.tpu.chips import DEVICE_KINDS
 from bc2_jax.validation import require, require_positive
 
 
@@ -85,15 +82,6 @@ TABLE = (
     _Line("v5p", 128, _ANY, BlockSizes(1024, 256, 1024, 512, 128, 16384, 32)),
     _Line("v6e", 128, _ANY, BlockSizes(1024, 1024, 1024, 512, 512, 32768, 48)),
 )
-
-
-def current_chip() -> str | None:
-    """The chip of the mesh in use, else of the default device; None if it is unknown.
-
-    The mesh comes first: ahead-of-time compilation for a TPU runs on a machine without one.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    return DEVICE_KINDS.get(device.device_kind)
 
 
 def choose_blocks(chip: str | None, head_dim: int, length: int) -> BlockSizes:

@@ -16,11 +16,12 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from bc2_jax.kernels.attention import Tokens
-from bc2_jax.kernels.blocks import BlockSizes, choose_blocks, current_chip
+from bc2_jax.kernels.blocks import BlockSizes, choose_blocks
 from bc2_jax.kernels.flash_backward import backward
 from bc2_jax.kernels.flash_forward import forward
 from bc2_jax.kernels.flash_tiles import LOG2_E
 from bc2_jax.kernels.flash_tokens import alibi_positions, plan_forward
+from bc2_jax.sharding import current_chip
 
 HEAD_SIZES = (64, 128)
 """Head sizes that the compiled kernels support."""

@@ -17,9 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from bc2_jax.kernels.attention import MASKED
-from bc2_jax.kernels.blocks import current_chip
 from bc2_jax.kernels.cached import LANES, KVCache, quantize_tokens, row_major
 from bc2_jax.kernels.flash_tiles import LOG2_E, matmul, output
+from bc2_jax.sharding import current_chip
 from bc2_jax.tpu.chips import CHIPS
 
 BLOCK_BYTES = 2**21

@@ -25,6 +25,7 @@ from bc2_jax.model.equations import (
 from bc2_jax.model.quantized import Quantized
 from bc2_jax.sharding import (
     ShardingRules,
+    current_chip,
     first_stage,
     gather,
     named_sharding,
@@ -180,7 +181,8 @@ def _linear_backward(equation, rules, residuals, dy):
         else:
             columns = w.shape[w_dims.index("F")] // parts("ffn") if "F" in w_dims else 0  # of one device
             padded = columns
-            if columns and platform() == "tpu":
+            # On v6e padding would prevent scatters; others have no SparseCores or were not tried.
+            if columns and current_chip() == "v5p":
                 padded = scatterable_columns(w.shape[w_dims.index("D")], columns, first_stage())
 
             def scattered_gradient(x: Array, dy: Array) -> Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def scatterable_columns(rows: int, columns: int, shards: int) -> int:
-    """Columns to which a gradient [rows, columns] is padded so that libtpu can scatter its rows over `shards` chips.
+    """Columns to which a gradient [rows, columns] is padded so that libtpu can scatter it over `shards` chips of v5p.
 
     The SparseCores cut a shard into pieces of whole tiles (8 x 128 fp32). If the tiles of a row have a prime factor
     that is large beside the tile rows of a shard, libtpu all-reduces the whole gradient, with twice the traffic. More

@@ -10,9 +10,9 @@ import pytest
 from jax.experimental import topologies
 
 from bc2_jax.kernels.attention import Tokens
-from bc2_jax.kernels.blocks import current_chip
 from bc2_jax.kernels.flash import flash_attention, rotates
 from bc2_jax.model.position import make_rope
+from bc2_jax.sharding import current_chip
 
 # libtpu asks the cloud what machine this is, and allows one process at a time, unless told otherwise.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

@@ -114,11 +114,17 @@ def test_one_axis_over_the_whole_torus_is_what_the_stages_avoid():
     assert result.estimate.collectives["all-reduce"].gather_bytes > result.audit.gathered_needed // 2
 
 
-@pytest.mark.parametrize(("D", "F"), [(4096, 11008), (5120, 13696)])
-def test_the_released_feed_forward_gradients_are_scattered_on_1024_chips(D: int, F: int):
-    """Without padding libtpu would all-reduce them whole (`tpu/tiles.py`)."""
-    shape = parse_topology("v5p:8x8x16")
-    mesh = make_mesh(MeshConfig(data=16), compilation.topology_devices(shape))
+@pytest.mark.parametrize(
+    ("topology", "axes", "D", "F"),
+    [
+        ("v5p:8x8x16", {"data": 16}, 4096, 11008), ("v5p:8x8x16", {"data": 16}, 5120, 13696),
+        ("v6e:16x16", {"fsdp": 16, "fsdp_inner": 16}, 5120, 13696),
+    ],
+)  # fmt: skip
+def test_the_released_feed_forward_gradients_are_scattered(topology: str, axes: dict[str, int], D: int, F: int):
+    """On v5p libtpu would all-reduce them whole without padding (`tpu/tiles.py`), on v6e with it."""
+    shape = parse_topology(topology)
+    mesh = make_mesh(MeshConfig(**axes), compilation.topology_devices(shape))
 
     def place(dims: tuple[int, ...], dtype: str, *axes: str | None) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, spec(*axes)))
@@ -132,11 +138,11 @@ def test_the_released_feed_forward_gradients_are_scattered_on_1024_chips(D: int,
             place((rows, 128, D), "bfloat16", "batch", "sequence", "hidden"), place((D, F), "float32", "embed", "ffn"),
             place((rows, 128, F), "bfloat16", "batch", "sequence", "ffn"),
         )  # fmt: skip
-        options = compiler_options("v5p", FAST_COMPILE)
+        options = compiler_options(shape.chip.name, FAST_COMPILE)
         program = compilation.compile_program("gradient", lambda: jax.jit(gradient).lower(*arguments), options)
     found = {c.kind: c.bytes for c, _ in find_collectives(program.hlo, shape.num_devices)}
     assert found["reduce-scatter"] >= 4 * D * F
-    assert found["all-reduce"] < 0.05 * found["reduce-scatter"], "the sum of the shards over replicas"
+    assert found["all-reduce"] < 0.07 * found["reduce-scatter"], "the sum of the shards over replicas; small shards"
 
 
 @pytest.mark.parametrize("tensor", [2, 4])
