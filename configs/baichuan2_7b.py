@@ -9,11 +9,11 @@ Flags for some slices, with compile-time estimates of tools/aot_compile.py (docs
     v5p-512 (v5p:4x8x8)      --data.global-batch-size 512
                              30.7 GiB, MFU 0.80, 8,170 tokens/s a chip, 14 days
     v5p-2048 (v5p:8x8x16)    --mesh.data 16 --data.global-batch-size 1024
-                             19.7 GiB, MFU 0.81, 8,220 tokens/s a chip, 3.6 days
+                             19.7 GiB, MFU 0.84, 8,500 tokens/s a chip, 3.5 days
     2 x v5p-128 (v5p:4x4x4)  --mesh.data 2 --data.global-batch-size 256
-                             31.3 GiB, MFU 0.76, 7,740 tokens/s a chip, 30 days
+                             31.0 GiB, MFU 0.82, 8,320 tokens/s a chip, 28 days
     v5e-256 (v5e:16x16)      --data.global-batch-size 256 --compute.remat save_projections
-                             14.0 GiB, MFU 0.66, 2,890 tokens/s a chip, 41 days
+                             14.0 GiB, MFU 0.68, 2,960 tokens/s a chip, 40 days
     v6e-256 (v6e:16x16)      --data.global-batch-size 512 --compute.loss-chunk 2048 --mesh.fsdp 16 --mesh.fsdp-inner 16
                              31.7 GiB, MFU 0.57, 11,530 tokens/s a chip, 10 days
 The global batch is ours: the paper does not print it. Expected loss: 12.24 at the first step (ln V + 0.5). Not yet
