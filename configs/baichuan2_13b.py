@@ -12,6 +12,8 @@ Flags for some slices, with compile-time estimates of tools/aot_compile.py (docs
                              45.1 GiB, MFU 0.82, 4,470 tokens/s a chip, 26 days
     v5p-2048 (v5p:8x8x16)    --mesh.data 16 --data.global-batch-size 1024
                              28.9 GiB, MFU 0.85, 4,630 tokens/s a chip, 6.3 days
+    v5p-8192 (v5p:16x16x16)  --mesh.data 256 --mesh.fsdp 16 --mesh.fsdp-inner 1 --data.global-batch-size 4096
+                             38.0 GiB, MFU 0.78, 4,230 tokens/s a chip, 1.7 days
     2 x v5p-128 (v5p:4x4x4)  --mesh.data 2 --data.global-batch-size 256
                              46.3 GiB, MFU 0.84, 4,540 tokens/s a chip, 52 days
     v5e-256 (v5e:16x16)      --data.global-batch-size 256 --compute.remat save_attention

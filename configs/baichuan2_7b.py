@@ -10,6 +10,8 @@ Flags for some slices, with compile-time estimates of tools/aot_compile.py (docs
                              30.7 GiB, MFU 0.80, 8,170 tokens/s a chip, 14 days
     v5p-2048 (v5p:8x8x16)    --mesh.data 16 --data.global-batch-size 1024
                              19.7 GiB, MFU 0.84, 8,500 tokens/s a chip, 3.5 days
+    v5p-8192 (v5p:16x16x16)  --mesh.data 256 --mesh.fsdp 16 --mesh.fsdp-inner 1 --data.global-batch-size 4096
+                             24.4 GiB, MFU 0.76, 7,690 tokens/s a chip, 1.0 days
     2 x v5p-128 (v5p:4x4x4)  --mesh.data 2 --data.global-batch-size 256
                              31.0 GiB, MFU 0.82, 8,320 tokens/s a chip, 28 days
     v5e-256 (v5e:16x16)      --data.global-batch-size 256 --compute.remat save_projections
