@@ -115,13 +115,17 @@ def test_one_axis_over_the_whole_torus_is_what_the_stages_avoid():
 
 
 @pytest.mark.parametrize(
-    ("topology", "axes", "D", "F"),
+    ("topology", "axes", "D", "F", "reduced_whole"),
     [
-        ("v5p:8x8x16", {"data": 16}, 4096, 11008), ("v5p:8x8x16", {"data": 16}, 5120, 13696),
-        ("v6e:16x16", {"fsdp": 16, "fsdp_inner": 16}, 5120, 13696),
+        # The sum of the shards over replicas.
+        ("v5p:8x8x16", {"data": 16}, 4096, 11008, 0.05), ("v5p:8x8x16", {"data": 16}, 5120, 13696, 0.05),
+        # The second stage: shards of 20 rows are no whole tiles.
+        ("v6e:16x16", {"fsdp": 16, "fsdp_inner": 16}, 5120, 13696, 1 / 16),
     ],
 )  # fmt: skip
-def test_the_released_feed_forward_gradients_are_scattered(topology: str, axes: dict[str, int], D: int, F: int):
+def test_the_released_feed_forward_gradients_are_scattered(
+    topology: str, axes: dict[str, int], D: int, F: int, reduced_whole: float
+):
     """On v5p libtpu would all-reduce them whole without padding (`tpu/tiles.py`), on v6e with it."""
     shape = parse_topology(topology)
     mesh = make_mesh(MeshConfig(**axes), compilation.topology_devices(shape))
@@ -142,7 +146,7 @@ def test_the_released_feed_forward_gradients_are_scattered(topology: str, axes: 
         program = compilation.compile_program("gradient", lambda: jax.jit(gradient).lower(*arguments), options)
     found = {c.kind: c.bytes for c, _ in find_collectives(program.hlo, shape.num_devices)}
     assert found["reduce-scatter"] >= 4 * D * F
-    assert found["all-reduce"] < 0.07 * found["reduce-scatter"], "the sum of the shards over replicas; small shards"
+    assert found["all-reduce"] <= reduced_whole * found["reduce-scatter"]
 
 
 @pytest.mark.parametrize("tensor", [2, 4])
