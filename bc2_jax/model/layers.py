@@ -147,9 +147,9 @@ def _row_major(x: Array) -> Array:
     return jax.shard_map(lambda x: with_layout_constraint(x, layout), in_specs=cut, out_specs=cut)(x)
 
 
-def _pad_columns(x: Array, dims: str, columns: int) -> Array:
-    """`x` with its feed-forward columns, if `dims` has them, padded with zeros to `columns`."""
-    return jnp.pad(x, [(0, columns - size if dim == "F" else 0) for dim, size in zip(dims, x.shape, strict=True)])
+def _pad_columns(x: Array, dims: str, padding: int) -> Array:
+    """`x` with zeros after its feed-forward columns, if `dims` has them."""
+    return jnp.pad(x, [(0, padding if dim == "F" else 0) for dim in dims])
 
 
 def _linear_backward(equation, rules, residuals, dy):
@@ -179,19 +179,21 @@ def _linear_backward(equation, rules, residuals, dy):
         if x_sharding is None:
             dw = weight_gradient(x, dy)
         else:
-            columns = w.shape[w_dims.index("F")] // parts("ffn") if "F" in w_dims else 0  # of one device
-            padded = columns
-            # On v6e padding would prevent scatters; others have no SparseCores or were not tried.
-            if columns and current_chip() == "v5p":
-                padded = scatterable_columns(w.shape[w_dims.index("D")], columns, first_stage())
+            padding = 0
+            # On v6e padding would prevent scatters; others have no SparseCores or were not tried. An adapter's matrices
+            # with F have no D, along which they would be scattered.
+            if {"D", "F"} <= set(w_dims) and current_chip() == "v5p":
+                columns = w.shape[w_dims.index("F")] // parts("ffn")  # of one device
+                padding = scatterable_columns(w.shape[w_dims.index("D")], columns, first_stage()) - columns
 
             def scattered_gradient(x: Array, dy: Array) -> Array:
-                x, dy = (_pad_columns(z, dims, padded) for z, dims in ((x, x_dims), (dy, y_dims)))
+                x, dy = (_pad_columns(z, dims, padding) for z, dims in ((x, x_dims), (dy, y_dims)))
                 dw = reduce_scatter(weight_gradient(x, dy), *weight_axes(equation))
-                if padded == columns:
+                if not padding:
                     return dw
                 # libtpu fails on shards smaller than a tile if it moves the slice into the scatter.
-                return jax.lax.slice_in_dim(jax.lax.optimization_barrier(dw), 0, columns, axis=w_dims.index("F"))
+                axis = w_dims.index("F")
+                return jax.lax.slice_in_dim(jax.lax.optimization_barrier(dw), 0, dw.shape[axis] - padding, axis=axis)
 
             dw = jax.shard_map(
                 scattered_gradient,
