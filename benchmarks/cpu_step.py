@@ -3,10 +3,11 @@
 python benchmarks/cpu_step.py [--dtype float32 bfloat16] [--steps 8] [--torch-python PYTHON] [--neighbour]
 
 Shape: hidden 512, 8 heads, 8 layers, feed-forward 1376, vocabulary 16384, batch 4 x 512 synthetic tokens, AdamW, no
-rematerialisation (ours: --remat). The programs alternate, one process each time, so that all see the same load of the
-machine. Our first process compiles; the later ones use the compilation cache. --torch-python is a Python with torch
-installed (by default this one, if it has torch). --neighbour repeats everything beside a process that copies arrays
-larger than the caches without pause, which takes memory bandwidth and a part of one core.
+rematerialisation (ours: --remat), layers unrolled as in configs/demo.py (ours: --scan-layers). The programs alternate,
+one process each time, so that all see the same load of the machine. Our first process compiles; the later ones use the
+compilation cache. --torch-python is a Python with torch installed (by default this one, if it has torch). --neighbour
+repeats everything beside a process that copies arrays larger than the caches without pause, which takes memory
+bandwidth and a part of one core.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ from typing import Any
 
 START = time.perf_counter()
 ROWS, LENGTH = 4, 512
+SHAPE: Any = {
+    "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8,
+    "vocab_size": 16384,
+}  # fmt: skip
 NEIGHBOUR = "import numpy\na, b = numpy.zeros((2, 2**25))\nwhile True: a[:], b[:] = b, a"
 """Copies 256 MiB after 256 MiB."""
 
@@ -48,15 +53,12 @@ def run_ours(dtype: Any, steps: int, args: argparse.Namespace) -> dict[str, floa
 
     config = TrainConfig(
         name="cpu_step",
-        model=ModelConfig(
-            hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8,
-            position_embedding=args.position_embedding, vocab_size=16384,
-        ),
+        model=ModelConfig(**SHAPE, position_embedding=args.position_embedding),
         data=DataConfig(
             sources=(SourceConfig(path="synthetic"),), tokenizer="none", sequence_length=LENGTH, global_batch_size=ROWS
         ),
         compute=ComputeConfig(
-            dtype=dtype, remat=args.remat, scan_layers=not args.unroll_layers, attention=args.attention,
+            dtype=dtype, remat=args.remat, scan_layers=args.scan_layers, attention=args.attention,
             attention_block=args.attention_block, loss_chunk=args.loss_chunk,
         ),
         mesh=MeshConfig(num_cpu_devices=1),
@@ -100,12 +102,12 @@ def main() -> None:
     parser.add_argument("--no-torch", action="store_true")
     parser.add_argument("--neighbour", action="store_true", help="repeat beside a memory-bound process")
     parser.add_argument("--no-keep-heap", action="store_true")
-    parser.add_argument("--unroll-layers", action="store_true", help="a faster bf16 step for a slower start")
+    parser.add_argument("--scan-layers", action="store_true", help="a slower step for a faster start")
     parser.add_argument("--remat", choices=("none", "save_dots"), default="none")
     parser.add_argument("--position-embedding", choices=("rope", "alibi"), default="rope")
     parser.add_argument("--attention", choices=("reference", "chunked"), default="chunked")
     parser.add_argument("--attention-block", type=int, default=128)
-    parser.add_argument("--loss-chunk", type=int, default=512)
+    parser.add_argument("--loss-chunk", type=int, default=2048)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--compilation-cache", default="", help="default: a new folder for each dtype")
     args = parser.parse_args()
@@ -133,6 +135,8 @@ def machine() -> str:
     """How fast this machine is now: a step is bound by arithmetic, memory bandwidth or both."""
     import numpy as np
 
+    from bc2_jax.config import ModelConfig
+
     x, source, target = np.ones((2048, 2048), np.float32), *np.ones((2, 2**25))
 
     def seconds(work: Callable[[], object]) -> float:
@@ -145,7 +149,12 @@ def machine() -> str:
 
     flops, moved = 2 * len(x) ** 3, source.nbytes + target.nbytes
     matmul, copy = seconds(lambda: x @ x), seconds(lambda: np.copyto(target, source))
-    return f"fp32 matmul of numpy {flops / matmul / 1e9:.0f} GFLOP/s, copy {moved / copy / 1e9:.1f} GB/s on one core"
+    rate = flops / matmul
+    step = ROWS * ModelConfig(**SHAPE, position_embedding="rope").flops_per_sequence(LENGTH) / rate
+    return (
+        f"fp32 matmul of numpy {rate / 1e9:.0f} GFLOP/s (the model FLOPs of a step take {step:.2f} s at that rate), "
+        f"copy {moved / copy / 1e9:.1f} GB/s on one core"
+    )
 
 
 def compare(dtype: str, args: argparse.Namespace, label: str) -> None:

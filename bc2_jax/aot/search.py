@@ -38,7 +38,7 @@ class Candidate:
 
     def config_line(self, config: TrainConfig, chips: int) -> str:
         """The line to paste into the config file; other fields stay as they are in `config`."""
-        compute = dataclasses.replace(config.compute, remat=self.remat)  # type: ignore[arg-type]  # one of POLICIES
+        compute = dataclasses.replace(config.compute, remat=self.remat)
         mesh = dataclasses.replace(config.mesh, data=self.data, tensor=self.tensor, fsdp=-1)
         return (
             f"compute={_call(compute)}, mesh={_call(mesh)},  # data.global_batch_size = {self.batch_per_chip * chips}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bc2_jax.model.remat import MATMULS
+from bc2_jax.config.run import REMAT_NAMES
 from bc2_jax.tpu.chips import parse_topology
 from benchmarks.calibration import PUBLISHED
 
@@ -28,7 +28,7 @@ def test_published_step_times_give_the_published_mfu(shape, mfu, tokens):
 
 def test_what_a_published_run_keeps_is_named_in_our_layers():
     """Or it would be kept nowhere, and recomputed."""
-    names = {"input", *MATMULS}
+    names = {"input", *REMAT_NAMES}
     for published in PUBLISHED.values():
         assert set(published.saved) | set(published.offloaded) <= names
         assert "input" in (*published.saved, *published.offloaded)

@@ -60,7 +60,7 @@ def assert_golden(golden, result):
 
 
 GOLDEN = ("rope-tiny", "alibi-tiny")
-REMATS = ("none", "full", "save_dots", "save_projections", "save_attention", "offload")
+REMATS = ("none", "full", "save_dots", "save_projections", "save_attention", "offload", "q,k,gate")
 VARIANTS = [
     {"attention": "reference"},
     {"attention": "reference", "scan_layers": False, "remat": "none"},
