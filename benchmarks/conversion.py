@@ -3,8 +3,9 @@
 python benchmarks/conversion.py --size 7b --workdir DIR     # 31 GB of free space in DIR; 13b: 56 GB
 
 Writes random bf16 weights in the released layout (pickled shards of up to 10 GB), copies them, converts them to an
-Orbax checkpoint and back to safetensors, and compares the source, the checkpoint and the result. Each step is its own
-process; its peak memory is the operating system's count (ru_maxrss, which includes resident pages of mapped files).
+Orbax checkpoint and back to safetensors, and compares the source, the checkpoint and the result (not with --no-diff).
+Each step is its own process and starts with its input on disk only, not in the page cache; its peak memory is the
+operating system's count (ru_maxrss, which includes resident pages of mapped files).
 The files are removed at the end unless --keep is given.
 """
 
@@ -55,8 +56,20 @@ def make(size: str, folder: Path) -> None:
     write_folder(Stream(source, bfloat16), folder, "bfloat16", file_format="bin", max_shard_bytes=10e9)
 
 
-def measure(name: str, command: list[str], size: int) -> None:
+def forget(folder: Path) -> None:
+    """Drops the files below `folder` from the page cache."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def measure(name: str, command: list[str], size: int, *inputs: Path) -> None:
     """Runs a command, prints its wall time, speed and peak memory."""
+    for folder in inputs:
+        forget(folder)
     begin = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -77,6 +90,7 @@ def main() -> None:
     parser.add_argument("--size", choices=("7b", "13b", "1b", "tiny"), default="7b")
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--keep", action="store_true")
+    parser.add_argument("--no-diff", action="store_true")
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.make:
@@ -93,14 +107,16 @@ def main() -> None:
     for old in (copy, checkpoint, back):
         shutil.rmtree(old, ignore_errors=True)
     copy_and_sync = ["sh", "-c", 'cp -r "$0" "$1" && sync "$1"/*', str(source), str(copy)]
-    measure("cp, sync", copy_and_sync, size)
+    measure("cp, sync", copy_and_sync, size, source)
     shutil.rmtree(copy)
-    measure("to-orbax", [*CONVERT, "to-orbax", str(source), str(checkpoint)], size)
-    measure("diff", [*CONVERT, "diff", str(source), str(checkpoint)], size)
+    measure("to-orbax", [*CONVERT, "to-orbax", str(source), str(checkpoint)], size, source)
+    if not args.no_diff:
+        measure("diff", [*CONVERT, "diff", str(source), str(checkpoint)], size, source, checkpoint)
     if not args.keep:
         shutil.rmtree(source)  # to need room for two models, not for three
-    measure("to-hf", [*CONVERT, "to-hf", str(checkpoint), str(back)], size)
-    measure("diff", [*CONVERT, "diff", str(checkpoint), str(back)], size)
+    measure("to-hf", [*CONVERT, "to-hf", str(checkpoint), str(back)], size, checkpoint)
+    if not args.no_diff:
+        measure("diff", [*CONVERT, "diff", str(checkpoint), str(back)], size, checkpoint, back)
     if not args.keep:
         shutil.rmtree(root)
 

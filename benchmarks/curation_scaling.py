@@ -14,8 +14,7 @@ one process  the fit of a sample (constant), and weights and descriptions (cost 
 
 Reading and writing are bounded by --bandwidth a machine. Measure on a machine that does nothing else.
 
-Not yet validated: no figures of it have been recorded, and the constants below and the defaults of --weights, --shuffle
-and --bandwidth are assumptions.
+The constants below and the defaults of --weights, --shuffle and --bandwidth are assumptions. Figures: docs/data.md.
 """
 
 from __future__ import annotations

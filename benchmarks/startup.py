@@ -1,6 +1,6 @@
 """Seconds by phase from the start of the program to the first step of a resumed run, on one device and on a mesh.
 
-python benchmarks/startup.py --workdir DIR [--hidden 1024] [--devices 1 8]     # 1024: 6 GB of space in DIR
+python benchmarks/startup.py --workdir DIR [--hidden 512] [--devices 1 8]     # 1024: 6 GB of space in DIR
 
 The model has 7B's structure (32 layers, RoPE, NormHead, vocabulary 32,000) with a smaller hidden size. A first process
 trains one step and saves it. Each later one resumes and ends after its first step: with an empty and then with a filled
@@ -84,7 +84,7 @@ def prepare(folder: Path, hidden: int) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--devices", type=int, nargs="+", default=(1, 8))
     parser.add_argument("--child", choices=("beside", "serial"), help=argparse.SUPPRESS)
     args, typed = parser.parse_known_args()
@@ -106,7 +106,9 @@ def main() -> None:
                 options = ["--mesh.num-cpu-devices", str(devices), "--mesh.fsdp", str(devices), "--resume", "auto"]
                 options += ["--num-steps", "100", "--compilation-cache", str(cache)]
                 done = subprocess.run([*child, *options], stdout=subprocess.PIPE, text=True, check=True)
-                columns[f"{devices} {order} {state}"] = json.loads(done.stdout.splitlines()[-1])
+                columns[f"{devices} {order} {state}"] = seconds = json.loads(done.stdout.splitlines()[-1])
+                phases = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
+                print(f"{devices} devices, {order}, {state} cache: {phases}", flush=True)
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
     print("| devices, order, cache |", *(f"{name} |" for name in columns))
     print("|---" * (len(columns) + 1) + "|")

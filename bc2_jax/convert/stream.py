@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 
 HEAD = "lm_head.weight"
 # One per core of a small machine: hashing and transposing are faster than most disks.
-WORKERS = 2
+WORKERS = 4
 _BLOCK_BYTES = 32 << 20
 _CACHE_BYTES = 256 << 10
 _EXPONENT = {
