@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from bc2_jax.config.compute import ComputeConfig, DType
 from bc2_jax.config.data import DataConfig, MixtureStage, SourceConfig
 from bc2_jax.config.distributed import DistributedConfig
 from bc2_jax.config.evaluate import EvaluateConfig
@@ -18,15 +19,7 @@ from bc2_jax.config.mesh import MeshConfig, check_divisible
 from bc2_jax.config.model import BAICHUAN2_7B, BAICHUAN2_13B, ModelConfig
 from bc2_jax.config.preference import DPOConfig, DPOOptions, PreferenceLoss, RewardConfig, RewardOptions
 from bc2_jax.config.rl import PPOConfig, RLConfig
-from bc2_jax.config.run import (
-    CheckpointConfig,
-    ComputeConfig,
-    DType,
-    OptimizerConfig,
-    RunConfig,
-    SampleConfig,
-    TrainConfig,
-)
+from bc2_jax.config.run import CheckpointConfig, OptimizerConfig, RunConfig, SampleConfig, TrainConfig
 
 __all__ = [
     "BAICHUAN2_13B",

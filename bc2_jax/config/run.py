@@ -1,10 +1,11 @@
-"""Config of a run: numerics, optimizer, checkpoints, samples."""
+"""Config of a run: optimizer, checkpoints, samples."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import ClassVar, Literal, Self
 
+from bc2_jax.config.compute import ComputeConfig
 from bc2_jax.config.data import DataConfig
 from bc2_jax.config.distributed import DistributedConfig
 from bc2_jax.config.evaluate import EvaluateConfig
@@ -12,54 +13,6 @@ from bc2_jax.config.health import HealthConfig
 from bc2_jax.config.mesh import MeshConfig, check_divisible
 from bc2_jax.config.model import ModelConfig
 from bc2_jax.validation import check_fields, choices, divisors, require, require_at_most, require_local
-
-DType = Literal["float32", "bfloat16"]
-REMAT_NAMES = ("q", "k", "v", "attention", "o", "gate", "up", "down")
-"""Results in a layer that `ComputeConfig.remat` can keep, in the order in which they are computed."""
-REMAT_POLICIES = {
-    "none": REMAT_NAMES, "full": (), "save_dots": REMAT_NAMES, "save_projections": REMAT_NAMES[:5],
-    "save_attention": ("attention",), "offload": REMAT_NAMES,
-}  # fmt: skip
-"""What each policy keeps of them."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ComputeConfig:
-    """How the model is computed; affects speed and memory, not what is learnt."""
-
-    dtype: DType = "bfloat16"
-    """Dtype of matmuls and activations. Master weights, norms, softmax, logits and losses are always float32."""
-    attention: Literal["reference", "chunked", "flash"] = "chunked"
-    """reference: one einsum, holds [heads, T, S]. chunked: online softmax over blocks, memory linear in length. flash:
-    the same as kernels, Pallas on TPU and cuDNN on an NVIDIA GPU."""
-    attention_block: int = 512
-    """Queries and keys per block of the chunked attention."""
-    remat: str = "full"
-    """What each layer keeps for the backward pass; the rest is computed again. none: everything is kept. full: only the
-    layer's input. save_dots: all matmul results. save_projections: those of attention. save_attention: the attention
-    result. offload: all matmul results, in host memory. Or names joined by commas, of q, k, v, attention, o, gate, up,
-    down."""
-    scan_layers: bool = True
-    """Compile one layer and loop over it, instead of all layers."""
-    compiler_options: Literal["tuned", "default"] = "tuned"
-    """On TPU: options of bc2_jax/tpu/options.py for its generation, or the compiler's defaults."""
-    loss_chunk: int = 1024
-    """Tokens per device whose logits exist at a time in the loss."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, "compute.", ("attention_block", "loss_chunk"))
-        names = self.remat.split(",")
-        require(
-            self.remat in REMAT_POLICIES or (set(names) <= set(REMAT_NAMES) and len(set(names)) == len(names)),
-            "compute.remat", self.remat,
-            f"it must be one of {', '.join(REMAT_POLICIES)}, or different ones of {', '.join(REMAT_NAMES)} joined by "
-            "commas",
-        )  # fmt: skip
-
-    @property
-    def kept(self) -> tuple[str, ...]:
-        """The results of `REMAT_NAMES` that `remat` keeps."""
-        return REMAT_POLICIES[self.remat] if self.remat in REMAT_POLICIES else tuple(self.remat.split(","))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

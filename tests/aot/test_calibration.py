@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bc2_jax.config.run import REMAT_NAMES
+from bc2_jax.config.compute import REMAT_NAMES
 from bc2_jax.tpu.chips import parse_topology
 from benchmarks.calibration import PUBLISHED
 
