@@ -22,7 +22,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 HEAD = "lm_head.weight"
-# One per core of a small machine: hashing and transposing are faster than most disks.
+# More than the cores of a small machine: each waits for the disk, then hashes and transposes.
 WORKERS = 4
 _BLOCK_BYTES = 32 << 20
 _CACHE_BYTES = 256 << 10
