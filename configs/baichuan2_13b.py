@@ -16,6 +16,8 @@ Flags for some slices, with compile-time estimates of tools/aot_compile.py (docs
                              38.0 GiB, MFU 0.78, 4,230 tokens/s a chip, 1.7 days
     2 x v5p-128 (v5p:4x4x4)  --mesh.data 2 --data.global-batch-size 256
                              46.3 GiB, MFU 0.84, 4,540 tokens/s a chip, 52 days
+    4 x v5p-256 (v5p:4x4x8)  --mesh.data 4 --data.global-batch-size 1024
+                             45.1 GiB, MFU 0.80, 4,340 tokens/s a chip, 14 days
     v5e-256 (v5e:16x16)      --data.global-batch-size 256 --compute.remat q,k,v,attention --compute.loss-chunk 2048
                              13.8 GiB (laid out), MFU 0.66, 1,540 tokens/s a chip, 76 days
     v6e-256 (v6e:16x16)      --data.global-batch-size 512 --compute.remat q,k,v,attention,up
