@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from bc2_jax.aot.program import Program
 from bc2_jax.aot.tables import TABLES
 from benchmarks import peers
 
@@ -24,3 +25,20 @@ def test_a_row():
     headers, columns = TABLES["peers"]
     assert len(row["cells"]) == len(headers)
     assert row["figures"]["peer"].keys() >= {"matmul", "vector", "kernels", "exposed"} and columns
+
+
+@pytest.mark.parametrize(("batch", "sequences"), [("", 1), ("2,", 2)])
+def test_splash_attention_gets_the_flops_of_the_blocks_it_visits(batch, sequences):
+    """MaxText's kernel has no batch dimension for one sequence."""
+    text = (
+        "HloModule step, entry_computation_layout={()->()}, num_partitions=1\n\n"
+        "ENTRY %main () -> bf16[] {\n"
+        "  %splash_mha_fwd_segmented.1 = (f32[512,128]{1,0}, bf16[" + batch + "32,4096,128]{2,1,0}, "
+        "f32[" + batch + '32,4096,128]{2,1,0}) custom-call(), custom_call_target="tpu_custom_call"\n}\n'
+    )
+    program = Program(text)
+    peers.declare_attention(program)
+    (kernel,) = program.computations["main"].instructions
+    # Two matmuls of heads of 128; of 8 x 8 blocks of 512 tokens the 36 on and below the diagonal.
+    flops = sequences * 32 * 2 * 2 * 36 * 512 * 512 * 128
+    assert kernel.backend_config["custom_call_config"]["cost_estimate"]["flops"] == flops
