@@ -33,7 +33,7 @@ def test_splash_attention_gets_the_flops_of_the_blocks_it_visits(batch, sequence
     text = (
         "HloModule step, entry_computation_layout={()->()}, num_partitions=1\n\n"
         "ENTRY %main () -> bf16[] {\n"
-        "  %splash_mha_fwd_segmented.1 = (f32[512,128]{1,0}, bf16[" + batch + "32,4096,128]{2,1,0}, "
+        "  %splash_mha_fwd_segmented.1 = (f32[" + batch + "512,128]{1,0}, bf16[" + batch + "32,4096,128]{2,1,0}, "
         "f32[" + batch + '32,4096,128]{2,1,0}) custom-call(), custom_call_target="tpu_custom_call"\n}\n'
     )
     program = Program(text)
