@@ -14,6 +14,8 @@ Flags for some slices, with compile-time estimates of tools/aot_compile.py (docs
                              24.4 GiB, MFU 0.76, 7,690 tokens/s a chip, 1.0 days
     2 x v5p-128 (v5p:4x4x4)  --mesh.data 2 --data.global-batch-size 256
                              31.0 GiB, MFU 0.82, 8,320 tokens/s a chip, 28 days
+    4 x v5p-256 (v5p:4x4x8)  --mesh.data 4 --data.global-batch-size 1024
+                             30.5 GiB, MFU 0.82, 8,350 tokens/s a chip, 7.0 days
     v5e-256 (v5e:16x16)      --data.global-batch-size 256 --compute.remat q,k,v,attention,o,up --compute.loss-chunk 2048
                              13.0 GiB (laid out), MFU 0.71, 3,100 tokens/s a chip, 38 days
     v6e-256 (v6e:16x16)      --data.global-batch-size 512 --compute.loss-chunk 2048 --mesh.fsdp 16 --mesh.fsdp-inner 16
