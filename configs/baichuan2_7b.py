@@ -5,7 +5,7 @@ python train.py configs/baichuan2_7b.py --data.sources.0.path ROWS --data.tokeni
 Hardware: any TPU slice on which 7.5 B fp32 parameters with two moments (84 GiB) fit; fsdp takes all devices.
 Flags for some slices, with compile-time estimates of tools/aot_compile.py (docs/tpu.md) and the days for 2.6 T tokens:
     v5p-128 (v5p:4x4x4)      --data.global-batch-size 128
-                             31.3 GiB, MFU 0.80, 8,150 tokens/s a chip, 58 days
+                             31.2 GiB, MFU 0.85, 8,660 tokens/s a chip, 54 days
     v5p-512 (v5p:4x8x8)      --data.global-batch-size 512
                              30.7 GiB, MFU 0.80, 8,170 tokens/s a chip, 14 days
     v5p-2048 (v5p:8x8x16)    --mesh.data 16 --data.global-batch-size 1024
