@@ -5,7 +5,7 @@ python train.py configs/baichuan2_13b.py --data.sources.0.path ROWS --data.token
 Hardware: any TPU slice on which 13.9 B fp32 parameters with two moments (156 GiB) fit; fsdp takes all devices.
 Flags for some slices, with compile-time estimates of tools/aot_compile.py (docs/tpu.md) and the days for 2.6 T tokens:
     v5p-128 (v5p:4x4x4)      --data.global-batch-size 128
-                             46.9 GiB, MFU 0.85, 4,620 tokens/s a chip, 102 days
+                             46.8 GiB, MFU 0.87, 4,700 tokens/s a chip, 100 days
     v5p-256 (v5p:4x4x8)      --data.global-batch-size 256
                              45.4 GiB, MFU 0.85, 4,600 tokens/s a chip, 51 days
     v5p-512 (v5p:4x8x8)      --data.global-batch-size 512
