@@ -146,7 +146,7 @@ _LLAMA31_8B = dataclasses.replace(
 PUBLISHED = {
     "llama2-70b-v5p": Published(
         model=_LLAMA2_70B, num_parameters=68_976_648_192, topology="v5p:8x8x8", length=4096, sequences=4,
-        step_seconds=24.29, saved=("input", "q", "k", "v", "o", "down"), offloaded=(), options=_V5P,
+        step_seconds=24.29, saved=("input", "q", "k", "v", "o"), offloaded=(), options=_V5P,
     ),
     "llama31-8b-v6e": Published(
         model=_LLAMA31_8B, num_parameters=8_030_261_248, topology="v6e:16x16", length=8192, sequences=4,

@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--size", choices=("7b", "13b", "1b", "tiny"), default="7b")
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--keep", action="store_true")
-    parser.add_argument("--no-diff", action="store_true")
+    parser.add_argument("--no-diff", action="store_true", help="compare nothing")
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.make:

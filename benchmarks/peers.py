@@ -126,9 +126,10 @@ def declare_attention(program: Program) -> None:
     for computation in program.computations.values():
         for kernel in computation.instructions:
             matmuls = next((n for name, n in SPLASH_MATMULS.items() if kernel.name.startswith(name)), 0)
-            if matmuls and kernel.opcode == "custom-call":
-                # [B, N, T, H], of one sequence [N, T, H]; fp32 results before it are of one block.
-                *heads, T, H = next(shape.dims for shape in kernel.shapes if shape.dtype == "bf16")
+            # [B, N, T, H], of one sequence [N, T, H]; fp32 results before it are of one block.
+            result = next((shape.dims for shape in kernel.shapes if shape.dtype == "bf16"), None)
+            if matmuls and kernel.opcode == "custom-call" and result:  # one without stays without a cost: `read_peer`
+                *heads, T, H = result
                 visited = (T + SPLASH_BLOCK) / (2 * T)
                 flops = math.prod(heads) * matmuls * 2 * T * T * H * visited
                 kernel.backend_config.setdefault("custom_call_config", {})["cost_estimate"] = {"flops": flops}

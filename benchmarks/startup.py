@@ -16,9 +16,11 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 VOCABULARY, LENGTH = 32_000, 128
 
@@ -43,17 +45,17 @@ def resume(typed: list[str], serial: bool) -> None:
     """Runs bc2 train until the end of the first step and prints the seconds by phase."""
     from bc2_jax.cli import train  # its clock starts here
     from bc2_jax.train import loop, startup
+    from bc2_jax.train.goodput import Goodput
 
-    def end(clock: startup.StartUp, say: object, goodput: object) -> None:
-        report(clock, lambda text: None, goodput)  # type: ignore[arg-type]  # a Goodput
+    def end(clock: startup.StartUp, say: Callable[[str], None], goodput: Goodput) -> None:
+        report(clock, lambda text: None, goodput)
         print(json.dumps(clock.seconds), flush=True)
         os._exit(0)  # without saving, so that the next one starts from the same checkpoint
 
     report = startup.StartUp.end
-    startup.StartUp.end = end  # type: ignore[method-assign, assignment]  # of this process only
-    if serial:
-        loop.ThreadPoolExecutor = Serial  # type: ignore[misc, assignment]  # as above
-    train.main(typed)
+    pool = Serial if serial else loop.ThreadPoolExecutor
+    with mock.patch.object(startup.StartUp, "end", end), mock.patch.object(loop, "ThreadPoolExecutor", pool):
+        train.main(typed)
 
 
 def prepare(folder: Path, hidden: int) -> Path:

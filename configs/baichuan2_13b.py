@@ -22,7 +22,7 @@ Flags for some slices, with compile-time estimates of tools/aot_compile.py (docs
                              13.8 GiB (laid out), MFU 0.66, 1,540 tokens/s a chip, 76 days
     v6e-256 (v6e:16x16)      --data.global-batch-size 512 --compute.remat q,k,v,attention,up
                              --compute.loss-chunk 2048 --mesh.fsdp 16 --mesh.fsdp-inner 16
-                             29.6 GiB (laid out), MFU 0.56, 6,030 tokens/s a chip, 19 days
+                             29.6 GiB (laid out), MFU 0.56, 6,030 tokens/s a chip, 20 days
 The global batch is ours: the paper does not print it. Expected loss: 12.24 at the first step (ln V + 0.5). Not yet
 run on hardware.
 """

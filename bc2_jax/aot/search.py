@@ -15,8 +15,8 @@ from bc2_jax.terminal import program_words
 from bc2_jax.tpu.chips import Topology
 
 BATCHES = (1, 2, 4)  # sequences per chip
-POLICIES = ("full", "save_attention", "save_projections", "save_dots")
-"""Values of compute.remat that fit a pod; "none" keeps every activation."""
+POLICIES = ("full", "save_attention", "q,k,v,attention", "save_projections", "q,k,v,attention,o,up", "save_dots")
+"""Values of compute.remat from least to most HBM; "none" would keep every activation."""
 HBM_LIMIT = 0.95  # largest share of HBM for a chosen result; evaluation and checkpoints need the rest
 
 

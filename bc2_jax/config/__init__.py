@@ -7,6 +7,7 @@ sentence: field, value, and what is legal.
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from bc2_jax.config.compute import ComputeConfig, DType
 from bc2_jax.config.data import DataConfig, MixtureStage, SourceConfig
@@ -20,6 +21,9 @@ from bc2_jax.config.model import BAICHUAN2_7B, BAICHUAN2_13B, ModelConfig
 from bc2_jax.config.preference import DPOConfig, DPOOptions, PreferenceLoss, RewardConfig, RewardOptions
 from bc2_jax.config.rl import PPOConfig, RLConfig
 from bc2_jax.config.run import CheckpointConfig, OptimizerConfig, RunConfig, SampleConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 __all__ = [
     "BAICHUAN2_13B",
@@ -59,12 +63,12 @@ __all__ = [
 ]
 
 
-def differing_fields(a: object, b: object, prefix: str = "") -> list[str]:
+def differing_fields(a: DataclassInstance, b: DataclassInstance, prefix: str = "") -> list[str]:
     """Lines "field: x against y" for every field in which two configs of one class differ."""
     lines = []
-    for field in dataclasses.fields(a):  # type: ignore[arg-type]  # any dataclass
+    for field in dataclasses.fields(a):
         x, y = getattr(a, field.name), getattr(b, field.name)
-        if dataclasses.is_dataclass(x):
+        if dataclasses.is_dataclass(x) and not isinstance(x, type):
             lines += differing_fields(x, y, f"{prefix}{field.name}.")
         elif x != y:
             lines.append(f"{prefix}{field.name}: {x!r} against {y!r}")

@@ -8,8 +8,8 @@ from typing import Literal
 from bc2_jax.validation import check_fields, require
 
 DType = Literal["float32", "bfloat16"]
-REMAT_NAMES = ("q", "k", "v", "attention", "o", "gate", "up", "down")
-"""Results in a layer that `ComputeConfig.remat` can keep, in the order in which they are computed."""
+REMAT_NAMES = ("q", "k", "v", "attention", "o", "gate", "up")
+"""Results in a layer that its backward pass reads and `ComputeConfig.remat` can keep, in the order of computation."""
 REMAT_POLICIES = {
     "none": REMAT_NAMES, "full": (), "save_dots": REMAT_NAMES, "save_projections": REMAT_NAMES[:5],
     "save_attention": ("attention",), "offload": REMAT_NAMES,
@@ -31,8 +31,8 @@ class ComputeConfig:
     remat: str = "full"
     """What each layer keeps for the backward pass; the rest is computed again. none: everything is kept. full: only the
     layer's input. save_dots: all matmul results. save_projections: those of attention. save_attention: the attention
-    result. offload: all matmul results, in host memory. Or names joined by commas, of q, k, v, attention, o, gate, up,
-    down."""
+    result. offload: all matmul results, in host memory. Or a comma-separated list of q, k, v, attention, o, gate and
+    up."""
     scan_layers: bool = True
     """Compile one layer and loop over it, instead of all layers."""
     compiler_options: Literal["tuned", "default"] = "tuned"
@@ -46,11 +46,11 @@ class ComputeConfig:
         require(
             self.remat in REMAT_POLICIES or (set(names) <= set(REMAT_NAMES) and len(set(names)) == len(names)),
             "compute.remat", self.remat,
-            f"it must be one of {', '.join(REMAT_POLICIES)}, or different ones of {', '.join(REMAT_NAMES)} joined by "
-            "commas",
+            f"it must be one of {', '.join(REMAT_POLICIES)}, or a comma-separated list of {', '.join(REMAT_NAMES)}, "
+            "each at most once, without blanks",
         )  # fmt: skip
 
     @property
     def kept(self) -> tuple[str, ...]:
-        """The results of `REMAT_NAMES` that `remat` keeps."""
+        """Those of `REMAT_NAMES` that `remat` keeps."""
         return REMAT_POLICIES[self.remat] if self.remat in REMAT_POLICIES else tuple(self.remat.split(","))

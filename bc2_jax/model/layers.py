@@ -258,4 +258,4 @@ class MLP(nnx.Module):
     def __call__(self, x_BTD: Array) -> Array:
         gate_BTF, up_BTF = self.gate_proj(x_BTD), self.up_proj(x_BTD)
         gate_BTF, up_BTF = checkpoint_name(gate_BTF, "gate"), checkpoint_name(up_BTF, "up")
-        return checkpoint_name(self.down_proj(jax.nn.silu(gate_BTF) * up_BTF), "down")
+        return self.down_proj(jax.nn.silu(gate_BTF) * up_BTF)

@@ -30,6 +30,11 @@ INPUT_AXES = {
 }  # fmt: skip
 
 
+def put(mesh, a, names, rules=RULES):
+    """`a` on `mesh`, its dimensions sharded as axes of these names."""
+    return jax.device_put(a, NamedSharding(mesh, rules.spec(*names)))
+
+
 def random_operands(equation: str, dtype=np.float32, **sizes: int) -> list[np.ndarray]:
     """x, w and a cotangent."""
     rng = np.random.default_rng(0)
@@ -55,9 +60,8 @@ def test_linear_equals_einsum(equation: str, axes, out_axes, shape, mesh_of):
         result = run(x, w, dy)
     else:
         mesh, x_axes = mesh_of(*shape), INPUT_AXES[equation.split(",")[0][-1]]
-        put = lambda a, names: jax.device_put(a, NamedSharding(mesh, RULES.spec(*names)))  # noqa: E731
         with jax.set_mesh(mesh):
-            result = run(put(x, x_axes), put(w, axes), put(dy, out_axes))
+            result = run(put(mesh, x, x_axes), put(mesh, w, axes), put(mesh, dy, out_axes))
         for array, names in zip(result, (out_axes, x_axes, axes), strict=True):
             assert array.sharding.spec == RULES.spec(*names)
     for a, b in zip(result, expected, strict=True):
@@ -82,9 +86,9 @@ def test_weight_gradients_are_summed_in_fp32(projection, shape, mesh_of):
         gradient = weight_gradient(x, w, dy)
     else:
         mesh = mesh_of(*shape)
-        put = lambda a, names: jax.device_put(a, NamedSharding(mesh, RULES.spec(*names)))  # noqa: E731
         with jax.set_mesh(mesh):
-            gradient = weight_gradient(put(x, INPUT_AXES[x_dims[-1]]), put(w, axes), put(dy, out_axes))
+            placed = put(mesh, x, INPUT_AXES[x_dims[-1]]), put(mesh, w, axes), put(mesh, dy, out_axes)
+            gradient = weight_gradient(*placed)
     assert gradient.dtype == jnp.float32
     error = np.abs(np.asarray(gradient, np.float64) - exact).max() / np.abs(exact).max()
     rounded = np.abs(exact - exact.astype(jnp.bfloat16).astype(np.float64)).max() / np.abs(exact).max()
@@ -136,9 +140,8 @@ def test_gradients_follow_the_rules_of_the_forward_pass(shape, mesh_of):
         return jax.grad(loss)(w)
 
     mesh = mesh_of(*shape)
-    put = lambda a, names: jax.device_put(a, NamedSharding(mesh, rules.spec(*names)))  # noqa: E731
     with jax.set_mesh(mesh):
-        result = gradient(put(x, INPUT_AXES["D"]), put(w, axes))
+        result = gradient(put(mesh, x, INPUT_AXES["D"], rules), put(mesh, w, axes, rules))
     assert result.sharding.spec == rules.spec(*axes)
     np.testing.assert_allclose(result, np.einsum("BTD,BTF->DF", x, dy), rtol=1e-5, atol=2e-5)
 

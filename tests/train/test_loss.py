@@ -123,9 +123,15 @@ def numpy_loss(h, rows, labels, z_loss_weight):
 
 
 def loss_and_gradients(h, rows, labels, z_loss_weight, chunk):
-    function = lambda h, rows: head_loss(h, rows, labels, z_loss_weight, chunk)  # noqa: E731
-    (loss, sums), gradients = jax.value_and_grad(function, (0, 1), has_aux=True)(h, rows)
+    (loss, sums), gradients = jax.value_and_grad(head_loss, (0, 1), has_aux=True)(h, rows, labels, z_loss_weight, chunk)
     return (loss, list(sums)), gradients
+
+
+def place(mesh, h, rows, labels):
+    """On `mesh` as a step has them."""
+    axes = ("batch", "sequence", "hidden"), ("vocab", "embed"), ("batch", "sequence")
+    shardings = (NamedSharding(mesh, RULES.spec(*names)) for names in axes)
+    return jax.device_put((h, rows, labels), tuple(shardings))
 
 
 def random_case(B: int, T: int, D: int, V: int, seed: int = 0, ignored: float = 0.3):
@@ -189,8 +195,12 @@ def test_max_z_gradient_against_finite_differences_in_fp64():
     h32, rows32, labels = random_case(1, 4, 3, 7)
     with jax.enable_x64(True):
         h, rows = jnp.asarray(h32, jnp.float64), jnp.asarray(rows32, jnp.float64)
-        max_z = jax.jit(lambda h, rows: head_loss(h, rows, labels, 1.0, 3)[0] - cross_entropy(h, rows))
-        cross_entropy = lambda h, rows: head_loss(h, rows, labels, 0.0, 3)[0]  # noqa: E731
+
+        @jax.jit
+        def max_z(h, rows):
+            both, cross_entropy = (head_loss(h, rows, labels, weight, 3)[0] for weight in (1.0, 0.0))
+            return both - cross_entropy
+
         assert max_z(h, rows).dtype == jnp.float64
         for argument, gradient in enumerate(jax.grad(max_z, (0, 1))(h, rows)):
             for index in np.ndindex(gradient.shape):
@@ -226,8 +236,7 @@ def test_any_mesh_equals_numpy(shape: tuple[int, ...], chunk: int, mesh_of):
     h[0, 0] = 5 * rows[3]
     labels[0, 0] = 3
     mesh = mesh_of(*shape)
-    put = lambda x, *axes: jax.device_put(x, NamedSharding(mesh, RULES.spec(*axes)))  # noqa: E731
-    placed = put(h, "batch", "sequence", "hidden"), put(rows, "vocab", "embed"), put(labels, "batch", "sequence")
+    placed = place(mesh, h, rows, labels)
     with jax.set_mesh(mesh):
         result = jax.jit(loss_and_gradients, static_argnums=(3, 4))(*placed, 0.1, chunk)
     assert_close(result, numpy_loss(h, rows, labels, 0.1))
@@ -246,8 +255,7 @@ def test_a_padded_vocabulary_equals_numpy(shape: tuple[int, ...] | None, mesh_of
         result = loss_and_gradients(h, rows, labels, 0.1, 5)
     else:
         mesh = mesh_of(*shape)
-        put = lambda x, *axes: jax.device_put(x, NamedSharding(mesh, RULES.spec(*axes)))  # noqa: E731
-        placed = put(h, "batch", "sequence", "hidden"), put(rows, "vocab", "embed"), put(labels, "batch", "sequence")
+        placed = place(mesh, h, rows, labels)
         with jax.set_mesh(mesh):
             result = jax.jit(loss_and_gradients, static_argnums=(3, 4))(*placed, 0.1, 5)
     assert_close(result, numpy_loss(h, rows, labels, 0.1))

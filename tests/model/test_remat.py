@@ -1,0 +1,48 @@
+"""What a layer keeps for the backward pass is not computed a second time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from bc2_jax.config import ComputeConfig, ModelConfig
+from bc2_jax.config.compute import REMAT_NAMES
+from bc2_jax.model.baichuan import split_model
+
+MODEL = ModelConfig(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, position_embedding="alibi",
+    vocab_size=64,
+)  # fmt: skip
+MATMULS = dict.fromkeys(REMAT_NAMES, 1) | {"attention": 2}
+"""In the computation of each result: scores and their product with the values in attention, else one."""
+
+
+def equations(jaxpr: jax.extend.core.Jaxpr) -> Iterator[jax.extend.core.JaxprEqn]:
+    """Those of `jaxpr` and of every function and loop in it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            if isinstance(inner, (jax.extend.core.Jaxpr, jax.extend.core.ClosedJaxpr)):
+                yield from equations(getattr(inner, "jaxpr", inner))
+
+
+def matmuls_of_gradient(remat: str) -> int:
+    """Matmuls in the program of a loss and its gradient, with each loop's body once."""
+    compute = ComputeConfig(dtype="float32", attention_block=16, remat=remat)
+    graphdef, params, _ = split_model(MODEL, compute)
+
+    def loss(params, ids):
+        return nnx.merge(graphdef, params).hidden_states(ids).sum()
+
+    program = jax.make_jaxpr(jax.grad(loss))(params, jax.ShapeDtypeStruct((1, 16), jnp.int32))
+    return sum(equation.primitive.name == "dot_general" for equation in equations(program.jaxpr))
+
+
+@pytest.mark.parametrize("remat", [*REMAT_NAMES, "q,k,gate", "save_attention", "save_projections", "save_dots", "none"])
+def test_what_is_kept_is_not_computed_again(remat: str):
+    kept = ComputeConfig(remat=remat).kept
+    assert matmuls_of_gradient("full") - matmuls_of_gradient(remat) == sum(MATMULS[name] for name in kept)
