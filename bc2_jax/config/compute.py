@@ -8,11 +8,12 @@ from typing import Literal
 from bc2_jax.validation import check_fields, require
 
 DType = Literal["float32", "bfloat16"]
-REMAT_NAMES = ("q", "k", "v", "attention", "o", "gate", "up")
-"""Results in a layer that its backward pass reads and `ComputeConfig.remat` can keep, in the order of computation."""
+_DOTS = ("q", "k", "v", "attention", "o", "gate", "up")
+REMAT_NAMES = (*_DOTS, "down_proj")
+"""What the backward pass of a layer reads and `ComputeConfig.remat` can keep, in the order of computation."""
 REMAT_POLICIES = {
-    "none": REMAT_NAMES, "full": (), "save_dots": REMAT_NAMES, "save_projections": REMAT_NAMES[:5],
-    "save_attention": ("attention",), "offload": REMAT_NAMES,
+    "none": REMAT_NAMES, "full": (), "save_dots": _DOTS, "save_projections": _DOTS[:5],
+    "save_attention": ("attention",), "offload": _DOTS,
 }  # fmt: skip
 """What each policy keeps of them."""
 
@@ -31,8 +32,8 @@ class ComputeConfig:
     remat: str = "full"
     """What each layer keeps for the backward pass; the rest is computed again. none: everything is kept. full: only the
     layer's input. save_dots: all matmul results. save_projections: those of attention. save_attention: the attention
-    result. offload: all matmul results, in host memory. Or a comma-separated list of q, k, v, attention, o, gate and
-    up."""
+    result. offload: all matmul results, in host memory. Or a comma-separated list of q, k, v, attention, o, gate, up
+    and down_proj, which is not a result but the gathered weight, for which the backward pass would wait first."""
     scan_layers: bool = True
     """Compile one layer and loop over it, instead of all layers."""
     compiler_options: Literal["tuned", "default"] = "tuned"

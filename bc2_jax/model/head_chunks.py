@@ -7,6 +7,7 @@ gathered once for all chunks and its gradient reduced once, so communication doe
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,24 +26,29 @@ NO_TOKEN = jnp.iinfo(jnp.int32).max
 
 
 class Statistics(NamedTuple):
-    """Of the logits of a chunk: [T, V] for this shard of the vocabulary, [T] for the whole vocabulary."""
+    """Of the logits of a chunk of tokens, [T] over the whole vocabulary."""
 
-    exp_TV: Array
-    """exp(logit - max)."""
-    is_label_TV: Array
-    is_max_TV: Array
     max_T: Array
     total_T: Array
-    """Sum of `exp_TV`."""
+    """Sum of exp(logit - max)."""
     label_logit_T: Array
     """0 if the label is not a token."""
     ties_T: Array
     """Number of logits equal to the largest."""
 
 
+class Columns(NamedTuple):
+    """[T, V] for the columns of one `HeadPart`."""
+
+    exp_TV: Array
+    """exp(logit - max)."""
+    is_label_TV: Array
+    is_max_TV: Array
+
+
 @dataclasses.dataclass(frozen=True)
 class HeadPart:
-    """A device's shard of the vocabulary, with the whole model dimension."""
+    """A device's shard of the vocabulary, or a piece of it, with the whole model dimension."""
 
     rows_DV: Array
     """In the dtype of the hidden states, padded with zeros."""
@@ -56,15 +62,27 @@ class HeadPart:
     @classmethod
     def gather(cls, rows_VD: Array, on_mesh: bool) -> HeadPart:
         """From the shard [V, D] that this device stores, in the dtype of the hidden states."""
+        return cls.gather_pieces(rows_VD, on_mesh, 1)[0]
+
+    @classmethod
+    def gather_pieces(cls, rows_VD: Array, on_mesh: bool, count: int) -> list[HeadPart]:
+        """The same in at most `count` pieces of the vocabulary, each gathered by itself."""
         V = rows_VD.shape[0]
         # [D, V], so that gather and scatter along D move whole blocks; along the last dimension they would copy first.
         vocab_pad = -V % VOCAB_MULTIPLE if V > VOCAB_MULTIPLE else 0
         rows_DV = jnp.pad(rows_VD.T, ((0, 0), (0, vocab_pad)))
-        if on_mesh:
-            rows_DV = all_gather(rows_DV, 0)
         vocab_axes = mesh_axes("vocab") if on_mesh else ()
         ids_V = jnp.arange(V) + (jax.lax.axis_index(vocab_axes) * V if vocab_axes else 0)
-        return cls(rows_DV, jnp.pad(ids_V, (0, vocab_pad), constant_values=NO_TOKEN), V, on_mesh)
+        ids_V = jnp.pad(ids_V, (0, vocab_pad), constant_values=NO_TOKEN)
+        blocks = max((V + vocab_pad) // VOCAB_MULTIPLE, 1)
+        count = min(count, blocks)
+        ends = [blocks * i // count * VOCAB_MULTIPLE for i in range(1, count)] + [V + vocab_pad]
+        pieces = []
+        for start, end in zip([0, *ends], ends, strict=False):
+            piece_DV = rows_DV[:, start:end]
+            piece_DV = all_gather(piece_DV, 0) if on_mesh else piece_DV
+            pieces.append(cls(piece_DV, ids_V[start:end], min(end, V) - start, on_mesh))
+        return pieces
 
     @property
     def batch_axes(self) -> tuple[str, ...]:
@@ -89,36 +107,16 @@ class HeadPart:
         return logits_TV
 
     def largest(self, logits_TV: Array) -> Array:
-        """[T] over the whole vocabulary."""
+        """[T] over the whole vocabulary, of which this part is a device's whole shard."""
         return over(jax.lax.pmax, logits_TV.max(-1), self.vocab_axes)
 
     def is_label(self, labels_T: Array) -> Array:
         """[T, V] bool. A comparison, since indexing into a sharded dimension would gather it."""
         return self.ids_V == labels_T[:, None]
 
-    def statistics(self, logits_TV: Array, labels_T: Array) -> Statistics:
-        max_T = self.largest(logits_TV)
-        exp_TV = jnp.exp(logits_TV - max_T[:, None])
-        is_label_TV = self.is_label(labels_T)
-        is_max_TV = logits_TV == max_T[:, None]
-        # Sums of one dtype take a single pass over the logits.
-        parts = jnp.stack(
-            [x_TV.sum(-1) for x_TV in (exp_TV, jnp.where(is_label_TV, logits_TV, 0), is_max_TV.astype(self.exact))]
-        )
-        return Statistics(exp_TV, is_label_TV, is_max_TV, max_T, *over(jax.lax.psum, parts, self.vocab_axes))
-
     def zero_gradient(self) -> Array:
         """Zeros [D, V], the start for `add_gradients`."""
         return varying(jnp.zeros(self.rows_DV.shape, self.exact), self.batch_axes + self.vocab_axes)
-
-    def add_gradients(self, h_TD: Array, d_logits_TV: Array, d_rows_DV: Array | None) -> tuple[Array, Array | None]:
-        """The gradient of `h_TD`, and `d_rows_DV` plus the gradient of `rows_DV` from this device's tokens (None stays
-        None)."""
-        d_logits_TV = d_logits_TV.astype(h_TD.dtype)
-        d_h_TD = jnp.einsum("TV,DV->TD", d_logits_TV, self.rows_DV, preferred_element_type=self.exact)
-        if d_rows_DV is not None:
-            d_rows_DV += jnp.einsum("TD,TV->DV", h_TD, d_logits_TV, preferred_element_type=self.exact)
-        return over(jax.lax.psum, d_h_TD, self.vocab_axes).astype(h_TD.dtype), d_rows_DV
 
     def stored_gradient(self, d_rows_DV: Array) -> Array:
         """[V, D]: the sum of `d_rows_DV` over all tokens, sharded like the stored weight."""
@@ -129,6 +127,43 @@ class HeadPart:
             # libtpu fails on shards smaller than a tile if it moves the slice below into the scatter.
             d_rows_DV = jax.lax.optimization_barrier(d_rows_DV)
         return d_rows_DV[:, : self.num_rows].T
+
+
+def statistics(parts: list[HeadPart], logits: list[Array], labels_T: Array) -> tuple[Statistics, list[Columns]]:
+    """Of the logits of `parts`, which together are this device's shard of the vocabulary."""
+    head = parts[0]
+    max_T = over(jax.lax.pmax, functools.reduce(jnp.maximum, [x_TV.max(-1) for x_TV in logits]), head.vocab_axes)
+    columns = [
+        Columns(jnp.exp(x_TV - max_T[:, None]), part.is_label(labels_T), x_TV == max_T[:, None])
+        for part, x_TV in zip(parts, logits, strict=True)
+    ]
+    # Sums of one dtype take a single pass over the logits.
+    sums = [
+        jnp.stack(
+            [x_TV.sum(-1) for x_TV in (c.exp_TV, jnp.where(c.is_label_TV, l_TV, 0), c.is_max_TV.astype(head.exact))]
+        )
+        for c, l_TV in zip(columns, logits, strict=True)
+    ]
+    return Statistics(max_T, *over(jax.lax.psum, functools.reduce(jnp.add, sums), head.vocab_axes)), columns
+
+
+def add_gradients(
+    parts: list[HeadPart], h_TD: Array, d_logits: list[Array], d_rows: list[Array] | None
+) -> tuple[Array, list[Array] | None]:
+    """The gradient of `h_TD`, and `d_rows` plus the gradients of `rows_DV` from this device's tokens (None stays None);
+    `parts` as in `statistics`."""
+    head = parts[0]
+    d_logits = [x_TV.astype(h_TD.dtype) for x_TV in d_logits]
+    if d_rows is not None:
+        d_rows = [
+            d_rows_DV + jnp.einsum("TD,TV->DV", h_TD, x_TV, preferred_element_type=head.exact)
+            for d_rows_DV, x_TV in zip(d_rows, d_logits, strict=True)
+        ]
+    d_h = [
+        jnp.einsum("TV,DV->TD", x_TV, part.rows_DV, preferred_element_type=head.exact)
+        for part, x_TV in zip(parts, d_logits, strict=True)
+    ]
+    return over(jax.lax.psum, functools.reduce(jnp.add, d_h), head.vocab_axes).astype(h_TD.dtype), d_rows
 
 
 def cut_tokens(x_BT: Array, chunk: int, fill: int = 0) -> Array:

@@ -59,15 +59,18 @@ class Linear(Weight):
     call uses one layer's.
     """
 
-    def __init__(self, equation: str, value: Array):
-        """`value` is [L, ...] in the order of the equation's weight."""
-        self.equation = equation
+    def __init__(self, equation: str, value: Array, name: str | None = None):
+        """`value` is [L, ...] in the order of the equation's weight. `name`, one of `REMAT_NAMES`, lets
+        `ComputeConfig.remat` keep the gathered weight."""
+        self.equation, self.name = equation, name
         super().__init__(value, self.stacked_axes)
 
     @classmethod
-    def random(cls, equation: str, shape: tuple[int, ...], stddev: float, *, rngs: nnx.Rngs) -> Linear:
+    def random(
+        cls, equation: str, shape: tuple[int, ...], stddev: float, *, rngs: nnx.Rngs, name: str | None = None
+    ) -> Linear:
         """Weights [L, ...] from N(0, stddev)."""
-        return cls(equation, cls.normal(rngs, shape, ("layers", *weight_axes(equation)), stddev).weight[...])
+        return cls(equation, cls.normal(rngs, shape, ("layers", *weight_axes(equation)), stddev).weight[...], name)
 
     @property
     def stacked_axes(self) -> tuple[str | None, ...]:
@@ -75,7 +78,7 @@ class Linear(Weight):
         return ("layers", *weight_axes(self.equation))
 
     def __call__(self, x: Array) -> Array:
-        return linear(self.equation, x, self.weight[...])
+        return linear(self.equation, x, self.weight[...], self.name)
 
     def move_model_axis_behind(self) -> None:
         """Changes the storage from [L, D, N, H] to [L, N, D, H], or from [L, D, F] to [L, F, D]."""
@@ -83,20 +86,20 @@ class Linear(Weight):
         self.weight = nnx.Param(jnp.swapaxes(self.weight[...], 1, 2), axes=self.stacked_axes)
 
 
-def linear(equation: str, x: Array, w: Array | Quantized) -> Array:
+def linear(equation: str, x: Array, w: Array | Quantized, name: str | None = None) -> Array:
     """einsum(equation, x, w) in the dtype of x for a stored weight `w`; letters as in `Linear`.
 
     The weight is gathered in the compute dtype; its gradient is computed and reduced over the batch in fp32, directly
-    into the layout of the stored weight. A quantized weight has no gradient.
+    into the layout of the stored weight. A quantized weight has no gradient. `name` as in `Linear`.
     """
     if isinstance(w, Quantized):
         return w.multiply(equation, x).astype(x.dtype)
     # Passed explicitly: the backward pass may be traced in another context.
-    return _linear(equation, rules_in_use(), x, w)
+    return _linear(equation, name, rules_in_use(), x, w)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _linear(equation: str, rules: ShardingRules, x: Array, w: Array) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _linear(equation: str, name: str | None, rules: ShardingRules, x: Array, w: Array) -> Array:
     return _multiply(equation, rules, x, w)
 
 
@@ -118,11 +121,14 @@ def _multiply(equation: str, rules: ShardingRules, x: Array, w: Array) -> Array:
     return y.astype(x.dtype)
 
 
-def _linear_forward(equation: str, rules: ShardingRules, x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
+def _linear_forward(equation: str, name: str | None, rules: ShardingRules, x: Array, w: Array):
     with use_rules(rules):
-        axis = _model_axis(equation)
-        y = _multiply(move_to_front(equation, axis), rules, x, jnp.moveaxis(w, axis, 0))
-        return _row_major(y) if equation.endswith("BTD") else y, (x, w)
+        axis, kept = _model_axis(equation), None
+        moved, front = move_to_front(equation, axis), jnp.moveaxis(w, axis, 0)
+        if name and parts("embed") > 1:
+            front = kept = checkpoint_name(_gathered(moved, front, x.dtype), name)
+        y = _multiply(moved, rules, x, front)
+        return _row_major(y) if equation.endswith("BTD") else y, (x, w, kept)
 
 
 def _model_axis(equation: str) -> int:
@@ -152,8 +158,8 @@ def _pad_columns(x: Array, dims: str, padding: int) -> Array:
     return jnp.pad(x, [(0, padding if dim == "F" else 0) for dim in dims])
 
 
-def _linear_backward(equation, rules, residuals, dy):
-    x, w = residuals
+def _linear_backward(equation, name, rules, residuals, dy):
+    x, w, used = residuals
     with use_rules(rules):
         axis = _model_axis(equation)
     equation, w = move_to_front(equation, axis), jnp.moveaxis(w, axis, 0)
@@ -174,7 +180,8 @@ def _linear_backward(equation, rules, residuals, dy):
 
     with use_rules(rules):
         x_sharding = None if named_sharding() is None else jax.typeof(x).sharding
-        dx = _matmul(f"{y_dims},{w_dims}->{x_dims}", dy, _gathered(equation, w, x.dtype), x_sharding)
+        used = _gathered(equation, w, x.dtype) if used is None else used
+        dx = _matmul(f"{y_dims},{w_dims}->{x_dims}", dy, used, x_sharding)
         dx = _row_major(dx.astype(x.dtype)) if x.ndim == 3 else dx.astype(x.dtype)
         if x_sharding is None:
             dw = weight_gradient(x, dy)
@@ -253,7 +260,7 @@ class MLP(nnx.Module):
         std = config.initializer_range
         self.gate_proj = Linear.random(EQUATIONS["gate_proj"], (L, D, F), std, rngs=rngs)
         self.up_proj = Linear.random(EQUATIONS["up_proj"], (L, D, F), std, rngs=rngs)
-        self.down_proj = Linear.random(EQUATIONS["down_proj"], (L, F, D), std, rngs=rngs)
+        self.down_proj = Linear.random(EQUATIONS["down_proj"], (L, F, D), std, rngs=rngs, name="down_proj")
 
     def __call__(self, x_BTD: Array) -> Array:
         gate_BTF, up_BTF = self.gate_proj(x_BTD), self.up_proj(x_BTD)

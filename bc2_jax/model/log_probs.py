@@ -16,7 +16,7 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
 from bc2_jax.data.batch import IGNORED
-from bc2_jax.model.head_chunks import NO_TOKEN, HeadPart, cut_tokens, join_tokens, over
+from bc2_jax.model.head_chunks import NO_TOKEN, HeadPart, add_gradients, cut_tokens, join_tokens, over, statistics
 from bc2_jax.sharding import named_sharding, rules_in_use, spec, use_rules
 from bc2_jax.validation import require
 
@@ -81,13 +81,13 @@ def _local_forward(h_BTD, rows_VD, labels_BT, *, chunk, on_mesh=False):
     def run_chunk(_, inputs):
         h_TD, labels_T = inputs
         logits_TV = head.logits(h_TD)
-        logits = head.statistics(logits_TV, labels_T)
+        logits, [columns] = statistics([head], [logits_TV], labels_T)
         log_total_T = jnp.log(logits.total_T)
         log_prob_T = jnp.where(labels_T == IGNORED, 0, logits.label_logit_T - logits.max_T - log_total_T)
-        argmax_T = jnp.where(logits.is_max_TV, head.ids_V, NO_TOKEN).min(-1).astype(jnp.int32)
+        argmax_T = jnp.where(columns.is_max_TV, head.ids_V, NO_TOKEN).min(-1).astype(jnp.int32)
         argmax_T = over(jax.lax.pmin, argmax_T, head.vocab_axes)
         # Removed by the compiler if unused.
-        others_T = head.largest(jnp.where(logits.is_label_TV, -jnp.inf, logits_TV))
+        others_T = head.largest(jnp.where(columns.is_label_TV, -jnp.inf, logits_TV))
         margin_T = jnp.where(labels_T == IGNORED, 0, logits.label_logit_T - others_T)
         return None, (TokenLogProbs(log_prob_T, logits.max_T, argmax_T, margin_T), log_total_T)
 
@@ -149,7 +149,7 @@ def _local_backward(h_BTD, rows_VD, tokens, *, chunk, with_rows, on_mesh=False):
     head = HeadPart.gather(rows_VD, on_mesh)
 
     def run_chunk(carry, inputs):
-        d_rows_DV, h_CTD = carry
+        d_rows, h_CTD = carry
         index, token = inputs
         h_TD = jax.lax.dynamic_index_in_dim(h_CTD, index, keepdims=False)
         logits_TV = head.logits(h_TD)
@@ -162,13 +162,13 @@ def _local_backward(h_BTD, rows_VD, tokens, *, chunk, with_rows, on_mesh=False):
             is_max_TV = logits_TV == head.largest(logits_TV)[:, None]
             ties_T = over(jax.lax.psum, is_max_TV.sum(-1, dtype=head.exact), head.vocab_axes)
             d_logits_TV += jnp.where(is_max_TV, (token.d_largest_logit / ties_T)[:, None], 0)
-        d_h_TD, d_rows_DV = head.add_gradients(h_TD, d_logits_TV, d_rows_DV)
+        d_h_TD, d_rows = add_gradients([head], h_TD, [d_logits_TV], d_rows)
         # Overwrites h, which is no longer needed: peak memory is in this loop.
-        return (d_rows_DV, jax.lax.dynamic_update_index_in_dim(h_CTD, d_h_TD, index, 0)), None
+        return (d_rows, jax.lax.dynamic_update_index_in_dim(h_CTD, d_h_TD, index, 0)), None
 
-    start = head.zero_gradient() if with_rows else None, h_CTD
-    (d_rows_DV, d_h_CTD), _ = jax.lax.scan(run_chunk, start, (jnp.arange(h_CTD.shape[0]), tokens))
-    return join_tokens(d_h_CTD, *h_BTD.shape[:2]), head.stored_gradient(d_rows_DV) if with_rows else None
+    start = [head.zero_gradient()] if with_rows else None, h_CTD
+    (d_rows, d_h_CTD), _ = jax.lax.scan(run_chunk, start, (jnp.arange(h_CTD.shape[0]), tokens))
+    return join_tokens(d_h_CTD, *h_BTD.shape[:2]), head.stored_gradient(*d_rows) if with_rows else None
 
 
 _token_log_probs.defvjp(_forward, _backward, symbolic_zeros=True)

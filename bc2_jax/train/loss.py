@@ -16,8 +16,11 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
 from bc2_jax.data.batch import IGNORED
-from bc2_jax.model.head_chunks import HeadPart, cut_tokens, join_tokens, over, varying
+from bc2_jax.model.head_chunks import HeadPart, add_gradients, cut_tokens, join_tokens, over, statistics, varying
 from bc2_jax.sharding import named_sharding, rules_in_use, spec, use_rules
+
+PIECES = 4
+"""Of the vocabulary, if all tokens of a device are one chunk: TPUs gather one while they compute with another."""
 
 
 class LossSums(NamedTuple):
@@ -95,41 +98,47 @@ def _local_loss(h_BTD, rows_VD, targets, *, z_loss_weight, chunk, gradients, on_
     with_h, with_rows = gradients
     h_CTD, labels_CT = cut_tokens(h_BTD, chunk), cut_tokens(labels_BT, chunk, IGNORED)
     weights_CT = [cut_tokens(x_BT, chunk) for x_BT in weights_BT]
-    head = HeadPart.gather(rows_VD, on_mesh)
+    parts = HeadPart.gather_pieces(rows_VD, on_mesh, PIECES if on_mesh and len(h_CTD) == 1 else 1)
+    head = parts[0]
 
     def run_chunk(carry, inputs):
-        sums, d_rows_DV, h_CTD = carry
+        sums, d_rows, h_CTD = carry
         index, labels_T, weights_T = inputs
         h_TD = jax.lax.dynamic_index_in_dim(h_CTD, index, keepdims=False)
-        logits = head.statistics(head.logits(h_TD), labels_T)
+        logits, columns = statistics(parts, [part.logits(h_TD) for part in parts], labels_T)
         max_T, total_T = logits.max_T, logits.total_T
         valid_T = (labels_T != IGNORED).astype(head.exact)
         for weight_T in weights_T:
             valid_T *= weight_T
         cross_entropy_T = max_T + jnp.log(total_T) - logits.label_logit_T
         correct_T = (logits.label_logit_T == max_T).astype(head.exact)
-        columns = (cross_entropy_T, max_T**2, max_T, correct_T, jnp.ones_like(max_T))
+        terms = (cross_entropy_T, max_T**2, max_T, correct_T, jnp.ones_like(max_T))
         largest = jnp.max(jnp.where(valid_T > 0, max_T, -jnp.inf))
-        sums = sums.plus(LossSums(*(jnp.sum(c * valid_T) for c in columns), largest))
+        sums = sums.plus(LossSums(*(jnp.sum(x_T * valid_T) for x_T in terms), largest))
         if not with_h:
             return (sums, None, h_CTD), None
-        d_logits_TV = logits.exp_TV * (valid_T / total_T)[:, None] - jnp.where(logits.is_label_TV, valid_T[:, None], 0)
+        d_logits = [
+            c.exp_TV * (valid_T / total_T)[:, None] - jnp.where(c.is_label_TV, valid_T[:, None], 0) for c in columns
+        ]
         if z_loss_weight:
             d_max_T = 2 * z_loss_weight * valid_T * max_T / logits.ties_T
-            d_logits_TV += jnp.where(logits.is_max_TV, d_max_T[:, None], 0)
-        d_h_TD, d_rows_DV = head.add_gradients(h_TD, d_logits_TV, d_rows_DV)
+            d_logits = [x + jnp.where(c.is_max_TV, d_max_T[:, None], 0) for x, c in zip(d_logits, columns, strict=True)]
+        d_h_TD, d_rows = add_gradients(parts, h_TD, d_logits, d_rows)
         # Overwrites h, which is no longer needed: peak memory is in this loop.
-        return (sums, d_rows_DV, jax.lax.dynamic_update_index_in_dim(h_CTD, d_h_TD, index, 0)), None
+        return (sums, d_rows, jax.lax.dynamic_update_index_in_dim(h_CTD, d_h_TD, index, 0)), None
 
     zero = varying(jnp.zeros((), head.exact), head.batch_axes)
-    d_rows_DV = head.zero_gradient() if with_rows else None
-    start = LossSums(*[zero] * len(LossSums._fields))._replace(largest_logit=zero - jnp.inf), d_rows_DV, h_CTD
-    (sums, d_rows_DV, d_h_CTD), _ = jax.lax.scan(run_chunk, start, (jnp.arange(h_CTD.shape[0]), labels_CT, weights_CT))
+    d_rows = [part.zero_gradient() for part in parts] if with_rows else None
+    start = LossSums(*[zero] * len(LossSums._fields))._replace(largest_logit=zero - jnp.inf), d_rows, h_CTD
+    (sums, d_rows, d_h_CTD), _ = jax.lax.scan(run_chunk, start, (jnp.arange(h_CTD.shape[0]), labels_CT, weights_CT))
     largest = over(jax.lax.pmax, sums.largest_logit, head.batch_axes)
     sums = over(jax.lax.psum, sums._replace(largest_logit=zero), head.batch_axes)._replace(largest_logit=largest)
     loss = sums.cross_entropy + z_loss_weight * sums.max_z
     d_h_BTD = join_tokens(d_h_CTD, *labels_BT.shape) if with_h else None
-    return (loss, sums), (d_h_BTD, head.stored_gradient(d_rows_DV) if with_rows else None)
+    if d_rows is None:
+        return (loss, sums), (d_h_BTD, None)
+    stored = [part.stored_gradient(d_rows_DV) for part, d_rows_DV in zip(parts, d_rows, strict=True)]
+    return (loss, sums), (d_h_BTD, jnp.concatenate(stored))
 
 
 def _forward(h_BTD, rows_VD, targets, z_loss_weight, chunk, rules):

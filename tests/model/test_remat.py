@@ -17,8 +17,8 @@ MODEL = ModelConfig(
     hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, position_embedding="alibi",
     vocab_size=64,
 )  # fmt: skip
-MATMULS = dict.fromkeys(REMAT_NAMES, 1) | {"attention": 2}
-"""In the computation of each result: scores and their product with the values in attention, else one."""
+MATMULS = dict.fromkeys(REMAT_NAMES, 1) | {"attention": 2, "down_proj": 0}
+"""In the computation of each: scores and their product with the values in attention, none in a weight, else one."""
 
 
 def equations(jaxpr: jax.extend.core.Jaxpr) -> Iterator[jax.extend.core.JaxprEqn]:
@@ -30,19 +30,25 @@ def equations(jaxpr: jax.extend.core.Jaxpr) -> Iterator[jax.extend.core.JaxprEqn
                 yield from equations(getattr(inner, "jaxpr", inner))
 
 
-def matmuls_of_gradient(remat: str) -> int:
-    """Matmuls in the program of a loss and its gradient, with each loop's body once."""
+def count_in_gradient(remat: str, primitive: str) -> int:
+    """Operations of this name in the program of a loss and its gradient, with each loop's body once."""
     compute = ComputeConfig(dtype="float32", attention_block=16, remat=remat)
     graphdef, params, _ = split_model(MODEL, compute)
 
     def loss(params, ids):
         return nnx.merge(graphdef, params).hidden_states(ids).sum()
 
-    program = jax.make_jaxpr(jax.grad(loss))(params, jax.ShapeDtypeStruct((1, 16), jnp.int32))
-    return sum(equation.primitive.name == "dot_general" for equation in equations(program.jaxpr))
+    program = jax.make_jaxpr(jax.grad(loss))(params, jax.ShapeDtypeStruct((2, 16), jnp.int32))
+    return sum(equation.primitive.name == primitive for equation in equations(program.jaxpr))
 
 
 @pytest.mark.parametrize("remat", [*REMAT_NAMES, "q,k,gate", "save_attention", "save_projections", "save_dots", "none"])
 def test_what_is_kept_is_not_computed_again(remat: str):
     kept = ComputeConfig(remat=remat).kept
-    assert matmuls_of_gradient("full") - matmuls_of_gradient(remat) == sum(MATMULS[name] for name in kept)
+    saved = count_in_gradient("full", "dot_general") - count_in_gradient(remat, "dot_general")
+    assert saved == sum(MATMULS[name] for name in kept)
+
+
+def test_a_gathered_weight_that_is_kept_is_not_gathered_again(mesh_of):
+    with jax.set_mesh(mesh_of(1, 2, 1)):
+        assert count_in_gradient("full", "reshard") - count_in_gradient("down_proj", "reshard") == 1

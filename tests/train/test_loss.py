@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import jax
@@ -244,20 +245,22 @@ def test_any_mesh_equals_numpy(shape: tuple[int, ...], chunk: int, mesh_of):
     assert result[1][0].sharding.spec == RULES.spec("batch", "sequence", "hidden")
 
 
+@pytest.mark.parametrize("chunk", [5, 100], ids=["chunks", "pieces"])
 @pytest.mark.parametrize("shape", [None, (1, 2, 1, 2, 2), (1, 2, 2)], ids=str)
-def test_a_padded_vocabulary_equals_numpy(shape: tuple[int, ...] | None, mesh_of):
-    """2600 rows become 3072, or twice 1300 become twice 2048. All logits are negative: the padding's must not count."""
-    h, rows, labels = random_case(4, 6, 8, 2600)
+def test_a_padded_vocabulary_equals_numpy(shape: tuple[int, ...] | None, chunk: int, mesh_of):
+    """5200 rows become 6144, or twice 2600 become twice 3072. All logits are negative: the padding's must not count.
+
+    Tokens in one chunk on a mesh: the vocabulary comes in pieces of 1024 and 2048 rows; largest logits tie over two.
+    """
+    h, rows, labels = random_case(4, 6, 8, 5200)
     h = np.abs(h)
     rows = -np.abs(rows)
-    labels[0, :2] = 1299, 2599  # the last rows of a device
-    if shape is None:
-        result = loss_and_gradients(h, rows, labels, 0.1, 5)
-    else:
-        mesh = mesh_of(*shape)
-        placed = place(mesh, h, rows, labels)
-        with jax.set_mesh(mesh):
-            result = jax.jit(loss_and_gradients, static_argnums=(3, 4))(*placed, 0.1, 5)
+    labels[0, :5] = 1023, 1024, 2599, 2600, 5199  # the last and first rows of a piece and of a device
+    rows[700] = rows[2100] = rows.max(0) / 2
+    mesh = shape and mesh_of(*shape)
+    case = place(mesh, h, rows, labels) if mesh else (h, rows, labels)
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        result = jax.jit(loss_and_gradients, static_argnums=(3, 4))(*case, 0.1, chunk)
     assert_close(result, numpy_loss(h, rows, labels, 0.1))
 
 
