@@ -124,7 +124,7 @@ class Simulation:
         free, finish = dict.fromkeys(QUEUES, 0.0), dict[str, float]()
         left = dict[str, float]()  # seconds that a collective in fusions still needs, by its channel
         for instruction in computation.instructions:
-            controlled = self.program.controlled(instruction)
+            controlled = self.program.controlled(instruction, computation)
             if controlled:
                 self._run_controlled(instruction, controlled, times, parts)
                 continue

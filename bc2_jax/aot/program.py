@@ -180,8 +180,9 @@ class Program:
                     yield inner
                     yield from self.inside(inner)
 
-    def trip_count(self, loop: Instruction) -> int:
-        """Iterations of a `while`: the compiler's note, else the constant in its condition, else `open_trips`.
+    def trip_count(self, loop: Instruction, computation: Computation | None = None) -> int:
+        """Iterations of a `while`: the compiler's note, else the constant in its condition less the counter's start in
+        `computation`, which has the loop, else `open_trips`. A start that is not a constant counts as 0.
 
         Raises ValueError if there is none of these.
         """
@@ -200,7 +201,21 @@ class Program:
             return self.open_trips
         if not found:
             raise ValueError(f"Loop {loop.name} has no constant number of iterations in its condition.")
-        return max(found)
+        return max(found) - self._counter_start(loop, computation)
+
+    def _counter_start(self, loop: Instruction, computation: Computation | None) -> int:
+        """1 for a loop whose first iteration the compiler has moved out of it, as it does with several slices."""
+        condition = self.computations[loop.attribute("condition")].instructions
+        counters = [i for i in condition if i.opcode == "get-tuple-element" and i.shapes[0].dtype == "s32"]
+        index = re.search(r"index=(\d+)", counters[0].attributes) if len(counters) == 1 else None
+        values = {} if computation is None else computation.by_name
+        state = values.get(loop.operands[0]) if loop.operands else None
+        if index is None or state is None or state.opcode != "tuple":
+            return 0
+        start = values.get(state.operands[int(index[1])])
+        while start is not None and start.opcode == "copy":
+            start = values.get(start.operands[0])
+        return int(start.text) if start is not None and start.opcode == "constant" else 0
 
     def is_matmul(self, instruction: Instruction) -> bool:
         """Whether it runs on the MXUs."""
@@ -281,14 +296,15 @@ class Program:
     def _walk(self, name: str, count: int) -> Iterator[tuple[Instruction, Computation, int]]:
         for instruction in self.computations[name].instructions:
             yield instruction, self.computations[name], count
-            for inner, times in self.controlled(instruction):
+            for inner, times in self.controlled(instruction, self.computations[name]):
                 yield from self._walk(inner, count * times)
 
-    def controlled(self, instruction: Instruction) -> list[tuple[str, int]]:
-        """(computation, how often it runs) of a loop, call or conditional (all branches); empty for others."""
+    def controlled(self, instruction: Instruction, computation: Computation) -> list[tuple[str, int]]:
+        """(computation, how often it runs) of a loop, call or conditional (all branches) in `computation`; empty for
+        other instructions."""
         if instruction.opcode == "while":
             body = instruction.attribute("body")
-            return [(body, self.trip_count(instruction))] if body else []
+            return [(body, self.trip_count(instruction, computation))] if body else []
         if instruction.opcode == "call":
             target = instruction.attribute("to_apply")
             return [(target, 1)] if target else []

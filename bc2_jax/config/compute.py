@@ -12,7 +12,7 @@ _DOTS = ("q", "k", "v", "attention", "o", "gate", "up")
 REMAT_NAMES = (*_DOTS, "down_proj")
 """What the backward pass of a layer reads and `ComputeConfig.remat` can keep, in the order of computation."""
 REMAT_POLICIES = {
-    "none": REMAT_NAMES, "full": (), "save_dots": _DOTS, "save_projections": _DOTS[:5],
+    "none": _DOTS, "full": (), "save_dots": _DOTS, "save_projections": _DOTS[:5],
     "save_attention": ("attention",), "offload": _DOTS,
 }  # fmt: skip
 """What each policy keeps of them."""

@@ -37,7 +37,7 @@ class DecoderLayer(nnx.Module):
         self.input_layernorm = RMSNorm(config, stack)
         self.self_attn = SelfAttention(config, compute, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(config, stack)
-        self.mlp = MLP(config, rngs=rngs)
+        self.mlp = MLP(config, compute, rngs=rngs)
 
     def __call__(self, h_BTD: Array, tokens: Tokens, rope: tuple[Array, Array] | None) -> Array:
         with jax.named_scope("self_attn"):

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import NamedSharding
 
-from bc2_jax.config import ModelConfig
+from bc2_jax.config import ComputeConfig, ModelConfig
 from bc2_jax.model.equations import (
     ACTIVATION_AXES,
     EQUATIONS,
@@ -60,8 +60,8 @@ class Linear(Weight):
     """
 
     def __init__(self, equation: str, value: Array, name: str | None = None):
-        """`value` is [L, ...] in the order of the equation's weight. `name`, one of `REMAT_NAMES`, lets
-        `ComputeConfig.remat` keep the gathered weight."""
+        """`value` is [L, ...] in the order of the equation's weight. With a `name`, one of `REMAT_NAMES`,
+        the gathered weight is kept for the backward pass."""
         self.equation, self.name = equation, name
         super().__init__(value, self.stacked_axes)
 
@@ -125,7 +125,7 @@ def _linear_forward(equation: str, name: str | None, rules: ShardingRules, x: Ar
     with use_rules(rules):
         axis, kept = _model_axis(equation), None
         moved, front = move_to_front(equation, axis), jnp.moveaxis(w, axis, 0)
-        if name and parts("embed") > 1:
+        if name:
             front = kept = checkpoint_name(_gathered(moved, front, x.dtype), name)
         y = _multiply(moved, rules, x, front)
         return _row_major(y) if equation.endswith("BTD") else y, (x, w, kept)
@@ -255,12 +255,13 @@ class Embedding(Weight):
 class MLP(nnx.Module):
     """SwiGLU: down_proj(silu(gate_proj(x)) * up_proj(x))."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
         L, D, F = config.num_hidden_layers, config.hidden_size, config.intermediate_size
         std = config.initializer_range
         self.gate_proj = Linear.random(EQUATIONS["gate_proj"], (L, D, F), std, rngs=rngs)
         self.up_proj = Linear.random(EQUATIONS["up_proj"], (L, D, F), std, rngs=rngs)
-        self.down_proj = Linear.random(EQUATIONS["down_proj"], (L, F, D), std, rngs=rngs, name="down_proj")
+        name = "down_proj" if "down_proj" in compute.kept else None
+        self.down_proj = Linear.random(EQUATIONS["down_proj"], (L, F, D), std, rngs=rngs, name=name)
 
     def __call__(self, x_BTD: Array) -> Array:
         gate_BTF, up_BTF = self.gate_proj(x_BTD), self.up_proj(x_BTD)

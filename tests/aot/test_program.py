@@ -76,6 +76,34 @@ ENTRY %main (q: s32[]) -> s32[] {
     assert Program(text, open_trips=1).trip_count(loop) == 1
 
 
+@pytest.mark.parametrize(("start", "trips"), [("constant(0)", 40), ("constant(1)", 39), ("parameter(0)", 40)])
+def test_a_loop_whose_first_iteration_was_peeled(start: str, trips: int):
+    """As with several slices: the first pass of the layers is outside of the loop, which starts at 1."""
+    text = f"""HloModule m, is_scheduled=true
+
+%goes_on (p: (bf16[8], s32[])) -> pred[] {{
+  %p = (bf16[8], s32[]) parameter(0)
+  %n = s32[] constant(40)
+  %i = s32[] get-tuple-element(%p), index=1
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}}
+
+%layer (p: (bf16[8], s32[])) -> (bf16[8], s32[]) {{
+  ROOT %p = (bf16[8], s32[]) parameter(0)
+}}
+
+ENTRY %main (q: s32[]) -> s32[] {{
+  %first = s32[] {start}
+  %counter = s32[] copy(%first)
+  %h = bf16[8] constant({{...}})
+  %t = (bf16[8], s32[]) tuple(%h, %counter)
+  %w = (bf16[8], s32[]) while(%t), condition=%goes_on, body=%layer
+  ROOT %out = s32[] get-tuple-element(%w), index=1
+}}
+"""
+    assert [count for i, where, count in Program(text).walk() if where.name == "layer"] == [trips]
+
+
 def test_collectives(program: Program):
     found = [c for i, where, _ in program.walk() if (c := program.collective(i, where))]
     assert [(c.kind, c.bytes, c.dtype, c.group) for c in found] == [

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from bc2_jax.config import ModelConfig
+from bc2_jax.config import ComputeConfig, ModelConfig
 from bc2_jax.model import layers
 from bc2_jax.model.equations import EQUATIONS
 from bc2_jax.model.layers import MLP, Embedding, Linear, linear, rms_norm
@@ -207,7 +207,7 @@ def test_embedding_of_padding_starts_at_zero():
 
 
 def test_mlp_is_swiglu():
-    graphdef, state = nnx.split(MLP(TINY, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(MLP(TINY, ComputeConfig(), rngs=nnx.Rngs(0)))
     layer = jax.tree.map(lambda w: 20 * w[0], nnx.to_pure_dict(state))
     gate, up, down = (np.asarray(layer[name]["weight"], np.float64) for name in ("gate_proj", "up_proj", "down_proj"))
     x = np.random.default_rng(0).standard_normal((2, 3, 8))
