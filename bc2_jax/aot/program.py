@@ -205,8 +205,8 @@ class Program:
 
     def _counter_start(self, loop: Instruction, computation: Computation | None) -> int:
         """1 for a loop whose first iteration the compiler has moved out of it, as it does with several slices."""
-        condition = self.computations[loop.attribute("condition")].instructions
-        counters = [i for i in condition if i.opcode == "get-tuple-element" and i.shapes[0].dtype == "s32"]
+        condition = self.computations[loop.attribute("condition") or ""]
+        counters = [i for i in condition.instructions if i.opcode == "get-tuple-element" and i.shapes[0].dtype == "s32"]
         index = re.search(r"index=(\d+)", counters[0].attributes) if len(counters) == 1 else None
         values = {} if computation is None else computation.by_name
         state = values.get(loop.operands[0]) if loop.operands else None

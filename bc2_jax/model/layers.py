@@ -100,7 +100,8 @@ def linear(equation: str, x: Array, w: Array | Quantized, name: str | None = Non
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _linear(equation: str, name: str | None, rules: ShardingRules, x: Array, w: Array) -> Array:
-    return _multiply(equation, rules, x, w)
+    with use_rules(rules):
+        return _multiply(equation, x, _gathered(equation, w, x.dtype))
 
 
 def _gathered(equation: str, w: Array, dtype: jnp.dtype) -> Array:
@@ -113,22 +114,22 @@ def _matmul(equation: str, x: Array, y: Array, out_sharding: NamedSharding | Non
     return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32, out_sharding=out_sharding)
 
 
-def _multiply(equation: str, rules: ShardingRules, x: Array, w: Array) -> Array:
-    out_axes = (ACTIVATION_AXES[letter] for letter in split_equation(equation)[2])
-    with use_rules(rules):
-        used, out_sharding = _gathered(equation, w, x.dtype), named_sharding(*out_axes)
+def _multiply(equation: str, x: Array, used: Array) -> Array:
+    """With a gathered weight."""
+    out_sharding = named_sharding(*(ACTIVATION_AXES[letter] for letter in split_equation(equation)[2]))
     y = jnp.einsum(equation, x, used, preferred_element_type=sum_dtype(equation, x), out_sharding=out_sharding)
     return y.astype(x.dtype)
 
 
 def _linear_forward(equation: str, name: str | None, rules: ShardingRules, x: Array, w: Array):
     with use_rules(rules):
-        axis, kept = _model_axis(equation), None
-        moved, front = move_to_front(equation, axis), jnp.moveaxis(w, axis, 0)
+        axis = _model_axis(equation)
+        moved = move_to_front(equation, axis)
+        used = _gathered(moved, jnp.moveaxis(w, axis, 0), x.dtype)
         if name:
-            front = kept = checkpoint_name(_gathered(moved, front, x.dtype), name)
-        y = _multiply(moved, rules, x, front)
-        return _row_major(y) if equation.endswith("BTD") else y, (x, w, kept)
+            used = checkpoint_name(used, name)
+        y = _multiply(moved, x, used)
+        return _row_major(y) if equation.endswith("BTD") else y, (x, w, used if name else None)
 
 
 def _model_axis(equation: str) -> int:
