@@ -39,7 +39,8 @@ class ComputeConfig:
     compiler_options: Literal["tuned", "default"] = "tuned"
     """On TPU: options of bc2_jax/tpu/options.py for its generation, or the compiler's defaults."""
     loss_chunk: int = 1024
-    """Tokens per device whose logits exist at a time in the loss."""
+    """Tokens per device whose logits exist at a time in the loss. If all are one chunk, the head is gathered and its
+    gradient reduced in pieces of the vocabulary, which a TPU overlaps with their matmuls."""
 
     def __post_init__(self) -> None:
         check_fields(self, "compute.", ("attention_block", "loss_chunk"))
