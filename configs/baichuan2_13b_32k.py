@@ -5,8 +5,9 @@ python train.py configs/baichuan2_13b_32k.py --init-from CHECKPOINT --data.sourc
 
 The paper does not train at this length; ALiBi needs no change for it. Rows are packed with
 `tools/tokenize_corpus.py --sequence-length 32768`. Batch, learning rate and number of steps are ours.
-Compile-time estimate (docs/tpu.md) on v5p-256 (v5p:4x4x8, 128 chips, four to a sequence): 45.5 GiB a chip, MFU 0.78,
-2,990 tokens/s a chip. Not yet run on hardware.
+Compile-time estimate (docs/tpu.md) on v5p-256 (v5p:4x4x8, 128 chips, four to a sequence): 59.7 GiB a chip, MFU 0.79,
+3,030 tokens/s a chip, with --mesh.data 4 --mesh.fsdp-inner 1 --compute.loss-chunk 8192
+--compute.remat q,k,v,attention,o,gate,up,down_proj (0.78 without these). Not yet run on hardware.
 """
 
 import dataclasses

@@ -7,15 +7,17 @@ Flags for some slices, with compile-time estimates of tools/aot_compile.py (docs
     v5p-128 (v5p:4x4x4)      --data.global-batch-size 128
                              31.2 GiB, MFU 0.85, 8,660 tokens/s a chip, 54 days
     v5p-512 (v5p:4x8x8)      --data.global-batch-size 512
-                             30.7 GiB, MFU 0.80, 8,170 tokens/s a chip, 14 days
+                             30.8 GiB, MFU 0.86, 8,700 tokens/s a chip, 14 days
     v5p-2048 (v5p:8x8x16)    --mesh.data 16 --data.global-batch-size 1024
-                             19.7 GiB, MFU 0.84, 8,500 tokens/s a chip, 3.5 days
+                             --compute.loss-chunk 4096 --compute.remat q,k,v,attention,o,gate,up,down_proj
+                             22.9 GiB, MFU 0.85, 8,620 tokens/s a chip, 3.4 days
     v5p-8192 (v5p:16x16x16)  --mesh.data 256 --mesh.fsdp 16 --mesh.fsdp-inner 1 --data.global-batch-size 4096
-                             24.4 GiB, MFU 0.76, 7,690 tokens/s a chip, 1.0 days
+                             --compute.loss-chunk 4096 --compute.remat q,k,v,attention,o,gate,up,down_proj
+                             27.1 GiB, MFU 0.79, 7,980 tokens/s a chip, 0.9 days
     2 x v5p-128 (v5p:4x4x4)  --mesh.data 2 --data.global-batch-size 256
-                             31.0 GiB, MFU 0.82, 8,320 tokens/s a chip, 28 days
+                             31.0 GiB, MFU 0.83, 8,480 tokens/s a chip, 28 days
     4 x v5p-256 (v5p:4x4x8)  --mesh.data 4 --data.global-batch-size 1024
-                             30.5 GiB, MFU 0.82, 8,350 tokens/s a chip, 7.0 days
+                             30.5 GiB, MFU 0.84, 8,510 tokens/s a chip, 6.9 days
     v5e-256 (v5e:16x16)      --data.global-batch-size 256 --compute.remat q,k,v,attention,o,up --compute.loss-chunk 2048
                              13.0 GiB (laid out), MFU 0.71, 3,100 tokens/s a chip, 38 days
     v6e-256 (v6e:16x16)      --data.global-batch-size 512 --compute.loss-chunk 2048 --mesh.fsdp 16 --mesh.fsdp-inner 16
