@@ -74,7 +74,7 @@ class LoraLinear(Linear):
         dropout: float = 0.0, keys: Array | None = None,
     ):  # fmt: skip
         """`lora_a` and `lora_b` are modules, so that weights can share one; with `keys` [L] there is dropout."""
-        super().__init__(base.equation, base.weight[...])
+        super().__init__(base.equation, base.weight[...], base.name)
         self.lora_a, self.lora_b, self.scaling, self.dropout = lora_a, lora_b, scaling, dropout
         self.use_dora, self.use_dropout = magnitude is not None, False
         if magnitude is not None:
@@ -87,7 +87,7 @@ class LoraLinear(Linear):
 
     def __call__(self, x: Array) -> Array:
         w, kept = self.weight[...], self._drop(x) if self.use_dropout else x
-        y = linear(self.equation, x, w)
+        y = linear(self.equation, x, w, self.name)
         change = self.lora_b(self.lora_a(kept) * self.scaling)
         if not self.use_dora:
             return y + change

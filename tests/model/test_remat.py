@@ -31,7 +31,7 @@ def equations(jaxpr: jax.extend.core.Jaxpr) -> Iterator[jax.extend.core.JaxprEqn
 
 
 def count_in_gradient(remat: str, primitive: str) -> int:
-    """Operations of this name in the program of a loss and its gradient, with each loop's body once."""
+    """Operations called `primitive` in the program of a loss and its gradient, with each loop's body once."""
     compute = ComputeConfig(dtype="float32", attention_block=16, remat=remat)
     graphdef, params, _ = split_model(MODEL, compute)
 
