@@ -339,6 +339,7 @@ def test_on_a_terminal(server, tmp_path):
         terminal.wait_for(">")
         server.reply = lambda handler, body: handler.refuse(503, "the server is draining.")
         terminal.type("begun\x03")
+        terminal.wait_for("begun")  # the old prompt is drawn once more
         terminal.wait_for(">")
         terminal.type("again\r")
         terminal.wait_for("refuses (503)")
