@@ -204,7 +204,8 @@ class Program:
         return max(found) - self._counter_start(loop, computation)
 
     def _counter_start(self, loop: Instruction, computation: Computation | None) -> int:
-        """1 for a loop whose first iteration the compiler has moved out of it, as it does with several slices."""
+        """The counter before the first iteration; 1 if the compiler has moved that one out of the loop, as it does with
+        several slices."""
         condition = self.computations[loop.attribute("condition") or ""]
         counters = [i for i in condition.instructions if i.opcode == "get-tuple-element" and i.shapes[0].dtype == "s32"]
         index = re.search(r"index=(\d+)", counters[0].attributes) if len(counters) == 1 else None

@@ -33,7 +33,7 @@ class ComputeConfig:
     """What each layer keeps for the backward pass; the rest is computed again. none: everything is kept. full: only the
     layer's input. save_dots: all matmul results. save_projections: those of attention. save_attention: the attention
     result. offload: all matmul results, in host memory. Or a comma-separated list of q, k, v, attention, o, gate, up
-    and down_proj, which is not a result but the gathered weight, for which the backward pass would wait first."""
+    and down_proj; the last is not a result but the gathered weight, without which the backward pass cannot begin."""
     scan_layers: bool = True
     """Compile one layer and loop over it, instead of all layers."""
     compiler_options: Literal["tuned", "default"] = "tuned"

@@ -2,6 +2,7 @@
 
 On a mesh this runs inside `shard_map`: a device has its own tokens and its shard of the vocabulary. The head is
 gathered once for all chunks and its gradient reduced once, so communication does not grow with the number of chunks.
+If there is one chunk, both may go by pieces of the vocabulary, so that a TPU moves one beside the matmul of another.
 """
 
 from __future__ import annotations
@@ -61,12 +62,12 @@ class HeadPart:
 
     @classmethod
     def gather(cls, rows_VD: Array, on_mesh: bool) -> HeadPart:
-        """From the shard [V, D] that this device stores, in the dtype of the hidden states."""
+        """From the shard `rows_VD` [V, D / shards] that this device stores, in the dtype of the hidden states."""
         return cls.gather_pieces(rows_VD, on_mesh, 1)[0]
 
     @classmethod
     def gather_pieces(cls, rows_VD: Array, on_mesh: bool, count: int) -> list[HeadPart]:
-        """The same in at most `count` pieces of the vocabulary, each gathered by itself."""
+        """As `gather`, in `count` pieces of the vocabulary (fewer if it is small), each gathered by itself."""
         V = rows_VD.shape[0]
         # [D, V], so that gather and scatter along D move whole blocks; along the last dimension they would copy first.
         vocab_pad = -V % VOCAB_MULTIPLE if V > VOCAB_MULTIPLE else 0
@@ -106,9 +107,9 @@ class HeadPart:
             logits_TV = jnp.where(self.ids_V == NO_TOKEN, -jnp.inf, logits_TV)
         return logits_TV
 
-    def largest(self, logits_TV: Array) -> Array:
-        """[T] over the whole vocabulary, of which this part is a device's whole shard."""
-        return over(jax.lax.pmax, logits_TV.max(-1), self.vocab_axes)
+    def largest(self, *logits: Array) -> Array:
+        """[T] over the whole vocabulary, from the logits [T, V] of all pieces of this device's shard."""
+        return over(jax.lax.pmax, functools.reduce(jnp.maximum, [x_TV.max(-1) for x_TV in logits]), self.vocab_axes)
 
     def is_label(self, labels_T: Array) -> Array:
         """[T, V] bool. A comparison, since indexing into a sharded dimension would gather it."""
@@ -130,9 +131,10 @@ class HeadPart:
 
 
 def statistics(parts: list[HeadPart], logits: list[Array], labels_T: Array) -> tuple[Statistics, list[Columns]]:
-    """Of the logits of `parts`, which together are this device's shard of the vocabulary."""
+    """Of a chunk of tokens with labels int32 [T]. `logits` [T, V] are those of each of `parts`, which together are this
+    device's shard of the vocabulary."""
     head = parts[0]
-    max_T = over(jax.lax.pmax, functools.reduce(jnp.maximum, [x_TV.max(-1) for x_TV in logits]), head.vocab_axes)
+    max_T = head.largest(*logits)
     columns = [
         Columns(jnp.exp(x_TV - max_T[:, None]), part.is_label(labels_T), x_TV == max_T[:, None])
         for part, x_TV in zip(parts, logits, strict=True)
@@ -150,8 +152,8 @@ def statistics(parts: list[HeadPart], logits: list[Array], labels_T: Array) -> t
 def add_gradients(
     parts: list[HeadPart], h_TD: Array, d_logits: list[Array], d_rows: list[Array] | None
 ) -> tuple[Array, list[Array] | None]:
-    """The gradient of `h_TD`, and `d_rows` plus the gradients of `rows_DV` from this device's tokens (None stays None);
-    `parts` as in `statistics`."""
+    """The gradient of `h_TD`, and each of `d_rows` [D, V] plus the gradient of its part's `rows_DV` from this device's
+    tokens (None stays None). `d_logits` [T, V] are those of each of `parts`, as in `statistics`."""
     head = parts[0]
     d_logits = [x_TV.astype(h_TD.dtype) for x_TV in d_logits]
     if d_rows is not None:

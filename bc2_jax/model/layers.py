@@ -61,7 +61,7 @@ class Linear(Weight):
 
     def __init__(self, equation: str, value: Array, name: str | None = None):
         """`value` is [L, ...] in the order of the equation's weight. With a `name`, one of `REMAT_NAMES`,
-        the gathered weight is kept for the backward pass."""
+        the backward pass uses the weight that was gathered for the forward pass, if remat keeps it."""
         self.equation, self.name = equation, name
         super().__init__(value, self.stacked_axes)
 
@@ -69,7 +69,7 @@ class Linear(Weight):
     def random(
         cls, equation: str, shape: tuple[int, ...], stddev: float, *, rngs: nnx.Rngs, name: str | None = None
     ) -> Linear:
-        """Weights [L, ...] from N(0, stddev)."""
+        """Weights [L, ...] from N(0, stddev); `name` as in the constructor."""
         return cls(equation, cls.normal(rngs, shape, ("layers", *weight_axes(equation)), stddev).weight[...], name)
 
     @property
@@ -115,13 +115,15 @@ def _matmul(equation: str, x: Array, y: Array, out_sharding: NamedSharding | Non
 
 
 def _multiply(equation: str, x: Array, used: Array) -> Array:
-    """With a gathered weight."""
+    """`linear` with a gathered weight."""
     out_sharding = named_sharding(*(ACTIVATION_AXES[letter] for letter in split_equation(equation)[2]))
     y = jnp.einsum(equation, x, used, preferred_element_type=sum_dtype(equation, x), out_sharding=out_sharding)
     return y.astype(x.dtype)
 
 
-def _linear_forward(equation: str, name: str | None, rules: ShardingRules, x: Array, w: Array):
+def _linear_forward(
+    equation: str, name: str | None, rules: ShardingRules, x: Array, w: Array
+) -> tuple[Array, tuple[Array, Array, Array | None]]:
     with use_rules(rules):
         axis = _model_axis(equation)
         moved = move_to_front(equation, axis)

@@ -20,7 +20,8 @@ from bc2_jax.model.head_chunks import HeadPart, add_gradients, cut_tokens, join_
 from bc2_jax.sharding import named_sharding, rules_in_use, spec, use_rules
 
 PIECES = 4
-"""Of the vocabulary, if all tokens of a device are one chunk: TPUs gather one while they compute with another."""
+"""Pieces of the vocabulary in which the head is gathered and its gradient reduced, if a device's tokens are one chunk.
+With several, the loop over them needs the whole head before it begins and has the gradient only at its end."""
 
 
 class LossSums(NamedTuple):

@@ -11,7 +11,9 @@ from flax import nnx
 
 from bc2_jax.config import ComputeConfig, ModelConfig
 from bc2_jax.config.compute import REMAT_NAMES
+from bc2_jax.config.lora import LoraConfig
 from bc2_jax.model.baichuan import split_model
+from bc2_jax.model.lora import abstract_adapter, with_adapter
 
 MODEL = ModelConfig(
     hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, position_embedding="alibi",
@@ -30,15 +32,17 @@ def equations(jaxpr: jax.extend.core.Jaxpr) -> Iterator[jax.extend.core.JaxprEqn
                 yield from equations(getattr(inner, "jaxpr", inner))
 
 
-def count_in_gradient(remat: str, primitive: str) -> int:
+def count_in_gradient(remat: str, primitive: str, lora: LoraConfig | None = None) -> int:
     """Operations called `primitive` in the program of a loss and its gradient, with each loop's body once."""
     compute = ComputeConfig(dtype="float32", attention_block=16, remat=remat)
     graphdef, params, _ = split_model(MODEL, compute)
+    trained = abstract_adapter(lora, MODEL, None) if lora else params
 
-    def loss(params, ids):
-        return nnx.merge(graphdef, params).hidden_states(ids).sum()
+    def loss(trained, params, ids):
+        model = nnx.merge(graphdef, params)
+        return (with_adapter(model, lora, trained) if lora else nnx.merge(graphdef, trained)).hidden_states(ids).sum()
 
-    program = jax.make_jaxpr(jax.grad(loss))(params, jax.ShapeDtypeStruct((2, 16), jnp.int32))
+    program = jax.make_jaxpr(jax.grad(loss))(trained, params, jax.ShapeDtypeStruct((2, 16), jnp.int32))
     return sum(equation.primitive.name == primitive for equation in equations(program.jaxpr))
 
 
@@ -49,6 +53,7 @@ def test_what_is_kept_is_not_computed_again(remat: str):
     assert saved == sum(MATMULS[name] for name in kept)
 
 
-def test_a_gathered_weight_that_is_kept_is_not_gathered_again(mesh_of):
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2, targets=("down_proj",))], ids=["whole", "adapter"])
+def test_a_gathered_weight_that_is_kept_is_not_gathered_again(lora: LoraConfig | None, mesh_of):
     with jax.set_mesh(mesh_of(1, 2, 1)):
-        assert count_in_gradient("full", "reshard") - count_in_gradient("down_proj", "reshard") == 1
+        assert count_in_gradient("full", "reshard", lora) - count_in_gradient("down_proj", "reshard", lora) == 1

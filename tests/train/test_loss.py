@@ -81,9 +81,9 @@ def test_loss_and_every_gradient_equal_pytorch(golden, variant: dict):
     assert_golden(golden, golden_loss(golden, compute, golden.params, golden_batch(golden)))
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 2), (2, 2, 2)], ids=str)
-def test_loss_and_every_gradient_on_a_mesh_equal_pytorch(golden, shape: tuple[int, int, int], mesh_of):
-    mesh, compute = mesh_of(*shape), ComputeConfig(dtype="float32", attention_block=8, loss_chunk=13)
+@pytest.mark.parametrize(("shape", "remat"), [((1, 4, 2), "full"), ((2, 2, 2), "gate,up,down_proj")], ids=str)
+def test_loss_and_every_gradient_on_a_mesh_equal_pytorch(golden, shape: tuple[int, int, int], remat: str, mesh_of):
+    mesh, compute = mesh_of(*shape), ComputeConfig(dtype="float32", attention_block=8, loss_chunk=13, remat=remat)
     params = jax.device_put(golden.params, param_shardings(golden.config, mesh))
     batch = jax.device_put(golden_batch(golden, repeat=4), NamedSharding(mesh, RULES.spec("batch", "sequence")))
     with jax.set_mesh(mesh):
