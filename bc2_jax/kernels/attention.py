@@ -20,6 +20,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from bc2_jax.kernels.segments import can_see
+from bc2_jax.kernels.transposed import multiply_transposed
 
 # Finite, so that a fully masked row never computes inf - inf.
 MASKED = -1e30
@@ -143,8 +144,8 @@ def _flash_backward(residuals, d_out):
         dp = matmul("BNTH,BNSH->BNTS", d_out[i], v[j])
         ds = (p * (dp - delta[i][..., None]) * scale).astype(q.dtype)
         dq = dq.at[i].add(matmul("BNTS,BNSH->BNTH", ds, k[j]))
-        dk = dk.at[j].add(matmul("BNTS,BNTH->BNSH", ds, q[i]))
-        dv = dv.at[j].add(matmul("BNTS,BNTH->BNSH", p.astype(v.dtype), d_out[i]))
+        dk = dk.at[j].add(multiply_transposed("BNTS,BNTH->BNSH", ds, q[i]))
+        dv = dv.at[j].add(multiply_transposed("BNTS,BNTH->BNSH", p.astype(v.dtype), d_out[i]))
         return (dq, dk, dv), None
 
     start = tuple(jnp.zeros_like(x, jnp.float32) for x in (q, k, v))

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from bc2_jax.kernels.transposed import multiply_transposed
 from bc2_jax.sharding import all_gather, mesh_axes, reduce_scatter
 
 VOCAB_MULTIPLE = 1024
@@ -158,7 +159,7 @@ def add_gradients(
     d_logits = [x_TV.astype(h_TD.dtype) for x_TV in d_logits]
     if d_rows is not None:
         d_rows = [
-            d_rows_DV + jnp.einsum("TD,TV->DV", h_TD, x_TV, preferred_element_type=head.exact)
+            d_rows_DV + multiply_transposed("TD,TV->DV", h_TD, x_TV, head.exact)
             for d_rows_DV, x_TV in zip(d_rows, d_logits, strict=True)
         ]
     d_h = [

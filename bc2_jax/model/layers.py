@@ -13,6 +13,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import NamedSharding
 
 from bc2_jax.config import ComputeConfig, ModelConfig
+from bc2_jax.kernels.transposed import multiply_transposed
 from bc2_jax.model.equations import (
     ACTIVATION_AXES,
     EQUATIONS,
@@ -168,18 +169,7 @@ def _linear_backward(equation, name, rules, residuals, dy):
     equation, w = move_to_front(equation, axis), jnp.moveaxis(w, axis, 0)
     x_dims, w_dims, y_dims = split_equation(equation)
 
-    def weight_gradient_on_cpu(x: Array, dy: Array) -> Array:
-        # XLA:CPU has a fast bf16 kernel for rows times columns, but not for the transposed left side of x.T @ dy. The
-        # barrier keeps it from folding the transposition back; the batch dimension of 1 gives the copy a plain layout.
-        count = len(set(x_dims) - set(w_dims))
-        x_t = jax.lax.optimization_barrier(jnp.moveaxis(x, range(count), range(-count, 0)))[None]
-        moved = x_dims[count:] + x_dims[:count]
-        return _matmul(f"Z{moved},Z{y_dims}->Z{w_dims}", x_t, dy[None])[0]
-
-    def weight_gradient(x: Array, dy: Array) -> Array:
-        """Of one device's tokens, in fp32."""
-        matmul = functools.partial(_matmul, f"{x_dims},{y_dims}->{w_dims}")
-        return jax.lax.platform_dependent(x, dy, cpu=weight_gradient_on_cpu, default=matmul)
+    weight_gradient = functools.partial(multiply_transposed, f"{x_dims},{y_dims}->{w_dims}")
 
     with use_rules(rules):
         x_sharding = None if named_sharding() is None else jax.typeof(x).sharding

@@ -19,7 +19,7 @@ from jax import Array
 from bc2_jax.data.batch import AbstractBatch, Batch, Rows
 from bc2_jax.data.row_batches import no_fields
 from bc2_jax.model.baichuan import Baichuan2, Params
-from bc2_jax.sharding import place_shapes
+from bc2_jax.sharding import place_shapes, platform
 from bc2_jax.train.health import EMPTY, batch_checksum, keep_unless, norm_metrics
 from bc2_jax.train.optimizer import Optimizer
 
@@ -263,9 +263,10 @@ def lower_train_step(
     norms: bool = True,
     updates: int = 1,
 ) -> jax.stages.Lowered:  # fmt: skip
-    """Lowers the jitted step for these arguments, arrays or shapes; it donates the state alone."""
+    """Lowers the jitted step for these arguments, arrays or shapes; it donates the state alone, on a CPU nothing."""
     step = make_train_step(objective, optimizer, norms, updates)
-    return jax.jit(step, donate_argnums=0).lower(state, frozen, batch)
+    # XLA:CPU would not update the state in place: it copies all of it first, which takes the same memory and more time.
+    return jax.jit(step, donate_argnums=() if platform() == "cpu" else 0).lower(state, frozen, batch)
 
 
 def make_eval_step(objective: Objective) -> Callable[[Params, Params, Batch], Parts]:
