@@ -74,11 +74,11 @@ class GroupedQueryAttention(SelfAttention):
     def _attend(self, q: Array, k: Array, v: Array, tokens: Tokens, rope: tuple[Array, Array] | None = None) -> Array:
         B, T, N, H = q.shape
 
-        def repeat(x: Array) -> Array:
+        def repeat(x: Array, name: str) -> Array:
             K = x.shape[2]
-            return jnp.broadcast_to(x[:, :, :, None], (B, T, K, N // K, H)).reshape(q.shape)
+            return jnp.broadcast_to(checkpoint_name(x, name)[:, :, :, None], (B, T, K, N // K, H)).reshape(q.shape)
 
-        return super()._attend(q, repeat(k), repeat(v), tokens, rope)
+        return super()._attend(q, repeat(k, "k_once"), repeat(v, "v_once"), tokens, rope)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,8 @@ class Published:
     """Per chip and step."""
     step_seconds: float
     saved: tuple[str, ...]
-    """What its remat policy keeps of a layer in HBM, by our names; "input" is the layer's input."""
+    """What its remat policy keeps of a layer in HBM, by our names; "input" is the layer's input, "k_once" and "v_once" are
+    keys and values before they are repeated."""
     offloaded: tuple[str, ...]
     """What it keeps in host memory."""
     options: tuple[str, ...]
@@ -155,7 +156,7 @@ PUBLISHED = {
     ),
     "llama2-70b-v6e": Published(
         model=_LLAMA2_70B, num_parameters=68_976_648_192, topology="v6e:16x16", length=4096, sequences=2,
-        step_seconds=9.052, saved=("input",), offloaded=("q", "k", "v"),
+        step_seconds=9.052, saved=("input",), offloaded=("q", "k_once", "v_once"),
         options=(*_VMEM, *_FUSED_GATHERS, *_SPARSE_CORE_REDUCTIONS),
     ),
     "llama2-70b-v6e-full": Published(
@@ -164,7 +165,7 @@ PUBLISHED = {
     ),
     "llama31-70b-v6e": Published(
         model=_LLAMA31_70B, num_parameters=70_553_706_496, topology="v6e:16x16", length=8192, sequences=5,
-        step_seconds=42.656, saved=(), offloaded=("input", "q", "k", "v"),
+        step_seconds=42.656, saved=(), offloaded=("input", "q", "k_once", "v_once"),
         options=(*_VMEM, *_SCATTER_LAYOUT, *_FUSED_GATHERS, *_HOST_OFFLOAD),
     ),
 }  # fmt: skip
