@@ -95,8 +95,8 @@ class Published:
     """Per chip and step."""
     step_seconds: float
     saved: tuple[str, ...]
-    """What its remat policy keeps of a layer in HBM, by our names; "input" is the layer's input, "k_once" and "v_once" are
-    keys and values before they are repeated."""
+    """What its remat policy keeps of a layer in HBM, by our names; "input" is the layer's input, "k_once" and "v_once"
+    are keys and values before they are repeated."""
     offloaded: tuple[str, ...]
     """What it keeps in host memory."""
     options: tuple[str, ...]
