@@ -7,14 +7,14 @@ scheduled on cores by list scheduling; a stage starts when the one before has en
 the costs on one is printed beside the measured time. Then costs are scaled to more text:
 
 tasks        cost per byte, in units of --unit megabytes
-dataframe    the rest of exact, near and spans, which the engine partitions: cost per document, over all cores, and
-             --shuffle bytes a document over the network
+dataframe    the rest of exact, near, spans and dense, which the engine partitions: cost per document, over all cores,
+             and --shuffle bytes a document over the network
 pairs        the dense stage's comparison: documents^2 / clusters, cut into tasks of at most 2^17 documents
-one process  the fit of a sample (constant), and weights and descriptions (cost per document)
+one process  the fit of clusters to a sample (constant), and the rest of the other stages
 
 Reading and writing are bounded by --bandwidth a machine. Measure on a machine that does nothing else.
 
-The constants below and the defaults of --weights, --shuffle and --bandwidth are assumptions. Figures: docs/data.md.
+The constants below and the defaults of --shuffle and --bandwidth are assumptions. Figures: docs/data.md.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from rich.table import Table
 
 CORES_PER_MACHINE = 32
 MACHINES = (1, 4, 16, 64, 256, 1024)
-DATAFRAMES = ("exact", "near", "spans")
+DATAFRAMES = ("exact", "near", "spans", "dense")
 # Assumed, not measured: bytes read and written in a run for each byte of raw text.
 IO_PER_BYTE = 4.0
 # Assumed, not measured: FLOP/s of one core in the blocks of cosines, float32.
@@ -76,6 +76,7 @@ def measure(raw: str, out: str, cores: int) -> dict[str, Any]:
 def run_here(raw: str, out: str, cores: int) -> dict[str, Any]:
     """The seconds of each stage, of each of its tasks and of the whole."""
     os.sched_setaffinity(0, range(cores))
+    from bc2_jax.curate import clustering
     from bc2_jax.curate.config import CurationConfig
     from bc2_jax.curate.engine import Engine
     from bc2_jax.curate.pipeline import curate
@@ -102,12 +103,22 @@ def run_here(raw: str, out: str, cores: int) -> dict[str, Any]:
         nonlocal current
         current = stage
 
+    fit, fitting = clustering.fit, [0.0]
+
+    def timed_fit(*arguments: Any) -> Any:
+        begin = time.perf_counter()
+        centroids = fit(*arguments)
+        fitting.append(time.perf_counter() - begin)
+        return centroids
+
+    clustering.fit = timed_fit
     begin = time.perf_counter()
     report = curate([raw], out, CurationConfig(), TimedEngine(), show)
     return {
         "seconds": time.perf_counter() - begin,
         "stages": {stage["name"]: stage["seconds"] for stage in report["stages"]},
         "tasks": stages,
+        "fit": sum(fitting),
         "documents": report["read"]["documents"],
         "bytes": report["read"]["bytes"],
     }
@@ -150,14 +161,14 @@ def simulate(costs: Sequence[Cost], run: dict[str, Any], size: float, machines: 
             wall += -(-units // cores) * each
             work += in_tasks
             longest = max(longest, each)
+        constant = cost.rest
         if cost.name in DATAFRAMES:
-            work += cost.rest * scale
-            wall += cost.rest * scale / cores + documents * args.shuffle / (machines * args.bandwidth * 1e9)
-        elif cost.name == "dense":
-            # The fit's sample does not grow; weights and descriptions do.
-            serial += cost.rest / 2 + args.weights * documents
-        else:
-            serial += cost.rest
+            # The fit's sample does not grow.
+            constant = min(run["fit"], cost.rest) if cost.name == "dense" else 0.0
+            frames = (cost.rest - constant) * scale
+            work += frames
+            wall += frames / cores + documents * args.shuffle / (machines * args.bandwidth * 1e9)
+        serial += constant
     clusters = min(args.clusters, max(1, documents / DOCUMENTS_PER_CLUSTER))
     members = CLUSTERS_PER_DOCUMENT * documents / clusters
     pair_work = clusters * members**2 / 2 * 2 * DIM / PAIR_FLOPS
@@ -177,7 +188,6 @@ def main() -> None:
     parser.add_argument("--unit", type=float, default=24.0, help="megabytes of text of a task")
     parser.add_argument("--bandwidth", type=float, default=1.0, help="GB/s of a machine to storage and to the others")
     parser.add_argument("--shuffle", type=float, default=2000.0, help="bytes a document that a dataframe stage moves")
-    parser.add_argument("--weights", type=float, default=2e-6, help="seconds a document of weights in one process")
     parser.add_argument("--clusters", type=int, default=MOST_CLUSTERS)
     parser.add_argument("--terabytes", type=float, nargs="+", default=(0.01, 1.0, 10.0))
     parser.add_argument("--json", type=Path)

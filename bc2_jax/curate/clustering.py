@@ -11,7 +11,7 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -182,49 +182,79 @@ def _place(points: np.ndarray, rows: int, mesh: Mesh) -> Array:
     return jax.device_put(padded, NamedSharding(mesh, spec("batch", None)))
 
 
-def describe_clusters(
+def largest_clusters(sizes: np.ndarray) -> list[int]:
+    """The clusters to describe, largest first; of equal sizes the lower number comes first."""
+    return [int(c) for c in np.argsort(-sizes, kind="stable")[:_DESCRIBED] if sizes[c]]
+
+
+def members_of(
+    chosen: Sequence[int],
     clusters: np.ndarray,
+    docs: np.ndarray,
     cosines: np.ndarray,
     scores: np.ndarray,
     sources: np.ndarray,
     languages: np.ndarray,
-    read: Callable[[Sequence[int]], Sequence[str]],
 ) -> list[dict[str, Any]]:
-    """The largest clusters, largest first, as JSON: sizes, mean scores, sources, languages, words and examples.
+    """What `describe_clusters` needs of the `chosen` clusters from a part of the corpus, as JSON, in their order.
 
-    `clusters` int [n] and `cosines` float [n] are the nearest centroid of each document (`assign`). `read` gives the
-    texts of some documents; it is called once, for the documents nearest to the centroids. Words are the most
-    distinctive ones of these documents (the number of documents times log(clusters / clusters with the word)), in
-    Chinese pairs of characters. Examples are the beginnings of the nearest documents, nearest first.
+    `clusters` int [n] and `cosines` float [n] are the nearest centroid of each document (`assign`), `docs` int [n]
+    their numbers.
     """
-    sizes = np.bincount(clusters) if len(clusters) else np.empty(0, np.int64)
-    # Of equal sizes the lower number comes first, of equal cosines the earlier document.
-    largest = [int(c) for c in np.argsort(-sizes, kind="stable")[:_DESCRIBED] if sizes[c]]
-    order = np.lexsort((-cosines, clusters))
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    members = [order[starts[c] : starts[c + 1]] for c in largest]
-    nearest = [documents[:_READ_DOCUMENTS].tolist() for documents in members]
-    all_texts = iter(read([document for documents in nearest for document in documents]))
-    texts = [[next(all_texts) for _ in documents] for documents in nearest]
+    found = []
+    for cluster in chosen:
+        here = np.flatnonzero(clusters == cluster)
+        nearest = here[np.lexsort((docs[here], -cosines[here]))[:_READ_DOCUMENTS]]
+        found.append(
+            {
+                "documents": len(here),
+                "score": float(np.sum(scores[here], dtype=np.float64)),
+                "sources": Counter(sources[here].tolist()),
+                "languages": Counter(languages[here].tolist()),
+                "nearest": [[-float(cosines[i]), int(docs[i])] for i in nearest],
+            }
+        )
+    return found
+
+
+def describe_clusters(
+    chosen: Sequence[int], parts: Sequence[list[dict[str, Any]]], read: Callable[[Sequence[int]], Sequence[str]]
+) -> list[dict[str, Any]]:
+    """The `chosen` clusters as JSON: sizes, mean scores, sources, languages, words and examples.
+
+    `parts` are `members_of` of all parts of the corpus. `read` gives the texts of documents by their numbers; it is
+    called once, for the documents nearest to the centroids, of equal ones the earlier. Words are the most distinctive
+    ones of these documents (the number of documents times log(clusters / clusters with the word)), in Chinese pairs of
+    characters. Examples are the beginnings of the nearest documents, nearest first.
+    """
+    members = [[part[place] for part in parts] for place in range(len(chosen))]
+    nearest = [
+        sorted(row for part in of_cluster for row in part["nearest"])[:_READ_DOCUMENTS] for of_cluster in members
+    ]
+    all_texts = iter(read([doc for rows in nearest for _, doc in rows]))
+    texts = [[next(all_texts) for _ in rows] for rows in nearest]
     counts = [Counter(word for text in of_cluster for word in set(_words(text))) for of_cluster in texts]
     occurs = Counter(word for counter in counts for word in counter)
     return [
         {
             "cluster": cluster,
-            "documents": len(documents),
-            "score": round(float(np.mean(scores[documents], dtype=np.float64)), 4),
-            "sources": _most_frequent(sources[documents]),
-            "languages": _most_frequent(languages[documents]),
-            "words": _distinctive(counter, occurs, len(largest))[:_WORDS],
-            "examples": [text[:_EXAMPLE_CHARACTERS] for text in of_cluster[:_EXAMPLES]],
+            "documents": (documents := sum(part["documents"] for part in of_cluster)),
+            "score": round(math.fsum(part["score"] for part in of_cluster) / documents, 4),
+            "sources": _most_frequent(part["sources"] for part in of_cluster),
+            "languages": _most_frequent(part["languages"] for part in of_cluster),
+            "words": _distinctive(counter, occurs, len(chosen))[:_WORDS],
+            "examples": [text[:_EXAMPLE_CHARACTERS] for text in beginnings[:_EXAMPLES]],
         }
-        for cluster, documents, of_cluster, counter in zip(largest, members, texts, counts, strict=True)
+        for cluster, of_cluster, beginnings, counter in zip(chosen, members, texts, counts, strict=True)
     ]
 
 
-def _most_frequent(names: np.ndarray) -> list[str]:
-    values, counts = np.unique(names.astype(str), return_counts=True)
-    return [str(values[i]) for i in np.argsort(-counts, kind="stable")[:_NAMES]]
+def _most_frequent(parts: Iterable[dict[str, int]]) -> list[str]:
+    """Names by their counts in all parts; of equally frequent ones the first in the alphabet comes first."""
+    sums: Counter[str] = Counter()
+    for part in parts:
+        sums.update(part)
+    return sorted(sums, key=lambda name: (-sums[name], name))[:_NAMES]
 
 
 def _words(text: str) -> Iterator[str]:

@@ -5,8 +5,9 @@ changed a quarter of the 5-token shingles are gone, and few bands of MinHash row
 features falls by a few percent only. It is coarse and nearly blind to order, so the signatures verify each candidate.
 
 Tasks find the nearest clusters of batches of shards and write features and signatures sorted by cluster; other tasks
-compare the documents of some clusters. This process holds a few numbers a document: for the fit a sample of features,
-for weights and descriptions cluster, score, source, language and size.
+compare the documents of some clusters. Weights take three passes of tasks over the batches: they count scores, then
+what `weights.Weigher` makes of them, then write weights. This process fits clusters to a sample of features and adds up
+counts; it holds no number for each document but which of them are copies.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from bc2_jax.curate.engine import Result, Run, Runner, Stage
 from bc2_jax.curate.features import mean_hidden_states, unit_rows
 from bc2_jax.curate.filtering import model_state
 from bc2_jax.curate.minhash import similarity
-from bc2_jax.curate.shards import binary_rows
+from bc2_jax.curate.shards import binary_rows, decisions_for, replace_table
 from bc2_jax.curate.stages import decide, survivors
 from bc2_jax.curate.storage import Folder
-from bc2_jax.curate.weights import sampling_weights
+from bc2_jax.curate.weights import Weigher, add_counts, count_factors, count_scores
 
 if TYPE_CHECKING:
     from daft import DataFrame
@@ -61,20 +62,23 @@ class DenseCopies(Stage):
         if config.embedding.model:
             embedded = runner.map(self._embed, runner.shards)
             vectors, dim = "dense/features", embedded[0]["dim"]
-        tables = _documents(runner)
-        documents = pa.concat_tables(tables.values()).combine_chunks()
-        docs, copies = documents["doc"].to_numpy(), None
-        topics: list[dict[str, Any]] = []
-        empty = {"doc": docs, "cluster": np.empty(0, np.int64), "weight": np.empty(0, np.float32)}
-        if len(docs):
-            centroids = clustering.fit(_Points(runner, vectors, docs, dim), config.clusters)
-            nearest, cosines = _assign_all(runner, centroids, vectors, {name: len(t) for name, t in tables.items()})
-            if config.dense.enabled:
-                copies = _find_copies(runner, np.bincount(nearest[nearest >= 0]))
-            placed, topics = _place(documents, nearest[:, 0], cosines, len(centroids), copies, runner.run)
+        counts = runner.map(_count, runner.shards, suffix="-left")
+        sizes = {name: count["documents"] for name, count in zip(runner.shards, counts, strict=True)}
+        if not sum(sizes.values()):
+            decide(None, runner.table("filter/shards", ["doc", "id"]), runner.folder)
+            empty = {"doc": np.empty(0, np.int64), "cluster": np.empty(0, np.int64), "weight": np.empty(0, np.float32)}
+            (runner.folder / "placed").write_table("placed.parquet", pa.table(empty))
+            return []
+        centroids = clustering.fit(_Points(runner, vectors, sizes, dim), config.clusters)
+        batches = _batches(sizes)
+        assigned = runner.map(
+            functools.partial(_assign, centroids, vectors, batches), list(batches), suffix="-assigned"
+        )
+        copies = None
+        if config.dense.enabled:
+            copies = _find_copies(runner, _sum_counts(assigned, "members", len(centroids)))
         decide(copies, runner.table("filter/shards", ["doc", "id"]), runner.folder)
-        (runner.folder / "placed").write_table("placed.parquet", placed if len(docs) else pa.table(empty))
-        return topics
+        return _place(runner, batches, len(centroids), sum(sizes.values()))
 
     def _embed(self, run: Run, name: str) -> Result:
         """Dense features of a shard by a model, of the documents that near copies and benchmarks left."""
@@ -85,15 +89,16 @@ class DenseCopies(Stage):
         return {"dim": features.shape[1]}
 
 
-def _documents(runner: Runner) -> dict[str, pa.Table]:
-    """Number, source, language, score and bytes of the documents that are compared, by shard, in order."""
-    work = runner.run.work
-    decisions = [(work / stage / "decisions").select(None, ["doc"])["doc"].to_numpy() for stage in _EARLIER]
-    dropped, tables = np.concatenate(decisions), {}
-    for file in (work / "filter" / "features").names(".parquet"):
-        table = (work / "filter" / "features").read_table(file, ["doc", "source", "language", "score", "bytes"])
-        tables[file.removesuffix(".parquet")] = table.filter(pa.array(~np.isin(table["doc"].to_numpy(), dropped)))
-    return tables
+def _left(run: Run, name: str, columns: list[str], stages: Sequence[str] = _EARLIER) -> pa.Table:
+    """Columns of the features of a shard's documents that some stages did not decide to drop."""
+    table = (run.work / "filter" / "features").read_table(f"{name}.parquet", ["doc", *columns])
+    gone = [decisions_for(run.work / stage / "decisions", name)["doc"].to_numpy() for stage in stages]
+    return table.filter(pa.array(~np.isin(table["doc"].to_numpy(), np.concatenate(gone))))
+
+
+def _count(run: Run, name: str) -> Result:
+    """The number of documents of a shard that are compared."""
+    return {"documents": _left(run, name, []).num_rows}
 
 
 class _Points:
@@ -101,34 +106,48 @@ class _Points:
 
     ndim, dtype = 2, np.dtype(np.float16)
 
-    def __init__(self, runner: Runner, folder: str, docs: np.ndarray, dim: int) -> None:
-        self.shape: tuple[int, ...] = (len(docs), dim)
-        self._runner, self._folder, self._docs = runner, folder, docs
-        self._read_docs, self._read_rows = np.empty(0, np.int64), np.empty((0, dim), np.float16)
+    def __init__(self, runner: Runner, folder: str, sizes: dict[str, int], dim: int) -> None:
+        """`sizes` are the documents of each shard."""
+        self.shape: tuple[int, ...] = (sum(sizes.values()), dim)
+        self._runner, self._folder, self._names = runner, folder, list(sizes)
+        self._ends = np.cumsum(list(sizes.values()))
+        self._places, self._rows = np.empty(0, np.int64), np.empty((0, dim), np.float16)
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         """The features of some rows; those of the last reading are not read again."""
-        import daft
+        if not np.isin(rows, self._places).all():
+            self._places = np.unique(rows)
+            shards = np.searchsorted(self._ends, self._places, side="right")
+            starts = np.concatenate([[0], self._ends])
+            wanted = {
+                self._names[shard]: (self._places[shards == shard] - starts[shard]).tolist()
+                for shard in np.unique(shards).tolist()
+            }
+            sample = self._runner.folder / "sample"
+            sample.remove()  # of an earlier reading
+            work = functools.partial(_sample, self._folder, self._runner.run)
+            for _ in self._runner.engine.map(work, list(wanted.items())):
+                pass
+            tables = [sample.read_table(f"{name}.parquet") for name in wanted]
+            self._rows = np.concatenate([_rows(table["feature"], np.float16) for table in tables])
+            sample.remove()
+        return self._rows[np.searchsorted(self._places, rows)]
 
-        docs = self._docs[rows]
-        if not np.isin(docs, self._read_docs).all():
-            wanted = daft.from_pydict({"doc": np.unique(docs)})
-            table = self._runner.table(self._folder, ["doc", "feature"]).join(wanted, on="doc").sort("doc").to_arrow()
-            self._read_docs = table["doc"].to_numpy()
-            self._read_rows = _rows(table["feature"].cast(pa.binary(2 * self.shape[1])), np.float16)
-        return self._read_rows[np.searchsorted(self._read_docs, docs)]
+
+def _sample(vectors: str, run: Run, task: tuple[str, list[int]]) -> None:
+    """Writes the features of some rows of a shard, which count only its documents that are compared."""
+    name, rows = task
+    docs = _left(run, name, [])["doc"].take(pa.array(rows))
+    table = (run.work / vectors).read_table(f"{name}.parquet", ["doc", "feature"])
+    found = table.filter(pa.array(np.isin(table["doc"].to_numpy(), docs.to_numpy()))).select(["feature"])
+    (run.work / DenseCopies.name / "sample").write_table(f"{name}.parquet", found)
 
 
-def _assign_all(
-    runner: Runner, centroids: np.ndarray, vectors: str, sizes: dict[str, int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """(nearest clusters int32 [n, top], cosines float32 [n] of the first) of the documents of all shards, in order.
-
-    `sizes` are the documents of each shard.
-    """
+def _batches(sizes: dict[str, int]) -> dict[str, list[str]]:
+    """Shards whose clusters one task finds, by the name of the task. `sizes` are the documents of each shard."""
     most = min(max(sum(sizes.values()) // _BATCHES, _FEWEST_BATCH), _MOST_BATCH)
     batches: list[list[str]] = []
     left = 0
@@ -139,21 +158,14 @@ def _assign_all(
         if size:
             batches[-1].append(name)
             left -= size
-    names = [f"{number:06d}" for number in range(len(batches))]
-    work = functools.partial(_assign, centroids, vectors, dict(zip(names, batches, strict=True)))
-    runner.map(work, names, suffix="-assigned")
-    tables = [(runner.folder / "assigned").read_table(f"{name}.parquet") for name in names]
-    found = pa.concat_tables(tables)
-    return _rows(found["clusters"], np.int32), found["cosine"].to_numpy()
+    return {f"{number:06d}": batch for number, batch in enumerate(batches)}
 
 
 def _assign(centroids: np.ndarray, vectors: str, batches: dict[str, list[str]], run: Run, name: str) -> Result:
-    """Writes the nearest clusters of the documents of a batch of shards, and these documents sorted by cluster."""
-    decisions = [(run.work / stage / "decisions").select(None, ["doc"])["doc"].to_numpy() for stage in _EARLIER]
-    dropped, docs, features, signatures = np.concatenate(decisions), [], [], []
+    """Writes the nearest cluster of each document of a batch, and these documents sorted by all clusters near them."""
+    docs, features, signatures = [], [], []
     for shard in batches[name]:
-        table = (run.work / "filter" / "features").read_table(f"{shard}.parquet", ["doc", "signature"])
-        table = table.filter(pa.array(~np.isin(table["doc"].to_numpy(), dropped)))
+        table = _left(run, shard, ["signature"])
         # A model's features are only those of the documents that are left.
         feature = (run.work / vectors).read_table(f"{shard}.parquet", ["doc", "feature"])
         feature = feature.filter(pa.array(np.isin(feature["doc"].to_numpy(), table["doc"].to_numpy())))
@@ -164,7 +176,7 @@ def _assign(centroids: np.ndarray, vectors: str, batches: dict[str, list[str]], 
     config = run.config.dense
     nearest, cosines = clustering.assign(feature_ND, centroids, config.clusters_per_document)
     folder = run.work / DenseCopies.name
-    columns = {"clusters": binary_rows(nearest), "cosine": cosines[:, 0]}
+    columns = {"doc": doc_N, "cluster": nearest[:, 0].astype(np.int64), "cosine": cosines[:, 0]}
     (folder / "assigned").write_table(f"{name}.parquet", pa.table(columns))
     if config.enabled:
         keys = nearest.ravel()
@@ -173,7 +185,21 @@ def _assign(centroids: np.ndarray, vectors: str, batches: dict[str, list[str]], 
         members = {"key": keys[order].astype(np.int64), "doc": doc_N[rows]}
         members |= {"feature": binary_rows(feature_ND[rows]), "signature": binary_rows(signature_NS[rows])}
         (folder / "members").write_table(f"{name}.parquet", pa.table(members), rows=_MEMBER_ROWS)
-    return {"documents": len(doc_N)}
+    return {"documents": len(doc_N), "members": _count_clusters(nearest[nearest >= 0])}
+
+
+def _count_clusters(clusters: np.ndarray) -> list[list[int]]:
+    """[cluster, documents] of the clusters that occur."""
+    return np.stack(np.unique(clusters, return_counts=True), axis=1).tolist()
+
+
+def _sum_counts(results: Sequence[Result], field: str, clusters: int) -> np.ndarray:
+    """int64 [clusters]: the documents of each cluster, from the counts of all tasks."""
+    sums = np.zeros(clusters, np.int64)
+    for result in results:
+        counts = np.array(result[field], np.int64).reshape(-1, 2)
+        sums[counts[:, 0]] += counts[:, 1]
+    return sums
 
 
 def _find_copies(runner: Runner, sizes: np.ndarray) -> DataFrame:
@@ -227,26 +253,71 @@ def _compare(run: Run, name: str) -> Result:
     return {"pairs": len(pairs.first)}
 
 
-def _place(
-    documents: pa.Table, nearest: np.ndarray, cosines: np.ndarray, clusters: int, copies: DataFrame | None, run: Run
-) -> tuple[pa.Table, list[dict[str, Any]]]:
-    """((doc, cluster, weight) of the documents that stay, descriptions of clusters)."""
-    docs = documents["doc"].to_numpy()
-    stays = np.ones(len(docs), bool)
-    if copies is not None:
-        stays = ~np.isin(docs, np.array(copies.select("doc").to_pydict()["doc"], np.int64))
-    kept, cluster = documents.filter(pa.array(stays)), nearest[stays]
-    scores, sources, languages = (kept[name].to_numpy() for name in ("score", "source", "language"))
-    weights = sampling_weights(
-        np.bincount(cluster, minlength=clusters), cluster, scores, sources, run.config.weights,
-        languages=languages, sizes=kept["bytes"].to_numpy(),
-    )  # fmt: skip
+def _place(runner: Runner, batches: dict[str, list[str]], clusters: int, corpus: int) -> list[dict[str, Any]]:
+    """Writes (doc, cluster, weight) of the documents that stay, out of `corpus` ones; descriptions of clusters."""
+    names, folder = list(batches), runner.folder
+    counted = runner.map(functools.partial(_score, batches, corpus), names, suffix="-scored")
+    sizes = _sum_counts(counted, "clusters", clusters)
+    # A table, because every task needs it.
+    replace_table(folder / "sums", add_counts([(folder / "scores").read_table(f"{name}.parquet") for name in names]))
+    chosen = clustering.largest_clusters(sizes)
+    found = runner.map(functools.partial(_find_factors, sizes, chosen), names, suffix="-factors")
+    factors = add_counts([(folder / "factors").read_table(f"{name}.parquet") for name in names])
+    scales = _weigher(runner.run, sizes).scales(factors)
+    runner.map(functools.partial(_weigh, sizes, scales), names, suffix="-placed")
 
-    def read(rows: Sequence[int]) -> list[str]:
-        return _texts(run.work / "filter" / "shards", docs[stays][list(rows)])
+    def read(documents: Sequence[int]) -> list[str]:
+        return _texts(runner.run.work / "filter" / "shards", np.array(documents, np.int64))
 
-    topics = clustering.describe_clusters(cluster, cosines[stays], scores, sources, languages, read)
-    return pa.table({"doc": docs[stays], "cluster": cluster.astype(np.int64), "weight": weights}), topics
+    return clustering.describe_clusters(chosen, [result["members"] for result in found], read)
+
+
+def _score(batches: dict[str, list[str]], corpus: int, run: Run, name: str) -> Result:
+    """Writes what is known of the documents of a batch that stay, and the counts of their scores."""
+    folder = run.work / DenseCopies.name
+    columns = ["source", "language", "score", "bytes"]
+    table = pa.concat_tables(_left(run, shard, columns, (*_EARLIER, DenseCopies.name)) for shard in batches[name])
+    assigned = (folder / "assigned").read_table(f"{name}.parquet")
+    assigned = assigned.filter(pa.array(np.isin(assigned["doc"].to_numpy(), table["doc"].to_numpy())))
+    table = table.append_column("cluster", assigned["cluster"]).append_column("cosine", assigned["cosine"])
+    (folder / "kept").write_table(f"{name}.parquet", table)
+    language, source, score, size, cluster = _columns(table, ["language", "source", "score", "bytes", "cluster"])
+    (folder / "scores").write_table(f"{name}.parquet", count_scores(language, source, score, size, corpus))
+    return {"clusters": _count_clusters(cluster)}
+
+
+def _weigher(run: Run, sizes: np.ndarray) -> Weigher:
+    sums = (run.work / DenseCopies.name / "sums").read_table("rows.parquet")
+    return Weigher(sums, sizes, run.config.weights)
+
+
+def _find_factors(sizes: np.ndarray, chosen: list[int], run: Run, name: str) -> Result:
+    """Writes the factors of the documents of a batch and their counts; returns the members of the chosen clusters."""
+    folder = run.work / DenseCopies.name
+    table = (folder / "kept").read_table(f"{name}.parquet")
+    doc, language, source, score = _columns(table, ["doc", "language", "source", "score"])
+    size, cluster, cosine = _columns(table, ["bytes", "cluster", "cosine"])
+    found = _weigher(run, sizes).factors(cluster, score, source, language)
+    (folder / "factors").write_table(f"{name}.parquet", count_factors(language, found, size))
+    columns = table.select(["doc", "cluster", "language"]).append_column("factor", [found])
+    (folder / "weighed").write_table(f"{name}.parquet", columns)
+    return {"members": clustering.members_of(chosen, cluster, doc, cosine, score, source, language)}
+
+
+def _weigh(sizes: np.ndarray, scales: dict[str, float], run: Run, name: str) -> Result:
+    """Writes the weights of the documents of a batch."""
+    folder = run.work / DenseCopies.name
+    table = (folder / "weighed").read_table(f"{name}.parquet")
+    language, factors = _columns(table, ["language", "factor"])
+    weights = _weigher(run, sizes).weights(language, factors, scales)
+    (folder / "placed").write_table(
+        f"{name}.parquet", table.select(["doc", "cluster"]).append_column("weight", [weights])
+    )
+    return {"documents": table.num_rows}
+
+
+def _columns(table: pa.Table, names: list[str]) -> list[np.ndarray]:
+    return [table[name].to_numpy() for name in names]
 
 
 def _rows(column: pa.ChunkedArray, dtype: Any) -> np.ndarray:

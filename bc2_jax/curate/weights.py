@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from bc2_jax.validation import require
 
 # Bisections until float64 has no number between the ends of the interval.
 _HALVINGS = 200
+# Documents of a corpus whose scores and factors are counted exactly, and the last bits left out in a larger one
+# (float64 has 52 after the point).
+_EXACT, _DROPPED_BITS = 1 << 22, 52 - 14
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,13 +72,12 @@ def sampling_weights(
     `clusters` int [n] index them. Without `languages` all documents have one language.
 
     Raises ValueError if lengths differ, a cluster, size or score is not valid, or the config names an unknown source or
-    language.
+    language. A corpus on many machines takes the same steps with the tables of its parts added up (`Weigher`).
     """
-    config = config or WeightsConfig()
     n = len(clusters)
     languages = np.asarray([""] * n if languages is None else languages, dtype=str)
     sources = np.asarray(sources, dtype=str)
-    sizes = np.ones(n) if sizes is None else sizes.astype(np.float64)
+    sizes = np.ones(n, np.int64) if sizes is None else sizes
     arrays = (("scores", scores), ("sources", sources), ("languages", languages), ("sizes", sizes))
     for name, array in arrays:
         require(len(array) == n, name, array.shape, f"there are {n} documents")
@@ -84,48 +88,151 @@ def sampling_weights(
     require(highest < len(cluster_sizes), "clusters", highest, f"there are {len(cluster_sizes)} sizes of clusters")
     smallest = cluster_sizes[clusters].min().item()
     require(smallest > 0, "cluster_sizes", smallest, "a cluster with a document must have a size above 0")
-    require(bool(np.isfinite(scores).all()), "scores", scores[~np.isfinite(scores)][:1].tolist(), "they must be finite")
     require(sizes.min() >= 0 and sizes.max() > 0, "sizes", sizes.min().item(), "they must be at least 0, and one above")
-
-    asked = _factors("sources", sources, config.sources)
-    relative = cluster_sizes / np.median(cluster_sizes[cluster_sizes > 0])
-    groups, group = np.unique(languages, return_inverse=True)
-    # The mean weight that each language asks for: its factor times those of its sources.
-    by_size = np.bincount(group, sizes)
-    means = np.bincount(group, sizes * asked * _factors("languages", languages, config.languages))
-    means = _scaled(means[by_size > 0] / by_size[by_size > 0], by_size[by_size > 0], config.least, config.most)
-    mean_of = np.ones(len(groups))
-    mean_of[by_size > 0] = means
-    weights = np.empty(n)
-    for number in range(len(groups)):
-        here = group == number
-        factors = asked[here] * relative[clusters[here]] ** -config.cluster_exponent
-        factors *= np.exp(config.score_strength * (2 * _ranks(scores[here]) - 1))
-        of_size = sizes[here] if by_size[number] else np.ones(len(factors))
-        weights[here] = _scaled(factors, of_size, config.least, config.most, mean_of[number])
-    return weights.astype(np.float32)
+    scored = count_scores(languages, sources, scores, sizes, n)
+    weigher = Weigher(scored, cluster_sizes, config or WeightsConfig())
+    factors = weigher.factors(clusters, scores, sources, languages)
+    return weigher.weights(languages, factors, weigher.scales(count_factors(languages, factors, sizes)))
 
 
-def _factors(field: str, values: np.ndarray, factors: dict[str, float]) -> np.ndarray:
-    """The factor of each document by its source or language."""
-    names, index = np.unique(values, return_inverse=True)
+def count_scores(
+    languages: np.ndarray, sources: np.ndarray, scores: np.ndarray, sizes: np.ndarray, corpus: int
+) -> pa.Table:
+    """(language, source, value, documents, size) for each language, source and score of some documents.
+
+    `corpus` is the number of documents of all parts: beyond 4 million, scores that agree in their first 15 binary
+    digits count as equal, so that the table stays small. Raises ValueError for a score that is not finite.
+    """
+    require(bool(np.isfinite(scores).all()), "scores", scores[~np.isfinite(scores)][:1].tolist(), "they must be finite")
+    return _counts({"language": languages, "source": sources, "value": _coarse(scores, corpus)}, sizes)
+
+
+def count_factors(languages: np.ndarray, factors: np.ndarray, sizes: np.ndarray) -> pa.Table:
+    """(language, value, documents, size) for each language and result of `Weigher.factors` of some documents."""
+    return _counts({"language": languages, "value": factors}, sizes)
+
+
+def add_counts(tables: Sequence[pa.Table]) -> pa.Table:
+    """The table of all documents from those of its parts (at least one). All numbers are integers: any parts add up to
+    the same table."""
+    keys = [name for name in tables[0].column_names if name not in ("documents", "size")]
+    sums = pa.concat_tables(tables).group_by(keys).aggregate([("documents", "sum"), ("size", "sum")])
+    sums = sums.rename_columns([*keys, "documents", "size"])
+    return sums.sort_by([(name, "ascending") for name in keys]).combine_chunks()
+
+
+def _counts(keys: dict[str, np.ndarray], sizes: np.ndarray) -> pa.Table:
+    # The types are named, because a part of the corpus may be empty.
+    types = {name: pa.float64() if name == "value" else pa.string() for name in keys}
+    columns = {name: pa.array(values, types[name]) for name, values in keys.items()}
+    numbers = {"documents": np.ones(len(sizes), np.int64), "size": sizes.astype(np.int64)}
+    return add_counts([pa.table(columns | numbers)])
+
+
+def _coarse(values: np.ndarray, corpus: int) -> np.ndarray:
+    """float64 `values`, of a large corpus without the last bits of their mantissa; keeps their order."""
+    values = np.asarray(values, np.float64) + 0.0  # there is one zero
+    if corpus <= _EXACT:
+        return values
+    return (values.view(np.uint64) >> np.uint64(_DROPPED_BITS) << np.uint64(_DROPPED_BITS)).view(np.float64)
+
+
+class Weigher:
+    """Weights of documents, from the counts of all of them: see `sampling_weights`.
+
+    `scored` is the sum of `count_scores` over all documents, `cluster_sizes` int [k]. A task gets its documents'
+    `factors`; their `count_factors`, added up, give the `scales`; these give the `weights`. Raises ValueError if the
+    config names an unknown source or language.
+    """
+
+    def __init__(self, scored: pa.Table, cluster_sizes: np.ndarray, config: WeightsConfig) -> None:
+        self.config = config
+        self._corpus = int(np.sum(scored["documents"].to_numpy()))
+        languages, group = _unique(scored["language"])
+        sources, source = _unique(scored["source"])
+        sizes, documents, values = (scored[name].to_numpy() for name in ("size", "documents", "value"))
+        self._sources = _factors("sources", sources, config.sources)
+        of_language = _factors("languages", languages, config.languages)
+        self._relative = cluster_sizes / np.median(cluster_sizes[cluster_sizes > 0])
+        self._ranks: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        for number, name in enumerate(languages):
+            here = group == number
+            self._ranks[name] = _ranks(values[here], documents[here])
+        # The mean weight that each language asks for: its factor times those of its sources.
+        by_size = np.bincount(group, sizes)
+        asked = np.array([self._sources[name] for name in sources])[source]
+        means = np.bincount(group, sizes * asked * np.array([of_language[name] for name in languages])[group])
+        means = _scaled(means[by_size > 0] / by_size[by_size > 0], by_size[by_size > 0], config.least, config.most)
+        every = np.ones(len(languages))
+        every[by_size > 0] = means
+        self._means = dict(zip(languages, every.tolist(), strict=True))
+
+    def factors(
+        self, clusters: np.ndarray, scores: np.ndarray, sources: np.ndarray, languages: np.ndarray
+    ) -> np.ndarray:
+        """float64 [n]: w of some of the documents, which `scales` then multiplies."""
+        factors, scores = np.empty(len(clusters)), _coarse(scores, self._corpus)
+        names, source = _unique(sources)
+        asked = np.array([self._sources[name] for name in names])[source]
+        for name, here in _by_name(languages):
+            values, ranks = self._ranks[name]
+            q = ranks[np.searchsorted(values, scores[here])]
+            factors[here] = asked[here] * self._relative[clusters[here]] ** -self.config.cluster_exponent
+            factors[here] *= np.exp(self.config.score_strength * (2 * q - 1))
+        return _coarse(factors, self._corpus)
+
+    def scales(self, counted: pa.Table) -> dict[str, float]:
+        """s of each language, from the sum of `count_factors` over all documents."""
+        languages, group = _unique(counted["language"])
+        found = {}
+        for number, name in enumerate(languages):
+            part = counted.filter(pa.array(group == number))
+            factors, sizes = part["value"].to_numpy(), part["size"].to_numpy()
+            sizes = sizes if sizes.any() else part["documents"].to_numpy()
+            found[name] = _scale(factors, sizes, self.config.least, self.config.most, self._means[name])
+        return found
+
+    def weights(self, languages: np.ndarray, factors: np.ndarray, scales: dict[str, float]) -> np.ndarray:
+        """float32 [n]: the weights of documents with these `factors`."""
+        weights = np.empty(len(factors), np.float32)
+        for name, here in _by_name(languages):
+            weights[here] = np.clip(scales[name] * factors[here], self.config.least, self.config.most)
+        return weights
+
+
+def _unique(names: Any) -> tuple[list[str], np.ndarray]:
+    """Sorted names, and the index of each name among them."""
+    found, index = np.unique(np.asarray(names).astype(str), return_inverse=True)
+    return found.tolist(), index
+
+
+def _by_name(names: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Each name and where it is, bool [n]."""
+    found, index = _unique(names)
+    return ((name, index == number) for number, name in enumerate(found))
+
+
+def _factors(field: str, names: list[str], factors: dict[str, float]) -> dict[str, float]:
+    """The factor of each source or language of the documents."""
     for name in factors:
         legal = f"{field} of the documents are " + ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
         require(name in names, f"weights.{field}", name, legal)
-    return np.array([factors.get(str(name), 1.0) for name in names], np.float64)[index]
+    return {name: factors.get(name, 1.0) for name in names}
 
 
-def _ranks(scores: np.ndarray) -> np.ndarray:
-    """float64 [n] in 0..1: the share of documents with a lower score, plus half of the others with an equal score."""
-    _, index, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    below = np.cumsum(counts) - counts
+def _ranks(scores: np.ndarray, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(sorted scores, their ranks in 0..1: the share of documents with a lower score, plus half of the others with an
+    equal one) of scores and the numbers of documents that have them."""
+    values, index = np.unique(scores, return_inverse=True)
+    counts = np.bincount(index, documents)
     if len(counts) == 1:
-        return np.full(len(scores), 0.5)
-    return ((below + (counts - 1) / 2) / (len(scores) - 1))[index]
+        return values, np.array([0.5])
+    below = np.cumsum(counts) - counts
+    return values, (below + (counts - 1) / 2) / (counts.sum() - 1)
 
 
-def _scaled(factors: np.ndarray, sizes: np.ndarray, least: float, most: float, wanted: float = 1.0) -> np.ndarray:
-    """min(max(s * factors, least), most) with mean `wanted` over `sizes`; s is found by bisection."""
+def _scale(factors: np.ndarray, sizes: np.ndarray, least: float, most: float, wanted: float) -> float:
+    """s for which the mean of min(max(s * factors, least), most) over `sizes` is `wanted`, by bisection."""
     low, high = least / factors.max(), most / factors.min()
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
@@ -133,4 +240,9 @@ def _scaled(factors: np.ndarray, sizes: np.ndarray, least: float, most: float, w
             break
         mean = (np.clip(middle * factors, least, most) * sizes).sum() / sizes.sum()
         low, high = (middle, high) if mean < wanted else (low, middle)
-    return np.clip(high * factors, least, most)
+    return float(high)
+
+
+def _scaled(factors: np.ndarray, sizes: np.ndarray, least: float, most: float) -> np.ndarray:
+    """min(max(s * factors, least), most) with mean 1 over `sizes`."""
+    return np.clip(_scale(factors, sizes, least, most, 1.0) * factors, least, most)
