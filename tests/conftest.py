@@ -6,6 +6,7 @@ import functools
 import gc
 import math
 import os
+import signal
 import sysconfig
 import tempfile
 from collections.abc import Callable, Mapping
@@ -25,6 +26,8 @@ from bc2_jax.tokenizer import Tokenizer, train_tokenizer
 from tests.compiler import QUICK_COMPILE
 from tests.convert.models import from_torch, read_params
 
+# Programs that a script starts in its background ignore SIGINT, and so would what the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 use_cpu_devices(8)  # before any test can start the backend
 gc.set_threshold(50_000, 20, 100)  # jax keeps so many objects that the usual threshold costs an eighth of the time
 

@@ -94,10 +94,8 @@ def wait_for(path: Path) -> None:
 def test_signal_is_passed_on_and_waited_for(tmp_path: Path, number: signal.Signals) -> None:
     # Like a run: finishes its step, saves and ends with 75.
     run = f"trap 'sleep 0.2; touch {tmp_path}/saved; exit 75' TERM; touch {tmp_path}/up; while :; do sleep 0.02; done"
-    # Tests started in the background of a script ignore SIGINT, and a shell cannot trap what it was told to ignore.
-    default = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
     command = [SUPERVISE, "--folder", str(tmp_path), "--", "bash", "-c", run]
-    process = subprocess.Popen(command, preexec_fn=default)
+    process = subprocess.Popen(command)
     wait_for(tmp_path / "up")
     process.send_signal(number)
     assert process.wait(timeout=30) == 75
