@@ -32,7 +32,7 @@ from bc2_jax.curate.minhash import similarity
 from bc2_jax.curate.shards import binary_rows, decisions_for, replace_table
 from bc2_jax.curate.stages import decide, survivors
 from bc2_jax.curate.storage import Folder
-from bc2_jax.curate.weights import Weigher, add_counts, count_factors, count_scores
+from bc2_jax.curate.weights import Weigher, add_counts, count_factors, count_scores, scaled_weights
 
 if TYPE_CHECKING:
     from daft import DataFrame
@@ -264,7 +264,7 @@ def _place(runner: Runner, batches: dict[str, list[str]], clusters: int, corpus:
     found = runner.map(functools.partial(_find_factors, sizes, chosen), names, suffix="-factors")
     factors = add_counts([(folder / "factors").read_table(f"{name}.parquet") for name in names])
     scales = _weigher(runner.run, sizes).scales(factors)
-    runner.map(functools.partial(_weigh, sizes, scales), names, suffix="-placed")
+    runner.map(functools.partial(_weigh, scales), names, suffix="-placed")
 
     def read(documents: Sequence[int]) -> list[str]:
         return _texts(runner.run.work / "filter" / "shards", np.array(documents, np.int64))
@@ -304,12 +304,12 @@ def _find_factors(sizes: np.ndarray, chosen: list[int], run: Run, name: str) -> 
     return {"members": clustering.members_of(chosen, cluster, doc, cosine, score, source, language)}
 
 
-def _weigh(sizes: np.ndarray, scales: dict[str, float], run: Run, name: str) -> Result:
+def _weigh(scales: dict[str, float], run: Run, name: str) -> Result:
     """Writes the weights of the documents of a batch."""
     folder = run.work / DenseCopies.name
     table = (folder / "weighed").read_table(f"{name}.parquet")
     language, factors = _columns(table, ["language", "factor"])
-    weights = _weigher(run, sizes).weights(language, factors, scales)
+    weights = scaled_weights(language, factors, scales, run.config.weights)
     (folder / "placed").write_table(
         f"{name}.parquet", table.select(["doc", "cluster"]).append_column("weight", [weights])
     )

@@ -48,62 +48,20 @@ class WeightsConfig:
                 require(0 < factor < np.inf, f"weights.{field}[{name!r}]", factor, "it must be positive")
 
 
-def sampling_weights(
-    cluster_sizes: np.ndarray,
-    clusters: np.ndarray,
-    scores: np.ndarray,
-    sources: Sequence[str] | np.ndarray,
-    config: WeightsConfig | None = None,
-    *,
-    languages: Sequence[str] | np.ndarray | None = None,
-    sizes: np.ndarray | None = None,
-) -> np.ndarray:
-    """float32 [n] > 0: how often to sample each document for one pass over the corpus.
-
-        w = source * (cluster size / median size)^-cluster_exponent * exp(score_strength * (2 q - 1))
-        weight = min(max(s w, least), most)
-
-    q in 0..1 is the rank of the document's score in its language; equal scores share a rank. Ranks are used because
-    scores have no scale, within a language because rules and models treat languages differently. The cluster's size
-    lowers the weight because copies too different to be removed gather in large clusters. s makes the mean weight of
-    each language over `sizes` (int [n], bytes or tokens; by default all documents count equally) 1, or what
-    config.languages and config.sources ask for while the mean of all documents stays 1. So a budget of tokens is spent
-    as planned, and a longer training run multiplies all weights. `cluster_sizes` [k] are in documents or bytes,
-    `clusters` int [n] index them. Without `languages` all documents have one language.
-
-    Raises ValueError if lengths differ, a cluster, size or score is not valid, or the config names an unknown source or
-    language. A corpus on many machines takes the same steps with the tables of its parts added up (`Weigher`).
-    """
-    n = len(clusters)
-    languages = np.asarray([""] * n if languages is None else languages, dtype=str)
-    sources = np.asarray(sources, dtype=str)
-    sizes = np.ones(n, np.int64) if sizes is None else sizes
-    arrays = (("scores", scores), ("sources", sources), ("languages", languages), ("sizes", sizes))
-    for name, array in arrays:
-        require(len(array) == n, name, array.shape, f"there are {n} documents")
-    if not n:
-        return np.empty(0, np.float32)
-    lowest, highest = int(clusters.min()), int(clusters.max())
-    require(lowest >= 0, "clusters", lowest, "they must be at least 0")
-    require(highest < len(cluster_sizes), "clusters", highest, f"there are {len(cluster_sizes)} sizes of clusters")
-    smallest = cluster_sizes[clusters].min().item()
-    require(smallest > 0, "cluster_sizes", smallest, "a cluster with a document must have a size above 0")
-    require(sizes.min() >= 0 and sizes.max() > 0, "sizes", sizes.min().item(), "they must be at least 0, and one above")
-    scored = count_scores(languages, sources, scores, sizes, n)
-    weigher = Weigher(scored, cluster_sizes, config or WeightsConfig())
-    factors = weigher.factors(clusters, scores, sources, languages)
-    return weigher.weights(languages, factors, weigher.scales(count_factors(languages, factors, sizes)))
-
-
 def count_scores(
     languages: np.ndarray, sources: np.ndarray, scores: np.ndarray, sizes: np.ndarray, corpus: int
 ) -> pa.Table:
     """(language, source, value, documents, size) for each language, source and score of some documents.
 
-    `corpus` is the number of documents of all parts: beyond 4 million, scores that agree in their first 15 binary
-    digits count as equal, so that the table stays small. Raises ValueError for a score that is not finite.
+    `scores` float [n], `sizes` int [n] in bytes or tokens. `corpus` is the number of documents of all parts: beyond 4
+    million, scores that agree in their first 15 binary digits count as equal, so that the table stays small. Raises
+    ValueError if lengths differ, a score is not finite or a size is negative.
     """
+    n = len(sources)
+    for name, array in (("languages", languages), ("scores", scores), ("sizes", sizes)):
+        require(len(array) == n, name, array.shape, f"there are {n} documents")
     require(bool(np.isfinite(scores).all()), "scores", scores[~np.isfinite(scores)][:1].tolist(), "they must be finite")
+    require(bool((sizes >= 0).all()), "sizes", sizes[sizes < 0][:1].tolist(), "they must be at least 0")
     return _counts({"language": languages, "source": sources, "value": _coarse(scores, corpus)}, sizes)
 
 
@@ -138,11 +96,22 @@ def _coarse(values: np.ndarray, corpus: int) -> np.ndarray:
 
 
 class Weigher:
-    """Weights of documents, from the counts of all of them: see `sampling_weights`.
+    """How often to sample each document for one pass over the corpus.
 
-    `scored` is the sum of `count_scores` over all documents, `cluster_sizes` int [k]. A task gets its documents'
-    `factors`; their `count_factors`, added up, give the `scales`; these give the `weights`. Raises ValueError if the
-    config names an unknown source or language.
+        w = source * (cluster size / median size)^-cluster_exponent * exp(score_strength * (2 q - 1))
+        weight = min(max(s w, least), most)
+
+    q in 0..1 is the rank of the document's score in its language; equal scores share a rank. Ranks are used because
+    scores have no scale, within a language because rules and models treat languages differently. The cluster's size
+    lowers the weight because copies too different to be removed gather in large clusters. s makes the mean weight of
+    each language over its sizes 1 (over its documents if they have no size), or what config.languages and
+    config.sources ask for while the mean of all documents stays 1. So a budget of tokens is spent as planned, and a
+    longer training run multiplies all weights.
+
+    `scored` is the sum of `count_scores` over all documents; `cluster_sizes` int [k] are in documents or bytes. A task
+    gets w of its documents by `factors`; their `count_factors`, added up, give s of each language by `scales`; with
+    both come the `scaled_weights`. Raises ValueError if all sizes are 0 or the config names an unknown source or
+    language.
     """
 
     def __init__(self, scored: pa.Table, cluster_sizes: np.ndarray, config: WeightsConfig) -> None:
@@ -151,6 +120,7 @@ class Weigher:
         languages, group = _unique(scored["language"])
         sources, source = _unique(scored["source"])
         sizes, documents, values = (scored[name].to_numpy() for name in ("size", "documents", "value"))
+        require(bool(sizes.any()), "sizes", 0, "one must be above 0")
         self._sources = _factors("sources", sources, config.sources)
         of_language = _factors("languages", languages, config.languages)
         self._relative = cluster_sizes / np.median(cluster_sizes[cluster_sizes > 0])
@@ -170,7 +140,14 @@ class Weigher:
     def factors(
         self, clusters: np.ndarray, scores: np.ndarray, sources: np.ndarray, languages: np.ndarray
     ) -> np.ndarray:
-        """float64 [n]: w of some of the documents, which `scales` then multiplies."""
+        """float64 [n]: w of some of the documents. `clusters` int [n] index `cluster_sizes`.
+
+        Raises ValueError for a cluster that is unknown or has no size.
+        """
+        legal = f"they must be in 0..{len(self._relative) - 1} and have a size above 0"
+        known = (clusters >= 0) & (clusters < len(self._relative))
+        known[known] = self._relative[clusters[known]] > 0
+        require(bool(known.all()), "clusters", clusters[~known][:1].tolist(), legal)
         factors, scores = np.empty(len(clusters)), _coarse(scores, self._corpus)
         names, source = _unique(sources)
         asked = np.array([self._sources[name] for name in names])[source]
@@ -192,12 +169,15 @@ class Weigher:
             found[name] = _scale(factors, sizes, self.config.least, self.config.most, self._means[name])
         return found
 
-    def weights(self, languages: np.ndarray, factors: np.ndarray, scales: dict[str, float]) -> np.ndarray:
-        """float32 [n]: the weights of documents with these `factors`."""
-        weights = np.empty(len(factors), np.float32)
-        for name, here in _by_name(languages):
-            weights[here] = np.clip(scales[name] * factors[here], self.config.least, self.config.most)
-        return weights
+
+def scaled_weights(
+    languages: np.ndarray, factors: np.ndarray, scales: dict[str, float], config: WeightsConfig
+) -> np.ndarray:
+    """float32 [n]: the weights of documents, from their `Weigher.factors` and the `Weigher.scales` of all."""
+    weights = np.empty(len(factors), np.float32)
+    for name, here in _by_name(languages):
+        weights[here] = np.clip(scales[name] * factors[here], config.least, config.most)
+    return weights
 
 
 def _unique(names: Any) -> tuple[list[str], np.ndarray]:

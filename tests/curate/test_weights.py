@@ -16,10 +16,21 @@ from bc2_jax.curate.weights import (
     add_counts,
     count_factors,
     count_scores,
-    sampling_weights,
+    scaled_weights,
 )
 
 NAMES = ["books", "code", "web"]
+
+
+def sampling_weights(cluster_sizes, clusters, scores, sources, config=None, *, languages=None, sizes=None):
+    """The weights of a corpus in one part. Without `languages` it has one language, without `sizes` all are equal."""
+    config = config or WeightsConfig()
+    languages = np.array([""] * len(clusters) if languages is None else languages)
+    sizes = np.ones(len(clusters), np.int64) if sizes is None else sizes
+    sources = np.array(sources)
+    weigher = Weigher(count_scores(languages, sources, scores, sizes, len(clusters)), cluster_sizes, config)
+    factors = weigher.factors(clusters, scores, sources, languages)
+    return scaled_weights(languages, factors, weigher.scales(count_factors(languages, factors, sizes)), config)
 
 
 @st.composite
@@ -125,7 +136,9 @@ def in_parts(corpus: dict, config: WeightsConfig, parts: int) -> np.ndarray:
     factors = [weigher.factors(p["clusters"], p["scores"], p["sources"], p["languages"]) for p in split]
     counted = [count_factors(p["languages"], f, p["sizes"]) for p, f in zip(split, factors, strict=True)]
     scales = weigher.scales(add_counts(counted))
-    return np.concatenate([weigher.weights(p["languages"], f, scales) for p, f in zip(split, factors, strict=True)])
+    return np.concatenate(
+        [scaled_weights(p["languages"], f, scales, config) for p, f in zip(split, factors, strict=True)]
+    )
 
 
 @pytest.mark.parametrize("exact", [0, 1 << 22])
@@ -165,7 +178,6 @@ def test_without_strength_all_weigh_one():
     config = WeightsConfig(cluster_exponent=0.0, score_strength=0.0)
     weights = sampling_weights(np.array([3, 9]), np.array([0, 1, 1]), np.arange(3.0), ["a", "b", "b"], config)
     np.testing.assert_allclose(weights, 1, rtol=1e-6)
-    assert sampling_weights(np.array([3]), np.array([], int), np.array([]), []).shape == (0,)
 
 
 @pytest.mark.parametrize(
@@ -184,12 +196,13 @@ def test_wrong_config(wrong: dict):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"clusters": np.array([0, 2])}, "clusters = 2 is not valid: there are 2 sizes"),
-        ({"clusters": np.array([0, -1])}, "clusters = -1 is not valid"),
-        ({"cluster_sizes": np.array([1, 0])}, "cluster_sizes = 0 is not valid"),
+        ({"clusters": np.array([0, 2])}, r"clusters = \[2\] is not valid: they must be in 0..1"),
+        ({"clusters": np.array([0, -1])}, r"clusters = \[-1\] is not valid"),
+        ({"cluster_sizes": np.array([1, 0])}, r"clusters = \[1\] is not valid: .* have a size above 0"),
         ({"scores": np.array([0.5, np.nan])}, "scores = .*nan.* is not valid: they must be finite"),
         ({"scores": np.array([0.5])}, r"scores = \(1,\) is not valid: there are 2 documents"),
         ({"sizes": np.array([0, 0])}, "sizes = 0 is not valid"),
+        ({"sizes": np.array([1, -2])}, r"sizes = \[-2\] is not valid"),
         ({"languages": ["zh"]}, r"languages = \(1,\) is not valid: there are 2 documents"),
         (
             {"config": WeightsConfig(languages={"zh": 2.0}), "languages": ["en", "ja"]},
