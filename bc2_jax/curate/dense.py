@@ -261,9 +261,9 @@ def _place(runner: Runner, batches: dict[str, list[str]], clusters: int, corpus:
     # A table, because every task needs it.
     replace_table(folder / "sums", add_counts([(folder / "scores").read_table(f"{name}.parquet") for name in names]))
     chosen = clustering.largest_clusters(sizes)
-    found = runner.map(functools.partial(_find_factors, sizes, chosen), names, suffix="-factors")
+    found = runner.map(functools.partial(_find_factors, sizes, corpus, chosen), names, suffix="-factors")
     factors = add_counts([(folder / "factors").read_table(f"{name}.parquet") for name in names])
-    scales = _weigher(runner.run, sizes).scales(factors)
+    scales = _weigher(runner.run, sizes, corpus).scales(factors)
     runner.map(functools.partial(_weigh, scales), names, suffix="-placed")
 
     def read(documents: Sequence[int]) -> list[str]:
@@ -286,18 +286,18 @@ def _score(batches: dict[str, list[str]], corpus: int, run: Run, name: str) -> R
     return {"clusters": _count_clusters(cluster)}
 
 
-def _weigher(run: Run, sizes: np.ndarray) -> Weigher:
+def _weigher(run: Run, sizes: np.ndarray, corpus: int) -> Weigher:
     sums = (run.work / DenseCopies.name / "sums").read_table("rows.parquet")
-    return Weigher(sums, sizes, run.config.weights)
+    return Weigher(sums, sizes, corpus, run.config.weights)
 
 
-def _find_factors(sizes: np.ndarray, chosen: list[int], run: Run, name: str) -> Result:
+def _find_factors(sizes: np.ndarray, corpus: int, chosen: list[int], run: Run, name: str) -> Result:
     """Writes the factors of the documents of a batch and their counts; returns the members of the chosen clusters."""
     folder = run.work / DenseCopies.name
     table = (folder / "kept").read_table(f"{name}.parquet")
     doc, language, source, score = _columns(table, ["doc", "language", "source", "score"])
     size, cluster, cosine = _columns(table, ["bytes", "cluster", "cosine"])
-    found = _weigher(run, sizes).factors(cluster, score, source, language)
+    found = _weigher(run, sizes, corpus).factors(cluster, score, source, language)
     (folder / "factors").write_table(f"{name}.parquet", count_factors(language, found, size))
     columns = table.select(["doc", "cluster", "language"]).append_column("factor", [found])
     (folder / "weighed").write_table(f"{name}.parquet", columns)

@@ -108,15 +108,14 @@ class Weigher:
     config.sources ask for while the mean of all documents stays 1. So a budget of tokens is spent as planned, and a
     longer training run multiplies all weights.
 
-    `scored` is the sum of `count_scores` over all documents; `cluster_sizes` int [k] are in documents or bytes. A task
-    gets w of its documents by `factors`; their `count_factors`, added up, give s of each language by `scales`; with
-    both come the `scaled_weights`. Raises ValueError if all sizes are 0 or the config names an unknown source or
-    language.
+    `scored` is the sum of `count_scores` over all documents, with the same `corpus`; `cluster_sizes` int [k] are in
+    documents or bytes. A task gets w of its documents by `factors`; their `count_factors`, added up, give s of each
+    language by `scales`; with both come the `scaled_weights`. Raises ValueError if all sizes are 0 or the config names
+    an unknown source or language.
     """
 
-    def __init__(self, scored: pa.Table, cluster_sizes: np.ndarray, config: WeightsConfig) -> None:
-        self.config = config
-        self._corpus = int(np.sum(scored["documents"].to_numpy()))
+    def __init__(self, scored: pa.Table, cluster_sizes: np.ndarray, corpus: int, config: WeightsConfig) -> None:
+        self.config, self._corpus = config, corpus
         languages, group = _unique(scored["language"])
         sources, source = _unique(scored["source"])
         sizes, documents, values = (scored[name].to_numpy() for name in ("size", "documents", "value"))

@@ -28,7 +28,9 @@ def sampling_weights(cluster_sizes, clusters, scores, sources, config=None, *, l
     languages = np.array([""] * len(clusters) if languages is None else languages)
     sizes = np.ones(len(clusters), np.int64) if sizes is None else sizes
     sources = np.array(sources)
-    weigher = Weigher(count_scores(languages, sources, scores, sizes, len(clusters)), cluster_sizes, config)
+    weigher = Weigher(
+        count_scores(languages, sources, scores, sizes, len(clusters)), cluster_sizes, len(clusters), config
+    )
     factors = weigher.factors(clusters, scores, sources, languages)
     return scaled_weights(languages, factors, weigher.scales(count_factors(languages, factors, sizes)), config)
 
@@ -132,7 +134,7 @@ def in_parts(corpus: dict, config: WeightsConfig, parts: int) -> np.ndarray:
     )]  # fmt: skip
     n = len(corpus["clusters"])
     scored = [count_scores(p["languages"], p["sources"], p["scores"], p["sizes"], n) for p in split]
-    weigher = Weigher(add_counts(scored), corpus["cluster_sizes"], config)
+    weigher = Weigher(add_counts(scored), corpus["cluster_sizes"], n, config)
     factors = [weigher.factors(p["clusters"], p["scores"], p["sources"], p["languages"]) for p in split]
     counted = [count_factors(p["languages"], f, p["sizes"]) for p, f in zip(split, factors, strict=True)]
     scales = weigher.scales(add_counts(counted))
