@@ -265,7 +265,7 @@ def lower_train_step(
 ) -> jax.stages.Lowered:  # fmt: skip
     """Lowers the jitted step for these arguments, arrays or shapes; it donates the state alone, on a CPU nothing."""
     step = make_train_step(objective, optimizer, norms, updates)
-    # XLA:CPU would not update the state in place: it copies all of it first, which takes the same memory and more time.
+    # XLA:CPU would not update the state in place: it copies all of it first, which takes time and as much memory.
     return jax.jit(step, donate_argnums=() if platform() == "cpu" else 0).lower(state, frozen, batch)
 
 
