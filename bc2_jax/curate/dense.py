@@ -6,8 +6,8 @@ features falls by a few percent only. It is coarse and nearly blind to order, so
 
 Tasks find the nearest clusters of batches of shards and write features and signatures sorted by cluster; other tasks
 compare the documents of some clusters. Weights take three passes of tasks over the batches: they count scores, then
-what `weights.Weigher` makes of them, then write weights. This process fits clusters to a sample of features and adds up
-counts; it holds no number for each document but which of them are copies.
+what `weights.Weigher` makes of them, then write weights. This process fits clusters to a sample of features, for which
+it draws 8 bytes a document, collects the copies and adds up counts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from bc2_jax.curate.engine import Result, Run, Runner, Stage
 from bc2_jax.curate.features import mean_hidden_states, unit_rows
 from bc2_jax.curate.filtering import model_state
 from bc2_jax.curate.minhash import similarity
-from bc2_jax.curate.shards import binary_rows, decisions_for, replace_table
+from bc2_jax.curate.shards import binary_rows, replace_table
 from bc2_jax.curate.stages import decide, survivors
 from bc2_jax.curate.storage import Folder
 from bc2_jax.curate.weights import Weigher, add_counts, count_factors, count_scores, scaled_weights
@@ -89,16 +89,9 @@ class DenseCopies(Stage):
         return {"dim": features.shape[1]}
 
 
-def _left(run: Run, name: str, columns: list[str], stages: Sequence[str] = _EARLIER) -> pa.Table:
-    """Columns of the features of a shard's documents that some stages did not decide to drop."""
-    table = (run.work / "filter" / "features").read_table(f"{name}.parquet", ["doc", *columns])
-    gone = [decisions_for(run.work / stage / "decisions", name)["doc"].to_numpy() for stage in stages]
-    return table.filter(pa.array(~np.isin(table["doc"].to_numpy(), np.concatenate(gone))))
-
-
 def _count(run: Run, name: str) -> Result:
     """The number of documents of a shard that are compared."""
-    return {"documents": _left(run, name, []).num_rows}
+    return {"documents": survivors(run, name, ["doc"], _EARLIER, "features").num_rows}
 
 
 class _Points:
@@ -140,7 +133,7 @@ class _Points:
 def _sample(vectors: str, run: Run, task: tuple[str, list[int]]) -> None:
     """Writes the features of some rows of a shard, which count only its documents that are compared."""
     name, rows = task
-    docs = _left(run, name, [])["doc"].take(pa.array(rows))
+    docs = survivors(run, name, ["doc"], _EARLIER, "features")["doc"].take(pa.array(rows))
     table = (run.work / vectors).read_table(f"{name}.parquet", ["doc", "feature"])
     found = table.filter(pa.array(np.isin(table["doc"].to_numpy(), docs.to_numpy()))).select(["feature"])
     (run.work / DenseCopies.name / "sample").write_table(f"{name}.parquet", found)
@@ -165,7 +158,7 @@ def _assign(centroids: np.ndarray, vectors: str, batches: dict[str, list[str]], 
     """Writes the nearest cluster of each document of a batch, and these documents sorted by all clusters near them."""
     docs, features, signatures = [], [], []
     for shard in batches[name]:
-        table = _left(run, shard, ["signature"])
+        table = survivors(run, shard, ["doc", "signature"], _EARLIER, "features")
         # A model's features are only those of the documents that are left.
         feature = (run.work / vectors).read_table(f"{shard}.parquet", ["doc", "feature"])
         feature = feature.filter(pa.array(np.isin(feature["doc"].to_numpy(), table["doc"].to_numpy())))
@@ -260,11 +253,13 @@ def _place(runner: Runner, batches: dict[str, list[str]], clusters: int, corpus:
     sizes = _sum_counts(counted, "clusters", clusters)
     # A table, because every task needs it.
     replace_table(folder / "sums", add_counts([(folder / "scores").read_table(f"{name}.parquet") for name in names]))
+    weigher = _weigher(
+        runner.run, sizes, corpus
+    )  # before the tasks, so that a wrong config is an error of this process
     chosen = clustering.largest_clusters(sizes)
     found = runner.map(functools.partial(_find_factors, sizes, corpus, chosen), names, suffix="-factors")
     factors = add_counts([(folder / "factors").read_table(f"{name}.parquet") for name in names])
-    scales = _weigher(runner.run, sizes, corpus).scales(factors)
-    runner.map(functools.partial(_weigh, scales), names, suffix="-placed")
+    runner.map(functools.partial(_weigh, weigher.scales(factors)), names, suffix="-placed")
 
     def read(documents: Sequence[int]) -> list[str]:
         return _texts(runner.run.work / "filter" / "shards", np.array(documents, np.int64))
@@ -275,8 +270,8 @@ def _place(runner: Runner, batches: dict[str, list[str]], clusters: int, corpus:
 def _score(batches: dict[str, list[str]], corpus: int, run: Run, name: str) -> Result:
     """Writes what is known of the documents of a batch that stay, and the counts of their scores."""
     folder = run.work / DenseCopies.name
-    columns = ["source", "language", "score", "bytes"]
-    table = pa.concat_tables(_left(run, shard, columns, (*_EARLIER, DenseCopies.name)) for shard in batches[name])
+    columns, stages = ["doc", "source", "language", "score", "bytes"], (*_EARLIER, DenseCopies.name)
+    table = pa.concat_tables(survivors(run, shard, columns, stages, "features") for shard in batches[name])
     assigned = (folder / "assigned").read_table(f"{name}.parquet")
     assigned = assigned.filter(pa.array(np.isin(assigned["doc"].to_numpy(), table["doc"].to_numpy())))
     table = table.append_column("cluster", assigned["cluster"]).append_column("cosine", assigned["cosine"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -234,8 +234,10 @@ def decide(copies: DataFrame | None, ids: DataFrame, folder: Folder) -> int:
     return write_decisions(rows["doc"], rows["kept"], details, folder)
 
 
-def survivors(run: Run, name: str, columns: list[str], stages: Sequence[str]) -> pa.Table:
-    """The documents of a shard that some stages did not decide to drop."""
-    table = (run.work / "filter" / "shards").read_table(f"{name}.parquet", columns)
+def survivors(
+    run: Run, name: str, columns: list[str], stages: Sequence[str], folder: Literal["shards", "features"] = "shards"
+) -> pa.Table:
+    """The documents of a shard that some stages did not decide to drop; `columns` of filter/`folder`, with "doc"."""
+    table = (run.work / "filter" / folder).read_table(f"{name}.parquet", columns)
     gone = [decisions_for(run.work / stage / "decisions", name)["doc"].to_numpy() for stage in stages]
     return table.filter(pa.array(~np.isin(table["doc"].to_numpy(), np.concatenate(gone))))

@@ -154,14 +154,21 @@ def test_parts_of_a_corpus_give_the_bits_of_the_whole(exact: int, corpus: dict, 
 
 @given(corpora(), configs())
 def test_a_large_corpus_is_counted_coarsely(corpus: dict, config: WeightsConfig):
-    """Scores that differ after 15 binary digits may share a rank; nothing else changes by more than that."""
-    corpus["scores"] = np.round(corpus["scores"] * 64) / 64  # differ before
+    """Where scores differ in their first 15 binary digits, weights change in their last digits alone."""
+    corpus["scores"] = np.round(corpus["scores"] * 64) / 64
     exact = sampling_weights(config=config, **corpus)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights_module, "_EXACT", 0)
         np.testing.assert_allclose(sampling_weights(config=config, **corpus), exact, rtol=3e-4)
         test_normalised_and_bounded.hypothesis.inner_test(corpus, config)
         test_monotone.hypothesis.inner_test(corpus, config)
+
+
+@pytest.mark.parametrize("corpus, rows", [(1 << 22, 2), ((1 << 22) + 1, 1)])
+def test_scores_that_are_nearly_equal_count_as_equal_in_a_large_corpus(corpus: int, rows: int):
+    counted = count_scores(*np.array([["en"] * 2, ["web"] * 2]), np.array([1, 1 + 2**-20]), np.array([3, 4]), corpus)
+    assert counted.num_rows == rows
+    assert (sum(counted["documents"].to_pylist()), sum(counted["size"].to_pylist())) == (2, 7)
 
 
 def test_formula():
