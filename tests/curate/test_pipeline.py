@@ -198,6 +198,8 @@ def test_only_what_changed_is_done_again(raw, tmp_path):
     after = again(CurationConfig(copies=CopiesConfig(near=False, sentence_copies=2), weights=WeightsConfig()))
     assert list(dict.fromkeys(begun)) == ["near", "contamination", "dense", "spans", "write"]
     assert after["waterfall"][4]["documents"] == 0
+    with pytest.raises(ValueError, match=r"^weights\.sources = 'bokks' is not valid: sources of the documents are "):
+        again(CurationConfig(weights=WeightsConfig(sources={"bokks": 2.0})))
     again(CurationConfig())
     assert hashes(tmp_path, "documents") == before
 
