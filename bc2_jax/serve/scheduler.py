@@ -112,7 +112,7 @@ class Scheduler:
         served.reuse(self._prefixes.count_held(row, served.reusable) * self._shapes.chunk)
         self._to_read[self._prefixes.part_of(row)].append(served)
         self._observe("queue_s", served.admitted - handle.submitted)
-        self._stats.running = len(self._served)
+        self._set_gauges()
 
     def end(self, handle: Handle, event: Ended | Failed) -> bool:
         """Ends a request early and frees its row; returns whether it had one."""
@@ -132,7 +132,12 @@ class Scheduler:
             self._in_flight.append((self._not_run.popleft(), results))
         if len(self._in_flight) > 1:
             self._read(*self._in_flight.popleft())
+        self._set_gauges()
+
+    def _set_gauges(self) -> None:
+        """Slots first: another thread that sees the last request end must not see its slots in use."""
         self._stats.slots_used = sum(s.filled + s.received for s in self._served.values())
+        self._stats.running = len(self._served)
 
     # --------------------------------------------------------------------------------------------------------- planning
 
@@ -249,7 +254,7 @@ class Scheduler:
         for queue in self._to_read:
             if served in queue:
                 queue.remove(served)
-        self._stats.running = len(self._served)
+        self._set_gauges()
         self._stats.count(event)
         now = time.monotonic()
         self.row_s += 0.1 * (now - served.admitted - self.row_s)

@@ -323,6 +323,23 @@ def test_a_reader_that_does_not_read_loses_its_request_and_no_other():
     check(other)
 
 
+def test_who_sees_the_last_request_end_sees_no_slot_in_use():
+    bench = Bench()
+    gauges = []
+
+    def observe(name, value):
+        if name == "total_s":  # as soon as another thread can know of the end
+            gauges.append((bench.stats.running, bench.stats.slots_used))
+
+    bench.scheduler._observe = observe
+    handles = [bench.admit(request(prompt(9, i), new)) for i, new in enumerate((3, 12, 40))]
+    bench.run(4)
+    bench.scheduler.end(handles[2], Ended("cancelled"))
+    bench.run()
+    assert [running for running, _ in gauges] == [2, 1, 0]
+    assert gauges[0][1] > gauges[1][1] > gauges[2][1] == 0
+
+
 def test_a_failed_request_is_counted():
     bench = Bench()
     handle = bench.admit(request(prompt(3), 40))

@@ -200,6 +200,8 @@ def test_stop_ends_every_request(make):
     assert service.stop(20) and service.state == "stopped"
     for handle in handles:
         assert list(handle)[-1] == Failed("The server stops.", 503)
+    stats = service.stats()
+    assert (stats.running, stats.waiting, stats.slots_used) == (0, 0, 0)
 
 
 def test_a_failure_of_the_engine_ends_every_request_and_is_seen(make):
@@ -211,6 +213,8 @@ def test_a_failure_of_the_engine_ends_every_request_and_is_seen(make):
     wait_for(lambda: deaths)
     assert service.state == "dead" and not service.is_healthy
     assert str(service.error) == "the device is gone" and deaths == [service.error]
+    stats = service.stats()
+    assert (stats.running, stats.waiting, stats.slots_used) == (0, 0, 0)
     with pytest.raises(NotReady, match="The service is dead"):
         service.submit(request())
 
