@@ -253,9 +253,8 @@ def _place(runner: Runner, batches: dict[str, list[str]], clusters: int, corpus:
     sizes = _sum_counts(counted, "clusters", clusters)
     # A table, because every task needs it.
     replace_table(folder / "sums", add_counts([(folder / "scores").read_table(f"{name}.parquet") for name in names]))
-    weigher = _weigher(
-        runner.run, sizes, corpus
-    )  # before the tasks, so that a wrong config is an error of this process
+    # Before the tasks, so that a wrong config is an error of this process.
+    weigher = _weigher(runner.run, sizes, corpus)
     chosen = clustering.largest_clusters(sizes)
     found = runner.map(functools.partial(_find_factors, sizes, corpus, chosen), names, suffix="-factors")
     factors = add_counts([(folder / "factors").read_table(f"{name}.parquet") for name in names])

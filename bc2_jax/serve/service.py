@@ -7,6 +7,7 @@ import dataclasses
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -49,8 +50,8 @@ class Service:
         self._changed = threading.Condition()
         self._waiting = Waiting(self.limits)
         self._cancelled: list[Handle] = []
-        self._between: list[Handle] = []
-        """Requests that the current turn has taken from the queue."""
+        self._between: deque[Handle] = deque()
+        """Requests that the current turn has taken from the queue and that neither have a row nor have ended."""
         self._state: State = "loading"
         self._is_stopping = False
         self._heartbeat = time.monotonic()
@@ -114,8 +115,8 @@ class Service:
     def stats(self) -> Stats:
         """A copy of the counters and current gauges."""
         with self._changed:
-            copy = dataclasses.replace(self._stats, requests=self._stats.requests.copy(), waiting=len(self._waiting))
-        return copy
+            waiting = len(self._waiting) + len(self._between)  # a request is always counted somewhere
+            return dataclasses.replace(self._stats, requests=self._stats.requests.copy(), waiting=waiting)
 
     # --------------------------------------------------------------------------------------------------------- requests
 
@@ -193,8 +194,8 @@ class Service:
         for handle in list(self._waiting):
             self._waiting.remove(handle)
             self._end_waiting(handle, event)
-        for handle in self._between:
-            handle.put(event)  # ignored if its last event was put
+        while self._between:
+            self._between.popleft().put(event)  # ignored if its last event was put
 
     def _end_waiting(self, handle: Handle, event: Ended | Failed) -> None:
         self._stats.count(event)
@@ -215,7 +216,7 @@ class Service:
             removed = [(handle, Ended("cancelled")) for handle in cancelled if self._waiting.remove(handle)]
             slow = Failed("No row was free in time.", 503)
             removed += [(handle, slow) for handle in self._waiting.remove_expired(now)]
-            self._between = [handle for handle, _ in removed]
+            self._between += [handle for handle, _ in removed]
         for handle in cancelled:
             scheduler.end(handle, Ended("cancelled"))
         for handle in scheduler.served:
@@ -225,10 +226,11 @@ class Service:
             admitted = [self._waiting.take() for _ in range(min(scheduler.free_rows, len(self._waiting)))]
             self._between += admitted
             is_last = self._state == "draining" and not self._waiting and not admitted and scheduler.is_idle
-        for handle, event in removed:
-            self._end_waiting(handle, event)
+        for _, event in removed:
+            self._end_waiting(self._between.popleft(), event)
         for handle in admitted:
             scheduler.admit(handle)
+            self._between.popleft()
         if not is_last:
             scheduler.turn()
         return not is_last

@@ -296,6 +296,21 @@ def test_no_request_is_lost_between_queue_and_row(make, monkeypatch):
     assert isinstance(service.error, MemoryError)
 
 
+def test_a_request_is_counted_as_waiting_until_it_has_a_row(make, monkeypatch):
+    service, seen = make(), []
+    admit = service._scheduler.admit
+
+    def counted(handle) -> None:
+        stats = service.stats()
+        seen.append((stats.waiting, stats.running))
+        admit(handle)
+
+    monkeypatch.setattr(service._scheduler, "admit", counted)
+    for handle in service.submit_all([request(), request()]):
+        list(handle)
+    assert seen == [(2, 0), (1, 1)]
+
+
 def test_stopping_in_the_turn_of_a_cancel_loses_no_event(make):
     engine = FakeEngine()
     service = make(engine)
