@@ -10,12 +10,14 @@ import json
 import logging
 import os
 import socket
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 _log = logging.getLogger(__name__)
+_OWNER_READS, _OWNER_WAIT_S, _OWNER_BYTES = 50, 0.02, 4096
 
 
 class InUse(OSError):
@@ -27,8 +29,8 @@ def lock(path: Path, what: str) -> Iterator[bool]:
     """Holds the lock file `path` (flock) until the block ends; `what` names the locked thing in messages.
 
     The kernel releases the lock when the process ends, however it ends; Linux also enforces it between hosts on NFS.
-    Missing folders are created and removed again if they stay empty. Raises InUse at once if there is another owner, in
-    this process too. Yields True; on a file system without locks it warns and yields False.
+    Missing folders are created and removed again if they stay empty. Raises InUse within a second if there is another
+    owner, in this process too. Yields True; on a file system without locks it warns and yields False.
     """
     made = _make_parents(path)
     file, owned = _open_locked(path, what)
@@ -77,12 +79,30 @@ def _open_locked(path: Path, what: str) -> tuple[IO[str], bool]:
 
 
 def _describe_owner(file: IO[str]) -> str:
-    file.seek(0)
+    """The owner's process and host. It writes them once it has the lock; until then the file may name a dead owner.
+
+    A process of another host counts as alive.
+    """
+    for _ in range(_OWNER_READS):
+        try:
+            owner = json.loads(os.pread(file.fileno(), _OWNER_BYTES, 0))
+            host, pid = str(owner["host"]), int(owner["pid"])
+            if host != socket.gethostname() or _is_alive(pid):
+                return f"process {pid} on {host}"
+        except (ValueError, KeyError, TypeError):
+            pass
+        time.sleep(_OWNER_WAIT_S)
+    return "another process"
+
+
+def _is_alive(pid: int) -> bool:
     try:
-        owner = json.loads(file.read())
-        return f"process {int(owner['pid'])} on {owner['host']}"
-    except (ValueError, KeyError, TypeError):
-        return "another process"
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # of another user
+        pass
+    return True
 
 
 @contextlib.contextmanager

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import json
 import os
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -59,6 +63,30 @@ def test_a_dead_owner_releases_it(tmp_path: Path):
     process.wait()
     with lock(tmp_path / ".lock", "The place"):
         pass
+
+
+@pytest.mark.parametrize("before", ["nothing", "a dead owner", "half a name"])
+def test_an_owner_that_has_not_yet_written_its_name_is_waited_for(tmp_path: Path, before: str):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    name = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
+    text = {"nothing": "", "a dead owner": name.replace(str(os.getpid()), str(dead.pid)), "half a name": name[:9]}
+    path = tmp_path / "lock"
+    path.write_text(text[before])
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        writes = threading.Timer(0.1, lambda: path.write_text(name))
+        writes.start()
+        with pytest.raises(InUse, match=f"^run is in use by process {os.getpid()} on "), lock(path, "run"):
+            pass
+        writes.join()
+
+
+def test_an_owner_that_never_writes_its_name_is_another_process(tmp_path: Path):
+    with (tmp_path / "lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(InUse, match="^run is in use by another process; "), lock(tmp_path / "lock", "run"):
+            pass
 
 
 def test_one_owner_at_a_time_though_each_removes_the_file_and_its_folder(tmp_path: Path):
