@@ -56,7 +56,6 @@ def open_tab(browser: Browser, server: MockServer) -> Iterator[Callable[..., Tab
 
     def open_one(before: str = "", url: str = server.url, **options: Any) -> Tab:
         context = browser.new_context(**DEFAULTS | options)
-        context.set_default_timeout(8000)
         context.grant_permissions(["clipboard-read", "clipboard-write"])
         if before:
             context.add_init_script(before)

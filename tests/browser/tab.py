@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext, ConsoleMessage, Locator, Page
+
+TIMEOUT = 30_000  # ms; a busy machine may take that long for what usually takes a few
 
 # Of a refused or broken request the browser itself writes this, whatever the page makes of it.
 EXPECTED = re.compile(r"Failed to load resource: (the server responded with a status of|net::ERR_)|net::ERR_")
@@ -17,6 +20,7 @@ class Tab:
     """Opens `url` and notes in `problems` whatever must never happen there."""
 
     def __init__(self, context: BrowserContext, url: str) -> None:
+        context.set_default_timeout(TIMEOUT)
         self.context = context
         self.url = url
         self.problems: list[str] = []
@@ -65,10 +69,18 @@ class Tab:
     def wait_true(self, expression: str) -> None:
         """Until an expression of JavaScript is true. `Page.wait_for_function` asks a second time by eval, which the
         page's own policy forbids."""
-        deadline = time.monotonic() + 10
-        while not self.page.evaluate(expression):
-            assert time.monotonic() < deadline, expression
+        self.wait_equal(lambda: bool(self.page.evaluate(expression)), True)
+
+    def wait_equal(self, read: Callable[[], object], expected: object) -> None:
+        """Until `read()` gives what is expected.
+
+        For what the browser does by and by: taps, input methods, the clipboard, "back", answers of the server. A click
+        or a key has had its effect when the call returns.
+        """
+        deadline = time.monotonic() + TIMEOUT / 1000
+        while (found := read()) != expected and time.monotonic() < deadline:
             self.page.wait_for_timeout(20)
+        assert found == expected
 
     def texts(self, selector: str) -> list[str]:
         return self.page.locator(selector).all_inner_texts()

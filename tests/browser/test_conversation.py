@@ -44,8 +44,7 @@ def test_text_appears_while_it_is_written_and_stop_frees_the_server(tab: Tab, se
     assert tab.texts(".state:visible") == ["Stopped"]
     assert tab.answers() == ["one two"]
     assert len(server.requests) == 1
-    while server.cancelled == 0:
-        tab.page.wait_for_timeout(10)
+    tab.wait_equal(lambda: server.cancelled, 1)
 
 
 def test_a_stopped_answer_is_continued(tab: Tab, server: MockServer) -> None:
@@ -105,8 +104,9 @@ def test_copying_a_message_and_its_code(open_tab: Callable[..., Tab], server: Mo
     server.steps = [text]
     tab.send("code?")
     for button, expected in (("Copy", text), ("Copy code", "print('<b>')\n\nprint(2)")):
+        tab.page.evaluate("document.querySelector('#announcer').textContent = ''")
         tab.press(-1, button)
-        tab.wait_text("#announcer", "Copied") if tab.page.is_visible("#announcer") else None
+        tab.wait_true("document.querySelector('#announcer').textContent === 'Copied'")
         tab.page.fill("#input", "")
         tab.page.press("#input", "Control+v")
         assert tab.page.input_value("#input") == expected
@@ -124,7 +124,11 @@ def test_conversations_are_listed_renamed_deleted_and_survive_a_reload(tab: Tab,
     tab.page.locator(titles, has_text="cats").click()
     assert tab.answers() == ["About cats"]
     tab.page.go_back()
-    assert tab.answers() == ["About dogs"]
+    tab.wait_equal(tab.answers, ["About dogs"])
+    tab.page.go_forward()
+    tab.wait_equal(tab.answers, ["About cats"])
+    tab.page.go_back()
+    tab.wait_equal(tab.answers, ["About dogs"])
     item = tab.page.locator("#chats li", has_text="cats")
     item.hover()
     item.get_by_role("button", name="Rename").click()
@@ -142,6 +146,24 @@ def test_conversations_are_listed_renamed_deleted_and_survive_a_reload(tab: Tab,
     tab.page.reload()
     tab.page.wait_for_selector(titles)
     assert tab.texts(titles) == ["About 猫"]
+
+
+def test_a_conversation_is_shown_at_once(tab: Tab, server: MockServer) -> None:
+    """What is typed right after the click goes to the conversation that was clicked."""
+    tab.send("cats")
+    tab.page.click("#new")
+    tab.send("dogs")
+    tab.page.evaluate("""
+        [...document.querySelectorAll('#chats .title')].find((title) => title.textContent === 'cats').click();
+        const input = document.querySelector('#input');
+        input.value = 'and lions';
+        input.dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter', keyCode: 13}));
+    """)
+    tab.wait_idle()
+    assert tab.questions() == ["cats", "and lions"]
+    assert [message["content"] for message in server.requests[-1]["messages"]] == ["cats", "cats", "and lions"]
+    tab.page.reload()
+    tab.wait_equal(tab.questions, ["cats", "and lions"])
 
 
 def test_an_answer_is_written_on_while_another_conversation_is_shown(tab: Tab, server: MockServer) -> None:
@@ -178,8 +200,7 @@ def test_a_conversation_that_is_deleted_while_it_is_written_stays_deleted(tab: T
     tab.wait_text(".assistant .body", "one")
     tab.page.hover("#chats .title")
     tab.page.get_by_role("button", name="Delete").click()
-    while server.cancelled == 0:
-        tab.page.wait_for_timeout(10)
+    tab.wait_equal(lambda: server.cancelled, 1)
     tab.page.reload()
     tab.page.wait_for_selector("#chats .none")
 
@@ -196,7 +217,7 @@ def test_a_change_in_another_tab_is_shown_here(tab: Tab, server: MockServer) -> 
 
 def test_settings_of_the_sampler_and_the_system_prompt_are_sent(tab: Tab, server: MockServer) -> None:
     tab.page.click("#settings-button")
-    assert tab.page.get_attribute("#field-temperature", "placeholder") == "0.3"
+    tab.page.wait_for_selector("#field-temperature[placeholder='0.3']")
     assert tab.page.get_attribute("#field-top_k", "placeholder") == "5"
     tab.page.fill("#field-temperature", "0.9")
     tab.page.fill("#field-top_k", "1.5")
@@ -213,8 +234,8 @@ def test_settings_of_the_sampler_and_the_system_prompt_are_sent(tab: Tab, server
     named = {name: value for name, value in first.items() if name not in ("messages", "stream", "stream_options")}
     assert named == {"temperature": 0.9, "seed": 4294967295, "max_tokens": 2049, "stop": ["END", "###"]}
     tab.press(-1, "Regenerate")  # the same seed would give the same answer
-    tab.wait_true("document.querySelector('.place')?.textContent === '2/2'")
     tab.wait_idle()
+    assert tab.texts(".place") == ["2/2"]
     assert server.requests[1]["seed"] == 0
     tab.page.reload()
     tab.page.click("#settings-button")

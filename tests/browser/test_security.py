@@ -106,7 +106,7 @@ def test_attacks_from_the_server_outside_of_answers(tab: Tab, server: MockServer
     tab.page.route("**/settings", lambda route: route.fulfill(json=settings))
     tab.page.reload()
     tab.wait_text("#model", attack)
-    assert tab.page.get_attribute("#field-temperature", "placeholder") == attack
+    tab.wait_equal(lambda: tab.page.get_attribute("#field-temperature", "placeholder"), attack)
 
 
 def test_the_page_has_no_inline_code_and_names_no_other_server(tab: Tab) -> None:

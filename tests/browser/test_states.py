@@ -133,7 +133,7 @@ def test_a_server_that_is_started_after_the_page_was_loaded(tab: Tab, server: Mo
     tab.wait_text("#banner", "The server is loading the model…")
     tab.page.unroute("**/settings")
     tab.wait_text("#banner", "The server is back.")
-    assert tab.page.text_content("#model") == "Baichuan2-13B-Chat"
+    tab.wait_text("#model", "Baichuan2-13B-Chat")
 
 
 def test_a_server_that_refuses_the_page_is_not_asked_again_and_again(tab: Tab, server: MockServer) -> None:
@@ -227,6 +227,7 @@ def test_blocked_and_foreign_storage_do_not_stop_the_page(open_tab: Callable[...
     lines = [f"localStorage.setItem('bc2.chat.{place}', {value!r});" for place, value in enumerate(values)]
     tab = open_tab(before="".join(lines) + "localStorage.setItem('bc2.sampler', '[]');")
     tab.page.goto(tab.url + "#3")
+    tab.wait_true("location.hash === ''")  # there is no such conversation
     tab.send("hi")
     assert tab.answers() == ["hi"] and tab.texts("#chats .title") == ["hi"]
     for place, value in enumerate(values):  # they may be another program's

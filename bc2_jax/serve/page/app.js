@@ -137,6 +137,13 @@ class Page {
     return conversation && settle(conversation);
   }
 
+  /** Adds the conversation on the screen to the tab's history; `id` is empty for one without messages. */
+  setAddress(id) {
+    if (location.hash.slice(1) === id) return;
+    history.pushState(null, "", location.pathname + location.search + (id && `#${id}`));
+  }
+
+  /** The address was edited, or the user went back or forward. */
   openAddress() {
     const id = location.hash.slice(1);
     if (this.current && this.current.id === id) return;
@@ -146,14 +153,17 @@ class Page {
   }
 
   open(id) {
+    if (id === this.current.id) return;
     const conversation = this.load(id);
-    if (conversation) location.hash = id;
-    else this.showList(); // another tab has deleted it
+    if (!conversation) return this.showList(); // another tab has deleted it
+    // Shown at once: until the address had changed, what is typed would still go to the last one.
+    this.show(conversation);
+    this.setAddress(id);
   }
 
   openNew() {
     this.show(makeConversation(this.store.setting("system") ?? ""));
-    if (location.hash) history.pushState(null, "", location.pathname + location.search);
+    this.setAddress("");
     this.sidebar.toggle(false);
     if (!matchMedia("(pointer: coarse)").matches) get("input").focus(); // there a keyboard would cover the page
   }
@@ -217,7 +227,7 @@ class Page {
   write(conversation, message) {
     const done = this.generations.write(conversation, message, this.drawer.values());
     this.store.save(conversation);
-    if (location.hash.slice(1) !== conversation.id) history.pushState(null, "", `#${conversation.id}`);
+    this.setAddress(conversation.id);
     this.show(conversation);
     this.keeper.jump();
     return done;
