@@ -21,10 +21,10 @@ HUGE = [10**9, 10**12, 2**63, 2**70, 10**400, 10**5000]
 
 
 def refused(changes: dict, kind: type = ModelConfig) -> str:
-    begin = time.perf_counter()
+    begin = time.thread_time()
     with pytest.raises(ValueError) as error:
         dataclasses.replace(BAICHUAN2_7B, **changes) if kind is ModelConfig else kind(**changes)
-    assert time.perf_counter() - begin < 1
+    assert time.thread_time() - begin < 1
     (field,) = [name for name in changes if f".{name} = " in str(error.value)]
     assert field and "\n" not in str(error.value) and len(str(error.value)) < 600
     return str(error.value)
@@ -68,9 +68,9 @@ def test_divisors_are_all_there_are(n):
 
 @pytest.mark.parametrize("n", [2**62, 10**18 + 9, 720_720**3])
 def test_divisors_of_any_number_take_no_time(n):
-    begin = time.perf_counter()
+    begin = time.thread_time()
     found = divisors(n)
-    assert time.perf_counter() - begin < 1
+    assert time.thread_time() - begin < 1
     assert found[0] == 1 and found[-1] == n and found == sorted(found) and not any(n % d for d in found)
     assert len(choices(found)) < 1500
 

@@ -101,4 +101,4 @@ def serving() -> Iterator[FakeChatServer]:
     finally:
         server.shutdown()
         server.server_close()
-        thread.join(10)
+        thread.join(60)

@@ -193,10 +193,10 @@ def test_a_dict_named_from_everywhere_is_looked_through_once(tmp_path):
         levels.append(b"}(" + b"".join(references) + b"uq" + bytes([level + 1]))
     entries = (key(f"level {i}") + level for i, level in enumerate(levels))
     pickled = b"}(" + b"".join(entries) + b"u"
-    begin = time.perf_counter()
+    begin = time.thread_time()
     with pytest.raises(ValueError, match="is not a tensor"):
         read_pickled(write_pickle(tmp_path / "x.bin", pickled + b"."))
-    assert time.perf_counter() - begin < 2
+    assert time.thread_time() - begin < 2
 
 
 class Malicious:

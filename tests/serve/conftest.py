@@ -75,10 +75,10 @@ def running(
         while not server.started:
             time.sleep(0.005)
         url = f"http://127.0.0.1:{port}"
-        with httpx.Client(base_url=url, timeout=20) as client:
+        with httpx.Client(base_url=url, timeout=60) as client:
             yield Running(url, port, service, model, api, client)
         server.should_exit = True
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()
 
 

@@ -69,7 +69,8 @@ class FakeService:
             handle = Handle(request, self.unread, lambda handle, stop=stop: self._cancel(handle, stop))
             handles.append(handle)
             self.requests.append(request)
-            self.running += 1
+            with self._lock:
+                self.running += 1
             threading.Thread(target=self._run, args=(handle, stop), daemon=True).start()
         return handles
 
@@ -83,7 +84,7 @@ class FakeService:
         return self.state == "stopped"
 
     def _stop_when_idle(self) -> None:
-        if self.wait_idle(60):
+        if self.wait_idle():
             self.state = "stopped"
 
     def stop(self, timeout: float | None = None) -> bool:
@@ -97,8 +98,8 @@ class FakeService:
     def _run(self, handle: Handle, stop: threading.Event) -> None:
         event = self._events(handle, stop)
         with self._lock:
-            self.running -= 1
             self.ended.append(event.reason if isinstance(event, Ended) else "failed")
+            self.running -= 1
         handle.put(event)
 
     def _events(self, handle: Handle, stop: threading.Event) -> Ended | Failed:
@@ -135,7 +136,7 @@ class FakeService:
         found = tuple((token + k, -0.1 * (token % 7) - k) for k in range(top))
         return TokenScore(token, -0.1 * (token % 7), found)
 
-    def wait_idle(self, seconds: float = 5.0) -> bool:
+    def wait_idle(self, seconds: float = 60.0) -> bool:
         """Whether nothing is running any more."""
         deadline = time.monotonic() + seconds
         while self.running and time.monotonic() < deadline:

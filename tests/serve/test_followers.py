@@ -38,7 +38,7 @@ class Wire:
 
     def expect(self, count):
         def receive():
-            words = self.words.get(timeout=20)
+            words = self.words.get(timeout=60)
             self.words.task_done()
             assert len(words) == count
             return words
@@ -83,15 +83,15 @@ def test_a_follower_dispatches_what_the_leader_does(stop):
     handles = service.submit_all(requests())
     if stop:
         next(iter(handles[0]))
-        service.stop(20)
+        service.stop(60)
     else:
         for handle in handles:
             found = [t for event in handle if isinstance(event, Tokens) for t in event.tokens]
             expected = continued(handle.request.ids, handle.request.settings)[0]
             top = handle.request.top_log_probs
             assert found == [score._replace(top=score.top[:top]) for score in expected]
-        service.drain(20)
-    follower.join(20)
+        service.drain(60)
+    follower.join(60)
     assert not follower.is_alive()
     programs = [[line for line in engine.log if "read" not in line] for engine in engines]
     assert programs[0] == programs[1] and len(programs[0]) > (5 if stop else 20)

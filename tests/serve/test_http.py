@@ -253,9 +253,9 @@ def test_a_body_that_does_not_come(serve):
         head = (
             f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{{"
         )
-        with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
             start = time.monotonic()
             connection.sendall(head.encode())
             reply = connection.makefile("rb").read1(9999)
-            assert reply.split()[1] == b"408" and time.monotonic() - start < 3
+            assert reply.split()[1] == b"408" and time.monotonic() - start < 20  # the default is 30
             assert json.loads(reply.partition(b"\r\n\r\n")[2])["error"]["code"] == "timeout"

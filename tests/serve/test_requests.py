@@ -28,7 +28,7 @@ def test_a_reader_in_another_thread_waits_for_events():
     reader.start()
     for event in EVENTS:
         one.put(event)
-    reader.join(10)
+    reader.join(60)
     assert found == EVENTS
 
 

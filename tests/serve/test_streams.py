@@ -112,7 +112,7 @@ def test_a_stop_text_ends_the_request_at_its_token(serve):
         tokens = [entry["token"] for entry in reply["choices"][0]["logprobs"]["content"]]
         assert reply["choices"][0]["message"]["content"] == "a" and "".join(tokens).startswith("ab a")
         assert reply["usage"]["completion_tokens"] == len(tokens) <= 4
-        assert server.service.wait_idle(2) and server.service.ended == ["cancelled"]
+        assert server.service.wait_idle() and server.service.ended == ["cancelled"]
 
 
 def test_token_ids_are_those_of_the_engine(serve):
@@ -143,7 +143,7 @@ def test_an_engine_that_dies_without_a_word(serve):
         threading.Thread(target=die).start()
         events = events_of(server)
         assert json.loads(events[-1][6:])["error"]["code"] == "engine_failed"
-        assert server.service.wait_idle(2)
+        assert server.service.wait_idle()
 
 
 def test_a_body_of_many_prompts_waits_for_room(serve):
@@ -174,7 +174,7 @@ def test_a_client_that_leaves_frees_its_request(serve):
                 while not server.service.running:
                     time.sleep(0.01)
                 time.sleep(0.1)
-            assert server.service.wait_idle(2), (stream, queue_s)
+            assert server.service.wait_idle(), (stream, queue_s)
         assert server.service.ended == ["cancelled"] * 4
 
 
@@ -192,10 +192,10 @@ def test_a_client_that_does_not_read_is_cut_off(serve):
             connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
             while not server.service.running:
                 time.sleep(0.01)
-            assert server.service.wait_idle(10)
+            assert server.service.wait_idle()
             assert server.client.get("/health").status_code == 200
             assert "cancelled" in server.service.ended
-            deadline = time.monotonic() + 5
+            deadline = time.monotonic() + 60
             while time.monotonic() < deadline:  # the connection is aborted, not only left alone
                 try:
                     connection.send(b"x")
