@@ -74,8 +74,8 @@ class Tab:
     def wait_equal(self, read: Callable[[], object], expected: object) -> None:
         """Until `read()` gives what is expected.
 
-        For what the browser does by and by: taps, input methods, the clipboard, "back", answers of the server. A click
-        or a key has had its effect when the call returns.
+        For effects that come some time after the call: of taps, input methods, the clipboard, "back" and requests. A
+        click or a key has had its effect when the call returns.
         """
         deadline = time.monotonic() + TIMEOUT / 1000
         while (found := read()) != expected and time.monotonic() < deadline:
