@@ -33,20 +33,22 @@ def test_a_reader_in_another_thread_waits_for_events():
 
 
 def test_a_reader_in_an_event_loop_waits_without_blocking_it():
-    async def read() -> tuple[list, int]:
-        one, ticks, found = handle(), 0, []
+    """Each event is put only after the loop has done something else while the reader waits for that event."""
+    one, ticks, is_free, found = handle(), threading.Semaphore(0), [], []
 
-        async def tick() -> None:
-            nonlocal ticks
-            while not one.is_complete:
-                ticks += 1
-                await asyncio.sleep(0.005)
+    def put() -> None:
+        for event in EVENTS:
+            while ticks.acquire(blocking=False):
+                pass
+            is_free.append(all(ticks.acquire(timeout=30) for _ in range(3)))
+            one.put(event)
 
-        def put() -> None:
-            for event in EVENTS:
-                threading.Event().wait(0.02)
-                one.put(event)
+    async def tick() -> None:
+        while not one.is_complete:
+            ticks.release()
+            await asyncio.sleep(0.002)
 
+    async def read() -> None:
         ticking = asyncio.create_task(tick())
         writer = threading.Thread(target=put)
         writer.start()
@@ -54,10 +56,9 @@ def test_a_reader_in_an_event_loop_waits_without_blocking_it():
             found.append(event)
         await ticking
         writer.join()
-        return found, ticks
 
-    found, ticks = asyncio.run(read())
-    assert found == EVENTS and ticks > 3
+    asyncio.run(read())
+    assert found == EVENTS and is_free == [True] * len(EVENTS)
 
 
 def test_an_event_for_a_closed_loop_is_no_error():
