@@ -227,7 +227,7 @@ def test_blocked_and_foreign_storage_do_not_stop_the_page(open_tab: Callable[...
     lines = [f"localStorage.setItem('bc2.chat.{place}', {value!r});" for place, value in enumerate(values)]
     tab = open_tab(before="".join(lines) + "localStorage.setItem('bc2.sampler', '[]');")
     tab.page.goto(tab.url + "#3")
-    tab.wait_true("location.hash === ''")  # there is no such conversation
+    tab.wait_true("location.hash === ''")  # the page found no conversation "3" and opened a new one
     tab.send("hi")
     assert tab.answers() == ["hi"] and tab.texts("#chats .title") == ["hi"]
     for place, value in enumerate(values):  # they may be another program's

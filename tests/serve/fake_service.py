@@ -84,7 +84,7 @@ class FakeService:
         return self.state == "stopped"
 
     def _stop_when_idle(self) -> None:
-        if self.wait_idle():
+        if self.wait_idle(60):
             self.state = "stopped"
 
     def stop(self, timeout: float | None = None) -> bool:
@@ -136,8 +136,8 @@ class FakeService:
         found = tuple((token + k, -0.1 * (token % 7) - k) for k in range(top))
         return TokenScore(token, -0.1 * (token % 7), found)
 
-    def wait_idle(self, seconds: float = 60.0) -> bool:
-        """Whether nothing is running any more."""
+    def wait_idle(self, seconds: float = 20.0) -> bool:
+        """Whether nothing is running any more; less than the 30 s after which limits of the server would act."""
         deadline = time.monotonic() + seconds
         while self.running and time.monotonic() < deadline:
             time.sleep(0.01)

@@ -156,7 +156,7 @@ class Page {
     if (id === this.current.id) return;
     const conversation = this.load(id);
     if (!conversation) return this.showList(); // another tab has deleted it
-    // Shown at once: until the address had changed, what is typed would still go to the last one.
+    // Not left to the hashchange event, which comes later: text sent before it would go to the previous conversation.
     this.show(conversation);
     this.setAddress(id);
   }
